@@ -1,0 +1,36 @@
+"""Errors that a user can act on."""
+
+from __future__ import annotations
+
+
+class SkdError(Exception):
+    """Something the user can mend: what was wrong, where, and what to do about it.
+
+    Args:
+        what: One sentence saying what was wrong.
+        where: File, row, field, step or model it was found in; empty if there is none.
+        hint: What to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f"\n  hint: {self.hint}" if self.hint else ""
+        return f"{place}{self.what}{advice}"
+
+
+class SkdErrors(SkdError):
+    """Several problems found in one go, so that the user mends them in one go."""
+
+    def __init__(self, errors: list[SkdError]) -> None:
+        count = len(errors)
+        super().__init__(f"{count} problem{'s' if count != 1 else ''} found")
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.what}:", *(f"- {error}" for error in self.errors)])

@@ -1,0 +1,44 @@
+"""The two halves of a causal language model: the decoder that makes hidden states, the head that makes logits.
+
+The sampler and the losses meet at the hidden state between them: a state is `hidden / vocabulary` times smaller
+than the logits it stands for.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The decoder stack, whose `last_hidden_state` (after the final norm) is what the head reads."""
+    return cast(nn.Module, model.get_decoder())
+
+
+def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits from final hidden states, with the logit scale or soft-cap that the architecture applies.
+
+    Args:
+        model: A causal language model with its head.
+        hidden: (..., H) states of `decoder(model)`.
+
+    Returns:
+        (..., V) logits in the head's dtype, equal to what `model(...)` returns at these positions.
+    """
+    logits = cast(Tensor, model.get_output_embeddings()(hidden))
+    config = model.config
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scaling
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the head, padding rows included."""
+    return int(model.get_output_embeddings().weight.shape[0])

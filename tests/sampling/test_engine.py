@@ -1,0 +1,303 @@
+"""The engine against the token-by-token reference, and the invariances that the method promises."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from skd_lib.config import SamplingParams
+from skd_lib.errors import SkdError
+from skd_lib.models.heads import decoder
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
+from skd_lib.sampling.engine import STUDENT, TEACHER, Sampler, Samples
+from tests.conftest import SLIDING_WINDOW, TinyModel
+from tests.sampling.reference import interleave
+
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+GREEDY = SamplingParams(temperature=0)
+STUDENT_SAMPLES = SamplingParams(temperature=0.7, top_p=0.8)
+TEACHER_SAMPLES = SamplingParams(temperature=1.3)
+VOCABULARY = 48
+EOS = (2, 7)
+PROMPTS = [[1, 5, 9, 11, 30, 31, 8], [1], [1, 40, 41], [1, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 25]]
+
+
+def pair(tiny_model: TinyModel, arch: str = "llama") -> dict[str, object]:
+    return {
+        "student": tiny_model(arch, seed=1, vocab_size=VOCABULARY),
+        "teacher": tiny_model(arch, seed=2, layers=3, hidden=48, vocab_size=VOCABULARY),
+    }
+
+
+def sampler(models: dict[str, object], rule: AcceptanceRule, **options: object) -> Sampler:
+    defaults = {
+        "eos_ids": EOS,
+        "pad_id": 0,
+        "max_new_tokens": 12,
+        "student_params": STUDENT_SAMPLES,
+        "teacher_params": TEACHER_SAMPLES,
+    }
+    return Sampler(**models, rule=rule, **(defaults | options))  # type: ignore[arg-type]
+
+
+def rows(samples: Samples) -> list[list[int]]:
+    return [t[m].tolist() for t, m in zip(samples.tokens_BT, samples.mask_BT, strict=True)]
+
+
+def reference_rows(
+    models: dict[str, object], rule: str, k: int | None, s: Sampler, prompts: list, seeds: list
+) -> tuple:
+    used = {
+        "student": None if rule == "nothing" else models["student"],
+        "teacher": None if rule == "everything" else models["teacher"],
+    }
+    pairs = [
+        interleave(
+            **used,  # type: ignore[arg-type]
+            k=k,
+            prompt=prompt,
+            seed=seed,
+            max_new_tokens=s.max_new_tokens,
+            eos_ids=s.eos_ids,
+            student_params=s.student_params,
+            teacher_params=s.teacher_params,
+        )
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    return [tokens for tokens, _ in pairs], [sources for _, sources in pairs]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("params", [(GREEDY, GREEDY), (STUDENT_SAMPLES, TEACHER_SAMPLES)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("rule", "k"), [(top_k(4), 4), (everything(), None), (nothing(), None)], ids=["top_k", "everything", "nothing"]
+)
+def test_equals_the_reference_token_by_token(
+    tiny_model: TinyModel, arch: str, params: tuple, rule: AcceptanceRule, k: int | None
+) -> None:
+    models = pair(tiny_model, arch)
+    # Longer than the sliding window, so that windows are seen to slide.
+    s = sampler(models, rule, student_params=params[0], teacher_params=params[1], max_new_tokens=SLIDING_WINDOW + 8)
+    s = replace(s, eos_ids=(2,))
+    seeds = [11, 12, 13, 14]
+    samples = s.sample(PROMPTS, seeds)
+    tokens, sources = reference_rows(models, rule.name, k, s, PROMPTS, seeds)
+    assert rows(samples) == tokens
+    assert [r[m].tolist() for r, m in zip(samples.source_BT, samples.mask_BT, strict=True)] == sources
+    assert max(map(len, tokens)) > SLIDING_WINDOW
+
+
+@pytest.mark.parametrize("gamma", range(1, 9))
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_samples_do_not_depend_on_gamma_batch_or_refilling(tiny_model: TinyModel, gamma: int, batch_size: int) -> None:
+    models = pair(tiny_model)
+    seeds = [3, 1, 4, 1]
+    expected = sampler(models, top_k(6), gamma=5).sample(PROMPTS, seeds)
+    samples = sampler(models, top_k(6), gamma=gamma, batch_size=batch_size).sample(PROMPTS, seeds)
+    assert rows(samples) == rows(expected)
+    assert torch.equal(samples.source_BT, expected.source_BT)
+    assert torch.equal(samples.truncated_B, expected.truncated_B)
+
+
+def test_k_equal_to_the_vocabulary_is_student_sampling(tiny_model: TinyModel) -> None:
+    models, seeds = pair(tiny_model), list(range(4))
+    on_policy = sampler(models, everything()).sample(PROMPTS, seeds)
+    samples = sampler(models, top_k(VOCABULARY)).sample(PROMPTS, seeds)
+    assert rows(samples) == rows(on_policy)
+    assert samples.statistics.replaced == 0
+    assert samples.statistics.rejection_rate == 0
+
+
+def test_k_zero_is_teacher_sampling(tiny_model: TinyModel) -> None:
+    models, seeds = pair(tiny_model), list(range(4))
+    by_teacher = sampler(models, nothing()).sample(PROMPTS, seeds)
+    samples = sampler(models, top_k(0)).sample(PROMPTS, seeds)
+    assert rows(samples) == rows(by_teacher)
+    assert samples.statistics.acceptance_rate == 0
+    assert samples.source_BT[samples.mask_BT].eq(TEACHER).all()
+
+
+def test_the_rank_is_taken_on_raw_logits(tiny_model: TinyModel) -> None:
+    """After the teacher's top-p only one token would be left, and ties at probability 0 would pass for top-K."""
+    models = pair(tiny_model)
+    cold = SamplingParams(temperature=0.01, top_p=0.01)
+    s = sampler(models, top_k(10), teacher_params=cold, max_new_tokens=10, eos_ids=())
+    seeds = list(range(4))
+    samples = s.sample(PROMPTS, seeds)
+    assert 0 < samples.statistics.acceptance_rate < 1
+    assert rows(samples) == reference_rows(models, "top_k", 10, s, PROMPTS, seeds)[0]
+
+
+def test_the_student_draws_with_its_own_settings(tiny_model: TinyModel) -> None:
+    models = pair(tiny_model)
+    for model in models.values():
+        model.generation_config.temperature = 0.01  # type: ignore[attr-defined]
+        model.generation_config.top_k = 1  # type: ignore[attr-defined]
+        model.generation_config.repetition_penalty = 9.0  # type: ignore[attr-defined]
+    s = sampler(models, top_k(VOCABULARY), student_params=SamplingParams(temperature=3.0), teacher_params=GREEDY)
+    seeds = list(range(4))
+    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "everything", None, s, PROMPTS, seeds)[0]
+
+
+def test_greedy_equals_transformers_generate(tiny_model: TinyModel) -> None:
+    models = pair(tiny_model)
+    s = sampler(models, everything(), student_params=GREEDY)
+    for prompt, row in zip(PROMPTS, rows(s.sample(PROMPTS, [0] * 4)), strict=True):
+        generated = models["student"].generate(  # type: ignore[attr-defined]
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=list(EOS), pad_token_id=0
+        )
+        assert row == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+def test_greedy_lossless_equals_the_teacher(tiny_model: TinyModel, gamma: int) -> None:
+    models = pair(tiny_model)
+    alone = sampler(models, nothing(), teacher_params=GREEDY).sample(PROMPTS, [0] * 4)
+    s = sampler(models, lossless(), student_params=GREEDY, teacher_params=GREEDY, gamma=gamma, batch_size=3)
+    samples = s.sample(PROMPTS, [0] * 4)
+    assert rows(samples) == rows(alone)
+    assert samples.statistics.tokens_per_teacher_call >= 1
+
+
+def test_a_model_that_drafts_for_itself_is_always_accepted(tiny_model: TinyModel) -> None:
+    teacher = tiny_model(seed=2, vocab_size=VOCABULARY)
+    s = sampler(
+        {"student": teacher, "teacher": teacher}, lossless(), student_params=TEACHER_SAMPLES, gamma=3, eos_ids=()
+    )
+    statistics = s.sample(PROMPTS, list(range(4))).statistics
+    assert statistics.acceptance_rate == 1
+    assert statistics.replaced == 0
+    assert statistics.bonus == 4 * 12 // 4
+    assert statistics.tokens_per_teacher_call == 4
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("rule", [top_k(6), lossless(), nothing()], ids=["top_k", "lossless", "nothing"])
+def test_teacher_states_equal_a_fresh_forward(tiny_model: TinyModel, arch: str, rule: AcceptanceRule) -> None:
+    models = pair(tiny_model, arch)
+    samples = sampler(models, rule, keep_teacher_states=True, batch_size=2).sample(PROMPTS, list(range(4)))
+    assert samples.teacher_states_BTH is not None
+    for prompt, row, states in zip(PROMPTS, rows(samples), samples.teacher_states_BTH, strict=True):
+        with torch.no_grad():
+            fresh = decoder(models["teacher"])(torch.tensor([prompt + row])).last_hidden_state[0]  # type: ignore[arg-type]
+        # The state at position i predicts token i + 1.
+        torch.testing.assert_close(states[: len(row)], fresh[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
+        assert states[len(row) :].eq(0).all()
+
+
+def test_rows_end_at_any_eos_and_truncated_rows_get_none(tiny_model: TinyModel) -> None:
+    models = pair(tiny_model)
+    samples = sampler(models, top_k(20), max_new_tokens=20).sample(PROMPTS * 8, list(range(32)))
+    ended = 0
+    for row, truncated in zip(rows(samples), samples.truncated_B.tolist(), strict=True):
+        assert not set(row[:-1]) & set(EOS)
+        assert truncated == (row[-1] not in EOS)
+        assert len(row) == 20 or not truncated
+        ended += not truncated
+    assert 0 < ended < 32
+    assert samples.statistics.truncated == 32 - ended
+
+
+def test_pad_equal_to_eos_keeps_the_real_eos(tiny_model: TinyModel) -> None:
+    models, seeds = pair(tiny_model), list(range(16))
+    apart = sampler(models, top_k(20), eos_ids=(2,)).sample(PROMPTS * 4, seeds)
+    equal = sampler(models, top_k(20), eos_ids=(2,), pad_id=2).sample(PROMPTS * 4, seeds)
+    assert torch.equal(apart.mask_BT, equal.mask_BT)
+    assert rows(apart) == rows(equal)
+    assert any(row[-1] == 2 for row in rows(equal))
+
+
+def test_padded_vocabularies_of_different_size(tiny_model: TinyModel) -> None:
+    models = {
+        "student": tiny_model(seed=1, vocab_size=VOCABULARY),
+        "teacher": tiny_model(seed=2, vocab_size=VOCABULARY + 16),
+    }
+    samples = sampler(models, top_k(2), teacher_params=SamplingParams(temperature=5.0)).sample(PROMPTS, list(range(4)))
+    assert samples.statistics.replaced > 0
+    assert samples.tokens_BT.max() < VOCABULARY
+
+
+def test_dropout_is_off_while_sampling_and_back_on_after(tiny_model: TinyModel) -> None:
+    models = pair(tiny_model)
+    expected = rows(sampler(models, everything()).sample(PROMPTS, [0] * 4))
+    student = tiny_model(seed=1, vocab_size=VOCABULARY, attention_dropout=0.9)
+    student.train()
+    student.lm_head.eval()  # type: ignore[union-attr]
+    assert rows(sampler({"student": student, "teacher": None}, everything()).sample(PROMPTS, [0] * 4)) == expected
+    assert student.training
+    assert not student.lm_head.training  # type: ignore[union-attr]
+
+
+def test_a_stop_condition_ends_a_row(tiny_model: TinyModel) -> None:
+    models = pair(tiny_model)
+    s = sampler(models, everything(), eos_ids=(), stop=lambda tokens: len(tokens) >= 5)
+    samples = s.sample(PROMPTS, [0] * 4)
+    assert [len(row) for row in rows(samples)] == [5] * 4
+    assert not samples.truncated_B.any()
+
+
+def test_progress_reaches_the_number_of_prompts(tiny_model: TinyModel) -> None:
+    seen: list[int] = []
+    sampler(pair(tiny_model), top_k(6), batch_size=2).sample(PROMPTS, [0] * 4, seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 4
+
+
+def test_errors_name_the_prompt_and_the_way_out(tiny_model: TinyModel) -> None:
+    models = pair(tiny_model)
+    with pytest.raises(SkdError, match="prompt 1: the prompt has no tokens"):
+        sampler(models, top_k(3)).sample([[1], []], [0, 0])
+    with pytest.raises(SkdError, match="need 601 positions, the model has 512"):
+        sampler(models, top_k(3), max_new_tokens=600).sample([[1]], [0])
+    with pytest.raises(SkdError, match="needs a student"):
+        sampler({"student": None, "teacher": models["teacher"]}, top_k(3))
+    with pytest.raises(SkdError, match="never asks the teacher"):
+        sampler(models, everything(), keep_teacher_states=True)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompts=st.lists(st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=9), min_size=1, max_size=5),
+    k=st.integers(0, VOCABULARY),
+    gamma=st.integers(1, 7),
+    eos=st.sets(st.integers(0, VOCABULARY - 1), max_size=6),
+    limit=st.integers(1, 11),
+    batch_size=st.integers(1, 5),
+    use_lossless=st.booleans(),
+)
+def test_statistics_add_up(
+    tiny_model: TinyModel, prompts: list, k: int, gamma: int, eos: set, limit: int, batch_size: int, use_lossless: bool
+) -> None:
+    models = pair(tiny_model)
+    rule = lossless() if use_lossless else top_k(k)
+    options = {"gamma": gamma, "eos_ids": tuple(eos), "max_new_tokens": limit, "batch_size": batch_size}
+    samples = sampler(models, rule, **options).sample(prompts, list(range(len(prompts))))
+    s, source = samples.statistics, samples.source_BT
+    assert s.sequences == len(prompts)
+    assert s.tokens == int(samples.mask_BT.sum()) == s.accepted + s.replaced + s.bonus
+    assert s.tested == s.accepted + s.replaced
+    assert s.accepted == int((source.eq(STUDENT) & samples.mask_BT).sum())
+    assert s.replaced + s.bonus == int(source.eq(TEACHER).sum())
+    assert s.tested <= s.drafted == s.student_calls == gamma * s.teacher_calls
+    assert s.truncated == int(samples.truncated_B.sum())
+    lengths = samples.mask_BT.sum(-1)
+    assert lengths.min() >= 1
+    assert lengths.max() <= limit
+    for row, mask in zip(samples.tokens_BT, samples.mask_BT, strict=True):
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+        assert row[~mask].eq(0).all()
+
+
+def test_every_rule_combines_with_either_greedy_side(tiny_model: TinyModel) -> None:
+    """Greedy students or teachers give one-hot distributions: no NaN, no token of probability 0."""
+    models = pair(tiny_model)
+    for rule, student, teacher in itertools.product(
+        [top_k(5), lossless(), nothing(), everything()], [GREEDY, STUDENT_SAMPLES], [GREEDY, TEACHER_SAMPLES]
+    ):
+        samples = sampler(models, rule, student_params=student, teacher_params=teacher).sample(PROMPTS, [5] * 4)
+        assert samples.mask_BT.any(-1).all()
