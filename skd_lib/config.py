@@ -287,14 +287,23 @@ def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT
         SkdError: the text is not JSON.
     """
     if isinstance(values, str):
-        try:
-            values = json.loads(values)
-        except json.JSONDecodeError as error:
-            raise SkdError(f"not JSON: {error}", where=where, hint="pass the section as one JSON object") from error
+        values = parse_json(values, where=where)
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise SkdErrors([_field_error(model, detail, where) for detail in error.errors()]) from error
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        SkdError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SkdError(f"not JSON: {error}", where=where, hint="pass the section as one JSON object") from error
 
 
 def load_config(path: Path) -> RunConfig:

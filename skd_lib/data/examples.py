@@ -1,0 +1,64 @@
+"""One example, and the JSONL files that hold prepared ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from skd_lib import storage
+from skd_lib.errors import SkdError
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An input text and its reference answer.
+
+    Attributes:
+        id: Names the example across splits, orders and runs: derived from its content (`make_example`).
+        source: The input text.
+        target: The reference answer.
+        origin: Where it came from: file and row, dataset and row, or package and catalog.
+    """
+
+    id: str
+    source: str
+    target: str
+    origin: str = ""
+
+
+def make_example(source: str, target: str, origin: str = "") -> Example:
+    """An example whose id is the first 16 hex digits of the sha256 of its content."""
+    digest = hashlib.sha256(json.dumps([source, target]).encode()).hexdigest()
+    return Example(digest[:16], source, target, origin)
+
+
+def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
+    """Write one JSON object a line; the file appears only when it is complete.
+
+    Raises:
+        OSError: the folder is missing, full or not writable.
+    """
+    lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
+    storage.write_text_atomic(path, "".join(lines))
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """Read what `write_jsonl` wrote.
+
+    Raises:
+        SkdError: the file is missing, or a line is not an example.
+    """
+    examples = []
+    # Split at newlines only: JSON strings may hold other line separators, which `str.splitlines` would cut at.
+    for number, line in enumerate(storage.read_bytes(str(path)).split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            examples.append(Example(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            hint = "make the prepared data again: run the step prepare_data"
+            raise SkdError(f"not a prepared example: {error}", where=f"{path}, line {number}", hint=hint) from error
+    return examples

@@ -1,0 +1,68 @@
+"""What the prepared data is: counts, checksums, and fingerprints that change when the data does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from skd_lib.config import DataConfig, FilesSource
+from skd_lib.data import sources
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def data_fingerprint(config: DataConfig) -> str:
+    """Hex sha256 of the source's present content and of how it is prepared, without preparing it.
+
+    It reads local files, but asks only for the checksums of remote ones: cheap enough to be a cache key that is
+    computed before every run.
+
+    Raises:
+        SkdError: a file is missing, or storage or the hub cannot be asked.
+    """
+    return digest({"source": sources.identify(config.source), "preparation": preparation(config)})
+
+
+def build(
+    config: DataConfig, *, seed: int, rows: Mapping[str, int], sha256: Mapping[str, str], dropped: Mapping[str, int]
+) -> dict[str, Any]:
+    """The manifest of prepared data.
+
+    Args:
+        config: How it was prepared.
+        seed: Seed of the splits.
+        rows: Number of rows by split.
+        sha256: Checksum by file name.
+        dropped: Number of rows dropped by reason.
+
+    Returns:
+        A JSON object; its `fingerprint` covers the source, the preparation, the seed and the rows themselves.
+    """
+    source = sources.identify(config.source)
+    content = {"source": source, "preparation": preparation(config), "seed": seed, "sha256": dict(sha256)}
+    return {
+        "format": FORMAT,
+        "fingerprint": digest(content),
+        "rows": dict(rows),
+        "dropped": {reason: count for reason, count in dropped.items() if count},
+        **content,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def preparation(config: DataConfig) -> dict[str, Any]:
+    """The part of the configuration that decides which rows come out of given content; locations do not."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    if isinstance(config.source, FilesSource):
+        # Which file belongs to which split is told by `sources.identify`, with the file's checksum.
+        for split in ("train", "validation", "test"):
+            del values["source"][split]
+    return values
+
+
+def digest(value: Any) -> str:
+    """Hex sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

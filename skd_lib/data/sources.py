@@ -1,0 +1,232 @@
+"""Where examples come from: files, a dataset of the hub, or the catalogs in Python packages."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, assert_never
+
+from skd_lib import storage
+from skd_lib.config import DataSource, FilesSource, GettextSource, GettextWheel, HubSource
+from skd_lib.data.examples import Example
+from skd_lib.data.gettext_catalogs import read_wheel
+from skd_lib.data.rows import Problems, check_rows, has_columns, read_file
+from skd_lib.errors import SkdError, SkdErrors
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass
+class SourceSplits:
+    """What a source holds.
+
+    Attributes:
+        train: Training examples.
+        validation: None if the source has no such split.
+        test: None if the source has no such split.
+        left_out: How many entries the source itself left out, by reason.
+    """
+
+    train: list[Example]
+    validation: list[Example] | None
+    test: list[Example] | None
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:
+    """Read and check all examples of a source.
+
+    Args:
+        source: The source.
+        max_rows: Read at most this many rows of each file or split, for a quick check; remote files are then
+            streamed instead of copied here first (where their checksum is verified).
+        cache_dir: Where fetched wheels are kept; unset: the default of `fetch_wheel`.
+
+    Raises:
+        SkdErrors: rows that are wrong, up to 20, each with its file, row and field.
+        SkdError: the source cannot be read, or one of its splits is empty.
+    """
+    match source:
+        case FilesSource():
+            splits = _load_files(source, max_rows)
+        case HubSource():
+            splits = _load_hub(source, max_rows)
+        case GettextSource():
+            splits = _load_gettext(source, cache_dir)
+        case _:
+            assert_never(source)
+    for name, examples in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if examples is not None and not examples:
+            hint = (
+                "check the source; without this split it would be cut from train"
+                if name != "train"
+                else "check the source"
+            )
+            raise SkdError(f"the split `{name}` is empty", where="data.source", hint=hint)
+    return splits
+
+
+def identify(source: DataSource) -> list[dict[str, Any]]:
+    """What tells the source's present content from any other, cheaply: checksums, generations, revisions.
+
+    Locations are no part of it where there is a checksum: the same content elsewhere is the same data.
+
+    Raises:
+        SkdError: a file is missing, or the hub cannot be asked.
+    """
+    match source:
+        case FilesSource():
+            files = {"train": source.train, "validation": source.validation, "test": source.test}
+            return [
+                {"split": split, "size": stored.size, "generation": stored.generation, "checksum": stored.checksum}
+                for split, uris in files.items()
+                for uri in uris
+                for stored in storage.list_objects(uri)
+            ]
+        case HubSource():
+            return [{"dataset": source.dataset, "revision": _hub_revision(source)}]
+        case GettextSource():
+            wheels = {"train": source.train, "validation": source.validation, "test": source.test}
+            return [
+                {"split": split, "wheel": wheel.requirement, "checksum": f"sha256:{wheel.sha256}"}
+                for split, listed in wheels.items()
+                for wheel in listed
+            ]
+        case _:
+            assert_never(source)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _load_files(source: FilesSource, max_rows: int | None) -> SourceSplits:
+    problems = Problems()
+
+    def read(uris: list[str]) -> list[Example]:
+        examples = []
+        for uri in uris:
+            try:
+                with _opened(uri, whole=max_rows is None) as stream:
+                    examples += read_file(stream, uri, source.columns, problems, max_rows)
+            except SkdErrors:
+                raise  # too many problems
+            except SkdError as error:
+                problems.add(error)
+        return examples
+
+    train = read(source.train)
+    validation = read(source.validation) if source.validation else None
+    test = read(source.test) if source.test else None
+    problems.raise_any()
+    return SourceSplits(train, validation, test)
+
+
+@contextmanager
+def _opened(uri: str, *, whole: bool) -> Iterator[IO[bytes]]:
+    """A file to read; a remote one that is read as a whole is copied here first, so that its checksum is verified."""
+    if whole and storage.is_remote(uri):
+        with tempfile.TemporaryDirectory(prefix="skd-") as folder:
+            copy = storage.download(uri, Path(folder) / "data")
+            with copy.open("rb") as stream:
+                yield stream
+    else:
+        with storage.open_binary(uri) as stream:
+            yield stream
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+def _load_hub(source: HubSource, max_rows: int | None) -> SourceSplits:
+    problems = Problems()
+
+    def read(split: str) -> list[Example]:
+        where = f"{source.dataset}, split `{split}`"
+        examples = []
+        with _hub_errors(source, where):
+            dataset = _dataset(source, split, streaming=max_rows is not None)
+            names = dataset.column_names
+            if names is None or has_columns(names, where, source.columns, problems):
+                rows = ((f"{where}, row {number}", row) for number, row in enumerate(dataset, start=1))
+                examples = check_rows(islice(rows, max_rows), source.columns, problems)
+        return examples
+
+    train = read(source.train_split)
+    validation = read(source.validation_split) if source.validation_split else None
+    test = read(source.test_split) if source.test_split else None
+    problems.raise_any()
+    return SourceSplits(train, validation, test)
+
+
+def _dataset(source: HubSource, split: str, *, streaming: bool) -> Any:
+    import datasets
+
+    return datasets.load_dataset(
+        source.dataset, source.subset, split=split, revision=source.revision, streaming=streaming
+    )
+
+
+def _hub_revision(source: HubSource) -> str:
+    """The commit that the source's revision stands for; for a local folder, its files' checksums."""
+    if Path(source.dataset).is_dir():
+        return ",".join(stored.checksum for stored in storage.list_objects(source.dataset))
+    if source.revision and _COMMIT.fullmatch(source.revision):
+        return source.revision
+    from huggingface_hub import HfApi
+
+    with _hub_errors(source, source.dataset):
+        return str(HfApi().dataset_info(source.dataset, revision=source.revision, timeout=10).sha)
+
+
+@contextmanager
+def _hub_errors(source: HubSource, where: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        hint = "unset HF_HUB_OFFLINE, or give the data as files (`data.source.type: files`)"
+        raise SkdError("the hub is switched off by HF_HUB_OFFLINE", where=where, hint=hint) from error
+    except (DatasetsError, HfHubHTTPError) as error:
+        hint = "check `data.source.dataset`, `subset` and `revision`; a gated dataset needs HF_TOKEN"
+        raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
+    except ValueError as error:
+        # What `datasets` raises for a subset or a split that the dataset does not have; the message lists those it has.
+        hint = "check `data.source.subset` and the names of the splits"
+        raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
+    except OSError as error:
+        hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
+        raise SkdError(
+            f"cannot reach {source.dataset} on the hub: {_first_line(error)}", where=where, hint=hint
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# --- gettext catalogs ---------------------------------------------------------------------------------------------
+
+
+def _load_gettext(source: GettextSource, cache_dir: Path | None) -> SourceSplits:
+    from skd_lib.models.wheels import fetch_wheel
+
+    left_out: Counter[str] = Counter()
+
+    def read(wheels: list[GettextWheel]) -> list[Example]:
+        examples = []
+        for wheel in wheels:
+            path = fetch_wheel(wheel.requirement, wheel.sha256, cache_dir)
+            pairs = read_wheel(path, wheel.requirement, source.language, source.min_words)
+            examples += pairs.examples
+            left_out.update(pairs.left_out)
+        return examples
+
+    return SourceSplits(read(source.train), read(source.validation), read(source.test), left_out)

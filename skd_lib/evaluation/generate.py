@@ -1,0 +1,104 @@
+"""Greedy answers to a task's inputs, by the same engine that samples training responses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from skd_lib.config import SamplingParams, TaskConfig
+from skd_lib.data.tokenize import decode_answer, encode_prompt
+from skd_lib.evaluation.inference import ending_ids
+from skd_lib.events import Progress
+from skd_lib.models.loading import pad_id
+from skd_lib.sampling.acceptance import everything
+from skd_lib.sampling.engine import Sampler
+
+log = logging.getLogger(__name__)
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered.
+
+    Attributes:
+        text: The answer, cut before the task's first stop string.
+        tokens: Tokens generated for it, EOS and the stop string included.
+        truncated: It was cut off by the task's length limit.
+    """
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    task: TaskConfig,
+    *,
+    batch_size: int,
+) -> list[Answer]:
+    """Answer every source by greedy decoding.
+
+    Prompts longer than `task.max_prompt_tokens` are answered in full (with a warning): a test set from which the long
+    examples are missing would give another score.
+
+    Raises:
+        SkdError: a prompt and its answer do not fit the model's context.
+    """
+    prompts = [encode_prompt(tokenizer, task, source) for source in sources]
+    long = sum(len(prompt) > task.max_prompt_tokens for prompt in prompts)
+    if long:
+        log.warning(
+            "%d of %d prompts are longer than max_prompt_tokens (%d); they are answered in full",
+            long,
+            len(prompts),
+            task.max_prompt_tokens,
+        )
+    sampler = Sampler(
+        student=model,
+        teacher=None,
+        rule=everything(),
+        student_params=GREEDY,
+        eos_ids=ending_ids(model, tokenizer, task),
+        pad_id=pad_id(tokenizer),
+        max_new_tokens=task.max_new_tokens,
+        batch_size=batch_size,
+        stop=stop_condition(tokenizer, task.stop),
+    )
+    # Prompts of one length next to each other, so that little padding is computed.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    progress = Progress("evaluating", len(prompts))
+    samples = sampler.sample([prompts[index] for index in order], [0] * len(order), on_progress=progress.update)
+    answers: dict[int, Answer] = {}
+    rows = zip(
+        order, samples.tokens_BT.tolist(), samples.mask_BT.sum(-1).tolist(), samples.truncated_B.tolist(), strict=True
+    )
+    for index, tokens, length, truncated in rows:
+        answers[index] = Answer(decode_answer(tokenizer, task, tokens[:length]), length, truncated)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def stop_condition(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:
+    """Whether a response so far contains one of the strings, asked after every token; None if there are none.
+
+    The answer is cut before the string anyway: this only spares the tokens after it.
+    """
+    if not stop:
+        return None
+    # A token that is not special is at least one byte of text, so the string that the last token completed lies in
+    # this many tokens. One more, since tokenizers drop a blank at the beginning.
+    reach = max(len(text.encode()) for text in stop) + 1
+
+    def found_in(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return any(string in text for string in stop)
+
+    # What part of a response decodes to may differ from that part of the text: the whole has the last word.
+    return lambda ids: found_in(ids[-reach:]) and found_in(ids)

@@ -1,0 +1,32 @@
+"""Models as they are measured: loaded for speed, ending where they were taught to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from skd_lib.config import TaskConfig
+from skd_lib.data.tokenize import answer_end_id
+from skd_lib.models.loading import default_device, eos_ids, load_model, load_tokenizer
+
+
+def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer on this process's device: bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        SkdError: the folder does not hold a whole model.
+    """
+    device = default_device()
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    model = load_model(path, dtype=torch.bfloat16 if half else torch.float32, device=device)
+    return model, load_tokenizer(path)
+
+
+def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> tuple[int, ...]:
+    """Every id that ends an answer: those the model's files name, and the one that training puts after answers.
+
+    They differ where a chat template ends turns with a token that no file lists as end of sequence.
+    """
+    return tuple(dict.fromkeys([*eos_ids(model, tokenizer), answer_end_id(tokenizer, task)]))

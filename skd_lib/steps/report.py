@@ -1,0 +1,97 @@
+"""Step `report`: the run's figures in one table, for Kubeflow's page, for MLflow and for programs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skd_lib.config import TaskConfig, parse_section
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+
+
+def main(
+    summary_out: Annotated[Path, typer.Option(help="Where the table goes: Markdown.")],
+    summary_json_out: Annotated[Path, typer.Option(help="Where the figures go: JSON.")],
+    run_name: Annotated[str, typer.Option(help="Name of the run.")] = "",
+    task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
+    teacher_base: Annotated[str, typer.Option(help="Scores of the teacher as it came: JSON of step `evaluate`.")] = "",
+    teacher: Annotated[str, typer.Option(help="Scores of the fine-tuned teacher.")] = "",
+    student_before: Annotated[str, typer.Option(help="Scores of the student before distillation.")] = "",
+    student_after: Annotated[str, typer.Option(help="Scores of the student after distillation.")] = "",
+    specdec_before: Annotated[
+        str, typer.Option(help="The student as draft before distillation: JSON of step `specdec_benchmark`.")
+    ] = "",
+    specdec_after: Annotated[str, typer.Option(help="The student as draft after distillation.")] = "",
+    distill_course: Annotated[
+        str, typer.Option(help="Course of the training: JSON with steps, rejection_rate, validation_steps, ...")
+    ] = "",
+    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
+    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+) -> None:
+    """Put the figures of evaluation and benchmark together; what was not measured may be left out.
+
+    The headline figures (`student_after_chrf`, `speedup_after`, ...) go to the pipeline's MLflow run, so that runs can
+    be compared there. Output parameter `summary`: the content of the JSON file.
+    """
+    from rich.console import Console
+
+    from skd_lib.report.render import render, to_markdown
+    from skd_lib.report.summary import Course, Moment, Role, Scores, Specdec, build_summary
+    from skd_lib.storage import write_text_atomic
+    from skd_lib.tracking.runs import step_run
+
+    task = parse_section(TaskConfig, task_config, where="--task-config")
+    given: dict[Role, str] = {
+        "teacher_base": teacher_base,
+        "teacher": teacher,
+        "student_before": student_before,
+        "student_after": student_after,
+    }
+    scores = {role: parse_section(Scores, text, where=_option(role)) for role, text in given.items() if _there(text)}
+    drafts: dict[Moment, str] = {"before": specdec_before, "after": specdec_after}
+    specdec = {
+        moment: parse_section(Specdec, text, where=f"--specdec-{moment}")
+        for moment, text in drafts.items()
+        if _there(text)
+    }
+    course = parse_section(Course, distill_course or "{}", where="--distill-course")
+    io = StepIO(executor_input, {"page": summary_out, "summary_json": summary_json_out})
+
+    with step_run(step="report", tracking_uri=tracking_uri, experiment=experiment, run_name=run_name or None) as run:
+        summary = build_summary(
+            task_metric=task.metrics[0],
+            scores=scores,
+            specdec=specdec,
+            course=course,
+            run_name=run_name,
+            pipeline_run_id=os.environ.get("KFP_RUN_ID", ""),
+            mlflow_run_id=run.parent.run_id,
+        )
+        markdown = to_markdown(summary)
+        write_text_atomic(summary_out, markdown)
+        summary.write(summary_json_out)
+        run.parent.log_metrics(summary.headline())
+        run.parent.set_tags({f"signature.{name}": text for name, text in summary.signatures.items()})
+        run.parent.log_text(summary.to_json(), "summary.json")
+        run.parent.log_text(markdown, "summary.md")
+    Console().print(render(summary))
+
+    io.metadata("summary_json", **summary.headline())
+    io.parameter("summary", summary.to_dict())
+    io.write()
+
+
+def _there(text: str) -> bool:
+    return text.strip() not in ("", "{}", "null")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,123 @@
+"""What every step shares: its outputs in KFP's executor-output format, and how it fails.
+
+A step is a plain command line. Under Kubeflow it also gets `--executor-input '{{$}}'`, KFP's description of the
+task, from which come the artifacts' URIs and the metadata that earlier steps left on their artifacts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from skd_lib import events
+from skd_lib.errors import SkdError
+from skd_lib.storage import write_text_atomic
+
+ExecutorInput = str
+EXECUTOR_INPUT_HELP = "KFP's executor input (JSON); set by the pipeline, leave it out by hand."
+
+
+class Switch(StrEnum):
+    """Yes or no as an option's value, which is how KFP passes one: `--option true`."""
+
+    true = "true"
+    false = "false"
+
+    def __bool__(self) -> bool:
+        return self is Switch.true
+
+
+class StepIO:
+    """The inputs' metadata and the outputs of one step.
+
+    Args:
+        executor_input: KFP's executor input as JSON; None when run by hand.
+        outputs: Name and local path of each output artifact.
+    """
+
+    def __init__(self, executor_input: str | None, outputs: Mapping[str, Path]) -> None:
+        self._task: dict[str, Any] = json.loads(executor_input) if executor_input else {}
+        self.paths = dict(outputs)
+        self._metadata: dict[str, dict[str, Any]] = {name: {} for name in outputs}
+        self._parameters: dict[str, Any] = {}
+        for path in self.paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def input_metadata(self, name: str) -> dict[str, Any]:
+        """Metadata an earlier step left on input artifact `name`; empty when run by hand."""
+        artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
+        return dict(artifacts[0].get("metadata", {})) if artifacts else {}
+
+    def input_uri(self, name: str, path: Path) -> str:
+        """URI of input artifact `name`; the local path when run by hand."""
+        artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
+        return str(artifacts[0]["uri"]) if artifacts else str(path.resolve())
+
+    def output_uri(self, name: str) -> str:
+        """URI under which output artifact `name` will be found after the step."""
+        return str(self._output_artifact(name)["uri"])
+
+    def metadata(self, name: str, **values: Any) -> None:
+        """Add metadata to output artifact `name`."""
+        self._metadata[name].update(values)
+
+    def metrics(self, name: str, values: Mapping[str, float]) -> None:
+        """Fill metrics artifact `name`. KFP shows numbers only."""
+        self._metadata[name].update({key: float(value) for key, value in values.items()})
+
+    def parameter(self, name: str, value: Any) -> None:
+        """Set output parameter `name`."""
+        self._parameters[name] = value
+
+    def write(self) -> Path:
+        """Write KFP's executor output: every output artifact with its URI and metadata, and the parameters.
+
+        Returns:
+            The file: where KFP wants it, else `executor_output.json` beside the first output artifact.
+        """
+        artifacts = {}
+        for name in self.paths:
+            artifact = self._output_artifact(name)
+            artifact["metadata"] = {**artifact.get("metadata", {}), **self._metadata[name]}
+            artifacts[name] = {"artifacts": [artifact]}
+        wanted = self._task.get("outputs", {}).get("outputFile")
+        default = next(iter(self.paths.values())).parent if self.paths else Path.cwd()
+        path = Path(wanted) if wanted else default / "executor_output.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, json.dumps({"artifacts": artifacts, "parameterValues": self._parameters}, indent=2))
+        return path
+
+    def _output_artifact(self, name: str) -> dict[str, Any]:
+        artifacts = self._task.get("outputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
+        return (
+            dict(artifacts[0]) if artifacts else {"name": name, "uri": str(self.paths[name].resolve()), "metadata": {}}
+        )
+
+
+def run_step(main: Callable[..., None]) -> None:
+    """Run a step's typer function: set up logging, and fail with the user's sentence rather than a stack of frames.
+
+    Exit codes: 0 done; 2 the user must mend something (`SkdError`); 1 anything else, with its traceback.
+    """
+    logging.basicConfig(
+        level=os.environ.get("SKD_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app.command()(main)
+    try:
+        app()
+    except SkdError as error:
+        events.emit("error", message=str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        events.emit("error", message=f"{type(error).__name__}: {error}")
+        raise

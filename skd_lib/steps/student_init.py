@@ -1,0 +1,132 @@
+"""Step `student_init`: make the student that distillation starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from skd_lib.config import StudentInitConfig, TaskConfig, parse_section
+from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.steps import fitting
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+
+
+def main(
+    teacher: Annotated[Path, typer.Option(help="Folder of the fine-tuned teacher, in Hugging Face layout.")],
+    data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Mode `sft` uses train_student and validation.")],
+    checkpoint_root: Annotated[str, typer.Option(help=fitting.CHECKPOINT_HELP)],
+    student_out: Annotated[Path, typer.Option(help="Folder for the student.")],
+    metrics_out: Annotated[Path, typer.Option(help=fitting.METRICS_HELP)],
+    student: Annotated[
+        str,
+        typer.Option(
+            help="Hub id (org/name or org/name@revision), local folder, gs:// URI or wheel:// reference of the "
+            "student; empty for mode `prune`, which cuts it from the teacher."
+        ),
+    ] = "",
+    config: Annotated[str, typer.Option(help="Section `student_init` of the run's config, as JSON.")] = "{}",
+    task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
+    seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
+    tracking_uri: Annotated[str, typer.Option(help=fitting.TRACKING_URI_HELP)] = "",
+    experiment: Annotated[str, typer.Option(help=fitting.EXPERIMENT_HELP)] = "skd",
+    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+) -> None:
+    """Make the student: as it is, fine-tuned on its own examples, or cut from the teacher.
+
+    - `as_is`: the student named by `--student`, unchanged.
+    - `sft`: the same, fine-tuned on the student's training examples.
+    - `prune`: the teacher without a contiguous block of middle layers.
+    """
+    settings = parse_section(StudentInitConfig, config, where="--config")
+    task = parse_section(TaskConfig, task_config, where="--task-config")
+    root = fitting.checkpoint_root(checkpoint_root)
+    if settings.mode == "prune" and student:
+        raise SkdError("mode `prune` cuts the student from the teacher", where="--student", hint="leave it out")
+    if settings.mode != "prune" and not student:
+        raise SkdError(f"mode `{settings.mode}` needs a student", where="--student", hint="name a model")
+    io = StepIO(executor_input, {"initial_student": student_out, "metrics": metrics_out})
+
+    from skd_lib.models.card import Lineage, model_card
+    from skd_lib.models.loading import check_model_folder, load_tokenizer, weights_digest
+    from skd_lib.models.references import LocalFolder, parse_reference, resolve_model
+    from skd_lib.models.student_init import prune_layers
+    from skd_lib.models.vocabulary import check_compatible
+    from skd_lib.steps.import_model import import_folder
+    from skd_lib.tracking.runs import step_run
+
+    check_model_folder(teacher)
+    teacher_reference = str(io.input_metadata("teacher").get("reference") or io.input_uri("teacher", teacher))
+    base = student
+    if settings.mode == "prune":
+        base = f"{teacher_reference}, first {settings.keep_first} and last {settings.keep_last} layers"
+    metadata: dict[str, Any] = {
+        "reference": base,
+        "base_student": base,
+        "student_init": settings.mode,
+        "teacher": teacher_reference,
+        "teacher_weights_sha256": fitting.input_digest(io, "teacher", teacher),
+        "code_version": fitting.code_version(),
+    }
+    params = {"seed": seed, "student": base, "student_init": settings.model_dump(mode="json", exclude_none=True)}
+    figures: dict[str, float] = {"steps": 0}
+    with step_run(step="student_init", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+        if settings.mode == "prune":
+            assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated
+            whole = fitting.load_frozen(teacher)
+            cut = prune_layers(whole, settings.keep_first, settings.keep_last)
+            lineage = Lineage(base=base, method="prune", code_version=fitting.code_version())
+            card = model_card("Student, cut from its teacher", lineage)
+            metadata["weights_sha256"] = fitting.save_trained(cut, load_tokenizer(teacher), student_out, card)
+            figures["layers"] = settings.keep_first + settings.keep_last
+        else:
+            folder = resolve_model(student)
+            if problems := check_compatible(teacher, folder):
+                raise SkdErrors(problems)
+            digest = weights_digest(folder)
+            if settings.mode == "as_is":
+                # A user's own folder may be written to again; caches never change what they hold.
+                import_folder(folder, student_out, link=not isinstance(parse_reference(student), LocalFolder))
+                metadata["weights_sha256"] = digest
+            else:
+                from skd_lib.data.prepared import PreparedData
+
+                prepared = PreparedData.load(data)
+                fit = fitting.Fit(
+                    step="student_init",
+                    method="sft",
+                    split="train_student",
+                    training=settings.training,
+                    distill=None,
+                    task=task,
+                    seed=seed,
+                    checkpoint_root=root,
+                    weights={"student": digest},
+                )
+                model, tokenizer = fitting.load_trainable(folder), load_tokenizer(folder)
+                result, figures = fit.run(model, None, tokenizer, prepared, io.input_uri("data", data), run)
+                if not fitting.is_main_process():
+                    return
+                lineage = Lineage(
+                    base=base,
+                    method="sft",
+                    data_fingerprint=prepared.fingerprint,
+                    code_version=fitting.code_version(),
+                    settings=fitting.training_facts(settings.training, result),
+                )
+                card = model_card("Student, fine-tuned on the task", lineage)
+                metadata["weights_sha256"] = fitting.save_trained(model, tokenizer, student_out, card)
+                metadata["base_weights_sha256"] = digest
+                metadata["data_fingerprint"] = prepared.fingerprint
+        fitting.write_figures(metrics_out, io, figures, run)
+        run.set_tags({"model_uri": io.output_uri("initial_student"), **metadata})
+
+    io.metadata("initial_student", **metadata)
+    io.write()
+    if settings.mode == "sft":
+        fit.remove_checkpoints(prepared)
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,98 @@
+"""Step `teacher_sft`: fine-tune the teacher on the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skd_lib.config import TaskConfig, TeacherSftConfig, parse_section
+from skd_lib.steps import fitting
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+
+
+def main(
+    teacher: Annotated[Path, typer.Option(help="Folder of the teacher, in Hugging Face layout.")],
+    data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Its train_teacher and validation splits are used.")],
+    checkpoint_root: Annotated[str, typer.Option(help=fitting.CHECKPOINT_HELP)],
+    teacher_out: Annotated[Path, typer.Option(help="Folder for the fine-tuned teacher.")],
+    metrics_out: Annotated[Path, typer.Option(help=fitting.METRICS_HELP)],
+    config: Annotated[str, typer.Option(help="Section `teacher_sft` of the run's config, as JSON.")] = "{}",
+    task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
+    seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
+    tracking_uri: Annotated[str, typer.Option(help=fitting.TRACKING_URI_HELP)] = "",
+    experiment: Annotated[str, typer.Option(help=fitting.EXPERIMENT_HELP)] = "skd",
+    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+) -> None:
+    """Fine-tune the teacher on the task's training examples, and keep the weights of the lowest validation loss.
+
+    With `enabled: false` in its section the teacher is passed on as it is.
+    """
+    settings = parse_section(TeacherSftConfig, config, where="--config")
+    task = parse_section(TaskConfig, task_config, where="--task-config")
+    root = fitting.checkpoint_root(checkpoint_root)
+    io = StepIO(executor_input, {"tuned_teacher": teacher_out, "metrics": metrics_out})
+
+    from skd_lib.models.card import Lineage, model_card
+    from skd_lib.models.loading import check_model_folder, load_tokenizer
+    from skd_lib.steps.import_model import import_folder
+    from skd_lib.tracking.runs import step_run
+
+    check_model_folder(teacher)
+    known = io.input_metadata("teacher")
+    reference = str(known.get("reference") or io.input_uri("teacher", teacher))
+    digest = fitting.input_digest(io, "teacher", teacher)
+    params = {"seed": seed, "teacher": reference, "teacher_sft": settings.model_dump(mode="json")}
+    with step_run(step="teacher_sft", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+        if not settings.enabled:
+            import_folder(teacher, teacher_out, link=True)
+            metadata = {**known, "weights_sha256": digest, "reference": reference}
+            fitting.write_figures(metrics_out, io, {"steps": 0}, run)
+        else:
+            from skd_lib.data.prepared import PreparedData
+
+            prepared = PreparedData.load(data)
+            fit = fitting.Fit(
+                step="teacher_sft",
+                method="sft",
+                split="train_teacher",
+                training=settings.training,
+                distill=None,
+                task=task,
+                seed=seed,
+                checkpoint_root=root,
+                weights={"teacher": digest},
+            )
+            model, tokenizer = fitting.load_trainable(teacher), load_tokenizer(teacher)
+            result, figures = fit.run(model, None, tokenizer, prepared, io.input_uri("data", data), run)
+            if not fitting.is_main_process():
+                return
+            lineage = Lineage(
+                base=reference,
+                method="sft",
+                data_fingerprint=prepared.fingerprint,
+                code_version=fitting.code_version(),
+                settings=fitting.training_facts(settings.training, result),
+            )
+            card = model_card("Teacher, fine-tuned on the task", lineage)
+            metadata = {
+                **known,
+                "weights_sha256": fitting.save_trained(model, tokenizer, teacher_out, card),
+                "reference": reference,
+                "base_weights_sha256": digest,
+                "method": "sft",
+                "data_fingerprint": prepared.fingerprint,
+                "code_version": lineage.code_version,
+            }
+            fitting.write_figures(metrics_out, io, figures, run)
+        run.set_tags({"model_uri": io.output_uri("tuned_teacher"), **metadata})
+
+    io.metadata("tuned_teacher", **metadata)
+    io.write()
+    if settings.enabled:
+        fit.remove_checkpoints(prepared)
+
+
+if __name__ == "__main__":
+    run_step(main)

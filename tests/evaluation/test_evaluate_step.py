@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from skd_lib.config import DataConfig, EvaluationConfig, FilesSource, TaskConfig
+from skd_lib.data.examples import make_example
+from skd_lib.data.prepared import PreparedData, prepare
+from skd_lib.errors import SkdError
+from skd_lib.evaluation.evaluate import evaluate
+from skd_lib.evaluation.metrics import measure
+from skd_lib.evaluation.predictions import read_predictions
+from skd_lib.models.loading import load_model
+from skd_lib.steps.evaluate import Role, main
+from tests.conftest import SaveTinyModel
+
+VERBS = "open close save delete print share rename move copy paste undo redo find replace select"
+TASK: dict[str, Any] = {"max_new_tokens": 12, "stop": ["\n"], "metrics": ["chrf", "bleu", "rougeL"]}
+CONFIG = {"batch_size": 4, "bootstrap_samples": 100}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyModel) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("data"))
+
+
+def prepared(folder: Path) -> Path:
+    """A small data set, through the project's own preparation."""
+    words = VERBS.split()
+    rows = [{"source": f"{a} le {b}", "target": f"{a} the {b} now"} for a in words for b in words[:5]]
+    files = {}
+    for split, part in {"train": rows[:40], "validation": rows[40:50], "test": rows[50:62]}.items():
+        files[split] = folder / f"{split}.jsonl"
+        files[split].write_text("".join(json.dumps(row) + "\n" for row in part))
+    source = FilesSource(**{split: [str(path)] for split, path in files.items()})
+    prepare(DataConfig(source=source, near_duplicate_threshold=1), folder / "prepared", seed=0)
+    return folder / "prepared"
+
+
+def run(model: Path, data: Path, out: Path, **changes: Any) -> None:
+    settings: dict[str, Any] = {"config": json.dumps(CONFIG), "task_config": json.dumps(TASK), "seed": 1}
+    outputs: dict[str, Any] = {"predictions_out": out / "predictions.jsonl", "metrics_out": out / "metrics.json"}
+    main(model=model, data=data, role=Role.student_after, **(settings | outputs | changes))
+
+
+def test_outputs(model: Path, data: Path, tmp_path: Path) -> None:
+    run(model, data, tmp_path)
+    output = json.loads((tmp_path / "executor_output.json").read_text())
+    scores = output["parameterValues"]["scores"]
+    predictions = read_predictions(tmp_path / "predictions.jsonl")
+    examples = PreparedData.load(data).test
+
+    assert [row.id for row in predictions] == [example.id for example in examples]
+    assert [row.target for row in predictions] == [example.target for example in examples]
+    assert set(scores) == {"chrf", "bleu", "rougeL", "examples", "seconds"}
+    assert scores["examples"] == len(examples) == 12
+    measured = measure("chrf", [row.prediction for row in predictions], [row.target for row in predictions])
+    assert scores["chrf"]["score"] == pytest.approx(measured.score)
+    assert scores["chrf"]["low"] <= scores["chrf"]["score"] <= scores["chrf"]["high"]
+    assert scores["chrf"]["signature"] == measured.signature
+
+    metrics = output["artifacts"]["metrics"]["artifacts"][0]["metadata"]
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["chrf"] == scores["chrf"]["score"]
+    assert all(isinstance(value, (int, float)) for value in metrics.values())
+    assert 0 <= metrics["truncated_fraction"] <= 1
+    assert output["artifacts"]["predictions"]["artifacts"][0]["metadata"] == {"role": "student_after", "rows": 12}
+
+
+def test_same_seed_same_scores(model: Path, data: Path, tmp_path: Path) -> None:
+    results = []
+    for name, batch_size in (("first", 3), ("second", 12)):
+        run(model, data, tmp_path / name, config=json.dumps({**CONFIG, "batch_size": batch_size}))
+        scores = json.loads((tmp_path / name / "executor_output.json").read_text())["parameterValues"]["scores"]
+        results.append({metric: scores[metric] for metric in TASK["metrics"]})
+    assert results[0] == results[1]
+
+
+def test_tracked(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run(model, data, tmp_path, tracking_uri=uri, experiment="tests")
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'evaluate-student_after'")
+    assert len(found) == 1
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert found[0].info.status == "FINISHED"
+    assert found[0].data.metrics == pytest.approx(metrics)
+    assert found[0].data.params["skd/role"] == "student_after"
+    assert found[0].data.tags["signature.chrf"].startswith("chrF2|nrefs:1|")
+    assert found[0].inputs is not None
+    assert found[0].inputs.dataset_inputs[0].dataset.name == "test"
+    assert [file.path for file in client.list_artifacts(found[0].info.run_id)] == ["predictions.jsonl"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "skd_lib.steps.evaluate", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, "SKD_EVENTS": "1", "COLUMNS": "120"})
+
+
+def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
+    outputs = ["--predictions-out", str(tmp_path / "p.jsonl"), "--metrics-out", str(tmp_path / "m.json")]
+    done = command(
+        "--model", str(model), "--data", str(data), "--role", "teacher", "--config", json.dumps(CONFIG),
+        "--task-config", json.dumps(TASK), "--seed", "0", *outputs,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert '"done": 12, "total": 12' in done.stdout
+    assert len(read_predictions(tmp_path / "p.jsonl")) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"config": '{"batchsize": 1}'}, "--config, field `batchsize`: unknown field"),
+        ({"task_config": '{"metrics": ["rouge"]}'}, "--task-config, field `metrics.0`"),
+        ({"data": Path("/nowhere")}, "/nowhere"),
+        ({"model": Path("/nowhere")}, "/nowhere: no such folder"),
+        ({"task_config": json.dumps({**TASK, "metrics": ["accuracy"]})}, "the reference holds no number"),
+    ],
+)
+def test_mistakes_are_named(model: Path, data: Path, tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(SkdError) as caught:
+        run(**({"model": model, "data": data, "out": tmp_path} | changes))
+    assert complaint in str(caught.value)
+
+
+def test_no_examples(model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(SkdError, match="no predictions to score"):
+        evaluate(load_model(model, device="cpu"), tiny_tokenizer, [], TaskConfig(), EvaluationConfig())
+
+
+def test_help_is_quick_and_complete() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for option in ("--model", "--data", "--role", "--config", "--task-config", "--seed", "--predictions-out"):
+        assert option in done.stdout
+
+
+def test_surrogates_survive_the_whole_way(model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [make_example("open \ufffd", "broken \ud800 target"), make_example("close", "the door")]
+    config = EvaluationConfig(bootstrap_samples=100)
+    result = evaluate(load_model(model, device="cpu"), tiny_tokenizer, examples, TaskConfig(max_new_tokens=3), config)
+    assert result.scores["examples"] == 2

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig
+
+from skd_lib.models.loading import load_model, load_tokenizer, weights_digest
+from skd_lib.steps.import_model import import_folder, main
+from tests.conftest import SaveTinyModel
+
+
+@pytest.fixture
+def source(tmp_path: Path, save_tiny_model: SaveTinyModel) -> Path:
+    folder = save_tiny_model(tmp_path / "source")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "modeling.py").write_text("raise SystemExit")
+    (folder / "README.md").write_text("# upstream card")
+    GenerationConfig(do_sample=True, top_k=50, temperature=0.3, eos_token_id=[2, 3]).save_pretrained(folder)
+    return folder
+
+
+def test_step_hands_on_a_whole_model(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "model"
+    main(model=str(source), model_out=out)
+    assert not (out / "pytorch_model.bin").exists()
+    assert not (out / "modeling.py").exists()
+    assert (out / "README.md").read_text() == "# upstream card"
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 3]
+    assert not {"top_k", "temperature", "do_sample"} & set(generation)
+    load_tokenizer(out)
+    model = load_model(out, device="cpu")
+
+    written = json.loads((tmp_path / "out" / "executor_output.json").read_text())
+    (artifact,) = written["artifacts"]["model"]["artifacts"]
+    assert artifact["metadata"] == {
+        "weights_sha256": weights_digest(source),
+        "reference": str(source),
+        "num_parameters": sum(weight.numel() for weight in model.parameters()),
+        "vocab_size": 320,
+        "context_length": 512,
+    }
+
+
+def test_users_folder_is_copied_and_caches_are_linked(source: Path, tmp_path: Path) -> None:
+    weights = "model.safetensors"
+    main(model=str(source), model_out=tmp_path / "out" / "model")
+    assert not (tmp_path / "out" / "model" / weights).samefile(source / weights)
+    import_folder(source, tmp_path / "linked", link=True)
+    assert (tmp_path / "linked" / weights).samefile(source / weights)
+
+
+def test_links_in_the_hubs_cache_become_files(source: Path, tmp_path: Path) -> None:
+    blob = (source / "model.safetensors").rename(tmp_path / "blob")
+    (source / "model.safetensors").symlink_to(blob)
+    import_folder(source, tmp_path / "out", link=True)
+    assert not (tmp_path / "out" / "model.safetensors").is_symlink()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == blob.read_bytes()
+
+
+def test_without_hard_links_it_copies(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_paths: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    import_folder(source, tmp_path / "out", link=True)
+    assert weights_digest(tmp_path / "out") == weights_digest(source)
+
+
+def test_code_is_taken_along_only_when_asked_for(source: Path, tmp_path: Path) -> None:
+    import_folder(source, tmp_path / "out", link=True, code=True)
+    assert (tmp_path / "out" / "modeling.py").is_file()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "skd_lib.steps.import_model"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "wheel://" in shown
+    failed = subprocess.run(
+        [*command, "--model", str(tmp_path / "none"), "--model-out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert failed.returncode == 2
+    assert "no such folder" in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skd_lib.errors import SkdError
+from skd_lib.sampling.engine import Sampler
+from skd_lib.steps.specdec_benchmark import Role, main
+from tests.conftest import SaveTinyModel
+from tests.evaluation.test_evaluate_step import prepared
+
+CONFIG = {"examples": 4, "gamma": 3, "repeats": 1}
+TASK = {"max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyModel) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("specdec")
+    return {
+        "teacher": save_tiny_model(root / "teacher"),
+        "draft": save_tiny_model(root / "draft", seed=1, layers=1),
+        "data": prepared(root),
+    }
+
+
+def run(folders: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        **folders,
+        "role": Role.after,
+        "config": json.dumps(CONFIG),
+        "task_config": json.dumps(TASK),
+        "metrics_out": out / "metrics.json",
+    }
+    main(**(arguments | changes))
+    output: dict[str, Any] = json.loads((out / "executor_output.json").read_text())
+    return output
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -> None:
+    output = run(folders, tmp_path, config=json.dumps({**CONFIG, "temperature": temperature}))
+    result = output["parameterValues"]["result"]
+    assert result["prompts"] == 4
+    assert result["temperature"] == temperature
+    assert 0 <= result["acceptance_rate"] <= 1
+    assert result["speedup"] > 0
+    assert output["artifacts"]["metrics"]["artifacts"][0]["metadata"] == result
+    assert json.loads((tmp_path / "metrics.json").read_text()) == result
+
+
+def test_a_teacher_drafting_for_itself(folders: dict[str, Path], tmp_path: Path) -> None:
+    result = run(folders | {"draft": folders["teacher"]}, tmp_path)["parameterValues"]["result"]
+    assert result["acceptance_rate"] == 1
+
+
+def test_a_sampler_that_is_wrong_fails_the_step(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Sampler.sample
+
+    def wrong(self: Sampler, *args: Any) -> Any:
+        samples = sample(self, *args)
+        if self.rule.name == "lossless":
+            samples.tokens_BT[:, 0] = (samples.tokens_BT[:, 0] + 1) % 320
+        return samples
+
+    monkeypatch.setattr(Sampler, "sample", wrong)
+    with pytest.raises(SkdError, match="prompt 0, response position 0"):
+        run(folders, tmp_path)
+    assert not (tmp_path / "executor_output.json").exists()
+
+
+def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    output = run(folders, tmp_path, tracking_uri=uri, experiment="tests", role=Role.before)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'specdec_benchmark-before'")
+    assert found[0].data.metrics == pytest.approx(output["parameterValues"]["result"])
+    assert found[0].inputs is not None
+    assert found[0].inputs.dataset_inputs[0].dataset.name == "test"

@@ -1,0 +1,150 @@
+"""What a wrong configuration is told: the file, the field, what is wrong with it and what to do."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from skd_lib.config import DataConfig, RunConfig, load_config, parse_section
+from skd_lib.errors import SkdError, SkdErrors
+
+GOOD: dict[str, Any] = {
+    "name": "my-run",
+    "teacher": "org/teacher",
+    "student": "org/student",
+    "data": {"source": {"type": "files", "train": ["train.jsonl"]}},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The good configuration with one field set, e.g. `task.prompt`; None removes it."""
+    config = copy.deepcopy(GOOD)
+    *sections, name = path.split(".")
+    holder = config
+    for section in sections:
+        holder = holder.setdefault(section, {})
+    if value is None:
+        del holder[name]
+    else:
+        holder[name] = value
+    return config
+
+
+def errors_of(config: dict[str, Any]) -> list[SkdError]:
+    with pytest.raises(SkdErrors) as caught:
+        parse_section(RunConfig, config, where="run.yaml")
+    return caught.value.errors
+
+
+def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"distill": {"training": {"learning_rate": "1e-4"}}}), encoding="utf-8")
+    config = load_config(path)
+    assert config.name == "my-run"
+    assert (config.distill.method, config.distill.sampling.top_k, config.distill.sampling.gamma) == ("skd", 25, 5)
+    assert config.distill.training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "what", "hint"),
+    [
+        ("nmae", "x", "nmae", "unknown field", "did you mean `name`?"),
+        ("distill.training.learning_rat", 1, "distill.training.learning_rat", "unknown field", "`learning_rate`"),
+        ("distill.sampling.student.beam", 1, "distill.sampling.student.beam", "unknown field", "temperature, top_p"),
+        ("data.source.trian", ["a"], "data.source.trian", "unknown field", "did you mean `train`?"),
+        ("data.source.train", None, "data.source.train", "required", "add it"),
+        ("data.source.columns.sorce", "a", "data.source.columns.sorce", "unknown field", "did you mean `source`?"),
+        ("data.source.type", None, "data.source.type", "required", "`files`, `hub`, `gettext`"),
+        ("data.source.type", "sql", "data.source.type", "unknown type 'sql'", "`files`, `hub`, `gettext`"),
+        ("data.source.train", [], "data.source.train", "at least 1 item", ""),
+        ("data.source.train", "a.jsonl", "data.source.train", "valid list, got 'a.jsonl'", ""),
+        ("data", None, "data", "required", "add it"),
+        ("teacher", None, "teacher", "required", "local folder"),
+        ("name", "My Run", "name", "got 'My Run'", "lower case, digits and dashes"),
+        ("seed", 1.5, "seed", "integer", ""),
+        ("seed", "one", "seed", "integer", ""),
+        ("distill.method", "gkd", "distill.method", "'supervised_kd'", ""),
+        (
+            "distill.sampling.gamma",
+            0,
+            "distill.sampling.gamma",
+            "greater than or equal to 1, got 0",
+            "per teacher call",
+        ),
+        ("distill.sampling.student.top_p", 0, "distill.sampling.student.top_p", "greater than 0", "Nucleus"),
+        ("distill", 3, "distill", "valid dictionary", ""),
+        ("task.prompt", "no place", "task.prompt", "must contain {source}", ""),
+        ("task.metrics", ["chrf", "f1"], "task.metrics.1", "got 'f1'", ""),
+        ("student_init", {"mode": "prune"}, "student_init", "needs both keep_first and keep_last", ""),
+        ("student_init", {"mode": "prune", "keep_first": 2}, "student_init", "needs both", ""),
+        ("student_init", {"keep_first": 2}, "student_init", "belong to mode `prune`, not to `as_is`", ""),
+    ],
+)
+def test_a_wrong_field_is_named(path: str, value: Any, field: str, what: str, hint: str) -> None:
+    (error,) = errors_of(changed(path, value))
+    assert error.where == f"run.yaml, field `{field}`"
+    assert what in error.what
+    assert hint in error.hint
+
+
+def test_a_long_wrong_value_is_shortened() -> None:
+    (error,) = errors_of(changed("seed", "x" * 10_000))
+    assert len(str(error)) < 300
+
+
+def test_everything_wrong_is_told_at_once() -> None:
+    config = changed("task.prompt", "no place") | {"seed": -1, "nmae": "x"}
+    del config["teacher"]
+    fields = {error.where.removeprefix("run.yaml, field ") for error in errors_of(config)}
+    assert fields == {"`task.prompt`", "`seed`", "`nmae`", "`teacher`"}
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (changed("student", None), "student: needed for `student_init.mode: as_is`"),
+        (changed("student_init", {"mode": "prune", "keep_first": 1, "keep_last": 1}), "student: leave it out"),
+    ],
+)
+def test_the_student_is_named_or_cut_but_not_both(config: dict[str, Any], what: str) -> None:
+    (error,) = errors_of(config)
+    assert error.where == "run.yaml"
+    assert what in error.what
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"name: [unclosed", "not a YAML file"),
+        (b"\xff\xfe\x00", "not a YAML file"),
+        (b"- a\n- b\n", "must be a mapping"),
+        (b"", "must be a mapping"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SkdError, match=what) as caught:
+        load_config(path)
+    assert caught.value.where == str(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    with pytest.raises(SkdError, match="No such file") as caught:
+        load_config(path)
+    assert caught.value.where == str(path)
+    assert caught.value.hint
+
+
+def test_a_section_is_parsed_from_json_in_which_all_numbers_are_floats() -> None:
+    text = json.dumps(GOOD["data"] | {"student_examples": 100.0})
+    assert parse_section(DataConfig, text, where="--data-config").student_examples == 100
+    with pytest.raises(SkdError, match="not JSON") as caught:
+        parse_section(DataConfig, "{", where="--data-config")
+    assert caught.value.where == "--data-config"

