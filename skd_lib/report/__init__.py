@@ -1,0 +1,1 @@
+"""The results of one run, for a person and for a program."""

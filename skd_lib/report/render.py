@@ -1,0 +1,242 @@
+"""A run's summary for people: a table in the terminal, and Markdown for Kubeflow's page."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TypeVar
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from skd_lib.report.summary import Course, Role, Specdec, Summary
+
+ROLE_NAMES: dict[Role, str] = {
+    "teacher_base": "teacher base",
+    "teacher": "teacher",
+    "student_before": "student before",
+    "student_after": "student after",
+}
+METRIC_NAMES = {"chrf": "chrF", "bleu": "BLEU", "rougeL": "ROUGE-L", "accuracy": "accuracy"}
+# Below this share of replaced tokens SKD is hardly more than on-policy distillation, which the reader should know.
+FEW_REPLACED = 0.01
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARKLINE_WIDTH = 24
+_DRAFT_COLUMNS = ("accepted", "tokens/teacher call", "speed-up", "teacher's own output")
+T = TypeVar("T")
+
+
+def render(summary: Summary) -> RenderableType:
+    """Everything a person wants to know at the end of a run, to be printed by a `rich` console."""
+    parts: list[RenderableType] = [_models_table(summary)]
+    if summary.signatures:
+        parts += [Padding(Text(line, style="dim"), (0, 2)) for line in _signature_lines(summary)] + [Text()]
+    if summary.specdec:
+        parts.append(_specdec_table(summary))
+    parts += [Padding(line, (0, 2)) for line in _course_texts(summary.course)]
+    if summary.seconds:
+        parts += [Text(), _seconds_table(summary.seconds)]
+    return Group(*parts)
+
+
+def to_markdown(summary: Summary) -> str:
+    """The same as Markdown."""
+    metrics = _metrics(summary)
+    lines = [f"# {summary.run_name or 'Results'}", "", "## Quality on the test set", ""]
+    lines += _markdown_table(
+        ["model", *(f"{METRIC_NAMES.get(name, name)} (95 % interval)" for name in metrics), "examples"],
+        [
+            [ROLE_NAMES[role], *(_score(summary, role, name) for name in metrics), str(summary.examples.get(role, ""))]
+            for role in summary.models
+        ],
+    )
+    lines += ["", *(f"- {line}" for line in [*_gap_lines(summary), *_signature_lines(summary)])]
+    if summary.specdec:
+        lines += ["", "## The student as draft of the teacher", ""]
+        lines += _markdown_table(
+            ["distillation", *_DRAFT_COLUMNS],
+            [[moment, *_draft_cells(draft)] for moment, draft in summary.specdec.items()],
+        )
+        lines += ["", _draft_setting(summary)]
+    course = _course_texts(summary.course)
+    if course:
+        lines += ["", "## Course of the distillation", "", *(f"- {text.plain}" for text in course)]
+    if summary.seconds:
+        lines += ["", "## Time", ""]
+        lines += _markdown_table(
+            ["step", "time"], [[step, duration(seconds)] for step, seconds in _rows_of_seconds(summary.seconds)]
+        )
+    return "\n".join(lines) + "\n"
+
+
+def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
+    """Values as a line of bars, from 0 to their maximum; more than `width` of them are averaged in groups."""
+    groups = _groups(values, width)
+    top = max((fmean(group) for group in groups), default=0.0)
+    scale = (len(_BARS) - 1) / top if top > 0 else 0.0
+    return "".join(_BARS[round(max(fmean(group), 0.0) * scale)] for group in groups)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 4.2 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _models_table(summary: Summary) -> Table:
+    table = _table("Quality on the test set (95 % interval)")
+    table.add_column("model", no_wrap=True)
+    for name in _metrics(summary):
+        table.add_column(METRIC_NAMES.get(name, name), justify="right", no_wrap=True)
+    table.add_column("examples", justify="right", style="dim")
+    for role in summary.models:
+        cells = [_score(summary, role, name) for name in _metrics(summary)]
+        style = "bold green" if role == "student_after" else ""
+        table.add_row(ROLE_NAMES[role], *cells, str(summary.examples.get(role, "")), style=style)
+    gap = _gap_lines(summary)
+    table.caption = "\n".join(gap) if gap else None
+    return table
+
+
+def _specdec_table(summary: Summary) -> Table:
+    table = _table("The student as draft of the teacher (speculative decoding)")
+    table.add_column("distillation", no_wrap=True)
+    for name in _DRAFT_COLUMNS[:-1]:
+        table.add_column(name, justify="right")
+    table.add_column(_DRAFT_COLUMNS[-1], style="dim")
+    for moment, draft in summary.specdec.items():
+        table.add_row(moment, *_draft_cells(draft), style="bold green" if moment == "after" else "")
+    table.caption = _draft_setting(summary)
+    return table
+
+
+def _seconds_table(seconds: dict[str, float]) -> Table:
+    table = _table("Time")
+    table.add_column("step", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("", style="cyan", no_wrap=True)
+    longest = max(seconds.values())
+    for step, value in _rows_of_seconds(seconds):
+        total = step == "total"
+        bar = "" if total or longest <= 0 else "█" * round(30 * value / longest)
+        table.add_row(step, duration(value), bar, style="bold" if total else "")
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=True,
+    )
+
+
+def _metrics(summary: Summary) -> list[str]:
+    """The task's metric first, then the others as they were measured."""
+    names = dict.fromkeys(name for scores in summary.models.values() for name in scores)
+    return sorted(names, key=lambda name: name != summary.task_metric)
+
+
+def _score(summary: Summary, role: Role, metric: str) -> str:
+    score = summary.models[role].get(metric)
+    if score is None:
+        return ""
+    interval = summary.intervals.get(role, {}).get(metric)
+    return f"{score:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+
+
+def _draft_cells(draft: Specdec) -> list[str]:
+    return [
+        f"{draft.acceptance_rate:.1%}",
+        f"{draft.tokens_per_teacher_call:.2f}",
+        f"{draft.speedup:.2f}x",
+        _same_output(draft),
+    ]
+
+
+def _draft_setting(summary: Summary) -> str:
+    """How it was measured; before and after are measured alike."""
+    draft = next(iter(summary.specdec.values()))
+    setting = [] if draft.gamma is None else [f"{draft.gamma} tokens drafted a time"]
+    if draft.temperature is not None:
+        setting.append("greedy" if draft.temperature == 0 else f"temperature {draft.temperature:g}")
+    return ", ".join([*setting, "speed-up over the teacher alone in the same process"])
+
+
+def _same_output(draft: Specdec) -> str:
+    if draft.temperature:
+        return "in distribution"
+    if draft.mismatches:
+        return f"NO: {draft.mismatches} differ"
+    return f"yes, bar {draft.ties} rounding tie{'s' if draft.ties > 1 else ''}" if draft.ties else "yes"
+
+
+def _gap_lines(summary: Summary) -> list[str]:
+    """How much of the way from the untrained student to the teacher the distillation went."""
+    metric = summary.task_metric
+    needed: tuple[Role, ...] = ("teacher", "student_before", "student_after")
+    teacher, before, after = (summary.models.get(role, {}).get(metric) for role in needed)
+    if teacher is None or before is None or after is None or teacher <= before:
+        return []
+    share = (after - before) / (teacher - before)
+    name = METRIC_NAMES.get(metric, metric)
+    return [
+        f"Distillation closed {share:.0%} of the gap to the teacher: "
+        f"{name} {before:.1f} -> {after:.1f}, the teacher has {teacher:.1f}."
+    ]
+
+
+def _signature_lines(summary: Summary) -> list[str]:
+    return [f"{METRIC_NAMES.get(name, name)}: {signature}" for name, signature in summary.signatures.items()]
+
+
+def _course_texts(course: Course) -> list[Text]:
+    texts = []
+    rates = course.rejection_rate
+    if rates:
+        groups = _groups(rates, 8)
+        over = f" over {course.steps[-1]} steps" if course.steps else ""
+        figures = f" {fmean(groups[0]):.3f} -> {fmean(groups[-1]):.3f}{over} (share of drafts the teacher replaced)"
+        texts.append(Text.assemble("Rejection rate  ", (sparkline(rates), "cyan"), figures))
+        # Exactly 0 throughout is on-policy distillation, asked for as such.
+        if 0 < fmean(rates) < FEW_REPLACED:
+            warning = (
+                f"The teacher replaced only {fmean(rates):.2%} of the drafts: this is close to on-policy distillation. "
+                "A smaller top_k lets it correct more."
+            )
+            texts.append(Text(warning, style="yellow"))
+    losses = course.validation_loss
+    if losses:
+        best = min(range(len(losses)), key=losses.__getitem__)
+        at = f" at step {course.validation_steps[best]}" if best < len(course.validation_steps) else ""
+        figures = f" {losses[0]:.3f} -> {losses[-1]:.3f} (best {losses[best]:.3f}{at})"
+        texts.append(Text.assemble("Validation loss ", (sparkline(losses), "cyan"), figures))
+    return texts
+
+
+def _rows_of_seconds(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    rows = list(seconds.items())
+    return rows if "total" in seconds else [*rows, ("total", sum(seconds.values()))]
+
+
+def _groups(values: Sequence[T], count: int) -> list[Sequence[T]]:
+    """Values in at most `count` groups of nearly equal size, in order."""
+    count = min(count, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)] if count else [0]
+    return [values[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    ruler = ["---", *("---:" for _ in header[1:])]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, ruler, *rows]]

@@ -1,0 +1,192 @@
+"""The registered students: one version for each set of weights, found again by their digest.
+
+A version points at the weights by URI; the weights themselves are never sent through the tracking server. The alias
+`challenger` is the student registered last, `champion` the best one that passed the gate. Everything the gate and a
+reader need stands in the version's tags: lineage, the task's scores and the figures as a draft.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from skd_lib.errors import SkdError
+from skd_lib.tracking.client import brief, connect, is_local_store, unanswered
+from skd_lib.tracking.gate import Candidate
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_ATTEMPTS = 4
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+DIGEST_TAG = "weights_sha256"
+URI_TAG = "weights_uri"
+FIGURE_PREFIX = "figure."
+FINGERPRINT_TAG = "data_fingerprint"
+PIPELINE_RUN_TAG = "pipeline_run_id"
+
+
+def register(
+    *,
+    tracking_uri: str,
+    model_name: str,
+    student_uri: str,
+    weights_sha256: str,
+    run_id: str,
+    promote: bool,
+    figures: Mapping[str, float],
+    tags: Mapping[str, str],
+    description: str = "",
+) -> str:
+    """Register a student, or find the version that has these very weights, and set the aliases.
+
+    Idempotent, and safe when two processes register the same weights: versions are numbered in the order in which
+    they are made, so the later of two sees the earlier and withdraws. Tags are those of the latest call.
+
+    Args:
+        tracking_uri: Store of the registry.
+        model_name: Registered model; created if missing.
+        student_uri: Where the weights are: `gs://...` or a local path.
+        weights_sha256: Their digest.
+        run_id: MLflow run shown as the version's source.
+        promote: Whether to make it the champion.
+        figures: Scores and draft figures, kept as tags `figure.NAME` for the gate of later runs.
+        tags: Lineage; empty values are left out.
+        description: Shown on the version's page.
+
+    Returns:
+        The version.
+
+    Raises:
+        SkdError: the registry refused or did not answer.
+    """
+    numbers = {FIGURE_PREFIX + name: repr(float(value)) for name, value in figures.items()}
+    lineage = {name: value for name, value in tags.items() if value}
+    wanted = {**lineage, **numbers, DIGEST_TAG: weights_sha256, URI_TAG: student_uri}
+
+    def work(client: MlflowClient) -> str:
+        _ensure_model(client, model_name)
+        version = _find(client, model_name, weights_sha256)
+        if version is None:
+            source = _source(client, tracking_uri, student_uri, weights_sha256, run_id)
+            created = client.create_model_version(
+                model_name, source, run_id=run_id or None, tags=wanted, description=description or None
+            )
+            version = _find(client, model_name, weights_sha256) or str(created.version)
+            if version != str(created.version):
+                client.delete_model_version(model_name, str(created.version))
+        present = client.get_model_version(model_name, version).tags
+        for name, value in wanted.items():
+            if present.get(name) != value:
+                client.set_model_version_tag(model_name, version, name, value)
+        client.set_registered_model_alias(model_name, CHALLENGER, version)
+        if promote:
+            client.set_registered_model_alias(model_name, CHAMPION, version)
+        return version
+
+    return _ask(tracking_uri, model_name, work)
+
+
+def champion(*, tracking_uri: str, model_name: str) -> Candidate | None:
+    """The registered champion with the figures it was registered with; None if there is none.
+
+    Raises:
+        SkdError: the registry does not answer: a gate that cannot see the champion must not open.
+    """
+
+    def work(client: MlflowClient) -> Candidate | None:
+        version = _aliased(client, model_name, CHAMPION)
+        if version is None:
+            return None
+        numbers = {
+            name.removeprefix(FIGURE_PREFIX): float(value)
+            for name, value in version.tags.items()
+            if name.startswith(FIGURE_PREFIX)
+        }
+        return Candidate(
+            figures=numbers,
+            version=str(version.version),
+            pipeline_run_id=version.tags.get(PIPELINE_RUN_TAG, ""),
+            data_fingerprint=version.tags.get(FINGERPRINT_TAG, ""),
+        )
+
+    return _ask(tracking_uri, model_name, work)
+
+
+def _ask(tracking_uri: str, model_name: str, work: Callable[[MlflowClient], T]) -> T:
+    """Do `work`, several times if need be: of two processes that set one new alias at once, one is refused.
+
+    So `work` must find again what it did before.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return work(connect(tracking_uri))
+        except SkdError:
+            raise
+        except unanswered() as error:
+            if attempt == _ATTEMPTS:
+                raise SkdError(
+                    f"the MLflow registry refused or did not answer: {brief(error)}",
+                    where=f"registered model `{model_name}` at `{tracking_uri}`",
+                    hint="check the tracking store and run the step again; what was registered already is found again",
+                ) from error
+            log.info("the MLflow registry refused or did not answer, trying again: %s", brief(error))
+            time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
+    raise AssertionError("unreachable")
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(
+            name, description="Students distilled from a teacher, by speculative knowledge distillation."
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:
+    """The oldest version with these weights."""
+    quote = '"' if "'" in name else "'"
+    found = client.search_model_versions(f"name = {quote}{name}{quote} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
+    return str(min(int(version.version) for version in found)) if found else None
+
+
+def _aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        # No such model, or a model without this alias: for the second MLflow has no code of its own.
+        no_alias = error.error_code == "INVALID_PARAMETER_VALUE" and "not found" in str(error)
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST" or no_alias:
+            return None
+        raise
+
+
+def _source(client: MlflowClient, tracking_uri: str, student_uri: str, weights_sha256: str, run_id: str) -> Any:
+    """What to register as the version's source.
+
+    A tracking server refuses a path of this machine that is not among the run's own artifacts, with reason: nobody
+    else could read it. There the run gets a small file that says where the weights are, and the version points at it.
+    """
+    remote = "://" in student_uri and not student_uri.startswith("file://")
+    if remote or is_local_store(tracking_uri) or not run_id:
+        return student_uri
+    log.warning(
+        "%s is a path of this machine, which a tracking server cannot serve: the registered version points at a note "
+        "of it. Keep artifacts in object storage to share students.",
+        student_uri,
+    )
+    client.log_dict(run_id, {"weights_uri": student_uri, "weights_sha256": weights_sha256}, "student/weights.json")
+    return f"runs:/{run_id}/student"

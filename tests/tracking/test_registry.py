@@ -1,0 +1,98 @@
+"""The registry in a real MLflow store: one version for each set of weights, aliases, figures for the next gate."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from skd_lib.errors import SkdError
+from skd_lib.tracking.registry import champion, register
+from skd_lib.tracking.runs import step_run
+
+from .conftest import EXPERIMENT
+
+MODEL = "it's a student"  # a quote in the name must not break a search
+
+
+def _register(store: str, digest: str = "a" * 64, **changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "tracking_uri": store,
+        "model_name": MODEL,
+        "student_uri": "gs://bucket/student",
+        "weights_sha256": digest,
+        "run_id": "",
+        "promote": False,
+        "figures": {"chrf": 30.5, "speedup": 1.25},
+        "tags": {"teacher": "org/teacher", "base_student": "", "data_fingerprint": "f" * 64, "pipeline_run_id": "r"},
+    }
+    return register(**{**arguments, **changes})
+
+
+def test_a_version_with_its_lineage(store: str, client: MlflowClient) -> None:
+    with step_run(step="register_model", tracking_uri=store, experiment=EXPERIMENT) as run:
+        version = _register(store, run_id=run.parent.run_id, description="Student of org/teacher.")
+    found = client.get_model_version(MODEL, version)
+    assert found.source == "gs://bucket/student"
+    assert found.run_id == run.parent.run_id
+    assert found.description == "Student of org/teacher."
+    assert found.tags == {
+        "teacher": "org/teacher",
+        "data_fingerprint": "f" * 64,
+        "pipeline_run_id": "r",
+        "figure.chrf": "30.5",
+        "figure.speedup": "1.25",
+        "weights_sha256": "a" * 64,
+        "weights_uri": "gs://bucket/student",
+    }
+
+
+def test_the_same_weights_are_registered_once(store: str, client: MlflowClient) -> None:
+    assert _register(store) == _register(store, figures={"chrf": 31.0}, tags={"teacher": "other"}) == "1"
+    found = client.get_model_version(MODEL, "1")
+    assert (found.tags["figure.chrf"], found.tags["teacher"]) == ("31.0", "other")
+    assert _register(store, "b" * 64) == "2"
+
+
+def test_aliases(store: str, client: MlflowClient) -> None:
+    assert champion(tracking_uri=store, model_name=MODEL) is None  # no such model
+    _register(store)
+    assert champion(tracking_uri=store, model_name=MODEL) is None  # no such alias
+    _register(store, promote=True)
+    _register(store, "b" * 64, figures={"chrf": 20.0})
+    assert client.get_registered_model(MODEL).aliases == {"challenger": 2, "champion": 1}
+    found = champion(tracking_uri=store, model_name=MODEL)
+    assert found is not None
+    assert found.version == "1"
+    assert found.figures == {"chrf": 30.5, "speedup": 1.25}
+    assert (found.pipeline_run_id, found.data_fingerprint) == ("r", "f" * 64)
+
+
+def test_processes_that_register_the_same_weights_at_once(store: str, client: MlflowClient) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        versions = set(pool.map(lambda _: _register(store, promote=True), range(4)))
+    assert len(versions) == 1
+    assert [str(found.version) for found in client.search_model_versions(f'name = "{MODEL}"')] == list(versions)
+
+
+def test_the_registered_folder_can_be_fetched_by_alias(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tmp_path / "the student"
+    student.mkdir()
+    (student / "config.json").write_text("{}", encoding="utf-8")
+    _register(store, student_uri=str(student), promote=True, model_name="skd-student")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    (tmp_path / "copy").mkdir()
+    fetched = mlflow.artifacts.download_artifacts("models:/skd-student@champion", dst_path=str(tmp_path / "copy"))
+    assert (Path(fetched) / "config.json").is_file()
+
+
+def test_a_registry_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(SkdError, match="registry refused or did not answer"):
+        champion(tracking_uri="http://127.0.0.1:9", model_name=MODEL)

@@ -1,0 +1,139 @@
+"""The steps `report`, `gate`, `register_model` and `finish` as command lines, one after the other as in a pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from skd_lib.steps import finish, gate, register_model, report
+
+from .conftest import EXPERIMENT, Runs
+
+
+def run(module: Any, *arguments: str, fails: bool = False) -> str:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(module.main)
+    result = CliRunner().invoke(app, list(arguments))
+    assert (result.exit_code != 0) == fails, f"{result.output}\n{result.exception!r}"
+    return f"{result.output}{result.exception or ''}"
+
+
+def scores(chrf: float) -> str:
+    values = {"chrf": chrf, "bleu": chrf / 3}
+    metrics = {
+        name: {"score": value, "low": value - 1, "high": value + 1, "signature": f"{name}|v1"}
+        for name, value in values.items()
+    }
+    return json.dumps({**metrics, "examples": 16, "seconds": 2.5})
+
+
+def specdec(speedup: float) -> str:
+    figures = {"acceptance_rate": speedup / 2, "tokens_per_teacher_call": 1 + speedup, "speedup": speedup}
+    return json.dumps(
+        {**figures, "gamma": 5, "temperature": 0.0, "mismatches": 0, "ties": 0, "seconds": 3.0, "tokens": 9}
+    )
+
+
+def executor_input(folder: Path, metadata: dict[str, Any] | None = None) -> str:
+    student = {"name": "student", "uri": "gs://bucket/student", "metadata": metadata or {}}
+    return json.dumps(
+        {
+            "inputs": {"artifacts": {"student": {"artifacts": [student]}}},
+            "outputs": {"outputFile": str(folder / "output.json")},
+        }
+    )
+
+
+def parameters(folder: Path) -> dict[str, Any]:
+    values = json.loads((folder / "output.json").read_text(encoding="utf-8"))["parameterValues"]
+    return dict(values)
+
+
+def test_from_figures_to_a_registered_champion(
+    store: str, client: MlflowClient, parents: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
+    student = tmp_path / "student"
+    student.mkdir()
+
+    def pipeline(run_id: str, chrf: float, digest: str) -> dict[str, Any]:
+        monkeypatch.setenv("KFP_RUN_ID", run_id)
+        folder = tmp_path / run_id
+        folder.mkdir(exist_ok=True)
+        after = ("--student-after", scores(chrf), "--specdec-after", specdec(1.3))
+        output = run(
+            report,
+            *("--run-name", "demo", "--teacher", scores(38.0), "--student-before", scores(11.0), *after),
+            *("--distill-course", json.dumps({"steps": [1, 2], "rejection_rate": [0.4, 0.2], "loss": [1, 2]})),
+            *(
+                "--summary-out",
+                str(folder / "summary.md"),
+                "--summary-json-out",
+                str(folder / "summary.json"),
+                *tracking,
+            ),
+        )
+        assert "student after" in output
+        run(gate, *after, "--executor-input", executor_input(folder), *tracking)
+        decided = parameters(folder)
+        metadata = {"weights_sha256": digest, "teacher": "org/teacher", "method": "skd", "data_fingerprint": "f" * 64}
+        registered = ("--student", str(student), "--scores", scores(chrf), "--specdec-after", specdec(1.3))
+        verdict = ("--promote", decided["promote"], "--reason", decided["reason"])
+        run(register_model, *registered, *verdict, "--executor-input", executor_input(folder, metadata), *tracking)
+        version = parameters(folder)["version"]
+        run(finish, "--status", '{"state": "SUCCEEDED"}', "--executor-input", executor_input(folder), *tracking)
+        return {**decided, "version": version}
+
+    first = pipeline("run-1", 30.0, "a" * 64)
+    assert first == {"promote": "true", "reason": "first champion of this name, with chrf 30.00", "version": "1"}
+    assert pipeline("run-1", 30.0, "a" * 64)["promote"] == "true"  # resumed
+    worse = pipeline("run-2", 29.0, "b" * 64)
+    assert (worse["promote"], worse["version"]) == ("false", "2")
+    assert pipeline("run-3", 31.0, "c" * 64)["promote"] == "true"
+    assert client.get_registered_model("skd-student").aliases == {"challenger": 3, "champion": 3}
+    tags = client.get_model_version("skd-student", "3").tags
+    assert tags["teacher"] == "org/teacher"
+    assert tags["figure.speedup"] == "1.3"
+    assert tags["gate"].startswith("chrf 31.00 against 30.00 of the champion (version 1)")
+    assert tags["code_version"].startswith("skd-lib ")
+
+    by_id = {parent.data.tags["kfp.pipeline_run_id"]: parent for parent in parents()}
+    assert set(by_id) == {"run-1", "run-2", "run-3"}
+    parent = by_id["run-2"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["student_after_chrf"] == 29.0
+    assert parent.data.metrics["speedup_after"] == 1.3
+    assert parent.data.tags["registered_model"] == "skd-student/2"
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"summary.json", "summary.md"}
+    kept = json.loads((tmp_path / "run-2" / "summary.json").read_text(encoding="utf-8"))
+    assert kept["models"]["student_after"] == {"chrf": 29.0, "bleu": 29.0 / 3}
+    assert kept["mlflow_run_id"] == parent.info.run_id
+
+
+def test_without_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KFP_RUN_ID")
+    io = executor_input(tmp_path, {"weights_sha256": "a" * 64})
+    run(gate, "--student-after", scores(30.0), "--executor-input", io)
+    assert parameters(tmp_path)["promote"] == "false"
+    student = ("--student", str(tmp_path), "--scores", scores(30.0), "--promote", "true")
+    run(register_model, *student, "--executor-input", io)
+    assert parameters(tmp_path) == {"version": ""}
+    run(finish, "--status", '{"state": "FAILED", "error": {"code": 9, "message": "x"}}', "--executor-input", io)
+
+
+def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = ("--summary-out", str(tmp_path / "a"), "--summary-json-out", str(tmp_path / "b"))
+    assert "--teacher: not JSON" in run(report, "--teacher", "{'chrf': 1}", *outputs, fails=True)
+    assert "field `acceptance_rate`" in run(report, "--specdec-after", '{"speedup": 1}', *outputs, fails=True)
+    assert "no score `chrf`" in run(gate, "--student-after", "{}", "--tracking-uri", store, fails=True)
+    missing = ("--student", str(tmp_path / "nowhere"), "--scores", scores(1.0), "--promote", "true")
+    assert "there is no such folder" in run(register_model, *missing, fails=True)
+    monkeypatch.delenv("KFP_RUN_ID")
+    assert "KFP_RUN_ID" in run(finish, "--status", '{"state": "FAILED"}', "--tracking-uri", store, fails=True)
+    assert "field `state`" in run(finish, "--status", "{}", "--tracking-uri", store, fails=True)
