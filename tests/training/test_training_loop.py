@@ -1,0 +1,249 @@
+"""The loop: what each method learns, logs and leaves behind, and that dividing a step changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_task import ROOT, WORKER, FirstGradients, run
+from transformers import PreTrainedModel
+
+from skd_lib.errors import SkdError
+from skd_lib.training.modes import attention_dropout
+
+METHODS = ["sft", "supervised_kd", "on_policy", "skd"]
+
+
+@pytest.fixture
+def student(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return tiny_model(seed=1, vocab_size=64)
+
+
+@pytest.fixture
+def teacher(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return tiny_model(seed=2, vocab_size=72, hidden=48)
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_lowers_its_loss_and_logs_its_course(
+    method: str, student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+    teacher_before, use_cache = weights(teacher), student.config.use_cache
+    result = run(
+        student,
+        teacher,
+        tmp_path / "checkpoints",
+        method=method,
+        on_metrics=lambda step, figures: logged.append((step, figures)),
+        max_steps=16,
+        eval_steps=4,
+        micro_batch_size=2,
+    )
+    assert result.best_validation_loss < 0.8 * result.first_validation_loss
+    assert result.steps == 16
+
+    steps = [(step, figures) for step, figures in logged if "loss" in figures]
+    validations = [(step, figures["validation_loss"]) for step, figures in logged if "validation_loss" in figures]
+    assert [step for step, _ in steps] == list(range(1, 17))
+    assert [step for step, _ in validations] == [0, 4, 8, 12, 16]
+    assert (result.best_step, result.best_validation_loss) == min(validations[1:], key=lambda pair: pair[1])
+    assert result.first_validation_loss == validations[0][1]
+
+    always = {"loss", "learning_rate", "grad_norm", "response_tokens", "student_entropy"}
+    always |= {"seconds_rollout", "seconds_loss", "seconds_optimiser"}
+    of_teacher = set() if method == "sft" else {"teacher_entropy"}
+    of_sampling = {"truncated_fraction"} if method in ("on_policy", "skd") else set()
+    of_tests = {"rejection_rate", "acceptance_rate", "tokens_per_teacher_call", "replacements_per_sequence"}
+    for _, figures in steps:
+        expected = always | of_teacher | of_sampling | (of_tests if method == "skd" else set())
+        assert set(figures) - {"seconds_checkpoint"} == expected
+    assert (result.course("rejection_rate") is not None) == (method == "skd")
+    assert set(result.seconds) == {f"seconds_{p}" for p in ("rollout", "loss", "optimiser", "validation", "checkpoint")}
+
+    # What comes back is the best checkpoint, in eval mode, as configured before; the teacher is as it was.
+    kept = load_file(tmp_path / "checkpoints" / f"checkpoint-{result.best_step}" / "model.safetensors")
+    assert all(torch.equal(student.state_dict()[name], tensor) for name, tensor in kept.items())
+    assert not student.training
+    assert student.config.use_cache == use_cache
+    assert all(torch.equal(tensor, teacher_before[name]) for name, tensor in weights(teacher).items())
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        f"checkpoint-{step}" for step in {result.best_step, 16}
+    }
+
+
+def test_validation_counts_tokens_not_rows_or_batches(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    losses = {
+        run(
+            tiny_model(seed=1, vocab_size=64), teacher, tmp_path / str(rows), micro_batch_size=rows, max_steps=1
+        ).first_validation_loss
+        for rows in (1, 2, 4)
+    }
+    assert max(losses) - min(losses) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["sft", "skd"])
+def test_gradient_accumulation_equals_one_big_batch(
+    method: str, teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    first_gradients, losses = [], []
+    for rows in (4, 2, 1):
+        first = FirstGradients()
+        result = run(
+            tiny_model(seed=1, vocab_size=64),
+            teacher,
+            tmp_path / str(rows),
+            method=method,
+            callbacks=[first],
+            micro_batch_size=rows,
+            max_steps=2,
+            dropout=0,
+        )
+        first_gradients.append(first.gradients)
+        losses.append([entry["loss"] for entry in result.history if "loss" in entry])
+    for other in (1, 2):
+        assert losses[other] == pytest.approx(losses[0], rel=1e-4)
+        for name, expected in first_gradients[0].items():
+            torch.testing.assert_close(first_gradients[other][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_bf16_is_for_computing_only(
+    teacher: PreTrainedModel,
+    tmp_path: Path,
+    tiny_model: Callable[..., PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the device has bf16: sampling, states and logits are bf16, weights and gradients stay fp32."""
+    gradients, losses = [], []
+    for bf16 in (False, True):
+        monkeypatch.setattr("skd_lib.training.run.native_bf16", lambda _device, bf16=bf16: bf16)
+        student, first = tiny_model(seed=1, vocab_size=64), FirstGradients()
+        guide = teacher.bfloat16() if bf16 else teacher
+        # Ground truth, so that both see the same tokens.
+        run(student, guide, tmp_path / str(bf16), method="supervised_kd", callbacks=[first], max_steps=1, dropout=0)
+        gradients.append(first.gradients)
+        result = run(student, guide, tmp_path / f"skd{bf16}", max_steps=1, callbacks=[first])
+        losses.append(result.first_validation_loss)
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    for name, expected in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert torch.cosine_similarity(gradients[1][name].flatten(), expected.flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    student.save_pretrained(tmp_path / "student")
+    teacher.save_pretrained(tmp_path / "teacher")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = {
+        "student": str(tmp_path / "student"),
+        "teacher": str(tmp_path / "teacher"),
+        "checkpoints": str(tmp_path / "two"),
+        "gradients": str(tmp_path / "gradients.safetensors"),
+        "figures": str(tmp_path / "figures.json"),
+        "training": {"dropout": 0, "micro_batch_size": 1, "max_steps": 2},
+    }
+    processes = []
+    for rank in range(2):
+        rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment = {**os.environ, "PYTHONPATH": ROOT, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen([sys.executable, str(WORKER), json.dumps(options)], env=environment))
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+    first = FirstGradients()
+    result = run(student, teacher, tmp_path / "one", callbacks=[first], dropout=0, max_steps=2)
+    for name, gradient in load_file(tmp_path / "gradients.safetensors").items():
+        torch.testing.assert_close(gradient, first.gradients[name], rtol=1e-3, atol=1e-6)
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["processes"] == 2
+    figures = written["figures"]
+    assert len(figures) == len(result.history)
+    for actual, expected in zip(figures, result.history, strict=True):
+        for name in expected.keys() - {"epoch", "eval_loss"}:
+            if not name.startswith("seconds_"):
+                assert actual[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_dropout_is_on_in_the_loss_and_not_saved(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    def first_loss(dropout: float, folder: str) -> float:
+        result = run(tiny_model(seed=1, vocab_size=64), teacher, tmp_path / folder, max_steps=1, dropout=dropout)
+        losses: list[float] = [entry["loss"] for entry in result.history if "loss" in entry]
+        return losses[0]
+
+    without = first_loss(0, "a")
+    assert first_loss(0.5, "b") != pytest.approx(without, rel=1e-3)
+    assert first_loss(0, "c") == without
+    saved = json.loads((tmp_path / "b" / "checkpoint-1" / "config.json").read_text())
+    assert saved["attention_dropout"] == 0
+    with attention_dropout(student, 0.3):
+        assert {m.attention_dropout for m in student.modules() if hasattr(m, "attention_dropout")} == {0.3}
+    assert {m.attention_dropout for m in student.modules() if hasattr(m, "attention_dropout")} == {0.0}
+    with pytest.raises(SkdError, match="no attention dropout"), attention_dropout(torch.nn.Linear(1, 1), 0.3):
+        pass
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    gradients = []
+    for on in (False, True):
+        first = FirstGradients()
+        run(
+            tiny_model(seed=1, vocab_size=64),
+            teacher,
+            tmp_path / str(on),
+            callbacks=[first],
+            gradient_checkpointing=on,
+            max_steps=1,
+        )
+        gradients.append(first.gradients)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(SkdError, match=r"tiny: the loss is (nan|inf) at optimiser step \d(.|\n)*learning_rate"):
+        run(student, teacher, tmp_path, method="sft", learning_rate=1e30, warmup_ratio=0, eval_steps=6)
+    with torch.no_grad():
+        student.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(SkdError, match=r"tiny: the validation loss is nan after optimiser step 0"):
+        run(student, teacher, tmp_path / "broken", method="sft")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 4, "micro_batch_size": 3}, "micro_batch_size 3 does not divide the 4 sequences"),
+        ({"method": "supervised_kd", "teacher": None}, "method `supervised_kd` needs a teacher"),
+    ],
+)
+def test_what_cannot_be_trained_is_an_error(
+    options: dict[str, Any], message: str, student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(SkdError, match=message):
+        run(student, options.pop("teacher", teacher), tmp_path, **options)

@@ -1,0 +1,235 @@
+"""The training steps as the pipeline runs them: files in, a model with its lineage out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from skd_lib.config import DataConfig
+from skd_lib.data.prepared import PreparedData, prepare
+from skd_lib.errors import SkdError
+from skd_lib.models.loading import weights_digest
+from skd_lib.steps import distill, student_init, teacher_sft
+
+TRAINING = {"learning_rate": 5e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "eval_steps": 2}
+TASK = json.dumps({"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12})
+
+
+class Save(Protocol):
+    def __call__(self, folder: Path, arch: str = "llama", seed: int = 0, **options: Any) -> Path: ...
+
+
+class Step:
+    """One step's arguments and what KFP would tell it."""
+
+    def __init__(self, folder: Path, outputs: list[str], inputs: dict[str, dict[str, Any]] | None = None) -> None:
+        self.folder = folder
+        artifacts = {
+            name: {"artifacts": [{"uri": f"gs://bucket/{name}", "metadata": metadata}]}
+            for name, metadata in (inputs or {}).items()
+        }
+        wanted = {name: {"artifacts": [{"name": name, "uri": f"gs://bucket/out/{name}"}]} for name in outputs}
+        task = {
+            "inputs": {"artifacts": artifacts},
+            "outputs": {"artifacts": wanted, "outputFile": str(folder / "output.json")},
+        }
+        self.arguments: dict[str, Any] = {
+            "task_config": TASK,
+            "seed": 3,
+            "tracking_uri": "",
+            "experiment": "skd",
+            "checkpoint_root": str(folder.parent / "checkpoints"),
+            "metrics_out": folder / "metrics.json",
+            "executor_input": json.dumps(task),
+        }
+
+    @property
+    def written(self) -> dict[str, Any]:
+        output: dict[str, Any] = json.loads((self.folder / "output.json").read_text())
+        return output
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        metadata: dict[str, Any] = self.written["artifacts"][name]["artifacts"][0]["metadata"]
+        return metadata
+
+    @property
+    def figures(self) -> dict[str, float]:
+        figures: dict[str, float] = json.loads((self.folder / "metrics.json").read_text())
+        assert {name: pytest.approx(value) for name, value in self.metadata("metrics").items()} == figures
+        return figures
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"source": f"le fichier {n} du compte {n * 7}", "target": f"the file {n}"} for n in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "source": {"type": "files", "train": [str(folder / "rows.jsonl")]},
+        "near_duplicate_threshold": 1,
+        "student_examples": 20,
+    }
+    prepare(DataConfig.model_validate(config), folder / "prepared", seed=0)
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Save) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "teacher", seed=2, layers=4)
+
+
+def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """The demo's chain: fine-tune the teacher, cut the student from it, distil; each step hands its lineage on."""
+    fingerprint = PreparedData.load(data).fingerprint
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    tuning = Step(tmp_path / "1", ["tuned_teacher", "metrics"], {"teacher": {"reference": "org/teacher", "n": 7}})
+    tuned = tmp_path / "1" / "model"
+    section = json.dumps({"training": TRAINING})
+    teacher_sft.main(teacher=teacher, data=data, teacher_out=tuned, config=section, **tuning.arguments)
+    lineage = tuning.metadata("tuned_teacher")
+    assert lineage["reference"] == "org/teacher"
+    assert lineage["n"] == 7
+    assert lineage["base_weights_sha256"] == weights_digest(teacher) != lineage["weights_sha256"]
+    assert lineage["weights_sha256"] == weights_digest(tuned)
+    assert lineage["data_fingerprint"] == fingerprint
+    assert tuning.written["artifacts"]["tuned_teacher"]["artifacts"][0]["uri"] == "gs://bucket/out/tuned_teacher"
+    assert tuning.figures["best_validation_loss"] < tuning.figures["first_validation_loss"]
+
+    cutting = Step(tmp_path / "2", ["initial_student", "metrics"], {"teacher": lineage})
+    initial = tmp_path / "2" / "model"
+    section = json.dumps({"mode": "prune", "keep_first": 2.0, "keep_last": 1.0})  # as KFP passes integers
+    student_init.main(student="", teacher=tuned, data=data, student_out=initial, config=section, **cutting.arguments)
+    cut = cutting.metadata("initial_student")
+    assert cut["base_student"] == "org/teacher, first 2 and last 1 layers"
+    assert cut["student_init"] == "prune"
+    assert cut["teacher_weights_sha256"] == lineage["weights_sha256"]
+    assert cut["weights_sha256"] == weights_digest(initial)
+    assert AutoModelForCausalLM.from_pretrained(initial).config.num_hidden_layers == 3
+
+    training = Step(tmp_path / "3", ["distilled_student", "metrics"], {"student": cut, "teacher": lineage})
+    training.arguments["tracking_uri"] = uri
+    distilled = tmp_path / "3" / "model"
+    section = json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "dropout": 0.1}})
+    distill.main(student=initial, teacher=tuned, data=data, student_out=distilled, config=section, **training.arguments)
+    final = training.metadata("distilled_student")
+    assert final["weights_sha256"] == weights_digest(distilled) != cut["weights_sha256"]
+    assert final["initial_weights_sha256"] == cut["weights_sha256"]
+    assert (final["teacher"], final["base_student"]) == ("org/teacher", cut["base_student"])
+    assert (final["method"], final["divergence"], final["top_k"]) == ("skd", "forward_kl", 3)
+    assert {"rejection_rate_first_tenth", "rejection_rate_last_tenth", "seconds_rollout"} <= set(training.figures)
+    course = training.written["parameterValues"]["course"]
+    assert (course["steps"], course["validation_steps"]) == ([1, 2, 3, 4], [0, 2, 4])
+    assert len(course["rejection_rate"]) == 4
+    assert course["validation_loss"][0] == training.figures["first_validation_loss"]
+
+    # Any tool can load it, and its card says where it came from.
+    model = AutoModelForCausalLM.from_pretrained(distilled)
+    assert model.config.attention_dropout == 0
+    assert model.config.use_cache
+    assert AutoTokenizer.from_pretrained(distilled).chat_template
+    card = (distilled / "README.md").read_text()
+    assert all(text in card for text in ("org/teacher", fingerprint, "skd", "top_k"))
+    assert not list((tmp_path / "checkpoints").rglob("checkpoint-*"))
+    _check_tracked(uri, final["weights_sha256"])
+
+
+def _check_tracked(uri: str, digest: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("skd")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'distill'")
+    assert run.data.tags["weights_sha256"] == digest
+    assert run.data.params["skd/distill.sampling.top_k"] == "3"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "validation_loss")] == [0, 2, 4]
+    assert {dataset.dataset.name for dataset in run.inputs.dataset_inputs} == {"train_student", "validation"}
+
+
+def test_a_teacher_that_is_not_to_be_tuned_is_passed_on(teacher: Path, data: Path, tmp_path: Path) -> None:
+    step = Step(tmp_path / "1", ["tuned_teacher", "metrics"])
+    out = tmp_path / "1" / "model"
+    teacher_sft.main(teacher=teacher, data=data, teacher_out=out, config='{"enabled": false}', **step.arguments)
+    assert step.metadata("tuned_teacher")["weights_sha256"] == weights_digest(out) == weights_digest(teacher)
+    assert step.figures == {"steps": 0}
+
+
+@pytest.mark.parametrize("mode", ["as_is", "sft"])
+def test_a_student_of_its_own(mode: str, teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save) -> None:
+    own = save_tiny_model(tmp_path / "own", seed=5, vocab_size=384)  # padded further than the teacher's
+    step = Step(tmp_path / "1", ["initial_student", "metrics"])
+    out = tmp_path / "1" / "model"
+    section = json.dumps({"mode": mode, "training": TRAINING})
+    student_init.main(student=str(own), teacher=teacher, data=data, student_out=out, config=section, **step.arguments)
+    metadata = step.metadata("initial_student")
+    assert metadata["base_student"] == str(own)
+    assert metadata["weights_sha256"] == weights_digest(out)
+    assert (weights_digest(out) == weights_digest(own)) == (mode == "as_is")
+    assert step.figures["steps"] == (0 if mode == "as_is" else 4)
+
+
+def test_a_step_that_died_goes_on_from_its_checkpoint(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the model was being written, the step trains no more when it is started again."""
+    outputs = []
+    for attempt in range(2):
+        step = Step(tmp_path / str(attempt), ["tuned_teacher", "metrics"])
+        out = tmp_path / str(attempt) / "model"
+        section = json.dumps({"training": TRAINING})
+        arguments = {"teacher": teacher, "data": data, "teacher_out": out, "config": section, **step.arguments}
+        with monkeypatch.context() as patched:
+            if attempt == 0:
+
+                def die(*_: object) -> None:
+                    raise OSError("disk full")
+
+                patched.setattr("skd_lib.steps.fitting.save_trained", die)
+                with pytest.raises(OSError, match="disk full"):
+                    teacher_sft.main(**arguments)
+                (kept,) = (tmp_path / "checkpoints" / "teacher_sft").iterdir()
+                assert {path.name for path in kept.iterdir()} >= {"checkpoint-4"}
+                modified = (kept / "checkpoint-4" / "model.safetensors").stat().st_mtime_ns
+                best = max(kept.iterdir(), key=lambda path: path.name)
+                outputs.append(load_file(best / "model.safetensors"))
+            else:
+                assert (kept / "checkpoint-4" / "model.safetensors").stat().st_mtime_ns == modified
+                teacher_sft.main(**arguments)
+                assert step.figures["steps"] == 4
+                outputs.append(load_file(out / "model.safetensors"))
+    assert all(torch.equal(outputs[1][name], tensor) for name, tensor in outputs[0].items())
+    assert not kept.exists()
+
+
+def test_what_is_wrong_is_said_before_anything_is_loaded(
+    teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save
+) -> None:
+    step = Step(tmp_path / "1", ["x", "metrics"])
+    paths = {"teacher": teacher, "data": data, "student_out": tmp_path / "out"}
+    section = '{"mode": "prune", "keep_first": 1, "keep_last": 1}'
+    with pytest.raises(SkdError, match="mode `prune` cuts the student from the teacher"):
+        student_init.main(student="org/model", config=section, **paths, **step.arguments)
+    with pytest.raises(SkdError, match="mode `as_is` needs a student"):
+        student_init.main(student="", **paths, **step.arguments)
+    with pytest.raises(SkdError, match=r"--config, field `method`"):
+        distill.main(student=teacher, config='{"method": "kd"}', **paths, **step.arguments)
+    with pytest.raises(SkdError, match="no such folder"):
+        distill.main(student=tmp_path / "none", **paths, **step.arguments)
+    with pytest.raises(SkdError, match=r"checkpoints need a folder, not a URI(.|\n)*mount"):
+        distill.main(student=teacher, **paths, **{**step.arguments, "checkpoint_root": "gs://bucket/x"})
+
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["e"], vocabulary["f"] = vocabulary["f"], vocabulary["e"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(SkdError, match="1 problem"):
+        distill.main(student=other, **paths, **step.arguments)
