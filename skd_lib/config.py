@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from skd_lib.errors import SkdError, SkdErrors
 
 Method = Literal["sft", "supervised_kd", "on_policy", "skd"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 MetricName = Literal["chrf", "bleu", "rougeL", "accuracy"]
 
@@ -141,7 +142,7 @@ class TrainingConfig(Section):
     """One training run. Defaults are the paper's (Xu et al. 2025, arXiv 2410.11325)."""
 
     learning_rate: float = Field(1e-5, gt=0)
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr_scheduler: Scheduler = "linear"
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -154,15 +155,21 @@ class TrainingConfig(Section):
     eval_steps: int = Field(
         25, ge=1, description="Steps between validations and checkpoints; the best checkpoint is kept."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
     gradient_checkpointing: bool = False
+
+
+class TeacherTrainingConfig(TrainingConfig):
+    """As for the student, but for the schedule."""
+
+    lr_scheduler: Scheduler = "cosine"
 
 
 class TeacherSftConfig(Section):
     """Supervised fine-tuning of the teacher on the task."""
 
     enabled: bool = Field(True, description="False: the teacher is used as it is.")
-    training: TrainingConfig = TrainingConfig(lr_scheduler="cosine")
+    training: TeacherTrainingConfig = TeacherTrainingConfig()
 
 
 class StudentInitConfig(Section):

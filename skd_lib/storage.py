@@ -203,6 +203,21 @@ def check_writable(uri: str) -> None:
         blob.delete()
 
 
+def checkpoint_folder(root: str) -> Path:
+    """The folder for training checkpoints; without one they live as long as the machine's temporary files.
+
+    Raises:
+        SkdError: it is not a folder of a file system.
+    """
+    if "://" in root:
+        raise SkdError(
+            "checkpoints need a folder, not a URI",
+            where=f"checkpoint_root {root}",
+            hint="mount a volume, or the bucket (Cloud Storage FUSE), and give the path",
+        )
+    return Path(root) if root else Path(tempfile.gettempdir()) / "skd-checkpoints"
+
+
 def sha256(path: Path) -> str:
     """Hex sha256 of a local file."""
     with path.open("rb") as file:

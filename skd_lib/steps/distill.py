@@ -11,6 +11,7 @@ from skd_lib.config import DistillConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdErrors
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.storage import checkpoint_folder
 
 if TYPE_CHECKING:
     from skd_lib.training.run import TrainResult
@@ -46,7 +47,7 @@ def main(
     """
     settings = parse_section(DistillConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    root = fitting.checkpoint_root(checkpoint_root)
+    root = checkpoint_folder(checkpoint_root)
     io = StepIO(executor_input, {"distilled_student": student_out, "metrics": metrics_out})
 
     from skd_lib.data.prepared import PreparedData

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from skd_lib.config import DistillConfig, Method, TaskConfig, TrainingConfig
-from skd_lib.errors import SkdError
 from skd_lib.steps.runtime import StepIO
 
 if TYPE_CHECKING:
@@ -127,21 +126,6 @@ class Fit:
     def remove_checkpoints(self, data: PreparedData) -> None:
         """To be called once the step's output is written: what cannot be removed then is no reason to fail."""
         shutil.rmtree(self.checkpoint_dir(data), ignore_errors=True)
-
-
-def checkpoint_root(text: str) -> Path:
-    """The folder for checkpoints.
-
-    Raises:
-        SkdError: it is not a folder of a file system.
-    """
-    if "://" in text:
-        raise SkdError(
-            "checkpoints need a folder, not a URI",
-            where=f"--checkpoint-root {text}",
-            hint="mount a volume, or the bucket (Cloud Storage FUSE), and give the path",
-        )
-    return Path(text)
 
 
 def input_digest(io: StepIO, name: str, path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.parameters import from_parameters, to_struct
+from skd_lib.parameters import PLACES, from_parameters, to_parameters, to_struct
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 from skd_lib.storage import write_text_atomic
 
@@ -22,7 +22,7 @@ def main(
         ),
     ],
     checkpoint_root: Annotated[
-        str, typer.Option(help="Folder (local or gs://) for the checkpoints of training steps; it must be writable.")
+        str, typer.Option(help="Folder for the checkpoints of training steps; it must be writable.")
     ],
     report_out: Annotated[Path, typer.Option(help="File for the report, in Markdown.")],
     pipeline_root: Annotated[
@@ -81,6 +81,9 @@ def main(
         run_name=run_config.name,
         params=run_config.model_dump(mode="json"),
     ) as run:
+        # What people compare runs by stands on the run itself, beside the headline figures that `report` adds.
+        parameters = to_parameters(run_config)
+        run.parent.log_params({name: parameters[name] for name in PLACES})
         run.log_artifact(report_out)
         run.set_tags({"data_source_fingerprint": report.data_fingerprint})
         report.raise_errors()

@@ -11,6 +11,7 @@ from skd_lib.config import StudentInitConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.storage import checkpoint_folder
 
 
 def main(
@@ -41,7 +42,7 @@ def main(
     """
     settings = parse_section(StudentInitConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    root = fitting.checkpoint_root(checkpoint_root)
+    root = checkpoint_folder(checkpoint_root)
     if settings.mode == "prune" and student:
         raise SkdError("mode `prune` cuts the student from the teacher", where="--student", hint="leave it out")
     if settings.mode != "prune" and not student:

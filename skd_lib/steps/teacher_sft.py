@@ -10,6 +10,7 @@ import typer
 from skd_lib.config import TaskConfig, TeacherSftConfig, parse_section
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.storage import checkpoint_folder
 
 
 def main(
@@ -31,7 +32,7 @@ def main(
     """
     settings = parse_section(TeacherSftConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    root = fitting.checkpoint_root(checkpoint_root)
+    root = checkpoint_folder(checkpoint_root)
     io = StepIO(executor_input, {"tuned_teacher": teacher_out, "metrics": metrics_out})
 
     from skd_lib.models.card import Lineage, model_card

@@ -1,0 +1,53 @@
+# Everyday commands. Each makes its environment first: nothing but Python 3.11+ has to be there.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+CONFIG ?= pipelines/configs/demo.yaml
+CHECKED := skd_lib components pipelines tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types compile compile-check doctor clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+install: $(STAMP) ## Create the environment in .venv
+
+# Again whenever what is to be installed has changed.
+$(STAMP): pyproject.toml constraints/main.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
+	@echo "creating the environment in $(VENV); the first time this takes some minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/main.txt \
+		-e '.[training,tracking,pipelines,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data (CONFIG=... for another)
+	$(BIN)/skd run $(CONFIG)
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Check style
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+format: $(STAMP) ## Put style right
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+types: $(STAMP) ## Check types
+	$(BIN)/mypy
+
+compile: $(STAMP) ## Compile the pipeline to pipelines/compiled
+	$(BIN)/skd compile
+
+compile-check: $(STAMP) ## Fail if the compiled pipeline has drifted from its definition
+	$(BIN)/skd compile --check
+
+doctor: $(STAMP) ## Look at this machine
+	$(BIN)/skd doctor
+
+clean: ## Remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The pipeline's steps as Kubeflow container components, one folder each."""

@@ -1,0 +1,63 @@
+"""KFP component `distill`: train the student under the teacher."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.command import run_step
+from components.images import TRAIN
+
+
+@dsl.container_component
+def distill(
+    student: dsl.Input[dsl.Model],
+    teacher: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    config: dict[str, Any],
+    task_config: dict[str, Any],
+    seed: int,
+    checkpoint_root: str,
+    distilled_student: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    course: dsl.OutputPath(dict),
+    tracking_uri: str = "",
+    experiment: str = "skd",
+) -> dsl.ContainerSpec:
+    """Train the student under the teacher.
+
+    Speculative Knowledge Distillation and the methods it is compared with. Resumes from its last checkpoint after a
+    retry or a re-run.
+
+    Args:
+        student: The student before distillation.
+        teacher: The fine-tuned teacher.
+        data: Prepared data, as `prepare_data` wrote it.
+        config: Section `distill` of the configuration.
+        task_config: How an example becomes a prompt and an answer is judged (section `task`).
+        seed: Seed of everything random in this step.
+        checkpoint_root: Folder for checkpoints, on a volume that outlives the pod: a retry resumes from there.
+        tracking_uri: MLflow tracking server; empty turns tracking off.
+        experiment: MLflow experiment.
+
+    Returns:
+        distilled_student: The student after distillation.
+        metrics: Losses, rejection rate and timings.
+        course: Rejection rate and validation loss by step.
+    """
+    return run_step(
+        "distill",
+        TRAIN,
+        {
+            "student": student.path,
+            "teacher": teacher.path,
+            "data": data.path,
+            "config": config,
+            "task_config": task_config,
+            "seed": seed,
+            "checkpoint_root": checkpoint_root,
+            "tracking_uri": tracking_uri,
+            "experiment": experiment,
+            "student_out": distilled_student.path,
+            "metrics_out": metrics.path,
+        },
+    )

@@ -1,0 +1,59 @@
+"""KFP component `evaluate`: score a model's greedy answers on the test set."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.command import run_step
+from components.images import TRAIN
+
+
+@dsl.container_component
+def evaluate(
+    model: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    role: str,
+    config: dict[str, Any],
+    task_config: dict[str, Any],
+    seed: int,
+    predictions: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    scores: dsl.OutputPath(dict),
+    tracking_uri: str = "",
+    experiment: str = "skd",
+) -> dsl.ContainerSpec:
+    """Score a model's greedy answers on the test set.
+
+    Reports every metric of the task with its 95 % bootstrap interval, and keeps each example's prediction.
+
+    Args:
+        model: The model to score.
+        data: Prepared data, as `prepare_data` wrote it.
+        role: Which model it is: teacher_base, teacher, student_before or student_after.
+        config: Section `evaluation` of the configuration.
+        task_config: How an example becomes a prompt and an answer is judged (section `task`).
+        seed: Seed of everything random in this step.
+        tracking_uri: MLflow tracking server; empty turns tracking off.
+        experiment: MLflow experiment.
+
+    Returns:
+        predictions: One JSON line per test example.
+        metrics: Scores and intervals.
+        scores: Scores and intervals by metric.
+    """
+    return run_step(
+        "evaluate",
+        TRAIN,
+        {
+            "model": model.path,
+            "data": data.path,
+            "role": role,
+            "config": config,
+            "task_config": task_config,
+            "seed": seed,
+            "tracking_uri": tracking_uri,
+            "experiment": experiment,
+            "predictions_out": predictions.path,
+            "metrics_out": metrics.path,
+        },
+    )

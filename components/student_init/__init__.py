@@ -1,0 +1,1 @@
+"""Component `student_init`."""

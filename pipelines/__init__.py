@@ -1,0 +1,1 @@
+"""The pipelines: their definition, compiled form, configurations and local runner."""

@@ -1,0 +1,97 @@
+"""Compiled pipelines: made from their definition, kept in git, and checked.
+
+The compiled file is a pure function of the definition, so that CI can tell a forgotten `skd compile` from a clean tree.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.lint import lint
+from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.storage import write_text_atomic
+
+COMPILED = Path(__file__).parent / "compiled" / "distillation.yaml"
+HEADER = "# Compiled from pipelines/distillation.py by `skd compile`. Do not edit.\n"
+Documents = list[dict[str, Any]]
+
+
+def compile_pipeline(image: str | None = None) -> Documents:
+    """The distillation pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
+
+    Args:
+        image: Runs every step in this image instead of the published one.
+
+    Raises:
+        SkdErrors: the result breaks a rule of `pipelines.lint`.
+    """
+    from kfp import compiler
+
+    from pipelines.distillation import distillation
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(distillation, str(path))
+        documents: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    if image:
+        for executor in documents[0]["deploymentSpec"]["executors"].values():
+            executor["container"]["image"] = image
+    problems = lint(documents[0])
+    if problems:
+        raise SkdErrors([SkdError(problem, where="compiled pipeline") for problem in problems])
+    return documents
+
+
+def to_text(documents: Documents) -> str:
+    """The documents as text, keys sorted: KFP's own header lists defaults in an order that changes between runs."""
+    return HEADER + yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
+
+
+def write_compiled(path: Path = COMPILED, image: str | None = None) -> None:
+    """Compile and write `path`."""
+    documents = compile_pipeline(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, to_text(documents))
+
+
+def check_compiled(path: Path = COMPILED) -> None:
+    """Check that `path` is what its definition compiles to; the KFP version that compiled it may differ.
+
+    Raises:
+        SkdError: the file is missing or has drifted from the definition.
+    """
+    if not path.is_file():
+        raise SkdError("the compiled pipeline is missing", where=str(path), hint="run `skd compile`")
+    committed: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    fresh = compile_pipeline()
+    differing = [
+        place
+        for old, new in zip(_without_version(committed), _without_version(fresh), strict=False)
+        for place in _differences(old, new)
+    ]
+    if differing or len(committed) != len(fresh):
+        shown = ", ".join(differing[:5]) + (" ..." if len(differing) > 5 else "")
+        raise SkdError(
+            f"the compiled pipeline differs from its definition at {shown or 'its number of documents'}",
+            where=str(path),
+            hint="run `skd compile` and commit the result",
+        )
+
+
+def _without_version(documents: Documents) -> Documents:
+    return [{key: value for key, value in document.items() if key != "sdkVersion"} for document in documents]
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Paths at which two YAML values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            found
+            for key in sorted(old.keys() | new.keys())
+            for found in _differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+        ]
+    return [] if old == new else [place]

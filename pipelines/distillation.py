@@ -1,0 +1,217 @@
+"""The distillation pipeline: from a teacher, a student and data to a measured, registered student.
+
+    preflight -> import_model, prepare_data -> teacher_sft -> student_init -> distill
+        -> evaluate (teacher before and after, student before and after), specdec_benchmark (before, after)
+        -> report -> gate -> register_model
+    exit handler: finish
+
+Compiled by `skd compile` into `pipelines/compiled/distillation.yaml`; `skd run` runs the same definition locally.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+from components.distill.component import distill
+from components.evaluate.component import evaluate
+from components.finish.component import finish
+from components.gate.component import gate
+from components.import_model.component import import_model
+from components.preflight.component import preflight
+from components.prepare_data.component import prepare_data
+from components.register_model.component import register_model
+from components.report.component import report
+from components.specdec_benchmark.component import specdec_benchmark
+from components.student_init.component import student_init
+from components.teacher_sft.component import teacher_sft
+from pipelines.resources import DATA, GPU, SMALL, Resources
+from skd_lib.config import load_config
+from skd_lib.parameters import to_parameters
+
+# The page in Kubeflow opens with the demo filled in: it runs as it is, and shows what each parameter looks like.
+DEMO = to_parameters(load_config(Path(__file__).parent / "configs" / "demo.yaml"))
+
+
+def _settle(task: dsl.PipelineTask, name: str, resources: Resources, *, cache: bool = True) -> dsl.PipelineTask:
+    """Give a task what every task has: its name, its resources, its caching, and the run's id.
+
+    The id comes from the pod's label, not as a parameter: a parameter would be part of the cache key.
+    """
+    resources.apply(task.set_display_name(name).set_caching_options(cache))
+    kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+    return task
+
+
+def _retried(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Try a step again that may fail for reasons of its machine; training resumes from its checkpoint."""
+    return task.set_retry(num_retries=2, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
+
+
+@dsl.pipeline(
+    name="skd-distillation",
+    description="Distil a large language model into a small one by Speculative Knowledge Distillation, measure it as a "
+    "model and as a draft for speculative decoding, and register it.",
+)
+def distillation(
+    run_name: str = DEMO["run_name"],
+    teacher: str = DEMO["teacher"],
+    student: str = DEMO["student"],
+    method: str = DEMO["method"],
+    divergence: str = DEMO["divergence"],
+    top_k: int = DEMO["top_k"],
+    gamma: int = DEMO["gamma"],
+    max_steps: int = DEMO["max_steps"],
+    learning_rate: float = DEMO["learning_rate"],
+    seed: int = DEMO["seed"],
+    tracking_uri: str = "",
+    experiment: str = "skd",
+    checkpoint_root: str = "",
+    config: dict[str, Any] = DEMO["config"],
+) -> None:
+    """Distil a teacher into a student.
+
+    Args:
+        run_name: Name of the run: lower case letters, digits and dashes.
+        teacher: Teacher: hub id (`google/gemma-7b-it`), local folder, gs:// URI or wheel:// reference.
+        student: Student, likewise, with the teacher's tokenizer. Empty where it is cut from the teacher
+            (`student_init.mode: prune`).
+        method: How the student learns: `skd`, `on_policy`, `supervised_kd` or `sft`.
+        divergence: Distillation loss: `forward_kl`, `reverse_kl` or `jsd`.
+        top_k: SKD keeps a token the student drafted if it is among the teacher's K likeliest. Smaller means more of the
+            teacher.
+        gamma: Tokens the student drafts per teacher call. Changes speed, hardly the result.
+        max_steps: Optimiser steps of the distillation. 0 goes by `distill.training.epochs` in `config`.
+        learning_rate: Peak learning rate of the distillation.
+        seed: Seed of the whole run.
+        tracking_uri: MLflow tracking server, e.g. `http://mlflow.mlflow:5000`. Empty turns tracking off.
+        experiment: MLflow experiment.
+        checkpoint_root: Folder where training keeps checkpoints, on a volume that outlives the pods (a mounted bucket
+            does), so that a retry or a new run of the same settings resumes. Empty: they are lost with the pod.
+        config: The rest of the run's configuration, field by field as in the YAML files of `pipelines/configs`.
+    """
+    tracking = {"tracking_uri": tracking_uri, "experiment": experiment}
+    end = _settle(finish(**tracking), "finish", SMALL, cache=False)
+    with dsl.ExitHandler(end, name="run"):
+        checked = _settle(
+            preflight(
+                run_name=run_name,
+                teacher=teacher,
+                student=student,
+                method=method,
+                divergence=divergence,
+                top_k=top_k,
+                gamma=gamma,
+                max_steps=max_steps,
+                learning_rate=learning_rate,
+                seed=seed,
+                config=config,
+                checkpoint_root=checkpoint_root,
+                **tracking,
+            ),
+            "preflight",
+            DATA,
+            cache=False,
+        )
+        settings = checked.outputs
+        task_config = settings["task_config"]
+        base = _retried(
+            _settle(
+                import_model(reference=teacher, trust_remote_code=settings["trust_remote_code"], **tracking),
+                "import_model",
+                DATA,
+            )
+        ).outputs["model"]
+        prepared = _retried(
+            _settle(
+                prepare_data(
+                    data_config=settings["data_config"],
+                    data_fingerprint=settings["data_fingerprint"],
+                    seed=seed,
+                    **tracking,
+                ),
+                "prepare_data",
+                DATA,
+            )
+        ).outputs
+        fingerprint = prepared["fingerprint"]
+
+        common = {"data": prepared["data"], "task_config": task_config, "seed": seed, **tracking}
+        training = {**common, "checkpoint_root": checkpoint_root}
+        tuned = _retried(
+            _settle(teacher_sft(teacher=base, config=settings["teacher_sft_config"], **training), "teacher_sft", GPU)
+        ).outputs["tuned_teacher"]
+        initial = _retried(
+            _settle(
+                student_init(student=student, teacher=tuned, config=settings["student_init_config"], **training),
+                "student_init",
+                GPU,
+            )
+        ).outputs["initial_student"]
+        distilled = _retried(
+            _settle(
+                distill(student=initial, teacher=tuned, config=settings["distill_config"], **training), "distill", GPU
+            )
+        ).outputs
+
+        scores = {}
+        for role, model in {
+            "teacher_base": base,
+            "teacher": tuned,
+            "student_before": initial,
+            "student_after": distilled["distilled_student"],
+        }.items():
+            evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
+            scores[role] = _settle(evaluated, f"evaluate-{role}", GPU).outputs["scores"]
+        drafts = {}
+        for role, model in {"before": initial, "after": distilled["distilled_student"]}.items():
+            measured = specdec_benchmark(
+                teacher=tuned, draft=model, role=role, config=settings["specdec_config"], **common
+            )
+            drafts[role] = _settle(measured, f"specdec_benchmark-{role}", GPU).outputs["result"]
+
+        table = _settle(
+            report(
+                run_name=run_name,
+                task_config=task_config,
+                specdec_before=drafts["before"],
+                specdec_after=drafts["after"],
+                distill_course=distilled["course"],
+                **scores,
+                **tracking,
+            ),
+            "report",
+            SMALL,
+            cache=False,
+        )
+        decision = _settle(
+            gate(
+                registry_config=settings["registry_config"],
+                task_config=task_config,
+                student_after=scores["student_after"],
+                specdec_after=drafts["after"],
+                data_fingerprint=fingerprint,
+                **tracking,
+            ).after(table),
+            "gate",
+            SMALL,
+            cache=False,
+        ).outputs
+        _settle(
+            register_model(
+                student=distilled["distilled_student"],
+                registry_config=settings["registry_config"],
+                promote=decision["promote"],
+                reason=decision["reason"],
+                scores=scores["student_after"],
+                specdec_after=drafts["after"],
+                teacher=teacher,
+                base_student=student,
+                method=method,
+                data_fingerprint=fingerprint,
+                **tracking,
+            ),
+            "register_model",
+            SMALL,
+            cache=False,
+        )

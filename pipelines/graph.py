@@ -1,0 +1,71 @@
+"""The steps of a compiled pipeline, in the order in which they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from typing import Any
+
+COMPONENT_PREFIX = "comp-"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One container step.
+
+    Attributes:
+        name: Display name, unique in the pipeline: `evaluate_teacher`.
+        component: KFP's component key without its prefix, which names the step's folder in a local run: `evaluate-2`.
+        command: The module it runs: `skd_lib.steps.evaluate`.
+        cached: Whether its outputs are reused when nothing it depends on has changed.
+        is_exit: It runs at the end, whether the others succeeded or failed.
+        waits_for: Names of the steps it waits for directly.
+    """
+
+    name: str
+    component: str
+    command: str
+    cached: bool
+    is_exit: bool
+    waits_for: tuple[str, ...]
+
+
+def read_steps(spec: dict[str, Any]) -> list[Step]:
+    """All container steps of a pipeline spec, nested DAGs included, each after the steps it waits for."""
+    steps = _steps_of(spec["root"], spec)
+    return [step for step in steps if not step.is_exit] + [step for step in steps if step.is_exit]
+
+
+def _steps_of(component: dict[str, Any], spec: dict[str, Any]) -> list[Step]:
+    tasks: dict[str, Any] = component["dag"]["tasks"]
+    order = TopologicalSorter({name: task.get("dependentTasks", []) for name, task in tasks.items()}).static_order()
+    steps: list[Step] = []
+    for name in order:
+        task = tasks[name]
+        key = task["componentRef"]["name"]
+        target = spec["components"][key]
+        if "dag" in target:
+            steps += _steps_of(target, spec)
+            continue
+        container = spec["deploymentSpec"]["executors"][target["executorLabel"]].get("container", {})
+        steps.append(
+            Step(
+                name=_display_name(task, name),
+                component=key.removeprefix(COMPONENT_PREFIX),
+                command=" ".join(container.get("command", [])).removeprefix("python3 -m "),
+                cached=bool(task.get("cachingOptions", {}).get("enableCache")),
+                is_exit=any(
+                    "taskFinalStatus" in value for value in task.get("inputs", {}).get("parameters", {}).values()
+                ),
+                waits_for=tuple(
+                    _display_name(tasks[other], other)
+                    for other in task.get("dependentTasks", [])
+                    if "executorLabel" in spec["components"][tasks[other]["componentRef"]["name"]]
+                ),
+            )
+        )
+    return steps
+
+
+def _display_name(task: dict[str, Any], key: str) -> str:
+    return str(task.get("taskInfo", {}).get("name", key))

@@ -1,0 +1,157 @@
+"""The only place that touches what `kfp.local` does not promise.
+
+`kfp.local` runs a whole pipeline on one machine (nested DAGs, conditions, loops, exit handlers, cache), but its
+subprocess runner refuses container components. Two of its classes are replaced while a pipeline runs: the one that runs
+a task, and the cache, which tells of its hits. kfp is pinned to one minor version for this reason, `check_kfp` refuses
+any other shape of these classes, and tests run a pipeline through them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import kfp
+import yaml
+from kfp import components, dsl, local
+from kfp.local import cache, status, subprocess_task_handler
+
+from pipelines.graph import COMPONENT_PREFIX
+from skd_lib.errors import SkdError
+
+HANDLER_ARGUMENTS = ("self", "image", "full_command", "pipeline_root", "runner", "env_vars")
+KEY_ARGUMENTS = ("self", "component_name", "image", "full_command", "arguments", "env_vars", "custom_cache_key")
+
+
+class Executor(Protocol):
+    """Whoever runs the containers of a local pipeline."""
+
+    def execute(self, component: str, command: list[str], env: Mapping[str, str], task_folder: Path) -> bool:
+        """Run one container to its end; whether it succeeded."""
+
+    def reused(self, component: str, outputs: Mapping[str, Any], seconds: float) -> None:
+        """A container's outputs came from the cache; `seconds` is what the original run took."""
+
+    def seconds(self, component: str) -> float:
+        """What the container took that has just run."""
+
+
+def check_kfp() -> None:
+    """Check that the classes we replace look as we know them.
+
+    Raises:
+        SkdError: another version of kfp is installed, whose local runner this project does not know.
+    """
+    handler = tuple(inspect.signature(subprocess_task_handler.SubprocessTaskHandler.__init__).parameters)
+    key = tuple(inspect.signature(cache.LocalCache.compute_key).parameters)
+    if handler != HANDLER_ARGUMENTS or key != KEY_ARGUMENTS:
+        raise SkdError(
+            f"kfp {kfp.__version__} has another local runner than the one this project drives",
+            hint='install the supported version: pip install "kfp>=2.17,<2.18"',
+        )
+
+
+def run_locally(
+    documents: list[dict[str, Any]],
+    arguments: Mapping[str, Any],
+    executor: Executor,
+    *,
+    artifacts: Path,
+    cache_folder: Path,
+    log: Path,
+) -> None:
+    """Run a compiled pipeline with `kfp.local`; each container is run by `executor`.
+
+    Failure is for `executor` to notice: this returns normally when a container fails. What kfp itself prints goes to
+    `log`.
+
+    Args:
+        documents: The pipeline spec and its Kubernetes settings.
+        arguments: Pipeline parameters.
+        executor: Runs the containers.
+        artifacts: Folder for artifacts; one subfolder a pipeline run and task.
+        cache_folder: Folder of the cache.
+        log: File that takes kfp's own log.
+    """
+    check_kfp()
+    pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
+    with (
+        log.open("a", encoding="utf-8") as sink,
+        contextlib.redirect_stdout(sink),
+        warnings.catch_warnings(action="ignore"),
+        _replaced(executor),
+    ):
+        local.init(
+            local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(artifacts),
+            raise_on_error=False,
+            enable_caching=True,
+            cache_root=str(cache_folder),
+        )
+        pipeline(**arguments)
+
+
+@contextlib.contextmanager
+def _replaced(executor: Executor) -> Iterator[None]:
+    """Put our task handler and cache in the place of kfp's."""
+
+    class TaskHandler:
+        def __init__(
+            self,
+            image: str,  # noqa: ARG002 - kfp's signature
+            full_command: list[str],
+            pipeline_root: str,  # noqa: ARG002
+            runner: local.SubprocessRunner,  # noqa: ARG002
+            env_vars: dict[str, str] | None = None,
+        ) -> None:
+            self.command = full_command
+            self.env = env_vars or {}
+
+        def run(self) -> status.Status:
+            task = json.loads(self.command[self.command.index("--executor-input") + 1])
+            folder = Path(task["outputs"]["outputFile"]).parent
+            done = executor.execute(folder.name, self.command, self.env, folder)
+            return status.Status.SUCCESS if done else status.Status.FAILURE
+
+    class Cache(cache.LocalCache):
+        """Keeps beside each entry how long the original took, and tells of hits."""
+
+        _current = threading.local()
+
+        def compute_key(self, component_name: str, *args: Any, **kwargs: Any) -> str:
+            self._current.component = component_name.removeprefix(COMPONENT_PREFIX)
+            return str(super().compute_key(component_name, *args, **kwargs))
+
+        def get(self, key: str) -> dict[str, Any] | None:
+            outputs: dict[str, Any] | None = super().get(key)
+            if outputs is not None:
+                taken = self._seconds_file(key)
+                seconds = float(taken.read_text(encoding="utf-8")) if taken.is_file() else 0.0
+                executor.reused(self._current.component, plain_outputs(outputs), seconds)
+            return outputs
+
+        def put(self, key: str, outputs: dict[str, Any]) -> None:
+            self._seconds_file(key).write_text(str(executor.seconds(self._current.component)), encoding="utf-8")
+            super().put(key, outputs)
+
+        def _seconds_file(self, key: str) -> Path:
+            return Path(self.cache_root) / f"{key}.seconds"
+
+    originals = (subprocess_task_handler.SubprocessTaskHandler, cache.LocalCache)
+    subprocess_task_handler.SubprocessTaskHandler, cache.LocalCache = TaskHandler, Cache
+    try:
+        yield
+    finally:
+        subprocess_task_handler.SubprocessTaskHandler, cache.LocalCache = originals
+        cache.reset_local_cache_singleton()
+
+
+def plain_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's outputs by name: parameters as they are, artifacts as their URI."""
+    return {name: value.uri if isinstance(value, dsl.Artifact) else value for name, value in outputs.items()}

@@ -1,0 +1,94 @@
+"""Mistakes that KFP compiles without a word and that fail only in the cluster."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+PARAMETER = re.compile(r"inputs\.parameters\['([^']+)'\]")
+
+
+def lint(spec: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled pipeline spec, one sentence each; empty if nothing is.
+
+    Every reference must resolve: components, executors, inputs of the enclosing DAG, outputs of producing tasks, and
+    parameters named in a container's command or resources. Every image must be versioned.
+    """
+    components: dict[str, Any] = spec.get("components", {})
+    executors: dict[str, Any] = spec.get("deploymentSpec", {}).get("executors", {})
+    problems = []
+    for name, component in {"root": spec.get("root", {}), **components}.items():
+        if "dag" in component:
+            problems += _dag(name, component, components)
+        elif component.get("executorLabel") not in executors:
+            problems.append(f"component {name}: executor {component.get('executorLabel')!r} does not exist")
+        else:
+            problems += _container(name, component, executors[component["executorLabel"]])
+    return problems
+
+
+def _dag(name: str, component: dict[str, Any], components: dict[str, Any]) -> list[str]:
+    problems = []
+    tasks: dict[str, Any] = component["dag"].get("tasks", {})
+    given = component.get("inputDefinitions", {})
+    for task_name, task in tasks.items():
+        where = f"task {task_name} in {name}"
+        target = components.get(task["componentRef"]["name"])
+        if target is None:
+            problems.append(f"{where}: component {task['componentRef']['name']!r} does not exist")
+            continue
+        problems += [
+            f"{where}: waits for task {other!r}, which does not exist"
+            for other in task.get("dependentTasks", [])
+            if other not in tasks
+        ]
+        for kind in ("parameters", "artifacts"):
+            wanted = target.get("inputDefinitions", {}).get(kind, {})
+            bound = task.get("inputs", {}).get(kind, {})
+            problems += [
+                f"{where}: input {missing!r} of {task['componentRef']['name']} has no value"
+                for missing, definition in wanted.items()
+                if missing not in bound and not definition.get("isOptional")
+            ]
+            for input_name, source in bound.items():
+                fault = _source_fault(source, kind, given, tasks, components)
+                if fault:
+                    problems.append(f"{where}: input {input_name!r} {fault}")
+    return problems
+
+
+def _source_fault(
+    source: dict[str, Any], kind: str, given: dict[str, Any], tasks: dict[str, Any], components: dict[str, Any]
+) -> str:
+    singular = kind.removesuffix("s").capitalize()
+    inherited = source.get(f"componentInput{singular}")
+    if inherited is not None and inherited not in given.get(kind, {}):
+        return f"comes from {inherited!r}, which the enclosing DAG does not have"
+    produced = source.get(f"taskOutput{singular}")
+    if produced is None:
+        return ""
+    producer = tasks.get(produced["producerTask"])
+    if producer is None:
+        return f"comes from task {produced['producerTask']!r}, which is not in this DAG"
+    outputs = components.get(producer["componentRef"]["name"], {}).get("outputDefinitions", {}).get(kind, {})
+    key = produced[f"output{singular}Key"]
+    return "" if key in outputs else f"comes from output {key!r} of {produced['producerTask']}, which does not exist"
+
+
+def _container(name: str, component: dict[str, Any], executor: dict[str, Any]) -> list[str]:
+    container = executor.get("container")
+    if container is None:  # an importer: no command, no image
+        return []
+    problems = []
+    image = container["image"]
+    version = image.rsplit("/", 1)[-1].partition(":")[2]
+    if "@sha256:" not in image and version in ("", "latest"):
+        problems.append(f"component {name}: image {image!r} has neither version nor digest")
+    known = component.get("inputDefinitions", {}).get("parameters", {})
+    texts = [*container.get("command", []), *container.get("args", []), str(container.get("resources", ""))]
+    used = {parameter for text in texts if isinstance(text, str) for parameter in PARAMETER.findall(text)}
+    problems += [
+        f"component {name}: uses parameter {parameter!r}, which it does not have"
+        for parameter in sorted(used - known.keys())
+    ]
+    return problems

@@ -1,0 +1,359 @@
+"""The same pipeline on this machine: steps as child processes, artifacts in a folder, finished steps reused.
+
+runs/<name>/
+  config.yaml     the configuration of the last run
+  run.json        the run's id, kept while the configuration stays the same
+  logs/           one file a step, and kfp's own
+  artifacts/      what the steps wrote
+  checkpoints/    training goes on from here after an interruption
+  .cache/         which outputs belong to which inputs
+  summary.json    the table, as JSON
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+import skd_lib
+from pipelines.graph import Step, read_steps
+from pipelines.process import run_logged
+from pipelines.progress import Display
+from skd_lib import events
+from skd_lib.config import RunConfig
+from skd_lib.errors import SkdError
+from skd_lib.machine import usable_cores
+from skd_lib.parameters import to_parameters, to_struct
+from skd_lib.storage import write_text_atomic
+
+
+class StepFailed(SkdError):
+    """A step of a local run failed.
+
+    Attributes:
+        step: Its name.
+        log: Its whole output.
+    """
+
+    def __init__(self, step: str, message: str, log: Path) -> None:
+        super().__init__(message, where=f"step {step}", hint=f"its whole output is in {log}")
+        self.step = step
+        self.log = log
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps its things."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, runs: Path, name: str) -> RunFolder:
+        """Make the folder of run `name`.
+
+        Raises:
+            SkdError: it cannot be written.
+        """
+        folder = cls((runs / name).resolve())
+        try:
+            for path in (folder.logs, folder.artifacts, folder.cache, folder.checkpoints):
+                path.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(folder.root / ".writable", "")
+            (folder.root / ".writable").unlink()
+        except OSError as error:
+            raise SkdError(
+                f"cannot write the run's folder: {error.strerror}",
+                where=str(folder.root),
+                hint="choose another with --runs-dir, or mend its permissions",
+            ) from error
+        return folder
+
+    @property
+    def logs(self) -> Path:
+        """One log a step."""
+        return self.root / "logs"
+
+    @property
+    def artifacts(self) -> Path:
+        """What the steps wrote."""
+        return self.root / "artifacts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training goes on from."""
+        return self.root / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        """Which outputs belong to which inputs."""
+        return self.root / ".cache"
+
+    @property
+    def summary(self) -> Path:
+        """The run's figures."""
+        return self.root / "summary.json"
+
+    def log_of(self, step: str) -> Path:
+        """The log of one step."""
+        return self.logs / f"{step}.log"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder.
+
+        Raises:
+            SkdError: another run is in it.
+        """
+        lock = filelock.FileLock(self.root / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise SkdError(
+                "another `skd run` is using this folder",
+                where=str(self.root),
+                hint="wait for it, or give this run another `name`",
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def link(self, name: str, target: Path) -> Path:
+        """Point `name` in this folder at one of the artifacts.
+
+        Returns:
+            The link, or the artifact itself where the file system has no links.
+        """
+        link, new = self.root / name, self.root / f".{name}.new"
+        try:
+            new.unlink(missing_ok=True)
+            new.symlink_to(os.path.relpath(target, self.root), target_is_directory=True)
+            new.replace(link)
+        except OSError:
+            return target
+        return link
+
+    def forget(self) -> None:
+        """Drop cache and checkpoints; artifacts stay, since registered models live there."""
+        for path in (self.cache, self.checkpoints):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+
+    def run_id(self, config: RunConfig, *, fresh: bool) -> str:
+        """The run's id in MLflow: the same while the configuration is, so that a resumed run goes on in its records."""
+        file = self.root / "run.json"
+        digest = hashlib.sha256(json.dumps(to_struct(config), sort_keys=True).encode()).hexdigest()
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if fresh or known.get("config_sha256") != digest:
+            known = {"run_id": str(uuid.uuid4()), "config_sha256": digest}
+            write_text_atomic(file, json.dumps(known, indent=2) + "\n")
+            write_text_atomic(self.root / "config.yaml", yaml.safe_dump(to_struct(config), sort_keys=False))
+        return str(known["run_id"])
+
+
+@dataclass
+class LocalRun:
+    """A run in progress: runs each container as a child process and keeps account.
+
+    Attributes:
+        outputs: Output parameters and artifact URIs of every finished step, by step name.
+        taken: Seconds of every finished step; of a reused one, those of its original run.
+        reused_steps: Steps whose outputs came from the cache.
+        failure: The first failure; later steps are not started then, but for the exit handler.
+    """
+
+    folder: RunFolder
+    steps: Mapping[str, Step]
+    display: Display
+    env: Mapping[str, str]
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    taken: dict[str, float] = field(default_factory=dict)
+    reused_steps: set[str] = field(default_factory=set)
+    failure: StepFailed | None = None
+
+    def execute(self, component: str, command: list[str], env: Mapping[str, str], task_folder: Path) -> bool:
+        """Run one container to its end (see `kfp_local.Executor`)."""
+        step = self.steps[component]
+        if self.failure and not step.is_exit:
+            return False
+        self.display.started(step.name)
+        start = time.monotonic()
+        log = self.folder.log_of(step.name)
+        log.write_text("", encoding="utf-8")
+        task_folder.mkdir(parents=True, exist_ok=True)
+        outcome = run_logged(
+            [sys.executable, *command[1:]],
+            log=log,
+            env={**self.env, **env},
+            on_event=lambda event: self._on_event(step.name, event),
+        )
+        seconds = time.monotonic() - start
+        if outcome.code != 0:
+            self.display.failed(step.name, seconds)
+            self.failure = self.failure or StepFailed(step.name, outcome.explain(), log)
+            return False
+        self.taken[step.name] = seconds
+        self.outputs[step.name] = _read_outputs(task_folder)
+        self.display.finished(step.name, seconds, reused=False)
+        return True
+
+    def reused(self, component: str, outputs: Mapping[str, Any], seconds: float) -> None:
+        """A step's outputs came from the cache (see `kfp_local.Executor`)."""
+        step = self.steps[component]
+        self.taken[step.name] = seconds
+        self.outputs[step.name] = dict(outputs)
+        self.reused_steps.add(step.name)
+        self.display.finished(step.name, seconds, reused=True)
+
+    def seconds(self, component: str) -> float:
+        """What the step took that has just run (see `kfp_local.Executor`)."""
+        return self.taken[self.steps[component].name]
+
+    def _on_event(self, step: str, event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress":
+            self.display.progress(step, event)
+
+    def durations(self) -> dict[str, float]:
+        """Seconds of every finished step, in the pipeline's order."""
+        return {step.name: round(self.taken[step.name], 2) for step in self.steps.values() if step.name in self.taken}
+
+
+def local_pipeline(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A compiled pipeline as this machine runs it.
+
+    The container image is this source tree, so the image's name, which is part of every cache key, becomes its digest:
+    changed code runs again. Retries are left out: here a person reads the error, mends it and runs again.
+    """
+    local = json.loads(json.dumps(documents))
+    image = f"local-python/skd:{source_digest()[:16]}"
+    spec = local[0]
+    for executor in spec["deploymentSpec"]["executors"].values():
+        if "container" in executor:
+            executor["container"]["image"] = image
+    for component in [spec["root"], *spec["components"].values()]:
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
+    return list(local)
+
+
+def source_digest() -> str:
+    """Digest of the library's source files, without those that no step imports."""
+    root = Path(skd_lib.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if path.parent == root and path.stem in ("cli", "doctor"):
+            continue
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def step_environment(run_id: str, documents: list[dict[str, Any]]) -> dict[str, str]:
+    """Environment of the steps: this process's, the run's id, events on, and each step's share of the cores.
+
+    Steps import the library that this process runs, wherever it was started.
+
+    Without a limit two torch processes run each with as many threads as there are cores, and spend their time waiting
+    for each other; waiting without spinning keeps a step fast beside whatever else the machine does (a training step
+    beside one busy process: 5 s instead of 47 s). kfp.local runs loop bodies two at a time, everything else one at a
+    time.
+    """
+    loops = any(
+        "parameterIterator" in task or "artifactIterator" in task
+        for component in [documents[0]["root"], *documents[0]["components"].values()]
+        for task in component.get("dag", {}).get("tasks", {}).values()
+    )
+    library = str(Path(skd_lib.__file__).parent.parent)
+    threads = str(max(1, usable_cores() // (2 if loops else 1)))
+    return {
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # bars of libraries would fill the logs; the steps tell of their progress themselves
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")])),
+        "KFP_RUN_ID": run_id,
+        "PYTHONUNBUFFERED": "1",
+        events.ENV: "1",
+    }
+
+
+def run_pipeline(
+    config: RunConfig,
+    folder: RunFolder,
+    documents: list[dict[str, Any]],
+    display: Display,
+    *,
+    tracking_uri: str,
+    experiment: str,
+    fresh: bool = False,
+) -> LocalRun:
+    """Run the compiled pipeline `documents` for `config` in `folder`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        StepFailed: a step failed; its own message is in it.
+        SkdError: the folder is in use, or the pipeline could not be run.
+        KeyboardInterrupt: the running step was stopped.
+    """
+    from pipelines.kfp_local import run_locally
+
+    with folder.locked():
+        if fresh:
+            folder.forget()
+        local = local_pipeline(documents)
+        run = LocalRun(
+            folder,
+            {step.component: step for step in read_steps(local[0])},
+            display,
+            step_environment(folder.run_id(config, fresh=fresh), local),
+        )
+        arguments = {
+            **to_parameters(config),
+            "tracking_uri": tracking_uri,
+            "experiment": experiment,
+            "checkpoint_root": str(folder.checkpoints),
+        }
+        kfp_log = folder.logs / "kfp.log"
+        kfp_log.write_text("", encoding="utf-8")
+        with display:
+            try:
+                run_locally(local, arguments, run, artifacts=folder.artifacts, cache_folder=folder.cache, log=kfp_log)
+            except Exception as error:
+                if run.failure:
+                    raise run.failure from error
+                with kfp_log.open("a", encoding="utf-8") as file:
+                    traceback.print_exc(file=file)
+                raise SkdError(
+                    f"kfp could not run the pipeline: {type(error).__name__}: {error}",
+                    hint=f"kfp's own log is {kfp_log}",
+                ) from error
+        if run.failure:
+            raise run.failure
+        return run
+
+
+def _read_outputs(task_folder: Path) -> dict[str, Any]:
+    """Parameters and artifact URIs a step wrote in KFP's executor output."""
+    file = task_folder / "executor_output.json"
+    if not file.is_file():
+        return {}
+    output = json.loads(file.read_text(encoding="utf-8"))
+    uris = {name: value["artifacts"][0]["uri"] for name, value in output.get("artifacts", {}).items()}
+    return {**output.get("parameterValues", {}), **uris}

@@ -1,0 +1,252 @@
+"""`skd`: run, compile and look after distillation pipelines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+# `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
+from skd_lib import __version__
+from skd_lib.errors import SkdError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.local import LocalRun, RunFolder
+    from skd_lib.config import RunConfig
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Speculative Knowledge Distillation as a Kubeflow pipeline, in a cluster or on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """Entry point.
+
+    Exit codes: 0 done; 1 a step of the run failed; 2 something to mend before a run can start; 130 interrupted.
+    """
+    try:
+        app()
+    except SkdError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"skd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version  # its callback has answered
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file, e.g. pipelines/configs/demo.yaml.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, print the plan and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget finished steps and checkpoints, start over.")] = False,
+    runs_dir: Annotated[Path, typer.Option(help="Where runs keep their files.")] = Path("runs"),
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MLFLOW_TRACKING_URI",
+            help="MLflow tracking server; empty turns tracking off.",
+            show_default="sqlite:///RUNS_DIR/mlflow.db",
+        ),
+    ] = None,
+    experiment: Annotated[str, typer.Option(envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment.")] = "skd",
+) -> None:
+    """Run the whole pipeline on this machine.
+
+    The steps are those of the cluster, as child processes. Running again reuses finished steps whose inputs have not
+    changed, and resumes training from its last checkpoint.
+    """
+    from rich.console import Console
+
+    from skd_lib.config import load_config
+
+    settings = load_config(config)
+    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
+    console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
+    if dry_run:
+        _print_plan(console, settings, runs_dir / settings.name, uri)
+        return
+
+    from pipelines.compiling import compile_pipeline
+    from pipelines.graph import read_steps
+    from pipelines.local import RunFolder, StepFailed, run_pipeline
+    from pipelines.progress import display_for
+
+    documents = compile_pipeline()
+    steps = read_steps(documents[0])
+    folder = RunFolder.create(runs_dir, settings.name)
+    _say(console, f"run {settings.name}: {len(steps)} steps, files in {_short(folder.root)}, MLflow {uri or 'off'}")
+    try:
+        finished = run_pipeline(
+            settings,
+            folder,
+            documents,
+            display_for(console, settings.name, len(steps)),
+            tracking_uri=uri,
+            experiment=experiment,
+            fresh=fresh,
+        )
+    except StepFailed as failure:
+        typer.echo(f"\nerror: {failure}", err=True)
+        typer.echo(f"Finished steps are kept: mend it and run `skd run {config}` again to go on.", err=True)
+        raise typer.Exit(1) from failure
+    except KeyboardInterrupt as interruption:
+        typer.echo(
+            f"\ninterrupted. Finished steps and checkpoints are kept: `skd run {config}` goes on from there.", err=True
+        )
+        raise typer.Exit(INTERRUPTED) from interruption
+    _conclude(console, finished, folder, uri)
+
+
+def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri: str) -> None:
+    from rich.table import Table
+
+    from pipelines.compiling import compile_pipeline
+    from pipelines.graph import read_steps
+
+    table = Table("step", "runs", "after", title=f"run {config.name}", title_justify="left", box=None)
+    for step in read_steps(compile_pipeline()[0]):
+        after = "everything" if step.is_exit else ", ".join(step.waits_for) or "-"
+        table.add_row(step.name, f"python3 -m {step.command}", after)
+    console.print(table)
+    student = config.student or f"cut from the teacher ({config.student_init.mode})"
+    for name, value in {
+        "teacher": config.teacher,
+        "student": student,
+        "method": f"{config.distill.method}, {config.distill.divergence}",
+        "files": str(folder),
+        "MLflow": tracking_uri or "off",
+    }.items():
+        _say(console, f"{name:<8} {value}")
+
+
+def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
+    """The table, where things are, and what to type next."""
+    from skd_lib.report.render import render
+    from skd_lib.report.summary import Summary
+
+    summary = Summary.model_validate(run.outputs["report"]["summary"]).with_seconds(run.durations())
+    summary.write(folder.summary)
+    console.print()
+    console.print(render(summary))
+    console.print()
+    models = {
+        "student": run.outputs["distill"]["distilled_student"],
+        "teacher": run.outputs["teacher_sft"]["tuned_teacher"],
+    }
+    links = {name: folder.link(name, Path(uri)) for name, uri in models.items()}
+    for name, path in {"summary": folder.summary, **links, "logs": folder.logs}.items():
+        _say(console, f"{name:<8} {_short(path)}")
+    if tracking_uri.startswith("sqlite:"):
+        _say(console, f"MLflow   mlflow ui --backend-store-uri {tracking_uri}")
+    elif tracking_uri:
+        _say(console, f"MLflow   {tracking_uri}")
+
+
+@app.command("compile")
+def compile_(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail if the committed file differs from its definition.")
+    ] = False,
+    image: Annotated[
+        str | None,
+        typer.Option(envvar="SKD_IMAGE", help="Run every step in this image instead of the published one."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write.", show_default="pipelines/compiled/distillation.yaml")
+    ] = None,
+) -> None:
+    """Compile the pipeline to the YAML that Kubeflow runs, and check it for mistakes KFP does not see."""
+    from pipelines.compiling import COMPILED, check_compiled, write_compiled
+
+    path = output or COMPILED
+    if check:
+        check_compiled(path)
+        typer.echo(f"{_short(path)} is up to date")
+        return
+    if image and output is None:
+        raise SkdError(
+            "--image would put your image into the committed pipeline",
+            where="skd compile",
+            hint="name another file with --output",
+        )
+    write_compiled(path, image)
+    typer.echo(f"wrote {_short(path)}")
+
+
+@app.command()
+def doctor(
+    runs_dir: Annotated[Path, typer.Option(help="Where runs keep their files.")] = Path("runs"),
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MLFLOW_TRACKING_URI", help="MLflow tracking server.", show_default="sqlite:///RUNS_DIR/mlflow.db"
+        ),
+    ] = None,
+) -> None:
+    """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails."""
+    from rich.console import Console
+
+    from skd_lib.doctor import Grade, examine, render
+
+    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
+    findings = examine(runs_dir, uri)
+    Console().print(render(findings))
+    if any(finding.grade is Grade.FAIL for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def config(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, e.g. for an editor.")] = False,
+) -> None:
+    """List every field of a run's YAML file: type, default, meaning."""
+    from skd_lib.config import RunConfig
+    from skd_lib.fields import list_fields
+
+    if schema:
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return
+    for field in list_fields(RunConfig):
+        typer.echo(f"{field.path}: {field.type}{field.default}")
+        if field.description:
+            typer.echo(textwrap.fill(field.description, 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _short(path: Path) -> str:
+    """The path as seen from here, where that is shorter."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+if __name__ == "__main__":
+    main()

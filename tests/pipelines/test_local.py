@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipelines.local import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
+from pipelines.progress import LiveDisplay, PlainDisplay, duration
+from skd_lib.config import RunConfig
+from skd_lib.errors import SkdError
+from tests.pipelines.fakes import fake_pipeline
+
+
+def config(**changes: Any) -> RunConfig:
+    values = {
+        "name": "fake",
+        "teacher": "it's a teacher",  # an apostrophe must survive every layer of quoting
+        "student": "student",
+        "data": {"source": {"type": "files", "train": ["x.jsonl"]}},
+    }
+    return RunConfig.model_validate({**values, **changes})
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "journal"
+    path.touch()
+    monkeypatch.setenv("FAKE_STEP_JOURNAL", str(path))
+    return path
+
+
+def executed(journal: Path) -> list[str]:
+    return [line.split()[0] for line in journal.read_text().splitlines()]
+
+
+def run(folder: Path, run_config: RunConfig | None = None, **options: Any) -> tuple[LocalRun, str]:
+    screen = io.StringIO()
+    documents = fake_pipeline(folder, **{k: options.pop(k) for k in ("first_does", "second_does") if k in options})
+    finished = run_pipeline(
+        run_config or config(),
+        RunFolder.create(folder / "runs", "fake"),
+        documents,
+        PlainDisplay(Console(file=screen, width=200), 4),
+        tracking_uri="",
+        experiment="skd",
+        **options,
+    )
+    return finished, screen.getvalue()
+
+
+def test_runs_every_step_and_keeps_what_they_wrote(tmp_path: Path, journal: Path, capfd: pytest.CaptureFixture[str]):
+    finished, screen = run(tmp_path)
+    assert executed(journal) == ["first", "second", "second", "last"]
+    assert finished.outputs["make"]["result"] == {"value": "it's a teacher", "nested": [1, 2.5]}
+    assert Path(finished.outputs["make"]["model"]).read_text() == "first:it's a teacher"
+    assert list(finished.durations()) == ["make", "report", "use", "finish"]
+    assert all(0 < seconds < 60 for seconds in finished.durations().values())
+    assert "hello from first" in (tmp_path / "runs/fake/logs/make.log").read_text()
+    assert "working 1/3 loss=1" in (tmp_path / "runs/fake/logs/make.log").read_text()
+    assert "::skd" not in (tmp_path / "runs/fake/logs/make.log").read_text()
+    assert "[4/4] finish: done" in screen
+    assert capfd.readouterr() == ("", "")  # kfp's own chatter goes to its log
+    assert "Executing task" in (tmp_path / "runs/fake/logs/kfp.log").read_text()
+
+
+def test_second_run_reuses_cached_steps_with_their_original_seconds(tmp_path: Path, journal: Path):
+    before, _ = run(tmp_path)
+    after, screen = run(tmp_path)
+    assert executed(journal)[4:] == ["second", "last"]  # the uncached ones
+    assert after.reused_steps == {"make", "use"}
+    assert after.taken["make"] == before.taken["make"]
+    assert after.outputs["make"] == before.outputs["make"]
+    assert "make: unchanged, reused" in screen
+
+
+def test_changed_parameter_runs_what_depends_on_it(tmp_path: Path, journal: Path):
+    run(tmp_path)
+    run(tmp_path, config(seed=1))  # only the whole `config` step sees it, and only through other fields
+    assert executed(journal)[4:] == ["second", "last"]
+    run(tmp_path, config(teacher="another"))
+    assert executed(journal)[6:] == ["first", "second", "second", "last"]
+
+
+def test_run_id_lasts_while_the_configuration_does(tmp_path: Path, journal: Path):
+    run(tmp_path)
+    run(tmp_path)
+    run(tmp_path, config(seed=1))
+    run(tmp_path, config(seed=1), fresh=True)
+    ids = [line.split()[2] for line in journal.read_text().splitlines() if line.startswith("last")]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+    assert executed(journal)[-4:] == ["first", "second", "second", "last"]  # fresh runs everything
+
+
+def test_failed_step_stops_the_run_with_its_own_sentence(tmp_path: Path, journal: Path):
+    with pytest.raises(StepFailed) as failure:
+        run(tmp_path, first_does="error")
+    assert executed(journal) == ["first", "last"]  # no retry, nothing else, but the exit handler
+    assert str(failure.value).startswith("step make: the data has a hole\n  hint: mend row 3")
+    assert str(tmp_path / "runs/fake/logs/make.log") in str(failure.value)
+    assert failure.value.__cause__ is None
+
+
+def test_nothing_independent_starts_after_a_failure(tmp_path: Path, journal: Path):
+    with pytest.raises(StepFailed, match="step report"):
+        run(tmp_path, second_does="crash")
+    assert executed(journal) == ["first", "second", "last"]
+
+
+def test_crash_shows_the_end_of_the_log(tmp_path: Path, journal: Path):
+    with pytest.raises(StepFailed, match="exit code 1") as failure:
+        run(tmp_path, first_does="crash")
+    assert "RuntimeError: boom" in str(failure.value)
+
+
+def test_failure_then_success_goes_on_from_the_finished_step(tmp_path: Path, journal: Path):
+    with pytest.raises(StepFailed):
+        run(tmp_path, second_does="error")
+    run(tmp_path)
+    assert executed(journal) == ["first", "second", "last", "second", "second", "last"]
+
+
+def test_link_follows_the_last_run(tmp_path: Path):
+    folder = RunFolder.create(tmp_path / "runs", "fake")
+    for name in ("a", "b"):
+        (folder.artifacts / name).mkdir()
+        assert folder.link("student", folder.artifacts / name) == folder.root / "student"
+    assert (folder.root / "student").resolve() == folder.artifacts / "b"
+    assert not (folder.root / "student").readlink().is_absolute()  # the folder can be moved
+
+
+def test_two_runs_of_one_folder(tmp_path: Path, journal: Path):
+    with (
+        RunFolder.create(tmp_path / "runs", "fake").locked(),
+        pytest.raises(SkdError, match="another `skd run` is using this folder"),
+    ):
+        run(tmp_path)
+    run(tmp_path)
+
+
+def test_unwritable_folder(tmp_path: Path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SkdError, match="cannot write the run's folder"):
+        RunFolder.create(tmp_path / "runs", "fake")
+
+
+def test_steps_get_the_cores_unless_told_otherwise(tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run(tmp_path)
+    assert {line.split()[3] for line in journal.read_text().splitlines()} == {str(len(os.sched_getaffinity(0)))}
+
+
+def test_changed_code_changes_every_cache_key(tmp_path: Path):
+    local = local_pipeline(fake_pipeline(tmp_path))
+    images = {executor["container"]["image"] for executor in local[0]["deploymentSpec"]["executors"].values()}
+    assert images == {f"local-python/skd:{source_digest()[:16]}"}
+    assert "retryPolicy" not in json.dumps(local)
+
+
+HANGING_RUN = """
+import sys
+from pathlib import Path
+from tests.pipelines.test_local import run
+run(Path(sys.argv[1]), first_does="hang")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ended_run_leaves_no_child(tmp_path: Path, journal: Path, number: signal.Signals):
+    root = Path(__file__).parents[2]
+    runner = subprocess.Popen([sys.executable, "-c", HANGING_RUN, str(tmp_path)], cwd=root, stderr=subprocess.DEVNULL)
+    log = tmp_path / "runs/fake/logs/make.log"
+    wait_until(lambda: log.is_file() and "hanging" in log.read_text())
+    child = int(journal.read_text().split()[1])
+    assert is_alive(child)
+    runner.send_signal(number)
+    assert runner.wait(20) != 0
+    wait_until(lambda: not is_alive(child))
+    run(tmp_path)  # the lock is free, and the run goes on
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process still runs; one that waits to be reaped does not."""
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "\nState:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_live_display_shows_steps_and_figures():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with LiveDisplay(console, "demo", 2) as display:
+        display.finished("prepare_data", 3.14, reused=True)
+        display.started("distill")
+        display.progress("distill", {"what": "training", "done": 4, "total": 8, "figures": {"loss": 1.5}})
+        display._bars.refresh()
+        display.finished("distill", 75, reused=False)
+    text = screen.getvalue()
+    for shown in ("prepare_data", "reused", "distill: training", "4/8", "loss 1.5", "1 min 15 s"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.44, "0.4 s"), (59.4, "59 s"), (59.7, "1 min 00 s"), (3599.7, "1 h 00 min"), (7620, "2 h 07 min")],
+)
+def test_duration(seconds: float, text: str):
+    assert duration(seconds) == text

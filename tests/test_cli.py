@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from skd_lib.config import RunConfig
+from skd_lib.fields import list_fields
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "pipelines/configs/demo.yaml"
+
+
+def skd(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "skd_lib.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_version():
+    done = skd("--version")
+    assert done.returncode == 0
+    assert re.fullmatch(r"skd \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'mlflow', 'kfp', 'pandas', 'numpy'}"
+    code = f"import sys, skd_lib.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    start = time.monotonic()
+    done = skd("--help")
+    assert time.monotonic() - start < 5  # about half a second; the limit allows for a busy machine
+    for command in ("run", "compile", "doctor", "config"):
+        assert f" {command} " in done.stdout
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path):
+    done = skd("run", DEMO, "--dry-run", "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    assert "python3 -m skd_lib.steps.distill" in done.stdout
+    assert "SmolLM2-135M-Instruct" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_field_is_named_before_anything_starts(tmp_path: Path):
+    values = yaml.safe_load(DEMO.read_text())
+    values["distill"]["sampling"]["topk"] = values["distill"]["sampling"].pop("top_k")
+    values["seed"] = -1
+    config = tmp_path / "wrong.yaml"
+    config.write_text(yaml.safe_dump(values))
+    done = skd("run", config, "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 2
+    assert f"{config}, field `distill.sampling.topk`: unknown field" in done.stderr
+    assert "field `seed`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "missing.yaml"], "missing.yaml: cannot read the config"),
+        (["run", str(DEMO), "--runs-dir", str(DEMO)], "cannot write the run's folder"),
+        (["compile", "--image", "r/skd:1"], "hint: name another file with --output"),
+        (["compile", "--check", "--output", "missing.yaml"], "the compiled pipeline is missing"),
+    ],
+)
+def test_errors_say_what_to_do(arguments: list[str], message: str):
+    done = skd(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_compile_check_passes_on_the_committed_file():
+    done = skd("compile", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "up to date" in done.stdout
+
+
+def test_compile_with_an_image_of_ones_own(tmp_path: Path):
+    done = skd("compile", "--image", "r/skd:1", "--output", tmp_path / "mine.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "image: r/skd:1" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_config_lists_every_field():
+    done = skd("config")
+    listed = {line.split(":")[0] for line in done.stdout.splitlines() if line and not line.startswith(" ")}
+    assert {"name", "distill.sampling.top_k", "data.source.columns.source", "data.source.train[].sha256"} <= listed
+    assert "distill.sampling.top_k: int = 25" in done.stdout
+    assert "task.stop: list of str = []" in done.stdout
+    assert 'distill.method: sft | supervised_kd | on_policy | skd = "skd"' in done.stdout
+    assert "seed: int = 0" in done.stdout
+    assert all(
+        field.path.split(".")[0] in RunConfig.model_fields or "(" in field.path for field in list_fields(RunConfig)
+    )
+
+
+def test_config_schema_is_json_schema():
+    schema = json.loads(skd("config", "--schema").stdout)
+    assert schema["title"] == "RunConfig"
+    assert "DistillConfig" in schema["$defs"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_configuration_is_valid(path: Path):
+    done = skd("run", path, "--dry-run")
+    assert done.returncode == 0, done.stderr
