@@ -11,9 +11,13 @@ rule            accepts drafted token t if          on rejection samples        
 `nothing()`     never                               p                            teacher generation, SeqKD data
 `lossless()`    u < min(1, p(t) / q(t))             max(p - q, 0), normalised    speculative decoding
                                                                                  (Leviathan et al. 2023)
+`min_prob(a)`   p(t) >= a, before temperature and   argmax p                     CA-OPD (arXiv 2609.02401)
+                top-p
+`mixture(g)`    u < min(1, 1 - g + g p(t) / q(t))   max(p - q, 0), normalised    exact samples of
+                                                                                 (1 - g) q + g p
 ==============  ==================================  ===========================  ===================================
 
-p and q are the teacher's and the student's distributions after temperature and top-p.
+p and q are the teacher's and the student's distributions after temperature and top-p, unless the table says before.
 """
 
 from __future__ import annotations
@@ -55,8 +59,11 @@ class Block:
 
 Accept = Callable[[Block], Tensor]
 """(B, G) bool: would each drafted token be accepted, given that all before it were?"""
-Correct = Callable[[Tensor, Tensor], Tensor]
-"""(B, V) teacher and student probabilities at the rejected position -> (B, V) weights to draw the replacement from."""
+Correct = Callable[[Tensor, Tensor | None], Tensor]
+"""(B, V) teacher and student probabilities at the rejected position -> (B, V) weights to draw the replacement from.
+
+The student's are None unless the rule needs them.
+"""
 
 
 @dataclass(frozen=True)
@@ -106,16 +113,47 @@ def lossless() -> AcceptanceRule:
     """Speculative decoding: the output is distributed exactly as the teacher's own."""
 
     def accept(block: Block) -> Tensor:
-        assert block.student_probs_BGV is not None  # noqa: S101 - the rule asks for them
-        drafted = block.drafts_BG.unsqueeze(-1)
-        p = block.teacher_probs_BGV.gather(-1, drafted).squeeze(-1)
-        q = block.student_probs_BGV.gather(-1, drafted).squeeze(-1)
-        return block.uniforms_BG * q < p
+        p_BG, q_BG = _of_drafts(block)
+        return block.uniforms_BG * q_BG < p_BG
 
     return AcceptanceRule("lossless", accept, _from_residual, needs_student_probs=True, bonus=True)
 
 
-def _from_residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
+def min_prob(a: float) -> AcceptanceRule:
+    """A token stands if the teacher itself gives it at least probability `a`; else the teacher's likeliest does."""
+
+    def accept(block: Block) -> Tensor:
+        raw_BGV = torch.softmax(block.teacher_logits_BGV.float(), dim=-1)
+        return raw_BGV.gather(-1, block.drafts_BG.unsqueeze(-1)).squeeze(-1) >= a
+
+    return AcceptanceRule(f"min_prob({a:g})", accept, _likeliest)
+
+
+def mixture(g: float) -> AcceptanceRule:
+    """Every token is an exact sample of (1 - g) q + g p: g = 0 is the student, g = 1 the teacher."""
+
+    def accept(block: Block) -> Tensor:
+        p_BG, q_BG = _of_drafts(block)
+        return block.uniforms_BG * q_BG < (1 - g) * q_BG + g * p_BG
+
+    return AcceptanceRule(f"mixture({g:g})", accept, _from_residual, needs_student_probs=True)
+
+
+def _of_drafts(block: Block) -> tuple[Tensor, Tensor]:
+    """(B, G) teacher and student probabilities of the drafted tokens."""
+    assert block.student_probs_BGV is not None  # noqa: S101 - the rule asks for them
+    drafted = block.drafts_BG.unsqueeze(-1)
+    both = (block.teacher_probs_BGV, block.student_probs_BGV)
+    p_BG, q_BG = (probs_BGV.gather(-1, drafted).squeeze(-1) for probs_BGV in both)
+    return p_BG, q_BG
+
+
+def _likeliest(p_BV: Tensor, q_BV: Tensor | None) -> Tensor:  # noqa: ARG001 - one signature for all rules
+    return torch.zeros_like(p_BV).scatter_(-1, p_BV.argmax(-1, keepdim=True), 1.0)
+
+
+def _from_residual(p_BV: Tensor, q_BV: Tensor | None) -> Tensor:
+    assert q_BV is not None  # noqa: S101 - the rule asks for them
     residual = (p_BV - q_BV).clamp_min(0)
     # p = q leaves no residual; a rejection is then rounding, and p is the right distribution.
     return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_BV)

@@ -195,8 +195,8 @@ class Sampler:
             own_B = accepted_B.clamp(max=logits_BSV.shape[1] - 1)
             weights_BV = warp(logits_BSV[batch, own_B], self.teacher_params)
             if self.rule.correct is not None:
-                assert student_probs_BGV is not None  # noqa: S101 - the rule asked for them
-                corrected_BV = self.rule.correct(weights_BV, student_probs_BGV[batch, own_B.clamp(max=drafted - 1)])
+                q_BV = None if student_probs_BGV is None else student_probs_BGV[batch, own_B.clamp(max=drafted - 1)]
+                corrected_BV = self.rule.correct(weights_BV, q_BV)
                 weights_BV = torch.where((accepted_B < drafted).unsqueeze(1), corrected_BV, weights_BV)
             own_token_B = draw(weights_BV, uniforms_BSC[batch, own_B, _REPLACE])
             # A whole block without a bonus ends in the student's token: no position of it is the teacher's.

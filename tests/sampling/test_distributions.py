@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
 from skd_lib.sampling.distributions import draw, warp
 from skd_lib.sampling.engine import Sampler
 from tests.conftest import TinyModel
@@ -45,6 +45,16 @@ def interleaved(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return accepted + (1 - accepted.sum()) * probabilities(teacher, TEACHER)
 
 
+def mixed(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return 0.7 * probabilities(student, STUDENT) + 0.3 * probabilities(teacher, TEACHER)
+
+
+def kept_where_likely(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    accepted = probabilities(student, STUDENT) * (torch.softmax(teacher.double(), -1) >= 0.01)
+    accepted[teacher.argmax()] += 1 - accepted.sum()
+    return accepted
+
+
 @torch.no_grad()
 def enumerate_joint(student: PreTrainedModel, teacher: PreTrainedModel, step: Step) -> dict[tuple[int, ...], float]:
     joint = {}
@@ -61,8 +71,15 @@ def enumerate_joint(student: PreTrainedModel, teacher: PreTrainedModel, step: St
 
 @pytest.mark.parametrize(
     ("rule", "step"),
-    [(everything(), student_alone), (nothing(), teacher_alone), (lossless(), teacher_alone), (top_k(2), interleaved)],
-    ids=["everything", "nothing", "lossless", "top_k"],
+    [
+        (everything(), student_alone),
+        (nothing(), teacher_alone),
+        (lossless(), teacher_alone),
+        (top_k(2), interleaved),
+        (min_prob(0.01), kept_where_likely),
+        (mixture(0.3), mixed),
+    ],
+    ids=["everything", "nothing", "lossless", "top_k", "min_prob", "mixture"],
 )
 @pytest.mark.parametrize("gamma", [1, 2])
 def test_joint_distribution(tiny_model: TinyModel, rule: AcceptanceRule, step: Step, gamma: int) -> None:
@@ -80,6 +97,7 @@ def test_joint_distribution(tiny_model: TinyModel, rule: AcceptanceRule, step: S
     assert all(joint[tokens] > 0 for tokens in counts), "a sequence of probability 0 was sampled"
 
     common = [tokens for tokens, probability in joint.items() if probability * SAMPLES >= 5]
+    assert len(common) > 3, "a distribution this narrow tests nothing"
     expected = [joint[tokens] * SAMPLES for tokens in common]
     observed = [counts[tokens] for tokens in common]
     rest = SAMPLES - sum(expected)
