@@ -128,6 +128,48 @@ class Fit:
         shutil.rmtree(self.checkpoint_dir(data), ignore_errors=True)
 
 
+def fine_tune(
+    fit: Fit, folder: Path, out: Path, *, base: str, title: str, data: PreparedData, data_uri: str, run: StepRun
+) -> tuple[dict[str, Any], dict[str, float]] | None:
+    """Fine-tune the model in `folder` on ground truth and save it to `out`, with a card.
+
+    Args:
+        fit: The training's settings; one digest in `weights`.
+        folder: The model as it comes in.
+        out: Where it is saved.
+        base: What the model came from, for its card.
+        title: Its card's title.
+        data: Prepared data.
+        data_uri: Where that is.
+        run: The step's MLflow run.
+
+    Returns:
+        Metadata for the artifact, and figures; None on a process that writes no outputs.
+    """
+    from skd_lib.models.card import Lineage, model_card
+    from skd_lib.models.loading import load_tokenizer
+
+    model, tokenizer = load_trainable(folder), load_tokenizer(folder)
+    result, figures = fit.run(model, None, tokenizer, data, data_uri, run)
+    if not is_main_process():
+        return None
+    lineage = Lineage(
+        base=base,
+        method="sft",
+        data_fingerprint=data.fingerprint,
+        code_version=code_version(),
+        settings=training_facts(fit.training, result),
+    )
+    (base_digest,) = fit.weights.values()
+    metadata = {
+        "weights_sha256": save_trained(model, tokenizer, out, model_card(title, lineage)),
+        "base_weights_sha256": base_digest,
+        "data_fingerprint": data.fingerprint,
+        "code_version": code_version(),
+    }
+    return metadata, figures
+
+
 def input_digest(io: StepIO, name: str, path: Path) -> str:
     """Digest of an input model's weights: from the artifact's metadata, else computed."""
     from skd_lib.models.loading import weights_digest

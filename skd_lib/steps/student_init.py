@@ -105,21 +105,20 @@ def main(
                     checkpoint_root=root,
                     weights={"student": digest},
                 )
-                model, tokenizer = fitting.load_trainable(folder), load_tokenizer(folder)
-                result, figures = fit.run(model, None, tokenizer, prepared, io.input_uri("data", data), run)
-                if not fitting.is_main_process():
-                    return
-                lineage = Lineage(
+                tuned = fitting.fine_tune(
+                    fit,
+                    folder,
+                    student_out,
                     base=base,
-                    method="sft",
-                    data_fingerprint=prepared.fingerprint,
-                    code_version=fitting.code_version(),
-                    settings=fitting.training_facts(settings.training, result),
+                    title="Student, fine-tuned on the task",
+                    data=prepared,
+                    data_uri=io.input_uri("data", data),
+                    run=run,
                 )
-                card = model_card("Student, fine-tuned on the task", lineage)
-                metadata["weights_sha256"] = fitting.save_trained(model, tokenizer, student_out, card)
-                metadata["base_weights_sha256"] = digest
-                metadata["data_fingerprint"] = prepared.fingerprint
+                if tuned is None:
+                    return
+                facts, figures = tuned
+                metadata |= facts
         fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("initial_student"), **metadata})
 

@@ -35,8 +35,7 @@ def main(
     root = checkpoint_folder(checkpoint_root)
     io = StepIO(executor_input, {"tuned_teacher": teacher_out, "metrics": metrics_out})
 
-    from skd_lib.models.card import Lineage, model_card
-    from skd_lib.models.loading import check_model_folder, load_tokenizer
+    from skd_lib.models.loading import check_model_folder
     from skd_lib.steps.import_model import import_folder
     from skd_lib.tracking.runs import step_run
 
@@ -65,27 +64,20 @@ def main(
                 checkpoint_root=root,
                 weights={"teacher": digest},
             )
-            model, tokenizer = fitting.load_trainable(teacher), load_tokenizer(teacher)
-            result, figures = fit.run(model, None, tokenizer, prepared, io.input_uri("data", data), run)
-            if not fitting.is_main_process():
-                return
-            lineage = Lineage(
+            tuned = fitting.fine_tune(
+                fit,
+                teacher,
+                teacher_out,
                 base=reference,
-                method="sft",
-                data_fingerprint=prepared.fingerprint,
-                code_version=fitting.code_version(),
-                settings=fitting.training_facts(settings.training, result),
+                title="Teacher, fine-tuned on the task",
+                data=prepared,
+                data_uri=io.input_uri("data", data),
+                run=run,
             )
-            card = model_card("Teacher, fine-tuned on the task", lineage)
-            metadata = {
-                **known,
-                "weights_sha256": fitting.save_trained(model, tokenizer, teacher_out, card),
-                "reference": reference,
-                "base_weights_sha256": digest,
-                "method": "sft",
-                "data_fingerprint": prepared.fingerprint,
-                "code_version": lineage.code_version,
-            }
+            if tuned is None:
+                return
+            facts, figures = tuned
+            metadata = {**known, "reference": reference, "method": "sft", **facts}
             fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("tuned_teacher"), **metadata})
 

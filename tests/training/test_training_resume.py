@@ -60,7 +60,10 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model: Callable[..., PreTr
     assert results[0].best_step == results[1].best_step
     for name, tensor in models[1].state_dict().items():
         assert torch.equal(models[0].state_dict()[name], tensor), name
-    last = [torch.load(tmp_path / folder / "checkpoint-8" / "optimizer.pt") for folder in ("killed", "uninterrupted")]
+    last = [
+        torch.load(tmp_path / folder / "checkpoint-8" / "optimizer.pt", weights_only=True)
+        for folder in ("killed", "uninterrupted")
+    ]
     for key, state in last[1]["state"].items():
         assert all(torch.equal(last[0]["state"][key][name], tensor) for name, tensor in state.items())
 
