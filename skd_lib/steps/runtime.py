@@ -54,7 +54,9 @@ class StepIO:
     def input_metadata(self, name: str) -> dict[str, Any]:
         """Metadata an earlier step left on input artifact `name`; empty when run by hand."""
         artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
-        return dict(artifacts[0].get("metadata", {})) if artifacts else {}
+        metadata = artifacts[0].get("metadata", {}) if artifacts else {}
+        # KFP keeps metadata as protobuf, which has no whole numbers: 25 comes back as 25.0.
+        return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in metadata.items()}
 
     def input_uri(self, name: str, path: Path) -> str:
         """URI of input artifact `name`; the local path when run by hand."""

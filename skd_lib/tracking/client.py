@@ -80,7 +80,9 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=_artifact_location(tracking_uri)))
+            # The kind makes MLflow's page open with training runs rather than with traces of language-model calls.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(client.create_experiment(name, artifact_location=_artifact_location(tracking_uri), tags=kind))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

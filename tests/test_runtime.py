@@ -1,0 +1,91 @@
+"""What every step shares: KFP's executor output, and how a step fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from skd_lib import events
+from skd_lib.steps.runtime import StepIO
+
+
+def executor_input(folder: Path) -> str:
+    def artifact(name: str, uri: str, **metadata: object) -> dict[str, object]:
+        kind = {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}
+        return {"artifacts": [{"name": name, "type": kind, "uri": uri, "metadata": metadata}]}
+
+    outputs = {name: artifact(name, f"gs://bucket/{name}") for name in ("student", "metrics")}
+    return json.dumps(
+        {
+            "inputs": {"artifacts": {"teacher": artifact("teacher", "gs://bucket/t", layers=30.0, loss=0.5, a="x")}},
+            "outputs": {"artifacts": outputs, "outputFile": str(folder / "kfp" / "executor_output.json")},
+        }
+    )
+
+
+def test_every_output_artifact_is_listed_with_its_remote_uri(tmp_path: Path) -> None:
+    io = StepIO(executor_input(tmp_path), {"student": tmp_path / "out" / "student", "metrics": tmp_path / "out" / "m"})
+    io.metadata("student", weights_sha256="abc")
+    io.parameter("course", {"steps": [1, 2]})
+    written = json.loads(io.write().read_text())
+    assert {name: value["artifacts"][0]["uri"] for name, value in written["artifacts"].items()} == {
+        "student": "gs://bucket/student",
+        "metrics": "gs://bucket/metrics",
+    }
+    assert written["artifacts"]["student"]["artifacts"][0]["metadata"] == {"weights_sha256": "abc"}
+    assert written["parameterValues"] == {"course": {"steps": [1, 2]}}
+    assert (tmp_path / "kfp" / "executor_output.json").is_file()
+
+
+def test_metadata_of_inputs_has_whole_numbers_again(tmp_path: Path) -> None:
+    io = StepIO(executor_input(tmp_path), {})
+    metadata = io.input_metadata("teacher")
+    assert metadata == {"layers": 30, "loss": 0.5, "a": "x"}
+    assert isinstance(metadata["layers"], int)
+    assert io.input_uri("teacher", tmp_path) == "gs://bucket/t"
+    assert io.input_metadata("student") == {}
+
+
+def test_by_hand_the_output_lies_beside_the_first_artifact(tmp_path: Path) -> None:
+    io = StepIO(None, {"model": tmp_path / "model"})
+    path = io.write()
+    assert path == tmp_path / "executor_output.json"
+    assert json.loads(path.read_text())["artifacts"]["model"]["artifacts"][0]["uri"] == str(tmp_path / "model")
+
+
+STEP = """
+import sys
+from skd_lib.errors import SkdError
+from skd_lib.steps.runtime import run_step
+
+def main() -> None:
+    raise {error}
+
+run_step(main)
+"""
+
+
+def run(error: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "step.py"
+    script.write_text(STEP.format(error=error))
+    root = str(Path(__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env={"PYTHONPATH": root, **env}
+    )
+
+
+def test_what_the_user_can_mend_is_a_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    done = run("SkdError('broken', where='data.jsonl, row 3', hint='mend it')", tmp_path)
+    assert done.returncode == 2
+    assert "error: data.jsonl, row 3: broken\n  hint: mend it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_anything_else_keeps_its_traceback_and_tells_the_runner(tmp_path: Path) -> None:
+    done = run("ValueError('unexpected')", tmp_path, SKD_EVENTS="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    told = [event for line in done.stdout.splitlines() if (event := events.parse(line))]
+    assert told == [{"event": "error", "message": "ValueError: unexpected"}]
