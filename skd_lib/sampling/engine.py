@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from skd_lib.models.heads import lm_logits, vocabulary_size
 from skd_lib.sampling.acceptance import AcceptanceRule, Block
 from skd_lib.sampling.cache import RowCache, forward
 from skd_lib.sampling.distributions import draw, row_uniforms, warp
+from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
 
 __all__ = ["STUDENT", "TEACHER", "Sampler", "Samples", "SamplingStatistics"]
@@ -94,8 +96,8 @@ class Sampler:
         eos_ids: A row ends at any of these.
         pad_id: Fills rows after their end.
         max_new_tokens: Length limit of a response.
-        gamma: Tokens drafted for each teacher call. Results do not depend on it (except that `lossless` may sample
-            other tokens of the same distribution).
+        gamma: Tokens drafted for each teacher call, the same for all or chosen each round. Results do not depend on
+            it (except that `lossless` may sample other tokens of the same distribution).
         student_params: How the student samples.
         teacher_params: How the teacher samples.
         batch_size: Rows in flight; None takes all prompts at once.
@@ -111,7 +113,7 @@ class Sampler:
     eos_ids: tuple[int, ...]
     pad_id: int
     max_new_tokens: int
-    gamma: int = 5
+    gamma: int | AdaptiveGamma = 5
     student_params: SamplingParams = _AS_TRAINED
     teacher_params: SamplingParams = _AS_TRAINED
     batch_size: int | None = None
@@ -174,7 +176,8 @@ class Sampler:
         slots_BS = written_B.unsqueeze(1) + torch.arange(self._block_width, device=self._device)
         uniforms_BSC = output.uniforms_NTC[rows.index_B.unsqueeze(1), slots_BS]
 
-        drafts_BG, student_probs_BGV = self._draft(rows, uniforms_BSC[..., _DRAFT])
+        gamma = self._draft_length(output.counts)
+        drafts_BG, student_probs_BGV = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
         drafted = drafts_BG.shape[1]
         tokens_BS, states_BSH = drafts_BG, None
         accepted_B = batch.new_full((len(batch),), drafted)
@@ -206,14 +209,14 @@ class Sampler:
             )
         return self._commit(rows, output, tokens_BS, states_BSH, accepted_B, drafted)
 
-    def _draft(self, rows: _Rows, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _draft(self, rows: _Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the student write `gamma` tokens: (B, G) ids and, if the rule reads them, (B, G, V) probabilities."""
         drafts: list[Tensor] = []
         probs: list[Tensor] = []
         # After a bonus the student has not seen the token before it: feed both, at their own positions.
         fed_BT = rows.last_two_B2 if self.rule.bonus else rows.last_two_B2[:, 1:]
         start_B = rows.length_B - fed_BT.shape[1]
-        for step in range(self._draft_length):
+        for step in range(gamma):
             assert self.student is not None and rows.student_cache is not None  # noqa: S101, PT018
             hidden_BTH = forward(self.student, rows.student_cache, fed_BT, start_B, rows.longest + step)
             logits_BV = lm_logits(self.student, hidden_BTH[:, -1])[..., : self._vocabulary]
@@ -394,16 +397,29 @@ class Sampler:
             vocabulary_size(model) for model in (self.student, self.teacher) if model is not None
         )
 
+    def _draft_length(self, counts: SamplingStatistics) -> int:
+        if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:
+            return self.gamma.choose(counts, self._costs, bonus=self.rule.bonus)
+        return self._longest_draft
+
+    @cached_property
+    def _costs(self) -> Costs:
+        assert self.student is not None and self.teacher is not None  # noqa: S101, PT018 - the rule tests drafts
+        given = self.gamma.costs if isinstance(self.gamma, AdaptiveGamma) else None
+        return given or estimated_costs(self.student, self.teacher)
+
     @property
-    def _draft_length(self) -> int:
+    def _longest_draft(self) -> int:
         """With no teacher to ask, a longer block would only delay noticing that a row has ended."""
         if not self.rule.drafts:
             return 0
-        return self.gamma if self.rule.asks_teacher else 1
+        if not self.rule.asks_teacher:
+            return 1
+        return self.gamma.maximum if isinstance(self.gamma, AdaptiveGamma) else self.gamma
 
     @property
     def _block_width(self) -> int:
-        return max(self._draft_length + self.rule.bonus, 1)
+        return max(self._longest_draft + self.rule.bonus, 1)
 
 
 @contextmanager
