@@ -10,6 +10,7 @@ Memory: 2 x layers x kv_heads x head_dim x batch x capacity elements of the mode
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from skd_lib.models.heads import decoder
+
+
+@dataclass
+class _Block:
+    """Where a forward pass writes, and how many keys it sees.
+
+    The layers share it instead of pointing back to their cache: a cycle would keep the memory until the garbage
+    collector comes round.
+    """
+
+    positions_BT: Tensor
+    visible: int
 
 
 class RowCache(Cache):
@@ -29,9 +42,8 @@ class RowCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        self.positions_BT = torch.empty(0, 0, dtype=torch.long)
-        self.visible = 0
-        super().__init__(layers=[_RowLayer(self, capacity) for _ in range(config.num_hidden_layers)])
+        self.block = _Block(torch.empty(0, 0, dtype=torch.long), 0)
+        super().__init__(layers=[_RowLayer(self.block, capacity) for _ in range(config.num_hidden_layers)])
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (indices, in the given order)."""
@@ -49,9 +61,9 @@ class _RowLayer(CacheLayerMixin):
 
     is_sliding = False  # sliding windows are a matter of the mask: every position is kept
 
-    def __init__(self, cache: RowCache, capacity: int) -> None:
+    def __init__(self, block: _Block, capacity: int) -> None:
         super().__init__()
-        self.cache, self.capacity = cache, capacity
+        self.block, self.capacity = block, capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate, in the shape and dtype of the first states that arrive."""
@@ -65,11 +77,11 @@ class _RowLayer(CacheLayerMixin):
         """Write (B, kv_heads, T, head_dim) states at each row's positions; return all that may be seen."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        positions_BT = self.cache.positions_BT
+        positions_BT = self.block.positions_BT
         rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
         self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2)
         self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2)
-        return self.keys[:, :, : self.cache.visible], self.values[:, :, : self.cache.visible]
+        return self.keys[:, :, : self.block.visible], self.values[:, :, : self.block.visible]
 
     def get_seq_length(self) -> int:
         """Rows have no common length: callers pass position ids and masks."""
@@ -77,7 +89,7 @@ class _RowLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - the base class's signature
         """Keys that a query may see, and where they start."""
-        return self.cache.visible, 0
+        return self.block.visible, 0
 
     def get_max_length(self) -> int:
         """Positions allocated for every row."""
@@ -99,10 +111,10 @@ def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B
     """
     width = tokens_BT.shape[1]
     positions_BT = starts_B.unsqueeze(1) + torch.arange(width, device=starts_B.device)
-    cache.positions_BT, cache.visible = positions_BT, longest + width
+    cache.block.positions_BT, cache.block.visible = positions_BT, longest + width
     output = decoder(model)(
         input_ids=tokens_BT,
-        attention_mask=_attention_mask(model, positions_BT, cache.visible),
+        attention_mask=_attention_mask(model, positions_BT, cache.block.visible),
         position_ids=positions_BT,
         past_key_values=cache,
         use_cache=True,
