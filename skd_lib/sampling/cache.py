@@ -5,6 +5,10 @@ forward pass writes each row's keys and values at that row's own positions. Acce
 length, rejecting them is not advancing it: what lies beyond a row's length is never seen, because every query is
 masked to keys at or before its own position, and a position is rewritten before it is next reached.
 
+That needs keys and values of single positions, at places that the caller names: decoders with rotary positions and
+attention layers, full or with a sliding window, bare or wrapped by PEFT. `check_supported` refuses every other
+architecture by its name: decoding it needs a path without this cache, which there is not yet.
+
 Memory: 2 x layers x kv_heads x head_dim x batch x capacity elements of the model's compute dtype.
 """
 
@@ -18,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
 
 
@@ -96,11 +101,40 @@ class _RowLayer(CacheLayerMixin):
         return self.capacity
 
 
+def check_supported(model: PreTrainedModel) -> None:
+    """See that `forward` computes what the model itself would.
+
+    Raises:
+        SkdError: the architecture keeps more, or other things, than the keys and values of positions. It is named.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
+    hint = "use a decoder with rotary positions and attention layers, e.g. Llama, Mistral, Qwen or Gemma"
+    if model.config.is_encoder_decoder:
+        reason = "is an encoder-decoder"
+    elif getattr(model, "_is_stateful", False) or not layers <= {"full_attention", "sliding_attention"}:
+        reason = "has layers other than full and sliding-window attention, whose state cannot take tokens back"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        reason = "shares keys and values between layers"
+    elif getattr(config, "alibi", False) or not any(
+        name.rpartition(".")[2] == "rotary_emb" for name, _ in decoder(model).named_modules()
+    ):
+        reason = "has no rotary positions"
+    elif getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        reason, hint = "is wrapped by PEFT with virtual tokens", "use an adapter that changes weights, e.g. LoRA"
+    elif config._attn_implementation not in {"sdpa", "eager"}:
+        reason = f"uses attention `{config._attn_implementation}`, which cannot read a mask of ragged rows"
+        hint = 'load it with attn_implementation="sdpa"'
+    else:
+        return
+    raise SkdError(f"cannot sample from this `{config.model_type}` model: it {reason}", hint=hint)
+
+
 def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B: Tensor, longest: int) -> Tensor:
     """Run the decoder on a block of tokens that starts at each row's own position.
 
     Args:
-        model: A causal language model with rotary positions and sdpa or eager attention.
+        model: A causal language model that `check_supported` lets pass.
         cache: Holds the positions before `starts_B`; those of the block are written.
         tokens_BT: Token ids.
         starts_B: Position of each row's first token.

@@ -27,7 +27,7 @@ from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import lm_logits, vocabulary_size
 from skd_lib.sampling.acceptance import AcceptanceRule, Block
-from skd_lib.sampling.cache import RowCache, forward
+from skd_lib.sampling.cache import RowCache, check_supported, forward
 from skd_lib.sampling.distributions import draw, row_uniforms, warp
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
@@ -123,6 +123,8 @@ class _Room:
 class Sampler:
     """Samples responses to prompts from a student, a teacher, or both interleaved.
 
+    Models may be wrapped by PEFT, with adapters that change weights (LoRA and its like).
+
     Attributes:
         student: Drafts. May be None only for rules that draft nothing.
         teacher: Scores and replaces. May be None only for rules that never ask it.
@@ -164,6 +166,8 @@ class Sampler:
             raise SkdError(f"the acceptance rule {self.rule.name} needs a teacher to ask")
         if self.keep_teacher_states and not self.rule.asks_teacher:
             raise SkdError(f"the acceptance rule {self.rule.name} never asks the teacher, so it has no states to keep")
+        for model in self._models:
+            check_supported(model)
 
     @torch.no_grad()
     def sample(
