@@ -148,7 +148,7 @@ def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B
     cache.block.positions_BT, cache.block.visible = positions_BT, longest + width
     output = decoder(model)(
         input_ids=tokens_BT,
-        attention_mask=_attention_mask(model, positions_BT, cache.block.visible),
+        attention_mask=attention_mask(model, positions_BT, cache.block.visible),
         position_ids=positions_BT,
         past_key_values=cache,
         use_cache=True,
@@ -157,7 +157,7 @@ def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B
     return hidden
 
 
-def _attention_mask(model: PreTrainedModel, positions_BT: Tensor, visible: int) -> Tensor | dict[str, Tensor]:
+def attention_mask(model: PreTrainedModel, positions_BT: Tensor, visible: int) -> Tensor | dict[str, Tensor]:
     """(B, 1, T, visible): each query sees the keys at or before its position, within the layer's window.
 
     A dict by layer type where the architecture mixes them; additive for eager attention, boolean for sdpa (eager

@@ -76,10 +76,10 @@ def estimated_costs(student: PreTrainedModel, teacher: PreTrainedModel) -> Costs
     On a GPU a short block costs what one token costs: the time goes into reading the weights. On a CPU each position
     adds about 0.4 of it (a 135M-parameter teacher in bfloat16, 8 rows, 2 cores: 5 positions take 2.6 times as long).
     """
-    return Costs(_weights_read(student) / _weights_read(teacher), 0.4 if teacher.device.type == "cpu" else 0.0)
+    return Costs(weights_read(student) / weights_read(teacher), 0.4 if teacher.device.type == "cpu" else 0.0)
 
 
-def _weights_read(model: PreTrainedModel) -> int:
+def weights_read(model: PreTrainedModel) -> int:
     """All weights, but for an embedding that is not the head as well: only few of its rows are read."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return sum(weight.numel() for weight in model.parameters() if weight is not embedding or weight is head)
