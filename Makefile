@@ -7,7 +7,7 @@ CONFIG ?= pipelines/configs/demo.yaml
 CHECKED := skd_lib components pipelines tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types compile compile-check doctor clean
+.PHONY: help install demo bench test lint format types compile compile-check doctor clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml constraints/main.txt
 
 demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data (CONFIG=... for another)
 	$(BIN)/skd run $(CONFIG)
+
+bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for options)
+	$(BIN)/skd bench sampling $(ARGS)
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest

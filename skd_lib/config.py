@@ -199,7 +199,12 @@ class InterleavedConfig(Section):
         ge=0,
         description="A drafted token is kept if it is among the teacher's K likeliest; 0 is pure teacher sampling.",
     )
-    gamma: int = Field(5, ge=1, description="Tokens drafted per teacher call.")
+    gamma: int = Field(5, ge=1, description="Tokens drafted per teacher call; the most, if `adaptive_gamma`.")
+    adaptive_gamma: bool = Field(
+        True,
+        description="Draft fewer tokens where the measured acceptance says that more would be wasted. Only speed "
+        "depends on it, the samples do not.",
+    )
     student: SamplingParams = SamplingParams(temperature=0.5, top_p=0.5)
     teacher: SamplingParams = SamplingParams(temperature=0.5, top_p=1.0)
 

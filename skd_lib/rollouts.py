@@ -27,6 +27,7 @@ from skd_lib.config import DistillConfig, Method
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder, vocabulary_size
 from skd_lib.sampling.acceptance import everything, top_k
+from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def rollout_for(
         student=student,
         teacher=teacher if interleaved else None,
         rule=top_k(settings.top_k) if interleaved else everything(),
-        gamma=settings.gamma,
+        gamma=AdaptiveGamma(settings.gamma) if settings.adaptive_gamma else settings.gamma,
         student_params=settings.student,
         teacher_params=settings.teacher,
         eos_ids=eos_ids,

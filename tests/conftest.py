@@ -25,6 +25,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.smollm3 import SmolLM3Config
 
 torch.set_num_threads(1)
 
@@ -55,6 +56,7 @@ CONFIGS = {
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
+    "smollm3": SmolLM3Config,
 }
 SLIDING_WINDOW = 16
 
@@ -154,6 +156,8 @@ def _tiny_model(
     if arch in {"gemma2", "gemma3"}:
         options["query_pre_attn_scalar"] = hidden // heads
         options["layer_types"] = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
+    if arch == "smollm3":
+        options["no_rope_layer_interval"] = 2
     options |= config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

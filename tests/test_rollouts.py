@@ -64,9 +64,10 @@ def make(
     fraction: float = 1.0,
     places: list[Place] = PLACES,
     examples: list[Tokens] = EXAMPLES,
+    adaptive_gamma: bool = True,
     **options: Any,
 ) -> Rollout:
-    sampling = InterleavedConfig(top_k=top_k, gamma=3, student=HOT, teacher=HOT)
+    sampling = InterleavedConfig(top_k=top_k, gamma=3, adaptive_gamma=adaptive_gamma, student=HOT, teacher=HOT)
     arguments: dict[str, Any] = {"seed": 5, "eos_ids": (EOS,), "pad_id": 0, "max_new_tokens": 9, **options}
     distill = DistillConfig(sampling=sampling, on_policy_fraction=fraction)
     strategy = rollout_for(method, student=student, teacher=teacher, distill=distill, **arguments)  # type: ignore[arg-type]
@@ -96,6 +97,16 @@ def test_the_mask_is_true_where_the_next_token_is_of_the_response(pad_id: int) -
     # First response tokens and EOS are in, prompts and padding are not, even where the padding is EOS.
     assert responses(rollout) == [[80, 81, EOS], [82, EOS]]
     assert rollout.tokens == 5
+
+
+def test_an_adaptive_draft_length_wastes_less_and_changes_nothing(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    adaptive, fixed = (make("skd", student, teacher, top_k=5, adaptive_gamma=on) for on in (True, False))
+    assert torch.equal(adaptive.input_ids_BL, fixed.input_ids_BL)
+    assert adaptive.statistics is not None
+    assert fixed.statistics is not None
+    assert adaptive.statistics.drafted < fixed.statistics.drafted
 
 
 def test_states_are_those_that_predict_the_targets(student: PreTrainedModel) -> None:

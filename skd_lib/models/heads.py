@@ -1,7 +1,8 @@
 """The two halves of a causal language model: the decoder that makes hidden states, the head that makes logits.
 
 The sampler and the losses meet at the hidden state between them: a state is `hidden / vocabulary` times smaller
-than the logits it stands for.
+than the logits it stands for. Models wrapped by PEFT work as they are: adapters live in the modules themselves, and the
+wrapper hands on what it does not know.
 """
 
 from __future__ import annotations

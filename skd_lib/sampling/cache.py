@@ -5,11 +5,16 @@ forward pass writes each row's keys and values at that row's own positions. Acce
 length, rejecting them is not advancing it: what lies beyond a row's length is never seen, because every query is
 masked to keys at or before its own position, and a position is rewritten before it is next reached.
 
+That needs keys and values of single positions, at places that the caller names: decoders with rotary positions and
+attention layers, full or with a sliding window, bare or wrapped by PEFT. `check_supported` refuses every other
+architecture by its name: decoding it needs a path without this cache, which there is not yet.
+
 Memory: 2 x layers x kv_heads x head_dim x batch x capacity elements of the model's compute dtype.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +22,20 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
+
+
+@dataclass
+class _Block:
+    """Where a forward pass writes, and how many keys it sees.
+
+    The layers share it instead of pointing back to their cache: a cycle would keep the memory until the garbage
+    collector comes round.
+    """
+
+    positions_BT: Tensor
+    visible: int
 
 
 class RowCache(Cache):
@@ -29,9 +47,8 @@ class RowCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        self.positions_BT = torch.empty(0, 0, dtype=torch.long)
-        self.visible = 0
-        super().__init__(layers=[_RowLayer(self, capacity) for _ in range(config.num_hidden_layers)])
+        self.block = _Block(torch.empty(0, 0, dtype=torch.long), 0)
+        super().__init__(layers=[_RowLayer(self.block, capacity) for _ in range(config.num_hidden_layers)])
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (indices, in the given order)."""
@@ -49,9 +66,9 @@ class _RowLayer(CacheLayerMixin):
 
     is_sliding = False  # sliding windows are a matter of the mask: every position is kept
 
-    def __init__(self, cache: RowCache, capacity: int) -> None:
+    def __init__(self, block: _Block, capacity: int) -> None:
         super().__init__()
-        self.cache, self.capacity = cache, capacity
+        self.block, self.capacity = block, capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate, in the shape and dtype of the first states that arrive."""
@@ -65,11 +82,11 @@ class _RowLayer(CacheLayerMixin):
         """Write (B, kv_heads, T, head_dim) states at each row's positions; return all that may be seen."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        positions_BT = self.cache.positions_BT
+        positions_BT = self.block.positions_BT
         rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
         self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2)
         self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2)
-        return self.keys[:, :, : self.cache.visible], self.values[:, :, : self.cache.visible]
+        return self.keys[:, :, : self.block.visible], self.values[:, :, : self.block.visible]
 
     def get_seq_length(self) -> int:
         """Rows have no common length: callers pass position ids and masks."""
@@ -77,18 +94,47 @@ class _RowLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - the base class's signature
         """Keys that a query may see, and where they start."""
-        return self.cache.visible, 0
+        return self.block.visible, 0
 
     def get_max_length(self) -> int:
         """Positions allocated for every row."""
         return self.capacity
 
 
+def check_supported(model: PreTrainedModel) -> None:
+    """See that `forward` computes what the model itself would.
+
+    Raises:
+        SkdError: the architecture keeps more, or other things, than the keys and values of positions. It is named.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
+    hint = "use a decoder with rotary positions and attention layers, e.g. Llama, Mistral, Qwen or Gemma"
+    if model.config.is_encoder_decoder:
+        reason = "is an encoder-decoder"
+    elif getattr(model, "_is_stateful", False) or not layers <= {"full_attention", "sliding_attention"}:
+        reason = "has layers other than full and sliding-window attention, whose state cannot take tokens back"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        reason = "shares keys and values between layers"
+    elif getattr(config, "alibi", False) or not any(
+        name.rpartition(".")[2] == "rotary_emb" for name, _ in decoder(model).named_modules()
+    ):
+        reason = "has no rotary positions"
+    elif getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        reason, hint = "is wrapped by PEFT with virtual tokens", "use an adapter that changes weights, e.g. LoRA"
+    elif config._attn_implementation not in {"sdpa", "eager"}:
+        reason = f"uses attention `{config._attn_implementation}`, which cannot read a mask of ragged rows"
+        hint = 'load it with attn_implementation="sdpa"'
+    else:
+        return
+    raise SkdError(f"cannot sample from this `{config.model_type}` model: it {reason}", hint=hint)
+
+
 def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B: Tensor, longest: int) -> Tensor:
     """Run the decoder on a block of tokens that starts at each row's own position.
 
     Args:
-        model: A causal language model with rotary positions and sdpa or eager attention.
+        model: A causal language model that `check_supported` lets pass.
         cache: Holds the positions before `starts_B`; those of the block are written.
         tokens_BT: Token ids.
         starts_B: Position of each row's first token.
@@ -99,10 +145,10 @@ def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B
     """
     width = tokens_BT.shape[1]
     positions_BT = starts_B.unsqueeze(1) + torch.arange(width, device=starts_B.device)
-    cache.positions_BT, cache.visible = positions_BT, longest + width
+    cache.block.positions_BT, cache.block.visible = positions_BT, longest + width
     output = decoder(model)(
         input_ids=tokens_BT,
-        attention_mask=_attention_mask(model, positions_BT, cache.visible),
+        attention_mask=attention_mask(model, positions_BT, cache.block.visible),
         position_ids=positions_BT,
         past_key_values=cache,
         use_cache=True,
@@ -111,7 +157,7 @@ def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B
     return hidden
 
 
-def _attention_mask(model: PreTrainedModel, positions_BT: Tensor, visible: int) -> Tensor | dict[str, Tensor]:
+def attention_mask(model: PreTrainedModel, positions_BT: Tensor, visible: int) -> Tensor | dict[str, Tensor]:
     """(B, 1, T, visible): each query sees the keys at or before its position, within the layer's window.
 
     A dict by layer type where the architecture mixes them; additive for eager attention, boolean for sdpa (eager

@@ -6,15 +6,17 @@ a prefix, and the teacher's own token stands where the rule said no. `Sampler._r
 Cost of a round of B rows: gamma student forwards of B tokens and one teacher forward of B x gamma tokens, each
 reading the model's weights once and B x (prompt + response so far) cached positions; the head adds
 B x gamma x vocabulary x hidden multiplications for each model. Rows that end leave the batch, and waiting prompts
-take their places.
+take their places. Where the device runs out of memory, rows go on from the tokens they have, half as many at a time.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +27,17 @@ from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import lm_logits, vocabulary_size
 from skd_lib.sampling.acceptance import AcceptanceRule, Block
-from skd_lib.sampling.cache import RowCache, forward
+from skd_lib.sampling.cache import RowCache, check_supported, forward
 from skd_lib.sampling.distributions import draw, row_uniforms, warp
+from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
 
 __all__ = ["STUDENT", "TEACHER", "Sampler", "Samples", "SamplingStatistics"]
 
 _AS_TRAINED = SamplingParams()
 """Temperature 1, top-p 1: the model's own distribution."""
+
+log = logging.getLogger(__name__)
 
 _DRAFT, _ACCEPT, _REPLACE = range(3)
 """Channels of a row's uniform numbers: one for each decision that a position may need."""
@@ -70,6 +75,15 @@ class _Rows:
         self.longest = max(self.longest, other.longest)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A row that waits for its place: a prompt, and the response so far where it had to give its place up."""
+
+    index: int
+    prompt: list[int]
+    response: list[int]
+
+
 @dataclass
 class _Output:
     """Buffers for all prompts' responses, wide enough for a block that runs over the length limit."""
@@ -78,14 +92,38 @@ class _Output:
     mask_NT: Tensor
     source_NT: Tensor
     truncated_N: Tensor
+    running_N: Tensor
     uniforms_NTC: Tensor
     states_NTH: Tensor | None
     counts: SamplingStatistics
+
+    def unfinished(self, prompts: Sequence[list[int]]) -> list[_Task]:
+        """The rows that still run, with the tokens they have."""
+        tokens, lengths = self.tokens_NT.tolist(), self.mask_NT.sum(-1).tolist()
+        running = self.running_N.nonzero().squeeze(-1).tolist()
+        return [_Task(index, prompts[index], tokens[index][: lengths[index]]) for index in running]
+
+
+@dataclass
+class _Room:
+    """What the device's memory was seen to hold: the one thing a sampler learns."""
+
+    slots: int | None = None
+
+    def shrink(self, slots: int, error: torch.OutOfMemoryError) -> None:
+        """Remember that so many rows were too many."""
+        if slots == 1:
+            hint = "lower max_prompt_tokens or max_new_tokens, or use smaller models"
+            raise SkdError("not even one row fits into the device's memory", where="sampling", hint=hint) from error
+        self.slots = slots // 2
+        log.warning("out of memory while sampling %d rows at a time: going on with %d", slots, self.slots)
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Samples responses to prompts from a student, a teacher, or both interleaved.
+
+    Models may be wrapped by PEFT, with adapters that change weights (LoRA and its like).
 
     Attributes:
         student: Drafts. May be None only for rules that draft nothing.
@@ -94,11 +132,12 @@ class Sampler:
         eos_ids: A row ends at any of these.
         pad_id: Fills rows after their end.
         max_new_tokens: Length limit of a response.
-        gamma: Tokens drafted for each teacher call. Results do not depend on it (except that `lossless` may sample
-            other tokens of the same distribution).
+        gamma: Tokens drafted for each teacher call, the same for all or chosen each round. Results do not depend on
+            it (except that `lossless` may sample other tokens of the same distribution).
         student_params: How the student samples.
         teacher_params: How the teacher samples.
-        batch_size: Rows in flight; None takes all prompts at once.
+        batch_size: Rows in flight; None takes all prompts at once. Where they do not fit into a GPU's memory, half as
+            many are tried, in this call and the following ones.
         keep_teacher_states: Return the teacher's hidden states: max_new_tokens x hidden elements a prompt.
         vocabulary: Token ids at and above it have probability 0; None takes the smaller of the two heads, since
             padded vocabularies of one family differ in size.
@@ -111,13 +150,14 @@ class Sampler:
     eos_ids: tuple[int, ...]
     pad_id: int
     max_new_tokens: int
-    gamma: int = 5
+    gamma: int | AdaptiveGamma = 5
     student_params: SamplingParams = _AS_TRAINED
     teacher_params: SamplingParams = _AS_TRAINED
     batch_size: int | None = None
     keep_teacher_states: bool = False
     vocabulary: int | None = None
     stop: Callable[[list[int]], bool] | None = None
+    _room: _Room = field(default_factory=_Room, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.rule.drafts and self.student is None:
@@ -126,6 +166,8 @@ class Sampler:
             raise SkdError(f"the acceptance rule {self.rule.name} needs a teacher to ask")
         if self.keep_teacher_states and not self.rule.asks_teacher:
             raise SkdError(f"the acceptance rule {self.rule.name} never asks the teacher, so it has no states to keep")
+        for model in self._models:
+            check_supported(model)
 
     @torch.no_grad()
     def sample(
@@ -140,32 +182,43 @@ class Sampler:
             on_progress: Called with the number of finished responses whenever it grows.
 
         Raises:
-            SkdError: a prompt is empty or does not fit a model's context together with its response.
+            SkdError: a prompt is empty or does not fit a model's context together with its response, or not even one
+                row fits into the device's memory.
         """
         self._check(prompts, seeds)
         output = self._allocate(seeds)
-        capacity = max(map(len, prompts), default=0) + self.max_new_tokens + self._block_width
-        waiting = deque(enumerate(prompts))
-        slots = self.batch_size or len(prompts)
         with _evaluating(*self._models):
-            rows: _Rows | None = None
-            while waiting or rows is not None:
-                free = slots - (0 if rows is None else len(rows.index_B))
-                if waiting and free:
-                    new = self._prefill([waiting.popleft() for _ in range(min(free, len(waiting)))], capacity)
-                    if rows is None:
-                        rows = new
-                    else:
-                        rows.extend(new)
-                assert rows is not None  # noqa: S101 - there were waiting prompts or rows
-                running = self._round(rows, output).nonzero().squeeze(-1)
-                if len(running) < len(rows.index_B):
-                    if len(running):
-                        rows.select(running)
-                    if on_progress is not None:
-                        on_progress(len(prompts) - len(waiting) - len(running))
-                    rows = rows if len(running) else None
+            while tasks := output.unfinished(prompts):
+                slots = min(self._room.slots or self.batch_size or len(tasks), len(tasks))
+                try:
+                    self._sample_tasks(tasks, slots, output, on_progress)
+                except torch.OutOfMemoryError as error:
+                    self._room.shrink(slots, error)
         return self._finish(output)
+
+    def _sample_tasks(
+        self, tasks: Sequence[_Task], slots: int, output: _Output, on_progress: Callable[[int], None] | None
+    ) -> None:
+        """Run all rows to their ends, at most `slots` at a time."""
+        capacity = max(len(task.prompt) for task in tasks) + self.max_new_tokens + self._block_width
+        waiting = deque(tasks)
+        rows: _Rows | None = None
+        while waiting or rows is not None:
+            free = slots - (0 if rows is None else len(rows.index_B))
+            if waiting and free:
+                new = self._prefill([waiting.popleft() for _ in range(min(free, len(waiting)))], capacity)
+                if rows is None:
+                    rows = new
+                else:
+                    rows.extend(new)
+            assert rows is not None  # noqa: S101 - there were waiting prompts or rows
+            running = self._round(rows, output).nonzero().squeeze(-1)
+            if len(running) < len(rows.index_B):
+                if len(running):
+                    rows.select(running)
+                if on_progress is not None:
+                    on_progress(len(output.running_N) - len(waiting) - len(running))
+                rows = rows if len(running) else None
 
     def _round(self, rows: _Rows, output: _Output) -> Tensor:
         """Draft, verify, accept, and note the new tokens. Returns which rows go on, (B,) bool."""
@@ -174,7 +227,8 @@ class Sampler:
         slots_BS = written_B.unsqueeze(1) + torch.arange(self._block_width, device=self._device)
         uniforms_BSC = output.uniforms_NTC[rows.index_B.unsqueeze(1), slots_BS]
 
-        drafts_BG, student_probs_BGV = self._draft(rows, uniforms_BSC[..., _DRAFT])
+        gamma = self._draft_length(output.counts)
+        drafts_BG, student_probs_BGV = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
         drafted = drafts_BG.shape[1]
         tokens_BS, states_BSH = drafts_BG, None
         accepted_B = batch.new_full((len(batch),), drafted)
@@ -206,14 +260,14 @@ class Sampler:
             )
         return self._commit(rows, output, tokens_BS, states_BSH, accepted_B, drafted)
 
-    def _draft(self, rows: _Rows, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _draft(self, rows: _Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the student write `gamma` tokens: (B, G) ids and, if the rule reads them, (B, G, V) probabilities."""
         drafts: list[Tensor] = []
         probs: list[Tensor] = []
         # After a bonus the student has not seen the token before it: feed both, at their own positions.
         fed_BT = rows.last_two_B2 if self.rule.bonus else rows.last_two_B2[:, 1:]
         start_B = rows.length_B - fed_BT.shape[1]
-        for step in range(self._draft_length):
+        for step in range(gamma):
             assert self.student is not None and rows.student_cache is not None  # noqa: S101, PT018
             hidden_BTH = forward(self.student, rows.student_cache, fed_BT, start_B, rows.longest + step)
             logits_BV = lm_logits(self.student, hidden_BTH[:, -1])[..., : self._vocabulary]
@@ -255,7 +309,6 @@ class Sampler:
 
         into = (rows.index_B.unsqueeze(1), written_B.unsqueeze(1) + offsets_S)
         output.tokens_NT[into] = torch.where(kept_BS, tokens_BS, self.pad_id)
-        output.mask_NT[into] = kept_BS
         output.source_NT[into] = by_teacher_BS.to(torch.int8)
         if output.states_NTH is not None and states_BSH is not None:
             output.states_NTH[into] = torch.where(kept_BS.unsqueeze(-1), states_BSH.to(output.states_NTH.dtype), 0)
@@ -266,7 +319,6 @@ class Sampler:
         rows.length_B = rows.length_B + kept_B
         ended_B = (is_eos_BS & kept_BS).any(-1)
         full_B = ~ended_B & (written_B + kept_B >= self.max_new_tokens)
-        output.truncated_N[rows.index_B] = full_B
         running_B = ~(ended_B | full_B)
         if self.stop is not None:
             running_B = running_B & ~self._stopped(rows, output, running_B)
@@ -274,6 +326,10 @@ class Sampler:
         figures = [kept_BS, by_teacher_BS, by_teacher_BS & whole_B1, full_B, running_B]
         # One transfer a round.
         *sums, rows.longest = torch.stack([*(x.sum() for x in figures), rows.length_B.max()]).tolist()
+        # Last, what counts as done: a round that ran out of memory before is run again, to the same result.
+        output.mask_NT[into] = kept_BS
+        output.truncated_N[rows.index_B] = full_B
+        output.running_N[rows.index_B] = running_B
         output.counts += self._count(sums, len(accepted_B), drafted * len(accepted_B))
         return running_B
 
@@ -303,13 +359,12 @@ class Sampler:
         ]
         return torch.tensor(stopped, device=self._device)
 
-    def _prefill(self, numbered: list[tuple[int, list[int]]], capacity: int) -> _Rows:
-        """Fill both caches with all but the last token of each prompt."""
-        prompts = [prompt for _, prompt in numbered]
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        tokens_BP = torch.tensor([p + [self.pad_id] * (width - len(p)) for p in prompts], device=self._device)
-        start_B = torch.zeros(len(prompts), dtype=torch.long, device=self._device)
+    def _prefill(self, tasks: Sequence[_Task], capacity: int) -> _Rows:
+        """Fill both caches with all but the last known token of each row."""
+        known = [task.prompt + task.response for task in tasks]
+        width = max(map(len, known))
+        tokens_BP = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in known], device=self._device)
+        start_B = torch.zeros(len(known), dtype=torch.long, device=self._device)
 
         def filled(model: PreTrainedModel | None, used: bool) -> RowCache | None:
             if model is None or not used:
@@ -319,11 +374,11 @@ class Sampler:
             forward(model, cache, tokens_BP[:, : max(width - 1, 1)], start_B, 0)
             return cache
 
-        last_two = [[p[-2] if len(p) > 1 else self.pad_id, p[-1]] for p in prompts]
+        last_two = [[row[-2] if len(row) > 1 else self.pad_id, row[-1]] for row in known]
         return _Rows(
-            index_B=torch.tensor([index for index, _ in numbered], device=self._device),
-            length_B=torch.tensor(lengths, device=self._device),
-            prompt_length_B=torch.tensor(lengths, device=self._device),
+            index_B=torch.tensor([task.index for task in tasks], device=self._device),
+            length_B=torch.tensor([len(row) for row in known], device=self._device),
+            prompt_length_B=torch.tensor([len(task.prompt) for task in tasks], device=self._device),
             last_two_B2=torch.tensor(last_two, device=self._device),
             student_cache=filled(self.student, self.rule.drafts),
             teacher_cache=filled(self.teacher, self.rule.asks_teacher),
@@ -345,6 +400,7 @@ class Sampler:
             mask_NT=torch.zeros(count, width, dtype=torch.bool, device=device),
             source_NT=torch.zeros(count, width, dtype=torch.int8, device=device),
             truncated_N=torch.zeros(count, dtype=torch.bool, device=device),
+            running_N=torch.ones(count, dtype=torch.bool, device=device),
             uniforms_NTC=stacked.float().to(device) if device.type == "mps" else stacked.to(device),
             states_NTH=states,
             counts=SamplingStatistics(),
@@ -394,16 +450,29 @@ class Sampler:
             vocabulary_size(model) for model in (self.student, self.teacher) if model is not None
         )
 
+    def _draft_length(self, counts: SamplingStatistics) -> int:
+        if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:
+            return self.gamma.choose(counts, self._costs, bonus=self.rule.bonus)
+        return self._longest_draft
+
+    @cached_property
+    def _costs(self) -> Costs:
+        assert self.student is not None and self.teacher is not None  # noqa: S101, PT018 - the rule tests drafts
+        given = self.gamma.costs if isinstance(self.gamma, AdaptiveGamma) else None
+        return given or estimated_costs(self.student, self.teacher)
+
     @property
-    def _draft_length(self) -> int:
+    def _longest_draft(self) -> int:
         """With no teacher to ask, a longer block would only delay noticing that a row has ended."""
         if not self.rule.drafts:
             return 0
-        return self.gamma if self.rule.asks_teacher else 1
+        if not self.rule.asks_teacher:
+            return 1
+        return self.gamma.maximum if isinstance(self.gamma, AdaptiveGamma) else self.gamma
 
     @property
     def _block_width(self) -> int:
-        return max(self._draft_length + self.rule.bonus, 1)
+        return max(self._longest_draft + self.rule.bonus, 1)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from skd_lib.config import SamplingParams
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
 from skd_lib.sampling.distributions import draw, warp
+from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
 from tests.conftest import TinyModel
 from tests.sampling.reference import probabilities
@@ -81,8 +82,10 @@ def enumerate_joint(student: PreTrainedModel, teacher: PreTrainedModel, step: St
     ],
     ids=["everything", "nothing", "lossless", "top_k", "min_prob", "mixture"],
 )
-@pytest.mark.parametrize("gamma", [1, 2])
-def test_joint_distribution(tiny_model: TinyModel, rule: AcceptanceRule, step: Step, gamma: int) -> None:
+@pytest.mark.parametrize("gamma", [1, 2, AdaptiveGamma(3)], ids=["1", "2", "adaptive"])
+def test_joint_distribution(
+    tiny_model: TinyModel, rule: AcceptanceRule, step: Step, gamma: int | AdaptiveGamma
+) -> None:
     student = tiny_model(seed=1, vocab_size=VOCABULARY)
     teacher = tiny_model(seed=2, vocab_size=VOCABULARY)
     joint = enumerate_joint(student, teacher, step)
@@ -90,7 +93,7 @@ def test_joint_distribution(tiny_model: TinyModel, rule: AcceptanceRule, step: S
 
     sampler = Sampler(
         student, teacher, rule, eos_ids=(), pad_id=0, max_new_tokens=LENGTH, gamma=gamma,
-        student_params=STUDENT, teacher_params=TEACHER,
+        student_params=STUDENT, teacher_params=TEACHER, batch_size=SAMPLES // 4,
     )  # fmt: skip
     samples = sampler.sample([PROMPT] * SAMPLES, range(SAMPLES))
     counts = Counter(map(tuple, samples.tokens_BT.tolist()))

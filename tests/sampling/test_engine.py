@@ -18,7 +18,7 @@ from skd_lib.sampling.engine import STUDENT, TEACHER, Sampler, Samples
 from tests.conftest import SLIDING_WINDOW, TinyModel
 from tests.sampling.reference import interleave
 
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3"]
 GREEDY = SamplingParams(temperature=0)
 STUDENT_SAMPLES = SamplingParams(temperature=0.7, top_p=0.8)
 TEACHER_SAMPLES = SamplingParams(temperature=1.3)

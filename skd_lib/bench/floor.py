@@ -1,0 +1,153 @@
+"""What a sampling run cannot be faster than: its forwards alone, with nothing around them.
+
+The engine's forwards are recorded (rows, tokens, cached positions, positions at the head) and run again on a cache
+without ragged rows: no drawing, no acceptance, no bookkeeping.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from skd_lib.models.heads import decoder, lm_logits
+from skd_lib.sampling.cache import RowCache, attention_mask
+from skd_lib.sampling.drafting import weights_read
+
+
+@dataclass
+class Forward:
+    """One forward pass: `tokens` positions in each of `rows` rows, of `visible` positions; the head sees `at_head`."""
+
+    model: PreTrainedModel
+    rows: int
+    tokens: int
+    visible: int
+    at_head: int = 0
+
+
+@contextmanager
+def recorded(*models: PreTrainedModel) -> Iterator[list[Forward]]:
+    """Note the forwards that the engine makes inside the `with` block; forwards on other caches are left out."""
+    forwards: list[Forward] = []
+
+    def at_decoder(model: PreTrainedModel) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ARG001 - torch's signature
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, RowCache):
+                rows, tokens = kwargs["input_ids"].shape
+                forwards.append(Forward(model, rows, tokens, cache.block.visible))
+
+        return hook
+
+    def at_head(module: Any, args: tuple[Tensor]) -> None:  # noqa: ARG001 - torch's signature
+        if forwards:
+            forwards[-1].at_head = args[0].shape[:-1].numel()
+
+    with ExitStack() as hooks:
+        for model in models:
+            stack = decoder(model)
+            hooks.callback(stack.register_forward_pre_hook(at_decoder(model), with_kwargs=True).remove)
+            hooks.callback(model.get_output_embeddings().register_forward_pre_hook(at_head).remove)
+        yield forwards
+
+
+def bare(forwards: Sequence[Forward]) -> Callable[[], None]:
+    """A function that makes these forwards and does nothing else; what they need is made here, before."""
+    models = {id(forward.model): forward.model for forward in forwards}
+    caches = {}
+    for key, model in models.items():
+        own = [forward for forward in forwards if forward.model is model]
+        shape = max(forward.rows for forward in own), max(forward.visible for forward in own)
+        caches[key] = _SlabCache(model.config.get_text_config(decoder=True), *shape)
+    prepared: list[tuple[Forward, _SlabCache, dict[str, Any]]] = []
+    for forward in forwards:
+        device = forward.model.device
+        positions_1T = torch.arange(forward.visible - forward.tokens, forward.visible, device=device).unsqueeze(0)
+        inputs = {
+            "input_ids": torch.zeros(forward.rows, forward.tokens, dtype=torch.long, device=device),
+            "position_ids": positions_1T.expand(forward.rows, -1),
+            "attention_mask": attention_mask(forward.model, positions_1T, forward.visible),
+        }
+        prepared.append((forward, caches[id(forward.model)], inputs))
+
+    @torch.no_grad()
+    def run() -> None:
+        for forward, cache, inputs in prepared:
+            cache.start = forward.visible - forward.tokens
+            hidden_BTH = decoder(forward.model)(past_key_values=cache, use_cache=True, **inputs).last_hidden_state
+            if forward.at_head:
+                lm_logits(forward.model, hidden_BTH[:, -(forward.at_head // forward.rows) :])
+
+    return run
+
+
+def seconds_to_read_weights(forwards: Sequence[Forward], bytes_per_second: float) -> float:
+    """How long the forwards take where memory bandwidth is the only limit, and weights are all that is read."""
+    models = {id(forward.model): forward.model for forward in forwards}
+    sizes: dict[int, int] = {key: weights_read(model) * model.dtype.itemsize for key, model in models.items()}
+    return sum(sizes[id(forward.model)] for forward in forwards) / bytes_per_second
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**30, repeats: int = 10) -> float:
+    """Bytes a second of a CUDA device's memory, read and written, in a large copy."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        target.copy_(source)
+    torch.cuda.synchronize(device)
+    return 2 * size * repeats / (time.perf_counter() - started)
+
+
+class _SlabCache(Cache):
+    """Keys and values at the same positions in all rows, in memory that is there from the start."""
+
+    def __init__(self, config: PreTrainedConfig, rows: int, capacity: int) -> None:
+        self.start = 0
+        super().__init__(layers=[_SlabLayer(self, rows, capacity) for _ in range(config.num_hidden_layers)])
+
+
+class _SlabLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, cache: _SlabCache, rows: int, capacity: int) -> None:
+        super().__init__()
+        self.cache, self.rows, self.capacity = cache, rows, capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate, in the shape and dtype of the first states that arrive."""
+        self.keys, self.values = (
+            x.new_zeros(self.rows, x.shape[1], self.capacity, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write (B, kv_heads, T, head_dim) states from `start` on; return all up to their end."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, end = len(key_states), self.cache.start + key_states.shape[2]
+        self.keys[:rows, :, self.cache.start : end] = key_states
+        self.values[:rows, :, self.cache.start : end] = value_states
+        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+
+    def get_seq_length(self) -> int:
+        """Callers pass position ids and masks."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a query may see, and where they start."""
+        return self.cache.start + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Positions allocated for every row."""
+        return self.capacity

@@ -1,0 +1,400 @@
+"""The speed of sampling: the engine, what else there is, and what the hardware allows, in one run.
+
+All rows of the table sample on the same models, prompts, dtypes and lengths, in turns, so that a machine that is busy
+for a while slows all of them; figures are medians over the repetitions. Prefill is part of every one, and no response
+ends early. Rows of batch size 1 take the first prompt: more would take as much longer as they are more.
+
+How cost grows, with B rows, prompts of P tokens, T new tokens, draft length G, acceptance rate a and top K:
+
+- rounds: T / E, with E = 1 + a + ... + a^(G-1) tokens a round (one term more with a bonus). K acts through a alone:
+  counting the logits above a draft's takes the same time for every K.
+- a round: G student forwards of B tokens and one teacher forward of B x G tokens. A forward reads the model's weights
+  once, whatever B and G, and multiplies B (or B x G) times with them: on a GPU the reading is what takes the time, so a
+  round hardly grows with B and G until the multiplications take longer (some hundred rows x positions); on a CPU both
+  count, and a round grows with B x G almost from the start.
+- attention: each forward reads B x (P + tokens so far) keys and values, 2 x layers x kv_heads x head_dim elements each.
+- prefill: once, B x P positions through both models; linear in P but for attention's P^2.
+
+With random weights a teacher ranks a student's token anywhere alike, so K = share x V sets SKD's acceptance to about
+that share; the acceptance of `lossless` is what the two distributions give. Acceptance is measured and shown.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+import transformers
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma import GemmaConfig
+from transformers.models.llama import LlamaConfig
+
+from skd_lib.bench import baselines
+from skd_lib.bench.floor import Forward, bare, copy_bandwidth, recorded, seconds_to_read_weights
+from skd_lib.config import SamplingParams
+from skd_lib.errors import SkdError
+from skd_lib.events import Progress
+from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.loading import default_device, load_model
+from skd_lib.models.references import resolve_model
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, top_k
+from skd_lib.sampling.drafting import AdaptiveGamma
+from skd_lib.sampling.engine import Sampler, SamplingStatistics
+from skd_lib.storage import write_text_atomic
+
+RANDOM = "random:"
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+_GEMMA_2B = {
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+}
+SHAPES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "smollm2-135m": lambda: LlamaConfig(num_hidden_layers=30, **_SMOLLM2),
+    "smollm2-135m-22-layers": lambda: LlamaConfig(num_hidden_layers=22, **_SMOLLM2),
+    "gemma-2b": lambda: GemmaConfig(**_GEMMA_2B),
+    "gemma-7b": lambda: GemmaConfig(),
+}
+"""Real models' shapes, for `random:NAME`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        teacher: `random:` and a name of `SHAPES`, or a reference to a model.
+        student: Like `teacher`.
+        batch_size: Rows decoded together, where a way to sample can.
+        prompt_tokens: The longest prompt; the shortest has half of it.
+        new_tokens: Of every response.
+        gamma: Tokens drafted for each teacher call; with the adaptive draft length the most.
+        repeats: Timed passes of each kind.
+        top_k: SKD's K; None sets it by `acceptance`.
+        acceptance: K = acceptance x vocabulary where `top_k` is None; for random weights.
+        student_top_p: The student's nucleus; temperatures are 1, the teacher's top-p too.
+        dtype: Of weights and cache.
+        device: None for the GPU if there is one.
+        seed: Of random weights, prompts and samples.
+    """
+
+    teacher: str = RANDOM + "smollm2-135m"
+    student: str = RANDOM + "smollm2-135m-22-layers"
+    batch_size: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 48
+    gamma: int = 5
+    repeats: int = 5
+    top_k: int | None = None
+    acceptance: float = 0.9
+    student_top_p: float = 1.0
+    dtype: str = "bfloat16"
+    device: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample.
+
+    Attributes:
+        name: What it is.
+        batch_size: Rows decoded together.
+        tokens: Response tokens of a pass.
+        seconds: Of each timed pass.
+        floor_seconds: Of each pass of the bare forwards of the same rounds; empty for ways that are not the engine's.
+        weight_seconds: To read the weights as often as these forwards do, at the memory's copy bandwidth; CUDA only.
+        statistics: The engine's; None for others.
+    """
+
+    name: str
+    batch_size: int
+    tokens: int
+    seconds: list[float]
+    floor_seconds: list[float]
+    weight_seconds: float | None
+    statistics: SamplingStatistics | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median pass."""
+        return self.tokens / median(self.seconds)
+
+    @property
+    def share_of_floor(self) -> float | None:
+        """Time of the bare forwards / time taken: 1 is as fast as can be. The median over passes side by side."""
+        if not self.floor_seconds:
+            return None
+        return median(floor / taken for floor, taken in zip(self.floor_seconds, self.seconds, strict=True))
+
+    @property
+    def share_of_weight_limit(self) -> float | None:
+        """Time to read the weights / time taken."""
+        return None if self.weight_seconds is None else self.weight_seconds / median(self.seconds)
+
+    @property
+    def gamma(self) -> float | None:
+        """Tokens drafted for each teacher call, on average; None without a teacher."""
+        counts = self.statistics
+        return counts.drafted / counts.teacher_calls if counts is not None and counts.teacher_calls else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted / tested; None where nothing is tested."""
+        return self.statistics.acceptance_rate if self.statistics is not None and self.statistics.tested else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plain dict, ratios included."""
+        derived = ("tokens_per_second", "share_of_floor", "share_of_weight_limit", "gamma", "acceptance")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole run of the benchmark."""
+
+    settings: Settings
+    machine: dict[str, Any]
+    top_k: int
+    rows: list[Row]
+
+    def speedups(self) -> dict[str, float]:
+        """The comparisons that matter: tokens a second of one way / of the other."""
+        speed = {row.name: row.tokens_per_second for row in self.rows}
+        pairs = [
+            ("everything", "generate"),
+            ("top_k", "token-by-token"),
+            ("top_k adaptive", "token-by-token"),
+            ("top_k adaptive", "published shape"),
+            ("lossless, 1 row", "assisted"),
+            ("lossless adaptive, 1 row", "assisted"),
+        ]
+        return {f"{ours} / {other}": speed[ours] / speed[other] for ours, other in pairs}
+
+    def to_json(self) -> str:
+        """All of it."""
+        values = {
+            "settings": asdict(self.settings),
+            "machine": self.machine,
+            "top_k": self.top_k,
+            "rows": [row.to_dict() for row in self.rows],
+            "speedups": self.speedups(),
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class _Contender:
+    name: str
+    batch_size: int
+    run: Callable[[], int | SamplingStatistics]
+
+
+def bench_sampling(settings: Settings) -> Result:
+    """Measure every way to sample, in turns.
+
+    Raises:
+        SkdError: a model cannot be loaded, a shape or dtype is unknown, or a way did not sample the tokens it should.
+    """
+    dtype = getattr(torch, settings.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SkdError(f"no floating-point dtype `{settings.dtype}`", where="--dtype", hint="e.g. bfloat16 or float32")
+    device = torch.device(settings.device) if settings.device else default_device()
+    teacher, student = (
+        _model(ref, dtype, device, settings.seed + number)
+        for number, ref in enumerate((settings.teacher, settings.student))
+    )
+    vocabulary = min(vocabulary_size(teacher), vocabulary_size(student))
+    k = round(settings.acceptance * vocabulary) if settings.top_k is None else settings.top_k
+    machine = _machine(device)
+    contenders = _contenders(settings, student, teacher, k, _prompts(settings, vocabulary))
+
+    # One untimed pass of each: it warms up, and shows which forwards the engine makes (its rounds repeat exactly).
+    progress = Progress("benchmark", len(contenders) * (settings.repeats + 1))
+    warm: list[tuple[int | SamplingStatistics, list[Forward]]] = []
+    for contender in contenders:
+        with recorded(student, teacher) as forwards:
+            counts = contender.run()
+        tokens = counts if isinstance(counts, int) else counts.tokens
+        if tokens != contender.batch_size * settings.new_tokens:
+            raise SkdError(f"`{contender.name}` sampled {tokens} tokens, not {settings.new_tokens} a row")
+        warm.append((counts, forwards))
+        progress.update(len(warm))
+    floors = [bare(forwards) if forwards else None for _, forwards in warm]
+    bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
+
+    seconds: list[list[float]] = [[] for _ in contenders]
+    floor_seconds: list[list[float]] = [[] for _ in contenders]
+    for repeat in range(settings.repeats):
+        for number, (contender, floor) in enumerate(zip(contenders, floors, strict=True)):
+            seconds[number].append(_timed(contender.run, device))
+            if floor is not None:
+                floor_seconds[number].append(_timed(floor, device))
+            progress.update(len(contenders) * (repeat + 1) + number + 1)
+    machine["load_after"] = os.getloadavg()
+    rows = [
+        Row(
+            name=contender.name,
+            batch_size=contender.batch_size,
+            tokens=contender.batch_size * settings.new_tokens,
+            seconds=seconds[number],
+            floor_seconds=floor_seconds[number],
+            weight_seconds=seconds_to_read_weights(forwards, bandwidth) if bandwidth and forwards else None,
+            statistics=None if isinstance(counts, int) else counts,
+        )
+        for number, (contender, (counts, forwards)) in enumerate(zip(contenders, warm, strict=True))
+    ]
+    return Result(settings, machine, k, rows)
+
+
+def render(result: Result) -> list[Table]:
+    """The result for people: every way, then the comparisons."""
+    rows = Table(title=f"sampling, {result.settings.new_tokens} new tokens a row, K = {result.top_k}")
+    rows.add_column("way")
+    for column in ("rows", "tokens/s", "seconds", "slowest", "of floor", "of weight limit", "gamma", "accepted"):
+        rows.add_column(column, justify="right")
+    for row in result.rows:
+        rows.add_row(
+            row.name,
+            str(row.batch_size),
+            f"{row.tokens_per_second:.1f}",
+            f"{median(row.seconds):.3f}",
+            f"{max(row.seconds):.3f}",
+            *("" if x is None else f"{x:.2f}" for x in (row.share_of_floor, row.share_of_weight_limit)),
+            *("" if x is None else f"{x:.2f}" for x in (row.gamma, row.acceptance)),
+        )
+    speedups = Table(title="how many times as fast")
+    speedups.add_column("ours / other")
+    speedups.add_column("", justify="right")
+    for pair, ratio in result.speedups().items():
+        speedups.add_row(pair, f"{ratio:.2f}")
+    return [rows, speedups]
+
+
+def write(result: Result, path: Path) -> None:
+    """Write the result as JSON; folders are made.
+
+    Raises:
+        SkdError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, result.to_json())
+    except OSError as error:
+        raise SkdError(f"cannot write the result: {error.strerror}", where=str(path)) from error
+
+
+def _contenders(
+    settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel, k: int, prompts: list[list[int]]
+) -> list[_Contender]:
+    new_tokens, gamma = settings.new_tokens, settings.gamma
+    plain, narrow = SamplingParams(), SamplingParams(top_p=settings.student_top_p)
+    one, batch = prompts[:1], len(prompts)
+
+    def engine(name: str, rule: AcceptanceRule, rows: list[list[int]], gamma: int | AdaptiveGamma) -> _Contender:
+        sampler = Sampler(
+            student=student,
+            teacher=teacher if rule.asks_teacher else None,
+            rule=rule,
+            eos_ids=(),
+            pad_id=0,
+            max_new_tokens=new_tokens,
+            gamma=gamma,
+            student_params=plain if rule.name == "lossless" else narrow,
+            # SKD's loss reads them; the other ways have no use for them.
+            keep_teacher_states=rule.name.startswith("top_k"),
+        )
+        seeds = [settings.seed + row for row in range(len(rows))]
+        return _Contender(name, len(rows), lambda: sampler.sample(rows, seeds).statistics)
+
+    adaptive = AdaptiveGamma(gamma)
+    return [
+        _Contender("generate", batch, lambda: baselines.generate(student, prompts, new_tokens, narrow)),
+        engine("everything", everything(), prompts, gamma),
+        _Contender(
+            "token-by-token",
+            batch,
+            lambda: baselines.token_by_token(student, teacher, k, prompts, new_tokens, narrow, plain),
+        ),
+        _Contender(
+            "published shape",
+            1,
+            lambda: baselines.published_shape(student, teacher, k, gamma, one[0], new_tokens, narrow, plain),
+        ),
+        engine("top_k", top_k(k), prompts, gamma),
+        engine("top_k adaptive", top_k(k), prompts, adaptive),
+        engine("lossless", lossless(), prompts, gamma),
+        engine("lossless adaptive", lossless(), prompts, adaptive),
+        _Contender(
+            "assisted",
+            1,
+            lambda: baselines.generate(teacher, one, new_tokens, plain, assistant=student, gamma=gamma),
+        ),
+        engine("lossless, 1 row", lossless(), one, gamma),
+        engine("lossless adaptive, 1 row", lossless(), one, adaptive),
+    ]
+
+
+def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    if not ref.startswith(RANDOM):
+        return load_model(resolve_model(ref), dtype=dtype, device=device)
+    name = ref.removeprefix(RANDOM)
+    if name not in SHAPES:
+        raise SkdError(f"no shape `{name}`", where=ref, hint=f"known shapes: {', '.join(SHAPES)}")
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype, attn_implementation="sdpa")
+    return cast(PreTrainedModel, model.eval())
+
+
+def _prompts(settings: Settings, vocabulary: int) -> list[list[int]]:
+    """Random tokens, ragged: from the full length down to half of it."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    longest, count = settings.prompt_tokens, settings.batch_size
+    lengths = [max(longest - (longest // 2) * row // max(count - 1, 1), 1) for row in range(count)]
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+    finally:
+        gc.enable()
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to know to compare, and how busy the machine was before the benchmark began."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load_before": os.getloadavg(),
+    }

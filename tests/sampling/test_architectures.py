@@ -1,0 +1,136 @@
+"""Models wrapped by PEFT, and architectures that the row cache cannot serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+
+from skd_lib.errors import SkdError
+from skd_lib.models.heads import decoder, lm_logits, vocabulary_size
+from skd_lib.sampling.acceptance import everything, nothing, top_k
+from skd_lib.sampling.drafting import AdaptiveGamma
+from tests.conftest import TinyModel
+from tests.sampling.test_engine import (
+    EOS,
+    GREEDY,
+    PROMPTS,
+    STUDENT_SAMPLES,
+    VOCABULARY,
+    pair,
+    reference_rows,
+    rows,
+    sampler,
+)
+
+ADAPTERS = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def with_lora(model: PreTrainedModel, **options: Any) -> Any:
+    """Random adapters: those that PEFT starts with change nothing, so a test with them would prove nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=32, lora_dropout=0.5, init_lora_weights=False, **options
+        )
+        return peft.get_peft_model(model, config)
+
+
+def generated(model: Any, prompt: list[int]) -> list[int]:
+    model.eval()
+    out = model.generate(
+        input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=list(EOS), pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_student_with_adapters_decodes_as_generate_does(tiny_model: TinyModel, arch: str, adapter: str) -> None:
+    model = tiny_model(arch, seed=1, vocab_size=VOCABULARY)
+    bare = [generated(model, prompt) for prompt in PROMPTS]
+    student = with_lora(model, **ADAPTERS[adapter])
+    expected = [generated(student, prompt) for prompt in PROMPTS]
+    assert expected != bare
+    student.train()  # dropout in the adapters is off while sampling
+    s = sampler({"student": student, "teacher": None}, everything(), student_params=GREEDY)
+    assert rows(s.sample(PROMPTS, [0] * 4)) == expected
+    assert student.training
+
+
+def test_student_and_teacher_with_adapters_interleave(tiny_model: TinyModel) -> None:
+    models: dict[str, Any] = {
+        name: with_lora(model, target_modules=["q_proj"])  # type: ignore[arg-type]
+        for name, model in pair(tiny_model).items()
+    }
+    s = sampler(models, top_k(6), gamma=AdaptiveGamma(4), keep_teacher_states=True, student_params=STUDENT_SAMPLES)
+    samples = s.sample(PROMPTS, range(4))
+    for model in models.values():
+        model.eval()
+    assert rows(samples) == reference_rows(models, "top_k", 6, s, PROMPTS, [0, 1, 2, 3])[0]
+    assert samples.teacher_states_BTH is not None
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_both_halves_of_a_wrapped_model(tiny_model: TinyModel, adapter: str) -> None:
+    model = with_lora(tiny_model(seed=1), **ADAPTERS[adapter]).eval()
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        logits = lm_logits(model, decoder(model)(input_ids=ids).last_hidden_state)
+        torch.testing.assert_close(logits, model(input_ids=ids).logits)
+    assert vocabulary_size(model) == 320
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48}
+LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 48}, "no rotary positions"),
+    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 48}, "no rotary positions"),
+    "falcon": (SHAPE | {"alibi": True}, "no rotary positions"),
+    "mamba": (SHAPE | {"state_size": 4}, "cannot take tokens back"),
+    "qwen3_next": (
+        SHAPE | LINEAR | EXPERTS | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
+        "cannot take tokens back",
+    ),
+    "t5": ({"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 48}, "encoder-decoder"),
+}
+
+
+@pytest.mark.parametrize("arch", REFUSED)
+def test_other_architectures_are_refused_by_name(arch: str) -> None:
+    options, reason = REFUSED[arch]
+    config = AutoConfig.for_model(arch, **options)
+    auto = AutoModelForSeq2SeqLM if arch == "t5" else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    for role, rule in (("student", everything()), ("teacher", nothing())):
+        with pytest.raises(SkdError, match=f"`{arch}` model: .*{reason}"):
+            sampler({"student": None, "teacher": None, role: model}, rule)
+
+
+def test_attention_without_masks_is_refused(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(SkdError, match="attention `flash_attention_2`"):
+        sampler({"student": model, "teacher": None}, everything())
+
+
+def test_virtual_tokens_are_refused(tiny_model: TinyModel) -> None:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    student = peft.get_peft_model(tiny_model(), config)
+    with pytest.raises(SkdError, match="virtual tokens"):
+        sampler({"student": student, "teacher": None}, everything())
