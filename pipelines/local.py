@@ -268,9 +268,8 @@ def step_environment(run_id: str, documents: list[dict[str, Any]]) -> dict[str, 
     Steps import the library that this process runs, wherever it was started.
 
     Without a limit two torch processes run each with as many threads as there are cores, and spend their time waiting
-    for each other; threads that spin only briefly while they wait keep a step fast beside whatever else the machine does
-    (a training step beside busy processes: 5 s instead of 47 s). kfp.local runs loop bodies two at a time, everything
-    else one at a time.
+    for each other. Threads that spin only briefly while they wait keep a step fast beside whatever else the machine
+    does. kfp.local runs loop bodies two at a time, everything else one at a time.
     """
     loops = any(
         "parameterIterator" in task or "artifactIterator" in task
