@@ -167,7 +167,8 @@ def test_changed_code_changes_every_cache_key(tmp_path: Path):
 
 
 HANGING_RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
 from pathlib import Path
 from tests.pipelines.test_local import run
 run(Path(sys.argv[1]), first_does="hang")
