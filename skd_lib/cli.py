@@ -266,30 +266,32 @@ def bench_sampling(
     Shapes: smollm2-135m, smollm2-135m-22-layers, gemma-2b, gemma-7b. The floor is the bare forwards of the same rounds.
     """
     from rich.console import Console
+    from rich.progress import Progress
 
     from skd_lib.bench.sampling import RANDOM, Settings, render, write
     from skd_lib.bench.sampling import bench_sampling as measure
 
     if top_k is None and not teacher.startswith(RANDOM):
         top_k = 25
-    result = measure(
-        Settings(
-            teacher=teacher,
-            student=student,
-            batch_size=batch_size,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            gamma=gamma,
-            repeats=repeats,
-            top_k=top_k,
-            acceptance=acceptance,
-            student_top_p=student_top_p,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-        )
+    settings = Settings(
+        teacher=teacher,
+        student=student,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        repeats=repeats,
+        top_k=top_k,
+        acceptance=acceptance,
+        student_top_p=student_top_p,
+        dtype=dtype,
+        device=device,
+        seed=seed,
     )
     console = Console()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+        result = measure(settings, lambda done, total: progress.update(task, completed=done, total=total))
     for table in render(result):
         console.print(table)
     write(result, output)

@@ -43,7 +43,6 @@ from skd_lib.bench import baselines
 from skd_lib.bench.floor import Forward, bare, copy_bandwidth, recorded, seconds_to_read_weights
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
-from skd_lib.events import Progress
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.loading import default_device, load_model
 from skd_lib.models.references import resolve_model
@@ -210,8 +209,12 @@ class _Contender:
     run: Callable[[], int | SamplingStatistics]
 
 
-def bench_sampling(settings: Settings) -> Result:
+def bench_sampling(settings: Settings, on_progress: Callable[[int, int], None] | None = None) -> Result:
     """Measure every way to sample, in turns.
+
+    Args:
+        settings: What to measure.
+        on_progress: Called with the passes that are done and the passes there are.
 
     Raises:
         SkdError: a model cannot be loaded, a shape or dtype is unknown, or a way did not sample the tokens it should.
@@ -230,7 +233,12 @@ def bench_sampling(settings: Settings) -> Result:
     contenders = _contenders(settings, student, teacher, k, _prompts(settings, vocabulary))
 
     # One untimed pass of each: it warms up, and shows which forwards the engine makes (its rounds repeat exactly).
-    progress = Progress("benchmark", len(contenders) * (settings.repeats + 1))
+    passes = len(contenders) * (settings.repeats + 1)
+
+    def progress(done: int) -> None:
+        if on_progress is not None:
+            on_progress(done, passes)
+
     warm: list[tuple[int | SamplingStatistics, list[Forward]]] = []
     for contender in contenders:
         with recorded(student, teacher) as forwards:
@@ -239,7 +247,7 @@ def bench_sampling(settings: Settings) -> Result:
         if tokens != contender.batch_size * settings.new_tokens:
             raise SkdError(f"`{contender.name}` sampled {tokens} tokens, not {settings.new_tokens} a row")
         warm.append((counts, forwards))
-        progress.update(len(warm))
+        progress(len(warm))
     floors = [bare(forwards) if forwards else None for _, forwards in warm]
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
 
@@ -250,7 +258,7 @@ def bench_sampling(settings: Settings) -> Result:
             seconds[number].append(_timed(contender.run, device))
             if floor is not None:
                 floor_seconds[number].append(_timed(floor, device))
-            progress.update(len(contenders) * (repeat + 1) + number + 1)
+            progress(len(contenders) * (repeat + 1) + number + 1)
     machine["load_after"] = os.getloadavg()
     rows = [
         Row(
@@ -269,23 +277,26 @@ def bench_sampling(settings: Settings) -> Result:
 
 def render(result: Result) -> list[Table]:
     """The result for people: every way, then the comparisons."""
-    rows = Table(title=f"sampling, {result.settings.new_tokens} new tokens a row, K = {result.top_k}")
-    rows.add_column("way")
-    for column in ("rows", "tokens/s", "seconds", "slowest", "of floor", "of weight limit", "gamma", "accepted"):
-        rows.add_column(column, justify="right")
+    on_cuda = any(row.share_of_weight_limit is not None for row in result.rows)
+    figures = ("tokens/s", "seconds", "floor", "gamma", "accepted", *(["weights"] if on_cuda else []))
+    caption = "floor: time of the bare forwards / time; weights: time to read the weights / time"
+    title = f"sampling, {result.settings.new_tokens} new tokens a row, K = {result.top_k}"
+    rows = Table(title=title, caption=caption if on_cuda else caption.partition(";")[0], box=None, min_width=60)
+    rows.add_column("way", no_wrap=True)
+    for column in ("rows", *figures):
+        rows.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
+        ratios = [row.share_of_floor, row.gamma, row.acceptance, *([row.share_of_weight_limit] if on_cuda else [])]
         rows.add_row(
             row.name,
             str(row.batch_size),
             f"{row.tokens_per_second:.1f}",
             f"{median(row.seconds):.3f}",
-            f"{max(row.seconds):.3f}",
-            *("" if x is None else f"{x:.2f}" for x in (row.share_of_floor, row.share_of_weight_limit)),
-            *("" if x is None else f"{x:.2f}" for x in (row.gamma, row.acceptance)),
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         )
-    speedups = Table(title="how many times as fast")
-    speedups.add_column("ours / other")
-    speedups.add_column("", justify="right")
+    speedups = Table(title="how many times as fast", box=None, show_header=False)
+    speedups.add_column(no_wrap=True)
+    speedups.add_column(justify="right")
     for pair, ratio in result.speedups().items():
         speedups.add_row(pair, f"{ratio:.2f}")
     return [rows, speedups]

@@ -99,9 +99,8 @@ class _Output:
 
     def unfinished(self, prompts: Sequence[list[int]]) -> list[_Task]:
         """The rows that still run, with the tokens they have."""
-        tokens, lengths = self.tokens_NT.tolist(), self.mask_NT.sum(-1).tolist()
         running = self.running_N.nonzero().squeeze(-1).tolist()
-        return [_Task(index, prompts[index], tokens[index][: lengths[index]]) for index in running]
+        return [_Task(row, prompts[row], self.tokens_NT[row][self.mask_NT[row]].tolist()) for row in running]
 
 
 @dataclass

@@ -43,7 +43,7 @@ def test_the_command_prints_and_writes_every_row(save_tiny_model: SaveTinyModel,
     options = ["--teacher", teacher, "--student", student, "--batch-size", 3, "--prompt-tokens", 8, "--new-tokens", 6]
     options += ["--gamma", 2, "--repeats", 2, "--dtype", "float32", "--device", "cpu"]
     options += ["--output", tmp_path / "new/bench.json"]
-    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["bench", "sampling", *map(str, options)])
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["bench", "sampling", *map(str, options)])
     assert done.exit_code == 0, done.output
     values = json.loads((tmp_path / "new/bench.json").read_text())
     assert {row["name"]: row["batch_size"] for row in values["rows"]} == WAYS
