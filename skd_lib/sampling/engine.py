@@ -11,7 +11,6 @@ take their places. Where the device runs out of memory, rows go on from the toke
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,91 +30,15 @@ from skd_lib.sampling.cache import RowCache, check_supported, forward
 from skd_lib.sampling.distributions import draw, row_uniforms, warp
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
+from skd_lib.sampling.state import Output, Room, Rows, Task
 
 __all__ = ["STUDENT", "TEACHER", "Sampler", "Samples", "SamplingStatistics"]
 
 _AS_TRAINED = SamplingParams()
 """Temperature 1, top-p 1: the model's own distribution."""
 
-log = logging.getLogger(__name__)
-
 _DRAFT, _ACCEPT, _REPLACE = range(3)
 """Channels of a row's uniform numbers: one for each decision that a position may need."""
-
-
-@dataclass
-class _Rows:
-    """The rows being sampled. A row knows `length` tokens (prompt and response); both caches hold all but the last."""
-
-    index_B: Tensor  # which prompt
-    length_B: Tensor
-    prompt_length_B: Tensor
-    last_two_B2: Tensor  # the last two known tokens; the first is a filler after a prompt of one token
-    student_cache: RowCache | None
-    teacher_cache: RowCache | None
-    longest: int  # length_B.max(), known without asking the device
-
-    def select(self, keep: Tensor) -> None:
-        """Drop the other rows."""
-        self.index_B, self.length_B = self.index_B[keep], self.length_B[keep]
-        self.prompt_length_B, self.last_two_B2 = self.prompt_length_B[keep], self.last_two_B2[keep]
-        for cache in (self.student_cache, self.teacher_cache):
-            if cache is not None:
-                cache.select(keep)
-
-    def extend(self, other: _Rows) -> None:
-        """Add rows that were just prefilled."""
-        self.index_B = torch.cat([self.index_B, other.index_B])
-        self.length_B = torch.cat([self.length_B, other.length_B])
-        self.prompt_length_B = torch.cat([self.prompt_length_B, other.prompt_length_B])
-        self.last_two_B2 = torch.cat([self.last_two_B2, other.last_two_B2])
-        for mine, theirs in ((self.student_cache, other.student_cache), (self.teacher_cache, other.teacher_cache)):
-            if mine is not None and theirs is not None:
-                mine.extend(theirs)
-        self.longest = max(self.longest, other.longest)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A row that waits for its place: a prompt, and the response so far where it had to give its place up."""
-
-    index: int
-    prompt: list[int]
-    response: list[int]
-
-
-@dataclass
-class _Output:
-    """Buffers for all prompts' responses, wide enough for a block that runs over the length limit."""
-
-    tokens_NT: Tensor
-    mask_NT: Tensor
-    source_NT: Tensor
-    truncated_N: Tensor
-    running_N: Tensor
-    uniforms_NTC: Tensor
-    states_NTH: Tensor | None
-    counts: SamplingStatistics
-
-    def unfinished(self, prompts: Sequence[list[int]]) -> list[_Task]:
-        """The rows that still run, with the tokens they have."""
-        running = self.running_N.nonzero().squeeze(-1).tolist()
-        return [_Task(row, prompts[row], self.tokens_NT[row][self.mask_NT[row]].tolist()) for row in running]
-
-
-@dataclass
-class _Room:
-    """What the device's memory was seen to hold: the one thing a sampler learns."""
-
-    slots: int | None = None
-
-    def shrink(self, slots: int, error: torch.OutOfMemoryError) -> None:
-        """Remember that so many rows were too many."""
-        if slots == 1:
-            hint = "lower max_prompt_tokens or max_new_tokens, or use smaller models"
-            raise SkdError("not even one row fits into the device's memory", where="sampling", hint=hint) from error
-        self.slots = slots // 2
-        log.warning("out of memory while sampling %d rows at a time: going on with %d", slots, self.slots)
 
 
 @dataclass(frozen=True)
@@ -156,7 +79,7 @@ class Sampler:
     keep_teacher_states: bool = False
     vocabulary: int | None = None
     stop: Callable[[list[int]], bool] | None = None
-    _room: _Room = field(default_factory=_Room, init=False, repr=False, compare=False)
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.rule.drafts and self.student is None:
@@ -196,12 +119,12 @@ class Sampler:
         return self._finish(output)
 
     def _sample_tasks(
-        self, tasks: Sequence[_Task], slots: int, output: _Output, on_progress: Callable[[int], None] | None
+        self, tasks: Sequence[Task], slots: int, output: Output, on_progress: Callable[[int], None] | None
     ) -> None:
         """Run all rows to their ends, at most `slots` at a time."""
         capacity = max(len(task.prompt) for task in tasks) + self.max_new_tokens + self._block_width
         waiting = deque(tasks)
-        rows: _Rows | None = None
+        rows: Rows | None = None
         while waiting or rows is not None:
             free = slots - (0 if rows is None else len(rows.index_B))
             if waiting and free:
@@ -219,7 +142,7 @@ class Sampler:
                     on_progress(len(output.running_N) - len(waiting) - len(running))
                 rows = rows if len(running) else None
 
-    def _round(self, rows: _Rows, output: _Output) -> Tensor:
+    def _round(self, rows: Rows, output: Output) -> Tensor:
         """Draft, verify, accept, and note the new tokens. Returns which rows go on, (B,) bool."""
         batch = torch.arange(len(rows.index_B), device=self._device)
         written_B = rows.length_B - rows.prompt_length_B
@@ -259,7 +182,7 @@ class Sampler:
             )
         return self._commit(rows, output, tokens_BS, states_BSH, accepted_B, drafted)
 
-    def _draft(self, rows: _Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _draft(self, rows: Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the student write `gamma` tokens: (B, G) ids and, if the rule reads them, (B, G, V) probabilities."""
         drafts: list[Tensor] = []
         probs: list[Tensor] = []
@@ -279,7 +202,7 @@ class Sampler:
         empty = rows.index_B.new_empty(len(rows.index_B), 0)
         return torch.stack(drafts, 1) if drafts else empty, torch.stack(probs, 1) if probs else None
 
-    def _verify(self, rows: _Rows, drafts_BG: Tensor) -> Tensor:
+    def _verify(self, rows: Rows, drafts_BG: Tensor) -> Tensor:
         """One teacher forward over the block: (B, S, H) states predicting each draft, and the bonus token if any."""
         assert self.teacher is not None and rows.teacher_cache is not None  # noqa: S101, PT018
         scored = drafts_BG if self.rule.bonus else drafts_BG[:, :-1]
@@ -288,8 +211,8 @@ class Sampler:
 
     def _commit(
         self,
-        rows: _Rows,
-        output: _Output,
+        rows: Rows,
+        output: Output,
         tokens_BS: Tensor,
         states_BSH: Tensor | None,
         accepted_B: Tensor,
@@ -349,7 +272,7 @@ class Sampler:
             truncated=truncated,
         )
 
-    def _stopped(self, rows: _Rows, output: _Output, running_B: Tensor) -> Tensor:
+    def _stopped(self, rows: Rows, output: Output, running_B: Tensor) -> Tensor:
         assert self.stop is not None  # noqa: S101 - the caller checked
         written = (rows.length_B - rows.prompt_length_B).tolist()
         tokens = output.tokens_NT[rows.index_B].tolist()
@@ -358,7 +281,7 @@ class Sampler:
         ]
         return torch.tensor(stopped, device=self._device)
 
-    def _prefill(self, tasks: Sequence[_Task], capacity: int) -> _Rows:
+    def _prefill(self, tasks: Sequence[Task], capacity: int) -> Rows:
         """Fill both caches with all but the last known token of each row."""
         known = [task.prompt + task.response for task in tasks]
         width = max(map(len, known))
@@ -374,7 +297,7 @@ class Sampler:
             return cache
 
         last_two = [[row[-2] if len(row) > 1 else self.pad_id, row[-1]] for row in known]
-        return _Rows(
+        return Rows(
             index_B=torch.tensor([task.index for task in tasks], device=self._device),
             length_B=torch.tensor([len(row) for row in known], device=self._device),
             prompt_length_B=torch.tensor([len(task.prompt) for task in tasks], device=self._device),
@@ -384,7 +307,7 @@ class Sampler:
             longest=width,
         )
 
-    def _allocate(self, seeds: Sequence[int]) -> _Output:
+    def _allocate(self, seeds: Sequence[int]) -> Output:
         count, width = len(seeds), self.max_new_tokens + self._block_width
         device = self._device
         uniforms = [row_uniforms(seed, width, 3) for seed in seeds]
@@ -394,7 +317,7 @@ class Sampler:
             hidden = self.teacher.config.get_text_config(decoder=True).hidden_size
             states = torch.zeros(count, width, hidden, dtype=self.teacher.dtype, device=device)
         stacked = torch.stack(uniforms) if uniforms else torch.empty(0, width, 3)
-        return _Output(
+        return Output(
             tokens_NT=torch.full((count, width), self.pad_id, device=device),
             mask_NT=torch.zeros(count, width, dtype=torch.bool, device=device),
             source_NT=torch.zeros(count, width, dtype=torch.int8, device=device),
@@ -405,7 +328,7 @@ class Sampler:
             counts=SamplingStatistics(),
         )
 
-    def _finish(self, output: _Output) -> Samples:
+    def _finish(self, output: Output) -> Samples:
         """Cut the buffers to the longest response."""
         width = int(output.mask_NT.sum(-1).max()) if output.mask_NT.numel() else 0
         return Samples(
