@@ -12,6 +12,7 @@ import typer
 
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
 from skd_lib import __version__
+from skd_lib.bench.cli import bench
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-bench = typer.Typer(help="Measure how fast things are on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -236,66 +236,6 @@ def config(
         typer.echo(f"{field.path}: {field.type}{field.default}")
         if field.description:
             typer.echo(textwrap.fill(field.description, 100, initial_indent="    ", subsequent_indent="    "))
-
-
-@bench.command("sampling")
-def bench_sampling(
-    teacher: Annotated[
-        str, typer.Option(help="Reference to a model, or random:SHAPE for random weights in a real model's shape.")
-    ] = "random:smollm2-135m",
-    student: Annotated[str, typer.Option(help="Like --teacher.")] = "random:smollm2-135m-22-layers",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt; the shortest has half of it.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every response.")] = 48,
-    gamma: Annotated[int, typer.Option(min=1, help="Tokens drafted for each teacher call; the most, if adaptive.")] = 5,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each kind; figures are medians.")] = 5,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="K of SKD.", show_default="set by --acceptance; 25 for given models")
-    ] = None,
-    acceptance: Annotated[
-        float, typer.Option(min=0, max=1, help="Acceptance with random weights: K is this share of the vocabulary.")
-    ] = 0.9,
-    student_top_p: Annotated[float, typer.Option(min=0.01, max=1, help="The student's nucleus.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="Of weights and cache, e.g. float32.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(show_default="the GPU if there is one", help="E.g. cpu, cuda.")] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights, prompts and samples.")] = 0,
-    output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/bench-sampling.json"),
-) -> None:
-    """Measure the sampling engine against generate, token-by-token and assisted decoding, and against its floor.
-
-    Shapes: smollm2-135m, smollm2-135m-22-layers, gemma-2b, gemma-7b. The floor is the bare forwards of the same rounds.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from skd_lib.bench.sampling import RANDOM, Settings, render, write
-    from skd_lib.bench.sampling import bench_sampling as measure
-
-    if top_k is None and not teacher.startswith(RANDOM):
-        top_k = 25
-    settings = Settings(
-        teacher=teacher,
-        student=student,
-        batch_size=batch_size,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        gamma=gamma,
-        repeats=repeats,
-        top_k=top_k,
-        acceptance=acceptance,
-        student_top_p=student_top_p,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
-    console = Console()
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=None)
-        result = measure(settings, lambda done, total: progress.update(task, completed=done, total=total))
-    for table in render(result):
-        console.print(table)
-    write(result, output)
-    _say(console, f"{_short(output)}: all figures")
 
 
 def _say(console: Console, text: str) -> None:

@@ -21,95 +21,25 @@ that share; the acceptance of `lossless` is what the two distributions give. Acc
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import platform
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
-import torch
-import transformers
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.gemma import GemmaConfig
-from transformers.models.llama import LlamaConfig
+from transformers import PreTrainedModel
 
 from skd_lib.bench import baselines
 from skd_lib.bench.floor import Forward, bare, copy_bandwidth, recorded, seconds_to_read_weights
+from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_for, timed
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
-from skd_lib.models.loading import default_device, load_model
-from skd_lib.models.references import resolve_model
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
-from skd_lib.storage import write_text_atomic
-
-RANDOM = "random:"
-_SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-_GEMMA_2B = {
-    "hidden_size": 2048,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 18,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-}
-SHAPES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
-    "smollm2-135m": lambda: LlamaConfig(num_hidden_layers=30, **_SMOLLM2),
-    "smollm2-135m-22-layers": lambda: LlamaConfig(num_hidden_layers=22, **_SMOLLM2),
-    "gemma-2b": lambda: GemmaConfig(**_GEMMA_2B),
-    "gemma-7b": lambda: GemmaConfig(),
-}
-"""Real models' shapes, for `random:NAME`."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured.
-
-    Attributes:
-        teacher: `random:` and a name of `SHAPES`, or a reference to a model.
-        student: Like `teacher`.
-        batch_size: Rows decoded together, where a way to sample can.
-        prompt_tokens: The longest prompt; the shortest has half of it.
-        new_tokens: Of every response.
-        gamma: Tokens drafted for each teacher call; with the adaptive draft length the most.
-        repeats: Timed passes of each kind.
-        top_k: SKD's K; None sets it by `acceptance`.
-        acceptance: K = acceptance x vocabulary where `top_k` is None; for random weights.
-        student_top_p: The student's nucleus; temperatures are 1, the teacher's top-p too.
-        dtype: Of weights and cache.
-        device: None for the GPU if there is one.
-        seed: Of random weights, prompts and samples.
-    """
-
-    teacher: str = RANDOM + "smollm2-135m"
-    student: str = RANDOM + "smollm2-135m-22-layers"
-    batch_size: int = 8
-    prompt_tokens: int = 64
-    new_tokens: int = 48
-    gamma: int = 5
-    repeats: int = 5
-    top_k: int | None = None
-    acceptance: float = 0.9
-    student_top_p: float = 1.0
-    dtype: str = "bfloat16"
-    device: str | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,6 +137,8 @@ class _Contender:
     name: str
     batch_size: int
     run: Callable[[], int | SamplingStatistics]
+    eager: Callable[[], object] | None = None
+    """The engine's rounds without graphs, in which no forward can be seen."""
 
 
 def bench_sampling(settings: Settings, on_progress: Callable[[int, int], None] | None = None) -> Result:
@@ -219,18 +151,12 @@ def bench_sampling(settings: Settings, on_progress: Callable[[int, int], None] |
     Raises:
         SkdError: a model cannot be loaded, a shape or dtype is unknown, or a way did not sample the tokens it should.
     """
-    dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise SkdError(f"no floating-point dtype `{settings.dtype}`", where="--dtype", hint="e.g. bfloat16 or float32")
-    device = torch.device(settings.device) if settings.device else default_device()
-    teacher, student = (
-        _model(ref, dtype, device, settings.seed + number)
-        for number, ref in enumerate((settings.teacher, settings.student))
-    )
+    student, teacher = load_pair(settings)
+    device = student.device
     vocabulary = min(vocabulary_size(teacher), vocabulary_size(student))
     k = round(settings.acceptance * vocabulary) if settings.top_k is None else settings.top_k
-    machine = _machine(device)
-    contenders = _contenders(settings, student, teacher, k, _prompts(settings, vocabulary))
+    machine = machine_figures(device)
+    contenders = _contenders(settings, student, teacher, k, prompts_for(settings, vocabulary))
 
     # One untimed pass of each: it warms up, and shows which forwards the engine makes (its rounds repeat exactly).
     passes = len(contenders) * (settings.repeats + 1)
@@ -242,7 +168,9 @@ def bench_sampling(settings: Settings, on_progress: Callable[[int, int], None] |
     warm: list[tuple[int | SamplingStatistics, list[Forward]]] = []
     for contender in contenders:
         with recorded(student, teacher) as forwards:
-            counts = contender.run()
+            if contender.eager is not None:
+                contender.eager()
+        counts = contender.run()
         tokens = counts if isinstance(counts, int) else counts.tokens
         if tokens != contender.batch_size * settings.new_tokens:
             raise SkdError(f"`{contender.name}` sampled {tokens} tokens, not {settings.new_tokens} a row")
@@ -255,9 +183,9 @@ def bench_sampling(settings: Settings, on_progress: Callable[[int, int], None] |
     floor_seconds: list[list[float]] = [[] for _ in contenders]
     for repeat in range(settings.repeats):
         for number, (contender, floor) in enumerate(zip(contenders, floors, strict=True)):
-            seconds[number].append(_timed(contender.run, device))
+            seconds[number].append(timed(contender.run, device))
             if floor is not None:
-                floor_seconds[number].append(_timed(floor, device))
+                floor_seconds[number].append(timed(floor, device))
             progress(len(contenders) * (repeat + 1) + number + 1)
     machine["load_after"] = os.getloadavg()
     rows = [
@@ -302,19 +230,6 @@ def render(result: Result) -> list[Table]:
     return [rows, speedups]
 
 
-def write(result: Result, path: Path) -> None:
-    """Write the result as JSON; folders are made.
-
-    Raises:
-        SkdError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, result.to_json())
-    except OSError as error:
-        raise SkdError(f"cannot write the result: {error.strerror}", where=str(path)) from error
-
-
 def _contenders(
     settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel, k: int, prompts: list[list[int]]
 ) -> list[_Contender]:
@@ -336,7 +251,10 @@ def _contenders(
             keep_teacher_states=rule.name.startswith("top_k"),
         )
         seeds = [settings.seed + row for row in range(len(rows))]
-        return _Contender(name, len(rows), lambda: sampler.sample(rows, seeds).statistics)
+        eager = replace(sampler, graphs=False)
+        return _Contender(
+            name, len(rows), lambda: sampler.sample(rows, seeds).statistics, lambda: eager.sample(rows, seeds)
+        )
 
     adaptive = AdaptiveGamma(gamma)
     return [
@@ -364,48 +282,3 @@ def _contenders(
         engine("lossless, 1 row", lossless(), one, gamma),
         engine("lossless adaptive, 1 row", lossless(), one, adaptive),
     ]
-
-
-def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    if not ref.startswith(RANDOM):
-        return load_model(resolve_model(ref), dtype=dtype, device=device)
-    name = ref.removeprefix(RANDOM)
-    if name not in SHAPES:
-        raise SkdError(f"no shape `{name}`", where=ref, hint=f"known shapes: {', '.join(SHAPES)}")
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype, attn_implementation="sdpa")
-    return cast(PreTrainedModel, model.eval())
-
-
-def _prompts(settings: Settings, vocabulary: int) -> list[list[int]]:
-    """Random tokens, ragged: from the full length down to half of it."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    longest, count = settings.prompt_tokens, settings.batch_size
-    lengths = [max(longest - (longest // 2) * row // max(count - 1, 1), 1) for row in range(count)]
-    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    gc.collect()
-    gc.disable()
-    try:
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-    finally:
-        gc.enable()
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to know to compare, and how busy the machine was before the benchmark began."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "load_before": os.getloadavg(),
-    }

@@ -62,6 +62,7 @@ class Sampler:
         keep_teacher_states: Return the teacher's hidden states: max_new_tokens x hidden elements a prompt.
         vocabulary: Token ids at and above it have probability 0; None takes the smaller of the two heads, since
             padded vocabularies of one family differ in size.
+        graphs: Replay rounds as CUDA graphs, on a GPU and for models whose rounds can be captured.
         stop: Called with a row's response so far after each round; True ends the row.
     """
 
@@ -77,6 +78,7 @@ class Sampler:
     batch_size: int | None = None
     keep_teacher_states: bool = False
     vocabulary: int | None = None
+    graphs: bool = True
     stop: Callable[[list[int]], bool] | None = None
     _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
@@ -303,8 +305,8 @@ class Sampler:
 
     @cached_property
     def _graphs(self) -> GraphedRounds | None:
-        served = GraphedRounds.serve(self._models)
-        return GraphedRounds(self._interleaving.round, self._models) if served else None
+        used = self.graphs and GraphedRounds.serve(self._models)
+        return GraphedRounds(self._interleaving.round, self._models) if used else None
 
     def _draft_length(self, counts: SamplingStatistics) -> int:
         if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:

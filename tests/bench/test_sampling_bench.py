@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from skd_lib.bench import baselines
 from skd_lib.bench.floor import bare, recorded, seconds_to_read_weights
-from skd_lib.bench.sampling import Settings, bench_sampling
+from skd_lib.bench.sampling import bench_sampling
+from skd_lib.bench.setup import Settings
 from skd_lib.cli import app
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError

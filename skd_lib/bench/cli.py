@@ -1,0 +1,142 @@
+"""`skd bench`: the benchmarks' command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Nothing heavy at the top: `skd --help` has to answer at once.
+
+bench = typer.Typer(help="Measure how fast things are on this machine.", no_args_is_help=True)
+
+Teacher = Annotated[
+    str, typer.Option(help="Reference to a model, or random:SHAPE for random weights in a real model's shape.")
+]
+Student = Annotated[str, typer.Option(help="Like --teacher.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows decoded together.")]
+PromptTokens = Annotated[int, typer.Option(min=2, help="Longest prompt; the shortest has half of it.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of every response.")]
+Gamma = Annotated[int, typer.Option(min=1, help="Tokens drafted for each teacher call; the most, if adaptive.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed passes of each kind; figures are medians.")]
+Acceptance = Annotated[
+    float, typer.Option(min=0, max=1, help="Acceptance with random weights: K is this share of the vocabulary.")
+]
+Dtype = Annotated[str, typer.Option(help="Of weights and cache, e.g. float32.")]
+Device = Annotated[str | None, typer.Option(show_default="the GPU if there is one", help="E.g. cpu, cuda.")]
+Seed = Annotated[int, typer.Option(help="Of random weights, prompts and samples.")]
+Output = Annotated[Path, typer.Option(help="JSON file to write.")]
+
+
+@bench.command("sampling")
+def sampling(
+    teacher: Teacher = "random:smollm2-135m",
+    student: Student = "random:smollm2-135m-22-layers",
+    batch_size: BatchSize = 8,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 48,
+    gamma: Gamma = 5,
+    repeats: Repeats = 5,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="K of SKD.", show_default="set by --acceptance; 25 for given models")
+    ] = None,
+    acceptance: Acceptance = 0.9,
+    student_top_p: Annotated[float, typer.Option(min=0.01, max=1, help="The student's nucleus.")] = 1.0,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Seed = 0,
+    output: Output = Path("runs/bench-sampling.json"),
+) -> None:
+    """Measure the sampling engine against generate, token-by-token and assisted decoding, and against its floor.
+
+    Shapes: smollm2-135m, smollm2-135m-22-layers, gemma-2b, gemma-7b. The floor is the bare forwards of the same rounds.
+    """
+    from skd_lib.bench.sampling import bench_sampling, render
+    from skd_lib.bench.setup import RANDOM, Settings
+
+    if top_k is None and not teacher.startswith(RANDOM):
+        top_k = 25
+    settings = Settings(
+        teacher=teacher,
+        student=student,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        repeats=repeats,
+        top_k=top_k,
+        acceptance=acceptance,
+        student_top_p=student_top_p,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    result = _with_progress(lambda progress: bench_sampling(settings, progress))
+    _show(render(result), result.to_json(), output)
+
+
+@bench.command("growth")
+def growth(
+    teacher: Teacher = "random:smollm2-135m",
+    student: Student = "random:smollm2-135m-22-layers",
+    batch_size: BatchSize = 8,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 16,
+    gamma: Gamma = 5,
+    repeats: Repeats = 1,
+    acceptance: Acceptance = 0.8,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Seed = 0,
+    output: Output = Path("runs/bench-growth.json"),
+) -> None:
+    """Measure how interleaved sampling grows with batch, prompt length, draft length, acceptance and K.
+
+    One is changed at a time; the options say where the others stay. Acceptance is set by K, so weights are random.
+    """
+    from skd_lib.bench.growth import bench_growth, render
+    from skd_lib.bench.setup import Settings
+
+    settings = Settings(
+        teacher=teacher,
+        student=student,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        repeats=repeats,
+        acceptance=acceptance,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    result = _with_progress(lambda progress: bench_growth(settings, progress))
+    _show([render(result)], result.to_json(), output)
+
+
+ResultT = TypeVar("ResultT")
+
+
+def _with_progress(measure: Callable[[Callable[[int, int], None]], ResultT]) -> ResultT:
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+        return measure(lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def _show(tables: list[Table], figures: str, output: Path) -> None:
+    from rich.console import Console
+
+    from skd_lib.bench.setup import write
+
+    console = Console()
+    for table in tables:
+        console.print(table)
+    write(figures, output)
+    console.print(f"{output}: all figures", markup=False, highlight=False, soft_wrap=True)

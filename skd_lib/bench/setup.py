@@ -1,0 +1,159 @@
+"""What the benchmarks share: what they run on, how they take time, and where the figures go."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma import GemmaConfig
+from transformers.models.llama import LlamaConfig
+
+from skd_lib.errors import SkdError
+from skd_lib.models.loading import default_device, load_model
+from skd_lib.models.references import resolve_model
+from skd_lib.storage import write_text_atomic
+
+RANDOM = "random:"
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+_GEMMA_2B = {
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+}
+SHAPES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "smollm2-135m": lambda: LlamaConfig(num_hidden_layers=30, **_SMOLLM2),
+    "smollm2-135m-22-layers": lambda: LlamaConfig(num_hidden_layers=22, **_SMOLLM2),
+    "gemma-2b": lambda: GemmaConfig(**_GEMMA_2B),
+    "gemma-7b": lambda: GemmaConfig(),
+}
+"""Real models' shapes, for `random:NAME`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        teacher: `random:` and a name of `SHAPES`, or a reference to a model.
+        student: Like `teacher`.
+        batch_size: Rows decoded together, where a way to sample can.
+        prompt_tokens: The longest prompt; the shortest has half of it.
+        new_tokens: Of every response.
+        gamma: Tokens drafted for each teacher call; with the adaptive draft length the most.
+        repeats: Timed passes of each kind.
+        top_k: SKD's K; None sets it by `acceptance`.
+        acceptance: K = acceptance x vocabulary where `top_k` is None; for random weights.
+        student_top_p: The student's nucleus; temperatures are 1, the teacher's top-p too.
+        dtype: Of weights and cache.
+        device: None for the GPU if there is one.
+        seed: Of random weights, prompts and samples.
+    """
+
+    teacher: str = RANDOM + "smollm2-135m"
+    student: str = RANDOM + "smollm2-135m-22-layers"
+    batch_size: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 48
+    gamma: int = 5
+    repeats: int = 5
+    top_k: int | None = None
+    acceptance: float = 0.9
+    student_top_p: float = 1.0
+    dtype: str = "bfloat16"
+    device: str | None = None
+    seed: int = 0
+
+
+def load_pair(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student and the teacher.
+
+    Raises:
+        SkdError: one cannot be loaded, or a shape or dtype is unknown.
+    """
+    dtype = getattr(torch, settings.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SkdError(f"no floating-point dtype `{settings.dtype}`", where="--dtype", hint="e.g. bfloat16 or float32")
+    device = torch.device(settings.device) if settings.device else default_device()
+    teacher, student = (
+        _model(ref, dtype, device, settings.seed + number)
+        for number, ref in enumerate((settings.teacher, settings.student))
+    )
+    return student, teacher
+
+
+def prompts_for(settings: Settings, vocabulary: int) -> list[list[int]]:
+    """Random tokens, ragged: from the full length down to half of it."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    longest, count = settings.prompt_tokens, settings.batch_size
+    lengths = [max(longest - (longest // 2) * row // max(count - 1, 1), 1) for row in range(count)]
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, without the garbage collector's."""
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+    finally:
+        gc.enable()
+
+
+def machine_figures(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to know to compare, and how busy the machine was before the benchmark began."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load_before": os.getloadavg(),
+    }
+
+
+def write(text: str, path: Path) -> None:
+    """Write a result; folders are made.
+
+    Raises:
+        SkdError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, text)
+    except OSError as error:
+        raise SkdError(f"cannot write the result: {error.strerror}", where=str(path)) from error
+
+
+def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    if not ref.startswith(RANDOM):
+        return load_model(resolve_model(ref), dtype=dtype, device=device)
+    name = ref.removeprefix(RANDOM)
+    if name not in SHAPES:
+        raise SkdError(f"no shape `{name}`", where=ref, hint=f"known shapes: {', '.join(SHAPES)}")
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype, attn_implementation="sdpa")
+    return cast(PreTrainedModel, model.eval())
