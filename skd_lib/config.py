@@ -104,8 +104,10 @@ def _defaults(model: type[BaseModel]) -> dict[str, Any]:
 class Columns(Section):
     """Which columns hold what."""
 
-    source: str = Field("source", description="The input text.")
-    target: str = Field("target", description="The reference answer.")
+    source: str = Field(
+        "source", description="The input text: a column, or a template of several: `{body} {question}`."
+    )
+    target: str = Field("target", description="The reference answer, likewise.")
 
 
 class FilesSource(Section):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skd_lib import storage
-from skd_lib.config import HubSource, RunConfig, TrainingConfig
+from skd_lib.config import HeldOutFiles, HubSource, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError, SkdErrors
 
 if TYPE_CHECKING:
@@ -317,7 +317,24 @@ def _data(checks: _Checks, config: RunConfig, models: list[_Model]) -> str:
     if models and models[-1].answer_end is not None:
         _lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
     _schedules(checks, config, len(splits.train))
+    _held_out(checks, config)
     return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""
+
+
+def _held_out(checks: _Checks, config: RunConfig) -> None:
+    """The further test sets: a run goes on without those that cannot be read."""
+    from skd_lib.data.sources import load_held_out
+
+    for held_out in config.data.held_out:
+        name = f"held-out {held_out.name}"
+        limit = MAX_ROWS if isinstance(held_out.source, HeldOutFiles) else MAX_HUB_ROWS
+        try:
+            rows = len(load_held_out(held_out, max_rows=limit))
+        except SkdError as error:
+            hint = "mend it, or the run goes on and reports this set as missing"
+            checks.add(name, "warning", str(error), hint=hint)
+        else:
+            checks.add(name, "ok", f"{rows} rows{' (the first rows only)' if rows >= limit else ''}")
 
 
 def _lengths(
