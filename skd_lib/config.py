@@ -190,7 +190,8 @@ class HeldOutConfig(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="Names its scores, e.g. `svamp`.")
     source: Annotated[HeldOutFiles | HeldOutHub, Field(discriminator="type")]
     task: TaskConfig = Field(
-        TaskConfig(), description="What differs from the run's task: fields not given here or by its name are the run's."
+        TaskConfig(),
+        description="What differs from the run's task: fields not given here or by its name are the run's.",
     )
     examples: int | None = Field(None, ge=1, description="At most this many examples; all if unset.")
 

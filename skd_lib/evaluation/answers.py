@@ -7,6 +7,7 @@ GSM8K writes a solution, then `#### NUMBER` (Cobbe et al. 2021, arXiv 2110.14168
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -73,9 +74,7 @@ def boxed_answer(text: str) -> Value | None:
 
     The last one counts, as in MATH's own evaluation: earlier ones hold intermediate results.
     """
-    box = None
-    for box in _BOX.finditer(text):
-        pass
+    box = _last(_BOX, text)
     if box is None:
         return None
     depth = 0
@@ -99,9 +98,7 @@ def math_value(latex: str) -> Value | None:
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text; None if there is none."""
-    match = None
-    for match in _LAST.finditer(text):
-        pass
+    match = _last(_LAST, text)
     value = _value(match) if match else None
     if match is None or value is None:
         return None
@@ -121,6 +118,10 @@ def parse_number(text: str) -> Fraction | None:
     match = _NUMBER.match(text, lead.end())
     value = _value(match) if match and minuses <= 1 else None
     return -value if value is not None and minuses else value
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

@@ -17,8 +17,8 @@ def main(
     data_out: Annotated[
         Path,
         typer.Option(
-            help="Folder for train_teacher.jsonl, train_student.jsonl, validation.jsonl, test.jsonl, held_out/NAME.jsonl "
-            "and manifest.json."
+            help="Folder for train_teacher.jsonl, train_student.jsonl, validation.jsonl, test.jsonl, "
+            "held_out/NAME.jsonl and manifest.json."
         ),
     ],
     data_fingerprint: Annotated[
