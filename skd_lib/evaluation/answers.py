@@ -36,7 +36,7 @@ _NUMBER = re.compile(
 )
 # A sign belongs to a number unless it stands between two things that are subtracted.
 _LAST = re.compile(rf"(?<![0-9.,:/])(?:(?<![\w)])[-\u2212])?\\?[$€£¥₹]?{_NUMBER.pattern}", re.VERBOSE)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?={)")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?={)|\s+)")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
@@ -72,11 +72,14 @@ def extract_answer(text: str) -> Fraction | None:
 def boxed_answer(text: str) -> Value | None:
     """What the last `\\boxed{}` (or `\\fbox{}`) holds, braces within it included; None if there is none or it is open.
 
-    The last one counts, as in MATH's own evaluation: earlier ones hold intermediate results.
+    The last one counts, as in MATH's own evaluation: earlier ones hold intermediate results. `\\boxed 7` holds what is
+    left of its formula.
     """
     box = _last(_BOX, text)
     if box is None:
         return None
+    if not text.startswith("{", box.end()):
+        return math_value(re.split(r"[$\n]", text[box.end() :], maxsplit=1)[0])
     depth = 0
     for brace in _BRACES.finditer(text, box.end()):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

@@ -49,7 +49,8 @@ def canonical(latex: str) -> str:
 
 def _fraction(match: re.Match[str]) -> str:
     above, below = (match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()
-    if not (_WHOLE.fullmatch(above) and _WHOLE.fullmatch(below)):
+    before = match.string[: match.start()].strip()
+    # A sign above goes before the whole, where nothing else is.
+    if not (_WHOLE.fullmatch(above if before else above.removeprefix("-")) and _WHOLE.fullmatch(below)):
         return f"\\frac{{{above}}}{{{below}}}"
-    before = match.string[: match.start()]
     return f"{' ' if before[-1:].isdigit() else ''}{above}/{below}"
