@@ -210,6 +210,16 @@ def _model(checks: _Checks, role: str, reference: str, config: RunConfig) -> _Mo
             where="task",
             hint=f"lower them to {model.context} together",
         )
+    for held_out in config.data.held_out:
+        asked = held_out.task.max_prompt_tokens + held_out.task.max_new_tokens
+        if model.context is not None and asked > model.context:
+            checks.add(
+                f"held-out {held_out.name}",
+                "warning",
+                f"max_prompt_tokens + max_new_tokens are {asked}, the {role}'s context has {model.context} tokens",
+                where="data.held_out",
+                hint="set lower ones in its `task`; examples that do not fit count as not answered",
+            )
     return replace(model, answer_end=checks.attempt(role, lambda: _answer_end(checks, model, config)))
 
 

@@ -120,7 +120,7 @@ def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | S
         )
     except requests.RequestException as error:
         hint = "check `evaluation.judge.url`, and that the server runs; `timeout` and `retries` say how long to wait"
-        return SkdError(f"the judge does not answer: {type(error).__name__}", where=where, hint=hint)
+        return SkdError(f"the judge does not answer: {str(error)[:300]}", where=where, hint=hint)
     if response.status_code != requests.codes.ok:
         hint = f"put the key into the environment variable {KEY}" if response.status_code in (401, 403) else ""
         what = f"the judge refuses: {response.status_code} {response.reason}: {response.text[:200]}"
