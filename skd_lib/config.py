@@ -11,6 +11,7 @@ import json
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -352,6 +353,8 @@ class JudgeConfig(Section):
     def _is_http(cls, url: str) -> str:
         if url and not url.startswith(("http://", "https://")):
             raise ValueError("must begin with http:// or https://")
+        if urlsplit(url).username is not None:
+            raise ValueError("must hold no password, it would be logged; put a key into SKD_JUDGE_API_KEY")
         return url.rstrip("/")
 
     @field_validator("prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,18 @@ def test_a_judge_must_be_there_to_be_asked(where: str) -> None:
 
 def test_a_held_out_set_alone_is_complete() -> None:
     assert HeldOutConfig.model_validate(held_out("a")).task == TaskConfig()
+
+
+def test_the_examples_of_the_documentation_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs/tasks.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    parts = [part for part in re.split(r"(?m)^(?=task:)", examples[0]) if part.strip()]
+    own, run = examples[-2:]
+    for name in ("riddles", "raetsel"):
+        (tmp_path / f"tasks/{name}.yaml").write_text(own, encoding="utf-8")
+    for example in [*parts, *examples[1:-2], run]:
+        parse_section(RunConfig, BASE | yaml.safe_load(example), where=example)
+    for name in known_tasks():
+        assert f"`{name}`" in text

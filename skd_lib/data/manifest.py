@@ -56,7 +56,7 @@ def build(
         "dropped": {reason: count for reason, count in dropped.items() if count},
         "missing": dict(missing),
         **content,
-        "config": config.model_dump(mode="json"),
+        "config": _described(config),
     }
 
 
@@ -73,6 +73,15 @@ def preparation(config: DataConfig) -> dict[str, Any]:
         held_out["source"].pop("files", None)
     if not values["held_out"]:
         del values["held_out"]
+    return values
+
+
+def _described(config: DataConfig) -> dict[str, Any]:
+    """The configuration for later steps; of held-out sets' tasks what was given, for the rest is the run's."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    for held_out, described in zip(config.held_out, values["held_out"], strict=True):
+        # Without its name, which may be that of a file that is not there.
+        described["task"] = held_out.task.model_dump(mode="json", exclude_unset=True, exclude={"name"})
     return values
 
 

@@ -71,7 +71,11 @@ def main(
     ) as run:
         prepared = PreparedData.load(data)
         digest = prepared.manifest["sha256"]["test.jsonl"]
-        run.log_dataset("test", digest, io.input_uri("data", data), context="test", rows=len(prepared.test))
+        uri = io.input_uri("data", data)
+        run.log_dataset("test", digest, uri, context="test", rows=len(prepared.test))
+        for name, rows in prepared.held_out.items():
+            digest = prepared.manifest["sha256"][f"held_out/{name}.jsonl"]
+            run.log_dataset(name, digest, uri, context="test", rows=len(rows))
         language_model, tokenizer = load_for_inference(model)
         result = evaluate(language_model, tokenizer, prepared.test, task, settings, seed=seed)
         further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), settings, seed=seed)

@@ -51,8 +51,7 @@ def main(
         rows, dropped = data.manifest["rows"], data.manifest["dropped"]
         source = io.output_uri("data")
         for name, count in rows.items():
-            # train_teacher and train_student are for training, held_out/NAME is one more test.
-            context = {"train": "train", "held": "test"}.get(name.partition("_")[0], name)
+            context = next((use for use in ("train", "validation") if name.startswith(use)), "test")
             digest = data.manifest["sha256"][f"{name}.jsonl"]
             run.log_dataset(name, digest, f"{source}/{name}.jsonl", context, rows=count)
         run.log_metrics({f"rows_{name}": float(count) for name, count in rows.items()})

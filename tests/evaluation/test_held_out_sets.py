@@ -26,7 +26,7 @@ def rows(path: Path, count: int, target: str = "the file {}") -> str:
 
 
 def held_out(name: str, file: str, **task: Any) -> dict[str, Any]:
-    return {"name": name, "source": {"type": "files", "files": [file]}, "task": TASK | task}
+    return {"name": name, "source": {"type": "files", "files": [file]}, "task": task}
 
 
 @pytest.fixture(scope="module")

@@ -208,6 +208,7 @@ def test_no_judge_is_the_default() -> None:
     ("values", "what"),
     [
         ({"url": "file:///etc/passwd", "model": "x"}, "must begin with http"),
+        ({"url": "https://me:secret@judge/v1", "model": "x"}, "must hold no password"),
         ({"url": "http://judge/v1"}, "needs the name of its `model`"),
         ({"prompt": "rate this"}, "must contain {prediction}"),
     ],
