@@ -342,7 +342,7 @@ def _held_out(checks: _Checks, config: RunConfig) -> None:
             rows = len(load_held_out(held_out, max_rows=limit))
         except SkdError as error:
             hint = "mend it, or the run goes on and reports this set as missing"
-            checks.add(name, "warning", str(error), hint=hint)
+            checks.add(name, "warning", error.brief, hint=hint)
         else:
             checks.add(name, "ok", f"{rows} rows{' (the first rows only)' if rows >= limit else ''}")
 

@@ -69,7 +69,7 @@ class PreparedData:
             try:
                 held_out[file.stem] = _read(file, expected)
             except SkdError as error:
-                missing[file.stem] = str(error)
+                missing[file.stem] = error.brief
         return cls(**splits, manifest=description, held_out=held_out, missing=missing)
 
 
@@ -126,6 +126,6 @@ def _load_held_out(config: DataConfig) -> tuple[dict[str, list[Example]], dict[s
         try:
             found[each.name] = sources.load_held_out(each)
         except SkdError as error:
-            missing[each.name] = str(error)
+            missing[each.name] = error.brief
             log.warning("held-out set %s is left out, everything else goes on: %s", each.name, error)
     return found, missing

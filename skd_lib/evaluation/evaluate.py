@@ -134,7 +134,7 @@ def evaluate(
     if not scores:
         raise next(iter(missing.values()))
     if missing:
-        reasons = {name: str(error) for name, error in missing.items()}
+        reasons = {name: error.brief for name, error in missing.items()}
         log.warning("metrics that could not be had: %s", reasons)
         scores["missing"] = reasons
     return Evaluation({**scores, "examples": len(examples), "seconds": round(seconds, 3)}, predictions)
@@ -162,7 +162,7 @@ def evaluate_held_out(
                 results[name] = evaluate(model, tokenizer, each.examples, each.task, config, seed=seed)
                 continue
             except SkdError as error:
-                reason = str(error)
+                reason = error.brief
         log.warning("held-out set %s is missing, everything else goes on: %s", name, reason)
         results[name] = Evaluation(
             {"missing": dict.fromkeys(each.task.metrics, reason), "examples": 0, "seconds": 0.0}, []

@@ -75,6 +75,7 @@ def test_every_set_is_scored_or_said_to_be_missing(result: tuple[Path, dict[str,
     assert "positions" in sets["too_long"]["missing"]["chrf"]
     for name in ("nowhere", "lost"):
         assert "No such file" in sets[name]["missing"]["chrf"]
+        assert "\n" not in sets[name]["missing"]["chrf"]
         assert sets[name]["examples"] == 0
     assert json.loads((out / "held_out/scores.json").read_text()) == sets
 
