@@ -162,6 +162,7 @@ def distillation(
             "student_after": distilled["distilled_student"],
         }.items():
             evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
+            kubernetes.use_secret_as_env(evaluated, "skd-judge", {"api-key": "SKD_JUDGE_API_KEY"}, optional=True)
             scores[role] = _settle(evaluated, f"evaluate-{role}", GPU).outputs["scores"]
         drafts = {}
         for role, model in {"before": initial, "after": distilled["distilled_student"]}.items():

@@ -18,6 +18,11 @@ class SkdError(Exception):
         self.where = where
         self.hint = hint
 
+    @property
+    def brief(self) -> str:
+        """Where and what on one line, without the hint: a reason to be kept."""
+        return " ".join(f"{self.where}: {self.what}".removeprefix(": ").split())
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         advice = f"\n  hint: {self.hint}" if self.hint else ""
@@ -31,6 +36,12 @@ class SkdErrors(SkdError):
         count = len(errors)
         super().__init__(f"{count} problem{'s' if count != 1 else ''} found")
         self.errors = errors
+
+    @property
+    def brief(self) -> str:
+        """The first of them, and how many more there are."""
+        more = len(self.errors) - 1
+        return self.errors[0].brief + (f" (and {more} more)" if more else "")
 
     def __str__(self) -> str:
         return "\n".join([f"{self.what}:", *(f"- {error}" for error in self.errors)])

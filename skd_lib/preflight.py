@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skd_lib import storage
-from skd_lib.config import HubSource, RunConfig, TrainingConfig
+from skd_lib.config import HeldOutFiles, HubSource, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError, SkdErrors
 
 if TYPE_CHECKING:
@@ -210,6 +210,16 @@ def _model(checks: _Checks, role: str, reference: str, config: RunConfig) -> _Mo
             where="task",
             hint=f"lower them to {model.context} together",
         )
+    for held_out in config.data.held_out:
+        asked = held_out.task.max_prompt_tokens + held_out.task.max_new_tokens
+        if model.context is not None and asked > model.context:
+            checks.add(
+                f"held-out {held_out.name}",
+                "warning",
+                f"max_prompt_tokens + max_new_tokens are {asked}, the {role}'s context has {model.context} tokens",
+                where="data.held_out",
+                hint="set lower ones in its `task`; examples that do not fit count as not answered",
+            )
     return replace(model, answer_end=checks.attempt(role, lambda: _answer_end(checks, model, config)))
 
 
@@ -317,7 +327,24 @@ def _data(checks: _Checks, config: RunConfig, models: list[_Model]) -> str:
     if models and models[-1].answer_end is not None:
         _lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
     _schedules(checks, config, len(splits.train))
+    _held_out(checks, config)
     return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""
+
+
+def _held_out(checks: _Checks, config: RunConfig) -> None:
+    """The further test sets: a run goes on without those that cannot be read."""
+    from skd_lib.data.sources import load_held_out
+
+    for held_out in config.data.held_out:
+        name = f"held-out {held_out.name}"
+        limit = MAX_ROWS if isinstance(held_out.source, HeldOutFiles) else MAX_HUB_ROWS
+        try:
+            rows = len(load_held_out(held_out, max_rows=limit))
+        except SkdError as error:
+            hint = "mend it, or the run goes on and reports this set as missing"
+            checks.add(name, "warning", error.brief, hint=hint)
+        else:
+            checks.add(name, "ok", f"{rows} rows{' (the first rows only)' if rows >= limit else ''}")
 
 
 def _lengths(

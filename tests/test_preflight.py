@@ -319,3 +319,21 @@ def _datasets(tracking_uri: str) -> set[str]:
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     return {used.dataset.name for run in runs for used in run.inputs.dataset_inputs}
+
+
+def test_a_held_out_set_that_is_missing_is_a_warning(values: dict[str, Any], tmp_path: Path) -> None:
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"source": "a", "target": "b"}\n', encoding="utf-8")
+    sets = [
+        {"name": path.stem, "source": {"type": "files", "files": [str(path)]}}
+        for path in (good, tmp_path / "nowhere.jsonl")
+    ]
+    sets[0]["task"] = {"max_new_tokens": 4096}
+    report = check(values | {"data": values["data"] | {"held_out": sets}}, tmp_path)
+    assert report.errors() == []
+    assert len(report.data_fingerprint) == 64
+    found = {(each.name, each.level): each for each in report.checks if each.name.startswith("held-out")}
+    assert found["held-out good", "ok"].what == "1 rows"
+    assert "context has 512" in found["held-out good", "warning"].what
+    assert "No such file" in found["held-out nowhere", "warning"].what
+    assert "reports this set as missing" in found["held-out nowhere", "warning"].hint

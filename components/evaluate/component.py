@@ -1,4 +1,4 @@
-"""KFP component `evaluate`: score a model's greedy answers on the test set."""
+"""KFP component `evaluate`: score a model's greedy answers on the test set and the held-out sets."""
 
 from typing import Any
 
@@ -17,14 +17,16 @@ def evaluate(
     task_config: dict[str, Any],
     seed: int,
     predictions: dsl.Output[dsl.Artifact],
+    held_out: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     scores: dsl.OutputPath(dict),
     tracking_uri: str = "",
     experiment: str = "skd",
 ) -> dsl.ContainerSpec:
-    """Score a model's greedy answers on the test set.
+    """Score a model's greedy answers on the test set and the held-out sets.
 
-    Reports every metric of the task with its 95 % bootstrap interval, and keeps each example's prediction.
+    Reports every metric of the task with its 95 % bootstrap interval, and keeps each example's prediction. A held-out
+    set or a metric that cannot be had is reported as missing, with the reason.
 
     Args:
         model: The model to score.
@@ -38,8 +40,9 @@ def evaluate(
 
     Returns:
         predictions: One JSON line per test example.
+        held_out: The same for each held-out set, and their scores.
         metrics: Scores and intervals.
-        scores: Scores and intervals by metric.
+        scores: Scores and intervals by metric, those of the held-out sets included.
     """
     return run_step(
         "evaluate",
@@ -54,6 +57,7 @@ def evaluate(
             "tracking_uri": tracking_uri,
             "experiment": experiment,
             "predictions_out": predictions.path,
+            "held_out_out": held_out.path,
             "metrics_out": metrics.path,
         },
     )

@@ -23,11 +23,17 @@ def data_fingerprint(config: DataConfig) -> str:
     Raises:
         SkdError: a file is missing, or storage or the hub cannot be asked.
     """
-    return digest({"source": sources.identify(config.source), "preparation": preparation(config)})
+    return digest({**_content(config), "preparation": preparation(config)})
 
 
 def build(
-    config: DataConfig, *, seed: int, rows: Mapping[str, int], sha256: Mapping[str, str], dropped: Mapping[str, int]
+    config: DataConfig,
+    *,
+    seed: int,
+    rows: Mapping[str, int],
+    sha256: Mapping[str, str],
+    dropped: Mapping[str, int],
+    missing: Mapping[str, str],
 ) -> dict[str, Any]:
     """The manifest of prepared data.
 
@@ -37,19 +43,20 @@ def build(
         rows: Number of rows by split.
         sha256: Checksum by file name.
         dropped: Number of rows dropped by reason.
+        missing: Held-out sets that could not be read, and why.
 
     Returns:
         A JSON object; its `fingerprint` covers the source, the preparation, the seed and the rows themselves.
     """
-    source = sources.identify(config.source)
-    content = {"source": source, "preparation": preparation(config), "seed": seed, "sha256": dict(sha256)}
+    content = {**_content(config), "preparation": preparation(config), "seed": seed, "sha256": dict(sha256)}
     return {
         "format": FORMAT,
         "fingerprint": digest(content),
         "rows": dict(rows),
         "dropped": {reason: count for reason, count in dropped.items() if count},
+        "missing": dict(missing),
         **content,
-        "config": config.model_dump(mode="json"),
+        "config": _described(config),
     }
 
 
@@ -60,7 +67,28 @@ def preparation(config: DataConfig) -> dict[str, Any]:
         # Which file belongs to which split is told by `sources.identify`, with the file's checksum.
         for split in ("train", "validation", "test"):
             del values["source"][split]
+    # Likewise; and how a set is asked and judged changes no row of it.
+    for held_out in values["held_out"]:
+        del held_out["task"]
+        held_out["source"].pop("files", None)
+    if not values["held_out"]:
+        del values["held_out"]
     return values
+
+
+def _described(config: DataConfig) -> dict[str, Any]:
+    """The configuration for later steps; of held-out sets' tasks what was given, for the rest is the run's."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    for held_out, described in zip(config.held_out, values["held_out"], strict=True):
+        # Without its name, which may be that of a file that is not there.
+        described["task"] = held_out.task.model_dump(mode="json", exclude_unset=True, exclude={"name"})
+    return values
+
+
+def _content(config: DataConfig) -> dict[str, Any]:
+    """What identifies the sources' present content."""
+    held_out = {each.name: sources.identify_held_out(each) for each in config.held_out}
+    return {"source": sources.identify(config.source), **({"held_out": held_out} if held_out else {})}
 
 
 def digest(value: Any) -> str:

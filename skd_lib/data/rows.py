@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import IO, Any
@@ -15,6 +16,7 @@ from skd_lib.errors import SkdError, SkdErrors
 
 MAX_PROBLEMS = 20
 _HINT_BROKEN = "mend or remove this row"
+_PLACE = re.compile(r"{([^{}]+)}")
 
 
 class Problems:
@@ -74,12 +76,22 @@ def check_rows(rows: Iterable[tuple[str, dict[str, Any]]], columns: Columns, pro
     """
     examples = []
     for where, row in rows:
-        errors = [error for column in (columns.source, columns.target) if (error := _field_error(row, column, where))]
+        errors = [error for name in _names(columns) if (error := _field_error(row, name, where))]
         for error in errors:
             problems.add(error)
         if not errors:
-            examples.append(make_example(row[columns.source], row[columns.target], origin=where))
+            examples.append(make_example(_text(row, columns.source), _text(row, columns.target), origin=where))
     return examples
+
+
+def _names(columns: Columns) -> list[str]:
+    """All columns that are read."""
+    return [name for column in (columns.source, columns.target) for name in _PLACE.findall(column) or [column]]
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    """The field of a column, or a template filled with several."""
+    return _PLACE.sub(lambda place: str(row[place[1]]), column) if _PLACE.search(column) else str(row[column])
 
 
 def _field_error(row: dict[str, Any], column: str, where: str) -> SkdError | None:
@@ -92,6 +104,11 @@ def _field_error(row: dict[str, Any], column: str, where: str) -> SkdError | Non
         return SkdError(f"must be text, got {type(value).__name__} {_short(value)}", where=place, hint=_HINT_BROKEN)
     if not value.strip():
         return SkdError("the text is empty", where=place, hint=_HINT_BROKEN)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = f"half a surrogate pair, \\u{ord(value[error.start]):x} at character {error.start}, is no text"
+        return SkdError(what, where=place, hint=_HINT_BROKEN)
     return None
 
 
@@ -154,13 +171,12 @@ def _parquet(
     import pyarrow
     import pyarrow.parquet
 
-    wanted = [columns.source, columns.target]
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         if not has_columns(file.schema_arrow.names, name, columns, problems):
             return
         number = 0
-        for batch in file.iter_batches(columns=wanted):
+        for batch in file.iter_batches(columns=_names(columns)):
             for values in batch.to_pylist():
                 number += 1
                 yield f"{name}, row {number}", values
@@ -169,9 +185,9 @@ def _parquet(
 
 
 def has_columns(names: Iterable[str], file: str, columns: Columns, problems: Problems) -> bool:
-    """Whether a table has both columns; a missing one is noted in `problems` once, not once a row."""
+    """Whether a table has the columns; a missing one is noted in `problems` once, not once a row."""
     names = list(names)
-    missing = [column for column in (columns.source, columns.target) if column not in names]
+    missing = [column for column in _names(columns) if column not in names]
     hint = f"this file has: {', '.join(names) or 'nothing'}; name the columns in `data.source.columns`"
     for column in missing:
         problems.add(SkdError("the column is missing", where=f"{file}, field `{column}`", hint=hint))

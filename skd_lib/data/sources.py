@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import IO, Any, assert_never
 
 from skd_lib import storage
-from skd_lib.config import DataSource, FilesSource, GettextSource, GettextWheel, HubSource
+from skd_lib.config import (
+    Columns,
+    DataSource,
+    FilesSource,
+    GettextSource,
+    GettextWheel,
+    HeldOutConfig,
+    HeldOutFiles,
+    HubDataset,
+    HubSource,
+)
 from skd_lib.data.examples import Example
 from skd_lib.data.gettext_catalogs import read_wheel
 from skd_lib.data.rows import Problems, check_rows, has_columns, read_file
@@ -83,12 +93,7 @@ def identify(source: DataSource) -> list[dict[str, Any]]:
     match source:
         case FilesSource():
             files = {"train": source.train, "validation": source.validation, "test": source.test}
-            return [
-                {"split": split, "size": stored.size, "generation": stored.generation, "checksum": stored.checksum}
-                for split, uris in files.items()
-                for uri in uris
-                for stored in storage.list_objects(uri)
-            ]
+            return [{"split": split, **stored} for split, uris in files.items() for stored in _identify_files(uris)]
         case HubSource():
             return [{"dataset": source.dataset, "revision": _hub_revision(source)}]
         case GettextSource():
@@ -102,29 +107,67 @@ def identify(source: DataSource) -> list[dict[str, Any]]:
             assert_never(source)
 
 
+def load_held_out(held_out: HeldOutConfig, *, max_rows: int | None = None) -> list[Example]:
+    """Read and check all examples of one held-out test set; see `load`.
+
+    Raises:
+        SkdErrors: rows that are wrong.
+        SkdError: the set cannot be read, or is empty.
+    """
+    source, problems = held_out.source, Problems()
+    if isinstance(source, HeldOutFiles):
+        examples = _read_files(source.files, source.columns, problems, max_rows)
+    else:
+        examples = _read_hub(source, source.split, problems, max_rows)
+    problems.raise_any()
+    if not examples:
+        raise SkdError("the set is empty", where=f"data.held_out, `{held_out.name}`", hint="check the source")
+    return examples
+
+
+def identify_held_out(held_out: HeldOutConfig) -> list[dict[str, Any]]:
+    """As `identify`, for one held-out set; a set that cannot be asked is identified by its absence."""
+    source = held_out.source
+    try:
+        if isinstance(source, HeldOutFiles):
+            return _identify_files(source.files)
+        return [{"dataset": source.dataset, "revision": _hub_revision(source)}]
+    except SkdError:  # told when it is read: the run goes on without this set
+        return [{"missing": True}]
+
+
 # --- files --------------------------------------------------------------------------------------------------------
+
+
+def _identify_files(uris: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"size": stored.size, "generation": stored.generation, "checksum": stored.checksum}
+        for uri in uris
+        for stored in storage.list_objects(uri)
+    ]
 
 
 def _load_files(source: FilesSource, max_rows: int | None) -> SourceSplits:
     problems = Problems()
-
-    def read(uris: list[str]) -> list[Example]:
-        examples = []
-        for uri in uris:
-            try:
-                with _opened(uri, whole=max_rows is None) as stream:
-                    examples += read_file(stream, uri, source.columns, problems, max_rows)
-            except SkdErrors:
-                raise  # too many problems
-            except SkdError as error:
-                problems.add(error)
-        return examples
-
-    train = read(source.train)
-    validation = read(source.validation) if source.validation else None
-    test = read(source.test) if source.test else None
+    train, validation, test = (
+        _read_files(uris, source.columns, problems, max_rows) if uris else None
+        for uris in (source.train, source.validation, source.test)
+    )
     problems.raise_any()
-    return SourceSplits(train, validation, test)
+    return SourceSplits(train or [], validation, test)
+
+
+def _read_files(uris: list[str], columns: Columns, problems: Problems, max_rows: int | None) -> list[Example]:
+    examples = []
+    for uri in uris:
+        try:
+            with _opened(uri, whole=max_rows is None) as stream:
+                examples += read_file(stream, uri, columns, problems, max_rows)
+        except SkdErrors:
+            raise  # too many problems
+        except SkdError as error:
+            problems.add(error)
+    return examples
 
 
 @contextmanager
@@ -145,26 +188,26 @@ def _opened(uri: str, *, whole: bool) -> Iterator[IO[bytes]]:
 
 def _load_hub(source: HubSource, max_rows: int | None) -> SourceSplits:
     problems = Problems()
-
-    def read(split: str) -> list[Example]:
-        where = f"{source.dataset}, split `{split}`"
-        examples = []
-        with _hub_errors(source, where):
-            dataset = _dataset(source, split, streaming=max_rows is not None)
-            names = dataset.column_names
-            if names is None or has_columns(names, where, source.columns, problems):
-                rows = ((f"{where}, row {number}", row) for number, row in enumerate(dataset, start=1))
-                examples = check_rows(islice(rows, max_rows), source.columns, problems)
-        return examples
-
-    train = read(source.train_split)
-    validation = read(source.validation_split) if source.validation_split else None
-    test = read(source.test_split) if source.test_split else None
+    train, validation, test = (
+        _read_hub(source, split, problems, max_rows) if split else None
+        for split in (source.train_split, source.validation_split, source.test_split)
+    )
     problems.raise_any()
-    return SourceSplits(train, validation, test)
+    return SourceSplits(train or [], validation, test)
 
 
-def _dataset(source: HubSource, split: str, *, streaming: bool) -> Any:
+def _read_hub(source: HubDataset, split: str, problems: Problems, max_rows: int | None) -> list[Example]:
+    where = f"{source.dataset}, split `{split}`"
+    with _hub_errors(where):
+        dataset = _dataset(source, split, streaming=max_rows is not None)
+        names = dataset.column_names
+        if names is not None and not has_columns(names, where, source.columns, problems):
+            return []
+        rows = ((f"{where}, row {number}", row) for number, row in enumerate(dataset, start=1))
+        return check_rows(islice(rows, max_rows), source.columns, problems)
+
+
+def _dataset(source: HubDataset, split: str, *, streaming: bool) -> Any:
     import datasets
 
     return datasets.load_dataset(
@@ -172,7 +215,7 @@ def _dataset(source: HubSource, split: str, *, streaming: bool) -> Any:
     )
 
 
-def _hub_revision(source: HubSource) -> str:
+def _hub_revision(source: HubDataset) -> str:
     """The commit that the source's revision stands for; for a local folder, its files' checksums."""
     if Path(source.dataset).is_dir():
         return ",".join(stored.checksum for stored in storage.list_objects(source.dataset))
@@ -180,12 +223,12 @@ def _hub_revision(source: HubSource) -> str:
         return source.revision
     from huggingface_hub import HfApi
 
-    with _hub_errors(source, source.dataset):
+    with _hub_errors(source.dataset):
         return str(HfApi().dataset_info(source.dataset, revision=source.revision, timeout=10).sha)
 
 
 @contextmanager
-def _hub_errors(source: HubSource, where: str) -> Iterator[None]:
+def _hub_errors(where: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -203,9 +246,7 @@ def _hub_errors(source: HubSource, where: str) -> Iterator[None]:
         raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
     except OSError as error:
         hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
-        raise SkdError(
-            f"cannot reach {source.dataset} on the hub: {_first_line(error)}", where=where, hint=hint
-        ) from error
+        raise SkdError(f"cannot reach the dataset on the hub: {_first_line(error)}", where=where, hint=hint) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ in whatever order the source lists them."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skd_lib.config import DataConfig
@@ -24,6 +24,7 @@ class Splits:
             is contained in the larger.
         validation: To choose checkpoints.
         test: To measure.
+        held_out: Further test sets, by name.
         dropped: How many rows were dropped, by reason.
     """
 
@@ -31,10 +32,11 @@ class Splits:
     train_student: list[Example]
     validation: list[Example]
     test: list[Example]
+    held_out: dict[str, list[Example]] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
 
     def named(self) -> dict[str, list[Example]]:
-        """The splits by name, in the order they are written."""
+        """The run's own splits by name, in the order they are written."""
         return {
             "train_teacher": self.train_teacher,
             "train_student": self.train_student,
@@ -64,11 +66,19 @@ def cut_missing(source: SourceSplits, config: DataConfig, seed: int) -> SourceSp
     return SourceSplits(train, validation, test, source.left_out)
 
 
-def make_splits(source: SourceSplits, config: DataConfig, seed: int) -> Splits:
+def make_splits(
+    source: SourceSplits, config: DataConfig, seed: int, held_out: Mapping[str, Sequence[Example]] | None = None
+) -> Splits:
     """Make the splits of a run.
 
     A row that is in several splits, exactly or nearly (`data.near_duplicate_threshold`), stays in the held-out one:
-    test wins over validation, both win over train.
+    test and the held-out sets win over validation, all win over train.
+
+    Args:
+        source: What the source holds.
+        config: How it is split.
+        seed: Seed of the order.
+        held_out: The sets of `config.held_out` that could be read, by name.
 
     Raises:
         SkdError: a split is empty, saying at which point it became so.
@@ -88,21 +98,32 @@ def make_splits(source: SourceSplits, config: DataConfig, seed: int) -> Splits:
     test = shuffled(cut.test or [], seed)
     validation = drop_resembling(shuffled(cut.validation or [], seed), test, threshold)
     train = drop_resembling(cut.train, [*test, *validation.examples], threshold)
-    for name, kept in (("train", train), ("validation", validation)):
-        _check_left(name, kept)
+    dropped = {
+        **{f"source: {reason}": count for reason, count in sorted(source.left_out.items())},
+        **{f"{name}: repeated": kept.exact for name, kept in unique.items()},
+        "train: also held out": train.exact,
+        "train: resembles a held-out row": train.near,
+        "validation: also in test": validation.exact,
+        "validation: resembles a test row": validation.near,
+    }
+    left = {"train": train, "validation": validation}
+    for split, kept in left.items():
+        _check_left(split, kept)
+    further = {name: drop_repeated(examples) for name, examples in (held_out or {}).items()}
+    for name, own in further.items():
+        dropped[f"held-out {name}: repeated"] = own.exact
+        for split, kept in left.items():
+            left[split] = drop_resembling(kept.examples, own.examples, threshold)
+            dropped[f"{split}: also in held-out {name}"] = left[split].exact + left[split].near
+            _check_left(split, left[split])
+    limits = {each.name: each.examples for each in config.held_out}
     return Splits(
-        train_teacher=train.examples[: config.teacher_examples],
-        train_student=train.examples[: config.student_examples],
-        validation=validation.examples[: config.validation_examples],
+        train_teacher=left["train"].examples[: config.teacher_examples],
+        train_student=left["train"].examples[: config.student_examples],
+        validation=left["validation"].examples[: config.validation_examples],
         test=test[: config.test_examples],
-        dropped={
-            **{f"source: {reason}": count for reason, count in sorted(source.left_out.items())},
-            **{f"{name}: repeated": kept.exact for name, kept in unique.items()},
-            "train: also held out": train.exact,
-            "train: resembles a held-out row": train.near,
-            "validation: also in test": validation.exact,
-            "validation: resembles a test row": validation.near,
-        },
+        held_out={name: shuffled(own.examples, seed)[: limits[name]] for name, own in further.items()},
+        dropped=dropped,
     )
 
 

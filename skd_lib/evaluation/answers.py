@@ -1,9 +1,21 @@
-"""Numeric answers, as GSM8K writes them: a solution, then `#### NUMBER` (Cobbe et al. 2021, arXiv 2110.14168)."""
+"""Answers that can be right or wrong: found in a text, and brought to a form in which equal answers are equal.
+
+GSM8K writes a solution, then `#### NUMBER` (Cobbe et al. 2021, arXiv 2110.14168); MATH puts the answer in `\\boxed{}`
+(Hendrycks et al. 2021, arXiv 2103.03874).
+"""
 
 from __future__ import annotations
 
 import re
+from collections import deque
+from collections.abc import Callable
 from fractions import Fraction
+
+from skd_lib.config import AnswerKind
+from skd_lib.evaluation.latex import canonical
+
+Value = Fraction | str
+"""An answer's value: exact where it is a number, else LaTeX in canonical form."""
 
 ANSWER_MARK = "####"
 
@@ -17,10 +29,35 @@ _NUMBER = re.compile(
       | \s*/\s* (?P<over>{_DIGITS})
       | \s+ (?P<part>{_DIGITS})/(?P<whole>{_DIGITS})
     )?
-    (?! [.,]?[0-9] | \s*/\s*[0-9] | [eE][-+]?[0-9])    # 1,2345 or 3/4/2024 is no number, nor is half of it one
+    # 1,2345 or 3/4/2024 or 7:30 is no number, nor is half of it one
+    (?! [.,:]?[0-9] | \s*/\s*[0-9] | [eE][-+]?[0-9])
     """,
     re.VERBOSE,
 )
+# A sign belongs to a number unless it stands between two things that are subtracted.
+_LAST = re.compile(rf"(?<![0-9.,:/])(?:(?<![\w)])[-\u2212])?\\?[$€£¥₹]?{_NUMBER.pattern}", re.VERBOSE)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?={)|\s+)")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def predicted_answer(text: str, kind: AnswerKind) -> Value | None:
+    """The answer that a model's text gives; None if it gives none in the form that the task asks for.
+
+    Args:
+        text: What the model wrote.
+        kind: `hash`: the number after the first `####`. `boxed`: what the last `\\boxed{}` holds. `marked`: either, the
+            first if there are both. `last_number`: the last number of the text, for models that were taught no form.
+    """
+    return _PREDICTED[kind](text)
+
+
+def reference_answer(text: str, kind: AnswerKind) -> Value | None:
+    """The answer of a reference: marked in one of the ways above, or the whole text; None if it holds none."""
+    if ANSWER_MARK in text:
+        return extract_answer(text)
+    if _BOX.search(text):
+        return boxed_answer(text)
+    return math_value(text) if kind == "boxed" else parse_number(text)
 
 
 def extract_answer(text: str) -> Fraction | None:
@@ -30,6 +67,45 @@ def extract_answer(text: str) -> Fraction | None:
     """
     _, mark, rest = text.partition(ANSWER_MARK)
     return parse_number(rest.split("\n", 1)[0]) if mark else None
+
+
+def boxed_answer(text: str) -> Value | None:
+    """What the last `\\boxed{}` (or `\\fbox{}`) holds, braces within it included; None if there is none or it is open.
+
+    The last one counts, as in MATH's own evaluation: earlier ones hold intermediate results. `\\boxed 7` holds what is
+    left of its formula.
+    """
+    box = _last(_BOX, text)
+    if box is None:
+        return None
+    if not text.startswith("{", box.end()):
+        return math_value(re.split(r"[$\n]", text[box.end() :], maxsplit=1)[0])
+    depth = 0
+    for brace in _BRACES.finditer(text, box.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return math_value(text[box.end() + 1 : brace.start()])
+    return None
+
+
+def math_value(latex: str) -> Value | None:
+    """The value of a mathematical answer: a fraction if it is a number, else its canonical LaTeX; None if empty."""
+    text = canonical(latex)
+    minus, rest = (True, text[1:]) if text.startswith("-") else (False, text)
+    match = _NUMBER.fullmatch(rest)
+    value = _value(match) if match else None
+    if value is None:
+        return text or None
+    return -value if minus else value
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text; None if there is none."""
+    match = _last(_LAST, text)
+    value = _value(match) if match else None
+    if match is None or value is None:
+        return None
+    return -value if match[0][0] in "-\u2212" else value
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -43,11 +119,29 @@ def parse_number(text: str) -> Fraction | None:
     assert lead is not None  # noqa: S101 - it matches the empty string
     minuses = sum(lead[0].count(sign) for sign in "-\u2212")
     match = _NUMBER.match(text, lead.end())
-    if match is None or minuses > 1:
-        return None
+    value = _value(match) if match and minuses <= 1 else None
+    return -value if value is not None and minuses else value
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
     value = Fraction(re.sub(r"[,\u00a0\u202f]", "", match["value"])) * Fraction(10) ** int(match["exponent"] or 0)
     denominator = int(match["over"] or match["whole"] or 1)
     if denominator == 0:
         return None
-    value = value + Fraction(int(match["part"]), denominator) if match["part"] else value / denominator
-    return -value if minuses else value
+    return value + Fraction(int(match["part"]), denominator) if match["part"] else value / denominator
+
+
+def _marked(text: str) -> Value | None:
+    return extract_answer(text) if ANSWER_MARK in text else boxed_answer(text)
+
+
+_PREDICTED: dict[AnswerKind, Callable[[str], Value | None]] = {
+    "hash": extract_answer,
+    "boxed": boxed_answer,
+    "marked": _marked,
+    "last_number": last_number,
+}

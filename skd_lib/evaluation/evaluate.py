@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skd_lib.config import EvaluationConfig, TaskConfig
+from skd_lib.config import EvaluationConfig, MetricName, TaskConfig
 from skd_lib.data.examples import Example
+from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import generate
-from skd_lib.evaluation.metrics import measure
-from skd_lib.evaluation.predictions import Prediction
+from skd_lib.evaluation.judge import grade, mean_rating
+from skd_lib.evaluation.metrics import Measured, measure, scorable
+from skd_lib.evaluation.perplexity import reference_losses
+from skd_lib.evaluation.predictions import Prediction, perplexity
 from skd_lib.evaluation.significance import bootstrap_interval
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,9 @@ class Evaluation:
 
     Attributes:
         scores: `{METRIC: {"score", "low", "high", "signature"}, ..., "examples", "seconds"}`; scores and their 95 %
-            intervals are 0 to 100, seconds are those of decoding.
+            intervals are 0 to 100 (`judge`: 1 to 10, `perplexity`: from 1), seconds are those of the model. A score on
+            fewer than all examples has their number as `scored`. `missing`, where there are any: metrics that could
+            not be had, and why.
         predictions: One an example, in the order of the examples.
     """
 
@@ -34,16 +43,33 @@ class Evaluation:
         """The numbers alone, flat, as trackers and KFP's metrics want them."""
         figures: dict[str, float] = {}
         for name, value in self.scores.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and "score" in value:
                 figures |= {name: value["score"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
-            else:
+            elif isinstance(value, int | float):
                 figures[name] = float(value)
+        if not self.predictions:
+            return figures
         tokens = sum(prediction.tokens for prediction in self.predictions)
         truncated = sum(prediction.truncated for prediction in self.predictions)
         return figures | {
             "tokens_per_answer": tokens / len(self.predictions),
             "truncated_fraction": truncated / len(self.predictions),
         }
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Examples and the task they belong to.
+
+    Attributes:
+        task: How they are asked and judged.
+        examples: At least one, or none with a reason.
+        missing: Why there are no examples.
+    """
+
+    task: TaskConfig
+    examples: Sequence[Example] = field(default_factory=list)
+    missing: str = ""
 
 
 def evaluate(
@@ -57,27 +83,122 @@ def evaluate(
 ) -> Evaluation:
     """Answer the examples and score the answers with every metric of the task.
 
+    A metric that cannot be had (references without answers, a judge that is down, a model that yields NaN) is told as
+    missing, as long as there is another one.
+
     Args:
         model: In eval mode, on the device it is to run on.
         tokenizer: The model's.
         examples: At least one.
         task: Prompt, stop strings, length limit and metrics.
-        config: Batch size and number of bootstrap resamples.
+        config: Batch size, number of bootstrap resamples, and the judge.
         seed: Of the bootstrap; decoding is greedy.
 
     Raises:
-        SkdError: no examples, a reference without a number (`accuracy`), or a prompt that does not fit the model.
+        SkdError: no examples, no metric that could be had, or a prompt that does not fit the model.
     """
+    missing = _unscorable(task, examples)  # before any work is done
     started = time.perf_counter()
     answers = generate(model, tokenizer, [example.source for example in examples], task, batch_size=config.batch_size)
-    seconds = time.perf_counter() - started
-    scores: dict[str, Any] = {}
-    for name in task.metrics:
-        measured = measure(name, [answer.text for answer in answers], [example.target for example in examples])
-        low, high = bootstrap_interval(measured, resamples=config.bootstrap_samples, seed=seed)
-        scores[name] = {"score": measured.score, "low": low, "high": high, "signature": measured.signature}
     predictions = [
         Prediction(example.id, example.source, example.target, answer.text, answer.tokens, answer.truncated)
         for example, answer in zip(examples, answers, strict=True)
     ]
+    if "perplexity" in task.metrics:
+        losses = reference_losses(model, tokenizer, examples, task, batch_size=config.batch_size)
+        predictions = [
+            replace(row, reference_tokens=loss.tokens, reference_nll=loss.nll if math.isfinite(loss.nll) else None)
+            for row, loss in zip(predictions, losses, strict=True)
+        ]
+    seconds = time.perf_counter() - started
+
+    scores: dict[str, Any] = {}
+    for name in task.metrics:
+        if name in missing:
+            continue
+        try:
+            measured = _measure(name, predictions, task, config)
+        except SkdError as error:
+            missing[name] = error
+            continue
+        low, high = bootstrap_interval(measured, resamples=config.bootstrap_samples, seed=seed)
+        scores[name] = {"score": measured.score, "low": low, "high": high, "signature": measured.signature}
+        if len(measured.scored_N) < len(predictions):
+            scores[name]["scored"] = len(measured.scored_N)
+            log.warning("%s: %d of %d examples could be scored", name, len(measured.scored_N), len(predictions))
+        alone = measured.by_example()
+        predictions = [
+            replace(row, scores={**row.scores, name: alone[position]}) if position in alone else row
+            for position, row in enumerate(predictions)
+        ]
+    if not scores:
+        raise next(iter(missing.values()))
+    if missing:
+        reasons = {name: error.brief for name, error in missing.items()}
+        log.warning("metrics that could not be had: %s", reasons)
+        scores["missing"] = reasons
     return Evaluation({**scores, "examples": len(examples), "seconds": round(seconds, 3)}, predictions)
+
+
+def evaluate_held_out(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, HeldOutSet],
+    config: EvaluationConfig,
+    *,
+    seed: int = 0,
+) -> dict[str, Evaluation]:
+    """Evaluate on several test sets; one that cannot be scored does not keep the others from it.
+
+    Returns:
+        By name; a set that could not be scored has no predictions, and its reason under `missing` for every metric.
+    """
+    results = {}
+    for name, each in sets.items():
+        reason = each.missing
+        if not reason:
+            log.info("held-out set %s: %d examples", name, len(each.examples))
+            try:
+                results[name] = evaluate(model, tokenizer, each.examples, each.task, config, seed=seed)
+                continue
+            except SkdError as error:
+                reason = error.brief
+        log.warning("held-out set %s is missing, everything else goes on: %s", name, reason)
+        results[name] = Evaluation(
+            {"missing": dict.fromkeys(each.task.metrics, reason), "examples": 0, "seconds": 0.0}, []
+        )
+    return results
+
+
+def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricName, SkdError]:
+    """The metrics that the references alone rule out.
+
+    Raises:
+        SkdError: that is all of them, or there are no examples.
+    """
+    if not examples:
+        raise SkdError(
+            "there are no predictions to score", where=f"metric `{task.metrics[0]}`", hint="give the set examples"
+        )
+    missing = {}
+    for name in task.metrics:
+        try:
+            scorable(name, [example.target for example in examples], task.answer)
+        except SkdError as error:
+            missing[name] = error
+    if len(missing) == len(set(task.metrics)):
+        raise next(iter(missing.values()))
+    return missing
+
+
+def _measure(
+    name: MetricName, predictions: Sequence[Prediction], task: TaskConfig, config: EvaluationConfig
+) -> Measured:
+    if name == "perplexity":
+        return perplexity(predictions)
+    if name == "judge":
+        ratings = grade(config.judge, [(row.source, row.target, row.prediction) for row in predictions])
+        graded = {position: rating for position, rating in enumerate(ratings) if rating is not None}
+        return replace(mean_rating(config.judge, list(graded.values())), scored_N=tuple(graded))
+    texts = [row.prediction for row in predictions], [row.target for row in predictions]
+    return measure(name, *texts, answer=task.answer)

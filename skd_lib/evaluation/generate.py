@@ -47,10 +47,11 @@ def generate(
     """Answer every source by greedy decoding.
 
     Prompts longer than `task.max_prompt_tokens` are answered in full (with a warning): a test set from which the long
-    examples are missing would give another score.
+    examples are missing would give another score. For the same reason a prompt that does not fit the model's context
+    together with its answer gets an empty answer, cut off before it began.
 
     Raises:
-        SkdError: a prompt and its answer do not fit the model's context.
+        SkdError: no prompt fits.
     """
     prompts = [encode_prompt(tokenizer, task, source) for source in sources]
     long = sum(len(prompt) > task.max_prompt_tokens for prompt in prompts)
@@ -60,6 +61,15 @@ def generate(
             long,
             len(prompts),
             task.max_prompt_tokens,
+        )
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    fitting = [i for i, prompt in enumerate(prompts) if context is None or len(prompt) + task.max_new_tokens <= context]
+    if 0 < len(fitting) < len(prompts):
+        log.warning(
+            "%d of %d prompts and their answers do not fit the model's context (%d tokens); they count as not answered",
+            len(prompts) - len(fitting),
+            len(prompts),
+            context,
         )
     sampler = Sampler(
         student=model,
@@ -73,8 +83,9 @@ def generate(
         stop=stop_condition(tokenizer, task.stop),
     )
     # Prompts of one length next to each other, so that little padding is computed.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    progress = Progress("evaluating", len(prompts))
+    # Where none fits, the sampler says so.
+    order = sorted(fitting or range(len(prompts)), key=lambda index: len(prompts[index]))
+    progress = Progress("evaluating", len(order))
     samples = sampler.sample([prompts[index] for index in order], [0] * len(order), on_progress=progress.update)
     answers: dict[int, Answer] = {}
     rows = zip(
@@ -82,7 +93,7 @@ def generate(
     )
     for index, tokens, length, truncated in rows:
         answers[index] = Answer(decode_answer(tokenizer, task, tokens[:length]), length, truncated)
-    return [answers[index] for index in range(len(prompts))]
+    return [answers.get(index, Answer("", 0, truncated=True)) for index in range(len(prompts))]
 
 
 def stop_condition(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:

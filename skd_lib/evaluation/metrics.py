@@ -1,27 +1,35 @@
-"""Corpus metrics, each as sentence statistics whose sum gives the score.
+"""Corpus metrics, each as example statistics whose sum gives the score.
 
-A metric first counts something in every sentence (matched n-grams, right answers); the score is a function of the
-summed counts. Keeping both apart lets `significance` resample sentences without scoring any text twice.
+A metric first counts something in every example (matched n-grams, right answers); the score is a function of the
+summed counts. Keeping both apart lets `significance` resample examples without scoring any text twice.
 
-chrF and BLEU are sacrebleu's own code with its default settings (Post 2018, arXiv 1804.08771), ROUGE-L is rouge-score's
-with its stemmer (Lin 2004), accuracy is GSM8K's (Cobbe et al. 2021, arXiv 2110.14168).
+chrF and BLEU are sacrebleu's own code with its default settings (Post 2018, arXiv 1804.08771), ROUGE is rouge-score's
+with its Porter stemmer, as the numbers of summarisation papers are (Lin 2004); accuracy is that of GSM8K (Cobbe et al.
+2021, arXiv 2110.14168) and MATH (Hendrycks et al. 2021, arXiv 2103.03874).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from skd_lib.config import MetricName
+from skd_lib.config import AnswerKind, MetricName
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.answers import ANSWER_MARK, extract_answer, parse_number
+from skd_lib.evaluation.answers import ANSWER_MARK, predicted_answer, reference_answer
 
 FloatArray = npt.NDArray[np.float64]
+
+_FORMS: dict[AnswerKind, str] = {
+    "hash": f"after {ANSWER_MARK}",
+    "boxed": "in boxed",
+    "marked": f"after {ANSWER_MARK} or in boxed",
+    "last_number": "last number",
+}
 
 
 @dataclass(frozen=True)
@@ -29,31 +37,43 @@ class Measured:
     """One metric over one corpus.
 
     Attributes:
-        statistics_NS: What was counted in each of the N sentences, (N, S).
-        corpus_score: The score, 0 to 100, of statistics summed over sentences, (S,).
+        statistics_NS: What was counted in each of the N scored examples, (N, S).
+        corpus_score: The score of statistics summed over examples, (S,).
         signature: Everything somebody else needs to get the same number.
+        scored_N: Positions of the N scored examples among those given; the others have nothing to be scored against.
     """
 
     statistics_NS: FloatArray
     corpus_score: Callable[[FloatArray], float]
     signature: str
+    scored_N: tuple[int, ...] = ()
 
     @property
     def score(self) -> float:
-        """The corpus score, 0 to 100."""
+        """The corpus score: 0 to 100, or what the metric's own unit is."""
         return self.corpus_score(self.statistics_NS.sum(axis=0))
 
+    def by_example(self) -> dict[int, float]:
+        """The score of each scored example alone, by its position among those given."""
+        rows = zip(self.scored_N, self.statistics_NS, strict=True)
+        return {position: self.corpus_score(statistics_S) for position, statistics_S in rows}
 
-def measure(name: MetricName, predictions: Sequence[str], targets: Sequence[str]) -> Measured:
+
+def measure(
+    name: MetricName, predictions: Sequence[str], targets: Sequence[str], *, answer: AnswerKind = "hash"
+) -> Measured:
     """Measure predictions against one reference each.
 
+    An example without a reference (a blank one; for `accuracy`, one that holds no answer) is not scored.
+
     Args:
-        name: `chrf`, `bleu`, `rougeL` or `accuracy`.
+        name: `chrf`, `bleu`, `rouge1`, `rouge2`, `rougeL` or `accuracy`.
         predictions: N answers; an empty one is an answer with nothing right.
         targets: Their N references.
+        answer: For `accuracy`: where the answer stands.
 
     Raises:
-        SkdError: there is nothing to measure, or (`accuracy`) a reference holds no number.
+        SkdError: there is nothing to measure.
     """
     if len(predictions) != len(targets):
         raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
@@ -61,7 +81,44 @@ def measure(name: MetricName, predictions: Sequence[str], targets: Sequence[str]
         raise SkdError(
             "there are no predictions to score", where=f"metric `{name}`", hint="give the test split examples"
         )
-    return _METRICS[name](predictions, targets)
+    scored = scorable(name, targets, answer)
+    kept = [predictions[position] for position in scored], [targets[position] for position in scored]
+    measured = _accuracy(*kept, answer) if name == "accuracy" else _TEXT_METRICS[name](*kept)
+    return replace(measured, scored_N=scored)
+
+
+def scorable(name: MetricName, targets: Sequence[str], answer: AnswerKind) -> tuple[int, ...]:
+    """Positions of the references that predictions can be scored against.
+
+    Raises:
+        SkdError: there are none.
+    """
+    if name == "accuracy":
+        scored = tuple(i for i, target in enumerate(targets) if reference_answer(target, answer) is not None)
+        if not scored:
+            raise SkdError(
+                f"no reference holds an answer: the first ends with {targets[0][-80:]!r}",
+                where="metric `accuracy`",
+                hint=f"end every target with `{ANSWER_MARK} NUMBER` or `\\boxed{{...}}`, or choose another metric",
+            )
+        return scored
+    scored = tuple(i for i, target in enumerate(targets) if target.strip())
+    if not scored:
+        raise SkdError("every reference is empty", where=f"metric `{name}`", hint="give the examples' targets")
+    return scored
+
+
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float], score: Callable[[float], float], signature: str
+) -> Measured:
+    """A metric that is a function of one sum over another: a mean, a perplexity."""
+    statistics_NS = np.stack([np.array(numerators, np.float64), np.array(denominators, np.float64)], axis=1)
+    return Measured(
+        statistics_NS,
+        lambda totals_S: score(float(totals_S[0] / totals_S[1])),
+        signature,
+        tuple(range(len(numerators))),
+    )
 
 
 def _chrf(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
@@ -87,38 +144,33 @@ def _sacrebleu(metric: Any, predictions: Sequence[str], targets: Sequence[str]) 
     )
 
 
-def _rouge_l(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
-    from rouge_score.rouge_scorer import RougeScorer
+def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
+    def measured(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
+        from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(targets, predictions, strict=True)
-    values = [float(scorer.score(target, prediction)["rougeL"].fmeasure) for target, prediction in pairs]
-    version = importlib.metadata.version("rouge-score")
-    return _mean(values, f"rougeL|value:fmeasure|stemmer:porter|version:{version}")
+        scorer = RougeScorer([kind], use_stemmer=True)
+        pairs = zip(targets, predictions, strict=True)
+        values = [float(scorer.score(target, prediction)[kind].fmeasure) for target, prediction in pairs]
+        version = importlib.metadata.version("rouge-score")
+        return _percent(values, f"{kind}|value:fmeasure|stemmer:porter|version:{version}")
 
-
-def _accuracy(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
-    right = []
-    for position, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-        wanted = extract_answer(target) if ANSWER_MARK in target else parse_number(target)
-        if wanted is None:
-            raise SkdError(
-                f"the reference holds no number: {target[-80:]!r}",
-                where=f"metric `accuracy`, example {position}",
-                hint=f"end every target with `{ANSWER_MARK} NUMBER`, or choose another metric",
-            )
-        right.append(float(extract_answer(prediction) == wanted))
-    return _mean(right, f"accuracy|answer:after {ANSWER_MARK}|match:numeric")
+    return measured
 
 
-def _mean(values: list[float], signature: str) -> Measured:
-    statistics_NS = np.stack([np.array(values, dtype=np.float64), np.ones(len(values))], axis=1)
-    return Measured(statistics_NS, lambda totals_S: float(100 * totals_S[0] / totals_S[1]), signature)
+def _accuracy(predictions: Sequence[str], targets: Sequence[str], answer: AnswerKind) -> Measured:
+    pairs = zip(predictions, targets, strict=True)
+    right = [float(predicted_answer(said, answer) == reference_answer(wanted, answer)) for said, wanted in pairs]
+    return _percent(right, f"accuracy|answer:{_FORMS[answer]}|match:{'value' if answer == 'boxed' else 'numeric'}")
 
 
-_METRICS: dict[MetricName, Callable[[Sequence[str], Sequence[str]], Measured]] = {
+def _percent(values: list[float], signature: str) -> Measured:
+    return ratio(values, [1.0] * len(values), lambda mean: 100 * mean, signature)
+
+
+_TEXT_METRICS: dict[MetricName, Callable[[Sequence[str], Sequence[str]], Measured]] = {
     "chrf": _chrf,
     "bleu": _bleu,
-    "rougeL": _rouge_l,
-    "accuracy": _accuracy,
+    "rouge1": _rouge("rouge1"),
+    "rouge2": _rouge("rouge2"),
+    "rougeL": _rouge("rougeL"),
 }

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from skd_lib.config import MetricName
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.metrics import measure
+from skd_lib.evaluation.metrics import Measured, measure, ratio
 from skd_lib.evaluation.significance import Comparison, paired_bootstrap
 from skd_lib.storage import write_text_atomic
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer to one example; `tokens` and `truncated` as in `generate.Answer`."""
+    """A model's answer to one example.
+
+    Attributes:
+        id, source, target: The example.
+        prediction: The answer's text.
+        tokens, truncated: As in `generate.Answer`.
+        scores: The score of this example alone by each metric that it could be scored by.
+        reference_tokens: Tokens of the reference; 0 where its likelihood was not asked for.
+        reference_nll: Its negative log-likelihood in nats; None where it was not asked for, or is no finite number.
+    """
 
     id: str
     source: str
@@ -24,6 +37,13 @@ class Prediction:
     prediction: str
     tokens: int
     truncated: bool
+    scores: dict[str, float] = field(default_factory=dict)
+    reference_tokens: int = 0
+    reference_nll: float | None = None
+
+
+_FIELDS = {each.name for each in fields(Prediction)}
+_REQUIRED = {each.name for each in fields(Prediction) if each.default is each.default_factory is MISSING}
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -46,15 +66,34 @@ def read_predictions(path: Path) -> list[Prediction]:
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
 
 
+def perplexity(predictions: Sequence[Prediction]) -> Measured:
+    """Perplexity of the references, per token.
+
+    Raises:
+        SkdError: a likelihood is missing or no finite number.
+    """
+    broken = [prediction.id for prediction in predictions if prediction.reference_nll is None]
+    if broken:
+        raise SkdError(
+            f"the likelihood of {len(broken)} of {len(predictions)} references is not a number, first of {broken[0]}",
+            where="metric `perplexity`",
+            hint="the model's outputs are broken: look at how it was trained",
+        )
+    losses = [prediction.reference_nll or 0.0 for prediction in predictions]
+    tokens = [float(prediction.reference_tokens) for prediction in predictions]
+    # Beyond e^700 there are no floats: such a model is as bad as any.
+    return ratio(
+        losses, tokens, lambda nll: float(np.exp(min(nll, 700.0))), "perplexity|per:token|end of answer:included"
+    )
+
+
 def compare(
-    first: Sequence[Prediction],
-    second: Sequence[Prediction],
-    metrics: Sequence[MetricName],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[MetricName, Comparison]:
-    """Paired test between two models' answers to the same examples, in any order, for each metric.
+    first: Sequence[Prediction], second: Sequence[Prediction], *, resamples: int = 1000, seed: int = 0
+) -> dict[MetricName, tuple[Comparison, int]]:
+    """Paired test between two models' answers to the same examples, in any order.
+
+    Returns:
+        For each metric that both were scored by: the comparison, and on how many examples it rests.
 
     Raises:
         SkdError: the two did not answer the same examples.
@@ -62,15 +101,51 @@ def compare(
     others = {prediction.id: prediction for prediction in second}
     if len(first) != len(second) or any(p.id not in others or others[p.id].target != p.target for p in first):
         raise SkdError("the two models answered different examples", hint="evaluate both on the same test split")
-    targets = [prediction.target for prediction in first]
-    ours = [prediction.prediction for prediction in first]
-    theirs = [others[prediction.id].prediction for prediction in first]
-    return {
-        name: paired_bootstrap(
-            measure(name, ours, targets), measure(name, theirs, targets), resamples=resamples, seed=seed
-        )
-        for name in metrics
-    }
+    results: dict[MetricName, tuple[Comparison, int]] = {}
+    names: dict[Any, None] = dict.fromkeys(name for prediction in first for name in prediction.scores)
+    for name in names:
+        ours = [p for p in first if name in p.scores and name in others[p.id].scores]
+        if ours:
+            theirs = [others[prediction.id] for prediction in ours]
+            comparison = paired_bootstrap(_again(name, ours), _again(name, theirs), resamples=resamples, seed=seed)
+            results[name] = comparison, len(ours)
+    return results
+
+
+def paired_results(
+    predictions: Mapping[str, Path], *, resamples: int = 1000, seed: int = 0
+) -> list[dict[str, str | float]]:
+    """Paired tests between every two models of a run.
+
+    Args:
+        predictions: The file of each model's answers by its role, in the order of the run.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        One row a pair and metric: `a` (the later of the two roles), `b`, `metric`, `difference` (score of a minus score
+        of b), `low` and `high` (95 % interval of the difference), `p_value`, `n` (examples).
+
+    Raises:
+        SkdError: a file cannot be read, or two models answered different examples.
+    """
+    answers = {role: read_predictions(path) for role, path in predictions.items()}
+    return [
+        {"a": later, "b": earlier, "metric": name, **asdict(comparison), "n": examples}
+        for earlier, later in itertools.combinations(answers, 2)
+        for name, (comparison, examples) in compare(
+            answers[later], answers[earlier], resamples=resamples, seed=seed
+        ).items()
+    ]
+
+
+def _again(name: MetricName, predictions: Sequence[Prediction]) -> Measured:
+    """A metric from what the rows say: texts and likelihoods, or, for a mean over examples, the scores themselves."""
+    if name in ("chrf", "bleu"):
+        return measure(name, [p.prediction for p in predictions], [p.target for p in predictions])
+    if name == "perplexity":
+        return perplexity(predictions)
+    return ratio([p.scores[name] for p in predictions], [1.0] * len(predictions), lambda mean: mean, name)
 
 
 def _parse(line: str, where: str) -> Prediction:
@@ -79,6 +154,6 @@ def _parse(line: str, where: str) -> Prediction:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise SkdError(f"not JSON: {error}", where=where, hint=hint) from error
-    if not isinstance(row, dict) or set(row) != {field.name for field in fields(Prediction)}:
+    if not isinstance(row, dict) or not _REQUIRED <= row.keys() <= _FIELDS:
         raise SkdError("not a prediction's row", where=where, hint=hint)
     return Prediction(**row)

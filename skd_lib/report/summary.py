@@ -37,7 +37,11 @@ class Score(Section):
 class Scores(Section):
     """What `evaluate` found for one model: every metric by name, the number of examples and the seconds it took."""
 
+    model_config = ConfigDict(extra="ignore")
+
     metrics: dict[str, Score]
+    missing: dict[str, str] = Field({}, description="Metrics that could not be computed, and why.")
+    held_out: dict[str, Scores] = Field({}, description="The same for every further test set.")
     examples: int = 0
     seconds: float = 0.0
 
@@ -47,7 +51,7 @@ class Scores(Section):
         # The step's result is flat: metrics stand beside the counts.
         if not isinstance(values, dict):
             return values
-        metrics = {name: value for name, value in values.items() if isinstance(value, dict)}
+        metrics = {name: value for name, value in values.items() if isinstance(value, dict) and "score" in value}
         return {"metrics": metrics, **{name: value for name, value in values.items() if name not in metrics}}
 
     def figures(self) -> dict[str, float]:

@@ -1,16 +1,24 @@
-"""Step `evaluate`: greedy answers to the test set, scored with the task's metrics."""
+"""Step `evaluate`: greedy answers to the test set and the held-out sets, scored with their tasks' metrics."""
 
 from __future__ import annotations
 
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.config import EvaluationConfig, TaskConfig, parse_section
+from skd_lib.config import DataConfig, EvaluationConfig, TaskConfig, parse_section
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+
+if TYPE_CHECKING:
+    from skd_lib.data.prepared import PreparedData
+    from skd_lib.evaluation.evaluate import HeldOutSet
+    from skd_lib.evaluation.predictions import Prediction
+
+MAX_TABLE_ROWS = 500
+MAX_TABLE_CHARACTERS = 4000
 
 
 class Role(StrEnum):
@@ -24,9 +32,14 @@ class Role(StrEnum):
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model, in Hugging Face layout.")],
-    data: Annotated[Path, typer.Option(help="Folder that `prepare_data` wrote; its test split is used.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder that `prepare_data` wrote; its test split and held-out sets are used.")
+    ],
     role: Annotated[Role, typer.Option(help="Which model of the run this is; names the results.")],
     predictions_out: Annotated[Path, typer.Option(help="Where the answers go: JSONL, one row an example.")],
+    held_out_out: Annotated[
+        Path, typer.Option(help="Folder for the held-out sets: NAME.jsonl, as for the test set, and scores.json.")
+    ],
     metrics_out: Annotated[Path, typer.Option(help="Where the figures go: JSON, numbers only.")],
     config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
     task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
@@ -35,17 +48,18 @@ def main(
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
-    """Answer the test set by greedy decoding and score the answers.
+    """Answer the test set and the held-out sets by greedy decoding and score the answers.
 
     Each score comes with its 95 % bootstrap interval and, where the metric has one, its signature. Output
-    parameter `scores`: {METRIC: {score, low, high, signature}, ..., examples, seconds}.
+    parameter `scores`: {METRIC: {score, low, high, signature}, ..., examples, seconds}, where there are any with
+    `held_out`: {SET: the same} and `missing`: {METRIC: reason}.
     """
     settings = parse_section(EvaluationConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    io = StepIO(executor_input, {"predictions": predictions_out, "metrics": metrics_out})
+    io = StepIO(executor_input, {"predictions": predictions_out, "held_out": held_out_out, "metrics": metrics_out})
 
     from skd_lib.data.prepared import PreparedData
-    from skd_lib.evaluation.evaluate import evaluate
+    from skd_lib.evaluation.evaluate import evaluate, evaluate_held_out
     from skd_lib.evaluation.inference import load_for_inference
     from skd_lib.evaluation.predictions import write_predictions
     from skd_lib.storage import write_text_atomic
@@ -57,21 +71,71 @@ def main(
     ) as run:
         prepared = PreparedData.load(data)
         digest = prepared.manifest["sha256"]["test.jsonl"]
-        run.log_dataset("test", digest, io.input_uri("data", data), context="test", rows=len(prepared.test))
+        uri = io.input_uri("data", data)
+        run.log_dataset("test", digest, uri, context="test", rows=len(prepared.test))
+        for name, rows in prepared.held_out.items():
+            digest = prepared.manifest["sha256"][f"held_out/{name}.jsonl"]
+            run.log_dataset(name, digest, uri, context="test", rows=len(rows))
         language_model, tokenizer = load_for_inference(model)
         result = evaluate(language_model, tokenizer, prepared.test, task, settings, seed=seed)
+        further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), settings, seed=seed)
 
         write_predictions(predictions_out, result.predictions)
+        held_out_out.mkdir(parents=True, exist_ok=True)
+        for name, each in further.items():
+            write_predictions(held_out_out / f"{name}.jsonl", each.predictions)
+        held_out = {name: each.scores for name, each in further.items()}
+        write_text_atomic(held_out_out / "scores.json", json.dumps(held_out, indent=2) + "\n")
+
         figures = result.figures()
+        for name, each in further.items():
+            figures |= {f"{name}.{figure}": value for figure, value in each.figures().items()}
         write_text_atomic(metrics_out, json.dumps(figures, indent=2) + "\n")
         run.log_metrics(figures)
-        run.set_tags({f"signature.{name}": result.scores[name]["signature"] for name in task.metrics})
+        run.set_tags(
+            {f"signature.{name}": value["signature"] for name, value in result.scores.items() if _is_score(value)}
+        )
         run.log_artifact(predictions_out)
+        run.log_table(table(result.predictions), "predictions")
+        for name, each in further.items():
+            run.log_table(table(each.predictions), f"held_out/{name}")
 
     io.metadata("predictions", role=role.value, rows=len(result.predictions))
     io.metrics("metrics", figures)
-    io.parameter("scores", result.scores)
+    io.parameter("scores", {**result.scores, **({"held_out": held_out} if held_out else {})})
     io.write()
+
+
+def held_out_sets(prepared: PreparedData, task: TaskConfig) -> dict[str, HeldOutSet]:
+    """The held-out sets that the data was prepared with, those that are missing included."""
+    from skd_lib.evaluation.evaluate import HeldOutSet
+
+    config = DataConfig.model_validate(prepared.manifest["config"])
+    return {
+        each.name: HeldOutSet(
+            task.with_fields_of(each.task), prepared.held_out.get(each.name, []), prepared.missing.get(each.name, "")
+        )
+        for each in config.held_out
+    }
+
+
+def table(predictions: list[Prediction]) -> dict[str, list[Any]]:
+    """The first rows by column, texts shortened, for people to read."""
+    rows = predictions[:MAX_TABLE_ROWS]
+    texts = ("id", "source", "target", "prediction")
+    columns: dict[str, list[Any]] = {name: [_shortened(getattr(row, name)) for row in rows] for name in texts}
+    metrics = dict.fromkeys(name for row in rows for name in row.scores)
+    columns |= {name: [row.scores.get(name) for row in rows] for name in metrics}
+    return columns | {"tokens": [row.tokens for row in rows], "truncated": [row.truncated for row in rows]}
+
+
+def _shortened(text: str) -> str:
+    # Half a surrogate pair has no form in UTF-8.
+    return text[:MAX_TABLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, dict) and "signature" in value
 
 
 if __name__ == "__main__":

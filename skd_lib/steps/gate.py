@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.config import RegistryConfig, TaskConfig, parse_section
+from skd_lib.config import LOWER_IS_BETTER, RegistryConfig, TaskConfig, parse_section
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 
 
@@ -53,7 +53,13 @@ def main(
         )
         if tracking_uri:
             rival = champion(tracking_uri=tracking_uri, model_name=registry.model_name)
-            decision = decide(challenger, rival, task.metrics[0], min_improvement=registry.min_improvement)
+            decision = decide(
+                challenger,
+                rival,
+                task.metrics[0],
+                higher_is_better=task.metrics[0] not in LOWER_IS_BETTER,
+                min_improvement=registry.min_improvement,
+            )
         else:
             decision = Decision(False, "tracking is off, so there is no registry to promote in")
         run.set_tags({"promote": decision.promote, "reason": decision.reason})

@@ -17,7 +17,8 @@ def main(
     data_out: Annotated[
         Path,
         typer.Option(
-            help="Folder for train_teacher.jsonl, train_student.jsonl, validation.jsonl, test.jsonl and manifest.json."
+            help="Folder for train_teacher.jsonl, train_student.jsonl, validation.jsonl, test.jsonl, "
+            "held_out/NAME.jsonl and manifest.json."
         ),
     ],
     data_fingerprint: Annotated[
@@ -49,14 +50,10 @@ def main(
         data = prepare(config, data_out, seed=seed)
         rows, dropped = data.manifest["rows"], data.manifest["dropped"]
         source = io.output_uri("data")
-        for name, context in (
-            ("train_teacher", "train"),
-            ("train_student", "train"),
-            ("validation", "validation"),
-            ("test", "test"),
-        ):
+        for name, count in rows.items():
+            context = next((use for use in ("train", "validation") if name.startswith(use)), "test")
             digest = data.manifest["sha256"][f"{name}.jsonl"]
-            run.log_dataset(name, digest, f"{source}/{name}.jsonl", context, rows=rows[name])
+            run.log_dataset(name, digest, f"{source}/{name}.jsonl", context, rows=count)
         run.log_metrics({f"rows_{name}": float(count) for name, count in rows.items()})
         run.log_artifact(data_out / "manifest.json")
         run.set_tags({"data_fingerprint": data.fingerprint})
@@ -64,6 +61,8 @@ def main(
         print(f"{name}: {count} examples")
     for reason, count in dropped.items():
         print(f"dropped, {reason}: {count}")
+    for name, reason in data.missing.items():
+        print(f"held-out set {name} is missing: {reason}")
     io.metadata("data", fingerprint=data.fingerprint, rows=rows)
     io.parameter("fingerprint", data.fingerprint)
     io.write()

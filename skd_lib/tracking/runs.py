@@ -15,6 +15,7 @@ answers the runs are made and logging goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -171,6 +172,23 @@ class RunLog:
     def log_text(self, text: str, name: str) -> None:
         """Keep a small text as the run's artifact `name`, which may hold a folder: `report/summary.json`."""
         self._do(lambda client, run_id: client.log_text(run_id, text, name))
+
+    def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None:
+        """Keep a table that MLflow's page can show, as the run's artifact `NAME-DIGEST.json`; an empty one is left out.
+
+        MLflow appends to a table of the same name. With the content's digest in its name, a step that is retried logs
+        the same table once.
+        """
+        digest = hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest()[:8]
+        path = f"{name}-{digest}.json"
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            folder = path.rpartition("/")[0] or None
+            if all(artifact.path != path for artifact in client.list_artifacts(run_id, folder)):
+                client.log_table(run_id, dict(columns), path)
+
+        if any(columns.values()):
+            self._do(send)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag of the same name is replaced."""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_lib.evaluation.answers import extract_answer, parse_number
+from skd_lib.config import AnswerKind
+from skd_lib.evaluation.answers import extract_answer, parse_number, predicted_answer, reference_answer
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,7 @@ def test_answers(text: str, value: int | Fraction) -> None:
         "#### 1,23,45",
         "#### 18.5.2",
         "#### 3/4/2024",
+        "#### 7:30",
         "#### 1e999",
         "#### ٣",
         "#### ¹",
@@ -91,17 +93,30 @@ def test_no_answer(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["#### " + "1," * 100_000, "#### " + "9" * 200_000, "#### " + "-" * 200_000, "#" * 200_000]
+    "text",
+    [
+        "#### " + "1," * 100_000,
+        "#### " + "9" * 200_000,
+        "#### " + "-" * 200_000,
+        "#" * 200_000,
+        "\\boxed{" * 20_000,
+        "\\boxed{" + "{" * 100_000,
+        "\\boxed{" + "\\frac" * 20_000 + "}",
+        "\\boxed{" + "\\text{" * 250 + " " * 400 + "}",
+    ],
 )
+@pytest.mark.parametrize("kind", ["hash", "boxed", "marked"])
 @pytest.mark.timeout(5)
-def test_a_model_that_repeats_itself_costs_nothing(text: str) -> None:
-    assert extract_answer(text) is None
+def test_a_model_that_repeats_itself_costs_nothing(text: str, kind: AnswerKind) -> None:
+    assert not isinstance(predicted_answer(text, kind), Fraction)
 
 
-@given(st.text())
-def test_any_text_is_an_answer_or_not(text: str) -> None:
-    value = extract_answer(f"#### {text}")
-    assert value is None or isinstance(value, Fraction)
+@given(st.text() | st.text(r"\{}fracboxedtext 0123456789/-+.,^$%#"), st.sampled_from(["#### ", "\\boxed{", ""]))
+def test_any_text_is_an_answer_or_not(text: str, start: str) -> None:
+    kinds: list[AnswerKind] = ["hash", "boxed", "marked", "last_number"]
+    for kind in kinds:
+        value = predicted_answer(start + text, kind)
+        assert value is None or isinstance(value, Fraction | str)
 
 
 @given(st.integers(-(10**15), 10**15), st.integers(0, 3))
@@ -129,3 +144,101 @@ GSM8K_ROWS = [
 
 def test_gsm8ks_own_notation() -> None:
     assert [extract_answer(json.loads(row)["answer"]) for row in GSM8K_ROWS] == [10, 2500, -5]
+
+
+BOXED = [
+    (r"\boxed{5}", 5),
+    (r"first \boxed{4}, finally $\boxed{5}$.", 5),
+    (r"\boxed{\frac{1}{2}}", Fraction(1, 2)),
+    (r"\boxed{\dfrac12}", Fraction(1, 2)),
+    (r"\boxed{\tfrac{1}{2}}", Fraction(1, 2)),
+    (r"\boxed{0.5}", Fraction(1, 2)),
+    (r"\boxed{.5}", Fraction(1, 2)),
+    (r"\boxed{1/2}", Fraction(1, 2)),
+    (r"\boxed{-\frac{3}{4}}", Fraction(-3, 4)),
+    (r"\boxed{\frac{-3}{4}}", Fraction(-3, 4)),
+    (r"\boxed{2\frac{1}{2}}", Fraction(5, 2)),
+    (r"\boxed{-2\frac12}", Fraction(-5, 2)),
+    (r"\boxed{1{,}000}", 1000),
+    (r"\boxed{11,\! 111,\! 111}", 11111111),
+    (r"\boxed{\$1,234.50}", Fraction(2469, 2)),
+    (r"\boxed{18\text{ cm}^2}", "18cm^2"),
+    (r"\boxed{18\mbox{ cm}}", 18),
+    (r"\boxed{90^\circ}", 90),
+    (r"\boxed{90^{\circ}}", 90),
+    (r"\boxed{50\%}", 50),
+    (r"\boxed{x = 5}", 5),
+    (r"\boxed{ 12. }", 12),
+    ("\\boxed{\u22127}", -7),
+    (r"\boxed {7}", 7),
+    (r"$\boxed 7$", 7),
+    (r"\fbox{7}", 7),
+    (r"\boxed{\boxed{3}}", 3),
+    (r"\boxed{\left(1,\, 2\right)}", "(1,2)"),
+    (r"\boxed{\{1, 2\}}", r"\{1,2\}"),
+    (r"\boxed{\text{yes}}", "yes"),
+    (r"\boxed{\sqrt3}", r"\sqrt{3}"),
+    (r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt{3}}{2}"),
+    (r"\boxed{\frac{a+1}{b}}", r"\frac{a+1}{b}"),
+    (r"\boxed{2x}", "2x"),
+    (r"\boxed{3,4}", "3,4"),
+    (r"\boxed{\frac{1}{0}}", "1/0"),
+    (r"\boxed{<script>}", "<script>"),
+    (r"\boxed{5", None),
+    (r"\boxed{\frac{1}{2}", None),
+    (r"\boxed{}", None),
+    ("boxed{5}", None),
+    ("5", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), BOXED)
+def test_boxed_answers(text: str, value: int | Fraction | str | None) -> None:
+    assert predicted_answer(text, "boxed") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("10-5=5", 5),
+        ("so 8 apples, and $1,234.50.", Fraction(2469, 2)),
+        ("it is -5", -5),
+        ("-$5 in total", -5),
+        ("\u22125", -5),
+        ("5 - 3", 3),
+        ("x-3", 3),
+        ("pages 2-3", 3),
+        ("1/2 of it", Fraction(1, 2)),
+        ("at 7:30", None),
+        ("v1.2.3", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_last_numbers(text: str, value: int | Fraction | None) -> None:
+    assert predicted_answer(text, "last_number") == value
+
+
+def test_marked_answers_are_those_of_either_form() -> None:
+    assert predicted_answer("#### 5 \\boxed{6}", "marked") == 5
+    assert predicted_answer("\\boxed{6}", "marked") == 6
+    assert predicted_answer("6", "marked") is None
+    assert predicted_answer("\\boxed{6}", "hash") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("steps #### 7", "boxed", 7),
+        ("steps \\boxed{7}", "hash", 7),
+        ("9 (apples)", "marked", 9),
+        ("145.0", "marked", 145),
+        ("\\frac{1}{2}", "boxed", Fraction(1, 2)),
+        ("7:30", "marked", None),
+        ("None", "marked", None),
+        ("yes", "boxed", "yes"),
+    ],
+)
+def test_references(text: str, kind: AnswerKind, value: Fraction | str | None) -> None:
+    assert reference_answer(text, kind) == value

@@ -51,7 +51,11 @@ def prepared(folder: Path) -> Path:
 
 def run(model: Path, data: Path, out: Path, **changes: Any) -> None:
     settings: dict[str, Any] = {"config": json.dumps(CONFIG), "task_config": json.dumps(TASK), "seed": 1}
-    outputs: dict[str, Any] = {"predictions_out": out / "predictions.jsonl", "metrics_out": out / "metrics.json"}
+    outputs: dict[str, Any] = {
+        "predictions_out": out / "predictions.jsonl",
+        "held_out_out": out / "held_out",
+        "metrics_out": out / "metrics.json",
+    }
     main(model=model, data=data, role=Role.student_after, **(settings | outputs | changes))
 
 
@@ -106,7 +110,16 @@ def test_tracked(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert found[0].data.tags["signature.chrf"].startswith("chrF2|nrefs:1|")
     assert found[0].inputs is not None
     assert found[0].inputs.dataset_inputs[0].dataset.name == "test"
-    assert [file.path for file in client.list_artifacts(found[0].info.run_id)] == ["predictions.jsonl"]
+    # A second attempt goes on in the same run, and logs the same table once.
+    run(model, data, tmp_path, tracking_uri=uri, experiment="tests")
+    run_id = found[0].info.run_id
+    rows, table = sorted((file.path for file in client.list_artifacts(run_id)), key=len)
+    assert rows == "predictions.jsonl"
+    shown = json.loads(Path(client.download_artifacts(run_id, table)).read_text())
+    assert shown["columns"] == [
+        "id", "source", "target", "prediction", "chrf", "bleu", "rougeL", "tokens", "truncated"
+    ]  # fmt: skip
+    assert len(shown["data"]) == 12
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +128,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
-    outputs = ["--predictions-out", str(tmp_path / "p.jsonl"), "--metrics-out", str(tmp_path / "m.json")]
+    outputs = [
+        "--predictions-out", str(tmp_path / "p.jsonl"), "--metrics-out", str(tmp_path / "m.json"),
+        "--held-out-out", str(tmp_path / "held_out"),
+    ]  # fmt: skip
     done = command(
         "--model", str(model), "--data", str(data), "--role", "teacher", "--config", json.dumps(CONFIG),
         "--task-config", json.dumps(TASK), "--seed", "0", *outputs,
@@ -132,7 +148,7 @@ def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
         ({"task_config": '{"metrics": ["rouge"]}'}, "--task-config, field `metrics.0`"),
         ({"data": Path("/nowhere")}, "/nowhere"),
         ({"model": Path("/nowhere")}, "/nowhere: no such folder"),
-        ({"task_config": json.dumps({**TASK, "metrics": ["accuracy"]})}, "the reference holds no number"),
+        ({"task_config": json.dumps({**TASK, "metrics": ["accuracy"]})}, "no reference holds an answer"),
     ],
 )
 def test_mistakes_are_named(model: Path, data: Path, tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:

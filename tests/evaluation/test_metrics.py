@@ -14,7 +14,7 @@ from skd_lib.config import MetricName
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.metrics import measure
 
-NAMES: list[MetricName] = ["chrf", "bleu", "rougeL", "accuracy"]
+NAMES: list[MetricName] = ["chrf", "bleu", "rougeL", "rouge1", "rouge2", "accuracy"]
 TEXT = "the file has been saved do you want to continue, please enter a valid address (or not). 42 3.14 É naïve"
 WORDS = TEXT.split()
 
@@ -52,7 +52,9 @@ def test_the_score_is_sacrebleus(name: MetricName, files: tuple[Path, Path]) -> 
 def test_the_score_is_rouge_scores(files: tuple[Path, Path], tmp_path: Path) -> None:
     predictions, targets = files
     output = tmp_path / "scores.csv"
-    command = [sys.executable, "-m", "rouge_score.rouge", "--rouge_types=rougeL", "--use_stemmer", "--noaggregate"]
+    names: list[MetricName] = ["rouge1", "rouge2", "rougeL"]
+    command = [sys.executable, "-m", "rouge_score.rouge", f"--rouge_types={','.join(names)}", "--use_stemmer"]
+    command += ["--noaggregate"]
     command += [
         f"--target_filepattern={targets}",
         f"--prediction_filepattern={predictions}",
@@ -60,10 +62,12 @@ def test_the_score_is_rouge_scores(files: tuple[Path, Path], tmp_path: Path) -> 
     ]
     subprocess.run(command, check=True, capture_output=True)
     with output.open() as file:
-        wanted = [float(row["rougeL-F"]) for row in csv.DictReader(file)]
-    measured = measure("rougeL", *corpus(80))
-    assert measured.statistics_NS[:, 0] == pytest.approx(wanted, abs=1e-6)
-    assert measured.score == pytest.approx(100 * np.mean(wanted), abs=1e-4)
+        rows = list(csv.DictReader(file))
+    for name in names:
+        wanted = [float(row[f"{name}-F"]) for row in rows]
+        measured = measure(name, *corpus(80))
+        assert measured.statistics_NS[:, 0] == pytest.approx(wanted, abs=1e-6)
+        assert measured.score == pytest.approx(100 * np.mean(wanted), abs=1e-4)
 
 
 def test_accuracy() -> None:
@@ -74,9 +78,30 @@ def test_accuracy() -> None:
     assert measured.score == 60
 
 
-def test_a_reference_without_a_number_is_named() -> None:
-    with pytest.raises(SkdError, match="example 1: the reference holds no number: 'it depends'"):
-        measure("accuracy", ["#### 1", "#### 2"], ["#### 1", "it depends"])
+def test_mathematical_answers_are_equal_by_value() -> None:
+    targets = [r"so \boxed{\frac{1}{2}}", r"\boxed{(1, 2)}", r"\frac{3}{4}", r"\boxed{x=7}"]
+    predictions = [r"\boxed{0.5}", r"thus $\boxed{\left(1,2\right)}$.", r"\boxed{\dfrac34}", "7"]
+    measured = measure("accuracy", predictions, targets, answer="boxed")
+    assert measured.statistics_NS[:, 0].tolist() == [1, 1, 1, 0]
+    assert "in boxed" in measured.signature
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_without_a_reference_is_left_out(name: MetricName) -> None:
+    right = "the file was saved #### 42"
+    measured = measure(name, [right, "anything", right], [right, " ", right])
+    assert measured.score == pytest.approx(100)
+    assert measured.by_example() == pytest.approx({0: 100, 2: 100})
+    with pytest.raises(SkdError, match=f"metric `{name}`: (no reference holds an answer|every reference is empty)"):
+        measure(name, ["a", "b"], ["", "\n"])
+
+
+def test_a_reference_without_an_answer_is_left_out() -> None:
+    measured = measure("accuracy", ["#### 1", "#### 2", "#### 3"], ["#### 1", "it depends", "#### 4"])
+    assert measured.scored_N == (0, 2)
+    assert measured.score == 50
+    with pytest.raises(SkdError, match="no reference holds an answer: the first ends with 'it depends'"):
+        measure("accuracy", ["#### 2"], ["it depends"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,6 +116,8 @@ STRANGE = {
     "blank": " \t ",
     "long": "word " * 20_000,
     "one long word": "x" * 100_000,
+    "html and script": "</td><script>alert('#### 1')</script><!-- \\boxed{",
+    "not a number": "NaN nan inf #### nan",
     "control characters": "a\x00b\r\n\x1bc\u2028",
     "replacement character": "\ufffd\ufffd",
     "lone surrogates": "\ud800 and \udfff",

@@ -116,6 +116,23 @@ def test_from_figures_to_a_registered_champion(
     assert kept["mlflow_run_id"] == parent.info.run_id
 
 
+def test_a_lower_perplexity_is_the_better_one(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
+
+    def promoted(run_id: str, perplexity: float) -> str:
+        monkeypatch.setenv("KFP_RUN_ID", run_id)
+        figures = json.dumps({"perplexity": {"score": perplexity, "low": 1, "high": 99}})
+        task = ("--task-config", json.dumps({"metrics": ["perplexity"]}))
+        run(gate, "--student-after", figures, *task, "--executor-input", executor_input(tmp_path), *tracking)
+        verdict = str(parameters(tmp_path)["promote"])
+        io = executor_input(tmp_path, {"weights_sha256": f"{perplexity:064.0f}"})
+        registered = ("--student", str(tmp_path), "--scores", figures, "--promote", verdict, "--executor-input", io)
+        run(register_model, *registered, *tracking)
+        return verdict
+
+    assert [promoted(f"run-{value}", value) for value in (20.0, 25.0, 15.0)] == ["true", "false", "true"]
+
+
 def test_without_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KFP_RUN_ID")
     io = executor_input(tmp_path, {"weights_sha256": "a" * 64})

@@ -1,0 +1,140 @@
+"""A large model as judge of open-ended answers (Zheng et al. 2023, arXiv 2306.05685), behind an OpenAI-compatible API.
+
+Only `POST {url}/chat/completions` is used, which vLLM, SGLang, llama.cpp, Ollama and the commercial services speak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from skd_lib.config import JudgeConfig
+from skd_lib.errors import SkdError
+from skd_lib.evaluation.metrics import Measured, ratio
+from skd_lib.events import Progress
+
+KEY = "SKD_JUDGE_API_KEY"
+LOWEST, HIGHEST = 1.0, 10.0
+MAX_CHARACTERS = 20_000
+"""Of each text shown to the judge: a model that repeats itself must not cost a fortune."""
+
+MAX_FAILURES = 3
+"""Questions in a row that fail, each after its retries, until the judge is given up."""
+
+_RATING = re.compile(r"\[\[\s*([0-9]{1,2}(?:\.[0-9]{1,3})?)\s*\]\]")
+_PLACES = re.compile(r"{(source|target|prediction)}")
+_BUSY = (408, 409, 429, 500, 502, 503, 504)
+log = logging.getLogger(__name__)
+
+
+def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[float | None]:
+    """Ratings of answers, 1 to 10.
+
+    Args:
+        config: The judge; at most its `examples` rows are graded.
+        rows: (source, target, prediction) of each example.
+
+    Returns:
+        One a row; None where none was asked for or given.
+
+    Raises:
+        SkdError: there is no judge, it cannot be reached, refuses, or gave no rating at all.
+    """
+    where = "metric `judge`"
+    if not config.url:
+        hint = "set `evaluation.judge.url` and `model`"
+        raise SkdError("no judge is configured", where=where, hint=hint)
+    asked = rows[: config.examples]
+    progress = Progress("judging", len(asked))
+    ratings: list[float | None] = []
+    with _session(config) as session, ThreadPoolExecutor(config.parallel) as pool:
+        replies = pool.map(lambda row: _ask(session, config, _fill(config.prompt, row)), asked)
+        failed = 0
+        for reply in replies:
+            failed = failed + 1 if isinstance(reply, SkdError) else 0
+            if isinstance(reply, SkdError) and failed == min(MAX_FAILURES, len(asked)):
+                pool.shutdown(cancel_futures=True)
+                raise reply
+            ratings.append(None if isinstance(reply, SkdError) else parse_rating(reply))
+            progress.update(len(ratings))
+    unrated = ratings.count(None)
+    if unrated:
+        log.warning("%d of %d answers got no rating from the judge", unrated, len(asked))
+    if unrated == len(asked):
+        hint = "`evaluation.judge.prompt` must ask for one, and `max_tokens` must leave room for it"
+        raise SkdError("no reply of the judge holds a rating like [[5]]", where=where, hint=hint)
+    return ratings + [None] * (len(rows) - len(asked))
+
+
+def parse_rating(reply: str) -> float | None:
+    """The last rating in double brackets, if it is between 1 and 10."""
+    found = _RATING.findall(reply)
+    rating = float(found[-1]) if found else 0.0
+    return rating if LOWEST <= rating <= HIGHEST else None
+
+
+def mean_rating(config: JudgeConfig, ratings: Sequence[float]) -> Measured:
+    """The mean rating, 1 to 10."""
+    prompt = hashlib.sha256(config.prompt.encode()).hexdigest()[:8]
+    signature = f"judge|model:{config.model}|prompt:{prompt}|scale:1-10"
+    return ratio(ratings, [1.0] * len(ratings), lambda mean: mean, signature)
+
+
+def _session(config: JudgeConfig) -> requests.Session:
+    retry = Retry(
+        config.retries,
+        backoff_factor=0.5,
+        status_forcelist=_BUSY,
+        allowed_methods=None,  # a question asked twice does no harm
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=config.parallel))
+    if key := os.environ.get(KEY):
+        session.headers["Authorization"] = f"Bearer {key}"
+    return session
+
+
+def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | SkdError:
+    """The judge's reply, or why there is none."""
+    where = f"metric `judge`, {config.url}"
+    body = {
+        "model": config.model,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": config.max_tokens,
+    }
+    try:
+        # A redirect would carry the texts, and perhaps the key, to a place nobody named.
+        response = session.post(
+            f"{config.url}/chat/completions", json=body, timeout=config.timeout, allow_redirects=False
+        )
+    except requests.RequestException as error:
+        hint = "check `evaluation.judge.url`, and that the server runs; `timeout` and `retries` say how long to wait"
+        return SkdError(f"the judge does not answer: {str(error)[:300]}", where=where, hint=hint)
+    if response.status_code != requests.codes.ok:
+        hint = f"put the key into the environment variable {KEY}" if response.status_code in (401, 403) else ""
+        what = f"the judge refuses: {response.status_code} {response.reason}: {response.text[:200]}"
+        return SkdError(what, where=where, hint=hint)
+    try:
+        return str(response.json()["choices"][0]["message"]["content"] or "")
+    except (ValueError, LookupError, TypeError):
+        hint = "`url` must be the base of an OpenAI-compatible API, e.g. http://vllm:8000/v1"
+        return SkdError(f"not a chat completion: {response.text[:200]}", where=where, hint=hint)
+
+
+def _fill(template: str, row: tuple[str, str, str]) -> str:
+    """The prompt; in one pass, so that a text which holds `{target}` is shown as it is."""
+    values = dict(zip(("source", "target", "prediction"), row, strict=True))
+    # Half a surrogate pair has no form in UTF-8.
+    texts = {name: text[:MAX_CHARACTERS].encode("utf-8", "replace").decode() for name, text in values.items()}
+    return _PLACES.sub(lambda place: texts[place[1]], template)

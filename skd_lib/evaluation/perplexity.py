@@ -1,0 +1,68 @@
+"""How likely the reference answers are to a model: no decoding, one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from skd_lib.config import TaskConfig
+from skd_lib.data.examples import Example
+from skd_lib.data.tokenize import answer_end_id, encode
+from skd_lib.divergences import cross_entropy_sum
+from skd_lib.events import Progress
+from skd_lib.models.loading import pad_id
+from skd_lib.rollouts import collate, response_states
+
+
+class ReferenceLoss(NamedTuple):
+    """What a reference answer costs under a model.
+
+    Attributes:
+        nll: Negative log-likelihood in nats, summed over the tokens.
+        tokens: Number of tokens, the one that ends the answer included.
+    """
+
+    nll: float
+    tokens: int
+
+
+@torch.no_grad()
+def reference_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    task: TaskConfig,
+    *,
+    batch_size: int,
+) -> list[ReferenceLoss]:
+    """The loss of every example's reference after its prompt, in the order of the examples.
+
+    References are cut to `task.max_new_tokens`, as in training; prompts are not. Logits are made in fp32 for a chunk
+    of positions at a time.
+    """
+    end = answer_end_id(tokenizer, task)
+    encoded = [encode(tokenizer, task, example, end) for example in examples]
+    # Rows of like length next to each other, so that little padding is computed.
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt_ids) + len(encoded[i].response_ids))
+    losses: dict[int, ReferenceLoss] = {}
+    progress = Progress("reading references", len(order))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        responses = [encoded[row].response_ids for row in rows]
+        rollout = collate(
+            [encoded[row].prompt_ids for row in rows],
+            responses,
+            pad_id=pad_id(tokenizer),
+            source="ground_truth",
+            device=model.device,
+        )
+        lengths = [len(response) for response in responses]
+        states = torch.split(response_states(model, rollout), lengths)
+        targets = torch.split(rollout.targets_N, lengths)
+        for row, states_NH, targets_N in zip(rows, states, targets, strict=True):
+            losses[row] = ReferenceLoss(float(cross_entropy_sum(model, states_NH, targets_N).loss), len(targets_N))
+        progress.update(len(losses))
+    return [losses[row] for row in range(len(encoded))]
