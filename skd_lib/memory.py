@@ -8,10 +8,11 @@ from pathlib import Path
 from skd_lib.config import RunConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.machine import total_memory
+from skd_lib.methods import METHODS
 
 GIB = 2**30
 _LOSS_CHUNK = 2**26
-"""Logits the loss works on at a time (`skd_lib.divergences`)."""
+"""Logits the loss works on at a time (`skd_lib.losses`)."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
     Counted, with `P` weights, `R` rows in a forward pass, `T` prompt and new tokens, `L` layers of width `H`:
 
     - trained model: 4P fp32 master weights, 4P gradients, 8P AdamW's two moments;
-    - frozen teacher: 4P, it is loaded in fp32;
+    - frozen teacher: 4P, it is loaded in fp32; nothing where it is asked before training;
     - activations: 17 RTHL elements without an attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, equation 1
       without its attention term), 1 RTHL with gradient checkpointing;
-    - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for both models;
+    - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for each model that writes;
     - loss: 6 fp32 arrays of the logits of one chunk (both models' logits and log-probabilities, and gradients).
 
     Args:
@@ -108,11 +109,16 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
     if config.student_init.mode == "sft":
         found.append(Estimate("student_init", _trained(config, config.student_init.training, student, element)))
     parts = _trained(config, config.distill.training, student, element)
-    if config.distill.method != "sft":
+    method = METHODS[config.distill.method]
+    # A teacher that is asked before training is in memory before optimiser and activations are.
+    if method.needs_teacher and config.distill.teacher_signal.mode == "online":
         parts["teacher"] = 4 * teacher.parameters
-    if config.distill.method in {"on_policy", "skd"}:
         tokens = config.distill.training.batch_size * _length(config)
-        parts["caches"] = tokens * element * (student.layers * student.cache + teacher.layers * teacher.cache)
+        writers = [
+            model for model, writes in ((student, method.student_writes), (teacher, method.teacher_writes)) if writes
+        ]
+        if writers:
+            parts["caches"] = tokens * element * sum(model.layers * model.cache for model in writers)
     found.append(Estimate("distill", parts))
     return found
 
