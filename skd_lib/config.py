@@ -72,14 +72,16 @@ def _number_or_schedule(value: Any) -> str:
     return _SCHEDULE if isinstance(value, dict | Schedule) else _NUMBER
 
 
-Scheduled = Annotated[
-    Annotated[NumberT, Tag(_NUMBER)] | Annotated[Schedule[NumberT], Tag(_SCHEDULE)],
-    Discriminator(_number_or_schedule),
-]
-"""A number, or a mapping `{start, end, shape}`."""
+_EITHER = Discriminator(_number_or_schedule)
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# A number, or a mapping `{start, end, shape}`.
+ScheduledCount = Annotated[Annotated[Count, Tag(_NUMBER)] | Annotated[Schedule[Count], Tag(_SCHEDULE)], _EITHER]
+ScheduledPositiveCount = Annotated[
+    Annotated[PositiveCount, Tag(_NUMBER)] | Annotated[Schedule[PositiveCount], Tag(_SCHEDULE)], _EITHER
+]
+ScheduledShare = Annotated[Annotated[Share, Tag(_NUMBER)] | Annotated[Schedule[Share], Tag(_SCHEDULE)], _EITHER]
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -250,18 +252,18 @@ class InterleavedConfig(Section):
         "arXiv 2609.02401). `mixture`: so that tokens are samples of (1 - g) q + g p (IPD). `lossless`: so that "
         "they are samples of the teacher.",
     )
-    top_k: Scheduled[Count] = Field(
+    top_k: ScheduledCount = Field(
         25,
         description="A drafted token is kept if it is among the teacher's K likeliest; 0 is pure teacher sampling.",
     )
-    min_prob: Scheduled[Share] = Field(
+    min_prob: ScheduledShare = Field(
         Schedule[Share](start=0.5, end=0.25, shape="cosine"),
         description="`min_prob` only: least teacher probability of a drafted token that is kept.",
     )
-    mixture: Scheduled[Share] = Field(
+    mixture: ScheduledShare = Field(
         0.5, description="`mixture` only: the teacher's share g; 0 is the student alone, 1 the teacher alone."
     )
-    gamma: Scheduled[PositiveCount] = Field(
+    gamma: ScheduledPositiveCount = Field(
         5, description="Tokens drafted per teacher call; the most, if `adaptive_gamma`."
     )
     adaptive_gamma: bool = Field(
@@ -330,12 +332,12 @@ class DistillConfig(Section):
     selective: SelectiveConfig | None = Field(
         None, description="Lower the weight of tokens where teacher and student are far apart (SelecTKD); off if unset."
     )
-    on_policy_fraction: Scheduled[Share] = Field(
+    on_policy_fraction: ScheduledShare = Field(
         1.0,
         description="`on_policy` only: share of batches the student generates (lambda in GKD, arXiv 2306.13649); "
         "the others are ground truth.",
     )
-    sampled_fraction: Scheduled[Share] = Field(
+    sampled_fraction: ScheduledShare = Field(
         0.5, description="`imitkd`, `skd_mixed` only: share of sequences that are sampled; the others are ground truth."
     )
     teacher_signal: TeacherSignalConfig = TeacherSignalConfig()

@@ -232,7 +232,7 @@ def sampling_figures(statistics: SamplingStatistics) -> dict[str, float]:
     if not statistics.sequences:
         return {}
     figures = {"truncated_fraction": statistics.truncated_fraction}
-    if statistics.teacher_calls:
+    if statistics.tested:
         figures |= {
             "rejection_rate": statistics.rejection_rate,
             "acceptance_rate": statistics.acceptance_rate,
