@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
-from skd_lib.config import Method
+from skd_lib.config import DistillConfig, Method
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,34 @@ METHODS: Mapping[Method, MethodFacts] = {
     "skd": MethodFacts(student_writes=True, teacher_writes=True, divergence=True),
     "skd_mixed": MethodFacts(student_writes=True, teacher_writes=True, divergence=True),
 }
+
+
+def unread_settings(distill: DistillConfig) -> list[str]:
+    """Fields that have a value of their own, not the default, and that this method with this divergence never reads.
+
+    The pipeline's own parameters (`divergence`, `top_k`, `gamma`) are left out: they always have a value.
+    """
+    facts, loss, rule = METHODS[distill.method], distill.divergence, distill.sampling.rule
+    interleaved = facts.student_writes and facts.teacher_writes
+    read = {
+        "beta": facts.divergence and loss == "jsd",
+        "alpha": facts.divergence and loss in ("skew_kl", "skew_reverse_kl"),
+        "temperature": facts.divergence,
+        "temperature_squared": facts.divergence,
+        "selective": facts.divergence,
+        "replaced_weight": interleaved,
+        "on_policy_fraction": distill.method == "on_policy",
+        "sampled_fraction": distill.method in ("imitkd", "skd_mixed"),
+        "teacher_signal": facts.needs_teacher,
+        "sampling.rule": interleaved,
+        "sampling.min_prob": interleaved and rule == "min_prob",
+        "sampling.mixture": interleaved and rule == "mixture",
+        "sampling.student": facts.student_writes,
+        "sampling.teacher": facts.teacher_writes,
+    }
+    default = DistillConfig()
+    return [path for path, is_read in read.items() if not is_read and _at(distill, path) != _at(default, path)]
+
+
+def _at(distill: DistillConfig, path: str) -> Any:
+    return reduce(getattr, path.split("."), distill)

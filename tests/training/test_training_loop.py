@@ -172,7 +172,7 @@ def test_two_processes_equal_one(
         "checkpoints": str(tmp_path / "two"),
         "gradients": str(tmp_path / "gradients.safetensors"),
         "figures": str(tmp_path / "figures.json"),
-        "training": {"dropout": 0, "micro_batch_size": 1, "max_steps": 2},
+        "training": {"method": "skd_mixed", "dropout": 0, "micro_batch_size": 1, "max_steps": 2},
     }
     processes = []
     for rank in range(2):
@@ -182,7 +182,7 @@ def test_two_processes_equal_one(
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
     first = FirstGradients()
-    result = run(student, teacher, tmp_path / "one", callbacks=[first], dropout=0, max_steps=2)
+    result = run(student, teacher, tmp_path / "one", method="skd_mixed", callbacks=[first], dropout=0, max_steps=2)
     for name, gradient in load_file(tmp_path / "gradients.safetensors").items():
         torch.testing.assert_close(gradient, first.gradients[name], rtol=1e-3, atol=1e-6)
     written = json.loads((tmp_path / "figures.json").read_text())
