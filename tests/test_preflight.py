@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from skd_lib.config import DistillConfig, Method, RunConfig
+from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig
 from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError
 from skd_lib.memory import Estimate, available_memory, estimates, model_size
@@ -255,6 +255,8 @@ def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], model
     assert stored.total == supervised.total - supervised.parts["teacher"]
     caches = {method: largest(distill={"method": method})["distill"].parts["caches"] for method in ("seqkd", "imitkd")}
     assert sum(caches.values()) == plain["distill"].parts["caches"]  # one model's and the other's
+    losses = {d: largest(distill={"divergence": d})["distill"].parts["loss"] for d in get_args(DivergenceName)}
+    assert losses["adaptive_kl"] > losses["jsd"] > losses["forward_kl"] > plain["teacher_sft"].parts["loss"]
     small = largest(distill={"training": {"micro_batch_size": 1}})["distill"]
     assert small.parts["activations"] * 8 == plain["distill"].parts["activations"]
     checkpointed = largest(distill={"training": {"gradient_checkpointing": True}})["distill"]

@@ -11,19 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skd_lib.batches import Rollout, collate, response_states, teacher_signals
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.losses import cross_entropy_sum
 from skd_lib.rollouts import (
     Place,
-    Rollout,
-    collate,
-    response_states,
     rollout_for,
     row_seed,
     row_uniform,
     step_uniform,
-    teacher_signals,
 )
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.teacher_signals import DenseSignal, TeacherSignal

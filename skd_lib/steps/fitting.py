@@ -105,7 +105,7 @@ class Fit:
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
         from skd_lib.models.loading import pad_id
-        from skd_lib.steps.storing import stored_responses, stored_signals
+        from skd_lib.steps.storing import EarlyTeacher
         from skd_lib.training.run import train
 
         examples = {self.split: getattr(data, self.split), "validation": data.validation}
@@ -121,33 +121,18 @@ class Fit:
             "max_new_tokens": self.task.max_new_tokens,
         }
         method, teacher, signals = self.method, None, None
-        if load_teacher is None or self.distill is None:
-            pass
-        elif self.distill.teacher_signal.mode == "online":
-            teacher = load_teacher()
-        elif method == "seqkd":
-            # What the teacher has written once is data like any other.
-            method = "sft"
-            tokens[self.split] = stored_responses(
-                self.checkpoint_root,
-                self.weights["teacher"],
-                load_teacher,
-                student,
-                tokens[self.split],
-                self.distill,
-                seed=self.seed,
-                limits=limits,
-            )
-        else:
-            signals = stored_signals(
-                self.checkpoint_root,
-                self.weights["teacher"],
-                load_teacher,
-                student,
-                [*tokens[self.split], *tokens["validation"]],
-                self.distill,
-                pad_id=limits["pad_id"],
-            )
+        if load_teacher is not None and self.distill is not None:
+            if self.distill.teacher_signal.mode == "online":
+                teacher = load_teacher()
+            else:
+                early = EarlyTeacher(self.checkpoint_root, self.weights["teacher"], load_teacher, student, self.distill)
+                if method == "seqkd":
+                    # What the teacher has written once is data like any other.
+                    method = "sft"
+                    tokens[self.split] = early.responses(tokens[self.split], seed=self.seed, limits=limits)
+                else:
+                    both = [*tokens[self.split], *tokens["validation"]]
+                    signals = early.signals(both, pad_id=limits["pad_id"])
         result = train(
             method=method,
             student=student,

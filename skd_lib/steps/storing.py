@@ -7,6 +7,7 @@ data and settings find it there, and it is theirs to remove.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,86 +22,72 @@ if TYPE_CHECKING:
 _FOLDER = "teacher_signal"
 
 
-def stored_signals(
-    root: Path,
-    teacher_digest: str,
-    load_teacher: Callable[[], PreTrainedModel],
-    student: PreTrainedModel,
-    examples: Sequence[TokenizedExample],
-    distill: DistillConfig,
-    *,
-    pad_id: int,
-) -> StoredSignals:
-    """What the teacher says along the examples' own responses.
+@dataclass(frozen=True)
+class EarlyTeacher:
+    """A teacher that is asked before the training, unless what it says is stored.
 
-    Args:
+    Attributes:
         root: Folder for checkpoints.
-        teacher_digest: Of the teacher's weights.
-        load_teacher: Called if nothing is stored yet.
+        digest: Of the teacher's weights.
+        load: Makes the teacher.
         student: Whose vocabulary counts.
-        examples: Training and validation examples.
-        distill: Temperature and number of tokens.
-        pad_id: Fills rows up.
+        distill: How the teacher samples, and what is stored of it.
     """
-    from skd_lib.models.heads import vocabulary_size
-    from skd_lib.training.stored_teacher import examples_digest, store_signals
 
-    settings: dict[str, Any] = {
-        "k": distill.teacher_signal.top_k,
-        "temperature": distill.temperature,
-        "vocabulary": vocabulary_size(student),
-    }
-    folder = _folder(root, teacher_digest, kind="signals", examples=examples_digest(examples), **settings)
-    rows = distill.training.micro_batch_size or distill.training.batch_size
-    return store_signals(folder, load_teacher, examples, rows=rows, pad_id=pad_id, **settings)
+    root: Path
+    digest: str
+    load: Callable[[], PreTrainedModel]
+    student: PreTrainedModel
+    distill: DistillConfig
 
+    def signals(self, examples: Sequence[TokenizedExample], *, pad_id: int) -> StoredSignals:
+        """What it says along the examples' own responses."""
+        from skd_lib.training.stored_teacher import examples_digest, store_signals
 
-def stored_responses(
-    root: Path,
-    teacher_digest: str,
-    load_teacher: Callable[[], PreTrainedModel],
-    student: PreTrainedModel,
-    examples: Sequence[TokenizedExample],
-    distill: DistillConfig,
-    *,
-    seed: int,
-    limits: dict[str, Any],
-) -> list[TokenizedExample]:
-    """The examples with the teacher's responses: one to each prompt, sampled as `distill.sampling.teacher` says.
+        settings: dict[str, Any] = {
+            "k": self.distill.teacher_signal.top_k,
+            "temperature": self.distill.temperature,
+            "vocabulary": self._vocabulary,
+        }
+        folder = self._folder(kind="signals", examples=examples_digest(examples), **settings)
+        rows = self.distill.training.micro_batch_size or self.distill.training.batch_size
+        return store_signals(folder, self.load, examples, rows=rows, pad_id=pad_id, **settings)
 
-    Args:
-        root: Folder for checkpoints.
-        teacher_digest: Of the teacher's weights.
-        load_teacher: Called if nothing is stored yet.
-        student: Whose vocabulary counts.
-        examples: Training examples.
-        distill: How the teacher samples.
-        seed: Seed of the samples.
-        limits: `eos_ids`, `pad_id` and `max_new_tokens`, as for `rollout_for`.
-    """
-    from skd_lib.models.heads import vocabulary_size
-    from skd_lib.rollouts import Strategy, rollout_for
-    from skd_lib.training.stored_teacher import examples_digest, store_responses
+    def responses(
+        self, examples: Sequence[TokenizedExample], *, seed: int, limits: dict[str, Any]
+    ) -> list[TokenizedExample]:
+        """The examples with its responses, one to each prompt, sampled as `distill.sampling.teacher` says.
 
-    def make_strategy() -> Strategy:
-        teacher = load_teacher()
-        return rollout_for("seqkd", student=student, teacher=teacher, distill=distill, steps=1, seed=seed, **limits)
+        Args:
+            examples: Whose prompts.
+            seed: Seed of the samples.
+            limits: `eos_ids`, `pad_id` and `max_new_tokens`, as for `rollout_for`.
+        """
+        from skd_lib.rollouts import Strategy, rollout_for
+        from skd_lib.training.stored_teacher import examples_digest, store_responses
 
-    folder = _folder(
-        root,
-        teacher_digest,
-        kind="responses",
-        examples=examples_digest(examples),
-        vocabulary=vocabulary_size(student),
-        sampling=distill.sampling.teacher.model_dump(),
-        seed=seed,
-        **limits,
-    )
-    return store_responses(folder, make_strategy, examples, rows=distill.training.batch_size)
+        def make_strategy() -> Strategy:
+            models = {"student": self.student, "teacher": self.load()}
+            return rollout_for("seqkd", **models, distill=self.distill, steps=1, seed=seed, **limits)
 
+        folder = self._folder(
+            kind="responses",
+            examples=examples_digest(examples),
+            vocabulary=self._vocabulary,
+            sampling=self.distill.sampling.teacher.model_dump(),
+            seed=seed,
+            **limits,
+        )
+        return store_responses(folder, make_strategy, examples, rows=self.distill.training.batch_size)
 
-def _folder(root: Path, teacher_digest: str, **inputs: Any) -> Path:
-    from skd_lib import __version__
-    from skd_lib.training.checkpoints import checkpoint_dir
+    @property
+    def _vocabulary(self) -> int:
+        from skd_lib.models.heads import vocabulary_size
 
-    return checkpoint_dir(root, _FOLDER, version=__version__, teacher=teacher_digest, **inputs)
+        return vocabulary_size(self.student)
+
+    def _folder(self, **inputs: Any) -> Path:
+        from skd_lib import __version__
+        from skd_lib.training.checkpoints import checkpoint_dir
+
+        return checkpoint_dir(self.root, _FOLDER, version=__version__, teacher=self.digest, **inputs)

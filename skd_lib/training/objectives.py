@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
+from skd_lib.batches import Rollout, response_states, teacher_signals
 from skd_lib.config import DistillConfig, Method
 from skd_lib.divergences import divergence
 from skd_lib.losses import DistillationLoss, LossSums, Selective, cross_entropy_sum
 from skd_lib.methods import METHODS
-from skd_lib.rollouts import Rollout, response_states, teacher_signals
 
 Objective = Callable[[PreTrainedModel, Rollout], LossSums]
 """(student, rollout) -> sums over the rollout's response tokens, with a graph to the student's parameters."""

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from skd_lib.batches import Rollout, collate, teacher_signals
 from skd_lib.config import DistillConfig, Method, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
-from skd_lib.rollouts import Rollout, collate, rollout_for, teacher_signals
+from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import last_complete
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
 from skd_lib.training.objectives import objective_for

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skd_lib.batches import collate, response_states
 from skd_lib.errors import SkdError
 from skd_lib.events import Progress
 from skd_lib.models.heads import lm_logits, vocabulary_size
-from skd_lib.rollouts import Place, Strategy, collate, response_states
+from skd_lib.rollouts import Place, Strategy
 from skd_lib.storage import atomic_file, write_text_atomic
 from skd_lib.teacher_signals import SparseSignal
 from skd_lib.training.checkpoints import MARKER
