@@ -24,13 +24,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from skd_lib.batches import Rollout, Source, collate, merge
-from skd_lib.config import DistillConfig, InterleavedConfig, Method
+from skd_lib.config import DistillConfig, InterleavedConfig, Method, Schedule
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.models.heads import vocabulary_size
@@ -207,14 +207,23 @@ def rollout_for(
 
 
 def interleaving_rule(settings: InterleavedConfig, step: int, steps: int) -> AcceptanceRule:
-    """The acceptance rule of the configuration at an optimiser step."""
+    """The acceptance rule of the configuration at an optimiser step.
+
+    Probabilities that follow a schedule go in hundredths: each value is a sampler of its own, which on a GPU captures
+    its CUDA graphs anew.
+    """
+
+    def share(setting: float | Schedule[Any]) -> float:
+        value = value_at(setting, step, steps)
+        return round(value, 2) if isinstance(setting, Schedule) else value
+
     match settings.rule:
         case "top_k":
             return top_k(round(value_at(settings.top_k, step, steps)))
         case "min_prob":
-            return min_prob(value_at(settings.min_prob, step, steps))
+            return min_prob(share(settings.min_prob))
         case "mixture":
-            return mixture(value_at(settings.mixture, step, steps))
+            return mixture(share(settings.mixture))
         case "lossless":
             return lossless()
 

@@ -17,6 +17,7 @@ from skd_lib.errors import SkdError
 from skd_lib.losses import cross_entropy_sum
 from skd_lib.rollouts import (
     Place,
+    interleaving_rule,
     rollout_for,
     row_seed,
     row_uniform,
@@ -380,6 +381,11 @@ def test_the_rule_decides_what_stands(student: PreTrainedModel, teacher: PreTrai
     ramp = {"start": VOCABULARY, "end": 0}
     assert [rejected(step, rule="top_k", top_k=ramp) for step in (0, 9)] == [0, 1]
     assert [rejected(step, rule="min_prob", min_prob={"start": 1, "end": 0}) for step in (0, 9)] == [1, 0]
+    # In hundredths, so that a long training has few samplers; a number is taken as it is.
+    annealed = InterleavedConfig(rule="min_prob")
+    rules = {interleaving_rule(annealed, step, 1000).name for step in range(1000)}
+    assert len(rules) == 26
+    assert interleaving_rule(InterleavedConfig(rule="mixture", mixture=0.123), 5, 10).name == "mixture(0.123)"
 
 
 def test_the_draft_length_may_follow_a_schedule_and_changes_nothing(
