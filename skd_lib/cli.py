@@ -31,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
+config = typer.Typer(rich_markup_mode="markdown")
+app.add_typer(config, name="config")
 
 
 def main() -> None:
@@ -221,21 +223,30 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
-def config(
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, e.g. for an editor.")] = False,
-) -> None:
-    """List every field of a run's YAML file: type, default, meaning."""
+@config.callback(invoke_without_command=True)
+def list_config(context: typer.Context) -> None:
+    """List every field of a run's YAML file: type, default, meaning. `skd config schema` is for editors."""
+    if context.invoked_subcommand is not None:
+        return
     from skd_lib.config import RunConfig
     from skd_lib.fields import list_fields
 
-    if schema:
-        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
-        return
     for field in list_fields(RunConfig):
         typer.echo(f"{field.path}: {field.type}{field.default}")
         if field.description:
             typer.echo(textwrap.fill(field.description, 100, initial_indent="    ", subsequent_indent="    "))
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON schema of a run's YAML file, by which an editor completes and checks it.
+
+    In VS Code (YAML extension) or any editor with yaml-language-server: `skd config schema > skd.schema.json`, and as
+    the first line of your file `# yaml-language-server: $schema=skd.schema.json`.
+    """
+    from skd_lib.config import RunConfig
+
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 def _say(console: Console, text: str) -> None:

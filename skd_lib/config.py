@@ -10,21 +10,31 @@ import difflib
 import json
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from skd_lib import tasks
 from skd_lib.errors import SkdError, SkdErrors
 
-Method = Literal["sft", "supervised_kd", "on_policy", "skd"]
+Method = Literal["sft", "seqkd", "supervised_kd", "on_policy", "imitkd", "two_stage", "skd", "skd_mixed"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 MetricName = Literal["chrf", "bleu", "rougeL", "rouge1", "rouge2", "accuracy", "perplexity", "judge"]
 LOWER_IS_BETTER: frozenset[MetricName] = frozenset({"perplexity"})
 AnswerKind = Literal["hash", "boxed", "marked", "last_number"]
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"]
+RuleName = Literal["top_k", "min_prob", "mixture", "lossless"]
 
 
 class Section(BaseModel):
@@ -97,6 +107,44 @@ class TaskConfig(Section):
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     return {name: field.get_default(call_default_factory=True) for name, field in model.model_fields.items()}
+
+
+# --- settings that change in the course of training ------------------------------------------------------------------
+
+NumberT = TypeVar("NumberT")
+_NUMBER, _SCHEDULE = "<number>", "<schedule>"
+
+
+class Schedule(Section, Generic[NumberT]):
+    """A setting that goes from `start` at the first optimiser step to `end` at the last."""
+
+    start: NumberT = Field(description="Value at the first optimiser step.")
+    end: NumberT = Field(description="Value at the last optimiser step.")
+    shape: Literal["linear", "cosine"] = Field("linear", description="`cosine`: slow at both ends, half a wave.")
+
+    @classmethod
+    def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
+        """A name for people who read the JSON schema."""
+        return f"Schedule_{getattr(params[0], '__origin__', params[0]).__name__}"
+
+    def __str__(self) -> str:
+        return f"{self.start:g} to {self.end:g}, {self.shape}"
+
+
+def _number_or_schedule(value: Any) -> str:
+    return _SCHEDULE if isinstance(value, dict | Schedule) else _NUMBER
+
+
+_EITHER = Discriminator(_number_or_schedule)
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+# A number, or a mapping `{start, end, shape}`.
+ScheduledCount = Annotated[Annotated[Count, Tag(_NUMBER)] | Annotated[Schedule[Count], Tag(_SCHEDULE)], _EITHER]
+ScheduledPositiveCount = Annotated[
+    Annotated[PositiveCount, Tag(_NUMBER)] | Annotated[Schedule[PositiveCount], Tag(_SCHEDULE)], _EITHER
+]
+ScheduledShare = Annotated[Annotated[Share, Tag(_NUMBER)] | Annotated[Schedule[Share], Tag(_SCHEDULE)], _EITHER]
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -285,14 +333,32 @@ class StudentInitConfig(Section):
 
 
 class InterleavedConfig(Section):
-    """The sampler of SKD (Xu et al. 2025, arXiv 2410.11325, Algorithm 1)."""
+    """The sampler of SKD (Xu et al. 2025, arXiv 2410.11325, Algorithm 1).
 
-    top_k: int = Field(
+    `top_k`, `gamma`, `min_prob` and `mixture` are numbers, or schedules over the training: `{start, end, shape}`.
+    """
+
+    rule: RuleName = Field(
+        "top_k",
+        description="Which drafted tokens the teacher lets stand in `skd` and `skd_mixed`. `top_k`: its K likeliest "
+        "(SKD). `min_prob`: those it gives at least that probability; its likeliest token replaces others (CA-OPD, "
+        "arXiv 2609.02401). `mixture`: so that tokens are samples of (1 - g) q + g p (IPD). `lossless`: so that "
+        "they are samples of the teacher.",
+    )
+    top_k: ScheduledCount = Field(
         25,
-        ge=0,
         description="A drafted token is kept if it is among the teacher's K likeliest; 0 is pure teacher sampling.",
     )
-    gamma: int = Field(5, ge=1, description="Tokens drafted per teacher call; the most, if `adaptive_gamma`.")
+    min_prob: ScheduledShare = Field(
+        Schedule[Share](start=0.5, end=0.25, shape="cosine"),
+        description="`min_prob` only: least teacher probability of a drafted token that is kept.",
+    )
+    mixture: ScheduledShare = Field(
+        0.5, description="`mixture` only: the teacher's share g; 0 is the student alone, 1 the teacher alone."
+    )
+    gamma: ScheduledPositiveCount = Field(
+        5, description="Tokens drafted per teacher call; the most, if `adaptive_gamma`."
+    )
     adaptive_gamma: bool = Field(
         True,
         description="Draft fewer tokens where the measured acceptance says that more would be wasted. Only speed "
@@ -302,24 +368,91 @@ class InterleavedConfig(Section):
     teacher: SamplingParams = SamplingParams(temperature=0.5, top_p=1.0)
 
 
-class DistillConfig(Section):
-    """How the student is trained under the teacher."""
+class TeacherSignalConfig(Section):
+    """When the teacher is asked."""
 
-    method: Method = "skd"
+    mode: Literal["online", "stored"] = Field(
+        "online",
+        description="`stored`: once, before training, which then needs no teacher in memory. For `supervised_kd` its "
+        "likeliest tokens at each position are stored, for `seqkd` one response to each prompt.",
+    )
+    top_k: int = Field(
+        64,
+        ge=1,
+        description="`stored` only: tokens a position whose probabilities are stored; all others share one bucket, so "
+        "that the loss is a divergence still, a little smaller. Takes 8 bytes each.",
+    )
+
+
+class SelectiveConfig(Section):
+    """Token weights of SelecTKD (arXiv 2510.24021); `{}` takes the paper's."""
+
+    top: int = Field(
+        5, ge=1, description="A token counts in full if the student's likeliest is among so many of the teacher's."
+    )
+    otherwise: float = Field(0.01, ge=0, le=1, description="Its weight in the divergence if not.")
+
+
+class DistillConfig(Section):
+    """How the student is trained under the teacher.
+
+    What a method or a divergence does not read is ignored, so that one file can be run with each of them.
+    """
+
+    method: Method = Field(
+        "skd",
+        description="Where responses come from. `sft`: ground truth, no teacher. `seqkd`: the teacher, no divergence. "
+        "`supervised_kd`: ground truth. `on_policy`: the student. `imitkd`: ground truth or the student, a sequence. "
+        "`two_stage`: ground truth in the first half of the steps, then the student. `skd`: the student, corrected by "
+        "the teacher. `skd_mixed`: ground truth or as `skd`, a sequence.",
+    )
     divergence: DivergenceName = "forward_kl"
     beta: float = Field(
         0.5, ge=0, le=1, description="`jsd` only: weight of the teacher in the mixture (0: forward KL, 1: reverse KL)."
     )
+    alpha: float = Field(
+        0.1, ge=0, lt=1, description="`skew_kl`, `skew_reverse_kl` only: skewness; 0 is the forward or reverse KL."
+    )
     temperature: float = Field(1.0, gt=0, description="Divides both models' logits in the loss.")
-    on_policy_fraction: float = Field(
-        1.0,
+    temperature_squared: bool = Field(
+        False, description="Multiply the divergence by the square of `temperature` (Hinton et al., arXiv 1503.02531)."
+    )
+    replaced_weight: float = Field(
+        0.0,
         ge=0,
-        le=1,
+        description="Weight of a cross-entropy that is added at tokens the teacher wrote in the student's response.",
+    )
+    selective: SelectiveConfig | None = Field(
+        None, description="Lower the weight of tokens where teacher and student are far apart (SelecTKD); off if unset."
+    )
+    on_policy_fraction: ScheduledShare = Field(
+        1.0,
         description="`on_policy` only: share of batches the student generates (lambda in GKD, arXiv 2306.13649); "
         "the others are ground truth.",
     )
+    sampled_fraction: ScheduledShare = Field(
+        0.5, description="`imitkd`, `skd_mixed` only: share of sequences that are sampled; the others are ground truth."
+    )
+    teacher_signal: TeacherSignalConfig = TeacherSignalConfig()
     sampling: InterleavedConfig = InterleavedConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _stored_signal_fits(self) -> DistillConfig:
+        if self.teacher_signal.mode == "online" or self.method == "sft":
+            return self
+        if self.method not in ("supervised_kd", "seqkd"):
+            raise ValueError(
+                f"teacher_signal: what the teacher says cannot be stored for `{self.method}`: its responses are "
+                "written anew in every step, by a student that changes; use `mode: online`, or method `supervised_kd` "
+                "or `seqkd`"
+            )
+        if self.method == "supervised_kd" and self.selective and self.selective.top > self.teacher_signal.top_k:
+            raise ValueError(
+                f"selective.top is {self.selective.top}, but only the teacher's {self.teacher_signal.top_k} likeliest "
+                "tokens are stored; raise teacher_signal.top_k"
+            )
+        return self
 
 
 # --- measuring and keeping ----------------------------------------------------------------------------------------
@@ -519,8 +652,8 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
 def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
     """Follow an error's location; the path as the user wrote it, and the section that its last field is in.
 
-    In a union pydantic puts the variant's tag into the location (`source.files.train`): it leads to the variant,
-    and is no part of the user's path.
+    In a union pydantic puts the variant's tag into the location (`source.files.train`, `top_k.<schedule>.start`): it
+    leads to the variant, and is no part of the user's path.
     """
     path: list[str] = []
     here: type[BaseModel] = model
@@ -529,13 +662,15 @@ def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[st
         if part in variants:
             here, variants = variants[part], {}
             continue
+        if part in (_NUMBER, _SCHEDULE):
+            continue
         path.append(str(part))
         field = here.model_fields.get(str(part))
         if field is None:
             continue
         sections = _sections(field.annotation)
         variants = {tag: section for section in sections for tag in _tags(section)} if len(sections) > 1 else {}
-        if len(sections) == 1 and index < len(loc) - 1:
+        if len(sections) == 1 and index < len(loc) - 1 and loc[index + 1] != _NUMBER:
             here = sections[0]
     return path, here
 

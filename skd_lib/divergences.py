@@ -1,11 +1,21 @@
-"""How far the student is from the teacher, token by token, without ever holding all the logits.
+"""How far the student is from the teacher at one position: divergences between two distributions.
 
-A divergence is a function of two blocks of logits. The losses of a batch are computed on the head's side: from the
-final hidden states at response positions, in chunks whose logits are thrown away and computed again in the backward
-pass, so that memory does not grow with sequence length times vocabulary.
+A divergence is a pure function of log-probabilities. It does not care whether its events are the tokens of a
+vocabulary or a coarser partition of it (`skd_lib.teacher_signals`). `skd_lib.losses` sums it over a batch without
+holding all the logits.
 
-Sources: forward KL as in Xu et al. 2025 (arXiv 2410.11325, section 3); the generalised Jensen-Shannon divergence as
-in GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1 and section 2).
+=====================  ===========================================================  ==================================
+name                   of the teacher's p and the student's q                       source
+=====================  ===========================================================  ==================================
+`forward_kl`           KL(p || q)                                                   Xu et al. 2025 (arXiv 2410.11325)
+`reverse_kl`           KL(q || p)                                                   MiniLLM (arXiv 2306.08543)
+`jsd(beta)`            beta KL(p || m) + (1 - beta) KL(q || m),                     GKD (arXiv 2306.13649, section 2)
+                       m = beta p + (1 - beta) q
+`skew_kl(alpha)`       KL(p || alpha p + (1 - alpha) q)                             DistiLLM (arXiv 2402.03898)
+`skew_reverse_kl(a)`   KL(q || alpha q + (1 - alpha) p)                             DistiLLM (arXiv 2402.03898)
+`tvd`                  1/2 sum |p - q|                                              f-distill (arXiv 2307.15190)
+`adaptive_kl`          (g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t)              AKL (arXiv 2404.02657)
+=====================  ===========================================================  ==================================
 """
 
 from __future__ import annotations
@@ -13,28 +23,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
+from skd_lib.config import DivergenceName
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import lm_logits, vocabulary_size
 
-_CHUNK_ELEMENTS = 2**26
-"""Logits a chunk may hold: 256 MiB in fp32."""
+_HEAD_MASS = 0.5
+"""Share of the teacher's mass that `adaptive_kl` calls the head."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence between the teacher's distribution p and the student's q, computed from logits.
+    """A divergence between the teacher's distribution p and the student's q.
 
     Attributes:
         name: As in the configuration.
-        of_log_probs: (log p_NV, log q_NV) -> loss_N, sums over V.
+        of_log_probs: (log p_NE, log q_NE) -> loss_N, sums over E events.
     """
 
     name: str
@@ -67,16 +75,23 @@ def log_probs(teacher_logits_NV: Tensor, student_logits_NV: Tensor, temperature:
     return log_p_NV, log_q_NV
 
 
-def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+def _kl(log_a_NE: Tensor, log_b_NE: Tensor) -> Tensor:
     """KL(a || b) of each position."""
-    return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(-1)
+    return (log_a_NE.exp() * (log_a_NE - log_b_NE)).sum(-1)
+
+
+def _reverse(log_p_NE: Tensor, log_q_NE: Tensor) -> Tensor:
+    return _kl(log_q_NE, log_p_NE)
 
 
 forward_kl = Divergence("forward_kl", _kl)
 """KL(p || q): the student must put mass wherever the teacher does. Xu et al.'s main choice."""
 
-reverse_kl = Divergence("reverse_kl", lambda log_p_NV, log_q_NV: _kl(log_q_NV, log_p_NV))
+reverse_kl = Divergence("reverse_kl", _reverse)
 """KL(q || p): the student must not put mass where the teacher has none."""
+
+tvd = Divergence("tvd", lambda log_p_NE, log_q_NE: (log_p_NE.exp() - log_q_NE.exp()).abs().sum(-1) / 2)
+"""Total variation distance, 0 to 1. Its gradient does not grow with the distance: no single token dominates."""
 
 
 def jsd(beta: float) -> Divergence:
@@ -91,116 +106,92 @@ def jsd(beta: float) -> Divergence:
     if not 0 <= beta <= 1:
         raise SkdError(f"beta must be between 0 and 1, got {beta}", where="jsd")
     if beta in (0, 1):
-        return Divergence(f"jsd({beta:g})", reverse_kl.of_log_probs if beta else forward_kl.of_log_probs)
+        return Divergence(f"jsd({beta:g})", _reverse if beta else _kl)
 
-    def of_log_probs(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
-        return beta * _kl(log_p_NV, log_m_NV) + (1 - beta) * _kl(log_q_NV, log_m_NV)
+    def of_log_probs(log_p_NE: Tensor, log_q_NE: Tensor) -> Tensor:
+        log_m_NE = _log_mixture(beta, log_p_NE, log_q_NE)
+        return beta * _kl(log_p_NE, log_m_NE) + (1 - beta) * _kl(log_q_NE, log_m_NE)
 
     return Divergence(f"jsd({beta:g})", of_log_probs)
 
 
-def divergence(name: str, beta: float = 0.5) -> Divergence:
-    """The divergence of that name; `beta` belongs to `jsd`.
+def skew_kl(alpha: float) -> Divergence:
+    """KL(p || alpha p + (1 - alpha) q): a forward KL that is at most -log alpha. alpha = 0 is the forward KL.
 
     Raises:
-        SkdError: there is none of that name.
+        SkdError: alpha is not at least 0 and less than 1.
     """
-    makers: dict[str, Callable[[], Divergence]] = {
-        "forward_kl": lambda: forward_kl,
-        "reverse_kl": lambda: reverse_kl,
-        "jsd": lambda: jsd(beta),
-    }
-    if name not in makers:
-        raise SkdError(f"unknown divergence {name!r}", hint=f"choose one of {', '.join(sorted(makers))}")
-    return makers[name]()
+    _check_skew("skew_kl", alpha)
+    if alpha == 0:
+        return Divergence("skew_kl(0)", _kl)
+    return Divergence(
+        f"skew_kl({alpha:g})",
+        lambda log_p_NE, log_q_NE: _kl(log_p_NE, _log_mixture(alpha, log_p_NE, log_q_NE)),
+    )
 
 
-class LossSums(NamedTuple):
-    """Sums over N response positions.
+def skew_reverse_kl(alpha: float) -> Divergence:
+    """KL(q || alpha q + (1 - alpha) p): a reverse KL that is at most -log alpha. alpha = 0 is the reverse KL.
 
-    Attributes:
-        loss: With its graph; divide it by the response tokens of the optimiser step.
-        entropies: In nats, detached: `student`, and `teacher` where there is one.
+    Raises:
+        SkdError: alpha is not at least 0 and less than 1.
     """
-
-    loss: Tensor
-    entropies: dict[str, Tensor]
-
-
-def distillation_loss(
-    student: PreTrainedModel,
-    student_states_NH: Tensor,
-    teacher: PreTrainedModel,
-    teacher_states_NH: Tensor,
-    divergence: Divergence,
-    temperature: float = 1.0,
-    chunk: int | None = None,
-) -> LossSums:
-    """Sum of a divergence over response positions, from final hidden states.
-
-    Args:
-        student: Its head makes the student's logits; gradients flow to the states and to the head.
-        student_states_NH: Student states that predict the N response tokens.
-        teacher: Its head makes the teacher's logits, without gradient.
-        teacher_states_NH: Teacher states at the same positions; H may differ.
-        divergence: What is summed.
-        temperature: Divides both logits; the entropies are those of the divided logits.
-        chunk: Positions whose logits are held at once; by default as many as fit into 256 MiB in fp32.
-
-    Returns:
-        Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
-    """
-
-    def of_chunk(student_chunk_NH: Tensor, teacher_chunk_NH: Tensor) -> LossSums:
-        with torch.no_grad():
-            teacher_logits_NV = lm_logits(teacher, teacher_chunk_NH)
-        log_p_NV, log_q_NV = log_probs(teacher_logits_NV, lm_logits(student, student_chunk_NH), temperature)
-        loss = divergence.of_log_probs(log_p_NV, log_q_NV).sum()
-        return LossSums(loss, {"student": _entropy_sum(log_q_NV), "teacher": _entropy_sum(log_p_NV)})
-
-    size = chunk or _chunk_size(student, teacher)
-    return _sum_over_chunks(of_chunk, (student_states_NH, teacher_states_NH.detach()), size)
+    _check_skew("skew_reverse_kl", alpha)
+    if alpha == 0:
+        return Divergence("skew_reverse_kl(0)", _reverse)
+    return Divergence(
+        f"skew_reverse_kl({alpha:g})",
+        lambda log_p_NE, log_q_NE: _kl(log_q_NE, _log_mixture(alpha, log_q_NE, log_p_NE)),
+    )
 
 
-def cross_entropy_sum(
-    student: PreTrainedModel, student_states_NH: Tensor, targets_N: Tensor, chunk: int | None = None
-) -> LossSums:
-    """Sum of the cross-entropy over response positions, from final hidden states.
-
-    Args:
-        student: Its head makes the logits.
-        student_states_NH: States that predict the N response tokens.
-        targets_N: The response tokens.
-        chunk: Positions whose logits are held at once; by default as many as fit into 256 MiB in fp32.
-
-    Returns:
-        Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
-    """
-
-    def of_chunk(student_chunk_NH: Tensor, targets_chunk_N: Tensor) -> LossSums:
-        logits_NV = lm_logits(student, student_chunk_NH)
-        log_q_NV = F.log_softmax(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), dim=-1)
-        loss = -log_q_NV.gather(-1, targets_chunk_N.unsqueeze(-1)).sum()
-        return LossSums(loss, {"student": _entropy_sum(log_q_NV)})
-
-    return _sum_over_chunks(of_chunk, (student_states_NH, targets_N), chunk or _chunk_size(student))
+def _adaptive(log_p_NE: Tensor, log_q_NE: Tensor) -> Tensor:
+    head_N1 = _head_share(log_p_NE.detach().exp(), log_q_NE.detach().exp())
+    return head_N1 * _kl(log_p_NE, log_q_NE) + (1 - head_N1) * _reverse(log_p_NE, log_q_NE)
 
 
-def _chunk_size(*models: PreTrainedModel) -> int:
-    return max(1, _CHUNK_ELEMENTS // max(vocabulary_size(model) for model in models))
+def _head_share(p_NE: Tensor, q_NE: Tensor) -> Tensor:
+    """g_h / (g_h + g_t): how much of |p - q| lies on the teacher's head, the fewest events with half of its mass."""
+    sorted_NE, order_NE = p_NE.sort(descending=True, stable=True)
+    gaps_NE = (sorted_NE - q_NE.gather(-1, order_NE)).abs()
+    in_head_NE = sorted_NE.cumsum(-1) - sorted_NE < _HEAD_MASS
+    total_N = gaps_NE.sum(-1)
+    # Where p = q both KLs are 0, and so is the loss, whatever their shares.
+    return torch.where(total_N > 0, (gaps_NE * in_head_NE).sum(-1) / total_N, 0.5)
 
 
-def _entropy_sum(log_probs_NV: Tensor) -> Tensor:
-    detached_NV = log_probs_NV.detach()
-    return -(detached_NV.exp() * detached_NV).sum()
+adaptive_kl = Divergence("adaptive_kl", _adaptive)
+"""Forward KL where the student misses the teacher's head, reverse KL where it misses the tail; the shares, how much of
+sum |p - q| lies on head (the fewest tokens with half of the teacher's mass) and tail, carry no gradient."""
 
 
-def _sum_over_chunks(of_chunk: Callable[..., LossSums], inputs: tuple[Tensor, ...], size: int) -> LossSums:
-    """Add up `of_chunk` over chunks of positions; with more than one, logits are recomputed in the backward pass."""
-    chunks = list(zip(*(torch.split(tensor, size) for tensor in inputs), strict=True))
-    if len(chunks) == 1:
-        return of_chunk(*chunks[0])
-    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    entropies = {name: torch.stack([part.entropies[name] for part in parts]).sum() for name in parts[0].entropies}
-    return LossSums(torch.stack([part.loss for part in parts]).sum(), entropies)
+def divergence(name: DivergenceName, *, beta: float = 0.5, alpha: float = 0.1) -> Divergence:
+    """The divergence of that name; `beta` belongs to `jsd`, `alpha` to `skew_kl` and `skew_reverse_kl`."""
+    match name:
+        case "forward_kl":
+            return forward_kl
+        case "reverse_kl":
+            return reverse_kl
+        case "jsd":
+            return jsd(beta)
+        case "skew_kl":
+            return skew_kl(alpha)
+        case "skew_reverse_kl":
+            return skew_reverse_kl(alpha)
+        case "tvd":
+            return tvd
+        case "adaptive_kl":
+            return adaptive_kl
+        case _:
+            assert_never(name)
+
+
+def _check_skew(name: str, alpha: float) -> None:
+    if not 0 <= alpha < 1:
+        hint = "at 1 the divergence is 0 whatever the student does; DistiLLM uses 0.1"
+        raise SkdError(f"alpha must be at least 0 and less than 1, got {alpha}", where=name, hint=hint)
+
+
+def _log_mixture(weight: float, log_a_NE: Tensor, log_b_NE: Tensor) -> Tensor:
+    """log(weight a + (1 - weight) b)."""
+    return torch.logaddexp(log_a_NE + math.log(weight), log_b_NE + math.log1p(-weight))

@@ -31,7 +31,7 @@ def list_fields(model: type[BaseModel], prefix: str = "") -> list[ConfigField]:
 def _lines(path: str, field: FieldInfo) -> list[ConfigField]:
     annotation = field.annotation
     models = [part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
-    if not models:
+    if not models or any(part in (int, float) for part in _parts(annotation)):
         return [ConfigField(path, type_name(annotation), _default(field), field.description or "")]
     if get_origin(annotation) is list:
         path += "[]"
@@ -62,6 +62,10 @@ def type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(argument) for argument in arguments)
+    if origin is Annotated:
+        return type_name(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     if origin is list:
         return f"list of {type_name(arguments[0])}"
     if origin in (Union, types.UnionType):
@@ -77,4 +81,4 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
         return ""
-    return f" = {json.dumps(value)}"
+    return f" = {json.dumps(value.model_dump() if isinstance(value, BaseModel) else value)}"

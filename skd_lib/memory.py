@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from skd_lib.config import RunConfig, TrainingConfig
+from skd_lib.config import DivergenceName, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.machine import total_memory
+from skd_lib.methods import METHODS
 
 GIB = 2**30
 _LOSS_CHUNK = 2**26
-"""Logits the loss works on at a time (`skd_lib.divergences`)."""
+"""Logits the loss works on at a time (`skd_lib.losses`)."""
+_CROSS_ENTROPY_ARRAYS = 6
+_DIVERGENCE_ARRAYS: Mapping[DivergenceName, int] = {
+    "forward_kl": 7,
+    "reverse_kl": 7,
+    "jsd": 11,
+    "skew_kl": 10,
+    "skew_reverse_kl": 10,
+    "tvd": 7,
+    "adaptive_kl": 13,
+}
+"""fp32 arrays of a chunk's logits that forward and backward pass hold at most: measured peaks."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +103,12 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
     Counted, with `P` weights, `R` rows in a forward pass, `T` prompt and new tokens, `L` layers of width `H`:
 
     - trained model: 4P fp32 master weights, 4P gradients, 8P AdamW's two moments;
-    - frozen teacher: 4P, it is loaded in fp32;
+    - frozen teacher: 4P, it is loaded in fp32; nothing where it is asked before training;
     - activations: 17 RTHL elements without an attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, equation 1
       without its attention term), 1 RTHL with gradient checkpointing;
-    - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for both models;
-    - loss: 6 fp32 arrays of the logits of one chunk (both models' logits and log-probabilities, and gradients).
+    - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for each model that writes;
+    - loss: 6 to 13 fp32 arrays of the logits of one chunk (both models' logits and log-probabilities, gradients, and
+      what the divergence keeps).
 
     Args:
         config: The run.
@@ -107,12 +121,18 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
         found.append(Estimate("teacher_sft", _trained(config, config.teacher_sft.training, teacher, element)))
     if config.student_init.mode == "sft":
         found.append(Estimate("student_init", _trained(config, config.student_init.training, student, element)))
-    parts = _trained(config, config.distill.training, student, element)
-    if config.distill.method != "sft":
+    method = METHODS[config.distill.method]
+    arrays = _DIVERGENCE_ARRAYS[config.distill.divergence] if method.divergence else _CROSS_ENTROPY_ARRAYS
+    parts = _trained(config, config.distill.training, student, element, arrays)
+    # A teacher that is asked before training is in memory before optimiser and activations are.
+    if method.needs_teacher and config.distill.teacher_signal.mode == "online":
         parts["teacher"] = 4 * teacher.parameters
-    if config.distill.method in {"on_policy", "skd"}:
         tokens = config.distill.training.batch_size * _length(config)
-        parts["caches"] = tokens * element * (student.layers * student.cache + teacher.layers * teacher.cache)
+        writers = [
+            model for model, writes in ((student, method.student_writes), (teacher, method.teacher_writes)) if writes
+        ]
+        if writers:
+            parts["caches"] = tokens * element * sum(model.layers * model.cache for model in writers)
     found.append(Estimate("distill", parts))
     return found
 
@@ -127,7 +147,9 @@ def available_memory() -> tuple[int, str]:
     return total_memory(), "this machine"
 
 
-def _trained(config: RunConfig, training: TrainingConfig, model: ModelSize, element: int) -> dict[str, int]:
+def _trained(
+    config: RunConfig, training: TrainingConfig, model: ModelSize, element: int, arrays: int = _CROSS_ENTROPY_ARRAYS
+) -> dict[str, int]:
     tokens = (training.micro_batch_size or training.batch_size) * _length(config)
     width = 1 if training.gradient_checkpointing else 17
     return {
@@ -135,7 +157,7 @@ def _trained(config: RunConfig, training: TrainingConfig, model: ModelSize, elem
         "gradients": 4 * model.parameters,
         "AdamW": 8 * model.parameters,
         "activations": width * tokens * model.hidden * model.layers * element,
-        "loss": 6 * 4 * min(tokens * model.vocabulary, _LOSS_CHUNK),
+        "loss": arrays * 4 * min(tokens * model.vocabulary, _LOSS_CHUNK),
     }
 
 

@@ -31,6 +31,8 @@ PLACES: Mapping[str, tuple[str, ...]] = {
 }
 # KFP has no null: these values stand for an unset field.
 UNSET: Mapping[str, Any] = {"student": "", "max_steps": 0}
+# These stand for a schedule over the training, which is no number: it is in `config`, at the field's place.
+SCHEDULED: Mapping[str, int] = {"top_k": -1, "gamma": -1}
 
 
 def to_struct(section: BaseModel) -> dict[str, Any]:
@@ -64,7 +66,10 @@ def to_parameters(config: RunConfig) -> Parameters:
         holder = rest
         for section in sections:
             holder = holder[section]
-        parameters[name] = holder.pop(field, UNSET.get(name))
+        if name in SCHEDULED and isinstance(holder[field], dict):
+            parameters[name] = SCHEDULED[name]
+        else:
+            parameters[name] = holder.pop(field, UNSET.get(name))
     return {**parameters, "config": rest}
 
 
@@ -74,7 +79,7 @@ def from_parameters(config: Mapping[str, Any] | str, *, where: str = "config", *
     Args:
         config: The structured parameter, or its JSON text. A whole configuration does too: then no scalars are needed.
         where: Named in error messages.
-        scalars: Values of the parameters in `PLACES`; None leaves what `config` says.
+        scalars: Values of the parameters in `PLACES`; None and those in `SCHEDULED` leave what `config` says.
 
     Raises:
         SkdError: a wrong, missing or unknown field.
@@ -83,7 +88,7 @@ def from_parameters(config: Mapping[str, Any] | str, *, where: str = "config", *
     if not isinstance(values, dict):
         return parse_section(RunConfig, values, where=where)
     for name, value in scalars.items():
-        if value is None:
+        if value is None or (name in SCHEDULED and value == SCHEDULED[name]):
             continue
         *sections, field = PLACES[name]
         holder = values

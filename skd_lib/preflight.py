@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from skd_lib import storage
 from skd_lib.config import HeldOutFiles, HubSource, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.methods import METHODS, unread_settings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,6 +140,7 @@ def run_checks(
         _same_vocabulary(checks, teacher, student, config)
     if pruned and teacher:
         _cut(checks, teacher, config)
+    _unread(checks, config)
     report = PreflightReport(checks.found)
     report.data_fingerprint = _data(checks, config, [model for model in (teacher, student) if model])
     _writable(checks, "checkpoints", checkpoint_root, lambda: storage.checkpoint_folder(checkpoint_root))
@@ -301,6 +303,19 @@ def _cut_size(teacher: ModelSize, config: RunConfig) -> ModelSize:
     return teacher.pruned(min(kept, teacher.layers))
 
 
+def _unread(checks: _Checks, config: RunConfig) -> None:
+    """Settings of the distillation that will do nothing, and are perhaps meant to."""
+    distill = config.distill
+    for path in unread_settings(distill):
+        checks.add(
+            "distill",
+            "warning",
+            f"it has a value, which method `{distill.method}` with divergence `{distill.divergence}` does not read",
+            where=f"distill.{path}",
+            hint="leave it out, or choose the method or divergence it belongs to (`skd config`)",
+        )
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +406,18 @@ def _schedules(checks: _Checks, config: RunConfig, rows: int) -> None:
             checks.failed(step, error)
         else:
             checks.add(step, "ok", f"{planned.steps} optimiser steps of {training.batch_size} on {examples} examples")
+    _stored_signal(checks, config, min(rows, config.data.student_examples or rows))
+
+
+def _stored_signal(checks: _Checks, config: RunConfig, examples: int) -> None:
+    """How much storage the teacher's signal takes at most."""
+    signal = config.distill.teacher_signal
+    if signal.mode == "stored" and METHODS[config.distill.method].divergence:
+        size = examples * config.task.max_new_tokens * (8 * signal.top_k + 4)
+        what = (
+            f"top {signal.top_k} tokens of {examples} examples: at most {size / 2**30:.1f} GiB beside the checkpoints"
+        )
+        checks.add("teacher_signal", "ok", what)
 
 
 # --- surroundings -------------------------------------------------------------------------------------------------

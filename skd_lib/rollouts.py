@@ -2,104 +2,46 @@
 
 Token ids go from here to the loss as they are; nothing is decoded or tokenised again.
 
-=================  ==========================================================
+=================  =====================================================================
 method             response
-=================  ==========================================================
+=================  =====================================================================
 `sft`              ground truth
+`seqkd`            the teacher's samples
 `supervised_kd`    ground truth
 `on_policy`        the student's samples, in a share of the optimiser steps
+`imitkd`           the student's samples, in a share of the sequences
+`two_stage`        ground truth in the first half of the steps, then the student's samples
 `skd`              interleaved: the student drafts, the teacher replaces
-=================  ==========================================================
+`skd_mixed`        interleaved, in a share of the sequences
+=================  =====================================================================
+
+The sequences or steps that are not sampled are ground truth.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from skd_lib.config import DistillConfig, Method
+from skd_lib.batches import Rollout, Source, collate, merge
+from skd_lib.config import DistillConfig, InterleavedConfig, Method, Schedule
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import decoder, vocabulary_size
-from skd_lib.sampling.acceptance import everything, top_k
+from skd_lib.methods import METHODS
+from skd_lib.models.heads import vocabulary_size
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
-from skd_lib.sampling.engine import Sampler, SamplingStatistics
+from skd_lib.sampling.engine import TEACHER, Sampler
+from skd_lib.schedules import value_at
+from skd_lib.teacher_signals import DenseSignal
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
-
-Source = Literal["ground_truth", "student", "interleaved"]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Prompts with their responses, ready for the loss.
-
-    Attributes:
-        input_ids_BL: Prompt, response, padding; right padded, so a causal decoder needs no attention mask: no real
-            position sees a padded one.
-        response_mask_BL: True at position i if token i + 1 belongs to the response, that is where the model's
-            output predicts a response token. So the last prompt position is True (it predicts the first response
-            token), the position before EOS is True (it predicts EOS), EOS itself and the last column are False.
-            Made from lengths, never from token ids: a pad id equal to the EOS id hides nothing.
-        source: Who wrote the responses.
-        teacher_states_NH: The teacher's final states at the N True positions, in row-major order, where the sampler
-            has them anyway; None otherwise.
-        statistics: The sampler's figures; None for ground truth.
-    """
-
-    input_ids_BL: Tensor
-    response_mask_BL: Tensor
-    source: Source
-    teacher_states_NH: Tensor | None = None
-    statistics: SamplingStatistics | None = None
-
-    @property
-    def targets_N(self) -> Tensor:  # noqa: N802
-        """The response tokens, in row-major order."""
-        return self.input_ids_BL[:, 1:][self.response_mask_BL[:, :-1]]
-
-    @property
-    def tokens(self) -> int:
-        """Number of response tokens, EOS included."""
-        return int(self.response_mask_BL.sum())
-
-    def split(self, sizes: Sequence[int]) -> list[Rollout]:
-        """Micro-batches of the given numbers of rows, without statistics.
-
-        Rows of like length go together, and each micro-batch is cut to its longest row: a sum over tokens does not
-        depend on the grouping, its cost does.
-        """
-        columns_L = torch.arange(1, self.response_mask_BL.shape[1] + 1, device=self.response_mask_BL.device)
-        # The last True column predicts the token after it.
-        lengths_B = (columns_L * self.response_mask_BL).amax(1) + 1
-        order_B = lengths_B.argsort(stable=True)
-        states: list[Tensor] | None = None
-        if self.teacher_states_NH is not None:
-            states = list(torch.split(self.teacher_states_NH, self.response_mask_BL.sum(1).tolist()))
-        parts = []
-        for rows in torch.split(order_B, list(sizes)):
-            length = int(lengths_B[rows].max())
-            states_NH = None if states is None else torch.cat([states[row] for row in rows.tolist()])
-            parts.append(
-                Rollout(self.input_ids_BL[rows, :length], self.response_mask_BL[rows, :length], self.source, states_NH)
-            )
-        return parts
-
-    def to(self, device: torch.device) -> Rollout:
-        """The same rollout on another device."""
-        states_NH = self.teacher_states_NH
-        return replace(
-            self,
-            input_ids_BL=self.input_ids_BL.to(device),
-            response_mask_BL=self.response_mask_BL.to(device),
-            teacher_states_NH=None if states_NH is None else states_NH.to(device),
-        )
 
 
 class Place(NamedTuple):
@@ -118,31 +60,6 @@ Strategy = Callable[[Sequence["TokenizedExample"], Sequence[Place]], Rollout]
 """Makes the responses to some examples' prompts; all places are of one optimiser step."""
 
 
-def collate(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
-    source: Source,
-    device: torch.device | str = "cpu",
-) -> Rollout:
-    """Pad prompts and responses into one batch.
-
-    Raises:
-        SkdError: a prompt is empty, so nothing could predict its first response token.
-    """
-    if not all(prompts):
-        raise SkdError("a prompt has no tokens", hint="use a chat template, or a tokenizer that adds a BOS token")
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    longest = max(map(len, rows))
-    input_ids_BL = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
-    starts_B1 = torch.tensor([[len(prompt) - 1] for prompt in prompts])
-    ends_B1 = torch.tensor([[len(row) - 1] for row in rows])
-    positions_L = torch.arange(longest)
-    response_mask_BL = (positions_L >= starts_B1) & (positions_L < ends_B1)
-    return Rollout(input_ids_BL.to(device), response_mask_BL.to(device), source)
-
-
 def ground_truth(pad_id: int, device: torch.device | str = "cpu") -> Strategy:
     """The examples' own responses."""
 
@@ -153,28 +70,56 @@ def ground_truth(pad_id: int, device: torch.device | str = "cpu") -> Strategy:
     return strategy
 
 
-def sampled(sampler: Sampler, student: PreTrainedModel, *, source: Source, seed: int, pad_id: int) -> Strategy:
-    """Responses from the decoding engine, with the teacher's states where it keeps them."""
+def sampled(sampler_at: Callable[[int], Sampler], *, source: Source, seed: int, device: torch.device) -> Strategy:
+    """Responses from the decoding engine, as it is set up at an optimiser step; with the teacher's states where it
+    keeps them."""
 
     def strategy(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Rollout:
+        sampler = sampler_at(places[0].step)
         prompts = [example.prompt_ids for example in examples]
         samples = sampler.sample(prompts, seeds=[row_seed(seed, place) for place in places])
         lengths_B = samples.mask_BT.sum(1).tolist()
         responses = [row[:length] for row, length in zip(samples.tokens_BT.tolist(), lengths_B, strict=True)]
-        rollout = collate(prompts, responses, pad_id=pad_id, source=source, device=student.device)
-        states_BTH = samples.teacher_states_BTH
-        states_NH = None if states_BTH is None else states_BTH[samples.mask_BT].to(student.device)
-        return replace(rollout, teacher_states_NH=states_NH, statistics=samples.statistics)
+        rollout = collate(prompts, responses, pad_id=sampler.pad_id, source=source, device=device)
+        by_teacher_BL = rollout.by_teacher_BL.clone()
+        by_teacher_BL[rollout.response_mask_BL] = (samples.source_BT[samples.mask_BT] == TEACHER).to(device)
+        signals = rollout.signals
+        if samples.teacher_states_BTH is not None:
+            assert sampler.teacher is not None  # noqa: S101 - it has just been asked
+            states_NH = samples.teacher_states_BTH[samples.mask_BT].to(device)
+            signals = tuple(DenseSignal(states_NH, sampler.teacher).split(lengths_B))
+        return replace(rollout, by_teacher_BL=by_teacher_BL, signals=signals, statistics=samples.statistics)
 
     return strategy
 
 
-def step_mixture(fraction: float, chosen: Strategy, otherwise: Strategy, *, seed: int) -> Strategy:
-    """`chosen` in that fraction of the optimiser steps, `otherwise` in the others (GKD's lambda)."""
+Draw = Callable[[Place], float]
+"""A uniform number in [0, 1) for a row: one of its own, or one for all rows of a step."""
+
+
+def mixed(share_at: Callable[[int], float], draw: Draw, chosen: Strategy, otherwise: Strategy, pad_id: int) -> Strategy:
+    """`chosen` for a share of the rows, `otherwise` for the rest.
+
+    A row's fate depends on its place alone, not on the batch it is in. Each strategy is called once at most, with all
+    of its rows.
+
+    Args:
+        share_at: Optimiser step -> share of `chosen`.
+        draw: A row is `chosen` if its number is below the share.
+        chosen: Makes one kind of response.
+        otherwise: Makes the other.
+        pad_id: Fills rows up.
+    """
 
     def strategy(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Rollout:
-        use_chosen = step_uniform(seed, places[0].step) < fraction
-        return (chosen if use_chosen else otherwise)(examples, places)
+        parts: list[Rollout] = []
+        order: list[int] = []
+        for make, wanted in ((chosen, True), (otherwise, False)):
+            rows = [row for row, place in enumerate(places) if (draw(place) < share_at(place.step)) == wanted]
+            if rows:
+                parts.append(make([examples[row] for row in rows], [places[row] for row in rows]))
+                order += rows
+        return parts[0] if len(parts) == 1 else merge(parts, order, pad_id)
 
     return strategy
 
@@ -185,6 +130,7 @@ def rollout_for(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     distill: DistillConfig,
+    steps: int,
     seed: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
@@ -195,8 +141,9 @@ def rollout_for(
     Args:
         method: See the table at the top of this module.
         student: The model in training.
-        teacher: Needed for `skd`.
-        distill: Its sampling section and `on_policy_fraction` are used.
+        teacher: Needed where responses are sampled.
+        distill: Its sampling section and fractions are used.
+        steps: Optimiser steps of the training, over which schedules run.
         seed: The run's seed.
         eos_ids: Ids that end a response.
         pad_id: Fills rows up; may be one of `eos_ids`.
@@ -205,46 +152,80 @@ def rollout_for(
     Raises:
         SkdError: the method needs a teacher and there is none.
     """
+    facts = METHODS[method]
     truth = ground_truth(pad_id, student.device)
-    if method in ("sft", "supervised_kd"):
+    if not (facts.student_writes or facts.teacher_writes):
         return truth
     if teacher is None:
         raise SkdError(f"method `{method}` needs a teacher", where="distill")
     settings = distill.sampling
-    interleaved = method == "skd"
-    sampler = Sampler(
-        student=student,
-        teacher=teacher if interleaved else None,
-        rule=top_k(settings.top_k) if interleaved else everything(),
-        gamma=AdaptiveGamma(settings.gamma) if settings.adaptive_gamma else settings.gamma,
-        student_params=settings.student,
-        teacher_params=settings.teacher,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        max_new_tokens=max_new_tokens,
-        keep_teacher_states=interleaved,
-        # An id that only one of the two padded vocabularies has stands for no token.
-        vocabulary=min(vocabulary_size(student), vocabulary_size(teacher)),
-    )
-    source: Source = "interleaved" if interleaved else "student"
-    strategy = sampled(sampler, student, source=source, seed=seed, pad_id=pad_id)
-    if interleaved or distill.on_policy_fraction == 1:
-        return strategy
-    return step_mixture(distill.on_policy_fraction, strategy, truth, seed=seed)
+
+    @lru_cache(maxsize=1)
+    def sampler(rule: AcceptanceRule, gamma: int) -> Sampler:
+        return Sampler(
+            student=student if rule.drafts else None,
+            teacher=teacher if rule.asks_teacher else None,
+            rule=rule,
+            gamma=AdaptiveGamma(gamma) if settings.adaptive_gamma else gamma,
+            student_params=settings.student,
+            teacher_params=settings.teacher,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            max_new_tokens=max_new_tokens,
+            keep_teacher_states=facts.divergence and rule.asks_teacher,
+            # An id that only one of the two padded vocabularies has stands for no token.
+            vocabulary=min(vocabulary_size(student), vocabulary_size(teacher)),
+        )
+
+    def rule_at(step: int) -> AcceptanceRule:
+        if not facts.student_writes:
+            return nothing()
+        return interleaving_rule(settings, step, steps) if facts.teacher_writes else everything()
+
+    def sampler_at(step: int) -> Sampler:
+        return sampler(rule_at(step), round(value_at(settings.gamma, step, steps)))
+
+    source: Source = "student" if not facts.teacher_writes else "interleaved" if facts.student_writes else "teacher"
+    strategy = sampled(sampler_at, source=source, seed=seed, device=student.device)
+
+    def of_step(place: Place) -> float:
+        return step_uniform(seed, place.step)
+
+    def of_row(place: Place) -> float:
+        return row_uniform(seed, place)
+
+    match method:
+        case "on_policy":
+            return mixed(
+                lambda step: value_at(distill.on_policy_fraction, step, steps), of_step, strategy, truth, pad_id
+            )
+        case "two_stage":
+            return mixed(lambda step: float(2 * step >= steps), of_step, strategy, truth, pad_id)
+        case "imitkd" | "skd_mixed":
+            return mixed(lambda step: value_at(distill.sampled_fraction, step, steps), of_row, strategy, truth, pad_id)
+    return strategy
 
 
-def response_states(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """(N, H) final hidden states of `model` at the positions that predict the rollout's response tokens."""
-    hidden_BLH = decoder(model)(input_ids=rollout.input_ids_BL, use_cache=False).last_hidden_state
-    return cast(Tensor, hidden_BLH[rollout.response_mask_BL])
+def interleaving_rule(settings: InterleavedConfig, step: int, steps: int) -> AcceptanceRule:
+    """The acceptance rule of the configuration at an optimiser step.
 
+    Probabilities that follow a schedule go in hundredths: each value is a sampler of its own, which on a GPU captures
+    its CUDA graphs anew.
+    """
 
-@torch.no_grad()
-def teacher_response_states(teacher: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """(N, H) teacher states for the loss: the sampler's own where it kept them, else from one forward pass."""
-    if rollout.teacher_states_NH is not None:
-        return rollout.teacher_states_NH
-    return response_states(teacher, rollout)
+    def share(setting: float | Schedule[Any]) -> float:
+        value = value_at(setting, step, steps)
+        return round(value, 2) if isinstance(setting, Schedule) else value
+
+    match settings.rule:
+        case "top_k":
+            return top_k(round(value_at(settings.top_k, step, steps)))
+        case "min_prob":
+            return min_prob(share(settings.min_prob))
+        case "mixture":
+            return mixture(share(settings.mixture))
+        case "lossless":
+            return lossless()
 
 
 def row_seed(seed: int, place: Place) -> int:
@@ -254,7 +235,16 @@ def row_seed(seed: int, place: Place) -> int:
 
 def step_uniform(seed: int, step: int) -> float:
     """A uniform number in [0, 1) that belongs to an optimiser step."""
-    return (_hash("step", seed, step) >> 11) / 2**53
+    return _uniform("step", seed, step)
+
+
+def row_uniform(seed: int, place: Place) -> float:
+    """A uniform number in [0, 1) that belongs to a row, and is not the one its response is sampled with."""
+    return _uniform("source", seed, *place)
+
+
+def _uniform(*parts: int | str) -> float:
+    return (_hash(*parts) >> 11) / 2**53
 
 
 def _hash(*parts: int | str) -> int:

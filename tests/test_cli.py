@@ -101,9 +101,10 @@ def test_config_lists_every_field():
     done = skd("config")
     listed = {line.split(":")[0] for line in done.stdout.splitlines() if line and not line.startswith(" ")}
     assert {"name", "distill.sampling.top_k", "data.source.columns.source", "data.source.train[].sha256"} <= listed
-    assert "distill.sampling.top_k: int = 25" in done.stdout
+    assert "distill.sampling.top_k: int or {start, end, shape} = 25" in done.stdout
     assert "task.stop: list of str = []" in done.stdout
-    assert 'distill.method: sft | supervised_kd | on_policy | skd = "skd"' in done.stdout
+    assert re.search(r'distill.method: sft \| seqkd \| .* \| skd_mixed = "skd"', done.stdout)
+    assert 'distill.sampling.min_prob: float or {start, end, shape} = {"start": 0.5, "end": 0.25, ' in done.stdout
     assert "seed: int = 0" in done.stdout
     assert all(
         field.path.split(".")[0] in RunConfig.model_fields or "(" in field.path for field in list_fields(RunConfig)
@@ -111,9 +112,13 @@ def test_config_lists_every_field():
 
 
 def test_config_schema_is_json_schema():
-    schema = json.loads(skd("config", "--schema").stdout)
+    schema = json.loads(skd("config", "schema").stdout)
     assert schema["title"] == "RunConfig"
     assert "DistillConfig" in schema["$defs"]
+    # An editor shows each field's meaning, and offers a number or a schedule.
+    top_k = schema["$defs"]["InterleavedConfig"]["properties"]["top_k"]
+    assert "teacher's K likeliest" in top_k["description"]
+    assert {kind.get("type", "schedule") for kind in top_k["oneOf"]} == {"integer", "schedule"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda path: path.stem)

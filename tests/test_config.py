@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skd_lib.config import DataConfig, RunConfig, load_config, parse_section
+from skd_lib.config import Count, DataConfig, DistillConfig, RunConfig, Schedule, load_config, parse_section
 from skd_lib.errors import SkdError, SkdErrors
 
 GOOD: dict[str, Any] = {
@@ -76,6 +76,24 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
             "greater than or equal to 1, got 0",
             "per teacher call",
         ),
+        ("distill.sampling.top_k", 2.5, "distill.sampling.top_k", "fractional part, got 2.5", "K likeliest"),
+        ("distill.sampling.top_k", {"start": 9}, "distill.sampling.top_k.end", "required", "last optimiser step"),
+        (
+            "distill.sampling.gamma",
+            {"start": 9, "end": 0},
+            "distill.sampling.gamma.end",
+            "greater than or equal to 1, got 0",
+            "last optimiser step",
+        ),
+        (
+            "distill.on_policy_fraction",
+            {"start": 0, "end": 1, "shape": "step"},
+            "distill.on_policy_fraction.shape",
+            "'linear' or 'cosine', got 'step'",
+            "",
+        ),
+        ("distill.selective", {"topp": 1}, "distill.selective.topp", "unknown field", "did you mean `top`?"),
+        ("distill.alpha", 1, "distill.alpha", "less than 1, got 1", "skew_kl"),
         ("distill.sampling.student.top_p", 0, "distill.sampling.student.top_p", "greater than 0", "Nucleus"),
         ("distill", 3, "distill", "valid dictionary", ""),
         ("task.prompt", "no place", "task.prompt", "must contain {source}", ""),
@@ -115,6 +133,34 @@ def test_the_student_is_named_or_cut_but_not_both(config: dict[str, Any], what: 
     (error,) = errors_of(config)
     assert error.where == "run.yaml"
     assert what in error.what
+
+
+@pytest.mark.parametrize(
+    ("distill", "what"),
+    [
+        ({"method": "skd"}, "cannot be stored for `skd`: its responses are written anew in every step"),
+        ({"method": "imitkd"}, "use `mode: online`, or method `supervised_kd` or `seqkd`"),
+        (
+            {"method": "supervised_kd", "selective": {"top": 100}},
+            "selective.top is 100, but only the teacher's 64 likeliest tokens are stored",
+        ),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_with_the_reason(distill: dict[str, Any], what: str) -> None:
+    stored = {"teacher_signal": {"mode": "stored"}}
+    (error,) = errors_of(changed("distill", distill | stored))
+    assert error.where == "run.yaml, field `distill`"
+    assert what in error.what
+    # What the method does not read is no error: one file can be run with each method.
+    for method in ("sft", "seqkd"):
+        parse_section(DistillConfig, {**distill, **stored, "method": method}, where="run.yaml")
+
+
+def test_integers_may_come_as_floats_in_schedules_too() -> None:
+    section = {"sampling": {"top_k": {"start": 50.0, "end": 5.0, "shape": "cosine"}, "gamma": 4.0}}
+    sampling = parse_section(DistillConfig, section, where="--config").sampling
+    assert sampling.top_k == Schedule[Count](start=50, end=5, shape="cosine")
+    assert (sampling.gamma, type(sampling.gamma)) == (4, int)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_lib.config import RunConfig
+from skd_lib.config import DivergenceName, Method, RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.parameters import PLACES, from_parameters, to_parameters
 
@@ -31,6 +31,14 @@ TRAININGS = st.fixed_dictionaries(
         "gradient_checkpointing": st.booleans(),
     },
 )
+
+
+def scheduled(numbers: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """A number, or a schedule between two."""
+    shapes = st.sampled_from(["linear", "cosine"])
+    return numbers | st.fixed_dictionaries({"start": numbers, "end": numbers}, optional={"shape": shapes})
+
+
 CONFIGS = st.builds(
     lambda pruned, **values: {
         **values,
@@ -51,9 +59,13 @@ CONFIGS = st.builds(
     distill=st.fixed_dictionaries(
         {"training": TRAININGS},
         optional={
-            "method": st.sampled_from(["sft", "supervised_kd", "on_policy", "skd"]),
-            "divergence": st.sampled_from(["forward_kl", "reverse_kl", "jsd"]),
-            "sampling": st.fixed_dictionaries({"top_k": st.integers(0, 500), "gamma": st.integers(1, 20)}),
+            "method": st.sampled_from(get_args(Method)),
+            "divergence": st.sampled_from(get_args(DivergenceName)),
+            "selective": st.none() | st.just({}),
+            "on_policy_fraction": scheduled(st.floats(0, 1)),
+            "sampling": st.fixed_dictionaries(
+                {"top_k": scheduled(st.integers(0, 500)), "gamma": scheduled(st.integers(1, 20))}
+            ),
         },
     ),
 )
@@ -86,6 +98,15 @@ def test_scalars_are_not_in_the_structured_parameter_too():
     assert "name" not in parameters["config"]
     assert "method" not in parameters["config"]["distill"]
     assert "top_k" not in parameters["config"]["distill"]["sampling"]
+
+
+def test_a_schedule_is_no_number_and_stays_in_the_structured_parameter():
+    values = example().model_dump(mode="json")
+    values["distill"]["sampling"]["top_k"] = {"start": 50, "end": 5, "shape": "cosine"}
+    parameters = to_parameters(from_parameters(values))
+    assert (parameters["top_k"], parameters["gamma"]) == (-1, 5)
+    assert parameters["config"]["distill"]["sampling"]["top_k"] == {"start": 50, "end": 5, "shape": "cosine"}
+    assert from_parameters(**{**parameters, "top_k": 7}).distill.sampling.top_k == 7
 
 
 def test_whole_configuration_needs_no_scalars_and_scalars_win():

@@ -7,17 +7,18 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from skd_lib.config import RunConfig
+from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig
 from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError
 from skd_lib.memory import Estimate, available_memory, estimates, model_size
+from skd_lib.methods import unread_settings
 from skd_lib.preflight import Check, PreflightReport, run_checks
 from skd_lib.steps import preflight, prepare_data
 from tests.conftest import SaveTinyModel
@@ -198,6 +199,29 @@ def test_a_gpu_that_is_asked_for_must_be_there(values: dict[str, Any], tmp_path:
     assert only(check(values, tmp_path, require_gpu=True), "error").name == "GPU"
 
 
+# --- the distillation's settings ----------------------------------------------------------------------------------
+
+
+def test_settings_that_nothing_reads_are_pointed_out(values: dict[str, Any], tmp_path: Path) -> None:
+    values["distill"] = {"method": "on_policy", "beta": 0.3, "sampling": {"rule": "mixture"}, "replaced_weight": 1}
+    found = {found.where: found for found in check(values, tmp_path).checks if found.level == "warning"}
+    assert set(found) == {"distill.beta", "distill.sampling.rule", "distill.replaced_weight"}
+    assert "`on_policy` with divergence `forward_kl` does not read" in found["distill.beta"].what
+    values["distill"] |= {"method": "skd", "divergence": "jsd"}
+    assert not [found for found in check(values, tmp_path).checks if found.level == "warning"]
+    # Every method runs with its defaults, and with what it alone reads.
+    for method in get_args(Method):
+        assert unread_settings(DistillConfig(method=method)) == []
+    assert unread_settings(DistillConfig(method="imitkd", sampled_fraction={"start": 0, "end": 1})) == []  # type: ignore[arg-type]
+    assert unread_settings(DistillConfig(method="sft", temperature=2.0, selective={})) == ["temperature", "selective"]  # type: ignore[arg-type]
+
+
+def test_the_stored_teacher_signal_is_estimated(values: dict[str, Any], tmp_path: Path) -> None:
+    values["distill"] = {"method": "supervised_kd", "teacher_signal": {"mode": "stored", "top_k": 100_000}}
+    (found,) = [found for found in check(values, tmp_path).checks if found.name == "teacher_signal"]
+    assert found.what.startswith("top 100000 tokens of ")
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +249,14 @@ def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], model
     assert plain["distill"].total == sum(plain["distill"].parts.values())
     assert set(largest(teacher_sft={"enabled": False})) == {"distill"}
     assert "teacher" not in largest(distill={"method": "sft"})["distill"].parts
-    assert "caches" not in largest(distill={"method": "supervised_kd"})["distill"].parts
+    supervised = largest(distill={"method": "supervised_kd"})["distill"]
+    assert "caches" not in supervised.parts
+    stored = largest(distill={"method": "supervised_kd", "teacher_signal": {"mode": "stored"}})["distill"]
+    assert stored.total == supervised.total - supervised.parts["teacher"]
+    caches = {method: largest(distill={"method": method})["distill"].parts["caches"] for method in ("seqkd", "imitkd")}
+    assert sum(caches.values()) == plain["distill"].parts["caches"]  # one model's and the other's
+    losses = {d: largest(distill={"divergence": d})["distill"].parts["loss"] for d in get_args(DivergenceName)}
+    assert losses["adaptive_kl"] > losses["jsd"] > losses["forward_kl"] > plain["teacher_sft"].parts["loss"]
     small = largest(distill={"training": {"micro_batch_size": 1}})["distill"]
     assert small.parts["activations"] * 8 == plain["distill"].parts["activations"]
     checkpointed = largest(distill={"training": {"gradient_checkpointing": True}})["distill"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skd_lib.batches import Rollout, collate, response_states, teacher_signals
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams
-from skd_lib.divergences import cross_entropy_sum
 from skd_lib.errors import SkdError
+from skd_lib.losses import cross_entropy_sum
 from skd_lib.rollouts import (
     Place,
-    Rollout,
-    collate,
-    response_states,
+    interleaving_rule,
     rollout_for,
     row_seed,
+    row_uniform,
     step_uniform,
-    teacher_response_states,
 )
+from skd_lib.sampling.samples import SamplingStatistics
+from skd_lib.teacher_signals import DenseSignal, TeacherSignal
 
 VOCABULARY = 320
 EOS = 2
@@ -61,22 +62,40 @@ def make(
     teacher: PreTrainedModel | None,
     *,
     top_k: int = 25,
-    fraction: float = 1.0,
+    distill: dict[str, Any] | None = None,
+    rule: dict[str, Any] | None = None,
+    steps: int = 10,
     places: list[Place] = PLACES,
     examples: list[Tokens] = EXAMPLES,
     adaptive_gamma: bool = True,
     **options: Any,
 ) -> Rollout:
-    sampling = InterleavedConfig(top_k=top_k, gamma=3, adaptive_gamma=adaptive_gamma, student=HOT, teacher=HOT)
+    sampling = InterleavedConfig(
+        **{"top_k": top_k, "gamma": 3, "adaptive_gamma": adaptive_gamma, "student": HOT, "teacher": HOT, **(rule or {})}
+    )
     arguments: dict[str, Any] = {"seed": 5, "eos_ids": (EOS,), "pad_id": 0, "max_new_tokens": 9, **options}
-    distill = DistillConfig(sampling=sampling, on_policy_fraction=fraction)
-    strategy = rollout_for(method, student=student, teacher=teacher, distill=distill, **arguments)  # type: ignore[arg-type]
+    strategy = rollout_for(
+        method,  # type: ignore[arg-type]
+        student=student,
+        teacher=teacher,
+        distill=DistillConfig(sampling=sampling, **(distill or {})),
+        steps=steps,
+        **arguments,
+    )
     return strategy(examples, places)  # type: ignore[arg-type]
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
-    counts = rollout.response_mask_BL.sum(1).tolist()
-    return [part.tolist() for part in torch.split(rollout.targets_N, counts)]
+    return [part.tolist() for part in torch.split(rollout.targets_N, rollout.lengths)]
+
+
+def by_teacher(rollout: Rollout) -> list[list[bool]]:
+    return [part.tolist() for part in torch.split(rollout.by_teacher_N, rollout.lengths)]
+
+
+def states(signals: Iterable[TeacherSignal | None]) -> Tensor:
+    """The states of dense signals, one after the other."""
+    return torch.cat([signal.states_NH for signal in signals if isinstance(signal, DenseSignal)])
 
 
 # --- which positions ----------------------------------------------------------------------------------------------
@@ -136,14 +155,17 @@ def test_split_puts_like_lengths_together_and_keeps_each_rows_states(
     widths = [part.input_ids_BL.shape[1] for part in parts]
     assert widths == sorted(widths)
     assert sorted(response for part in parts for response in responses(part)) == sorted(responses(rollout))
-    assert rollout.teacher_states_NH is not None
+    written = [list(zip(*row, strict=True)) for row in zip(responses(rollout), by_teacher(rollout), strict=True)]
     for part in parts:
         fresh = response_states(teacher, part)
-        torch.testing.assert_close(part.teacher_states_NH, fresh, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states(part.signals), fresh, rtol=1e-4, atol=1e-5)
+        for row in zip(responses(part), by_teacher(part), strict=True):
+            assert list(zip(*row, strict=True)) in written
         assert part.response_mask_BL[:, -2].any()  # no column of padding alone
     (whole,) = rollout.split([4])
     assert whole.input_ids_BL.shape == rollout.input_ids_BL.shape
-    empty = Rollout(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool), "student")
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    empty = Rollout(torch.zeros(2, 3, dtype=torch.long), nothing, nothing, ("student",) * 2, (None,) * 2)
     assert [part.tokens for part in empty.split([1, 1])] == [0, 0]
 
 
@@ -159,7 +181,8 @@ def test_an_empty_prompt_is_an_error() -> None:
 def test_ground_truth_is_taken_as_it_is(method: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     rollout = make(method, student, teacher)
     assert responses(rollout) == [example.response_ids for example in EXAMPLES]
-    assert (rollout.source, rollout.statistics, rollout.teacher_states_NH) == ("ground_truth", None, None)
+    assert (set(rollout.sources), set(rollout.signals), rollout.statistics) == ({"ground_truth"}, {None}, None)
+    assert not rollout.by_teacher_BL.any()
 
 
 def test_prompts_are_kept_and_sampled_tokens_follow_them(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -187,7 +210,9 @@ def test_skd_that_accepts_all_tokens_is_on_policy(student: PreTrainedModel, teac
     skd = make("skd", student, teacher, top_k=VOCABULARY)
     assert torch.equal(skd.input_ids_BL, on_policy.input_ids_BL)
     assert torch.equal(skd.response_mask_BL, on_policy.response_mask_BL)
-    assert (on_policy.source, skd.source) == ("student", "interleaved")
+    assert (set(on_policy.sources), set(skd.sources)) == ({"student"}, {"interleaved"})
+    assert not on_policy.by_teacher_BL.any()
+    assert not skd.by_teacher_BL.any()
     assert skd.statistics is not None
     assert skd.statistics.rejection_rate == 0
 
@@ -199,19 +224,20 @@ def test_skd_that_accepts_none_is_the_teacher_alone(student: PreTrainedModel, te
 
 
 def test_the_samplers_teacher_states_equal_a_fresh_forward(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    rollout = make("skd", student, teacher)
-    assert teacher_response_states(teacher, rollout) is rollout.teacher_states_NH
-    fresh = response_states(teacher, rollout)
-    assert fresh.shape == (rollout.tokens, 48)
-    torch.testing.assert_close(rollout.teacher_states_NH, fresh, rtol=1e-4, atol=1e-5)
+    for rule in ("top_k", "lossless", "min_prob", "mixture"):
+        rollout = make("skd", student, teacher, rule={"rule": rule})
+        assert tuple(teacher_signals(None, rollout)) == rollout.signals
+        fresh = response_states(teacher, rollout)
+        assert fresh.shape == (rollout.tokens, 48)
+        torch.testing.assert_close(states(rollout.signals), fresh, rtol=1e-4, atol=1e-5)
 
 
 def test_without_kept_states_the_teacher_runs_once_without_gradient(
     student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
     rollout = make("on_policy", student, teacher)
-    assert rollout.teacher_states_NH is None
-    actual = teacher_response_states(teacher, rollout)
+    assert set(rollout.signals) == {None}
+    actual = states(teacher_signals(teacher, rollout))
     assert not actual.requires_grad
     torch.testing.assert_close(actual, response_states(teacher, rollout))
 
@@ -243,7 +269,7 @@ def test_sampling_leaves_mode_random_state_and_gradients_alone(
     assert torch.equal(rollout.input_ids_BL, expected.input_ids_BL)  # dropout was off
     assert student.training
     assert torch.equal(torch.get_rng_state(), before)
-    assert rollout.teacher_states_NH is None or not rollout.teacher_states_NH.requires_grad
+    assert not any(signal.states_NH.requires_grad for signal in rollout.signals if isinstance(signal, DenseSignal))
 
 
 def test_ids_that_one_vocabulary_lacks_are_never_sampled(
@@ -255,9 +281,12 @@ def test_ids_that_one_vocabulary_lacks_are_never_sampled(
 
 
 def test_a_share_of_the_steps_is_on_policy(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    def source(step: int, fraction: float) -> str:
+    def source(step: int, fraction: Any) -> str:
         places = [Place(step, row) for row in range(4)]
-        return make("on_policy", student, teacher, fraction=fraction, places=places, max_new_tokens=1).source
+        share = {"on_policy_fraction": fraction}
+        rollout = make("on_policy", student, teacher, distill=share, places=places, steps=40, max_new_tokens=1)
+        (source,) = set(rollout.sources)
+        return source
 
     assert {source(step, 0.0) for step in range(5)} == {"ground_truth"}
     assert {source(step, 1.0) for step in range(5)} == {"student"}
@@ -265,10 +294,115 @@ def test_a_share_of_the_steps_is_on_policy(student: PreTrainedModel, teacher: Pr
     assert sources == [source(step, 0.3) for step in range(40)]
     assert sources.count("student") == sum(step_uniform(5, step) < 0.3 for step in range(40))
     assert 4 <= sources.count("student") <= 20
+    rising = [source(step, {"start": 0, "end": 1}) for step in range(40)]
+    assert rising == [["ground_truth", "student"][step_uniform(5, step) < step / 39] for step in range(40)]
+
+
+def test_two_stages(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    for steps, truths in ((10, 5), (7, 4), (1, 1)):
+        sources = [
+            make("two_stage", student, teacher, places=[Place(step, row) for row in range(4)], steps=steps).sources
+            for step in range(steps)
+        ]
+        assert sources == [("ground_truth",) * 4] * truths + [("student",) * 4] * (steps - truths)
+
+
+def test_seqkd_is_written_by_the_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    rollout = make("seqkd", student, teacher)
+    assert set(rollout.sources) == {"teacher"}
+    assert torch.equal(rollout.by_teacher_BL, rollout.response_mask_BL)
+    assert set(rollout.signals) == {None}  # its loss has no use for them
+    assert responses(rollout) == responses(make("skd", student, teacher, top_k=0))
+
+
+@pytest.mark.parametrize(("method", "sampled"), [("imitkd", "student"), ("skd_mixed", "interleaved")])
+def test_rows_are_mixed_by_their_places(
+    method: str, sampled: str, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    examples, places = EXAMPLES * 3, [Place(2, row) for row in range(12)]
+    whole = make(method, student, teacher, examples=examples, places=places)
+    chosen = [row_uniform(5, place) < 0.5 for place in places]
+    assert whole.sources == tuple(sampled if is_sampled else "ground_truth" for is_sampled in chosen)
+    assert {True, False} == set(chosen)
+    alone = make("skd" if method == "skd_mixed" else "on_policy", student, teacher, examples=examples, places=places)
+    for row, is_sampled in enumerate(chosen):
+        assert responses(whole)[row] == (responses(alone)[row] if is_sampled else examples[row].response_ids)
+        assert whole.input_ids_BL[row].tolist()[: len(examples[row].prompt_ids)] == examples[row].prompt_ids
+        assert by_teacher(whole)[row] == (by_teacher(alone)[row] if is_sampled else [False] * whole.lengths[row])
+    # Micro-batches and processes have parts of the step: each row is the same in any of them.
+    for rows in (slice(0, 5), slice(5, 12)):
+        part = make(method, student, teacher, examples=examples[rows], places=places[rows])
+        assert part.sources == whole.sources[rows]
+        assert responses(part) == responses(whole)[rows]
+    assert whole.statistics is not None
+    assert whole.statistics.sequences == sum(chosen)
+    assert whole.statistics.tokens == sum(
+        length for length, is_sampled in zip(whole.lengths, chosen, strict=True) if is_sampled
+    )
+
+
+def test_a_mixed_batch_asks_the_teacher_about_ground_truth_only(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    examples, places = EXAMPLES * 3, [Place(2, row) for row in range(12)]
+    rollout = make("skd_mixed", student, teacher, examples=examples, places=places)
+    truths = [row for row, source in enumerate(rollout.sources) if source == "ground_truth"]
+    seen: list[int] = []
+    teacher.get_decoder().register_forward_hook(
+        lambda _module, _inputs, keywords, _output: seen.append(len(keywords["input_ids"])), with_kwargs=True
+    )
+    signals = teacher_signals(teacher, rollout)
+    assert seen == [len(truths)]
+    torch.testing.assert_close(states(signals), response_states(teacher, rollout), rtol=1e-4, atol=1e-5)
+    assert [signals[row] is rollout.signals[row] for row in range(12)] == [row not in truths for row in range(12)]
+    with pytest.raises(SkdError, match="needs a teacher, or what it says"):
+        teacher_signals(None, rollout)
+
+
+def test_all_of_one_kind_is_no_mixture(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    for fraction, source in ((0, "ground_truth"), (1, "interleaved")):
+        rollout = make("skd_mixed", student, teacher, distill={"sampled_fraction": fraction})
+        assert set(rollout.sources) == {source}
+        assert (rollout.statistics is None) == (fraction == 0)
+
+
+def test_the_rule_decides_what_stands(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def rejected(step: int = 0, **rule: Any) -> float:
+        rollout = make("skd", student, teacher, rule=rule, places=[Place(step, row) for row in range(4)])
+        assert rollout.statistics is not None
+        assert rollout.by_teacher_BL.sum() == rollout.statistics.replaced + rollout.statistics.bonus
+        return rollout.statistics.rejection_rate
+
+    assert rejected(rule="min_prob", min_prob=0) == rejected(rule="mixture", mixture=0) == 0
+    assert rejected(rule="min_prob", min_prob=1) == rejected(rule="top_k", top_k=0) == 1
+    assert 0 < rejected(rule="mixture", mixture=0.5) < 1
+    assert 0 < rejected(rule="lossless") < 1
+    # Schedules run from the first step to the last.
+    ramp = {"start": VOCABULARY, "end": 0}
+    assert [rejected(step, rule="top_k", top_k=ramp) for step in (0, 9)] == [0, 1]
+    assert [rejected(step, rule="min_prob", min_prob={"start": 1, "end": 0}) for step in (0, 9)] == [1, 0]
+    # In hundredths, so that a long training has few samplers; a number is taken as it is.
+    annealed = InterleavedConfig(rule="min_prob")
+    rules = {interleaving_rule(annealed, step, 1000).name for step in range(1000)}
+    assert len(rules) == 26
+    assert interleaving_rule(InterleavedConfig(rule="mixture", mixture=0.123), 5, 10).name == "mixture(0.123)"
+
+
+def test_the_draft_length_may_follow_a_schedule_and_changes_nothing(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    drafted = []
+    for step in (0, 9):
+        options: dict[str, Any] = {"places": [Place(step, row) for row in range(4)], "adaptive_gamma": False}
+        scheduled = make("skd", student, teacher, rule={"gamma": {"start": 1, "end": 6}}, **options)
+        assert torch.equal(scheduled.input_ids_BL, make("skd", student, teacher, **options).input_ids_BL)
+        statistics = scheduled.statistics or SamplingStatistics()
+        drafted.append(statistics.drafted / statistics.teacher_calls)
+    assert drafted == [1, 6]
 
 
 def test_sampling_needs_a_teacher(student: PreTrainedModel) -> None:
-    for method in ("on_policy", "skd"):
+    for method in ("seqkd", "on_policy", "imitkd", "two_stage", "skd", "skd_mixed"):
         with pytest.raises(SkdError, match=f"method `{method}` needs a teacher"):
             make(method, student, None)
 

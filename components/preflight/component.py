@@ -45,10 +45,10 @@ def preflight(
         run_name: Name of the run: lower case, digits and dashes.
         teacher: Teacher: hub id, local folder, gs:// URI or wheel:// reference.
         student: Student, likewise; empty where it is cut from the teacher.
-        method: Training method: sft, supervised_kd, on_policy or skd.
-        divergence: Loss: forward_kl, reverse_kl or jsd.
-        top_k: SKD keeps a drafted token that is among the teacher's K likeliest.
-        gamma: Tokens the student drafts per teacher call.
+        method: Training method: sft, seqkd, supervised_kd, on_policy, imitkd, two_stage, skd or skd_mixed.
+        divergence: Loss: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd or adaptive_kl.
+        top_k: SKD keeps a drafted token that is among the teacher's K likeliest; -1: see `config`.
+        gamma: Tokens the student drafts per teacher call; -1: see `config`.
         max_steps: Optimiser steps of the distillation; 0 goes by epochs.
         learning_rate: Peak learning rate of the distillation.
         seed: Seed of the run.

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from skd_lib.batches import collate, response_states
 from skd_lib.config import TaskConfig
 from skd_lib.data.examples import Example
 from skd_lib.data.tokenize import answer_end_id, encode
-from skd_lib.divergences import cross_entropy_sum
 from skd_lib.events import Progress
+from skd_lib.losses import cross_entropy_sum
 from skd_lib.models.loading import pad_id
-from skd_lib.rollouts import collate, response_states
 
 
 class ReferenceLoss(NamedTuple):

@@ -18,13 +18,14 @@ rule            accepts drafted token t if          on rejection samples        
 ==============  ==================================  ===========================  ===================================
 
 p and q are the teacher's and the student's distributions after temperature and top-p, unless the table says before.
+Rules of the same number are the same object, so that what was set up for one can be kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -89,6 +90,7 @@ class AcceptanceRule:
     bonus: bool = False
 
 
+@lru_cache
 def top_k(k: int) -> AcceptanceRule:
     """SKD: a token stands if fewer than `k` tokens have a higher raw teacher logit (k = 0: none, k = V: all)."""
 
@@ -99,16 +101,19 @@ def top_k(k: int) -> AcceptanceRule:
     return AcceptanceRule(f"top_k({k})", accept)
 
 
+@lru_cache
 def everything() -> AcceptanceRule:
     """The student alone; the teacher is never asked."""
     return AcceptanceRule("everything", asks_teacher=False)
 
 
+@lru_cache
 def nothing() -> AcceptanceRule:
     """The teacher alone; nothing is drafted."""
     return AcceptanceRule("nothing", drafts=False)
 
 
+@lru_cache
 def lossless() -> AcceptanceRule:
     """Speculative decoding: the output is distributed exactly as the teacher's own."""
 
@@ -119,6 +124,7 @@ def lossless() -> AcceptanceRule:
     return AcceptanceRule("lossless", accept, _from_residual, needs_student_probs=True, bonus=True)
 
 
+@lru_cache
 def min_prob(a: float) -> AcceptanceRule:
     """A token stands if the teacher itself gives it at least probability `a`; else the teacher's likeliest does."""
 
@@ -129,6 +135,7 @@ def min_prob(a: float) -> AcceptanceRule:
     return AcceptanceRule(f"min_prob({a:g})", accept, _likeliest)
 
 
+@lru_cache
 def mixture(g: float) -> AcceptanceRule:
     """Every token is an exact sample of (1 - g) q + g p: g = 0 is the student, g = 1 the teacher."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.config import DistillConfig, TaskConfig, parse_section
+from skd_lib.config import DistillConfig, Schedule, TaskConfig, parse_section
 from skd_lib.errors import SkdErrors
+from skd_lib.methods import METHODS
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 from skd_lib.storage import checkpoint_folder
@@ -27,8 +29,8 @@ def main(
     config: Annotated[
         str,
         typer.Option(
-            help="Section `distill` of the run's config, as JSON: method (sft, supervised_kd, on_policy, skd), "
-            "divergence (forward_kl, reverse_kl, jsd), sampling (top_k, gamma, student, teacher), training."
+            help="Section `distill` of the run's config, as JSON: method, divergence and their settings, sampling, "
+            "teacher_signal, training. `skd config` lists its fields."
         ),
     ] = "{}",
     task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
@@ -40,8 +42,10 @@ def main(
     """Train the student under the teacher, and keep the weights of the lowest validation loss.
 
     Methods: `skd` (Speculative Knowledge Distillation: the student drafts, the teacher replaces what is not among
-    its top K), `on_policy` (the student's own samples), `supervised_kd` (ground truth), `sft` (ground truth, without
-    the teacher). A run that was killed goes on from its last checkpoint when it is started again.
+    its top K), `skd_mixed` (that or ground truth), `on_policy` (the student's own samples), `imitkd` (those or ground
+    truth), `two_stage` (first the one, then the other), `supervised_kd` (ground truth), `seqkd` (the teacher's samples,
+    cross-entropy), `sft` (ground truth, without the teacher). A run that was killed goes on from its last checkpoint
+    when it is started again.
 
     Output parameter `course`: rejection rate and validation loss by step.
     """
@@ -92,8 +96,8 @@ def main(
             weights=weights,
         )
         model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
-        guide = None if settings.method == "sft" else fitting.load_frozen(teacher)
-        result, figures = fit.run(model, guide, tokenizer, prepared, io.input_uri("data", data), run)
+        load_teacher = partial(fitting.load_frozen, teacher) if METHODS[settings.method].needs_teacher else None
+        result, figures = fit.run(model, load_teacher, tokenizer, prepared, io.input_uri("data", data), run)
         if not fitting.is_main_process():
             return
         lineage = Lineage(
@@ -119,16 +123,33 @@ def main(
 
 def _sampling_and_loss(settings: DistillConfig) -> dict[str, Any]:
     """The settings that the method reads, for somebody who finds the model in a registry."""
-    if settings.method == "sft":
-        return {}
-    facts: dict[str, Any] = {"divergence": settings.divergence}
-    if settings.divergence == "jsd":
-        facts["beta"] = settings.beta
-    if settings.method == "skd":
-        facts |= {"top_k": settings.sampling.top_k, "gamma": settings.sampling.gamma}
+    method, sampling = METHODS[settings.method], settings.sampling
+    facts: dict[str, Any] = {}
+    if method.divergence:
+        facts["divergence"] = settings.divergence
+        if settings.divergence == "jsd":
+            facts["beta"] = settings.beta
+        if settings.divergence in ("skew_kl", "skew_reverse_kl"):
+            facts["alpha"] = settings.alpha
+    if method.needs_teacher and settings.teacher_signal.mode == "stored":
+        facts["teacher_signal"] = f"stored, top {settings.teacher_signal.top_k}" if method.divergence else "stored"
+    if method.student_writes and method.teacher_writes:
+        facts["rule"] = sampling.rule
+        if sampling.rule != "lossless":
+            facts[sampling.rule] = _plain(getattr(sampling, sampling.rule))
+        facts["gamma"] = _plain(sampling.gamma)
+        if settings.replaced_weight:
+            facts["replaced_weight"] = settings.replaced_weight
     if settings.method == "on_policy":
-        facts["on_policy_fraction"] = settings.on_policy_fraction
+        facts["on_policy_fraction"] = _plain(settings.on_policy_fraction)
+    if settings.method in ("imitkd", "skd_mixed"):
+        facts["sampled_fraction"] = _plain(settings.sampled_fraction)
     return facts
+
+
+def _plain(setting: Any) -> Any:
+    """A number as it is, a schedule in words."""
+    return str(setting) if isinstance(setting, Schedule) else setting
 
 
 def _course(result: TrainResult) -> dict[str, list[float]]:

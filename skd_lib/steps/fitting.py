@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,13 +80,21 @@ class Fit:
     def run(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        load_teacher: Callable[[], PreTrainedModel] | None,
         tokenizer: PreTrainedTokenizerBase,
         data: PreparedData,
         data_uri: str,
         run: StepRun,
     ) -> tuple[TrainResult, dict[str, float]]:
         """Train `student` in place.
+
+        Args:
+            student: The model in training.
+            load_teacher: Makes the frozen teacher; None where there is nothing for it to do.
+            tokenizer: Both models' tokenizer.
+            data: Prepared data.
+            data_uri: Where that is.
+            run: The step's MLflow run.
 
         Returns:
             The result, and the figures for the metrics artifact.
@@ -96,6 +105,7 @@ class Fit:
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
         from skd_lib.models.loading import pad_id
+        from skd_lib.steps.storing import EarlyTeacher
         from skd_lib.training.run import train
 
         examples = {self.split: getattr(data, self.split), "validation": data.validation}
@@ -105,18 +115,35 @@ class Fit:
         end = answer_end_id(tokenizer, self.task)
         tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
         start = time.monotonic()
+        limits: dict[str, Any] = {
+            "eos_ids": ending_ids(student, tokenizer, self.task),
+            "pad_id": pad_id(tokenizer),
+            "max_new_tokens": self.task.max_new_tokens,
+        }
+        method, teacher, signals = self.method, None, None
+        if load_teacher is not None and self.distill is not None:
+            if self.distill.teacher_signal.mode == "online":
+                teacher = load_teacher()
+            else:
+                early = EarlyTeacher(self.checkpoint_root, self.weights["teacher"], load_teacher, student, self.distill)
+                if method == "seqkd":
+                    # What the teacher has written once is data like any other.
+                    method = "sft"
+                    tokens[self.split] = early.responses(tokens[self.split], seed=self.seed, limits=limits)
+                else:
+                    both = [*tokens[self.split], *tokens["validation"]]
+                    signals = early.signals(both, pad_id=limits["pad_id"])
         result = train(
-            method=self.method,
+            method=method,
             student=student,
             teacher=teacher,
             train=tokens[self.split],
             validation=tokens["validation"],
             training=self.training,
             distill=self.distill,
+            signals=signals,
             seed=self.seed,
-            max_new_tokens=self.task.max_new_tokens,
-            eos_ids=ending_ids(student, tokenizer, self.task),
-            pad_id=pad_id(tokenizer),
+            **limits,
             checkpoint_dir=self.checkpoint_dir(data),
             name=self.step,
             on_metrics=lambda step, figures: run.log_metrics(figures, step=step),

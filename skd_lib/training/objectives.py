@@ -6,11 +6,39 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from skd_lib.divergences import Divergence, LossSums, cross_entropy_sum, distillation_loss
-from skd_lib.rollouts import Rollout, response_states, teacher_response_states
+from skd_lib.batches import Rollout, response_states, teacher_signals
+from skd_lib.config import DistillConfig, Method
+from skd_lib.divergences import divergence
+from skd_lib.losses import DistillationLoss, LossSums, Selective, cross_entropy_sum
+from skd_lib.methods import METHODS
 
 Objective = Callable[[PreTrainedModel, Rollout], LossSums]
 """(student, rollout) -> sums over the rollout's response tokens, with a graph to the student's parameters."""
+
+
+def objective_for(method: Method, teacher: PreTrainedModel | None, distill: DistillConfig) -> Objective:
+    """What a method minimises.
+
+    Args:
+        method: Cross-entropy or divergence, see `skd_lib.methods`.
+        teacher: Frozen; None where the method asks none, or where rollouts carry what it says.
+        distill: The divergence and its options.
+    """
+    if not METHODS[method].divergence:
+        return cross_entropy
+    return distillation(teacher, loss_for(distill))
+
+
+def loss_for(distill: DistillConfig) -> DistillationLoss:
+    """The configured loss."""
+    selective = distill.selective
+    return DistillationLoss(
+        divergence(distill.divergence, beta=distill.beta, alpha=distill.alpha),
+        temperature=distill.temperature,
+        squared=distill.temperature_squared,
+        selective=None if selective is None else Selective(selective.top, selective.otherwise),
+        replaced_weight=distill.replaced_weight,
+    )
 
 
 def cross_entropy(student: PreTrainedModel, rollout: Rollout) -> LossSums:
@@ -18,12 +46,13 @@ def cross_entropy(student: PreTrainedModel, rollout: Rollout) -> LossSums:
     return cross_entropy_sum(student, response_states(student, rollout), rollout.targets_N)
 
 
-def distillation(teacher: PreTrainedModel, divergence: Divergence, temperature: float) -> Objective:
+def distillation(teacher: PreTrainedModel | None, loss: DistillationLoss) -> Objective:
     """A divergence from the (frozen) teacher's next-token distributions along the response."""
 
     def objective(student: PreTrainedModel, rollout: Rollout) -> LossSums:
-        teacher_states_NH = teacher_response_states(teacher, rollout)
-        student_states_NH = response_states(student, rollout)
-        return distillation_loss(student, student_states_NH, teacher, teacher_states_NH, divergence, temperature)
+        signals = teacher_signals(teacher, rollout)
+        signal = signals[0].concatenate(signals)
+        states_NH = response_states(student, rollout)
+        return loss(student, states_NH, signal, rollout.targets_N, rollout.by_teacher_N)
 
     return objective

@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from skd_lib.batches import Rollout, collate, teacher_signals
 from skd_lib.config import DistillConfig, Method, TrainingConfig
-from skd_lib.divergences import divergence
 from skd_lib.errors import SkdError
-from skd_lib.rollouts import Rollout, collate, rollout_for, teacher_response_states
+from skd_lib.methods import METHODS
+from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import last_complete
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
-from skd_lib.training.objectives import Objective, cross_entropy, distillation
+from skd_lib.training.objectives import objective_for
+from skd_lib.training.stored_teacher import StoredSignals
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.trainer import TRAINER_VALIDATION_LOSS, VALIDATION_LOSS, DistillationTrainer, OnMetrics
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 _VALIDATION_STATES_BYTES = 2**30
 """The teacher's states on the validation set are kept between validations if they take no more host memory."""
+_CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
 
@@ -106,6 +110,7 @@ def train(
     validation: Sequence[TokenizedExample],
     training: TrainingConfig,
     distill: DistillConfig | None = None,
+    signals: StoredSignals | None = None,
     seed: int,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -123,11 +128,12 @@ def train(
     Args:
         method: What is minimised, and where responses come from.
         student: In fp32; it is trained in bf16 autocast where its device multiplies in bf16 itself.
-        teacher: Frozen; None for `sft`.
+        teacher: Frozen; None where there is nothing for it to do.
         train: Training examples.
         validation: Held-out examples, for choosing the checkpoint.
         training: Optimiser, batches, steps.
         distill: Divergence and sampling; its method and training sections are not read. None for `sft`.
+        signals: What the teacher says on training and validation examples; then `supervised_kd` needs no teacher.
         seed: Decides the order of examples, all sampling and dropout.
         max_new_tokens: Longest sampled response.
         eos_ids: Ids that end a response.
@@ -144,7 +150,8 @@ def train(
         if not examples:
             raise SkdError(f"there are no {kind} examples", where=name, hint="check the data and max_prompt_tokens")
     distill = distill or DistillConfig()
-    objective = _objective(method, teacher, distill)
+    if METHODS[method].needs_teacher and teacher is None and signals is None:
+        raise SkdError(f"method `{method}` needs a teacher", where=name)
     args = _arguments(training, len(train), seed, checkpoint_dir, student)
     checkpoint = last_complete(checkpoint_dir)
     if checkpoint is not None:
@@ -154,24 +161,30 @@ def train(
     if teacher is not None:
         teacher.to(args.device).eval().requires_grad_(requires_grad=False)
     use_cache = student.config.use_cache
+    strategy = rollout_for(
+        method,
+        student=student,
+        teacher=teacher,
+        distill=distill,
+        steps=args.max_steps,
+        seed=seed,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        max_new_tokens=max_new_tokens,
+    )
     trainer = DistillationTrainer(
         model=student,
         args=args,
-        objective=objective,
-        strategy=rollout_for(
-            method,
-            student=student,
-            teacher=teacher,
-            distill=distill,
-            seed=seed,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            max_new_tokens=max_new_tokens,
-        ),
+        objective=objective_for(method, teacher, distill),
+        strategy=strategy if signals is None else signals.attached(strategy, args.device),
         examples=train,
         stream=TrainingStream(len(train), training.batch_size, seed),
         validation=_validation_rollouts(
-            validation, args.per_device_train_batch_size, pad_id, None if method == "sft" else teacher
+            validation,
+            args.per_device_train_batch_size,
+            pad_id,
+            teacher if METHODS[method].divergence else None,
+            signals,
         ),
         name=name,
         on_metrics=on_metrics,
@@ -184,14 +197,6 @@ def train(
         student.config.use_cache = use_cache  # the Trainer turns it off
         student.eval()
     return _result(trainer)
-
-
-def _objective(method: Method, teacher: PreTrainedModel | None, distill: DistillConfig) -> Objective:
-    if method == "sft":
-        return cross_entropy
-    if teacher is None:
-        raise SkdError(f"method `{method}` needs a teacher")
-    return distillation(teacher, divergence(distill.divergence, distill.beta), distill.temperature)
 
 
 class _Arguments(TrainingArguments):
@@ -243,23 +248,32 @@ def _arguments(
 
 
 def _validation_rollouts(
-    examples: Sequence[TokenizedExample], rows: int, pad_id: int, teacher: PreTrainedModel | None
+    examples: Sequence[TokenizedExample],
+    rows: int,
+    pad_id: int,
+    teacher: PreTrainedModel | None,
+    signals: StoredSignals | None,
 ) -> list[Rollout]:
-    """Ground-truth rollouts of `rows` rows on the CPU, like lengths together, with the teacher's states if they fit."""
+    """Ground-truth rollouts of `rows` rows on the CPU, like lengths together, with what the teacher says if it fits."""
     by_length = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.response_ids))
     rollouts = []
     for start in range(0, len(by_length), rows):
         batch = by_length[start : start + rows]
         prompts, responses = [example.prompt_ids for example in batch], [example.response_ids for example in batch]
-        rollouts.append(collate(prompts, responses, pad_id=pad_id, source="ground_truth"))
-    if teacher is None:
+        rollout = collate(prompts, responses, pad_id=pad_id, source="ground_truth")
+        if signals is not None:
+            rollout = replace(rollout, signals=tuple(signals.along(example) for example in batch))
+        rollouts.append(rollout)
+    if teacher is None or signals is not None:
         return rollouts
     hidden = teacher.config.get_text_config(decoder=True).hidden_size
     if sum(rollout.tokens for rollout in rollouts) * hidden * teacher.dtype.itemsize > _VALIDATION_STATES_BYTES:
         return rollouts
     with evaluating(teacher):
-        states = [teacher_response_states(teacher, rollout.to(teacher.device)).cpu() for rollout in rollouts]
-    return [replace(rollout, teacher_states_NH=part) for rollout, part in zip(rollouts, states, strict=True)]
+        return [
+            replace(rollout, signals=tuple(teacher_signals(teacher, rollout.to(teacher.device)))).to(_CPU)
+            for rollout in rollouts
+        ]
 
 
 def _result(trainer: DistillationTrainer) -> TrainResult:

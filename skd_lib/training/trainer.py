@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from skd_lib.divergences import LossSums
+from skd_lib.batches import Rollout
 from skd_lib.errors import SkdError
 from skd_lib.events import Progress
-from skd_lib.rollouts import Rollout, Strategy
+from skd_lib.losses import LossSums
+from skd_lib.rollouts import Strategy
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.checkpoints import CheckpointKeeper
 from skd_lib.training.modes import evaluating, through_wrapper
@@ -232,7 +233,7 @@ def sampling_figures(statistics: SamplingStatistics) -> dict[str, float]:
     if not statistics.sequences:
         return {}
     figures = {"truncated_fraction": statistics.truncated_fraction}
-    if statistics.teacher_calls:
+    if statistics.tested:
         figures |= {
             "rejection_rate": statistics.rejection_rate,
             "acceptance_rate": statistics.acceptance_rate,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,11 @@ from skd_lib.training.stream import TrainingStream
 
 
 def test_killed_and_resumed_equals_uninterrupted(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    settings = {"method": "skd", "max_steps": 8, "eval_steps": 3, "micro_batch_size": 2, "dropout": 0.2}
+    settings: dict[str, Any] = {"max_steps": 8, "eval_steps": 3, "micro_batch_size": 2, "dropout": 0.2}
+    # Everything that depends on the step or the row: which rows are sampled, and how.
+    sampling = {"top_k": {"start": 60, "end": 2, "shape": "cosine"}, "gamma": {"start": 2, "end": 5}}
+    distill = {"sampling": sampling, "sampled_fraction": {"start": 0.2, "end": 0.9}}
+    settings |= {"method": "skd_mixed", "distill": distill}
     student, teacher = tmp_path / "student", tmp_path / "teacher"
     tiny_model(seed=1, vocab_size=64).save_pretrained(student)
     tiny_model(seed=2, vocab_size=64).save_pretrained(teacher)

@@ -233,3 +233,33 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(SkdError, match="1 problem"):
         distill.main(student=other, **paths, **step.arguments)
+
+
+@pytest.mark.parametrize("method", ["supervised_kd", "seqkd"])
+def test_a_teacher_that_was_asked_before_is_not_loaded(
+    method: str, teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = save_tiny_model(tmp_path / "student", seed=5)
+    losses = []
+    for attempt, learning_rate in enumerate((5e-3, 1e-3)):
+        step = Step(tmp_path / str(attempt), ["distilled_student", "metrics"])
+        section = {
+            "method": method,
+            "teacher_signal": {"mode": "stored", "top_k": 8.0},
+            "training": {**TRAINING, "learning_rate": learning_rate},
+        }
+        distill.main(
+            student=student,
+            teacher=teacher,
+            data=data,
+            student_out=tmp_path / str(attempt) / "model",
+            config=json.dumps(section),
+            **step.arguments,
+        )
+        # Another training on the same data finds what the teacher said.
+        monkeypatch.setattr("skd_lib.steps.fitting.load_frozen", lambda _: pytest.fail("the teacher was loaded again"))
+        assert step.metadata("distilled_student")["method"] == method
+        assert str(step.metadata("distilled_student")["teacher_signal"]).startswith("stored")
+        losses.append((step.figures["first_validation_loss"], step.figures["best_validation_loss"]))
+    assert losses[0][0] == losses[1][0] > losses[0][1]
+    assert len(list((tmp_path / "checkpoints" / "teacher_signal").iterdir())) == 1

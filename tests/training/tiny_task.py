@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
+from skd_lib.methods import METHODS
 from skd_lib.training.run import TrainResult, train
+from skd_lib.training.stored_teacher import StoredSignals
 
 EOS = 2
 WORKER = Path(__file__)
@@ -56,6 +58,7 @@ def run(
     callbacks: list[TrainerCallback] | None = None,
     on_metrics: Any = None,
     distill: dict[str, Any] | None = None,
+    signals: StoredSignals | None = None,
     **training: Any,
 ) -> TrainResult:
     """Train on the task, with settings that tests override."""
@@ -64,7 +67,7 @@ def run(
     return train(
         method=method,  # type: ignore[arg-type]
         student=student,
-        teacher=None if method == "sft" else teacher,
+        teacher=teacher if METHODS[method].needs_teacher else None,  # type: ignore[index]
         train=examples(30, seed=0),  # type: ignore[arg-type]
         validation=examples(9, seed=1),  # type: ignore[arg-type]
         training=TrainingConfig(**settings),
@@ -72,6 +75,7 @@ def run(
         distill=DistillConfig(
             **{"sampling": InterleavedConfig(adaptive_gamma=False, student=warm, teacher=warm), **(distill or {})}
         ),
+        signals=signals,
         seed=11,
         max_new_tokens=8,
         eos_ids=(EOS,),

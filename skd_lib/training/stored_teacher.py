@@ -1,0 +1,236 @@
+"""What a teacher says on fixed prompts and responses, asked once and kept in files: training then needs no teacher.
+
+Each process writes its share; the marker that all are complete comes last, so that a folder that was left half-written
+is made anew. All processes must see the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skd_lib.batches import collate, response_states
+from skd_lib.errors import SkdError
+from skd_lib.events import Progress
+from skd_lib.models.heads import lm_logits, vocabulary_size
+from skd_lib.rollouts import Place, Strategy
+from skd_lib.storage import atomic_file, write_text_atomic
+from skd_lib.teacher_signals import SparseSignal
+from skd_lib.training.checkpoints import MARKER
+from skd_lib.training.modes import evaluating
+
+if TYPE_CHECKING:
+    from skd_lib.data.tokenize import TokenizedExample
+
+_SHARD_POSITIONS = 2**18
+"""Positions of a file: 134 MB of 64 tokens each."""
+_CHUNK_ELEMENTS = 2**26
+log = logging.getLogger(__name__)
+
+
+class StoredSignals:
+    """The teacher's likeliest tokens along the responses of some examples, read from disk as they are needed.
+
+    Args:
+        folder: What `store_signals` made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._settings: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        self._files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        self._places: dict[bytes, tuple[int, int, int]] = {}
+        for number, file in enumerate(self._files):
+            start = 0
+            for key, length in zip(file.get_tensor("keys"), file.get_tensor("lengths").tolist(), strict=True):
+                self._places[bytes(key.tolist())] = (number, start, start + length)
+                start += length
+
+    def along(self, example: TokenizedExample) -> SparseSignal:
+        """The signal along one example's response, on the CPU.
+
+        Raises:
+            SkdError: it is not stored.
+        """
+        place = self._places.get(_key(example))
+        if place is None:
+            raise SkdError(
+                "the stored teacher signal does not have this example",
+                where=f"{self._folder}, example {example.example_id!r}",
+                hint="remove the folder: it is made again",
+            )
+        number, start, end = place
+        file = self._files[number]
+        log_p_NE, ids_NK = (file.get_slice(name)[start:end] for name in ("log_p", "ids"))
+        return SparseSignal(log_p_NE, ids_NK, **self._settings)
+
+    def attached(self, strategy: Strategy, device: torch.device) -> Strategy:
+        """A strategy that leaves responses as they are, with the stored signals added."""
+
+        def with_signals(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Any:
+            signals = tuple(self.along(example).to(device) for example in examples)
+            return replace(strategy(examples, places), signals=signals)
+
+        return with_signals
+
+
+def store_signals(
+    folder: Path,
+    load_teacher: Callable[[], PreTrainedModel],
+    examples: Sequence[TokenizedExample],
+    *,
+    k: int,
+    temperature: float,
+    vocabulary: int,
+    rows: int,
+    pad_id: int,
+) -> StoredSignals:
+    """Store the teacher's `k` likeliest tokens along the examples' responses, unless the folder has them.
+
+    Args:
+        folder: For these very examples, teacher and settings.
+        load_teacher: Called where there is something to store.
+        examples: Whose responses; double ones are stored once.
+        k: Tokens a position.
+        temperature: Of the loss.
+        vocabulary: Rows of the student's head; tokens that only one of the models has do not count.
+        rows: Responses in a forward pass.
+        pad_id: Fills rows up.
+    """
+
+    def write(rank: int, processes: int) -> dict[str, Any]:
+        distinct = {_key(example): example for example in examples}
+        # Like lengths together.
+        ordered = sorted(distinct.values(), key=lambda example: len(example.prompt_ids) + len(example.response_ids))
+        batches = [ordered[start : start + rows] for start in range(0, len(ordered), rows)][rank::processes]
+        teacher = load_teacher()
+        common = min(vocabulary, vocabulary_size(teacher))
+        with evaluating(teacher), torch.no_grad():
+            signals = _signals(teacher, batches, k, temperature, common, pad_id)
+            for number, shard in enumerate(_shards(signals)):
+                with atomic_file(folder / f"signals-{rank:04}-{number:05}.safetensors") as temporary:
+                    save_file(shard, temporary)
+        return {"temperature": temperature, "vocabulary": common}
+
+    _once(folder, write)
+    return StoredSignals(folder)
+
+
+def store_responses(
+    folder: Path,
+    make_strategy: Callable[[], Strategy],
+    examples: Sequence[TokenizedExample],
+    *,
+    rows: int,
+) -> list[TokenizedExample]:
+    """The examples with the teacher's responses in place of their own, sampled unless the folder has them.
+
+    Args:
+        folder: For these very examples, teacher and settings.
+        make_strategy: Makes the strategy that samples, called where there is something to sample.
+        examples: Whose prompts.
+        rows: Prompts sampled together.
+    """
+
+    def write(rank: int, processes: int) -> dict[str, Any]:
+        strategy, mine = make_strategy(), range(rank, len(examples), processes)
+        progress = Progress("teacher responses", len(mine))
+        responses: dict[int, list[int]] = {}
+        for start in range(0, len(mine), rows):
+            chosen = mine[start : start + rows]
+            rollout = strategy([examples[index] for index in chosen], [Place(0, index) for index in chosen])
+            parts = torch.split(rollout.targets_N, rollout.lengths)
+            responses |= {index: part.tolist() for index, part in zip(chosen, parts, strict=True)}
+            progress.update(len(responses))
+        write_text_atomic(folder / f"responses-{rank:04}.json", json.dumps(responses))
+        return {"responses": len(examples)}
+
+    _once(folder, write)
+    responses: dict[int, list[int]] = {}
+    for path in folder.glob("responses-*.json"):
+        responses |= {int(index): ids for index, ids in json.loads(path.read_text(encoding="utf-8")).items()}
+    return [replace(example, response_ids=responses[index]) for index, example in enumerate(examples)]
+
+
+def examples_digest(examples: Sequence[TokenizedExample]) -> str:
+    """Changes when any token of any example does, or their order."""
+    return hashlib.blake2b(b"".join(map(_key, examples)), digest_size=16).hexdigest()
+
+
+def _once(folder: Path, write: Callable[[int, int], dict[str, Any]]) -> None:
+    """Let every process write its share, unless the folder is complete; what `write` returns is kept in the marker."""
+    if (folder / MARKER).exists():
+        log.info("the teacher is not asked again: %s has what it said", folder)
+        return
+    state = PartialState()
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    state.wait_for_everyone()
+    settings = write(state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_text_atomic(folder / MARKER, json.dumps(settings))
+    state.wait_for_everyone()
+
+
+def _signals(
+    teacher: PreTrainedModel,
+    batches: Sequence[Sequence[TokenizedExample]],
+    k: int,
+    temperature: float,
+    vocabulary: int,
+    pad_id: int,
+) -> Iterator[tuple[TokenizedExample, SparseSignal]]:
+    chunk = max(1, _CHUNK_ELEMENTS // vocabulary)
+    progress = Progress("teacher signal", len(batches))
+    for number, batch in enumerate(batches, start=1):
+        prompts, responses = [example.prompt_ids for example in batch], [example.response_ids for example in batch]
+        rollout = collate(prompts, responses, pad_id=pad_id, source="ground_truth", device=teacher.device)
+        parts = [
+            SparseSignal.of_logits(lm_logits(teacher, part_NH), k, temperature=temperature, vocabulary=vocabulary)
+            for part_NH in torch.split(response_states(teacher, rollout), chunk)
+        ]
+        yield from zip(batch, SparseSignal.concatenate(parts).to("cpu").split(rollout.lengths), strict=True)
+        progress.update(number)
+
+
+def _shards(signals: Iterator[tuple[TokenizedExample, SparseSignal]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors of one file each: the signals one after the other, with their lengths and their examples' keys."""
+    held: list[tuple[TokenizedExample, SparseSignal]] = []
+    for pair in signals:
+        held.append(pair)
+        if sum(len(signal) for _, signal in held) >= _SHARD_POSITIONS:
+            yield _tensors(held)
+            held = []
+    if held:
+        yield _tensors(held)
+
+
+def _tensors(pairs: Sequence[tuple[TokenizedExample, SparseSignal]]) -> dict[str, Tensor]:
+    whole = SparseSignal.concatenate([signal for _, signal in pairs])
+    return {
+        "log_p": whole.log_p_NE.contiguous(),
+        "ids": whole.ids_NK.contiguous(),
+        "lengths": torch.tensor([len(signal) for _, signal in pairs]),
+        "keys": torch.tensor([list(_key(example)) for example, _ in pairs], dtype=torch.uint8),
+    }
+
+
+def _key(example: TokenizedExample) -> bytes:
+    """Tells an example's tokens from any other's."""
+    tokens = json.dumps([list(example.prompt_ids), list(example.response_ids)])
+    return hashlib.blake2b(tokens.encode(), digest_size=16).digest()

@@ -1,0 +1,27 @@
+"""What the documentation tells people to write is what the program takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from skd_lib.config import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, parse_section
+
+METHODS_PAGE = (Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", METHODS_PAGE, flags=re.DOTALL))
+def test_every_example_is_valid(block: str) -> None:
+    parse_section(DistillConfig, yaml.safe_load(block)["distill"], where="docs/methods.md")
+
+
+def test_every_method_divergence_rule_and_setting_has_its_place() -> None:
+    rows = set(re.findall(r"^\| `(\w+)", METHODS_PAGE, flags=re.MULTILINE))
+    assert rows >= {*get_args(Method), *get_args(DivergenceName), *get_args(RuleName)}
+    for section in (DistillConfig, InterleavedConfig):
+        for field in section.model_fields.keys() - {"training"}:
+            assert re.search(rf"\b{field}\b", METHODS_PAGE), field
