@@ -8,19 +8,22 @@ same for every draft model, so that they can be compared. `settings` has all the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from skd_lib.config import Section
+
+Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
+"""Six digits say more than any timing knows, and keep small what Kubeflow hands from step to step."""
 
 
 class Percentiles(Section):
     """Of a latency, in seconds."""
 
-    p50: float
-    p90: float
-    p99: float
+    p50: Figure
+    p90: Figure
+    p99: Figure
 
 
 class Latency(Section):
@@ -39,30 +42,30 @@ class Latency(Section):
 class TeacherAlone(Section):
     """The teacher decoding without a draft model, over all turns of a setting."""
 
-    tokens_per_second: float = Field(description="Median over the turns.")
+    tokens_per_second: Figure = Field(description="Median over the turns.")
     latency: Latency
 
 
 class Forwards(Section):
     """Measured seconds of bare forwards of one batch; medians."""
 
-    draft_seconds: float = Field(description="The draft model over one position a row.")
-    draft_start_seconds: float = Field(description="Over two positions a row: the first forward of a block.")
-    teacher_seconds: dict[int, float] = Field(description="The teacher, by positions a row: 1, and gamma + 1 of each.")
+    draft_seconds: Figure = Field(description="The draft model over one position a row.")
+    draft_start_seconds: Figure = Field(description="Over two positions a row: the first forward of a block.")
+    teacher_seconds: dict[int, Figure] = Field(description="The teacher, by positions a row: 1, and gamma + 1 of each.")
 
 
 class Timed(Section):
     """A draft length that was timed."""
 
-    speedup: float = Field(description="Seconds a token, teacher alone / speculative; the median over the turns.")
-    tokens_per_second: float = Field(description="Median over the turns.")
-    acceptance_rate: float = Field(description="Accepted / tested drafted tokens.")
-    acceptance_by_position: list[float] = Field(
+    speedup: Figure = Field(description="Seconds a token, teacher alone / speculative; the median over the turns.")
+    tokens_per_second: Figure = Field(description="Median over the turns.")
+    acceptance_rate: Figure = Field(description="Accepted / tested drafted tokens.")
+    acceptance_by_position: list[Figure] = Field(
         description="Accepted / tested for each position in the block, given that all before it were accepted; ends "
         "where no block got further. The share of blocks that get beyond a position is the product up to it."
     )
     tested_by_position: list[int] = Field(description="How many tests each rate stands on; gamma long.")
-    tokens_per_teacher_call: float = Field(
+    tokens_per_teacher_call: Figure = Field(
         description="Block efficiency: response tokens for each teacher forward of a row; 1 to gamma + 1."
     )
     tokens: int = Field(description="Response tokens of all timed passes.")
@@ -74,12 +77,12 @@ class DraftLength(Section):
     """One draft length: what theory expects of it, and what was measured if it was timed."""
 
     gamma: int
-    expected_tokens_per_teacher_call: float = Field(description="From acceptance by position.")
-    theoretical_speedup: float = Field(
+    expected_tokens_per_teacher_call: Figure = Field(description="From acceptance by position.")
+    theoretical_speedup: Figure = Field(
         description="From acceptance by position and the forwards' measured times, the teacher's over gamma + 1 "
         "positions. What it leaves out (drawing, acceptance, bookkeeping, prefill) is the engine's share."
     )
-    theoretical_speedup_iid: float = Field(
+    theoretical_speedup_iid: Figure = Field(
         description="Leviathan et al. 2023, theorem 3.8: one acceptance rate for all positions, and a teacher forward "
         "that costs the same for a block as for a token."
     )
@@ -89,14 +92,14 @@ class DraftLength(Section):
 class Setting(Section):
     """One temperature and batch size."""
 
-    temperature: float
+    temperature: Figure
     batch_size: int
     prompts: int
     teacher_alone: TeacherAlone
     forwards: Forwards
     lengths: list[DraftLength] = Field(description="By gamma.")
     best_gamma: int = Field(description="Draft length with the highest speed-up among those timed.")
-    best_speedup: float
+    best_speedup: Figure
 
     def timed(self, gamma: int) -> Timed:
         """The measurements at a draft length that was timed."""
@@ -116,11 +119,11 @@ class VllmExport(Section):
 class SpecdecResult(Section):
     """How much a draft model saves its teacher."""
 
-    acceptance_rate: float
-    tokens_per_teacher_call: float
-    speedup: float
+    acceptance_rate: Figure
+    tokens_per_teacher_call: Figure
+    speedup: Figure
     gamma: int
-    temperature: float
+    temperature: Figure
     batch_size: int
     prompts: int
     repeats: int
@@ -129,14 +132,14 @@ class SpecdecResult(Section):
     )
     ties: int = Field(description="Over all settings at temperature 0.")
     tokens: int
-    teacher_only_tokens_per_second: float
-    speculative_tokens_per_second: float
-    seconds: float = Field(description="Of the whole benchmark, all draft models together.")
-    acceptance_by_position: list[float]
-    theoretical_speedup: float
-    theoretical_speedup_iid: float
+    teacher_only_tokens_per_second: Figure
+    speculative_tokens_per_second: Figure
+    seconds: Figure = Field(description="Of the whole benchmark, all draft models together.")
+    acceptance_by_position: list[Figure]
+    theoretical_speedup: Figure
+    theoretical_speedup_iid: Figure
     best_gamma: int
-    best_speedup: float
+    best_speedup: Figure
     latency: Latency
     teacher_only_latency: Latency
     settings: list[Setting]
