@@ -14,6 +14,7 @@ import typer
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
 from skd_lib.errors import SkdError
+from skd_lib.specdec.cli import specdec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
+app.command()(specdec)
 config = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(config, name="config")
 

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -516,12 +517,37 @@ class SpecdecConfig(Section):
     """Speculative decoding: the student drafts for the teacher."""
 
     examples: int = Field(32, ge=1, description="Test prompts used.")
-    gamma: int = Field(5, ge=1)
-    batch_size: int = Field(1, ge=1)
-    temperature: float = Field(
-        0.0, ge=0, description="0: greedy; the output is then checked against the teacher's own."
+    gamma: int = Field(
+        5, ge=1, description="Tokens drafted for each teacher call in the headline figures, before and after alike."
+    )
+    gammas: list[int] = Field(
+        [1, 2, 3, 4, 5, 6, 7, 8], description="Draft lengths compared; the best is reported beside the headline."
+    )
+    sweep: Literal["all", "best", "none"] = Field(
+        "all",
+        description="Which of `gammas` are timed: `all`; `best`, those on the way to the best (the others are "
+        "predicted from acceptance and the forwards' times); `none`, only `gamma`.",
+    )
+    batch_sizes: list[int] = Field(
+        [1, 8], min_length=1, description="Rows decoded together; the first belongs to the headline figures."
+    )
+    temperatures: list[float] = Field(
+        [0.0, 1.0],
+        min_length=1,
+        description="Of both models; the first belongs to the headline figures. 0 is greedy: the output is then "
+        "checked against the teacher's own.",
     )
     repeats: int = Field(3, ge=1, description="Timings are medians over this many passes.")
+
+    @field_validator("gammas", "batch_sizes", "temperatures")
+    @classmethod
+    def _distinct_and_in_range(cls, values: list[float], info: ValidationInfo) -> list[float]:
+        least = 0 if info.field_name == "temperatures" else 1
+        if any(value < least for value in values):
+            raise ValueError(f"every one must be at least {least}, got {values}")
+        if len(set(values)) < len(values):
+            raise ValueError(f"every one may be there once only, got {values}")
+        return values
 
 
 class RegistryConfig(Section):

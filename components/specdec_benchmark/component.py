@@ -1,4 +1,4 @@
-"""KFP component `specdec_benchmark`: measure the student as draft model for the teacher."""
+"""KFP component `specdec_benchmark`: measure the student as draft model for the teacher, before and after."""
 
 from typing import Any
 
@@ -11,27 +11,29 @@ from components.images import TRAIN
 @dsl.container_component
 def specdec_benchmark(
     teacher: dsl.Input[dsl.Model],
-    draft: dsl.Input[dsl.Model],
+    draft_before: dsl.Input[dsl.Model],
+    draft_after: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    role: str,
     config: dict[str, Any],
     task_config: dict[str, Any],
     seed: int,
     metrics: dsl.Output[dsl.Metrics],
-    result: dsl.OutputPath(dict),
+    before: dsl.OutputPath(dict),
+    after: dsl.OutputPath(dict),
     tracking_uri: str = "",
     experiment: str = "skd",
 ) -> dsl.ContainerSpec:
-    """Measure the student as draft model for the teacher.
+    """Measure the student as draft model for the teacher, before and after distillation.
 
-    Acceptance rate, tokens per teacher call and wall-clock speed-up over decoding with the teacher alone, in the same
-    run.
+    Acceptance rate by position, tokens per teacher call, latencies and wall-clock speed-up over decoding with the
+    teacher alone, beside the theoretical one, for several draft lengths, batch sizes and temperatures. The teacher
+    alone and both students take turns in one process.
 
     Args:
         teacher: The fine-tuned teacher.
-        draft: The student that drafts.
+        draft_before: The student before distillation.
+        draft_after: The student after distillation.
         data: Prepared data, as `prepare_data` wrote it.
-        role: Which student it is: before or after distillation.
         config: Section `specdec` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
@@ -39,17 +41,18 @@ def specdec_benchmark(
         experiment: MLflow experiment.
 
     Returns:
-        metrics: Acceptance, tokens per teacher call and speed-up.
-        result: The same figures.
+        metrics: The headline figures of both.
+        before: All figures of the student before distillation (`skd_lib/specdec/result.py` describes them).
+        after: Those of the student after distillation.
     """
     return run_step(
         "specdec_benchmark",
         TRAIN,
         {
             "teacher": teacher.path,
-            "draft": draft.path,
+            "draft_before": draft_before.path,
+            "draft_after": draft_after.path,
             "data": data.path,
-            "role": role,
             "config": config,
             "task_config": task_config,
             "seed": seed,

@@ -104,7 +104,7 @@ def test_order_of_the_steps(spec: dict[str, Any]):
     assert sorted(names) == sorted(
         ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill"]
         + [f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")]
-        + ["specdec_benchmark-before", "specdec_benchmark-after", "report", "gate", "register_model", "finish"]
+        + ["specdec_benchmark", "report", "gate", "register_model", "finish"]
     )
     assert names[0] == "preflight"
     assert names[-1] == "finish"

@@ -39,7 +39,7 @@ WORDS = {
 STEPS = [
     "preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill",
     *(f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")),
-    "specdec_benchmark-before", "specdec_benchmark-after", "report", "gate", "register_model", "finish",
+    "specdec_benchmark", "report", "gate", "register_model", "finish",
 ]  # fmt: skip
 UNCACHED = {"preflight", "report", "gate", "register_model", "finish"}
 
@@ -115,7 +115,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTin
         "student_init": {"mode": "prune", "keep_first": 1, "keep_last": 1},
         "distill": {"training": {**training, "learning_rate": 3e-3, "max_steps": 60, "eval_steps": 10}},
         "evaluation": {"bootstrap_samples": 100},
-        "specdec": {"examples": 8, "gamma": 3, "repeats": 1},
+        "specdec": {"examples": 8, "gamma": 3, "gammas": [1, 3], "sweep": "best", "repeats": 1},
         "registry": {"model_name": "tiny-student"},
     }
     path = folder / "tiny.yaml"

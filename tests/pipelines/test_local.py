@@ -19,11 +19,13 @@ from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from tests.pipelines.fakes import fake_pipeline
 
+TEACHER = """it's '{"a": "teacher"}' \\ """
+
 
 def config(**changes: Any) -> RunConfig:
     values = {
         "name": "fake",
-        "teacher": "it's a teacher",  # an apostrophe must survive every layer of quoting
+        "teacher": TEACHER,  # quotes must survive every layer of quoting
         "student": "student",
         "data": {"source": {"type": "files", "train": ["x.jsonl"]}},
     }
@@ -60,8 +62,8 @@ def run(folder: Path, run_config: RunConfig | None = None, **options: Any) -> tu
 def test_runs_every_step_and_keeps_what_they_wrote(tmp_path: Path, journal: Path, capfd: pytest.CaptureFixture[str]):
     finished, screen = run(tmp_path)
     assert executed(journal) == ["first", "second", "second", "last"]
-    assert finished.outputs["make"]["result"] == {"value": "it's a teacher", "nested": [1, 2.5]}
-    assert Path(finished.outputs["make"]["model"]).read_text() == "first:it's a teacher"
+    assert finished.outputs["make"]["result"] == {"value": TEACHER, "nested": [1, 2.5]}
+    assert Path(finished.outputs["make"]["model"]).read_text() == f"first:{TEACHER}"
     assert list(finished.durations()) == ["make", "report", "use", "finish"]
     assert all(0 < seconds < 60 for seconds in finished.durations().values())
     assert "hello from first" in (tmp_path / "runs/fake/logs/make.log").read_text()

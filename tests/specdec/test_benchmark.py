@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from skd_lib.config import SpecdecConfig, parse_section
 from skd_lib.errors import SkdError
 from skd_lib.sampling.engine import Sampler, Samples
-from skd_lib.specdec.benchmark import SpecdecResult, benchmark
+from skd_lib.specdec.benchmark import benchmark
+from skd_lib.specdec.plan import Plan
+from skd_lib.specdec.result import SpecdecResult
 from skd_lib.specdec.verification import rounding, verify_greedy
 from tests.conftest import TinyModel
+from tests.specdec.conftest import FakeClock
 
 VOCABULARY = 320
 EOS = tuple(range(2, 26))
@@ -27,17 +33,17 @@ def prompts(count: int = 5, seed: int = 0) -> list[list[int]]:
 
 
 def run(teacher: PreTrainedModel, draft: PreTrainedModel, **changes: Any) -> SpecdecResult:
-    settings: dict[str, Any] = {
-        "eos_ids": EOS,
-        "pad_id": 0,
-        "max_new_tokens": 16,
-        "gamma": 3,
-        "batch_size": 2,
-        "temperature": 0.0,
-        "repeats": 1,
-        "seed": 7,
-    }
-    return benchmark(teacher, draft, prompts(), **(settings | changes))
+    """The benchmark of one draft model; `changes` are fields of the plan or of its configuration."""
+    return run_all(teacher, {"draft": draft}, **changes)["draft"]
+
+
+def run_all(teacher: PreTrainedModel, drafts: dict[str, PreTrainedModel], **changes: Any) -> dict[str, SpecdecResult]:
+    config: dict[str, Any] = {"gamma": 3, "gammas": [1, 3], "sweep": "none", "batch_sizes": [2], "temperatures": [0.0]}
+    config["repeats"] = 1
+    config |= {name: changes.pop(name) for name in list(changes) if name in SpecdecConfig.model_fields}
+    fields: dict[str, Any] = {"prompts": prompts(), "eos_ids": EOS, "pad_id": 0, "max_new_tokens": 16, "seed": 7}
+    fields |= {name: changes.pop(name) for name in list(changes) if name in fields}
+    return benchmark(Plan(teacher, drafts, config=SpecdecConfig.model_validate(config), **fields), **changes)
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], length: int, eos_ids: Sequence[int] = EOS) -> list[int]:
@@ -68,7 +74,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sampler, Samples]]:
 @pytest.mark.parametrize("gamma", [1, 3])
 def test_a_teacher_drafting_for_itself_is_always_right(tiny_model: TinyModel, gamma: int, temperature: float) -> None:
     teacher = tiny_model()
-    result = run(teacher, teacher, gamma=gamma, temperature=temperature, eos_ids=NO_EOS)
+    result = run(teacher, teacher, gamma=gamma, temperatures=[temperature], eos_ids=NO_EOS)
     assert result.acceptance_rate == 1
     assert result.tokens_per_teacher_call == gamma + 1  # 16 is a multiple of both block lengths
 
@@ -76,7 +82,7 @@ def test_a_teacher_drafting_for_itself_is_always_right(tiny_model: TinyModel, ga
 def test_blocks_cut_short_by_the_end_count_as_teacher_calls(tiny_model: TinyModel) -> None:
     teacher = tiny_model()
     result = run(teacher, teacher, gamma=3, max_new_tokens=10, eos_ids=NO_EOS)  # blocks of 4, 4 and 2
-    assert result.tokens_per_teacher_call == pytest.approx(10 / 3)
+    assert result.tokens_per_teacher_call == pytest.approx(10 / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "gemma3"])
@@ -92,8 +98,9 @@ def test_any_draft_leaves_the_greedy_output_alone(tiny_model: TinyModel, arch: s
 def test_the_reference_is_greedy_decoding(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy(monkeypatch)
     teacher = tiny_model()
-    run(teacher, tiny_model(seed=1), max_new_tokens=12)
+    run(teacher, tiny_model(seed=1), max_new_tokens=12, batch_sizes=[5])
     wanted = [greedy(teacher, prompt, 12) for prompt in prompts()]
+    assert len(seen) == 4
     for _, samples in seen[2:]:  # the first two are the warm-up
         lengths = samples.mask_BT.sum(-1).tolist()
         assert [row[:length] for row, length in zip(samples.tokens_BT.tolist(), lengths, strict=True)] == wanted
@@ -113,7 +120,7 @@ def test_a_wrong_token_is_caught_and_named(tiny_model: TinyModel, monkeypatch: p
 
     monkeypatch.setattr(Sampler, "sample", corrupted)
     with pytest.raises(SkdError, match=rf"prompt {row}, response position 3: token \d+ is not the teacher's choice"):
-        run(tiny_model(), tiny_model(seed=1), eos_ids=NO_EOS)
+        run(tiny_model(), tiny_model(seed=1), eos_ids=NO_EOS, batch_sizes=[5])
 
 
 def verify(teacher: PreTrainedModel, outputs: list[list[int]], references: list[list[int]], **changes: Any) -> int:
@@ -189,27 +196,140 @@ def test_padded_heads_of_different_size(tiny_model: TinyModel) -> None:
 
 
 def test_figures_fit_together(tiny_model: TinyModel) -> None:
-    result = run(tiny_model(), tiny_model(seed=1), repeats=3, temperature=1.0)
-    figures = result.to_dict()
-    assert all(isinstance(value, (int, float)) for value in figures.values())
-    ratio = result.speculative_tokens_per_second / result.teacher_only_tokens_per_second
-    assert result.speedup == pytest.approx(ratio)
-    assert result.tokens <= 3 * 5 * 16
+    settings: dict[str, Any] = {"repeats": 2, "temperatures": [1.0, 0.0], "batch_sizes": [1, 2]}
+    result = run(tiny_model(), tiny_model(seed=1), prompts=prompts(3), max_new_tokens=8, **settings)
+    assert [(each.temperature, each.batch_size) for each in result.settings] == [(1, 1), (0, 1), (1, 2), (0, 2)]
+    assert [each.prompts for each in result.settings] == [3, 3, 2, 2]  # whole batches
+    assert result.tokens <= 2 * 3 * 8
     assert result.seconds > result.tokens / result.speculative_tokens_per_second * 0.5
+    headline = result.settings[0].timed(3)
+    assert (result.temperature, result.batch_size, result.prompts) == (1, 1, 3)
+    assert result.speedup == headline.speedup
+    assert result.latency == headline.latency
+    assert result.acceptance_rate == headline.acceptance_rate
+    assert len(headline.tested_by_position) == 3
+    assert list(headline.tested_by_position) == sorted(headline.tested_by_position, reverse=True)
+    assert result.latency.first_token.p50 <= result.latency.first_token.p90 <= result.latency.first_token.p99
+    assert SpecdecResult.model_validate_json(json.dumps(result.to_dict())) == result
+
+
+def test_flat_figures_are_numbers(tiny_model: TinyModel) -> None:
+    result = run(tiny_model(), tiny_model(seed=1), prompts=prompts(2), batch_sizes=[1, 2], eos_ids=NO_EOS)
+    figures = result.figures()
+    assert all(isinstance(value, int | float) for value in figures.values())
+    assert figures["speedup"] == result.speedup
+    assert figures["acceptance_position_1"] == result.acceptance_by_position[0]
+    assert figures["teacher_only_per_token_p99_seconds"] == result.teacher_only_latency.per_token.p99
+    assert figures["best_speedup_temperature_0_batch_2"] == result.settings[1].best_speedup
+
+
+def test_the_speedup_is_over_the_teacher_in_the_same_turn(
+    tiny_model: TinyModel, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine becomes three times as slow after the first turn: the ratio does not."""
+    passes = itertools.count()
+    sample = Sampler.sample
+
+    def timed(self: Sampler, *args: Any) -> Samples:
+        samples = sample(self, *args)
+        if len(samples.tokens_BT) == 5:  # not the warm-up
+            clock.now += (1 if next(passes) < 2 else 3) * (2.0 if self.student is None else 1.0)
+        return samples
+
+    monkeypatch.setattr(Sampler, "sample", timed)
+    models = clock.charge(tiny_model(), 0.001), clock.charge(tiny_model(seed=1), 0.001)
+    result = run(*models, repeats=3, batch_sizes=[5], eos_ids=NO_EOS)
+    assert result.speedup == pytest.approx(2, rel=0.05)
+    assert result.teacher_only_tokens_per_second == pytest.approx(80 / 6, rel=0.05)
+
+
+def test_theory_meets_what_is_measured(tiny_model: TinyModel, clock: FakeClock) -> None:
+    """Where forwards are all that takes time, the two differ by the prefill alone."""
+    teacher, draft = clock.charge(tiny_model(), 1.0), clock.charge(tiny_model(), 0.1)
+    result = run(teacher, draft, eos_ids=NO_EOS, max_new_tokens=120, prompts=prompts(1), batch_sizes=[1])
+    assert result.theoretical_speedup == pytest.approx(4 / 1.3, rel=1e-5)  # 4 tokens for 3 drafts and a block
+    assert result.theoretical_speedup_iid == pytest.approx(4 / 1.3, rel=1e-5)
+    assert result.speedup == pytest.approx(4 / 1.3, rel=0.03)
+    assert result.latency.per_token is not None
+    assert result.latency.per_token.p50 == pytest.approx(1.3 / 4, rel=1e-5)
+    assert result.teacher_only_latency.first_token.p99 == pytest.approx(2)  # the prompt, and the first round
 
 
 def test_passes_take_turns_after_a_warm_up(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy(monkeypatch)
-    run(tiny_model(), tiny_model(seed=1), repeats=2, max_new_tokens=4)
-    turns = [("nothing", 5), ("lossless", 5)]
-    assert [(sampler.rule.name, len(samples.tokens_BT)) for sampler, samples in seen] == [
-        ("nothing", 2),
-        ("lossless", 2),
+    before, after = tiny_model(seed=1), tiny_model(seed=2)
+    progress: list[tuple[int, int]] = []
+    run_all(
+        tiny_model(),
+        {"before": before, "after": after},
+        repeats=2,
+        max_new_tokens=4,
+        batch_sizes=[5],
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    turns = [(None, 5), (before, 5), (after, 5)]
+    assert [(sampler.student, len(samples.tokens_BT)) for sampler, samples in seen] == [
+        *[(student, 1) for student, _ in turns],
         *turns,
         *turns,
     ]
+    assert progress == [(done, 6) for done in range(1, 7)]
+
+
+def test_all_draft_lengths_are_timed(tiny_model: TinyModel) -> None:
+    result = run(tiny_model(), tiny_model(seed=1), sweep="all", gamma=2, gammas=[1, 4], eos_ids=NO_EOS)
+    setting = result.settings[0]
+    assert [length.gamma for length in setting.lengths] == [1, 2, 4]
+    speedups = {length.gamma: length.timed.speedup for length in setting.lengths if length.timed}
+    assert setting.best_speedup == speedups[setting.best_gamma] == max(speedups.values())
+    assert len(speedups) == 3
+
+
+def test_without_a_sweep_other_lengths_are_predicted(tiny_model: TinyModel) -> None:
+    teacher = tiny_model()
+    result = run(teacher, teacher, gammas=[1, 5], eos_ids=NO_EOS)
+    lengths = {length.gamma: length for length in result.settings[0].lengths}
+    assert [gamma for gamma, length in lengths.items() if length.timed] == [3]
+    assert lengths[5].expected_tokens_per_teacher_call == 6  # every position that was tested was accepted
+    assert result.best_gamma == 3
+
+
+@pytest.mark.parametrize(("slow", "wanted"), [("draft", 1), ("teacher", 8)])
+def test_the_sweep_finds_the_best_length_and_leaves_out_what_cannot_win(
+    tiny_model: TinyModel, clock: FakeClock, slow: str, wanted: int
+) -> None:
+    """A draft that is always right: with a slow teacher long blocks win, with a slow draft short ones do."""
+    teacher, draft = (clock.charge(tiny_model(), 1.0 if role == slow else 0.01) for role in ("teacher", "draft"))
+    changes: dict[str, Any] = {"gamma": 2, "gammas": [1, 2, 4, 8], "eos_ids": NO_EOS, "max_new_tokens": 18}
+    result = run(teacher, draft, sweep="best", prompts=prompts(2), **changes)
+    setting = result.settings[0]
+    assert setting.best_gamma == wanted
+    assert [length.gamma for length in setting.lengths if length.timed] == sorted({2, wanted})
+
+
+def test_batches_that_the_prompts_do_not_fill_are_left_out(tiny_model: TinyModel) -> None:
+    result = run(tiny_model(), tiny_model(seed=1), batch_sizes=[1, 8], max_new_tokens=4)
+    assert [each.batch_size for each in result.settings] == [1]
+    result = run(tiny_model(), tiny_model(seed=1), batch_sizes=[8], max_new_tokens=4)
+    assert [each.batch_size for each in result.settings] == [5]
 
 
 def test_no_prompts(tiny_model: TinyModel) -> None:
     with pytest.raises(SkdError, match="no prompts"):
-        benchmark(tiny_model(), tiny_model(), [], eos_ids=EOS, pad_id=0, max_new_tokens=4)
+        run(tiny_model(), tiny_model(), prompts=[])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gammas", [0, 1], "at least 1"),
+        ("batch_sizes", [1, 1], "once only"),
+        ("batch_sizes", [], "at least 1 item"),
+        ("temperatures", [-0.5], "at least 0"),
+        ("sweep", "some", "'all', 'best' or 'none'"),
+    ],
+)
+def test_settings_that_make_no_sense(field: str, value: Any, message: str) -> None:
+    with pytest.raises(SkdError, match=message) as caught:
+        parse_section(SpecdecConfig, {field: value}, where="run.yaml")
+    assert f"field `{field}`" in str(caught.value)

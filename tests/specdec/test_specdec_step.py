@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from skd_lib.errors import SkdError
+from skd_lib.report.summary import Specdec
 from skd_lib.sampling.engine import Sampler
-from skd_lib.steps.specdec_benchmark import Role, main
+from skd_lib.specdec.result import SpecdecResult
+from skd_lib.steps.specdec_benchmark import main
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_evaluate_step import prepared
 
-CONFIG = {"examples": 4, "gamma": 3, "repeats": 1}
+CONFIG = {"examples": 4, "gamma": 3, "sweep": "none", "batch_sizes": [4], "temperatures": [0], "repeats": 1}
 TASK = {"max_new_tokens": 8}
 
 
@@ -21,7 +24,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyM
     root = tmp_path_factory.mktemp("specdec")
     return {
         "teacher": save_tiny_model(root / "teacher"),
-        "draft": save_tiny_model(root / "draft", seed=1, layers=1),
+        "draft_before": save_tiny_model(root / "before", seed=1, layers=1),
+        "draft_after": save_tiny_model(root / "after", seed=2, layers=1),
         "data": prepared(root),
     }
 
@@ -29,7 +33,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyM
 def run(folders: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         **folders,
-        "role": Role.after,
         "config": json.dumps(CONFIG),
         "task_config": json.dumps(TASK),
         "metrics_out": out / "metrics.json",
@@ -41,19 +44,30 @@ def run(folders: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -> None:
-    output = run(folders, tmp_path, config=json.dumps({**CONFIG, "temperature": temperature}))
-    result = output["parameterValues"]["result"]
-    assert result["prompts"] == 4
-    assert result["temperature"] == temperature
-    assert 0 <= result["acceptance_rate"] <= 1
-    assert result["speedup"] > 0
-    assert output["artifacts"]["metrics"]["artifacts"][0]["metadata"] == result
-    assert json.loads((tmp_path / "metrics.json").read_text()) == result
+    output = run(folders, tmp_path, config=json.dumps({**CONFIG, "temperatures": [temperature]}))
+    results = output["parameterValues"]
+    assert list(results) == ["before", "after"]
+    for moment, values in results.items():
+        result = SpecdecResult.model_validate(values)
+        assert (result.prompts, result.temperature) == (4, temperature)
+        assert 0 <= result.acceptance_rate <= 1
+        assert result.speedup > 0
+        assert result.vllm is not None
+        assert result.vllm.compatible
+        words = shlex.split(result.vllm.command)
+        assert words[2] == str(folders["teacher"])
+        assert json.loads(words[-1])["model"] == str(folders[f"draft_{moment}"])
+    figures = output["artifacts"]["metrics"]["artifacts"][0]["metadata"]
+    assert figures["speedup_before"] == results["before"]["speedup"]
+    assert figures["acceptance_rate_after"] == results["after"]["acceptance_rate"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == results
 
 
-def test_a_teacher_drafting_for_itself(folders: dict[str, Path], tmp_path: Path) -> None:
-    result = run(folders | {"draft": folders["teacher"]}, tmp_path)["parameterValues"]["result"]
-    assert result["acceptance_rate"] == 1
+def test_the_report_reads_what_the_step_wrote(folders: dict[str, Path], tmp_path: Path) -> None:
+    result = run(folders | {"draft_after": folders["teacher"]}, tmp_path)["parameterValues"]["after"]
+    figures = Specdec.model_validate(result).figures()
+    assert figures["acceptance_rate"] == 1  # a teacher drafting for itself
+    assert figures["speedup"] == result["speedup"]
 
 
 def test_a_sampler_that_is_wrong_fails_the_step(
@@ -78,11 +92,13 @@ def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    output = run(folders, tmp_path, tracking_uri=uri, experiment="tests", role=Role.before)
+    output = run(folders, tmp_path, tracking_uri=uri, experiment="tests")
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
-    found = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'specdec_benchmark-before'")
-    assert found[0].data.metrics == pytest.approx(output["parameterValues"]["result"])
+    found = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'specdec_benchmark'")
+    assert found[0].data.metrics == pytest.approx(output["artifacts"]["metrics"]["artifacts"][0]["metadata"])
+    kept = client.download_artifacts(found[0].info.run_id, "specdec.json", str(tmp_path))
+    assert json.loads(Path(kept).read_text()) == output["parameterValues"]
     assert found[0].inputs is not None
     assert found[0].inputs.dataset_inputs[0].dataset.name == "test"

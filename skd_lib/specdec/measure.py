@@ -1,0 +1,56 @@
+"""From folders and inputs to figures: what the pipeline step and `skd specdec` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from skd_lib.config import SpecdecConfig, TaskConfig
+from skd_lib.data.tokenize import encode_prompt
+from skd_lib.evaluation.inference import ending_ids, load_for_inference
+from skd_lib.models.loading import pad_id
+from skd_lib.specdec.benchmark import benchmark
+from skd_lib.specdec.plan import Plan
+from skd_lib.specdec.result import SpecdecResult
+from skd_lib.specdec.turns import OnProgress
+from skd_lib.specdec.vllm import Served, export
+
+
+def measure(
+    teacher: Served,
+    drafts: Mapping[str, Served],
+    inputs: Sequence[str],
+    *,
+    task: TaskConfig,
+    config: SpecdecConfig,
+    seed: int,
+    on_progress: OnProgress | None = None,
+) -> dict[str, SpecdecResult]:
+    """Load the models, decode with them, and add the command that serves each pair at its best draft length.
+
+    Args:
+        teacher: The model whose output is wanted.
+        drafts: Models that draft for it, by name.
+        inputs: Texts; the first `config.examples` are used.
+        task: How an input becomes a prompt, and how long a response may be.
+        config: What to measure.
+        seed: Of what is sampled.
+        on_progress: Called after each pass.
+
+    Raises:
+        SkdError: as `benchmark`, or a model cannot be loaded.
+    """
+    model, tokenizer = load_for_inference(teacher.folder)
+    plan = Plan(
+        teacher=model,
+        drafts={name: load_for_inference(draft.folder)[0] for name, draft in drafts.items()},
+        prompts=[encode_prompt(tokenizer, task, text) for text in inputs[: config.examples]],
+        eos_ids=ending_ids(model, tokenizer, task),
+        pad_id=pad_id(tokenizer),
+        max_new_tokens=task.max_new_tokens,
+        config=config,
+        seed=seed,
+    )
+    return {
+        name: result.model_copy(update={"vllm": export(teacher, drafts[name], result.best_gamma)})
+        for name, result in benchmark(plan, on_progress).items()
+    }

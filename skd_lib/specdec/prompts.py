@@ -1,0 +1,45 @@
+"""Where `skd specdec` gets its prompts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skd_lib.config import Columns, FilesSource, RunConfig
+from skd_lib.data import sources
+from skd_lib.data.splits import make_splits
+from skd_lib.errors import SkdError
+
+
+def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
+    """The first inputs of a file: the lines of a .txt file, or a column of JSONL, CSV or Parquet.
+
+    Args:
+        path: Its ending says which format it is.
+        column: Which column holds the input, but for .txt.
+        limit: Read at most this many.
+
+    Raises:
+        SkdErrors: rows that are wrong, each with its number.
+        SkdError: the file cannot be read, or has no inputs.
+    """
+    if path.suffix != ".txt":
+        source = FilesSource(train=[str(path)], columns=Columns(source=column, target=column))
+        return [example.source for example in sources.load(source, max_rows=limit).train]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SkdError(f"cannot read the prompts: {error}", where=str(path), hint="check the path") from error
+    prompts = [line for line in lines if line.strip()][:limit]
+    if not prompts:
+        raise SkdError("there are no prompts in it", where=str(path), hint="write one a line")
+    return prompts
+
+
+def prompts_of_run(config: RunConfig, *, limit: int) -> list[str]:
+    """The first inputs of a run's test set, as `prepare_data` makes it.
+
+    Raises:
+        SkdError: the data cannot be read, or a split of it is empty.
+    """
+    test = make_splits(sources.load(config.data.source), config.data, config.seed).test
+    return [example.source for example in test[:limit]]

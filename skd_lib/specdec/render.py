@@ -1,0 +1,96 @@
+"""The benchmark's figures as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from skd_lib.specdec.result import DraftLength, Latency, Percentiles, Setting, SpecdecResult
+
+_SPEED_COLUMNS = ("drafted", "accepted", "tokens/call", "tokens/s", "speed-up", "theory", "paper's")
+_SPEED_CAPTION = (
+    "theory: from acceptance by position and the forwards' times; paper's: one rate, a block as dear as a token. "
+    "What was not timed is predicted."
+)
+
+
+def render(results: Mapping[str, SpecdecResult]) -> RenderableType:
+    """Tables for each draft model, by its name: speed in every setting, latency, acceptance by position."""
+    parts: list[RenderableType] = []
+    for name, result in results.items():
+        parts += [_speed(name, setting) for setting in result.settings]
+        parts += [_latencies(name, result), _conclusion(name, result)]
+        if result.vllm is not None:
+            parts += [Text(f"vLLM: {reason}", style="yellow") for reason in result.vllm.reasons]
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def _table(title: str, columns: tuple[str, ...], caption: str) -> Table:
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=None)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _speed(name: str, setting: Setting) -> Table:
+    title = f"{name}: {_how(setting)}, {setting.prompts} prompts"
+    table = _table(title, _SPEED_COLUMNS, _SPEED_CAPTION)
+    table.add_row("none", "", "1.00", f"{setting.teacher_alone.tokens_per_second:.1f}", "1.00x", "", "")
+    for length in setting.lengths:
+        table.add_row(*_speed_cells(length), style="bold" if length.gamma == setting.best_gamma else "")
+    return table
+
+
+def _speed_cells(length: DraftLength) -> list[str]:
+    theory = [f"{length.theoretical_speedup:.2f}x", f"{length.theoretical_speedup_iid:.2f}x"]
+    timed = length.timed
+    if timed is None:
+        return [str(length.gamma), "", f"{length.expected_tokens_per_teacher_call:.2f}", "", "", *theory]
+    return [
+        str(length.gamma),
+        f"{timed.acceptance_rate:.1%}",
+        f"{timed.tokens_per_teacher_call:.2f}",
+        f"{timed.tokens_per_second:.1f}",
+        f"{timed.speedup:.2f}x",
+        *theory,
+    ]
+
+
+def _latencies(name: str, result: SpecdecResult) -> Table:
+    columns = ("setting", "drafted", "first token", "per token")
+    table = _table(f"{name}: latency in ms", columns, "50 / 90 / 99 % of tokens take no longer")
+    for setting in result.settings:
+        table.add_row(_how(setting), "none", *_latency_cells(setting.teacher_alone.latency))
+        table.add_row("", str(setting.best_gamma), *_latency_cells(setting.timed(setting.best_gamma).latency))
+    return table
+
+
+def _latency_cells(latency: Latency) -> list[str]:
+    return [_milliseconds(latency.first_token), _milliseconds(latency.per_token)]
+
+
+def _milliseconds(percentiles: Percentiles | None) -> str:
+    if percentiles is None:
+        return ""
+    return " / ".join(f"{1000 * value:.{0 if value >= 0.1 else 1}f}" for _, value in percentiles)
+
+
+def _conclusion(name: str, result: SpecdecResult) -> Text:
+    rates = ", ".join(f"{rate:.1%}" for rate in result.acceptance_by_position)
+    text = (
+        f"{name}: positions of a block of {result.gamma} are accepted, once reached, in {rates}. Fastest at batch size "
+        f"{result.batch_size}: {result.best_gamma} drafted tokens, {result.best_speedup:.2f}x the teacher alone."
+    )
+    if any(setting.temperature == 0 for setting in result.settings):
+        ties = f", bar {result.ties} ties within rounding" if result.ties else ""
+        text += f" Its greedy output is the teacher's own, token by token{ties}."
+    return Text(text)
+
+
+def _how(setting: Setting) -> str:
+    how = "greedy" if setting.temperature == 0 else f"temperature {setting.temperature:g}"
+    return f"{how}, batch size {setting.batch_size}"

@@ -1,0 +1,104 @@
+"""What speculative decoding should gain: from acceptance and the two models' measured forward times.
+
+Leviathan et al. 2023 (arXiv 2211.17192): with acceptance rate a, the same at every position and independent, a block
+of G drafted tokens yields (1 - a^(G+1)) / (1 - a) tokens (equation 1), and with a draft forward that takes c times as
+long as a teacher forward, decoding is (1 - a^(G+1)) / ((1 - a)(G c + 1)) times as fast (theorem 3.8).
+
+Two of its assumptions are dropped where they can be measured. Acceptance depends on the position in the block, so the
+yield is 1 + a_1 + a_1 a_2 + ... with each position's own rate given that all before it were accepted. And a teacher
+forward over G + 1 positions takes longer than over one, on a CPU much longer, so its own time stands in the formula.
+Both speed-ups are reported, this one and the paper's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel
+
+from skd_lib.bench.floor import Forward, bare
+
+
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Tokens of a block, given the rate at which each of its positions is accepted once those before it are."""
+    total, reached = 1.0, 1.0
+    for rate in acceptance:
+        reached *= rate
+        total += reached
+    return total
+
+
+def stretched(by_position: Sequence[float], gamma: int) -> list[float]:
+    """Rates of `gamma` positions: those that were never tested are taken to be like the last that was."""
+    known = list(by_position[:gamma]) or [1.0]
+    return [*known, *known[-1:] * (gamma - len(known))]
+
+
+@dataclass(frozen=True)
+class ForwardTimes:
+    """Median seconds of forwards of one batch, nothing around them.
+
+    Attributes:
+        draft: The draft model over one position a row.
+        draft_start: Over two: the first of a block, which has the teacher's token to catch up with.
+        teacher: The teacher by number of positions a row.
+    """
+
+    draft: float
+    draft_start: float
+    teacher: dict[int, float]
+
+    def of_block(self, gamma: int) -> float:
+        """Seconds to draft `gamma` tokens and to score them and the position after them."""
+        return self.draft_start + (gamma - 1) * self.draft + self.teacher[gamma + 1]
+
+    def speedup(self, by_position: Sequence[float], gamma: int) -> float:
+        """Theoretical speed-up with acceptance by position and the time of the teacher's whole block."""
+        tokens = expected_tokens(stretched(by_position, gamma))
+        return tokens * self.teacher[1] / self.of_block(gamma)
+
+    def speedup_of_paper(self, rate: float, gamma: int) -> float:
+        """Leviathan et al.'s theorem 3.8, with c = draft / teacher, each over one position."""
+        return expected_tokens([rate] * gamma) / (gamma * self.draft / self.teacher[1] + 1)
+
+
+def measure_forwards(
+    teacher: PreTrainedModel,
+    draft: PreTrainedModel,
+    *,
+    rows: int,
+    positions: int,
+    gammas: Iterable[int],
+    repeats: int = 3,
+) -> ForwardTimes:
+    """Time the forwards that decoding is made of, in turns.
+
+    Args:
+        teacher: On the draft's device.
+        draft: The draft model.
+        rows: Rows of the batch.
+        positions: Cached positions a row, these forwards' own included.
+        gammas: Draft lengths: the teacher is timed over one position and over each plus one.
+        repeats: Timed forwards of each kind, after one untimed.
+    """
+    widths = sorted({1, *(gamma + 1 for gamma in gammas)})
+    shapes = [(draft, 1, 1), (draft, 2, 1), *((teacher, width, width) for width in widths)]
+    passes = [
+        bare([Forward(model, rows, width, max(positions, width), at_head=rows * at_head)])
+        for model, width, at_head in shapes
+    ]
+    seconds: list[list[float]] = [[] for _ in passes]
+    for repeat in range(repeats + 1):
+        for run, taken in zip(passes, seconds, strict=True):
+            started = time.perf_counter()
+            run()
+            if teacher.device.type == "cuda":
+                torch.cuda.synchronize(teacher.device)
+            if repeat:
+                taken.append(time.perf_counter() - started)
+    one, two, *blocks = (median(taken) for taken in seconds)
+    return ForwardTimes(one, two, dict(zip(widths, blocks, strict=True)))

@@ -1,0 +1,208 @@
+"""Passes in turns, at one temperature and batch size.
+
+A pass of each draft model stands beside a pass of the teacher alone, on the same prompts and seeds: a machine that is
+busy for a while slows all of them.
+
+`sweep: best` spends little on draft lengths that cannot win. After each measurement the speed-up of every other length
+is predicted: theory's (`skd_lib.specdec.theory`), times what the nearest timed length achieved of its own. The length
+that promises most is timed next, until it is one that was timed already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+from skd_lib.specdec.blocks import Acceptance
+from skd_lib.specdec.decoding import Decoder, Pass, decode
+from skd_lib.specdec.plan import Plan
+from skd_lib.specdec.result import (
+    DraftLength,
+    Forwards,
+    Latency,
+    Percentiles,
+    Setting,
+    TeacherAlone,
+    Timed,
+)
+from skd_lib.specdec.theory import ForwardTimes, expected_tokens, stretched
+from skd_lib.specdec.verification import verify_greedy
+
+OnProgress = Callable[[int, int], None]
+"""Called with the passes that are done and the passes there are, as far as is known."""
+
+
+@dataclass
+class Passes:
+    """Progress, counted in passes over the prompts."""
+
+    on_progress: OnProgress | None
+    total: int
+    done: int = 0
+
+    def advance(self) -> None:
+        """One more is done."""
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)
+
+
+@dataclass
+class _Series:
+    """The passes of one draft model at one draft length, each beside one of the teacher alone."""
+
+    speedups: list[float] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
+    ties: int = 0
+
+    def timed(self, gamma: int) -> Timed:
+        acceptance = Acceptance.count((block for one in self.passes for row in one.blocks for block in row), gamma)
+        return Timed(
+            speedup=median(self.speedups),
+            tokens_per_second=1 / median(one.seconds_per_token for one in self.passes),
+            acceptance_rate=acceptance.rate,
+            acceptance_by_position=acceptance.by_position,
+            tested_by_position=list(acceptance.tested),
+            tokens_per_teacher_call=acceptance.tokens_per_block,
+            tokens=acceptance.tokens,
+            latency=_latency(self.passes),
+            ties=self.ties,
+        )
+
+
+class Turns:
+    """All passes at one temperature and batch size."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        temperature: float,
+        batch_size: int,
+        forwards: Mapping[str, ForwardTimes],
+        progress: Passes,
+    ) -> None:
+        self.plan, self.temperature, self.batch_size = plan, temperature, batch_size
+        self.forwards, self.progress = forwards, progress
+        whole_batches = len(plan.prompts) // batch_size * batch_size
+        self.prompts = list(plan.prompts[:whole_batches])
+        self.alone: list[Pass] = []
+        self.timed: dict[str, dict[int, Timed]] = {name: {} for name in plan.drafts}
+
+    def run(self) -> dict[str, Setting]:
+        """Take the turns that the sweep asks for."""
+        self._take_turns(self.plan.first)
+        if self.plan.config.sweep == "best":
+            while any((due := {name: self._next(name) for name in self.plan.drafts}).values()):
+                self.progress.total += self.plan.passes(due)
+                self._take_turns(due)
+        return {name: self._setting(name) for name in self.plan.drafts}
+
+    def _take_turns(self, due: Mapping[str, list[int]]) -> None:
+        """Time the teacher alone and with each draft at its lengths, one after the other, `repeats` times."""
+        plan = self.plan
+        alone = plan.decoder(None, 1, self.temperature, self.batch_size)
+        drafted = {
+            (name, gamma): plan.decoder(plan.drafts[name], gamma, self.temperature, self.batch_size)
+            for name, gammas in due.items()
+            for gamma in gammas
+        }
+        for decoder in (alone, *drafted.values()):
+            self._warm_up(decoder)
+        series = {which: _Series() for which in drafted}
+        for repeat in range(plan.config.repeats):
+            seeds = [plan.seed + repeat * len(plan.prompts) + row for row in range(len(self.prompts))]
+            reference = self._decode(alone, seeds)
+            self.alone.append(reference)
+            for which, decoder in drafted.items():
+                taken = self._decode(decoder, seeds)
+                series[which].passes.append(taken)
+                series[which].speedups.append(reference.seconds_per_token / taken.seconds_per_token)
+                if self.temperature == 0:
+                    series[which].ties = self._verify(taken, reference)
+        for (name, gamma), found in series.items():
+            self.timed[name][gamma] = found.timed(gamma)
+
+    def _warm_up(self, decoder: Decoder) -> None:
+        """A whole batch on a GPU, where kernels are chosen by shape; one prompt on a CPU, where little is prepared."""
+        rows = self.batch_size if self.plan.teacher.device.type == "cuda" else 1
+        decode(decoder, self.prompts[:rows], [self.plan.seed] * rows, rows)
+
+    def _decode(self, decoder: Decoder, seeds: list[int]) -> Pass:
+        taken = decode(decoder, self.prompts, seeds, self.batch_size)
+        self.progress.advance()
+        return taken
+
+    def _verify(self, taken: Pass, reference: Pass) -> int:
+        return verify_greedy(
+            self.plan.teacher,
+            self.prompts,
+            taken.responses,
+            reference.responses,
+            eos_ids=self.plan.eos_ids,
+            max_new_tokens=self.plan.max_new_tokens,
+            vocabulary=self.plan.vocabulary,
+        )
+
+    def _next(self, name: str) -> list[int]:
+        """The draft length that promises most, unless it was timed already."""
+        timed, forwards = self.timed[name], self.forwards[name]
+
+        def promise(gamma: int) -> float:
+            nearest = min(timed, key=lambda other: abs(other - gamma))
+            achieved = timed[nearest].speedup / forwards.speedup(timed[nearest].acceptance_by_position, nearest)
+            return achieved * forwards.speedup(self._basis(name, gamma).acceptance_by_position, gamma)
+
+        best = max(self.plan.gammas, key=promise)
+        return [] if best in timed else [best]
+
+    def _basis(self, name: str, gamma: int) -> Timed:
+        """What is known of acceptance at a draft length: its own, or that of the longest blocks that were timed."""
+        timed = self.timed[name]
+        return timed[gamma if gamma in timed else max(timed)]
+
+    def _setting(self, name: str) -> Setting:
+        timed, forwards = self.timed[name], self.forwards[name]
+        lengths = []
+        for gamma in self.plan.gammas:
+            basis = self._basis(name, gamma)
+            by_position = basis.acceptance_by_position
+            lengths.append(
+                DraftLength(
+                    gamma=gamma,
+                    expected_tokens_per_teacher_call=expected_tokens(stretched(by_position, gamma)),
+                    theoretical_speedup=forwards.speedup(by_position, gamma),
+                    theoretical_speedup_iid=forwards.speedup_of_paper(basis.acceptance_rate, gamma),
+                    timed=timed.get(gamma),
+                )
+            )
+        best = max(timed, key=lambda gamma: timed[gamma].speedup)
+        return Setting(
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+            prompts=len(self.prompts),
+            teacher_alone=TeacherAlone(
+                tokens_per_second=1 / median(one.seconds_per_token for one in self.alone), latency=_latency(self.alone)
+            ),
+            forwards=Forwards(
+                draft_seconds=forwards.draft,
+                draft_start_seconds=forwards.draft_start,
+                teacher_seconds=forwards.teacher,
+            ),
+            lengths=lengths,
+            best_gamma=best,
+            best_speedup=timed[best].speedup,
+        )
+
+
+def _latency(passes: Sequence[Pass]) -> Latency:
+    first = [seconds for one in passes for seconds in one.first_token]
+    per_token = [seconds for one in passes for seconds in one.per_token]
+    return Latency(first_token=_percentiles(first), per_token=_percentiles(per_token) if per_token else None)
+
+
+def _percentiles(values: Sequence[float]) -> Percentiles:
+    if len(values) == 1:
+        return Percentiles(p50=values[0], p90=values[0], p99=values[0])
+    cuts = quantiles(values, n=100, method="inclusive")
+    return Percentiles(p50=cuts[49], p90=cuts[89], p99=cuts[98])
