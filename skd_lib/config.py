@@ -20,7 +20,7 @@ from skd_lib.errors import SkdError, SkdErrors
 Method = Literal["sft", "supervised_kd", "on_policy", "skd"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
-MetricName = Literal["chrf", "bleu", "rougeL", "accuracy"]
+MetricName = Literal["chrf", "bleu", "rougeL", "accuracy", "comet"]
 
 
 class Section(BaseModel):
@@ -124,7 +124,11 @@ class TaskConfig(Section):
     system_prompt: str | None = Field(None, description="System message, where a chat template is used.")
     chat_template: bool = Field(True, description="Wrap the prompt in the tokenizer's chat template.")
     stop: list[str] = Field([], description="The answer ends before the first of these strings, e.g. a newline.")
-    metrics: list[MetricName] = Field(["chrf", "bleu"], min_length=1, description="The first decides promotion.")
+    metrics: list[MetricName] = Field(
+        ["chrf", "bleu"],
+        min_length=1,
+        description="The first decides promotion. `comet` has a step of its own (section `evaluation.comet`).",
+    )
     max_prompt_tokens: int = Field(256, ge=1)
     max_new_tokens: int = Field(256, ge=1)
 
@@ -134,6 +138,16 @@ class TaskConfig(Section):
         if "{source}" not in prompt:
             raise ValueError("the template must contain {source}, the place of the input text")
         return prompt
+
+    @property
+    def wants_comet(self) -> bool:
+        """Whether the answers are to be scored by COMET too."""
+        return "comet" in self.metrics
+
+    @property
+    def own_metrics(self) -> list[MetricName]:
+        """The metrics that step `evaluate` measures itself: all but COMET."""
+        return [name for name in self.metrics if name != "comet"]
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -232,11 +246,27 @@ class DistillConfig(Section):
 # --- measuring and keeping ----------------------------------------------------------------------------------------
 
 
+class CometConfig(Section):
+    """COMET, a learned metric of translations (Rei et al. 2022), where `task.metrics` names `comet`."""
+
+    model: str = Field(
+        "Unbabel/wmt22-comet-da",
+        description="COMET checkpoint: hub id (org/name or org/name@revision), local folder or gs:// folder with "
+        "hparams.yaml and checkpoints/*.ckpt; without network also encoder/, the encoder's config and tokenizer.",
+    )
+    batch_size: int = Field(16, ge=1)
+    trust_pickle: bool = Field(
+        False,
+        description="Load a checkpoint that is more than tensors and plain values. It can run any code: leave it off.",
+    )
+
+
 class EvaluationConfig(Section):
     """Greedy decoding of the test set, scored with the task's metrics."""
 
     batch_size: int = Field(16, ge=1)
     bootstrap_samples: int = Field(1000, ge=100, description="Resamples for the 95 % intervals.")
+    comet: CometConfig = CometConfig()
 
 
 class SpecdecConfig(Section):

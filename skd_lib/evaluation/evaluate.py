@@ -55,7 +55,7 @@ def evaluate(
     *,
     seed: int = 0,
 ) -> Evaluation:
-    """Answer the examples and score the answers with every metric of the task.
+    """Answer the examples and score the answers with every metric of the task but COMET.
 
     Args:
         model: In eval mode, on the device it is to run on.
@@ -72,7 +72,7 @@ def evaluate(
     answers = generate(model, tokenizer, [example.source for example in examples], task, batch_size=config.batch_size)
     seconds = time.perf_counter() - started
     scores: dict[str, Any] = {}
-    for name in task.metrics:
+    for name in task.own_metrics:
         measured = measure(name, [answer.text for answer in answers], [example.target for example in examples])
         low, high = bootstrap_interval(measured, resamples=config.bootstrap_samples, seed=seed)
         scores[name] = {"score": measured.score, "low": low, "high": high, "signature": measured.signature}

@@ -65,7 +65,7 @@ def main(
         figures = result.figures()
         write_text_atomic(metrics_out, json.dumps(figures, indent=2) + "\n")
         run.log_metrics(figures)
-        run.set_tags({f"signature.{name}": result.scores[name]["signature"] for name in task.metrics})
+        run.set_tags({f"signature.{name}": result.scores[name]["signature"] for name in task.own_metrics})
         run.log_artifact(predictions_out)
 
     io.metadata("predictions", role=role.value, rows=len(result.predictions))
