@@ -16,7 +16,7 @@ from skd_lib.comet.environment import comet_python
 from tests.comet.answers import ANSWERS, EXAMPLES
 from tests.comet.test_comet_score_step import ASKED, run
 
-pytestmark = pytest.mark.comet
+pytestmark = [pytest.mark.comet, pytest.mark.timeout(3600)]  # making the environment is part of the first test
 
 MAKE = Path(__file__).with_name("make_checkpoint.py")
 # What a person would type who has nothing but COMET; one translation at a time.
