@@ -32,3 +32,4 @@ def read_images() -> dict[str, Image]:
 
 
 TRAIN = read_images()["train"].reference
+COMET = read_images()["comet"].reference

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from components.images import COMET, TRAIN
 from pipelines.lint import lint
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
@@ -20,11 +21,12 @@ HEADER = "# Compiled from pipelines/distillation.py by `skd compile`. Do not edi
 Documents = list[dict[str, Any]]
 
 
-def compile_pipeline(image: str | None = None) -> Documents:
+def compile_pipeline(image: str | None = None, comet_image: str | None = None) -> Documents:
     """The distillation pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
 
     Args:
-        image: Runs every step in this image instead of the published one.
+        image: Runs every step but COMET's in this image instead of the published one.
+        comet_image: Likewise for COMET's step.
 
     Raises:
         SkdErrors: the result breaks a rule of `pipelines.lint`.
@@ -37,9 +39,9 @@ def compile_pipeline(image: str | None = None) -> Documents:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(distillation, str(path))
         documents: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    if image:
-        for executor in documents[0]["deploymentSpec"]["executors"].values():
-            executor["container"]["image"] = image
+    images = {TRAIN: image or TRAIN, COMET: comet_image or COMET}
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        executor["container"]["image"] = images[executor["container"]["image"]]
     problems = lint(documents[0])
     if problems:
         raise SkdErrors([SkdError(problem, where="compiled pipeline") for problem in problems])
@@ -51,9 +53,9 @@ def to_text(documents: Documents) -> str:
     return HEADER + yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
 
 
-def write_compiled(path: Path = COMPILED, image: str | None = None) -> None:
+def write_compiled(path: Path = COMPILED, image: str | None = None, comet_image: str | None = None) -> None:
     """Compile and write `path`."""
-    documents = compile_pipeline(image)
+    documents = compile_pipeline(image, comet_image)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, to_text(documents))
 

@@ -2,7 +2,7 @@
 
     preflight -> import_model, prepare_data -> teacher_sft -> student_init -> distill
         -> evaluate (teacher before and after, student before and after), specdec_benchmark
-        -> report -> gate -> register_model
+        -> comet_score (if the task asks for it) -> report -> gate -> register_model
     exit handler: finish
 
 Compiled by `skd compile` into `pipelines/compiled/distillation.yaml`; `skd run` runs the same definition locally.
@@ -13,10 +13,12 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
+from components.comet_score.component import comet_score
 from components.distill.component import distill
 from components.evaluate.component import evaluate
 from components.finish.component import finish
 from components.gate.component import gate
+from components.images import TRAIN
 from components.import_model.component import import_model
 from components.preflight.component import preflight
 from components.prepare_data.component import prepare_data
@@ -156,7 +158,7 @@ def distillation(
             )
         ).outputs
 
-        scores = {}
+        scores, answers = {}, {}
         for role, model in {
             "teacher_base": base,
             "teacher": tuned,
@@ -165,7 +167,8 @@ def distillation(
         }.items():
             evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
             kubernetes.use_secret_as_env(evaluated, "skd-judge", {"api-key": "SKD_JUDGE_API_KEY"}, optional=True)
-            scores[role] = _settle(evaluated, f"evaluate-{role}", GPU).outputs["scores"]
+            outputs = _settle(evaluated, f"evaluate-{role}", GPU).outputs
+            scores[role], answers[role] = outputs["scores"], outputs["predictions"]
         # One step for both: the teacher and the two students take turns in one process, so that timings compare.
         measured = specdec_benchmark(
             teacher=tuned,
@@ -176,6 +179,16 @@ def distillation(
         )
         drafts = _settle(measured, "specdec_benchmark", GPU).outputs
 
+        judged = {**answers, "config": settings["comet_config"], "task_config": task_config, "seed": seed}
+        # Not cached: that COMET could not be reached is true of this run, not of the next.
+        with dsl.If(settings["comet_wanted"] == "true", name="comet"):
+            asked = _settle(comet_score(**judged), "comet_score", GPU, cache=False).outputs["scores"]
+        with dsl.Else(name="no-comet"):
+            # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
+            idle = comet_score(**judged).set_container_image(TRAIN)
+            unasked = _settle(idle, "comet_score-off", SMALL, cache=False).outputs["scores"]
+        comet = dsl.OneOf(asked, unasked)
+
         table = _settle(
             report(
                 run_name=run_name,
@@ -183,6 +196,7 @@ def distillation(
                 specdec_before=drafts["before"],
                 specdec_after=drafts["after"],
                 distill_course=distilled["course"],
+                comet=comet,
                 **scores,
                 **tracking,
             ),
@@ -195,6 +209,7 @@ def distillation(
                 registry_config=settings["registry_config"],
                 task_config=task_config,
                 student_after=scores["student_after"],
+                comet=comet,
                 specdec_after=drafts["after"],
                 data_fingerprint=fingerprint,
                 **tracking,
@@ -210,6 +225,7 @@ def distillation(
                 promote=decision["promote"],
                 reason=decision["reason"],
                 scores=scores["student_after"],
+                comet=comet,
                 specdec_after=drafts["after"],
                 teacher=teacher,
                 base_student=student,

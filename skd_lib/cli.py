@@ -32,7 +32,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
-app.command()(specdec)
 config = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(config, name="config")
 
@@ -97,20 +96,20 @@ def run(
         return
 
     from pipelines.compiling import compile_pipeline
-    from pipelines.graph import read_steps
+    from pipelines.graph import count_steps, read_steps
     from pipelines.local import RunFolder, StepFailed, run_pipeline
     from pipelines.progress import display_for
 
     documents = compile_pipeline()
-    steps = read_steps(documents[0])
+    steps = count_steps(read_steps(documents[0]))
     folder = RunFolder.create(runs_dir, settings.name)
-    _say(console, f"run {settings.name}: {len(steps)} steps, files in {_short(folder.root)}, MLflow {uri or 'off'}")
+    _say(console, f"run {settings.name}: {steps} steps, files in {_short(folder.root)}, MLflow {uri or 'off'}")
     try:
         finished = run_pipeline(
             settings,
             folder,
             documents,
-            display_for(console, settings.name, len(steps)),
+            display_for(console, settings.name, steps),
             tracking_uri=uri,
             experiment=experiment,
             fresh=fresh,
@@ -179,7 +178,11 @@ def compile_(
     ] = False,
     image: Annotated[
         str | None,
-        typer.Option(envvar="SKD_IMAGE", help="Run every step in this image instead of the published one."),
+        typer.Option(envvar="SKD_IMAGE", help="Run every step but COMET's in this image, not in the published one."),
+    ] = None,
+    comet_image: Annotated[
+        str | None,
+        typer.Option(envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File to write.", show_default="pipelines/compiled/distillation.yaml")
@@ -193,13 +196,13 @@ def compile_(
         check_compiled(path)
         typer.echo(f"{_short(path)} is up to date")
         return
-    if image and output is None:
+    if (image or comet_image) and output is None:
         raise SkdError(
-            "--image would put your image into the committed pipeline",
+            "images of your own do not belong in the committed pipeline",
             where="skd compile",
             hint="name another file with --output",
         )
-    write_compiled(path, image)
+    write_compiled(path, image, comet_image)
     typer.echo(f"wrote {_short(path)}")
 
 
@@ -249,6 +252,9 @@ def schema() -> None:
     from skd_lib.config import RunConfig
 
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+app.command()(specdec)
 
 
 def _say(console: Console, text: str) -> None:

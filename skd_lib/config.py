@@ -31,7 +31,7 @@ from skd_lib.errors import SkdError, SkdErrors
 
 Method = Literal["sft", "seqkd", "supervised_kd", "on_policy", "imitkd", "two_stage", "skd", "skd_mixed"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-MetricName = Literal["chrf", "bleu", "rougeL", "rouge1", "rouge2", "accuracy", "perplexity", "judge"]
+MetricName = Literal["chrf", "bleu", "comet", "rougeL", "rouge1", "rouge2", "accuracy", "perplexity", "judge"]
 LOWER_IS_BETTER: frozenset[MetricName] = frozenset({"perplexity"})
 AnswerKind = Literal["hash", "boxed", "marked", "last_number"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"]
@@ -71,7 +71,11 @@ class TaskConfig(Section):
         description="`accuracy`: where the answer stands. `hash`: the number after `####`; `boxed`: in the last "
         "`\\boxed{}`; `marked`: either; `last_number`: the last number of the text.",
     )
-    metrics: list[MetricName] = Field(["chrf", "bleu"], min_length=1, description="The first decides promotion.")
+    metrics: list[MetricName] = Field(
+        ["chrf", "bleu"],
+        min_length=1,
+        description="The first decides promotion. `comet` has a step of its own (section `evaluation.comet`).",
+    )
     max_prompt_tokens: int = Field(256, ge=1)
     max_new_tokens: int = Field(256, ge=1)
 
@@ -100,6 +104,16 @@ class TaskConfig(Section):
         if "{source}" not in prompt:
             raise ValueError("the template must contain {source}, the place of the input text")
         return prompt
+
+    @property
+    def wants_comet(self) -> bool:
+        """Whether the answers are to be scored by COMET too."""
+        return "comet" in self.metrics
+
+    @property
+    def own_metrics(self) -> list[MetricName]:
+        """The metrics that step `evaluate` measures itself: all but COMET."""
+        return [name for name in self.metrics if name != "comet"]
 
     def with_fields_of(self, other: TaskConfig) -> TaskConfig:
         """This task with the fields that were given for the other one."""
@@ -505,11 +519,27 @@ class JudgeConfig(Section):
         return self
 
 
+class CometConfig(Section):
+    """COMET, a learned metric of translations (Rei et al. 2022), where `task.metrics` names `comet`."""
+
+    model: str = Field(
+        "Unbabel/wmt22-comet-da",
+        description="COMET checkpoint: hub id (org/name or org/name@revision), local folder or gs:// folder with "
+        "hparams.yaml and checkpoints/*.ckpt; without network also encoder/, the encoder's config and tokenizer.",
+    )
+    batch_size: int = Field(16, ge=1)
+    trust_pickle: bool = Field(
+        False,
+        description="Load a checkpoint that is more than tensors and plain values. It can run any code: leave it off.",
+    )
+
+
 class EvaluationConfig(Section):
     """Greedy decoding of the test sets, scored with their tasks' metrics."""
 
     batch_size: int = Field(16, ge=1)
     bootstrap_samples: int = Field(1000, ge=100, description="Resamples for the 95 % intervals.")
+    comet: CometConfig = CometConfig()
     judge: JudgeConfig = JudgeConfig()
 
 

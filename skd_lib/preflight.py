@@ -143,6 +143,8 @@ def run_checks(
     _unread(checks, config)
     report = PreflightReport(checks.found)
     report.data_fingerprint = _data(checks, config, [model for model in (teacher, student) if model])
+    if config.task.wants_comet:
+        _comet(checks, config.evaluation.comet.model)
     _writable(checks, "checkpoints", checkpoint_root, lambda: storage.checkpoint_folder(checkpoint_root))
     _writable(checks, "artifacts", pipeline_root or "")
     _tracking(checks, tracking_uri)
@@ -259,6 +261,18 @@ def _answer_end(checks: _Checks, model: _Model, config: RunConfig) -> int:
             hint="add its id to eos_token_id in generation_config.json, or generation will run past the answer",
         )
     return end
+
+
+def _comet(checks: _Checks, reference: str) -> None:
+    """A run without COMET's scores is still a run: what is wrong with its model is no error."""
+    from skd_lib.comet.checkpoint import check_reference
+
+    try:
+        check_reference(reference)
+    except SkdError as error:
+        checks.add("comet", "warning", f"no scores by COMET: {error.what}", where=error.where, hint=error.hint)
+    else:
+        checks.add("comet", "ok", reference)
 
 
 def _same_vocabulary(checks: _Checks, teacher: _Model, student: _Model, config: RunConfig) -> None:

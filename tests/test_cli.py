@@ -75,6 +75,7 @@ def test_wrong_field_is_named_before_anything_starts(tmp_path: Path):
         (["run", "missing.yaml"], "missing.yaml: cannot read the config"),
         (["run", str(DEMO), "--runs-dir", str(DEMO)], "cannot write the run's folder"),
         (["compile", "--image", "r/skd:1"], "hint: name another file with --output"),
+        (["compile", "--comet-image", "r/comet:1"], "hint: name another file with --output"),
         (["compile", "--check", "--output", "missing.yaml"], "the compiled pipeline is missing"),
     ],
 )

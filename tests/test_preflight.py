@@ -75,6 +75,19 @@ def test_a_good_run_passes(values: dict[str, Any], tmp_path: Path) -> None:
     assert {"teacher", "student", "tokenizers", "checkpoints", "artifacts", "tracking", "GPU", "memory"} <= set(found)
 
 
+def test_a_run_can_do_without_comet(values: dict[str, Any], tmp_path: Path) -> None:
+    assert "comet" not in {found.name for found in check(values, tmp_path).checks}
+    model = tmp_path / "comet"
+    model.mkdir()
+    (model / "hparams.yaml").write_text("{class_identifier: regression_metric, pretrained_model: x}", encoding="utf-8")
+    values |= {"task": {**values.get("task", {}), "metrics": ["chrf", "comet"]}}
+    good = check(values | {"evaluation": {"comet": {"model": str(model)}}}, tmp_path)
+    assert [found.level for found in good.checks if found.name == "comet"] == ["ok"]
+    found = only(check(values | {"evaluation": {"comet": {"model": "nobody/no-such-model"}}}, tmp_path), "warning")
+    assert (found.name, found.where) == ("comet", "nobody/no-such-model")
+    assert found.what.startswith("no scores by COMET: cannot reach")
+
+
 def test_the_report_is_shown_as_table_and_as_markdown() -> None:
     report = PreflightReport([Check("data", "error", "a | b\n[bold]c", where="rows.jsonl, row 3", hint="mend it")])
     console = Console(width=100, file=StringIO())
@@ -297,6 +310,9 @@ def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
     assert parameters["data_config"]["source"]["train"] == values["data"]["source"]["train"]
     assert parameters["distill_config"]["method"] == "skd"
+    assert parameters["comet_wanted"] == "false"
+    assert parameters["comet_config"]["comet"]["model"] == "Unbabel/wmt22-comet-da"
+    assert "comet" not in parameters["evaluation_config"]
     # KFP's structured parameters cannot hold null.
     assert "null" not in json.dumps(parameters)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from skd_lib.errors import SkdError
 from skd_lib.report.render import duration, render, sparkline, to_markdown
-from skd_lib.report.summary import Course, Role, Scores, Specdec, Summary, build_summary
+from skd_lib.report.summary import Comet, Course, Role, Scores, Specdec, Summary, build_summary
 
 
 def scores(chrf: float) -> Scores:
@@ -137,6 +137,41 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert to_markdown(empty).startswith("# Results")
     one = build_summary(task_metric="chrf", scores={"teacher": scores(40.0)}, specdec={}, course=Course())
     assert "gap" not in printed(one)
+
+
+def comet(**found: object) -> Comet:
+    return Comet.model_validate({"models": {}, "comparisons": {}, "missing": "", "seconds": 3.0, **found})
+
+
+def test_scores_by_comet_stand_beside_the_others() -> None:
+    found = {"teacher": {"score": 81.5, "low": 80.0, "high": 83.0, "signature": "comet|model:m|version:2.2.7"}}
+    summary = build_summary(
+        task_metric="comet",
+        scores={"teacher": scores(40.0), "student_after": scores(30.0)},
+        specdec={},
+        course=Course(),
+        comet=comet(models=found),
+    )
+    assert summary.headline()["teacher_comet"] == 81.5
+    assert "student_after_comet" not in summary.headline()
+    assert "| model | COMET (95 % interval) | BLEU" in to_markdown(summary)
+    assert "| teacher | 81.5 [80.0, 83.0] |" in to_markdown(summary)
+    assert "COMET: comet|model:m|version:2.2.7" in printed(summary, 120)
+    assert summary.missing == {}
+
+
+def test_why_comet_is_missing_is_told() -> None:
+    summary = build_summary(
+        task_metric="chrf",
+        scores={"teacher": scores(40.0)},
+        specdec={},
+        course=Course(),
+        comet=comet(missing="org/model: cannot reach the hub\n  hint: check [the] network"),
+    )
+    told = "COMET is missing: org/model: cannot reach the hub hint: check [the] network"
+    assert told in printed(summary, 120)
+    assert f"- {told}" in to_markdown(summary)
+    assert "comet" not in summary.models["teacher"]
 
 
 def test_different_output_and_sampling_are_told(summary: Summary) -> None:

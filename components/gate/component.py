@@ -13,6 +13,7 @@ def gate(
     registry_config: dict[str, Any],
     task_config: dict[str, Any],
     student_after: dict[str, Any],
+    comet: dict[str, Any],
     specdec_after: dict[str, Any],
     data_fingerprint: str,
     promote: dsl.OutputPath(str),
@@ -28,6 +29,7 @@ def gate(
         registry_config: Section `registry` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         student_after: Scores of the student after distillation.
+        comet: COMET's scores of all models, or why they are missing.
         specdec_after: Draft figures after distillation.
         data_fingerprint: Fingerprint of the data the scores were measured on.
         tracking_uri: MLflow tracking server; empty turns tracking off.
@@ -44,6 +46,7 @@ def gate(
             "registry_config": registry_config,
             "task_config": task_config,
             "student_after": student_after,
+            "comet": comet,
             "specdec_after": specdec_after,
             "data_fingerprint": data_fingerprint,
             "tracking_uri": tracking_uri,

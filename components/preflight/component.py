@@ -29,8 +29,10 @@ def preflight(
     student_init_config: dsl.OutputPath(dict),
     distill_config: dsl.OutputPath(dict),
     evaluation_config: dsl.OutputPath(dict),
+    comet_config: dsl.OutputPath(dict),
     specdec_config: dsl.OutputPath(dict),
     registry_config: dsl.OutputPath(dict),
+    comet_wanted: dsl.OutputPath(str),
     trust_remote_code: dsl.OutputPath(bool),
     data_fingerprint: dsl.OutputPath(str),
     tracking_uri: str = "",
@@ -64,9 +66,11 @@ def preflight(
         teacher_sft_config: Section `teacher_sft` of the configuration.
         student_init_config: Section `student_init` of the configuration.
         distill_config: Section `distill` of the configuration.
-        evaluation_config: Section `evaluation` of the configuration.
+        evaluation_config: Section `evaluation` of the configuration, without COMET's part.
+        comet_config: Section `evaluation` of the configuration, for COMET.
         specdec_config: Section `specdec` of the configuration.
         registry_config: Section `registry` of the configuration.
+        comet_wanted: Whether the task asks for COMET, `true` or `false`.
         trust_remote_code: Whether code that comes with a model may run.
         data_fingerprint: Fingerprint of the data source; new data re-runs what depends on it.
     """

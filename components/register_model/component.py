@@ -15,6 +15,7 @@ def register_model(
     promote: str,
     reason: str,
     scores: dict[str, Any],
+    comet: dict[str, Any],
     specdec_after: dict[str, Any],
     teacher: str,
     base_student: str,
@@ -34,6 +35,7 @@ def register_model(
         promote: The gate's decision, `true` or `false`.
         reason: The gate's reason.
         scores: Scores of the student after distillation.
+        comet: COMET's scores of all models, or why they are missing.
         specdec_after: Draft figures after distillation.
         teacher: Lineage: the teacher's reference.
         base_student: Lineage: the student's reference; empty where it was cut from the teacher.
@@ -54,6 +56,7 @@ def register_model(
             "promote": promote,
             "reason": reason,
             "scores": scores,
+            "comet": comet,
             "specdec_after": specdec_after,
             "teacher": teacher,
             "base_student": base_student,

@@ -18,6 +18,7 @@ def report(
     student_after: dict[str, Any],
     specdec_before: dict[str, Any],
     specdec_after: dict[str, Any],
+    comet: dict[str, Any],
     distill_course: dict[str, Any],
     page: dsl.Output[dsl.Markdown],
     summary_json: dsl.Output[dsl.Artifact],
@@ -38,6 +39,7 @@ def report(
         student_after: Scores of the student after distillation.
         specdec_before: Draft figures before distillation.
         specdec_after: Draft figures after distillation.
+        comet: COMET's scores of all models, or why they are missing.
         distill_course: Course of the distillation: rejection rate and validation loss by step.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
@@ -59,6 +61,7 @@ def report(
             "student_after": student_after,
             "specdec_before": specdec_before,
             "specdec_after": specdec_after,
+            "comet": comet,
             "distill_course": distill_course,
             "tracking_uri": tracking_uri,
             "experiment": experiment,

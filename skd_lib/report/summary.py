@@ -59,6 +59,19 @@ class Scores(Section):
         return {name: score.score for name, score in self.metrics.items()}
 
 
+class Comet(Section):
+    """What `comet_score` found: COMET's score of each model, or why there is none. Empty where nobody asked for it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    models: dict[Role, Score] = Field({}, description="By model; scores are 100 times COMET's own.")
+    missing: str = Field("", description="Why there is none, for a person.")
+
+    def figures(self, role: Role) -> dict[str, float]:
+        """A model's score, as `Scores.figures` gives the others."""
+        return {"comet": self.models[role].score} if role in self.models else {}
+
+
 class Specdec(Section):
     """What `specdec_benchmark` found for one draft model. Further figures of the benchmark are kept as they are."""
 
@@ -99,6 +112,7 @@ class Summary(Section):
     intervals: dict[Role, dict[str, tuple[float, float]]] = Field({}, description="95 % intervals of the scores.")
     examples: dict[Role, int] = Field({}, description="Test examples behind the scores.")
     signatures: dict[str, str] = Field({}, description="By metric: what somebody else needs to get the same number.")
+    missing: dict[str, str] = Field({}, description="By metric: why it could not be measured.")
     course: Course = Course()
     run_name: str = ""
     pipeline_run_id: str = ""
@@ -152,12 +166,14 @@ def build_summary(
     scores: Mapping[Role, Scores],
     specdec: Mapping[Moment, Specdec],
     course: Course,
+    comet: Comet | None = None,
     run_name: str = "",
     pipeline_run_id: str = "",
     mlflow_run_id: str = "",
 ) -> Summary:
     """Put the steps' results together. Roles that were not evaluated are simply missing."""
-    found = {role: scores[role] for role in ROLES if role in scores}
+    comet = comet or Comet()
+    found = {role: _with_comet(scores[role], comet.models.get(role)) for role in ROLES if role in scores}
     drafts = {moment: specdec[moment] for moment in MOMENTS if moment in specdec}
     seconds = {f"evaluate-{role}": value.seconds for role, value in found.items()}
     if drafts:  # one step measures both
@@ -176,8 +192,13 @@ def build_summary(
         },
         examples={role: value.examples for role, value in found.items()},
         signatures=signatures,
+        missing={"comet": comet.missing} if comet.missing else {},
         course=course,
         run_name=run_name,
         pipeline_run_id=pipeline_run_id,
         mlflow_run_id=mlflow_run_id,
     )
+
+
+def _with_comet(scores: Scores, comet: Score | None) -> Scores:
+    return scores if comet is None else scores.model_copy(update={"metrics": {**scores.metrics, "comet": comet}})

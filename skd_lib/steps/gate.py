@@ -16,6 +16,7 @@ def main(
     specdec_after: Annotated[
         str, typer.Option(help="The distilled student as draft: JSON of step `specdec_benchmark`.")
     ] = "",
+    comet: Annotated[str, typer.Option(help="COMET's scores of all models: JSON of step `comet_score`.")] = "",
     registry_config: Annotated[str, typer.Option(help="Section `registry` of the run's config, as JSON.")] = "{}",
     task_config: Annotated[
         str, typer.Option(help="Section `task` of the run's config, as JSON; its first metric decides.")
@@ -33,7 +34,7 @@ def main(
     Output parameters: `promote` (`true` or `false`) and `reason`, one sentence. Without a champion the student is
     promoted; without tracking there is no registry, and nothing is.
     """
-    from skd_lib.report.summary import Scores, Specdec
+    from skd_lib.report.summary import Comet, Scores, Specdec
     from skd_lib.tracking.gate import Candidate, Decision, decide
     from skd_lib.tracking.registry import champion
     from skd_lib.tracking.runs import step_run
@@ -41,6 +42,8 @@ def main(
     registry = parse_section(RegistryConfig, registry_config, where="--registry-config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
     figures = parse_section(Scores, student_after, where="--student-after").figures()
+    judged = parse_section(Comet, comet or "{}", where="--comet")
+    figures |= judged.figures("student_after")
     if specdec_after:
         figures |= parse_section(Specdec, specdec_after, where="--specdec-after").figures()
     io = StepIO(executor_input, {})
@@ -51,7 +54,9 @@ def main(
         challenger = Candidate(
             figures, pipeline_run_id=os.environ.get("KFP_RUN_ID", ""), data_fingerprint=data_fingerprint
         )
-        if tracking_uri:
+        if task.metrics[0] == "comet" and judged.missing:
+            decision = Decision(False, "the score that decides, COMET, is missing; the report says why")
+        elif tracking_uri:
             rival = champion(tracking_uri=tracking_uri, model_name=registry.model_name)
             decision = decide(
                 challenger,

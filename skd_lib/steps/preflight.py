@@ -87,8 +87,13 @@ def main(
         run.log_artifact(report_out)
         run.set_tags({"data_source_fingerprint": report.data_fingerprint})
         report.raise_errors()
-    for section in SECTIONS:
-        io.parameter(f"{section}_config", to_struct(getattr(run_config, section)))
+    sections = {name: to_struct(getattr(run_config, name)) for name in SECTIONS}
+    # COMET's settings go to its own step alone: if one changes, the models need not answer again.
+    sections["comet"] = dict(sections["evaluation"])
+    del sections["evaluation"]["comet"]
+    for name, values in sections.items():
+        io.parameter(f"{name}_config", values)
+    io.parameter("comet_wanted", "true" if run_config.task.wants_comet else "false")
     io.parameter("data_fingerprint", report.data_fingerprint)
     io.parameter("trust_remote_code", run_config.trust_remote_code)
     io.write()

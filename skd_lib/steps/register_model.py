@@ -32,6 +32,7 @@ def main(
     ],
     reason: Annotated[str, typer.Option(help="The gate's reason.")] = "",
     specdec_after: Annotated[str, typer.Option(help="The student as draft: JSON of step `specdec_benchmark`.")] = "",
+    comet: Annotated[str, typer.Option(help="COMET's scores of all models: JSON of step `comet_score`.")] = "",
     registry_config: Annotated[str, typer.Option(help="Section `registry` of the run's config, as JSON.")] = "{}",
     teacher: Annotated[str, typer.Option(help="Lineage: the teacher; the student's metadata knows it as a rule.")] = "",
     base_student: Annotated[str, typer.Option(help="Lineage: what the student started from.")] = "",
@@ -47,12 +48,13 @@ def main(
     earlier steps left on the student, and from the options. Output parameter `version`; empty without tracking.
     """
     from skd_lib import __version__
-    from skd_lib.report.summary import Scores, Specdec
+    from skd_lib.report.summary import Comet, Scores, Specdec
     from skd_lib.tracking import registry
     from skd_lib.tracking.runs import step_run
 
     settings = parse_section(RegistryConfig, registry_config, where="--registry-config")
     figures = parse_section(Scores, scores, where="--scores").figures()
+    figures |= parse_section(Comet, comet or "{}", where="--comet").figures("student_after")
     if specdec_after:
         figures |= parse_section(Specdec, specdec_after, where="--specdec-after").figures()
     if not student.is_dir():

@@ -28,6 +28,7 @@ def main(
     distill_course: Annotated[
         str, typer.Option(help="Course of the training: JSON with steps, rejection_rate, validation_steps, ...")
     ] = "",
+    comet: Annotated[str, typer.Option(help="COMET's scores of all models: JSON of step `comet_score`.")] = "",
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
@@ -40,7 +41,7 @@ def main(
     from rich.console import Console
 
     from skd_lib.report.render import render, to_markdown
-    from skd_lib.report.summary import Course, Moment, Role, Scores, Specdec, build_summary
+    from skd_lib.report.summary import Comet, Course, Moment, Role, Scores, Specdec, build_summary
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run
 
@@ -59,6 +60,7 @@ def main(
         if _there(text)
     }
     course = parse_section(Course, distill_course or "{}", where="--distill-course")
+    judged = parse_section(Comet, comet or "{}", where="--comet")
     io = StepIO(executor_input, {"page": summary_out, "summary_json": summary_json_out})
 
     with step_run(step="report", tracking_uri=tracking_uri, experiment=experiment, run_name=run_name or None) as run:
@@ -67,6 +69,7 @@ def main(
             scores=scores,
             specdec=specdec,
             course=course,
+            comet=judged,
             run_name=run_name,
             pipeline_run_id=os.environ.get("KFP_RUN_ID", ""),
             mlflow_run_id=run.parent.run_id,

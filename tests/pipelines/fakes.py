@@ -69,3 +69,38 @@ def fake_pipeline(folder: Path, *, first_does: str = "work", second_does: str = 
     path = folder / "fake.yaml"
     compiler.Compiler().compile(fake, str(path))
     return list(yaml.safe_load_all(path.read_text()))
+
+
+def choosing_pipeline(folder: Path) -> list[dict[str, Any]]:
+    """The choice of the real pipeline: one of two steps runs, and the next takes its result."""
+
+    @dsl.pipeline(name="choosing")
+    def choosing(
+        run_name: str,
+        teacher: str,
+        student: str,
+        method: str,
+        divergence: str,
+        top_k: int,
+        gamma: int,
+        max_steps: int,
+        learning_rate: float,
+        seed: int,
+        tracking_uri: str,
+        experiment: str,
+        checkpoint_root: str,
+        config: dict[str, Any],
+    ):
+        end = last().set_display_name("finish").set_caching_options(False)
+        with dsl.ExitHandler(end, name="run"):
+            one = first(behaviour="work", value=teacher).set_display_name("make")
+            with dsl.If(student == "true", name="wanted"):
+                yes = first(behaviour="work", value="yes").set_display_name("choice")
+            with dsl.Else(name="unwanted"):
+                no = first(behaviour="work", value="no").set_display_name("choice-off")
+            chosen = dsl.OneOf(yes.outputs["result"], no.outputs["result"])
+            second(behaviour="work", config=chosen, model=one.outputs["model"]).set_display_name("report")
+
+    path = folder / "choosing.yaml"
+    compiler.Compiler().compile(choosing, str(path))
+    return list(yaml.safe_load_all(path.read_text()))

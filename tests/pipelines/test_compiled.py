@@ -13,7 +13,7 @@ import yaml
 
 from components.images import Image, read_images
 from pipelines.compiling import COMPILED, Documents, check_compiled, compile_pipeline, to_text, write_compiled
-from pipelines.graph import read_steps
+from pipelines.graph import count_steps, read_steps
 from pipelines.lint import lint
 from skd_lib.config import load_config
 from skd_lib.errors import SkdError
@@ -21,6 +21,7 @@ from skd_lib.parameters import from_parameters
 
 ROOT = Path(__file__).parents[2]
 TORCH_STEPS = {"teacher_sft", "student_init", "distill", "evaluate", "specdec_benchmark"}
+COMET_STEPS = ["comet_score", "comet_score-off"]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,11 @@ def test_compilation_does_not_depend_on_hash_seeds():
 
 def test_another_image(tmp_path: Path):
     path = tmp_path / "pipeline.yaml"
-    write_compiled(path, "registry.example/skd:7")
+    write_compiled(path, "registry.example/skd:7", "registry.example/comet:7")
     executors = next(yaml.safe_load_all(path.read_text()))["deploymentSpec"]["executors"]
-    assert {executor["container"]["image"] for executor in executors.values()} == {"registry.example/skd:7"}
+    images = {label: executor["container"]["image"] for label, executor in executors.items()}
+    assert images.pop("exec-comet-score") == "registry.example/comet:7"
+    assert set(images.values()) == {"registry.example/skd:7"}
     with pytest.raises(SkdError, match="neither version nor digest"):
         write_compiled(path, "registry.example/skd:latest")
 
@@ -91,8 +94,9 @@ def test_published_image_is_pinned_by_digest(spec: dict[str, Any]):
     assert Image(image="r/skd", version="1").reference == "r/skd:1"
     with pytest.raises(ValueError, match="digest"):
         Image(image="r/skd", version="1", digest="sha256:short")
-    images = {executor["container"]["image"] for executor in spec["deploymentSpec"]["executors"].values()}
-    assert images == {read_images()["train"].reference}
+    images = {label: executor["container"]["image"] for label, executor in spec["deploymentSpec"]["executors"].items()}
+    assert images.pop("exec-comet-score") == read_images()["comet"].reference
+    assert set(images.values()) == {read_images()["train"].reference}
 
 
 # --- the shape of the pipeline ------------------------------------------------------------------------------------
@@ -105,6 +109,7 @@ def test_order_of_the_steps(spec: dict[str, Any]):
         ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill"]
         + [f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")]
         + ["specdec_benchmark", "report", "gate", "register_model", "finish"]
+        + COMET_STEPS
     )
     assert names[0] == "preflight"
     assert names[-1] == "finish"
@@ -116,7 +121,19 @@ def test_order_of_the_steps(spec: dict[str, Any]):
 
 def test_cached_are_all_steps_but_those_about_this_very_run(spec: dict[str, Any]):
     uncached = {step.name for step in read_steps(spec) if not step.cached}
-    assert uncached == {"preflight", "report", "gate", "register_model", "finish"}
+    assert uncached == {"preflight", "report", "gate", "register_model", "finish", *COMET_STEPS}
+
+
+def test_one_of_the_two_comet_steps_runs_when_every_model_has_answered(spec: dict[str, Any]):
+    steps = {step.name: step for step in read_steps(spec)}
+    evaluations = {name for name in steps if name.startswith("evaluate-")}
+    choices = {steps[name].choice for name in COMET_STEPS}
+    assert len(choices) == 1
+    assert "" not in choices
+    assert [step.name for step in steps.values() if step.choice] == COMET_STEPS
+    assert all(set(steps[name].waits_for) == {"preflight", *evaluations} for name in COMET_STEPS)
+    assert set(COMET_STEPS) < set(steps["report"].waits_for)
+    assert count_steps(list(steps.values())) == len(steps) - 1
 
 
 def test_no_cached_step_depends_on_the_runs_name_or_on_all_of_its_configuration(spec: dict[str, Any]):
@@ -125,7 +142,7 @@ def test_no_cached_step_depends_on_the_runs_name_or_on_all_of_its_configuration(
             value.get("componentInputParameter", "").removeprefix("pipelinechannel--")
             for value in task["inputs"]["parameters"].values()
         }
-        if task["cachingOptions"].get("enableCache"):
+        if task.get("cachingOptions", {}).get("enableCache"):
             assert not inherited & {"run_name", "config", "method", "divergence", "top_k", "gamma", "max_steps"}
 
 
@@ -134,7 +151,8 @@ def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(d
     for label, executor in spec["deploymentSpec"]["executors"].items():
         container, settings = executor["container"], kubernetes[label]
         assert settings["fieldPathAsEnv"] == [{"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}]
-        on_gpu = container["command"][-1].removeprefix("skd_lib.steps.") in TORCH_STEPS
+        step = container["command"][-1].removeprefix("skd_lib.steps.")
+        on_gpu = step in TORCH_STEPS or label == "exec-comet-score"
         mounts = [mount["mountPath"] for mount in settings.get("emptyDirMounts", [])]
         assert mounts == (["/dev/shm"] if on_gpu else [])  # noqa: S108
         assert ("accelerator" in container["resources"]) == on_gpu

@@ -154,3 +154,29 @@ def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("KFP_RUN_ID")
     assert "KFP_RUN_ID" in run(finish, "--status", '{"state": "FAILED"}', "--tracking-uri", store, fails=True)
     assert "field `state`" in run(finish, "--status", "{}", "--tracking-uri", store, fails=True)
+
+
+def comet(**found: Any) -> str:
+    return json.dumps({"models": {}, "comparisons": {}, "missing": "", "seconds": 1.0, **found})
+
+
+def test_comet_decides_where_it_comes_first(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFP_RUN_ID", "first")
+    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT, "--executor-input", executor_input(tmp_path))
+    task = ("--task-config", '{"metrics": ["comet", "chrf"]}', "--student-after", scores(30.0))
+    score = {"score": 75.3, "low": 74.0, "high": 76.0, "signature": "comet|m"}
+    judged = ("--comet", comet(models={"student_after": score}))
+    run(gate, *task, *judged, *tracking)
+    assert parameters(tmp_path) == {"promote": "true", "reason": "first champion of this name, with comet 75.30"}
+    (tmp_path / "student").mkdir()
+    student = ("--student", str(tmp_path / "student"), "--scores", scores(30.0))
+    metadata = executor_input(tmp_path, {"weights_sha256": "a" * 64})
+    run(register_model, *student, *judged, "--promote", "true", *tracking[:4], "--executor-input", metadata)
+    monkeypatch.setenv("KFP_RUN_ID", "second")
+    worse = ("--comet", comet(models={"student_after": {**score, "score": 75.0}}))
+    run(gate, *task, *worse, *tracking)
+    assert parameters(tmp_path)["reason"].startswith("comet 75.00 against 75.30 of the champion")
+    run(gate, *task, "--comet", comet(missing="no network, it's down"), *tracking)
+    decided = parameters(tmp_path)
+    assert decided["promote"] == "false"
+    assert "COMET, is missing" in decided["reason"]
