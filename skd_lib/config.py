@@ -156,8 +156,18 @@ class TrainingConfig(Section):
     eval_steps: int = Field(
         25, ge=1, description="Steps between validations and checkpoints; the best checkpoint is kept."
     )
+    keep_checkpoints: int = Field(1, ge=1, description="So many of the newest checkpoints are kept, besides the best.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
     gradient_checkpointing: bool = False
+    explosion_factor: float = Field(
+        100,
+        gt=1,
+        description="A step is skipped if its loss is more than so many times the median of the last 50 steps', as it "
+        "is if its loss or gradient is not finite.",
+    )
+    max_skipped_steps: int = Field(
+        5, ge=1, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
+    )
 
 
 class TeacherTrainingConfig(TrainingConfig):

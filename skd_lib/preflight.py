@@ -126,7 +126,7 @@ def run_checks(
 
     Args:
         config: The run.
-        checkpoint_root: Folder for the training steps' checkpoints; empty: not looked at.
+        checkpoint_root: Folder (local or gs://) for the training steps' checkpoints; empty: not looked at.
         tracking_uri: MLflow's tracking URI; empty: tracking is off.
         pipeline_root: Folder (local or gs://) for the pipeline's artifacts; None: not looked at.
         require_gpu: A missing GPU is an error.
@@ -141,7 +141,7 @@ def run_checks(
         _cut(checks, teacher, config)
     report = PreflightReport(checks.found)
     report.data_fingerprint = _data(checks, config, [model for model in (teacher, student) if model])
-    _writable(checks, "checkpoints", checkpoint_root, lambda: storage.checkpoint_folder(checkpoint_root))
+    _writable(checks, "checkpoints", checkpoint_root, lambda: storage.check_checkpoint_root(checkpoint_root))
     _writable(checks, "artifacts", pipeline_root or "")
     _tracking(checks, tracking_uri)
     gpu = _gpu(checks, require_gpu)

@@ -11,7 +11,7 @@ from skd_lib.config import DistillConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdErrors
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
-from skd_lib.storage import checkpoint_folder
+from skd_lib.storage import check_checkpoint_root
 
 if TYPE_CHECKING:
     from skd_lib.training.run import TrainResult
@@ -47,7 +47,7 @@ def main(
     """
     settings = parse_section(DistillConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    root = checkpoint_folder(checkpoint_root)
+    check_checkpoint_root(checkpoint_root)
     io = StepIO(executor_input, {"distilled_student": student_out, "metrics": metrics_out})
 
     from skd_lib.data.prepared import PreparedData
@@ -88,7 +88,7 @@ def main(
             distill=settings,
             task=task,
             seed=seed,
-            checkpoint_root=root,
+            checkpoint_root=checkpoint_root,
             weights=weights,
         )
         model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
@@ -114,7 +114,7 @@ def main(
     io.metadata("distilled_student", **metadata)
     io.parameter("course", _course(result))
     io.write()
-    fit.remove_checkpoints(prepared)
+    fit.checkpoints(prepared).remove()
 
 
 def _sampling_and_loss(settings: DistillConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from skd_lib.config import DistillConfig, Method, TaskConfig, TrainingConfig
 from skd_lib.steps.runtime import StepIO
+from skd_lib.storage import checkpoint_folder, is_remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.tracking.runs import StepRun
+    from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
 
 TRACKING_URI_HELP = "MLflow tracking URI; empty: no tracking."
@@ -27,8 +28,8 @@ TASK_HELP = "Section `task` of the run's config, as JSON."
 SEED_HELP = "Seed of the order of examples, of all sampling and of dropout."
 METRICS_HELP = "Where the figures go: JSON, numbers only."
 CHECKPOINT_HELP = (
-    "Folder for checkpoints, on storage that outlives the process. The same work, started again, goes on from its "
-    "last one; they are removed when the step has written its model."
+    "Folder or gs:// URI for checkpoints, on storage that outlives the process. The same work, started again, goes on "
+    "from its last one; they are removed when the step has written its model."
 )
 
 
@@ -55,16 +56,15 @@ class Fit:
     distill: DistillConfig | None
     task: TaskConfig
     seed: int
-    checkpoint_root: Path
+    checkpoint_root: str
     weights: dict[str, str]
 
-    def checkpoint_dir(self, data: PreparedData) -> Path:
-        """The folder of this very work's checkpoints."""
+    def checkpoints(self, data: PreparedData) -> Checkpoints:
+        """The checkpoints of this very work."""
         from skd_lib import __version__
-        from skd_lib.training.checkpoints import checkpoint_dir
+        from skd_lib.training.checkpoints import Checkpoints, checkpoint_key
 
-        return checkpoint_dir(
-            self.checkpoint_root,
+        key = checkpoint_key(
             self.step,
             version=__version__,
             method=self.method,
@@ -75,6 +75,8 @@ class Fit:
             data=data.fingerprint,
             weights=self.weights,
         )
+        root = self.checkpoint_root.rstrip("/")
+        return Checkpoints(checkpoint_folder(root) / key, f"{root}/{key}" if is_remote(root) else "")
 
     def run(
         self,
@@ -117,15 +119,11 @@ class Fit:
             max_new_tokens=self.task.max_new_tokens,
             eos_ids=ending_ids(student, tokenizer, self.task),
             pad_id=pad_id(tokenizer),
-            checkpoint_dir=self.checkpoint_dir(data),
+            checkpoints=self.checkpoints(data),
             name=self.step,
             on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
         )
         return result, {**result_figures(result), "seconds": time.monotonic() - start}
-
-    def remove_checkpoints(self, data: PreparedData) -> None:
-        """To be called once the step's output is written: what cannot be removed then is no reason to fail."""
-        shutil.rmtree(self.checkpoint_dir(data), ignore_errors=True)
 
 
 def fine_tune(

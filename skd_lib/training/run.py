@@ -15,9 +15,10 @@ from skd_lib.config import DistillConfig, Method, TrainingConfig
 from skd_lib.divergences import divergence
 from skd_lib.errors import SkdError
 from skd_lib.rollouts import Rollout, collate, rollout_for, teacher_response_states
-from skd_lib.training.checkpoints import last_complete
+from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
 from skd_lib.training.objectives import Objective, cross_entropy, distillation
+from skd_lib.training.preemption import StopOnSigterm
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.trainer import TRAINER_VALIDATION_LOSS, VALIDATION_LOSS, DistillationTrainer, OnMetrics
 
@@ -110,14 +111,14 @@ def train(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    checkpoint_dir: Path,
+    checkpoints: Checkpoints,
     name: str = "training",
     on_metrics: OnMetrics | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Train the student in place, and leave it with the weights of its lowest validation loss.
 
-    If `checkpoint_dir` holds a complete checkpoint of the same work, training goes on from it, and on the CPU ends
+    If `checkpoints` hold a complete one of the same work, training goes on from it, and on the CPU ends
     with the same weights, bit for bit, as if it had never stopped.
 
     Args:
@@ -132,21 +133,23 @@ def train(
         max_new_tokens: Longest sampled response.
         eos_ids: Ids that end a response.
         pad_id: Fills rows up; may be one of `eos_ids`.
-        checkpoint_dir: Folder of this run's checkpoints alone, see `skd_lib.training.checkpoints.checkpoint_dir`.
+        checkpoints: This run's own, see `skd_lib.training.checkpoints.checkpoint_key`.
         name: What progress and errors call this training.
         on_metrics: Receives each step's figures.
         callbacks: More callbacks for `transformers.Trainer`.
 
     Raises:
-        SkdError: no examples, a missing teacher, an uneven batch, or a loss that is not finite.
+        SkdError: no examples, a missing teacher, an uneven batch, a validation loss that is not finite, or too many
+            optimiser steps in a row whose loss was not, or exploded.
+        Preempted: SIGTERM came; a checkpoint of the step in which it came is complete.
     """
     for kind, examples in (("training", train), ("validation", validation)):
         if not examples:
             raise SkdError(f"there are no {kind} examples", where=name, hint="check the data and max_prompt_tokens")
     distill = distill or DistillConfig()
     objective = _objective(method, teacher, distill)
-    args = _arguments(training, len(train), seed, checkpoint_dir, student)
-    checkpoint = last_complete(checkpoint_dir)
+    args = _arguments(training, len(train), seed, checkpoints.folder, student)
+    checkpoint = checkpoints.latest()
     if checkpoint is not None:
         log.info("%s goes on from %s", name, checkpoint)
         args.eval_on_start = False  # the checkpoint's history has it
@@ -154,9 +157,11 @@ def train(
     if teacher is not None:
         teacher.to(args.device).eval().requires_grad_(requires_grad=False)
     use_cache = student.config.use_cache
+    preemption = StopOnSigterm()
     trainer = DistillationTrainer(
         model=student,
         args=args,
+        training=training,
         objective=objective,
         strategy=rollout_for(
             method,
@@ -175,10 +180,10 @@ def train(
         ),
         name=name,
         on_metrics=on_metrics,
-        callbacks=callbacks,
+        callbacks=[CheckpointKeeper(checkpoints, training.keep_checkpoints), preemption, *callbacks],
     )
     try:
-        with attention_dropout(student, training.dropout):
+        with attention_dropout(student, training.dropout), preemption.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         student.config.use_cache = use_cache  # the Trainer turns it off
