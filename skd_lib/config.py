@@ -20,6 +20,7 @@ from skd_lib.errors import SkdError, SkdErrors
 Method = Literal["sft", "supervised_kd", "on_policy", "skd"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+TeacherPrecision = Literal["auto", "bf16", "fp32", "8bit", "4bit"]
 MetricName = Literal["chrf", "bleu", "rougeL", "accuracy"]
 
 
@@ -139,6 +140,20 @@ class TaskConfig(Section):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters (arXiv 2106.09685) beside frozen weights; the model that is saved has them merged in.
+
+    Gradients and optimiser states are of the adapters alone, which saves 12 bytes a frozen weight.
+    """
+
+    rank: int = Field(16, ge=1, description="Width of an adapter.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's output is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of an adapter while training.")
+    target_modules: list[str] = Field(
+        [], description="Layers with adapters, by the end of their names, e.g. `q_proj`; empty: all but the head."
+    )
+
+
 class TrainingConfig(Section):
     """One training run. Defaults are the paper's (Xu et al. 2025, arXiv 2410.11325)."""
 
@@ -168,12 +183,23 @@ class TrainingConfig(Section):
     max_skipped_steps: int = Field(
         5, ge=1, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
     )
+    lora: LoraConfig | None = Field(None, description="Unset: all weights are trained.")
 
 
 class TeacherTrainingConfig(TrainingConfig):
     """As for the student, but for the schedule."""
 
     lr_scheduler: Scheduler = "cosine"
+
+
+class DistillTrainingConfig(TrainingConfig):
+    """As for fine-tuning, and how the teacher is held meanwhile."""
+
+    teacher_precision: TeacherPrecision = Field(
+        "auto",
+        description="Of the frozen teacher's weights: `auto` is bf16 where the device computes in it, else fp32; "
+        "`8bit` and `4bit` (NF4) need a CUDA GPU and the package bitsandbytes.",
+    )
 
 
 class TeacherSftConfig(Section):
@@ -236,7 +262,7 @@ class DistillConfig(Section):
         "the others are ground truth.",
     )
     sampling: InterleavedConfig = InterleavedConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: DistillTrainingConfig = DistillTrainingConfig()
 
 
 # --- measuring and keeping ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skd_lib import storage
-from skd_lib.config import HubSource, RunConfig, TrainingConfig
+from skd_lib.config import HubSource, RunConfig, TeacherPrecision, TrainingConfig
 from skd_lib.errors import SkdError, SkdErrors
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def run_checks(
     _writable(checks, "artifacts", pipeline_root or "")
     _tracking(checks, tracking_uri)
     gpu = _gpu(checks, require_gpu)
+    _precision(checks, config.distill.training.teacher_precision)
     if teacher and (pruned or student):
         _memory(checks, config, teacher.size, student.size if student else _cut_size(teacher.size, config), gpu)
     return report
@@ -424,6 +425,20 @@ def _gpu(checks: _Checks, required: bool) -> bool:
     return False
 
 
+def _precision(checks: _Checks, precision: TeacherPrecision) -> None:
+    """Whether the teacher can be quantised: in a cluster the GPU is the training step's, not this one's."""
+    if precision not in ("8bit", "4bit"):
+        return
+    from skd_lib.models.loading import check_quantization
+
+    try:
+        check_quantization(precision, cuda="KUBERNETES_SERVICE_HOST" not in os.environ)
+    except SkdError as error:
+        checks.failed("teacher precision", error)
+    else:
+        checks.add("teacher precision", "ok", f"{precision}, by bitsandbytes")
+
+
 def _memory(checks: _Checks, config: RunConfig, teacher: ModelSize, student: ModelSize, gpu: bool) -> None:
     from skd_lib.memory import GIB, available_memory, estimates
 
@@ -440,5 +455,5 @@ def _memory(checks: _Checks, config: RunConfig, teacher: ModelSize, student: Mod
         f"estimate for {largest}; {of_what} has {available / GIB:.1f} GiB",
         hint=""
         if enough
-        else "lower training.micro_batch_size, set training.gradient_checkpointing, or take more memory",
+        else "lower training.micro_batch_size, set gradient_checkpointing, use training.lora, or take more memory",
     )

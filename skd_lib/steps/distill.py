@@ -92,7 +92,8 @@ def main(
             weights=weights,
         )
         model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
-        guide = None if settings.method == "sft" else fitting.load_frozen(teacher)
+        precision = settings.training.teacher_precision
+        guide = None if settings.method == "sft" else fitting.load_frozen(teacher, precision)
         result, figures = fit.run(model, guide, tokenizer, prepared, io.input_uri("data", data), run)
         if not fitting.is_main_process():
             return

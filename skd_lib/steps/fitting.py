@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from skd_lib.config import DistillConfig, Method, TaskConfig, TrainingConfig
+from skd_lib.config import DistillConfig, Method, TaskConfig, TeacherPrecision, TrainingConfig
 from skd_lib.steps.runtime import StepIO
 from skd_lib.storage import checkpoint_folder, is_remote
 
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from skd_lib.data.prepared import PreparedData
+    from skd_lib.memory import Estimate
     from skd_lib.tracking.runs import StepRun
     from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
 
+log = logging.getLogger(__name__)
 TRACKING_URI_HELP = "MLflow tracking URI; empty: no tracking."
 EXPERIMENT_HELP = "MLflow experiment."
 DATA_HELP = "Folder that `prepare_data` wrote."
@@ -97,6 +100,7 @@ class Fit:
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
+        from skd_lib.memory import GIB, peak_memory
         from skd_lib.models.loading import pad_id
         from skd_lib.training.run import train
 
@@ -123,7 +127,24 @@ class Fit:
             name=self.step,
             on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
         )
-        return result, {**result_figures(result), "seconds": time.monotonic() - start}
+        seconds = time.monotonic() - start
+        planned = self._estimate(student, teacher)
+        memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
+        log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
+        return result, {**result_figures(result), **memory, "seconds": seconds}
+
+    def _estimate(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Estimate:
+        from skd_lib.memory import config_size, estimate
+
+        return estimate(
+            self.step,
+            self.method,
+            self.training,
+            self.task,
+            config_size(student.config),
+            None if teacher is None else config_size(teacher.config),
+            element=compute_dtype(student.device).itemsize,
+        )
 
 
 def fine_tune(
@@ -203,12 +224,24 @@ def load_trainable(path: Path) -> PreTrainedModel:
     return load_model(path, dtype=torch.float32)
 
 
-def load_frozen(path: Path) -> PreTrainedModel:
-    """A model that is only read, in the dtype the device computes in."""
+def load_frozen(path: Path, precision: TeacherPrecision = "auto") -> PreTrainedModel:
+    """A model that is only read.
+
+    Args:
+        path: Its folder.
+        precision: Of its weights; see `DistillTrainingConfig.teacher_precision`.
+    """
+    import torch
+
     from skd_lib.models.loading import default_device, load_model
 
     _quiet()
-    return load_model(path, dtype=compute_dtype(default_device()))
+    given = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return load_model(
+        path,
+        dtype=given.get(precision) or compute_dtype(default_device()),
+        quantization=precision if precision in ("8bit", "4bit") else None,
+    )
 
 
 def compute_dtype(device: Any) -> Any:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from skd_lib.config import DistillConfig, Method, TrainingConfig
 from skd_lib.divergences import divergence
 from skd_lib.errors import SkdError
+from skd_lib.models.adapters import add_lora, merge_lora
 from skd_lib.rollouts import Rollout, collate, rollout_for, teacher_response_states
 from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
@@ -123,7 +124,8 @@ def train(
 
     Args:
         method: What is minimised, and where responses come from.
-        student: In fp32; it is trained in bf16 autocast where its device multiplies in bf16 itself.
+        student: In fp32; it is trained in bf16 autocast where its device multiplies in bf16 itself. With
+            `training.lora` it is frozen while adapters are trained, which are then merged into it.
         teacher: Frozen; None for `sft`.
         train: Training examples.
         validation: Held-out examples, for choosing the checkpoint.
@@ -155,17 +157,20 @@ def train(
         args.eval_on_start = False  # the checkpoint's history has it
     student.to(args.device)
     if teacher is not None:
-        teacher.to(args.device).eval().requires_grad_(requires_grad=False)
+        if not getattr(teacher, "is_quantized", False):  # quantised weights are where they were loaded
+            teacher.to(args.device)
+        teacher.eval().requires_grad_(requires_grad=False)
+    model = student if training.lora is None else add_lora(student, training.lora, seed)
     use_cache = student.config.use_cache
     preemption = StopOnSigterm()
     trainer = DistillationTrainer(
-        model=student,
+        model=model,
         args=args,
         training=training,
         objective=objective,
         strategy=rollout_for(
             method,
-            student=student,
+            student=model,
             teacher=teacher,
             distill=distill,
             seed=seed,
@@ -188,6 +193,8 @@ def train(
     finally:
         student.config.use_cache = use_cache  # the Trainer turns it off
         student.eval()
+    if training.lora is not None:
+        merge_lora(model)
     return _result(trainer)
 
 

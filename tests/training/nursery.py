@@ -74,7 +74,7 @@ def _serve() -> None:
                 except SkdError as error:
                     print(error, file=sys.stderr)
                     code = error.exit_code
-                except BaseException:
+                except BaseException:  # noqa: BLE001 - this copy of the server must end here
                     traceback.print_exc()
                 finally:
                     sys.stderr.flush()

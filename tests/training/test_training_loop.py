@@ -236,7 +236,7 @@ def test_a_broken_step_changes_nothing_but_the_count(
 def test_too_many_broken_steps_stop_the_training(
     student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
 ) -> None:
-    message = r"tiny: 3 optimiser steps in a row were skipped, up to step 4: the norm of the gradient is nan(.|\n)*learning_rate"
+    message = r"tiny: 3 optimiser steps in a row were skipped, up to step 4: the norm of (.|\n)*learning_rate"
     settings = {"learning_rate": 1e30, "warmup_ratio": 0, "eval_steps": 6, "max_skipped_steps": 3}
     with pytest.raises(SkdError, match=message):
         run(student, teacher, tmp_path, method="sft", **settings)

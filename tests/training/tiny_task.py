@@ -97,7 +97,7 @@ class FirstGradients(TrainerCallback):
     ) -> None:
         if not self.gradients:
             named = kwargs["model"].named_parameters()
-            self.gradients = {name: parameter.grad.clone() for name, parameter in named}
+            self.gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.requires_grad}
 
 
 class AtStep(TrainerCallback):
