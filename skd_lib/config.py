@@ -184,6 +184,17 @@ class TrainingConfig(Section):
         5, ge=1, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
     )
     lora: LoraConfig | None = Field(None, description="Unset: all weights are trained.")
+    fsdp: bool = Field(
+        False,
+        description="With several processes (torchrun): shard weights, gradients and optimiser states over them "
+        "(PyTorch's FSDP2), instead of a copy of all on each device.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_weights_under_adapters(self) -> TrainingConfig:
+        if self.fsdp and self.lora is not None:
+            raise ValueError("fsdp: leave it off with `lora`: frozen weights have no optimiser states to be sharded")
+        return self
 
 
 class TeacherTrainingConfig(TrainingConfig):

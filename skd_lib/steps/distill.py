@@ -107,7 +107,7 @@ def main(
         )
         losses = {"best validation loss": result.best_validation_loss}
         card = model_card("Distilled student", lineage, losses)
-        metadata["weights_sha256"] = fitting.save_trained(model, tokenizer, student_out, card)
+        metadata["weights_sha256"] = fitting.save_trained(result.student, tokenizer, student_out, card)
         metadata["data_fingerprint"] = prepared.fingerprint
         fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("distilled_student"), **metadata})

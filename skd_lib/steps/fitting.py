@@ -181,7 +181,7 @@ def fine_tune(
     )
     (base_digest,) = fit.weights.values()
     metadata = {
-        "weights_sha256": save_trained(model, tokenizer, out, model_card(title, lineage)),
+        "weights_sha256": save_trained(result.student, tokenizer, out, model_card(title, lineage)),
         "base_weights_sha256": base_digest,
         "data_fingerprint": data.fingerprint,
         "code_version": code_version(),

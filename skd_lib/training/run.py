@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
 from skd_lib.training.objectives import Objective, cross_entropy, distillation
 from skd_lib.training.preemption import StopOnSigterm
+from skd_lib.training.sharding import ShardedTrainer, process_mesh, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.trainer import TRAINER_VALIDATION_LOSS, VALIDATION_LOSS, DistillationTrainer, OnMetrics
 
@@ -33,9 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to. The student holds the best checkpoint's weights.
+    """What a training run came to.
 
     Attributes:
+        student: With the weights of the best checkpoint: the model that came in, or where that was sharded over
+            processes one in one piece.
         steps: Optimiser steps.
         best_step: The step whose weights were kept.
         best_validation_loss: Its validation loss, the lowest.
@@ -44,6 +49,7 @@ class TrainResult:
         seconds: Seconds of each phase over the whole run.
     """
 
+    student: PreTrainedModel
     steps: int
     best_step: int
     best_validation_loss: float
@@ -117,7 +123,7 @@ def train(
     on_metrics: OnMetrics | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
-    """Train the student in place, and leave it with the weights of its lowest validation loss.
+    """Train the student in place, and give it back with the weights of its lowest validation loss.
 
     If `checkpoints` hold a complete one of the same work, training goes on from it, and on the CPU ends
     with the same weights, bit for bit, as if it had never stopped.
@@ -148,6 +154,7 @@ def train(
     for kind, examples in (("training", train), ("validation", validation)):
         if not examples:
             raise SkdError(f"there are no {kind} examples", where=name, hint="check the data and max_prompt_tokens")
+    _check_launcher()
     distill = distill or DistillConfig()
     objective = _objective(method, teacher, distill)
     args = _arguments(training, len(train), seed, checkpoints.folder, student)
@@ -161,9 +168,19 @@ def train(
             teacher.to(args.device)
         teacher.eval().requires_grad_(requires_grad=False)
     model = student if training.lora is None else add_lora(student, training.lora, seed)
+    trainer_class: Callable[..., DistillationTrainer] = DistillationTrainer
+    if training.fsdp:
+        if args.world_size == 1:
+            hint = "start the step with torchrun --nproc-per-node N, or set fsdp: false"
+            raise SkdError("one process has nobody to share with", where=f"{name}, training.fsdp", hint=hint)
+        mesh = process_mesh(args.device, args.world_size)
+        shard_trained(student, mesh, bf16=args.bf16)
+        if teacher is not None and not getattr(teacher, "is_quantized", False):
+            shard_frozen(teacher, mesh)
+        trainer_class = partial(ShardedTrainer, teacher=teacher)
     use_cache = student.config.use_cache
     preemption = StopOnSigterm()
-    trainer = DistillationTrainer(
+    trainer = trainer_class(
         model=model,
         args=args,
         training=training,
@@ -195,7 +212,7 @@ def train(
         student.eval()
     if training.lora is not None:
         merge_lora(model)
-    return _result(trainer)
+    return _result(trainer, whole_model(student) if training.fsdp else student)
 
 
 def _objective(method: Method, teacher: PreTrainedModel | None, distill: DistillConfig) -> Objective:
@@ -213,6 +230,15 @@ class _Arguments(TrainingArguments):
     def n_gpu(self) -> int:
         """Devices of this process."""
         return min(int(super().n_gpu), 1)
+
+
+def _check_launcher() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise SkdError(
+            "accelerate's own FSDP knows nothing of sampling between the steps",
+            where="accelerate config, use_fsdp",
+            hint="launch with --multi_gpu instead of --use_fsdp, and set training.fsdp: true",
+        )
 
 
 def _arguments(
@@ -274,7 +300,7 @@ def _validation_rollouts(
     return [replace(rollout, teacher_states_NH=part) for rollout, part in zip(rollouts, states, strict=True)]
 
 
-def _result(trainer: DistillationTrainer) -> TrainResult:
+def _result(trainer: DistillationTrainer, student: PreTrainedModel) -> TrainResult:
     history = [entry for entry in trainer.state.log_history if "loss" in entry or VALIDATION_LOSS in entry]
     seconds: dict[str, float] = {}
     for entry in history:
@@ -282,6 +308,7 @@ def _result(trainer: DistillationTrainer) -> TrainResult:
             if figure.startswith("seconds_"):
                 seconds[figure] = seconds.get(figure, 0.0) + value
     return TrainResult(
+        student=student,
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
         best_validation_loss=trainer.state.best_metric,

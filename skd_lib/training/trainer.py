@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -110,7 +111,7 @@ class DistillationTrainer(Trainer):
         """All micro-batches of one optimiser step, and the response tokens of the whole step over all processes."""
         micro_batches = [next(epoch_iterator).tolist() for _ in range(num_batches)]
         positions = [position for micro_batch in micro_batches for position in micro_batch]
-        with self.timer("rollout"), self.accelerator.autocast():
+        with self.timer("rollout"), self.accelerator.autocast(), self._gathered():
             rollout = self._strategy(
                 [self._examples[self._stream.example(position)] for position in positions],
                 [self._stream.place(position) for position in positions],
@@ -153,7 +154,8 @@ class DistillationTrainer(Trainer):
         Raises:
             SkdError: too many steps in a row were broken.
         """
-        norm = float(super()._get_grad_norm(model, grad_norm))
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         # The same numbers on all processes, so all come to the same verdict.
         loss = self._sum_over_processes(self._loss).item() / self._response_tokens
         history = self.state.log_history
@@ -181,7 +183,7 @@ class DistillationTrainer(Trainer):
             SkdError: it is not a finite number.
         """
         sums = torch.zeros(2, dtype=torch.float64)
-        with self.timer("validation"), evaluating(self.model):
+        with self.timer("validation"), evaluating(self.model), self._gathered():
             for rollout in self._validation[self.args.process_index :: self.args.world_size]:
                 loss = self._loss_sums(rollout.to(self.args.device)).loss
                 sums += torch.tensor([loss.item(), rollout.tokens], dtype=torch.float64)
@@ -220,6 +222,10 @@ class DistillationTrainer(Trainer):
             self._progress.update(self.state.global_step, **shown)
         if self._on_metrics is not None:
             self._on_metrics(self.state.global_step, figures)
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """What must be around forward passes of which processes make different numbers."""
+        return nullcontext()
 
     def _look_at_lengths(self) -> None:
         if not self._told_of_lengths and (trouble := response_trouble(self.state.log_history)):

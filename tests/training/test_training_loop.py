@@ -192,23 +192,27 @@ def test_dropout_is_on_in_the_loss_and_not_saved(
         pass
 
 
-def test_gradient_checkpointing_changes_no_gradient(
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_the_cache(
     teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    gradients = []
+    gradients, sampled_widths = [], []
     for on in (False, True):
-        first = FirstGradients()
-        run(
-            tiny_model(seed=1, vocab_size=64),
-            teacher,
-            tmp_path / str(on),
-            callbacks=[first],
-            gradient_checkpointing=on,
-            max_steps=1,
-        )
+        student, first = tiny_model(seed=1, vocab_size=64), FirstGradients()
+        widths: list[int] = []
+
+        def note(_module: Any, inputs: tuple[torch.Tensor, ...], widths: list[int] = widths) -> None:
+            if not torch.is_grad_enabled():
+                widths.append(inputs[0].shape[1])
+
+        student.get_decoder().layers[0].register_forward_pre_hook(note)
+        run(student, teacher, tmp_path / str(on), callbacks=[first], gradient_checkpointing=on, max_steps=1)
         gradients.append(first.gradients)
+        sampled_widths.append(widths)
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected)
+    # With the cache a drafted token costs the forward pass of one token.
+    assert sampled_widths[1] == sampled_widths[0]
+    assert sampled_widths[1].count(1) > 10
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -159,7 +160,8 @@ def main(options: dict[str, Any]) -> None:
 
     Options: `student`, `teacher` (folders), `checkpoints`, `training` (a dict); what happens in the process of the
     highest rank: `kill_at_step`, `kill_after_events`, `sigterm_at_step`, `broken_step`; where to write what came of it:
-    `gradients` (the first step's), `figures` (what was logged), `weights` (of the trained student).
+    `gradients` (the first step's), `figures` (what was logged), `weights` (of the trained student), `held` (which share
+    of the weights the process had).
     """
     torch.set_num_threads(1)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -176,7 +178,7 @@ def main(options: dict[str, Any]) -> None:
         if "broken_step" in options:
             break_loss(options["broken_step"])
     figures: list[dict[str, float]] = []
-    run(
+    result = run(
         student,
         teacher,
         Path(options["checkpoints"]),
@@ -191,5 +193,8 @@ def main(options: dict[str, Any]) -> None:
         save_file(first.gradients, options["gradients"])
     if "figures" in options:
         Path(options["figures"]).write_text(json.dumps(figures))
+    if "held" in options:
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in student.parameters()]
+        Path(options["held"]).write_text(str(sum(p.numel() for p in local) / result.student.num_parameters()))
     if "weights" in options:
-        save_file({name: tensor.contiguous() for name, tensor in student.named_parameters()}, options["weights"])
+        save_file({name: tensor.contiguous() for name, tensor in result.student.named_parameters()}, options["weights"])
