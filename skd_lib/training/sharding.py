@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -67,13 +67,13 @@ def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def gathered(*models: nn.Module | None) -> Iterator[None]:
+def gathered(*models: PreTrainedModel | None) -> Iterator[None]:
     """All weights on every process inside, so that forward passes need no other process; changes nothing elsewhere."""
     shards = [
         module for model in models if model is not None for module in model.modules() if isinstance(module, FSDPModule)
     ]
     for model in models:
-        if isinstance(model, FSDPModule):
+        if isinstance(model, PreTrainedModel) and isinstance(model, FSDPModule):
             # The first forward pass of all must be the whole model's, which then knows its layers.
             through_wrapper(model, model, lambda _: None, None)
     for shard in shards:
@@ -129,7 +129,7 @@ class ShardedTrainer(DistillationTrainer):
             self._save(output_dir, state_dict={name: weight for name, weight in weights.items() if name not in tied})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        weights: dict[str, Tensor] = {}
+        weights: dict[str, Any] = {}
         for file in weight_files(Path(resume_from_checkpoint)):
             weights |= load_file(file)
         set_model_state_dict(model or self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
@@ -153,7 +153,7 @@ class ShardedTrainer(DistillationTrainer):
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
 class _Sharded(nn.Module):
