@@ -44,9 +44,8 @@ class SkdErrors(SkdError):
 class Preempted(SkdError):
     """The machine is being taken away; all work until now is in a checkpoint.
 
-    Its exit code is BSD's `EX_TEMPFAIL`, "try again later". KFP's retry policy starts a step again whatever its exit
-    code; a scheduler that tells them apart (a Kubernetes pod failure policy, for one) need not count this one as a
-    failure.
+    Its exit code is BSD's `EX_TEMPFAIL`, "try again later", by which a scheduler can tell it from a failure. KFP starts
+    a failed step again whatever its code: its launcher, as torchrun when it gets the signal, turns them all into 1.
     """
 
     exit_code = 75

@@ -154,7 +154,6 @@ def train(
     for kind, examples in (("training", train), ("validation", validation)):
         if not examples:
             raise SkdError(f"there are no {kind} examples", where=name, hint="check the data and max_prompt_tokens")
-    _check_launcher()
     distill = distill or DistillConfig()
     objective = _objective(method, teacher, distill)
     args = _arguments(training, len(train), seed, checkpoints.folder, student)
@@ -162,22 +161,7 @@ def train(
     if checkpoint is not None:
         log.info("%s goes on from %s", name, checkpoint)
         args.eval_on_start = False  # the checkpoint's history has it
-    student.to(args.device)
-    if teacher is not None:
-        if not getattr(teacher, "is_quantized", False):  # quantised weights are where they were loaded
-            teacher.to(args.device)
-        teacher.eval().requires_grad_(requires_grad=False)
-    model = student if training.lora is None else add_lora(student, training.lora, seed)
-    trainer_class: Callable[..., DistillationTrainer] = DistillationTrainer
-    if training.fsdp:
-        if args.world_size == 1:
-            hint = "start the step with torchrun --nproc-per-node N, or set fsdp: false"
-            raise SkdError("one process has nobody to share with", where=f"{name}, training.fsdp", hint=hint)
-        mesh = process_mesh(args.device, args.world_size)
-        shard_trained(student, mesh, bf16=args.bf16)
-        if teacher is not None and not getattr(teacher, "is_quantized", False):
-            shard_frozen(teacher, mesh)
-        trainer_class = partial(ShardedTrainer, teacher=teacher)
+    model, trainer_class = _placed(student, teacher, training, args, seed, name)
     use_cache = student.config.use_cache
     preemption = StopOnSigterm()
     trainer = trainer_class(
@@ -232,13 +216,37 @@ class _Arguments(TrainingArguments):
         return min(int(super().n_gpu), 1)
 
 
-def _check_launcher() -> None:
+def _placed(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    training: TrainingConfig,
+    args: TrainingArguments,
+    seed: int,
+    name: str,
+) -> tuple[PreTrainedModel, Callable[..., DistillationTrainer]]:
+    """Both models on their device, whole or sharded: the student as it is trained, and the trainer for it."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise SkdError(
             "accelerate's own FSDP knows nothing of sampling between the steps",
             where="accelerate config, use_fsdp",
             hint="launch with --multi_gpu instead of --use_fsdp, and set training.fsdp: true",
         )
+    if training.fsdp and args.world_size == 1:
+        hint = "start the step with torchrun --nproc-per-node N, or set fsdp: false"
+        raise SkdError("one process has nobody to share with", where=f"{name}, training.fsdp", hint=hint)
+    student.to(args.device)
+    quantized = getattr(teacher, "is_quantized", False)  # such weights stay where they were loaded
+    if teacher is not None:
+        teacher.eval().requires_grad_(requires_grad=False)
+        if not quantized:
+            teacher.to(args.device)
+    if not training.fsdp:
+        return student if training.lora is None else add_lora(student, training.lora, seed), DistillationTrainer
+    mesh = process_mesh(args.device, args.world_size)
+    shard_trained(student, mesh, bf16=args.bf16)
+    if teacher is not None and not quantized:
+        shard_frozen(teacher, mesh)
+    return student, partial(ShardedTrainer, teacher=teacher)
 
 
 def _arguments(

@@ -72,10 +72,10 @@ def gathered(*models: PreTrainedModel | None) -> Iterator[None]:
     shards = [
         module for model in models if model is not None for module in model.modules() if isinstance(module, FSDPModule)
     ]
-    for model in models:
-        if isinstance(model, PreTrainedModel) and isinstance(model, FSDPModule):
-            # The first forward pass of all must be the whole model's, which then knows its layers.
-            through_wrapper(model, model, lambda _: None, None)
+    roots: list[Any] = [model for model in models if isinstance(model, FSDPModule)]
+    for root in roots:
+        # The first forward pass of all must be the whole model's, which then knows its layers.
+        through_wrapper(root, root, lambda _: None, None)
     for shard in shards:
         shard.set_reshard_after_forward(False, recurse=False)
         shard.unshard()
