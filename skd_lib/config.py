@@ -173,7 +173,10 @@ class TrainingConfig(Section):
     )
     keep_checkpoints: int = Field(1, ge=1, description="So many of the newest checkpoints are kept, besides the best.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass: less memory, more time. Sampling keeps its cache.",
+    )
     explosion_factor: float = Field(
         100,
         gt=1,
