@@ -46,7 +46,11 @@ def _settle(task: dsl.PipelineTask, name: str, resources: Resources, *, cache: b
 
 
 def _retried(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Try a step again that may fail for reasons of its machine; training resumes from its checkpoint."""
+    """Try a step again that may fail for reasons of its machine; training resumes from its checkpoint.
+
+    A step that got SIGTERM has saved its work and exits with `skd_lib.errors.Preempted.exit_code`, which is retried as
+    any other code is.
+    """
     return task.set_retry(num_retries=2, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
 
 
@@ -90,8 +94,8 @@ def distillation(
         seed: Seed of the whole run.
         tracking_uri: MLflow tracking server, e.g. `http://mlflow.mlflow:5000`. Empty turns tracking off.
         experiment: MLflow experiment.
-        checkpoint_root: Folder where training keeps checkpoints, on a volume that outlives the pods (a mounted bucket
-            does), so that a retry or a new run of the same settings resumes. Empty: they are lost with the pod.
+        checkpoint_root: Where training keeps checkpoints, so that a retry or a new run of the same settings resumes: a
+            gs:// URI, or a folder on a volume that outlives the pods. Empty: they are lost with the pod.
         config: The rest of the run's configuration, field by field as in the YAML files of `pipelines/configs`.
     """
     tracking = {"tracking_uri": tracking_uri, "experiment": experiment}

@@ -35,6 +35,7 @@ MetricName = Literal["chrf", "bleu", "comet", "rougeL", "rouge1", "rouge2", "acc
 LOWER_IS_BETTER: frozenset[MetricName] = frozenset({"perplexity"})
 AnswerKind = Literal["hash", "boxed", "marked", "last_number"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"]
+TeacherPrecision = Literal["auto", "bf16", "fp32", "8bit", "4bit"]
 RuleName = Literal["top_k", "min_prob", "mixture", "lossless"]
 
 
@@ -295,6 +296,20 @@ class DataConfig(Section):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters (arXiv 2106.09685) beside frozen weights; the model that is saved has them merged in.
+
+    Gradients and optimiser states are of the adapters alone, which saves 12 bytes a frozen weight.
+    """
+
+    rank: int = Field(16, ge=1, description="Width of an adapter.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's output is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of an adapter while training.")
+    target_modules: list[str] = Field(
+        [], description="Layers with adapters, by the end of their names, e.g. `q_proj`; empty: all but the head."
+    )
+
+
 class TrainingConfig(Section):
     """One training run. Defaults are the paper's (Xu et al. 2025, arXiv 2410.11325)."""
 
@@ -312,14 +327,49 @@ class TrainingConfig(Section):
     eval_steps: int = Field(
         25, ge=1, description="Steps between validations and checkpoints; the best checkpoint is kept."
     )
+    keep_checkpoints: int = Field(1, ge=1, description="So many of the newest checkpoints are kept, besides the best.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass: less memory, more time. Sampling keeps its cache.",
+    )
+    explosion_factor: float = Field(
+        100,
+        gt=1,
+        description="A step is skipped if its loss is more than so many times the median of the last 50 steps', as it "
+        "is if its loss or gradient is not finite.",
+    )
+    max_skipped_steps: int = Field(
+        5, ge=1, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
+    )
+    lora: LoraConfig | None = Field(None, description="Unset: all weights are trained.")
+    fsdp: bool = Field(
+        False,
+        description="With several processes (torchrun): shard weights, gradients and optimiser states over them "
+        "(PyTorch's FSDP2), instead of a copy of all on each device.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_weights_under_adapters(self) -> TrainingConfig:
+        if self.fsdp and self.lora is not None:
+            raise ValueError("fsdp: leave it off with `lora`: frozen weights have no optimiser states to be sharded")
+        return self
 
 
 class TeacherTrainingConfig(TrainingConfig):
     """As for the student, but for the schedule."""
 
     lr_scheduler: Scheduler = "cosine"
+
+
+class DistillTrainingConfig(TrainingConfig):
+    """As for fine-tuning, and how the teacher is held meanwhile."""
+
+    teacher_precision: TeacherPrecision = Field(
+        "auto",
+        description="Of the frozen teacher's weights: `auto` is bf16 where the device computes in it, else fp32; "
+        "`8bit` and `4bit` (NF4) need a CUDA GPU and the package bitsandbytes.",
+    )
 
 
 class TeacherSftConfig(Section):
@@ -450,7 +500,16 @@ class DistillConfig(Section):
     )
     teacher_signal: TeacherSignalConfig = TeacherSignalConfig()
     sampling: InterleavedConfig = InterleavedConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: DistillTrainingConfig = DistillTrainingConfig()
+
+    @model_validator(mode="after")
+    def _shards_agree(self) -> DistillConfig:
+        if self.training.fsdp and self.method == "skd_mixed":
+            raise ValueError(
+                "training.fsdp: all processes ask a sharded teacher at once, but with `skd_mixed` only those that have "
+                "ground truth in their micro-batch would ask it; use method `skd`, or no fsdp"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stored_signal_fits(self) -> DistillConfig:

@@ -10,7 +10,12 @@ class SkdError(Exception):
         what: One sentence saying what was wrong.
         where: File, row, field, step or model it was found in; empty if there is none.
         hint: What to do about it.
+
+    Attributes:
+        exit_code: Of a step that ends with this error.
     """
+
+    exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(what)
@@ -45,3 +50,13 @@ class SkdErrors(SkdError):
 
     def __str__(self) -> str:
         return "\n".join([f"{self.what}:", *(f"- {error}" for error in self.errors)])
+
+
+class Preempted(SkdError):
+    """The machine is being taken away; all work until now is in a checkpoint.
+
+    Its exit code is BSD's `EX_TEMPFAIL`, "try again later", by which a scheduler can tell it from a failure. KFP starts
+    a failed step again whatever its code: its launcher, as torchrun when it gets the signal, turns them all into 1.
+    """
+
+    exit_code = 75

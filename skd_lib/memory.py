@@ -1,15 +1,29 @@
-"""How much memory the training steps will take, told before they start; an estimate, not a promise."""
+"""How much memory the training steps will take, an estimate and no promise; and how much one has taken."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from skd_lib.config import DivergenceName, RunConfig, TrainingConfig
+from skd_lib.config import (
+    DistillTrainingConfig,
+    DivergenceName,
+    Method,
+    RunConfig,
+    TaskConfig,
+    TeacherPrecision,
+    TrainingConfig,
+)
 from skd_lib.errors import SkdError
 from skd_lib.machine import total_memory
 from skd_lib.methods import METHODS
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 _LOSS_CHUNK = 2**26
@@ -37,6 +51,7 @@ class ModelSize:
         hidden: Width of the hidden states.
         cache: Elements that one token takes in the KV cache of one layer: keys and values of all heads.
         vocabulary: Rows of the embedding.
+        adapted: Inputs and outputs of all linear layers but the head: an adapter of rank 1 has so many weights.
     """
 
     parameters: int
@@ -44,12 +59,18 @@ class ModelSize:
     hidden: int
     cache: int
     vocabulary: int
+    adapted: int
 
     def pruned(self, layers: int) -> ModelSize:
         """The size with only so many layers; the weights outside the layers are about the embedding."""
-        outside = min(self.vocabulary * self.hidden, self.parameters)
-        inside = (self.parameters - outside) * layers // self.layers
-        return replace(self, parameters=outside + inside, layers=layers)
+        inside = (self.parameters - self.outside) * layers // self.layers
+        adapted = self.adapted * layers // self.layers
+        return replace(self, parameters=self.outside + inside, layers=layers, adapted=adapted)
+
+    @property
+    def outside(self) -> int:
+        """About the number of weights that are in no layer: one embedding."""
+        return min(self.vocabulary * self.hidden, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -75,35 +96,86 @@ def model_size(folder: Path, *, trust_remote_code: bool = False) -> ModelSize:
     Raises:
         SkdError: the config is of no causal language model.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return config_size(config, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         hint = "use a decoder-only language model that transformers knows"
         raise SkdError(f"not a causal language model: {error}", where=str(folder), hint=hint) from error
+
+
+def config_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
+    """The size of the model that a transformers config describes.
+
+    Raises:
+        ValueError: it is no causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         cache=2 * heads * head_dim,
         vocabulary=text.vocab_size,
+        adapted=sum(module.in_features + module.out_features for module in linear),
     )
 
 
 def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, element: int) -> list[Estimate]:
-    """The memory of each training step of a run.
+    """The memory of each training step of a run; `element` is as for `estimate`."""
+    found = []
+    for step, used, training, size in (
+        ("teacher_sft", config.teacher_sft.enabled, config.teacher_sft.training, teacher),
+        ("student_init", config.student_init.mode == "sft", config.student_init.training, student),
+    ):
+        if used:
+            found.append(estimate(step, "sft", training, config.task, size, None, element=element))
+    distill = config.distill
+    asked = METHODS[distill.method].needs_teacher and distill.teacher_signal.mode == "online"
+    found.append(
+        estimate(
+            "distill",
+            distill.method,
+            distill.training,
+            config.task,
+            student,
+            teacher if asked else None,
+            divergence=distill.divergence,
+            element=element,
+        )
+    )
+    return found
+
+
+def estimate(
+    step: str,
+    method: Method,
+    training: TrainingConfig,
+    task: TaskConfig,
+    student: ModelSize,
+    teacher: ModelSize | None,
+    *,
+    divergence: DivergenceName = "forward_kl",
+    element: int,
+) -> Estimate:
+    """The memory of one training step, on one device.
 
     Counted, with `P` weights, `R` rows in a forward pass, `T` prompt and new tokens, `L` layers of width `H`:
 
-    - trained model: 4P fp32 master weights, 4P gradients, 8P AdamW's two moments;
-    - frozen teacher: 4P, it is loaded in fp32; nothing where it is asked before training;
+    - trained model: 4P fp32 master weights, 4P gradients, 8P AdamW's two moments; with adapters the last two are of
+      the adapters alone;
+    - frozen teacher: P elements of its precision; nothing where it is asked before training, and then not kept;
     - activations: 17 RTHL elements without an attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, equation 1
       without its attention term), 1 RTHL with gradient checkpointing;
     - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for each model that writes;
@@ -111,30 +183,55 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
       what the divergence keeps).
 
     Args:
-        config: The run.
-        teacher: Size of the teacher.
-        student: Size of the student.
+        step: Name of the pipeline step.
+        method: How the model is trained.
+        training: Batches, adapters, checkpointing.
+        task: Longest prompt and response.
+        student: Size of the model that is trained.
+        teacher: Size of the teacher, None if there is none in memory.
+        divergence: The loss, for methods that minimise a divergence.
         element: Bytes of an element in the forward pass: 2 for bf16, 4 for fp32.
     """
-    found = []
-    if config.teacher_sft.enabled:
-        found.append(Estimate("teacher_sft", _trained(config, config.teacher_sft.training, teacher, element)))
-    if config.student_init.mode == "sft":
-        found.append(Estimate("student_init", _trained(config, config.student_init.training, student, element)))
-    method = METHODS[config.distill.method]
-    arrays = _DIVERGENCE_ARRAYS[config.distill.divergence] if method.divergence else _CROSS_ENTROPY_ARRAYS
-    parts = _trained(config, config.distill.training, student, element, arrays)
-    # A teacher that is asked before training is in memory before optimiser and activations are.
-    if method.needs_teacher and config.distill.teacher_signal.mode == "online":
-        parts["teacher"] = 4 * teacher.parameters
-        tokens = config.distill.training.batch_size * _length(config)
-        writers = [
-            model for model, writes in ((student, method.student_writes), (teacher, method.teacher_writes)) if writes
-        ]
-        if writers:
-            parts["caches"] = tokens * element * sum(model.layers * model.cache for model in writers)
-    found.append(Estimate("distill", parts))
-    return found
+    length = task.max_prompt_tokens + task.max_new_tokens
+    tokens = (training.micro_batch_size or training.batch_size) * length
+    width = 1 if training.gradient_checkpointing else 17
+    adapters = 0 if training.lora is None else training.lora.rank * student.adapted
+    trained = adapters or student.parameters
+    facts = METHODS[method]
+    arrays = _DIVERGENCE_ARRAYS[divergence] if facts.divergence else _CROSS_ENTROPY_ARRAYS
+    parts = {
+        "weights": 4 * (student.parameters + adapters),
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "activations": width * tokens * student.hidden * student.layers * element,
+        "loss": arrays * 4 * min(tokens * student.vocabulary, _LOSS_CHUNK),
+    }
+    if teacher is None:
+        return Estimate(step, parts)
+    precision = training.teacher_precision if isinstance(training, DistillTrainingConfig) else "auto"
+    parts["teacher"] = _frozen(teacher, precision, element)
+    writers = [model for model, writes in ((student, facts.student_writes), (teacher, facts.teacher_writes)) if writes]
+    if writers:
+        cached = sum(model.layers * model.cache for model in writers)
+        parts["caches"] = training.batch_size * length * element * cached
+    return Estimate(step, parts)
+
+
+def _frozen(model: ModelSize, precision: TeacherPrecision, element: int) -> int:
+    """Bytes of a frozen model; quantised are the layers alone."""
+    whole = {"bf16": 2, "fp32": 4}.get(precision, element)
+    bits = {"8bit": 8, "4bit": 4}.get(precision, 8 * whole)
+    return model.outside * whole + (model.parameters - model.outside) * bits // 8
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use: on a CUDA GPU by tensors, elsewhere resident in this process since it began."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # elsewhere in KiB
 
 
 def available_memory() -> tuple[int, str]:
@@ -145,21 +242,3 @@ def available_memory() -> tuple[int, str]:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
     return total_memory(), "this machine"
-
-
-def _trained(
-    config: RunConfig, training: TrainingConfig, model: ModelSize, element: int, arrays: int = _CROSS_ENTROPY_ARRAYS
-) -> dict[str, int]:
-    tokens = (training.micro_batch_size or training.batch_size) * _length(config)
-    width = 1 if training.gradient_checkpointing else 17
-    return {
-        "weights": 4 * model.parameters,
-        "gradients": 4 * model.parameters,
-        "AdamW": 8 * model.parameters,
-        "activations": width * tokens * model.hidden * model.layers * element,
-        "loss": arrays * 4 * min(tokens * model.vocabulary, _LOSS_CHUNK),
-    }
-
-
-def _length(config: RunConfig) -> int:
-    return config.task.max_prompt_tokens + config.task.max_new_tokens

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skd_lib import storage
-from skd_lib.config import HeldOutFiles, HubSource, RunConfig, TrainingConfig
+from skd_lib.config import HeldOutFiles, HubSource, RunConfig, TeacherPrecision, TrainingConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.methods import METHODS, unread_settings
 
@@ -127,7 +127,7 @@ def run_checks(
 
     Args:
         config: The run.
-        checkpoint_root: Folder for the training steps' checkpoints; empty: not looked at.
+        checkpoint_root: Folder (local or gs://) for the training steps' checkpoints; empty: not looked at.
         tracking_uri: MLflow's tracking URI; empty: tracking is off.
         pipeline_root: Folder (local or gs://) for the pipeline's artifacts; None: not looked at.
         require_gpu: A missing GPU is an error.
@@ -145,10 +145,11 @@ def run_checks(
     report.data_fingerprint = _data(checks, config, [model for model in (teacher, student) if model])
     if config.task.wants_comet:
         _comet(checks, config.evaluation.comet.model)
-    _writable(checks, "checkpoints", checkpoint_root, lambda: storage.checkpoint_folder(checkpoint_root))
+    _writable(checks, "checkpoints", checkpoint_root, lambda: storage.check_checkpoint_root(checkpoint_root))
     _writable(checks, "artifacts", pipeline_root or "")
     _tracking(checks, tracking_uri)
     gpu = _gpu(checks, require_gpu)
+    _precision(checks, config.distill.training.teacher_precision)
     if teacher and (pruned or student):
         _memory(checks, config, teacher.size, student.size if student else _cut_size(teacher.size, config), gpu)
     return report
@@ -492,6 +493,20 @@ def _gpu(checks: _Checks, required: bool) -> bool:
     return False
 
 
+def _precision(checks: _Checks, precision: TeacherPrecision) -> None:
+    """Whether the teacher can be quantised: in a cluster the GPU is the training step's, not this one's."""
+    if precision not in ("8bit", "4bit"):
+        return
+    from skd_lib.models.loading import check_quantization
+
+    try:
+        check_quantization(precision, cuda="KUBERNETES_SERVICE_HOST" not in os.environ)
+    except SkdError as error:
+        checks.failed("teacher precision", error)
+    else:
+        checks.add("teacher precision", "ok", f"{precision}, by bitsandbytes")
+
+
 def _memory(checks: _Checks, config: RunConfig, teacher: ModelSize, student: ModelSize, gpu: bool) -> None:
     from skd_lib.memory import GIB, available_memory, estimates
 
@@ -508,5 +523,5 @@ def _memory(checks: _Checks, config: RunConfig, teacher: ModelSize, student: Mod
         f"estimate for {largest}; {of_what} has {available / GIB:.1f} GiB",
         hint=""
         if enough
-        else "lower training.micro_batch_size, set training.gradient_checkpointing, or take more memory",
+        else "lower training.micro_batch_size, set gradient_checkpointing, use training.lora, or take more memory",
     )

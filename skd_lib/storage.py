@@ -131,11 +131,16 @@ def download(uri: str, to: Path) -> Path:
     return to
 
 
-def upload(path: Path, uri: str) -> None:
+def upload(path: Path, uri: str, *, last: str = "") -> None:
     """Copy a local file or folder to `uri`.
 
     Each file appears only when it is complete. A folder's objects appear one after the other, in the order of
     their names; objects under `uri` that the folder does not have are left alone.
+
+    Args:
+        path: The file or folder.
+        uri: Where it will be.
+        last: A file of the folder whose object appears after all others: who sees it knows that all are there.
 
     Raises:
         SkdError: there is nothing at `path`, or `uri` cannot be written.
@@ -148,7 +153,7 @@ def upload(path: Path, uri: str) -> None:
             _copy_local(path, Path(uri))
         return
     bucket, name = _split(uri)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else sorted(_files(path), key=lambda file: (file == path / last, file))
     with _cloud_errors(uri):
         for file in files:
             target = name if path.is_file() else _join(name, file.relative_to(path).as_posix())
@@ -167,7 +172,7 @@ def list_objects(uri: str) -> list[StoredObject]:
         path = Path(uri)
         if not path.exists():
             raise _missing(uri)
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        files = [path] if path.is_file() else sorted(_files(path))
         with _local_errors(uri, "read"):
             return [StoredObject(str(file), file.stat().st_size, "", f"sha256:{sha256(file)}") for file in files]
     bucket, name = _split(uri)
@@ -180,6 +185,39 @@ def list_objects(uri: str) -> list[StoredObject]:
             StoredObject(f"{GCS}{bucket}/{blob.name}", int(blob.size), str(blob.generation), f"crc32c:{blob.crc32c}")
             for blob in blobs
         ]
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Bytes of each file or object in the folder `uri`, by its name relative to the folder; nothing is read.
+
+    Raises:
+        SkdError: it cannot be listed.
+    """
+    if not is_remote(uri):
+        path = Path(uri)
+        with _local_errors(uri, "read"):
+            return {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(_files(path))}
+    bucket, name = _split(uri)
+    with _cloud_errors(uri):
+        return {str(_relative(blob.name, name)): int(blob.size) for blob in _blobs(bucket, name)}
+
+
+def delete(uri: str) -> None:
+    """Delete the file, object or folder at `uri`; nothing happens where there is none.
+
+    Raises:
+        SkdError: it cannot be deleted.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri, "delete"):
+            _remove(Path(uri))
+        return
+    bucket, name = _split(uri)
+    if not name:
+        raise SkdError("a whole bucket is not deleted", where=uri, hint="name a folder in it")
+    with _cloud_errors(uri):
+        blobs = [_client().bucket(bucket).blob(name), *_blobs(bucket, name)]
+        _client().bucket(bucket).delete_blobs(blobs, on_error=lambda _blob: None)  # each was there or is gone
 
 
 def check_writable(uri: str) -> None:
@@ -203,19 +241,20 @@ def check_writable(uri: str) -> None:
         blob.delete()
 
 
-def checkpoint_folder(root: str) -> Path:
-    """The folder for training checkpoints; without one they live as long as the machine's temporary files.
+def check_checkpoint_root(root: str) -> None:
+    """See that training can keep checkpoints there: in a folder, in object storage, or (empty) in temporary files.
 
     Raises:
-        SkdError: it is not a folder of a file system.
+        SkdError: `root` is a URI of another kind of storage.
     """
-    if "://" in root:
-        raise SkdError(
-            "checkpoints need a folder, not a URI",
-            where=f"checkpoint_root {root}",
-            hint="mount a volume, or the bucket (Cloud Storage FUSE), and give the path",
-        )
-    return Path(root) if root else Path(tempfile.gettempdir()) / "skd-checkpoints"
+    if "://" in root and not is_remote(root):
+        hint = "give a folder (a mounted volume outlives a pod) or a gs:// URI"
+        raise SkdError("checkpoints cannot be kept there", where=f"checkpoint_root {root}", hint=hint)
+
+
+def checkpoint_folder(root: str) -> Path:
+    """The folder in which checkpoints are made: `root`, or one among the temporary files where that is no folder."""
+    return Path(root) if root and not is_remote(root) else Path(tempfile.gettempdir()) / "skd-checkpoints"
 
 
 def sha256(path: Path) -> str:
@@ -297,6 +336,10 @@ def _copy_local(source: Path, to: Path) -> None:
     else:
         with atomic_file(to) as temporary:
             shutil.copyfile(source, temporary)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.is_file())
 
 
 def _remove(path: Path) -> None:

@@ -274,6 +274,26 @@ def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], model
     assert small.parts["activations"] * 8 == plain["distill"].parts["activations"]
     checkpointed = largest(distill={"training": {"gradient_checkpointing": True}})["distill"]
     assert checkpointed.total < plain["distill"].total
+    adapted = largest(distill={"training": {"lora": {"rank": 2}}})["distill"].parts
+    assert adapted["AdamW"] == 8 * 2 * student.adapted
+    assert adapted["weights"] == 4 * student.parameters + 4 * 2 * student.adapted
+    held = {
+        precision: largest(distill={"training": {"teacher_precision": precision}})["distill"].parts["teacher"]
+        for precision in ("auto", "fp32", "bf16", "8bit", "4bit")
+    }
+    assert held["auto"] == held["fp32"] == 2 * held["bf16"]
+    layers = teacher.parameters - teacher.vocabulary * teacher.hidden
+    assert held["fp32"] - held["8bit"] == 3 * layers
+    assert held["8bit"] - held["4bit"] == layers // 2
+
+
+def test_a_teacher_that_cannot_be_quantised_is_an_error(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = only(check(values | {"distill": {"training": {"teacher_precision": "4bit"}}}, tmp_path), "error")
+    assert (found.name, found.where) == ("teacher precision", "teacher_precision 4bit")
+    assert "bitsandbytes" in found.what or "CUDA" in found.what
+    assert "bf16" in found.hint
 
 
 def test_too_little_memory_is_a_warning(

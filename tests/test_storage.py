@@ -98,6 +98,30 @@ def test_objects_are_listed_with_what_tells_their_content(root: str, folder: Pat
     assert second[1] == first[1]
 
 
+def test_a_folder_is_measured_and_deleted(root: str, folder: Path) -> None:
+    assert storage.file_sizes(f"{root}/folder") == {}
+    storage.upload(folder, f"{root}/folder", last="a.txt")
+    storage.upload(folder / "a.txt", f"{root}/folder-not")
+    assert storage.file_sizes(f"{root}/folder") == {"a.txt": 1, "sub/b é.bin": 256_000}
+    if storage.is_remote(root):  # the last object is the newest
+        assert max(storage.list_objects(f"{root}/folder"), key=lambda item: int(item.generation)).uri.endswith("a.txt")
+    storage.delete(f"{root}/folder/a.txt")
+    assert set(storage.file_sizes(f"{root}/folder")) == {"sub/b é.bin"}
+    for _ in range(2):
+        storage.delete(f"{root}/folder")
+    assert not storage.exists(f"{root}/folder")
+    assert storage.exists(f"{root}/folder-not")
+
+
+def test_checkpoints_go_to_folders_and_buckets() -> None:
+    for root in ("", "/mnt/checkpoints", "gs://bucket/checkpoints"):
+        storage.check_checkpoint_root(root)
+    with pytest.raises(SkdError, match="checkpoint_root s3://bucket/x: checkpoints cannot be kept there"):
+        storage.check_checkpoint_root("s3://bucket/x")
+    assert storage.checkpoint_folder("/mnt/checkpoints") == Path("/mnt/checkpoints")
+    assert storage.checkpoint_folder("gs://bucket/x") == storage.checkpoint_folder("")
+
+
 def test_a_writable_folder_is_left_as_it_was(root: str) -> None:
     storage.check_writable(f"{root}/new/checkpoints")
     if not storage.is_remote(root):
@@ -133,6 +157,8 @@ def test_unwritable_places_say_why(tmp_path: Path, emulator: None) -> None:
     assert caught.value.where == "gs://no-such-bucket/folder"
     with pytest.raises(SkdError, match="names no bucket"):
         storage.check_writable("gs:///folder")
+    with pytest.raises(SkdError, match="a whole bucket is not deleted"):
+        storage.delete(f"gs://{BUCKET}/")
 
 
 def test_an_object_cannot_be_written_outside_its_folder() -> None:

@@ -55,7 +55,7 @@ def preflight(
         learning_rate: Peak learning rate of the distillation.
         seed: Seed of the run.
         config: The rest of the run's configuration.
-        checkpoint_root: Folder for checkpoints, on a volume that outlives the pod: a retry resumes from there.
+        checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
 

@@ -33,7 +33,7 @@ def student_init(
         config: Section `student_init` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
-        checkpoint_root: Folder for checkpoints, on a volume that outlives the pod: a retry resumes from there.
+        checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
 

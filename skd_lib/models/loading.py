@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -133,6 +135,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, in eval mode.
@@ -145,12 +148,18 @@ def load_model(
         path: Folder in the Hugging Face layout.
         dtype: The weights are converted to it.
         device: None for `default_device()`.
+        quantization: Hold the linear layers but for the head in so many bits (bitsandbytes); they compute in `dtype`.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        SkdError: the folder is not a whole model, or its weights do not fit its config.
+        SkdError: the folder is not a whole model, its weights do not fit its config, or they cannot be quantised here.
     """
     check_model_folder(path)
+    place = torch.device(device) if device is not None else default_device()
+    quantized: dict[str, Any] = {}
+    if quantization is not None:
+        check_quantization(quantization, cuda=True)
+        quantized = {"quantization_config": _bits_and_bytes(quantization, dtype), "device_map": {"": place}}
     config = _load_config(path, trust_remote_code)
     attention = "eager" if config.get_text_config().model_type in _EAGER_ONLY else "sdpa"
     try:
@@ -164,12 +173,37 @@ def load_model(
             local_files_only=True,
             ignore_mismatched_sizes=True,  # not ignored: reported below, with the missing ones
             output_loading_info=True,
+            **quantized,
         )
     except (ValueError, SafetensorError) as error:
         raise SkdError(f"cannot load the model: {error}", where=str(path)) from error
     _check_loading_info(info, path)
     model.generation_config = without_sampling_defaults(model.generation_config)
-    return cast(PreTrainedModel, model.to(device if device is not None else default_device()).eval())
+    return cast(PreTrainedModel, (model if quantized else model.to(place)).eval())
+
+
+def check_quantization(quantization: str, *, cuda: bool) -> None:
+    """See that models can be quantised.
+
+    Args:
+        quantization: `8bit` or `4bit`.
+        cuda: Whether this machine must have a CUDA GPU; False where the model will be loaded on another one.
+
+    Raises:
+        SkdError: bitsandbytes or the GPU is missing.
+    """
+    where = f"teacher_precision {quantization}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        hint = "pip install 'skd-lib[quantization]', or use bf16"
+        raise SkdError("quantised weights need the package bitsandbytes", where=where, hint=hint)
+    if cuda and not torch.cuda.is_available():
+        raise SkdError("quantised weights need a CUDA GPU, and none is visible", where=where, hint="use bf16 or auto")
+
+
+def _bits_and_bytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from skd_lib.errors import SkdErrors
 from skd_lib.methods import METHODS
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
-from skd_lib.storage import checkpoint_folder
+from skd_lib.storage import check_checkpoint_root
 
 if TYPE_CHECKING:
     from skd_lib.training.run import TrainResult
@@ -51,7 +51,7 @@ def main(
     """
     settings = parse_section(DistillConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    root = checkpoint_folder(checkpoint_root)
+    check_checkpoint_root(checkpoint_root)
     io = StepIO(executor_input, {"distilled_student": student_out, "metrics": metrics_out})
 
     from skd_lib.data.prepared import PreparedData
@@ -92,11 +92,13 @@ def main(
             distill=settings,
             task=task,
             seed=seed,
-            checkpoint_root=root,
+            checkpoint_root=checkpoint_root,
             weights=weights,
         )
         model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
-        load_teacher = partial(fitting.load_frozen, teacher) if METHODS[settings.method].needs_teacher else None
+        load_teacher = None
+        if METHODS[settings.method].needs_teacher:
+            load_teacher = partial(fitting.load_frozen, teacher, settings.training.teacher_precision)
         result, figures = fit.run(model, load_teacher, tokenizer, prepared, io.input_uri("data", data), run)
         if not fitting.is_main_process():
             return
@@ -110,7 +112,7 @@ def main(
         )
         losses = {"best validation loss": result.best_validation_loss}
         card = model_card("Distilled student", lineage, losses)
-        metadata["weights_sha256"] = fitting.save_trained(model, tokenizer, student_out, card)
+        metadata["weights_sha256"] = fitting.save_trained(result.student, tokenizer, student_out, card)
         metadata["data_fingerprint"] = prepared.fingerprint
         fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("distilled_student"), **metadata})
@@ -118,7 +120,7 @@ def main(
     io.metadata("distilled_student", **metadata)
     io.parameter("course", _course(result))
     io.write()
-    fit.remove_checkpoints(prepared)
+    fit.checkpoints(prepared).remove()
 
 
 def _sampling_and_loss(settings: DistillConfig) -> dict[str, Any]:

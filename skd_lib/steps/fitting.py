@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from skd_lib.config import DistillConfig, Method, TaskConfig, TrainingConfig
+from skd_lib.config import DistillConfig, Method, TaskConfig, TeacherPrecision, TrainingConfig
 from skd_lib.steps.runtime import StepIO
+from skd_lib.storage import checkpoint_folder, is_remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from skd_lib.data.prepared import PreparedData
+    from skd_lib.memory import Estimate
     from skd_lib.tracking.runs import StepRun
+    from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
 
+log = logging.getLogger(__name__)
 TRACKING_URI_HELP = "MLflow tracking URI; empty: no tracking."
 EXPERIMENT_HELP = "MLflow experiment."
 DATA_HELP = "Folder that `prepare_data` wrote."
@@ -28,8 +32,8 @@ TASK_HELP = "Section `task` of the run's config, as JSON."
 SEED_HELP = "Seed of the order of examples, of all sampling and of dropout."
 METRICS_HELP = "Where the figures go: JSON, numbers only."
 CHECKPOINT_HELP = (
-    "Folder for checkpoints, on storage that outlives the process. The same work, started again, goes on from its "
-    "last one; they are removed when the step has written its model."
+    "Folder or gs:// URI for checkpoints, on storage that outlives the process. The same work, started again, goes on "
+    "from its last one; they are removed when the step has written its model."
 )
 
 
@@ -56,16 +60,15 @@ class Fit:
     distill: DistillConfig | None
     task: TaskConfig
     seed: int
-    checkpoint_root: Path
+    checkpoint_root: str
     weights: dict[str, str]
 
-    def checkpoint_dir(self, data: PreparedData) -> Path:
-        """The folder of this very work's checkpoints."""
+    def checkpoints(self, data: PreparedData) -> Checkpoints:
+        """The checkpoints of this very work."""
         from skd_lib import __version__
-        from skd_lib.training.checkpoints import checkpoint_dir
+        from skd_lib.training.checkpoints import Checkpoints, checkpoint_key
 
-        return checkpoint_dir(
-            self.checkpoint_root,
+        key = checkpoint_key(
             self.step,
             version=__version__,
             method=self.method,
@@ -76,6 +79,8 @@ class Fit:
             data=data.fingerprint,
             weights=self.weights,
         )
+        root = self.checkpoint_root.rstrip("/")
+        return Checkpoints(checkpoint_folder(root) / key, f"{root}/{key}" if is_remote(root) else "")
 
     def run(
         self,
@@ -104,6 +109,7 @@ class Fit:
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
+        from skd_lib.memory import GIB, peak_memory
         from skd_lib.models.loading import pad_id
         from skd_lib.steps.storing import EarlyTeacher
         from skd_lib.training.run import train
@@ -125,7 +131,13 @@ class Fit:
             if self.distill.teacher_signal.mode == "online":
                 teacher = load_teacher()
             else:
-                early = EarlyTeacher(self.checkpoint_root, self.weights["teacher"], load_teacher, student, self.distill)
+                early = EarlyTeacher(
+                    checkpoint_folder(self.checkpoint_root),
+                    self.weights["teacher"],
+                    load_teacher,
+                    student,
+                    self.distill,
+                )
                 if method == "seqkd":
                     # What the teacher has written once is data like any other.
                     method = "sft"
@@ -144,15 +156,29 @@ class Fit:
             signals=signals,
             seed=self.seed,
             **limits,
-            checkpoint_dir=self.checkpoint_dir(data),
+            checkpoints=self.checkpoints(data),
             name=self.step,
             on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
         )
-        return result, {**result_figures(result), "seconds": time.monotonic() - start}
+        seconds = time.monotonic() - start
+        planned = self._estimate(student, teacher)
+        memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
+        log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
+        return result, {**result_figures(result), **memory, "seconds": seconds}
 
-    def remove_checkpoints(self, data: PreparedData) -> None:
-        """To be called once the step's output is written: what cannot be removed then is no reason to fail."""
-        shutil.rmtree(self.checkpoint_dir(data), ignore_errors=True)
+    def _estimate(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Estimate:
+        from skd_lib.memory import config_size, estimate
+
+        return estimate(
+            self.step,
+            self.method,
+            self.training,
+            self.task,
+            config_size(student.config),
+            None if teacher is None else config_size(teacher.config),
+            divergence="forward_kl" if self.distill is None else self.distill.divergence,
+            element=compute_dtype(student.device).itemsize,
+        )
 
 
 def fine_tune(
@@ -189,7 +215,7 @@ def fine_tune(
     )
     (base_digest,) = fit.weights.values()
     metadata = {
-        "weights_sha256": save_trained(model, tokenizer, out, model_card(title, lineage)),
+        "weights_sha256": save_trained(result.student, tokenizer, out, model_card(title, lineage)),
         "base_weights_sha256": base_digest,
         "data_fingerprint": data.fingerprint,
         "code_version": code_version(),
@@ -232,12 +258,24 @@ def load_trainable(path: Path) -> PreTrainedModel:
     return load_model(path, dtype=torch.float32)
 
 
-def load_frozen(path: Path) -> PreTrainedModel:
-    """A model that is only read, in the dtype the device computes in."""
+def load_frozen(path: Path, precision: TeacherPrecision = "auto") -> PreTrainedModel:
+    """A model that is only read.
+
+    Args:
+        path: Its folder.
+        precision: Of its weights; see `DistillTrainingConfig.teacher_precision`.
+    """
+    import torch
+
     from skd_lib.models.loading import default_device, load_model
 
     _quiet()
-    return load_model(path, dtype=compute_dtype(default_device()))
+    given = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return load_model(
+        path,
+        dtype=given.get(precision) or compute_dtype(default_device()),
+        quantization=precision if precision in ("8bit", "4bit") else None,
+    )
 
 
 def compute_dtype(device: Any) -> Any:

@@ -22,7 +22,7 @@ def main(
         ),
     ],
     checkpoint_root: Annotated[
-        str, typer.Option(help="Folder for the checkpoints of training steps; it must be writable.")
+        str, typer.Option(help="Folder or gs:// URI for the checkpoints of training steps; it must be writable.")
     ],
     report_out: Annotated[Path, typer.Option(help="File for the report, in Markdown.")],
     pipeline_root: Annotated[

@@ -107,7 +107,8 @@ class StepIO:
 def run_step(main: Callable[..., None]) -> None:
     """Run a step's typer function: set up logging, and fail with the user's sentence rather than a stack of frames.
 
-    Exit codes: 0 done; 2 the user must mend something (`SkdError`); 1 anything else, with its traceback.
+    Exit codes: 0 done; 2 the user must mend something (`SkdError`); 75 stopped by SIGTERM with all work saved, to be
+    started again (`Preempted`); 1 anything else, with its traceback.
     """
     logging.basicConfig(
         level=os.environ.get("SKD_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -119,7 +120,7 @@ def run_step(main: Callable[..., None]) -> None:
     except SkdError as error:
         events.emit("error", message=str(error))
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except Exception as error:
         events.emit("error", message=f"{type(error).__name__}: {error}")
         raise

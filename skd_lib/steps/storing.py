@@ -88,6 +88,6 @@ class EarlyTeacher:
 
     def _folder(self, **inputs: Any) -> Path:
         from skd_lib import __version__
-        from skd_lib.training.checkpoints import checkpoint_dir
+        from skd_lib.training.checkpoints import checkpoint_key
 
-        return checkpoint_dir(self.root, _FOLDER, version=__version__, teacher=self.digest, **inputs)
+        return self.root / checkpoint_key(_FOLDER, version=__version__, teacher=self.digest, **inputs)

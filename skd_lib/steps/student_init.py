@@ -11,7 +11,7 @@ from skd_lib.config import StudentInitConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
-from skd_lib.storage import checkpoint_folder
+from skd_lib.storage import check_checkpoint_root
 
 
 def main(
@@ -42,7 +42,7 @@ def main(
     """
     settings = parse_section(StudentInitConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    root = checkpoint_folder(checkpoint_root)
+    check_checkpoint_root(checkpoint_root)
     if settings.mode == "prune" and student:
         raise SkdError("mode `prune` cuts the student from the teacher", where="--student", hint="leave it out")
     if settings.mode != "prune" and not student:
@@ -102,7 +102,7 @@ def main(
                     distill=None,
                     task=task,
                     seed=seed,
-                    checkpoint_root=root,
+                    checkpoint_root=checkpoint_root,
                     weights={"student": digest},
                 )
                 tuned = fitting.fine_tune(
@@ -125,7 +125,7 @@ def main(
     io.metadata("initial_student", **metadata)
     io.write()
     if settings.mode == "sft":
-        fit.remove_checkpoints(prepared)
+        fit.checkpoints(prepared).remove()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import typer
 from skd_lib.config import TaskConfig, TeacherSftConfig, parse_section
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
-from skd_lib.storage import checkpoint_folder
+from skd_lib.storage import check_checkpoint_root
 
 
 def main(
@@ -32,7 +32,7 @@ def main(
     """
     settings = parse_section(TeacherSftConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    root = checkpoint_folder(checkpoint_root)
+    check_checkpoint_root(checkpoint_root)
     io = StepIO(executor_input, {"tuned_teacher": teacher_out, "metrics": metrics_out})
 
     from skd_lib.models.loading import check_model_folder
@@ -61,7 +61,7 @@ def main(
                 distill=None,
                 task=task,
                 seed=seed,
-                checkpoint_root=root,
+                checkpoint_root=checkpoint_root,
                 weights={"teacher": digest},
             )
             tuned = fitting.fine_tune(
@@ -84,7 +84,7 @@ def main(
     io.metadata("tuned_teacher", **metadata)
     io.write()
     if settings.enabled:
-        fit.remove_checkpoints(prepared)
+        fit.checkpoints(prepared).remove()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +18,13 @@ from skd_lib.batches import Rollout, collate, teacher_signals
 from skd_lib.config import DistillConfig, Method, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
+from skd_lib.models.adapters import add_lora, merge_lora
 from skd_lib.rollouts import rollout_for
-from skd_lib.training.checkpoints import last_complete
+from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
 from skd_lib.training.objectives import objective_for
+from skd_lib.training.preemption import StopOnSigterm
+from skd_lib.training.sharding import ShardedTrainer, process_mesh, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stored_teacher import StoredSignals
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.trainer import TRAINER_VALIDATION_LOSS, VALIDATION_LOSS, DistillationTrainer, OnMetrics
@@ -35,9 +40,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to. The student holds the best checkpoint's weights.
+    """What a training run came to.
 
     Attributes:
+        student: With the weights of the best checkpoint: the model that came in, or where that was sharded over
+            processes one in one piece.
         steps: Optimiser steps.
         best_step: The step whose weights were kept.
         best_validation_loss: Its validation loss, the lowest.
@@ -46,6 +53,7 @@ class TrainResult:
         seconds: Seconds of each phase over the whole run.
     """
 
+    student: PreTrainedModel
     steps: int
     best_step: int
     best_validation_loss: float
@@ -115,19 +123,20 @@ def train(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    checkpoint_dir: Path,
+    checkpoints: Checkpoints,
     name: str = "training",
     on_metrics: OnMetrics | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
-    """Train the student in place, and leave it with the weights of its lowest validation loss.
+    """Train the student in place, and give it back with the weights of its lowest validation loss.
 
-    If `checkpoint_dir` holds a complete checkpoint of the same work, training goes on from it, and on the CPU ends
+    If `checkpoints` hold a complete one of the same work, training goes on from it, and on the CPU ends
     with the same weights, bit for bit, as if it had never stopped.
 
     Args:
         method: What is minimised, and where responses come from.
-        student: In fp32; it is trained in bf16 autocast where its device multiplies in bf16 itself.
+        student: In fp32; it is trained in bf16 autocast where its device multiplies in bf16 itself. With
+            `training.lora` it is frozen while adapters are trained, which are then merged into it.
         teacher: Frozen; None where there is nothing for it to do.
         train: Training examples.
         validation: Held-out examples, for choosing the checkpoint.
@@ -138,13 +147,15 @@ def train(
         max_new_tokens: Longest sampled response.
         eos_ids: Ids that end a response.
         pad_id: Fills rows up; may be one of `eos_ids`.
-        checkpoint_dir: Folder of this run's checkpoints alone, see `skd_lib.training.checkpoints.checkpoint_dir`.
+        checkpoints: This run's own, see `skd_lib.training.checkpoints.checkpoint_key`.
         name: What progress and errors call this training.
         on_metrics: Receives each step's figures.
         callbacks: More callbacks for `transformers.Trainer`.
 
     Raises:
-        SkdError: no examples, a missing teacher, an uneven batch, or a loss that is not finite.
+        SkdError: no examples, a missing teacher, an uneven batch, a validation loss that is not finite, or too many
+            optimiser steps in a row whose loss was not, or exploded.
+        Preempted: SIGTERM came; a checkpoint of the step in which it came is complete.
     """
     for kind, examples in (("training", train), ("validation", validation)):
         if not examples:
@@ -152,18 +163,16 @@ def train(
     distill = distill or DistillConfig()
     if METHODS[method].needs_teacher and teacher is None and signals is None:
         raise SkdError(f"method `{method}` needs a teacher", where=name)
-    args = _arguments(training, len(train), seed, checkpoint_dir, student)
-    checkpoint = last_complete(checkpoint_dir)
+    args = _arguments(training, len(train), seed, checkpoints.folder, student)
+    checkpoint = checkpoints.latest()
     if checkpoint is not None:
         log.info("%s goes on from %s", name, checkpoint)
         args.eval_on_start = False  # the checkpoint's history has it
-    student.to(args.device)
-    if teacher is not None:
-        teacher.to(args.device).eval().requires_grad_(requires_grad=False)
+    model, trainer_class = _placed(student, teacher, training, args, seed, name)
     use_cache = student.config.use_cache
     strategy = rollout_for(
         method,
-        student=student,
+        student=model,
         teacher=teacher,
         distill=distill,
         steps=args.max_steps,
@@ -172,9 +181,11 @@ def train(
         pad_id=pad_id,
         max_new_tokens=max_new_tokens,
     )
-    trainer = DistillationTrainer(
-        model=student,
+    preemption = StopOnSigterm()
+    trainer = trainer_class(
+        model=model,
         args=args,
+        training=training,
         objective=objective_for(method, teacher, distill),
         strategy=strategy if signals is None else signals.attached(strategy, args.device),
         examples=train,
@@ -188,15 +199,17 @@ def train(
         ),
         name=name,
         on_metrics=on_metrics,
-        callbacks=callbacks,
+        callbacks=[CheckpointKeeper(checkpoints, training.keep_checkpoints), preemption, *callbacks],
     )
     try:
-        with attention_dropout(student, training.dropout):
+        with attention_dropout(student, training.dropout), preemption.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         student.config.use_cache = use_cache  # the Trainer turns it off
         student.eval()
-    return _result(trainer)
+    if training.lora is not None:
+        merge_lora(model)
+    return _result(trainer, whole_model(student) if training.fsdp else student)
 
 
 class _Arguments(TrainingArguments):
@@ -206,6 +219,39 @@ class _Arguments(TrainingArguments):
     def n_gpu(self) -> int:
         """Devices of this process."""
         return min(int(super().n_gpu), 1)
+
+
+def _placed(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    training: TrainingConfig,
+    args: TrainingArguments,
+    seed: int,
+    name: str,
+) -> tuple[PreTrainedModel, Callable[..., DistillationTrainer]]:
+    """Both models on their device, whole or sharded: the student as it is trained, and the trainer for it."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise SkdError(
+            "accelerate's own FSDP knows nothing of sampling between the steps",
+            where="accelerate config, use_fsdp",
+            hint="launch with --multi_gpu instead of --use_fsdp, and set training.fsdp: true",
+        )
+    if training.fsdp and args.world_size == 1:
+        hint = "start the step with torchrun --nproc-per-node N, or set fsdp: false"
+        raise SkdError("one process has nobody to share with", where=f"{name}, training.fsdp", hint=hint)
+    student.to(args.device)
+    quantized = getattr(teacher, "is_quantized", False)  # such weights stay where they were loaded
+    if teacher is not None:
+        teacher.eval().requires_grad_(requires_grad=False)
+        if not quantized:
+            teacher.to(args.device)
+    if not training.fsdp:
+        return student if training.lora is None else add_lora(student, training.lora, seed), DistillationTrainer
+    mesh = process_mesh(args.device, args.world_size)
+    shard_trained(student, mesh, bf16=args.bf16)
+    if teacher is not None and not quantized:
+        shard_frozen(teacher, mesh)
+    return student, partial(ShardedTrainer, teacher=teacher)
 
 
 def _arguments(
@@ -276,7 +322,7 @@ def _validation_rollouts(
         ]
 
 
-def _result(trainer: DistillationTrainer) -> TrainResult:
+def _result(trainer: DistillationTrainer, student: PreTrainedModel) -> TrainResult:
     history = [entry for entry in trainer.state.log_history if "loss" in entry or VALIDATION_LOSS in entry]
     seconds: dict[str, float] = {}
     for entry in history:
@@ -284,6 +330,7 @@ def _result(trainer: DistillationTrainer) -> TrainResult:
             if figure.startswith("seconds_"):
                 seconds[figure] = seconds.get(figure, 0.0) + value
     return TrainResult(
+        student=student,
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
         best_validation_loss=trainer.state.best_metric,

@@ -1,31 +1,35 @@
 """One training loop for every method, on `transformers.Trainer`.
 
 The methods differ in where a response comes from (`skd_lib.rollouts`) and in what is minimised
-(`skd_lib.training.objectives`). Four things differ from the Trainer's own loop: the micro-batches of an optimiser
+(`skd_lib.training.objectives`). Five things differ from the Trainer's own loop: the micro-batches of an optimiser
 step are made together, from one rollout; the loss is a sum over response tokens divided by their number in the whole
-step, over all micro-batches and processes; validation is the same loss on ground truth, weighted by tokens; and each
-step logs what a person needs to see of the method.
+step, over all micro-batches and processes; a step whose loss or gradient is broken leaves weights and optimiser as they
+are; validation is the same loss on ground truth, weighted by tokens; and each step logs what a person needs to see of
+the method.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from skd_lib.batches import Rollout
+from skd_lib.config import TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.events import Progress
 from skd_lib.losses import LossSums
 from skd_lib.rollouts import Strategy
 from skd_lib.sampling.samples import SamplingStatistics
-from skd_lib.training.checkpoints import CheckpointKeeper
+from skd_lib.training.health import broken_step, response_trouble, skipped_steps
 from skd_lib.training.modes import evaluating, through_wrapper
 from skd_lib.training.objectives import Objective
 from skd_lib.training.stream import TrainingStream
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 VALIDATION_LOSS = "validation_loss"
 TRAINER_VALIDATION_LOSS = "eval_loss"
 """The Trainer's name for it, by which it finds the best checkpoint."""
+log = logging.getLogger(__name__)
 
 
 class OnMetrics(Protocol):
@@ -52,6 +57,7 @@ class DistillationTrainer(Trainer):
     Args:
         model: The student.
         args: The Trainer's arguments; one "epoch" of it is the whole stream.
+        training: What makes a step a broken one, and how many may follow each other.
         objective: What is minimised.
         strategy: Makes the responses of an optimiser step.
         examples: Training examples.
@@ -67,6 +73,7 @@ class DistillationTrainer(Trainer):
         *,
         model: PreTrainedModel,
         args: TrainingArguments,
+        training: TrainingConfig,
         objective: Objective,
         strategy: Strategy,
         examples: Sequence[TokenizedExample],
@@ -84,17 +91,20 @@ class DistillationTrainer(Trainer):
             train_dataset=range(args.max_steps * stream.batch_size),
             eval_dataset=validation,
             data_collator=torch.tensor,
-            callbacks=[CheckpointKeeper(), _OptimiserTime(self.timer), *callbacks],
+            callbacks=[_OptimiserTime(self.timer), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
-        self._objective, self._strategy = objective, strategy
+        self._training, self._objective, self._strategy = training, objective, strategy
         self._examples, self._stream, self._validation = examples, stream, validation
         self._name, self._on_metrics = name, on_metrics
         self._progress = Progress(name, args.max_steps)
         self._figures: dict[str, float] = {}
         self._response_tokens = 0
-        self._entropies: dict[str, Tensor] = {}  # sums over this process's tokens in this optimiser step
+        # Sums over this process's tokens in this optimiser step.
+        self._loss = torch.zeros((), device=args.device)
+        self._entropies: dict[str, Tensor] = {}
+        self._told_of_lengths = False
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Tensor], num_batches: int, device: torch.device
@@ -102,7 +112,7 @@ class DistillationTrainer(Trainer):
         """All micro-batches of one optimiser step, and the response tokens of the whole step over all processes."""
         micro_batches = [next(epoch_iterator).tolist() for _ in range(num_batches)]
         positions = [position for micro_batch in micro_batches for position in micro_batch]
-        with self.timer("rollout"), self.accelerator.autocast():
+        with self.timer("rollout"), self.accelerator.autocast(), self._gathered():
             rollout = self._strategy(
                 [self._examples[self._stream.example(position)] for position in positions],
                 [self._stream.place(position) for position in positions],
@@ -111,7 +121,7 @@ class DistillationTrainer(Trainer):
         tokens, *statistics = self._sum_over_processes(torch.tensor(counts, device=device)).tolist()
         self._response_tokens = max(tokens, 1)
         self._figures = {"response_tokens": tokens, **sampling_figures(SamplingStatistics(*statistics))}
-        self._entropies = {}
+        self._loss, self._entropies = torch.zeros((), device=device), {}
         inputs = [{"rollout": part} for part in rollout.split([len(rows) for rows in micro_batches])]
         return inputs, torch.tensor(self._response_tokens, device=device)
 
@@ -119,7 +129,8 @@ class DistillationTrainer(Trainer):
         """Forward and backward of one micro-batch."""
         with self.timer("loss"):
             loss: Tensor = super().training_step(*args, **kwargs)
-        return loss
+        # The Trainer adds these up over steps: one broken step must not spoil the sum for ever.
+        return torch.where(torch.isfinite(loss), loss, 0)
 
     def compute_loss(
         self,
@@ -128,24 +139,42 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,  # noqa: ARG002 - the base class's signature; only predictions need outputs
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The micro-batch's share of the optimiser step's mean loss.
-
-        Raises:
-            SkdError: the loss is not a finite number.
-        """
+        """The micro-batch's share of the optimiser step's mean loss."""
         assert num_items_in_batch is not None  # noqa: S101 - `get_batch_samples` counts them
         sums = through_wrapper(model, self.model, self._loss_sums, inputs["rollout"])
-        if not torch.isfinite(sums.loss):
-            raise SkdError(
-                f"the loss is {sums.loss.item()} at optimiser step {self.state.global_step + 1}",
-                where=self._name,
-                hint="lower training.learning_rate or raise training.warmup_ratio, then run again",
-            )
+        self._loss += sums.loss.detach()
         for name, entropy in sums.entropies.items():
             self._entropies[name] = self._entropies.get(name, torch.zeros_like(entropy)) + entropy
         # Data parallelism averages gradients over processes; the sum over all of them is wanted.
         processes: int = self.accelerator.num_processes
         return sums.loss / num_items_in_batch * processes
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """The norm of the step's gradient, all of it there; a broken step's gradient is dropped, so nothing is updated.
+
+        Raises:
+            SkdError: too many steps in a row were broken.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        # The same numbers on all processes, so all come to the same verdict.
+        loss = self._sum_over_processes(self._loss).item() / self._response_tokens
+        history = self.state.log_history
+        skipped, in_a_row = skipped_steps(history)
+        problem = broken_step(loss, norm, history, self._training.explosion_factor)
+        if problem:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            log.warning("%s: optimiser step %d is skipped: %s", self._name, self.state.global_step + 1, problem)
+            model.zero_grad()
+        if in_a_row >= self._training.max_skipped_steps:
+            raise SkdError(
+                f"{in_a_row} optimiser steps in a row were skipped, up to step {self.state.global_step + 1}: {problem}",
+                where=self._name,
+                hint="lower training.learning_rate or raise training.warmup_ratio, then run again; the last good "
+                f"checkpoint is kept in {self.args.output_dir}",
+            )
+        self._figures |= {"loss": loss, "skipped_steps": skipped}
+        return norm
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -155,7 +184,7 @@ class DistillationTrainer(Trainer):
             SkdError: it is not a finite number.
         """
         sums = torch.zeros(2, dtype=torch.float64)
-        with self.timer("validation"), evaluating(self.model):
+        with self.timer("validation"), evaluating(self.model), self._gathered():
             for rollout in self._validation[self.args.process_index :: self.args.world_size]:
                 loss = self._loss_sums(rollout.to(self.args.device)).loss
                 sums += torch.tensor([loss.item(), rollout.tokens], dtype=torch.float64)
@@ -189,10 +218,20 @@ class DistillationTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         if "loss" in figures:
+            self._look_at_lengths()
             shown = {name: figures[name] for name in ("loss", "rejection_rate") if name in figures}
             self._progress.update(self.state.global_step, **shown)
         if self._on_metrics is not None:
             self._on_metrics(self.state.global_step, figures)
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """What must be around forward passes of which processes make different numbers."""
+        return nullcontext()
+
+    def _look_at_lengths(self) -> None:
+        if not self._told_of_lengths and (trouble := response_trouble(self.state.log_history)):
+            self._told_of_lengths = True
+            log.warning("%s: at optimiser step %d %s", self._name, self.state.global_step, trouble)
 
     def _loss_sums(self, rollout: Rollout) -> LossSums:
         with self.accelerator.autocast():
@@ -232,7 +271,10 @@ def sampling_figures(statistics: SamplingStatistics) -> dict[str, float]:
     """What to log of a sampled batch: nothing for ground truth, no rates of tests that were not made."""
     if not statistics.sequences:
         return {}
-    figures = {"truncated_fraction": statistics.truncated_fraction}
+    figures = {
+        "truncated_fraction": statistics.truncated_fraction,
+        "response_length_mean": statistics.tokens / statistics.sequences,
+    }
     if statistics.tested:
         figures |= {
             "rejection_rate": statistics.rejection_rate,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nursery import Nursery
 from safetensors.torch import load_file
-from tiny_task import ROOT, WORKER, FirstGradients, run
+from tiny_task import FirstGradients, run
 from transformers import PreTrainedModel
 
 from skd_lib.errors import SkdError
@@ -68,7 +66,7 @@ def test_each_method_lowers_its_loss_and_logs_its_course(
     assert (result.best_step, result.best_validation_loss) == min(validations[1:], key=lambda pair: pair[1])
     assert result.first_validation_loss == validations[0][1]
 
-    always = {"loss", "learning_rate", "grad_norm", "response_tokens", "student_entropy"}
+    always = {"loss", "learning_rate", "grad_norm", "response_tokens", "student_entropy", "skipped_steps"}
     always |= {"seconds_rollout", "seconds_loss", "seconds_optimiser"}
     facts = METHODS[method]  # type: ignore[index]
     of_teacher = {"teacher_entropy"} if facts.divergence else set()
@@ -77,7 +75,7 @@ def test_each_method_lowers_its_loss_and_logs_its_course(
         sampled = facts.student_writes or facts.teacher_writes
         if method == "two_stage":
             sampled = step > 8
-        expected = always | of_teacher | ({"truncated_fraction"} if sampled else set())
+        expected = always | of_teacher | ({"truncated_fraction", "response_length_mean"} if sampled else set())
         expected |= of_tests if facts.student_writes and facts.teacher_writes else set()
         assert set(figures) - {"seconds_checkpoint"} == expected
     assert (result.course("rejection_rate") is not None) == (method in ("skd", "skd_mixed"))
@@ -157,15 +155,11 @@ def test_bf16_is_for_computing_only(
         assert torch.cosine_similarity(gradients[1][name].flatten(), expected.flatten(), dim=0) > 0.99, name
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(
-    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+    nursery: Nursery, student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
 ) -> None:
     student.save_pretrained(tmp_path / "student")
     teacher.save_pretrained(tmp_path / "teacher")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     options = {
         "student": str(tmp_path / "student"),
         "teacher": str(tmp_path / "teacher"),
@@ -174,20 +168,13 @@ def test_two_processes_equal_one(
         "figures": str(tmp_path / "figures.json"),
         "training": {"method": "skd_mixed", "dropout": 0, "micro_batch_size": 1, "max_steps": 2},
     }
-    processes = []
-    for rank in range(2):
-        rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment = {**os.environ, "PYTHONPATH": ROOT, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen([sys.executable, str(WORKER), json.dumps(options)], env=environment))
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert nursery.run(options, processes=2) == [0, 0]
 
     first = FirstGradients()
     result = run(student, teacher, tmp_path / "one", method="skd_mixed", callbacks=[first], dropout=0, max_steps=2)
     for name, gradient in load_file(tmp_path / "gradients.safetensors").items():
         torch.testing.assert_close(gradient, first.gradients[name], rtol=1e-3, atol=1e-6)
-    written = json.loads((tmp_path / "figures.json").read_text())
-    assert written["processes"] == 2
-    figures = written["figures"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures) == len(result.history)
     for actual, expected in zip(figures, result.history, strict=True):
         for name in expected.keys() - {"epoch", "eval_loss"}:
@@ -215,30 +202,58 @@ def test_dropout_is_on_in_the_loss_and_not_saved(
         pass
 
 
-def test_gradient_checkpointing_changes_no_gradient(
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_the_cache(
     teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    gradients = []
+    gradients, sampled_widths = [], []
     for on in (False, True):
-        first = FirstGradients()
-        run(
-            tiny_model(seed=1, vocab_size=64),
-            teacher,
-            tmp_path / str(on),
-            callbacks=[first],
-            gradient_checkpointing=on,
-            max_steps=1,
-        )
+        student, first = tiny_model(seed=1, vocab_size=64), FirstGradients()
+        widths: list[int] = []
+
+        def note(_module: Any, inputs: tuple[torch.Tensor, ...], widths: list[int] = widths) -> None:
+            if not torch.is_grad_enabled():
+                widths.append(inputs[0].shape[1])
+
+        student.get_decoder().layers[0].register_forward_pre_hook(note)
+        run(student, teacher, tmp_path / str(on), callbacks=[first], gradient_checkpointing=on, max_steps=1)
         gradients.append(first.gradients)
+        sampled_widths.append(widths)
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected)
+    # With the cache a drafted token costs the forward pass of one token.
+    assert sampled_widths[1] == sampled_widths[0]
+    assert sampled_widths[1].count(1) > 10
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_broken_step_changes_nothing_but_the_count(
+    processes: int, nursery: Nursery, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """One micro-batch of one process has a loss that is not a number: all processes leave the step out."""
+    options = {
+        **models,
+        "checkpoints": str(tmp_path / "checkpoints"),
+        "figures": str(tmp_path / "figures.json"),
+        "broken_step": 3,
+        "training": {"max_steps": 5, "eval_steps": 1, "micro_batch_size": 1, "keep_checkpoints": 9, "warmup_ratio": 0},
+    }
+    assert nursery.run(options, processes) == [0] * processes
+    figures = [entry for entry in json.loads((tmp_path / "figures.json").read_text()) if "loss" in entry]
+    assert [entry["skipped_steps"] for entry in figures] == [0, 0, 1, 1, 1]
+    assert [math.isfinite(entry["loss"]) for entry in figures] == [True, True, False, True, True]
+    states = [load_file(tmp_path / "checkpoints" / f"checkpoint-{n}" / "model.safetensors") for n in (2, 3, 4)]
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+    assert any(not torch.equal(states[0][name], tensor) for name, tensor in states[2].items())
+    assert "optimiser step 3 is skipped: the loss is nan" in nursery.log.read_text()
+
+
+def test_too_many_broken_steps_stop_the_training(
     student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(SkdError, match=r"tiny: the loss is (nan|inf) at optimiser step \d(.|\n)*learning_rate"):
-        run(student, teacher, tmp_path, method="sft", learning_rate=1e30, warmup_ratio=0, eval_steps=6)
+    message = r"tiny: 3 optimiser steps in a row were skipped, up to step 4: the norm of (.|\n)*learning_rate"
+    settings = {"learning_rate": 1e30, "warmup_ratio": 0, "eval_steps": 6, "max_skipped_steps": 3}
+    with pytest.raises(SkdError, match=message):
+        run(student, teacher, tmp_path, method="sft", **settings)
     with torch.no_grad():
         student.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(SkdError, match=r"tiny: the validation loss is nan after optimiser step 0"):

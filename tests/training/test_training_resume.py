@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import os
+import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_task import ROOT, WORKER, run
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from nursery import Nursery
+from safetensors.torch import load_file
+from tiny_task import run
+from transformers import AutoModelForCausalLM
 
-from skd_lib.training.checkpoints import MARKER, checkpoint_dir, last_complete
+from skd_lib.errors import Preempted
+from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.stream import TrainingStream
 
 
-def test_killed_and_resumed_equals_uninterrupted(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[str, Any], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 8, "eval_steps": 3, "micro_batch_size": 2, "dropout": 0.2}
     # Everything that depends on the step or the row: which rows are sampled, and how.
     sampling = {"top_k": {"start": 60, "end": 2, "shape": "cosine"}, "gamma": {"start": 2, "end": 5}}
     distill = {"sampling": sampling, "sampled_fraction": {"start": 0.2, "end": 0.9}}
     settings |= {"method": "skd_mixed", "distill": distill}
-    student, teacher = tmp_path / "student", tmp_path / "teacher"
-    tiny_model(seed=1, vocab_size=64).save_pretrained(student)
-    tiny_model(seed=2, vocab_size=64).save_pretrained(teacher)
-    folders = {"student": str(student), "teacher": str(teacher), "checkpoints": str(tmp_path / "killed")}
-    options = {**folders, "training": settings, "kill_after": 5}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), json.dumps(options)],
-        env={**os.environ, "PYTHONPATH": ROOT},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == -9
-    # The kill also hit the writing of the next checkpoint.
-    half_written = shutil.copytree(tmp_path / "killed" / "checkpoint-3", tmp_path / "killed" / "checkpoint-5")
-    (half_written / MARKER).unlink()
-    (half_written / "optimizer.pt").write_bytes(b"")
+    options = {**models, "checkpoints": str(tmp_path / "killed"), "training": settings, "kill_at_step": 6}
+    assert nursery.run(options) == [-signal.SIGKILL]
 
     logged: list[int] = []
-    results, models = [], []
+    results, students = [], []
     for folder in ("killed", "uninterrupted"):
-        models.append(AutoModelForCausalLM.from_pretrained(student))
+        students.append(AutoModelForCausalLM.from_pretrained(models["student"]))
         results.append(
             run(
-                models[-1],
-                AutoModelForCausalLM.from_pretrained(teacher),
+                students[-1],
+                AutoModelForCausalLM.from_pretrained(models["teacher"]),
                 tmp_path / folder,
                 on_metrics=lambda step, _figures: logged.append(step),
                 **settings,
@@ -63,8 +49,8 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model: Callable[..., PreTr
     )
     assert resumed == uninterrupted
     assert results[0].best_step == results[1].best_step
-    for name, tensor in models[1].state_dict().items():
-        assert torch.equal(models[0].state_dict()[name], tensor), name
+    for name, tensor in students[1].state_dict().items():
+        assert torch.equal(students[0].state_dict()[name], tensor), name
     last = [
         torch.load(tmp_path / folder / "checkpoint-8" / "optimizer.pt", weights_only=True)
         for folder in ("killed", "uninterrupted")
@@ -72,39 +58,56 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model: Callable[..., PreTr
     for key, state in last[1]["state"].items():
         assert all(torch.equal(last[0]["state"][key][name], tensor) for name, tensor in state.items())
 
-    # Killed after its last checkpoint, before anything was made of it: nothing is trained again.
-    again = AutoModelForCausalLM.from_pretrained(student)
+    # Killed after its last checkpoint, before anything was made of it: nothing is trained again, wherever it is now.
+    shutil.move(tmp_path / "killed", tmp_path / "moved")
+    again = AutoModelForCausalLM.from_pretrained(models["student"])
     logged.clear()
-    result = run(
-        again, AutoModelForCausalLM.from_pretrained(teacher), tmp_path / "killed", on_metrics=logged.append, **settings
-    )
+    teacher = AutoModelForCausalLM.from_pretrained(models["teacher"])
+    result = run(again, teacher, tmp_path / "moved", on_metrics=logged.append, **settings)
     assert logged == []
     assert result.history == results[0].history
-    assert all(torch.equal(tensor, models[0].state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert all(torch.equal(tensor, students[0].state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_the_newest_complete_checkpoint_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert last_complete(tmp_path / "none") is None
-    for step, complete in ((5, True), (10, True), (100, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if complete:
-            (folder / MARKER).touch()
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
-    assert "checkpoint-100 was not written to its end" in caplog.text
-    assert not (tmp_path / "checkpoint-100").exists()
-    (tmp_path / "checkpoint-5" / MARKER).unlink()
-    (tmp_path / "checkpoint-10" / MARKER).unlink()
-    assert last_complete(tmp_path) is None
+def test_killed_ten_times_anywhere_equals_uninterrupted(
+    nursery: Nursery, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Killed in steps, in validations and between a checkpoint's files; once a checkpoint lost half of a file too."""
+    training = {"max_steps": 26, "eval_steps": 2, "batch_size": 2, "micro_batch_size": 1, "keep_checkpoints": 2}
+    killed = {**models, "checkpoints": str(tmp_path / "killed"), "training": training}
+    rng = random.Random(4)
+    for attempt in range(10):
+        assert nursery.run({**killed, "kill_after_events": rng.randint(15, 45)}) == [-signal.SIGKILL]
+        if attempt == 5:
+            newest = Checkpoints(tmp_path / "killed").latest()
+            assert newest is not None
+            cut = newest / "optimizer.pt"
+            cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    weights = [tmp_path / name for name in ("killed.safetensors", "whole.safetensors")]
+    assert nursery.run({**killed, "weights": str(weights[0])}) == [0]
+    assert f"{cut.parent} is left out: its file optimizer.pt is missing or was cut off" in nursery.log.read_text()
+    whole = {**killed, "checkpoints": str(tmp_path / "whole"), "weights": str(weights[1])}
+    assert nursery.run(whole) == [0]
+    resumed, uninterrupted = map(load_file, weights)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
 
 
-def test_the_same_work_finds_its_checkpoints_and_other_work_does_not(tmp_path: Path) -> None:
-    def folder(step: str = "distill", *, seed: int = 0, lr: float = 0.1) -> Path:
-        return checkpoint_dir(tmp_path, step, seed=seed, config={"learning_rate": lr, "steps": 3})
-
-    assert folder() == checkpoint_dir(tmp_path, "distill", config={"steps": 3, "learning_rate": 0.1}, seed=0)
-    assert folder().parent == tmp_path / "distill"
-    assert len({folder(), folder("teacher_sft"), folder(seed=1), folder(lr=0.2)}) == 4
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_the_step_and_stops(
+    processes: int, nursery: Nursery, models: dict[str, Any], tmp_path: Path
+) -> None:
+    training = {"max_steps": 6, "eval_steps": 3, "batch_size": 4}
+    stopped = {**models, "checkpoints": str(tmp_path / "stopped"), "training": training}
+    # The signal reaches one process, twice.
+    codes = nursery.run({**stopped, "sigterm_at_step": 2}, processes)
+    assert codes == [Preempted.exit_code] * processes
+    assert Checkpoints(tmp_path / "stopped").latest() == tmp_path / "stopped" / "checkpoint-2"
+    weights = [tmp_path / name for name in ("stopped.safetensors", "whole.safetensors")]
+    assert nursery.run({**stopped, "weights": str(weights[0])}, processes) == [0] * processes
+    whole = {**stopped, "checkpoints": str(tmp_path / "whole"), "weights": str(weights[1])}
+    assert nursery.run(whole, processes) == [0] * processes
+    resumed, uninterrupted = map(load_file, weights)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
 
 
 def test_the_stream_has_every_example_once_an_epoch_in_another_order() -> None:

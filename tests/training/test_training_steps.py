@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import PreparedData, prepare
-from skd_lib.errors import SkdError
+from skd_lib.errors import Preempted, SkdError
 from skd_lib.models.loading import weights_digest
 from skd_lib.steps import distill, student_init, teacher_sft
 
@@ -124,6 +128,8 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     assert (final["teacher"], final["base_student"]) == ("org/teacher", cut["base_student"])
     assert (final["method"], final["divergence"], final["top_k"]) == ("skd", "forward_kl", 3)
     assert {"rejection_rate_first_tenth", "rejection_rate_last_tenth", "seconds_rollout"} <= set(training.figures)
+    # Of the whole process, which is more than the tiny model's share of it.
+    assert 0 < training.figures["estimated_memory_gib"] < training.figures["peak_memory_gib"] < 64
     course = training.written["parameterValues"]["course"]
     assert (course["steps"], course["validation_steps"]) == ([1, 2, 3, 4], [0, 2, 4])
     assert len(course["rejection_rate"]) == 4
@@ -209,6 +215,34 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
     assert not kept.exists()
 
 
+def test_a_step_that_is_told_to_go_saves_and_goes_on(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """A real process, a real signal: its exit code says that it wants to be started again."""
+    section = json.dumps({"training": {**TRAINING, "max_steps": 24, "eval_steps": 24}})
+    outputs = []
+    for name in ("stopped", "whole"):
+        step = Step(tmp_path / name / "1", ["tuned_teacher", "metrics"])
+        out = tmp_path / name / "1" / "model"
+        arguments = {"teacher": teacher, "data": data, "teacher_out": out, "config": section, **step.arguments}
+        if name == "stopped":
+            options = [text for key, value in arguments.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+            command = [sys.executable, "-m", "skd_lib.steps.teacher_sft", *options]
+            environment = {**os.environ, "SKD_EVENTS": "1"}
+            with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                next(line for line in process.stdout if '"progress"' in line)
+                for _ in range(2):
+                    process.send_signal(signal.SIGTERM)
+                told = process.stdout.read()
+            assert process.returncode == Preempted.exit_code
+            assert "stopped by SIGTERM after optimiser step" in told
+            assert not out.exists()
+            (kept,) = (tmp_path / name / "checkpoints" / "teacher_sft").iterdir()
+            assert len(list(kept.glob("checkpoint-*/complete"))) == 1
+        teacher_sft.main(**arguments)
+        outputs.append(load_file(out / "model.safetensors"))
+    assert all(torch.equal(outputs[0][name], tensor) for name, tensor in outputs[1].items())
+
+
 def test_what_is_wrong_is_said_before_anything_is_loaded(
     teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save
 ) -> None:
@@ -223,8 +257,8 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         distill.main(student=teacher, config='{"method": "kd"}', **paths, **step.arguments)
     with pytest.raises(SkdError, match="no such folder"):
         distill.main(student=tmp_path / "none", **paths, **step.arguments)
-    with pytest.raises(SkdError, match=r"checkpoints need a folder, not a URI(.|\n)*mount"):
-        distill.main(student=teacher, **paths, **{**step.arguments, "checkpoint_root": "gs://bucket/x"})
+    with pytest.raises(SkdError, match=r"checkpoints cannot be kept there(.|\n)*gs://"):
+        distill.main(student=teacher, **paths, **{**step.arguments, "checkpoint_root": "s3://bucket/x"})
 
     other = save_tiny_model(tmp_path / "other", seed=5)
     tokenizer = json.loads((other / "tokenizer.json").read_text())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -20,16 +21,18 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import CallbackHandler
 
+from skd_lib.batches import Rollout
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
+from skd_lib.losses import LossSums
 from skd_lib.methods import METHODS
+from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.run import TrainResult, train
 from skd_lib.training.stored_teacher import StoredSignals
+from skd_lib.training.trainer import DistillationTrainer
 
 EOS = 2
-WORKER = Path(__file__)
-ROOT = str(WORKER.parents[2])
-"""For the PYTHONPATH of processes that tests start."""
 
 
 @dataclass
@@ -55,6 +58,7 @@ def run(
     folder: Path,
     *,
     method: str = "skd",
+    mirror: str = "",
     callbacks: list[TrainerCallback] | None = None,
     on_metrics: Any = None,
     distill: dict[str, Any] | None = None,
@@ -80,7 +84,7 @@ def run(
         max_new_tokens=8,
         eos_ids=(EOS,),
         pad_id=EOS,
-        checkpoint_dir=folder,
+        checkpoints=Checkpoints(folder, mirror),
         name="tiny",
         callbacks=callbacks or [],
         on_metrics=on_metrics,
@@ -98,43 +102,103 @@ class FirstGradients(TrainerCallback):
     ) -> None:
         if not self.gradients:
             named = kwargs["model"].named_parameters()
-            self.gradients = {name: parameter.grad.clone() for name, parameter in named}
+            self.gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.requires_grad}
 
 
-class KillAfter(TrainerCallback):
-    """Kills the process as the kernel would, at the end of a step."""
+class AtStep(TrainerCallback):
+    """Sends this process a signal once a step is done, as many times as told, while its checkpoint is not yet made."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, number: signal.Signals, times: int = 1) -> None:
+        self.step, self.number, self.times = step, number, times
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def kill_after(events: int) -> None:
+    """Kill the process as the kernel would, after so many things have happened: steps of the loop, opened files."""
+    left = events
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open" and "checkpoint-" in str(args[0]):
+            happened()
+
+    def happened(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    call_event = CallbackHandler.call_event
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        happened()
+        return call_event(*args, **kwargs)
+
+    CallbackHandler.call_event = counted  # type: ignore[method-assign]
+
+
+def break_loss(step: int) -> None:
+    """Make the loss of the first micro-batch of a step not a number."""
+    loss_sums, broken = DistillationTrainer._loss_sums, False
+
+    def sometimes_broken(trainer: DistillationTrainer, rollout: Rollout) -> LossSums:
+        nonlocal broken
+        sums = loss_sums(trainer, rollout)
+        if broken or not sums.loss.requires_grad or trainer.state.global_step + 1 != step:
+            return sums
+        broken = True
+        return sums._replace(loss=sums.loss * torch.nan)
+
+    DistillationTrainer._loss_sums = sometimes_broken  # type: ignore[method-assign]
 
 
 def main(options: dict[str, Any]) -> None:
     """Train in a process of its own.
 
-    Options: `student`, `teacher` (folders), `checkpoints`, `training` (a dict), `kill_after` (a step), `gradients`
-    (where to write the first step's), `figures` (where to write what was logged).
+    Options: `student`, `teacher` (folders), `checkpoints`, `training` (a dict); what happens in the process of the
+    highest rank: `kill_at_step`, `kill_after_events`, `sigterm_at_step`, `broken_step`; where to write what came of it:
+    `gradients` (the first step's), `figures` (what was logged), `weights` (of the trained student), `held` (which share
+    of the weights the process had).
     """
     torch.set_num_threads(1)
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     student, teacher = (AutoModelForCausalLM.from_pretrained(options[name]) for name in ("student", "teacher"))
     first = FirstGradients()
+    callbacks: list[TrainerCallback] = [first]
+    if rank == processes - 1:
+        if "kill_at_step" in options:
+            callbacks.append(AtStep(options["kill_at_step"], signal.SIGKILL))
+        if "kill_after_events" in options:
+            kill_after(options["kill_after_events"])
+        if "sigterm_at_step" in options:
+            callbacks.append(AtStep(options["sigterm_at_step"], signal.SIGTERM, times=2))
+        if "broken_step" in options:
+            break_loss(options["broken_step"])
     figures: list[dict[str, float]] = []
-    run(
+    result = run(
         student,
         teacher,
         Path(options["checkpoints"]),
-        callbacks=[first, KillAfter(options.get("kill_after", -1))],
+        mirror=options.get("mirror", ""),
+        callbacks=callbacks,
         on_metrics=lambda step, values: figures.append({"step": step, **values}),
         **options.get("training", {}),
     )
-    if int(os.environ.get("RANK", "0")) == 0 and "gradients" in options:
+    if rank != 0:
+        return
+    if "gradients" in options:
         save_file(first.gradients, options["gradients"])
-        written = {"processes": torch.distributed.get_world_size(), "figures": figures}
-        Path(options["figures"]).write_text(json.dumps(written))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    if "figures" in options:
+        Path(options["figures"]).write_text(json.dumps(figures))
+    if "held" in options:
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in student.parameters()]
+        Path(options["held"]).write_text(str(sum(p.numel() for p in local) / result.student.num_parameters()))
+    if "weights" in options:
+        save_file({name: tensor.contiguous() for name, tensor in result.student.named_parameters()}, options["weights"])

@@ -1,0 +1,189 @@
+"""Models sharded over processes (FSDP2), for students and teachers that do not fit on one device with all their states.
+
+Weights, gradients and optimiser states are each process's share. A training step gathers the weights of one layer after
+the other, as PyTorch's `fully_shard` does, which needs all processes to run the same layers at the same time. Sampling
+cannot promise that: how many tokens are drafted and verified depends on what is sampled. So before sampling and before
+a validation whole weights are gathered on every process, and are dropped afterwards (`gathered`).
+
+The sharding is PyTorch's own and not accelerate's, which knows it on accelerators only, and cuts the head out as a
+unit of its own: the losses here run decoder and head apart, inside the forward pass of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from skd_lib.errors import SkdError
+from skd_lib.models.loading import weight_files
+from skd_lib.training.modes import through_wrapper
+from skd_lib.training.trainer import DistillationTrainer
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def process_mesh(device: torch.device, processes: int) -> DeviceMesh:
+    """All processes in a row."""
+    return init_device_mesh(device.type, (processes,))
+
+
+def shard_trained(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool) -> None:
+    """Shard a model that is trained, in place: layer by layer, and what is outside of the layers.
+
+    Args:
+        model: In fp32, on its device.
+        mesh: See `process_mesh`.
+        bf16: Gather weights in bf16, for computing in it; gradients are added up in fp32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = policy if bf16 else MixedPrecisionPolicy()
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard the layers of a frozen model, in place. Its embedding and head are used on their own, and stay whole."""
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+@contextmanager
+def gathered(*models: PreTrainedModel | None) -> Iterator[None]:
+    """All weights on every process inside, so that forward passes need no other process; changes nothing elsewhere."""
+    shards = [
+        module for model in models if model is not None for module in model.modules() if isinstance(module, FSDPModule)
+    ]
+    roots: list[Any] = [model for model in models if isinstance(model, FSDPModule)]
+    for root in roots:
+        # The first forward pass of all must be the whole model's, which then knows its layers.
+        through_wrapper(root, root, lambda _: None, None)
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.set_reshard_after_forward(True, recurse=False)
+            shard.reshard()
+
+
+def whole_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A sharded model in one piece, on the main process; all call this, and the others get what they gave."""
+    weights = get_model_state_dict(model, options=_WHOLE)
+    if not PartialState().is_main_process:
+        return model
+    plain = AutoModelForCausalLM.from_config(
+        model.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    plain.load_state_dict(weights)
+    plain.generation_config = model.generation_config
+    return cast(PreTrainedModel, plain.to(model.device).eval())
+
+
+class ShardedTrainer(DistillationTrainer):
+    """The training loop for a student that `shard_trained` has sharded.
+
+    Checkpoints hold whole weights and optimiser states, so that another number of processes can go on from them.
+
+    Args:
+        teacher: The teacher, which `shard_frozen` has sharded; None if there is none.
+        **options: See `DistillationTrainer`.
+    """
+
+    def __init__(self, *, teacher: PreTrainedModel | None, **options: Any) -> None:
+        self._teacher = teacher
+        super().__init__(**options)
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        return gathered(self.model, self._teacher)
+
+    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        # What is wrapped already is left alone by accelerate, which would replicate it (DistributedDataParallel).
+        return model if isinstance(model, _Sharded) else _Sharded(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Gather the weights and save them; called by all processes."""
+        weights = get_model_state_dict(self.model, options=_WHOLE)
+        if self.args.should_save:
+            tied = self.model.all_tied_weights_keys
+            self._save(output_dir, state_dict={name: weight for name, weight in weights.items() if name not in tied})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights: dict[str, Any] = {}
+        for file in weight_files(Path(resume_from_checkpoint)):
+            weights |= load_file(file)
+        set_model_state_dict(model or self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = get_optimizer_state_dict(self.model, self._plain_optimizer, options=_WHOLE)
+        if self.args.should_save:
+            torch.save(states, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        states = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self._plain_optimizer, states, options=whole)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+
+class _Sharded(nn.Module):
+    """Stands around a sharded model where the Trainer looks for a distributed wrapper."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep whole gradients inside, until the step's last micro-batch adds them up over the processes."""
+        assert isinstance(self.module, FSDPModule)  # noqa: S101 - the trainer made it so
+        self.module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise SkdError(
+            f"{type(model).__name__} does not say which of its modules are layers, so it cannot be sharded",
+            where="training.fsdp",
+            hint="set fsdp: false",
+        )
+    return layers

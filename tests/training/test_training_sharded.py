@@ -1,0 +1,59 @@
+"""A student and a teacher sharded over two processes train as whole ones on one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nursery import Nursery
+from safetensors.torch import load_file
+from tiny_task import run
+from transformers import PreTrainedModel
+
+from skd_lib.errors import Preempted, SkdError
+
+
+@pytest.mark.parametrize(("method", "stopped_at"), [("skd", 1), ("supervised_kd", None)])
+def test_two_processes_with_shards_equal_one(
+    method: str, stopped_at: int | None, nursery: Nursery, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Sampled and ground-truth responses, gradient accumulation and checkpointing, a stop by SIGTERM and the export."""
+    training = {"method": method, "dropout": 0, "micro_batch_size": 1, "max_steps": 2, "eval_steps": 1}
+    figures, weights = {}, {}
+    for name, processes in (("sharded", 2), ("whole", 1)):
+        files = {"figures": f"{tmp_path / name}.json", "weights": f"{tmp_path / name}.safetensors"}
+        options = {**models, **files, "checkpoints": str(tmp_path / name), "held": str(tmp_path / f"{name}.txt")}
+        options["training"] = {**training, "fsdp": processes > 1, "gradient_checkpointing": processes > 1}
+        if stopped_at and processes > 1:
+            stop = {"sigterm_at_step": stopped_at}
+            assert nursery.run({**options, **stop}, processes) == [Preempted.exit_code] * processes
+        assert nursery.run(options, processes) == [0] * processes
+        figures[name] = [entry for entry in json.loads(Path(files["figures"]).read_text()) if "loss" in entry]
+        weights[name] = load_file(files["weights"])
+        share = float((tmp_path / f"{name}.txt").read_text())
+        assert share == (1 if processes == 1 else pytest.approx(0.5, abs=0.02))
+    for actual, expected in zip(figures["sharded"], figures["whole"][-len(figures["sharded"]) :], strict=True):
+        for figure in expected.keys() - {"epoch"}:
+            if not figure.startswith("seconds_"):
+                assert actual[figure] == pytest.approx(expected[figure], rel=1e-3), figure
+    for name, tensor in weights["whole"].items():
+        torch.testing.assert_close(weights["sharded"][name], tensor, rtol=1e-3, atol=1e-4)
+    sharded, whole = (load_file(tmp_path / name / "checkpoint-2" / "model.safetensors") for name in figures)
+    assert set(sharded) == set(whole)
+
+
+def test_what_cannot_be_sharded_is_an_error(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_model(vocab_size=64)
+    with pytest.raises(SkdError, match=r"training.fsdp: one process has nobody to share with(.|\n)*torchrun"):
+        run(student, None, tmp_path, method="sft", fsdp=True)
+    with pytest.raises(ValueError, match="leave it off with `lora`"):
+        run(student, None, tmp_path, method="sft", fsdp=True, lora={})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SkdError, match=r"accelerate config, use_fsdp(.|\n)*training.fsdp: true"):
+        run(student, None, tmp_path, method="sft")
