@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from skd_lib.divergences import forward_kl
+from skd_lib.losses import DistillationLoss
+from skd_lib.teacher_signals import DenseSignal
 
 POSITIONS, VOCABULARY, HIDDEN = 4 * 2048, 151_936, 896
 """Four rows of 2048 tokens under a Qwen2 0.5B student. The machine need not hold this: sizes are divided by SCALE."""
