@@ -13,6 +13,7 @@ import yaml
 
 from pipelines.lint import lint
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.report.lineage import IMAGE_VARIABLE
 from skd_lib.storage import write_text_atomic
 
 COMPILED = Path(__file__).parent / "compiled" / "distillation.yaml"
@@ -37,13 +38,21 @@ def compile_pipeline(image: str | None = None) -> Documents:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(distillation, str(path))
         documents: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    if image:
-        for executor in documents[0]["deploymentSpec"]["executors"].values():
-            executor["container"]["image"] = image
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        set_image(executor["container"], image or executor["container"]["image"])
     problems = lint(documents[0])
     if problems:
         raise SkdErrors([SkdError(problem, where="compiled pipeline") for problem in problems])
     return documents
+
+
+def set_image(container: dict[str, Any], image: str) -> None:
+    """Run a container in an image, and tell it which one, for the run's lineage."""
+    container["image"] = image
+    container["env"] = [
+        *(variable for variable in container.get("env", []) if variable["name"] != IMAGE_VARIABLE),
+        {"name": IMAGE_VARIABLE, "value": image},
+    ]
 
 
 def to_text(documents: Documents) -> str:

@@ -154,7 +154,7 @@ def distillation(
             )
         ).outputs
 
-        scores = {}
+        scores, predictions = {}, {}
         for role, model in {
             "teacher_base": base,
             "teacher": tuned,
@@ -162,7 +162,8 @@ def distillation(
             "student_after": distilled["distilled_student"],
         }.items():
             evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
-            scores[role] = _settle(evaluated, f"evaluate-{role}", GPU).outputs["scores"]
+            outputs = _settle(evaluated, f"evaluate-{role}", GPU).outputs
+            scores[role], predictions[f"predictions_{role}"] = outputs["scores"], outputs["predictions"]
         drafts = {}
         for role, model in {"before": initial, "after": distilled["distilled_student"]}.items():
             measured = specdec_benchmark(
@@ -177,7 +178,9 @@ def distillation(
                 specdec_before=drafts["before"],
                 specdec_after=drafts["after"],
                 distill_course=distilled["course"],
+                samples=distilled["samples"],
                 **scores,
+                **predictions,
                 **tracking,
             ),
             "report",

@@ -50,6 +50,8 @@ class Rollout:
         source: Who wrote the responses.
         teacher_states_NH: The teacher's final states at the N True positions, in row-major order, where the sampler
             has them anyway; None otherwise.
+        writers_N: Who wrote each of the N response tokens, `STUDENT` or `TEACHER`; None for ground truth.
+        proposals_N: The student's draft where the teacher replaced it, -1 elsewhere; None for ground truth.
         statistics: The sampler's figures; None for ground truth.
     """
 
@@ -57,6 +59,8 @@ class Rollout:
     response_mask_BL: Tensor
     source: Source
     teacher_states_NH: Tensor | None = None
+    writers_N: Tensor | None = None
+    proposals_N: Tensor | None = None
     statistics: SamplingStatistics | None = None
 
     @property
@@ -70,7 +74,7 @@ class Rollout:
         return int(self.response_mask_BL.sum())
 
     def split(self, sizes: Sequence[int]) -> list[Rollout]:
-        """Micro-batches of the given numbers of rows, without statistics.
+        """Micro-batches of the given numbers of rows, with what the loss needs alone.
 
         Rows of like length go together, and each micro-batch is cut to its longest row: a sum over tokens does not
         depend on the grouping, its cost does.
@@ -164,7 +168,13 @@ def sampled(sampler: Sampler, student: PreTrainedModel, *, source: Source, seed:
         rollout = collate(prompts, responses, pad_id=pad_id, source=source, device=student.device)
         states_BTH = samples.teacher_states_BTH
         states_NH = None if states_BTH is None else states_BTH[samples.mask_BT].to(student.device)
-        return replace(rollout, teacher_states_NH=states_NH, statistics=samples.statistics)
+        return replace(
+            rollout,
+            teacher_states_NH=states_NH,
+            writers_N=samples.source_BT[samples.mask_BT].to(student.device),
+            proposals_N=samples.proposals_BT[samples.mask_BT].to(student.device),
+            statistics=samples.statistics,
+        )
 
     return strategy
 

@@ -7,9 +7,9 @@ how comparable the figures are, and where they came from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -37,7 +37,11 @@ class Score(Section):
 class Scores(Section):
     """What `evaluate` found for one model: every metric by name, the number of examples and the seconds it took."""
 
+    model_config = ConfigDict(extra="ignore")
+
     metrics: dict[str, Score]
+    missing: dict[str, str] = Field({}, description="Metrics that could not be computed, and why.")
+    held_out: dict[str, Scores] = Field({}, description="The same for every further test set.")
     examples: int = 0
     seconds: float = 0.0
 
@@ -47,7 +51,7 @@ class Scores(Section):
         # The step's result is flat: metrics stand beside the counts.
         if not isinstance(values, dict):
             return values
-        metrics = {name: value for name, value in values.items() if isinstance(value, dict)}
+        metrics = {name: value for name, value in values.items() if isinstance(value, dict) and "score" in value}
         return {"metrics": metrics, **{name: value for name, value in values.items() if name not in metrics}}
 
     def figures(self) -> dict[str, float]:
@@ -68,6 +72,12 @@ class Specdec(Section):
     mismatches: int = Field(0, description="Responses that differ from the teacher's own; temperature 0 only.")
     ties: int = Field(0, description="Responses that differ by ties within rounding.")
     seconds: float = 0.0
+    acceptance_by_position: tuple[float, ...] = Field(
+        (), description="Share of the drafts at each position of a block that were accepted, given they were tested."
+    )
+    theoretical_speedup: float | None = Field(None, description="From acceptance and the models' forward times.")
+    sweep: tuple[dict[str, float], ...] = Field((), description="`gamma` and `speedup` of other draft lengths.")
+    vllm: str = Field("", description="The command line that serves the pair.")
 
     def figures(self) -> dict[str, float]:
         """The three that matter, by name."""
@@ -79,10 +89,54 @@ class Course(Section):
 
     model_config = ConfigDict(extra="ignore")
 
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] = Field((), description="Those of the sampler's figures.")
     rejection_rate: tuple[float, ...] = Field((), description="Share of tested draft tokens that the teacher replaced.")
+    tokens_per_teacher_call: tuple[float, ...] = ()
+    training_steps: tuple[int, ...] = ()
+    training_loss: tuple[float, ...] = ()
+    response_length: tuple[float, ...] = Field((), description="Mean tokens of a response trained on.")
     validation_steps: tuple[int, ...] = ()
     validation_loss: tuple[float, ...] = ()
+    seconds: dict[str, float] = Field({}, description="Of each phase: rollout, loss, optimiser, ...")
+    peak_bytes: dict[str, int] = Field({}, description="Most memory of the process, and of each phase on the device.")
+
+
+class Comparison(Section):
+    """A paired test between two models on the test set, by one metric."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    a: Role
+    b: Role
+    metric: str
+    difference: float = Field(description="Score of a minus score of b.")
+    low: float
+    high: float
+    p_value: float
+    n: int = Field(description="Examples.")
+
+
+class Lengths(Section):
+    """How long a model's answers to the test set are, in tokens."""
+
+    mean: float
+    longest: int
+    truncated_fraction: float = Field(description="Share of answers that ended by the length limit.")
+    edges: tuple[float, ...] = Field(description="Of the histogram's bins: one more than counts.")
+    counts: tuple[int, ...]
+
+
+class Gap(NamedTuple):
+    """Scores of the teacher and of the student before and after."""
+
+    teacher: float
+    before: float
+    after: float
+
+    @property
+    def closed(self) -> float:
+        """How much of the way from the untrained student to the teacher the distillation went; 1 is all of it."""
+        return (self.after - self.before) / (self.teacher - self.before)
 
 
 class Summary(Section):
@@ -95,15 +149,29 @@ class Summary(Section):
     intervals: dict[Role, dict[str, tuple[float, float]]] = Field({}, description="95 % intervals of the scores.")
     examples: dict[Role, int] = Field({}, description="Test examples behind the scores.")
     signatures: dict[str, str] = Field({}, description="By metric: what somebody else needs to get the same number.")
+    held_out: dict[str, dict[Role, Scores]] = Field({}, description="Scores on further test sets.")
+    missing: dict[str, str] = Field({}, description="Metrics that could not be computed, and why.")
+    comparisons: tuple[Comparison, ...] = ()
+    lengths: dict[Role, Lengths] = Field({}, description="Of the answers to the test set.")
     course: Course = Course()
+    lineage: dict[str, str] = Field({}, description="What the run was made from and with.")
     run_name: str = ""
     pipeline_run_id: str = ""
     mlflow_run_id: str = ""
+    mlflow_url: str = Field("", description="Page of the MLflow run, where there is a server.")
 
     def with_seconds(self, seconds: Mapping[str, float]) -> Summary:
         """With steps' durations as whoever ran them measured them, which win over what the steps said themselves."""
         others = {step: value for step, value in self.seconds.items() if step not in seconds}
         return self.model_copy(update={"seconds": {**seconds, **others}})
+
+    def gap(self) -> Gap | None:
+        """How far the student came towards the teacher, by the task's metric; None where a score is missing."""
+        needed: tuple[Role, ...] = ("teacher", "student_before", "student_after")
+        teacher, before, after = (self.models.get(role, {}).get(self.task_metric) for role in needed)
+        if teacher is None or before is None or after is None or teacher <= before:
+            return None
+        return Gap(teacher, before, after)
 
     def headline(self) -> dict[str, float]:
         """The figures by which runs are compared, flat: `student_after_chrf`, `speedup_after`, ..."""
@@ -148,9 +216,13 @@ def build_summary(
     scores: Mapping[Role, Scores],
     specdec: Mapping[Moment, Specdec],
     course: Course,
+    comparisons: Sequence[Comparison] = (),
+    lengths: Mapping[Role, Lengths] | None = None,
+    lineage: Mapping[str, str] | None = None,
     run_name: str = "",
     pipeline_run_id: str = "",
     mlflow_run_id: str = "",
+    mlflow_url: str = "",
 ) -> Summary:
     """Put the steps' results together. Roles that were not evaluated are simply missing."""
     found = {role: scores[role] for role in ROLES if role in scores}
@@ -160,6 +232,7 @@ def build_summary(
     signatures = {
         name: score.signature for value in found.values() for name, score in value.metrics.items() if score.signature
     }
+    held_out = {name: None for value in found.values() for name in value.held_out}
     return Summary(
         task_metric=task_metric,
         models={role: value.figures() for role, value in found.items()},
@@ -171,8 +244,17 @@ def build_summary(
         },
         examples={role: value.examples for role, value in found.items()},
         signatures=signatures,
+        held_out={
+            name: {role: value.held_out[name] for role, value in found.items() if name in value.held_out}
+            for name in held_out
+        },
+        missing={name: reason for value in found.values() for name, reason in value.missing.items()},
+        comparisons=tuple(comparisons),
+        lengths=dict(lengths or {}),
         course=course,
+        lineage=dict(lineage or {}),
         run_name=run_name,
         pipeline_run_id=pipeline_run_id,
         mlflow_run_id=mlflow_run_id,
+        mlflow_url=mlflow_url,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,6 +29,7 @@ from skd_lib.training.modes import evaluating, through_wrapper
 from skd_lib.training.objectives import Objective
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.timing import PhaseTimer
+from skd_lib.training.traces import TraceRecorder
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 VALIDATION_LOSS = "validation_loss"
 TRAINER_VALIDATION_LOSS = "eval_loss"
 """The Trainer's name for it, by which it finds the best checkpoint."""
+TRACES = "traces"
+"""Recorded sequences in the Trainer's history, which goes into every checkpoint: a resumed run has the earlier ones."""
 
 
 class OnMetrics(Protocol):
@@ -57,6 +60,7 @@ class DistillationTrainer(Trainer):
         stream: Their order.
         validation: Ground-truth rollouts.
         name: What the errors and the progress call this training, e.g. "distill".
+        recorder: Keeps a few sampled sequences in the history.
         on_metrics: See `OnMetrics`.
         callbacks: More callbacks for the Trainer.
     """
@@ -72,6 +76,7 @@ class DistillationTrainer(Trainer):
         stream: TrainingStream,
         validation: Sequence[Rollout],
         name: str,
+        recorder: TraceRecorder,
         on_metrics: OnMetrics | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -89,7 +94,7 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._objective, self._strategy = objective, strategy
         self._examples, self._stream, self._validation = examples, stream, validation
-        self._name, self._on_metrics = name, on_metrics
+        self._name, self._recorder, self._on_metrics = name, recorder, on_metrics
         self._progress = Progress(name, args.max_steps)
         self._figures: dict[str, float] = {}
         self._response_tokens = 0
@@ -101,11 +106,12 @@ class DistillationTrainer(Trainer):
         """All micro-batches of one optimiser step, and the response tokens of the whole step over all processes."""
         micro_batches = [next(epoch_iterator).tolist() for _ in range(num_batches)]
         positions = [position for micro_batch in micro_batches for position in micro_batch]
+        places = [self._stream.place(position) for position in positions]
         with self.timer("rollout"), self.accelerator.autocast():
-            rollout = self._strategy(
-                [self._examples[self._stream.example(position)] for position in positions],
-                [self._stream.place(position) for position in positions],
-            )
+            rollout = self._strategy([self._examples[self._stream.example(position)] for position in positions], places)
+            traces = self._recorder.record(rollout, places) if self.is_world_process_zero() else []
+        if traces:
+            self.state.log_history.append({"step": places[0].step + 1, TRACES: [asdict(trace) for trace in traces]})
         counts = [rollout.tokens, *astuple(rollout.statistics or SamplingStatistics())]
         tokens, *statistics = self._sum_over_processes(torch.tensor(counts, device=device)).tolist()
         self._response_tokens = max(tokens, 1)

@@ -1,0 +1,146 @@
+"""A few training sequences as they were sampled, kept for people to look at.
+
+Which sequences are kept follows from their places in the run alone, so that a resumed run keeps the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skd_lib.models.heads import lm_logits
+from skd_lib.rollouts import Place, Rollout
+
+SEQUENCES = 3
+"""Sequences kept of a recorded step."""
+MOMENTS = 24
+"""Recorded steps of a run, at most."""
+_POSITIONS_AT_A_TIME = 64
+"""Logits over the whole vocabulary are made for so many positions, whatever the length of a response."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A draft of the student that the teacher replaced.
+
+    Attributes:
+        position: Index in the response.
+        proposal: The token that the student had drafted.
+        rank: Of the proposal among the teacher's raw logits, from 0: SKD rejects at K and above.
+        probability: Of the proposal under the teacher as it is, before temperature and top-p.
+        own_rank: Rank of the token that the teacher put there.
+        own_probability: Its probability.
+    """
+
+    position: int
+    proposal: int
+    rank: int
+    probability: float
+    own_rank: int
+    own_probability: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One sampled training sequence.
+
+    Attributes:
+        step: Optimiser step that trained on it, from 1.
+        row: Its row in the step's global batch.
+        prompt_ids: The prompt's tokens.
+        token_ids: The response's tokens.
+        writers: For each response token `STUDENT` or `TEACHER` (`skd_lib.sampling.samples`).
+        replacements: The drafts that did not stand.
+    """
+
+    step: int
+    row: int
+    prompt_ids: list[int]
+    token_ids: list[int]
+    writers: list[int]
+    replacements: list[Replacement]
+
+
+def recorded_steps(steps: int, eval_steps: int) -> frozenset[int]:
+    """The first optimiser step and those before a validation; of many, `MOMENTS` evenly spread ones with both ends."""
+    due = sorted({1, *range(eval_steps, steps + 1, eval_steps), steps})
+    if len(due) <= MOMENTS:
+        return frozenset(due)
+    return frozenset(due[round(i * (len(due) - 1) / (MOMENTS - 1))] for i in range(MOMENTS))
+
+
+@dataclass(frozen=True)
+class TraceRecorder:
+    """Takes traces from rollouts.
+
+    Attributes:
+        teacher: Says how it ranks what it rejected; None where nothing is rejected.
+        vocabulary: Token ids at and above it stand for no token, and have no rank.
+        steps: Optimiser steps to record, from 1.
+        sequences: How many sequences of a step, those of the lowest rows.
+    """
+
+    teacher: PreTrainedModel | None
+    vocabulary: int
+    steps: frozenset[int]
+    sequences: int = SEQUENCES
+
+    @torch.no_grad()
+    def record(self, rollout: Rollout, places: Sequence[Place]) -> list[Trace]:
+        """Traces of one optimiser step's rollout; none where the step is not recorded or nothing was sampled.
+
+        Args:
+            rollout: With rows in the order of `places`.
+            places: All of one step.
+        """
+        step = places[0].step + 1
+        if step not in self.steps or rollout.writers_N is None:
+            return []
+        ends = list(accumulate(rollout.response_mask_BL.sum(1).tolist(), initial=0))
+        rows = sorted(range(len(places)), key=lambda row: places[row].row)[: self.sequences]
+        return [self._trace(rollout, row, slice(ends[row], ends[row + 1]), step, places[row].row) for row in rows]
+
+    def _trace(self, rollout: Rollout, row: int, part: slice, step: int, place: int) -> Trace:
+        assert rollout.writers_N is not None  # noqa: S101 - `record` has looked
+        first = int(rollout.response_mask_BL[row].nonzero()[0]) + 1
+        return Trace(
+            step=step,
+            row=place,
+            prompt_ids=rollout.input_ids_BL[row, :first].tolist(),
+            token_ids=rollout.targets_N[part].tolist(),
+            writers=rollout.writers_N[part].tolist(),
+            replacements=self._replacements(rollout, part),
+        )
+
+    def _replacements(self, rollout: Rollout, part: slice) -> list[Replacement]:
+        if self.teacher is None or rollout.proposals_N is None or rollout.teacher_states_NH is None:
+            return []
+        proposals_T = rollout.proposals_N[part]
+        positions_R = (proposals_T >= 0).nonzero().squeeze(-1)
+        states_RH = rollout.teacher_states_NH[part][positions_R]
+        pairs_R2 = torch.stack([proposals_T, rollout.targets_N[part]], dim=-1)[positions_R]
+        replacements = []
+        for positions, states, pairs in zip(
+            *(torch.split(tensor, _POSITIONS_AT_A_TIME) for tensor in (positions_R, states_RH, pairs_R2)), strict=True
+        ):
+            logits_RV = lm_logits(self.teacher, states)[:, : self.vocabulary]
+            ranks_R2, probabilities_R2 = _judged(logits_RV.float(), pairs)
+            replacements += [
+                Replacement(position, proposal, rank, probability, own_rank, own_probability)
+                for position, (proposal, _), (rank, own_rank), (probability, own_probability) in zip(
+                    positions.tolist(), pairs.tolist(), ranks_R2.tolist(), probabilities_R2.tolist(), strict=True
+                )
+            ]
+        return replacements
+
+
+def _judged(logits_RV: Tensor, tokens_R2: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks, from 0, and probabilities of two tokens at each position."""
+    chosen_R2 = logits_RV.gather(1, tokens_R2)
+    ranks_R2 = (logits_RV.unsqueeze(1) > chosen_R2.unsqueeze(2)).sum(-1)
+    return ranks_R2, (chosen_R2 - logits_RV.logsumexp(-1, keepdim=True)).exp()
