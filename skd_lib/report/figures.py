@@ -59,7 +59,7 @@ def _loss(course: Course) -> Figure:
         note = f"Validation {losses[0]:.3f} → {losses[-1]:.3f}, lowest {losses[best]:.3f}" + (
             f" at step {course.validation_steps[best]:,}, whose weights were kept." if best else " before training."
         )
-        lines.append(Series("student", course.validation_steps, losses, dots=len(losses) <= _DOTS))
+        lines.append(Series("student", *thinned(course.validation_steps, losses), dots=len(losses) <= _DOTS))
         legend.append(("student", "validation"))
     return Figure("Loss", note, line_chart(lines, label=f"Loss by step. {note}", number=plain), legend)
 

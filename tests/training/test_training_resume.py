@@ -57,6 +57,8 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model: Callable[..., PreTr
         for result in results
     )
     assert resumed == uninterrupted
+    assert results[0].traces == results[1].traces  # the recorded sequences are those of both attempts
+    assert [trace.step for trace in results[0].traces if trace.row == 0] == [1, 3, 6, 8]
     assert results[0].best_step == results[1].best_step
     for name, tensor in models[1].state_dict().items():
         assert torch.equal(models[0].state_dict()[name], tensor), name
@@ -75,6 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model: Callable[..., PreTr
     )
     assert logged == []
     assert result.history == results[0].history
+    assert result.traces == results[0].traces
     assert all(torch.equal(tensor, models[0].state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
