@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
 from skd_lib.config import MetricName
-from skd_lib.evaluation.predictions import Prediction, compare
+from skd_lib.evaluation.predictions import compare, read_predictions
 from skd_lib.report.summary import Comparison, Lengths, Role
 
-PAIRS: tuple[tuple[Role, Role], ...] = (
-    ("student_after", "student_before"),
-    ("student_after", "teacher"),
-    ("teacher", "teacher_base"),
-)
-"""The questions of a distillation: did it help, how far is it from the teacher, had the teacher learned the task."""
 _BINS = 16
 
 
-def answer_lengths(predictions: Mapping[Role, Sequence[Prediction]]) -> dict[Role, Lengths]:
-    """Lengths of each model's answers, with histograms on one scale."""
-    longest = max((answer.tokens for answers in predictions.values() for answer in answers), default=0)
+def answer_lengths(predictions: Mapping[Role, Path]) -> dict[Role, Lengths]:
+    """Lengths of each model's answers, with histograms on one scale.
+
+    Raises:
+        SkdError: a file cannot be read.
+    """
+    found = {role: read_predictions(path) for role, path in predictions.items()}
+    longest = max((answer.tokens for answers in found.values() for answer in answers), default=0)
     edges = np.linspace(0, max(longest, 1), min(_BINS, max(longest, 1)) + 1)
     return {
         role: Lengths(
@@ -31,29 +33,20 @@ def answer_lengths(predictions: Mapping[Role, Sequence[Prediction]]) -> dict[Rol
             edges=tuple(edges.tolist()),
             counts=tuple(np.histogram([answer.tokens for answer in answers], edges)[0].tolist()),
         )
-        for role, answers in predictions.items()
+        for role, answers in found.items()
         if answers
     }
 
 
-def comparisons(predictions: Mapping[Role, Sequence[Prediction]], metrics: Sequence[MetricName]) -> list[Comparison]:
-    """Paired tests of the pairs that both answered, for each metric.
+def paired_results(predictions: Mapping[Role, Path], metrics: Sequence[MetricName]) -> list[Comparison]:
+    """Paired tests between every two models, the later one first, for each metric.
 
     Raises:
-        SkdError: two models answered different examples.
+        SkdError: a file cannot be read, or two models answered different examples.
     """
+    answers = {role: read_predictions(path) for role, path in predictions.items()}
     return [
-        Comparison(
-            a=a,
-            b=b,
-            metric=metric,
-            difference=found.difference,
-            low=found.low,
-            high=found.high,
-            p_value=found.p_value,
-            n=len(predictions[a]),
-        )
-        for a, b in PAIRS
-        if predictions.get(a) and predictions.get(b)
-        for metric, found in compare(predictions[a], predictions[b], metrics).items()
+        Comparison(a=later, b=earlier, metric=metric, n=len(answers[later]), **asdict(found))
+        for earlier, later in itertools.combinations(answers, 2)
+        for metric, found in compare(answers[later], answers[earlier], metrics).items()
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from skd_lib.report.charts import Format, Series, bar_chart, line_chart
 from skd_lib.report.curves import groups, smoothed, thinned
-from skd_lib.report.summary import Course, Moment, Specdec
+from skd_lib.report.summary import Course, DraftSetting, Moment, Specdec
 
 _SMOOTHED_FROM = 20
 """Points from which on a noisy curve is drawn with its moving mean."""
@@ -64,49 +64,54 @@ def _loss(course: Course) -> Figure:
     return Figure("Loss", note, line_chart(lines, label=f"Loss by step. {note}", number=plain), legend)
 
 
-def draft_figures(specdec: dict[Moment, Specdec]) -> list[Figure]:
-    """Acceptance by position, and speed by draft length."""
+def draft_figures(specdec: Mapping[Moment, Specdec]) -> list[Figure]:
+    """Acceptance by position, and speed by draft length at each temperature and batch size."""
     legend = [(_MOMENT_KINDS[moment], f"{moment} distillation") for moment in specdec]
-    figures = []
-    longest = max((len(draft.acceptance_by_position) for draft in specdec.values()), default=0)
+    found = []
+    rates = {moment: draft.acceptance_by_position for moment, draft in specdec.items()}
+    longest = max(map(len, rates.values()), default=0)
     if longest:
         places = [
-            (
-                str(place + 1),
-                [
-                    (_MOMENT_KINDS[moment], draft.acceptance_by_position[place])
-                    for moment, draft in specdec.items()
-                    if place < len(draft.acceptance_by_position)
-                ],
-            )
-            for place in range(longest)
+            (str(at + 1), [(_MOMENT_KINDS[moment], of[at]) for moment, of in rates.items() if at < len(of)])
+            for at in range(longest)
         ]
-        note = "Share of drafts accepted at each position of a block, among those that were tested."
-        chart = bar_chart(places, label=note, number=percent)
-        figures.append(Figure("Acceptance by position", note, chart, legend))
-    lines = []
-    for moment, draft in specdec.items():
-        points = sorted(
-            (int(entry["gamma"]), entry["speedup"]) for entry in draft.sweep if {"gamma", "speedup"} <= set(entry)
-        )
-        if points:
-            lines.append(
-                Series(_MOMENT_KINDS[moment], [gamma for gamma, _ in points], [y for _, y in points], dots=True)
-            )
-    if lines:
-        note = "Speed-up over the teacher alone by the number of tokens drafted for each teacher call."
-        figures.append(
-            Figure("Draft length", note, line_chart(lines, label=note, number=plain, from_zero=True), legend)
-        )
-    return figures
+        note = "Share of drafts accepted at each position of a block, given that all before them were."
+        found.append(Figure("Acceptance by position", note, bar_chart(places, label=note, number=percent), legend))
+    for setting in dict.fromkeys((s.temperature, s.batch_size) for draft in specdec.values() for s in draft.settings):
+        lines = [
+            line
+            for moment, draft in specdec.items()
+            for each in draft.settings
+            if (each.temperature, each.batch_size) == setting
+            for line in _by_length(_MOMENT_KINDS[moment], each)
+        ]
+        if lines:
+            decoding = "greedy" if setting[0] == 0 else f"temperature {setting[0]:g}"
+            title = f"Speed-up by draft length: {decoding}, batch {setting[1]}"
+            note = "Over the teacher alone, by tokens drafted for each of its calls. Dots: measured. Thin: in theory."
+            chart = line_chart(lines, label=f"{title}. {note}", number=plain, from_zero=True)
+            found.append(Figure(title, note, chart, legend))
+    return found
 
 
-def _noisy(kind_: str, steps: Sequence[int], values: Sequence[float]) -> list[Series]:
+def _by_length(kind: str, setting: DraftSetting) -> list[Series]:
+    theory = [
+        (each.gamma, each.theoretical_speedup) for each in setting.lengths if each.theoretical_speedup is not None
+    ]
+    measured = [(each.gamma, each.timed.speedup) for each in setting.lengths if each.timed is not None]
+    return [
+        Series(name, [gamma for gamma, _ in points], [speedup for _, speedup in points], dots=dots)
+        for name, points, dots in ((f"{kind} faint", theory, False), (kind, measured, True))
+        if points
+    ]
+
+
+def _noisy(kind: str, steps: Sequence[int], values: Sequence[float]) -> list[Series]:
     """A curve that jumps from step to step: its points behind, its moving mean in front."""
     steps, values = thinned(steps, values)
     if len(values) < _SMOOTHED_FROM:
-        return [Series(kind_, steps, values, dots=True)]
-    return [Series(f"{kind_} faint", steps, values), Series(kind_, steps, smoothed(values, max(3, len(values) // 10)))]
+        return [Series(kind, steps, values, dots=True)]
+    return [Series(f"{kind} faint", steps, values), Series(kind, steps, smoothed(values, max(3, len(values) // 10)))]
 
 
 def plain(value: float) -> str:

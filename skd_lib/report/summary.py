@@ -59,6 +59,62 @@ class Scores(Section):
         return {name: score.score for name, score in self.metrics.items()}
 
 
+class Percentiles(Section):
+    """Of a latency, in seconds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Latency(Section):
+    """How long a reader waits for the first token, and for each after it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    first_token: Percentiles
+    per_token: Percentiles | None = None
+
+
+class TimedDraft(Section):
+    """A draft length that was timed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    speedup: float
+
+
+class DraftLength(Section):
+    """A draft length: what theory expects of it, and what was measured if it was timed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    gamma: int
+    theoretical_speedup: float | None = None
+    timed: TimedDraft | None = None
+
+
+class DraftSetting(Section):
+    """One temperature and batch size."""
+
+    model_config = ConfigDict(extra="allow")
+
+    temperature: float
+    batch_size: int
+    lengths: tuple[DraftLength, ...] = ()
+
+
+class Vllm(Section):
+    """How vLLM serves the pair, and what stands in the way of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    command: str
+    reasons: tuple[str, ...] = ()
+
+
 class Specdec(Section):
     """What `specdec_benchmark` found for one draft model. Further figures of the benchmark are kept as they are."""
 
@@ -76,8 +132,10 @@ class Specdec(Section):
         (), description="Share of the drafts at each position of a block that were accepted, given they were tested."
     )
     theoretical_speedup: float | None = Field(None, description="From acceptance and the models' forward times.")
-    sweep: tuple[dict[str, float], ...] = Field((), description="`gamma` and `speedup` of other draft lengths.")
-    vllm: str = Field("", description="The command line that serves the pair.")
+    settings: tuple[DraftSetting, ...] = Field((), description="Every temperature and batch size that was measured.")
+    latency: Latency | None = None
+    teacher_only_latency: Latency | None = None
+    vllm: Vllm | None = None
 
     def figures(self) -> dict[str, float]:
         """The three that matter, by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -11,8 +12,24 @@ from skd_lib.report.charts import bars, interval, share
 from skd_lib.report.curves import groups
 from skd_lib.report.figures import plain
 from skd_lib.report.render import METRIC_NAMES, ROLE_NAMES, duration
-from skd_lib.report.summary import Comparison, Course, Moment, Role, Score, Scores, Specdec, Summary
+from skd_lib.report.summary import (
+    Comparison,
+    Course,
+    Moment,
+    Percentiles,
+    Role,
+    Score,
+    Scores,
+    Specdec,
+    Summary,
+)
 
+MAIN_PAIRS: tuple[tuple[Role, Role], ...] = (
+    ("student_after", "student_before"),
+    ("student_after", "teacher"),
+    ("teacher", "teacher_base"),
+)
+"""Did it help, how far is the student from the teacher, and had the teacher learned the task."""
 TIMES, TO, MINUS = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -143,8 +160,23 @@ def quality_table(scores: dict[Role, Scores], first: str) -> QualityTable:
     return QualityTable([metric_name(name) for name in names], rows)
 
 
-def comparison_row(comparison: Comparison) -> tuple[str, str, str, str, str, int]:
-    """Models, metric, difference, interval, p-value, examples."""
+def missing(scores: Mapping[Role, Scores]) -> dict[str, str]:
+    """Metrics that some model could not be measured by, and why."""
+    return {name: reason for found in scores.values() for name, reason in found.missing.items()}
+
+
+ComparisonRow = tuple[str, str, str, str, str, int]
+"""Models, metric, difference, interval, p-value, examples."""
+
+
+def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[ComparisonRow], list[ComparisonRow]]:
+    """The pairs that a distillation is about, and the others."""
+    main = [comparison for comparison in comparisons if (comparison.a, comparison.b) in MAIN_PAIRS]
+    others = [comparison for comparison in comparisons if (comparison.a, comparison.b) not in MAIN_PAIRS]
+    return [_comparison_row(comparison) for comparison in main], [_comparison_row(comparison) for comparison in others]
+
+
+def _comparison_row(comparison: Comparison) -> ComparisonRow:
     return (
         f"{ROLE_NAMES[comparison.a]} against {ROLE_NAMES[comparison.b]}",
         metric_name(comparison.metric),
@@ -155,13 +187,24 @@ def comparison_row(comparison: Comparison) -> tuple[str, str, str, str, str, int
     )
 
 
-def further_figures(specdec: dict[Moment, Specdec]) -> list[tuple[str, list[str]]]:
+def further_figures(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
     """Whatever else the benchmark measured: name, and a number for each moment."""
     extra = {moment: draft.model_extra or {} for moment, draft in specdec.items()}
     names = {
         name: None for values in extra.values() for name, value in values.items() if isinstance(value, int | float)
     }
     return [(name.replace("_", " "), [_significant(values.get(name)) for values in extra.values()]) for name in names]
+
+
+def latencies(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
+    """Who decodes, and the percentiles of the wait for the first token and for each after it, in milliseconds."""
+    waits = {f"with the student {moment}": draft.latency for moment, draft in specdec.items()}
+    alone = [draft.teacher_only_latency for draft in specdec.values() if draft.teacher_only_latency]
+    return [
+        (name, [*_milliseconds(wait.first_token), *_milliseconds(wait.per_token)])
+        for name, wait in {"teacher alone": alone[-1] if alone else None, **waits}.items()
+        if wait is not None
+    ]
 
 
 def lengths(summary: Summary) -> list[tuple[Role, str, str, str, str, Markup]]:
@@ -202,6 +245,10 @@ def phase_times(course: Course) -> list[tuple[Share, str]]:
 def gigabytes(size: int) -> str:
     """Bytes as people read them."""
     return f"{size / 1e9:.2f} GB"
+
+
+def _milliseconds(wait: Percentiles | None) -> list[str]:
+    return ["", "", ""] if wait is None else [plain(1000 * seconds) for seconds in (wait.p50, wait.p90, wait.p99)]
 
 
 def _signed(value: float) -> str:

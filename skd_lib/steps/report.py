@@ -48,8 +48,7 @@ def main(
     """
     from rich.console import Console
 
-    from skd_lib.evaluation.predictions import read_predictions
-    from skd_lib.report.answers import answer_lengths, comparisons
+    from skd_lib.report.answers import answer_lengths, paired_results
     from skd_lib.report.lineage import lineage
     from skd_lib.report.page import render_page
     from skd_lib.report.render import render, to_markdown
@@ -80,7 +79,7 @@ def main(
         "student_before": predictions_student_before,
         "student_after": predictions_student_after,
     }
-    predictions = {role: read_predictions(path) for role, path in answers.items() if path is not None}
+    predictions = {role: path for role, path in answers.items() if path is not None}
     sequences = [] if samples is None else read_samples(samples)
     io = StepIO(executor_input, {"html": html_out, "page": summary_out, "summary_json": summary_json_out})
 
@@ -90,7 +89,7 @@ def main(
             scores=scores,
             specdec=specdec,
             course=course,
-            comparisons=comparisons(predictions, task.metrics),
+            comparisons=paired_results(predictions, task.metrics),
             lengths=answer_lengths(predictions),
             lineage=lineage(io.input_metadata("samples")),
             run_name=run_name,

@@ -11,12 +11,16 @@ from skd_lib.report.summary import Comparison, Course, Lengths, Scores, Specdec,
 
 HOSTILE = "</span><script>parent.owned = 1</script><img src=x onerror=parent.owned=1>"
 STEPS = (1, 10, 20, 30)
+WAIT = {"p50": 0.0102, "p90": 0.02, "p99": 0.03}
 
 
 def scores(chrf: float) -> Scores:
     chrf_score = {"score": chrf, "low": chrf - 2, "high": chrf + 2, "signature": "chrF2|nc:6"}
     bleu_score = {"score": chrf / 3, "low": chrf / 3 - 1, "high": chrf / 3 + 1}
-    held_out = {"held-out": {"chrf": {"score": chrf - 5, "low": chrf - 8, "high": chrf - 2}, "examples": 20}}
+    held_out = {
+        "news": {"chrf": {"score": chrf - 5, "low": chrf - 8, "high": chrf - 2}, "examples": 20},
+        "lost": {"missing": {"bleu": "the file is gone"}, "examples": 0, "seconds": 0.0},
+    }
     missing = {"comet": "no network"}
     flat = {"chrf": chrf_score, "bleu": bleu_score, "examples": 64, "held_out": held_out, "missing": missing}
     return Scores.model_validate(flat)
@@ -30,9 +34,21 @@ def specdec(acceptance: float) -> Specdec:
         "gamma": 3,
         "temperature": 0.0,
         "acceptance_by_position": [acceptance, acceptance - 0.1, acceptance - 0.2],
-        "sweep": [{"gamma": gamma, "speedup": 1 + 0.1 * gamma} for gamma in (1, 2, 4)],
+        "latency": {"first_token": WAIT, "per_token": None},
+        "teacher_only_latency": {"first_token": WAIT, "per_token": WAIT},
+        "theoretical_speedup": 1.8,
+        "settings": [
+            {
+                "temperature": 0.5,
+                "batch_size": 8,
+                "lengths": [
+                    {"gamma": 1, "theoretical_speedup": 1.2, "timed": {"speedup": 1.1, "tokens": 9}},
+                    {"gamma": 2, "theoretical_speedup": 1.3, "timed": None},
+                ],
+            }
+        ],
         "teacher_only_tokens_per_second": 12.5,
-        "vllm": f"vllm serve teacher {HOSTILE}",
+        "vllm": {"command": f"vllm serve teacher {HOSTILE}", "compatible": False, "reasons": ["tokenizers differ"]},
     }
     return Specdec.model_validate(values)
 
@@ -56,16 +72,8 @@ def summary() -> Summary:
             peak_bytes={"process": 2_000_000_000, "rollout": 1_500_000_000},
         ),
         comparisons=[
-            Comparison(
-                a="student_after",
-                b="student_before",
-                metric="chrf",
-                difference=20,
-                low=15,
-                high=25,
-                p_value=0.001,
-                n=64,
-            )
+            Comparison(a=a, b="student_before", metric="chrf", difference=20, low=15, high=25, p_value=0.001, n=64)
+            for a in ("student_after", "teacher")
         ],
         lengths={"teacher": Lengths(mean=9.5, longest=20, truncated_fraction=0.1, edges=(0, 10, 20), counts=(40, 24))},
         lineage={"teacher": "org/teacher", "student": f"org/student {HOSTILE}", "data fingerprint": "9f" * 32},
