@@ -1,29 +1,36 @@
-"""A key/value cache in which every row has its own length.
+"""What a model keeps of each row while it decodes, in which every row has its own length.
 
 Rows of a batch accept different numbers of tokens, so one length for all would mean copying or padding. Here a
-forward pass writes each row's keys and values at that row's own positions. Accepting tokens is advancing a row's
-length, rejecting them is not advancing it: what lies beyond a row's length is never seen, because every query is
-masked to keys at or before its own position, and a position is rewritten before it is next reached.
+forward pass writes at each row's own positions. Accepting tokens is advancing a row's length, rejecting them is not
+advancing it: what lies beyond a row's length is never seen, because every query is masked to positions at or before
+its own, and a position is rewritten before it is next reached.
 
-That needs keys and values of single positions, at places that the caller names: decoders with rotary positions and
-attention layers, full or with a sliding window, bare or wrapped by PEFT. `check_supported` refuses every other
-architecture by its name: decoding it needs a path without this cache, which there is not yet.
+`RowCache` keeps keys and values. That needs them to be of single positions, at places that the caller names: decoders
+with rotary positions and attention layers, full or with a sliding window, bare or wrapped by PEFT. Its memory:
+2 x layers x kv_heads x head_dim x batch x capacity elements of the model's compute dtype.
 
-Memory: 2 x layers x kv_heads x head_dim x batch x capacity elements of the model's compute dtype.
+Any other decoder (absolute positions, recurrent or linear-attention layers, attention that takes no mask) gets a
+`TokenCache`, which keeps the tokens and runs the model on all of them again: right, and slower by the length of the
+sequence. What no causal decoder can do is refused (`check_supported`).
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache as once
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,8 +54,20 @@ class RowCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        self.block = _Block(torch.empty(0, 0, dtype=torch.long), 0)
+        self.block, self.config = _Block(torch.empty(0, 0, dtype=torch.long), 0), config
         super().__init__(layers=[_RowLayer(self.block, capacity) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, model: PreTrainedModel, tokens_BT: Tensor, positions_BT: Tensor, visible: int) -> Tensor:
+        """(B, T, H) final states of a block of tokens; its keys and values are written."""
+        self.block.positions_BT, self.block.visible = positions_BT, visible
+        hidden: Tensor = decoder(model)(
+            input_ids=tokens_BT,
+            attention_mask=attention_mask(model, positions_BT, visible),
+            position_ids=positions_BT,
+            past_key_values=self,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (indices, in the given order)."""
@@ -59,6 +78,27 @@ class RowCache(Cache):
         """Append the rows of another cache of the same capacity."""
         for layer, more in zip(self.layers, other.layers, strict=True):
             layer.replace(torch.cat([layer.keys, more.keys]), torch.cat([layer.values, more.values]))
+
+    def empty(self, batch: int, capacity: int) -> RowCache:
+        """A cache of the same kind, of other size."""
+        new = RowCache(self.config, capacity)
+        for layer, like in zip(new.layers, self.layers, strict=True):
+            layer.replace(*(x.new_zeros(batch, x.shape[1], capacity, x.shape[3]) for x in (like.keys, like.values)))
+        return new
+
+    def write(self, start: int, other: RowCache) -> None:
+        """Copy another cache's rows, which may have less capacity, over those from `start` on."""
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            rows, width = slice(start, start + len(new.keys)), new.keys.shape[2]
+            layer.keys[rows, :, :width] = new.keys
+            layer.values[rows, :, :width] = new.values
+
+    def first(self, batch: int) -> RowCache:
+        """The first rows, in the same memory."""
+        view = RowCache(self.config, self.layers[0].capacity)
+        for layer, mine in zip(view.layers, self.layers, strict=True):
+            layer.replace(mine.keys[:batch], mine.values[:batch])
+        return view
 
 
 class _RowLayer(CacheLayerMixin):
@@ -101,36 +141,48 @@ class _RowLayer(CacheLayerMixin):
         return self.capacity
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """See that `forward` computes what the model itself would.
+class TokenCache:
+    """The tokens of every row, for decoders whose state cannot take tokens back.
 
-    Raises:
-        SkdError: the architecture keeps more, or other things, than the keys and values of positions. It is named.
+    Rows are padded on the right, where a causal decoder does not look, so that no mask is needed.
+
+    Args:
+        tokens_BC: Token ids, `capacity` columns.
     """
-    config = model.config.get_text_config(decoder=True)
-    layers = set(getattr(config, "layer_types", None) or ())
-    hint = "use a decoder with rotary positions and attention layers, e.g. Llama, Mistral, Qwen or Gemma"
-    if model.config.is_encoder_decoder:
-        reason = "is an encoder-decoder"
-    elif getattr(model, "_is_stateful", False) or not layers <= {"full_attention", "sliding_attention"}:
-        reason = "has layers other than full and sliding-window attention, whose state cannot take tokens back"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        reason = "shares keys and values between layers"
-    elif getattr(config, "alibi", False) or not any(
-        name.rpartition(".")[2] == "rotary_emb" for name, _ in decoder(model).named_modules()
-    ):
-        reason = "has no rotary positions"
-    elif getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        reason, hint = "is wrapped by PEFT with virtual tokens", "use an adapter that changes weights, e.g. LoRA"
-    elif config._attn_implementation not in {"sdpa", "eager"}:
-        reason = f"uses attention `{config._attn_implementation}`, which cannot read a mask of ragged rows"
-        hint = 'load it with attn_implementation="sdpa"'
-    else:
-        return
-    raise SkdError(f"cannot sample from this `{config.model_type}` model: it {reason}", hint=hint)
+
+    def __init__(self, tokens_BC: Tensor) -> None:
+        self.tokens_BC = tokens_BC
+
+    def forward(self, model: PreTrainedModel, tokens_BT: Tensor, positions_BT: Tensor, visible: int) -> Tensor:
+        """(B, T, H) final states of a block of tokens, from a forward over all tokens up to it."""
+        # The filler before a prompt of one token, at position -1, goes to the last column, where nothing is read.
+        at = (torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1), positions_BT)
+        self.tokens_BC[at] = tokens_BT
+        hidden_BLH: Tensor = decoder(model)(input_ids=self.tokens_BC[:, :visible], use_cache=False).last_hidden_state
+        return hidden_BLH[at]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the given rows (indices, in the given order)."""
+        self.tokens_BC = self.tokens_BC.index_select(0, rows)
+
+    def extend(self, other: TokenCache) -> None:
+        """Append the rows of another cache of the same capacity."""
+        self.tokens_BC = torch.cat([self.tokens_BC, other.tokens_BC])
 
 
-def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B: Tensor, longest: int) -> Tensor:
+def prefilled(model: PreTrainedModel, tokens_BP: Tensor, capacity: int) -> RowCache | TokenCache:
+    """A cache that holds these tokens, from position 0 on, with room for `capacity` positions."""
+    if reason := _no_row_cache(model):
+        _warn_once(model.config.model_type, reason)
+        return TokenCache(F.pad(tokens_BP, (0, capacity - tokens_BP.shape[1])))
+    cache = RowCache(model.config.get_text_config(decoder=True), capacity)
+    forward(model, cache, tokens_BP, tokens_BP.new_zeros(len(tokens_BP)), 0)
+    return cache
+
+
+def forward(
+    model: PreTrainedModel, cache: RowCache | TokenCache, tokens_BT: Tensor, starts_B: Tensor, longest: int
+) -> Tensor:
     """Run the decoder on a block of tokens that starts at each row's own position.
 
     Args:
@@ -138,23 +190,56 @@ def forward(model: PreTrainedModel, cache: RowCache, tokens_BT: Tensor, starts_B
         cache: Holds the positions before `starts_B`; those of the block are written.
         tokens_BT: Token ids.
         starts_B: Position of each row's first token.
-        longest: An upper bound of `starts_B.max()`; keys beyond `longest + T` are not read.
+        longest: An upper bound of `starts_B.max()`; positions beyond `longest + T` are not read.
 
     Returns:
         (B, T, H) hidden states after the final norm.
     """
     width = tokens_BT.shape[1]
     positions_BT = starts_B.unsqueeze(1) + torch.arange(width, device=starts_B.device)
-    cache.block.positions_BT, cache.block.visible = positions_BT, longest + width
-    output = decoder(model)(
-        input_ids=tokens_BT,
-        attention_mask=attention_mask(model, positions_BT, cache.block.visible),
-        position_ids=positions_BT,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+    return cache.forward(model, tokens_BT, positions_BT, longest + width)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """See that a forward over a row's tokens is what the model itself would compute.
+
+    Raises:
+        SkdError: it is not. The architecture is named.
+    """
+    if model.config.is_encoder_decoder:
+        reason, hint = "is an encoder-decoder", "use a decoder, e.g. Llama, Mistral, Qwen or Gemma"
+    elif getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        reason, hint = "is wrapped by PEFT with virtual tokens", "use an adapter that changes weights, e.g. LoRA"
+    else:
+        return
+    raise SkdError(f"cannot sample from this `{model.config.model_type}` model: it {reason}", hint=hint)
+
+
+def keeps_rows(model: PreTrainedModel) -> bool:
+    """Whether the model decodes with a `RowCache`."""
+    return _no_row_cache(model) is None
+
+
+def _no_row_cache(model: PreTrainedModel) -> str | None:
+    """Why keys and values at positions that the caller names are not all that this model needs; None if they are."""
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or not layers <= {"full_attention", "sliding_attention"}:
+        return "has layers other than full and sliding-window attention"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "shares keys and values between layers"
+    if getattr(config, "alibi", False) or not any(
+        name.rpartition(".")[2] == "rotary_emb" for name, _ in decoder(model).named_modules()
+    ):
+        return "has no rotary positions"
+    if config._attn_implementation not in {"sdpa", "eager"}:
+        return f'uses attention `{config._attn_implementation}` (attn_implementation="sdpa" is faster here)'
+    return None
+
+
+@once
+def _warn_once(model_type: str, reason: str) -> None:
+    log.warning("no cache for `%s`, which %s: each forward reads the whole sequence again", model_type, reason)
 
 
 def attention_mask(model: PreTrainedModel, positions_BT: Tensor, visible: int) -> Tensor | dict[str, Tensor]:

@@ -8,6 +8,7 @@ grouped into blocks.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skd_lib.config import SamplingParams
@@ -15,13 +16,22 @@ from skd_lib.config import SamplingParams
 _NUCLEUS_GUESS = 512
 """Most nuclei are far smaller than the vocabulary: look among this many tokens before sorting all of them."""
 
+_DRAW_BLOCK = 256
+"""Tokens whose mass is added up before the cumulative sum: a long running sum is slow, on a GPU above all."""
+
+
+_ABOVE_ALL = 0x7F800000
+"""Bits of infinity."""
+
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities after temperature and top-p.
 
     Args:
         logits: (..., V) raw logits of any float dtype.
-        params: Temperature 0 gives the one-hot distribution of the argmax.
+        params: Temperature 0 gives the one-hot distribution of the argmax. Top-p keeps the smallest set of likeliest
+            tokens with at least that mass; tokens as likely as its last one stay as well, so that no order among
+            equals (bfloat16 logits are often equal) decides.
 
     Returns:
         (..., V) fp32 probabilities that sum to 1.
@@ -29,7 +39,11 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     probs = torch.softmax(logits.float() / params.temperature, dim=-1)
-    return probs if params.top_p >= 1 else _nucleus(probs, params.top_p)
+    if params.top_p >= 1:
+        return probs
+    least = _least_in_nucleus(probs, params.top_p)
+    kept = torch.where(probs >= least, probs, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -44,10 +58,12 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """
     # fp32 sums over a large vocabulary would lose the tail; MPS has no float64.
     precise = torch.float32 if probs.device.type == "mps" else torch.float64
-    cumulative = probs.cumsum(-1, dtype=precise)
-    total = cumulative[..., -1:]
-    target = torch.minimum(uniforms.to(precise).unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    blocks = F.pad(probs, (0, -probs.shape[-1] % _DRAW_BLOCK)).reshape(*probs.shape[:-1], -1, _DRAW_BLOCK)
+    mass = blocks.sum(-1, dtype=precise)
+    block, rest = _locate(mass, uniforms.to(precise).unsqueeze(-1) * mass.sum(-1, keepdim=True))
+    inside = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, _DRAW_BLOCK)).squeeze(-2)
+    token, _ = _locate(inside.to(precise), rest)
+    return (block * _DRAW_BLOCK + token).squeeze(-1)
 
 
 def row_uniforms(seed: int, length: int, channels: int) -> Tensor:
@@ -55,12 +71,37 @@ def row_uniforms(seed: int, length: int, channels: int) -> Tensor:
     return torch.rand(length, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches `top_p`, renormalised."""
-    vocabulary = probs.shape[-1]
-    values, tokens = probs.topk(min(_NUCLEUS_GUESS, vocabulary))
-    if values.shape[-1] < vocabulary and bool((values.sum(-1) < top_p).any()):
-        values, tokens = probs.sort(descending=True, stable=True)
-    mass_before = values.cumsum(-1) - values
-    kept = torch.where(mass_before < top_p, values, 0.0)
-    return torch.zeros_like(probs).scatter_(-1, tokens, kept / kept.sum(-1, keepdim=True))
+def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 1) index of the positive weight in whose share `target` falls, and how far into it."""
+    cumulative = weights.cumsum(-1)
+    target = torch.minimum(target, torch.nextafter(cumulative[..., -1:], torch.zeros_like(target)))
+    # Not beyond the last, even where the weights are NaN: on a GPU that would end the process.
+    index = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    return index, target - (cumulative.gather(-1, index) - weights.gather(-1, index))
+
+
+def _least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """(..., 1) the smallest probability in the nucleus."""
+    if probs.device.type != "cpu":
+        return _by_bisection(probs, top_p)
+    values = probs.topk(min(_NUCLEUS_GUESS, probs.shape[-1])).values
+    if values.shape[-1] < probs.shape[-1] and bool((values.sum(-1) < top_p).any()):
+        values = probs.sort(descending=True).values
+    inside = (values.cumsum(-1) - values < top_p).sum(-1, keepdim=True)
+    return values.gather(-1, inside - 1)
+
+
+def _by_bisection(probs: Tensor, top_p: float) -> Tensor:
+    """The same without sorting, and without asking the device how far to look.
+
+    The bits of positive floats are ordered as the floats are: 31 halvings find the largest value above which, itself
+    included, at least `top_p` lies.
+    """
+    bits = probs.view(torch.int32)
+    low = torch.zeros_like(bits[..., :1])
+    high = torch.full_like(low, _ABOVE_ALL)
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        enough = torch.where(bits >= middle, probs, 0.0).sum(-1, keepdim=True) >= top_p
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.view(torch.float32)

@@ -1,7 +1,8 @@
 """Interleaved sampling: draft, verify, accept (Xu et al. 2025, section 3 and algorithm 1), batched.
 
 The student drafts `gamma` tokens, the teacher scores the whole block in one forward pass, an acceptance rule keeps
-a prefix, and the teacher's own token stands where the rule said no. `Sampler._round` is that sentence.
+a prefix, and the teacher's own token stands where the rule said no. `skd_lib.sampling.round` is that sentence; here is
+what goes on around it.
 
 Cost of a round of B rows: gamma student forwards of B tokens and one teacher forward of B x gamma tokens, each
 reading the model's weights once and B x (prompt + response so far) cached positions; the head adds
@@ -18,17 +19,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import lm_logits, vocabulary_size
-from skd_lib.sampling.acceptance import AcceptanceRule, Block
-from skd_lib.sampling.cache import RowCache, check_supported, forward
-from skd_lib.sampling.distributions import draw, row_uniforms, warp
+from skd_lib.models.heads import vocabulary_size
+from skd_lib.sampling.acceptance import AcceptanceRule
+from skd_lib.sampling.cache import RowCache, TokenCache, check_supported, prefilled
+from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
+from skd_lib.sampling.graphs import GraphedRounds
+from skd_lib.sampling.round import CHANNELS, Interleaving
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
 from skd_lib.sampling.state import Output, Room, Rows, Task
 
@@ -36,9 +38,6 @@ __all__ = ["STUDENT", "TEACHER", "Sampler", "Samples", "SamplingStatistics"]
 
 _AS_TRAINED = SamplingParams()
 """Temperature 1, top-p 1: the model's own distribution."""
-
-_DRAFT, _ACCEPT, _REPLACE = range(3)
-"""Channels of a row's uniform numbers: one for each decision that a position may need."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,8 @@ class Sampler:
                     self._sample_tasks(tasks, slots, output, on_progress)
                 except torch.OutOfMemoryError as error:
                     self._room.shrink(slots, error)
+                    if self._graphs is not None:
+                        self._graphs.clear()
         return self._finish(output)
 
     def _sample_tasks(
@@ -129,172 +130,79 @@ class Sampler:
             free = slots - (0 if rows is None else len(rows.index_B))
             if waiting and free:
                 new = self._prefill([waiting.popleft() for _ in range(min(free, len(waiting)))], capacity)
-                if rows is None:
-                    rows = new
+                if rows is not None:
+                    rows = rows.extend(new)
                 else:
-                    rows.extend(new)
+                    rows = new if self._graphs is None else self._graphs.adopt(new, slots, capacity)
             assert rows is not None  # noqa: S101 - there were waiting prompts or rows
-            running = self._round(rows, output).nonzero().squeeze(-1)
+            running = self._round(rows, output)
             if len(running) < len(rows.index_B):
-                if len(running):
-                    rows.select(running)
                 if on_progress is not None:
                     on_progress(len(output.running_N) - len(waiting) - len(running))
-                rows = rows if len(running) else None
+                rows = rows.select(torch.tensor(running, device=self._device)) if running else None
 
-    def _round(self, rows: Rows, output: Output) -> Tensor:
-        """Draft, verify, accept, and note the new tokens. Returns which rows go on, (B,) bool."""
-        batch = torch.arange(len(rows.index_B), device=self._device)
-        written_B = rows.length_B - rows.prompt_length_B
-        slots_BS = written_B.unsqueeze(1) + torch.arange(self._block_width, device=self._device)
+    def _round(self, rows: Rows, output: Output) -> list[int]:
+        """Play a round and note its new tokens. Returns which rows go on."""
+        slots_BS = self._next_slots(rows, self._block_width)
         uniforms_BSC = output.uniforms_NTC[rows.index_B.unsqueeze(1), slots_BS]
-
         gamma = self._draft_length(output.counts)
-        drafts_BG, student_probs_BGV = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
-        drafted = drafts_BG.shape[1]
-        tokens_BS, states_BSH = drafts_BG, None
-        accepted_B = batch.new_full((len(batch),), drafted)
-        if self.rule.asks_teacher:
-            assert self.teacher is not None  # noqa: S101 - checked at construction
-            states_BSH = self._verify(rows, drafts_BG)
-            logits_BSV = lm_logits(self.teacher, states_BSH)[..., : self._vocabulary]
-            if self.rule.accept is not None:
-                block = Block(
-                    drafts_BG,
-                    logits_BSV[:, :drafted],
-                    student_probs_BGV,
-                    uniforms_BSC[:, :drafted, _ACCEPT],
-                    self.teacher_params,
-                )
-                accepted_B = self.rule.accept(block).long().cumprod(-1).sum(-1)
-            # The teacher's own token: at the first rejected position, or after the whole block.
-            own_B = accepted_B.clamp(max=logits_BSV.shape[1] - 1)
-            weights_BV = warp(logits_BSV[batch, own_B], self.teacher_params)
-            if self.rule.correct is not None:
-                q_BV = None if student_probs_BGV is None else student_probs_BGV[batch, own_B.clamp(max=drafted - 1)]
-                corrected_BV = self.rule.correct(weights_BV, q_BV)
-                weights_BV = torch.where((accepted_B < drafted).unsqueeze(1), corrected_BV, weights_BV)
-            own_token_B = draw(weights_BV, uniforms_BSC[batch, own_B, _REPLACE])
-            # A whole block without a bonus ends in the student's token: no position of it is the teacher's.
-            is_own_BS = torch.arange(logits_BSV.shape[1], device=self._device) == accepted_B.unsqueeze(1)
-            tokens_BS = torch.where(
-                is_own_BS, own_token_B.unsqueeze(1), F.pad(drafts_BG, (0, is_own_BS.shape[1] - drafted))
-            )
-        return self._commit(rows, output, tokens_BS, states_BSH, accepted_B, drafted)
+        verdict = (self._graphs or self._interleaving.round)(rows, uniforms_BSC, gamma)
 
-    def _draft(self, rows: Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Let the student write `gamma` tokens: (B, G) ids and, if the rule reads them, (B, G, V) probabilities."""
-        drafts: list[Tensor] = []
-        probs: list[Tensor] = []
-        # After a bonus the student has not seen the token before it: feed both, at their own positions.
-        fed_BT = rows.last_two_B2 if self.rule.bonus else rows.last_two_B2[:, 1:]
-        start_B = rows.length_B - fed_BT.shape[1]
-        for step in range(gamma):
-            assert self.student is not None and rows.student_cache is not None  # noqa: S101, PT018
-            hidden_BTH = forward(self.student, rows.student_cache, fed_BT, start_B, rows.longest + step)
-            logits_BV = lm_logits(self.student, hidden_BTH[:, -1])[..., : self._vocabulary]
-            probs_BV = warp(logits_BV, self.student_params)
-            token_B = draw(probs_BV, uniforms_BS[:, step])
-            drafts.append(token_B)
-            if self.rule.needs_student_probs:
-                probs.append(probs_BV)
-            start_B, fed_BT = rows.length_B + step, token_B.unsqueeze(1)
-        empty = rows.index_B.new_empty(len(rows.index_B), 0)
-        return torch.stack(drafts, 1) if drafts else empty, torch.stack(probs, 1) if probs else None
-
-    def _verify(self, rows: Rows, drafts_BG: Tensor) -> Tensor:
-        """One teacher forward over the block: (B, S, H) states predicting each draft, and the bonus token if any."""
-        assert self.teacher is not None and rows.teacher_cache is not None  # noqa: S101, PT018
-        scored = drafts_BG if self.rule.bonus else drafts_BG[:, :-1]
-        fed_BS = torch.cat([rows.last_two_B2[:, 1:], scored], dim=1)
-        return forward(self.teacher, rows.teacher_cache, fed_BS, rows.length_B - 1, rows.longest)
-
-    def _commit(
-        self,
-        rows: Rows,
-        output: Output,
-        tokens_BS: Tensor,
-        states_BSH: Tensor | None,
-        accepted_B: Tensor,
-        drafted: int,
-    ) -> Tensor:
-        """Append each row's new tokens up to its end, and say which rows go on."""
-        width = tokens_BS.shape[1]
-        offsets_S = torch.arange(width, device=self._device)
-        written_B = rows.length_B - rows.prompt_length_B
-        new_B = (accepted_B + 1).clamp(max=width)
-        is_eos_BS = torch.isin(tokens_BS, torch.tensor(self.eos_ids, device=self._device))
-        ended_before_BS = (is_eos_BS.cumsum(-1) - is_eos_BS.long()) > 0
-        kept_BS = (offsets_S < new_B.unsqueeze(1)) & ~ended_before_BS
-        kept_BS &= written_B.unsqueeze(1) + offsets_S < self.max_new_tokens
-        by_teacher_BS = kept_BS & (offsets_S >= accepted_B.unsqueeze(1))
-
-        into = (rows.index_B.unsqueeze(1), written_B.unsqueeze(1) + offsets_S)
-        output.tokens_NT[into] = torch.where(kept_BS, tokens_BS, self.pad_id)
-        output.source_NT[into] = by_teacher_BS.to(torch.int8)
-        if output.states_NTH is not None and states_BSH is not None:
-            output.states_NTH[into] = torch.where(kept_BS.unsqueeze(-1), states_BSH.to(output.states_NTH.dtype), 0)
-
-        kept_B = kept_BS.sum(-1)
-        known_BS = torch.cat([rows.last_two_B2[:, 1:], tokens_BS], dim=1)
-        rows.last_two_B2 = known_BS.gather(1, torch.stack([kept_B - 1, kept_B], dim=1))
-        rows.length_B = rows.length_B + kept_B
-        ended_B = (is_eos_BS & kept_BS).any(-1)
-        full_B = ~ended_B & (written_B + kept_B >= self.max_new_tokens)
-        running_B = ~(ended_B | full_B)
-        if self.stop is not None:
-            running_B = running_B & ~self._stopped(rows, output, running_B)
-        whole_B1 = (accepted_B == drafted).unsqueeze(1)
-        figures = [kept_BS, by_teacher_BS, by_teacher_BS & whole_B1, full_B, running_B]
+        into = (rows.index_B.unsqueeze(1), slots_BS[:, : verdict.tokens_BS.shape[1]])
+        kept_BS = verdict.kept_BS
+        output.tokens_NT[into] = torch.where(kept_BS, verdict.tokens_BS, self.pad_id)
+        output.source_NT[into] = verdict.by_teacher_BS.to(torch.int8)
+        output.proposals_NT[into] = verdict.proposals_BS
+        if output.states_NTH is not None and verdict.states_BSH is not None:
+            output.states_NTH[into] = torch.where(kept_BS.unsqueeze(-1), verdict.states_BSH.to(self._states_dtype), 0)
         # One transfer a round.
-        *sums, rows.longest = torch.stack([*(x.sum() for x in figures), rows.length_B.max()]).tolist()
+        tokens, by_teacher, bonus, truncated, longest, *running_B = verdict.figures().tolist()
+        rows.advance(verdict.length_B, verdict.last_two_B2, longest)
+        running = [row for row, runs in enumerate(running_B) if runs]
+        if self.stop is not None:
+            running = self._not_stopped(rows, output, running)
         # Last, what counts as done: a round that ran out of memory before is run again, to the same result.
+        batch, accepted, replaced = len(running_B), tokens - by_teacher, by_teacher - bonus
         output.mask_NT[into] = kept_BS
-        output.truncated_N[rows.index_B] = full_B
-        output.running_N[rows.index_B] = running_B
-        output.counts += self._count(sums, len(accepted_B), drafted * len(accepted_B))
-        return running_B
-
-    def _count(self, sums: list[int], batch: int, drafted: int) -> SamplingStatistics:
-        tokens, by_teacher, after_whole_block, truncated, running = sums
-        bonus = after_whole_block if self.rule.bonus else 0
-        accepted, replaced = tokens - by_teacher, by_teacher - bonus
-        return SamplingStatistics(
-            sequences=batch - running,
+        output.truncated_N[rows.index_B] = verdict.full_B
+        output.running_N[rows.index_B] = False
+        output.running_N[rows.index_B[running]] = True
+        output.counts += SamplingStatistics(
+            sequences=batch - len(running),
             tokens=tokens,
-            drafted=drafted,
+            drafted=gamma * batch,
             accepted=accepted,
             replaced=replaced,
             bonus=bonus,
             tested=accepted + replaced if self.rule.accept is not None else 0,
             teacher_calls=batch if self.rule.asks_teacher else 0,
-            student_calls=drafted,
+            student_calls=gamma * batch,
             truncated=truncated,
         )
+        return running
 
-    def _stopped(self, rows: Rows, output: Output, running_B: Tensor) -> Tensor:
+    def _next_slots(self, rows: Rows, width: int) -> Tensor:
+        """(B, width) places of each row's next tokens in the response."""
+        written_B = rows.length_B - rows.prompt_length_B
+        return written_B.unsqueeze(1) + torch.arange(width, device=self._device)
+
+    def _not_stopped(self, rows: Rows, output: Output, running: list[int]) -> list[int]:
         assert self.stop is not None  # noqa: S101 - the caller checked
         written = (rows.length_B - rows.prompt_length_B).tolist()
         tokens = output.tokens_NT[rows.index_B].tolist()
-        stopped = [
-            on and self.stop(row[:length]) for on, row, length in zip(running_B.tolist(), tokens, written, strict=True)
-        ]
-        return torch.tensor(stopped, device=self._device)
+        return [row for row in running if not self.stop(tokens[row][: written[row]])]
 
     def _prefill(self, tasks: Sequence[Task], capacity: int) -> Rows:
         """Fill both caches with all but the last known token of each row."""
         known = [task.prompt + task.response for task in tasks]
         width = max(map(len, known))
         tokens_BP = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in known], device=self._device)
-        start_B = torch.zeros(len(known), dtype=torch.long, device=self._device)
 
-        def filled(model: PreTrainedModel | None, used: bool) -> RowCache | None:
+        def filled(model: PreTrainedModel | None, used: bool) -> RowCache | TokenCache | None:
             if model is None or not used:
                 return None
-            cache = RowCache(model.config.get_text_config(decoder=True), capacity)
             # At least one token, so that the layers are allocated; it is written again at its turn.
-            forward(model, cache, tokens_BP[:, : max(width - 1, 1)], start_B, 0)
-            return cache
+            return prefilled(model, tokens_BP[:, : max(width - 1, 1)], capacity)
 
         last_two = [[row[-2] if len(row) > 1 else self.pad_id, row[-1]] for row in known]
         return Rows(
@@ -310,17 +218,18 @@ class Sampler:
     def _allocate(self, seeds: Sequence[int]) -> Output:
         count, width = len(seeds), self.max_new_tokens + self._block_width
         device = self._device
-        uniforms = [row_uniforms(seed, width, 3) for seed in seeds]
+        uniforms = [row_uniforms(seed, width, CHANNELS) for seed in seeds]
         states = None
         if self.keep_teacher_states:
             assert self.teacher is not None  # noqa: S101 - checked at construction
             hidden = self.teacher.config.get_text_config(decoder=True).hidden_size
-            states = torch.zeros(count, width, hidden, dtype=self.teacher.dtype, device=device)
-        stacked = torch.stack(uniforms) if uniforms else torch.empty(0, width, 3)
+            states = torch.zeros(count, width, hidden, dtype=self._states_dtype, device=device)
+        stacked = torch.stack(uniforms) if uniforms else torch.empty(0, width, CHANNELS)
         return Output(
             tokens_NT=torch.full((count, width), self.pad_id, device=device),
             mask_NT=torch.zeros(count, width, dtype=torch.bool, device=device),
             source_NT=torch.zeros(count, width, dtype=torch.int8, device=device),
+            proposals_NT=torch.full((count, width), -1, device=device),
             truncated_N=torch.zeros(count, dtype=torch.bool, device=device),
             running_N=torch.ones(count, dtype=torch.bool, device=device),
             uniforms_NTC=stacked.float().to(device) if device.type == "mps" else stacked.to(device),
@@ -335,6 +244,7 @@ class Sampler:
             tokens_BT=output.tokens_NT[:, :width],
             mask_BT=output.mask_NT[:, :width],
             source_BT=output.source_NT[:, :width],
+            proposals_BT=output.proposals_NT[:, :width],
             truncated_B=output.truncated_N,
             teacher_states_BTH=None if output.states_NTH is None else output.states_NTH[:, :width],
             statistics=output.counts,
@@ -371,6 +281,30 @@ class Sampler:
         return self.vocabulary or min(
             vocabulary_size(model) for model in (self.student, self.teacher) if model is not None
         )
+
+    @property
+    def _states_dtype(self) -> torch.dtype:
+        assert self.teacher is not None  # noqa: S101 - there are no states without it
+        dtype: torch.dtype = self.teacher.dtype
+        return dtype
+
+    @cached_property
+    def _interleaving(self) -> Interleaving:
+        return Interleaving(
+            self.student,
+            self.teacher,
+            self.rule,
+            self.student_params,
+            self.teacher_params,
+            self._vocabulary,
+            self.max_new_tokens,
+            torch.tensor(self.eos_ids, dtype=torch.long, device=self._device),
+        )
+
+    @cached_property
+    def _graphs(self) -> GraphedRounds | None:
+        served = GraphedRounds.serve(self._models)
+        return GraphedRounds(self._interleaving.round, self._models) if served else None
 
     def _draft_length(self, counts: SamplingStatistics) -> int:
         if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:

@@ -76,6 +76,7 @@ class Samples:
         tokens_BT: Response token ids as sampled (never decoded and re-tokenised), right-padded.
         mask_BT: True on response tokens, EOS included.
         source_BT: `STUDENT` or `TEACHER`, int8.
+        proposals_BT: The student's token in whose place a teacher's stands; -1 where there is none.
         truncated_B: The row ended by the length limit; no EOS is made up for it.
         teacher_states_BTH: The teacher's final hidden state from which it predicts each response token; None unless
             asked for.
@@ -85,6 +86,7 @@ class Samples:
     tokens_BT: Tensor
     mask_BT: Tensor
     source_BT: Tensor
+    proposals_BT: Tensor
     truncated_B: Tensor
     teacher_states_BTH: Tensor | None
     statistics: SamplingStatistics

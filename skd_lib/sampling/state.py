@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skd_lib.errors import SkdError
-from skd_lib.sampling.cache import RowCache
+from skd_lib.sampling.cache import RowCache, TokenCache
 from skd_lib.sampling.samples import SamplingStatistics
 
 log = logging.getLogger(__name__)
@@ -24,28 +25,36 @@ class Rows:
     length_B: Tensor
     prompt_length_B: Tensor
     last_two_B2: Tensor  # the last two known tokens; the first is a filler after a prompt of one token
-    student_cache: RowCache | None
-    teacher_cache: RowCache | None
+    student_cache: RowCache | TokenCache | None
+    teacher_cache: RowCache | TokenCache | None
     longest: int  # length_B.max(), known without asking the device
 
-    def select(self, keep: Tensor) -> None:
-        """Drop the other rows."""
-        self.index_B, self.length_B = self.index_B[keep], self.length_B[keep]
-        self.prompt_length_B, self.last_two_B2 = self.prompt_length_B[keep], self.last_two_B2[keep]
-        for cache in (self.student_cache, self.teacher_cache):
-            if cache is not None:
-                cache.select(keep)
+    def advance(self, length_B: Tensor, last_two_B2: Tensor, longest: int) -> None:
+        """Know the tokens that a round has added."""
+        self.length_B.copy_(length_B)
+        self.last_two_B2.copy_(last_two_B2)
+        self.longest = longest
 
-    def extend(self, other: Rows) -> None:
-        """Add rows that were just prefilled."""
-        self.index_B = torch.cat([self.index_B, other.index_B])
-        self.length_B = torch.cat([self.length_B, other.length_B])
-        self.prompt_length_B = torch.cat([self.prompt_length_B, other.prompt_length_B])
-        self.last_two_B2 = torch.cat([self.last_two_B2, other.last_two_B2])
-        for mine, theirs in ((self.student_cache, other.student_cache), (self.teacher_cache, other.teacher_cache)):
-            if mine is not None and theirs is not None:
-                mine.extend(theirs)
-        self.longest = max(self.longest, other.longest)
+    def select(self, keep: Tensor) -> Rows:
+        """Only these rows."""
+        for name in CACHES:
+            if (cache := getattr(self, name)) is not None:
+                cache.select(keep)
+        kept: dict[str, Any] = {name: getattr(self, name)[keep] for name in PER_ROW}
+        return replace(self, **kept)
+
+    def extend(self, other: Rows) -> Rows:
+        """These rows, and others that were just prefilled."""
+        for name in CACHES:
+            if (cache := getattr(self, name)) is not None:
+                cache.extend(getattr(other, name))
+        both: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in PER_ROW}
+        return replace(self, **both, longest=max(self.longest, other.longest))
+
+
+PER_ROW = ("index_B", "length_B", "prompt_length_B", "last_two_B2")
+"""The tensors of `Rows`."""
+CACHES = ("student_cache", "teacher_cache")
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Output:
     tokens_NT: Tensor
     mask_NT: Tensor
     source_NT: Tensor
+    proposals_NT: Tensor
     truncated_N: Tensor
     running_N: Tensor
     uniforms_NTC: Tensor

@@ -34,9 +34,10 @@ def pick(probs: torch.Tensor, uniform: float) -> int:
 
 @torch.no_grad()
 def interleave(
-    student: PreTrainedModel | None,
-    teacher: PreTrainedModel | None,
-    k: int | None,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rule: str,
+    parameter: float,
     prompt: list[int],
     seed: int,
     *,
@@ -45,22 +46,27 @@ def interleave(
     student_params: SamplingParams,
     teacher_params: SamplingParams,
 ) -> tuple[list[int], list[int]]:
-    """Tokens and their sources. `k` None accepts everything; no student accepts nothing."""
+    """Tokens and their sources, one at a time: the student proposes, the rule decides, the teacher replaces."""
     tokens, sources = list(prompt), []
-    uniforms = row_uniforms(seed, max_new_tokens + 16, 3)
-    for position in range(max_new_tokens):
-        proposal = None
-        if student is not None:
-            q = probabilities(student(torch.tensor([tokens])).logits[0, -1], student_params)
-            proposal = pick(q, float(uniforms[position, 0]))
-        source = STUDENT
-        if teacher is not None:
-            logits = teacher(torch.tensor([tokens])).logits[0, -1]
-            if proposal is None or (k is not None and int((logits > logits[proposal]).sum()) >= k):
-                proposal, source = pick(probabilities(logits, teacher_params), float(uniforms[position, 2])), TEACHER
-        assert proposal is not None
-        tokens.append(proposal)
-        sources.append(source)
-        if proposal in eos_ids:
+    uniforms = row_uniforms(seed, max_new_tokens + 16, 3).tolist()
+    for draft_u, accept_u, replace_u in uniforms[:max_new_tokens]:
+        student_logits, logits = (model(torch.tensor([tokens])).logits[0, -1] for model in (student, teacher))
+        q, p = probabilities(student_logits, student_params), probabilities(logits, teacher_params)
+        token = pick(q, draft_u)
+        accepted = {
+            "everything": True,
+            "nothing": False,
+            "top_k": int((logits > logits[token]).sum()) < parameter,
+            "min_prob": float(torch.softmax(logits, -1)[token]) >= parameter,
+            "lossless": accept_u * q[token] < p[token],
+            "mixture": accept_u * q[token] < (1 - parameter) * q[token] + parameter * p[token],
+        }[rule]
+        if not accepted:
+            residual = (p - q).clamp_min(0)
+            weights = {"lossless": residual, "mixture": residual}.get(rule, p)
+            token = int(logits.argmax()) if rule == "min_prob" else pick(weights, replace_u)
+        tokens.append(token)
+        sources.append(STUDENT if accepted else TEACHER)
+        if token in eos_ids:
             break
     return tokens[len(prompt) :], sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import peft
@@ -16,7 +17,8 @@ from transformers import (
 
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder, lm_logits, vocabulary_size
-from skd_lib.sampling.acceptance import everything, nothing, top_k
+from skd_lib.sampling import cache
+from skd_lib.sampling.acceptance import everything, lossless, nothing, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from tests.conftest import TinyModel
 from tests.sampling.test_engine import (
@@ -98,35 +100,52 @@ def test_both_halves_of_a_wrapped_model(tiny_model: TinyModel, adapter: str) -> 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48}
 LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+WITHOUT_ROW_CACHE: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 48}, "no rotary positions"),
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 48}, "no rotary positions"),
     "falcon": (SHAPE | {"alibi": True}, "no rotary positions"),
-    "mamba": (SHAPE | {"state_size": 4}, "cannot take tokens back"),
+    "mamba": (SHAPE | {"state_size": 4}, "layers other than full and sliding-window attention"),
     "qwen3_next": (
         SHAPE | LINEAR | EXPERTS | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
-        "cannot take tokens back",
+        "layers other than full and sliding-window attention",
     ),
-    "t5": ({"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 48}, "encoder-decoder"),
 }
 
 
-@pytest.mark.parametrize("arch", REFUSED)
-def test_other_architectures_are_refused_by_name(arch: str) -> None:
-    options, reason = REFUSED[arch]
-    config = AutoConfig.for_model(arch, **options)
-    auto = AutoModelForSeq2SeqLM if arch == "t5" else AutoModelForCausalLM
-    model = auto.from_config(config).eval()
+def other_model(arch: str, seed: int) -> PreTrainedModel:
+    options, _ = WITHOUT_ROW_CACHE[arch]
+    config = AutoConfig.for_model(arch, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("arch", WITHOUT_ROW_CACHE)
+def test_other_architectures_take_a_slower_path(arch: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The same samples, with one warning a process that says why it is slow."""
+    models: dict[str, Any] = {"student": other_model(arch, 1), "teacher": other_model(arch, 2)}
+    seeds, cache._warn_once = [11, 12, 13, 14], functools.cache(cache._warn_once.__wrapped__)  # type: ignore[misc]
+    s = sampler(models, top_k(6), batch_size=3, gamma=3, keep_teacher_states=True)
+    samples = s.sample(PROMPTS, seeds)
+    assert rows(samples) == reference_rows(models, "top_k", 6, s, PROMPTS, seeds)[0]
+    assert 0 < samples.statistics.acceptance_rate < 1
+    (warning,) = [record.message for record in caplog.records if record.name == cache.__name__]
+    assert f"no cache for `{arch}`" in warning
+    assert WITHOUT_ROW_CACHE[arch][1] in warning
+
+
+def test_a_row_cache_and_a_slower_path_interleave(tiny_model: TinyModel) -> None:
+    models: dict[str, Any] = {"student": other_model("gpt2", 1), "teacher": tiny_model(seed=2, vocab_size=VOCABULARY)}
+    s, seeds = sampler(models, lossless(), student_params=GREEDY, teacher_params=GREEDY), [11, 12, 13, 14]
+    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "nothing", 0, s, PROMPTS, seeds)[0]
+
+
+def test_encoder_decoders_are_refused() -> None:
+    config = AutoConfig.for_model("t5", d_model=32, d_ff=64, num_layers=2, num_heads=4, vocab_size=48)
+    model = AutoModelForSeq2SeqLM.from_config(config)
     for role, rule in (("student", everything()), ("teacher", nothing())):
-        with pytest.raises(SkdError, match=f"`{arch}` model: .*{reason}"):
+        with pytest.raises(SkdError, match="`t5` model: it is an encoder-decoder"):
             sampler({"student": None, "teacher": None, role: model}, rule)
-
-
-def test_attention_without_masks_is_refused(tiny_model: TinyModel) -> None:
-    model = tiny_model()
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(SkdError, match="attention `flash_attention_2`"):
-        sampler({"student": model, "teacher": None}, everything())
 
 
 def test_virtual_tokens_are_refused(tiny_model: TinyModel) -> None:

@@ -6,16 +6,18 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
-from skd_lib.sampling.distributions import draw, warp
+from skd_lib.sampling.distributions import _by_bisection, draw, warp
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
 from tests.conftest import TinyModel
@@ -131,17 +133,35 @@ def test_warp_keeps_the_smallest_set_that_reaches_top_p(logits: torch.Tensor, te
     kept = probs > 0
     assert float(probs.sum()) == pytest.approx(1, abs=1e-5)
     assert float(full[kept].sum()) >= top_p - 1e-5
-    assert float(full[kept].sum() - full[kept].min()) < top_p + 1e-5
+    # Those as likely as the last one stay too, so the mass of the likelier ones alone must not reach it.
+    assert float(full[full > full[kept].min() + 1e-6].sum()) < top_p + 1e-5
     if (~kept).any():
         assert full[~kept].max() <= full[kept].min() + 1e-6
     torch.testing.assert_close(probs.double()[kept], full[kept] / full[kept].sum(), rtol=1e-3, atol=1e-6)
 
 
 def test_a_nucleus_wider_than_the_first_guess() -> None:
-    flat = torch.zeros(2, 5000)
+    flat = -1e-6 * torch.arange(5000.0).expand(2, -1).clone()
     flat[0, 17] = 20.0
-    probs = warp(flat, SamplingParams(top_p=0.49995))
-    assert (probs > 0).sum(-1).tolist() == [1, 2500]
+    probs = warp(flat, SamplingParams(top_p=0.5))
+    assert (probs > 0).sum(-1).tolist() == [1, 2497]
+
+
+def test_tokens_as_likely_as_the_last_in_the_nucleus_stay() -> None:
+    probs = warp(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), SamplingParams(top_p=0.5))
+    assert (probs > 0).tolist() == [[True, False, True, True]]
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 700)), elements=st.floats(-20, 20, width=32)))
+def test_the_nucleus_without_sorting_is_the_same(logits: np.ndarray) -> None:
+    """What a GPU does, where asking whether the guess was wide enough would cost more than 31 halvings."""
+    probs = torch.softmax(torch.from_numpy(logits), -1)
+    for top_p in (0.1, 0.5, 0.9):
+        least = _by_bisection(probs, top_p)
+        reaches, above = (torch.where(keep, probs, 0).sum(-1) for keep in (probs >= least, probs > least))
+        assert (reaches >= top_p - 1e-6).all()
+        assert (above < top_p + 1e-6).all()
 
 
 def test_temperature_zero_is_the_argmax() -> None:

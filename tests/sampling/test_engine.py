@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.engine import STUDENT, TEACHER, Sampler, Samples
 from tests.conftest import SLIDING_WINDOW, TinyModel
-from tests.sampling.reference import interleave
+from tests.sampling.reference import interleave, pick, probabilities
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3"]
 GREEDY = SamplingParams(temperature=0)
@@ -50,16 +51,13 @@ def rows(samples: Samples) -> list[list[int]]:
 
 
 def reference_rows(
-    models: dict[str, object], rule: str, k: int | None, s: Sampler, prompts: list, seeds: list
+    models: dict[str, object], rule: str, parameter: float, s: Sampler, prompts: list, seeds: list
 ) -> tuple:
-    used = {
-        "student": None if rule == "nothing" else models["student"],
-        "teacher": None if rule == "everything" else models["teacher"],
-    }
     pairs = [
         interleave(
-            **used,  # type: ignore[arg-type]
-            k=k,
+            **models,  # type: ignore[arg-type]
+            rule=rule,
+            parameter=parameter,
             prompt=prompt,
             seed=seed,
             max_new_tokens=s.max_new_tokens,
@@ -72,24 +70,61 @@ def reference_rows(
     return [tokens for tokens, _ in pairs], [sources for _, sources in pairs]
 
 
+def sources(samples: Samples) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(samples.source_BT, samples.mask_BT, strict=True)]
+
+
+RULES = {
+    "top_k": (top_k(4), 4),
+    "min_prob": (min_prob(0.05), 0.05),
+    "mixture": (mixture(0.4), 0.4),
+    "lossless": (lossless(), 0),
+    "everything": (everything(), 0),
+    "nothing": (nothing(), 0),
+}
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("params", [(GREEDY, GREEDY), (STUDENT_SAMPLES, TEACHER_SAMPLES)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(
-    ("rule", "k"), [(top_k(4), 4), (everything(), None), (nothing(), None)], ids=["top_k", "everything", "nothing"]
-)
-def test_equals_the_reference_token_by_token(
-    tiny_model: TinyModel, arch: str, params: tuple, rule: AcceptanceRule, k: int | None
-) -> None:
-    models = pair(tiny_model, arch)
-    # Longer than the sliding window, so that windows are seen to slide.
-    s = sampler(models, rule, student_params=params[0], teacher_params=params[1], max_new_tokens=SLIDING_WINDOW + 8)
-    s = replace(s, eos_ids=(2,))
-    seeds = [11, 12, 13, 14]
+def test_equals_the_reference_token_by_token(tiny_model: TinyModel, arch: str, name: str, params: tuple) -> None:
+    models, (rule, parameter), seeds = pair(tiny_model, arch), RULES[name], [11, 12, 13, 14]
+    prompts = [*PROMPTS[:3], [1, *[3] * SLIDING_WINDOW, 25]]  # so that windows are seen to slide
+    s = sampler(models, rule, student_params=params[0], teacher_params=params[1], eos_ids=(2,), max_new_tokens=6)
+    tokens, by = reference_rows(models, name, parameter, s, prompts, seeds)
+    if name == "lossless" and params[0] is not GREEDY:
+        return  # a bonus token is another sample of the same distribution: see test_distributions.py
+    for gamma in range(1, 9) if params[0] is GREEDY and rule.accept is not None else [3]:
+        samples = replace(s, gamma=gamma).sample(prompts, seeds)
+        assert rows(samples) == tokens, f"gamma {gamma}"
+        if not rule.bonus:  # the teacher's bonus may be the token that the student would have drafted
+            assert sources(samples) == by, f"gamma {gamma}"
+
+
+def test_teacher_and_student_of_different_families(tiny_model: TinyModel) -> None:
+    models = {
+        "student": tiny_model("gemma3", seed=1, vocab_size=VOCABULARY),
+        "teacher": tiny_model("qwen3", seed=2, layers=3, hidden=48, vocab_size=VOCABULARY),
+    }
+    s, seeds = sampler(models, top_k(4), max_new_tokens=24), [11, 12, 13, 14]
     samples = s.sample(PROMPTS, seeds)
-    tokens, sources = reference_rows(models, rule.name, k, s, PROMPTS, seeds)
-    assert rows(samples) == tokens
-    assert [r[m].tolist() for r, m in zip(samples.source_BT, samples.mask_BT, strict=True)] == sources
-    assert max(map(len, tokens)) > SLIDING_WINDOW
+    assert rows(samples) == reference_rows(models, "top_k", 4, s, PROMPTS, seeds)[0]
+    assert 0 < samples.statistics.acceptance_rate < 1
+
+
+def test_rejected_proposals_are_kept(tiny_model: TinyModel) -> None:
+    """Where the teacher wrote, the student had drafted the proposal: with everything accepted it would stand there."""
+    models, seeds = pair(tiny_model), [11, 12, 13, 14]
+    samples = sampler(models, top_k(4)).sample(PROMPTS, seeds)
+    replaced = samples.source_BT.eq(TEACHER)
+    assert replaced.any()
+    assert torch.equal(samples.proposals_BT >= 0, replaced)
+    for row, prompt in enumerate(PROMPTS):
+        for position in samples.proposals_BT[row].ge(0).nonzero().squeeze(1).tolist():
+            known = prompt + samples.tokens_BT[row, :position].tolist()
+            q = probabilities(models["student"](torch.tensor([known])).logits[0, -1].detach(), STUDENT_SAMPLES)  # type: ignore[operator]
+            proposal = pick(q, float(row_uniforms(seeds[row], position + 1, 3)[position, 0]))
+            assert samples.proposals_BT[row, position] == proposal
 
 
 @pytest.mark.parametrize("gamma", range(1, 9))
@@ -141,7 +176,7 @@ def test_the_student_draws_with_its_own_settings(tiny_model: TinyModel) -> None:
         model.generation_config.repetition_penalty = 9.0  # type: ignore[attr-defined]
     s = sampler(models, top_k(VOCABULARY), student_params=SamplingParams(temperature=3.0), teacher_params=GREEDY)
     seeds = list(range(4))
-    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "everything", None, s, PROMPTS, seeds)[0]
+    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "everything", 0, s, PROMPTS, seeds)[0]
 
 
 def test_greedy_equals_transformers_generate(tiny_model: TinyModel) -> None:

@@ -1,0 +1,202 @@
+"""Rounds as CUDA graphs: on a GPU a round's thousands of small launches cost more than its arithmetic.
+
+A graph repeats the very kernels of the round it was captured from, on the same memory. So the rows live in memory that
+stays (`StaticRows`), and there is one graph for each shape: rows (a power of two), drafted tokens, and visible
+positions in steps of `BUCKET`, which attention reads whether or not a row has come so far. Capturing costs about as
+much as a round without a graph; graphs and memory are kept for the sampler's life, across calls.
+
+Memory: both caches at the largest batch and length so far, and every graph's own activations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skd_lib.sampling.cache import keeps_rows
+from skd_lib.sampling.round import Verdict
+from skd_lib.sampling.state import CACHES, PER_ROW, Rows
+
+log = logging.getLogger(__name__)
+
+BUCKET = 64
+"""Visible positions are rounded up to a multiple of this."""
+
+Round = Callable[[Rows, Tensor, int], Verdict]
+"""(rows, uniforms_BSC, gamma) -> verdict, as `skd_lib.sampling.round.Interleaving.round`."""
+
+
+@dataclass
+class StaticRows(Rows):
+    """The first rows of some that stay where they are in memory; the others wait to be used.
+
+    Attributes:
+        base: All of them. Those that wait take part in a round, as rows of one token, and do no harm.
+    """
+
+    base: Rows
+
+    @classmethod
+    def of(cls, base: Rows, count: int, longest: int) -> StaticRows:
+        """The first `count` rows of `base`."""
+        return cls(**_first(base, count), longest=longest, base=base)
+
+    def select(self, keep: Tensor) -> StaticRows:
+        """Only these rows, moved to the front."""
+        count = len(keep)
+        for name in PER_ROW:
+            getattr(self.base, name)[:count] = getattr(self, name)[keep]
+            getattr(self.base, name)[count:] = 1
+        for name in CACHES:
+            if (cache := getattr(self, name)) is not None:
+                cache.select(keep)
+                getattr(self.base, name).write(0, cache)
+        return StaticRows.of(self.base, count, self.longest)
+
+    def extend(self, other: Rows) -> StaticRows:
+        """These rows, and others that were just prefilled."""
+        count = len(self.index_B)
+        total = count + len(other.index_B)
+        for name in PER_ROW:
+            getattr(self.base, name)[count:total] = getattr(other, name)
+        for name in CACHES:
+            if (cache := getattr(other, name)) is not None:
+                getattr(self.base, name).write(count, cache)
+        return StaticRows.of(self.base, total, max(self.longest, other.longest))
+
+    def padded(self, block: int, capacity: int) -> Rows:
+        """These rows, and as many that wait as make a power of two, all seen as far as the next bucket's end.
+
+        Args:
+            block: The positions that a round adds to the longest row.
+            capacity: Positions there are.
+        """
+        visible = min(-(-(self.longest + block) // BUCKET) * BUCKET, capacity)
+        batch = min(1 << (len(self.index_B) - 1).bit_length(), len(self.base.index_B))
+        return Rows(**_first(self.base, batch), longest=visible - block)
+
+
+def allocate(like: Rows, batch: int, capacity: int) -> Rows:
+    """Rows of one token, in memory as `like`'s but for its size."""
+    parts: dict[str, Any] = {}
+    for name in PER_ROW:
+        parts[name] = getattr(like, name).new_ones(batch, *getattr(like, name).shape[1:])
+    for name in CACHES:
+        cache = getattr(like, name)
+        parts[name] = None if cache is None else cache.empty(batch, capacity)
+    return Rows(**parts, longest=1)
+
+
+Capture = Callable[[Callable[[], Verdict]], tuple[Callable[[], object], Verdict]]
+"""(a round) -> (a function that plays it again on the same memory, where its verdict then is)"""
+
+
+def cuda_graph(play: Callable[[], Verdict]) -> tuple[Callable[[], object], Verdict]:
+    """Capture a round as a CUDA graph. Graphs share no memory with each other but what the round itself reads."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        play()  # what is set up in a first call must not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        verdict = play()
+    return graph.replay, verdict
+
+
+class GraphedRounds:
+    """Plays rounds, each shape captured once and replayed from then on.
+
+    Args:
+        play: One round, without a graph.
+        models: Whose weights the graphs read. They may change in place, as an optimiser changes them; where they have
+            moved, rounds are captured anew.
+        capture: How.
+    """
+
+    def __init__(self, play: Round, models: list[PreTrainedModel], capture: Capture = cuda_graph) -> None:
+        self._play, self._models, self._capture = play, models, capture
+        self._works = True
+        self.clear()
+
+    @staticmethod
+    def serve(models: list[PreTrainedModel]) -> bool:
+        """Whether rounds of these models can be captured."""
+        return all(model.device.type == "cuda" and keeps_rows(model) for model in models)
+
+    def clear(self) -> None:
+        """Give back all memory."""
+        self._base: Rows | None = None
+        self._size = (0, 0)
+        self._settings: object = None
+        self._graphs: dict[tuple[int, ...], tuple[Callable[[], object], Tensor, Verdict]] = {}
+
+    def adopt(self, rows: Rows, batch: int, capacity: int) -> StaticRows:
+        """Rows that were just prefilled, moved to memory that stays, with room for `batch` rows."""
+        settings = (_placement(self._models), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        if settings != self._settings:
+            self._graphs.clear()
+            self._settings = settings
+        if self._base is None or batch > self._size[0] or capacity > self._size[1]:
+            self._graphs.clear()
+            self._base = None  # before the new one is made
+            self._size = (max(batch, self._size[0]), max(-(-capacity // BUCKET) * BUCKET, self._size[1]))
+            self._base = allocate(rows, *self._size)
+        return StaticRows.of(self._base, 0, longest=1).extend(rows)
+
+    def __call__(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
+        """As `Interleaving.round`; what it returns lasts until the next round."""
+        assert isinstance(rows, StaticRows)  # noqa: S101 - `adopt` made them
+        padded = rows.padded(block=uniforms_BSC.shape[1], capacity=self._size[1])
+        if not self._works:
+            return self._play(rows, uniforms_BSC, gamma)
+        key = (len(padded.index_B), gamma, padded.longest)
+        if key not in self._graphs:
+            static_BSC = uniforms_BSC.new_zeros(len(padded.index_B), *uniforms_BSC.shape[1:])
+            try:
+                replay, verdict = self._capture(lambda: self._without_cached_casts(padded, static_BSC, gamma))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                log.warning("rounds run without CUDA graphs, which is slower: %s", error)
+                self._works = False
+                return self._play(rows, uniforms_BSC, gamma)
+            self._graphs[key] = (replay, static_BSC, verdict)
+        replay, static_BSC, verdict = self._graphs[key]
+        count = len(rows.index_B)
+        static_BSC[:count] = uniforms_BSC
+        replay()
+        parts: dict[str, Any] = {}
+        for field in fields(Verdict):
+            part = getattr(verdict, field.name)
+            parts[field.name] = None if part is None else part[:count]
+        return Verdict(**parts)
+
+    def _without_cached_casts(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
+        """A round under the autocast that is on, whose cache of cast weights would outlive the weights in a graph."""
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return self._play(rows, uniforms_BSC, gamma)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+
+def _first(rows: Rows, count: int) -> dict[str, Any]:
+    """The parts of the first rows, in the same memory."""
+    parts: dict[str, Any] = {name: getattr(rows, name)[:count] for name in PER_ROW}
+    for name in CACHES:
+        cache = getattr(rows, name)
+        parts[name] = None if cache is None else cache.first(count)
+    return parts
+
+
+def _placement(models: list[PreTrainedModel]) -> int:
+    """Changes when any weight is at another address."""
+    return hash(tuple(weight.data_ptr() for model in models for weight in model.parameters()))

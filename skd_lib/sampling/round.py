@@ -1,0 +1,159 @@
+"""One round of interleaved sampling: draft, verify, accept (Xu et al. 2025, algorithm 1), batched.
+
+`Interleaving.round` is a function of the rows and their uniform numbers, of static shapes, that never asks the device
+for a value: so a GPU can replay it as one CUDA graph (`skd_lib.sampling.graphs`). What it writes besides, into the
+caches at and after a row's last token, is written again by whatever comes next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skd_lib.config import SamplingParams
+from skd_lib.models.heads import lm_logits
+from skd_lib.sampling.acceptance import AcceptanceRule, Block
+from skd_lib.sampling.cache import forward
+from skd_lib.sampling.distributions import draw, warp
+from skd_lib.sampling.state import Rows
+
+CHANNELS = 3
+"""Uniform numbers that a position may need, one for each decision."""
+_DRAFT, _ACCEPT, _REPLACE = range(CHANNELS)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a round decided, for S tokens a row: those that it keeps come first.
+
+    Attributes:
+        tokens_BS: Token ids.
+        kept_BS: Which of them the response gets: those up to the rejected one, up to its end.
+        by_teacher_BS: Which of the kept are the teacher's.
+        bonus_BS: Which of these follow a whole accepted block.
+        proposals_BS: The student's token in whose place a teacher's stands; -1 where there is none.
+        states_BSH: The teacher's states that predict the tokens; None if it was not asked.
+        length_B: The rows' new lengths.
+        last_two_B2: Their last two tokens.
+        full_B: Which rows ended by the length limit.
+        running_B: Which rows go on.
+    """
+
+    tokens_BS: Tensor
+    kept_BS: Tensor
+    by_teacher_BS: Tensor
+    bonus_BS: Tensor
+    proposals_BS: Tensor
+    states_BSH: Tensor | None
+    length_B: Tensor
+    last_two_B2: Tensor
+    full_B: Tensor
+    running_B: Tensor
+
+    def figures(self) -> Tensor:
+        """(5 + B) integers for the host: kept, teacher's, bonus and truncated; the longest row; which rows go on."""
+        counted = (self.kept_BS, self.by_teacher_BS, self.bonus_BS, self.full_B)
+        return torch.cat([torch.stack([*(x.sum() for x in counted), self.length_B.max()]), self.running_B.long()])
+
+
+@dataclass(frozen=True)
+class Interleaving:
+    """Who drafts, who verifies, by which rule; see `skd_lib.sampling.engine.Sampler`."""
+
+    student: PreTrainedModel | None
+    teacher: PreTrainedModel | None
+    rule: AcceptanceRule
+    student_params: SamplingParams
+    teacher_params: SamplingParams
+    vocabulary: int
+    max_new_tokens: int
+    eos_ids: Tensor
+
+    def round(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
+        """Draft `gamma` tokens, let the teacher score them in one forward pass, keep what the rule accepts."""
+        drafts_BG, student_probs_BGV = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
+        if not self.rule.asks_teacher:
+            return self._settle(rows, drafts_BG, torch.full_like(rows.length_B, gamma), drafts_BG, None)
+        assert self.teacher is not None  # noqa: S101 - the rule asks it
+        batch = torch.arange(len(drafts_BG), device=drafts_BG.device)
+        states_BSH = self._verify(rows, drafts_BG)
+        logits_BSV = lm_logits(self.teacher, states_BSH)[..., : self.vocabulary]
+        accepted_B = torch.zeros_like(batch)
+        if self.rule.accept is not None:
+            uniforms_BG = uniforms_BSC[:, :gamma, _ACCEPT]
+            block = Block(drafts_BG, logits_BSV[:, :gamma], student_probs_BGV, uniforms_BG, self.teacher_params)
+            accepted_B = self.rule.accept(block).long().cumprod(-1).sum(-1)
+
+        # The teacher's own token: at the first rejected position, or after the whole block.
+        own_B = accepted_B.clamp(max=logits_BSV.shape[1] - 1)
+        weights_BV = warp(logits_BSV[batch, own_B], self.teacher_params)
+        if self.rule.correct is not None:
+            q_BV = None if student_probs_BGV is None else student_probs_BGV[batch, own_B.clamp(max=gamma - 1)]
+            corrected_BV = self.rule.correct(weights_BV, q_BV)
+            weights_BV = torch.where((accepted_B < gamma).unsqueeze(1), corrected_BV, weights_BV)
+        own_token_B = draw(weights_BV, uniforms_BSC[batch, own_B, _REPLACE])
+        # A whole block without a bonus ends in the student's token: no position of it is the teacher's.
+        is_own_BS = torch.arange(logits_BSV.shape[1], device=batch.device) == accepted_B.unsqueeze(1)
+        drafts_BS = F.pad(drafts_BG, (0, logits_BSV.shape[1] - gamma), value=-1)
+        tokens_BS = torch.where(is_own_BS, own_token_B.unsqueeze(1), drafts_BS)
+        return self._settle(rows, tokens_BS, accepted_B, drafts_BS, states_BSH)
+
+    def _draft(self, rows: Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Let the student write `gamma` tokens: (B, G) ids and, if the rule reads them, (B, G, V) probabilities."""
+        drafts: list[Tensor] = []
+        probs: list[Tensor] = []
+        # After a bonus the student has not seen the token before it: feed both, at their own positions.
+        fed_BT = rows.last_two_B2 if self.rule.bonus else rows.last_two_B2[:, 1:]
+        start_B = rows.length_B - fed_BT.shape[1]
+        for step in range(gamma):
+            assert self.student is not None and rows.student_cache is not None  # noqa: S101, PT018
+            hidden_BTH = forward(self.student, rows.student_cache, fed_BT, start_B, rows.longest + step)
+            logits_BV = lm_logits(self.student, hidden_BTH[:, -1])[..., : self.vocabulary]
+            probs_BV = warp(logits_BV, self.student_params)
+            token_B = draw(probs_BV, uniforms_BS[:, step])
+            drafts.append(token_B)
+            if self.rule.needs_student_probs:
+                probs.append(probs_BV)
+            start_B, fed_BT = rows.length_B + step, token_B.unsqueeze(1)
+        empty = rows.length_B.new_empty(len(rows.length_B), 0)
+        return torch.stack(drafts, 1) if drafts else empty, torch.stack(probs, 1) if probs else None
+
+    def _verify(self, rows: Rows, drafts_BG: Tensor) -> Tensor:
+        """One teacher forward over the block: (B, S, H) states predicting each draft, and the bonus token if any."""
+        assert self.teacher is not None and rows.teacher_cache is not None  # noqa: S101, PT018
+        scored = drafts_BG if self.rule.bonus else drafts_BG[:, :-1]
+        fed_BS = torch.cat([rows.last_two_B2[:, 1:], scored], dim=1)
+        return forward(self.teacher, rows.teacher_cache, fed_BS, rows.length_B - 1, rows.longest)
+
+    def _settle(
+        self, rows: Rows, tokens_BS: Tensor, accepted_B: Tensor, drafts_BS: Tensor, states_BSH: Tensor | None
+    ) -> Verdict:
+        """Cut each row's new tokens at its end."""
+        width = tokens_BS.shape[1]
+        offsets_S = torch.arange(width, device=tokens_BS.device)
+        written_B = rows.length_B - rows.prompt_length_B
+        is_eos_BS = torch.isin(tokens_BS, self.eos_ids)
+        ended_before_BS = (is_eos_BS.cumsum(-1) - is_eos_BS.long()) > 0
+        kept_BS = (offsets_S <= accepted_B.unsqueeze(1)) & ~ended_before_BS
+        kept_BS &= written_B.unsqueeze(1) + offsets_S < self.max_new_tokens
+        by_teacher_BS = kept_BS & (offsets_S >= accepted_B.unsqueeze(1))
+        kept_B = kept_BS.sum(-1)
+        known_BS = torch.cat([rows.last_two_B2[:, 1:], tokens_BS], dim=1)
+        ended_B = (is_eos_BS & kept_BS).any(-1)
+        full_B = ~ended_B & (written_B + kept_B >= self.max_new_tokens)
+        return Verdict(
+            tokens_BS=tokens_BS,
+            kept_BS=kept_BS,
+            by_teacher_BS=by_teacher_BS,
+            bonus_BS=by_teacher_BS & (drafts_BS < 0) if self.rule.drafts else torch.zeros_like(by_teacher_BS),
+            proposals_BS=torch.where(by_teacher_BS, drafts_BS, -1),
+            states_BSH=states_BSH,
+            length_B=rows.length_B + kept_B,
+            last_two_B2=known_BS.gather(1, torch.stack([kept_B - 1, kept_B], dim=1)),
+            full_B=full_B,
+            running_B=~(ended_B | full_B),
+        )

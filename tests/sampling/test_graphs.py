@@ -1,0 +1,148 @@
+"""Rounds as CUDA graphs, as far as they can be tested without a GPU.
+
+A graph repeats a round's kernels on the same memory. Here a "graph" plays the round again and copies what comes out
+to where it came out first, so that everything but the capture itself is what runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.drafting import AdaptiveGamma
+from skd_lib.sampling.engine import Sampler
+from skd_lib.sampling.graphs import GraphedRounds
+from skd_lib.sampling.round import Verdict
+from tests.conftest import TinyModel
+from tests.sampling.test_engine import GREEDY, PROMPTS, STUDENT_SAMPLES, pair, rows, sampler
+from tests.sampling.test_memory import assert_same, memory
+
+RULES = [top_k(6), min_prob(0.05), mixture(0.4), lossless(), everything(), nothing()]
+MANY = [*PROMPTS, [1, 20, 21, 22], [1, 33], [1, 9, 9]]
+SEEDS = [3, 1, 4, 1, 5, 9, 2]
+SYNCHRONISING = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._to_copy", "aten.equal"}
+"""Operators that make the host wait for the device, or copy between the two."""
+
+
+def tensors(verdict: Verdict) -> list[torch.Tensor]:
+    parts = [getattr(verdict, field.name) for field in fields(verdict)]
+    return [part for part in parts if part is not None]
+
+
+class Graphs:
+    """Captures rounds as a GPU would, and counts."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, play: Callable[[], Verdict]) -> tuple[Callable[[], object], Verdict]:
+        self.captured += 1
+        first = play()
+
+        def replay() -> None:
+            self.replayed += 1
+            for there, now in zip(tensors(first), tensors(play()), strict=True):
+                there.copy_(now)
+
+        return replay, first
+
+
+def graphed(s: Sampler, capture: Any) -> Sampler:
+    s = replace(s)
+    vars(s)["_graphs"] = GraphedRounds(s._interleaving.round, s._models, capture)
+    return s
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_the_samples_are_those_without_graphs(tiny_model: TinyModel, arch: str, rule: AcceptanceRule) -> None:
+    models = pair(tiny_model, arch)
+    plain = sampler(models, rule, gamma=3, max_new_tokens=20, batch_size=3, keep_teacher_states=rule.asks_teacher)
+    graphs = Graphs()
+    s = graphed(plain, graphs)
+    for prompts in (MANY, MANY[3:], [[1, *range(3, 40)] * 2, *MANY[1:]]):  # the last needs more room than there is
+        assert_same(s.sample(prompts, SEEDS[: len(prompts)]), plain.sample(prompts, SEEDS[: len(prompts)]))
+    assert graphs.replayed > 4 * graphs.captured
+
+
+def test_a_second_call_captures_nothing(tiny_model: TinyModel) -> None:
+    graphs = Graphs()
+    s = graphed(sampler(pair(tiny_model), top_k(6), max_new_tokens=20, eos_ids=()), graphs)
+    s.sample(MANY, SEEDS)
+    captured = graphs.captured
+    s.sample(MANY, SEEDS)
+    assert graphs.captured == captured
+
+
+def test_weights_that_change_in_place_are_read_and_weights_that_move_are_captured_anew(tiny_model: TinyModel) -> None:
+    models: dict[str, Any] = pair(tiny_model)
+    graphs = Graphs()
+    plain = sampler(models, everything(), max_new_tokens=20, eos_ids=())
+    s = graphed(plain, graphs)
+    before = rows(s.sample(MANY, SEEDS))
+    captured = graphs.captured
+    with torch.no_grad():
+        models["student"].lm_head.weight.mul_(-1)
+    after = rows(s.sample(MANY, SEEDS))
+    assert after == rows(plain.sample(MANY, SEEDS)) != before
+    assert graphs.captured == captured
+    models["student"].model.norm.weight = torch.nn.Parameter(models["student"].model.norm.weight.clone())
+    s.sample(MANY, SEEDS)
+    assert graphs.captured == 2 * captured
+
+
+def test_adaptive_draft_lengths_have_a_graph_each(tiny_model: TinyModel) -> None:
+    plain = sampler(pair(tiny_model), top_k(20), gamma=AdaptiveGamma(4), max_new_tokens=30, eos_ids=())
+    assert_same(graphed(plain, Graphs()).sample(MANY, SEEDS), plain.sample(MANY, SEEDS))
+
+
+def test_memory_that_runs_out_is_given_back(tiny_model: TinyModel) -> None:
+    models = pair(tiny_model)
+    plain = sampler(models, top_k(6), gamma=3, max_new_tokens=20)
+    expected = plain.sample(MANY, SEEDS)
+    s = graphed(plain, Graphs())
+    with memory(models["teacher"], lambda call, batch, cache: batch <= 2):
+        assert rows(s.sample(MANY, SEEDS)) == rows(expected)
+    assert len(vars(s)["_graphs"]._base.index_B) <= 2
+
+
+def test_what_cannot_be_captured_runs_without_graphs(tiny_model: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(play: Callable[[], Verdict]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain = sampler(pair(tiny_model), top_k(6), max_new_tokens=20)
+    with caplog.at_level(logging.WARNING):
+        assert_same(graphed(plain, refuse).sample(MANY, SEEDS), plain.sample(MANY, SEEDS))
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "rounds run without CUDA graphs, which is slower"
+    ]
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_round_never_asks_the_device_for_a_value(tiny_model: TinyModel, arch: str, rule: AcceptanceRule) -> None:
+    """A capture would end in an error otherwise, and without graphs the launches would stall."""
+
+    class NoSynchronisation(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = f"{func.namespace}.{func._schema.name.partition('::')[2]}"
+            index = args[1] if name.startswith("aten.index") and isinstance(args[1], (list, tuple)) else ()
+            assert not any(part is not None and part.dtype == torch.bool for part in index), "an index by a mask"
+            copies = name == "aten._to_copy" and (kwargs or {}).get("device") not in (None, args[0].device)
+            assert name not in SYNCHRONISING - {"aten._to_copy"} and not copies, name  # noqa: PT018
+            return func(*args, **(kwargs or {}))
+
+    for params in (GREEDY, STUDENT_SAMPLES):
+        s = sampler(pair(tiny_model, arch), rule, gamma=3, student_params=params, teacher_params=params)
+        tasks = s._allocate([0] * 4).unfinished(PROMPTS)
+        state = s._prefill(tasks, 64)
+        uniforms = torch.rand(4, s._block_width, 3, dtype=torch.float64)
+        with torch.no_grad(), NoSynchronisation():
+            s._interleaving.round(state, uniforms, s._longest_draft)
