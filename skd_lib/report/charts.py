@@ -18,7 +18,7 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        kind: CSS class: `student`, `teacher`, `neutral`; `faint` added for the background.
+        kind: CSS class: `student`, `teacher`, `neutral`, with `faint` (background) or `theory` (dashed) added.
         steps: Where the points are.
         values: Their heights.
         dots: Mark each point, for few of them.

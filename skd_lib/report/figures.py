@@ -88,7 +88,7 @@ def draft_figures(specdec: Mapping[Moment, Specdec]) -> list[Figure]:
         if lines:
             decoding = "greedy" if setting[0] == 0 else f"temperature {setting[0]:g}"
             title = f"Speed-up by draft length: {decoding}, batch {setting[1]}"
-            note = "Over the teacher alone, by tokens drafted for each of its calls. Dots: measured. Thin: in theory."
+            note = "Over the teacher alone, by tokens drafted for each of its calls. Dots: measured. Dashed: in theory."
             chart = line_chart(lines, label=f"{title}. {note}", number=plain, from_zero=True)
             found.append(Figure(title, note, chart, legend))
     return found
@@ -101,7 +101,7 @@ def _by_length(kind: str, setting: DraftSetting) -> list[Series]:
     measured = [(each.gamma, each.timed.speedup) for each in setting.lengths if each.timed is not None]
     return [
         Series(name, [gamma for gamma, _ in points], [speedup for _, speedup in points], dots=dots)
-        for name, points, dots in ((f"{kind} faint", theory, False), (kind, measured, True))
+        for name, points, dots in ((f"{kind} theory", theory, False), (kind, measured, True))
         if points
     ]
 
