@@ -14,6 +14,7 @@ import yaml
 from components.images import COMET, TRAIN
 from pipelines.lint import lint
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.report.lineage import IMAGE_VARIABLE
 from skd_lib.storage import write_text_atomic
 
 COMPILED = Path(__file__).parent / "compiled" / "distillation.yaml"
@@ -41,11 +42,20 @@ def compile_pipeline(image: str | None = None, comet_image: str | None = None) -
         documents: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     images = {TRAIN: image or TRAIN, COMET: comet_image or COMET}
     for executor in documents[0]["deploymentSpec"]["executors"].values():
-        executor["container"]["image"] = images[executor["container"]["image"]]
+        set_image(executor["container"], images[executor["container"]["image"]])
     problems = lint(documents[0])
     if problems:
         raise SkdErrors([SkdError(problem, where="compiled pipeline") for problem in problems])
     return documents
+
+
+def set_image(container: dict[str, Any], image: str) -> None:
+    """Run a container in an image, and tell it which one, for the run's lineage."""
+    container["image"] = image
+    container["env"] = [
+        *(variable for variable in container.get("env", []) if variable["name"] != IMAGE_VARIABLE),
+        {"name": IMAGE_VARIABLE, "value": image},
+    ]
 
 
 def to_text(documents: Documents) -> str:

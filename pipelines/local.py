@@ -7,7 +7,9 @@ runs/<name>/
   artifacts/      what the steps wrote
   checkpoints/    training goes on from here after an interruption
   .cache/         which outputs belong to which inputs
-  summary.json    the table, as JSON
+  report.html     the page
+  summary.json    the figures on it
+  samples.jsonl   the training sequences on it
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import filelock
 import yaml
 
 import skd_lib
+from pipelines.compiling import set_image
 from pipelines.graph import Step, read_steps
 from pipelines.process import run_logged
 from pipelines.progress import Display
@@ -38,6 +41,7 @@ from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.machine import usable_cores
 from skd_lib.parameters import to_parameters, to_struct
+from skd_lib.report.sources import PAGE, SUMMARY
 from skd_lib.storage import write_text_atomic
 
 
@@ -105,7 +109,12 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         """The run's figures."""
-        return self.root / "summary.json"
+        return self.root / SUMMARY
+
+    @property
+    def page(self) -> Path:
+        """The run's page."""
+        return self.root / PAGE
 
     def log_of(self, step: str) -> Path:
         """The log of one step."""
@@ -243,7 +252,7 @@ def local_pipeline(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     spec = local[0]
     for executor in spec["deploymentSpec"]["executors"].values():
         if "container" in executor:
-            executor["container"]["image"] = image
+            set_image(executor["container"], image)
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)

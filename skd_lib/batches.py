@@ -31,6 +31,7 @@ class Rollout:
             token), the position before EOS is True (it predicts EOS), EOS itself and the last column are False.
             Made from lengths, never from token ids: a pad id equal to the EOS id hides nothing.
         by_teacher_BL: True at those of these positions whose response token the teacher wrote.
+        proposals_BL: There the student's draft, where the teacher replaced it; -1 elsewhere.
         sources: Who wrote each row's response.
         signals: What the teacher says along each row's response, where that is known already; None where it is not.
         statistics: The sampler's figures; None for ground truth.
@@ -39,6 +40,7 @@ class Rollout:
     input_ids_BL: Tensor
     response_mask_BL: Tensor
     by_teacher_BL: Tensor
+    proposals_BL: Tensor
     sources: tuple[Source, ...]
     signals: tuple[TeacherSignal | None, ...]
     statistics: SamplingStatistics | None = None
@@ -52,6 +54,11 @@ class Rollout:
     def by_teacher_N(self) -> Tensor:  # noqa: N802
         """Which of them the teacher wrote."""
         return self.by_teacher_BL[self.response_mask_BL]
+
+    @property
+    def proposals_N(self) -> Tensor:  # noqa: N802
+        """What the student had drafted in their place; -1 where nothing was replaced."""
+        return self.proposals_BL[self.response_mask_BL]
 
     @property
     def lengths(self) -> list[int]:
@@ -72,6 +79,7 @@ class Rollout:
             self.input_ids_BL[rows, :length],
             self.response_mask_BL[rows, :length],
             self.by_teacher_BL[rows, :length],
+            self.proposals_BL[rows, :length],
             tuple(self.sources[row] for row in chosen),
             tuple(self.signals[row] for row in chosen),
         )
@@ -92,6 +100,7 @@ class Rollout:
             input_ids_BL=self.input_ids_BL.to(device),
             response_mask_BL=self.response_mask_BL.to(device),
             by_teacher_BL=self.by_teacher_BL.to(device),
+            proposals_BL=self.proposals_BL.to(device),
             signals=tuple(None if signal is None else signal.to(device) for signal in self.signals),
         )
 
@@ -129,6 +138,7 @@ def collate(
         input_ids_BL,
         response_mask_BL,
         by_teacher_BL=response_mask_BL if source == "teacher" else torch.zeros_like(response_mask_BL),
+        proposals_BL=torch.full_like(input_ids_BL, -1),
         sources=(source,) * len(rows),
         signals=(None,) * len(rows),
     )
@@ -148,6 +158,7 @@ def merge(parts: Sequence[Rollout], order: Sequence[int], pad_id: int) -> Rollou
         together([part.input_ids_BL for part in parts], pad_id),
         together([part.response_mask_BL for part in parts], fill=0),
         together([part.by_teacher_BL for part in parts], fill=0),
+        together([part.proposals_BL for part in parts], fill=-1),
         tuple(sources[row] for row in position),
         tuple(signals[row] for row in position),
         sum((part.statistics for part in parts if part.statistics is not None), SamplingStatistics()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -150,11 +151,17 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
     """The table, where things are, and what to type next."""
+    from skd_lib.report.page import write_page
     from skd_lib.report.render import render
+    from skd_lib.report.samples import read_samples
+    from skd_lib.report.sources import SAMPLES
     from skd_lib.report.summary import Summary
 
     summary = Summary.model_validate(run.outputs["report"]["summary"]).with_seconds(run.durations())
     summary.write(folder.summary)
+    samples = Path(run.outputs["distill"]["samples"])
+    shutil.copyfile(samples, folder.root / SAMPLES)
+    write_page(folder.page, summary, read_samples(samples))
     console.print()
     console.print(render(summary))
     console.print()
@@ -163,7 +170,7 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
         "teacher": run.outputs["teacher_sft"]["tuned_teacher"],
     }
     links = {name: folder.link(name, Path(uri)) for name, uri in models.items()}
-    for name, path in {"summary": folder.summary, **links, "logs": folder.logs}.items():
+    for name, path in {"report": folder.page, "summary": folder.summary, **links, "logs": folder.logs}.items():
         _say(console, f"{name:<8} {_short(path)}")
     if tracking_uri.startswith("sqlite:"):
         _say(console, f"MLflow   mlflow ui --backend-store-uri {tracking_uri}")
@@ -204,6 +211,50 @@ def compile_(
         )
     write_compiled(path, image, comet_image)
     typer.echo(f"wrote {_short(path)}")
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str, typer.Argument(help="Folder of a finished run, its name under RUNS_DIR, or the id of an MLflow run.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write.", show_default="report.html in the run's folder; for MLflow: here"),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    runs_dir: Annotated[Path, typer.Option(help="Where runs keep their files.")] = Path("runs"),
+    tracking_uri: Annotated[
+        str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow tracking server that holds the run.")
+    ] = "",
+) -> None:
+    """Make the page of a run again, from the figures and samples that the run left behind.
+
+    The page is one HTML file: send it, open it, no server and no network needed.
+    """
+    from skd_lib.report.page import write_page
+    from skd_lib.report.sources import PAGE, from_folder, from_mlflow
+
+    folder = next((path for path in (Path(run), runs_dir / run) if path.is_dir()), None)
+    if folder is not None:
+        found, path = from_folder(folder), output or folder / PAGE
+    elif tracking_uri:
+        found, path = from_mlflow(run, tracking_uri), output or Path(PAGE)
+    else:
+        raise SkdError(
+            f"there is no folder {run} or {runs_dir / run}",
+            where="skd report",
+            hint="name a run's folder, or give --tracking-uri with the id of an MLflow run",
+        )
+    try:
+        write_page(path, found.summary, found.samples)
+    except OSError as error:
+        raise SkdError(
+            f"cannot write the page: {error.strerror}", where=str(path), hint="choose another --output"
+        ) from error
+    typer.echo(_short(path))
+    if open_:
+        typer.launch(path.resolve().as_uri())
 
 
 @app.command()

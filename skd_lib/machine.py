@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -27,3 +28,11 @@ def total_memory() -> int:
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
         total = min(total, int(text))
     return total
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had resident."""
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skd_lib import machine
 from skd_lib.config import (
     DistillTrainingConfig,
     DivergenceName,
@@ -19,7 +18,6 @@ from skd_lib.config import (
     TrainingConfig,
 )
 from skd_lib.errors import SkdError
-from skd_lib.machine import total_memory
 from skd_lib.methods import METHODS
 
 if TYPE_CHECKING:
@@ -230,8 +228,7 @@ def peak_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # elsewhere in KiB
+    return machine.peak_memory()
 
 
 def available_memory() -> tuple[int, str]:
@@ -241,4 +238,4 @@ def available_memory() -> tuple[int, str]:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
-    return total_memory(), "this machine"
+    return machine.total_memory(), "this machine"

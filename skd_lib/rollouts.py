@@ -81,14 +81,21 @@ def sampled(sampler_at: Callable[[int], Sampler], *, source: Source, seed: int, 
         lengths_B = samples.mask_BT.sum(1).tolist()
         responses = [row[:length] for row, length in zip(samples.tokens_BT.tolist(), lengths_B, strict=True)]
         rollout = collate(prompts, responses, pad_id=sampler.pad_id, source=source, device=device)
-        by_teacher_BL = rollout.by_teacher_BL.clone()
+        by_teacher_BL, proposals_BL = rollout.by_teacher_BL.clone(), rollout.proposals_BL.clone()
         by_teacher_BL[rollout.response_mask_BL] = (samples.source_BT[samples.mask_BT] == TEACHER).to(device)
+        proposals_BL[rollout.response_mask_BL] = samples.proposals_BT[samples.mask_BT].to(device)
         signals = rollout.signals
         if samples.teacher_states_BTH is not None:
             assert sampler.teacher is not None  # noqa: S101 - it has just been asked
             states_NH = samples.teacher_states_BTH[samples.mask_BT].to(device)
             signals = tuple(DenseSignal(states_NH, sampler.teacher).split(lengths_B))
-        return replace(rollout, by_teacher_BL=by_teacher_BL, signals=signals, statistics=samples.statistics)
+        return replace(
+            rollout,
+            by_teacher_BL=by_teacher_BL,
+            proposals_BL=proposals_BL,
+            signals=signals,
+            statistics=samples.statistics,
+        )
 
     return strategy
 

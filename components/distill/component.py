@@ -19,6 +19,7 @@ def distill(
     checkpoint_root: str,
     distilled_student: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    samples: dsl.Output[dsl.Artifact],
     course: dsl.OutputPath(dict),
     tracking_uri: str = "",
     experiment: str = "skd",
@@ -42,7 +43,8 @@ def distill(
     Returns:
         distilled_student: The student after distillation.
         metrics: Losses, rejection rate and timings.
-        course: Rejection rate and validation loss by step.
+        samples: A few training sequences token by token, with what the teacher replaced: JSONL.
+        course: Losses, rejection rate and lengths by step, and where the time went.
     """
     return run_step(
         "distill",
@@ -59,5 +61,6 @@ def distill(
             "experiment": experiment,
             "student_out": distilled_student.path,
             "metrics_out": metrics.path,
+            "samples_out": samples.path,
         },
     )

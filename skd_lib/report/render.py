@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TypeVar
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -13,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from skd_lib.report.curves import groups
 from skd_lib.report.summary import Course, Role, Specdec, Summary
 
 ROLE_NAMES: dict[Role, str] = {
@@ -21,13 +20,22 @@ ROLE_NAMES: dict[Role, str] = {
     "student_before": "student before",
     "student_after": "student after",
 }
-METRIC_NAMES = {"chrf": "chrF", "bleu": "BLEU", "rougeL": "ROUGE-L", "accuracy": "accuracy", "comet": "COMET"}
+METRIC_NAMES = {
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "comet": "COMET",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "accuracy": "accuracy",
+    "perplexity": "perplexity",
+    "judge": "judge",
+}
 # Below this share of replaced tokens SKD is hardly more than on-policy distillation, which the reader should know.
 FEW_REPLACED = 0.01
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 24
 _DRAFT_COLUMNS = ("accepted", "tokens/teacher call", "speed-up", "teacher's own output")
-T = TypeVar("T")
 
 
 def render(summary: Summary) -> RenderableType:
@@ -79,10 +87,10 @@ def to_markdown(summary: Summary) -> str:
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
     """Values as a line of bars, from 0 to their maximum; more than `width` of them are averaged in groups."""
-    groups = _groups(values, width)
-    top = max((fmean(group) for group in groups), default=0.0)
+    parts = groups(values, width)
+    top = max((fmean(part) for part in parts), default=0.0)
     scale = (len(_BARS) - 1) / top if top > 0 else 0.0
-    return "".join(_BARS[round(max(fmean(group), 0.0) * scale)] for group in groups)
+    return "".join(_BARS[round(max(fmean(part), 0.0) * scale)] for part in parts)
 
 
 def duration(seconds: float) -> str:
@@ -165,7 +173,7 @@ def _draft_cells(draft: Specdec) -> list[str]:
         f"{draft.acceptance_rate:.1%}",
         f"{draft.tokens_per_teacher_call:.2f}",
         f"{draft.speedup:.2f}x",
-        _same_output(draft),
+        same_output(draft),
     ]
 
 
@@ -178,7 +186,8 @@ def _draft_setting(summary: Summary) -> str:
     return ", ".join([*setting, "speed-up over the teacher alone in the same process"])
 
 
-def _same_output(draft: Specdec) -> str:
+def same_output(draft: Specdec) -> str:
+    """Whether speculative decoding wrote what the teacher writes alone."""
     if draft.temperature:
         return "in distribution"
     if draft.mismatches:
@@ -187,17 +196,13 @@ def _same_output(draft: Specdec) -> str:
 
 
 def _gap_lines(summary: Summary) -> list[str]:
-    """How much of the way from the untrained student to the teacher the distillation went."""
-    metric = summary.task_metric
-    needed: tuple[Role, ...] = ("teacher", "student_before", "student_after")
-    teacher, before, after = (summary.models.get(role, {}).get(metric) for role in needed)
-    if teacher is None or before is None or after is None or teacher <= before:
+    gap = summary.gap()
+    if gap is None:
         return []
-    share = (after - before) / (teacher - before)
-    name = METRIC_NAMES.get(metric, metric)
+    name = METRIC_NAMES.get(summary.task_metric, summary.task_metric)
     return [
-        f"Distillation closed {share:.0%} of the gap to the teacher: "
-        f"{name} {before:.1f} -> {after:.1f}, the teacher has {teacher:.1f}."
+        f"Distillation closed {gap.closed:.0%} of the gap to the teacher: "
+        f"{name} {gap.before:.1f} -> {gap.after:.1f}, the teacher has {gap.teacher:.1f}."
     ]
 
 
@@ -214,9 +219,9 @@ def _course_texts(course: Course) -> list[Text]:
     texts = []
     rates = course.rejection_rate
     if rates:
-        groups = _groups(rates, 8)
+        parts = groups(rates, 8)
         over = f" over {course.steps[-1]} steps" if course.steps else ""
-        figures = f" {fmean(groups[0]):.3f} -> {fmean(groups[-1]):.3f}{over} (share of drafts the teacher replaced)"
+        figures = f" {fmean(parts[0]):.3f} -> {fmean(parts[-1]):.3f}{over} (share of drafts the teacher replaced)"
         texts.append(Text.assemble("Rejection rate  ", (sparkline(rates), "cyan"), figures))
         # Exactly 0 throughout is on-policy distillation, asked for as such.
         if 0 < fmean(rates) < FEW_REPLACED:
@@ -237,13 +242,6 @@ def _course_texts(course: Course) -> list[Text]:
 def _rows_of_seconds(seconds: dict[str, float]) -> list[tuple[str, float]]:
     rows = list(seconds.items())
     return rows if "total" in seconds else [*rows, ("total", sum(seconds.values()))]
-
-
-def _groups(values: Sequence[T], count: int) -> list[Sequence[T]]:
-    """Values in at most `count` groups of nearly equal size, in order."""
-    count = min(count, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)] if count else [0]
-    return [values[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:

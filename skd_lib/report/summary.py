@@ -7,9 +7,9 @@ how comparable the figures are, and where they came from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -72,6 +72,62 @@ class Comet(Section):
         return {"comet": self.models[role].score} if role in self.models else {}
 
 
+class Percentiles(Section):
+    """Of a latency, in seconds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Latency(Section):
+    """How long a reader waits for the first token, and for each after it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    first_token: Percentiles
+    per_token: Percentiles | None = None
+
+
+class TimedDraft(Section):
+    """A draft length that was timed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    speedup: float
+
+
+class DraftLength(Section):
+    """A draft length: what theory expects of it, and what was measured if it was timed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    gamma: int
+    theoretical_speedup: float | None = None
+    timed: TimedDraft | None = None
+
+
+class DraftSetting(Section):
+    """One temperature and batch size."""
+
+    model_config = ConfigDict(extra="allow")
+
+    temperature: float
+    batch_size: int
+    lengths: tuple[DraftLength, ...] = ()
+
+
+class Vllm(Section):
+    """How vLLM serves the pair, and what stands in the way of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    command: str
+    reasons: tuple[str, ...] = ()
+
+
 class Specdec(Section):
     """What `specdec_benchmark` found for one draft model. Further figures of the benchmark are kept as they are."""
 
@@ -85,6 +141,14 @@ class Specdec(Section):
     mismatches: int = Field(0, description="Responses that differ from the teacher's own; temperature 0 only.")
     ties: int = Field(0, description="Responses that differ by ties within rounding.")
     seconds: float = 0.0
+    acceptance_by_position: tuple[float, ...] = Field(
+        (), description="Share of the drafts at each position of a block that were accepted, given they were tested."
+    )
+    theoretical_speedup: float | None = Field(None, description="From acceptance and the models' forward times.")
+    settings: tuple[DraftSetting, ...] = Field((), description="Every temperature and batch size that was measured.")
+    latency: Latency | None = None
+    teacher_only_latency: Latency | None = None
+    vllm: Vllm | None = None
 
     def figures(self) -> dict[str, float]:
         """The three that matter, by name."""
@@ -96,10 +160,54 @@ class Course(Section):
 
     model_config = ConfigDict(extra="ignore")
 
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] = Field((), description="Those of the sampler's figures.")
     rejection_rate: tuple[float, ...] = Field((), description="Share of tested draft tokens that the teacher replaced.")
+    tokens_per_teacher_call: tuple[float, ...] = ()
+    training_steps: tuple[int, ...] = ()
+    training_loss: tuple[float, ...] = ()
+    response_length: tuple[float, ...] = Field((), description="Mean tokens of a response trained on.")
     validation_steps: tuple[int, ...] = ()
     validation_loss: tuple[float, ...] = ()
+    seconds: dict[str, float] = Field({}, description="Of each phase: rollout, loss, optimiser, ...")
+    peak_bytes: dict[str, int] = Field({}, description="Most memory of the process, and of each phase on the device.")
+
+
+class Comparison(Section):
+    """A paired test between two models on the test set, by one metric."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    a: Role
+    b: Role
+    metric: str
+    difference: float = Field(description="Score of a minus score of b.")
+    low: float
+    high: float
+    p_value: float
+    n: int = Field(description="Examples.")
+
+
+class Lengths(Section):
+    """How long a model's answers to the test set are, in tokens."""
+
+    mean: float
+    longest: int
+    truncated_fraction: float = Field(description="Share of answers that ended by the length limit.")
+    edges: tuple[float, ...] = Field(description="Of the histogram's bins: one more than counts.")
+    counts: tuple[int, ...]
+
+
+class Gap(NamedTuple):
+    """Scores of the teacher and of the student before and after."""
+
+    teacher: float
+    before: float
+    after: float
+
+    @property
+    def closed(self) -> float:
+        """How much of the way from the untrained student to the teacher the distillation went; 1 is all of it."""
+        return (self.after - self.before) / (self.teacher - self.before)
 
 
 class Summary(Section):
@@ -112,16 +220,29 @@ class Summary(Section):
     intervals: dict[Role, dict[str, tuple[float, float]]] = Field({}, description="95 % intervals of the scores.")
     examples: dict[Role, int] = Field({}, description="Test examples behind the scores.")
     signatures: dict[str, str] = Field({}, description="By metric: what somebody else needs to get the same number.")
+    held_out: dict[str, dict[Role, Scores]] = Field({}, description="Scores on further test sets.")
     missing: dict[str, str] = Field({}, description="By metric: why it could not be measured.")
+    comparisons: tuple[Comparison, ...] = ()
+    lengths: dict[Role, Lengths] = Field({}, description="Of the answers to the test set.")
     course: Course = Course()
+    lineage: dict[str, str] = Field({}, description="What the run was made from and with.")
     run_name: str = ""
     pipeline_run_id: str = ""
     mlflow_run_id: str = ""
+    mlflow_url: str = Field("", description="Page of the MLflow run, where there is a server.")
 
     def with_seconds(self, seconds: Mapping[str, float]) -> Summary:
         """With steps' durations as whoever ran them measured them, which win over what the steps said themselves."""
         others = {step: value for step, value in self.seconds.items() if step not in seconds}
         return self.model_copy(update={"seconds": {**seconds, **others}})
+
+    def gap(self) -> Gap | None:
+        """How far the student came towards the teacher, by the task's metric; None where a score is missing."""
+        needed: tuple[Role, ...] = ("teacher", "student_before", "student_after")
+        teacher, before, after = (self.models.get(role, {}).get(self.task_metric) for role in needed)
+        if teacher is None or before is None or after is None or teacher <= before:
+            return None
+        return Gap(teacher, before, after)
 
     def headline(self) -> dict[str, float]:
         """The figures by which runs are compared, flat: `student_after_chrf`, `speedup_after`, ..."""
@@ -167,9 +288,13 @@ def build_summary(
     specdec: Mapping[Moment, Specdec],
     course: Course,
     comet: Comet | None = None,
+    comparisons: Sequence[Comparison] = (),
+    lengths: Mapping[Role, Lengths] | None = None,
+    lineage: Mapping[str, str] | None = None,
     run_name: str = "",
     pipeline_run_id: str = "",
     mlflow_run_id: str = "",
+    mlflow_url: str = "",
 ) -> Summary:
     """Put the steps' results together. Roles that were not evaluated are simply missing."""
     comet = comet or Comet()
@@ -181,6 +306,7 @@ def build_summary(
     signatures = {
         name: score.signature for value in found.values() for name, score in value.metrics.items() if score.signature
     }
+    held_out = {name: None for value in found.values() for name in value.held_out}
     return Summary(
         task_metric=task_metric,
         models={role: value.figures() for role, value in found.items()},
@@ -192,11 +318,20 @@ def build_summary(
         },
         examples={role: value.examples for role, value in found.items()},
         signatures=signatures,
-        missing={"comet": comet.missing} if comet.missing else {},
+        held_out={
+            name: {role: value.held_out[name] for role, value in found.items() if name in value.held_out}
+            for name in held_out
+        },
+        missing={name: reason for value in found.values() for name, reason in value.missing.items()}
+        | ({"comet": comet.missing} if comet.missing else {}),
+        comparisons=tuple(comparisons),
+        lengths=dict(lengths or {}),
         course=course,
+        lineage=dict(lineage or {}),
         run_name=run_name,
         pipeline_run_id=pipeline_run_id,
         mlflow_run_id=mlflow_run_id,
+        mlflow_url=mlflow_url,
     )
 
 

@@ -146,8 +146,8 @@ class SpecdecResult(Section):
     vllm: VllmExport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return self.model_dump(mode="json")
+        """As plain JSON values, without what is None: KFP's structured parameters cannot hold null."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     def figures(self) -> dict[str, float]:
         """The numbers by which runs are compared, flat: the headline, and the best of every setting."""

@@ -10,10 +10,11 @@ import typer
 
 from skd_lib.config import DistillConfig, Schedule, TaskConfig, parse_section
 from skd_lib.errors import SkdErrors
+from skd_lib.machine import peak_memory
 from skd_lib.methods import METHODS
 from skd_lib.steps import fitting
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
-from skd_lib.storage import check_checkpoint_root
+from skd_lib.storage import check_checkpoint_root, write_text_atomic
 
 if TYPE_CHECKING:
     from skd_lib.training.run import TrainResult
@@ -26,6 +27,9 @@ def main(
     checkpoint_root: Annotated[str, typer.Option(help=fitting.CHECKPOINT_HELP)],
     student_out: Annotated[Path, typer.Option(help="Folder for the distilled student.")],
     metrics_out: Annotated[Path, typer.Option(help=fitting.METRICS_HELP)],
+    samples_out: Annotated[
+        Path, typer.Option(help="Where a few training sequences go: JSONL, see `skd_lib.report.samples`.")
+    ],
     config: Annotated[
         str,
         typer.Option(
@@ -47,17 +51,18 @@ def main(
     cross-entropy), `sft` (ground truth, without the teacher). A run that was killed goes on from its last checkpoint
     when it is started again.
 
-    Output parameter `course`: rejection rate and validation loss by step.
+    Output parameter `course`: losses, rejection rate and lengths by step, and where the time went.
     """
     settings = parse_section(DistillConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
     check_checkpoint_root(checkpoint_root)
-    io = StepIO(executor_input, {"distilled_student": student_out, "metrics": metrics_out})
+    io = StepIO(executor_input, {"distilled_student": student_out, "metrics": metrics_out, "samples": samples_out})
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.loading import check_model_folder, load_tokenizer
     from skd_lib.models.vocabulary import check_compatible
+    from skd_lib.report.samples import as_text, to_jsonl
     from skd_lib.tracking.runs import step_run
 
     for folder in (student, teacher):
@@ -115,10 +120,13 @@ def main(
         metadata["weights_sha256"] = fitting.save_trained(result.student, tokenizer, student_out, card)
         metadata["data_fingerprint"] = prepared.fingerprint
         fitting.write_figures(metrics_out, io, figures, run)
+        write_text_atomic(samples_out, to_jsonl(as_text(trace, tokenizer) for trace in result.traces))
         run.set_tags({"model_uri": io.output_uri("distilled_student"), **metadata})
 
     io.metadata("distilled_student", **metadata)
-    io.parameter("course", _course(result))
+    # The report reads the lineage here: its input is a small file then, and no model that has to be fetched.
+    io.metadata("samples", sequences=len(result.traces), **metadata)
+    io.parameter("course", _course(result, settings.training.batch_size))
     io.write()
     fit.checkpoints(prepared).remove()
 
@@ -154,12 +162,26 @@ def _plain(setting: Any) -> Any:
     return str(setting) if isinstance(setting, Schedule) else setting
 
 
-def _course(result: TrainResult) -> dict[str, list[float]]:
-    """The curves that the report draws."""
-    course: dict[str, list[float]] = {}
-    for steps, figure in (("steps", "rejection_rate"), ("validation_steps", "validation_loss")):
-        entries = [entry for entry in result.history if figure in entry]
-        course |= {steps: [entry["step"] for entry in entries], figure: [entry[figure] for entry in entries]}
+def _course(result: TrainResult, batch_size: int) -> dict[str, Any]:
+    """The curves that the report draws, and the time and memory that the training took."""
+    from skd_lib.report.curves import thinned
+    from skd_lib.training.timing import SECONDS
+
+    course: dict[str, Any] = {
+        "seconds": {name.removeprefix(SECONDS): value for name, value in result.seconds.items()},
+        "peak_bytes": {"process": peak_memory(), **result.peak_bytes},
+    }
+    for steps, figures in {
+        "steps": {"rejection_rate": "rejection_rate", "tokens_per_teacher_call": "tokens_per_teacher_call"},
+        "training_steps": {"loss": "training_loss", "response_tokens": "response_length"},
+        "validation_steps": {"validation_loss": "validation_loss"},
+    }.items():
+        for figure, name in figures.items():
+            entries = [entry for entry in result.history if figure in entry]
+            scale = batch_size if name == "response_length" else 1
+            course[steps], course[name] = thinned(
+                [int(entry["step"]) for entry in entries], [entry[figure] / scale for entry in entries]
+            )
     return course
 
 

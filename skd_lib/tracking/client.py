@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 # Before MLflow is imported: no usage data leaves the machine, and a server that is down costs seconds, not the
 # quarter of an hour of MLflow's own defaults. What the user set in the environment wins.
@@ -94,6 +96,15 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
             hint="restore it (`mlflow experiments restore`), remove it for good (`mlflow gc`), or use another name",
         )
     return str(experiment.experiment_id)
+
+
+def run_url(tracking_uri: str, run: Run) -> str:
+    """Address of a run's page, without the credentials that the URI may hold; empty where the store is no server."""
+    parts = urlsplit(tracking_uri)
+    if parts.scheme not in ("http", "https"):
+        return ""
+    server = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def check_tracking(tracking_uri: str) -> SkdError | None:

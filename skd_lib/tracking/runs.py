@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from skd_lib import __version__
 from skd_lib.errors import SkdError
-from skd_lib.tracking.client import brief, connect, find_or_create_experiment, unanswered
+from skd_lib.tracking.client import brief, connect, find_or_create_experiment, run_url, unanswered
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,6 +69,12 @@ class RunLog:
         """The run's id; empty without tracking or while the store has not answered yet."""
         run = self._link.runs.get(self._which)
         return str(run.info.run_id) if run is not None else ""
+
+    @property
+    def url(self) -> str:
+        """Address of the run's page; empty where the store is no server, or has not answered yet."""
+        run = self._link.runs.get(self._which)
+        return "" if run is None else run_url(self._link.uri, run)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters as `skd/NAME`; nested mappings become `skd/OUTER.INNER`.

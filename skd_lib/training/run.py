@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -19,6 +19,7 @@ from skd_lib.config import DistillConfig, Method, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.models.adapters import add_lora, merge_lora
+from skd_lib.models.heads import vocabulary_size
 from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
@@ -27,7 +28,15 @@ from skd_lib.training.preemption import StopOnSigterm
 from skd_lib.training.sharding import ShardedTrainer, process_mesh, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stored_teacher import StoredSignals
 from skd_lib.training.stream import TrainingStream
-from skd_lib.training.trainer import TRAINER_VALIDATION_LOSS, VALIDATION_LOSS, DistillationTrainer, OnMetrics
+from skd_lib.training.timing import PEAK_BYTES, SECONDS
+from skd_lib.training.traces import Replacement, Trace, TraceRecorder, recorded_steps
+from skd_lib.training.trainer import (
+    TRACES,
+    TRAINER_VALIDATION_LOSS,
+    VALIDATION_LOSS,
+    DistillationTrainer,
+    OnMetrics,
+)
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
@@ -51,6 +60,8 @@ class TrainResult:
         first_validation_loss: That of the model as it came in.
         history: The logged figures, each with its `step`, those from before a resume included.
         seconds: Seconds of each phase over the whole run.
+        peak_bytes: The most memory that each phase took on this process's GPU; empty without one.
+        traces: A few sampled sequences, in the order of training.
     """
 
     student: PreTrainedModel
@@ -60,6 +71,8 @@ class TrainResult:
     first_validation_loss: float
     history: list[dict[str, float]]
     seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    traces: list[Trace]
 
     def course(self, figure: str) -> tuple[float, float] | None:
         """Mean of a figure over the first and over the last tenth of the steps that logged it; None if none did."""
@@ -198,6 +211,10 @@ def train(
             signals,
         ),
         name=name,
+        recorder=TraceRecorder(
+            min(vocabulary_size(model) for model in (student, teacher) if model is not None),
+            recorded_steps(args.max_steps, training.eval_steps),
+        ),
         on_metrics=on_metrics,
         callbacks=[CheckpointKeeper(checkpoints, training.keep_checkpoints), preemption, *callbacks],
     )
@@ -325,10 +342,14 @@ def _validation_rollouts(
 def _result(trainer: DistillationTrainer, student: PreTrainedModel) -> TrainResult:
     history = [entry for entry in trainer.state.log_history if "loss" in entry or VALIDATION_LOSS in entry]
     seconds: dict[str, float] = {}
+    peak_bytes: dict[str, int] = {}
     for entry in history:
         for figure, value in entry.items():
-            if figure.startswith("seconds_"):
+            if figure.startswith(SECONDS):
                 seconds[figure] = seconds.get(figure, 0.0) + value
+            elif figure.startswith(PEAK_BYTES):
+                phase = figure.removeprefix(PEAK_BYTES)
+                peak_bytes[phase] = max(peak_bytes.get(phase, 0), int(value))
     return TrainResult(
         student=student,
         steps=trainer.state.global_step,
@@ -337,4 +358,10 @@ def _result(trainer: DistillationTrainer, student: PreTrainedModel) -> TrainResu
         first_validation_loss=next(entry[VALIDATION_LOSS] for entry in history if VALIDATION_LOSS in entry),
         history=history,
         seconds=seconds,
+        peak_bytes=peak_bytes,
+        traces=[_trace(values) for entry in trainer.state.log_history for values in entry.get(TRACES, [])],
     )
+
+
+def _trace(values: dict[str, Any]) -> Trace:
+    return Trace(**{**values, "replacements": [Replacement(**each) for each in values["replacements"]]})

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,6 +34,7 @@ from skd_lib.training.modes import evaluating, through_wrapper
 from skd_lib.training.objectives import Objective
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.timing import PhaseTimer
+from skd_lib.training.traces import TraceRecorder
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 VALIDATION_LOSS = "validation_loss"
 TRAINER_VALIDATION_LOSS = "eval_loss"
 """The Trainer's name for it, by which it finds the best checkpoint."""
+TRACES = "traces"
+"""Recorded sequences in the Trainer's history, which goes into every checkpoint: a resumed run has the earlier ones."""
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +67,7 @@ class DistillationTrainer(Trainer):
         stream: Their order.
         validation: Ground-truth rollouts.
         name: What the errors and the progress call this training, e.g. "distill".
+        recorder: Keeps a few sampled sequences in the history.
         on_metrics: See `OnMetrics`.
         callbacks: More callbacks for the Trainer.
     """
@@ -80,6 +84,7 @@ class DistillationTrainer(Trainer):
         stream: TrainingStream,
         validation: Sequence[Rollout],
         name: str,
+        recorder: TraceRecorder,
         on_metrics: OnMetrics | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -97,7 +102,7 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._training, self._objective, self._strategy = training, objective, strategy
         self._examples, self._stream, self._validation = examples, stream, validation
-        self._name, self._on_metrics = name, on_metrics
+        self._name, self._recorder, self._on_metrics = name, recorder, on_metrics
         self._progress = Progress(name, args.max_steps)
         self._figures: dict[str, float] = {}
         self._response_tokens = 0
@@ -112,11 +117,12 @@ class DistillationTrainer(Trainer):
         """All micro-batches of one optimiser step, and the response tokens of the whole step over all processes."""
         micro_batches = [next(epoch_iterator).tolist() for _ in range(num_batches)]
         positions = [position for micro_batch in micro_batches for position in micro_batch]
+        places = [self._stream.place(position) for position in positions]
         with self.timer("rollout"), self.accelerator.autocast(), self._gathered():
-            rollout = self._strategy(
-                [self._examples[self._stream.example(position)] for position in positions],
-                [self._stream.place(position) for position in positions],
-            )
+            rollout = self._strategy([self._examples[self._stream.example(position)] for position in positions], places)
+            traces = self._recorder.record(rollout, places) if self.is_world_process_zero() else []
+        if traces:
+            self.state.log_history.append({"step": places[0].step + 1, TRACES: [asdict(trace) for trace in traces]})
         counts = [rollout.tokens, *astuple(rollout.statistics or SamplingStatistics())]
         tokens, *statistics = self._sum_over_processes(torch.tensor(counts, device=device)).tolist()
         self._response_tokens = max(tokens, 1)

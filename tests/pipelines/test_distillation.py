@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.compiling import compile_pipeline
 from pipelines.graph import read_steps
+from skd_lib.report.samples import read_samples
 from tests.conftest import SaveTinyModel
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +157,8 @@ def test_summary_has_the_promised_shape_and_means_something(workplace: Workplace
     assert list(summary["seconds"]) == [name for name in names if name != "comet_score"]  # nobody asked for it
     assert summary["seconds"].keys() == set(STEPS)
     assert all(seconds > 0 for seconds in summary["seconds"].values())
+    assert {sequence.step for sequence in read_samples(workplace.run / "samples.jsonl")} == {1, *range(10, 61, 10)}
+    assert "Step 60: " in (workplace.run / "report.html").read_text(encoding="utf-8")
 
 
 def test_student_loads_with_plain_transformers(workplace: Workplace, first: str):

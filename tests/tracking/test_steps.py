@@ -11,6 +11,9 @@ import typer
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from skd_lib.errors import SkdError
+from skd_lib.report.samples import read_samples
+from skd_lib.report.sources import from_mlflow
 from skd_lib.steps import finish, gate, register_model, report
 
 from .conftest import EXPERIMENT, Runs
@@ -62,6 +65,12 @@ def test_from_figures_to_a_registered_champion(
     student = tmp_path / "student"
     student.mkdir()
 
+    samples, answers = tmp_path / "samples.jsonl", tmp_path / "predictions.jsonl"
+    token = '{"text": "<b>", "by": "student"}'
+    samples.write_text(f'{{"step": 1, "row": 0, "prompt": "p", "tokens": [{token}]}}\n')
+    row = {"id": "0", "source": "s", "target": "a cat", "prediction": "a hat", "tokens": 3, "truncated": False}
+    answers.write_text(json.dumps(row) + "\n")
+
     def pipeline(run_id: str, chrf: float, digest: str) -> dict[str, Any]:
         monkeypatch.setenv("KFP_RUN_ID", run_id)
         folder = tmp_path / run_id
@@ -76,6 +85,10 @@ def test_from_figures_to_a_registered_champion(
                 str(folder / "summary.md"),
                 "--summary-json-out",
                 str(folder / "summary.json"),
+                "--html-out",
+                str(folder / "report.html"),
+                *("--samples", str(samples), "--predictions-student-after", str(answers)),
+                *("--predictions-student-before", str(answers), "--task-config", '{"metrics": ["chrf"]}'),
                 *tracking,
             ),
         )
@@ -110,10 +123,30 @@ def test_from_figures_to_a_registered_champion(
     assert parent.data.metrics["student_after_chrf"] == 29.0
     assert parent.data.metrics["speedup_after"] == 1.3
     assert parent.data.tags["registered_model"] == "skd-student/2"
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"summary.json", "summary.md"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        *("summary.json", "summary.md", "samples.jsonl", "report.html")
+    }
     kept = json.loads((tmp_path / "run-2" / "summary.json").read_text(encoding="utf-8"))
     assert kept["models"]["student_after"] == {"chrf": 29.0, "bleu": 29.0 / 3}
     assert kept["mlflow_run_id"] == parent.info.run_id
+    assert kept["lengths"]["student_after"]["mean"] == 3
+    assert [(found["a"], found["b"], found["difference"]) for found in kept["comparisons"]] == [
+        ("student_after", "student_before", 0)
+    ]
+    assert kept["lineage"]["software"].startswith("Python ")
+    (step,) = client.search_runs(
+        [parent.info.experiment_id],
+        f"tags.`kfp.task` = 'report' and tags.`mlflow.parentRunId` = '{parent.info.run_id}'",
+    )
+    for run_id in (parent.info.run_id, step.info.run_id):
+        found = from_mlflow(run_id, store)
+        assert found.samples == read_samples(samples)
+        assert found.summary.to_dict() == kept
+    with pytest.raises(SkdError, match="cannot be read"):
+        from_mlflow("0" * 32, store)
+    with pytest.raises(SkdError, match=r"the run has no summary\.json"):
+        from_mlflow(client.create_run(parent.info.experiment_id).info.run_id, store)
+    assert "&lt;b&gt;" in (tmp_path / "run-2" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_lower_perplexity_is_the_better_one(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +179,9 @@ def test_without_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = ("--summary-out", str(tmp_path / "a"), "--summary-json-out", str(tmp_path / "b"))
+    outputs = (*outputs, "--html-out", str(tmp_path / "c"))
+    absent = ("--samples", str(tmp_path / "nowhere"))
+    assert "cannot read the training sequences" in run(report, *absent, *outputs, fails=True)
     assert "--teacher: not JSON" in run(report, "--teacher", "{'chrf': 1}", *outputs, fails=True)
     assert "field `acceptance_rate`" in run(report, "--specdec-after", '{"speedup": 1}', *outputs, fails=True)
     assert "no score `chrf`" in run(gate, "--student-after", "{}", "--tracking-uri", store, fails=True)

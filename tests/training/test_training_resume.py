@@ -48,6 +48,8 @@ def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[
         for result in results
     )
     assert resumed == uninterrupted
+    assert results[0].traces == results[1].traces  # the recorded sequences are those of both attempts
+    assert [trace.step for trace in results[0].traces if trace.row == 0] == [1, 3, 6, 8]
     assert results[0].best_step == results[1].best_step
     for name, tensor in students[1].state_dict().items():
         assert torch.equal(students[0].state_dict()[name], tensor), name
@@ -66,6 +68,7 @@ def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[
     result = run(again, teacher, tmp_path / "moved", on_metrics=logged.append, **settings)
     assert logged == []
     assert result.history == results[0].history
+    assert result.traces == results[0].traces
     assert all(torch.equal(tensor, students[0].state_dict()[name]) for name, tensor in again.state_dict().items())
 
 

@@ -19,6 +19,7 @@ from skd_lib.config import DataConfig
 from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.models.loading import weights_digest
+from skd_lib.report.samples import read_samples
 from skd_lib.steps import distill, student_init, teacher_sft
 
 TRAINING = {"learning_rate": 5e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "eval_steps": 2}
@@ -117,11 +118,13 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     assert cut["weights_sha256"] == weights_digest(initial)
     assert AutoModelForCausalLM.from_pretrained(initial).config.num_hidden_layers == 3
 
-    training = Step(tmp_path / "3", ["distilled_student", "metrics"], {"student": cut, "teacher": lineage})
+    training = Step(tmp_path / "3", ["distilled_student", "metrics", "samples"], {"student": cut, "teacher": lineage})
     training.arguments["tracking_uri"] = uri
     distilled = tmp_path / "3" / "model"
     section = json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "dropout": 0.1}})
-    distill.main(student=initial, teacher=tuned, data=data, student_out=distilled, config=section, **training.arguments)
+    samples = tmp_path / "3" / "samples"
+    paths = {"student": initial, "teacher": tuned, "data": data, "student_out": distilled, "samples_out": samples}
+    distill.main(config=section, **paths, **training.arguments)
     final = training.metadata("distilled_student")
     assert final["weights_sha256"] == weights_digest(distilled) != cut["weights_sha256"]
     assert final["initial_weights_sha256"] == cut["weights_sha256"]
@@ -134,6 +137,12 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     assert (course["steps"], course["validation_steps"]) == ([1, 2, 3, 4], [0, 2, 4])
     assert len(course["rejection_rate"]) == 4
     assert course["validation_loss"][0] == training.figures["first_validation_loss"]
+    assert course["training_steps"] == [1, 2, 3, 4]
+    assert all(0 < length <= 12 for length in course["response_length"])
+    assert set(course["seconds"]) == {"rollout", "loss", "optimiser", "validation", "checkpoint"}
+    assert course["peak_bytes"]["process"] > 10**8
+    assert {sequence.step for sequence in read_samples(samples)} == {1, 2, 4}
+    assert training.metadata("samples") == {**final, "sequences": 9}
 
     # Any tool can load it, and its card says where it came from.
     model = AutoModelForCausalLM.from_pretrained(distilled)
@@ -248,17 +257,18 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
 ) -> None:
     step = Step(tmp_path / "1", ["x", "metrics"])
     paths = {"teacher": teacher, "data": data, "student_out": tmp_path / "out"}
+    distilling = {**paths, "samples_out": tmp_path / "samples"}
     section = '{"mode": "prune", "keep_first": 1, "keep_last": 1}'
     with pytest.raises(SkdError, match="mode `prune` cuts the student from the teacher"):
         student_init.main(student="org/model", config=section, **paths, **step.arguments)
     with pytest.raises(SkdError, match="mode `as_is` needs a student"):
         student_init.main(student="", **paths, **step.arguments)
     with pytest.raises(SkdError, match=r"--config, field `method`"):
-        distill.main(student=teacher, config='{"method": "kd"}', **paths, **step.arguments)
+        distill.main(student=teacher, config='{"method": "kd"}', **distilling, **step.arguments)
     with pytest.raises(SkdError, match="no such folder"):
-        distill.main(student=tmp_path / "none", **paths, **step.arguments)
+        distill.main(student=tmp_path / "none", **distilling, **step.arguments)
     with pytest.raises(SkdError, match=r"checkpoints cannot be kept there(.|\n)*gs://"):
-        distill.main(student=teacher, **paths, **{**step.arguments, "checkpoint_root": "s3://bucket/x"})
+        distill.main(student=teacher, **distilling, **{**step.arguments, "checkpoint_root": "s3://bucket/x"})
 
     other = save_tiny_model(tmp_path / "other", seed=5)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -266,7 +276,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     vocabulary["e"], vocabulary["f"] = vocabulary["f"], vocabulary["e"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(SkdError, match="1 problem"):
-        distill.main(student=other, **paths, **step.arguments)
+        distill.main(student=other, **distilling, **step.arguments)
 
 
 @pytest.mark.parametrize("method", ["supervised_kd", "seqkd"])
@@ -276,7 +286,7 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
     student = save_tiny_model(tmp_path / "student", seed=5)
     losses = []
     for attempt, learning_rate in enumerate((5e-3, 1e-3)):
-        step = Step(tmp_path / str(attempt), ["distilled_student", "metrics"])
+        step = Step(tmp_path / str(attempt), ["distilled_student", "samples", "metrics"])
         section = {
             "method": method,
             "teacher_signal": {"mode": "stored", "top_k": 8.0},
@@ -287,6 +297,7 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
             teacher=teacher,
             data=data,
             student_out=tmp_path / str(attempt) / "model",
+            samples_out=tmp_path / str(attempt) / "samples",
             config=json.dumps(section),
             **step.arguments,
         )

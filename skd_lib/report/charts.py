@@ -1,0 +1,197 @@
+"""Small charts as inline SVG. Colours are the page's CSS classes, so that they follow its light and dark themes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 480, 210
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 26
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        kind: CSS class: `student`, `teacher`, `neutral`, with `faint` (background) or `theory` (dashed) added.
+        steps: Where the points are.
+        values: Their heights.
+        dots: Mark each point, for few of them.
+    """
+
+    kind: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    dots: bool = False
+
+
+def line_chart(series: Sequence[Series], *, label: str, number: Format, from_zero: bool = False) -> Markup:
+    """Lines over training steps.
+
+    Args:
+        series: At least one with points.
+        label: What a person who can't see it is told.
+        number: Formats the heights' ticks.
+        from_zero: The heights begin at 0 rather than near the lowest value.
+    """
+    steps = [step for one in series for step in one.steps]
+    values = [value for one in series for value in one.values]
+    across = _Scale(min(steps), max(steps), _LEFT, WIDTH - _RIGHT)
+    ticks = nice_ticks(0.0 if from_zero else min(values), max(values))
+    up = _Scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    marks = [_grid(up, ticks, number)]
+    marks += [
+        Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+            _number(across(step)), HEIGHT - 8, anchor, f"{step:,}"
+        )
+        for step, anchor in _step_ticks(min(steps), max(steps))
+    ]
+    for one in series:
+        points = [
+            (_number(across(step)), _number(up(value))) for step, value in zip(one.steps, one.values, strict=True)
+        ]
+        path = " ".join(f"{x},{y}" for x, y in points)
+        marks.append(Markup('<polyline class="line {}" points="{}"/>').format(one.kind, path))
+        if one.dots:
+            marks += [Markup('<circle class="dot {}" cx="{}" cy="{}" r="3.5"/>').format(one.kind, *p) for p in points]
+    return _svg(WIDTH, HEIGHT, marks, label)
+
+
+def bar_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, label: str, number: Format) -> Markup:
+    """Groups of bars from 0 up, each with its figure above it.
+
+    Args:
+        groups: Name of each group, and the kind (CSS class) and height of each of its bars.
+        label: What a person who can't see it is told.
+        number: Formats the figures.
+    """
+    values = [value for _, bars in groups for _, value in bars]
+    ticks = nice_ticks(0.0, max(values))
+    up = _Scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP + 12)
+    room = (WIDTH - _LEFT - _RIGHT) / len(groups)
+    width = min(34.0, room * 0.72 / max(len(bars) for _, bars in groups))
+    marks = [_grid(up, ticks, number)]
+    for index, (name, bars) in enumerate(groups):
+        middle = _LEFT + room * (index + 0.5)
+        marks.append(
+            Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                _number(middle), HEIGHT - 8, name
+            )
+        )
+        for place, (kind, value) in enumerate(bars):
+            x = middle + width * (place - len(bars) / 2)
+            marks.append(
+                Markup('<rect class="bar {}" x="{}" y="{}" width="{}" height="{}" rx="2"/>').format(
+                    kind, _number(x + 1), _number(up(value)), _number(width - 2), _number(up(0) - up(value))
+                )
+            )
+            if width >= 24:
+                marks.append(
+                    Markup('<text class="figure" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                        _number(x + width / 2), _number(up(value) - 5), number(value)
+                    )
+                )
+    return _svg(WIDTH, HEIGHT, marks, label)
+
+
+def interval(score: float, low: float, high: float, scale: tuple[float, float], kind: str) -> Markup:
+    """A score as a dot on its 95 % interval, on a scale that several of them share."""
+    across = _Scale(*scale, 6, 194)
+    return _svg(
+        200,
+        20,
+        [
+            Markup('<line class="axis" x1="6" x2="194" y1="10" y2="10"/>'),
+            Markup('<line class="whisker {}" x1="{}" x2="{}" y1="10" y2="10"/>').format(
+                kind, _number(across(low)), _number(across(high))
+            ),
+            Markup('<circle class="dot {}" cx="{}" cy="10" r="5"/>').format(kind, _number(across(score))),
+        ],
+    )
+
+
+def bars(heights: Sequence[float], kind: str, *, width: int = 160, height: int = 34, stretch: bool = False) -> Markup:
+    """Bars side by side, without axes: the shape of a distribution. `stretch`: as wide as there is room."""
+    top = max(heights, default=0) or 1
+    room = width / max(len(heights), 1)
+    marks = [Markup('<line class="axis" x1="0" x2="{}" y1="{}" y2="{}"/>').format(width, height, height)]
+    for index, value in enumerate(heights):
+        tall = max(height * value / top, 0.75 if value else 0.0)
+        marks.append(
+            Markup('<rect class="bar {}" x="{}" y="{}" width="{}" height="{}"/>').format(
+                kind, _number(index * room + 0.5), _number(height - tall), _number(room - 1), _number(tall)
+            )
+        )
+    return _svg(width, height, marks, stretch=stretch)
+
+
+def share(part: float, kind: str) -> Markup:
+    """A part of the whole as a horizontal bar that takes whatever width there is."""
+    bar = Markup('<rect class="bar {}" width="{}" height="8" rx="1"/>').format(kind, _number(200 * min(part, 1.0)))
+    return _svg(200, 8, [Markup('<rect class="track" width="200" height="8" rx="1"/>'), bar], stretch=True)
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose both."""
+    if high <= low:
+        low, high = (0.0, high) if high > 0 else (low - 1.0, low + 1.0)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A linear map of [low, high] to [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+
+def _grid(up: _Scale, ticks: Sequence[float], number: Format) -> Markup:
+    return Markup("").join(
+        Markup(
+            '<line class="{}" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
+            '<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
+        ).format(
+            "grid" if index else "axis",
+            _LEFT,
+            WIDTH - _RIGHT,
+            _LEFT - 7,
+            _number(up(tick) + 4),
+            number(tick),
+            y=_number(up(tick)),
+        )
+        for index, tick in enumerate(ticks)
+    )
+
+
+def _step_ticks(first: int, last: int) -> list[tuple[int, str]]:
+    """The first step, the last one and the one in the middle, and where their labels are anchored."""
+    middle = (first + last) // 2
+    ticks = [(first, "start"), (middle, "middle"), (last, "end")]
+    return [tick for index, tick in enumerate(ticks) if tick[0] not in {step for step, _ in ticks[:index]}]
+
+
+def _svg(width: int, height: int, marks: Sequence[Markup], label: str = "", *, stretch: bool = False) -> Markup:
+    told = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
+    return Markup('<svg viewBox="0 0 {} {}" {} {}>{}</svg>').format(
+        width, height, Markup('preserveAspectRatio="none"') if stretch else "", told, Markup("").join(marks)
+    )
+
+
+def _number(value: float) -> str:
+    return str(escape(f"{value:.1f}".removesuffix(".0")))

@@ -1,0 +1,50 @@
+"""Where a run's student came from, in words for the page."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+IMAGE_VARIABLE = "SKD_IMAGE"
+"""Holds the image a step runs in; the pipeline sets it."""
+_NAMES = {
+    "teacher": "teacher",
+    "base_student": "student",
+    "method": "method",
+    "divergence": "divergence",
+    "beta": "beta",
+    "top_k": "top_k",
+    "gamma": "gamma",
+    "on_policy_fraction": "on_policy_fraction",
+    "data_fingerprint": "data fingerprint",
+    "teacher_weights_sha256": "teacher weights",
+    "initial_weights_sha256": "student weights before",
+    "weights_sha256": "student weights after",
+    "code_version": "code version",
+}
+_PACKAGES = ("skd-lib", "torch", "transformers")
+
+
+def lineage(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The lineage that `distill` left on its outputs, and what this process runs in: image and versions.
+
+    Args:
+        metadata: Of the distilled student, or of the samples it was trained on.
+    """
+    told = {name: str(metadata[key]) for key, name in _NAMES.items() if metadata.get(key) not in (None, "")}
+    if image := os.environ.get(IMAGE_VARIABLE):
+        told["image"] = image
+    return {**told, "software": ", ".join([f"Python {platform.python_version()}", *_versions()])}
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # run from a source tree, or without the extra
+            continue
+    return found

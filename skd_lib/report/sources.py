@@ -1,0 +1,85 @@
+"""Where a finished run's figures and samples are found again: its folder, or its MLflow run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skd_lib.errors import SkdError
+from skd_lib.report.samples import SampledSequence, read_samples
+from skd_lib.report.summary import Summary
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+SUMMARY, SAMPLES, PAGE = "summary.json", "samples.jsonl", "report.html"
+"""Names of the files, in a run's folder as among its MLflow artifacts."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run's page is made of."""
+
+    summary: Summary
+    samples: list[SampledSequence]
+
+
+def from_folder(folder: Path) -> Findings:
+    """Read what `skd run` left behind.
+
+    Raises:
+        SkdError: the run has not come to its report, or a file is not what it should be.
+    """
+    if not (folder / SUMMARY).is_file():
+        raise SkdError(
+            f"there is no {SUMMARY}, so there is nothing to report yet",
+            where=str(folder),
+            hint="name the folder of a run that has finished, e.g. runs/demo; `skd run CONFIG` goes on with one that "
+            "has not",
+        )
+    samples = folder / SAMPLES
+    return Findings(Summary.read(folder / SUMMARY), read_samples(samples) if samples.is_file() else [])
+
+
+def from_mlflow(run_id: str, tracking_uri: str) -> Findings:
+    """Fetch what the step `report` logged.
+
+    Args:
+        run_id: The pipeline's run, or the run of one of its steps.
+        tracking_uri: See `skd_lib.tracking.client.connect`.
+
+    Raises:
+        SkdError: there is no such run, it has no report, or the store does not answer.
+    """
+    from skd_lib.tracking.client import brief, connect, run_url, unanswered
+
+    client = connect(tracking_uri)
+    where = f"MLflow run {run_id} at {tracking_uri.rpartition('@')[2]}"
+    try:
+        run = _pipeline_run(client, run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            names = {file.path for file in client.list_artifacts(run.info.run_id)} & {SUMMARY, SAMPLES}
+            if SUMMARY not in names:
+                raise SkdError(
+                    f"the run has no {SUMMARY}", where=where, hint="name the parent run of a finished pipeline"
+                )
+            for name in names:
+                client.download_artifacts(run.info.run_id, name, folder)
+            found = from_folder(Path(folder))
+    except unanswered() as error:
+        raise SkdError(
+            f"the run cannot be read: {brief(error)}", where=where, hint="check the run id and --tracking-uri"
+        ) from error
+    address = {"mlflow_run_id": run.info.run_id, "mlflow_url": run_url(tracking_uri, run)}
+    return Findings(found.summary.model_copy(update=address), found.samples)
+
+
+def _pipeline_run(client: MlflowClient, run_id: str) -> Run:
+    from skd_lib.tracking.runs import PARENT_TAG
+
+    run = client.get_run(run_id)
+    parent = run.data.tags.get(PARENT_TAG)
+    return client.get_run(parent) if parent else run

@@ -1,0 +1,119 @@
+"""The sample viewer: training sequences token by token, step by step, so that one sees the student take over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from markupsafe import Markup
+
+from skd_lib.report.charts import bars
+from skd_lib.report.samples import SampledSequence, SampledToken
+from skd_lib.report.untrusted import clipped, visible
+
+TOKENS_SHOWN = 240
+"""Of each sequence: the page stays below a megabyte."""
+STEPS_SHOWN = 24
+_PROMPT_SHOWN = 600
+_TOKEN_SHOWN = 120
+
+_STUDENT = Markup('<span class="t">{}</span>')
+_TEACHER = Markup('<span class="t by-teacher">{}</span>')
+_REPLACED = Markup('<span class="t by-teacher" tabindex="0">{}<span class="tip" role="note">{}</span></span>')
+_TIP = Markup(
+    '<span class="side student">student proposed</span> <s>{}</s>'
+    ' <span class="fine">rank {} with the teacher, probability {}</span><br>'
+    '<span class="side teacher">teacher wrote</span> <b>{}</b> <span class="fine">rank {}, probability {}</span>'
+)
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """One sequence.
+
+    Attributes:
+        row: Its row in the batch.
+        prompt: What was asked, clipped.
+        response: Its tokens as markup.
+        tokens: How many it has.
+        left_out: How many of them are not shown.
+        by_teacher: How many of them the teacher wrote.
+    """
+
+    row: int
+    prompt: str
+    response: Markup
+    tokens: int
+    left_out: int
+    by_teacher: int
+
+
+@dataclass(frozen=True)
+class StepView:
+    """The sequences of one optimiser step, and the share of their tokens that the teacher wrote."""
+
+    step: int
+    teacher_share: float
+    sequences: list[SequenceView]
+
+
+def step_views(samples: Sequence[SampledSequence]) -> list[StepView]:
+    """The sequences by step; of many steps, evenly spread ones with the first and the last."""
+    ordered = sorted(samples, key=lambda sequence: (sequence.step, sequence.row))
+    steps = [(step, list(sequences)) for step, sequences in groupby(ordered, key=lambda sequence: sequence.step)]
+    if len(steps) > STEPS_SHOWN:
+        steps = [steps[round(i * (len(steps) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
+    return [_step_view(step, sequences) for step, sequences in steps]
+
+
+def shares_chart(steps: Sequence[StepView]) -> Markup:
+    """One bar a step: the teacher's share of the tokens."""
+    return bars([step.teacher_share for step in steps], "teacher", width=480, height=44, stretch=True)
+
+
+def percent(value: float) -> str:
+    """A probability, with as many digits as say something."""
+    if value < 0.0001:
+        return "below 0.01%"
+    digits = 0 if value >= 0.1 else 1 if value >= 0.01 else 2
+    return f"{value:.{digits}%}"
+
+
+def _step_view(step: int, sequences: Sequence[SampledSequence]) -> StepView:
+    views = [_sequence_view(sequence) for sequence in sequences]
+    tokens = sum(view.tokens for view in views)
+    return StepView(step, sum(view.by_teacher for view in views) / max(tokens, 1), views)
+
+
+def _sequence_view(sequence: SampledSequence) -> SequenceView:
+    shown = sequence.tokens[:TOKENS_SHOWN]
+    return SequenceView(
+        row=sequence.row,
+        prompt=clipped(sequence.prompt, _PROMPT_SHOWN),
+        response=Markup("").join(_token(token) for token in shown),
+        tokens=len(sequence.tokens),
+        left_out=len(sequence.tokens) - len(shown),
+        by_teacher=sum(token.by == "teacher" for token in sequence.tokens),
+    )
+
+
+def _token(token: SampledToken) -> Markup:
+    text = _text(token.text)
+    proposal = token.proposal
+    if proposal is None:
+        return (_TEACHER if token.by == "teacher" else _STUDENT).format(text)
+    details = _TIP.format(
+        _text(proposal.text),
+        f"{proposal.rank + 1:,}",
+        percent(proposal.probability),
+        text,
+        f"{proposal.own_rank + 1:,}",
+        percent(proposal.own_probability),
+    )
+    return _REPLACED.format(text, details)
+
+
+def _text(text: str) -> str:
+    """A token's text: line breaks marked, and something to see where it only begins a character."""
+    return visible(clipped(text, _TOKEN_SHOWN)).replace("\n", "↵\n") or "▯"

@@ -1,0 +1,259 @@
+"""What the page shows of a run's figures: headlines, and rows of its tables, ready to be put into the template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from markupsafe import Markup
+
+from skd_lib.report.charts import bars, interval, share
+from skd_lib.report.curves import groups
+from skd_lib.report.figures import plain
+from skd_lib.report.render import METRIC_NAMES, ROLE_NAMES, duration
+from skd_lib.report.summary import (
+    Comparison,
+    Course,
+    Moment,
+    Percentiles,
+    Role,
+    Score,
+    Scores,
+    Specdec,
+    Summary,
+)
+
+MAIN_PAIRS: tuple[tuple[Role, Role], ...] = (
+    ("student_after", "student_before"),
+    ("student_after", "teacher"),
+    ("teacher", "teacher_base"),
+)
+"""Did it help, how far is the student from the teacher, and had the teacher learned the task."""
+TIMES, TO, MINUS = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One figure that somebody in a hurry wants, and what to compare it with."""
+
+    label: str
+    value: str
+    details: list[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score, its 95 % interval as text and as a picture."""
+
+    score: str
+    interval: str
+    picture: Markup
+
+
+@dataclass(frozen=True)
+class QualityTable:
+    """Models by metrics on one test set."""
+
+    metrics: list[str]
+    rows: list[tuple[Role, str, list[Cell], int | None]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of some total, as a bar."""
+
+    name: str
+    value: str
+    bar: Markup
+
+
+def kind(role: Role) -> str:
+    """The CSS class of a model: its colour."""
+    return "teacher" if role.startswith("teacher") else "student"
+
+
+def metric_name(name: str) -> str:
+    """A metric as people write it."""
+    return METRIC_NAMES.get(name, name)
+
+
+def headlines(summary: Summary) -> list[Headline]:
+    """The figures at the top."""
+    found = []
+    metric = summary.task_metric
+    after = summary.models.get("student_after", {}).get(metric)
+    if after is not None:
+        bounds = summary.intervals.get("student_after", {}).get(metric)
+        detail = [f"95%: {bounds[0]:.1f} to {bounds[1]:.1f}"] if bounds else []
+        before = summary.models.get("student_before", {}).get(metric)
+        detail += [f"before: {before:.1f}"] if before is not None else []
+        found.append(Headline(f"{metric_name(metric)} of the student", f"{after:.1f}", detail))
+    gap = summary.gap()
+    if gap is not None:
+        found.append(Headline("of the gap to the teacher closed", f"{gap.closed:.0%}", [f"teacher: {gap.teacher:.1f}"]))
+    first, last = summary.specdec.get("before"), summary.specdec.get("after")
+    if last is not None:
+        for label, value, earlier in (
+            (
+                "of the student's drafts accepted",
+                f"{last.acceptance_rate:.1%}",
+                first and f"{first.acceptance_rate:.1%}",
+            ),
+            (
+                "tokens per teacher call",
+                f"{last.tokens_per_teacher_call:.2f}",
+                first and f"{first.tokens_per_teacher_call:.2f}",
+            ),
+            ("speed-up over the teacher alone", f"{last.speedup:.2f}{TIMES}", first and f"{first.speedup:.2f}{TIMES}"),
+        ):
+            found.append(Headline(label, value, [f"before: {earlier}"] if earlier else []))
+    rates = summary.course.rejection_rate
+    if rates:
+        parts = groups(rates, 8)
+        detail = [f"in the beginning: {fmean(parts[0]):.1%}"]
+        found.append(Headline("of drafts rejected at the end of training", f"{fmean(parts[-1]):.1%}", detail))
+    return found
+
+
+def quality(summary: Summary) -> QualityTable:
+    """The main test set."""
+    scores = {
+        role: Scores(
+            metrics={
+                name: Score(score=score, low=bounds[0], high=bounds[1])
+                for name, score in values.items()
+                for bounds in [summary.intervals.get(role, {}).get(name, (score, score))]
+            },
+            examples=summary.examples.get(role, 0),
+        )
+        for role, values in summary.models.items()
+    }
+    return quality_table(scores, summary.task_metric)
+
+
+def quality_table(scores: dict[Role, Scores], first: str) -> QualityTable:
+    """Models by metrics, the metric `first` first, each metric's intervals on one scale."""
+    names = sorted({name: None for found in scores.values() for name in found.metrics}, key=lambda name: name != first)
+    scales = {
+        name: (
+            min(found.metrics[name].low for found in scores.values() if name in found.metrics),
+            max(found.metrics[name].high for found in scores.values() if name in found.metrics),
+        )
+        for name in names
+    }
+    rows = []
+    for role, found in scores.items():
+        cells = []
+        for name in names:
+            score = found.metrics.get(name)
+            if score is None:
+                cells.append(Cell("", "", Markup("")))
+                continue
+            bounds = f"{score.low:.1f} {TO} {score.high:.1f}" if score.high > score.low else ""
+            cells.append(
+                Cell(
+                    f"{score.score:.1f}", bounds, interval(score.score, score.low, score.high, scales[name], kind(role))
+                )
+            )
+        rows.append((role, ROLE_NAMES[role], cells, found.examples or None))
+    return QualityTable([metric_name(name) for name in names], rows)
+
+
+def missing(scores: Mapping[Role, Scores]) -> dict[str, str]:
+    """Metrics that some model could not be measured by, and why."""
+    return {name: reason for found in scores.values() for name, reason in found.missing.items()}
+
+
+ComparisonRow = tuple[str, str, str, str, str, int]
+"""Models, metric, difference, interval, p-value, examples."""
+
+
+def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[ComparisonRow], list[ComparisonRow]]:
+    """The pairs that a distillation is about, and the others."""
+    main = [comparison for comparison in comparisons if (comparison.a, comparison.b) in MAIN_PAIRS]
+    others = [comparison for comparison in comparisons if (comparison.a, comparison.b) not in MAIN_PAIRS]
+    return [_comparison_row(comparison) for comparison in main], [_comparison_row(comparison) for comparison in others]
+
+
+def _comparison_row(comparison: Comparison) -> ComparisonRow:
+    return (
+        f"{ROLE_NAMES[comparison.a]} against {ROLE_NAMES[comparison.b]}",
+        metric_name(comparison.metric),
+        _signed(comparison.difference),
+        f"{_signed(comparison.low)} to {_signed(comparison.high)}",
+        "< 0.002" if comparison.p_value < 0.002 else f"{comparison.p_value:.3f}",
+        comparison.n,
+    )
+
+
+def further_figures(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
+    """Whatever else the benchmark measured: name, and a number for each moment."""
+    extra = {moment: draft.model_extra or {} for moment, draft in specdec.items()}
+    names = {
+        name: None for values in extra.values() for name, value in values.items() if isinstance(value, int | float)
+    }
+    return [(name.replace("_", " "), [_significant(values.get(name)) for values in extra.values()]) for name in names]
+
+
+def latencies(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
+    """Who decodes, and the percentiles of the wait for the first token and for each after it, in milliseconds."""
+    waits = {f"with the student {moment}": draft.latency for moment, draft in specdec.items()}
+    alone = [draft.teacher_only_latency for draft in specdec.values() if draft.teacher_only_latency]
+    return [
+        (name, [*_milliseconds(wait.first_token), *_milliseconds(wait.per_token)])
+        for name, wait in {"teacher alone": alone[-1] if alone else None, **waits}.items()
+        if wait is not None
+    ]
+
+
+def lengths(summary: Summary) -> list[tuple[Role, str, str, str, str, Markup]]:
+    """Model, mean, longest and truncated, and the histogram's shape."""
+    return [
+        (
+            role,
+            ROLE_NAMES[role],
+            f"{found.mean:.1f}",
+            str(found.longest),
+            f"{found.truncated_fraction:.1%}",
+            bars(found.counts, kind(role)),
+        )
+        for role, found in summary.lengths.items()
+    ]
+
+
+def step_times(seconds: dict[str, float]) -> list[Share]:
+    """Pipeline steps, and the part of the total that each took."""
+    steps = {name: value for name, value in seconds.items() if name != "total"}
+    longest = max(steps.values(), default=0) or 1
+    rows = [Share(name, duration(value), share(value / longest, "neutral")) for name, value in steps.items()]
+    return [*rows, Share("total", duration(seconds.get("total", sum(steps.values()))), Markup(""))] if rows else []
+
+
+def phase_times(course: Course) -> list[tuple[Share, str]]:
+    """Phases of the distillation: seconds, share, and the most memory where it was measured."""
+    total = sum(course.seconds.values()) or 1
+    return [
+        (
+            Share(name, f"{duration(value)} · {value / total:.0%}", share(value / total, "student")),
+            gigabytes(course.peak_bytes[name]) if name in course.peak_bytes else "",
+        )
+        for name, value in course.seconds.items()
+    ]
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def _milliseconds(wait: Percentiles | None) -> list[str]:
+    return ["", "", ""] if wait is None else [plain(1000 * seconds) for seconds in (wait.p50, wait.p90, wait.p99)]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", MINUS)
+
+
+def _significant(value: float | None) -> str:
+    return "" if value is None else plain(float(value))

@@ -1,0 +1,145 @@
+"""A few training sequences as they were sampled, kept for people to look at.
+
+Which sequences are kept follows from their places in the run alone, so that a resumed run keeps the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skd_lib.batches import Rollout
+from skd_lib.models.heads import lm_logits
+from skd_lib.rollouts import Place
+from skd_lib.sampling.samples import STUDENT, TEACHER
+from skd_lib.teacher_signals import DenseSignal
+
+SEQUENCES = 3
+"""Sequences kept of a recorded step."""
+MOMENTS = 24
+"""Recorded steps of a run, at most."""
+_POSITIONS_AT_A_TIME = 64
+"""Logits over the whole vocabulary are made for so many positions, whatever the length of a response."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A draft of the student that the teacher replaced.
+
+    Attributes:
+        position: Index in the response.
+        proposal: The token that the student had drafted.
+        rank: Of the proposal among the teacher's raw logits, from 0: SKD rejects at K and above.
+        probability: Of the proposal under the teacher as it is, before temperature and top-p.
+        own_rank: Rank of the token that the teacher put there.
+        own_probability: Its probability.
+    """
+
+    position: int
+    proposal: int
+    rank: int
+    probability: float
+    own_rank: int
+    own_probability: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One sampled training sequence.
+
+    Attributes:
+        step: Optimiser step that trained on it, from 1.
+        row: Its row in the step's global batch.
+        prompt_ids: The prompt's tokens.
+        token_ids: The response's tokens.
+        writers: For each response token `STUDENT` or `TEACHER` (`skd_lib.sampling.samples`).
+        replacements: The drafts that did not stand.
+    """
+
+    step: int
+    row: int
+    prompt_ids: list[int]
+    token_ids: list[int]
+    writers: list[int]
+    replacements: list[Replacement]
+
+
+def recorded_steps(steps: int, eval_steps: int) -> frozenset[int]:
+    """The first optimiser step and those before a validation; of many, `MOMENTS` evenly spread ones with both ends."""
+    due = sorted({1, *range(eval_steps, steps + 1, eval_steps), steps})
+    if len(due) <= MOMENTS:
+        return frozenset(due)
+    return frozenset(due[round(i * (len(due) - 1) / (MOMENTS - 1))] for i in range(MOMENTS))
+
+
+@dataclass(frozen=True)
+class TraceRecorder:
+    """Takes traces from rollouts.
+
+    Attributes:
+        vocabulary: Token ids at and above it stand for no token, and have no rank.
+        steps: Optimiser steps to record, from 1.
+        sequences: How many sequences of a step, those of the lowest rows.
+    """
+
+    vocabulary: int
+    steps: frozenset[int]
+    sequences: int = SEQUENCES
+
+    @torch.no_grad()
+    def record(self, rollout: Rollout, places: Sequence[Place]) -> list[Trace]:
+        """Traces of one optimiser step's rollout; none where the step is not recorded or nothing was sampled.
+
+        Args:
+            rollout: With rows in the order of `places`.
+            places: All of one step.
+        """
+        step = places[0].step + 1
+        if step not in self.steps:
+            return []
+        rows = [row for row, source in enumerate(rollout.sources) if source != "ground_truth"]
+        rows = sorted(rows, key=lambda row: places[row].row)[: self.sequences]
+        return [self._trace(rollout.rows([row]), step, places[row].row) for row in rows]
+
+    def _trace(self, rollout: Rollout, step: int, place: int) -> Trace:
+        """The trace of a rollout's only row."""
+        first = int(rollout.response_mask_BL[0].nonzero()[0]) + 1
+        return Trace(
+            step=step,
+            row=place,
+            prompt_ids=rollout.input_ids_BL[0, :first].tolist(),
+            token_ids=rollout.targets_N.tolist(),
+            writers=[TEACHER if by_teacher else STUDENT for by_teacher in rollout.by_teacher_N.tolist()],
+            replacements=self._replacements(rollout),
+        )
+
+    def _replacements(self, rollout: Rollout) -> list[Replacement]:
+        (signal,) = rollout.signals
+        if not isinstance(signal, DenseSignal):
+            return []
+        positions_R = (rollout.proposals_N >= 0).nonzero().squeeze(-1)
+        states_RH = signal.states_NH[positions_R]
+        pairs_R2 = torch.stack([rollout.proposals_N, rollout.targets_N], dim=-1)[positions_R]
+        replacements = []
+        for positions, states, pairs in zip(
+            *(torch.split(tensor, _POSITIONS_AT_A_TIME) for tensor in (positions_R, states_RH, pairs_R2)), strict=True
+        ):
+            logits_RV = lm_logits(signal.teacher, states)[:, : self.vocabulary]
+            ranks_R2, probabilities_R2 = _judged(logits_RV.float(), pairs)
+            replacements += [
+                Replacement(position, proposal, rank, probability, own_rank, own_probability)
+                for position, (proposal, _), (rank, own_rank), (probability, own_probability) in zip(
+                    positions.tolist(), pairs.tolist(), ranks_R2.tolist(), probabilities_R2.tolist(), strict=True
+                )
+            ]
+        return replacements
+
+
+def _judged(logits_RV: Tensor, tokens_R2: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks, from 0, and probabilities of two tokens at each position."""
+    chosen_R2 = logits_RV.gather(1, tokens_R2)
+    ranks_R2 = (logits_RV.unsqueeze(1) > chosen_R2.unsqueeze(2)).sum(-1)
+    return ranks_R2, (chosen_R2 - logits_RV.logsumexp(-1, keepdim=True)).exp()

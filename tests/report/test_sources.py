@@ -1,0 +1,63 @@
+"""`skd report`: the page again, from a folder; from MLflow it is tested with what logs it there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skd_lib.report.page import render_page
+from skd_lib.report.samples import SampledSequence, to_jsonl
+from skd_lib.report.summary import Summary
+
+ROOT = Path(__file__).parents[2]
+
+
+def skd(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "skd_lib.cli", "report", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "MLFLOW_TRACKING_URI": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, summary: Summary, samples: list[SampledSequence]) -> Path:
+    """A finished run's folder."""
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    summary.write(folder / "summary.json")
+    (folder / "samples.jsonl").write_text(to_jsonl(samples), encoding="utf-8")
+    return folder
+
+
+def test_from_a_folder_by_path_and_by_name(
+    folder: Path, tmp_path: Path, summary: Summary, samples: list[SampledSequence]
+) -> None:
+    done = skd("demo", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "runs/demo/report.html\n"), done.stderr
+    expected = render_page(summary, samples)
+    assert (folder / "report.html").read_text(encoding="utf-8") == expected
+    (folder / "samples.jsonl").unlink()
+    done = skd(folder, "--output", "page.html", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "page.html\n"), done.stderr
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == render_page(summary)
+
+
+def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "early").mkdir()
+    for arguments, message in (
+        (("nothing",), "there is no folder nothing or runs/nothing"),
+        (("early",), "there is no summary.json, so there is nothing to report yet"),
+        (("demo", "--output", "nowhere/page.html"), "cannot write the page"),
+    ):
+        done = skd(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "hint: " in done.stderr
