@@ -34,8 +34,9 @@ class Latency(Section):
         "with a draft model a whole block."
     )
     per_token: Percentiles | None = Field(
+        None,
         description="Of every token after the first round: the seconds of its round over the tokens that the round "
-        "wrote to its response. None where no response took more than one round."
+        "wrote to its response. None where no response took more than one round.",
     )
 
 
