@@ -20,28 +20,33 @@ _PRIOR_WEIGHT = 16
 
 @dataclass(frozen=True)
 class Costs:
-    """What forwards cost, in units of a teacher forward of one token a row.
+    """What forwards cost, in units of a teacher forward of a single token.
 
     Attributes:
-        student: A student forward of one token a row.
-        position: What each further position adds to a teacher forward.
+        student: A student forward of a single token.
+        token: What each further token adds to a forward, in another row or at another position: a share of what the
+            first one costs.
     """
 
     student: float
-    position: float
+    token: float
 
-    def of_block(self, gamma: int, *, bonus: bool) -> float:
-        """Cost of drafting `gamma` tokens and scoring them (and the position after them, for a bonus)."""
-        return gamma * self.student + 1 + (gamma + bonus - 1) * self.position
+    def of_block(self, gamma: int, *, rows: int, bonus: bool) -> float:
+        """Cost of drafting `gamma` tokens in each row, and scoring them (and the position after them, for a bonus)."""
+        drafting = gamma * self.student * self._share(rows)
+        return drafting + self._share(rows * (gamma + bonus))
+
+    def _share(self, tokens: int) -> float:
+        return 1 + self.token * (tokens - 1)
 
 
 @dataclass(frozen=True)
 class AdaptiveGamma:
     """A draft length chosen anew each round from the acceptance measured so far in the call.
 
-    The choice is a function of the accepted and tested tokens alone, never of a clock: a call with the same prompts
-    and seeds makes the same rounds. Nothing is carried from call to call, so that a run that was interrupted goes on
-    as it would have.
+    The choice is a function of the accepted and tested tokens and the rows in flight, never of a clock: a call with the
+    same prompts and seeds makes the same rounds. Nothing is carried from call to call, so that a run that was
+    interrupted goes on as it would have.
 
     Attributes:
         maximum: The longest block.
@@ -53,19 +58,20 @@ class AdaptiveGamma:
     acceptance: float = 0.7
     costs: Costs | None = None
 
-    def choose(self, counts: SamplingStatistics, costs: Costs, *, bonus: bool) -> int:
+    def choose(self, counts: SamplingStatistics, costs: Costs, *, rows: int, bonus: bool) -> int:
         """The draft length of the next round, 1 to `maximum`.
 
         Args:
             counts: Of the rounds so far.
             costs: What forwards cost.
+            rows: In the next round.
             bonus: Whether the teacher adds a token after a block that was accepted whole.
         """
         expected = _PRIOR_WEIGHT * self.acceptance
         acceptance = (counts.accepted + expected) / (counts.tested + _PRIOR_WEIGHT)
 
         def tokens_per_cost(gamma: int) -> float:
-            return sum(acceptance**i for i in range(gamma + bonus)) / costs.of_block(gamma, bonus=bonus)
+            return sum(acceptance**i for i in range(gamma + bonus)) / costs.of_block(gamma, rows=rows, bonus=bonus)
 
         return max(range(1, self.maximum + 1), key=tokens_per_cost)
 
@@ -73,10 +79,10 @@ class AdaptiveGamma:
 def estimated_costs(student: PreTrainedModel, teacher: PreTrainedModel) -> Costs:
     """Costs from the number of weights that a forward reads.
 
-    On a GPU a short block costs what one token costs: the time goes into reading the weights. On a CPU each position
-    adds about 0.4 of it (a 135M-parameter teacher in bfloat16, 8 rows, 2 cores: 5 positions take 2.6 times as long).
+    On a GPU many tokens cost what one token costs: the time goes into reading the weights. On a CPU each adds about
+    0.08 of it (a 135M-parameter teacher in bfloat16, 8 rows, 2 cores: 5 positions take 2.6 times as long as one).
     """
-    return Costs(weights_read(student) / weights_read(teacher), 0.4 if teacher.device.type == "cpu" else 0.0)
+    return Costs(weights_read(student) / weights_read(teacher), 0.08 if teacher.device.type == "cpu" else 0.0)
 
 
 def weights_read(model: PreTrainedModel) -> int:

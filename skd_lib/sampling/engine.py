@@ -147,7 +147,7 @@ class Sampler:
         """Play a round and note its new tokens. Returns which rows go on."""
         slots_BS = self._next_slots(rows, self._block_width)
         uniforms_BSC = output.uniforms_NTC[rows.index_B.unsqueeze(1), slots_BS]
-        gamma = self._draft_length(output.counts)
+        gamma = self._draft_length(output.counts, len(rows.index_B))
         verdict = (self._graphs or self._interleaving.round)(rows, uniforms_BSC, gamma)
 
         into = (rows.index_B.unsqueeze(1), slots_BS[:, : verdict.tokens_BS.shape[1]])
@@ -308,9 +308,9 @@ class Sampler:
         used = self.graphs and GraphedRounds.serve(self._models)
         return GraphedRounds(self._interleaving.round, self._models) if used else None
 
-    def _draft_length(self, counts: SamplingStatistics) -> int:
+    def _draft_length(self, counts: SamplingStatistics, rows: int) -> int:
         if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:
-            return self.gamma.choose(counts, self._costs, bonus=self.rule.bonus)
+            return self.gamma.choose(counts, self._costs, rows=rows, bonus=self.rule.bonus)
         return self._longest_draft
 
     @cached_property

@@ -14,8 +14,8 @@ from skd_lib.sampling.samples import SamplingStatistics
 from tests.conftest import TinyModel
 from tests.sampling.test_engine import PROMPTS, VOCABULARY, pair, rows, sampler
 
-GPU = Costs(student=0.2, position=0.0)
-CPU = Costs(student=0.5, position=0.4)
+GPU = Costs(student=0.2, token=0.0)
+CPU = Costs(student=0.5, token=0.08)
 
 
 def measured(acceptance: float) -> SamplingStatistics:
@@ -25,7 +25,8 @@ def measured(acceptance: float) -> SamplingStatistics:
 @pytest.mark.parametrize("costs", [GPU, CPU], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.66, 0.9, 1.0])
-def test_the_choice_has_the_most_tokens_for_its_cost(costs: Costs, bonus: bool, acceptance: float) -> None:
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_choice_has_the_most_tokens_for_its_cost(costs: Costs, bonus: bool, acceptance: float, rows: int) -> None:
     """By simulating which of the drafted tokens are accepted, over all outcomes."""
 
     def tokens_per_cost(gamma: int) -> float:
@@ -36,14 +37,22 @@ def test_the_choice_has_the_most_tokens_for_its_cost(costs: Costs, bonus: bool, 
                 probability *= acceptance if yes else 1 - acceptance
             prefix = gamma if all(accepted) else accepted.index(False)
             tokens += probability * (prefix + 1 if prefix < gamma or bonus else gamma)
-        return tokens / (gamma * costs.student + 1 + costs.position * (gamma + bonus - 1))
+        drafting = gamma * costs.student * (1 + costs.token * (rows - 1))
+        return tokens / (drafting + 1 + costs.token * (rows * (gamma + bonus) - 1))
 
-    chosen = AdaptiveGamma(6).choose(measured(acceptance), costs, bonus=bonus)
+    chosen = AdaptiveGamma(6).choose(measured(acceptance), costs, rows=rows, bonus=bonus)
     assert tokens_per_cost(chosen) >= max(map(tokens_per_cost, range(1, 7))) * (1 - 1e-4)
 
 
+def test_the_fewer_rows_the_longer_the_block() -> None:
+    """On a CPU a token more costs little beside reading the weights, but eight times as much with eight rows."""
+    chosen = [AdaptiveGamma(8).choose(measured(0.8), CPU, rows=rows, bonus=False) for rows in (1, 4, 16)]
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[0] > chosen[-1]
+
+
 def test_it_follows_the_acceptance() -> None:
-    chosen = [AdaptiveGamma(8).choose(measured(a / 20), GPU, bonus=False) for a in range(21)]
+    chosen = [AdaptiveGamma(8).choose(measured(a / 20), GPU, rows=8, bonus=False) for a in range(21)]
     assert chosen == sorted(chosen)
     assert (chosen[0], chosen[-1]) == (1, 8)
 
@@ -52,7 +61,9 @@ def test_before_anything_is_measured_it_expects_what_it_is_told() -> None:
     nothing_yet = SamplingStatistics()
     for acceptance in (0.1, 0.5, 0.95):
         gamma = AdaptiveGamma(8, acceptance=acceptance)
-        assert gamma.choose(nothing_yet, GPU, bonus=False) == gamma.choose(measured(acceptance), GPU, bonus=False)
+        assert gamma.choose(nothing_yet, GPU, rows=8, bonus=False) == gamma.choose(
+            measured(acceptance), GPU, rows=8, bonus=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,7 @@ def test_costs_are_estimated_from_the_weights_that_are_read(tiny_model: TinyMode
     whole, half = tiny_model(layers=4), tiny_model(layers=2)
     costs = estimated_costs(half, whole)
     assert 0.5 < costs.student < 1
-    assert costs.position > 0  # on a CPU
+    assert costs.token > 0  # on a CPU
     # An embedding apart from the head is looked up, not read: the estimate stays.
     untied = [tiny_model(layers=layers, tie_word_embeddings=False) for layers in (2, 4)]
     assert estimated_costs(*untied).student == pytest.approx(costs.student)
