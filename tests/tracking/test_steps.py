@@ -69,6 +69,7 @@ def test_from_figures_to_a_registered_champion(
     token = '{"text": "<b>", "by": "student"}'
     samples.write_text(f'{{"step": 1, "row": 0, "prompt": "p", "tokens": [{token}]}}\n')
     row = {"id": "0", "source": "s", "target": "a cat", "prediction": "a hat", "tokens": 3, "truncated": False}
+    row["scores"] = {"chrf": 40.0}
     answers.write_text(json.dumps(row) + "\n")
 
     def pipeline(run_id: str, chrf: float, digest: str) -> dict[str, Any]:
