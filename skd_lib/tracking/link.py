@@ -134,7 +134,7 @@ class Link:
         try:
             self._sender = self._sender or Sender(self._place, running=True)
             action(self._sender)
-        except (SkdError, *unanswered()) as error:  # a step that has begun does not end for its records
+        except _trouble() as error:  # a step that has begun does not end for its records
             self._note(error)
             return False
         if self._silent_until > 0:
@@ -181,6 +181,10 @@ class Link:
             self._buffer.waiting,
             place,
         )
+
+
+def _trouble() -> tuple[type[Exception], ...]:
+    return (SkdError, *unanswered())
 
 
 def replay(path: Path, tracking_uri: str | None = None) -> tuple[int, int]:
