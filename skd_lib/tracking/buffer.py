@@ -41,7 +41,7 @@ class Buffer:
         Raises:
             OSError: the folder is full or not writable.
         """
-        lines = [ENTRY.dump_json(entry)]
+        lines = [entry.model_dump_json().encode()]
         if not self.waiting:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lines.insert(0, _without_credentials(self._place).model_dump_json().encode())

@@ -81,7 +81,8 @@ def lineage(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        Console().print(render(found), highlight=False, soft_wrap=True)
+        # Digests stay in one piece, to be copied.
+        Console().print(render(found), highlight=False, no_wrap=True, overflow="ignore", crop=False)
 
 
 @track.callback()

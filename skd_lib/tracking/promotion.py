@@ -10,7 +10,7 @@ from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.tracking import champions
 from skd_lib.tracking.client import is_local_store
-from skd_lib.tracking.registry import DIGEST_TAG, URI_TAG, ask_registry
+from skd_lib.tracking.registry import DIGEST_TAG, URI_TAG, ask_registry, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,9 +66,9 @@ def find_version(client: MlflowClient, model: str, version: str) -> ModelVersion
     """
     from mlflow.exceptions import MlflowException
 
-    present = {str(found.version): found for found in client.search_model_versions(f"name = {quoted(model)}")}
+    present = {str(found.version) for found in client.search_model_versions(f"name = {quoted(model)}")}
     if version in present:
-        return present[version]
+        return client.get_model_version(model, version)  # which tells its aliases; a search does not
     try:
         client.get_registered_model(model)
     except MlflowException as error:
@@ -78,12 +78,6 @@ def find_version(client: MlflowClient, model: str, version: str) -> ModelVersion
         raise SkdError("no such registered model", where=model, hint=f"registered are: {names}") from error
     versions = ", ".join(sorted(present, key=int)) or "none"
     raise SkdError(f"no version {version}", where=model, hint=f"its versions are: {versions}")
-
-
-def quoted(name: str) -> str:
-    """A name as MLflow's searches want it."""
-    quote = '"' if "'" in name else "'"
-    return f"{quote}{name}{quote}"
 
 
 def _promote(client: MlflowClient, tracking_uri: str, model: str, version: str, by: str, why: str) -> Move:

@@ -145,6 +145,12 @@ def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClien
     raise AssertionError("unreachable")
 
 
+def quoted(name: str) -> str:
+    """A name as MLflow's searches want it."""
+    quote = '"' if "'" in name else "'"
+    return f"{quote}{name}{quote}"
+
+
 def _ensure_model(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -159,8 +165,7 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
 
 def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:
     """The oldest version with these weights."""
-    quote = '"' if "'" in name else "'"
-    found = client.search_model_versions(f"name = {quote}{name}{quote} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
+    found = client.search_model_versions(f"name = {quoted(name)} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
     return str(min(int(version.version) for version in found)) if found else None
 
 
