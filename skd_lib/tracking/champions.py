@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from skd_lib.tracking.entries import TAG_LENGTH, clip
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
@@ -19,7 +21,7 @@ CHALLENGER, CHAMPION = "challenger", "champion"
 LINE_TAG = "skd.champions"
 BY_HAND = "the alias was moved by hand"
 _REMEMBERED = 20
-_WHY_LENGTH = 150  # so that the line fits into one tag
+_WHY_LENGTH = 150  # so that most of the line fits into one tag
 _SINCE = ("champion.since", "champion.by", "champion.why")
 _UNTIL = ("champion.until", "champion.until_by", "champion.until_why")
 
@@ -97,8 +99,10 @@ def step_back(client: MlflowClient, name: str, *, by: str, why: str) -> None:
 
 
 def _write_line(client: MlflowClient, name: str, reigns: list[Reign]) -> None:
-    kept = [reign.model_copy(update={"why": reign.why[:_WHY_LENGTH]}) for reign in reigns[-_REMEMBERED:]]
-    client.set_registered_model_tag(name, LINE_TAG, _LINE.dump_json(kept).decode())
+    kept = [reign.model_copy(update={"why": clip(reign.why, _WHY_LENGTH)}) for reign in reigns[-_REMEMBERED:]]
+    while len(text := _LINE.dump_json(kept).decode()) > TAG_LENGTH:
+        kept = kept[1:]
+    client.set_registered_model_tag(name, LINE_TAG, text)
 
 
 def _tell(client: MlflowClient, name: str, reign: Reign, *, before: str) -> None:
@@ -107,7 +111,7 @@ def _tell(client: MlflowClient, name: str, reign: Reign, *, before: str) -> None
     for tag in _UNTIL:
         if tag in known:
             client.delete_model_version_tag(name, reign.version, tag)
-    told = (reign.since, reign.by, reign.why)
+    told = tuple(clip(text, TAG_LENGTH) for text in (reign.since, reign.by, reign.why))
     for tag, value in zip(_SINCE, told, strict=True):
         client.set_model_version_tag(name, reign.version, tag, value)
     if before:

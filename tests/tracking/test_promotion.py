@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typer.testing import CliRunner
 
 from skd_lib.cli import app
 from skd_lib.errors import SkdError
-from skd_lib.tracking.champions import line
+from skd_lib.tracking import champions
+from skd_lib.tracking.champions import Reign, line
 from skd_lib.tracking.registry import champion, register
 
 MODEL = "skd-student"
@@ -182,8 +182,8 @@ def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_line_of_champions_fits_into_a_tag(store: str, client: MlflowClient, versions: list[Path]) -> None:
-    for number in range(2, 24):
-        promote(store, 2 + number % 2, "why not? " * 40)
-    assert len(line(client, MODEL)) == 20
-    assert len(client.get_registered_model(MODEL).tags["skd.champions"]) < 5000
-    assert json.loads(client.get_registered_model(MODEL).tags["skd.champions"])[-1]["version"] == "3"
+    reigns = [Reign(version=str(number), since="2026-01-01", by="ada", why='"why" ' * 100) for number in range(40)]
+    monarch = Reign(version="1", since="2026-01-02", by="b" * 300, why="last")
+    champions._write_line(client, MODEL, [*reigns, monarch])
+    assert 3000 < len(client.get_registered_model(MODEL).tags["skd.champions"]) <= 5000
+    assert line(client, MODEL)[-1] == monarch
