@@ -129,6 +129,7 @@ def test_a_corrupted_upload_is_sent_again(small: bool, store: Store, file: Path)
     with pytest.raises(SkdError, match="corrupted: 3 times in a row"):
         storage.upload(file, URI)
     assert store.seen[NAME] == [b"old", content]
+    assert left_behind(store) == []
 
 
 def test_a_corrupted_download_is_fetched_again(store: Store, tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ class _Upload:
         self.generation = 0 if before is None else int(before.generation)
         self.crc32c = _crc32c_of_file(self.file)
         for attempt in range(1, _CORRUPT_ATTEMPTS + 1):
+            self.clean_up()  # of the attempt before
             with _again_if_corrupt(self.uri, attempt), self.file.open("rb") as file:
                 temporary = f"{self.name}.{uuid.uuid4().hex}{TEMPORARY}"
                 self.staged = _bucket(self.bucket).blob(temporary, chunk_size=_CHUNK)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 track = typer.Typer(help="What steps tell MLflow.", no_args_is_help=True, rich_markup_mode="markdown")
 
+_WIDE = 100_000
 Model = Annotated[str, typer.Argument(help="Registered model, e.g. skd-student.")]
 Why = Annotated[str, typer.Option("--why", "-m", help="The reason, kept in the registry.")]
 By = Annotated[str | None, typer.Option("--by", help="Who wants it.", show_default="the user of this machine")]
@@ -81,8 +82,8 @@ def lineage(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        # Digests stay in one piece, to be copied.
-        Console().print(render(found), highlight=False, no_wrap=True, overflow="ignore", crop=False)
+        # Wider than any line: digests stay in one piece, to be copied.
+        Console(width=_WIDE).print(render(found), highlight=False)
 
 
 @track.callback()
