@@ -14,8 +14,8 @@ import yaml
 from components.images import COMET, TRAIN
 from pipelines.lint import lint
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.report.lineage import IMAGE_VARIABLE
 from skd_lib.storage import write_text_atomic
+from skd_lib.tracking.locate import IMAGE_VARIABLE
 
 COMPILED = Path(__file__).parent / "compiled" / "distillation.yaml"
 HEADER = "# Compiled from pipelines/distillation.py by `skd compile`. Do not edit.\n"

@@ -16,6 +16,7 @@ from skd_lib import __version__
 from skd_lib.bench.cli import bench
 from skd_lib.errors import SkdError
 from skd_lib.specdec.cli import specdec
+from skd_lib.tracking import cli as tracking
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(tracking.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(config, name="config")
 
@@ -306,6 +308,8 @@ def schema() -> None:
 
 
 app.command()(specdec)
+for command in (tracking.promote, tracking.rollback, tracking.lineage):
+    app.command()(command)
 
 
 def _say(console: Console, text: str) -> None:

@@ -15,6 +15,7 @@ from skd_lib import storage
 from skd_lib.config import FilesSource
 from skd_lib.data import sources
 from skd_lib.errors import SkdError
+from skd_lib.storage.objects import relative
 
 BUCKET = "bucket"
 
@@ -28,12 +29,14 @@ def emulator() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["local", "gs"])
+@pytest.fixture(params=["local", "gs", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty folder, locally and in the emulator."""
     if request.param == "local":
         (tmp_path / "root").mkdir()
         return str(tmp_path / "root")
+    if request.param == "memory":
+        return f"memory://{BUCKET}/{tmp_path.name}"
     request.getfixturevalue("emulator")
     return f"gs://{BUCKET}/{tmp_path.name}"
 
@@ -103,7 +106,7 @@ def test_a_folder_is_measured_and_deleted(root: str, folder: Path) -> None:
     storage.upload(folder, f"{root}/folder", last="a.txt")
     storage.upload(folder / "a.txt", f"{root}/folder-not")
     assert storage.file_sizes(f"{root}/folder") == {"a.txt": 1, "sub/b é.bin": 256_000}
-    if storage.is_remote(root):  # the last object is the newest
+    if root.startswith("gs://"):  # the last object is the newest
         assert max(storage.list_objects(f"{root}/folder"), key=lambda item: int(item.generation)).uri.endswith("a.txt")
     storage.delete(f"{root}/folder/a.txt")
     assert set(storage.file_sizes(f"{root}/folder")) == {"sub/b é.bin"}
@@ -114,10 +117,10 @@ def test_a_folder_is_measured_and_deleted(root: str, folder: Path) -> None:
 
 
 def test_checkpoints_go_to_folders_and_buckets() -> None:
-    for root in ("", "/mnt/checkpoints", "gs://bucket/checkpoints"):
+    for root in ("", "/mnt/checkpoints", "gs://bucket/checkpoints", "s3://bucket/checkpoints"):
         storage.check_checkpoint_root(root)
-    with pytest.raises(SkdError, match="checkpoint_root s3://bucket/x: checkpoints cannot be kept there"):
-        storage.check_checkpoint_root("s3://bucket/x")
+    with pytest.raises(SkdError, match="checkpoint_root ftp://bucket/x: checkpoints cannot be kept there"):
+        storage.check_checkpoint_root("ftp://bucket/x")
     assert storage.checkpoint_folder("/mnt/checkpoints") == Path("/mnt/checkpoints")
     assert storage.checkpoint_folder("gs://bucket/x") == storage.checkpoint_folder("")
 
@@ -163,7 +166,7 @@ def test_unwritable_places_say_why(tmp_path: Path, emulator: None) -> None:
 
 def test_an_object_cannot_be_written_outside_its_folder() -> None:
     with pytest.raises(SkdError, match="outside the folder"):
-        storage._relative("folder/../../evil", "folder")
+        relative("folder/../../evil", "folder")
 
 
 def test_missing_credentials_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

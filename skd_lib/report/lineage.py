@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-IMAGE_VARIABLE = "SKD_IMAGE"
-"""Holds the image a step runs in; the pipeline sets it."""
+from skd_lib.tracking.locate import IMAGE_VARIABLE
+
 _NAMES = {
     "teacher": "teacher",
     "base_student": "student",

@@ -78,7 +78,7 @@ def from_mlflow(run_id: str, tracking_uri: str) -> Findings:
 
 
 def _pipeline_run(client: MlflowClient, run_id: str) -> Run:
-    from skd_lib.tracking.runs import PARENT_TAG
+    from skd_lib.tracking.locate import PARENT_TAG
 
     run = client.get_run(run_id)
     parent = run.data.tags.get(PARENT_TAG)

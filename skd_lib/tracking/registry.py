@@ -14,23 +14,23 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skd_lib.errors import SkdError
+from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased, crown
 from skd_lib.tracking.client import brief, connect, is_local_store, unanswered
 from skd_lib.tracking.gate import Candidate
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ATTEMPTS = 4
 
-CHALLENGER, CHAMPION = "challenger", "champion"
 DIGEST_TAG = "weights_sha256"
 URI_TAG = "weights_uri"
 FIGURE_PREFIX = "figure."
 FINGERPRINT_TAG = "data_fingerprint"
 PIPELINE_RUN_TAG = "pipeline_run_id"
+GATE_TAG = "gate"
 
 
 def register(
@@ -88,10 +88,10 @@ def register(
                 client.set_model_version_tag(model_name, version, name, value)
         client.set_registered_model_alias(model_name, CHALLENGER, version)
         if promote:
-            client.set_registered_model_alias(model_name, CHAMPION, version)
+            crown(client, model_name, version, by="the pipeline's gate", why=lineage.get(GATE_TAG, ""))
         return version
 
-    return _ask(tracking_uri, model_name, work)
+    return ask_registry(tracking_uri, model_name, work)
 
 
 def champion(*, tracking_uri: str, model_name: str) -> Candidate | None:
@@ -102,7 +102,7 @@ def champion(*, tracking_uri: str, model_name: str) -> Candidate | None:
     """
 
     def work(client: MlflowClient) -> Candidate | None:
-        version = _aliased(client, model_name, CHAMPION)
+        version = aliased(client, model_name, CHAMPION)
         if version is None:
             return None
         numbers = {
@@ -117,13 +117,16 @@ def champion(*, tracking_uri: str, model_name: str) -> Candidate | None:
             data_fingerprint=version.tags.get(FINGERPRINT_TAG, ""),
         )
 
-    return _ask(tracking_uri, model_name, work)
+    return ask_registry(tracking_uri, model_name, work)
 
 
-def _ask(tracking_uri: str, model_name: str, work: Callable[[MlflowClient], T]) -> T:
+def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClient], T]) -> T:
     """Do `work`, several times if need be: of two processes that set one new alias at once, one is refused.
 
     So `work` must find again what it did before.
+
+    Raises:
+        SkdError: the registry refused or did not answer.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
@@ -135,11 +138,17 @@ def _ask(tracking_uri: str, model_name: str, work: Callable[[MlflowClient], T]) 
                 raise SkdError(
                     f"the MLflow registry refused or did not answer: {brief(error)}",
                     where=f"registered model `{model_name}` at `{tracking_uri}`",
-                    hint="check the tracking store and run the step again; what was registered already is found again",
+                    hint="check the tracking store and try again; what was registered already is found again",
                 ) from error
             log.info("the MLflow registry refused or did not answer, trying again: %s", brief(error))
             time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
     raise AssertionError("unreachable")
+
+
+def quoted(name: str) -> str:
+    """A name as MLflow's searches want it."""
+    quote = '"' if "'" in name else "'"
+    return f"{quote}{name}{quote}"
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:
@@ -156,22 +165,8 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
 
 def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:
     """The oldest version with these weights."""
-    quote = '"' if "'" in name else "'"
-    found = client.search_model_versions(f"name = {quote}{name}{quote} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
+    found = client.search_model_versions(f"name = {quoted(name)} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
     return str(min(int(version.version) for version in found)) if found else None
-
-
-def _aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        # No such model, or a model without this alias: for the second MLflow has no code of its own.
-        no_alias = error.error_code == "INVALID_PARAMETER_VALUE" and "not found" in str(error)
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST" or no_alias:
-            return None
-        raise
 
 
 def _source(client: MlflowClient, tracking_uri: str, student_uri: str, weights_sha256: str, run_id: str) -> Any:

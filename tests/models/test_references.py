@@ -50,7 +50,7 @@ def test_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("/missing/folder", "no such folder"),
         ("a/b/c", "no such folder"),
         ("missing.gguf", "no such file"),
-        ("s3://bucket/model", "unknown kind of model reference: s3://"),
+        ("ftp://bucket/model", "unknown kind of model reference: ftp://"),
         ("wheel://a==1/b.gguf", "not a reference to a GGUF file in a wheel"),
         (f"wheel://a/b.gguf?sha256={DIGEST}", "not a reference to a GGUF file in a wheel"),
         (f"wheel://a==1/b.bin?sha256={DIGEST}", "not a reference to a GGUF file in a wheel"),

@@ -10,20 +10,21 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from skd_lib.tracking import runs
+from skd_lib.tracking import locate
 from skd_lib.tracking.client import connect
-from skd_lib.tracking.runs import PARENT_TAG
+from skd_lib.tracking.locate import PARENT_TAG
 
 EXPERIMENT = "skd-test"
 Runs = Callable[[], list[Run]]
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SKD_TRACKING_BUFFER", str(tmp_path / "left"))
     for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "RANK", "SKD_CODE_VERSION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
-    monkeypatch.setattr(runs, "SETTLE_SECONDS", 0.0)  # tests without competitors need not wait for them
+    monkeypatch.setattr(locate, "SETTLE_SECONDS", 0.0)  # tests without competitors need not wait for them
 
 
 @pytest.fixture(scope="session")

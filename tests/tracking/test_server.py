@@ -1,75 +1,40 @@
-"""The same against a real tracking server on this machine."""
+"""The same against a real tracking server on this machine, also one that is killed and started again."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
+import json
+import logging
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from skd_lib.cli import app
+from skd_lib.tracking import link
 from skd_lib.tracking.client import check_tracking, connect
+from skd_lib.tracking.locate import children_of
 from skd_lib.tracking.registry import champion, register
 from skd_lib.tracking.runs import close_pipeline_run, step_run
 
 from .conftest import EXPERIMENT
+from .server import MlflowServer
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[str]:
+def running(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[MlflowServer]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(uri, process, folder / "log")
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait_for(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{uri}/health", timeout=2):  # noqa: S310
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-2000:]}")
+    server = MlflowServer(folder)
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.mark.slow
-def test_runs_and_registry_over_http(server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_runs_and_registry_over_http(running: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = running.uri
     assert check_tracking(server) is None
     client = connect(server)
     with step_run(step="distill", tracking_uri=server, experiment=EXPERIMENT, params={"lr": 1e-3}) as run:
@@ -109,3 +74,63 @@ def test_runs_and_registry_over_http(server: str, tmp_path: Path, caplog: pytest
 
     assert close_pipeline_run(tracking_uri=server, experiment=EXPERIMENT, pipeline_run_id="run-1", state="SUCCEEDED")
     assert client.get_run(parent_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_doubled_when_the_server_is_killed(
+    running: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KFP_RUN_ID", "run-outage")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(link, "RETRY_SECONDS", 0.5)
+    uri, left = running.uri, tmp_path / "left"
+    where = {"tracking_uri": uri, "experiment": EXPERIMENT}
+    with step_run(step="distill", params={"lr": 1e-3}, **where) as run:
+        for step in range(60):
+            if step == 20:
+                running.kill()
+                run.set_tags({"during": "the outage"})
+                run.log_dataset("train", "ab" * 32, "gs://bucket/train.jsonl", rows=7)
+                run.log_text("kept", "notes/outage.txt")
+                run.log_table({"x": [1, 2]}, "table")
+            if step == 40:
+                assert len(list(left.iterdir())) == 1
+                # Other steps begin and end, and so does the whole run, with no server to tell.
+                with step_run(step="evaluate", params={"k": 1}, **where) as other:
+                    other.log_metrics({"chrf": 30.0})
+                assert not close_pipeline_run(pipeline_run_id="run-outage", state="SUCCEEDED", **where)
+                running.start()
+                time.sleep(link.RETRY_SECONDS)
+            run.log_metrics({"loss": float(step)}, step=step)
+        run_id, parent_id = run.run_id, run.parent.run_id
+    client = connect(uri)
+    history = client.get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(step, float(step)) for step in range(60)]
+    assert [point.timestamp for point in history] == sorted(point.timestamp for point in history)
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["during"] == "the outage"
+    assert found.inputs is not None
+    assert [used.dataset.name for used in found.inputs.dataset_inputs] == ["train"]
+    assert {file.path for file in client.list_artifacts(run_id)} >= {"notes"}
+    assert Path(client.download_artifacts(run_id, "notes/outage.txt", str(tmp_path))).read_text() == "kept"
+
+    # What the other two left is sent by hand, in the order in which they began, however it is named.
+    files = {json.loads(path.read_text().splitlines()[0])["step"]: str(path) for path in left.iterdir()}
+    assert set(files) == {"evaluate", "finish"}
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    for file in files.values():
+        assert sum(f"`skd track replay {file}`" in message for message in told) == 1
+    result = CliRunner().invoke(app, ["track", "replay", files["finish"], files["evaluate"]])
+    assert result.exit_code == 0, result.output
+    assert "1 entries sent" in result.output
+    assert not list(left.iterdir())
+    parent = client.get_run(parent_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["skd.final_state"] == "SUCCEEDED"
+    children = {child.info.run_name: child for child in children_of(client, parent)}
+    assert {name: child.info.status for name, child in children.items()} == dict.fromkeys(
+        ("distill", "evaluate"), "FINISHED"
+    )
+    assert children["evaluate"].data.metrics == {"chrf": 30.0}
+    assert children["evaluate"].data.params == {"skd/k": "1"}

@@ -268,7 +268,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     with pytest.raises(SkdError, match="no such folder"):
         distill.main(student=tmp_path / "none", **distilling, **step.arguments)
     with pytest.raises(SkdError, match=r"checkpoints cannot be kept there(.|\n)*gs://"):
-        distill.main(student=teacher, **distilling, **{**step.arguments, "checkpoint_root": "s3://bucket/x"})
+        distill.main(student=teacher, **distilling, **{**step.arguments, "checkpoint_root": "ftp://bucket/x"})
 
     other = save_tiny_model(tmp_path / "other", seed=5)
     tokenizer = json.loads((other / "tokenizer.json").read_text())

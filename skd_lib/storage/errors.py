@@ -1,0 +1,23 @@
+"""What storage raises, as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from skd_lib.errors import SkdError
+
+
+def missing(uri: str) -> SkdError:
+    """There is nothing at `uri`."""
+    return SkdError("no such file or folder", where=uri, hint="check the path")
+
+
+@contextmanager
+def local_errors(where: str, action: str) -> Iterator[None]:
+    """Turn the operating system's errors into sentences."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SkdError(f"cannot {action}: {reason}", where=where, hint="check the path and its permissions") from error

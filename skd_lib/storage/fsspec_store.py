@@ -1,0 +1,183 @@
+"""Object storage of other kinds, through fsspec and its packages where they are installed.
+
+Each file is sent under a temporary name and moved to its own when it is complete. Conditions and checksums are what the
+package and the store behind it offer; sizes are compared.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from skd_lib.errors import SkdError
+from skd_lib.storage.errors import missing
+from skd_lib.storage.local import atomic_directory, atomic_file
+from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, relative
+from skd_lib.storage.transfers import in_parallel
+
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "oci": "ocifs",
+    "oss": "ossfs",
+    "hdfs": "pyarrow",
+    "webhdfs": "fsspec requests",
+    "memory": "fsspec",
+}
+"""What to install for each scheme."""
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object or a folder."""
+    with _errors(uri):
+        store, path = _open(uri)
+        return bool(store.exists(path))
+
+
+@contextmanager
+def open_binary(uri: str) -> Iterator[IO[bytes]]:
+    """Open an object for reading; ranges are fetched as they are read."""
+    with _errors(uri):
+        store, path = _open(uri)
+        with store.open(path, "rb") as stream:
+            yield stream
+
+
+def read_bytes(uri: str) -> bytes:
+    """An object's content."""
+    with _errors(uri):
+        store, path = _open(uri)
+        content: bytes = store.cat_file(path)
+        return content
+
+
+def download(uri: str, to: Path) -> None:
+    """Copy an object or a folder to a local path."""
+    with _errors(uri):
+        store, path = _open(uri)
+        if store.isfile(path):
+            with atomic_file(to) as temporary:
+                _fetch(store, path, temporary)
+            return
+        found = _find(store, path)
+        if not found:
+            raise missing(uri)
+        with atomic_directory(to) as folder:
+            targets = {name: folder / relative(name, path) for name in found}
+            for parent in {target.parent for target in targets.values()}:
+                parent.mkdir(parents=True, exist_ok=True)
+            in_parallel([partial(_fetch, store, name, target) for name, target in targets.items()])
+
+
+def upload(path: Path, uri: str, last: str) -> None:
+    """Copy a file or a folder; `last` appears after the others."""
+    with _errors(uri):
+        store, root = _open(uri)
+        targets = files_by_target(path, root)
+        staged = {target: f"{target}.{uuid.uuid4().hex}{TEMPORARY}" for target in targets}
+        try:
+            in_parallel([partial(_send, store, file, staged[target]) for target, file in targets.items()])
+            for target in sorted(targets, key=lambda target: targets[target] == path / last):
+                store.mv(staged[target], target)
+        finally:
+            for temporary in staged.values():
+                if store.exists(temporary):
+                    store.rm(temporary)
+
+
+def list_objects(uri: str) -> list[StoredObject]:
+    """The object, or else those in the folder."""
+    with _errors(uri):
+        store, path = _open(uri)
+        found = {path: store.info(path)} if store.isfile(path) else _find(store, path)
+        if not found:
+            raise missing(uri)
+        scheme = uri.partition("://")[0]
+        return [
+            StoredObject(f"{scheme}://{name.lstrip('/')}", int(info["size"]), "", _token(store, name, info))
+            for name, info in sorted(found.items())
+        ]
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Bytes of each object in the folder, by its name in it."""
+    with _errors(uri):
+        store, path = _open(uri)
+        return {str(relative(name, path)): int(info["size"]) for name, info in _find(store, path).items()}
+
+
+def delete(uri: str) -> None:
+    """Delete the object or the folder."""
+    with _errors(uri):
+        store, path = _open(uri)
+        if "/" not in path.strip("/"):
+            raise SkdError("a whole bucket is not deleted", where=uri, hint="name a folder in it")
+        if store.exists(path):
+            store.rm(path, recursive=True)
+
+
+def check_writable(uri: str, probe: str) -> None:
+    """Write a small object into the folder, and delete it."""
+    with _errors(uri):
+        store, path = _open(uri)
+        store.pipe_file(join(path, probe), b"skd")
+        store.rm_file(join(path, probe))
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    import fsspec
+
+    scheme = uri.partition("://")[0]
+    store = fsspec.filesystem(scheme)
+    return store, str(store._strip_protocol(uri)).rstrip("/")
+
+
+def _find(store: Any, path: str) -> dict[str, Any]:
+    found: dict[str, Any] = store.find(path, detail=True)
+    return {name: info for name, info in found.items() if not name.endswith(TEMPORARY)}
+
+
+def _fetch(store: Any, name: str, to: Path) -> None:
+    store.get_file(name, str(to))
+    _compare(store, name, to)
+
+
+def _send(store: Any, file: Path, name: str) -> None:
+    store.put_file(str(file), name)
+    _compare(store, name, file)
+
+
+def _compare(store: Any, name: str, file: Path) -> None:
+    here, there = file.stat().st_size, int(store.info(name)["size"])
+    if here != there:
+        raise SkdError(f"the transfer was cut off: {here} bytes here, {there} there", where=name, hint="try again")
+
+
+def _token(store: Any, name: str, info: dict[str, Any]) -> str:
+    etag = info.get("ETag") or info.get("etag")
+    return f"etag:{etag}" if etag else f"ukey:{store.ukey(name)}"
+
+
+@contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    scheme = uri.partition("://")[0]
+    try:
+        yield
+    except ImportError as error:
+        package = PACKAGES[scheme]
+        raise SkdError(
+            f"{scheme}:// needs another package: {package}", where=uri, hint=f"pip install {package}"
+        ) from error
+    except FileNotFoundError as error:
+        raise missing(uri) from error
+    except PermissionError as error:
+        raise SkdError(f"access denied: {error}", where=uri, hint="check the credentials of this storage") from error
+    except OSError as error:
+        raise SkdError(f"{scheme}:// failed: {error}", where=uri, hint="try again later") from error

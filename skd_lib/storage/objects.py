@@ -1,0 +1,59 @@
+"""What every kind of storage tells of a file or an object, and how names in a folder become paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from skd_lib.errors import SkdError
+
+TEMPORARY = ".skd-upload"
+"""End of the names under which objects wait until they are complete; listings leave them out."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One file or object, and what tells its content from any other's.
+
+    Attributes:
+        uri: Its path or URI.
+        size: Bytes.
+        generation: The object's generation in Google Cloud Storage; empty for local files and other storage.
+        checksum: `sha256:HEX` of a local file, `crc32c:BASE64` of an object in Google Cloud Storage, `etag:TEXT` or
+            another token of what it is in other storage.
+    """
+
+    uri: str
+    size: int
+    generation: str
+    checksum: str
+
+
+def join(folder: str, name: str) -> str:
+    """A name in a folder; the empty folder is the bucket itself."""
+    return f"{folder}/{name}" if folder else name
+
+
+def relative(name: str, folder: str) -> PurePosixPath:
+    """An object's name as a path below its folder.
+
+    Raises:
+        SkdError: it would lie elsewhere.
+    """
+    path = PurePosixPath(name.removeprefix(f"{folder}/") if folder else name)
+    if path.is_absolute() or ".." in path.parts:
+        raise SkdError(f"the object {name!r} would be written outside the folder", hint="rename the object")
+    return path
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """All files of a folder and of those in it."""
+    return (file for file in folder.rglob("*") if file.is_file())
+
+
+def files_by_target(path: Path, target: str) -> dict[str, Path]:
+    """The file, or all files of the folder, by the object names that they get in or at `target`."""
+    if path.is_file():
+        return {target: path}
+    return {join(target, file.relative_to(path).as_posix()): file for file in sorted(files_in(path))}

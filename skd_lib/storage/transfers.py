@@ -1,0 +1,103 @@
+"""Several transfers at once, how long to go on trying, and how far they are."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import IO, Any
+
+from skd_lib.errors import SkdError
+from skd_lib.events import Progress
+
+DEADLINE_VARIABLE = "SKD_STORAGE_DEADLINE"
+"""Seconds for which a request to object storage that fails is tried again."""
+_DEADLINE = 600.0
+_WORKERS = 8
+PROGRESS_FROM = 64 * 2**20
+"""Bytes from which on a transfer tells how far it is."""
+
+
+def deadline() -> float:
+    """Seconds for which a failing request is tried again.
+
+    Raises:
+        SkdError: the environment variable is not a number of seconds.
+    """
+    text = os.environ.get(DEADLINE_VARIABLE) or str(_DEADLINE)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise SkdError("not a number of seconds", where=f"{DEADLINE_VARIABLE}={text}", hint="e.g. 600")
+    return seconds
+
+
+def in_parallel(jobs: Sequence[Callable[[], None]]) -> None:
+    """Do all jobs, several at once; after the first that fails those that have not begun are left out.
+
+    Raises:
+        Exception: what the first job that failed raised.
+    """
+    if not jobs:
+        return
+    with ThreadPoolExecutor(min(_WORKERS, len(jobs)), thread_name_prefix="skd-storage") as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+
+
+class Meter:
+    """How far the transfers of one call are, together.
+
+    Args:
+        what: What is being done, e.g. "uploading model".
+        total: Bytes of all.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self._progress = Progress(what, total) if total >= PROGRESS_FROM else None
+        self._positions: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def watch(self, file: IO[bytes]) -> Any:
+        """The file, with its position counted at each read, write and seek."""
+        return _Watched(file, self)
+
+    def at(self, which: int, position: int) -> None:
+        """File `which` is at `position`."""
+        with self._lock:
+            self._positions[which] = position
+            if self._progress is not None:
+                self._progress.update(sum(self._positions.values()))
+
+
+class _Watched:
+    def __init__(self, file: IO[bytes], meter: Meter) -> None:
+        self._file, self._meter = file, meter
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size)
+        self._meter.at(id(self), self._file.tell())
+        return content
+
+    def write(self, content: bytes) -> int:
+        written = self._file.write(content)
+        self._meter.at(id(self), self._file.tell())
+        return written
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return self._file.seek(position, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()

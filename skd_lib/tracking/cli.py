@@ -1,0 +1,149 @@
+"""`skd promote`, `skd rollback`, `skd lineage`, `skd track`: the registry and the records, from the command line."""
+
+from __future__ import annotations
+
+import getpass
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from skd_lib.errors import SkdError
+
+if TYPE_CHECKING:
+    from skd_lib.tracking.promotion import Move
+
+# Nothing heavy at the top: `skd --help` has to answer at once.
+
+track = typer.Typer(help="What steps tell MLflow.", no_args_is_help=True, rich_markup_mode="markdown")
+
+_WIDE = 100_000
+Model = Annotated[str, typer.Argument(help="Registered model, e.g. skd-student.")]
+Why = Annotated[str, typer.Option("--why", "-m", help="The reason, kept in the registry.")]
+By = Annotated[str | None, typer.Option("--by", help="Who wants it.", show_default="the user of this machine")]
+RunsDir = Annotated[Path, typer.Option(help="Where local runs keep their files.")]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MLFLOW_TRACKING_URI", help="MLflow tracking server.", show_default="sqlite:///RUNS_DIR/mlflow.db"
+    ),
+]
+
+
+def promote(
+    model: Model,
+    version: Annotated[int, typer.Argument(min=1, help="Its version that becomes the champion.")],
+    why: Why,
+    by: By = None,
+    runs_dir: RunsDir = Path("runs"),
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Make a registered version the champion, whatever the gate said.
+
+    The alias `champion` moves. Who, when and why stand in the tags of the version that becomes champion and of the one
+    that was.
+    """
+    from skd_lib.tracking import promotion
+
+    uri = _store(runs_dir, tracking_uri)
+    _report(promotion.promote(tracking_uri=uri, model=model, version=str(version), by=_who(by), why=_reason(why)))
+
+
+def rollback(
+    model: Model,
+    why: Why,
+    by: By = None,
+    runs_dir: RunsDir = Path("runs"),
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Make the champion before the present one the champion again; a second time, the one before that."""
+    from skd_lib.tracking import promotion
+
+    uri = _store(runs_dir, tracking_uri)
+    _report(promotion.rollback(tracking_uri=uri, model=model, by=_who(by), why=_reason(why)))
+
+
+def lineage(
+    model: Annotated[
+        str, typer.Argument(help="MODEL (its champion, else its challenger), MODEL@ALIAS or MODEL/VERSION.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a tree.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Show where a registered version comes from: weights, teacher, data, settings, code, images, pipeline run."""
+    from rich.console import Console
+
+    from skd_lib.tracking.lineage import trace
+    from skd_lib.tracking.render import render
+
+    found = trace(tracking_uri=_store(runs_dir, tracking_uri), reference=model)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        # Wider than any line: digests stay in one piece, to be copied.
+        Console(width=_WIDE).print(render(found), highlight=False)
+
+
+@track.callback()
+def _track() -> None:
+    """A group, though it has one command."""
+
+
+@track.command()
+def replay(
+    files: Annotated[
+        list[str], typer.Argument(help="What steps left behind, as they named it: paths or URIs in object storage.")
+    ],
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(
+            help="MLflow tracking server, if it has another address by now.", show_default="the one the step used"
+        ),
+    ] = None,
+) -> None:
+    """Send MLflow what it did not take while it was down, in order, and delete the files.
+
+    What MLflow has already is not sent twice. Where a later attempt at the step has begun, its tags and status stand.
+    Several files are sent in the order in which their steps began.
+    """
+    from skd_lib import storage
+    from skd_lib.tracking.buffer import read_place
+    from skd_lib.tracking.link import replay as send
+
+    with tempfile.TemporaryDirectory() as folder:
+        local = {
+            file: storage.download(file, Path(folder) / str(number)) if storage.is_remote(file) else Path(file)
+            for number, file in enumerate(files)
+        }
+        for file, path in sorted(local.items(), key=lambda item: read_place(item[1]).started):
+            sent, refused = send(path, tracking_uri)
+            storage.delete(file)
+            typer.echo(f"{file}: {sent} entries sent" + (f", {refused} of them refused" if refused else ""))
+
+
+def _store(runs_dir: Path, tracking_uri: str | None) -> str:
+    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
+    if tracking_uri is None and not (runs_dir / "mlflow.db").exists():
+        raise SkdError(
+            "there is no MLflow store",
+            where=str(runs_dir / "mlflow.db"),
+            hint="give --tracking-uri, or the folder of your runs with --runs-dir",
+        )
+    return uri
+
+
+def _reason(why: str) -> str:
+    if not why.strip():
+        raise SkdError("a reason is needed", where="--why", hint="say it in words: it is what others will read")
+    return why.strip()
+
+
+def _who(by: str | None) -> str:
+    return by or getpass.getuser()
+
+
+def _report(move: Move) -> None:
+    before = f"version {move.before}" if move.before else "none"
+    typer.echo(f"{move.model}: version {move.version} is the champion now; before, {before} was")

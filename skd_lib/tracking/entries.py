@@ -1,0 +1,238 @@
+"""What a step logs, as values that can wait on disk and be sent later, or twice: a second time changes nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from skd_lib.tracking.locate import ERROR_TAG, Place, children_of, find_parent
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+# MLflow's limits (mlflow/utils/validation.py): a request beyond them is refused as a whole.
+_METRICS_PER_BATCH = 1000
+_PARAMS_PER_BATCH = 100
+PARAM_LENGTH = 6000
+TAG_LENGTH = 5000  # older servers; newer ones take 8000
+_DIGEST_LENGTH = 36
+PARAM_PREFIX = "skd/"
+
+
+class Target:
+    """A run to send to, as it was before this attempt sent anything.
+
+    Args:
+        run: The run.
+        superseded: A later attempt at the step has begun, whose tags and status stand.
+    """
+
+    def __init__(self, run: Run, *, superseded: bool = False) -> None:
+        self.run, self.superseded = run, superseded
+        self._steps: dict[str, frozenset[int]] = {}
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return str(self.run.info.run_id)
+
+    def steps_before(self, client: MlflowClient, key: str) -> frozenset[int]:
+        """The steps of metric `key` that were there already."""
+        if key not in self._steps:
+            history = client.get_metric_history(self.run_id, key) if key in self.run.data.metrics else []
+            self._steps[key] = frozenset(metric.step for metric in history)
+        return self._steps[key]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    which: Literal["step", "parent"] = "step"
+    at: int = Field(default_factory=lambda: int(time.time() * 1000))
+
+
+class Params(_Entry):
+    """Parameters; see `RunLog.log_params`."""
+
+    kind: Literal["params"] = "params"
+    values: dict[str, str]
+
+    def send(self, client: MlflowClient, target: Target) -> None:
+        """Send what is missing; tag what differs."""
+        from mlflow.entities import Param, RunTag
+
+        known = client.get_run(target.run_id).data.params
+        new = [Param(key, value) for key, value in self.values.items() if key not in known]
+        changed = {key: value for key, value in self.values.items() if known.get(key, value) != value}
+        for start in range(0, len(new), _PARAMS_PER_BATCH):
+            client.log_batch(target.run_id, params=new[start : start + _PARAMS_PER_BATCH])
+        for key, value in changed.items():
+            log.warning("%s was %s when this run began and is %s now; MLflow keeps the first", key, known[key], value)
+        tags = [
+            RunTag(f"skd.changed.{key.removeprefix(PARAM_PREFIX)}", clip(f"{known[key]} -> {value}", TAG_LENGTH))
+            for key, value in changed.items()
+        ]
+        for start in range(0, len(tags), _PARAMS_PER_BATCH):
+            client.log_batch(target.run_id, tags=tags[start : start + _PARAMS_PER_BATCH])
+
+
+class Metrics(_Entry):
+    """Numbers; see `RunLog.log_metrics`. MLflow keeps a point with the same time, step and value once."""
+
+    kind: Literal["metrics"] = "metrics"
+    values: dict[str, float]
+    step: int | None
+
+    def send(self, client: MlflowClient, target: Target) -> None:
+        """Send the points that the run did not have when it was resumed."""
+        from mlflow.entities import Metric
+
+        batch = [
+            Metric(key, value, self.at, self.step or 0)
+            for key, value in self.values.items()
+            if self.step is None or self.step not in target.steps_before(client, key)
+        ]
+        for start in range(0, len(batch), _METRICS_PER_BATCH):
+            client.log_batch(target.run_id, metrics=batch[start : start + _METRICS_PER_BATCH])
+
+
+class DatasetUse(_Entry):
+    """Data that the run read; see `RunLog.log_dataset`."""
+
+    kind: Literal["dataset"] = "dataset"
+    name: str
+    digest: str
+    source: str
+    context: str
+    rows: int | None
+
+    def send(self, client: MlflowClient, target: Target) -> None:
+        """MLflow keeps a data set of the same name and digest once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        profile = {"sha256": self.digest, **({} if self.rows is None else {"num_rows": self.rows})}
+        dataset = Dataset(
+            name=self.name,
+            digest=self.digest[:_DIGEST_LENGTH],
+            source_type=self.source.partition("://")[0] if "://" in self.source else "local",
+            source=json.dumps({"uri": self.source}),
+            profile=json.dumps(profile),
+        )
+        client.log_inputs(target.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", self.context)])])
+
+
+class Artifact(_Entry):
+    """A small file, with its content, since the file itself may be gone when the store answers again."""
+
+    kind: Literal["artifact"] = "artifact"
+    name: str
+    folder: str | None
+    content: str
+
+    @classmethod
+    def of(cls, content: bytes, name: str, folder: str | None, which: Literal["step", "parent"]) -> Artifact:
+        """A file of this content, as artifact `folder/name`."""
+        return cls(which=which, name=name, folder=folder, content=base64.b64encode(content).decode())
+
+    def send(self, client: MlflowClient, target: Target) -> None:
+        """An artifact of the same name is replaced."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / self.name
+            path.write_bytes(base64.b64decode(self.content))
+            client.log_artifact(target.run_id, str(path), artifact_path=self.folder)
+
+
+class Table(_Entry):
+    """A table; see `RunLog.log_table`."""
+
+    kind: Literal["table"] = "table"
+    columns: dict[str, list[Any]]
+    path: str
+
+    def send(self, client: MlflowClient, target: Target) -> None:
+        """A table that is there already stays: MLflow would append to it."""
+        folder = self.path.rpartition("/")[0] or None
+        if all(artifact.path != self.path for artifact in client.list_artifacts(target.run_id, folder)):
+            client.log_table(target.run_id, self.columns, self.path)
+
+
+class Tags(_Entry):
+    """Tags; one of the same name is replaced."""
+
+    kind: Literal["tags"] = "tags"
+    values: dict[str, str]
+
+    def send(self, client: MlflowClient, target: Target) -> None:
+        """Send them, unless a later attempt has begun: its tags stand."""
+        from mlflow.entities import RunTag
+
+        batch = [] if target.superseded else [RunTag(key, value) for key, value in self.values.items()]
+        for start in range(0, len(batch), _PARAMS_PER_BATCH):
+            client.log_batch(target.run_id, tags=batch[start : start + _PARAMS_PER_BATCH])
+
+
+class Closing(_Entry):
+    """The step's end: FINISHED, FAILED or KILLED."""
+
+    kind: Literal["closing"] = "closing"
+    status: str
+
+    def send(self, client: MlflowClient, target: Target) -> None:
+        """Give the run its status, unless a later attempt has begun."""
+        if target.superseded:
+            return
+        if self.status == "FINISHED" and ERROR_TAG in target.run.data.tags:
+            client.delete_tag(target.run_id, ERROR_TAG)  # of an attempt before this one
+        client.set_terminated(target.run_id, self.status, self.at)
+
+
+class PipelineClosing(BaseModel):
+    """The end of a whole pipeline run; see `runs.close_pipeline_run`."""
+
+    model_config = _Entry.model_config
+
+    kind: Literal["pipeline_closing"] = "pipeline_closing"
+    at: int = Field(default_factory=lambda: int(time.time() * 1000))
+    state: str
+    error: str
+
+    @property
+    def status(self) -> str:
+        """MLflow's word for KFP's final state."""
+        ends = {"SUCCEEDED": "FINISHED", "SKIPPED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}
+        return ends.get(self.state, "FAILED")
+
+    def close(self, client: MlflowClient, place: Place) -> bool:
+        """Close the parent run and those of its steps that are still open; whether there was one."""
+        parent = find_parent(client, place)
+        if parent is None:
+            return False
+        parent_id = parent.info.run_id
+        for child in children_of(client, parent):
+            if child.info.status == "RUNNING":
+                client.set_terminated(child.info.run_id, "FAILED" if self.status == "FINISHED" else self.status)
+        client.set_tag(parent_id, "skd.final_state", self.state)
+        if self.error:
+            client.set_tag(parent_id, ERROR_TAG, clip(self.error, TAG_LENGTH))
+        client.set_terminated(parent_id, self.status, self.at)
+        return True
+
+
+RunEntry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing
+Entry = RunEntry | PipelineClosing
+ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
+
+
+def clip(text: str, length: int) -> str:
+    """The text, shortened to what MLflow takes."""
+    return text if len(text) <= length else text[: length - 3] + "..."

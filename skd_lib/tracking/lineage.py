@@ -1,0 +1,295 @@
+"""From a registered version back to what made it: data, teacher, settings, images, code, the pipeline run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from skd_lib.errors import SkdError
+from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased
+from skd_lib.tracking.entries import PARAM_PREFIX
+from skd_lib.tracking.locate import IMAGE_TAG, PIPELINE_RUN_TAG, TASK_TAG, children_of
+from skd_lib.tracking.promotion import find_version
+from skd_lib.tracking.registry import (
+    DIGEST_TAG,
+    FIGURE_PREFIX,
+    FINGERPRINT_TAG,
+    GATE_TAG,
+    URI_TAG,
+    ask_registry,
+)
+from skd_lib.tracking.registry import PIPELINE_RUN_TAG as VERSION_PIPELINE_RUN_TAG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+_NAMED = {
+    URI_TAG,
+    DIGEST_TAG,
+    FINGERPRINT_TAG,
+    GATE_TAG,
+    VERSION_PIPELINE_RUN_TAG,
+    "teacher",
+    "teacher_weights_sha256",
+    "base_student",
+    "initial_weights_sha256",
+    "code_version",
+}
+"""Tags of a version that have a place of their own; the others are how the student was distilled."""
+
+
+class Weights(BaseModel):
+    """A model: where it is, and the sha256 of its weights; empty where that is not known."""
+
+    reference: str
+    sha256: str
+
+
+class DataSplit(BaseModel):
+    """A part of the prepared data, as a step read it."""
+
+    name: str
+    use: str
+    rows: int | None
+    sha256: str
+    source: str
+
+
+class Step(BaseModel):
+    """A step of the pipeline run.
+
+    Attributes:
+        name: The step, with its role where there are several.
+        run_id: Its MLflow run.
+        status: MLflow's.
+        code_version: Of the package that ran.
+        image: That it ran in; empty outside of a container, or where the pipeline does not tell.
+    """
+
+    name: str
+    run_id: str
+    status: str
+    code_version: str
+    image: str
+
+
+class Lineage(BaseModel):
+    """Where a registered version comes from.
+
+    Attributes:
+        model: Registered model.
+        version: Its version.
+        aliases: Of the version.
+        registered: When, in milliseconds.
+        student: The version's own weights.
+        teacher: Whose student it is.
+        base: What the student was before.
+        distillation: Method and settings.
+        data_fingerprint: Of the prepared data.
+        data_source: Where the data was read, as the configuration names it.
+        data_objects: Size, generation, checksum of each object that was read; or the wheel or hub revision.
+        data: The prepared splits.
+        code_version: Of the code that distilled.
+        images: That the steps ran in.
+        pipeline_run_id: Kubeflow's run.
+        mlflow_run_id: The parent run.
+        state: How the pipeline run ended.
+        steps: Its steps.
+        figures: The scores that the gate saw.
+        gate: What it said.
+        champion: Since when, by whom, why; until when, by whom, why.
+        missing: What could not be traced, and why.
+    """
+
+    model: str
+    version: str
+    aliases: list[str]
+    registered: int
+    student: Weights
+    teacher: Weights
+    base: Weights
+    distillation: dict[str, str]
+    data_fingerprint: str
+    data_source: dict[str, str] = {}
+    data_objects: list[dict[str, Any]] = []
+    data: list[DataSplit] = []
+    code_version: str
+    images: list[str] = []
+    pipeline_run_id: str
+    mlflow_run_id: str
+    state: str = ""
+    steps: list[Step] = []
+    figures: dict[str, float]
+    gate: str
+    champion: dict[str, str]
+    missing: list[str] = []
+
+
+def parse_model(reference: str) -> tuple[str, str, str]:
+    """Name, version and alias in `MODEL`, `MODEL/VERSION` or `MODEL@ALIAS`; empty where not given.
+
+    Raises:
+        SkdError: it is none of these.
+    """
+    name, at, alias = reference.partition("@")
+    version = ""
+    if not at:
+        head, slash, tail = reference.rpartition("/")
+        if slash:
+            name, version = head, tail
+    if not name or (at and not alias) or (version and not version.isdigit()):
+        raise SkdError(
+            "not a registered model", where=reference, hint="write MODEL, MODEL@champion or MODEL/3 (a version)"
+        )
+    return name, version, alias
+
+
+def trace(*, tracking_uri: str, reference: str) -> Lineage:
+    """The lineage of a version.
+
+    Args:
+        tracking_uri: Store of the registry and of the runs.
+        reference: `MODEL/VERSION`, `MODEL@ALIAS`, or `MODEL`: its champion, else its challenger.
+
+    Raises:
+        SkdError: there is no such version, or the store does not answer.
+    """
+    name, version, alias = parse_model(reference)
+
+    def work(client: MlflowClient) -> Lineage:
+        found = _find(client, name, version, alias)
+        lineage = _of_version(found)
+        return _with_runs(client, lineage, found.run_id)
+
+    return ask_registry(tracking_uri, name, work)
+
+
+def _find(client: MlflowClient, name: str, version: str, alias: str) -> ModelVersion:
+    wanted = [alias] if alias else [CHAMPION, CHALLENGER]
+    if not version:
+        found = next((found for each in wanted if (found := aliased(client, name, each))), None)
+        if found is None:
+            find_version(client, name, "")  # tells whether there is no such model, or which versions there are
+        else:
+            version = str(found.version)
+    return find_version(client, name, version)
+
+
+def _of_version(version: ModelVersion) -> Lineage:
+    tags = version.tags
+    own = {
+        name: value
+        for name, value in tags.items()
+        if name not in _NAMED and not name.startswith((FIGURE_PREFIX, "champion."))
+    }
+    return Lineage(
+        model=version.name,
+        version=str(version.version),
+        aliases=list(version.aliases),
+        registered=version.creation_timestamp,
+        student=Weights(reference=tags.get(URI_TAG, version.source), sha256=tags.get(DIGEST_TAG, "")),
+        teacher=Weights(reference=tags.get("teacher", ""), sha256=tags.get("teacher_weights_sha256", "")),
+        base=Weights(reference=tags.get("base_student", ""), sha256=tags.get("initial_weights_sha256", "")),
+        distillation=own,
+        data_fingerprint=tags.get(FINGERPRINT_TAG, ""),
+        code_version=tags.get("code_version", ""),
+        pipeline_run_id=tags.get(VERSION_PIPELINE_RUN_TAG, ""),
+        mlflow_run_id=version.run_id or "",
+        figures={
+            name.removeprefix(FIGURE_PREFIX): float(value)
+            for name, value in tags.items()
+            if name.startswith(FIGURE_PREFIX)
+        },
+        gate=tags.get(GATE_TAG, ""),
+        champion={
+            name.removeprefix("champion."): value for name, value in tags.items() if name.startswith("champion.")
+        },
+    )
+
+
+def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Lineage:
+    """With what the pipeline run and its steps tell."""
+    if not run_id:
+        return lineage.model_copy(update={"missing": ["the version names no MLflow run"]})
+    parent = _run(client, run_id)
+    if parent is None:
+        return lineage.model_copy(update={"missing": [f"the MLflow run {run_id} was deleted for good"]})
+    children = children_of(client, parent)
+    steps = [_step(run) for run in children]
+    prepared = next((run for run in children if run.data.tags.get(TASK_TAG) == "prepare_data"), None)
+    missing = [] if prepared else ["no step `prepare_data` in this run: the data was prepared elsewhere"]
+    update: dict[str, Any] = {
+        "pipeline_run_id": lineage.pipeline_run_id or parent.data.tags.get(PIPELINE_RUN_TAG, ""),
+        "state": parent.data.tags.get("skd.final_state", ""),
+        "steps": steps,
+        "images": sorted({step.image for step in steps if step.image}),
+    }
+    if prepared:
+        prefix = f"{PARAM_PREFIX}data.source."
+        source = {
+            name.removeprefix(prefix): value
+            for name, value in prepared.data.params.items()
+            if name.startswith(prefix) and value not in ("null", "[]", "{}")
+        }
+        objects = _manifest(client, prepared).get("source", [])
+        if not objects:
+            missing.append("the manifest of the prepared data, which tells the objects' checksums")
+        update |= {"data": _splits(prepared), "data_source": source, "data_objects": objects}
+    return lineage.model_copy(update={**update, "missing": missing})
+
+
+def _run(client: MlflowClient, run_id: str) -> Run | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _step(run: Run) -> Step:
+    tags = run.data.tags
+    return Step(
+        name=tags.get(TASK_TAG, run.info.run_name or ""),
+        run_id=run.info.run_id,
+        status=run.info.status,
+        code_version=tags.get("code_version") or f"skd-lib {tags['skd.version']}" if "skd.version" in tags else "",
+        image=tags.get(IMAGE_TAG, ""),
+    )
+
+
+def _splits(run: Run) -> list[DataSplit]:
+    splits = []
+    for used in run.inputs.dataset_inputs if run.inputs else []:
+        profile = json.loads(used.dataset.profile or "{}")
+        context = {tag.key: tag.value for tag in used.tags}.get("mlflow.data.context", "")
+        splits.append(
+            DataSplit(
+                name=used.dataset.name,
+                use=context,
+                rows=profile.get("num_rows"),
+                sha256=profile.get("sha256", used.dataset.digest),
+                source=json.loads(used.dataset.source).get("uri", ""),
+            )
+        )
+    return splits
+
+
+def _manifest(client: MlflowClient, run: Run) -> dict[str, Any]:
+    """What `prepare_data` wrote about the data; empty if the run has no such file."""
+    from skd_lib.data.manifest import NAME
+
+    if all(artifact.path != NAME for artifact in client.list_artifacts(run.info.run_id)):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = client.download_artifacts(run.info.run_id, NAME, folder)
+        manifest: dict[str, Any] = json.loads(Path(path).read_bytes())
+    return manifest

@@ -1,0 +1,217 @@
+"""The way from a step to the tracking store, which may be down: what it does not take waits on disk, in order."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from skd_lib.errors import SkdError
+from skd_lib.tracking.buffer import Buffer, read_entries, read_place
+from skd_lib.tracking.client import brief, connect, unanswered
+from skd_lib.tracking.entries import Entry, PipelineClosing, Target
+from skd_lib.tracking.locate import ATTEMPT_TAG, Place, locate
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+RETRY_SECONDS = 60.0
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+
+
+class Sender:
+    """Sends entries to the runs they belong to.
+
+    Args:
+        place: Where they belong.
+        running: Whether the step is running: then its runs are marked so, and this attempt is the latest.
+    """
+
+    def __init__(self, place: Place, *, running: bool) -> None:
+        self.place, self._running = place, running
+        self.client: MlflowClient = connect(place.tracking_uri)
+        self.targets: dict[str, Target] = {}
+        self.refused = 0
+
+    def open(self) -> None:
+        """Find or make the runs."""
+        if not self.targets:
+            runs = locate(self.client, self.place, reopen=self._running)
+            latest = int(runs["step"].data.tags.get(ATTEMPT_TAG, 0))
+            superseded = not self._running and latest > self.place.started
+            self.targets = {which: Target(run, superseded=superseded) for which, run in runs.items()}
+
+    def send(self, entry: Entry) -> None:
+        """Send one entry; one that the store refuses for what it says is left out, with a warning."""
+        from mlflow.exceptions import MlflowException
+
+        if isinstance(entry, PipelineClosing):
+            entry.close(self.client, self.place)
+            return
+        self.open()
+        try:
+            entry.send(self.client, self.targets[entry.which])
+        except MlflowException as error:
+            if error.error_code not in _REFUSALS:
+                raise
+            self.refused += 1
+            log.warning("MLflow at %s refused a request, which is left out: %s", self.place.tracking_uri, brief(error))
+
+
+class Link:
+    """A step's connection to the store.
+
+    While the store does not answer, entries are kept in a `Buffer`; it is asked again every `RETRY_SECONDS`, and what
+    waits is sent first. An entry whose answer got lost is sent twice, which changes nothing.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.uri = place.tracking_uri
+        self._place = place
+        self._sender: Sender | None = None
+        self._buffer = Buffer(place)
+        self._silent_until = -math.inf
+        self._lost = 0
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """The runs `step` and `parent`; empty until the store has answered."""
+        return {which: target.run for which, target in self._sender.targets.items()} if self._sender else {}
+
+    def open(self) -> None:
+        """Find or make the runs now rather than with the first entry.
+
+        Raises:
+            SkdError: the tracking URI can never work, or the experiment was deleted.
+        """
+        if not self.uri:
+            return
+        try:
+            self._sender = Sender(self._place, running=True)
+            self._sender.open()
+        except unanswered() as error:
+            self._note(error)
+
+    def log(self, entry: Entry) -> None:
+        """Send an entry after those that wait, or keep it."""
+        if self.uri and not self._reach(lambda sender: self._catch_up(sender, entry)):
+            self._keep(entry)
+
+    def ask(self, question: Callable[[MlflowClient], T], otherwise: T) -> T:
+        """What the store says, with all that waits sent before; `otherwise` while it does not answer."""
+        answers: list[T] = []
+
+        def put(sender: Sender) -> None:
+            sender.open()
+            self._catch_up(sender)
+            answers.append(question(sender.client))
+
+        return answers[0] if self.uri and self._reach(put) else otherwise
+
+    def close(self, last: Entry) -> None:
+        """Send the last entry, though the store was silent just now, or leave all that waits for `replay`."""
+        if self.uri and not self._reach(lambda sender: self._catch_up(sender, last), insist=True):
+            self._keep(last)
+            self._leave()
+        if self._lost:
+            log.warning("%d entries of step %s for MLflow could not be kept", self._lost, self._place.step)
+
+    def put_off(self, entry: Entry, error: Exception) -> None:
+        """Leave an entry that the store has just not taken for `replay`."""
+        self._note(error)
+        self._keep(entry)
+        self._leave()
+
+    def _reach(self, action: Callable[[Sender], None], *, insist: bool = False) -> bool:
+        if time.monotonic() < self._silent_until and not insist:
+            return False
+        try:
+            self._sender = self._sender or Sender(self._place, running=True)
+            action(self._sender)
+        except _trouble() as error:  # a step that has begun does not end for its records
+            self._note(error)
+            return False
+        if self._silent_until > 0:
+            log.info("MLflow at %s answers again", self.uri)
+            self._silent_until = -math.inf
+        return True
+
+    def _catch_up(self, sender: Sender, *more: Entry) -> None:
+        for entry in self._buffer.take():
+            sender.send(entry)
+        for entry in more:
+            sender.send(entry)
+
+    def _keep(self, entry: Entry) -> None:
+        try:
+            self._buffer.append(entry)
+        except OSError as error:
+            if not self._lost:
+                log.warning("what MLflow does not take cannot be kept either, and is lost: %s", error)
+            self._lost += 1
+
+    def _note(self, error: Exception) -> None:
+        if self._silent_until < 0:
+            log.warning(
+                "MLflow at %s does not answer; the step goes on, and what it logs waits on disk: %s",
+                self.uri,
+                brief(error),
+            )
+        self._silent_until = time.monotonic() + RETRY_SECONDS
+
+    def _leave(self) -> None:
+        if not self._buffer.waiting:
+            return
+        try:
+            place = self._buffer.leave()
+        except SkdError as error:
+            log.warning("%s", error.brief)
+            place = error.where
+        log.warning(
+            "MLflow at %s did not answer to the end of step %s; %d entries are kept: once it answers, run "
+            "`skd track replay %s`",
+            self.uri,
+            self._place.step,
+            self._buffer.waiting,
+            place,
+        )
+
+
+def _trouble() -> tuple[type[Exception], ...]:
+    return (SkdError, *unanswered())
+
+
+def replay(path: Path, tracking_uri: str | None = None) -> tuple[int, int]:
+    """Send what a step left behind, in order; all of it may be sent again if this is interrupted.
+
+    Args:
+        path: The file.
+        tracking_uri: The store, if it has another address by now or needs credentials in it.
+
+    Returns:
+        How many entries were sent, and how many of them the store refused.
+
+    Raises:
+        SkdError: the file cannot be read, or the store does not answer.
+    """
+    place = read_place(path)
+    place = place.model_copy(update={"tracking_uri": tracking_uri}) if tracking_uri else place
+    sent = 0
+    try:
+        sender = Sender(place, running=False)
+        for entry in read_entries(path):
+            sender.send(entry)
+            sent += 1
+    except unanswered() as error:
+        raise SkdError(
+            f"MLflow stopped answering after {sent} entries: {brief(error)}",
+            where=f"tracking URI `{place.tracking_uri}`",
+            hint=f"the file is as it was: run `skd track replay {path}` again once it answers",
+        ) from error
+    return sent, sender.refused

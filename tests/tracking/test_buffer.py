@@ -1,0 +1,255 @@
+"""What a store does not take waits on disk: in order, once, whatever gets lost on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from skd_lib import storage
+from skd_lib.cli import app
+from skd_lib.errors import SkdError
+from skd_lib.tracking import link
+from skd_lib.tracking.buffer import Buffer, read_place
+from skd_lib.tracking.entries import Artifact, Metrics, Tags
+from skd_lib.tracking.link import replay
+from skd_lib.tracking.locate import Place
+from skd_lib.tracking.runs import step_run
+
+from .conftest import EXPERIMENT, Runs
+
+CALLS = ("log_batch", "log_artifact", "set_terminated", "create_run", "set_tag")
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """Where files are left; named to the steps by the fixture of all tests here."""
+    return tmp_path / "left"
+
+
+@pytest.fixture
+def break_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], str]], None]:
+    """Make calls of MLflow's client fail: `before` they do anything, `after`, or not (empty)."""
+    calls: dict[str, Any] = {name: getattr(MlflowClient, name) for name in CALLS}
+
+    def install(failure: Callable[[], str]) -> None:
+        def broken(call: Any) -> Any:
+            def perform(*args: Any, **kwargs: Any) -> Any:
+                moment = failure()
+                if moment == "before":
+                    raise ConnectionError("no route to host")
+                answer = call(*args, **kwargs)
+                if moment == "after":
+                    raise ConnectionError("connection reset by peer")
+                return answer
+
+            return perform
+
+        for name, call in calls.items():
+            monkeypatch.setattr(MlflowClient, name, broken(call))
+
+    return install
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_entry_arrives_once_through_any_failures(
+    seed: int,
+    store: str,
+    client: MlflowClient,
+    children: Runs,
+    parents: Runs,
+    left: Path,
+    break_store: Callable[[Callable[[], str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "RETRY_SECONDS", 0.0)
+    chance = random.Random(seed)
+    break_store(lambda: chance.choice(["before", "after", "", ""]))
+    with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT, params={"lr": 1}) as run:
+        for step in range(30):
+            run.log_metrics({"loss": float(step), "rate": math.nan if step == 3 else 0.5}, step=step)
+            run.parent.set_tags({"latest": step})
+        run.log_text("x", "a.txt")
+        break_store(lambda: "")
+    (child,) = children()
+    (parent,) = parents()
+    for key in ("loss", "rate"):
+        assert [point.step for point in client.get_metric_history(child.info.run_id, key)] == list(range(30))
+    assert math.isnan(client.get_metric_history(child.info.run_id, "rate")[3].value)
+    assert parent.data.tags["latest"] == "29"
+    assert child.info.status == "FINISHED"
+    assert not list(left.iterdir())
+
+
+def _leave(store: str, break_store: Callable[[Callable[[], str]], None], steps: range, *, fails: bool = False) -> None:
+    """An attempt at a step whose records the store does not take."""
+    break_store(lambda: "before")
+    try:
+        with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as run:
+            for step in steps:
+                run.log_metrics({"loss": float(step)}, step=step)
+            if fails:
+                raise RuntimeError("pre-empted")
+    except RuntimeError:
+        pass
+    break_store(lambda: "")
+
+
+def test_a_later_attempt_has_the_last_word(
+    store: str,
+    client: MlflowClient,
+    children: Runs,
+    left: Path,
+    break_store: Callable[[Callable[[], str]], None],
+) -> None:
+    _leave(store, break_store, range(10), fails=True)
+    (file,) = left.iterdir()
+    with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as run:
+        for step in range(6, 15):  # from the checkpoint of step 5
+            run.log_metrics({"loss": float(step)}, step=step)
+    result = CliRunner().invoke(app, ["track", "replay", str(file)])
+    assert "12 entries sent" in result.output, result.output
+    (child,) = children()
+    assert child.info.status == "FINISHED"
+    assert "skd.error" not in child.data.tags
+    history = client.get_metric_history(child.info.run_id, "loss")
+    assert sorted(point.step for point in history) == list(range(15))
+
+
+def test_a_replay_that_is_interrupted_can_be_repeated(
+    store: str,
+    client: MlflowClient,
+    children: Runs,
+    left: Path,
+    break_store: Callable[[Callable[[], str]], None],
+) -> None:
+    _leave(store, break_store, range(10))
+    (file,) = left.iterdir()
+    moments = iter(["", "", "", "", "after"])
+    break_store(lambda: next(moments, "before"))
+    with pytest.raises(SkdError, match="stopped answering after") as caught:
+        replay(file)
+    assert f"skd track replay {file}" in caught.value.hint
+    break_store(lambda: "")
+    assert replay(file) == replay(file) == (11, 0)
+    (child,) = children()
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "loss")] == list(range(10))
+    assert child.info.status == "FINISHED"
+
+
+def test_a_step_that_was_killed_leaves_what_it_had(
+    store: str, client: MlflowClient, children: Runs, left: Path, break_store: Callable[[Callable[[], str]], None]
+) -> None:
+    _leave(store, break_store, range(3))
+    (file,) = left.iterdir()
+    file.write_bytes(file.read_bytes()[:-30])  # in the middle of the last line
+    assert replay(file) == (3, 0)
+    (child,) = children()
+    assert child.info.status == "RUNNING"
+    assert len(client.get_metric_history(child.info.run_id, "loss")) == 3
+
+
+def test_one_refused_entry_does_not_stop_the_others(
+    store: str, children: Runs, left: Path, break_store: Callable[[Callable[[], str]], None]
+) -> None:
+    break_store(lambda: "before")
+    with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT) as run:
+        run.log_metrics({"no\nsuch key": 1.0})
+        run.log_metrics({"fine": 2.0})
+    break_store(lambda: "")
+    (file,) = left.iterdir()
+    result = CliRunner().invoke(app, ["track", "replay", str(file)])
+    assert "3 entries sent, 1 of them refused" in result.output
+    (child,) = children()
+    assert child.data.metrics == {"fine": 2.0}
+
+
+def test_the_file_may_go_to_object_storage(
+    store: str,
+    children: Runs,
+    break_store: Callable[[Callable[[], str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SKD_TRACKING_BUFFER", "memory://bucket/left")
+    _leave(store, break_store, range(3))
+    (found,) = storage.list_objects("memory://bucket/left")
+    assert f"`skd track replay {found.uri}`" in caplog.text
+    result = CliRunner().invoke(app, ["track", "replay", found.uri])
+    assert result.exit_code == 0, result.output
+    assert not storage.exists(found.uri)
+    assert [child.data.metrics for child in children()] == [{"loss": 2.0}]
+
+
+def _place(uri: str) -> Place:
+    return Place(
+        tracking_uri=uri,
+        experiment="e",
+        pipeline_run_id="it's/a run",
+        step="s",
+        run_name=None,
+        mlflow_run_id="",
+        started=1,
+    )
+
+
+def test_the_file_is_private_and_holds_no_credentials(left: Path) -> None:
+    buffer = Buffer(_place("https://user:secret@mlflow.example:5000/x"))
+    buffer.append(Tags(values={"a": "b"}))
+    (file,) = left.iterdir()
+    assert file.stat().st_mode & 0o077 == 0
+    assert "secret" not in file.read_text(encoding="utf-8")
+    assert read_place(file).tracking_uri == "https://mlflow.example:5000/x"
+
+
+def test_memory_does_not_grow_with_what_waits(left: Path) -> None:
+    buffer = Buffer(_place("http://mlflow"))
+    tracemalloc.start()
+    for number in range(100):
+        buffer.append(Artifact.of(bytes(100_000), f"{number}.bin", None, "step"))
+    assert sum(1 for _ in buffer.take()) == 100
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000
+    assert not list(left.iterdir())
+    buffer.append(Metrics(values={"x": 1.0}, step=None))  # a second outage begins a new file
+    assert [entry.kind for entry in buffer.take()] == ["metrics"]
+
+
+def test_a_disk_that_takes_nothing_does_not_end_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SKD_TRACKING_BUFFER", str(tmp_path / "file"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with step_run(step="s", tracking_uri="http://127.0.0.1:9", experiment=EXPERIMENT) as run:
+        run.log_metrics({"x": 1.0})
+    assert "cannot be kept either, and is lost" in caplog.text
+    assert "2 entries of step s for MLflow could not be kept" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n", '{"kind": "tags"}\n'])
+def test_other_files_are_refused(content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "file.jsonl"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(SkdError, match="cannot read what was kept for MLflow") as caught:
+        replay(file)
+    assert caught.value.where == f"{file}:1"
+
+
+def test_a_line_that_is_no_entry_is_named(store: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.jsonl"
+    lines = [_place(store).model_dump_json(), json.dumps({"kind": "other"})]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(SkdError) as caught:
+        replay(file)
+    assert caught.value.where == f"{file}:2"

@@ -1,0 +1,124 @@
+"""From a registered version back to what made it, as the pipeline's own steps record it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from skd_lib.cli import app
+from skd_lib.errors import SkdError
+from skd_lib.steps import finish, prepare_data, register_model
+from skd_lib.tracking.lineage import parse_model, trace
+from skd_lib.tracking.runs import step_run
+
+from .conftest import EXPERIMENT
+from .test_steps import executor_input, run, scores
+
+IMAGE = "ghcr.io/example/skd-train@sha256:" + "a" * 64
+
+
+@pytest.fixture
+def registered(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data file of a run whose student was registered by the real steps."""
+    monkeypatch.setenv("SKD_IMAGE", IMAGE)
+    monkeypatch.setenv("SKD_CODE_VERSION", "git 1234567")
+    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
+    data = tmp_path / "rows.jsonl"
+    rows = [{"source": f"question {hashlib.md5(bytes([i])).hexdigest()}", "target": f"answer {i}"} for i in range(40)]  # noqa: S324
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = {
+        "source": {"type": "files", "train": [str(data)]},
+        "teacher_examples": 10,
+        "student_examples": 10,
+        "validation_examples": 5,
+        "test_examples": 5,
+    }
+    run(prepare_data, "--data-config", json.dumps(config), "--data-out", str(tmp_path / "data"), *tracking)
+    with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as distill:
+        distill.set_tags({"code_version": "git 1234567"})
+    (tmp_path / "student").mkdir()
+    metadata = {
+        "weights_sha256": "c" * 64,
+        "teacher": "org/teacher@main",
+        "teacher_weights_sha256": "d" * 64,
+        "base_student": "org/student",
+        "initial_weights_sha256": "e" * 64,
+        "method": "skd",
+        "top_k": 25.0,
+        "data_fingerprint": "f" * 64,
+    }
+    io = executor_input(tmp_path, metadata)
+    student = ("--student", str(tmp_path / "student"), "--scores", scores(30.0), "--reason", "first [champion]")
+    run(register_model, *student, "--promote", "true", "--executor-input", io, *tracking)
+    run(finish, "--status", '{"state": "SUCCEEDED"}', "--executor-input", executor_input(tmp_path), *tracking)
+    return data
+
+
+def test_everything_is_traced(registered: Path, store: str, client: MlflowClient) -> None:
+    for reference in ("skd-student", "skd-student@champion", "skd-student@challenger", "skd-student/1"):
+        found = trace(tracking_uri=store, reference=reference)
+        assert (found.model, found.version) == ("skd-student", "1")
+    assert sorted(found.aliases) == ["challenger", "champion"]
+    assert (found.student.reference, found.student.sha256) == ("gs://bucket/student", "c" * 64)
+    assert (found.teacher.reference, found.teacher.sha256) == ("org/teacher@main", "d" * 64)
+    assert (found.base.reference, found.base.sha256) == ("org/student", "e" * 64)
+    assert found.distillation == {"method": "skd", "top_k": "25"}
+    assert found.data_fingerprint == "f" * 64
+    (read,) = found.data_objects
+    assert read["checksum"] == f"sha256:{hashlib.sha256(registered.read_bytes()).hexdigest()}"
+    assert read["size"] == registered.stat().st_size
+    assert str(registered) in found.data_source["train"]
+    splits = {split.name: split for split in found.data}
+    assert (splits["train_student"].rows, splits["train_student"].use) == (10, "train")
+    assert all(len(split.sha256) == 64 for split in found.data)
+    assert found.code_version == "git 1234567"
+    assert found.images == [IMAGE]
+    assert (found.pipeline_run_id, found.state) == ("run-1", "SUCCEEDED")
+    assert [step.name for step in found.steps] == ["prepare_data", "distill", "register_model"]
+    assert {step.name: step.code_version for step in found.steps}["distill"] == "git 1234567"
+    assert {step.status for step in found.steps} == {"FINISHED"}
+    assert found.figures["chrf"] == 30.0
+    assert (found.gate, found.champion["by"]) == ("first [champion]", "the pipeline's gate")
+    assert found.missing == []
+
+
+def test_as_a_tree_and_as_json(registered: Path, store: str) -> None:
+    tree = CliRunner().invoke(app, ["lineage", "skd-student", "--tracking-uri", store])
+    assert tree.exit_code == 0, tree.output
+    for text in ("org/teacher@main", "d" * 64, IMAGE, str(registered), "git 1234567", "first [champion]", "run-1"):
+        assert text in tree.output
+    printed = CliRunner().invoke(app, ["lineage", "skd-student", "--json", "--tracking-uri", store])
+    assert json.loads(printed.output) == trace(tracking_uri=store, reference="skd-student").model_dump(mode="json")
+
+
+def test_what_cannot_be_traced_is_told(store: str, client: MlflowClient) -> None:
+    client.create_registered_model("bare")
+    client.create_model_version("bare", "gs://bucket/x", run_id=None)
+    found = trace(tracking_uri=store, reference="bare/1")
+    assert found.missing == ["the version names no MLflow run"]
+    with pytest.raises(SkdError, match="no version") as caught:
+        trace(tracking_uri=store, reference="bare")  # neither alias
+    assert caught.value.hint == "its versions are: 1"
+    with pytest.raises(SkdError, match="no such registered model"):
+        trace(tracking_uri=store, reference="nobody@champion")
+    tree = CliRunner().invoke(app, ["lineage", "bare/1", "--tracking-uri", store])
+    assert "not traced the version names no MLflow run" in tree.output
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [("a/b/3", ("a/b", "3", "")), ("a@champion", ("a", "", "champion")), ("a", ("a", "", ""))],
+)
+def test_references(reference: str, parts: tuple[str, str, str]) -> None:
+    assert parse_model(reference) == parts
+
+
+@pytest.mark.parametrize("reference", ["", "@champion", "a@", "a/b"])
+def test_what_is_no_reference(reference: str) -> None:
+    with pytest.raises(SkdError, match="not a registered model"):
+        parse_model(reference)
