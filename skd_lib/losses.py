@@ -1,28 +1,28 @@
 """The losses of a batch, computed on the head's side without ever holding all the logits.
 
-From the final hidden states at response positions, in chunks whose logits are thrown away and computed again in the
-backward pass: memory does not grow with sequence length times vocabulary. Reductions are in fp32; a head that scales or
-caps its logits does so here too (`skd_lib.models.heads`).
+From the final hidden states at response positions, in chunks: the gradient of a chunk is taken as soon as its loss is
+known, and its logits are thrown away. So memory does not grow with sequence length times vocabulary, and no logits are
+computed twice (the idea of Liger's fused losses, arXiv 2410.10989). Reductions are in fp32; a head that scales or caps
+its logits does so here too (`skd_lib.models.heads`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from skd_lib.divergences import Divergence
+from skd_lib.memory import loss_chunk
 from skd_lib.models.heads import lm_logits, vocabulary_size
 from skd_lib.teacher_signals import Comparison, DenseSignal, TeacherSignal
-
-_CHUNK_ELEMENTS = 2**26
-"""Logits a chunk may hold: 256 MiB in fp32."""
 
 
 class LossSums(NamedTuple):
@@ -93,16 +93,15 @@ class DistillationLoss:
             signal: What the teacher says at the same positions.
             targets_N: The response tokens.
             by_teacher_N: Which of them the teacher wrote.
-            chunk: Positions whose logits are held at once; by default as many as fit into 256 MiB in fp32.
+            chunk: Positions whose logits are held at once; by default see `skd_lib.memory.loss_chunk`.
 
         Returns:
             Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
         """
         models = [student, signal.teacher] if isinstance(signal, DenseSignal) else [student]
-        size = chunk or _chunk_size(*models)
-        tensors = (student_states_NH, targets_N, by_teacher_N)
-        chunks = zip(*(torch.split(tensor, size) for tensor in tensors), signal.split(size), strict=True)
-        return _sum_over_chunks(lambda *inputs: self._of_chunk(student, *inputs), list(chunks))
+        size = chunk or _chunk_size(student_states_NH, *models)
+        given = zip(torch.split(targets_N, size), torch.split(by_teacher_N, size), signal.split(size), strict=True)
+        return _sum_over_chunks(self._of_chunk, student, student_states_NH, size, given)
 
     def _of_chunk(
         self,
@@ -136,26 +135,26 @@ def cross_entropy_sum(
         student: Its head makes the logits.
         student_states_NH: States that predict the N response tokens.
         targets_N: The response tokens.
-        chunk: Positions whose logits are held at once; by default as many as fit into 256 MiB in fp32.
+        chunk: Positions whose logits are held at once; by default see `skd_lib.memory.loss_chunk`.
 
     Returns:
         Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
     """
 
-    def of_chunk(student_chunk_NH: Tensor, targets_chunk_N: Tensor) -> LossSums:
+    def of_chunk(student: PreTrainedModel, student_chunk_NH: Tensor, targets_chunk_N: Tensor) -> LossSums:
         logits_NV = lm_logits(student, student_chunk_NH)
-        log_q_NV = F.log_softmax(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), dim=-1)
+        log_q_NV = F.log_softmax(_precise(logits_NV), dim=-1)
         loss = -log_q_NV.gather(-1, targets_chunk_N.unsqueeze(-1)).sum()
         return LossSums(loss, {"student": _entropy_sum(log_q_NV)})
 
-    size = chunk or _chunk_size(student)
-    return _sum_over_chunks(
-        of_chunk, list(zip(torch.split(student_states_NH, size), torch.split(targets_N, size), strict=True))
-    )
+    size = chunk or _chunk_size(student_states_NH, student)
+    given = ((targets_chunk_N,) for targets_chunk_N in torch.split(targets_N, size))
+    return _sum_over_chunks(of_chunk, student, student_states_NH, size, given)
 
 
-def _chunk_size(*models: PreTrainedModel) -> int:
-    return max(1, _CHUNK_ELEMENTS // max(vocabulary_size(model) for model in models))
+def _chunk_size(states_NH: Tensor, *models: PreTrainedModel) -> int:
+    vocabulary = max(vocabulary_size(model) for model in models)
+    return loss_chunk(states_NH.shape[-1], vocabulary, gpu=states_NH.device.type != "cpu")
 
 
 def _entropy_sum(log_probs_NE: Tensor) -> Tensor:
@@ -163,10 +162,52 @@ def _entropy_sum(log_probs_NE: Tensor) -> Tensor:
     return -(detached_NE.exp() * detached_NE).sum()
 
 
-def _sum_over_chunks(of_chunk: Callable[..., LossSums], chunks: Sequence[tuple[Any, ...]]) -> LossSums:
-    """Add up `of_chunk` over chunks of positions; with more than one, logits are recomputed in the backward pass."""
-    if len(chunks) == 1:
-        return of_chunk(*chunks[0])
-    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    entropies = {name: torch.stack([part.entropies[name] for part in parts]).sum() for name in parts[0].entropies}
-    return LossSums(torch.stack([part.loss for part in parts]).sum(), entropies)
+def _sum_over_chunks(
+    of_chunk: Callable[..., LossSums],
+    student: PreTrainedModel,
+    states_NH: Tensor,
+    size: int,
+    given: Iterable[tuple[Any, ...]],
+) -> LossSums:
+    """Add up `of_chunk(student, states, *given)` over chunks of `size` positions."""
+    weights = [weight for weight in student.get_output_embeddings().parameters() if weight.requires_grad]
+    wanted = torch.is_grad_enabled() and (states_NH.requires_grad or bool(weights))
+    loss = torch.zeros((), device=states_NH.device)
+    entropies: dict[str, Tensor] = {}
+    of_states: list[Tensor] = []
+    of_weights: list[Tensor] = []
+    for chunk_NH, inputs in zip(torch.split(states_NH.detach(), size), given, strict=True):
+        sums = of_chunk(student, chunk_NH.requires_grad_(wanted), *inputs)
+        loss = loss + sums.loss.detach()
+        entropies = {name: entropies.get(name, 0) + entropy for name, entropy in sums.entropies.items()}
+        if wanted:
+            gradient_NH, *gradients = torch.autograd.grad(sums.loss, [chunk_NH, *weights])
+            of_states.append(gradient_NH)
+            # Added up in fp32 whatever the head's dtype.
+            pairs = zip_longest(of_weights, gradients)
+            of_weights = [_precise(added) if total is None else total.add_(added) for total, added in pairs]
+    if wanted:
+        loss = _KnownGradient.apply(loss, [torch.cat(of_states), *of_weights], states_NH, *weights)  # type: ignore[no-untyped-call]
+    return LossSums(loss, entropies)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A number whose gradient by some tensors has been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        """The number."""
+        ctx.gradients, ctx.dtypes = gradients, [tensor.dtype for tensor in tensors]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """Its gradient times `factor`; in place, so that no second copy of the head's is made."""
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [gradient.mul_(factor).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return None, None, *scaled

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-_LOSS_CHUNK = 2**26
-"""Logits the loss works on at a time (`skd_lib.losses`)."""
+_LOSS_CHUNK_GPU = 2**26
+_LOSS_CHUNK_CPU = 2**22
+"""Elements of an array of logits: 256 and 16 MiB in fp32. A GPU wants long ones. On the CPU, arrays larger than 32 MiB
+come from the kernel, page by page, each time one is made; smaller ones are used again by the C library."""
 _CROSS_ENTROPY_ARRAYS = 6
 _DIVERGENCE_ARRAYS: Mapping[DivergenceName, int] = {
     "forward_kl": 7,
@@ -69,6 +71,17 @@ class ModelSize:
     def outside(self) -> int:
         """About the number of weights that are in no layer: one embedding."""
         return min(self.vocabulary * self.hidden, self.parameters)
+
+
+def loss_chunk(hidden: int, vocabulary: int, *, gpu: bool) -> int:
+    """Positions whose logits the loss holds at once.
+
+    Each chunk adds to the head's gradient, which costs as much as a pass over `hidden` rows of logits: on the CPU,
+    where chunks are short, an eighth of that is the least, so that it stays the smaller part.
+    """
+    if gpu:
+        return max(1, _LOSS_CHUNK_GPU // vocabulary)
+    return max(1, _LOSS_CHUNK_CPU // vocabulary, min(hidden // 8, _LOSS_CHUNK_GPU // vocabulary))
 
 
 @dataclass(frozen=True)
@@ -130,15 +143,15 @@ def config_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     )
 
 
-def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, element: int) -> list[Estimate]:
-    """The memory of each training step of a run; `element` is as for `estimate`."""
+def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, element: int, gpu: bool) -> list[Estimate]:
+    """The memory of each training step of a run; `element` and `gpu` are as for `estimate`."""
     found = []
     for step, used, training, size in (
         ("teacher_sft", config.teacher_sft.enabled, config.teacher_sft.training, teacher),
         ("student_init", config.student_init.mode == "sft", config.student_init.training, student),
     ):
         if used:
-            found.append(estimate(step, "sft", training, config.task, size, None, element=element))
+            found.append(estimate(step, "sft", training, config.task, size, None, element=element, gpu=gpu))
     distill = config.distill
     asked = METHODS[distill.method].needs_teacher and distill.teacher_signal.mode == "online"
     found.append(
@@ -151,6 +164,7 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
             teacher if asked else None,
             divergence=distill.divergence,
             element=element,
+            gpu=gpu,
         )
     )
     return found
@@ -166,6 +180,7 @@ def estimate(
     *,
     divergence: DivergenceName = "forward_kl",
     element: int,
+    gpu: bool,
 ) -> Estimate:
     """The memory of one training step, on one device.
 
@@ -189,6 +204,7 @@ def estimate(
         teacher: Size of the teacher, None if there is none in memory.
         divergence: The loss, for methods that minimise a divergence.
         element: Bytes of an element in the forward pass: 2 for bf16, 4 for fp32.
+        gpu: Whether it runs on one.
     """
     length = task.max_prompt_tokens + task.max_new_tokens
     tokens = (training.micro_batch_size or training.batch_size) * length
@@ -202,7 +218,7 @@ def estimate(
         "gradients": 4 * trained,
         "AdamW": 8 * trained,
         "activations": width * tokens * student.hidden * student.layers * element,
-        "loss": arrays * 4 * min(tokens * student.vocabulary, _LOSS_CHUNK),
+        "loss": arrays * 4 * min(tokens, loss_chunk(student.hidden, student.vocabulary, gpu=gpu)) * student.vocabulary,
     }
     if teacher is None:
         return Estimate(step, parts)

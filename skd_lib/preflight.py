@@ -510,7 +510,8 @@ def _precision(checks: _Checks, precision: TeacherPrecision) -> None:
 def _memory(checks: _Checks, config: RunConfig, teacher: ModelSize, student: ModelSize, gpu: bool) -> None:
     from skd_lib.memory import GIB, available_memory, estimates
 
-    largest = max(estimates(config, teacher, student, element=2 if gpu else 4), key=lambda estimate: estimate.total)
+    found = estimates(config, teacher, student, element=2 if gpu else 4, gpu=gpu)
+    largest = max(found, key=lambda estimate: estimate.total)
     if not gpu and os.environ.get("KUBERNETES_SERVICE_HOST"):
         # Here it says nothing about the nodes that the training steps will get.
         checks.add("memory", "ok", f"estimate for {largest}")

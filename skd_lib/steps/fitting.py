@@ -178,6 +178,7 @@ class Fit:
             None if teacher is None else config_size(teacher.config),
             divergence="forward_kl" if self.distill is None else self.distill.divergence,
             element=compute_dtype(student.device).itemsize,
+            gpu=student.device.type != "cpu",
         )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from skd_lib.comet.environment import comet_python, make_environment, read_constraints
+from skd_lib.comet.environment import COMET, comet_python
+from skd_lib.environments import make_environment, read_constraints
 from skd_lib.errors import SkdError
 
 CONSTRAINTS = "unbabel-comet==0.0.1\n"
@@ -35,12 +36,12 @@ def test_an_environment_is_made_once_and_works(
     wheels: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SKD_EVENTS", "1")
-    python = make_environment(CONSTRAINTS, tmp_path / "cache")
+    python = make_environment(COMET, CONSTRAINTS, tmp_path / "cache")
     said = subprocess.run([python, "-I", "-c", "import comet, sys; print(comet.SAYS, sys.prefix)"], capture_output=True)
     assert said.stdout.decode().split() == ["small", str(python.parents[1])]
     first = capfd.readouterr().out
     assert '"what": "installing unbabel-comet==0.0.1", "done": 1, "total": 1' in first
-    assert make_environment(CONSTRAINTS, tmp_path / "cache") == python
+    assert make_environment(COMET, CONSTRAINTS, tmp_path / "cache") == python
     assert capfd.readouterr().out == ""
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [python.parents[1].name]
 
@@ -48,7 +49,7 @@ def test_an_environment_is_made_once_and_works(
 def test_what_pip_could_not_do_is_said_and_leaves_nothing_behind(wheels: Path, tmp_path: Path) -> None:
     next(wheels.iterdir()).unlink()
     with pytest.raises(SkdError, match=r"pip could not install COMET[\s\S]*No matching distribution[\s\S]*hint: check"):
-        make_environment(CONSTRAINTS, tmp_path / "cache")
+        make_environment(COMET, CONSTRAINTS, tmp_path / "cache")
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
 
 
@@ -65,7 +66,7 @@ def test_too_new_a_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pins_are_those_comet_needs() -> None:
-    pins = dict(line.split("==") for line in read_constraints().splitlines() if "==" in line)
+    pins = dict(line.split("==") for line in read_constraints(COMET).splitlines() if "==" in line)
     assert pins["unbabel-comet"] == "2.2.7"
     for name, limit in {"transformers": 5, "numpy": 2, "protobuf": 5}.items():
         assert int(pins[name].split(".")[0]) < limit, name
