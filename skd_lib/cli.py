@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
+from pipelines.submitting.cli import submit
+from pipelines.triggering.cli import trigger
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
 from skd_lib.errors import SkdError
@@ -255,6 +257,8 @@ def schema() -> None:
 
 
 app.command()(specdec)
+app.command()(submit)
+app.command()(trigger)
 
 
 def _say(console: Console, text: str) -> None:

@@ -34,12 +34,14 @@ class StoredObject:
         size: Bytes.
         generation: The object's generation in Google Cloud Storage; empty for local files.
         checksum: `sha256:HEX` of a local file, `crc32c:BASE64` of an object.
+        modified: When it was last written, in seconds since 1970.
     """
 
     uri: str
     size: int
     generation: str
     checksum: str
+    modified: float
 
 
 def is_remote(uri: str) -> bool:
@@ -174,17 +176,14 @@ def list_objects(uri: str) -> list[StoredObject]:
             raise _missing(uri)
         files = [path] if path.is_file() else sorted(_files(path))
         with _local_errors(uri, "read"):
-            return [StoredObject(str(file), file.stat().st_size, "", f"sha256:{sha256(file)}") for file in files]
+            return [_stored_file(file) for file in files]
     bucket, name = _split(uri)
     with _cloud_errors(uri):
         blob = _client().bucket(bucket).get_blob(name) if name else None
         blobs = [blob] if blob is not None else sorted(_blobs(bucket, name), key=lambda blob: str(blob.name))
         if not blobs:
             raise _missing(uri)
-        return [
-            StoredObject(f"{GCS}{bucket}/{blob.name}", int(blob.size), str(blob.generation), f"crc32c:{blob.crc32c}")
-            for blob in blobs
-        ]
+        return [_stored_blob(bucket, blob) for blob in blobs]
 
 
 def file_sizes(uri: str) -> dict[str, int]:
@@ -200,6 +199,43 @@ def file_sizes(uri: str) -> dict[str, int]:
     bucket, name = _split(uri)
     with _cloud_errors(uri):
         return {str(_relative(blob.name, name)): int(blob.size) for blob in _blobs(bucket, name)}
+
+
+def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | None:
+    """Write the object at `uri` only if it is still in the generation `replacing`; "0": only if there is none.
+
+    Of several who do this at a time one succeeds. Where its answer gets lost and the request is repeated, the writer
+    itself may be told that it lost: `content` has to tell.
+
+    Returns:
+        The new generation; None if the object is in another one.
+
+    Raises:
+        SkdError: it cannot be written.
+    """
+    from google.api_core.exceptions import PreconditionFailed
+
+    bucket, name = _split(uri)
+    with _cloud_errors(uri):
+        blob = _client().bucket(bucket).blob(name)
+        try:
+            blob.upload_from_string(content, if_generation_match=int(replacing))
+        except PreconditionFailed:
+            return None
+        return str(blob.generation)
+
+
+def delete_object(uri: str, generation: str) -> None:
+    """Delete the object at `uri` if it is still in this generation; nothing happens where it is not.
+
+    Raises:
+        SkdError: it cannot be deleted.
+    """
+    from google.api_core.exceptions import NotFound, PreconditionFailed
+
+    bucket, name = _split(uri)
+    with _cloud_errors(uri), suppress(NotFound, PreconditionFailed):
+        _client().bucket(bucket).blob(name).delete(if_generation_match=int(generation))
 
 
 def delete(uri: str) -> None:
@@ -327,6 +363,16 @@ def _swap_in(new: Path, path: Path, old: Path) -> None:
             _remove(old)
         else:
             return
+
+
+def _stored_file(file: Path) -> StoredObject:
+    status = file.stat()
+    return StoredObject(str(file), status.st_size, "", f"sha256:{sha256(file)}", status.st_mtime)
+
+
+def _stored_blob(bucket: str, blob: Any) -> StoredObject:
+    uri, checksum = f"{GCS}{bucket}/{blob.name}", f"crc32c:{blob.crc32c}"
+    return StoredObject(uri, int(blob.size), str(blob.generation), checksum, blob.updated.timestamp())
 
 
 def _copy_local(source: Path, to: Path) -> None:
