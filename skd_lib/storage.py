@@ -25,6 +25,10 @@ from skd_lib.errors import SkdError
 GCS = "gs://"
 
 
+class Missing(SkdError):
+    """There is no such file, object, folder or bucket."""
+
+
 @dataclass(frozen=True)
 class StoredObject:
     """One file or object, and what tells its content from any other's.
@@ -436,8 +440,8 @@ def _relative(name: str, folder: str) -> PurePosixPath:
     return relative
 
 
-def _missing(uri: str) -> SkdError:
-    return SkdError("no such file or folder", where=uri, hint="check the path")
+def _missing(uri: str) -> Missing:
+    return Missing("no such file or folder", where=uri, hint="check the path")
 
 
 @contextmanager
@@ -463,7 +467,7 @@ def _cloud_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except api.NotFound as error:
-        raise SkdError("no such bucket or object", where=uri, hint="check the URI") from error
+        raise Missing("no such bucket or object", where=uri, hint="check the URI") from error
     except (api.Forbidden, api.Unauthorized) as error:
         hint = "grant this account roles/storage.objectUser on the bucket"
         raise SkdError(f"access denied: {error.message}", where=uri, hint=hint) from error

@@ -95,13 +95,9 @@ def _take(uri: str, token: bytes, valid: float) -> str | None:
     generation = storage.create_object(uri, token)
     if generation is not None:
         return generation
-    if not storage.exists(uri):
-        return None
     try:
         held, content = storage.list_objects(uri)[0], storage.read_bytes(uri)
-    except SkdError:
-        if storage.exists(uri):
-            raise
+    except storage.Missing:
         return None  # released in between
     if content == token:  # ours: the answer to the first request was lost, and it was repeated
         return held.generation

@@ -162,9 +162,11 @@ def make_server(
             """One line a request, without its headers."""
             logger.debug(format, *args)
 
-    server = ThreadingHTTPServer(("", port), Handler)
-    server.daemon_threads = False  # stopping waits for requests that are being answered
-    return server
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False  # stopping waits for requests that are being answered
+        request_queue_size = 128  # Pub/Sub opens many connections at once
+
+    return Server(("", port), Handler)
 
 
 def serve(server: ThreadingHTTPServer) -> None:

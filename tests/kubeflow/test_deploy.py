@@ -1,4 +1,4 @@
-"""The manifests and workflows: checked strictly, by Kubernetes' own models, and by the rules that they claim to keep."""
+"""The manifests and workflows: checked by Kubernetes' own models, and by the rules that they claim to keep."""
 
 from __future__ import annotations
 
