@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
+from pipelines.submitting.cli import submit
+from pipelines.triggering.cli import trigger
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
 from skd_lib.errors import SkdError
@@ -308,7 +310,7 @@ def schema() -> None:
 
 
 app.command()(specdec)
-for command in (tracking.promote, tracking.rollback, tracking.lineage):
+for command in (submit, trigger, tracking.promote, tracking.rollback, tracking.lineage):
     app.command()(command)
 
 

@@ -14,19 +14,22 @@ from typing import IO, Protocol
 
 from skd_lib.errors import SkdError
 from skd_lib.storage import fsspec_store, gcs, local
-from skd_lib.storage.errors import local_errors
+from skd_lib.storage.errors import Missing, local_errors
 from skd_lib.storage.local import atomic_directory, atomic_file, sha256, write_text_atomic
 from skd_lib.storage.objects import StoredObject
 
 __all__ = [
     "GCS",
+    "Missing",
     "StoredObject",
     "atomic_directory",
     "atomic_file",
     "check_checkpoint_root",
     "check_writable",
     "checkpoint_folder",
+    "create_object",
     "delete",
+    "delete_object",
     "download",
     "exists",
     "file_sizes",
@@ -136,6 +139,26 @@ def delete(uri: str) -> None:
     _store(uri).delete(uri)
 
 
+def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | None:
+    """Write an object of Google Cloud Storage on a condition; see `skd_lib.storage.gcs.create_object`.
+
+    Raises:
+        SkdError: it cannot be written, or is in other storage, which has no generations.
+    """
+    _needs_generations(uri)
+    return gcs.create_object(uri, content, replacing=replacing)
+
+
+def delete_object(uri: str, generation: str) -> None:
+    """Delete a generation of an object of Google Cloud Storage; see `skd_lib.storage.gcs.delete_object`.
+
+    Raises:
+        SkdError: it cannot be deleted, or is in other storage.
+    """
+    _needs_generations(uri)
+    gcs.delete_object(uri, generation)
+
+
 def check_writable(uri: str) -> None:
     """Write a small file or object under the folder `uri`, and delete it again; a missing local folder is made.
 
@@ -159,6 +182,12 @@ def check_checkpoint_root(root: str) -> None:
 def checkpoint_folder(root: str) -> Path:
     """The folder in which checkpoints are made: `root`, or one among the temporary files where that is no folder."""
     return Path(root) if root and not is_remote(root) else Path(tempfile.gettempdir()) / "skd-checkpoints"
+
+
+def _needs_generations(uri: str) -> None:
+    if _store(uri) is not gcs:
+        hint = "use a gs:// URI, or a local folder"
+        raise SkdError("this storage cannot write an object on a condition", where=uri, hint=hint)
 
 
 class _Store(Protocol):

@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from skd_lib.errors import SkdError
 
 
-def missing(uri: str) -> SkdError:
+class Missing(SkdError):
+    """There is no such file, object, folder or bucket."""
+
+
+def missing(uri: str) -> Missing:
     """There is nothing at `uri`."""
-    return SkdError("no such file or folder", where=uri, hint="check the path")
+    return Missing("no such file or folder", where=uri, hint="check the path")
 
 
 @contextmanager

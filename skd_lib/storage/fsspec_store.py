@@ -101,7 +101,13 @@ def list_objects(uri: str) -> list[StoredObject]:
             raise missing(uri)
         scheme = uri.partition("://")[0]
         return [
-            StoredObject(f"{scheme}://{name.lstrip('/')}", int(info["size"]), "", _token(store, name, info))
+            StoredObject(
+                f"{scheme}://{name.lstrip('/')}",
+                int(info["size"]),
+                "",
+                _token(store, name, info),
+                store.modified(name).timestamp(),
+            )
             for name, info in sorted(found.items())
         ]
 

@@ -17,14 +17,14 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from skd_lib.errors import SkdError
-from skd_lib.storage.errors import local_errors, missing
+from skd_lib.storage.errors import Missing, local_errors, missing
 from skd_lib.storage.local import atomic_directory, atomic_file
 from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, relative
 from skd_lib.storage.transfers import DEADLINE_VARIABLE, Meter, deadline, in_parallel
@@ -119,7 +119,13 @@ def list_objects(uri: str) -> list[StoredObject]:
         if not blobs:
             raise missing(uri)
         return [
-            StoredObject(f"{SCHEME}{bucket}/{blob.name}", int(blob.size), str(blob.generation), f"crc32c:{blob.crc32c}")
+            StoredObject(
+                f"{SCHEME}{bucket}/{blob.name}",
+                int(blob.size),
+                str(blob.generation),
+                f"crc32c:{blob.crc32c}",
+                blob.updated.timestamp(),
+            )
             for blob in blobs
         ]
 
@@ -129,6 +135,36 @@ def file_sizes(uri: str) -> dict[str, int]:
     bucket, name = _split(uri)
     with _cloud_errors(uri):
         return {str(relative(blob.name, name)): int(blob.size) for blob in _blobs(bucket, name)}
+
+
+def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | None:
+    """Write the object only if it is still in the generation `replacing`; "0": only if there is none.
+
+    Of several who do this at a time one succeeds. Where its answer gets lost and the request is repeated, the writer
+    itself may be told that it lost: `content` has to tell.
+
+    Returns:
+        The new generation; None if the object is in another one.
+    """
+    from google.api_core.exceptions import PreconditionFailed
+
+    bucket, name = _split(uri)
+    with _cloud_errors(uri):
+        blob = _bucket(bucket).blob(name)
+        try:
+            blob.upload_from_string(content, if_generation_match=int(replacing), **_patience())
+        except PreconditionFailed:
+            return None
+        return str(blob.generation)
+
+
+def delete_object(uri: str, generation: str) -> None:
+    """Delete the object if it is still in this generation; nothing happens where it is not."""
+    from google.api_core.exceptions import NotFound, PreconditionFailed
+
+    bucket, name = _split(uri)
+    with _cloud_errors(uri), suppress(NotFound, PreconditionFailed):
+        _bucket(bucket).blob(name).delete(if_generation_match=int(generation), **_patience())
 
 
 def delete(uri: str) -> None:
@@ -343,7 +379,7 @@ def _cloud_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except api.NotFound as error:
-        raise SkdError("no such bucket or object", where=uri, hint="check the URI") from error
+        raise Missing("no such bucket or object", where=uri, hint="check the URI") from error
     except (api.Forbidden, api.Unauthorized) as error:
         hint = "grant this account roles/storage.objectUser on the bucket"
         raise SkdError(f"access denied: {error.message}", where=uri, hint=hint) from error

@@ -60,7 +60,10 @@ def list_objects(uri: str) -> list[StoredObject]:
         raise missing(uri)
     found = [path] if path.is_file() else sorted(files_in(path))
     with local_errors(uri, "read"):
-        return [StoredObject(str(file), file.stat().st_size, "", f"sha256:{sha256(file)}") for file in found]
+        return [
+            StoredObject(str(file), status.st_size, "", f"sha256:{sha256(file)}", status.st_mtime)
+            for file, status in ((file, file.stat()) for file in found)
+        ]
 
 
 def file_sizes(uri: str) -> dict[str, int]:

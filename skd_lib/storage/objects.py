@@ -22,12 +22,14 @@ class StoredObject:
         generation: The object's generation in Google Cloud Storage; empty for local files and other storage.
         checksum: `sha256:HEX` of a local file, `crc32c:BASE64` of an object in Google Cloud Storage, `etag:TEXT` or
             another token of what it is in other storage.
+        modified: When it was last written, in seconds since 1970.
     """
 
     uri: str
     size: int
     generation: str
     checksum: str
+    modified: float
 
 
 def join(folder: str, name: str) -> str:

@@ -160,7 +160,7 @@ def test_stored_folder_is_fetched_anew_only_when_it_changed(
     generation, downloads = ["1"], []
 
     def objects(uri: str) -> list[StoredObject]:
-        return [StoredObject(f"{uri}/model.safetensors", 1, generation[0], "crc32c:x")]
+        return [StoredObject(f"{uri}/model.safetensors", 1, generation[0], "crc32c:x", 0.0)]
 
     real_download = storage.download
 

@@ -1,0 +1,106 @@
+"""Claims: of several processes that want to do the same thing, one does it at a time.
+
+Kubeflow Pipelines cannot create a run only if there is none, so that looking and creating are kept together by a claim:
+a lock file in a folder, which the kernel releases when its holder dies, or an object in Google Cloud Storage, which
+only one writer can create (`ifGenerationMatch=0`) and which others take over when it is `VALID_SECONDS` old.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from skd_lib import storage
+from skd_lib.errors import SkdError
+
+# Far longer than the longest answer of a server that is still waited for.
+VALID_SECONDS = 900.0
+WAIT_SECONDS = 60.0
+POLL_SECONDS = 0.2
+
+
+class Busy(SkdError):
+    """Somebody else has the claim, and keeps it."""
+
+
+@dataclass
+class Claim:
+    """A claim that is held.
+
+    Attributes:
+        expires: When others may take it over, on this process's monotonic clock.
+        kept: In object storage it is not given back but left to expire: what was begun may not be over yet.
+    """
+
+    expires: float
+    kept: bool = False
+
+
+@contextmanager
+def claim(folder: str, name: str, wait: float = WAIT_SECONDS, valid: float = VALID_SECONDS) -> Iterator[Claim]:
+    """Hold the claim `name` during the block.
+
+    Args:
+        folder: Where claims are kept, a local folder or a gs:// URI, by all who compete.
+        name: What is claimed.
+        wait: Seconds to wait for another holder.
+        valid: Seconds after which a claim in object storage is taken from a holder that died.
+
+    Raises:
+        Busy: another has it all that time.
+        SkdError: the claims cannot be read or written.
+    """
+    busy = Busy("another process is at work on it", where=name, hint="try again")
+    if not storage.is_remote(folder):
+        storage.check_writable(folder)
+        lock = FileLock(Path(folder) / f"{name}.lock", timeout=wait)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise busy from error
+        try:
+            yield Claim(math.inf)
+        finally:
+            lock.release()
+        return
+    uri, token = f"{folder.rstrip('/')}/{name}", uuid.uuid4().hex.encode()
+    end = time.monotonic() + wait
+    while True:
+        # From before the request: the claim's age counts from when it arrives, which is later.
+        start = time.monotonic()
+        generation = _take(uri, token, valid)
+        if generation is not None:
+            break
+        if time.monotonic() > end:
+            raise busy
+        time.sleep(POLL_SECONDS * (1 + random.random()))  # noqa: S311 - spreads those who wait
+    held = Claim(start + valid)
+    try:
+        yield held
+    finally:
+        if not held.kept:
+            storage.delete_object(uri, generation)
+
+
+def _take(uri: str, token: bytes, valid: float) -> str | None:
+    """The generation of our claim; None if another has it, or had it a moment ago."""
+    generation = storage.create_object(uri, token)
+    if generation is not None:
+        return generation
+    try:
+        held, content = storage.list_objects(uri)[0], storage.read_bytes(uri)
+    except storage.Missing:
+        return None  # released in between
+    if content == token:  # ours: the answer to the first request was lost, and it was repeated
+        return held.generation
+    if time.time() - held.modified > valid:
+        return storage.create_object(uri, token, replacing=held.generation)
+    return None

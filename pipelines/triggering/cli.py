@@ -1,0 +1,129 @@
+"""`skd trigger`: a run when new data has arrived, from the command line or as a service."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.submitting.cli import (
+    Audience,
+    AuthKind,
+    CheckpointRoot,
+    Experiment,
+    Host,
+    Namespace,
+    Pipeline,
+    PipelineRoot,
+    Server,
+    ServiceAccount,
+    TrackingUri,
+    UiHost,
+)
+from pipelines.submitting.credentials import Auth
+from skd_lib.errors import SkdError
+
+# Nothing heavy at the top: `skd --help` has to answer at once.
+
+
+def trigger(
+    source: Annotated[
+        str, typer.Argument(help="Where the new data is: a folder, a gs:// URI, or the config's dataset of the hub.")
+    ],
+    config: Annotated[
+        Path, typer.Option("--config", help="The run's YAML file; {source} in its data files stands for SOURCE.")
+    ],
+    host: Host = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say whether a run would start, and why; start none.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the decision as one line of JSON.")] = False,
+    claims: Annotated[
+        str,
+        typer.Option(
+            envvar="SKD_CLAIMS",
+            help="Folder or gs:// URI by which processes that are triggered at the same time agree who starts the run.",
+            show_default="none: this is the only one",
+        ),
+    ] = "",
+    marker: Annotated[
+        str, typer.Option(help="Name of the file in SOURCE that is written last, when the data is complete.")
+    ] = "_SUCCESS",
+    attempts: Annotated[
+        int, typer.Option(min=1, help="Runs on the same data that may fail before no more are started.")
+    ] = 1,
+    listen: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            help="Serve pushes of Pub/Sub on this port instead: a run for each folder under SOURCE that is completed.",
+        ),
+    ] = None,
+    push_audience: Annotated[
+        str, typer.Option(help="With --listen: audience of the tokens that pushes bring.", show_default="unchecked")
+    ] = "",
+    push_account: Annotated[
+        str, typer.Option(help="With --listen: service account that pushes.", show_default="any")
+    ] = "",
+    auth: AuthKind = Auth.AUTO,
+    audience: Audience = "",
+    namespace: Namespace = "",
+    experiment: Experiment = "skd",
+    tracking_uri: TrackingUri = "",
+    checkpoint_root: CheckpointRoot = "",
+    pipeline_root: PipelineRoot = "",
+    service_account: ServiceAccount = "",
+    pipeline: Pipeline = None,
+    ui_host: UiHost = "",
+) -> None:
+    """Run the pipeline in Kubeflow if SOURCE has data that it has not run on yet.
+
+    The run is named after a fingerprint of the data, the settings and the pipeline. There is none while the data is
+    incomplete, and none if one of that name waits, runs, has succeeded, was cancelled by a person, or has failed
+    --attempts times.
+    """
+    from pipelines.compiling import COMPILED
+    from pipelines.submitting.submit import Package, Place
+    from pipelines.triggering.trigger import Trigger, reading_from
+    from skd_lib.config import load_config
+    from skd_lib.storage import is_remote
+
+    settings = load_config(config)
+    server = Server(host, ui_host, auth, audience, namespace)
+    if listen is not None:
+        if not is_remote(source):
+            raise SkdError("pushes tell of gs:// only", where=source, hint="give the gs:// folder that sources are in")
+        if not claims:
+            hint = "give --claims gs://..., outside SOURCE: a push may come twice at the same time"
+            raise SkdError("there is no place for claims", where="skd trigger --listen", hint=hint)
+        if push_account and not push_audience:
+            raise SkdError("an account is known by its token", where="--push-account", hint="give --push-audience too")
+    else:
+        reading_from(settings, source)  # a wrong config is told before the server is asked
+    place = Place(experiment, tracking_uri, checkpoint_root, pipeline_root, service_account)
+    package = Package.read(pipeline or COMPILED)
+    bound = Trigger(settings, package, place, server.connect(), claims, marker, attempts)
+    if listen is not None:
+        from pipelines.triggering.push import PushAuth, make_server, serve
+
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        pushes = PushAuth(push_audience, push_account) if push_audience else None
+        listening = make_server(
+            listen, bound.explain if dry_run else bound.fire, root=source, marker=marker, auth=pushes
+        )
+        typer.echo(f"listening on port {listen}; tokens are {'checked' if pushes else 'NOT checked'}")
+        serve(listening)
+        return
+    decision = bound.explain(source) if dry_run else bound.fire(source)
+    if as_json:
+        typer.echo(json.dumps(decision.to_dict()))
+        return
+    verb = "would start" if dry_run else "started"
+    typer.echo(f"{verb if decision.fire else 'nothing to start'}: {decision.reason}")
+    if decision.name:
+        typer.echo(f"run {decision.name}")
+    if decision.run_id:
+        typer.echo(server.link("runs", decision.run_id))

@@ -1,0 +1,167 @@
+"""Whether new data wants a run, and starting it once.
+
+What is decided depends on what is there now, not on what an event says: events that come twice, late or in another
+order change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pipelines.submitting.api import LIVE, KubeflowPipelines, Unsettled
+from pipelines.submitting.submit import SHORT_DIGEST, Package, Place, Submission
+from pipelines.triggering.claims import Claim, claim
+from skd_lib import storage
+from skd_lib.config import FilesSource, HubSource, RunConfig
+from skd_lib.data.manifest import data_fingerprint, digest
+from skd_lib.errors import SkdError
+
+PLACEHOLDER = "{source}"
+MARKER = "_SUCCESS"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about a source.
+
+    Attributes:
+        fire: Whether it wants a run.
+        reason: Why, or why not.
+        name: The run's name, which is the same for the same data, settings and pipeline; empty while data is missing.
+        run_id: The run that was started, or because of which none was; empty if there is none.
+    """
+
+    fire: bool
+    reason: str
+    name: str = ""
+    run_id: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """Starts runs of one configuration.
+
+    Attributes:
+        config: The run; `{source}` in its data files stands for the source.
+        package: The compiled pipeline.
+        place: Where runs go.
+        api: The server.
+        claims: Folder or gs:// URI of the claims that keep processes from starting the same run at the same time;
+            empty: there is only one process.
+        marker: Name of the object that is written last, when a source is complete.
+        attempts: How many runs of the same data may fail before no more are started.
+    """
+
+    config: RunConfig
+    package: Package
+    place: Place
+    api: KubeflowPipelines
+    claims: str = ""
+    marker: str = MARKER
+    attempts: int = 1
+
+    def explain(self, source: str) -> Decision:
+        """Say what `fire` would do, and change nothing.
+
+        Raises:
+            SkdError: the configuration does not read from `source`, or storage or the server cannot be asked.
+        """
+        submission = self._plan(source)
+        return submission if isinstance(submission, Decision) else self._look(submission.name)
+
+    def fire(self, source: str) -> Decision:
+        """Start a run on the data at `source`, if it is complete and there is none yet.
+
+        Raises:
+            Busy: another process is about to start it.
+            SkdError: as `explain`, or the run cannot be started.
+        """
+        submission = self._plan(source)
+        if isinstance(submission, Decision):
+            return submission
+        decision = self._look(submission.name)
+        if not decision.fire:
+            return decision
+        run = submission.prepare(self.api, reason=f"skd trigger {source}")
+        with claim(self.claims, submission.name) if self.claims else nullcontext(Claim(math.inf)) as held:
+            decision = self._look(submission.name)
+            if decision.fire:
+                try:
+                    made = self.api.create_run(run, before=held.expires)
+                except Unsettled:
+                    held.kept = True
+                    raise
+                decision = replace(decision, run_id=made.run_id)
+            return decision
+
+    def _plan(self, source: str) -> Submission | Decision:
+        """The run for the data that is at `source` now, or why there cannot be one yet."""
+        config = reading_from(self.config, source)
+        marker = f"{source.rstrip('/')}/{self.marker}"
+        files = config.data.source
+        # A commit of the hub is complete; of files the marker says that they are.
+        data = [*files.train, *files.validation, *files.test] if isinstance(files, FilesSource) else []
+        for uri in [marker, *data] if data else []:
+            if not storage.exists(uri):
+                return Decision(fire=False, reason=f"the data is not complete: there is no {uri}")
+        submission = Submission.plan(config, self.package, self.place)
+        settings = {name: value for name, value in submission.parameters.items() if name != "config"}
+        settings["config"] = {key: value for key, value in submission.parameters["config"].items() if key != "data"}
+        identity = {"data": data_fingerprint(config.data), "pipeline": self.package.digest, "settings": settings}
+        # Looked at last: what was overwritten until the fingerprint was taken is newer than the marker.
+        written = storage.list_objects(marker)[0].modified if data else math.inf
+        for uri in data:
+            for stored in storage.list_objects(uri):
+                if stored.modified > written:
+                    reason = f"the data is being replaced: {stored.uri} is newer than {marker}"
+                    return Decision(fire=False, reason=reason)
+        return replace(submission, name=f"skd-{digest(identity)[:SHORT_DIGEST]}")
+
+    def _look(self, name: str) -> Decision:
+        """Decide by the runs of this name that there are."""
+        experiment = self.api.find_experiment(self.place.experiment)
+        runs = self.api.runs_named(name, experiment) if experiment else []
+        for run in reversed(runs):
+            state = run.state or "PENDING"
+            if run.state in LIVE or state in {"SUCCEEDED", "CANCELED"}:
+                reason = f"there is a run for this data already, {state.lower()}"
+                return Decision(fire=False, reason=reason, name=name, run_id=run.run_id)
+        if len(runs) >= self.attempts:
+            reason = f"{len(runs)} run{'s' if len(runs) > 1 else ''} on this data failed: mend it, or raise --attempts"
+            return Decision(fire=False, reason=reason, name=name, run_id=runs[-1].run_id)
+        reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"
+        return Decision(fire=True, reason=reason, name=name)
+
+
+def reading_from(config: RunConfig, source: str) -> RunConfig:
+    """The configuration with `source` for `{source}` in its data files.
+
+    Raises:
+        SkdError: it does not read from there.
+    """
+    files = config.data.source
+    hint = f"write {PLACEHOLDER} for the folder in data.source.train, validation and test"
+    if isinstance(files, HubSource) and files.dataset == source:
+        return config
+    if not isinstance(files, FilesSource):
+        raise SkdError(
+            "the configuration does not read its data from there",
+            where=source,
+            hint=hint if not isinstance(files, HubSource) else f"its dataset is {files.dataset}",
+        )
+    folder = source.rstrip("/")
+    splits = {
+        split: [uri.replace(PLACEHOLDER, folder) for uri in uris]
+        for split, uris in (("train", files.train), ("validation", files.validation), ("test", files.test))
+    }
+    if not any(uri == folder or uri.startswith(f"{folder}/") for uris in splits.values() for uri in uris):
+        raise SkdError("the configuration does not read its data from there", where=source, hint=hint)
+    data = config.data.model_copy(update={"source": files.model_copy(update=splits)})
+    return config.model_copy(update={"data": data})

@@ -1,0 +1,275 @@
+"""A Kubeflow Pipelines API server: the REST schema, checked by kfp-server-api's own models, over HTTP.
+
+It enforces what the real one does: names of experiments, pipelines and a pipeline's versions are unique (409), those of
+runs are not; unknown fields, missing references and wrong filters are refused; lists come in pages.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.parser import BytesParser
+from email.policy import HTTP
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import kfp_server_api
+import yaml
+
+API = kfp_server_api.ApiClient()
+ROOT = "/apis/v2beta1"
+LISTS = {
+    "experiments": kfp_server_api.V2beta1ListExperimentsResponse,
+    "pipelines": kfp_server_api.V2beta1ListPipelinesResponse,
+    "pipeline_versions": kfp_server_api.V2beta1ListPipelineVersionsResponse,
+    "runs": kfp_server_api.V2beta1ListRunsResponse,
+    "recurring_runs": kfp_server_api.V2beta1ListRecurringRunsResponse,
+}
+
+
+class Refused(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class Fault:
+    """Answer a request wrongly: with `status`, or not at all (0); `after` having done what was asked."""
+
+    method: str
+    path: str
+    status: int
+    after: bool = False
+
+
+def parse(model: str, body: bytes) -> Any:
+    """A request's body as the model that the schema says it is."""
+    try:
+        value = API.deserialize(SimpleNamespace(data=body), model)
+    except (ValueError, TypeError) as error:
+        raise Refused(400, str(error)) from error
+    known = API.sanitize_for_serialization(value)
+    unknown = set(json.loads(body)) - set(known)
+    if unknown:
+        raise Refused(400, f"unknown fields {sorted(unknown)}")
+    return value
+
+
+@dataclass
+class FakeKfp:
+    """The server's state, and how it is to behave."""
+
+    page_size: int = 200
+    tokens: set[str] | None = None
+    cookies: set[str] | None = None
+    multi_user: bool = False
+    faults: list[Fault] = field(default_factory=list)
+    course: list[dict[str, Any]] = field(default_factory=list)
+    experiments: list[dict[str, Any]] = field(default_factory=list)
+    pipelines: list[dict[str, Any]] = field(default_factory=list)
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    recurring_runs: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    host: str = ""
+
+    def asked(self, method: str, path: str) -> int:
+        return sum(m == method and re.fullmatch(path, p) is not None for m, p, _ in self.requests)
+
+    def handle(self, method: str, path: str, query: dict[str, str], body: bytes, kind: str) -> Any:
+        match method, path.removeprefix(ROOT).strip("/").split("/"):
+            case "GET", ["pipelines", pipeline_id, "versions"]:
+                return self._page("pipeline_versions", self.versions, query, pipeline_id=pipeline_id)
+            case "GET", ["runs", run_id]:
+                return self._run(run_id)
+            case "GET", ["experiments" | "pipelines" | "runs" as name]:
+                return self._page(name, getattr(self, name), query)
+            case "GET", ["recurringruns"]:
+                return self._page("recurring_runs", self.recurring_runs, query)
+            case "POST", ["experiments"]:
+                made = parse("V2beta1Experiment", body)
+                return self._unique(self.experiments, made, "experiment_id", namespace=made.namespace)
+            case "POST", ["pipelines"]:
+                made = parse("V2beta1Pipeline", body)
+                return self._unique(self.pipelines, made, "pipeline_id", namespace=made.namespace)
+            case "POST", ["pipelines", "upload_version"]:
+                return self._upload(query, body, kind)
+            case "POST", ["runs"]:
+                return self._add(self.runs, self._checked(parse("V2beta1Run", body)), "run_id")
+            case "POST", ["recurringruns"]:
+                made = self._checked(parse("V2beta1RecurringRun", body))
+                cron = made["trigger"]["cron_schedule"]["cron"]
+                if len(cron.split()) != 6:
+                    raise Refused(400, f"bad cron {cron}")
+                return self._add(self.recurring_runs, made, "recurring_run_id")
+        raise Refused(404, "not found")
+
+    def _unique(self, kept: list[dict[str, Any]], made: Any, key: str, **scope: Any) -> dict[str, Any]:
+        if self.multi_user and not made.namespace:
+            raise Refused(400, "a namespace is required")
+        value = API.sanitize_for_serialization(made)
+        if any(item["display_name"] == value["display_name"] and matches(item, scope) for item in kept):
+            raise Refused(409, f"{value['display_name']} already exists")
+        return self._add(kept, value, key)
+
+    def _add(self, kept: list[dict[str, Any]], value: dict[str, Any], key: str) -> dict[str, Any]:
+        value[key] = str(uuid.uuid4())
+        value["created_at"] = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=len(kept))).isoformat()
+        kept.append(value)
+        return value
+
+    def _checked(self, made: Any) -> dict[str, Any]:
+        value: dict[str, Any] = API.sanitize_for_serialization(made)
+        reference = made.pipeline_version_reference
+        version = reference and next(
+            (v for v in self.versions if v["pipeline_version_id"] == reference.pipeline_version_id), None
+        )
+        if not version or version["pipeline_id"] != reference.pipeline_id:
+            raise Refused(400, "no such pipeline version")
+        if not any(e["experiment_id"] == made.experiment_id for e in self.experiments):
+            raise Refused(400, "no such experiment")
+        known = version["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
+        unknown = set(made.runtime_config.parameters) - set(known)
+        if unknown:
+            raise Refused(400, f"unknown parameters {sorted(unknown)}")
+        return value
+
+    def _upload(self, query: dict[str, str], body: bytes, kind: str) -> dict[str, Any]:
+        if not any(p["pipeline_id"] == query.get("pipelineid") for p in self.pipelines):
+            raise Refused(400, "Failed to create a pipeline version")
+        message = BytesParser(policy=HTTP).parsebytes(f"Content-Type: {kind}\r\n\r\n".encode() + body)
+        (upload,) = message.iter_parts()
+        if upload.get_param("name", header="content-disposition") != "uploadfile":
+            raise Refused(400, "Failed to read pipeline from file")
+        content = upload.get_payload(decode=True)
+        documents = documents_of(content)
+        made = kfp_server_api.V2beta1PipelineVersion(
+            pipeline_id=query["pipelineid"],
+            name=query["name"],
+            display_name=query["name"],
+            description=query.get("description"),
+            pipeline_spec={"pipeline_spec": documents[0], "platform_spec": documents[1]},
+        )
+        value = API.sanitize_for_serialization(made)
+        if any(v["name"] == made.name and v["pipeline_id"] == made.pipeline_id for v in self.versions):
+            raise Refused(409, "Failed to create a pipeline version")
+        return self._add(self.versions, value, "pipeline_version_id")
+
+    def _page(self, name: str, kept: list[dict[str, Any]], query: dict[str, str], **scope: Any) -> dict[str, Any]:
+        if self.multi_user and name in {"experiments", "pipelines"} and "namespace" not in query:
+            raise Refused(400, "a namespace is required")
+        wanted = parse("V2beta1Filter", query["filter"].encode())
+        if any(p.operation != "EQUALS" or p.key != "display_name" for p in wanted.predicates):
+            raise Refused(400, "unsupported filter")
+        for key in ("experiment_id", "namespace"):
+            if query.get(key):
+                scope[key] = query[key]
+        found = [
+            item
+            for item in kept
+            if matches(item, scope) and all(item["display_name"] == p.string_value for p in wanted.predicates)
+        ]
+        start, size = int(query.get("page_token") or 0), min(self.page_size, int(query.get("page_size") or 20))
+        more = {"next_page_token": str(start + size)} if start + size < len(found) else {}
+        page = LISTS[name](**{name: found[start : start + size]}, total_size=len(found), **more)
+        return API.sanitize_for_serialization(page)
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        run = next((run for run in self.runs if run["run_id"] == run_id), None)
+        if run is None:
+            raise Refused(404, f"run {run_id} not found")
+        now = self.course.pop(0) if len(self.course) > 1 else (self.course or [{}])[0]
+        return {**run, **now}
+
+
+@functools.lru_cache
+def documents_of(content: bytes) -> list[dict[str, Any]]:
+    return list(yaml.load_all(content, yaml.CSafeLoader))
+
+
+def matches(item: dict[str, Any], scope: dict[str, Any]) -> bool:
+    return all(item.get(key) == value for key, value in scope.items())
+
+
+def task(name: str, state: str, seconds: int = 60, **more: Any) -> dict[str, Any]:
+    """A task of a run's details."""
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    ended = {"end_time": (start + timedelta(seconds=seconds)).isoformat()} if state != "RUNNING" else {}
+    return {"display_name": name, "state": state, "start_time": start.isoformat(), **ended, **more}
+
+
+@contextmanager
+def running(fake: FakeKfp) -> Iterator[FakeKfp]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._do("GET")
+
+        def do_POST(self) -> None:
+            self._do("POST")
+
+        def _do(self, method: str) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            url = urlsplit(self.path)
+            query = {key: values[0] for key, values in parse_qs(url.query).items()}
+            with fake.lock:
+                fake.requests.append((method, url.path, dict(self.headers)))
+                self._respond(method, url.path, query, body)
+
+        def _respond(self, method: str, path: str, query: dict[str, str], body: bytes) -> None:
+            if path == "/dex/auth":
+                self._send(200, b"<html>log in</html>", "text/html")
+                return
+            if fake.cookies is not None and self.headers.get("Cookie") not in fake.cookies:
+                self._send(302, b"", "text/html", Location="/dex/auth")
+                return
+            if fake.tokens is not None and self.headers.get("Authorization", "")[len("Bearer ") :] not in fake.tokens:
+                self._send(401, b'{"message": "token expired"}')
+                return
+            fault = next((f for f in fake.faults if f.method == method and re.fullmatch(f.path, path)), None)
+            if fault:
+                fake.faults.remove(fault)
+            try:
+                answer = None
+                if fault is None or fault.after:
+                    answer = fake.handle(method, path, query, body, self.headers.get("Content-Type", ""))
+            except Refused as refused:
+                self._send(refused.status, json.dumps({"message": str(refused)}).encode())
+                return
+            if fault is None:
+                self._send(200, json.dumps(answer).encode())
+            elif fault.status:
+                self._send(fault.status, b'{"message": "upstream error"}')
+            else:
+                self.close_connection = True
+
+        def _send(self, status: int, body: bytes, kind: str = "application/json", **headers: str) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        fake.host = f"http://127.0.0.1:{server.server_port}"
+        yield fake
+        server.shutdown()

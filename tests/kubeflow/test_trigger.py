@@ -1,0 +1,362 @@
+"""Triggering: exactly one run for the same data, whoever announces it, how often, and in which order."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from pipelines.submitting.api import KubeflowPipelines, Unsettled
+from pipelines.submitting.submit import Package, Place
+from pipelines.triggering import claims as claims_module
+from pipelines.triggering.claims import Busy, claim
+from pipelines.triggering.push import PushAuth, make_server, read_message, source_of
+from pipelines.triggering.trigger import Decision, Trigger, reading_from
+from skd_lib import storage
+from skd_lib.config import HubSource, RunConfig, load_config
+from skd_lib.errors import SkdError
+from tests.kubeflow import fake_gcs
+from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault
+from tests.kubeflow.google import ACCOUNT, Issuer
+from tests.kubeflow.test_submit import PACKAGE, in_parallel, skd
+
+BUCKET = "bucket"
+AUDIENCE = "https://trigger.example.com"
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with fake_gcs.running() as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        yield
+
+
+@pytest.fixture(params=["local", "gs"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "root")
+    request.getfixturevalue("emulator")
+    return f"gs://{BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture
+def config(config_file: Path) -> RunConfig:
+    return load_config(config_file)
+
+
+@pytest.fixture
+def trigger(api: KubeflowPipelines, config: RunConfig, root: str) -> Trigger:
+    return Trigger(config, PACKAGE, Place(), api, claims=f"{root}/claims")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., None]:
+    """Writes a file or an object, `age` seconds ago where that can be set."""
+
+    def write(uri: str, text: str = "", age: float = 0.0) -> None:
+        path = tmp_path / "written"
+        path.write_text(text, encoding="utf-8")
+        storage.upload(path, uri)
+        if not storage.is_remote(uri):
+            os.utime(uri, (time.time() - age,) * 2)
+
+    return write
+
+
+@pytest.fixture
+def source(root: str, write: Callable[..., None]) -> str:
+    """Complete data."""
+    write(f"{root}/data/day-1/train.jsonl", '{"source": "a", "target": "b"}\n', age=10)
+    write(f"{root}/data/day-1/_SUCCESS", age=5)
+    return f"{root}/data/day-1"
+
+
+def test_new_data_starts_a_run_once(kfp: FakeKfp, trigger: Trigger, source: str):
+    assert trigger.explain(source).reason == "there is no run for this data yet"
+    assert not [request for request in kfp.requests if request[0] == "POST"]
+    first, second = trigger.fire(source), trigger.fire(source)
+    (run,) = kfp.runs
+    assert first == Decision(True, "there is no run for this data yet", run["display_name"], run["run_id"])
+    assert second == Decision(False, "there is a run for this data already, pending", first.name, run["run_id"])
+    assert first.name == trigger.explain(source).name
+    assert run["description"].startswith(f"skd trigger {source}; pipeline sha256:")
+    assert run["runtime_config"]["parameters"]["config"]["data"]["source"]["train"] == [f"{source}/train.jsonl"]
+
+
+def test_twenty_identical_events_start_one_run(kfp: FakeKfp, trigger: Trigger, source: str):
+    decisions = in_parallel(20, lambda: trigger.fire(source))
+    assert len(kfp.runs) == 1
+    assert sum(decision.fire for decision in decisions) == 1
+    assert {decision.run_id for decision in decisions} == {kfp.runs[0]["run_id"]}
+
+
+def test_without_claims_the_same_events_race(kfp: FakeKfp, trigger: Trigger, source: str, monkeypatch: Any):
+    """The server itself does not prevent it: without this the test above would prove nothing."""
+    careless = Trigger(trigger.config, trigger.package, trigger.place, trigger.api)
+    careless.fire(source)
+    kfp.runs.clear()
+    prepare = type(trigger.api).create_run
+    monkeypatch.setattr(KubeflowPipelines, "create_run", lambda *a, **k: time.sleep(0.5) or prepare(*a, **k))
+    in_parallel(3, lambda: careless.fire(source))
+    assert len(kfp.runs) > 1
+
+
+def test_a_lost_answer_does_not_start_a_second_run(kfp: FakeKfp, trigger: Trigger, source: str):
+    kfp.faults = [Fault("POST", f"{ROOT}/runs", 504, after=True)]
+    in_parallel(5, lambda: trigger.fire(source))
+    assert len(kfp.runs) == 1
+
+
+def test_while_it_is_not_known_whether_a_run_was_started_nobody_starts_one(
+    kfp: FakeKfp, trigger: Trigger, source: str, emulator: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(claims_module, "WAIT_SECONDS", 0.0)
+    unsettled = Trigger(trigger.config, PACKAGE, Place(), trigger.api, f"gs://{BUCKET}/{time.time_ns()}")
+    kfp.faults = [Fault("POST", f"{ROOT}/runs", 504)] * 4
+    with pytest.raises(Unsettled):
+        unsettled.fire(source)
+    name = unsettled.explain(source).name
+    with pytest.raises(Busy), claim(unsettled.claims, name, wait=0.0):
+        pass
+    with claim(unsettled.claims, name, wait=0.0, valid=0.0):
+        pass
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "PAUSED", "CANCELING", "SUCCEEDED", "CANCELED"])
+def test_data_that_was_seen_to_starts_nothing(kfp: FakeKfp, trigger: Trigger, source: str, state: str):
+    trigger.fire(source)
+    kfp.runs[0]["state"] = state
+    decision = trigger.fire(source)
+    assert (decision.fire, decision.reason) == (False, f"there is a run for this data already, {state.lower()}")
+    assert len(kfp.runs) == 1
+
+
+def test_a_failed_run_is_repeated_as_often_as_allowed(kfp: FakeKfp, trigger: Trigger, source: str):
+    twice = Trigger(trigger.config, PACKAGE, Place(), trigger.api, trigger.claims, attempts=2)
+    twice.fire(source)
+    kfp.runs[0]["state"] = "FAILED"
+    assert trigger.explain(source).reason == "1 run on this data failed: mend it, or raise --attempts"
+    assert twice.fire(source).reason == "there is no run for this data yet, but failed ones"
+    assert not twice.fire(source).fire
+    kfp.runs[1]["state"] = "FAILED"
+    assert twice.fire(source).reason.startswith("2 runs on this data failed")
+    assert len(kfp.runs) == 2
+
+
+def test_incomplete_data_starts_nothing(kfp: FakeKfp, trigger: Trigger, root: str, write: Callable[..., None]):
+    source = f"{root}/data/day-2"
+    write(f"{source}/train.jsonl", "1\n", age=20)
+    assert trigger.fire(source).reason == f"the data is not complete: there is no {source}/_SUCCESS"
+    write(f"{source}/_SUCCESS", age=10)
+    storage.delete(f"{source}/train.jsonl")
+    assert trigger.fire(source).reason == f"the data is not complete: there is no {source}/train.jsonl"
+    time.sleep(0.01)
+    write(f"{source}/train.jsonl", "2\n")
+    assert trigger.fire(source).reason == (
+        f"the data is being replaced: {source}/train.jsonl is newer than {source}/_SUCCESS"
+    )
+    assert not kfp.runs
+    write(f"{source}/_SUCCESS")
+    assert trigger.fire(source).fire
+
+
+def test_other_data_settings_or_pipeline_are_another_run(
+    trigger: Trigger, source: str, write: Callable[..., None], config: RunConfig
+):
+    names = [trigger.explain(source).name]
+    other = config.model_copy(update={"seed": config.seed + 1})
+    names.append(Trigger(other, PACKAGE, Place(), trigger.api).explain(source).name)
+    package = Package(PACKAGE.path, PACKAGE.documents, "0" * 64)
+    names.append(Trigger(config, package, Place(), trigger.api).explain(source).name)
+    write(f"{source}/train.jsonl", '{"source": "c", "target": "d"}\n', age=4)
+    write(f"{source}/_SUCCESS")
+    names.append(trigger.explain(source).name)
+    assert len(set(names)) == 4
+    assert all(len(name) == len("skd-") + 12 for name in names)
+
+
+def test_a_config_has_to_read_from_the_source(config: RunConfig):
+    fixed = reading_from(config, "gs://b/data")
+    assert reading_from(fixed, "gs://b/data/") == fixed
+    for source in ("gs://b/dat", "gs://other"):
+        with pytest.raises(SkdError, match="does not read its data from there"):
+            reading_from(fixed, source)
+    hub = config.model_copy(
+        update={"data": config.data.model_copy(update={"source": HubSource(type="hub", dataset="o/d")})}
+    )
+    assert reading_from(hub, "o/d") == hub
+    with pytest.raises(SkdError, match="its dataset is o/d"):
+        reading_from(hub, "o/other")
+
+
+def test_a_claim_of_the_dead_is_taken_over_by_one(emulator: None, tmp_path: Path):
+    folder = f"gs://{BUCKET}/{tmp_path.name}"
+    dead = storage.create_object(f"{folder}/name", b"somebody who died")
+    assert dead is not None
+    with pytest.raises(Busy), claim(folder, "name", wait=0.0):
+        pass
+    time.sleep(1.0)
+    taken = in_parallel(10, lambda: claims_module._take(f"{folder}/name", os.urandom(8), 0.9))
+    (generation,) = {each for each in taken if each is not None}
+    # If it was not dead but slow: it deletes nothing that is another's.
+    storage.delete_object(f"{folder}/name", dead)
+    assert storage.list_objects(f"{folder}/name")[0].generation == generation
+
+
+def test_a_claim_is_given_back_after_an_error(root: str):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x"), claim(f"{root}/claims", "name", wait=0.0):
+            raise ValueError("x")
+
+
+def test_a_claim_whose_answer_was_lost_is_ours(emulator: None, tmp_path: Path):
+    uri = f"gs://{BUCKET}/{tmp_path.name}/name"
+    generation = storage.create_object(uri, b"ours")
+    assert claims_module._take(uri, b"ours", 600) == generation
+    assert claims_module._take(uri, b"theirs", 600) is None
+
+
+def test_the_command_explains_and_starts(kfp: FakeKfp, config_file: Path, source: str, root: str, monkeypatch: Any):
+    monkeypatch.setenv("SKD_CLAIMS", f"{root}/claims")
+    arguments = ["trigger", source, "--config", config_file, "--host", kfp.host]
+    done = skd(*arguments, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "would start: there is no run for this data yet\nrun skd-" in done.output
+    assert not kfp.runs
+    decision = json.loads(skd(*arguments, "--json").output)
+    assert decision["run_id"] == kfp.runs[0]["run_id"]
+    done = skd(*arguments)
+    assert done.output.startswith("nothing to start: there is a run for this data already, pending\n")
+    assert f"{kfp.host}/#/runs/details/{decision['run_id']}\n" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "--listen", "8080"], "pushes tell of gs:// only"),
+        (["gs://b/data", "--listen", "8080"], "no place for claims"),
+        (["gs://b", "--listen", "1", "--claims", "gs://c", "--push-account", "a"], "give --push-audience too"),
+    ],
+)
+def test_errors_say_what_to_do(config_file: Path, arguments: list[str], message: str):
+    done = skd("trigger", *arguments, "--config", config_file, "--host", "http://h")
+    assert isinstance(done.exception, SkdError)
+    assert message in str(done.exception)
+
+
+# --- pushes of Pub/Sub --------------------------------------------------------------------------------------------
+
+
+def event(uri: str, kind: str = "OBJECT_FINALIZE", **attributes: str) -> dict[str, Any]:
+    bucket, _, name = uri.removeprefix("gs://").partition("/")
+    data = base64.b64encode(json.dumps({"kind": "storage#object", "name": name}).encode()).decode()
+    attributes = {"bucketId": bucket, "objectId": name, "eventType": kind, **attributes}
+    return {"message": {"attributes": attributes, "data": data, "messageId": "1"}, "subscription": "s"}
+
+
+class Pushed:
+    """A server that answers pushes, and what a subscription does with it."""
+
+    def __init__(self, fire: Callable[[str], Decision], root: str, auth: PushAuth | None = None) -> None:
+        self._server = make_server(0, fire, root=root, marker="_SUCCESS", auth=auth)
+        self._server.daemon_threads = True
+
+    def __enter__(self) -> Pushed:
+        Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def push(self, body: Any, token: str = "", method: str = "POST") -> tuple[int, Any]:
+        connection = HTTPConnection("127.0.0.1", self._server.server_port, timeout=60)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        connection.request(method, "/", body if isinstance(body, bytes) else json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+@pytest.mark.parametrize("root", ["gs"], indirect=True)
+def test_pushes_start_one_run_for_each_source(
+    kfp: FakeKfp, trigger: Trigger, root: str, source: str, write: Callable[..., None]
+):
+    write(f"{root}/data/day-2/train.jsonl", '{"source": "c", "target": "d"}\n')
+    write(f"{root}/data/day-2/_SUCCESS")
+    # The newer one first, its parts after it, and all of them again and again.
+    events = [
+        event(f"{root}/data/{name}")
+        for name in ("day-2/_SUCCESS", "day-2/train.jsonl", "day-1/_SUCCESS", "day-1/train.jsonl")
+    ]
+    with Pushed(trigger.fire, f"{root}/data") as pushed:
+        answers = in_parallel(20, lambda: [pushed.push(each) for each in events])
+    assert {status for each in answers for status, _ in each} == {200}
+    assert sum(answer["fire"] for each in answers for _, answer in each) == 2
+    assert len(kfp.runs) == len({run["display_name"] for run in kfp.runs}) == 2
+
+
+def test_only_a_completed_source_in_the_folder_counts():
+    def announced(uri: str, kind: str = "OBJECT_FINALIZE") -> str | None:
+        return source_of(read_message(json.dumps(event(uri, kind)).encode()), "gs://b/data/", "_SUCCESS")
+
+    assert announced("gs://b/data/day/_SUCCESS") == "gs://b/data/day"
+    assert announced("gs://b/data/_SUCCESS") == "gs://b/data"
+    assert announced("gs://b/data/day/part") is None
+    assert announced("gs://b/data-other/_SUCCESS") is None
+    assert announced("gs://other/data/_SUCCESS") is None
+    assert announced("gs://b/data/_SUCCESS", "OBJECT_DELETE") is None
+
+
+def test_what_is_no_push_is_refused():
+    def fail(source: str) -> Decision:
+        raise SkdError("broken", where=source)
+
+    def busy(source: str) -> Decision:
+        raise Busy("at work", where=source)
+
+    good = event("gs://b/data/_SUCCESS")
+    with Pushed(fail, "gs://b") as pushed:
+        for body in (b"", b"[]", b"{}", b"\xff", b'{"message": {"attributes": []}}', b'{"message": {"data": "?"}}'):
+            assert pushed.push(body)[0] == 400
+        assert pushed.push(b"x" * (1 << 20) + b"x")[0] == 413
+        assert pushed.push(good) == (500, {"error": "gs://b/data: broken"})
+        assert pushed.push(b"", method="GET") == (200, {"status": "ok"})
+    with Pushed(busy, "gs://b") as pushed:
+        assert pushed.push(good) == (503, {"error": "gs://b/data: at work"})
+
+
+def test_tokens_are_verified():
+    fired: list[str] = []
+
+    def fire(source: str) -> Decision:
+        fired.append(source)
+        return Decision(fire=True, reason="")
+
+    good = event("gs://b/data/_SUCCESS")
+    with Issuer() as issuer, Issuer() as stranger:
+        auth = PushAuth(AUDIENCE, ACCOUNT, issuer.url)
+        with Pushed(fire, "gs://b", auth) as pushed:
+            refused = [
+                "",
+                "no.token.atall",
+                stranger.token(AUDIENCE),
+                issuer.token("https://another.example.com"),
+                issuer.token(AUDIENCE, exp=int(time.time()) - 60, iat=int(time.time()) - 120),
+                issuer.token(AUDIENCE, iss="https://accounts.example.com"),
+                issuer.token(AUDIENCE, email="another@project.iam.gserviceaccount.com"),
+                issuer.token(AUDIENCE, email_verified=False),
+            ]
+            assert [pushed.push(good, token)[0] for token in refused] == [401] * len(refused)
+            assert not fired
+            assert pushed.push(good, issuer.token(AUDIENCE))[0] == 200
+        assert fired == ["gs://b/data"]
+    with Pushed(fire, "gs://b", auth) as pushed:  # the issuer is gone: that is no verdict on the token
+        assert pushed.push(good, "a.b.c")[0] == 503
