@@ -13,6 +13,7 @@ import typer
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
+from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
 from skd_lib.specdec.cli import specdec
 
@@ -185,16 +186,24 @@ def compile_(
         typer.Option(envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File to write.", show_default="pipelines/compiled/distillation.yaml")
+        Path | None, typer.Option(help="File of one pipeline.", show_default="pipelines/compiled/PIPELINE.yaml")
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="distillation or compare_methods.", show_default="both; with --output distillation"),
     ] = None,
 ) -> None:
-    """Compile the pipeline to the YAML that Kubeflow runs, and check it for mistakes KFP does not see."""
-    from pipelines.compiling import COMPILED, check_compiled, write_compiled
+    """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see."""
+    from pipelines.compiling import PIPELINES, check_compiled, compiled_path, write_compiled
 
-    path = output or COMPILED
+    if pipeline not in (None, *PIPELINES):
+        raise SkdError(f"there is no pipeline {pipeline!r}", where="--pipeline", hint=f"one of {', '.join(PIPELINES)}")
+    names = [pipeline] if pipeline else PIPELINES[:1] if output else PIPELINES
+    paths = {name: output or compiled_path(name) for name in names}
     if check:
-        check_compiled(path)
-        typer.echo(f"{_short(path)} is up to date")
+        for name, path in paths.items():
+            check_compiled(path, name=name)
+            typer.echo(f"{_short(path)} is up to date")
         return
     if (image or comet_image) and output is None:
         raise SkdError(
@@ -202,8 +211,9 @@ def compile_(
             where="skd compile",
             hint="name another file with --output",
         )
-    write_compiled(path, image, comet_image)
-    typer.echo(f"wrote {_short(path)}")
+    for name, path in paths.items():
+        write_compiled(path, image, comet_image, name=name)
+        typer.echo(f"wrote {_short(path)}")
 
 
 @app.command()
@@ -255,6 +265,7 @@ def schema() -> None:
 
 
 app.command()(specdec)
+app.command()(compare)
 
 
 def _say(console: Console, text: str) -> None:
