@@ -261,7 +261,7 @@ def source_digest() -> str:
     root = Path(skd_lib.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.parent == root and path.stem in ("cli", "doctor"):
+        if path.name == "cli.py" or path == root / "doctor.py":
             continue
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())

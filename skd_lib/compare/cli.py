@@ -70,11 +70,24 @@ def compare(
     if as_json:
         raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
 
+    from pipelines.comparing import run_comparison
+    from pipelines.compiling import compile_pipeline
     from pipelines.local import RunFolder, StepFailed
+    from pipelines.progress import display_for
 
     folder = RunFolder.create(runs_dir, settings.name)
     try:
-        finished = _run(console, base, parameters, folder, tracking_uri=uri, experiment=experiment, fresh=fresh)
+        finished = run_comparison(
+            base,
+            parameters,
+            folder,
+            compile_pipeline(name="compare_methods"),
+            lambda steps: display_for(console, settings.name, steps),
+            say=typer.echo,
+            tracking_uri=uri,
+            experiment=experiment,
+            fresh=fresh,
+        )
     except StepFailed as failure:
         typer.echo(f"\nerror: {failure}", err=True)
         typer.echo(f"Finished steps are kept: mend it and run `skd compare {config}` again to go on.", err=True)
@@ -86,58 +99,6 @@ def compare(
         )
         raise typer.Exit(INTERRUPTED) from interruption
     _conclude(console, finished, folder, uri)
-
-
-def _run(
-    console: Console,
-    base: RunConfig,
-    parameters: Parameters,
-    folder: RunFolder,
-    *,
-    tracking_uri: str,
-    experiment: str,
-    fresh: bool,
-) -> LocalRun:
-    """Run every trial; where some failed, once more without them for the table, which then tells why.
-
-    Raises:
-        StepFailed: a step that all need failed, or every trial.
-    """
-    from pipelines.compiling import compile_pipeline
-    from pipelines.graph import count_steps, read_steps, unrolled
-    from pipelines.local import run_pipeline
-    from pipelines.progress import display_for
-    from skd_lib.compare.trials import Trial
-
-    documents = compile_pipeline(name="compare_methods")
-    trials = {Trial.model_validate(values).label: values for values in parameters["trials"]}
-    failed: dict[str, str] = {}
-    while True:
-        left = [label for label in trials if label not in failed]
-        steps = count_steps(unrolled(read_steps(documents[0]), left))
-        typer.echo(f"comparison {base.name}: {len(left)} runs, {steps} steps, files in {folder.root}")
-        finished = run_pipeline(
-            base,
-            folder,
-            documents,
-            display_for(console, base.name, steps),
-            tracking_uri=tracking_uri,
-            experiment=experiment,
-            fresh=fresh,
-            further={
-                "trials": [trials[label] for label in left],
-                "reference": parameters["reference"],
-                "failed": [{**trials[label], "reason": reason} for label, reason in failed.items()],
-            },
-            iterations=left,
-        )
-        if not finished.lost:
-            return finished
-        failed |= {label: failure.brief for label, failure in finished.lost.items()}
-        if len(failed) == len(trials):
-            raise next(iter(finished.lost.values()))
-        typer.echo(f"{len(failed)} of {len(trials)} runs failed: the table is made without them")
-        fresh = False
 
 
 def _print_plan(

@@ -81,7 +81,7 @@ def test_t_interval_is_scipys(values: list[float]):
 
 @given(st.lists(st.floats(0, 1), max_size=6))
 def test_holm_is_the_largest_over_all_smaller_p_values(p_values: list[float]):
-    """By the definition: of p_(1) <= ... <= p_(m), the adjusted p_(k) is max over j <= k of min(1, (m - j + 1) p_(j))."""
+    """The definition: of p_(1) <= ... <= p_(m), p_(k) becomes the max over j <= k of min(1, (m - j + 1) p_(j))."""
     adjusted = holm(p_values)
     ordered = sorted(p_values)
     for p_value, found in zip(p_values, adjusted, strict=True):
@@ -142,7 +142,7 @@ def test_variants_have_means_tests_and_costs(comparison: Comparison):
 def test_markdown_says_it_all_and_escapes_reasons(comparison: Comparison):
     text = to_markdown(comparison)
     rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines() if line.startswith("| ")]
-    assert ["| (teacher)", "", "90.00", "80.00 to 95.00"] == rows[2][:4]
+    assert rows[2][:4] == ["| (teacher)", "", "90.00", "80.00 to 95.00"]
     (sft,) = (row for row in rows if row[0] == "| sft" and len(row) == 8)
     assert sft[1:3] == ["2", "27.50"]
     assert sft[4] == "-50.00"
