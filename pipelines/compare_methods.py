@@ -1,7 +1,7 @@
 """The comparison: methods, settings, student inits and seeds on one prepared data set and one teacher.
 
     preflight -> import_model, prepare_data -> teacher_sft -> evaluate (teacher)
-        -> for each run: compare_variant -> student_init -> distill -> evaluate
+        -> for each run: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark
         -> compare_table
     exit handler: finish
 
@@ -22,6 +22,7 @@ from components.finish.component import finish
 from components.import_model.component import import_model
 from components.preflight.component import preflight
 from components.prepare_data.component import prepare_data
+from components.specdec_benchmark.component import specdec_benchmark
 from components.student_init.component import student_init
 from components.teacher_sft.component import teacher_sft
 from pipelines.resources import DATA, GPU, SMALL
@@ -60,6 +61,7 @@ def compare_methods(
     seed: int = DEMO["seed"],
     trials: list[dict] = DEMO["trials"],  # type: ignore[type-arg]
     reference: str = DEMO["reference"],
+    drafts: bool = DEMO["drafts"],
     failed: list[dict] = DEMO["failed"],  # type: ignore[type-arg]
     tracking_uri: str = "",
     experiment: str = "skd",
@@ -82,6 +84,7 @@ def compare_methods(
         trials: The runs: variant, seed, student init, and by dotted field what differs. `skd compare CONFIG --dry-run
             --json` prints this list for a comparison's YAML file.
         reference: The variant that the others are tested against.
+        drafts: Measure every student as a draft of the teacher too, as section `specdec` of `config` says.
         failed: Runs that are left out, each with a `reason`: they stand in the table as failed.
         tracking_uri: MLflow tracking server, e.g. `http://mlflow.mlflow:5000`. Empty turns tracking off.
         experiment: MLflow experiment.
@@ -189,12 +192,24 @@ def compare_methods(
                 label=own["label"],
                 **common,
             )
+            measured_draft = specdec_benchmark(
+                teacher=tuned,
+                draft_before=initial,
+                draft_after=distilled["distilled_student"],
+                config=settings["specdec_config"],
+                seed=seed,
+                label=own["label"],
+                wanted=drafts,
+                **common,
+            )
+            drafted = settle(measured_draft, "specdec_benchmark", GPU).outputs
 
         settle(
             compare_table(
                 run_name=run_name,
                 trials=trials,
                 scores=dsl.Collected(answered["scores"]),
+                drafts=dsl.Collected(drafted["after"]),
                 courses=dsl.Collected(distilled["course"]),
                 predictions=dsl.Collected(answered["predictions"]),
                 figures=dsl.Collected(distilled["metrics"]),

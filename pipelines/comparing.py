@@ -8,6 +8,7 @@ from typing import Any
 from pipelines.graph import count_steps, read_steps, unrolled
 from pipelines.local import LocalRun, RunFolder, run_pipeline
 from pipelines.progress import Display
+from skd_lib.compare.plan import OWN_PARAMETERS
 from skd_lib.compare.trials import Trial
 from skd_lib.config import RunConfig
 
@@ -60,8 +61,8 @@ def run_comparison(
             experiment=experiment,
             fresh=fresh and not failed,
             further={
+                **{name: parameters[name] for name in OWN_PARAMETERS},
                 "trials": [trials[label] for label in left],
-                "reference": parameters["reference"],
                 "failed": [{**trials[label], "reason": reason} for label, reason in failed.items()],
             },
             iterations=left,

@@ -14,6 +14,7 @@ def compare_table(
     trials: list[dict],  # type: ignore[type-arg]  # KFP knows lists by this form
     scores: list[dict],  # type: ignore[type-arg]
     courses: list[dict],  # type: ignore[type-arg]
+    drafts: list[dict],  # type: ignore[type-arg]
     predictions: dsl.Input[list[dsl.Artifact]],
     figures: dsl.Input[list[dsl.Metrics]],
     failed: list[dict],  # type: ignore[type-arg]
@@ -38,6 +39,7 @@ def compare_table(
         trials: The runs, in the order of the lists below.
         scores: Scores of each run's student on the test set.
         courses: Course of each run's training.
+        drafts: What each run's student is worth as a draft model; empty ones where that was not measured.
         predictions: Answers of each run's student to the test set.
         figures: Figures of each run's training.
         failed: Runs that have no model, each with a reason.
@@ -62,6 +64,7 @@ def compare_table(
             "trials": trials,
             "scores": scores,
             "courses": courses,
+            "drafts": drafts,
             "failed": failed,
             "teacher": teacher,
             "reference": reference,

@@ -64,6 +64,7 @@ def build_comparison(
 def _variant(name: str, trials: Sequence[TrialResult], tests: Mapping[str, Test]) -> VariantResult:
     scored: dict[str, list[Score]] = {}
     costs: dict[str, list[float]] = {}
+    drafts: dict[str, list[float]] = {}
     done = [trial for trial in trials if trial.scores is not None]
     for trial in done:
         assert trial.scores is not None  # noqa: S101 - see above
@@ -72,12 +73,15 @@ def _variant(name: str, trials: Sequence[TrialResult], tests: Mapping[str, Test]
                 scored.setdefault(f"{place}.{metric}" if place else metric, []).append(score)
         for cost, value in _costs(trial).items():
             costs.setdefault(cost, []).append(value)
+        for figure, value in trial.draft.items():
+            drafts.setdefault(figure, []).append(value)
     return VariantResult(
         variant=name,
         runs=len(done),
         failed=len(trials) - len(done),
         scores={metric: estimate(scores) for metric, scores in scored.items()},
         tests=dict(tests),
+        draft={figure: float(np.mean(values)) for figure, values in drafts.items()},
         costs={cost: float(np.mean(values)) for cost, values in costs.items()},
     )
 

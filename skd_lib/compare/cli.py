@@ -126,7 +126,7 @@ def _print_plan(
     for name, text in {
         "teacher": base.teacher,
         "seeds": ", ".join(map(str, settings.seeds)),
-        "runs": f"{len(trials)}: student_init, distill and evaluate of each",
+        "runs": f"{len(trials)}: student_init, distill, evaluate{' and specdec_benchmark' * settings.drafts} of each",
         "once": "preflight, import_model, prepare_data, teacher_sft, evaluate (teacher), compare_table",
         "against": parameters["reference"],
         "files": str(folder),

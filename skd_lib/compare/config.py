@@ -45,6 +45,9 @@ class CompareConfig(Section):
         {}, description="Further ones beside methods x grid, by name: fields by dotted name. `{}` is `base` itself."
     )
     seeds: list[int] = Field([0], min_length=1, description="Each variant is run once with each of them.")
+    drafts: bool = Field(
+        False, description="Measure every student as a draft of the teacher too, as section `specdec` of `base` says."
+    )
     reference: str = Field(
         "", description="Variant that the others are tested against; empty: the first whose method is `skd`."
     )

@@ -8,6 +8,9 @@ from skd_lib.compare.trials import expand, reference_of
 from skd_lib.config import RunConfig
 from skd_lib.parameters import Parameters, to_struct
 
+OWN_PARAMETERS = ("trials", "reference", "drafts", "failed")
+"""What the pipeline takes beside a run's parameters."""
+
 
 def to_parameters(compare: CompareConfig, base: RunConfig, *, where: str) -> Parameters:
     """The base configuration's parameters, the list of runs, and the variant that the others are tested against.
@@ -20,5 +23,6 @@ def to_parameters(compare: CompareConfig, base: RunConfig, *, where: str) -> Par
         **parameters.to_parameters(base),
         "trials": [to_struct(trial) for trial in trials],
         "reference": reference_of(compare, trials, base, where=where),
+        "drafts": compare.drafts,
         "failed": [],
     }

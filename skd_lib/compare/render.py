@@ -72,10 +72,16 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def pages(comparison: Comparison) -> Iterator[Page]:
-    """A table a metric, the one that matters first; then what the runs cost, and those that failed."""
+    """A table a metric, the one that matters first; then drafts, what the runs cost, and those that failed."""
     found = list(dict.fromkeys(metric for each in comparison.variants for metric in each.scores))
     for metric in sorted(found, key=lambda name: (name not in comparison.metrics, found.index(name))):
         yield _metric_page(comparison, metric)
+    if any(each.draft for each in comparison.variants):
+        yield Page(
+            "As draft of the teacher (means over the runs)",
+            ["variant", "accepted", "tokens/teacher call", "speed-up"],
+            [[each.variant, *_draft_cells(each.draft)] for each in comparison.variants if each.draft],
+        )
     costs = [name for name in _COSTS if any(name in each.costs for each in comparison.variants)]
     yield Page(
         "What a run cost (means over the runs)",
@@ -133,6 +139,14 @@ def _test(test: Test | None) -> list[str]:
     star = " *" if test.p_holm < SIGNIFICANT else ""
     interval = f"{test.low:+.2f} to {test.high:+.2f}"
     return [f"{test.difference:+.2f}", interval, f"{test.p_value:.3f}", f"{test.p_holm:.3f}{star}"]
+
+
+def _draft_cells(draft: dict[str, float]) -> list[str]:
+    return [
+        f"{draft['acceptance_rate']:.1%}",
+        f"{draft['tokens_per_teacher_call']:.2f}",
+        f"{draft['speedup']:.2f}x",
+    ]
 
 
 def _cost(variant: VariantResult, name: str) -> str:

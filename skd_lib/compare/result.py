@@ -23,6 +23,7 @@ class TrialResult(Section):
     scores: Scores | None = None
     rejection_rate: float | None = Field(None, description="Mean over the steps; none where no token was tested.")
     tokens_per_teacher_call: float | None = Field(None, description="In the last tenth of the steps.")
+    draft: dict[str, float] = Field({}, description="As draft: acceptance rate, tokens per teacher call, speed-up.")
     figures: dict[str, float] = Field({}, description="The training's: steps, tokens, seconds, validation loss.")
 
     def flat(self) -> dict[str, Any]:
@@ -38,7 +39,8 @@ class TrialResult(Section):
             "rejection_rate": self.rejection_rate,
             "tokens_per_teacher_call": self.tokens_per_teacher_call,
         }
-        return {**row, **{name: value for name, value in sampling.items() if value is not None}, **self.figures}
+        row |= {name: value for name, value in sampling.items() if value is not None}
+        return {**row, **{f"draft_{name}": value for name, value in self.draft.items()}, **self.figures}
 
 
 class Estimate(Section):
@@ -71,7 +73,13 @@ class VariantResult(Section):
     failed: int
     scores: dict[str, Estimate] = Field(description="By metric; those of a held-out set as SET.METRIC.")
     tests: dict[str, Test] = Field({}, description="By metric, on the test set.")
+    draft: dict[str, float] = Field({}, description="Means over the runs, as draft of the teacher.")
     costs: dict[str, float] = Field({}, description="Means over the runs: rejection rate, tokens, steps, seconds.")
+
+    def means(self) -> dict[str, float]:
+        """All of them by name."""
+        scores = {metric: score.mean for metric, score in self.scores.items()}
+        return scores | {f"draft_{name}": value for name, value in self.draft.items()} | self.costs
 
 
 class Comparison(Section):
@@ -86,11 +94,7 @@ class Comparison(Section):
 
     def headline(self) -> dict[str, float]:
         """The means, flat, as trackers want them: `skd/chrf`, `skd/rejection_rate`, ..."""
-        return {
-            f"{each.variant}/{name}": value
-            for each in self.variants
-            for name, value in ({name: score.mean for name, score in each.scores.items()} | each.costs).items()
-        }
+        return {f"{each.variant}/{name}": value for each in self.variants for name, value in each.means().items()}
 
     def to_json(self) -> str:
         """The content of `comparison.json`."""

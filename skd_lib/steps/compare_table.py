@@ -14,7 +14,7 @@ from skd_lib.compare.result import TrialResult
 from skd_lib.compare.trials import Trial
 from skd_lib.config import EvaluationConfig, Section, TaskConfig, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.report.summary import Course, Scores
+from skd_lib.report.summary import Course, Scores, Specdec
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 
 
@@ -30,6 +30,7 @@ class Finished(Section):
     trials: list[Trial]
     scores: list[Scores]
     courses: list[Course]
+    drafts: list[dict[str, Any]] = Field([], description="Empty ones where nothing was measured.")
     failed: list[FailedTrial] = Field([], description="Runs without a model, in no list above.")
 
 
@@ -46,6 +47,9 @@ def main(
     figures: Annotated[
         list[Path] | None, typer.Option(help="By hand: each run's figures of step `distill`, in order; else from KFP.")
     ] = None,
+    drafts: Annotated[
+        str, typer.Option(help="Their worth as drafts: a JSON list of step `specdec_benchmark`'s, or of empty ones.")
+    ] = "[]",
     failed: Annotated[
         str, typer.Option(help="Runs that failed: a JSON list of the same, each with a `reason`.")
     ] = "[]",
@@ -65,7 +69,7 @@ def main(
     """
     settings = parse_section(EvaluationConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    given = {"trials": trials, "scores": scores, "courses": courses, "failed": failed}
+    given = {"trials": trials, "scores": scores, "courses": courses, "drafts": drafts, "failed": failed}
     finished = parse_section(Finished, {name: json.loads(text) for name, text in given.items()}, where="the runs")
     teacher_scores = parse_section(Scores, teacher, where="--teacher").metrics
     io = StepIO(executor_input, {"page": page_out, "runs": runs_out, "comparison": comparison_out})
@@ -73,7 +77,8 @@ def main(
     numbers = [json.loads(path.read_text(encoding="utf-8")) for path in figures or []] or [
         metadata for _, metadata in io.input_list("figures")
     ]
-    counts = {len(each) for each in (finished.trials, finished.scores, finished.courses, answers, numbers)}
+    measured = finished.drafts or [{} for _ in finished.trials]
+    counts = {len(each) for each in (finished.trials, finished.scores, finished.courses, measured, answers, numbers)}
     if len(counts) > 1:
         raise SkdError(
             f"the lists of the {len(finished.trials)} runs have different lengths: {sorted(counts)}",
@@ -92,9 +97,9 @@ def main(
         step="compare_table", tracking_uri=tracking_uri, experiment=experiment, run_name=run_name or None
     ) as run:
         done = [
-            _result(trial, each, course, number)
-            for trial, each, course, number in zip(
-                finished.trials, finished.scores, finished.courses, numbers, strict=True
+            _result(trial, each, course, draft, number)
+            for trial, each, course, draft, number in zip(
+                finished.trials, finished.scores, finished.courses, measured, numbers, strict=True
             )
         ]
         lost = [
@@ -127,7 +132,9 @@ def main(
     io.write()
 
 
-def _result(trial: Trial, scores: Scores, course: Course, figures: dict[str, Any]) -> TrialResult:
+def _result(
+    trial: Trial, scores: Scores, course: Course, draft: dict[str, Any], figures: dict[str, Any]
+) -> TrialResult:
     numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
     return TrialResult(
         variant=trial.variant,
@@ -136,6 +143,7 @@ def _result(trial: Trial, scores: Scores, course: Course, figures: dict[str, Any
         scores=scores,
         rejection_rate=fmean(course.rejection_rate) if course.rejection_rate else None,
         tokens_per_teacher_call=numbers.pop("tokens_per_teacher_call_last_tenth", None),
+        draft=parse_section(Specdec, draft, where="--drafts").figures() if draft else {},
         figures=numbers,
     )
 

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
@@ -56,6 +56,9 @@ def comparison() -> Comparison:
             seed=seed,
             scores=accuracy(right),
             rejection_rate=0.25 * (seed + 1) if variant == "skd" else None,
+            draft={"acceptance_rate": 0.5 + seed / 10, "tokens_per_teacher_call": 2, "speedup": 1.5}
+            if variant == "skd"
+            else {},
             figures={"steps": 5, "student_tokens": 1000 + seed, "seconds_loss": 2, "seconds_validation": 99},
         )
         for (variant, seed), right in RIGHT.items()
@@ -72,6 +75,7 @@ def comparison() -> Comparison:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=6))
 def test_t_interval_is_scipys(values: list[float]):
     error = stats.sem(values)
@@ -79,6 +83,7 @@ def test_t_interval_is_scipys(values: list[float]):
     assert t_interval(values) == pytest.approx(expected, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=6))
 def test_holm_is_the_largest_over_all_smaller_p_values(p_values: list[float]):
     """The definition: of p_(1) <= ... <= p_(m), p_(k) becomes the max over j <= k of min(1, (m - j + 1) p_(j))."""
@@ -135,6 +140,8 @@ def test_variants_have_means_tests_and_costs(comparison: Comparison):
     assert (seqkd.runs, seqkd.failed) == (1, 1)
     assert skd.costs == {"rejection_rate": 0.375, "steps": 5, "student_tokens": 1000.5, "seconds": 2}
     assert "rejection_rate" not in sft.costs
+    assert skd.draft["acceptance_rate"] == pytest.approx(0.55)
+    assert sft.draft == {}
     assert comparison.headline()["skd/accuracy"] == pytest.approx(77.5)
     assert Comparison.model_validate_json(comparison.to_json()) == comparison
 
@@ -150,6 +157,7 @@ def test_markdown_says_it_all_and_escapes_reasons(comparison: Comparison):
     (seqkd,) = (row for row in rows if row[0] == "| seqkd" and len(row) == 8)
     assert seqkd[1] == "1 of 2"
     assert "*" not in seqkd[7]
+    assert "| skd | 55.0% | 2.00 | 1.50x |" in text
     assert "| seqkd | 0 | the loss &lt;exploded> \\| at once |" in text
     for kind in ("Student's t over the seeds", "bootstrap over the test examples", "against skd"):
         assert kind in text

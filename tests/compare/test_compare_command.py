@@ -13,7 +13,14 @@ EXAMPLE = ROOT / "pipelines/configs/compare-demo.yaml"
 def test_dry_run_lists_the_variants_and_does_nothing(tmp_path: Path):
     done = skd("compare", EXAMPLE, "--dry-run", "--runs-dir", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
-    for shown in ("skd-top_k-5", "top_k 25", "on_policy", "supervised_kd", "prune", "10: student_init, distill"):
+    for shown in (
+        "skd-top_k-5",
+        "top_k 25",
+        "on_policy",
+        "supervised_kd",
+        "prune",
+        "10: student_init, distill, evaluate of each",
+    ):
         assert shown in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -143,6 +143,7 @@ def looping_pipeline(folder: Path) -> list[dict[str, Any]]:
         config: dict[str, Any],
         trials: list[dict],
         reference: str,
+        drafts: bool,
         failed: list[dict],
     ):
         end = last().set_display_name("finish").set_caching_options(False)

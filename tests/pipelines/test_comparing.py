@@ -25,7 +25,7 @@ def compare(folder: Path, behaviours: dict[str, str]) -> tuple[LocalRun, list[di
     console = Console(file=io.StringIO(), width=200)
     finished = run_comparison(
         config(),
-        {"trials": trials, "reference": "a"},
+        {"trials": trials, "reference": "a", "drafts": False, "failed": []},
         RunFolder.create(folder / "runs", "fake"),
         looping_pipeline(folder),
         lambda steps: PlainDisplay(console, steps),
