@@ -5,6 +5,7 @@ The compiled file is a pure function of the definition, so that CI can tell a fo
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,37 @@ from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
 
-COMPILED = Path(__file__).parent / "compiled" / "distillation.yaml"
-HEADER = "# Compiled from pipelines/distillation.py by `skd compile`. Do not edit.\n"
+PIPELINES = ("distillation", "compare_methods")
+"""Each is a function of this name in the module of this name."""
+COMPILED = Path(__file__).parent / "compiled"
+HEADER = "# Compiled from pipelines/{name}.py by `skd compile`. Do not edit.\n"
 Documents = list[dict[str, Any]]
 
 
-def compile_pipeline(image: str | None = None, comet_image: str | None = None) -> Documents:
-    """The distillation pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
+def compiled_path(name: str = "distillation") -> Path:
+    """Where the compiled form of a pipeline is kept."""
+    return COMPILED / f"{name}.yaml"
+
+
+def compile_pipeline(
+    image: str | None = None, comet_image: str | None = None, *, name: str = "distillation"
+) -> Documents:
+    """One pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
 
     Args:
         image: Runs every step but COMET's in this image instead of the published one.
         comet_image: Likewise for COMET's step.
+        name: One of `PIPELINES`.
 
     Raises:
         SkdErrors: the result breaks a rule of `pipelines.lint`.
     """
     from kfp import compiler
 
-    from pipelines.distillation import distillation
-
+    pipeline = getattr(importlib.import_module(f"pipelines.{name}"), name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(distillation, str(path))
+        compiler.Compiler().compile(pipeline, str(path))
         documents: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     images = {TRAIN: image or TRAIN, COMET: comet_image or COMET}
     for executor in documents[0]["deploymentSpec"]["executors"].values():
@@ -58,19 +68,21 @@ def set_image(container: dict[str, Any], image: str) -> None:
     ]
 
 
-def to_text(documents: Documents) -> str:
+def to_text(documents: Documents, *, name: str = "distillation") -> str:
     """The documents as text, keys sorted: KFP's own header lists defaults in an order that changes between runs."""
-    return HEADER + yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
+    return HEADER.format(name=name) + yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
 
 
-def write_compiled(path: Path = COMPILED, image: str | None = None, comet_image: str | None = None) -> None:
+def write_compiled(
+    path: Path, image: str | None = None, comet_image: str | None = None, *, name: str = "distillation"
+) -> None:
     """Compile and write `path`."""
-    documents = compile_pipeline(image, comet_image)
+    documents = compile_pipeline(image, comet_image, name=name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, to_text(documents))
+    write_text_atomic(path, to_text(documents, name=name))
 
 
-def check_compiled(path: Path = COMPILED) -> None:
+def check_compiled(path: Path, *, name: str = "distillation") -> None:
     """Check that `path` is what its definition compiles to; the KFP version that compiled it may differ.
 
     Raises:
@@ -79,7 +91,7 @@ def check_compiled(path: Path = COMPILED) -> None:
     if not path.is_file():
         raise SkdError("the compiled pipeline is missing", where=str(path), hint="run `skd compile`")
     committed: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    fresh = compile_pipeline()
+    fresh = compile_pipeline(name=name)
     differing = [
         place
         for old, new in zip(_without_version(committed), _without_version(fresh), strict=False)

@@ -27,31 +27,13 @@ from components.report.component import report
 from components.specdec_benchmark.component import specdec_benchmark
 from components.student_init.component import student_init
 from components.teacher_sft.component import teacher_sft
-from pipelines.resources import DATA, GPU, SMALL, Resources
+from pipelines.resources import DATA, GPU, SMALL
+from pipelines.tasks import retried, settle
 from skd_lib.config import load_config
 from skd_lib.parameters import to_parameters
 
 # The page in Kubeflow opens with the demo filled in: it runs as it is, and shows what each parameter looks like.
 DEMO = to_parameters(load_config(Path(__file__).parent / "configs" / "demo.yaml"))
-
-
-def _settle(task: dsl.PipelineTask, name: str, resources: Resources, *, cache: bool = True) -> dsl.PipelineTask:
-    """Give a task what every task has: its name, its resources, its caching, and the run's id.
-
-    The id comes from the pod's label, not as a parameter: a parameter would be part of the cache key.
-    """
-    resources.apply(task.set_display_name(name).set_caching_options(cache))
-    kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-    return task
-
-
-def _retried(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Try a step again that may fail for reasons of its machine; training resumes from its checkpoint.
-
-    A step that got SIGTERM has saved its work and exits with `skd_lib.errors.Preempted.exit_code`, which is retried as
-    any other code is.
-    """
-    return task.set_retry(num_retries=2, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
 
 
 @dsl.pipeline(
@@ -99,9 +81,9 @@ def distillation(
         config: The rest of the run's configuration, field by field as in the YAML files of `pipelines/configs`.
     """
     tracking = {"tracking_uri": tracking_uri, "experiment": experiment}
-    end = _settle(finish(**tracking), "finish", SMALL, cache=False)
+    end = settle(finish(**tracking), "finish", SMALL, cache=False)
     with dsl.ExitHandler(end, name="run"):
-        checked = _settle(
+        checked = settle(
             preflight(
                 run_name=run_name,
                 teacher=teacher,
@@ -123,15 +105,15 @@ def distillation(
         )
         settings = checked.outputs
         task_config = settings["task_config"]
-        base = _retried(
-            _settle(
+        base = retried(
+            settle(
                 import_model(reference=teacher, trust_remote_code=settings["trust_remote_code"], **tracking),
                 "import_model",
                 DATA,
             )
         ).outputs["model"]
-        prepared = _retried(
-            _settle(
+        prepared = retried(
+            settle(
                 prepare_data(
                     data_config=settings["data_config"],
                     data_fingerprint=settings["data_fingerprint"],
@@ -146,18 +128,18 @@ def distillation(
 
         common = {"data": prepared["data"], "task_config": task_config, "seed": seed, **tracking}
         training = {**common, "checkpoint_root": checkpoint_root}
-        tuned = _retried(
-            _settle(teacher_sft(teacher=base, config=settings["teacher_sft_config"], **training), "teacher_sft", GPU)
+        tuned = retried(
+            settle(teacher_sft(teacher=base, config=settings["teacher_sft_config"], **training), "teacher_sft", GPU)
         ).outputs["tuned_teacher"]
-        initial = _retried(
-            _settle(
+        initial = retried(
+            settle(
                 student_init(student=student, teacher=tuned, config=settings["student_init_config"], **training),
                 "student_init",
                 GPU,
             )
         ).outputs["initial_student"]
-        distilled = _retried(
-            _settle(
+        distilled = retried(
+            settle(
                 distill(student=initial, teacher=tuned, config=settings["distill_config"], **training), "distill", GPU
             )
         ).outputs
@@ -171,7 +153,7 @@ def distillation(
         }.items():
             evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
             kubernetes.use_secret_as_env(evaluated, "skd-judge", {"api-key": "SKD_JUDGE_API_KEY"}, optional=True)
-            outputs = _settle(evaluated, f"evaluate-{role}", GPU).outputs
+            outputs = settle(evaluated, f"evaluate-{role}", GPU).outputs
             scores[role], answers[role] = outputs["scores"], outputs["predictions"]
         # One step for both: the teacher and the two students take turns in one process, so that timings compare.
         measured = specdec_benchmark(
@@ -181,19 +163,19 @@ def distillation(
             config=settings["specdec_config"],
             **common,
         )
-        drafts = _settle(measured, "specdec_benchmark", GPU).outputs
+        drafts = settle(measured, "specdec_benchmark", GPU).outputs
 
         judged = {**answers, "config": settings["comet_config"], "task_config": task_config, "seed": seed}
         # Not cached: that COMET could not be reached is true of this run, not of the next.
         with dsl.If(settings["comet_wanted"] == "true", name="comet"):
-            asked = _settle(comet_score(**judged), "comet_score", GPU, cache=False).outputs["scores"]
+            asked = settle(comet_score(**judged), "comet_score", GPU, cache=False).outputs["scores"]
         with dsl.Else(name="no-comet"):
             # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
             idle = comet_score(**judged).set_container_image(TRAIN)
-            unasked = _settle(idle, "comet_score-off", SMALL, cache=False).outputs["scores"]
+            unasked = settle(idle, "comet_score-off", SMALL, cache=False).outputs["scores"]
         comet = dsl.OneOf(asked, unasked)
 
-        table = _settle(
+        table = settle(
             report(
                 run_name=run_name,
                 task_config=task_config,
@@ -210,7 +192,7 @@ def distillation(
             SMALL,
             cache=False,
         )
-        decision = _settle(
+        decision = settle(
             gate(
                 registry_config=settings["registry_config"],
                 task_config=task_config,
@@ -224,7 +206,7 @@ def distillation(
             SMALL,
             cache=False,
         ).outputs
-        _settle(
+        settle(
             register_model(
                 student=distilled["distilled_student"],
                 registry_config=settings["registry_config"],

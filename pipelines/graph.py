@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -21,6 +22,8 @@ class Step:
         is_exit: It runs at the end, whether the others succeeded or failed.
         waits_for: Names of the steps it waits for directly.
         choice: Names the choice (If, Else) that it is an outcome of; empty if it always runs.
+        loop: Names the loop (ParallelFor) whose body it is in; empty if it runs once.
+        iteration: Names the round of that loop, see `unrolled`.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Step:
     is_exit: bool
     waits_for: tuple[str, ...]
     choice: str = ""
+    loop: str = ""
+    iteration: str = ""
 
 
 def read_steps(spec: dict[str, Any]) -> list[Step]:
@@ -43,8 +48,42 @@ def count_steps(steps: list[Step]) -> int:
     return sum(not step.choice for step in steps) + len({step.choice for step in steps if step.choice})
 
 
+def unrolled(steps: list[Step], iterations: Sequence[str]) -> list[Step]:
+    """The steps with those of a loop once for each of its rounds, round by round, named after it.
+
+    Args:
+        steps: Of a pipeline with one loop, or none.
+        iterations: Names of the rounds.
+    """
+    body = [step for step in steps if step.loop]
+    first = steps.index(body[0]) if body else len(steps)
+    rounds = [
+        replace(
+            step,
+            name=f"{step.name}-{iteration}",
+            component=round_key(step.component, number),
+            waits_for=tuple(f"{name}-{iteration}" if name in inside else name for name in step.waits_for),
+            iteration=iteration,
+        )
+        for inside in [{step.name for step in body}]
+        for number, iteration in enumerate(iterations)
+        for step in body
+    ]
+    return [*steps[:first], *rounds, *(step for step in steps[first:] if not step.loop)]
+
+
+def round_key(component: str, number: int) -> str:
+    """Tells a component's runs in the rounds of a loop from each other."""
+    return f"{component}#{number}"
+
+
 def _steps_of(
-    dag: str, component: dict[str, Any], spec: dict[str, Any], before: tuple[str, ...] = (), choice: str = ""
+    dag: str,
+    component: dict[str, Any],
+    spec: dict[str, Any],
+    before: tuple[str, ...] = (),
+    choice: str = "",
+    loop: str = "",
 ) -> list[Step]:
     """The steps of the DAG named `dag`, which starts after the steps `before`."""
     tasks: dict[str, Any] = component["dag"]["tasks"]
@@ -59,7 +98,8 @@ def _steps_of(
         if "dag" in target:
             # The outcomes of one choice are conditional tasks of one DAG.
             outcome = choice or (dag if "condition" in task.get("triggerPolicy", {}) else "")
-            inner = _steps_of(name, target, spec, waits_for, outcome)
+            around = loop or (name if "parameterIterator" in task else "")
+            inner = _steps_of(name, target, spec, waits_for, outcome, around)
             awaited = {other for step in inner for other in step.waits_for}
             ends[name] = tuple(step.name for step in inner if step.name not in awaited)
             steps += inner
@@ -77,6 +117,7 @@ def _steps_of(
                 ),
                 waits_for=waits_for,
                 choice=choice,
+                loop=loop,
             )
         )
     return steps

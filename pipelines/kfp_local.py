@@ -1,9 +1,11 @@
 """The only place that touches what `kfp.local` does not promise.
 
 `kfp.local` runs a whole pipeline on one machine (nested DAGs, conditions, loops, exit handlers, cache), but its
-subprocess runner refuses container components. Two of its classes are replaced while a pipeline runs: the one that runs
-a task, and the cache, which tells of its hits. kfp is pinned to one minor version for this reason, `check_kfp` refuses
-any other shape of these classes, and tests run a pipeline through them.
+subprocess runner refuses container components. Some of its parts are replaced while a pipeline runs: what runs a task;
+the cache, which tells of its hits; what runs the rounds of a loop, which go one after another here, and on after one
+has failed; and what gives a round its item, which in kfp 2.17 takes the place of every output of another step too. kfp
+is pinned to one minor version for this reason, `check_kfp` refuses any other shape of these parts, and tests run
+pipelines through them.
 """
 
 from __future__ import annotations
@@ -20,17 +22,28 @@ from typing import Any, Protocol
 import kfp
 import yaml
 from kfp import components, dsl, local
+from kfp.compiler import pipeline_spec_builder
 from kfp.local import cache, status, subprocess_task_handler
+from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
+from kfp.local.orchestrator import task_spec_utils
 
-from pipelines.graph import COMPONENT_PREFIX
+from pipelines.graph import COMPONENT_PREFIX, round_key
 from skd_lib.errors import SkdError
 
 HANDLER_ARGUMENTS = ("self", "image", "full_command", "pipeline_root", "runner", "env_vars")
+ROUND_ARGUMENTS = (
+    *("self", "tasks", "pipeline_resource_name", "components", "executors", "io_store", "pipeline_root", "runner"),
+    *("unique_pipeline_id", "fail_stack", "parallelism_limit"),
+)
+ITEM_ARGUMENTS = ("original_task_spec", "loop_item", "loop_task_name")
 KEY_ARGUMENTS = ("self", "component_name", "image", "full_command", "arguments", "env_vars", "custom_cache_key")
 
 
 class Executor(Protocol):
-    """Whoever runs the containers of a local pipeline."""
+    """Whoever runs the containers of a local pipeline.
+
+    A component in a loop is named with the number of its round, see `graph.round_key`.
+    """
 
     def execute(self, component: str, command: list[str], env: Mapping[str, str], task_folder: Path) -> bool:
         """Run one container to its end; whether it succeeded."""
@@ -43,14 +56,16 @@ class Executor(Protocol):
 
 
 def check_kfp() -> None:
-    """Check that the classes we replace look as we know them.
+    """Check that the parts we replace look as we know them.
 
     Raises:
         SkdError: another version of kfp is installed, whose local runner this project does not know.
     """
     handler = tuple(inspect.signature(subprocess_task_handler.SubprocessTaskHandler.__init__).parameters)
     key = tuple(inspect.signature(cache.LocalCache.compute_key).parameters)
-    if handler != HANDLER_ARGUMENTS or key != KEY_ARGUMENTS:
+    rounds = tuple(inspect.signature(orchestrator.ParallelExecutor.execute_parallel_tasks).parameters)
+    item = tuple(inspect.signature(task_spec_utils.create_parameter_loop_iteration_task_spec).parameters)
+    if (handler, key, rounds, item) != (HANDLER_ARGUMENTS, KEY_ARGUMENTS, ROUND_ARGUMENTS, ITEM_ARGUMENTS):
         raise SkdError(
             f"kfp {kfp.__version__} has another local runner than the one this project drives",
             hint='install the supported version: pip install "kfp>=2.17,<2.18"',
@@ -99,7 +114,34 @@ def run_locally(
 
 @contextlib.contextmanager
 def _replaced(executor: Executor) -> Iterator[None]:
-    """Put our task handler and cache in the place of kfp's."""
+    """Put our task handler, cache and loop in the place of kfp's."""
+    current_round: int | None = None
+
+    def key_of(component: str) -> str:
+        return component if current_round is None else round_key(component, current_round)
+
+    class Rounds(orchestrator.ParallelExecutor):
+        """Runs the rounds of a loop in order, in this very thread, so that an interruption reaches the running one."""
+
+        def execute_parallel_tasks(
+            self,
+            tasks: list[tuple[str, Any]],
+            *args: Any,
+            parallelism_limit: int = 0,  # noqa: ARG002 - it is one
+            **kwargs: Any,
+        ) -> tuple[dict[str, Any], status.Status]:
+            nonlocal current_round
+            outputs, failed = {}, False
+            for number, (name, task) in enumerate(tasks):
+                current_round = number
+                try:
+                    outputs[name], how = orchestrator.execute_task(name, task, *args, **kwargs)
+                finally:
+                    current_round = None
+                if how == status.Status.FAILURE:
+                    failed = True
+                    kwargs["fail_stack"].append(name)
+            return ({}, status.Status.FAILURE) if failed else (outputs, status.Status.SUCCESS)
 
     class TaskHandler:
         def __init__(
@@ -116,7 +158,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
         def run(self) -> status.Status:
             task = json.loads(self.command[self.command.index("--executor-input") + 1])
             folder = Path(task["outputs"]["outputFile"]).parent
-            done = executor.execute(folder.name, self.command, self.env, folder)
+            done = executor.execute(key_of(folder.name), self.command, self.env, folder)
             return status.Status.SUCCESS if done else status.Status.FAILURE
 
     class Cache(cache.LocalCache):
@@ -125,7 +167,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
         _current = threading.local()
 
         def compute_key(self, component_name: str, *args: Any, **kwargs: Any) -> str:
-            self._current.component = component_name.removeprefix(COMPONENT_PREFIX)
+            self._current.component = key_of(component_name.removeprefix(COMPONENT_PREFIX))
             return str(super().compute_key(component_name, *args, **kwargs))
 
         def get(self, key: str) -> dict[str, Any] | None:
@@ -143,13 +185,31 @@ def _replaced(executor: Executor) -> Iterator[None]:
         def _seconds_file(self, key: str) -> Path:
             return Path(self.cache_root) / f"{key}.seconds"
 
-    originals = (subprocess_task_handler.SubprocessTaskHandler, cache.LocalCache)
-    subprocess_task_handler.SubprocessTaskHandler, cache.LocalCache = TaskHandler, Cache
+    replacements = {
+        (subprocess_task_handler, "SubprocessTaskHandler"): TaskHandler,
+        (cache, "LocalCache"): Cache,
+        (orchestrator, "ParallelExecutor"): Rounds,
+        (task_spec_utils, "create_parameter_loop_iteration_task_spec"): _with_item,
+    }
+    originals = {place: getattr(*place) for place in replacements}
+    for place, part in replacements.items():
+        setattr(*place, part)
     try:
         yield
     finally:
-        subprocess_task_handler.SubprocessTaskHandler, cache.LocalCache = originals
+        for place, part in originals.items():
+            setattr(*place, part)
         cache.reset_local_cache_singleton()
+
+
+def _with_item(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> Any:  # noqa: ARG001 - kfp's signature
+    """The task of one round of a loop: its item is a constant, its other inputs are the loop's."""
+    task = type(original_task_spec)()
+    task.CopyFrom(original_task_spec)
+    item = task.inputs.parameters[original_task_spec.parameter_iterator.item_input]
+    item.runtime_value.constant.CopyFrom(pipeline_spec_builder.to_protobuf_value(loop_item))
+    task.ClearField("parameter_iterator")
+    return task
 
 
 def plain_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:

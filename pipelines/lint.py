@@ -42,13 +42,14 @@ def _dag(name: str, component: dict[str, Any], components: dict[str, Any]) -> li
             for other in task.get("dependentTasks", [])
             if other not in tasks
         ]
+        item = task.get("parameterIterator", {}).get("itemInput")
         for kind in ("parameters", "artifacts"):
             wanted = target.get("inputDefinitions", {}).get(kind, {})
             bound = task.get("inputs", {}).get(kind, {})
             problems += [
                 f"{where}: input {missing!r} of {task['componentRef']['name']} has no value"
                 for missing, definition in wanted.items()
-                if missing not in bound and not definition.get("isOptional")
+                if missing not in bound and missing != item and not definition.get("isOptional")
             ]
             for input_name, source in bound.items():
                 fault = _source_fault(source, kind, given, tasks, components)

@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import yaml
 
 import skd_lib
 from pipelines.compiling import set_image
-from pipelines.graph import Step, read_steps
+from pipelines.graph import Step, read_steps, unrolled
 from pipelines.process import run_logged
 from pipelines.progress import Display
 from skd_lib import events
@@ -132,7 +132,7 @@ class RunFolder:
             lock.acquire()
         except filelock.Timeout as error:
             raise SkdError(
-                "another `skd run` is using this folder",
+                "another `skd run` or `skd compare` is using this folder",
                 where=str(self.root),
                 hint="wait for it, or give this run another `name`",
             ) from error
@@ -183,6 +183,7 @@ class LocalRun:
         taken: Seconds of every finished step; of a reused one, those of its original run.
         reused_steps: Steps whose outputs came from the cache.
         failure: The first failure; later steps are not started then, but for the exit handler.
+        lost: Failures in a loop, by the round's name: the other rounds go on, what comes after the loop does not.
     """
 
     folder: RunFolder
@@ -193,6 +194,7 @@ class LocalRun:
     taken: dict[str, float] = field(default_factory=dict)
     reused_steps: set[str] = field(default_factory=set)
     failure: StepFailed | None = None
+    lost: dict[str, StepFailed] = field(default_factory=dict)
 
     def execute(self, component: str, command: list[str], env: Mapping[str, str], task_folder: Path) -> bool:
         """Run one container to its end (see `kfp_local.Executor`)."""
@@ -213,7 +215,11 @@ class LocalRun:
         seconds = time.monotonic() - start
         if outcome.code != 0:
             self.display.failed(step.name, seconds)
-            self.failure = self.failure or StepFailed(step.name, outcome.explain(), log)
+            failure = StepFailed(step.name, outcome.explain(), log)
+            if step.iteration:
+                self.lost[step.iteration] = failure
+            else:
+                self.failure = self.failure or failure
             return False
         self.taken[step.name] = seconds
         self.outputs[step.name] = _read_outputs(task_folder)
@@ -264,31 +270,23 @@ def source_digest() -> str:
     root = Path(skd_lib.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.parent == root and path.stem in ("cli", "doctor"):
+        if path.name == "cli.py" or path == root / "doctor.py":
             continue
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def step_environment(run_id: str, documents: list[dict[str, Any]]) -> dict[str, str]:
-    """Environment of the steps: this process's, the run's id, events on, and each step's share of the cores.
+def step_environment(run_id: str) -> dict[str, str]:
+    """Environment of the steps: this process's, the run's id, events on, and all cores, since one runs at a time.
 
     Steps import the library that this process runs, wherever it was started.
 
-    Without a limit two torch processes run each with as many threads as there are cores, and spend their time waiting
-    for each other. Threads that spin only briefly while they wait keep a step fast beside whatever else the machine
-    does. kfp.local runs loop bodies two at a time, everything else one at a time.
+    Threads that spin only briefly while they wait keep a step fast beside whatever else the machine does.
     """
-    loops = any(
-        "parameterIterator" in task or "artifactIterator" in task
-        for component in [documents[0]["root"], *documents[0]["components"].values()]
-        for task in component.get("dag", {}).get("tasks", {}).values()
-    )
     library = str(Path(skd_lib.__file__).parent.parent)
-    threads = str(max(1, usable_cores() // (2 if loops else 1)))
     return {
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(usable_cores()),
         "GOMP_SPINCOUNT": "2000",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",  # bars of libraries would fill the logs; the steps tell of their progress themselves
@@ -309,11 +307,24 @@ def run_pipeline(
     tracking_uri: str,
     experiment: str,
     fresh: bool = False,
+    further: Mapping[str, Any] | None = None,
+    iterations: Sequence[str] = (),
 ) -> LocalRun:
     """Run the compiled pipeline `documents` for `config` in `folder`.
 
+    Args:
+        config: The run, which gives most of the pipeline's parameters.
+        folder: Its files.
+        documents: The pipeline.
+        display: Shows its course.
+        tracking_uri: MLflow.
+        experiment: MLflow's experiment.
+        fresh: Forget finished steps and checkpoints.
+        further: Parameters that the pipeline has beside the configuration's.
+        iterations: Names of the rounds of its loop.
+
     Returns:
-        The finished run.
+        The finished run; where rounds of the loop failed (`lost`), without what comes after it.
 
     Raises:
         StepFailed: a step failed; its own message is in it.
@@ -328,12 +339,13 @@ def run_pipeline(
         local = local_pipeline(documents)
         run = LocalRun(
             folder,
-            {step.component: step for step in read_steps(local[0])},
+            {step.component: step for step in unrolled(read_steps(local[0]), iterations)},
             display,
-            step_environment(folder.run_id(config, fresh=fresh), local),
+            step_environment(folder.run_id(config, fresh=fresh)),
         )
         arguments = {
             **to_parameters(config),
+            **(further or {}),
             "tracking_uri": tracking_uri,
             "experiment": experiment,
             "checkpoint_root": str(folder.checkpoints),

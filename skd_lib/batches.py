@@ -71,6 +71,12 @@ class Rollout:
         """Number of response tokens, EOS included."""
         return int(self.response_mask_BL.sum())
 
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Tokens of each row, prompt and response."""
+        lengths: list[int] = self._row_lengths_B.tolist()
+        return lengths
+
     def rows(self, chosen: Sequence[int]) -> Rollout:
         """Some of the rows, cut to the longest of them, without statistics."""
         rows = torch.tensor(chosen, device=self.input_ids_BL.device)

@@ -16,6 +16,7 @@ from pipelines.submitting.cli import submit
 from pipelines.triggering.cli import trigger
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
+from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
 from skd_lib.specdec.cli import specdec
 from skd_lib.tracking import cli as tracking
@@ -196,16 +197,24 @@ def compile_(
         typer.Option(envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File to write.", show_default="pipelines/compiled/distillation.yaml")
+        Path | None, typer.Option(help="File of one pipeline.", show_default="pipelines/compiled/PIPELINE.yaml")
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="distillation or compare_methods.", show_default="both; with --output distillation"),
     ] = None,
 ) -> None:
-    """Compile the pipeline to the YAML that Kubeflow runs, and check it for mistakes KFP does not see."""
-    from pipelines.compiling import COMPILED, check_compiled, write_compiled
+    """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see."""
+    from pipelines.compiling import PIPELINES, check_compiled, compiled_path, write_compiled
 
-    path = output or COMPILED
+    if pipeline not in (None, *PIPELINES):
+        raise SkdError(f"there is no pipeline {pipeline!r}", where="--pipeline", hint=f"one of {', '.join(PIPELINES)}")
+    names = [pipeline] if pipeline else PIPELINES[:1] if output else PIPELINES
+    paths = {name: output or compiled_path(name) for name in names}
     if check:
-        check_compiled(path)
-        typer.echo(f"{_short(path)} is up to date")
+        for name, path in paths.items():
+            check_compiled(path, name=name)
+            typer.echo(f"{_short(path)} is up to date")
         return
     if (image or comet_image) and output is None:
         raise SkdError(
@@ -213,8 +222,9 @@ def compile_(
             where="skd compile",
             hint="name another file with --output",
         )
-    write_compiled(path, image, comet_image)
-    typer.echo(f"wrote {_short(path)}")
+    for name, path in paths.items():
+        write_compiled(path, image, comet_image, name=name)
+        typer.echo(f"wrote {_short(path)}")
 
 
 @app.command()
@@ -310,7 +320,7 @@ def schema() -> None:
 
 
 app.command()(specdec)
-for command in (submit, trigger, tracking.promote, tracking.rollback, tracking.lineage):
+for command in (compare, submit, trigger, tracking.promote, tracking.rollback, tracking.lineage):
     app.command()(command)
 
 

@@ -726,6 +726,15 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.
     """
+    return parse_section(RunConfig, read_yaml(path), where=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Raises:
+        SkdError: the file is missing, or is not a mapping in YAML.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -734,7 +743,7 @@ def load_config(path: Path) -> RunConfig:
         raise SkdError(f"not a YAML file: {error}", where=str(path)) from error
     if not isinstance(values, dict):
         raise SkdError("the config must be a mapping of fields", where=str(path))
-    return parse_section(RunConfig, values, where=str(path))
+    return values
 
 
 def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:

@@ -42,14 +42,34 @@ METHODS: Mapping[Method, MethodFacts] = {
 }
 
 
+_PARAMETERS = ("divergence", "sampling.top_k", "sampling.gamma")
+"""The pipeline's own parameters always have a value."""
+
+
 def unread_settings(distill: DistillConfig) -> list[str]:
     """Fields that have a value of their own, not the default, and that this method with this divergence never reads.
 
     The pipeline's own parameters (`divergence`, `top_k`, `gamma`) are left out: they always have a value.
     """
+    default = DistillConfig()
+    return [
+        path
+        for path, is_read in _reads(distill).items()
+        if not is_read and path not in _PARAMETERS and _at(distill, path) != _at(default, path)
+    ]
+
+
+def reads_setting(distill: DistillConfig, path: str) -> bool:
+    """Whether this method with this divergence reads the field at `path` of section `distill`, or a field in it."""
+    return all(is_read for known, is_read in _reads(distill).items() if f"{path}.".startswith(f"{known}."))
+
+
+def _reads(distill: DistillConfig) -> dict[str, bool]:
+    """The fields that not every method and divergence reads, and whether these do."""
     facts, loss, rule = METHODS[distill.method], distill.divergence, distill.sampling.rule
     interleaved = facts.student_writes and facts.teacher_writes
-    read = {
+    return {
+        "divergence": facts.divergence,
         "beta": facts.divergence and loss == "jsd",
         "alpha": facts.divergence and loss in ("skew_kl", "skew_reverse_kl"),
         "temperature": facts.divergence,
@@ -60,13 +80,13 @@ def unread_settings(distill: DistillConfig) -> list[str]:
         "sampled_fraction": distill.method in ("imitkd", "skd_mixed"),
         "teacher_signal": facts.needs_teacher,
         "sampling.rule": interleaved,
+        "sampling.top_k": interleaved and rule == "top_k",
+        "sampling.gamma": interleaved,
         "sampling.min_prob": interleaved and rule == "min_prob",
         "sampling.mixture": interleaved and rule == "mixture",
         "sampling.student": facts.student_writes,
         "sampling.teacher": facts.teacher_writes,
     }
-    default = DistillConfig()
-    return [path for path, is_read in read.items() if not is_read and _at(distill, path) != _at(default, path)]
 
 
 def _at(distill: DistillConfig, path: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,6 +122,7 @@ def run_checks(
     tracking_uri: str,
     pipeline_root: str | None = None,
     require_gpu: bool = False,
+    variants: Sequence[RunConfig] = (),
 ) -> PreflightReport:
     """Look at everything a run needs. Nothing is raised for what is wrong: it is all in the report.
 
@@ -131,28 +132,46 @@ def run_checks(
         tracking_uri: MLflow's tracking URI; empty: tracking is off.
         pipeline_root: Folder (local or gs://) for the pipeline's artifacts; None: not looked at.
         require_gpu: A missing GPU is an error.
+        variants: Runs of a comparison, which share data, task and teacher with `config`; then `config` is none itself.
     """
     checks = _Checks()
     teacher = _model(checks, "teacher", config.teacher, config)
-    pruned = config.student_init.mode == "prune"
-    student = None if pruned or config.student is None else _model(checks, "student", config.student, config)
-    if teacher and student:
-        _same_vocabulary(checks, teacher, student, config)
-    if pruned and teacher:
-        _cut(checks, teacher, config)
-    _unread(checks, config)
+    runs = variants or [config]
+    students = [_student(checks, teacher, run) for run in _distinct(runs, lambda run: (run.student, run.student_init))]
+    for run in _distinct(runs, lambda run: run.distill):
+        _unread(checks, run)
     report = PreflightReport(checks.found)
-    report.data_fingerprint = _data(checks, config, [model for model in (teacher, student) if model])
+    report.data_fingerprint = _data(checks, config, [model for model in (teacher, *students) if model], runs)
     if config.task.wants_comet:
         _comet(checks, config.evaluation.comet.model)
     _writable(checks, "checkpoints", checkpoint_root, lambda: storage.check_checkpoint_root(checkpoint_root))
     _writable(checks, "artifacts", pipeline_root or "")
     _tracking(checks, tracking_uri)
     gpu = _gpu(checks, require_gpu)
-    _precision(checks, config.distill.training.teacher_precision)
-    if teacher and (pruned or student):
-        _memory(checks, config, teacher.size, student.size if student else _cut_size(teacher.size, config), gpu)
+    for run in _distinct(runs, lambda run: run.distill.training.teacher_precision):
+        _precision(checks, run.distill.training.teacher_precision)
+    if teacher and len(runs) == 1 and (run.student_init.mode == "prune" or students[0]):
+        student = students[0]
+        _memory(checks, run, teacher.size, student.size if student else _cut_size(teacher.size, run), gpu)
     return report
+
+
+def _distinct(runs: Sequence[RunConfig], what: Callable[[RunConfig], object]) -> list[RunConfig]:
+    """The first of all runs that are alike in something."""
+    keys = [what(run) for run in runs]
+    return [run for number, run in enumerate(runs) if keys.index(keys[number]) == number]
+
+
+def _student(checks: _Checks, teacher: _Model | None, config: RunConfig) -> _Model | None:
+    """Look at a run's student; none where it is cut from the teacher, or cannot be read."""
+    if config.student_init.mode == "prune":
+        if teacher:
+            _cut(checks, teacher, config)
+        return None
+    student = None if config.student is None else _model(checks, "student", config.student, config)
+    if teacher and student:
+        _same_vocabulary(checks, teacher, student, config)
+    return student
 
 
 # --- collecting ---------------------------------------------------------------------------------------------------
@@ -334,7 +353,7 @@ def _unread(checks: _Checks, config: RunConfig) -> None:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def _data(checks: _Checks, config: RunConfig, models: list[_Model]) -> str:
+def _data(checks: _Checks, config: RunConfig, models: list[_Model], runs: Sequence[RunConfig]) -> str:
     """Look at rows, splits, lengths and training schedules; the data's fingerprint, empty if it cannot be read."""
     from skd_lib.data import sources
     from skd_lib.data.manifest import data_fingerprint
@@ -356,7 +375,7 @@ def _data(checks: _Checks, config: RunConfig, models: list[_Model]) -> str:
     )
     if models and models[-1].answer_end is not None:
         _lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
-    _schedules(checks, config, len(splits.train))
+    _schedules(checks, config, len(splits.train), runs)
     _held_out(checks, config)
     return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""
 
@@ -403,16 +422,19 @@ def _lengths(
         )
 
 
-def _schedules(checks: _Checks, config: RunConfig, rows: int) -> None:
+def _schedules(checks: _Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig]) -> None:
     """Whether batches divide, and how many optimiser steps that makes."""
     from skd_lib.training.run import schedule
 
     trainings: list[tuple[str, TrainingConfig, int | None]] = []
     if config.teacher_sft.enabled:
         trainings.append(("teacher_sft", config.teacher_sft.training, config.data.teacher_examples))
-    if config.student_init.mode == "sft":
-        trainings.append(("student_init", config.student_init.training, config.data.student_examples))
-    trainings.append(("distill", config.distill.training, config.data.student_examples))
+    tuned = [run for run in runs if run.student_init.mode == "sft"]
+    students: list[tuple[str, TrainingConfig]] = [
+        *(("student_init", run.student_init.training) for run in _distinct(tuned, lambda run: run.student_init)),
+        *(("distill", run.distill.training) for run in _distinct(runs, lambda run: run.distill.training)),
+    ]
+    trainings += [(step, training, config.data.student_examples) for step, training in students]
     for step, training, limit in trainings:
         examples = min(rows, limit or rows)
         try:
@@ -421,7 +443,8 @@ def _schedules(checks: _Checks, config: RunConfig, rows: int) -> None:
             checks.failed(step, error)
         else:
             checks.add(step, "ok", f"{planned.steps} optimiser steps of {training.batch_size} on {examples} examples")
-    _stored_signal(checks, config, min(rows, config.data.student_examples or rows))
+    for run in _distinct(runs, lambda run: (run.distill.method, run.distill.teacher_signal)):
+        _stored_signal(checks, run, min(rows, config.data.student_examples or rows))
 
 
 def _stored_signal(checks: _Checks, config: RunConfig, examples: int) -> None:

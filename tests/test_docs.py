@@ -9,14 +9,27 @@ from typing import get_args
 import pytest
 import yaml
 
+from skd_lib.compare.config import CompareConfig, load_compare
+from skd_lib.compare.plan import to_parameters
 from skd_lib.config import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, parse_section
 
-METHODS_PAGE = (Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+METHODS_PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", METHODS_PAGE, flags=re.DOTALL))
 def test_every_example_is_valid(block: str) -> None:
     parse_section(DistillConfig, yaml.safe_load(block)["distill"], where="docs/methods.md")
+
+
+def test_example_of_a_comparison_is_valid(tmp_path: Path) -> None:
+    page = (DOCS / "compare.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    demo = DOCS.parent / "pipelines/configs/demo.yaml"
+    (tmp_path / "compare.yaml").write_text(block.replace("base: demo.yaml", f"base: {demo}"), encoding="utf-8")
+    parameters = to_parameters(*load_compare(tmp_path / "compare.yaml"), where="docs/compare.md")
+    assert len({trial["variant"] for trial in parameters["trials"]}) == (3 + 1 + 1 + 1) * 2
+    assert set(re.findall(r"^\| `(\w+)", page, flags=re.MULTILINE)) == set(CompareConfig.model_fields)
 
 
 def test_every_method_divergence_rule_and_setting_has_its_place() -> None:

@@ -18,7 +18,7 @@ from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig
 from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError
 from skd_lib.memory import Estimate, available_memory, estimates, model_size
-from skd_lib.methods import unread_settings
+from skd_lib.methods import reads_setting, unread_settings
 from skd_lib.preflight import Check, PreflightReport, run_checks
 from skd_lib.steps import preflight, prepare_data
 from tests.conftest import SaveTinyModel
@@ -227,6 +227,47 @@ def test_settings_that_nothing_reads_are_pointed_out(values: dict[str, Any], tmp
         assert unread_settings(DistillConfig(method=method)) == []
     assert unread_settings(DistillConfig(method="imitkd", sampled_fraction={"start": 0, "end": 1})) == []  # type: ignore[arg-type]
     assert unread_settings(DistillConfig(method="sft", temperature=2.0, selective={})) == ["temperature", "selective"]  # type: ignore[arg-type]
+
+
+def test_the_runs_of_a_comparison_are_looked_at_together(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    narrow = save_tiny_model(tmp_path / "narrow", max_position_embeddings=64)
+    runs = [
+        values,
+        values | {"seed": 1},
+        values | {"student": str(narrow)},
+        values | {"student": None, "student_init": {"mode": "prune", "keep_first": 2, "keep_last": 2}},
+        values | {"distill": {"training": {"batch_size": 6, "micro_batch_size": 4}}},
+    ]
+    report = check(values, tmp_path, variants=[RunConfig.model_validate(run) for run in runs])
+    found = {error.what.split(",")[0]: error.where for error in report.errors()}
+    assert len(found) == 3
+    assert "the student's context of 64 tokens" in " ".join(found)
+    assert found["keep_first 2 + keep_last 2 cuts nothing from a teacher of 4 layers"] == "student_init"
+    assert (
+        found["micro_batch_size 4 does not divide the 6 sequences a device has in a step"]
+        == "training.micro_batch_size"
+    )
+    assert [found.name for found in report.checks].count("student") == 4  # two models, one of them too narrow, a cut
+
+
+def test_which_settings_a_method_reads() -> None:
+    skd, min_prob, sft = (
+        DistillConfig.model_validate(values)
+        for values in ({}, {"sampling": {"rule": "min_prob"}}, {"method": "sft", "divergence": "jsd"})
+    )
+    paths = ["sampling.top_k", "sampling.gamma", "sampling.student.temperature", "divergence", "beta", "training"]
+    read = {
+        name: [path for path in paths if reads_setting(config, path)]
+        for name, config in (("skd", skd), ("min_prob", min_prob), ("sft", sft))
+    }
+    assert read == {
+        "skd": ["sampling.top_k", "sampling.gamma", "sampling.student.temperature", "divergence", "training"],
+        "min_prob": ["sampling.gamma", "sampling.student.temperature", "divergence", "training"],
+        "sft": ["training"],
+    }
+    assert reads_setting(skd, "sampling")  # a section that is read in part
 
 
 def test_the_stored_teacher_signal_is_estimated(values: dict[str, Any], tmp_path: Path) -> None:

@@ -48,6 +48,18 @@ def test_metadata_of_inputs_has_whole_numbers_again(tmp_path: Path) -> None:
     assert io.input_metadata("student") == {}
 
 
+def test_lists_of_inputs_are_where_kfps_launcher_puts_them() -> None:
+    uris = ["gs://bucket/a/b", "s3://bucket/c", "/local/d"]
+    artifacts = [{"uri": uri, "metadata": {"steps": float(number)}} for number, uri in enumerate(uris)]
+    io = StepIO(json.dumps({"inputs": {"artifacts": {"figures": {"artifacts": artifacts}}}}), {})
+    assert io.input_list("figures") == [
+        (Path("/gcs/bucket/a/b"), {"steps": 0}),
+        (Path("/s3/bucket/c"), {"steps": 1}),
+        (Path("/local/d"), {"steps": 2}),
+    ]
+    assert StepIO(None, {}).input_list("figures") == []
+
+
 def test_by_hand_the_output_lies_beside_the_first_artifact(tmp_path: Path) -> None:
     io = StepIO(None, {"model": tmp_path / "model"})
     path = io.write()

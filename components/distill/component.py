@@ -23,6 +23,7 @@ def distill(
     course: dsl.OutputPath(dict),
     tracking_uri: str = "",
     experiment: str = "skd",
+    label: str = "",
 ) -> dsl.ContainerSpec:
     """Train the student under the teacher.
 
@@ -39,6 +40,7 @@ def distill(
         checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
+        label: Tells this run of the step in MLflow from others of the same pipeline run.
 
     Returns:
         distilled_student: The student after distillation.
@@ -59,6 +61,7 @@ def distill(
             "checkpoint_root": checkpoint_root,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
+            "label": label,
             "student_out": distilled_student.path,
             "metrics_out": metrics.path,
             "samples_out": samples.path,

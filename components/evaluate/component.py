@@ -22,6 +22,7 @@ def evaluate(
     scores: dsl.OutputPath(dict),
     tracking_uri: str = "",
     experiment: str = "skd",
+    label: str = "",
 ) -> dsl.ContainerSpec:
     """Score a model's greedy answers on the test set and the held-out sets.
 
@@ -37,6 +38,7 @@ def evaluate(
         seed: Seed of everything random in this step.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
+        label: Tells this run of the step in MLflow from others of the same pipeline run.
 
     Returns:
         predictions: One JSON line per test example.
@@ -56,6 +58,7 @@ def evaluate(
             "seed": seed,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
+            "label": label,
             "predictions_out": predictions.path,
             "held_out_out": held_out.path,
             "metrics_out": metrics.path,

@@ -23,6 +23,7 @@ def preflight(
     config: dict[str, Any],
     checkpoint_root: str,
     report: dsl.Output[dsl.Markdown],
+    run_config: dsl.OutputPath(dict),
     data_config: dsl.OutputPath(dict),
     task_config: dsl.OutputPath(dict),
     teacher_sft_config: dsl.OutputPath(dict),
@@ -37,6 +38,7 @@ def preflight(
     data_fingerprint: dsl.OutputPath(str),
     tracking_uri: str = "",
     experiment: str = "skd",
+    trials: list[dict] = [],  # type: ignore[type-arg]  # noqa: B006 - KFP copies it
 ) -> dsl.ContainerSpec:
     """Check a run before anything expensive starts.
 
@@ -58,9 +60,11 @@ def preflight(
         checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
+        trials: Runs of a comparison, each with the fields in which it differs.
 
     Returns:
         report: What was checked and what was found.
+        run_config: The whole configuration.
         data_config: Section `data` of the configuration.
         task_config: Section `task` of the configuration.
         teacher_sft_config: Section `teacher_sft` of the configuration.
@@ -92,6 +96,7 @@ def preflight(
             "checkpoint_root": checkpoint_root,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
+            "trials": trials,
             "report_out": report.path,
         },
     )

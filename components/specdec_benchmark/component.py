@@ -22,6 +22,8 @@ def specdec_benchmark(
     after: dsl.OutputPath(dict),
     tracking_uri: str = "",
     experiment: str = "skd",
+    label: str = "",
+    wanted: bool = True,
 ) -> dsl.ContainerSpec:
     """Measure the student as draft model for the teacher, before and after distillation.
 
@@ -39,6 +41,8 @@ def specdec_benchmark(
         seed: Seed of everything random in this step.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
+        label: Tells this run of the step in MLflow from others of the same pipeline run.
+        wanted: Whether to measure at all; if not, both results are empty.
 
     Returns:
         metrics: The headline figures of both.
@@ -58,6 +62,8 @@ def specdec_benchmark(
             "seed": seed,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
+            "label": label,
+            "wanted": wanted,
             "metrics_out": metrics.path,
         },
     )

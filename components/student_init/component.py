@@ -21,6 +21,7 @@ def student_init(
     metrics: dsl.Output[dsl.Metrics],
     tracking_uri: str = "",
     experiment: str = "skd",
+    label: str = "",
 ) -> dsl.ContainerSpec:
     """Make the student that distillation starts from.
 
@@ -36,6 +37,7 @@ def student_init(
         checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
+        label: Tells this run of the step in MLflow from others of the same pipeline run.
 
     Returns:
         initial_student: The student before distillation.
@@ -54,6 +56,7 @@ def student_init(
             "checkpoint_root": checkpoint_root,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
+            "label": label,
             "student_out": initial_student.path,
             "metrics_out": metrics.path,
         },

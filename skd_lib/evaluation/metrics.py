@@ -121,6 +121,11 @@ def ratio(
     )
 
 
+def summed(measured: Sequence[Measured]) -> Measured:
+    """One metric over several models' answers to the same examples: each example's counts added up."""
+    return replace(measured[0], statistics_NS=np.sum([each.statistics_NS for each in measured], axis=0))
+
+
 def _chrf(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
     from sacrebleu.metrics import CHRF
 

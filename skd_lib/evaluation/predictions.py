@@ -13,7 +13,7 @@ import numpy as np
 
 from skd_lib.config import MetricName
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.metrics import Measured, measure, ratio
+from skd_lib.evaluation.metrics import Measured, measure, ratio, summed
 from skd_lib.evaluation.significance import Comparison, paired_bootstrap
 from skd_lib.storage import write_text_atomic
 
@@ -98,17 +98,47 @@ def compare(
     Raises:
         SkdError: the two did not answer the same examples.
     """
-    others = {prediction.id: prediction for prediction in second}
-    if len(first) != len(second) or any(p.id not in others or others[p.id].target != p.target for p in first):
+    return compare_trainings([first], [second], resamples=resamples, seed=seed)
+
+
+def compare_trainings(
+    first: Sequence[Sequence[Prediction]],
+    second: Sequence[Sequence[Prediction]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[MetricName, tuple[Comparison, int]]:
+    """Paired test between two ways of training, each seen in the answers of several models to the same examples.
+
+    What was counted in an example is summed over the models, and examples are resampled: the models of one way are not
+    independent witnesses of an example.
+
+    Args:
+        first: The answers of each model trained the first way, in any order of examples.
+        second: Likewise; as many models.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        For each metric that all were scored by: the comparison, and on how many examples it rests.
+
+    Raises:
+        SkdError: they did not answer the same examples.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError("a paired test needs as many models of one kind as of the other")
+    answers = [{prediction.id: prediction for prediction in model} for model in (*first, *second)]
+    targets = {prediction.id: prediction.target for prediction in first[0]}
+    if any({id_: row.target for id_, row in model.items()} != targets for model in answers):
         raise SkdError("the two models answered different examples", hint="evaluate both on the same test split")
     results: dict[MetricName, tuple[Comparison, int]] = {}
-    names: dict[Any, None] = dict.fromkeys(name for prediction in first for name in prediction.scores)
+    names: dict[Any, None] = dict.fromkeys(name for prediction in first[0] for name in prediction.scores)
     for name in names:
-        ours = [p for p in first if name in p.scores and name in others[p.id].scores]
-        if ours:
-            theirs = [others[prediction.id] for prediction in ours]
-            comparison = paired_bootstrap(_again(name, ours), _again(name, theirs), resamples=resamples, seed=seed)
-            results[name] = comparison, len(ours)
+        ids = [id_ for id_ in targets if all(name in model[id_].scores for model in answers)]
+        if ids:
+            measured = [_again(name, [model[id_] for id_ in ids]) for model in answers]
+            pooled = summed(measured[: len(first)]), summed(measured[len(first) :])
+            results[name] = paired_bootstrap(*pooled, resamples=resamples, seed=seed), len(ids)
     return results
 
 

@@ -13,7 +13,7 @@ from skd_lib.errors import SkdErrors
 from skd_lib.machine import peak_memory
 from skd_lib.methods import METHODS
 from skd_lib.steps import fitting
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, run_step, step_name
 from skd_lib.storage import check_checkpoint_root, write_text_atomic
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
     tracking_uri: Annotated[str, typer.Option(help=fitting.TRACKING_URI_HELP)] = "",
     experiment: Annotated[str, typer.Option(help=fitting.EXPERIMENT_HELP)] = "skd",
+    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Train the student under the teacher, and keep the weights of the lowest validation loss.
@@ -87,7 +88,8 @@ def main(
         "code_version": fitting.code_version(),
     }
     params = {"seed": seed, "student": base, "teacher": teacher_reference, "distill": settings.model_dump(mode="json")}
-    with step_run(step="distill", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    name = step_name("distill", label)
+    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         prepared = PreparedData.load(data)
         fit = fitting.Fit(
             step="distill",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skd_lib.config import DataConfig, EvaluationConfig, TaskConfig, parse_section
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, run_step, step_name
 
 if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
@@ -46,6 +46,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap; decoding is greedy.")] = 0,
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
+    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Answer the test set and the held-out sets by greedy decoding and score the answers.
@@ -66,9 +67,8 @@ def main(
     from skd_lib.tracking.runs import step_run
 
     params = {"role": role.value, "seed": seed, "evaluation": settings.model_dump(), "task": task.model_dump()}
-    with step_run(
-        step=f"evaluate-{role.value}", tracking_uri=tracking_uri, experiment=experiment, params=params
-    ) as run:
+    name = step_name(f"evaluate-{role.value}", label)
+    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         prepared = PreparedData.load(data)
         digest = prepared.manifest["sha256"]["test.jsonl"]
         uri = io.input_uri("data", data)

@@ -312,6 +312,7 @@ def result_figures(result: TrainResult) -> dict[str, float]:
         "best_step": result.best_step,
         "best_validation_loss": result.best_validation_loss,
         "first_validation_loss": result.first_validation_loss,
+        **{name: result.total(name) for name in ("response_tokens", "student_tokens", "teacher_tokens")},
         **result.seconds,
     }
     for name in ("rejection_rate", "tokens_per_teacher_call", "truncated_fraction"):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skd_lib.compare.trials import parse_trials
 from skd_lib.parameters import PLACES, from_parameters, to_parameters, to_struct
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 from skd_lib.storage import write_text_atomic
@@ -28,6 +29,9 @@ def main(
     pipeline_root: Annotated[
         str, typer.Option(help="Folder (local or gs://) for the pipeline's artifacts; empty: not looked at.")
     ] = "",
+    trials: Annotated[
+        str, typer.Option(help="Runs of a comparison: a JSON list of what differs in each; empty list: none.")
+    ] = "[]",
     require_gpu: Annotated[bool, typer.Option(help="Fail where no GPU is visible.")] = False,
     run_name: Annotated[str | None, typer.Option(help="Field `name`.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Field `teacher`.")] = None,
@@ -66,6 +70,7 @@ def main(
     )
     report = run_checks(
         run_config,
+        variants=[trial.config(run_config) for trial in parse_trials(trials, where="--trials")],
         checkpoint_root=checkpoint_root,
         tracking_uri=tracking_uri,
         pipeline_root=pipeline_root or None,
@@ -93,6 +98,7 @@ def main(
     del sections["evaluation"]["comet"]
     for name, values in sections.items():
         io.parameter(f"{name}_config", values)
+    io.parameter("run_config", to_struct(run_config))
     io.parameter("comet_wanted", "true" if run_config.task.wants_comet else "false")
     io.parameter("data_fingerprint", report.data_fingerprint)
     io.parameter("trust_remote_code", run_config.trust_remote_code)

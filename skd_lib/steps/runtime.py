@@ -22,6 +22,7 @@ from skd_lib.errors import SkdError
 from skd_lib.storage import write_text_atomic
 
 ExecutorInput = str
+LABEL_HELP = "Tells this run of the step in MLflow from others of the same pipeline run; empty where there is one."
 EXECUTOR_INPUT_HELP = "KFP's executor input (JSON); set by the pipeline, leave it out by hand."
 
 
@@ -57,6 +58,11 @@ class StepIO:
         metadata = artifacts[0].get("metadata", {}) if artifacts else {}
         # KFP keeps metadata as protobuf, which has no whole numbers: 25 comes back as 25.0.
         return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in metadata.items()}
+
+    def input_list(self, name: str) -> list[tuple[Path, dict[str, Any]]]:
+        """Local path and metadata of each artifact of input list `name`, in order; empty when run by hand."""
+        artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
+        return [(local_path(artifact["uri"]), artifact.get("metadata", {})) for artifact in artifacts]
 
     def input_uri(self, name: str, path: Path) -> str:
         """URI of input artifact `name`; the local path when run by hand."""
@@ -102,6 +108,17 @@ class StepIO:
         return (
             dict(artifacts[0]) if artifacts else {"name": name, "uri": str(self.paths[name].resolve()), "metadata": {}}
         )
+
+
+def local_path(uri: str) -> Path:
+    """Where KFP's launcher puts an input artifact: `gs://bucket/key` at `/gcs/bucket/key`; a path is itself."""
+    scheme, separator, rest = uri.partition("://")
+    return Path("/", {"gs": "gcs"}.get(scheme, scheme), rest) if separator else Path(uri)
+
+
+def step_name(step: str, label: str) -> str:
+    """Name of a step's MLflow run."""
+    return f"{step}-{label}" if label else step
 
 
 def run_step(main: Callable[..., None]) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from skd_lib.config import SpecdecConfig, TaskConfig, parse_section
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, Switch, run_step, step_name
+from skd_lib.storage import write_text_atomic
 
 
 def main(
@@ -20,9 +21,11 @@ def main(
     metrics_out: Annotated[Path, typer.Option(help="Where the figures of both go: JSON.")],
     config: Annotated[str, typer.Option(help="Section `specdec` of the run's config, as JSON.")] = "{}",
     task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
+    wanted: Annotated[Switch, typer.Option(help="false: measure nothing; both results are empty.")] = Switch.true,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling; without effect at temperature 0.")] = 0,
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
+    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Let both students draft for the teacher, and compare with the teacher decoding alone, all in turns.
@@ -36,12 +39,17 @@ def main(
     settings = parse_section(SpecdecConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
     io = StepIO(executor_input, {"metrics": metrics_out})
+    if not wanted:
+        write_text_atomic(metrics_out, "{}\n")
+        for moment in ("before", "after"):
+            io.parameter(moment, {})
+        io.write()
+        return
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.events import Progress
     from skd_lib.specdec.measure import measure
     from skd_lib.specdec.vllm import Served
-    from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run
 
     params = {"seed": seed, "specdec": settings.model_dump(), "task": task.model_dump()}
@@ -51,7 +59,8 @@ def main(
         progress.total = total
         progress.update(done)
 
-    with step_run(step="specdec_benchmark", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    name = step_name("specdec_benchmark", label)
+    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         prepared = PreparedData.load(data)
         digest = prepared.manifest["sha256"]["test.jsonl"]
         run.log_dataset("test", digest, io.input_uri("data", data), context="test", rows=len(prepared.test))

@@ -10,7 +10,7 @@ import typer
 from skd_lib.config import StudentInitConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps import fitting
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, run_step, step_name
 from skd_lib.storage import check_checkpoint_root
 
 
@@ -32,6 +32,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
     tracking_uri: Annotated[str, typer.Option(help=fitting.TRACKING_URI_HELP)] = "",
     experiment: Annotated[str, typer.Option(help=fitting.EXPERIMENT_HELP)] = "skd",
+    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Make the student: as it is, fine-tuned on its own examples, or cut from the teacher.
@@ -72,7 +73,8 @@ def main(
     }
     params = {"seed": seed, "student": base, "student_init": settings.model_dump(mode="json", exclude_none=True)}
     figures: dict[str, float] = {"steps": 0}
-    with step_run(step="student_init", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    name = step_name("student_init", label)
+    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         if settings.mode == "prune":
             assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated
             whole = fitting.load_frozen(teacher)

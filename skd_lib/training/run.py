@@ -82,6 +82,10 @@ class TrainResult:
         tenth = math.ceil(len(values) / 10)
         return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
+    def total(self, figure: str) -> float:
+        """Sum of a figure over all steps."""
+        return sum(entry.get(figure, 0.0) for entry in self.history)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -200,6 +204,7 @@ def train(
         args=args,
         training=training,
         objective=objective_for(method, teacher, distill),
+        divergence=METHODS[method].divergence,
         strategy=strategy if signals is None else signals.attached(strategy, args.device),
         examples=train,
         stream=TrainingStream(len(train), training.batch_size, seed),

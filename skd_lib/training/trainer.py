@@ -29,6 +29,7 @@ from skd_lib.events import Progress
 from skd_lib.losses import LossSums
 from skd_lib.rollouts import Strategy
 from skd_lib.sampling.samples import SamplingStatistics
+from skd_lib.training.cost import tokens_processed
 from skd_lib.training.health import broken_step, response_trouble, skipped_steps
 from skd_lib.training.modes import evaluating, through_wrapper
 from skd_lib.training.objectives import Objective
@@ -62,6 +63,7 @@ class DistillationTrainer(Trainer):
         args: The Trainer's arguments; one "epoch" of it is the whole stream.
         training: What makes a step a broken one, and how many may follow each other.
         objective: What is minimised.
+        divergence: It is a divergence from the teacher, whose forward pass then counts.
         strategy: Makes the responses of an optimiser step.
         examples: Training examples.
         stream: Their order.
@@ -79,6 +81,7 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments,
         training: TrainingConfig,
         objective: Objective,
+        divergence: bool,
         strategy: Strategy,
         examples: Sequence[TokenizedExample],
         stream: TrainingStream,
@@ -101,6 +104,7 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
         self._training, self._objective, self._strategy = training, objective, strategy
+        self._divergence = divergence
         self._examples, self._stream, self._validation = examples, stream, validation
         self._name, self._recorder, self._on_metrics = name, recorder, on_metrics
         self._progress = Progress(name, args.max_steps)
@@ -123,10 +127,12 @@ class DistillationTrainer(Trainer):
             traces = self._recorder.record(rollout, places) if self.is_world_process_zero() else []
         if traces:
             self.state.log_history.append({"step": places[0].step + 1, TRACES: [asdict(trace) for trace in traces]})
-        counts = [rollout.tokens, *astuple(rollout.statistics or SamplingStatistics())]
-        tokens, *statistics = self._sum_over_processes(torch.tensor(counts, device=device)).tolist()
+        cost = tokens_processed(rollout, divergence=self._divergence)
+        counts = [rollout.tokens, cost.student, cost.teacher, *astuple(rollout.statistics or SamplingStatistics())]
+        tokens, student, teacher, *statistics = self._sum_over_processes(torch.tensor(counts, device=device)).tolist()
         self._response_tokens = max(tokens, 1)
-        self._figures = {"response_tokens": tokens, **sampling_figures(SamplingStatistics(*statistics))}
+        processed = {"response_tokens": tokens, "student_tokens": student, "teacher_tokens": teacher}
+        self._figures = {**processed, **sampling_figures(SamplingStatistics(*statistics))}
         self._loss, self._entropies = torch.zeros((), device=device), {}
         inputs = [{"rollout": part} for part in rollout.split([len(rows) for rows in micro_batches])]
         return inputs, torch.tensor(self._response_tokens, device=device)

@@ -41,6 +41,11 @@ def main() -> None:
         path.write_text(f"{name}:{value}")
     for parameter in wanted.get("parameters", {}):
         io.parameter(parameter, {"value": value, "nested": [1, 2.5]})
+    if name == "choose":  # its second argument is the round's item, its third the output of the step before the loop
+        assert json.loads(value)["nested"] == [1, 2.5], value
+        io.parameter("behaviour", json.loads(behaviour)["overrides"]["behaviour"])
+    if name == "gather":  # its second argument are the rounds that failed
+        io.parameter("summary", {"failed": json.loads(behaviour), "values": json.loads(value)})
     io.write()
 
 

@@ -30,6 +30,14 @@ def second(behaviour: str, config: dict[str, Any], model: dsl.Input[dsl.Model], 
 
 
 @dsl.container_component
+def choose(item: dict[str, Any], config: dict[str, Any], behaviour: dsl.OutputPath(str)):
+    """The first in a round: says how the next is to behave."""
+    return dsl.ContainerSpec(
+        image="fake:1", command=["python3", STEP], args=["choose", item, config, "--executor-input", "{{$}}"]
+    )
+
+
+@dsl.container_component
 def last(status: dsl.PipelineTaskFinalStatus):
     """The exit handler."""
     return dsl.ContainerSpec(
@@ -103,4 +111,53 @@ def choosing_pipeline(folder: Path) -> list[dict[str, Any]]:
 
     path = folder / "choosing.yaml"
     compiler.Compiler().compile(choosing, str(path))
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+@dsl.container_component
+def gather(failed: list[dict], values: list[dict], models: dsl.Input[list[dsl.Model]], summary: dsl.OutputPath(dict)):
+    """What comes after a loop."""
+    return dsl.ContainerSpec(
+        image="fake:1", command=["python3", STEP], args=["gather", failed, values, "--executor-input", "{{$}}"]
+    )
+
+
+def looping_pipeline(folder: Path) -> list[dict[str, Any]]:
+    """The loop of the real comparison: a round takes its item, an output of another step, and a parameter."""
+
+    @dsl.pipeline(name="looping")
+    def looping(
+        run_name: str,
+        teacher: str,
+        student: str,
+        method: str,
+        divergence: str,
+        top_k: int,
+        gamma: int,
+        max_steps: int,
+        learning_rate: float,
+        seed: int,
+        tracking_uri: str,
+        experiment: str,
+        checkpoint_root: str,
+        config: dict[str, Any],
+        trials: list[dict],
+        reference: str,
+        drafts: bool,
+        failed: list[dict],
+    ):
+        end = last().set_display_name("finish").set_caching_options(False)
+        with dsl.ExitHandler(end, name="run"):
+            one = first(behaviour="work", value=teacher).set_display_name("make")
+            with dsl.ParallelFor(trials, name="rounds") as item:
+                two = choose(item=item, config=one.outputs["result"]).set_display_name("choose")
+                three = first(behaviour=two.outputs["behaviour"], value=student).set_display_name("train")
+            gather(
+                failed=failed,
+                values=dsl.Collected(three.outputs["result"]),
+                models=dsl.Collected(three.outputs["model"]),
+            ).set_display_name("table").set_caching_options(False)
+
+    path = folder / "looping.yaml"
+    compiler.Compiler().compile(looping, str(path))
     return list(yaml.safe_load_all(path.read_text()))

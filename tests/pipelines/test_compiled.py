@@ -12,7 +12,15 @@ import pytest
 import yaml
 
 from components.images import Image, read_images
-from pipelines.compiling import COMPILED, Documents, check_compiled, compile_pipeline, to_text, write_compiled
+from pipelines.compiling import (
+    PIPELINES,
+    Documents,
+    check_compiled,
+    compile_pipeline,
+    compiled_path,
+    to_text,
+    write_compiled,
+)
 from pipelines.graph import count_steps, read_steps
 from pipelines.lint import lint
 from skd_lib.config import load_config
@@ -38,8 +46,9 @@ def body(spec: dict[str, Any]) -> dict[str, Any]:
     return spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
 
 
-def test_committed_file_is_what_the_definition_compiles_to():
-    check_compiled(COMPILED)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_committed_file_is_what_the_definition_compiles_to(name: str):
+    check_compiled(compiled_path(name), name=name)
 
 
 def test_drift_is_found_and_named(tmp_path: Path):

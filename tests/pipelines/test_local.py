@@ -158,7 +158,7 @@ def test_link_follows_the_last_run(tmp_path: Path):
 def test_two_runs_of_one_folder(tmp_path: Path, journal: Path):
     with (
         RunFolder.create(tmp_path / "runs", "fake").locked(),
-        pytest.raises(SkdError, match="another `skd run` is using this folder"),
+        pytest.raises(SkdError, match="another `skd run` or `skd compare` is using this folder"),
     ):
         run(tmp_path)
     run(tmp_path)

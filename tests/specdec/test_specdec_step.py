@@ -11,6 +11,7 @@ from skd_lib.errors import SkdError
 from skd_lib.report.summary import Specdec
 from skd_lib.sampling.engine import Sampler
 from skd_lib.specdec.result import SpecdecResult
+from skd_lib.steps.runtime import Switch
 from skd_lib.steps.specdec_benchmark import main
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_evaluate_step import prepared
@@ -102,3 +103,9 @@ def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
     assert json.loads(Path(kept).read_text()) == output["parameterValues"]
     assert found[0].inputs is not None
     assert found[0].inputs.dataset_inputs[0].dataset.name == "test"
+
+
+def test_nothing_is_measured_where_nobody_wants_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    output = run(folders, tmp_path, wanted=Switch.false)
+    assert output["parameterValues"] == {"before": {}, "after": {}}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {}

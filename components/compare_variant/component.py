@@ -1,0 +1,38 @@
+"""KFP component `compare_variant`: the sections of the configuration that one run of a comparison has for itself."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.command import run_step
+from components.images import TRAIN
+
+
+@dsl.container_component
+def compare_variant(
+    trial: dict[str, Any],
+    config: dict[str, Any],
+    student: dsl.OutputPath(str),
+    seed: dsl.OutputPath(int),
+    student_init_config: dsl.OutputPath(dict),
+    distill_config: dsl.OutputPath(dict),
+    label: dsl.OutputPath(str),
+    init_label: dsl.OutputPath(str),
+) -> dsl.ContainerSpec:
+    """Hand each step of one run of a comparison its own section of the configuration.
+
+    As `preflight` does for a single run: a step's cache key depends on that section alone.
+
+    Args:
+        trial: The run: variant, seed, student init, and the fields in which it differs from `config`.
+        config: The configuration that all runs start from.
+
+    Returns:
+        student: Student of this run; empty where it is cut from the teacher.
+        seed: Seed of this run.
+        student_init_config: Section `student_init` of its configuration.
+        distill_config: Section `distill` of its configuration.
+        label: Name of the run in the comparison.
+        init_label: Name of its student before distillation.
+    """
+    return run_step("compare_variant", TRAIN, {"trial": trial, "config": config})

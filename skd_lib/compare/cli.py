@@ -1,0 +1,153 @@
+"""`skd compare`: many runs of one teacher on one data set, and what sets them apart, from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from skd_lib.errors import SkdError
+
+# Nothing heavy at the top: `skd --help` has to answer at once.
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.local import LocalRun, RunFolder
+    from skd_lib.compare.config import CompareConfig
+    from skd_lib.config import RunConfig
+    from skd_lib.parameters import Parameters
+
+INTERRUPTED = 130
+FILES = {"page": "comparison.md", "runs": "runs.csv", "comparison": "comparison.json"}
+
+
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="The comparison's YAML file, e.g. pipelines/configs/compare-demo.yaml.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, list the runs and stop.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: the parameters of the pipeline `compare_methods`, as JSON.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget finished steps and checkpoints, start over.")] = False,
+    runs_dir: Annotated[Path, typer.Option(help="Where runs keep their files.")] = Path("runs"),
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MLFLOW_TRACKING_URI",
+            help="MLflow tracking server; empty turns tracking off.",
+            show_default="sqlite:///RUNS_DIR/mlflow.db",
+        ),
+    ] = None,
+    experiment: Annotated[str, typer.Option(envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment.")] = "skd",
+) -> None:
+    """Train by several methods, settings, student inits and seeds under one teacher, and compare the students.
+
+    The pipeline `compare_methods`, run on this machine. Running again reuses every step whose inputs have not changed:
+    a comparison that was stopped goes on, and one that has got another variant or seed runs that alone. A run that
+    fails does not keep the others from the table; it is tried again when the comparison is run again.
+    """
+    from rich.console import Console
+
+    from skd_lib.compare.config import load_compare
+    from skd_lib.compare.plan import to_parameters
+
+    settings, base = load_compare(config)
+    parameters = to_parameters(settings, base, where=str(config))
+    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
+    console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
+    if dry_run:
+        if as_json:
+            typer.echo(json.dumps(parameters, indent=2, ensure_ascii=False))
+        else:
+            _print_plan(console, settings, base, parameters, runs_dir / settings.name)
+        return
+    if as_json:
+        raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
+
+    from pipelines.comparing import run_comparison
+    from pipelines.compiling import compile_pipeline
+    from pipelines.local import RunFolder, StepFailed
+    from pipelines.progress import display_for
+
+    folder = RunFolder.create(runs_dir, settings.name)
+    try:
+        finished = run_comparison(
+            base,
+            parameters,
+            folder,
+            compile_pipeline(name="compare_methods"),
+            lambda steps: display_for(console, settings.name, steps),
+            say=typer.echo,
+            tracking_uri=uri,
+            experiment=experiment,
+            fresh=fresh,
+        )
+    except StepFailed as failure:
+        typer.echo(f"\nerror: {failure}", err=True)
+        typer.echo(f"Finished steps are kept: mend it and run `skd compare {config}` again to go on.", err=True)
+        raise typer.Exit(1) from failure
+    except KeyboardInterrupt as interruption:
+        typer.echo(
+            f"\ninterrupted. Finished steps and checkpoints are kept: `skd compare {config}` goes on from there.",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED) from interruption
+    _conclude(console, finished, folder, uri)
+
+
+def _print_plan(
+    console: Console, settings: CompareConfig, base: RunConfig, parameters: Parameters, folder: Path
+) -> None:
+    from rich.table import Table
+
+    from skd_lib.compare.trials import Trial
+
+    trials = [Trial.model_validate(values) for values in parameters["trials"]]
+    table = Table("variant", "method", "student from", "what differs", title=f"comparison {settings.name}", box=None)
+    table.title_justify = "left"
+    first = {trial.variant: trial for trial in reversed(trials)}
+    for variant in dict.fromkeys(trial.variant for trial in trials):
+        trial = first[variant]
+        run = trial.config(base)
+        differs = ", ".join(
+            f"{path.rpartition('.')[2]} {json.dumps(value)}"
+            for path, value in trial.overrides.items()
+            if path not in ("distill.method", "student_init", "student")
+        )
+        init = run.student_init.mode
+        table.add_row(variant, run.distill.method, f"{init}: {run.student}" if run.student else init, differs)
+    console.print(table)
+    for name, text in {
+        "teacher": base.teacher,
+        "seeds": ", ".join(map(str, settings.seeds)),
+        "runs": f"{len(trials)}: student_init, distill, evaluate{' and specdec_benchmark' * settings.drafts} of each",
+        "once": "preflight, import_model, prepare_data, teacher_sft, evaluate (teacher), compare_table",
+        "against": parameters["reference"],
+        "files": str(folder),
+    }.items():
+        typer.echo(f"{name:<8} {text}")
+
+
+def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
+    """The tables, where things are, and what to type next."""
+    from skd_lib.compare.render import render
+    from skd_lib.compare.result import Comparison
+    from skd_lib.config import parse_section
+
+    outputs = run.outputs["compare_table"]
+    for output, name in FILES.items():
+        shutil.copyfile(outputs[output], folder.root / name)
+    file = folder.root / FILES["comparison"]
+    console.print()
+    console.print(render(parse_section(Comparison, file.read_text(encoding="utf-8"), where=str(file))))
+    for name in FILES.values():
+        typer.echo(f"{folder.root / name}")
+    if tracking_uri:
+        ui = f"mlflow ui --backend-store-uri {tracking_uri}" if tracking_uri.startswith("sqlite:") else tracking_uri
+        typer.echo(f"MLflow   {ui}")

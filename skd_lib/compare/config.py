@@ -1,0 +1,118 @@
+"""A comparison's YAML file: a run's configuration, and what differs from run to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from skd_lib.config import Method, RunConfig, Section, StudentInitConfig, load_config, parse_section, read_yaml
+from skd_lib.errors import SkdError
+from skd_lib.parameters import to_struct
+
+SHARED = "the runs of a comparison share data, task, teacher and evaluation"
+OWN_SECTIONS = ("distill", "student_init", "student")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+Overrides = dict[str, Any]
+"""Values by dotted field, e.g. `distill.sampling.top_k`; what is there is replaced as a whole."""
+
+
+class StudentInit(StudentInitConfig):
+    """A place where students start from: section `student_init` of a run, and the student it is about."""
+
+    student: str | None = Field(None, description="Model to start from; unset: the run's.")
+
+
+class CompareConfig(Section):
+    """Methods x student inits x settings, each with every seed, on one prepared data set and one teacher."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Name of the comparison: lower case, digits and dashes."
+    )
+    base: str = Field(description="The run's YAML file that everything starts from, as seen from this file.")
+    overrides: Overrides = Field(
+        {}, description="Fields of `base` that are others in all runs, by dotted name; null unsets one."
+    )
+    methods: list[Method] = Field([], description="Methods compared; empty: the one of `base`.")
+    student_inits: dict[str, StudentInit] = Field({}, description="By name; empty: the one of `base`.")
+    grid: dict[str, list[Any]] = Field(
+        {},
+        description="Values to try by dotted field, e.g. `distill.sampling.top_k: [1, 5, 25]`. A method that does not "
+        "read a field is run once.",
+    )
+    variants: dict[str, Overrides] = Field(
+        {}, description="Further ones beside methods x grid, by name: fields by dotted name. `{}` is `base` itself."
+    )
+    seeds: list[int] = Field([0], min_length=1, description="Each variant is run once with each of them.")
+    drafts: bool = Field(
+        False, description="Measure every student as a draft of the teacher too, as section `specdec` of `base` says."
+    )
+    reference: str = Field(
+        "", description="Variant that the others are tested against; empty: the first whose method is `skd`."
+    )
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _distinct(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"every one may be there once only, got {values}")
+        return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_in_range(cls, seeds: list[int]) -> list[int]:
+        if any(not 0 <= seed < 2**31 for seed in seeds):
+            raise ValueError(f"every one must be from 0 to 2147483647, got {seeds}")
+        return seeds
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_has_values(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for path, values in grid.items():
+            if not values:
+                raise ValueError(f"{path}: no values to try")
+        return grid
+
+
+def load_compare(path: Path) -> tuple[CompareConfig, RunConfig]:
+    """Read a comparison's YAML file and the run's that it names.
+
+    Returns:
+        The comparison, and the configuration that its runs start from.
+
+    Raises:
+        SkdError: a file is missing or is not YAML, or has a wrong, missing or unknown field.
+    """
+    compare = parse_section(CompareConfig, read_yaml(path), where=str(path))
+    base = load_config(path.parent / compare.base)
+    where = f"{path}, field `overrides`"
+    values = apply({**to_struct(base), "name": compare.name}, compare.overrides, where=where)
+    return compare, parse_section(RunConfig, values, where=where)
+
+
+def apply(values: dict[str, Any], overrides: Overrides, *, where: str) -> dict[str, Any]:
+    """A configuration's plain values with some of them replaced; null takes one out.
+
+    Raises:
+        SkdError: a field's name leads into something that is no section.
+    """
+    changed = dict(values)
+    for path, value in overrides.items():
+        *sections, field = path.split(".")
+        holder = changed
+        for depth, section in enumerate(sections, 1):
+            inner = holder.get(section, {})
+            if not isinstance(inner, dict):
+                raise SkdError(
+                    f"`{'.'.join(sections[:depth])}` has no fields",
+                    where=f"{where}, field `{path}`",
+                    hint="dotted names lead through sections; `skd config` lists all of them",
+                )
+            holder[section] = dict(inner)
+            holder = holder[section]
+        if value is None:
+            holder.pop(field, None)
+        else:
+            holder[field] = value
+    return changed

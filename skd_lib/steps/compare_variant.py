@@ -1,0 +1,37 @@
+"""Step `compare_variant`: the sections of the configuration that one run of a comparison has for itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from skd_lib.compare.trials import Trial
+from skd_lib.config import parse_section
+from skd_lib.parameters import from_parameters, to_struct
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+
+
+def main(
+    trial: Annotated[str, typer.Option(help="The run, as JSON: {variant, seed, init, overrides: {FIELD: VALUE}}.")],
+    config: Annotated[str, typer.Option(help="The configuration that all runs start from, as JSON.")],
+    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+) -> None:
+    """Hand each later step its own section, as `preflight` does for a single run.
+
+    Output parameters: `student`, `seed`, `student_init_config`, `distill_config`, `label` and `init_label`.
+    """
+    one = parse_section(Trial, trial, where="--trial")
+    settings = one.config(from_parameters(config, where="--config"))
+    io = StepIO(executor_input, {})
+    io.parameter("student", settings.student or "")
+    io.parameter("seed", settings.seed)
+    io.parameter("student_init_config", to_struct(settings.student_init))
+    io.parameter("distill_config", to_struct(settings.distill))
+    io.parameter("label", one.label)
+    io.parameter("init_label", one.init_label)
+    io.write()
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from skd_lib.compare.config import apply, load_compare
+from skd_lib.compare.plan import to_parameters
+from skd_lib.compare.trials import Trial, parse_trials
+from skd_lib.config import RunConfig
+from skd_lib.errors import SkdError
+
+BASE: dict[str, Any] = {
+    "name": "base",
+    "teacher": "teacher",
+    "student": "student",
+    "data": {"source": {"type": "files", "train": ["x.jsonl"]}},
+}
+
+
+def plan(folder: Path, **values: Any) -> dict[str, Any]:
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump({"name": "comparison", "base": "base.yaml", **values}, sort_keys=False))
+    return to_parameters(*load_compare(path), where="compare.yaml")
+
+
+def runs(parameters: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(trial["variant"], trial["seed"]) for trial in parameters["trials"]]
+
+
+def configs(parameters: dict[str, Any]) -> dict[str, RunConfig]:
+    """The configuration of each run, through JSON with floats only, as Kubeflow hands numbers on."""
+    base = RunConfig.model_validate(BASE)
+    trials = json.loads(json.dumps(parameters["trials"]), parse_int=float)
+    return {trial.label: trial.config(base) for trial in parse_trials(json.dumps(trials), where="trials")}
+
+
+def test_every_method_with_every_value_and_seed(tmp_path: Path):
+    parameters = plan(
+        tmp_path,
+        methods=["on_policy", "skd"],
+        grid={"distill.sampling.top_k": [1, 25], "distill.training.learning_rate": [1e-4, 1e-5]},
+        seeds=[0, 3],
+    )
+    # Without an acceptance rule there is no K: once for each learning rate.
+    variants = ["on_policy-learning_rate-0.0001", "on_policy-learning_rate-1e-05"]
+    variants += [f"skd-top_k-{k}-learning_rate-{rate}" for k in (1, 25) for rate in ("0.0001", "1e-05")]
+    assert runs(parameters) == [(variant, seed) for variant in variants for seed in (0, 3)]
+    one = configs(parameters)["skd-top_k-1-learning_rate-1e-05-seed-3"]
+    assert (one.seed, one.distill.method, one.distill.sampling.top_k) == (3, "skd", 1)
+    assert one.distill.training.learning_rate == 1e-5
+    assert one.data == RunConfig.model_validate(BASE).data
+
+
+def test_student_inits_cross_with_all_variants(tmp_path: Path):
+    parameters = plan(
+        tmp_path,
+        methods=["sft", "skd"],
+        student_inits={
+            "cut": {"mode": "prune", "keep_first": 1, "keep_last": 1},
+            "tuned": {"mode": "sft", "training": {"max_steps": 3}},
+            "other": {"student": "another"},
+        },
+        variants={"fast": {"distill.training.max_steps": 2}},
+    )
+    assert [name for name, _ in runs(parameters)] == [
+        f"{variant}-{init}" for variant in ("sft", "skd", "fast") for init in ("cut", "tuned", "other")
+    ]
+    found = configs(parameters)
+    assert found["skd-cut-seed-0"].student is None  # cut from the teacher, whatever the base's student is
+    assert found["skd-tuned-seed-0"].student == "student"
+    assert found["skd-tuned-seed-0"].student_init.training.max_steps == 3
+    assert found["fast-other-seed-0"].student == "another"
+    labels = {Trial.model_validate(trial).init_label for trial in parameters["trials"]}
+    assert labels == {"cut-seed-0", "tuned-seed-0", "other-seed-0"}
+
+
+def test_schedules_and_sections_are_values_too(tmp_path: Path):
+    schedule = {"start": 25, "end": 1, "shape": "cosine"}
+    parameters = plan(tmp_path, grid={"distill.sampling.top_k": [schedule, 5]})
+    assert runs(parameters) == [("skd-top_k-25-1-cosine", 0), ("skd-top_k-5", 0)]
+    falling = configs(parameters)["skd-top_k-25-1-cosine-seed-0"].distill.sampling.top_k
+    assert str(falling) == "25 to 1, cosine"
+
+
+@pytest.mark.parametrize(
+    ("values", "reference"),
+    [
+        ({"methods": ["sft", "skd"]}, "skd"),
+        ({"methods": ["sft", "on_policy"]}, "sft"),
+        ({"methods": ["sft", "skd"], "reference": "sft"}, "sft"),
+        ({"variants": {"mine": {}}}, "mine"),
+        ({}, "skd"),
+    ],
+)
+def test_reference(tmp_path: Path, values: dict[str, Any], reference: str):
+    assert plan(tmp_path, **values)["reference"] == reference
+
+
+def test_overrides_hold_for_all_runs_and_may_unset(tmp_path: Path):
+    overrides = {"data.student_examples": 7, "student": None, "student_init.mode": "prune"}
+    overrides |= {"student_init.keep_first": 1, "student_init.keep_last": 2}
+    parameters = plan(tmp_path, overrides=overrides)
+    assert parameters["config"]["data"]["student_examples"] == 7
+    assert parameters["student"] == ""
+    assert parameters["run_name"] == "comparison"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"variants": {"mine": {"distill.sampling.topk": 1}}},
+            r"variant mine, field `distill.sampling.topk`: unknown field[\s\S]*did you mean `top_k`",
+        ),
+        ({"grid": {"distill.sampling.topk": [1]}}, r"field `grid`, field `distill.sampling.topk`: unknown field"),
+        ({"grid": {"distill.beta": []}}, "distill.beta: no values to try"),
+        ({"variants": {"mine": {"distill.method.x": 1}}}, "field `distill.method.x`: `distill.method` has no fields"),
+        (
+            {"variants": {"mine": {"task.prompt": "{source}!"}}},
+            r"field `task.prompt`: the runs .* share [\s\S]*overrides",
+        ),
+        ({"variants": {"mine": {"seed": 1}}}, r"field `seed`[\s\S]*list seeds under `seeds`"),
+        ({"variants": {"mine": {"distill.beta": None}}}, r"variant mine, field `distill.beta`: null is no value"),
+        ({"variants": {"my run": {}}}, r"field `variant`: String should match pattern"),
+        ({"variants": {"skd": {}}, "methods": ["skd"]}, "two variants are called `skd`"),
+        (
+            {"overrides": {"distill.sampling.topk": 1}},
+            "field `overrides`, field `distill.sampling.topk`: unknown field",
+        ),
+        ({"seeds": [1, 1]}, "every one may be there once only"),
+        ({"seeds": [-1]}, "every one must be from 0"),
+        ({"methods": ["skdd"]}, "field `methods"),
+        ({"reference": "nobody"}, r"field `reference`: there is no variant `nobody`[\s\S]*one of skd"),
+        ({"student_inits": {"cut": {"mode": "prune"}}}, "needs both keep_first and keep_last"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, values: dict[str, Any], message: str):
+    with pytest.raises(SkdError) as error:
+        plan(tmp_path, **values)
+    assert re.search(message, str(error.value)), str(error.value)
+
+
+def test_all_that_is_wrong_comes_at_once(tmp_path: Path):
+    with pytest.raises(SkdError) as error:
+        plan(tmp_path, variants={"a": {"distill.beta": 2}, "b": {"distill.betta": 0.5}})
+    assert "variant a, field `distill.beta`" in str(error.value)
+    assert "variant b, field `distill.betta`" in str(error.value)
+
+
+def test_apply_leaves_what_it_was_given_alone():
+    values = {"a": {"b": {"c": 1, "d": 2}}, "e": 3}
+    before = json.dumps(values)
+    assert apply(values, {"a.b.c": 5, "a.x.y": 6, "e": None}, where="") == {"a": {"b": {"c": 5, "d": 2}, "x": {"y": 6}}}
+    assert json.dumps(values) == before

@@ -1,0 +1,58 @@
+"""The shape of the comparison's pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.compiling import Documents, compile_pipeline
+from pipelines.graph import count_steps, read_steps, unrolled
+from skd_lib.compare.config import load_compare
+from skd_lib.compare.plan import to_parameters
+
+EXAMPLE = Path(__file__).parents[2] / "pipelines/configs/compare-demo.yaml"
+BODY = ["compare_variant", "student_init", "distill", "evaluate-student_after", "specdec_benchmark"]
+ONCE = ["preflight", "import_model", "prepare_data", "teacher_sft", "evaluate-teacher", "compare_table", "finish"]
+
+
+@pytest.fixture(scope="module")
+def documents() -> Documents:
+    return compile_pipeline(name="compare_methods")
+
+
+def test_what_all_runs_share_is_made_once(documents: Documents):
+    steps = read_steps(documents[0])
+    assert sorted(step.name for step in steps if not step.loop) == sorted(ONCE)
+    assert [step.name for step in steps if step.loop] == BODY
+    assert {step.name for step in steps if not step.cached} == {"preflight", "compare_table", "finish"}
+    (table,) = (step for step in steps if step.name == "compare_table")
+    assert {"evaluate-student_after", "specdec_benchmark", "evaluate-teacher"} <= set(table.waits_for)
+
+
+def test_rounds_of_the_loop_have_steps_of_their_own(documents: Documents):
+    steps = unrolled(read_steps(documents[0]), ["a", "b"])
+    names = [step.name for step in steps]
+    assert len(names) == len(set(names)) == len({step.component for step in steps}) == count_steps(steps) == 17
+    inside = [step for step in steps if step.loop]
+    assert [step.name for step in inside] == [f"{name}-{round_}" for round_ in "ab" for name in BODY]
+    assert [step.iteration for step in inside] == ["a"] * 5 + ["b"] * 5
+    assert inside[-1].waits_for[-1] == "distill-b"
+    assert not any(other.endswith("-a") for step in inside[5:] for other in step.waits_for)
+
+
+def test_page_opens_with_the_example(documents: Documents):
+    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
+    assert all(definition.get("description") for definition in parameters.values())
+    wanted = to_parameters(*load_compare(EXAMPLE), where=EXAMPLE.name)
+    assert {name: parameters[name]["defaultValue"] for name in wanted} == wanted
+
+
+def test_training_in_the_loop_is_retried_on_a_gpu_and_knows_its_run(documents: Documents):
+    loop: dict[str, Any] = documents[0]["components"]["comp-for-loop-2"]["dag"]["tasks"]
+    assert {name for name, task in loop.items() if "retryPolicy" in task} == {"student-init", "distill"}
+    executors = documents[0]["deploymentSpec"]["executors"]
+    assert "accelerator" in executors["exec-distill"]["container"]["resources"]
+    kubernetes = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert all(settings["fieldPathAsEnv"][0]["name"] == "KFP_RUN_ID" for settings in kubernetes.values())
