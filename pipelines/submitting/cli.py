@@ -119,7 +119,7 @@ def submit(
     The compiled pipeline is uploaded where the server does not have it yet. With --wait Ctrl-C ends the waiting, not
     the run.
     """
-    from pipelines.compiling import COMPILED
+    from pipelines.compiling import compiled_path
     from pipelines.submitting.submit import Package, Place, Submission, with_seconds
     from skd_lib.config import load_config
 
@@ -131,7 +131,7 @@ def submit(
     place = Place(experiment, tracking_uri, checkpoint_root, pipeline_root, service_account)
     # A recurring run is found again by its name, which therefore holds no time.
     chosen = name or (settings.name if recurring is not None else "")
-    submission = Submission.plan(settings, Package.read(pipeline or COMPILED), place, chosen)
+    submission = Submission.plan(settings, Package.read(pipeline or compiled_path()), place, chosen)
     for what, value in submission.describe().items():
         typer.echo(f"{what:<12} {value}")
     server = Server(host, ui_host, auth, audience, namespace)

@@ -85,7 +85,7 @@ def trigger(
     incomplete, and none if one of that name waits, runs, has succeeded, was cancelled by a person, or has failed
     --attempts times.
     """
-    from pipelines.compiling import COMPILED
+    from pipelines.compiling import compiled_path
     from pipelines.submitting.submit import Package, Place
     from pipelines.triggering.trigger import Trigger, reading_from
     from skd_lib.config import load_config
@@ -104,7 +104,7 @@ def trigger(
     else:
         reading_from(settings, source)  # a wrong config is told before the server is asked
     place = Place(experiment, tracking_uri, checkpoint_root, pipeline_root, service_account)
-    package = Package.read(pipeline or COMPILED)
+    package = Package.read(pipeline or compiled_path())
     bound = Trigger(settings, package, place, server.connect(), claims, marker, attempts)
     if listen is not None:
         from pipelines.triggering.push import PushAuth, make_server, serve

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipelines.compiling import COMPILED
+from pipelines.compiling import compiled_path
 from pipelines.graph import read_steps
 from pipelines.progress import PlainDisplay
 from pipelines.submitting.api import KubeflowPipelines, Unsettled
@@ -69,7 +69,7 @@ def test_the_same_pipeline_is_uploaded_once(kfp: FakeKfp, api: KubeflowPipelines
 
 
 def test_a_versions_name_follows_its_content_alone(tmp_path: Path):
-    text = COMPILED.read_text(encoding="utf-8")
+    text = compiled_path().read_text(encoding="utf-8")
     same, other = tmp_path / "same.yaml", tmp_path / "other.yaml"
     same.write_text("# other comment\n" + re.sub(r"sdkVersion: .*", "sdkVersion: kfp-9", text), encoding="utf-8")
     other.write_text(text.replace("skd_lib.steps.gate", "skd_lib.steps.grate"), encoding="utf-8")
