@@ -24,6 +24,9 @@ PromptTokens = Annotated[int, typer.Option(min=2, help="Longest prompt; the shor
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of every response.")]
 Gamma = Annotated[int, typer.Option(min=1, help="Tokens drafted for each teacher call; the most, if adaptive.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed passes of each kind; figures are medians.")]
+TopK = Annotated[
+    int | None, typer.Option(min=0, help="K of SKD.", show_default="set by --acceptance; 25 for given models")
+]
 Acceptance = Annotated[
     float, typer.Option(min=0, max=1, help="Acceptance with random weights: K is this share of the vocabulary.")
 ]
@@ -42,9 +45,7 @@ def sampling(
     new_tokens: NewTokens = 48,
     gamma: Gamma = 5,
     repeats: Repeats = 5,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="K of SKD.", show_default="set by --acceptance; 25 for given models")
-    ] = None,
+    top_k: TopK = None,
     acceptance: Acceptance = 0.9,
     student_top_p: Annotated[float, typer.Option(min=0.01, max=1, help="The student's nucleus.")] = 1.0,
     dtype: Dtype = "bfloat16",
@@ -57,10 +58,8 @@ def sampling(
     Shapes: smollm2-135m, smollm2-135m-22-layers, gemma-2b, gemma-7b. The floor is the bare forwards of the same rounds.
     """
     from skd_lib.bench.sampling import bench_sampling, render
-    from skd_lib.bench.setup import RANDOM, Settings
+    from skd_lib.bench.setup import Settings
 
-    if top_k is None and not teacher.startswith(RANDOM):
-        top_k = 25
     settings = Settings(
         teacher=teacher,
         student=student,
@@ -69,7 +68,7 @@ def sampling(
         new_tokens=new_tokens,
         gamma=gamma,
         repeats=repeats,
-        top_k=top_k,
+        top_k=_k(top_k, teacher),
         acceptance=acceptance,
         student_top_p=student_top_p,
         dtype=dtype,
@@ -117,6 +116,69 @@ def growth(
     )
     result = _with_progress(lambda progress: bench_growth(settings, progress))
     _show([render(result)], result.to_json(), output)
+
+
+@bench.command("training")
+def training(
+    teacher: Teacher = "random:smollm2-135m",
+    student: Student = "random:smollm2-135m-22-layers",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of an optimiser step.")] = 8,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 48,
+    gamma: Gamma = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each trainer; figures are medians.")] = 3,
+    top_k: TopK = None,
+    acceptance: Acceptance = 0.8,
+    beta: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the divergence (GKD): 0 is the forward KL, 1 the reverse KL.")
+    ] = 0.5,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the teacher.", show_default="bfloat16 where the device multiplies in it")
+    ] = None,
+    device: Device = None,
+    seed: Seed = 0,
+    trl_python: Annotated[
+        Path | None, typer.Option(help="Python that has TRL.", show_default="an environment that is made and kept")
+    ] = None,
+    one_at_a_time: Annotated[
+        bool, typer.Option("--one-at-a-time", help="Start a trainer when the one before has ended: less memory.")
+    ] = False,
+    output: Output = Path("runs/bench-training.json"),
+) -> None:
+    """Measure an optimiser step of on_policy and of skd against TRL's on-policy trainers.
+
+    TRL runs in an environment of its own, pinned by constraints/trl.txt; without one, ours are measured alone.
+    """
+    from skd_lib.bench.setup import Settings
+    from skd_lib.bench.training import bench_training, render, teacher_dtype
+
+    settings = Settings(
+        teacher=teacher,
+        student=student,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        repeats=repeats,
+        top_k=_k(top_k, teacher),
+        acceptance=acceptance,
+        dtype=dtype or teacher_dtype(device),
+        device=device,
+        seed=seed,
+    )
+    result = _with_progress(
+        lambda progress: bench_training(
+            settings, beta=beta, trl_python=trl_python, one_at_a_time=one_at_a_time, on_progress=progress
+        )
+    )
+    _show(render(result), result.to_json(), output)
+
+
+def _k(top_k: int | None, teacher: str) -> int | None:
+    """SKD's K: that of the paper for models whose ranks mean something, else set by the acceptance."""
+    from skd_lib.bench.setup import RANDOM
+
+    return 25 if top_k is None and not teacher.startswith(RANDOM) else top_k
 
 
 ResultT = TypeVar("ResultT")

@@ -89,8 +89,7 @@ def bench_growth(settings: Settings, on_progress: Callable[[int, int], None] | N
         for value in values:
             change: dict[str, Any] = {axis: value}
             changed = replace(settings, **change)
-            k = round(changed.acceptance * vocabulary)
-            add(_measured(axis, value, changed, student, teacher, k, SamplingParams()))
+            add(_measured(axis, value, changed, student, teacher, changed.k(vocabulary), SamplingParams()))
     for k in OWN_K:
         add(_measured("K, own drafts", k, settings, teacher, teacher, k, SamplingParams(temperature=0)))
     return Growth(settings, figures, points)

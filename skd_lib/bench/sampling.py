@@ -154,7 +154,7 @@ def bench_sampling(settings: Settings, on_progress: Callable[[int, int], None] |
     student, teacher = load_pair(settings)
     device = student.device
     vocabulary = min(vocabulary_size(teacher), vocabulary_size(student))
-    k = round(settings.acceptance * vocabulary) if settings.top_k is None else settings.top_k
+    k = settings.k(vocabulary)
     machine = machine_figures(device)
     contenders = _contenders(settings, student, teacher, k, prompts_for(settings, vocabulary))
 

@@ -82,6 +82,10 @@ class Settings:
     device: str | None = None
     seed: int = 0
 
+    def k(self, vocabulary: int) -> int:
+        """SKD's K for models of so many tokens."""
+        return round(self.acceptance * vocabulary) if self.top_k is None else self.top_k
+
 
 def load_pair(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The student and the teacher.
