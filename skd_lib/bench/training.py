@@ -199,7 +199,7 @@ def render(result: Result) -> list[Table]:
         rows.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
         rows.add_row(
-            row.name if row.name in OURS else f"TRL {row.name}",
+            row.name,
             f"{median(row.seconds):.2f}",
             *(f"{median(row.phases[phase]):.2f}" for phase in PHASES),
             f"{median(row.cpu_seconds):.2f}",

@@ -174,16 +174,10 @@ def delete(uri: str) -> None:
     bucket, name = _split(uri)
     if not name:
         raise SkdError("a whole bucket is not deleted", where=uri, hint="name a folder in it")
-
-    def remove(blob: Any) -> None:
-        try:
-            blob.delete(**_patience())
-        except NotFound:
-            log.debug("%s was gone already", blob.name)
-
     with _cloud_errors(uri):
-        blobs = [_bucket(bucket).blob(name), *_blobs(bucket, name, temporary=True)]
-        in_parallel([partial(remove, blob) for blob in blobs])
+        for blob in [_bucket(bucket).blob(name), *_blobs(bucket, name, temporary=True)]:
+            with suppress(NotFound):  # another process was faster
+                blob.delete(**_patience())
 
 
 def check_writable(uri: str, probe: str) -> None:
