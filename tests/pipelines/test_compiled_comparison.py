@@ -38,7 +38,7 @@ def test_rounds_of_the_loop_have_steps_of_their_own(documents: Documents):
     inside = [step for step in steps if step.loop]
     assert [step.name for step in inside] == [f"{name}-{round_}" for round_ in "ab" for name in BODY]
     assert [step.iteration for step in inside] == ["a"] * 5 + ["b"] * 5
-    assert inside[-1].waits_for[-1] == "distill-b"
+    assert "distill-b" in inside[-1].waits_for
     assert not any(other.endswith("-a") for step in inside[5:] for other in step.waits_for)
 
 
