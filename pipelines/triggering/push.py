@@ -119,6 +119,7 @@ def make_server(
                 self._answer(HTTPStatus.LENGTH_REQUIRED, {"error": "no Content-Length"})
                 return
             if int(length) > MAX_BYTES:
+                self.rfile.read(min(int(length), 2 * MAX_BYTES))  # so that the sender gets to hear the answer
                 self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": "too large"})
                 return
             self._answer(*self._respond(self.rfile.read(int(length))))

