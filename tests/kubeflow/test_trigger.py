@@ -33,11 +33,11 @@ AUDIENCE = "https://trigger.example.com"
 
 
 @pytest.fixture
-def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server = Server()
     server.start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
-    yield
+    yield server
     server.stop()
 
 
@@ -118,7 +118,7 @@ def test_a_lost_answer_does_not_start_a_second_run(kfp: FakeKfp, trigger: Trigge
 
 
 def test_while_it_is_not_known_whether_a_run_was_started_nobody_starts_one(
-    kfp: FakeKfp, trigger: Trigger, source: str, emulator: None, monkeypatch: pytest.MonkeyPatch
+    kfp: FakeKfp, trigger: Trigger, source: str, emulator: Server, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(claims_module, "WAIT_SECONDS", 0.0)
     unsettled = Trigger(trigger.config, PACKAGE, Place(), trigger.api, f"gs://{BUCKET}/{time.time_ns()}")
@@ -199,14 +199,14 @@ def test_a_config_has_to_read_from_the_source(config: RunConfig):
         reading_from(hub, "o/other")
 
 
-def test_a_claim_of_the_dead_is_taken_over_by_one(emulator: None, tmp_path: Path):
+def test_a_claim_of_the_dead_is_taken_over_by_one(emulator: Server, tmp_path: Path):
     folder = f"gs://{BUCKET}/{tmp_path.name}"
     dead = storage.create_object(f"{folder}/name", b"somebody who died")
     assert dead is not None
     with pytest.raises(Busy), claim(folder, "name", wait=0.0):
         pass
-    time.sleep(1.0)
-    taken = in_parallel(10, lambda: claims_module._take(f"{folder}/name", os.urandom(8), 0.9))
+    emulator.store.written[f"{tmp_path.name}/name"] -= 3600
+    taken = in_parallel(10, lambda: claims_module._take(f"{folder}/name", os.urandom(8), 600))
     (generation,) = {each for each in taken if each is not None}
     # If it was not dead but slow: it deletes nothing that is another's.
     storage.delete_object(f"{folder}/name", dead)
@@ -219,7 +219,7 @@ def test_a_claim_is_given_back_after_an_error(root: str):
             raise ValueError("x")
 
 
-def test_a_claim_whose_answer_was_lost_is_ours(emulator: None, tmp_path: Path):
+def test_a_claim_whose_answer_was_lost_is_ours(emulator: Server, tmp_path: Path):
     uri = f"gs://{BUCKET}/{tmp_path.name}/name"
     generation = storage.create_object(uri, b"ours")
     assert claims_module._take(uri, b"ours", 600) == generation
