@@ -66,7 +66,8 @@ def test_each_method_lowers_its_loss_and_logs_its_course(
     assert (result.best_step, result.best_validation_loss) == min(validations[1:], key=lambda pair: pair[1])
     assert result.first_validation_loss == validations[0][1]
 
-    always = {"loss", "learning_rate", "grad_norm", "response_tokens", "student_entropy", "skipped_steps"}
+    always = {"loss", "learning_rate", "grad_norm", "student_entropy", "skipped_steps"}
+    always |= {"response_tokens", "student_tokens", "teacher_tokens"}
     always |= {"seconds_rollout", "seconds_loss", "seconds_optimiser"}
     facts = METHODS[method]  # type: ignore[index]
     of_teacher = {"teacher_entropy"} if facts.divergence else set()
