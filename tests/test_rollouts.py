@@ -165,7 +165,8 @@ def test_split_puts_like_lengths_together_and_keeps_each_rows_states(
     (whole,) = rollout.split([4])
     assert whole.input_ids_BL.shape == rollout.input_ids_BL.shape
     nothing = torch.zeros(2, 3, dtype=torch.bool)
-    empty = Rollout(torch.zeros(2, 3, dtype=torch.long), nothing, nothing, ("student",) * 2, (None,) * 2)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    empty = Rollout(ids, nothing, nothing, ids - 1, ("student",) * 2, (None,) * 2)
     assert [part.tokens for part in empty.split([1, 1])] == [0, 0]
 
 
