@@ -205,8 +205,8 @@ def test_whole_pipeline_runs_in_containers_without_network(engine: DockerClient,
 def test_second_run_takes_finished_steps_from_the_cache(workplace: Path, finished: str, build: Build):
     done = skd_run(workplace, "config.yaml", build("train"))
     assert done.returncode == 0, done.stdout
-    assert "distill: reused" in done.stdout
-    assert "distill: reused" not in finished
+    assert "distill: unchanged, reused" in done.stdout
+    assert "distill: unchanged, reused" not in finished
 
 
 def test_failing_container_fails_the_run(workplace: Path, build: Build):
