@@ -104,6 +104,7 @@ def _daemon(folder: Path) -> Iterator[None]:
             finally:
                 daemon.terminate()
                 daemon.wait()
+                subprocess.run(["umount", "--quiet", folder / "exec/netns/default"])  # the daemon leaves it behind
                 shutil.rmtree(folder / "data")  # gigabytes; pytest would keep them for three sessions
 
 
