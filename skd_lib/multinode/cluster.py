@@ -29,8 +29,8 @@ _LOG_SILENCE = 120
 _AWAY = {0, 408, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 ROLE_HINT = (
-    "give the steps' service account the role of pipelines/deploy/base/multinode.yaml in this namespace: trainjobs get, "
-    "create and delete; pods get and list; pods/log get"
+    "give the steps' service account the role of pipelines/deploy/base/multinode.yaml in this namespace: trainjobs "
+    "get, create and delete; pods get and list; pods/log get"
 )
 
 
@@ -73,9 +73,9 @@ class Cluster:
         """
         settings = client.Configuration()
         try:
-            if os.environ.get("KUBECONFIG"):
-                config.load_kube_config(client_configuration=settings)
-                _, context = config.list_kube_config_contexts()
+            if file := os.environ.get("KUBECONFIG"):
+                config.load_kube_config(file, client_configuration=settings)
+                _, context = config.list_kube_config_contexts(file)
                 namespace = context["context"].get("namespace", "default")
             else:
                 config.load_incluster_config(client_configuration=settings)
@@ -96,11 +96,14 @@ class Cluster:
             SkdError: it cannot be read.
         """
         name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+        # Pods are read as they come: the client's models refuse what a newer cluster leaves out.
         pod = self._ask(
             f"get pod {name}",
-            lambda: client.CoreV1Api(self.api).read_namespaced_pod(name, self.namespace, _request_timeout=_TIMEOUT),
+            lambda: client.CoreV1Api(self.api).read_namespaced_pod(
+                name, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT
+            ),
         )
-        found: dict[str, Any] = self.api.sanitize_for_serialization(pod)
+        found: dict[str, Any] = json.loads(pod.data)
         return found
 
     def job(self, name: str) -> JobState | None:
@@ -145,7 +148,9 @@ class Cluster:
                 raise SkdError(
                     "this cluster has no TrainJobs", where=f"namespace {self.namespace}", hint=hint
                 ) from None
-            refused.hint = "see `multinode` in the config: `trainer_version` and `runtime` must be the cluster's"
+            refused.hint = (
+                refused.hint or "see `multinode` in the config: `trainer_version` and `runtime` must be the cluster's"
+            )
             raise
         return True
 
@@ -176,10 +181,10 @@ class Cluster:
         found = self._ask(
             f"list pods of {job}",
             lambda: client.CoreV1Api(self.api).list_namespaced_pod(
-                self.namespace, label_selector=selector, _request_timeout=_TIMEOUT
+                self.namespace, label_selector=selector, _preload_content=False, _request_timeout=_TIMEOUT
             ),
         )
-        pods = [self.api.sanitize_for_serialization(pod) for pod in found.items]
+        pods: list[dict[str, Any]] = json.loads(found.data)["items"]
         return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
 
     def log(self, pod: str, *, since_seconds: int | None, follow: bool) -> urllib3.HTTPResponse:

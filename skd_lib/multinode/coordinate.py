@@ -163,8 +163,8 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
         raise SkdError(
             f"the TrainJob has failed: {state.message}{f'; {causes}' if causes else ''}",
             where=name,
-            hint=f"its first node's log is above; `kubectl describe trainjob {name} -n {cluster.namespace}` shows more, "
-            "until a retry replaces it and goes on from the last checkpoint",
+            hint=f"its first node's log is above; `kubectl describe trainjob {name} -n {cluster.namespace}` shows "
+            "more, until a retry replaces it and goes on from the last checkpoint",
         )
 
 

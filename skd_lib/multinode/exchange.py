@@ -111,5 +111,5 @@ def check_reachable(uris: Mapping[str, str]) -> None:
             raise SkdError(
                 f"{what} is at {uri or '(nowhere)'}, where the nodes of a TrainJob cannot get at it",
                 where="multinode",
-                hint="use a gs:// pipeline root and a gs:// checkpoint_root, or another object storage that is read here",
+                hint="use a gs:// pipeline root and a gs:// checkpoint_root, or other object storage that is read here",
             )

@@ -1,4 +1,4 @@
-"""An HTTP server that speaks the part of Kubernetes' REST API that a TrainJob needs, with a kubelet that can run one."""
+"""An HTTP server that speaks the part of Kubernetes' REST API that a TrainJob needs."""
 
 from __future__ import annotations
 
