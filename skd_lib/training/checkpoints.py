@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -67,6 +68,10 @@ class Checkpoints:
             self._prepare()
         state.wait_for_everyone()
         names = [name for name, problem in _inspect(str(self.folder)).items() if not problem]
+        if state.num_processes > 1:
+            # Of several machines one may have a checkpoint whose copying failed: all go on from what all have.
+            everywhere = set.intersection(*map(set, gather_object([names])))
+            names = [name for name in names if name in everywhere]
         return self.folder / names[-1] if names else None
 
     def commit(self, step: int, best_step: int, keep: int) -> None:
