@@ -373,7 +373,7 @@ class DistillTrainingConfig(TrainingConfig):
 
 
 class MultinodeConfig(Section):
-    """Train on several machines, by a `TrainJob` of Kubeflow Trainer v2. Needs a cluster, and `gs://` for all artifacts.
+    """Train on several machines, by a `TrainJob` of Kubeflow Trainer v2. Needs a cluster, and all artifacts in `gs://`.
 
     A node is what the step's own pod is: the same image, service account, environment, resources and place.
     """

@@ -193,7 +193,7 @@ def test_sigterm_deletes_the_job(bucket: str, kubernetes: FakeKubernetes, tmp_pa
 
 
 def test_two_nodes_train_as_one_machine_does(bucket: str, kubernetes: FakeKubernetes, tmp_path: Path) -> None:
-    """Nodes with nothing in common but object storage; the first attempt is terminated, the second goes on from there."""
+    """Nodes share object storage and nothing else; the first attempt is terminated, the second goes on from there."""
     nodes = Nodes(kubernetes, tmp_path / "nodes")
     training = {"max_steps": 3, "eval_steps": 1, "fsdp": True}
     first = step_process(tmp_path / "first", kubernetes, training=training)
