@@ -153,8 +153,7 @@ class CheckpointKeeper(TrainerCallback):
         **_: Any,
     ) -> None:
         """After a resume: the best checkpoint may have been written under another path, on another machine."""
-        if state.best_global_step:
-            state.best_model_checkpoint = str(self._checkpoints.folder / _name(state.best_global_step))
+        self._name_best(state)
 
     def on_save(
         self,
@@ -165,8 +164,14 @@ class CheckpointKeeper(TrainerCallback):
     ) -> None:
         """Called by the trainer after each checkpoint."""
         PartialState().wait_for_everyone()
+        self._name_best(state)
         if state.is_world_process_zero:
             self._checkpoints.commit(state.global_step, state.best_global_step or 0, self._keep)
+
+    def _name_best(self, state: TrainerState) -> None:
+        """On every process: the Trainer names it only where it sees the folder, and all must load it together."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(self._checkpoints.folder / _name(state.best_global_step))
 
 
 def _inspect(place: str) -> dict[str, str]:
