@@ -92,9 +92,10 @@ def run(
     """
     from rich.console import Console
 
-    from skd_lib.config import load_config
+    from skd_lib.config import load_config, refuse_multinode
 
     settings = load_config(config)
+    refuse_multinode(settings, where=str(config))
     uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
     console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
     if dry_run:
