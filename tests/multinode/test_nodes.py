@@ -194,8 +194,9 @@ def test_sigterm_deletes_the_job(bucket: str, kubernetes: FakeKubernetes, tmp_pa
 @pytest.mark.slow
 def test_two_nodes_train_are_terminated_and_go_on(bucket: str, kubernetes: FakeKubernetes, tmp_path: Path) -> None:
     """Nodes share object storage and nothing else; the first attempt is terminated, the second goes on from there."""
+    storage.delete(f"{BUCKET}/checkpoints")  # requests that other tests never took back
     Nodes(kubernetes, tmp_path / "nodes")
-    training = {"max_steps": 40, "eval_steps": 5, "fsdp": True}
+    training = {"max_steps": 24, "eval_steps": 4, "fsdp": True}
     first = step_process(tmp_path / "first", kubernetes, training=training)
     checkpoints = f"{BUCKET}/checkpoints/distill"
     wait_for(
@@ -213,6 +214,6 @@ def test_two_nodes_train_are_terminated_and_go_on(bucket: str, kubernetes: FakeK
     assert (model["uri"], model["metadata"]["teacher"]) == (f"{BUCKET}/out/distilled_student", "org/teacher")
     weights = load_file(tmp_path / "second" / "student" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
-    assert json.loads((tmp_path / "second" / "metrics.json").read_text())["steps"] == 40
+    assert json.loads((tmp_path / "second" / "metrics.json").read_text())["steps"] == 24
     assert storage.file_sizes(f"{BUCKET}/checkpoints") == {}
     assert kubernetes.jobs == {}
