@@ -44,7 +44,7 @@ from skd_lib.tracking.entries import (
     clip,
 )
 from skd_lib.tracking.link import Link
-from skd_lib.tracking.locate import ERROR_TAG, Place
+from skd_lib.tracking.locate import ERROR_TAG, Place, find_parent
 
 
 class RunLog:
@@ -218,6 +218,18 @@ def close_pipeline_run(
     except unanswered() as silence:
         Link(place).put_off(closing, silence)
         return False
+
+
+def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str) -> tuple[str, dict[str, float]]:
+    """Address of a pipeline's parent run, and its figures; both empty without tracking, or if the store is silent."""
+    if not tracking_uri:
+        return "", {}
+    try:
+        client = connect(tracking_uri)
+        parent = find_parent(client, _place(tracking_uri, experiment, pipeline_run_id, "finish"))
+    except unanswered():
+        return "", {}
+    return ("", {}) if parent is None else (run_url(tracking_uri, parent), dict(parent.data.metrics))
 
 
 def _place(tracking_uri: str, experiment: str, pipeline_run_id: str, step: str, run_name: str | None = None) -> Place:
