@@ -25,7 +25,8 @@ from pipelines.graph import count_steps, read_steps
 from pipelines.lint_platform import lint_documents
 from skd_lib.config import load_config
 from skd_lib.errors import SkdError
-from skd_lib.parameters import from_parameters
+from skd_lib.parameters import from_parameters, to_parameters
+from skd_lib.steps.preflight import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 TORCH_STEPS = {"teacher_sft", "student_init", "distill", "evaluate", "specdec_benchmark"}
@@ -153,6 +154,31 @@ def test_no_cached_step_depends_on_the_runs_name_or_on_all_of_its_configuration(
         }
         if task.get("cachingOptions", {}).get("enableCache"):
             assert not inherited & {"run_name", "config", "method", "divergence", "top_k", "gamma", "max_steps"}
+
+
+def test_another_k_repeats_the_distillation_and_what_needs_its_student(spec: dict[str, Any]):
+    """The inputs of a cached task are its cache key: what another K changes, and what then has other artifacts."""
+    demo = load_config(ROOT / "pipelines/configs/demo.yaml")
+    parameters = to_parameters(demo)
+    other = from_parameters(**{**parameters, "top_k": parameters["top_k"] + 1})
+    changed = {f"{name}_config" for name in SECTIONS if getattr(other, name) != getattr(demo, name)}
+    assert changed == {"distill_config"}
+    tasks, repeated = body(spec), set[str]()
+    while True:
+        found = {
+            name
+            for name, task in tasks.items()
+            for kind, key in (("parameters", "Parameter"), ("artifacts", "Artifact"))
+            for value in task["inputs"].get(kind, {}).values()
+            if (source := value.get(f"taskOutput{key}"))
+            if source["producerTask"] in repeated or source[f"output{key}Key"] in changed
+        }
+        if found == repeated:
+            break
+        repeated = found
+    cached = {name for name in tasks if tasks[name].get("cachingOptions", {}).get("enableCache")}
+    names = {tasks[name]["taskInfo"]["name"] for name in repeated & cached}
+    assert names == {"distill", "evaluate-student_after", "specdec_benchmark"}
 
 
 def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(documents: Documents):
