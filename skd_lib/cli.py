@@ -204,27 +204,47 @@ def compile_(
         str | None,
         typer.Option(help="distillation or compare_methods.", show_default="both; with --output distillation"),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What the steps ask of the cluster: cpu, l4, a100, h100x8, or a YAML file like those in "
+            "pipelines/resources.",
+            show_default="l4",
+        ),
+    ] = None,
+    release: Annotated[
+        bool, typer.Option("--release", help="Insist on images that are named by their digest, as a release must.")
+    ] = False,
 ) -> None:
-    """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see."""
-    from pipelines.compiling import PIPELINES, check_compiled, compiled_path, write_compiled
+    """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see.
+
+    With --check every profile is compiled and checked, too.
+    """
+    from pipelines.compiling import PIPELINES, check_compiled, compile_pipeline, compiled_path, write_compiled
+    from pipelines.profiles import DEFAULT, profile_names
 
     if pipeline not in (None, *PIPELINES):
         raise SkdError(f"there is no pipeline {pipeline!r}", where="--pipeline", hint=f"one of {', '.join(PIPELINES)}")
     names = [pipeline] if pipeline else PIPELINES[:1] if output else PIPELINES
     paths = {name: output or compiled_path(name) for name in names}
+    chosen = profile or DEFAULT
     if check:
         for name, path in paths.items():
-            check_compiled(path, name=name)
+            check_compiled(path, name=name, profile=chosen, release=release)
             typer.echo(f"{_short(path)} is up to date")
+            for other in () if profile else profile_names():
+                compile_pipeline(name=name, profile=other)
+                typer.echo(f"{name} for profile {other} keeps the rules")
         return
-    if (image or comet_image) and output is None:
+    if (image or comet_image or profile) and output is None:
         raise SkdError(
-            "images of your own do not belong in the committed pipeline",
+            "images and profiles of your own do not belong in the committed pipeline",
             where="skd compile",
             hint="name another file with --output",
         )
     for name, path in paths.items():
-        write_compiled(path, image, comet_image, name=name)
+        write_compiled(path, image, comet_image, name=name, profile=chosen, release=release)
         typer.echo(f"wrote {_short(path)}")
 
 

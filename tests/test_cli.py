@@ -87,6 +87,9 @@ def test_several_nodes_are_refused_on_one_machine(tmp_path: Path):
         (["run", str(DEMO), "--runs-dir", str(DEMO)], "cannot write the run's folder"),
         (["compile", "--image", "r/skd:1"], "hint: name another file with --output"),
         (["compile", "--comet-image", "r/comet:1"], "hint: name another file with --output"),
+        (["compile", "--profile", "a100"], "hint: name another file with --output"),
+        (["compile", "--profile", "v100", "--output", "mine.yaml"], "there is no profile 'v100'"),
+        (["compile", "--release", "--output", "mine.yaml"], "is not named by its digest"),
         (["compile", "--check", "--output", "missing.yaml"], "the compiled pipeline is missing"),
     ],
 )

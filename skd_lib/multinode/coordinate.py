@@ -65,6 +65,8 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
             took too long.
         Preempted: SIGTERM came; the job is deleted.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # one of several processes on the GPUs of this pod, which are not trained on: the first one waits
     root, run_id = work.options["checkpoint_root"].rstrip("/"), os.environ.get("KFP_RUN_ID", "")
     uris = {name: io.input_uri(name, path) for name, path in work.inputs.items()}
     check_reachable({**{f"input {name}": uri for name, uri in uris.items()}, "checkpoint_root": root})

@@ -109,7 +109,9 @@ def main(
     }
     params = {"seed": seed, "student": base, "teacher": teacher_reference, "distill": settings.model_dump(mode="json")}
     name = step_name("distill", label)
-    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    with step_run(
+        step=name, tracking_uri=tracking_uri, experiment=experiment, params=params, checkpoint_root=checkpoint_root
+    ) as run:
         prepared = PreparedData.load(data)
         fit = fitting.Fit(
             step="distill",

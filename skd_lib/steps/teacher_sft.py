@@ -64,7 +64,13 @@ def main(
     reference = str(known.get("reference") or io.input_uri("teacher", teacher))
     digest = fitting.input_digest(io, "teacher", teacher)
     params = {"seed": seed, "teacher": reference, "teacher_sft": settings.model_dump(mode="json")}
-    with step_run(step="teacher_sft", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    with step_run(
+        step="teacher_sft",
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        params=params,
+        checkpoint_root=checkpoint_root,
+    ) as run:
         if not settings.enabled:
             import_folder(teacher, teacher_out, link=True)
             metadata = {**known, "weights_sha256": digest, "reference": reference}
