@@ -364,3 +364,13 @@ def test_lines_of_one_moment_are_told_apart() -> None:
 def test_characters_may_be_cut_anywhere() -> None:
     text = "é\nzwei\n\nüü\nrest".encode()
     assert list(whole_lines(text[i : i + 1] for i in range(len(text)))) == ["é", "zwei", "", "üü", "rest"]
+
+
+def test_of_several_processes_in_the_steps_pod_one_asks(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    attempt = step()
+    train_on_nodes(attempt.work, MultinodeConfig(nodes=2), attempt.io)
+    assert kubernetes.jobs == {}
+    assert not (attempt.folder / "output.json").exists()
