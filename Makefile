@@ -7,7 +7,7 @@ CONFIG ?= pipelines/configs/demo.yaml
 CHECKED := skd_lib components pipelines tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-comet lint format types compile compile-check doctor clean
+.PHONY: help install demo bench test test-comet test-images lock lint format types compile compile-check doctor clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -35,9 +35,16 @@ test: $(STAMP) ## Run the tests, on all cores (ARGS=... for pytest's options)
 test-comet: $(STAMP) ## Run the tests that need COMET; its own environment is made the first time (minutes)
 	$(BIN)/python -m pytest -m comet tests/comet
 
+test-images: $(STAMP) ## Build the images and run the pipeline in them; needs a container engine, mmdebstrap, docker-registry
+	$(BIN)/python -m pytest -m 'docker or not docker' tests/images
+
+lock: $(STAMP) ## Lock again what the images install, after a change to pyproject.toml or the constraints
+	$(BIN)/skd images lock
+
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/hadolint images/*/Dockerfile
 
 format: $(STAMP) ## Put style right
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -7,7 +7,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 # A source tree keeps the file beside the Dockerfiles; a wheel carries a copy in this package.
-_IN_SOURCE_TREE = Path(__file__).resolve().parent.parent / "images" / "digests.yaml"
+SOURCE_TREE = Path(__file__).resolve().parent.parent
+IN_SOURCE_TREE = SOURCE_TREE / "images" / "digests.yaml"
 
 
 class Image(BaseModel):
@@ -25,10 +26,15 @@ class Image(BaseModel):
         return f"{self.image}@{self.digest}" if self.digest else f"{self.image}:{self.version}"
 
 
-def read_images() -> dict[str, Image]:
-    """All images by name."""
-    source = _IN_SOURCE_TREE if _IN_SOURCE_TREE.is_file() else files("components").joinpath("digests.yaml")
-    return TypeAdapter(dict[str, Image]).validate_python(yaml.safe_load(source.read_text(encoding="utf-8")))
+def parse_images(text: str) -> dict[str, Image]:
+    """All images by name, from the text of such a file."""
+    return TypeAdapter(dict[str, Image]).validate_python(yaml.safe_load(text))
+
+
+def read_images(path: Path = IN_SOURCE_TREE) -> dict[str, Image]:
+    """All images by name; those of the wheel where there is no source tree."""
+    source = path if path.is_file() else files("components").joinpath("digests.yaml")
+    return parse_images(source.read_text(encoding="utf-8"))
 
 
 TRAIN = read_images()["train"].reference

@@ -1,10 +1,11 @@
 """The only place that touches what `kfp.local` does not promise.
 
 `kfp.local` runs a whole pipeline on one machine (nested DAGs, conditions, loops, exit handlers, cache), but its
-subprocess runner refuses container components. Some of its parts are replaced while a pipeline runs: what runs a task;
-the cache, which tells of its hits; what runs the rounds of a loop, which go one after another here, and on after one
-has failed; and what gives a round its item, which in kfp 2.17 takes the place of every output of another step too. kfp
-is pinned to one minor version for this reason, `check_kfp` refuses any other shape of these parts, and tests run
+subprocess runner refuses container components, and its Docker runner takes a failed container for a successful one when
+the engine has removed it before it is asked how it ended. Some parts are replaced while a pipeline runs: what runs a
+task; the cache, which tells of its hits; what runs the rounds of a loop, which go one after another here, and on after
+one has failed; and what gives a round its item, which in kfp 2.17 takes the place of every output of another step too.
+kfp is pinned to one minor version for this reason, `check_kfp` refuses any other shape of these parts, and tests run
 pipelines through them.
 """
 
@@ -23,7 +24,7 @@ import kfp
 import yaml
 from kfp import components, dsl, local
 from kfp.compiler import pipeline_spec_builder
-from kfp.local import cache, status, subprocess_task_handler
+from kfp.local import cache, docker_task_handler, status, subprocess_task_handler
 from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
 from kfp.local.orchestrator import task_spec_utils
 
@@ -45,7 +46,9 @@ class Executor(Protocol):
     A component in a loop is named with the number of its round, see `graph.round_key`.
     """
 
-    def execute(self, component: str, command: list[str], env: Mapping[str, str], task_folder: Path) -> bool:
+    def execute(
+        self, component: str, image: str, command: list[str], env: Mapping[str, str], task_folder: Path
+    ) -> bool:
         """Run one container to its end; whether it succeeded."""
 
     def reused(self, component: str, outputs: Mapping[str, Any], seconds: float) -> None:
@@ -61,11 +64,14 @@ def check_kfp() -> None:
     Raises:
         SkdError: another version of kfp is installed, whose local runner this project does not know.
     """
-    handler = tuple(inspect.signature(subprocess_task_handler.SubprocessTaskHandler.__init__).parameters)
+    handlers = {
+        tuple(inspect.signature(handler.__init__).parameters)
+        for handler in (subprocess_task_handler.SubprocessTaskHandler, docker_task_handler.DockerTaskHandler)
+    }
     key = tuple(inspect.signature(cache.LocalCache.compute_key).parameters)
     rounds = tuple(inspect.signature(orchestrator.ParallelExecutor.execute_parallel_tasks).parameters)
     item = tuple(inspect.signature(task_spec_utils.create_parameter_loop_iteration_task_spec).parameters)
-    if (handler, key, rounds, item) != (HANDLER_ARGUMENTS, KEY_ARGUMENTS, ROUND_ARGUMENTS, ITEM_ARGUMENTS):
+    if (handlers, key, rounds, item) != ({HANDLER_ARGUMENTS}, KEY_ARGUMENTS, ROUND_ARGUMENTS, ITEM_ARGUMENTS):
         raise SkdError(
             f"kfp {kfp.__version__} has another local runner than the one this project drives",
             hint='install the supported version: pip install "kfp>=2.17,<2.18"',
@@ -80,6 +86,7 @@ def run_locally(
     artifacts: Path,
     cache_folder: Path,
     log: Path,
+    containers: bool = False,
 ) -> None:
     """Run a compiled pipeline with `kfp.local`; each container is run by `executor`.
 
@@ -93,6 +100,7 @@ def run_locally(
         artifacts: Folder for artifacts; one subfolder a pipeline run and task.
         cache_folder: Folder of the cache.
         log: File that takes kfp's own log.
+        containers: Whether `executor` runs each in the image that the pipeline names.
     """
     check_kfp()
     pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
@@ -103,7 +111,7 @@ def run_locally(
         _replaced(executor),
     ):
         local.init(
-            local.SubprocessRunner(use_venv=False),
+            local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False),
             pipeline_root=str(artifacts),
             raise_on_error=False,
             enable_caching=True,
@@ -146,19 +154,20 @@ def _replaced(executor: Executor) -> Iterator[None]:
     class TaskHandler:
         def __init__(
             self,
-            image: str,  # noqa: ARG002 - kfp's signature
+            image: str,
             full_command: list[str],
-            pipeline_root: str,  # noqa: ARG002
-            runner: local.SubprocessRunner,  # noqa: ARG002
+            pipeline_root: str,  # noqa: ARG002 - kfp's signature
+            runner: local.SubprocessRunner | local.DockerRunner,  # noqa: ARG002
             env_vars: dict[str, str] | None = None,
         ) -> None:
+            self.image = image
             self.command = full_command
             self.env = env_vars or {}
 
         def run(self) -> status.Status:
             task = json.loads(self.command[self.command.index("--executor-input") + 1])
             folder = Path(task["outputs"]["outputFile"]).parent
-            done = executor.execute(key_of(folder.name), self.command, self.env, folder)
+            done = executor.execute(key_of(folder.name), self.image, self.command, self.env, folder)
             return status.Status.SUCCESS if done else status.Status.FAILURE
 
     class Cache(cache.LocalCache):
@@ -187,6 +196,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
 
     replacements = {
         (subprocess_task_handler, "SubprocessTaskHandler"): TaskHandler,
+        (docker_task_handler, "DockerTaskHandler"): TaskHandler,
         (cache, "LocalCache"): Cache,
         (orchestrator, "ParallelExecutor"): Rounds,
         (task_spec_utils, "create_parameter_loop_iteration_task_spec"): _with_item,

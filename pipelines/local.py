@@ -1,4 +1,4 @@
-"""The same pipeline on this machine: steps as child processes, artifacts in a folder, finished steps reused.
+"""The same pipeline on this machine: child processes or containers, artifacts in a folder, finished steps reused.
 
 runs/<name>/
   config.yaml     the configuration of the last run
@@ -33,8 +33,9 @@ import yaml
 
 import skd_lib
 from pipelines.compiling import set_image
+from pipelines.containers import Containers
 from pipelines.graph import Step, read_steps, unrolled
-from pipelines.process import run_logged
+from pipelines.process import OnEvent, Outcome, Start, run_logged
 from pipelines.progress import Display
 from skd_lib import events
 from skd_lib.config import RunConfig
@@ -176,9 +177,10 @@ class RunFolder:
 
 @dataclass
 class LocalRun:
-    """A run in progress: runs each container as a child process and keeps account.
+    """A run in progress: runs each step and keeps account.
 
     Attributes:
+        start: Runs a step: as a child process, or as a container.
         outputs: Output parameters and artifact URIs of every finished step, by step name.
         taken: Seconds of every finished step; of a reused one, those of its original run.
         reused_steps: Steps whose outputs came from the cache.
@@ -189,14 +191,16 @@ class LocalRun:
     folder: RunFolder
     steps: Mapping[str, Step]
     display: Display
-    env: Mapping[str, str]
+    start: Start
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     taken: dict[str, float] = field(default_factory=dict)
     reused_steps: set[str] = field(default_factory=set)
     failure: StepFailed | None = None
     lost: dict[str, StepFailed] = field(default_factory=dict)
 
-    def execute(self, component: str, command: list[str], env: Mapping[str, str], task_folder: Path) -> bool:
+    def execute(
+        self, component: str, image: str, command: list[str], env: Mapping[str, str], task_folder: Path
+    ) -> bool:
         """Run one container to its end (see `kfp_local.Executor`)."""
         step = self.steps[component]
         if self.failure and not step.is_exit:
@@ -206,12 +210,7 @@ class LocalRun:
         log = self.folder.log_of(step.name)
         log.write_text("", encoding="utf-8")
         task_folder.mkdir(parents=True, exist_ok=True)
-        outcome = run_logged(
-            [sys.executable, *command[1:]],
-            log=log,
-            env={**self.env, **env},
-            on_event=lambda event: self._on_event(step.name, event),
-        )
+        outcome = self.start(image, command, env, log, lambda event: self._on_event(step.name, event))
         seconds = time.monotonic() - start
         if outcome.code != 0:
             self.display.failed(step.name, seconds)
@@ -247,18 +246,24 @@ class LocalRun:
         return {step.name: round(self.taken[step.name], 2) for step in self.steps.values() if step.name in self.taken}
 
 
-def local_pipeline(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def local_pipeline(documents: list[dict[str, Any]], images: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """A compiled pipeline as this machine runs it.
 
-    The container image is this source tree, so the image's name, which is part of every cache key, becomes its digest:
-    changed code runs again. Retries are left out: here a person reads the error, mends it and runs again.
+    The image's name is part of every cache key. Where steps are child processes, the image is this source tree, and its
+    name becomes the tree's digest: changed code runs again. Retries are left out: here a person reads the error, mends
+    it and runs again.
+
+    Args:
+        documents: The compiled pipeline.
+        images: Where steps are containers: what to run for an image, by the pipeline's name for it.
     """
     local = json.loads(json.dumps(documents))
-    image = f"local-python/skd:{source_digest()[:16]}"
+    source = f"local-python/skd:{source_digest()[:16]}"
     spec = local[0]
     for executor in spec["deploymentSpec"]["executors"].values():
         if "container" in executor:
-            set_image(executor["container"], image)
+            image = executor["container"]["image"]
+            set_image(executor["container"], source if images is None else images.get(image, image))
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
@@ -278,24 +283,37 @@ def source_digest() -> str:
 
 
 def step_environment(run_id: str) -> dict[str, str]:
-    """Environment of the steps: this process's, the run's id, events on, and all cores, since one runs at a time.
-
-    Steps import the library that this process runs, wherever it was started.
+    """What every step finds in its environment: the run's id, events on, and all cores, since one runs at a time.
 
     Threads that spin only briefly while they wait keep a step fast beside whatever else the machine does.
     """
-    library = str(Path(skd_lib.__file__).parent.parent)
-    return {
+    defaults = {
         "OMP_NUM_THREADS": str(usable_cores()),
         "GOMP_SPINCOUNT": "2000",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",  # bars of libraries would fill the logs; the steps tell of their progress themselves
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")])),
+    }
+    return {
+        **{name: os.environ.get(name, value) for name, value in defaults.items()},
         "KFP_RUN_ID": run_id,
         "PYTHONUNBUFFERED": "1",
         events.ENV: "1",
     }
+
+
+def child_processes(settings: Mapping[str, str]) -> Start:
+    """Runs steps as child processes in this process's environment and `settings`.
+
+    Steps import the library that this process runs, wherever it was started.
+    """
+    library = str(Path(skd_lib.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")]))
+
+    def start(image: str, command: list[str], env: Mapping[str, str], log: Path, on_event: OnEvent) -> Outcome:  # noqa: ARG001
+        complete = {**os.environ, **settings, "PYTHONPATH": path, **env}
+        return run_logged([sys.executable, *command[1:]], log=log, env=complete, on_event=on_event)
+
+    return start
 
 
 def run_pipeline(
@@ -309,6 +327,7 @@ def run_pipeline(
     fresh: bool = False,
     further: Mapping[str, Any] | None = None,
     iterations: Sequence[str] = (),
+    containers: Containers | None = None,
 ) -> LocalRun:
     """Run the compiled pipeline `documents` for `config` in `folder`.
 
@@ -322,6 +341,7 @@ def run_pipeline(
         fresh: Forget finished steps and checkpoints.
         further: Parameters that the pipeline has beside the configuration's.
         iterations: Names of the rounds of its loop.
+        containers: Run the steps in these, not as child processes.
 
     Returns:
         The finished run; where rounds of the loop failed (`lost`), without what comes after it.
@@ -336,12 +356,13 @@ def run_pipeline(
     with folder.locked():
         if fresh:
             folder.forget()
-        local = local_pipeline(documents)
+        local = local_pipeline(documents, containers.images if containers else None)
+        settings = step_environment(folder.run_id(config, fresh=fresh))
         run = LocalRun(
             folder,
             {step.component: step for step in unrolled(read_steps(local[0]), iterations)},
             display,
-            step_environment(folder.run_id(config, fresh=fresh)),
+            containers.starter(settings) if containers else child_processes(settings),
         )
         arguments = {
             **to_parameters(config),
@@ -354,7 +375,15 @@ def run_pipeline(
         kfp_log.write_text("", encoding="utf-8")
         with display:
             try:
-                run_locally(local, arguments, run, artifacts=folder.artifacts, cache_folder=folder.cache, log=kfp_log)
+                run_locally(
+                    local,
+                    arguments,
+                    run,
+                    artifacts=folder.artifacts,
+                    cache_folder=folder.cache,
+                    log=kfp_log,
+                    containers=containers is not None,
+                )
             except Exception as error:
                 if run.failure:
                     raise run.failure from error

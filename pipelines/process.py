@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from skd_lib import events
 
@@ -48,57 +48,69 @@ class Outcome:
         return "\n".join([f"the process ended with exit code {self.code}; its last lines:", *self.tail])
 
 
-def run_logged(
-    command: Sequence[str], *, log: Path, env: Mapping[str, str], on_event: Callable[[dict[str, Any]], None]
-) -> Outcome:
+OnEvent: TypeAlias = Callable[[dict[str, Any]], None]
+"""Takes an event of a step, see `skd_lib.events`."""
+Start: TypeAlias = Callable[[str, list[str], Mapping[str, str], Path, OnEvent], Outcome]
+"""Runs a step to its end: image, command, environment, log, and who takes its events."""
+
+
+def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_event: OnEvent) -> Outcome:
     """Run a command to its end.
 
     Standard output and error go to `log`, event lines (`skd_lib.events`) to `on_event`. If the caller is interrupted,
     the child and its children are stopped before the interruption goes on; if the caller is killed, the kernel kills
     the child (Linux; elsewhere it ends when it next writes to its closed output).
     """
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    error = ""
-    logged = 0.0
-    with (
-        log.open("a", encoding="utf-8") as file,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env=dict(env),
-            start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group
-            preexec_fn=_die_with_parent(os.getpid()),
-        ) as child,
-    ):
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=dict(env),
+        start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group
+        preexec_fn=_die_with_parent(os.getpid()),
+    ) as child:
         assert child.stdout is not None  # noqa: S101 - PIPE was asked for
         try:
-            for line in child.stdout:
-                event = events.parse(line)
-                if event is None:
-                    file.write(line)
-                    file.flush()
-                    if line.strip():
-                        tail.append(line.rstrip())
-                    continue
-                if event["event"] == "error":
-                    error = str(event["message"])
-                elif event["event"] == "progress" and (
-                    time.monotonic() - logged >= LOGGED_PROGRESS_SECONDS or event["done"] >= event["total"]
-                ):
-                    logged = time.monotonic()
-                    file.write(f"{event['what']} {progress_text(event)}\n")
-                    file.flush()
-                on_event(event)
+            error, tail = follow(child.stdout, log, on_event)
             code = child.wait()
         except BaseException:
             _stop(child)
             raise
-    return Outcome(code, error, tuple(tail))
+    return Outcome(code, error, tail)
+
+
+def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tuple[str, ...]]:
+    """Read what a step says until it is silent: its text goes to `log`, its events to `on_event`.
+
+    Returns:
+        The step's own error sentence (empty if it gave none), and the last lines of its text.
+    """
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    error = ""
+    logged = 0.0
+    with log.open("a", encoding="utf-8") as file:
+        for line in lines:
+            event = events.parse(line)
+            if event is None:
+                file.write(line)
+                file.flush()
+                if line.strip():
+                    tail.append(line.rstrip())
+                continue
+            if event["event"] == "error":
+                error = str(event["message"])
+            elif event["event"] == "progress" and (
+                time.monotonic() - logged >= LOGGED_PROGRESS_SECONDS or event["done"] >= event["total"]
+            ):
+                logged = time.monotonic()
+                file.write(f"{event['what']} {progress_text(event)}\n")
+                file.flush()
+            on_event(event)
+    return error, tuple(tail)
 
 
 def progress_text(event: Mapping[str, Any]) -> str:

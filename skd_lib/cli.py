@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
+from pipelines.images.cli import images
 from pipelines.submitting.cli import submit
 from pipelines.triggering.cli import trigger
 from skd_lib import __version__
@@ -24,6 +25,7 @@ from skd_lib.tracking import cli as tracking
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipelines.containers import Containers
     from pipelines.local import LocalRun, RunFolder
     from skd_lib.config import RunConfig
 
@@ -37,9 +39,19 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(images, name="images")
 app.add_typer(tracking.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(config, name="config")
+
+Image = Annotated[
+    str | None,
+    typer.Option(envvar="SKD_IMAGE", help="Run every step but COMET's in this image, not in the published one."),
+]
+CometImage = Annotated[
+    str | None,
+    typer.Option(envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one."),
+]
 
 
 def main() -> None:
@@ -84,11 +96,19 @@ def run(
         ),
     ] = None,
     experiment: Annotated[str, typer.Option(envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment.")] = "skd",
+    docker: Annotated[
+        bool,
+        typer.Option(
+            "--docker", help="Run each step in its image; without network where models, data and MLflow are local."
+        ),
+    ] = False,
+    image: Image = None,
+    comet_image: CometImage = None,
 ) -> None:
     """Run the whole pipeline on this machine.
 
-    The steps are those of the cluster, as child processes. Running again reuses finished steps whose inputs have not
-    changed, and resumes training from its last checkpoint.
+    The steps are those of the cluster, as child processes or, with --docker, as containers. Running again reuses
+    finished steps whose inputs have not changed, and resumes training from its last checkpoint.
     """
     from rich.console import Console
 
@@ -107,9 +127,10 @@ def run(
     from pipelines.local import RunFolder, StepFailed, run_pipeline
     from pipelines.progress import display_for
 
-    documents = compile_pipeline()
+    documents = compile_pipeline(image, comet_image)
     steps = count_steps(read_steps(documents[0]))
     folder = RunFolder.create(runs_dir, settings.name)
+    containers = _containers(settings, folder, image, comet_image, uri) if docker else None
     _say(console, f"run {settings.name}: {steps} steps, files in {_short(folder.root)}, MLflow {uri or 'off'}")
     try:
         finished = run_pipeline(
@@ -120,6 +141,7 @@ def run(
             tracking_uri=uri,
             experiment=experiment,
             fresh=fresh,
+            containers=containers,
         )
     except StepFailed as failure:
         typer.echo(f"\nerror: {failure}", err=True)
@@ -131,6 +153,25 @@ def run(
         )
         raise typer.Exit(INTERRUPTED) from interruption
     _conclude(console, finished, folder, uri)
+
+
+def _containers(
+    config: RunConfig, folder: RunFolder, image: str | None, comet_image: str | None, tracking_uri: str
+) -> Containers:
+    """What runs the steps in their images."""
+    from components.images import COMET, TRAIN
+    from pipelines.containers import Containers, connect, find_image, inputs_of
+
+    client = connect()
+    needed = [image or TRAIN, *([comet_image or COMET] if config.task.wants_comet else [])]
+    database = [Path(tracking_uri.removeprefix("sqlite:///")).parent] if tracking_uri.startswith("sqlite:///") else []
+    return Containers(
+        client,
+        {name: find_image(client, name) for name in needed},
+        folder.root,
+        inputs_of(config, tracking_uri),
+        tuple(database),
+    )
 
 
 def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri: str) -> None:
@@ -189,14 +230,8 @@ def compile_(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if the committed file differs from its definition.")
     ] = False,
-    image: Annotated[
-        str | None,
-        typer.Option(envvar="SKD_IMAGE", help="Run every step but COMET's in this image, not in the published one."),
-    ] = None,
-    comet_image: Annotated[
-        str | None,
-        typer.Option(envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one."),
-    ] = None,
+    image: Image = None,
+    comet_image: CometImage = None,
     output: Annotated[
         Path | None, typer.Option(help="File of one pipeline.", show_default="pipelines/compiled/PIPELINE.yaml")
     ] = None,

@@ -1,0 +1,248 @@
+"""Steps in containers on this machine: the pipeline's images, used as a cluster uses them, without a cluster.
+
+kfp's own Docker runner lets the engine remove a container when it ends, and takes one that is gone before it was asked
+how it ended for a successful one (`kfp/local/docker_task_handler.py`). Here a container stays until its exit code is
+known, and one that somebody else has removed has failed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.types import DeviceRequest, Mount
+
+from pipelines.process import STOP_SECONDS, OnEvent, Outcome, Start, follow
+from skd_lib import cache
+from skd_lib.config import FilesSource, HeldOutFiles, RunConfig
+from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.models.references import LocalFolder, LocalGguf, parse_reference
+from skd_lib.storage import is_remote
+
+PASSED_ON = ("GOOGLE_", "HF_", "MLFLOW_", "PIP_", "SKD_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+"""Variables of this process's environment that steps in containers get, by the beginning of their names."""
+CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
+SHARED_MEMORY = "8g"
+OWNER = "skd.run"
+"""Label of our containers: the folder of their run."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads that is not made by it.
+
+    Attributes:
+        local: Files and folders of this machine.
+        remote: What only the network has.
+    """
+
+    local: tuple[Path, ...]
+    remote: tuple[str, ...]
+
+
+def inputs_of(config: RunConfig, tracking_uri: str) -> Inputs:
+    """Where the run's models, data and records are.
+
+    Raises:
+        SkdError: a model is named by something that is no reference.
+    """
+    local: list[Path] = []
+    remote: list[str] = []
+    comet = config.evaluation.comet.model if config.task.wants_comet else None
+    for model in filter(None, [config.teacher, config.student, comet]):
+        match parse_reference(model):
+            case LocalFolder(path) | LocalGguf(path):
+                local.append(path)
+            case _:
+                remote.append(model)
+    for source in [config.data.source, *(held_out.source for held_out in config.data.held_out)]:
+        match source:
+            case FilesSource():
+                files = [*source.train, *source.validation, *source.test]
+            case HeldOutFiles():
+                files = source.files
+            case _:
+                files = []
+                remote.append(f"data of type {source.type}")
+        local += [Path(file) for file in files if not is_remote(file)]
+        remote += [file for file in files if is_remote(file)]
+    if tracking_uri and not tracking_uri.startswith("sqlite:"):
+        remote.append(tracking_uri)
+    if config.evaluation.judge.url:
+        remote.append(config.evaluation.judge.url)
+    return Inputs(tuple(path.absolute() for path in local), tuple(remote))
+
+
+@dataclass(frozen=True)
+class Containers:
+    """Runs steps in containers.
+
+    Attributes:
+        client: The engine.
+        images: What is run for an image of the pipeline, by its content, so that a rebuilt image is not taken from the
+            cache of an older one.
+        folder: The run's folder, the only one besides `writable` that steps can write to.
+        inputs: What the run reads. Without remote inputs its containers have no network.
+        writable: Further folders that steps write to.
+    """
+
+    client: docker.DockerClient
+    images: Mapping[str, str]
+    folder: Path
+    inputs: Inputs
+    writable: tuple[Path, ...] = ()
+    arguments: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", self._arguments())
+
+    def starter(self, settings: Mapping[str, str]) -> Start:
+        """Runs a step of this run; what containers a killed process left behind are removed first."""
+        for left in self.client.containers.list(all=True, filters={"label": f"{OWNER}={self.folder}"}):
+            _remove(left)
+        kept = {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}
+        caches = {"SKD_CACHE": str(cache.default_cache_dir()), "HF_HOME": str(_hub_home())}
+
+        def start(image: str, command: list[str], env: Mapping[str, str], log: Path, on_event: OnEvent) -> Outcome:
+            environment = {**kept, **caches, **settings, **env}
+            return run_container(
+                self.client, image, command, log=log, on_event=on_event, environment=environment, **self.arguments
+            )
+
+        return start
+
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments of a container: as closed as a cluster's `restricted` pods, so that what fails there fails here."""
+        temporary = self.folder / ".tmp"
+        written = {self.folder, *self.writable, cache.default_cache_dir(), _hub_home(), temporary}
+        for path in written:
+            path.mkdir(parents=True, exist_ok=True)
+        read = {*self.inputs.local}
+        if credentials := os.environ.get(CREDENTIALS):
+            read.add(Path(credentials).absolute())
+        missing = [SkdError("no such file or folder", where=str(path)) for path in sorted(read) if not path.exists()]
+        if missing:
+            raise SkdErrors(missing)
+        return {
+            "mounts": [
+                *(Mount(str(path), str(path), type="bind", read_only=True) for path in sorted(read)),
+                *(Mount(str(path), str(path), type="bind") for path in sorted(written - {temporary})),
+                Mount("/tmp", str(temporary), type="bind"),  # noqa: S108 - in the container
+            ],
+            "labels": {OWNER: str(self.folder)},
+            "user": f"{os.getuid()}:{os.getgid()}",
+            "working_dir": str(Path.cwd()),
+            "network_mode": "host" if self.inputs.remote else "none",
+            "read_only": True,
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "shm_size": SHARED_MEMORY,
+            "device_requests": (
+                [DeviceRequest(count=-1, capabilities=[["gpu"]])] if "nvidia" in self.client.info()["Runtimes"] else []
+            ),
+        }
+
+
+def connect() -> docker.DockerClient:
+    """The engine that `DOCKER_HOST` names, or this machine's.
+
+    Raises:
+        SkdError: none answers.
+    """
+    try:
+        client = docker.from_env()
+        client.ping()
+    except DockerException as error:
+        raise SkdError(
+            f"no container engine answers: {error}", where="--docker", hint="start Docker, or set DOCKER_HOST"
+        ) from error
+    return client
+
+
+def find_image(client: docker.DockerClient, name: str) -> str:
+    """An image by its content: its digest in a registry, or its id where it was only built here; pulled if need be.
+
+    Raises:
+        SkdError: neither this machine nor the registry has it.
+    """
+    try:
+        image = client.images.get(name)
+    except ImageNotFound:
+        try:
+            image = client.images.pull(name)
+        except APIError as error:
+            raise SkdError(
+                f"there is no such image here, and it cannot be pulled: {error.explanation or error}",
+                where=name,
+                hint="build it (images/README.md), and name it with --image or --comet-image",
+            ) from error
+    return str(next(iter(image.attrs.get("RepoDigests") or []), image.id))
+
+
+def run_container(
+    client: docker.DockerClient, image: str, command: list[str], *, log: Path, on_event: OnEvent, **arguments: Any
+) -> Outcome:
+    """Run a command in a new container to its end, and remove the container.
+
+    Its output and events are those of `process.run_logged`; if the caller is interrupted, the container is stopped.
+
+    Args:
+        client: The engine.
+        image: Name, digest or id.
+        command: What to run.
+        log: File that takes the output.
+        on_event: Takes the step's events.
+        arguments: Of docker's `containers.create`.
+    """
+    try:
+        container = client.containers.create(image, command, **arguments)
+    except APIError as error:
+        return Outcome(1, f"the container cannot be made: {error.explanation or error}", ())
+    try:
+        container.start()
+        sentence, tail = follow(_lines(container.logs(stream=True, follow=True)), log, on_event)
+        code = int(container.wait()["StatusCode"])
+    except NotFound:
+        return Outcome(1, "the container was removed before it was known how it ended", ())
+    except APIError as error:
+        return Outcome(1, f"the container cannot be run: {error.explanation or error}", ())
+    except BaseException:
+        with contextlib.suppress(APIError):
+            container.stop(timeout=int(STOP_SECONDS))
+        raise
+    finally:
+        _remove(container)
+    # The shell's way to say that a signal ended it, 128 and its number, back in that of `Outcome`.
+    return Outcome(128 - code if code > 128 else code, sentence, tail)
+
+
+def _remove(container: Any) -> None:
+    with contextlib.suppress(NotFound):
+        container.remove(force=True)
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Whole lines of a stream of bytes, which is cut anywhere."""
+    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    rest = ""
+    for chunk in chunks:
+        *lines, rest = (rest + decode(chunk)).splitlines(keepends=True) or [""]
+        if rest.endswith("\n"):
+            lines, rest = [*lines, rest], ""
+        yield from lines
+    if rest := rest + decode(b"", final=True):
+        yield rest
+
+
+def _hub_home() -> Path:
+    """Where models of the Hugging Face hub are kept."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME)

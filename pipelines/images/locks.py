@@ -1,0 +1,92 @@
+"""What goes into each image, locked with hashes: `images/<name>/requirements.txt`, made from `pyproject.toml`.
+
+torch and the GPU libraries that a build of it needs come from the index the image is built for (CUDA 12, CPU, ...).
+Every index has other wheels under the same version, so they are not in the lock: the version is fixed by the
+constraints, the file by the build argument TORCH_SHA256 where a release sets it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.images import SOURCE_TREE
+from skd_lib.errors import SkdError
+from skd_lib.storage import write_text_atomic
+
+OWN_INDEX = re.compile(r"torch|triton|(nvidia|cuda)-.+")
+"""Packages that come from torch's index."""
+HEADER = "# Locked by `skd images lock`. Do not edit.\n"
+
+
+@dataclass(frozen=True)
+class Lock:
+    """One lock file.
+
+    Attributes:
+        file: Below the root of the source tree.
+        constraints: File that fixes the versions; empty: the newest ones.
+        extras: Extras of the package that are installed.
+        group: Dependency group that is installed in the package's place.
+    """
+
+    file: str
+    constraints: str = ""
+    extras: tuple[str, ...] = ()
+    group: str = ""
+
+    @property
+    def sources(self) -> list[str]:
+        """What is locked, as arguments of `uv pip compile`."""
+        wanted = ["--group", self.group] if self.group else ["pyproject.toml", *_each("--extra", self.extras)]
+        return wanted + (["--constraint", self.constraints] if self.constraints else [])
+
+
+LOCKS = {
+    "train": Lock("images/train/requirements.txt", "constraints/main.txt", ("training", "tracking")),
+    "comet": Lock("images/comet/requirements.txt", "constraints/comet.txt", ("comet",)),
+    "pipeline": Lock("images/pipeline/requirements.txt", "constraints/main.txt", ("pipelines", "trigger")),
+    "build": Lock("images/build.txt", group="images"),
+}
+
+
+def write_lock(lock: Lock, root: Path = SOURCE_TREE) -> Path:
+    """Resolve and write one lock file; nothing is installed, and only metadata is fetched.
+
+    Raises:
+        SkdError: uv is missing, or the requirements cannot be met.
+    """
+    elsewhere = [name for name in locked_versions(_resolve(lock, root)) if OWN_INDEX.fullmatch(name)]
+    text = _resolve(lock, root, "--generate-hashes", *_each("--no-emit-package", elsewhere))
+    path = root / lock.file
+    write_text_atomic(path, HEADER + text)
+    return path
+
+
+def locked_versions(text: str) -> dict[str, str]:
+    """Versions in a lock file or a file of constraints, by normalised name."""
+    pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
+
+
+def _each(option: str, values: Sequence[str]) -> list[str]:
+    return [part for value in values for part in (option, value)]
+
+
+def _resolve(lock: Lock, root: Path, *options: str) -> str:
+    command = [
+        *("uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-config"),
+        *("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"),
+        *("--default-index", "https://pypi.org/simple"),
+        *lock.sources,
+        *options,
+    ]
+    try:
+        return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError as error:
+        raise SkdError("uv, which resolves the locks, is not installed", hint="pip install uv") from error
+    except subprocess.CalledProcessError as error:
+        raise SkdError(f"cannot be resolved: {error.stderr.strip()}", where=lock.file) from error

@@ -1,0 +1,77 @@
+"""`images/digests.yaml`: which digest each published image has, kept in step with the registry."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from components.images import IN_SOURCE_TREE, Image, parse_images
+from pipelines.images.registry import registry_digest
+from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.storage import write_text_atomic
+
+
+def load(path: Path = IN_SOURCE_TREE) -> dict[str, Image]:
+    """The images of a source tree.
+
+    Raises:
+        SkdError: there is none here; a wheel has only a copy of the file, for reading.
+    """
+    if not path.is_file():
+        raise SkdError("there is no such file", where=str(path), hint="run this in the project's source tree")
+    return parse_images(path.read_text(encoding="utf-8"))
+
+
+def look_up(images: dict[str, Image]) -> dict[str, str]:
+    """The digests that the registries have for the images' versions.
+
+    Raises:
+        SkdErrors: some cannot be had; each is named.
+    """
+    digests, problems = {}, []
+    for name, image in images.items():
+        try:
+            digests[name] = registry_digest(image)
+        except SkdError as error:
+            problems.append(error)
+    if problems:
+        raise SkdErrors(problems)
+    return digests
+
+
+def pin(path: Path, digests: dict[str, str]) -> list[str]:
+    """Write digests into the file, whose comments and order stay.
+
+    Returns:
+        The images whose digest has changed.
+
+    Raises:
+        SkdError: the file is not laid out one field a line, so that a digest cannot be put in its place.
+    """
+    text = path.read_text(encoding="utf-8")
+    images = parse_images(text)
+    changed = [name for name, digest in digests.items() if images[name].digest != digest]
+    for name in changed:
+        field = rf"(^{re.escape(name)}:[^\n]*\n(?:[ \t#][^\n]*\n|\n)*?[ \t]+digest:)[^\n#]*?([ \t]*#[^\n]*)?$"
+        text = re.sub(field, rf'\g<1> "{digests[name]}"\g<2>', text, count=1, flags=re.MULTILINE)
+    wanted = {
+        name: image.model_copy(update={"digest": digests.get(name, image.digest)}) for name, image in images.items()
+    }
+    if parse_images(text) != wanted:
+        raise SkdError("a digest has no line of its own", where=str(path), hint='write `digest: ""` under each image')
+    if changed:
+        write_text_atomic(path, text)
+    return changed
+
+
+def differences(images: dict[str, Image], digests: dict[str, str]) -> list[SkdError]:
+    """The pins that are not what the registry has."""
+    return [
+        SkdError(
+            f"pinned is {image.digest or 'nothing'}, the registry has {digests[name]}",
+            where=f"{image.image}:{image.version}",
+            hint="run `skd images pin`, then `skd compile`",
+        )
+        for name, image in images.items()
+        if name in digests and image.digest != digests[name]
+    ]
