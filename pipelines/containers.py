@@ -10,12 +10,15 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
+import shutil
+import signal
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import docker
+import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import DeviceRequest, Mount
 
@@ -98,13 +101,14 @@ class Containers:
     folder: Path
     inputs: Inputs
     writable: tuple[Path, ...] = ()
-    arguments: Mapping[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "arguments", self._arguments())
 
     def starter(self, settings: Mapping[str, str]) -> Start:
-        """Runs a step of this run; what containers a killed process left behind are removed first."""
+        """Runs steps of this run; containers that a killed process left behind are removed first.
+
+        Raises:
+            SkdErrors: an input is missing.
+        """
+        arguments = self._arguments()
         for left in self.client.containers.list(all=True, filters={"label": f"{OWNER}={self.folder}"}):
             _remove(left)
         kept = {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}
@@ -113,7 +117,7 @@ class Containers:
         def start(image: str, command: list[str], env: Mapping[str, str], log: Path, on_event: OnEvent) -> Outcome:
             environment = {**kept, **caches, **settings, **env}
             return run_container(
-                self.client, image, command, log=log, on_event=on_event, environment=environment, **self.arguments
+                self.client, image, command, log=log, on_event=on_event, environment=environment, **arguments
             )
 
         return start
@@ -121,6 +125,7 @@ class Containers:
     def _arguments(self) -> dict[str, Any]:
         """Arguments of a container: as closed as a cluster's `restricted` pods, so that what fails there fails here."""
         temporary = self.folder / ".tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
         written = {self.folder, *self.writable, cache.default_cache_dir(), _hub_home(), temporary}
         for path in written:
             path.mkdir(parents=True, exist_ok=True)
@@ -208,24 +213,30 @@ def run_container(
     try:
         container.start()
         sentence, tail = follow(_lines(container.logs(stream=True, follow=True)), log, on_event)
-        code = int(container.wait()["StatusCode"])
+        return Outcome(_code(int(container.wait()["StatusCode"])), sentence, tail)
     except NotFound:
         return Outcome(1, "the container was removed before it was known how it ended", ())
     except APIError as error:
         return Outcome(1, f"the container cannot be run: {error.explanation or error}", ())
+    except requests.RequestException as error:
+        return Outcome(1, f"the container engine does not answer any more: {error}", ())
     except BaseException:
-        with contextlib.suppress(APIError):
+        with contextlib.suppress(APIError, requests.RequestException):
             container.stop(timeout=int(STOP_SECONDS))
         raise
     finally:
         _remove(container)
-    # The shell's way to say that a signal ended it, 128 and its number, back in that of `Outcome`.
-    return Outcome(128 - code if code > 128 else code, sentence, tail)
 
 
 def _remove(container: Any) -> None:
-    with contextlib.suppress(NotFound):
+    """Remove a container that may be gone or going; what stays all the same is removed before the folder's next run."""
+    with contextlib.suppress(APIError, requests.RequestException):
         container.remove(force=True)
+
+
+def _code(status: int) -> int:
+    """A container's exit status in the words of `Outcome`: 128 and a signal's number is how a signal looks there."""
+    return 128 - status if status - 128 in signal.valid_signals() else status
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
@@ -233,10 +244,8 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     rest = ""
     for chunk in chunks:
-        *lines, rest = (rest + decode(chunk)).splitlines(keepends=True) or [""]
-        if rest.endswith("\n"):
-            lines, rest = [*lines, rest], ""
-        yield from lines
+        *lines, rest = (rest + decode(chunk)).split("\n")
+        yield from (f"{line}\n" for line in lines)
     if rest := rest + decode(b"", final=True):
         yield rest
 

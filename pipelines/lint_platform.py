@@ -21,7 +21,7 @@ _DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 _SECRET_NAME = re.compile(r"token|passw|secret|api_?key|access_?key|credential|webhook", re.IGNORECASE)
 # How tokens of services begin that are used here, private keys, and URLs that contain a password or are one.
 _SECRET_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{35}"
+    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{35}"
     r"|ya29\.[\w-]{20,}|xox[abprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY|https://hooks\.slack\.com/services/\w+"
     r"|\b[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s@]+@"
 )

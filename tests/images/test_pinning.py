@@ -129,9 +129,8 @@ def test_file_without_a_line_for_a_digest_is_left_alone(tmp_path: Path):
 def test_pins_of_one_image_leave_the_next_alone(tmp_path: Path):
     path = tmp_path / "digests.yaml"
     path.write_text(
-        "a:\n  image: x.example/a\n  version: '1'\n  digest:\nb:\n  digest: ''\n  image: x.example/b\n  version: '2'\n".replace(
-            "digest:\nb", 'digest: ""\nb'
-        )
+        "a:\n  image: x.example/a\n  version: '1'\n  digest: ''\n"
+        "b:\n  digest: ''\n  image: x.example/b\n  version: '2'\n"
     )
     assert pin(path, {"b": OLD}) == ["b"]
     assert {name: image.digest for name, image in read_images(path).items()} == {"a": "", "b": OLD}
@@ -176,7 +175,7 @@ def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     context.load_cert_chain(certificate)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    with ThreadingHTTPServer(("0.0.0.0", 0), Guarded) as server:
+    with ThreadingHTTPServer(("0.0.0.0", 0), Guarded) as server:  # noqa: S104
         server.socket = context.wrap_socket(server.socket, server_side=True)
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"0.0.0.0:{server.server_port}"
@@ -187,7 +186,8 @@ def _self_signed(name: str) -> bytes:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
-    names = x509.SubjectAlternativeName([x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("0.0.0.0"))])
+    address = x509.IPAddress(ipaddress.ip_address("0.0.0.0"))  # noqa: S104
+    names = x509.SubjectAlternativeName([x509.DNSName(name), address])
     signed = (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -348,5 +348,5 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     (experiment,) = client.search_experiments(filter_string="name = 'skd'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'teacher_sft'")  # one of the two told
     assert run.info.status == "FINISHED"
-    assert len(client.get_metric_history(run.info.run_id, "loss")) == 1
-    assert done.stderr.count("2 processes") >= 1
+    assert run.data.metrics["steps"] == 1
+    assert done.stderr.count("estimated memory of") == 2  # each of the two has trained
