@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -161,8 +161,9 @@ class Build(Protocol):
 
 @pytest.fixture(scope="session")
 def build(engine: DockerClient, base_image: str, torch_index: str) -> Build:
-    """Builds `images/NAME/Dockerfile`; a second build of the same takes its layers from the first."""
+    """Builds `images/NAME/Dockerfile`, once for all tests."""
 
+    @cache
     def make(name: str) -> str:
         tag = f"skd-{name}:test"
         arguments = {"BASE_IMAGE": base_image, "TORCH_INDEX_URL": torch_index, "REVISION": "abc123"}
