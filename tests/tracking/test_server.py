@@ -36,8 +36,8 @@ def running(
         else:
             (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
         server = MlflowServer(folder, database)
-        server.start()
         stack.callback(server.kill)
+        server.start()
         yield server
 
 
