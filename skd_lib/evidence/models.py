@@ -12,8 +12,15 @@ if TYPE_CHECKING:
 PAD, EOS = "<pad>", "<eos>"
 SIZES = {
     "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "student": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "student": {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+
+
+def forward_cost(name: str) -> int:
+    """Weights that a forward pass multiplies by at each position, but for the head: attention and MLP of all layers."""
+    size = SIZES[name]
+    hidden = size["hidden_size"]
+    return size["num_hidden_layers"] * hidden * (4 * hidden + 3 * size["intermediate_size"])
 
 
 def tokenizer_for(space: ProblemSpace, context: int) -> PreTrainedTokenizerFast:

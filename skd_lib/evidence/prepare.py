@@ -1,4 +1,4 @@
-"""What the controlled experiment starts from: problems in files, a teacher that knows nothing yet, a student that does."""
+"""What the controlled experiment starts from: problems in files, an untrained teacher, a pre-trained student."""
 
 from __future__ import annotations
 

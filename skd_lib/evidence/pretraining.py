@@ -1,8 +1,8 @@
 """The student before the experiment: it has learnt to write solutions, but not all of the facts that they need.
 
-Students in the paper are instruction-tuned models that know a little of everything. This one has seen problems of another
-kind than the task's: small addends only. So it copies, writes the form and counts up by a little, and fails where a
-problem has a larger addend.
+Students in the paper are instruction-tuned models that know a little of everything. This one has seen problems of
+another kind than the task's: small addends only. So it copies, writes the form and counts up by a little, and fails
+where a problem has a larger addend.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ if TYPE_CHECKING:
     from skd_lib.training.run import TrainResult
 
 TASK = TaskConfig(
-    prompt="{source}\n", chat_template=False, answer="hash", metrics=["accuracy"], max_prompt_tokens=16, max_new_tokens=40
+    prompt="{source}\n",
+    chat_template=False,
+    answer="hash",
+    metrics=["accuracy"],
+    max_prompt_tokens=16,
+    max_new_tokens=40,
 )
 """How problems are asked; `pipelines/configs/evidence/arithmetic.yaml` has the same."""
 PROBLEMS, VALIDATION = 12_000, 100
-SMALL_ADDENDS = (1, 4)
+SMALL_ADDENDS = (1, 6)
+BATCH = 32
 
 
 def pretrain(
@@ -37,7 +43,7 @@ def pretrain(
         model: In fp32.
         tokenizer: Its own.
         space: What the task's problems look like.
-        steps: Optimiser steps of 64 problems.
+        steps: Optimiser steps of `BATCH` problems.
         seed: Of the problems and their order.
 
     Raises:
@@ -61,7 +67,7 @@ def pretrain(
                 learning_rate=4e-3,
                 lr_scheduler="cosine",
                 max_steps=steps,
-                batch_size=64,
+                batch_size=BATCH,
                 eval_steps=max(steps // 5, 1),
                 dropout=0,
             ),
