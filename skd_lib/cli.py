@@ -19,6 +19,7 @@ from skd_lib import __version__
 from skd_lib.bench.cli import bench
 from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
+from skd_lib.evidence.cli import evidence
 from skd_lib.specdec.cli import specdec
 from skd_lib.tracking import cli as tracking
 
@@ -39,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(evidence, name="evidence")
 app.add_typer(images, name="images")
 app.add_typer(tracking.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
