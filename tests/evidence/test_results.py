@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,16 +150,3 @@ def test_what_is_no_comparison_is_told(tmp_path: Path) -> None:
 def test_comparisons_can_be_planned(file: Path) -> None:
     if "base:" in file.read_text(encoding="utf-8"):
         assert to_parameters(*load_compare(file), where=file.name)["trials"]
-
-
-def test_the_page_has_the_tables_of_its_runs(tmp_path: Path) -> None:
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
-    assert with_tables(page, read_runs(DOCS / "evidence")) == page
-    plots = shutil.copytree(DOCS / "evidence", tmp_path / "evidence", ignore=shutil.ignore_patterns("*.svg"))
-    copy = tmp_path / "page.md"
-    copy.write_text(page, encoding="utf-8")
-    assert CliRunner().invoke(app, ["evidence", "plot", str(plots), "--page", str(copy)]).exit_code == 0
-    assert {file.name for file in plots.glob("*.svg")} == {file.name for file in (DOCS / "evidence").glob("*.svg")}
-    assert {f"evidence/{file.name}" for file in plots.glob("*.svg")} >= set(
-        re.findall(r"\((evidence/[\w-]+\.svg)\)", page)
-    )

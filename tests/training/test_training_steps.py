@@ -326,7 +326,7 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     assert command[0] == "python3"
 
     step, out, uri = Step(tmp_path / "run", ["tuned_teacher", "metrics"]), tmp_path / "run/model", tmp_path / "m.db"
-    training = {**TRAINING, "max_steps": 1, "eval_steps": 1, "micro_batch_size": 1}
+    training = {**TRAINING, "max_steps": 2, "eval_steps": 2, "micro_batch_size": 1}
     arguments = {
         **step.arguments,
         "teacher": teacher,
@@ -348,5 +348,5 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     (experiment,) = client.search_experiments(filter_string="name = 'skd'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'teacher_sft'")  # one of the two told
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["steps"] == 1
+    assert run.data.metrics["steps"] == 2
     assert done.stderr.count("estimated memory of") == 2  # each of the two has trained
