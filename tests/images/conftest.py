@@ -103,6 +103,8 @@ def _daemon(folder: Path) -> Iterator[None]:
                 yield
             finally:
                 daemon.terminate()
+                daemon.wait()
+                shutil.rmtree(folder / "data")  # gigabytes; pytest would keep them for three sessions
 
 
 def _answers() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -107,24 +108,27 @@ def test_events_of_a_container_are_told_and_its_text_is_logged(quick: Any):
     assert log.read_text(encoding="utf-8") == "héllo\n"
 
 
-def test_container_killed_by_a_signal_says_so(quick: Any):
-    assert "SIGKILL" in quick("kill -9 $$")[0].explain()
-
-
-def test_container_that_somebody_removed_has_failed(engine: DockerClient, quick: Any, tmp_path: Path):
-    def remove() -> None:
+@pytest.mark.parametrize(
+    ("meanwhile", "says"),
+    [("kill", "ended by SIGKILL"), ("remove", "ended by SIGKILL|was removed before it was known how it ended")],
+)
+def test_container_that_somebody_kills_or_removes_has_failed(
+    engine: DockerClient, quick: Any, tmp_path: Path, meanwhile: str, says: str
+):
+    def intrude() -> None:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             for container in engine.containers.list(filters={"label": f"{OWNER}={tmp_path}"}):
-                container.remove(force=True)
+                container.kill() if meanwhile == "kill" else container.remove(force=True)
                 return
             time.sleep(0.1)
 
-    other = threading.Thread(target=remove)
+    other = threading.Thread(target=intrude)
     other.start()
     outcome = quick("sleep 120")[0]
     other.join()
     assert outcome.code != 0
+    assert re.search(says, outcome.explain())
 
 
 def test_restricted_container_writes_to_tmp_and_its_volumes_alone(quick: Any, tmp_path: Path):
