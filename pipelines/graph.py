@@ -110,7 +110,7 @@ def _steps_of(
             Step(
                 name=_display_name(task, name),
                 component=key.removeprefix(COMPONENT_PREFIX),
-                command=" ".join(container.get("command", [])).removeprefix("python3 -m "),
+                command=container.get("command", [""])[-1],
                 cached=bool(task.get("cachingOptions", {}).get("enableCache")),
                 is_exit=any(
                     "taskFinalStatus" in value for value in task.get("inputs", {}).get("parameters", {}).values()

@@ -19,6 +19,7 @@ from skd_lib import __version__
 from skd_lib.bench.cli import bench
 from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
+from skd_lib.evidence.cli import evidence
 from skd_lib.specdec.cli import specdec
 from skd_lib.tracking import cli as tracking
 
@@ -39,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(evidence, name="evidence")
 app.add_typer(images, name="images")
 app.add_typer(tracking.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
@@ -112,9 +114,10 @@ def run(
     """
     from rich.console import Console
 
-    from skd_lib.config import load_config
+    from skd_lib.config import load_config, refuse_multinode
 
     settings = load_config(config)
+    refuse_multinode(settings, where=str(config))
     uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
     console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
     if dry_run:
@@ -238,27 +241,47 @@ def compile_(
         str | None,
         typer.Option(help="distillation or compare_methods.", show_default="both; with --output distillation"),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What the steps ask of the cluster: cpu, l4, a100, h100x8, or a YAML file like those in "
+            "pipelines/resources.",
+            show_default="l4",
+        ),
+    ] = None,
+    release: Annotated[
+        bool, typer.Option("--release", help="Insist on images that are named by their digest, as a release must.")
+    ] = False,
 ) -> None:
-    """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see."""
-    from pipelines.compiling import PIPELINES, check_compiled, compiled_path, write_compiled
+    """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see.
+
+    With --check every profile is compiled and checked, too.
+    """
+    from pipelines.compiling import PIPELINES, check_compiled, compile_pipeline, compiled_path, write_compiled
+    from pipelines.profiles import DEFAULT, profile_names
 
     if pipeline not in (None, *PIPELINES):
         raise SkdError(f"there is no pipeline {pipeline!r}", where="--pipeline", hint=f"one of {', '.join(PIPELINES)}")
     names = [pipeline] if pipeline else PIPELINES[:1] if output else PIPELINES
     paths = {name: output or compiled_path(name) for name in names}
+    chosen = profile or DEFAULT
     if check:
         for name, path in paths.items():
-            check_compiled(path, name=name)
+            check_compiled(path, name=name, profile=chosen, release=release)
             typer.echo(f"{_short(path)} is up to date")
+            for other in () if profile else profile_names():
+                compile_pipeline(name=name, profile=other)
+                typer.echo(f"{name} for profile {other} keeps the rules")
         return
-    if (image or comet_image) and output is None:
+    if (image or comet_image or profile) and output is None:
         raise SkdError(
-            "images of your own do not belong in the committed pipeline",
+            "images and profiles of your own do not belong in the committed pipeline",
             where="skd compile",
             hint="name another file with --output",
         )
     for name, path in paths.items():
-        write_compiled(path, image, comet_image, name=name)
+        write_compiled(path, image, comet_image, name=name, profile=chosen, release=release)
         typer.echo(f"wrote {_short(path)}")
 
 

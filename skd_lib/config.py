@@ -372,11 +372,86 @@ class DistillTrainingConfig(TrainingConfig):
     )
 
 
+class MultinodeConfig(Section):
+    """Train on several machines, by a `TrainJob` of Kubeflow Trainer v2. Needs a cluster, and all artifacts in `gs://`.
+
+    A node is what the step's own pod is: the same image, service account, environment, resources and place.
+    """
+
+    nodes: int = Field(ge=2, description="Machines. One machine with several GPUs needs no `multinode`.")
+    processes_per_node: int | None = Field(
+        None, ge=1, description="Processes on each node; unset: one for each of its GPUs, or one where it has none."
+    )
+    resources: dict[str, str] | None = Field(
+        None,
+        description="What a node asks for, e.g. `{cpu: '8', memory: 64Gi, nvidia.com/gpu: '8'}`; unset: what the "
+        "step's own container asks for, which then holds as much while it waits.",
+    )
+    shared_memory: str = Field(
+        "8Gi", description="Size of /dev/shm, by which the processes of a node talk. It counts as a node's memory."
+    )
+    node_selector: dict[str, str] | None = Field(
+        None, description="Labels of the machines; unset: the selector and affinity of the step's own pod."
+    )
+    tolerations: list[dict[str, Any]] | None = Field(
+        None, description="Tolerations, as Kubernetes writes them; unset: those of the step's own pod."
+    )
+    labels: dict[str, str] = Field({}, description="Labels of the job, e.g. `{kueue.x-k8s.io/queue-name: gpus}`.")
+    timeout_hours: float | None = Field(
+        None, gt=0, description="The job is deleted, and the step fails, when it is older. Counts waiting for machines."
+    )
+    runtime: str = Field("torch-distributed", description="Name of Trainer's runtime; it must be one for torch.")
+    runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = Field(
+        "ClusterTrainingRuntime", description="`TrainingRuntime`: one of the steps' namespace."
+    )
+    trainer_version: Literal["2.1", "2.2"] = Field(
+        "2.2",
+        description="The cluster's Kubeflow Trainer: from 2.2 on a job patches its runtime by `runtimePatches`, in 2.1 "
+        "by `podTemplateOverrides`.",
+    )
+
+    @property
+    def least_processes(self) -> int:
+        """Processes in all, as far as they are known before there is a node."""
+        gpus = sum(int(count) for name, count in (self.resources or {}).items() if name.endswith("/gpu"))
+        return self.nodes * (self.processes_per_node or max(1, gpus))
+
+    @field_validator("resources")
+    @classmethod
+    def _whole_accelerators(cls, resources: dict[str, str] | None) -> dict[str, str] | None:
+        for name, count in (resources or {}).items():
+            if name.endswith("/gpu") and not count.isdecimal():
+                raise ValueError(f"{name} must be a whole number, got {count!r}")
+        return resources
+
+
+MULTINODE_HELP = "Train on several machines, by a TrainJob; unset: in the step's own pod."
+
+
 class TeacherSftConfig(Section):
     """Supervised fine-tuning of the teacher on the task."""
 
     enabled: bool = Field(True, description="False: the teacher is used as it is.")
     training: TeacherTrainingConfig = TeacherTrainingConfig()
+    multinode: MultinodeConfig | None = Field(None, description=MULTINODE_HELP)
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TeacherSftConfig:
+        _check_processes(self.multinode, self.training)
+        return self
+
+
+def _check_processes(multinode: MultinodeConfig | None, training: TrainingConfig) -> None:
+    """See that each process has its share of a batch.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if multinode is not None and training.batch_size % multinode.least_processes:
+        raise ValueError(
+            f"multinode: training.batch_size {training.batch_size} cannot be shared by {multinode.least_processes} "
+            "processes; make it a multiple, over all nodes and their GPUs"
+        )
 
 
 class StudentInitConfig(Section):
@@ -501,6 +576,17 @@ class DistillConfig(Section):
     teacher_signal: TeacherSignalConfig = TeacherSignalConfig()
     sampling: InterleavedConfig = InterleavedConfig()
     training: DistillTrainingConfig = DistillTrainingConfig()
+    multinode: MultinodeConfig | None = Field(None, description=MULTINODE_HELP)
+
+    @model_validator(mode="after")
+    def _several_nodes_fit(self) -> DistillConfig:
+        _check_processes(self.multinode, self.training)
+        if self.multinode is not None and self.teacher_signal.mode == "stored":
+            raise ValueError(
+                "multinode: a stored teacher signal is in one machine's files, which the other nodes do not have; use "
+                "`teacher_signal.mode: online`, or no multinode"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shards_agree(self) -> DistillConfig:
@@ -688,6 +774,25 @@ class RunConfig(Section):
         if not self.evaluation.judge.url and any("judge" in task.metrics for task in judged):
             raise ValueError("metric `judge`: needs `evaluation.judge.url` and `evaluation.judge.model`")
         return self
+
+
+def refuse_multinode(config: RunConfig, *, where: str) -> None:
+    """See that a run can be done by one machine.
+
+    Raises:
+        SkdErrors: it asks for several; names `where` and each field.
+    """
+    hint = "leave it out here, or run it in a cluster: `skd submit`"
+    asked = {"teacher_sft": config.teacher_sft.multinode, "distill": config.distill.multinode}
+    errors = [
+        SkdError(
+            "several nodes need a cluster with Kubeflow Trainer", where=f"{where}, field `{step}.multinode`", hint=hint
+        )
+        for step, multinode in asked.items()
+        if multinode is not None
+    ]
+    if errors:
+        raise SkdErrors(errors)
 
 
 SectionT = TypeVar("SectionT", bound=Section)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import torch
@@ -46,7 +46,7 @@ class Divergence:
     """
 
     name: str
-    of_log_probs: Callable[[Tensor, Tensor], Tensor]
+    of_log_probs: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
 
     def __call__(self, teacher_logits_NV: Tensor, student_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
         """Loss of each position.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skd_lib import storage
-from skd_lib.config import HeldOutFiles, HubSource, RunConfig, TeacherPrecision, TrainingConfig
+from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, TeacherPrecision, TrainingConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.methods import METHODS, unread_settings
 
@@ -146,6 +146,7 @@ def run_checks(
         _comet(checks, config.evaluation.comet.model)
     _writable(checks, "checkpoints", checkpoint_root, lambda: storage.check_checkpoint_root(checkpoint_root))
     _writable(checks, "artifacts", pipeline_root or "")
+    _multinode(checks, runs, checkpoint_root)
     _tracking(checks, tracking_uri)
     gpu = _gpu(checks, require_gpu)
     for run in _distinct(runs, lambda run: run.distill.training.teacher_precision):
@@ -426,19 +427,21 @@ def _schedules(checks: _Checks, config: RunConfig, rows: int, runs: Sequence[Run
     """Whether batches divide, and how many optimiser steps that makes."""
     from skd_lib.training.run import schedule
 
-    trainings: list[tuple[str, TrainingConfig, int | None]] = []
+    trainings: list[tuple[str, TrainingConfig, MultinodeConfig | None, int | None]] = []
     if config.teacher_sft.enabled:
-        trainings.append(("teacher_sft", config.teacher_sft.training, config.data.teacher_examples))
+        sft = config.teacher_sft
+        trainings.append(("teacher_sft", sft.training, sft.multinode, config.data.teacher_examples))
     tuned = [run for run in runs if run.student_init.mode == "sft"]
-    students: list[tuple[str, TrainingConfig]] = [
-        *(("student_init", run.student_init.training) for run in _distinct(tuned, lambda run: run.student_init)),
-        *(("distill", run.distill.training) for run in _distinct(runs, lambda run: run.distill.training)),
+    distilled = _distinct(runs, lambda run: (run.distill.training, run.distill.multinode))
+    students: list[tuple[str, TrainingConfig, MultinodeConfig | None]] = [
+        *(("student_init", run.student_init.training, None) for run in _distinct(tuned, lambda run: run.student_init)),
+        *(("distill", run.distill.training, run.distill.multinode) for run in distilled),
     ]
-    trainings += [(step, training, config.data.student_examples) for step, training in students]
-    for step, training, limit in trainings:
+    trainings += [(*student, config.data.student_examples) for student in students]
+    for step, training, multinode, limit in trainings:
         examples = min(rows, limit or rows)
         try:
-            planned = schedule(training, examples, processes=1)
+            planned = schedule(training, examples, processes=multinode.least_processes if multinode else 1)
         except SkdError as error:
             checks.failed(step, error)
         else:
@@ -471,6 +474,29 @@ def _writable(checks: _Checks, name: str, uri: str, usable: Callable[[], object]
         checks.failed(name, error)
     else:
         checks.add(name, "ok", f"{uri} can be written")
+
+
+def _multinode(checks: _Checks, runs: Sequence[RunConfig], checkpoint_root: str) -> None:
+    """Whether this cluster will take a TrainJob from this service account."""
+    sections = [section for run in runs for section in (run.teacher_sft.multinode, run.distill.multinode) if section]
+    if not sections:
+        return
+    from skd_lib.multinode.exchange import check_reachable
+
+    checks.attempt("multinode", lambda: check_reachable({"checkpoint_root": checkpoint_root}))
+
+    def look() -> bool:
+        from skd_lib.multinode.cluster import ROLE_HINT, Cluster
+
+        cluster = Cluster.connect()
+        if not cluster.may_create_jobs():
+            what = "this service account may not create TrainJobs"
+            raise SkdError(what, where=f"namespace {cluster.namespace}", hint=ROLE_HINT)
+        return True
+
+    if checks.attempt("multinode", look):
+        nodes = ", ".join(sorted({str(section.nodes) for section in sections}))
+        checks.add("multinode", "ok", f"TrainJobs may be created here; nodes asked for: {nodes}")
 
 
 def _tracking(checks: _Checks, uri: str) -> None:

@@ -69,6 +69,17 @@ def test_wrong_field_is_named_before_anything_starts(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_several_nodes_are_refused_on_one_machine(tmp_path: Path):
+    values = yaml.safe_load(DEMO.read_text())
+    values["distill"]["multinode"] = {"nodes": 2}
+    config = tmp_path / "nodes.yaml"
+    config.write_text(yaml.safe_dump(values))
+    done = skd("run", config, "--dry-run")
+    assert done.returncode == 2
+    assert f"{config}, field `distill.multinode`: several nodes need a cluster with Kubeflow Trainer" in done.stderr
+    assert "skd submit" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +87,9 @@ def test_wrong_field_is_named_before_anything_starts(tmp_path: Path):
         (["run", str(DEMO), "--runs-dir", str(DEMO)], "cannot write the run's folder"),
         (["compile", "--image", "r/skd:1"], "hint: name another file with --output"),
         (["compile", "--comet-image", "r/comet:1"], "hint: name another file with --output"),
+        (["compile", "--profile", "a100"], "hint: name another file with --output"),
+        (["compile", "--profile", "v100", "--output", "mine.yaml"], "there is no profile 'v100'"),
+        (["compile", "--release", "--output", "mine.yaml"], "is not named by its digest"),
         (["compile", "--check", "--output", "missing.yaml"], "the compiled pipeline is missing"),
     ],
 )

@@ -22,6 +22,7 @@ from skd_lib.methods import reads_setting, unread_settings
 from skd_lib.preflight import Check, PreflightReport, run_checks
 from skd_lib.steps import preflight, prepare_data
 from tests.conftest import SaveTinyModel
+from tests.multinode.fake_kubernetes import running
 
 ROWS = [{"source": f"le fichier {i} et {i * i}", "target": f"the file {i} and {i * i}"} for i in range(40)]
 
@@ -445,3 +446,22 @@ def test_a_held_out_set_that_is_missing_is_a_warning(values: dict[str, Any], tmp
     assert "context has 512" in found["held-out good", "warning"].what
     assert "No such file" in found["held-out nowhere", "warning"].what
     assert "reports this set as missing" in found["held-out nowhere", "warning"].hint
+
+
+def test_several_nodes_need_a_cluster_and_the_right_to_use_it(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["distill"] = {"multinode": {"nodes": 2}, "training": {"micro_batch_size": 4}}
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    errors = "\n".join(map(str, check(values, tmp_path).errors()))
+    assert "checkpoint_root is at /" in errors
+    assert "needs a Kubernetes cluster, and there is none here" in errors
+    with running() as kubernetes:
+        monkeypatch.setenv("KUBECONFIG", str(kubernetes.kubeconfig(tmp_path)))
+        remote = {"checkpoint_root": "memory://checkpoints"}
+        found = {each.name: each.what for each in check(values, tmp_path, **remote).checks}
+        assert found["multinode"] == "TrainJobs may be created here; nodes asked for: 2"
+        kubernetes.allowed = False
+        refused = only(check(values, tmp_path, **remote), "error")
+    assert (refused.what, refused.where) == ("this service account may not create TrainJobs", "namespace team")

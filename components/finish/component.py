@@ -1,4 +1,4 @@
-"""KFP component `finish`: close the run's records, whether it succeeded or failed."""
+"""KFP component `finish`: close the run's records, whether it succeeded or failed, and notify."""
 
 from kfp import dsl
 
@@ -9,15 +9,18 @@ from components.images import TRAIN
 @dsl.container_component
 def finish(
     status: dsl.PipelineTaskFinalStatus,
+    run_name: str,
     tracking_uri: str = "",
     experiment: str = "skd",
 ) -> dsl.ContainerSpec:
-    """Close the run's records, whether it succeeded or failed.
+    """Close the run's records, whether it succeeded or failed, and notify a chat channel.
 
-    Runs as the exit handler: KFP hands it the final status of everything before it.
+    Runs as the exit handler: KFP hands it the final status of everything before it. The channel's webhook is in a
+    Secret; without one nobody is notified.
 
     Args:
         status: KFP's final status of the run.
+        run_name: Name of the run.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
     """
@@ -26,6 +29,7 @@ def finish(
         TRAIN,
         {
             "status": status,
+            "run_name": run_name,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
         },

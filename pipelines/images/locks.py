@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,17 @@ def _each(option: str, values: Sequence[str]) -> list[str]:
 
 
 def _resolve(lock: Lock, root: Path, *options: str) -> str:
+    beside = Path(sys.executable).with_name("uv")  # the environment need not be activated
     command = [
-        *("uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-config"),
+        *(
+            str(beside) if beside.exists() else "uv",
+            "pip",
+            "compile",
+            "--quiet",
+            "--no-header",
+            "--no-annotate",
+            "--no-config",
+        ),
         *("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"),
         *("--default-index", "https://pypi.org/simple"),
         *lock.sources,

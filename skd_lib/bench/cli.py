@@ -132,6 +132,12 @@ def training(
     beta: Annotated[
         float, typer.Option(min=0, max=1, help="Of the divergence (GKD): 0 is the forward KL, 1 the reverse KL.")
     ] = 0.5,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Ours compute activations again (TRL's would sample without a cache)."
+        ),
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="Of the teacher.", show_default="bfloat16 where the device multiplies in it")
     ] = None,
@@ -168,7 +174,12 @@ def training(
     )
     result = _with_progress(
         lambda progress: bench_training(
-            settings, beta=beta, trl_python=trl_python, one_at_a_time=one_at_a_time, on_progress=progress
+            settings,
+            beta=beta,
+            gradient_checkpointing=gradient_checkpointing,
+            trl_python=trl_python,
+            one_at_a_time=one_at_a_time,
+            on_progress=progress,
         )
     )
     _show(render(result), result.to_json(), output)

@@ -2,7 +2,7 @@
 
     python -m skd_lib.bench.own_worker request.json
 
-The request is that of `trl_worker`, with a `method` instead of a trainer, and `gamma` and `top_k`.
+The request is that of `trl_worker`, with a `method` instead of a trainer, and `gamma`, `top_k` and `checkpointing`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
                 batch_size=len(request["prompts"]),
                 eval_steps=request["steps"],
                 dropout=0,
+                gradient_checkpointing=request["checkpointing"],
             ),
             distill=DistillConfig(divergence="jsd", beta=request["beta"], sampling=sampling),
             seed=request["seed"],

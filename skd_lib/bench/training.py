@@ -93,6 +93,7 @@ class Result:
 
     Attributes:
         beta: Of the divergence that all minimise.
+        gradient_checkpointing: Whether ours compute activations again in the backward pass.
         top_k: K of `skd`.
         trl: TRL's version; empty if it was not to be had.
         without_trl: Why it was not; empty if it was.
@@ -100,6 +101,7 @@ class Result:
 
     settings: Settings
     beta: float
+    gradient_checkpointing: bool
     machine: dict[str, Any]
     top_k: int
     trl: str
@@ -135,6 +137,7 @@ def bench_training(
     settings: Settings,
     *,
     beta: float,
+    gradient_checkpointing: bool = False,
     trl_python: Path | None = None,
     one_at_a_time: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -144,6 +147,8 @@ def bench_training(
     Args:
         settings: What to measure; `dtype` is the teacher's.
         beta: Of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL.
+        gradient_checkpointing: Ours compute activations again in the backward pass. TRL's never do: it would take the
+            cache away from their sampling.
         trl_python: Interpreter that has TRL; None makes an environment, and if that cannot be, ours are measured alone.
         one_at_a_time: Let each trainer make all its steps before the next one is started, so that only one is in
             memory.
@@ -157,7 +162,10 @@ def bench_training(
     with TemporaryDirectory(prefix="skd-bench-") as scratch:
         request, machine = _prepare(settings, beta, Path(scratch), compared=trl_python is not None)
         own_command = [sys.executable, "-m", "skd_lib.bench.own_worker"]
-        trainers = [_Trainer(name, own_command, request | {"method": name}) for name in OURS]
+        trainers = [
+            _Trainer(name, own_command, request | {"method": name, "checkpointing": gradient_checkpointing})
+            for name in OURS
+        ]
         if trl_python is not None:
             # -I: no module of this environment may get into TRL's.
             trl_command = [str(trl_python), "-I", trl_worker.__file__]
@@ -178,6 +186,7 @@ def bench_training(
     return Result(
         settings=settings,
         beta=beta,
+        gradient_checkpointing=gradient_checkpointing,
         machine=machine,
         top_k=request["top_k"],
         trl=trl,
@@ -206,6 +215,8 @@ def render(result: Result) -> list[Table]:
             f"{row.peak_memory / GIB:.2f}",
             "" if row.acceptance is None else f"{row.acceptance:.2f}",
         )
+    if result.gradient_checkpointing:
+        rows.caption = f"{rows.caption}; ours with gradient checkpointing"
     if not result.trl:
         rows.caption = f"{rows.caption}\nwithout TRL: {result.without_trl}"
         return [rows]

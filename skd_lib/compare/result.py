@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from skd_lib.config import Section
-from skd_lib.report.summary import Score, Scores
+from skd_lib.report.summary import Course, Score, Scores
 
 IntervalKind = Literal["t over seeds", "bootstrap over examples", ""]
 
@@ -25,6 +25,7 @@ class TrialResult(Section):
     tokens_per_teacher_call: float | None = Field(None, description="In the last tenth of the steps.")
     draft: dict[str, float] = Field({}, description="As draft: acceptance rate, tokens per teacher call, speed-up.")
     figures: dict[str, float] = Field({}, description="The training's: steps, tokens, seconds, validation loss.")
+    course: Course | None = Field(None, description="The training's curves: losses, rejection rate, lengths by step.")
 
     def flat(self) -> dict[str, Any]:
         """As one row of a table."""

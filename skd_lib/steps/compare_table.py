@@ -145,6 +145,7 @@ def _result(
         tokens_per_teacher_call=numbers.pop("tokens_per_teacher_call_last_tenth", None),
         draft=parse_section(Specdec, draft, where="--drafts").figures() if draft else {},
         figures=numbers,
+        course=course,
     )
 
 

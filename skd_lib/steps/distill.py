@@ -50,7 +50,7 @@ def main(
     its top K), `skd_mixed` (that or ground truth), `on_policy` (the student's own samples), `imitkd` (those or ground
     truth), `two_stage` (first the one, then the other), `supervised_kd` (ground truth), `seqkd` (the teacher's samples,
     cross-entropy), `sft` (ground truth, without the teacher). A run that was killed goes on from its last checkpoint
-    when it is started again.
+    when it is started again. With `multinode` in the config the training is done by a TrainJob of Kubeflow Trainer.
 
     Output parameter `course`: losses, rejection rate and lengths by step, and where the time went.
     """
@@ -58,6 +58,26 @@ def main(
     task = parse_section(TaskConfig, task_config, where="--task-config")
     check_checkpoint_root(checkpoint_root)
     io = StepIO(executor_input, {"distilled_student": student_out, "metrics": metrics_out, "samples": samples_out})
+    if settings.multinode is not None:
+        from skd_lib.multinode.coordinate import Work, train_on_nodes
+
+        work = Work(
+            step="distill",
+            options={
+                "checkpoint_root": checkpoint_root,
+                "config": settings.model_dump_json(exclude={"multinode"}),
+                "task_config": task.model_dump_json(),
+                "seed": str(seed),
+                "tracking_uri": tracking_uri,
+                "experiment": experiment,
+                "label": label,
+            },
+            inputs={"student": student, "teacher": teacher, "data": data},
+            outputs={"student_out": "distilled_student", "metrics_out": "metrics", "samples_out": "samples"},
+            executor_input=executor_input,
+        )
+        train_on_nodes(work, settings.multinode, io)
+        return
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card
@@ -89,7 +109,9 @@ def main(
     }
     params = {"seed": seed, "student": base, "teacher": teacher_reference, "distill": settings.model_dump(mode="json")}
     name = step_name("distill", label)
-    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    with step_run(
+        step=name, tracking_uri=tracking_uri, experiment=experiment, params=params, checkpoint_root=checkpoint_root
+    ) as run:
         prepared = PreparedData.load(data)
         fit = fitting.Fit(
             step="distill",

@@ -1,7 +1,8 @@
-"""Step `finish`: close the run's records, whether the pipeline succeeded or failed."""
+"""Step `finish`: close the run's records, whether the pipeline succeeded or failed, and notify."""
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Annotated
 
@@ -11,6 +12,10 @@ from pydantic import ConfigDict
 from skd_lib.config import Section, parse_section
 from skd_lib.errors import SkdError
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+
+log = logging.getLogger(__name__)
+UI_VARIABLE = "KF_PIPELINES_UI_ENDPOINT"
+"""Address of Kubeflow's page, as browsers see it."""
 
 
 class StatusError(Section):
@@ -33,34 +38,76 @@ class FinalStatus(Section):
 
 def main(
     status: Annotated[str, typer.Option(help='KFP\'s final status, as JSON: {"state": "SUCCEEDED", "error": {...}}.')],
+    run_name: Annotated[str, typer.Option(help="Name of the run, for whoever is notified.")] = "",
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Give the pipeline's MLflow run its final status, and close the steps' runs that died without a word.
 
-    The pipeline run is the one of the environment variable `KFP_RUN_ID`.
+    The pipeline run is the one of the environment variable `KFP_RUN_ID`. Then tell a chat channel, if
+    `SKD_NOTIFY_WEBHOOK` holds the URL of its incoming webhook (Slack's kind); `KF_PIPELINES_UI_ENDPOINT`, the address
+    of Kubeflow's page, makes the message link to the run.
     """
+    final = parse_section(FinalStatus, status, where="--status")
+    where = {
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+        "pipeline_run_id": os.environ.get("KFP_RUN_ID", ""),
+    }
+    try:
+        _close(final, **where)
+    finally:
+        _tell(final, run_name, **where)
+    StepIO(executor_input, {}).write()
+
+
+def _close(final: FinalStatus, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:
     from skd_lib.tracking.runs import close_pipeline_run
 
-    final = parse_section(FinalStatus, status, where="--status")
-    if tracking_uri:
-        pipeline_run_id = os.environ.get("KFP_RUN_ID")
-        if not pipeline_run_id:
-            raise SkdError(
-                "which pipeline run is to be closed is not known",
-                where="environment variable `KFP_RUN_ID`",
-                hint="set it to the run's id; the pipeline does so itself",
-            )
-        closed = close_pipeline_run(
-            tracking_uri=tracking_uri,
-            experiment=experiment,
-            pipeline_run_id=pipeline_run_id,
-            state=final.state,
-            error=final.error.message if final.error else "",
+    if not tracking_uri:
+        return
+    if not pipeline_run_id:
+        raise SkdError(
+            "which pipeline run is to be closed is not known",
+            where="environment variable `KFP_RUN_ID`",
+            hint="set it to the run's id; the pipeline does so itself",
         )
-        print(f"pipeline run {pipeline_run_id}: {final.state}{'' if closed else ' (no MLflow run to close)'}")
-    StepIO(executor_input, {}).write()
+    closed = close_pipeline_run(
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        pipeline_run_id=pipeline_run_id,
+        state=final.state,
+        error=final.error.message if final.error else "",
+    )
+    print(f"pipeline run {pipeline_run_id}: {final.state}{'' if closed else ' (no MLflow run to close)'}")
+
+
+def _tell(final: FinalStatus, run_name: str, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:
+    """Notify whoever wants to be; a record that cannot be read leaves the message without its figures."""
+    from skd_lib.notify import WEBHOOK_VARIABLE, Ending, notify
+    from skd_lib.tracking.runs import pipeline_record
+
+    if not os.environ.get(WEBHOOK_VARIABLE):
+        return
+    url, figures = "", dict[str, float]()
+    try:
+        url, figures = pipeline_record(
+            tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id
+        )
+    except SkdError as error:
+        log.warning("the notification has no figures: %s", error.brief)
+    page = os.environ.get(UI_VARIABLE, "").rstrip("/")
+    links = {"Kubeflow": f"{page}/#/runs/details/{pipeline_run_id}" if page and pipeline_run_id else "", "MLflow": url}
+    ending = Ending(
+        run_name or pipeline_run_id or "a pipeline run",
+        final.state,
+        final.error.message if final.error else "",
+        {what: link for what, link in links.items() if link},
+        figures,
+    )
+    if notify(ending):
+        print("the channel was notified")
 
 
 if __name__ == "__main__":

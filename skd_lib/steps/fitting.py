@@ -73,7 +73,8 @@ class Fit:
             version=__version__,
             method=self.method,
             training=self.training.model_dump(mode="json"),
-            distill=None if self.distill is None else self.distill.model_dump(mode="json"),
+            # Another number of nodes goes on from the same checkpoints.
+            distill=None if self.distill is None else self.distill.model_dump(mode="json", exclude={"multinode"}),
             task=self.task.model_dump(mode="json"),
             seed=self.seed,
             data=data.fingerprint,

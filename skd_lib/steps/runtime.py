@@ -22,6 +22,8 @@ from skd_lib.errors import SkdError
 from skd_lib.storage import write_text_atomic
 
 ExecutorInput = str
+RESULT_ENV = "SKD_RESULT_URI"
+"""Exchange folder in which another pod waits for this step's outputs (`skd_lib.multinode`)."""
 LABEL_HELP = "Tells this run of the step in MLflow from others of the same pipeline run; empty where there is one."
 EXECUTOR_INPUT_HELP = "KFP's executor input (JSON); set by the pipeline, leave it out by hand."
 
@@ -88,6 +90,10 @@ class StepIO:
     def write(self) -> Path:
         """Write KFP's executor output: every output artifact with its URI and metadata, and the parameters.
 
+        Environment:
+            SKD_RESULT_URI: where another pod waits for the outputs, they are put there too. They are safe then, and
+                checkpoints may go.
+
         Returns:
             The file: where KFP wants it, else `executor_output.json` beside the first output artifact.
         """
@@ -101,6 +107,10 @@ class StepIO:
         path = Path(wanted) if wanted else default / "executor_output.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps({"artifacts": artifacts, "parameterValues": self._parameters}, indent=2))
+        if result := os.environ.get(RESULT_ENV):
+            from skd_lib.multinode.exchange import Exchange
+
+            Exchange(result).publish(self.paths, path)
         return path
 
     def _output_artifact(self, name: str) -> dict[str, Any]:

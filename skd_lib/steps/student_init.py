@@ -74,7 +74,9 @@ def main(
     params = {"seed": seed, "student": base, "student_init": settings.model_dump(mode="json", exclude_none=True)}
     figures: dict[str, float] = {"steps": 0}
     name = step_name("student_init", label)
-    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    with step_run(
+        step=name, tracking_uri=tracking_uri, experiment=experiment, params=params, checkpoint_root=checkpoint_root
+    ) as run:
         if settings.mode == "prune":
             assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated
             whole = fitting.load_frozen(teacher)

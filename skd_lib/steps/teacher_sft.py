@@ -28,12 +28,32 @@ def main(
 ) -> None:
     """Fine-tune the teacher on the task's training examples, and keep the weights of the lowest validation loss.
 
-    With `enabled: false` in its section the teacher is passed on as it is.
+    With `enabled: false` in its section the teacher is passed on as it is. With `multinode` the training is done by a
+    TrainJob of Kubeflow Trainer.
     """
     settings = parse_section(TeacherSftConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
     check_checkpoint_root(checkpoint_root)
     io = StepIO(executor_input, {"tuned_teacher": teacher_out, "metrics": metrics_out})
+    if settings.enabled and settings.multinode is not None:
+        from skd_lib.multinode.coordinate import Work, train_on_nodes
+
+        work = Work(
+            step="teacher_sft",
+            options={
+                "checkpoint_root": checkpoint_root,
+                "config": settings.model_dump_json(exclude={"multinode"}),
+                "task_config": task.model_dump_json(),
+                "seed": str(seed),
+                "tracking_uri": tracking_uri,
+                "experiment": experiment,
+            },
+            inputs={"teacher": teacher, "data": data},
+            outputs={"teacher_out": "tuned_teacher", "metrics_out": "metrics"},
+            executor_input=executor_input,
+        )
+        train_on_nodes(work, settings.multinode, io)
+        return
 
     from skd_lib.models.loading import check_model_folder
     from skd_lib.steps.import_model import import_folder
@@ -44,7 +64,13 @@ def main(
     reference = str(known.get("reference") or io.input_uri("teacher", teacher))
     digest = fitting.input_digest(io, "teacher", teacher)
     params = {"seed": seed, "teacher": reference, "teacher_sft": settings.model_dump(mode="json")}
-    with step_run(step="teacher_sft", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    with step_run(
+        step="teacher_sft",
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        params=params,
+        checkpoint_root=checkpoint_root,
+    ) as run:
         if not settings.enabled:
             import_folder(teacher, teacher_out, link=True)
             metadata = {**known, "weights_sha256": digest, "reference": reference}

@@ -22,11 +22,16 @@ FOLDER_VARIABLE = "SKD_TRACKING_BUFFER"
 
 
 class Buffer:
-    """Entries that wait, in order. The file is there only while some do; in memory there is never more than one."""
+    """Entries that wait, in order. The file is there only while some do; in memory there is never more than one.
 
-    def __init__(self, place: Place) -> None:
+    Args:
+        place: Where they belong.
+        keep: Where the file is left if `FOLDER_VARIABLE` is not set; empty: among this machine's temporary files.
+    """
+
+    def __init__(self, place: Place, keep: str = "") -> None:
         self._place = place
-        wanted = os.environ.get(FOLDER_VARIABLE, "")
+        wanted = os.environ.get(FOLDER_VARIABLE) or keep
         self._destination = wanted if storage.is_remote(wanted) else ""
         folder = Path(wanted) if wanted and not self._destination else _temporary_folder()
         words = "-".join(part for part in (place.pipeline_run_id, place.step) if part)

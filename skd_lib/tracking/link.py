@@ -69,13 +69,17 @@ class Link:
 
     While the store does not answer, entries are kept in a `Buffer`; it is asked again every `RETRY_SECONDS`, and what
     waits is sent first. An entry whose answer got lost is sent twice, which changes nothing.
+
+    Args:
+        place: Where entries belong.
+        keep: See `Buffer`.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, keep: str = "") -> None:
         self.uri = place.tracking_uri
         self._place = place
         self._sender: Sender | None = None
-        self._buffer = Buffer(place)
+        self._buffer = Buffer(place, keep)
         self._silent_until = -math.inf
         self._lost = 0
 

@@ -44,7 +44,7 @@ from skd_lib.tracking.entries import (
     clip,
 )
 from skd_lib.tracking.link import Link
-from skd_lib.tracking.locate import ERROR_TAG, Place
+from skd_lib.tracking.locate import ERROR_TAG, Place, find_parent
 
 
 class RunLog:
@@ -155,6 +155,7 @@ def step_run(
     experiment: str,
     run_name: str | None = None,
     params: Mapping[str, Any] | None = None,
+    checkpoint_root: str = "",
 ) -> Iterator[StepRun]:
     """Track one step: FINISHED if the body ends, FAILED with the tag `skd.error` if it raises, KILLED on SIGTERM.
 
@@ -164,11 +165,14 @@ def step_run(
         experiment: MLflow experiment; created if missing.
         run_name: Name of the parent run, used by the step that creates it.
         params: Logged on the step's run, see `RunLog.log_params`.
+        checkpoint_root: Folder or URI of storage that outlives the pod. What the store has not taken when the step ends
+            is left in `tracking` there, unless `SKD_TRACKING_BUFFER` names another place.
 
     Environment:
         KFP_RUN_ID: the pipeline run; unset (a step run by hand): a pipeline run of its own.
         MLFLOW_RUN_ID: a run that Kubeflow made for this step.
         RANK: only rank 0 of a distributed job tracks.
+        SKD_TRACKING_BUFFER: see `checkpoint_root`.
 
     Raises:
         SkdError: the tracking URI is one that can never work.
@@ -176,7 +180,8 @@ def step_run(
     if int(os.environ.get("RANK") or 0) != 0:
         tracking_uri = ""
     pipeline_run_id = os.environ.get("KFP_RUN_ID") or str(uuid.uuid4())
-    link = Link(_place(tracking_uri, experiment, pipeline_run_id, step, run_name))
+    keep = f"{checkpoint_root.rstrip('/')}/tracking" if checkpoint_root else ""
+    link = Link(_place(tracking_uri, experiment, pipeline_run_id, step, run_name), keep)
     run = StepRun(link)
     link.open()
     if params:
@@ -218,6 +223,18 @@ def close_pipeline_run(
     except unanswered() as silence:
         Link(place).put_off(closing, silence)
         return False
+
+
+def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str) -> tuple[str, dict[str, float]]:
+    """Address of a pipeline's parent run, and its figures; both empty without tracking, or if the store is silent."""
+    if not tracking_uri:
+        return "", {}
+    try:
+        client = connect(tracking_uri)
+        parent = find_parent(client, _place(tracking_uri, experiment, pipeline_run_id, "finish"))
+    except unanswered():
+        return "", {}
+    return ("", {}) if parent is None else (run_url(tracking_uri, parent), dict(parent.data.metrics))
 
 
 def _place(tracking_uri: str, experiment: str, pipeline_run_id: str, step: str, run_name: str | None = None) -> Place:

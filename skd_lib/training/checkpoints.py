@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -67,6 +68,10 @@ class Checkpoints:
             self._prepare()
         state.wait_for_everyone()
         names = [name for name, problem in _inspect(str(self.folder)).items() if not problem]
+        if state.num_processes > 1:
+            # Of several machines one may have a checkpoint whose copying failed: all go on from what all have.
+            everywhere = set.intersection(*map(set, gather_object([names])))
+            names = [name for name in names if name in everywhere]
         return self.folder / names[-1] if names else None
 
     def commit(self, step: int, best_step: int, keep: int) -> None:
@@ -148,8 +153,7 @@ class CheckpointKeeper(TrainerCallback):
         **_: Any,
     ) -> None:
         """After a resume: the best checkpoint may have been written under another path, on another machine."""
-        if state.best_global_step:
-            state.best_model_checkpoint = str(self._checkpoints.folder / _name(state.best_global_step))
+        self._name_best(state)
 
     def on_save(
         self,
@@ -160,8 +164,14 @@ class CheckpointKeeper(TrainerCallback):
     ) -> None:
         """Called by the trainer after each checkpoint."""
         PartialState().wait_for_everyone()
+        self._name_best(state)
         if state.is_world_process_zero:
             self._checkpoints.commit(state.global_step, state.best_global_step or 0, self._keep)
+
+    def _name_best(self, state: TrainerState) -> None:
+        """On every process: the Trainer names it only where it sees the folder, and all must load it together."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(self._checkpoints.folder / _name(state.best_global_step))
 
 
 def _inspect(place: str) -> dict[str, str]:

@@ -130,9 +130,11 @@ class ShardedTrainer(DistillationTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights: dict[str, Any] = {}
-        for file in weight_files(Path(resume_from_checkpoint)):
-            weights |= load_file(file)
-        set_model_state_dict(model or self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+        if PartialState().is_main_process:  # another machine need not have the checkpoint
+            for file in weight_files(Path(resume_from_checkpoint)):
+                weights |= load_file(file)
+        options = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=True)
+        set_model_state_dict(model or self.model, weights, options=options)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -50,12 +50,16 @@ def test_without_trl_ours_are_measured_alone_and_it_is_said_why(
     monkeypatch.setenv("SKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    values, printed = measured(pair, tmp_path / "bench.json", "--repeats", "2", "--one-at-a-time", "--top-k", "320")
+    values, printed = measured(
+        pair, tmp_path / "bench.json", "--repeats", "2", "--one-at-a-time", "--top-k", "320", "--gradient-checkpointing"
+    )
     assert [(row["name"], len(row["seconds"])) for row in values["rows"]] == [(name, 2) for name in OURS]
     assert values["rows"][1]["acceptance"] == 1  # K is the whole vocabulary
     assert values["ratios"] == []
     assert "pip could not install TRL" in values["without_trl"]
     assert "without TRL: " in printed
+    assert values["gradient_checkpointing"]
+    assert "ours with gradient checkpointing" in printed
 
 
 @pytest.mark.trl
@@ -77,7 +81,7 @@ def test_ratios_are_of_steps_side_by_side() -> None:
         Row(name, seconds, seconds, {}, memory, None)
         for (name, seconds), memory in zip(times.items(), (1, 2, 4), strict=True)
     ]
-    ratios = Result(Settings(), 0.5, {}, 1, "1", "", rows).ratios()
+    ratios = Result(Settings(), 0.5, False, {}, 1, "1", "", rows).ratios()
     assert [(r.ours, r.theirs, r.time, r.cpu_time, r.memory) for r in ratios] == [
         ("on_policy", "GKDTrainer", 0.5, 0.5, 0.25),
         ("skd", "GKDTrainer", 1.5, 1.5, 0.5),

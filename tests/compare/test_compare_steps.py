@@ -63,6 +63,9 @@ def test_table_of_collected_artifacts(tmp_path: Path):
     assert (hot.runs, hot.failed) == (0, 1)
     assert "| hot | 0 | it exploded |" in (tmp_path / "page").read_text()
     assert len((tmp_path / "runs").read_text().splitlines()) == 1 + len(RIGHT) + 1
+    course = comparison.trials[0].course
+    assert course is not None
+    assert (course.steps, course.rejection_rate) == ((1, 2), (0.5, 0.25))
     headline = output["artifacts"]["comparison"]["artifacts"][0]["metadata"]
     assert headline["skd/accuracy"] == pytest.approx(77.5)
 

@@ -51,7 +51,7 @@ def test_page_opens_with_the_example(documents: Documents):
 
 def test_training_in_the_loop_is_retried_on_a_gpu_and_knows_its_run(documents: Documents):
     loop: dict[str, Any] = documents[0]["components"]["comp-for-loop-2"]["dag"]["tasks"]
-    assert {name for name, task in loop.items() if "retryPolicy" in task} == {"student-init", "distill"}
+    assert all("retryPolicy" in task for task in loop.values())
     executors = documents[0]["deploymentSpec"]["executors"]
     assert "accelerator" in executors["exec-distill"]["container"]["resources"]
     kubernetes = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]

@@ -1,4 +1,4 @@
-"""A real MLflow server on a sqlite file, which can be killed and started again at the same address."""
+"""A real MLflow server on a sqlite file or a database, which can be killed and started again at the same address."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ import pytest
 
 
 class MlflowServer:
-    """The server, with its files in `folder`."""
+    """The server.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: Its files.
+        database: URI of its database; empty: a sqlite file in the folder.
+    """
+
+    def __init__(self, folder: Path, database: str = "") -> None:
+        self.folder, self.database = folder, database or f"sqlite:///{folder}/mlflow.db"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -28,7 +33,7 @@ class MlflowServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--workers", "1", "--backend-store-uri", self.database]
         command += ["--artifacts-destination", str(self.folder / "files")]
         with (self.folder / "log").open("w") as log:
             self._process = subprocess.Popen(
@@ -39,7 +44,7 @@ class MlflowServer:
                 start_new_session=True,
                 env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=2):  # noqa: S310

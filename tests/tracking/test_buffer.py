@@ -253,3 +253,18 @@ def test_a_line_that_is_no_entry_is_named(store: str, tmp_path: Path) -> None:
     with pytest.raises(SkdError) as caught:
         replay(file)
     assert caught.value.where == f"{file}:2"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_training_step_leaves_its_file_with_its_checkpoints_unless_another_place_is_named(
+    named: bool, store: str, left: Path, tmp_path: Path, break_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not named:
+        monkeypatch.delenv("SKD_TRACKING_BUFFER")
+    break_store(lambda: "before")
+    checkpoints = tmp_path / "checkpoints"
+    with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT, checkpoint_root=f"{checkpoints}/") as run:
+        run.log_metrics({"loss": 1.0}, step=1)
+    (file,) = (left if named else checkpoints / "tracking").iterdir()
+    assert read_place(file).step == "distill"
+    assert checkpoints.exists() is not named

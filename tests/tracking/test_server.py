@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -19,17 +20,25 @@ from skd_lib.tracking.registry import champion, register
 from skd_lib.tracking.runs import close_pipeline_run, step_run
 
 from .conftest import EXPERIMENT
+from .postgresql import postgresql
 from .server import MlflowServer
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[MlflowServer]:
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, empty_store: Path
+) -> Iterator[MlflowServer]:
     folder = tmp_path_factory.mktemp("server")
-    (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
-    server = MlflowServer(folder)
-    server.start()
-    yield server
-    server.kill()
+    with contextlib.ExitStack() as stack:
+        database = ""
+        if request.param == "postgresql":
+            database = stack.enter_context(postgresql())
+        else:
+            (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
+        server = MlflowServer(folder, database)
+        stack.callback(server.kill)
+        server.start()
+        yield server
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from skd_lib.errors import SkdError
 from skd_lib.report.samples import read_samples
 from skd_lib.report.sources import from_mlflow
 from skd_lib.steps import finish, gate, register_model, report
+from skd_lib.tracking.runs import step_run
 
 from .conftest import EXPERIMENT, Runs
 
@@ -191,6 +194,37 @@ def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("KFP_RUN_ID")
     assert "KFP_RUN_ID" in run(finish, "--status", '{"state": "FAILED"}', "--tracking-uri", store, fails=True)
     assert "field `state`" in run(finish, "--status", "{}", "--tracking-uri", store, fails=True)
+
+
+def test_the_end_of_a_run_is_told_with_its_figures(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+
+    class Channel(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200 if len(messages) < 3 else 400)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Channel) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("SKD_NOTIFY_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
+        monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/pipeline/")
+        with step_run(step="report", tracking_uri=store, experiment=EXPERIMENT) as step:
+            step.parent.log_metrics({"student_before_chrf": 18.0, "student_after_chrf": 32.3})
+        status, failed = ("--status", '{"state": "SUCCEEDED"}'), ("--status", '{"state": "FAILED"}')
+        tracked = ("--run-name", "demo", "--tracking-uri", store, "--experiment", EXPERIMENT)
+        io = ("--executor-input", executor_input(tmp_path))
+        assert "the channel was notified" in run(finish, *status, *tracked, *io)
+        # Not even a store that can never work keeps the message back; a channel that refuses fails no pipeline.
+        run(finish, *failed, "--run-name", "demo", "--tracking-uri", "file:///nowhere", *io, fails=True)
+        assert "notified" not in run(finish, *failed, "--run-name", "demo", *io)
+        server.shutdown()
+    link = "<https://kubeflow.example/pipeline/#/runs/details/run-1|Kubeflow>"
+    assert messages[0] == f"*demo* succeeded\n• chrf of the student: 32.3 (before 18)\n{link}"
+    assert messages[1:] == [f"*demo* failed\n{link}"] * 2
 
 
 def comet(**found: Any) -> str:

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.compiling import compile_pipeline
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import Preempted, SkdError
@@ -22,6 +24,7 @@ from skd_lib.models.loading import weights_digest
 from skd_lib.report.samples import read_samples
 from skd_lib.steps import distill, student_init, teacher_sft
 
+ROOT = Path(__file__).parents[2]
 TRAINING = {"learning_rate": 5e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "eval_steps": 2}
 TASK = json.dumps({"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12})
 
@@ -308,3 +311,42 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
         losses.append((step.figures["first_validation_loss"], step.figures["best_validation_loss"]))
     assert losses[0][0] == losses[1][0] > losses[0][1]
     assert len(list((tmp_path / "checkpoints" / "teacher_signal").iterdir())) == 1
+
+
+def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
+    teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    """What the compiled pipeline starts in the pod, with gloo in the place of NCCL."""
+    profile = tmp_path / "two.yaml"
+    needs = {"cpu": "1", "memory": "1Gi", "shared_memory": "1Gi", "gpus": 1}
+    kinds = dict.fromkeys(("small", "data", "model"), needs)
+    profile.write_text(json.dumps({"description": "two GPUs", **kinds, "steps": {"teacher_sft": {"gpus": 2}}}))
+    spec = compile_pipeline(profile=str(profile))[0]
+    command = spec["deploymentSpec"]["executors"]["exec-teacher-sft"]["container"]["command"]
+    assert command[0] == "python3"
+
+    step, out, uri = Step(tmp_path / "run", ["tuned_teacher", "metrics"]), tmp_path / "run/model", tmp_path / "m.db"
+    training = {**TRAINING, "max_steps": 2, "eval_steps": 2, "micro_batch_size": 1}
+    arguments = {
+        **step.arguments,
+        "teacher": teacher,
+        "data": data,
+        "teacher_out": out,
+        "tracking_uri": f"sqlite:///{uri}",
+        "config": json.dumps({"training": training}),
+    }
+    options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    done = subprocess.run(
+        [sys.executable, *command[1:], *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "KFP_RUN_ID": "run-1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert step.metadata("tuned_teacher")["weights_sha256"] == weights_digest(out) != weights_digest(teacher)
+    client = MlflowClient(f"sqlite:///{uri}")
+    (experiment,) = client.search_experiments(filter_string="name = 'skd'")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'teacher_sft'")  # one of the two told
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["steps"] == 2
+    assert done.stderr.count("estimated memory of") == 2  # each of the two has trained

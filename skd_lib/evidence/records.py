@@ -1,0 +1,180 @@
+"""What came out of comparisons, as two CSV files that are small enough for a repository.
+
+`runs.csv` has one row a run, `curves.csv` one row a point of a run's curves. Tables and plots are made from these two.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from skd_lib.compare.result import Comparison, TrialResult
+from skd_lib.config import parse_section
+from skd_lib.errors import SkdError
+from skd_lib.storage import write_text_atomic
+
+RUNS, CURVES = "runs.csv", "curves.csv"
+SCORE = "accuracy"
+NAMES = ("comparison", "variant", "reference", "init", "failed")
+FIGURES = (
+    *(SCORE, "teacher", "rejection_rate", "rejection_rate_last_tenth", "tokens_per_teacher_call"),
+    *("draft_acceptance_rate", "draft_tokens_per_teacher_call", "steps", "best_step"),
+    *("first_validation_loss", "best_validation_loss", "response_tokens", "student_tokens", "teacher_tokens"),
+    *("seconds_rollout", "seconds_loss", "seconds_optimiser"),
+)
+_CURVES = {
+    "rejection_rate": "steps",
+    "training_loss": "training_steps",
+    "response_length": "training_steps",
+    "validation_loss": "validation_steps",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison.
+
+    Attributes:
+        comparison: Its name.
+        variant: What was compared.
+        reference: What the comparison's variants are tested against.
+        init: The student's init, empty where all had the same.
+        failed: Why there is no model; empty where there is one.
+        seed: The run's.
+        figures: Those of `FIGURES` that were measured.
+    """
+
+    comparison: str
+    variant: str
+    reference: str
+    init: str
+    failed: str
+    seed: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure of one run over the optimiser steps."""
+
+    comparison: str
+    variant: str
+    seed: int
+    figure: str
+    steps: list[int]
+    values: list[float]
+
+
+def collect(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Write `runs.csv` and `curves.csv` of comparisons.
+
+    Args:
+        files: Each one's `comparison.json`.
+        folder: Where to; what is there is replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SkdError: a file is missing or is none, or two comparisons have one name.
+    """
+    comparisons = [_read(file) for file in files]
+    names = [comparison.name for comparison in comparisons]
+    if len(set(names)) < len(names):
+        raise SkdError(f"two comparisons have one name: {', '.join(names)}", hint="give each comparison once")
+    runs = [_row(comparison, trial) for comparison in comparisons for trial in comparison.trials]
+    points = [
+        point for comparison in comparisons for trial in comparison.trials for point in _points(comparison, trial)
+    ]
+    written = {
+        RUNS: _csv([*NAMES, "seed", *FIGURES], runs),
+        CURVES: _csv(["comparison", "variant", "seed", "figure", "step", "value"], points),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in written.items():
+            write_text_atomic(folder / name, text)
+    except OSError as error:
+        raise SkdError(f"cannot be written: {error.strerror}", where=str(folder), hint="name another folder") from error
+    return [folder / name for name in written]
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The runs in a folder's `runs.csv`.
+
+    Raises:
+        SkdError: there is no such file, or it is another one.
+    """
+    return [
+        Run(
+            **{name: row[name] for name in NAMES},
+            seed=int(row["seed"]),
+            figures={name: float(row[name]) for name in FIGURES if row[name]},
+        )
+        for row in _rows(folder / RUNS, {*NAMES, "seed", *FIGURES})
+    ]
+
+
+def read_curves(folder: Path) -> list[Curve]:
+    """The curves in a folder's `curves.csv`.
+
+    Raises:
+        SkdError: there is no such file, or it is another one.
+    """
+    curves: dict[tuple[str, str, int, str], Curve] = {}
+    for row in _rows(folder / CURVES, {"comparison", "variant", "seed", "figure", "step", "value"}):
+        key = row["comparison"], row["variant"], int(row["seed"]), row["figure"]
+        curve = curves.setdefault(key, Curve(*key, [], []))
+        curve.steps.append(int(row["step"]))
+        curve.values.append(float(row["value"]))
+    return list(curves.values())
+
+
+def _read(file: Path) -> Comparison:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        hint = "name the `comparison.json` that `skd compare` wrote"
+        raise SkdError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
+    return parse_section(Comparison, text, where=str(file))
+
+
+def _row(comparison: Comparison, trial: TrialResult) -> dict[str, object]:
+    teacher = comparison.teacher[SCORE].score if SCORE in comparison.teacher else ""
+    row = {**trial.flat(), "comparison": comparison.name, "reference": comparison.reference, "teacher": teacher}
+    return {name: _short(row.get(name, "")) for name in (*NAMES, "seed", *FIGURES)}
+
+
+def _points(comparison: Comparison, trial: TrialResult) -> Iterable[dict[str, object]]:
+    if trial.course is None:
+        return
+    for figure, steps in _CURVES.items():
+        for step, value in zip(getattr(trial.course, steps), getattr(trial.course, figure), strict=True):
+            named = {"comparison": comparison.name, "variant": trial.variant, "seed": trial.seed}
+            yield {**named, "figure": figure, "step": step, "value": _short(value)}
+
+
+def _short(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _csv(header: Sequence[str], rows: Iterable[dict[str, object]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _rows(file: Path, columns: set[str]) -> list[dict[str, str]]:
+    hint = "make it: `skd evidence collect`"
+    try:
+        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SkdError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
+    if missing := columns - set(reader.fieldnames or ()):
+        raise SkdError(f"columns are missing: {', '.join(sorted(missing))}", where=str(file), hint=hint)
+    return list(reader)

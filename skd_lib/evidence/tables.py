@@ -1,0 +1,83 @@
+"""The tables of docs/evidence.md, written between the marks that stand in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from skd_lib.errors import SkdError
+from skd_lib.evidence.analysis import Mean, Variant, variants_of
+from skd_lib.evidence.records import SCORE, Run
+
+_TABLE = re.compile(r"<!-- table (?P<name>[a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
+SIGNIFICANT = 0.05
+MILLION = 1e6
+
+
+def with_tables(page: str, runs: Sequence[Run]) -> str:
+    """A page with the table of each comparison between its marks, `<!-- table NAME -->` and `<!-- end -->`.
+
+    Raises:
+        SkdError: there is a mark for a comparison that has no runs.
+    """
+    known = {run.comparison for run in runs}
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in known:
+            where = f"mark `table {name}`"
+            raise SkdError("there are no runs of it", where=where, hint=f"known: {', '.join(sorted(known))}")
+        return f"<!-- table {name} -->\n\n{markdown(variants_of(runs, name), runs_reference(runs, name))}\n<!-- end -->"
+
+    return _TABLE.sub(table, page)
+
+
+def runs_reference(runs: Sequence[Run], comparison: str) -> str:
+    """What the comparison's variants are tested against."""
+    return next(run.reference for run in runs if run.comparison == comparison)
+
+
+def markdown(variants: Sequence[Variant], reference: str) -> str:
+    """One comparison as a Markdown table, the best variant first, without columns that are empty."""
+    ordered = sorted(variants, key=lambda variant: -_or_low(variant.mean(SCORE)))
+    rows = [{"variant": f"`{variant.name}`", **_cells(variant, reference)} for variant in ordered]
+    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [header, ["---"] * len(header), *([row[name] for name in header] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(variant: Variant, reference: str) -> dict[str, str]:
+    test, compute = variant.test, variant.compute()
+    return {
+        "seeds": str(len(variant.runs)),
+        "accuracy": _interval(variant.mean(SCORE)),
+        f"minus `{reference}`": _interval(test.difference, signed=True) if test else "",
+        "p": f"{test.p_value:.3f}" if test else "",
+        "p (Holm)": f"{test.p_holm:.3f}{' *' * (test.p_holm < SIGNIFICANT)}" if test else "",
+        "rejected": _percent(variant.mean("rejection_rate"), scale=100),
+        "rejected at the end": _percent(variant.mean("rejection_rate_last_tenth"), scale=100),
+        "accepted as draft": _percent(variant.mean("draft_acceptance_rate"), scale=100),
+        "tokens/teacher call": _number(variant.mean("draft_tokens_per_teacher_call")),
+        "compute": f"{compute / MILLION:.2f}" if compute is not None else "",
+    }
+
+
+def _interval(value: Mean | None, *, signed: bool = False) -> str:
+    if value is None:
+        return ""
+    form = "+.1f" if signed else ".1f"
+    inner = "" if math.isnan(value.low) else f" [{value.low:{form}}, {value.high:{form}}]"
+    return f"{value.mean:{form}}{inner}"
+
+
+def _percent(value: Mean | None, *, scale: float) -> str:
+    return "" if value is None else f"{value.mean * scale:.2f} %"
+
+
+def _number(value: Mean | None) -> str:
+    return "" if value is None else f"{value.mean:.2f}"
+
+
+def _or_low(value: Mean | None) -> float:
+    return -math.inf if value is None else value.mean

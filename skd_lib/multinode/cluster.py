@@ -1,0 +1,291 @@
+"""Kubernetes, as far as a `TrainJob` needs it: every request is repeated while the API server is away."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import urllib3
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+
+from skd_lib.errors import SkdError
+from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, VERSION
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_TIMEOUT = (5, 30)
+"""Seconds to connect, and to wait for an answer."""
+_LOG_SILENCE = 120
+"""Seconds without a line after which a log is asked for again: a connection may be dead without anybody saying so."""
+_AWAY = {0, 408, 429, 500, 502, 503, 504}
+_LONGEST_PAUSE = 30.0
+ROLE_HINT = (
+    "give the steps' service account the role of pipelines/deploy/base/multinode.yaml in this namespace: trainjobs "
+    "get, create and delete; pods get and list; pods/log get"
+)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """How a job is.
+
+    Attributes:
+        phase: `running` until it has ended (which includes waiting and suspended), `complete`, `failed`, or `deleting`.
+        message: What Kubernetes says about that.
+        age: Seconds since it was created.
+    """
+
+    phase: str
+    message: str
+    age: float
+
+
+@dataclass
+class Cluster:
+    """One namespace.
+
+    Attributes:
+        namespace: Where the step's pod is, and its jobs.
+        api: Connection.
+        patience: Seconds for which the API server may be away.
+    """
+
+    namespace: str
+    api: client.ApiClient
+    patience: float = 1800.0
+    _away_since: float | None = field(default=None, init=False)
+
+    @classmethod
+    def connect(cls) -> Cluster:
+        """The cluster that this pod is in, or the one of KUBECONFIG.
+
+        Raises:
+            SkdError: there is none.
+        """
+        settings = client.Configuration()
+        try:
+            if file := os.environ.get("KUBECONFIG"):
+                config.load_kube_config(file, client_configuration=settings)
+                _, context = config.list_kube_config_contexts(file)
+                namespace = context["context"].get("namespace", "default")
+            else:
+                config.load_incluster_config(client_configuration=settings)
+                namespace = _NAMESPACE.read_text(encoding="utf-8").strip()
+        except (config.ConfigException, OSError) as error:
+            raise SkdError(
+                f"training on several nodes needs a Kubernetes cluster, and there is none here: {error}",
+                where="multinode",
+                hint="submit the run to Kubeflow (`skd submit`), or leave `multinode` out",
+            ) from error
+        settings.retries = 0  # repeated here, with pauses
+        return cls(namespace, client.ApiClient(settings))
+
+    def own_pod(self) -> dict[str, Any]:
+        """The pod of this process.
+
+        Raises:
+            SkdError: it cannot be read.
+        """
+        name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+        # Pods are read as they come: the client's models refuse what a newer cluster leaves out.
+        pod = self._ask(
+            f"get pod {name}",
+            lambda: client.CoreV1Api(self.api).read_namespaced_pod(
+                name, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT
+            ),
+        )
+        found: dict[str, Any] = json.loads(pod.data)
+        return found
+
+    def job(self, name: str) -> JobState | None:
+        """How a job is; None if there is none."""
+        try:
+            found = self._ask(
+                f"get trainjob {name}",
+                lambda: self._jobs().get_namespaced_custom_object(*self._at(name), _request_timeout=_TIMEOUT),
+            )
+        except _Refused as refused:
+            if refused.status == 404:
+                return None
+            raise
+        return _state(found)
+
+    def create(self, manifest: Mapping[str, Any]) -> bool:
+        """Create a job; False if there is one of its name, made by somebody at the same time or by a lost request.
+
+        Raises:
+            SkdError: Kubernetes refuses it.
+        """
+        name = manifest["metadata"]["name"]
+        try:
+            self._ask(
+                f"create trainjob {name}",
+                # Strict: a field that this version of Trainer does not have would be dropped without a word.
+                lambda: self._jobs().create_namespaced_custom_object(
+                    GROUP,
+                    VERSION,
+                    self.namespace,
+                    PLURAL,
+                    dict(manifest),
+                    field_validation="Strict",
+                    _request_timeout=_TIMEOUT,
+                ),
+            )
+        except _Refused as refused:
+            if refused.status == 409:
+                return False
+            if refused.status == 404:
+                hint = "install Kubeflow Trainer 2.1 or later, or leave `multinode` out"
+                raise SkdError(
+                    "this cluster has no TrainJobs", where=f"namespace {self.namespace}", hint=hint
+                ) from None
+            refused.hint = (
+                refused.hint or "see `multinode` in the config: `trainer_version` and `runtime` must be the cluster's"
+            )
+            raise
+        return True
+
+    def delete(self, name: str, patience: float | None = None) -> bool:
+        """Delete a job and then its pods; it is gone only when they are. False if there was none.
+
+        Args:
+            name: The job.
+            patience: Instead of the usual, in seconds.
+        """
+        try:
+            self._ask(
+                f"delete trainjob {name}",
+                lambda: self._jobs().delete_namespaced_custom_object(
+                    *self._at(name), propagation_policy="Foreground", _request_timeout=_TIMEOUT
+                ),
+                patience=patience,
+            )
+        except _Refused as refused:
+            if refused.status == 404:
+                return False
+            raise
+        return True
+
+    def pods(self, job: str) -> list[dict[str, Any]]:
+        """The pods of a job's nodes, oldest first."""
+        selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
+        found = self._ask(
+            f"list pods of {job}",
+            lambda: client.CoreV1Api(self.api).list_namespaced_pod(
+                self.namespace, label_selector=selector, _preload_content=False, _request_timeout=_TIMEOUT
+            ),
+        )
+        pods: list[dict[str, Any]] = json.loads(found.data)["items"]
+        return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+
+    def log(self, pod: str, *, since_seconds: int | None, follow: bool) -> urllib3.HTTPResponse:
+        """A node's log, each line with its time before it; it must be read and released.
+
+        Raises:
+            ApiException: the API server has no log of it, now or at all.
+            urllib3.exceptions.HTTPError: the API server is away.
+        """
+        options: dict[str, Any] = {} if since_seconds is None else {"since_seconds": since_seconds}
+        response: urllib3.HTTPResponse = client.CoreV1Api(self.api).read_namespaced_pod_log(
+            pod,
+            self.namespace,
+            container=NODE,
+            follow=follow,
+            timestamps=True,
+            _preload_content=False,
+            _request_timeout=(5, _LOG_SILENCE),
+            **options,
+        )
+        return response
+
+    def may_create_jobs(self) -> bool:
+        """Whether this service account may create jobs here."""
+        review = client.V1SelfSubjectAccessReview(
+            spec=client.V1SelfSubjectAccessReviewSpec(
+                resource_attributes=client.V1ResourceAttributes(
+                    namespace=self.namespace, verb="create", group=GROUP, resource=PLURAL
+                )
+            )
+        )
+        answer = self._ask(
+            "ask for its own rights",
+            lambda: client.AuthorizationV1Api(self.api).create_self_subject_access_review(
+                review, _request_timeout=_TIMEOUT
+            ),
+            patience=30,
+        )
+        return bool(answer.status.allowed)
+
+    def _jobs(self) -> client.CustomObjectsApi:
+        return client.CustomObjectsApi(self.api)
+
+    def _at(self, name: str) -> tuple[str, str, str, str, str]:
+        return GROUP, VERSION, self.namespace, PLURAL, name
+
+    def _ask(self, what: str, request: Callable[[], T], patience: float | None = None) -> T:
+        """Make a request again and again, with growing pauses, until somebody answers."""
+        limit, begin, pause = self.patience if patience is None else patience, time.monotonic(), 0.5
+        while True:
+            try:
+                answer = request()
+            except ApiException as error:
+                if error.status not in _AWAY:
+                    raise self._refused(what, error) from error
+                reason = f"{error.status} {error.reason}"
+            except urllib3.exceptions.HTTPError as error:
+                reason = str(error)
+            else:
+                if self._away_since is not None:
+                    log.info("Kubernetes answers again, after %.0f s", time.monotonic() - self._away_since)
+                    self._away_since = None
+                return answer
+            if self._away_since is None:
+                self._away_since = begin
+                log.warning("Kubernetes does not answer, it is asked again: %s", reason)
+            if time.monotonic() - begin + pause > limit:
+                raise SkdError(
+                    f"Kubernetes has not answered for {limit:.0f} s: {reason}",
+                    where=what,
+                    hint="the job goes on without this step, which takes it up again when it is retried",
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _refused(self, what: str, error: ApiException) -> _Refused:
+        try:
+            message = str(json.loads(error.body)["message"])
+        except (TypeError, ValueError, KeyError):
+            message = f"{error.status} {error.reason}"
+        where = f"namespace {self.namespace}, {what}"
+        if error.status in (401, 403):
+            return _Refused(f"not allowed: {message}", where=where, hint=ROLE_HINT, status=error.status)
+        return _Refused(f"Kubernetes refuses: {message}", where=where, status=error.status)
+
+
+class _Refused(SkdError):
+    """An answer of the API server that asking again would not change."""
+
+    def __init__(self, what: str, *, where: str, hint: str = "", status: int) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.status = status
+
+
+def _state(job: Mapping[str, Any]) -> JobState:
+    created = job["metadata"].get("creationTimestamp")
+    age = time.time() - datetime.fromisoformat(created).timestamp() if created else 0.0
+    if job["metadata"].get("deletionTimestamp"):
+        return JobState("deleting", "", age)
+    for condition in job.get("status", {}).get("conditions", []):
+        if condition["status"] == "True" and condition["type"] in ("Complete", "Failed"):
+            message = f"{condition.get('message', '')} ({condition.get('reason', '')})".strip()
+            return JobState(condition["type"].lower(), message, age)
+    return JobState("running", "", age)

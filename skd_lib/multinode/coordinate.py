@@ -1,0 +1,235 @@
+"""The step that does not train itself: it makes a `TrainJob`, waits for it, and takes its results as its own.
+
+- An attempt after a lost pod finds the job by its name and waits for it as the first one did. A job that has failed is
+  replaced, and its training goes on from the last checkpoint.
+- SIGTERM deletes the job, whoever sent it: Kubernetes does not say whether a person has ended the run or a machine is
+  taken away, and several nodes must not go on unattended. The nodes get SIGTERM in turn and save a checkpoint; the exit
+  code is that of `Preempted`, so that a retry goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from skd_lib.config import MultinodeConfig
+from skd_lib.errors import Preempted, SkdError
+from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request, check_reachable
+from skd_lib.multinode.manifest import job_name, train_job
+from skd_lib.steps.runtime import StepIO
+
+if TYPE_CHECKING:
+    from skd_lib.multinode.cluster import Cluster
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 10.0
+_CANCEL_SECONDS = 20.0
+"""For which a cancelling step asks a silent API server; Kubernetes kills it 30 seconds after SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training step, as it was called.
+
+    Attributes:
+        step: Module name under `skd_lib.steps`.
+        options: Values of its options, but for inputs, outputs and executor input; its config without `multinode`.
+        inputs: Local paths of the input artifacts; options and artifacts have the same names.
+        outputs: Names of the output artifacts, by option.
+        executor_input: KFP's executor input.
+    """
+
+    step: str
+    options: Mapping[str, str]
+    inputs: Mapping[str, Path]
+    outputs: Mapping[str, str]
+    executor_input: str | None
+
+
+def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
+    """Do a step's work on several nodes and write its outputs, as if it had been done here.
+
+    Raises:
+        SkdError: there is no cluster, the nodes could not reach the inputs, Kubernetes refuses the job, or it failed or
+            took too long.
+        Preempted: SIGTERM came; the job is deleted.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # one of several processes on the GPUs of this pod, which are not trained on: the first one waits
+    root, run_id = work.options["checkpoint_root"].rstrip("/"), os.environ.get("KFP_RUN_ID", "")
+    uris = {name: io.input_uri(name, path) for name, path in work.inputs.items()}
+    check_reachable({**{f"input {name}": uri for name, uri in uris.items()}, "checkpoint_root": root})
+    if not run_id:
+        hint = "the pipeline sets it from the pod's label `pipeline/runid`; set it by hand to any name of this run"
+        raise SkdError("the pipeline run is not known, by which the job is named", where="KFP_RUN_ID", hint=hint)
+
+    from skd_lib.multinode.cluster import Cluster
+
+    name = job_name(work.step, run_id, [dict(work.options), uris])
+    exchange = Exchange(f"{root}/multinode/{name}")
+    cluster = Cluster.connect()
+    with _sigterm_raises():
+        try:
+            if not exchange.is_complete():
+                _start(cluster, name, settings, exchange, work, uris, run_id)
+                _wait(cluster, name, settings, exchange)
+        except _Terminated:
+            _cancel(cluster, name)
+            raise Preempted(
+                f"stopped by SIGTERM; the TrainJob {name} is deleted, and its nodes save a checkpoint",
+                hint="retry the step or start the run again with the same settings: it goes on from there",
+            ) from None
+    _collect(exchange, io)
+    cluster.delete(name)
+    exchange.remove()
+
+
+def _start(
+    cluster: Cluster,
+    name: str,
+    settings: MultinodeConfig,
+    exchange: Exchange,
+    work: Work,
+    uris: dict[str, str],
+    run_id: str,
+) -> None:
+    """Have a job of this name that has not failed: the one that is there, or a new one."""
+    state = cluster.job(name)
+    if state is not None and state.phase == "failed":
+        log.info("the TrainJob %s of an earlier attempt has failed and is replaced: %s", name, state.message)
+        cluster.delete(name)
+    while (state := cluster.job(name)) is not None and state.phase in ("failed", "deleting"):
+        log.info("waiting until the pods of the earlier TrainJob %s are gone", name)
+        time.sleep(POLL_SECONDS)
+    if state is not None:
+        log.info("taking up the TrainJob %s, which is there already", name)
+        return
+    exchange.write(
+        Request(
+            step=work.step,
+            options=dict(work.options),
+            inputs=uris,
+            outputs=dict(work.outputs),
+            executor_input=work.executor_input or "",
+        )
+    )
+    manifest = train_job(name, settings, cluster.own_pod(), run_id=run_id, arguments=[exchange.uri])
+    made = cluster.create(manifest)
+    nodes = f"{settings.nodes} nodes of {manifest['spec']['trainer']['numProcPerNode']} processes"
+    log.info("%s the TrainJob %s: %s", "created" if made else "somebody else has created", name, nodes)
+
+
+def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exchange) -> None:
+    """Until the job has ended, with its first node's log.
+
+    Raises:
+        SkdError: it has failed, was deleted by somebody else, or took longer than it may.
+    """
+    from skd_lib.multinode.logs import LogFollower
+
+    follower = LogFollower(cluster, name, _write_line, pause=min(2.0, POLL_SECONDS))
+    follower.start()
+    limit = None if settings.timeout_hours is None else settings.timeout_hours * 3600
+    seen = ""
+    while True:
+        state = cluster.job(name)
+        if state is None or state.phase == "deleting":
+            raise SkdError(
+                "somebody has deleted the TrainJob", where=name, hint="retry the step: it goes on from its checkpoint"
+            )
+        if state.phase != "running":
+            break
+        if limit is not None and state.age > limit:
+            cluster.delete(name)
+            hint = "raise multinode.timeout_hours; a retry goes on from the last checkpoint"
+            raise SkdError(f"it took longer than {settings.timeout_hours} hours, and is deleted", where=name, hint=hint)
+        pods = cluster.pods(name)
+        if (news := "; ".join(filter(None, map(_trouble, pods)))) != seen:
+            log.info("nodes: %s", news or "all are running")
+            seen = news
+        time.sleep(POLL_SECONDS)
+    follower.finish()
+    if state.phase == "failed" and not exchange.is_complete():
+        causes = "; ".join(filter(None, map(_trouble, cluster.pods(name))))
+        raise SkdError(
+            f"the TrainJob has failed: {state.message}{f'; {causes}' if causes else ''}",
+            where=name,
+            hint=f"its first node's log is above; `kubectl describe trainjob {name} -n {cluster.namespace}` shows "
+            "more, until a retry replaces it and goes on from the last checkpoint",
+        )
+
+
+def _trouble(pod: Mapping[str, Any]) -> str:
+    """What keeps a node from running, or ended it; empty if nothing does."""
+    status = pod.get("status", {})
+    reasons = [
+        f"{each.get('reason', each['type'])}: {each.get('message', '')}".removesuffix(": ")
+        for each in status.get("conditions", [])
+        if (each["type"], each["status"]) in (("PodScheduled", "False"), ("DisruptionTarget", "True"))
+    ]
+    for container in status.get("containerStatuses", []):
+        state = container.get("state", {})
+        if waiting := state.get("waiting"):
+            reasons.append(f"{waiting.get('reason', 'waiting')}: {waiting.get('message', '')}".removesuffix(": "))
+        if (ended := state.get("terminated")) and ended.get("exitCode"):
+            reasons.append(f"{ended.get('reason', 'ended')}, exit code {ended['exitCode']}")
+    return f"{pod['metadata']['name']}: {', '.join(reasons)}" if reasons else ""
+
+
+def _cancel(cluster: Cluster, name: str) -> None:
+    """Delete the job. If it was only about to be made, the request may be on its way still: then once more."""
+    try:
+        if not cluster.delete(name, patience=_CANCEL_SECONDS):
+            time.sleep(1)
+            cluster.delete(name, patience=_CANCEL_SECONDS / 2)
+    except SkdError as error:
+        command = f"kubectl delete trainjob {name} -n {cluster.namespace}"
+        log.error("the TrainJob could not be deleted and goes on; `%s`: %s", command, error)
+
+
+def _collect(exchange: Exchange, io: StepIO) -> None:
+    """Take the nodes' outputs as this step's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / EXECUTOR_OUTPUT
+        exchange.fetch(io.paths, file)
+        written = json.loads(file.read_text(encoding="utf-8"))
+    for artifact in io.paths:
+        io.metadata(artifact, **written["artifacts"][artifact]["artifacts"][0]["metadata"])
+    for parameter, value in written["parameterValues"].items():
+        io.parameter(parameter, value)
+    io.write()
+
+
+def _write_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+class _Terminated(BaseException):
+    """SIGTERM, wherever this process was."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends whatever is being waited for; further ones change nothing."""
+
+    def received(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, received)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

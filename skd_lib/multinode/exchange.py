@@ -1,0 +1,115 @@
+"""What the waiting step and its nodes hand each other, in object storage under `checkpoint_root`.
+
+A step's inputs are files that Kubeflow's launcher fetched into its own pod, and its outputs are files there that the
+launcher will upload: neither is in reach of another pod. So the nodes fetch the inputs from where the launcher did, and
+put the outputs into a folder from which the step fetches them.
+
+    CHECKPOINT_ROOT/multinode/JOB/request.json   what the nodes are to do
+    CHECKPOINT_ROOT/multinode/JOB/result/        the outputs by name, KFP's executor output, and last the marker
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from skd_lib import storage
+from skd_lib.errors import SkdError
+
+EXECUTOR_OUTPUT = "executor_output.json"
+_REQUEST, _RESULT, _MARKER = "request.json", "result", "complete"
+
+
+class Request(BaseModel):
+    """What the nodes are to do.
+
+    Attributes:
+        step: Module name under `skd_lib.steps`.
+        options: Values of the step's options, without those below.
+        inputs: URIs of the inputs, by option.
+        outputs: Names of the outputs, by option.
+        executor_input: KFP's executor input, for the inputs' metadata and the outputs' URIs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: str
+    options: dict[str, str]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    executor_input: str
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The folder of one job.
+
+    Attributes:
+        uri: Where it is.
+    """
+
+    uri: str
+
+    def write(self, request: Request) -> None:
+        """Leave the request for the nodes."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / _REQUEST
+            file.write_text(request.model_dump_json(), encoding="utf-8")
+            storage.upload(file, f"{self.uri}/{_REQUEST}")
+
+    def request(self) -> Request:
+        """What the nodes are to do.
+
+        Raises:
+            SkdError: there is no request, or it cannot be read.
+        """
+        return Request.model_validate_json(storage.read_bytes(f"{self.uri}/{_REQUEST}"))
+
+    def is_complete(self) -> bool:
+        """Whether the whole result is there."""
+        return storage.exists(f"{self.uri}/{_RESULT}/{_MARKER}")
+
+    def publish(self, outputs: Mapping[str, Path], executor_output: Path) -> None:
+        """Put a result there, its marker last.
+
+        Args:
+            outputs: The files and folders, by output name.
+            executor_output: KFP's executor output.
+        """
+        for name, path in {**outputs, EXECUTOR_OUTPUT: executor_output}.items():
+            storage.upload(path, f"{self.uri}/{_RESULT}/{name}")
+        with tempfile.TemporaryDirectory() as folder:
+            marker = Path(folder) / _MARKER
+            marker.touch()
+            storage.upload(marker, f"{self.uri}/{_RESULT}/{_MARKER}")
+
+    def fetch(self, outputs: Mapping[str, Path], executor_output: Path) -> None:
+        """Bring a result to the step's own paths; see `publish`."""
+        for name, path in {**outputs, EXECUTOR_OUTPUT: executor_output}.items():
+            storage.download(f"{self.uri}/{_RESULT}/{name}", path)
+
+    def remove(self) -> None:
+        """Delete all of it."""
+        storage.delete(self.uri)
+
+
+def check_reachable(uris: Mapping[str, str]) -> None:
+    """See that other pods can get at these places.
+
+    Args:
+        uris: Places by what they are.
+
+    Raises:
+        SkdError: one is a path, or in a kind of storage that cannot be read here.
+    """
+    for what, uri in uris.items():
+        if not storage.is_remote(uri):
+            raise SkdError(
+                f"{what} is at {uri or '(nowhere)'}, where the nodes of a TrainJob cannot get at it",
+                where="multinode",
+                hint="use a gs:// pipeline root and a gs:// checkpoint_root, or other object storage that is read here",
+            )

@@ -1,0 +1,164 @@
+"""The log of a job's first node, line by line in this process's output: each line once, whatever happens between."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import urllib3
+from kubernetes.client.exceptions import ApiException
+
+from skd_lib.errors import SkdError
+from skd_lib.multinode.cluster import Cluster
+
+log = logging.getLogger(__name__)
+_INDEX = "batch.kubernetes.io/job-completion-index"
+_STAMP = re.compile(r"([^.]*?)(?:\.(\d+))?(?:Z|[+-]\d\d:\d\d)")
+_LAST_TRIES = 5
+"""Attempts at the rest of a log, once the job has ended."""
+_MARGIN = 60
+"""Seconds before the last line from which a log is read again: its lines come with some delay."""
+
+
+class Unseen:
+    """Tells lines that were there before the connection was cut from those that were not.
+
+    Kubernetes puts a line's time before it, in nanoseconds. Lines come in that order, and several may share one.
+    """
+
+    def __init__(self) -> None:
+        self._last, self._count, self._again = "", 0, 0
+
+    def restart(self) -> None:
+        """The log is read again, from somewhere before its last line."""
+        self._again = self._count
+
+    def new(self, stamped: str) -> str | None:
+        """The line without its time, or None if it was there before."""
+        stamp, _, line = stamped.partition(" ")
+        stamp = _sortable(stamp)
+        if stamp < self._last:
+            return None
+        if stamp == self._last and self._again:
+            self._again -= 1
+            return None
+        self._again = 0
+        self._count = self._count + 1 if stamp == self._last else 1
+        self._last = stamp
+        return line
+
+
+def _sortable(stamp: str) -> str:
+    """A time in RFC 3339 without its zone, which is a node's own; with all nine digits, times sort as texts."""
+    found = _STAMP.fullmatch(stamp)
+    whole, fraction = found.groups(default="") if found else (stamp, "")
+    return f"{whole}.{fraction:0<9}"
+
+
+def whole_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a stream. A last one without its end is given only if the stream ends properly."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode(errors="replace") for line in lines)
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+@dataclass
+class _Reading:
+    """How far the log of one pod has been read.
+
+    Attributes:
+        unseen: Its lines so far.
+        heard: When the last one came, by the monotonic clock; None: there was none.
+        finished: It was read to its end.
+    """
+
+    unseen: Unseen = field(default_factory=Unseen)
+    heard: float | None = None
+    finished: bool = False
+
+
+class LogFollower(threading.Thread):
+    """Follows the first node's log in the background. If its pod is replaced, the next one's log follows.
+
+    Args:
+        cluster: Where the job is.
+        job: Its name.
+        write: Takes each line.
+        pause: Seconds between attempts.
+    """
+
+    def __init__(self, cluster: Cluster, job: str, write: Callable[[str], None], pause: float = 2.0) -> None:
+        super().__init__(name="log", daemon=True)
+        self._cluster, self._job, self._write, self._pause = cluster, job, write, pause
+        self._ended = threading.Event()
+        self._readings: defaultdict[str, _Reading] = defaultdict(_Reading)
+
+    def finish(self, timeout: float = 60.0) -> None:
+        """The job has ended: read what is left, and stop."""
+        self._ended.set()
+        self.join(timeout)
+        if self.is_alive():
+            log.warning("the rest of the log of %s does not come; `kubectl logs` has it", self._job)
+
+    def run(self) -> None:
+        """Until the job has ended and its log is read."""
+        last_tries = _LAST_TRIES
+        while last_tries:
+            ended = self._ended.is_set()
+            try:
+                # Asked for each time: a pod that failed may have been replaced.
+                unread = [pod for pod in self._cluster.pods(self._job) if self._is_unread(pod)]
+                for pod in unread:
+                    self._follow(
+                        pod["metadata"]["name"], over=ended or pod["status"]["phase"] in ("Succeeded", "Failed")
+                    )
+            except SkdError as error:
+                log.warning("the log is not followed any more: %s", error)
+                return
+            if ended:
+                last_tries = last_tries - 1 if any(map(self._is_unread, unread)) else 0
+            self._ended.wait(self._pause)
+
+    def _is_unread(self, pod: Mapping[str, Any]) -> bool:
+        first = pod["metadata"].get("labels", {}).get(_INDEX) == "0"
+        started = pod.get("status", {}).get("phase", "Pending") != "Pending"
+        return first and started and not self._readings[pod["metadata"]["name"]].finished
+
+    def _follow(self, pod: str, *, over: bool) -> None:
+        """Write what is new in a pod's log, until the connection ends.
+
+        Args:
+            pod: Its name.
+            over: It writes no more, so that the end of the connection is the end of the log.
+        """
+        reading = self._readings[pod]
+        since = None if reading.heard is None else math.ceil(time.monotonic() - reading.heard) + _MARGIN
+        reading.unseen.restart()
+        try:
+            response = self._cluster.log(pod, since_seconds=since, follow=not over)
+            try:
+                for stamped in whole_lines(response.stream()):
+                    reading.heard = time.monotonic()
+                    if (line := reading.unseen.new(stamped)) is not None:
+                        self._write(line)
+                reading.finished = over
+            finally:
+                response.close()
+        except ApiException as error:
+            if error.status in (401, 403):
+                raise SkdError(f"not allowed to read it: {error.reason}", where=f"log of pod {pod}") from error
+            # Everything else mends itself: the container has not started, the pod is gone, or the server is away.
+            reading.finished = over and error.status == HTTPStatus.NOT_FOUND
+        except urllib3.exceptions.HTTPError as error:
+            log.debug("the log of %s was cut off: %s", pod, error)

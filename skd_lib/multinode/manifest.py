@@ -1,0 +1,154 @@
+"""The `TrainJob` as a pure function of the step's own pod and the configuration.
+
+A node is what the step's own pod is: the same image, service account, environment and place. What differs is said in
+`MultinodeConfig`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from skd_lib.config import MultinodeConfig
+
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+NODE = "node"
+"""Name of the replicated job, and of its container, in Trainer's runtimes."""
+_NAME_DIGITS = 16
+# The runtime sets PET_* itself and refuses them; what Kubeflow Pipelines and Argo set is about the step's own pod.
+_OWN = ("PET_", "KFP_", "ARGO_")
+_SHARED_MEMORY, _SCRATCH = "skd-shared-memory", "skd-scratch"
+
+
+def job_name(step: str, run_id: str, work: Any) -> str:
+    """Name of a step's job: the same for each attempt at the same work in the same pipeline run.
+
+    Kubernetes makes pod names of it (`NAME-node-0-0-abcde`, at most 63 characters), so it is kept short.
+
+    Args:
+        step: Name of the pipeline step.
+        run_id: Id of the pipeline run.
+        work: What the step is asked to do, as JSON values.
+    """
+    text = json.dumps([step, run_id, work], sort_keys=True)
+    return f"skd-{step.replace('_', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}"
+
+
+def train_job(
+    name: str, settings: MultinodeConfig, pod: Mapping[str, Any], *, run_id: str, arguments: list[str]
+) -> dict[str, Any]:
+    """The job's manifest.
+
+    Args:
+        name: See `job_name`.
+        settings: Nodes, and in what they differ from the step's own pod.
+        pod: That pod, as Kubernetes' API shows it.
+        run_id: Id of the pipeline run, by which the nodes track.
+        arguments: Of `skd_lib.multinode.node`. They must hold no `$(`, which Kubernetes would expand.
+    """
+    container = step_container(pod)
+    resources = _resources(container, settings)
+    trainer: dict[str, Any] = {
+        "image": container["image"],
+        "command": ["python3", "-m", "skd_lib.multinode.node"],
+        "args": arguments,
+        "numNodes": settings.nodes,
+        # Never left to the runtime: its `auto` counts CPU cores where it sees no GPU.
+        "numProcPerNode": settings.processes_per_node or max(1, gpus(resources)),
+        "env": [*_environment(container), {"name": "KFP_RUN_ID", "value": run_id}],
+    }
+    if resources:
+        trainer["resourcesPerNode"] = resources
+    spec: dict[str, Any] = {
+        "runtimeRef": {"apiGroup": GROUP, "kind": settings.runtime_kind, "name": settings.runtime},
+        "trainer": trainer,
+    }
+    template = {
+        # A mesh's proxy would stand between the processes, and outlive them.
+        "metadata": {"labels": {"sidecar.istio.io/inject": "false"}},
+        "spec": _pod_spec(pod["spec"], settings),
+    }
+    if settings.trainer_version == "2.1":
+        spec["podTemplateOverrides"] = [{"targetJobs": [{"name": NODE}], **template}]
+    else:
+        replicated = {"name": NODE, "template": {"spec": {"template": template}}}
+        patch = {"template": {"spec": {"replicatedJobs": [replicated]}}}
+        spec["runtimePatches"] = [{"manager": "skd/distillation", "trainingRuntimeSpec": patch}]
+        if settings.timeout_hours is not None:
+            spec["activeDeadlineSeconds"] = max(1, round(settings.timeout_hours * 3600))
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "TrainJob",
+        "metadata": {
+            "name": name,
+            "labels": {"app.kubernetes.io/part-of": "skd", **settings.labels},
+            "annotations": {"skd/run-id": run_id},
+        },
+        "spec": spec,
+    }
+
+
+def step_container(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """The container of a pipeline's pod that the step runs in: Argo calls it `main`."""
+    containers: list[dict[str, Any]] = pod["spec"]["containers"]
+    return next((each for each in containers if each["name"] == "main"), containers[0])
+
+
+def gpus(resources: Mapping[str, Any]) -> int:
+    """Accelerators among a container's limits (`nvidia.com/gpu`, `amd.com/gpu`)."""
+    return sum(int(count) for name, count in resources.get("limits", {}).items() if name.endswith("/gpu"))
+
+
+def _resources(container: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, Any]:
+    """Limits and requests. Always both: without requests Trainer may start one process a node, whatever is said."""
+    if settings.resources is None:
+        given = container.get("resources", {})
+        limits, requests = dict(given.get("limits", {})), dict(given.get("requests", {}))
+    else:
+        requests = dict(settings.resources)
+        limits = {name: amount for name, amount in requests.items() if name != "cpu"}
+    requests = {**limits, **requests}
+    return {"limits": limits or requests, "requests": requests} if requests else {}
+
+
+def _environment(container: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The step's variables: values, and references to secrets and config maps. Fields of its pod are its own."""
+    return [
+        variable
+        for variable in container.get("env", [])
+        if not variable["name"].startswith(_OWN)
+        and not {"fieldRef", "resourceFieldRef"} & variable.get("valueFrom", {}).keys()
+    ]
+
+
+def _pod_spec(own: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, Any]:
+    tolerations = settings.tolerations
+    if tolerations is None:
+        # Those that Kubernetes adds to every pod are left to it.
+        tolerations = [
+            each
+            for each in own.get("tolerations", [])
+            if not str(each.get("key", "")).startswith("node.kubernetes.io/")
+        ]
+    selector = own.get("nodeSelector") if settings.node_selector is None else settings.node_selector
+    shared_memory = {"medium": "Memory", "sizeLimit": settings.shared_memory}
+    spec = {
+        "serviceAccountName": own.get("serviceAccountName"),
+        "imagePullSecrets": own.get("imagePullSecrets"),
+        "nodeSelector": selector,
+        "tolerations": tolerations,
+        "affinity": own.get("affinity") if settings.node_selector is None else None,
+        "volumes": [{"name": _SHARED_MEMORY, "emptyDir": shared_memory}, {"name": _SCRATCH, "emptyDir": {}}],
+        "containers": [
+            {
+                "name": NODE,
+                "volumeMounts": [
+                    {"name": _SHARED_MEMORY, "mountPath": "/dev/shm"},  # noqa: S108 - a mount point in the container
+                    {"name": _SCRATCH, "mountPath": "/tmp"},  # noqa: S108 - likewise
+                ],
+            }
+        ],
+    }
+    return {name: value for name, value in spec.items() if value}

@@ -1,0 +1,112 @@
+"""What each node of a `TrainJob` runs: fetch the inputs, then the step's own command under torchrun.
+
+    python3 -m skd_lib.multinode.node EXCHANGE_URI
+
+How many nodes and processes there are, which node this is and where the first one is, torchrun reads from the
+variables that Trainer's torch runtime sets: PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and
+PET_MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from skd_lib import storage
+from skd_lib.errors import Preempted
+from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request
+from skd_lib.steps.runtime import RESULT_ENV, run_step
+
+log = logging.getLogger(__name__)
+
+
+def main(exchange: Annotated[str, typer.Argument(help="URI of the job's exchange folder.")]) -> None:
+    """Do this node's part of a training step on several nodes; see `skd_lib.multinode`."""
+    place = Exchange(exchange)
+    if place.is_complete():
+        # Another node failed on its way out, and Kubernetes has started this one again.
+        log.info("the result is there already")
+        return
+    with _sigterm_reaches_the_child() as child, tempfile.TemporaryDirectory(prefix="skd-node-") as folder:
+        request = place.request()
+        for name, uri in request.inputs.items():
+            log.info("fetching %s from %s", name, uri)
+            storage.download(uri, Path(folder) / "inputs" / name)
+        command = [sys.executable, "-m", "torch.distributed.run", *step_command(request, Path(folder))]
+        code = child.run(command, {RESULT_ENV: exchange})
+    if child.was_terminated():
+        raise Preempted("stopped by SIGTERM", hint="started again, the job goes on from its last checkpoint")
+    if code:
+        sys.exit(code)
+
+
+def step_command(request: Request, folder: Path) -> list[str]:
+    """The step's module and its options, with inputs and outputs in `folder`.
+
+    Args:
+        request: What the nodes are to do.
+        folder: Holds the inputs, by name, under `inputs`.
+    """
+    task = json.loads(request.executor_input)
+    task.setdefault("outputs", {})["outputFile"] = str(folder / EXECUTOR_OUTPUT)
+    options = {
+        **request.options,
+        **{name: str(folder / "inputs" / name) for name in request.inputs},
+        **{option: str(folder / "outputs" / name) for option, name in request.outputs.items()},
+        "executor_input": json.dumps(task),
+    }
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return ["-m", f"skd_lib.steps.{request.step}", *words]
+
+
+class _Child:
+    """A process that gets this one's SIGTERM: as the container's first process it is the only one to get it."""
+
+    def __init__(self) -> None:
+        self._signals: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def was_terminated(self) -> bool:
+        """Whether SIGTERM came."""
+        return bool(self._signals)
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        """Exit code of a command; that of one that a signal ended is 1."""
+        if self.was_terminated():
+            return 1
+        self._process = subprocess.Popen(command, env={**os.environ, **environment})
+        if self.was_terminated():
+            self._process.terminate()
+        return max(self._process.wait(), 0) or int(self._process.returncode != 0)
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self._signals.append(number)
+        if self._process is not None:
+            self._process.terminate()
+
+
+@contextmanager
+def _sigterm_reaches_the_child() -> Iterator[_Child]:
+    child = _Child()
+    before = signal.signal(signal.SIGTERM, child.take)
+    try:
+        yield child
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    run_step(main)

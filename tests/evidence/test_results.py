@@ -1,0 +1,152 @@
+"""From comparisons to CSV files, and from these to tables and plots."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from skd_lib.cli import app
+from skd_lib.compare.config import load_compare
+from skd_lib.compare.plan import to_parameters
+from skd_lib.compare.result import Comparison, TrialResult
+from skd_lib.compare.statistics import holm
+from skd_lib.errors import SkdError
+from skd_lib.evidence.analysis import variants_of
+from skd_lib.evidence.models import forward_cost
+from skd_lib.evidence.plots import METHODS, RULES
+from skd_lib.evidence.records import collect, read_curves, read_runs
+from skd_lib.evidence.tables import with_tables
+from skd_lib.report.summary import Course, Score, Scores
+
+DOCS = Path(__file__).parents[2] / "docs"
+CONFIGS = Path(__file__).parents[2] / "pipelines/configs/evidence"
+SCORES = {"skd-top_k-25": (50, 54, 52), "skd-top_k-5": (53, 56, 58), "min-prob": (40, 45, 41)}
+
+
+def _scores(accuracy: float) -> Scores:
+    score = Score(score=accuracy, low=accuracy - 2, high=accuracy + 2, signature="exact")
+    return Scores.model_validate({"accuracy": score.model_dump(), "examples": 500, "seconds": 1.0})
+
+
+def _comparison(name: str = RULES) -> Comparison:
+    trials = [
+        TrialResult(
+            variant=variant,
+            seed=seed,
+            scores=_scores(accuracy),
+            rejection_rate=0.25,
+            figures={"student_tokens": 1000.0, "teacher_tokens": 500.0},
+            course=Course(
+                steps=(1, 2), rejection_rate=(0.3, 0.2), validation_steps=(0, 2), validation_loss=(0.9, 0.1 * seed)
+            ),
+        )
+        for variant, accuracies in SCORES.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    lost = TrialResult(variant="mixture", seed=0, reason="out of memory")
+    return Comparison(
+        name=name,
+        reference="skd-top_k-25",
+        metrics=["accuracy"],
+        teacher=_scores(99.0).metrics,
+        variants=[],
+        trials=[*trials, lost],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The CSV files of two comparisons."""
+    files = []
+    for name in (METHODS, RULES):
+        files.append(tmp_path / name / "comparison.json")
+        files[-1].parent.mkdir()
+        files[-1].write_text(_comparison(name).to_json(), encoding="utf-8")
+    collect(files, tmp_path / "evidence")
+    return tmp_path / "evidence"
+
+
+def test_runs_come_back_as_they_went(folder: Path) -> None:
+    runs = [run for run in read_runs(folder) if run.comparison == RULES]
+    assert {(run.variant, run.seed): run.figures.get("accuracy") for run in runs if not run.failed} == {
+        (variant, seed): accuracy for variant, found in SCORES.items() for seed, accuracy in enumerate(found)
+    }
+    (lost,) = (run for run in runs if run.failed)
+    assert (lost.variant, lost.failed, lost.figures) == ("mixture", "out of memory", {"teacher": 99.0})
+    curves = [each for each in read_curves(folder) if each.comparison == RULES and each.figure == "validation_loss"]
+    assert [curve.values for curve in curves if curve.variant == "min-prob"] == [[0.9, 0.0], [0.9, 0.1], [0.9, 0.2]]
+
+
+def test_variants_are_tested_pairwise_by_seed(folder: Path) -> None:
+    variants = {variant.name: variant for variant in variants_of(read_runs(folder), RULES)}
+    assert variants["skd-top_k-25"].test is None
+    assert variants["mixture"].runs == {}
+    p_values = {}
+    for name in ("skd-top_k-5", "min-prob"):
+        theirs = stats.ttest_rel(SCORES[name], SCORES["skd-top_k-25"])
+        test = variants[name].test
+        assert test is not None
+        assert test.p_value == pytest.approx(theirs.pvalue)
+        interval = theirs.confidence_interval()
+        assert (test.difference.low, test.difference.high) == pytest.approx((interval.low, interval.high))
+        p_values[name] = test.p_value
+    assert [variants[name].test.p_holm for name in p_values] == pytest.approx(holm(list(p_values.values())))  # type: ignore[union-attr]
+
+
+def test_compute_counts_the_teacher_by_its_size(folder: Path) -> None:
+    (variant, *_) = variants_of(read_runs(folder), RULES)
+    assert variant.compute() == pytest.approx(1000 + 500 * forward_cost("teacher") / forward_cost("student"))
+
+
+def test_one_seed_has_no_interval_and_no_test(folder: Path) -> None:
+    runs = [run for run in read_runs(folder) if run.comparison == RULES and run.seed == 0]
+    variants = variants_of(runs, RULES)
+    assert all(variant.test is None for variant in variants)
+    assert math.isnan(variants[0].mean("accuracy").low)  # type: ignore[union-attr]
+
+
+def test_tables_go_between_their_marks(folder: Path) -> None:
+    page = f"before\n<!-- table {RULES} -->\nold\n<!-- end -->\nafter\n"
+    written = with_tables(page, read_runs(folder))
+    assert "old" not in written
+    assert written.startswith("before")
+    assert written.endswith("after\n")
+    rows = [line for line in written.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == ["skd-top_k-5", "skd-top_k-25", "min-prob", "mixture"]
+    mean = np.mean(SCORES["min-prob"])
+    assert f"| {mean:.1f} [" in rows[2]
+    assert with_tables(written, read_runs(folder)) == written
+    with pytest.raises(SkdError, match="no runs"):
+        with_tables("<!-- table other -->\n<!-- end -->", read_runs(folder))
+
+
+def test_commands_make_the_same_files_again(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- table {RULES} -->\n<!-- end -->\n", encoding="utf-8")
+    contents = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["evidence", "plot", str(folder), "--page", str(page)])
+        assert done.exit_code == 0, done.output
+        contents.append({file.name: file.read_bytes() for file in folder.glob("*.svg")})
+    assert contents[0] == contents[1]
+    assert contents[0].keys() >= {"compute.svg", "k.svg", "rejection-rate.svg", "validation-loss.svg"}
+    assert "min-prob" in page.read_text(encoding="utf-8")
+
+
+def test_what_is_no_comparison_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SkdError, match="cannot be read"):
+        collect([tmp_path / "comparison.json"], tmp_path)
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(SkdError, match="columns are missing"):
+        read_runs(tmp_path)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_comparisons_can_be_planned(file: Path) -> None:
+    if "base:" in file.read_text(encoding="utf-8"):
+        assert to_parameters(*load_compare(file), where=file.name)["trials"]

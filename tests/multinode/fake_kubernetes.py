@@ -1,0 +1,293 @@
+"""An HTTP server that speaks the part of Kubernetes' REST API that a TrainJob needs."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
+CORE = "/api/v1/namespaces/team/pods"
+REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+STEP_POD: dict[str, Any] = {
+    "metadata": {"name": "step-pod", "namespace": "team"},
+    "spec": {
+        "serviceAccountName": "pipeline-runner",
+        "nodeSelector": {"cloud.google.com/gke-accelerator": "nvidia-l4"},
+        "tolerations": [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+            {"key": "node.kubernetes.io/not-ready", "operator": "Exists", "tolerationSeconds": 300},
+        ],
+        "containers": [
+            {"name": "wait", "image": "argoexec:v3"},
+            {
+                "name": "main",
+                "image": "registry/skd-train@sha256:" + "a" * 64,
+                "env": [
+                    {
+                        "name": "MLFLOW_TRACKING_TOKEN",
+                        "valueFrom": {"secretKeyRef": {"name": "mlflow", "key": "token"}},
+                    },
+                    {"name": "SKD_LOG_LEVEL", "value": "INFO"},
+                    {
+                        "name": "KFP_RUN_ID",
+                        "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['pipeline/runid']"}},
+                    },
+                    {"name": "ARGO_TEMPLATE", "value": "{}"},
+                    {"name": "MY_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+                ],
+                "resources": {
+                    "limits": {"memory": "64Gi", "nvidia.com/gpu": "2"},
+                    "requests": {"cpu": "8", "memory": "64Gi"},
+                },
+            },
+        ],
+    },
+}
+
+
+class FakeKubernetes:
+    """One namespace, `team`.
+
+    Attributes:
+        address: Where it listens.
+        jobs: TrainJobs by name.
+        pods: Pods by name.
+        logs: Lines of each pod's log, with their times.
+        requests: Method and path of each request.
+        refused: Statuses for requests to come: while there are any, each request gets the first one, None lets it pass.
+        away_until: Until then (monotonic), all get 503.
+        on_create: Told of each job that was made; the kubelet.
+        on_delete: Told of each job that is to go.
+        cut_logs: Bytes of a log after which the connection is cut, one for each request to come.
+        hold_logs: A followed log stays open while this is set.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.pods: dict[str, dict[str, Any]] = {"step-pod": STEP_POD}
+        self.logs: dict[str, list[str]] = {}
+        self.requests: list[str] = []
+        self.refused: dict[str, list[int]] = {}
+        self.away_until = 0.0
+        self.on_create: Callable[[dict[str, Any]], None] = lambda job: None
+        self.on_delete: Callable[[dict[str, Any]], None] = lambda job: None
+        self.cut_logs: list[int] = []
+        self.sinces: list[int | None] = []
+        self.allowed = True
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def kubeconfig(self, folder: Path) -> Path:
+        context = {"cluster": "fake", "user": "nobody", "namespace": "team"}
+        text = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "fake", "cluster": {"server": self.address}}],
+            "users": [{"name": "nobody", "user": {"token": "t0ken"}}],
+            "contexts": [{"name": "fake", "context": context}],
+            "current-context": "fake",
+        }
+        (folder / "kubeconfig").write_text(json.dumps(text))
+        return folder / "kubeconfig"
+
+    def add_node(self, job: str, index: int, phase: str = "Running", suffix: str = "", **status: Any) -> str:
+        name = f"{job}-node-0-{index}-x{suffix}"
+        labels = {
+            "jobset.sigs.k8s.io/jobset-name": job,
+            "jobset.sigs.k8s.io/replicatedjob-name": "node",
+            "batch.kubernetes.io/job-completion-index": str(index),
+        }
+        self.pods[name] = {
+            "metadata": {"name": name, "labels": labels, "creationTimestamp": _now()},
+            "spec": {"containers": [{"name": "node"}]},
+            "status": {"phase": phase, **status},
+        }
+        self.logs.setdefault(name, [])
+        return name
+
+    def write(self, pod: str, *lines: str, stamp: str | None = None) -> None:
+        for line in lines:
+            self.logs[pod].append(f"{stamp or _now()} {line}")
+
+    def end(self, job: str, kind: str = "Complete", message: str = "all done", reason: str = "JobsCompleted") -> None:
+        for pod in self.pods.values():
+            if pod["metadata"].get("labels", {}).get("jobset.sigs.k8s.io/jobset-name") == job:
+                pod["status"]["phase"] = "Succeeded" if kind == "Complete" else "Failed"
+        condition = {"type": kind, "status": "True", "message": message, "reason": reason, "lastTransitionTime": _now()}
+        self.jobs[job]["status"] = {"conditions": [condition]}
+
+    def create(self, job: dict[str, Any]) -> bool:
+        name = job["metadata"]["name"]
+        with self._lock:
+            if name in self.jobs:
+                return False
+            job["metadata"]["creationTimestamp"] = _now()
+            self.jobs[name] = job
+        self.on_create(job)
+        return True
+
+    def delete(self, name: str) -> bool:
+        with self._lock:
+            job = self.jobs.get(name)
+        if job is None:
+            return False
+        self.on_delete(job)
+        self.jobs.pop(name, None)
+        for pod in [pod for pod in self.pods if pod.startswith(f"{name}-node")]:
+            del self.pods[pod]
+        return True
+
+
+@contextmanager
+def running() -> Iterator[FakeKubernetes]:
+    server = FakeKubernetes()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
+
+
+def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            if self._turned_away():
+                return
+            path, query = self._split()
+            name = path.rsplit("/", 1)[-1]
+            if path == CORE:
+                wanted = dict(pair.split("=") for pair in query["labelSelector"].split(","))
+                items = [p for p in fake.pods.values() if wanted.items() <= p["metadata"].get("labels", {}).items()]
+                self._answer(200, {"kind": "PodList", "apiVersion": "v1", "items": items})
+            elif path.startswith(f"{CORE}/") and path.endswith("/log"):
+                self._log(path.split("/")[-2], query)
+            elif path.startswith(f"{CORE}/"):
+                self._found(fake.pods.get(name))
+            elif path.startswith(f"{JOBS}/"):
+                self._found(fake.jobs.get(name))
+            else:
+                self._fail(404, "the server could not find the requested resource")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self._turned_away():
+                return
+            path, query = self._split()
+            if path == REVIEWS:
+                self._answer(201, {**body, "status": {"allowed": fake.allowed}})
+            elif path != JOBS:
+                self._fail(404, "the server could not find the requested resource")
+            elif query.get("fieldValidation") != "Strict":
+                self._fail(400, "the test wants strict validation")
+            elif not fake.create(body):
+                self._fail(409, f'trainjobs "{body["metadata"]["name"]}" already exists')
+            else:
+                self._answer(201, body)
+
+        def do_DELETE(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self._turned_away():
+                return
+            path, query = self._split()
+            name = path.rsplit("/", 1)[-1]
+            if query.get("propagationPolicy") != "Foreground":
+                self._fail(400, "the test wants foreground deletion")
+            elif fake.delete(name):
+                self._answer(200, {"kind": "Status", "status": "Success"})
+            else:
+                self._fail(404, f'trainjobs "{name}" not found')
+
+        def _split(self) -> tuple[str, dict[str, str]]:
+            parts = urlsplit(self.path)
+            return parts.path, {name: values[0] for name, values in parse_qs(parts.query).items()}
+
+        def _turned_away(self) -> bool:
+            path, _ = self._split()
+            fake.requests.append(f"{self.command} {path}")
+            assert self.headers["Authorization"] == "Bearer t0ken"
+            if time.monotonic() < fake.away_until:
+                self._fail(503, "not now")
+                return True
+            if waiting := fake.refused.get(self.command):
+                status = waiting.pop(0)
+                self._fail(
+                    status, {403: 'trainjobs is forbidden: User "system:serviceaccount:team:x"'}.get(status, "no")
+                )
+                return True
+            return False
+
+        def _found(self, item: dict[str, Any] | None) -> None:
+            if item is None:
+                self._fail(404, "not found")
+            else:
+                self._answer(200, item)
+
+        def _fail(self, status: int, message: str) -> None:
+            self._answer(status, {"kind": "Status", "status": "Failure", "message": message, "code": status})
+
+        def _answer(self, status: int, body: dict[str, Any]) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def _log(self, pod: str, query: dict[str, str]) -> None:
+            assert query["container"] == "node"
+            assert query["timestamps"] == "True"
+            fake.sinces.append(int(query["sinceSeconds"]) if "sinceSeconds" in query else None)
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            left = fake.cut_logs.pop(0) if fake.cut_logs else None
+            sent = 0
+            while True:
+                over = (
+                    query.get("follow") != "True" or fake.pods.get(pod, {}).get("status", {}).get("phase") != "Running"
+                )
+                lines = fake.logs[pod]
+                for line in lines[sent:]:
+                    content = f"{line}\n".encode()
+                    if left is not None and len(content) > left:
+                        self._chunk(content[:left])
+                        self.close_connection = True  # in the middle of a line, and of the stream
+                        return
+                    if left is not None:
+                        left -= len(content)
+                    self._chunk(content)
+                    sent += 1
+                if over and sent == len(fake.logs[pod]):
+                    break
+                time.sleep(0.02)
+            self.wfile.write(b"0\r\n\r\n")
+
+        def _chunk(self, content: bytes) -> None:
+            if content:
+                self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
+                self.wfile.flush()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler

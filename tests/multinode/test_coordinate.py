@@ -1,0 +1,376 @@
+"""The step that waits for a TrainJob, against a server that speaks Kubernetes' REST API."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes.client import ApiClient, Configuration
+
+from skd_lib.config import MultinodeConfig
+from skd_lib.errors import SkdError
+from skd_lib.multinode import coordinate
+from skd_lib.multinode.cluster import Cluster
+from skd_lib.multinode.coordinate import Work, train_on_nodes
+from skd_lib.multinode.exchange import Exchange
+from skd_lib.multinode.logs import Unseen, whole_lines
+from skd_lib.steps.runtime import StepIO
+from tests.multinode.fake_kubernetes import FakeKubernetes, running
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKubernetes]:
+    with running() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
+        monkeypatch.setenv("KFP_RUN_ID", "run-1")
+        monkeypatch.setenv("KFP_POD_NAME", "step-pod")
+        monkeypatch.setattr(coordinate, "POLL_SECONDS", 0.05)
+        yield server
+
+
+class Step:
+    """One attempt at a step, in a pod of its own."""
+
+    def __init__(self, folder: Path, root: str) -> None:
+        self.folder = folder
+        kinds = {"inputs": ("student", "data"), "outputs": ("model", "metrics")}
+        artifacts = {
+            kind: {
+                name: {"artifacts": [{"name": name, "uri": f"memory://bucket/{name}", "metadata": {}}]}
+                for name in names
+            }
+            for kind, names in kinds.items()
+        }
+        task = {
+            "inputs": {"artifacts": artifacts["inputs"]},
+            "outputs": {"artifacts": artifacts["outputs"], "outputFile": str(folder / "output.json")},
+        }
+        self.io = StepIO(json.dumps(task), {"model": folder / "model", "metrics": folder / "metrics.json"})
+        self.work = Work(
+            step="distill",
+            options={"checkpoint_root": root, "config": "{}"},
+            inputs={"student": folder, "data": folder},
+            outputs={"model_out": "model", "metrics_out": "metrics"},
+            executor_input=json.dumps(task),
+        )
+
+    def run(self, **settings: Any) -> dict[str, Any]:
+        train_on_nodes(self.work, MultinodeConfig(**{"nodes": 2, **settings}), self.io)
+        written: dict[str, Any] = json.loads((self.folder / "output.json").read_text())
+        return written
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Callable[[], Step]:
+    attempts = iter(range(9))
+
+    def make() -> Step:
+        return Step(tmp_path / f"attempt-{next(attempts)}", f"memory://bucket/{tmp_path.name}")
+
+    return make
+
+
+def publish(job: dict[str, Any]) -> None:
+    """What the first node does at its end."""
+    (uri,) = job["spec"]["trainer"]["args"]
+    request = Exchange(uri).request()
+    assert request.inputs == {"student": "memory://bucket/student", "data": "memory://bucket/data"}
+    folder = Path(json.loads(request.executor_input)["outputs"]["outputFile"]).parent / "node"
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "weights").write_text("trained")
+    (folder / "metrics.json").write_text("{}")
+    io = StepIO(None, {"model": folder / "model", "metrics": folder / "metrics.json"})
+    io.metadata("model", weights_sha256="abc")
+    io.parameter("course", {"steps": [1, 2]})
+    Exchange(uri).publish(io.paths, io.write())
+
+
+def in_background(what: Callable[[], None]) -> None:
+    threading.Thread(target=what, daemon=True).start()
+
+
+def start(fake: FakeKubernetes, job: dict[str, Any], *lines: str) -> str:
+    """A kubelet: start the nodes, and write a log."""
+    name = job["metadata"]["name"]
+    pod = fake.add_node(name, 0)
+    fake.add_node(name, 1)
+    fake.write(pod, *lines)
+    time.sleep(0.2)
+    return name
+
+
+def work(fake: FakeKubernetes, job: dict[str, Any], *lines: str) -> None:
+    """A kubelet: do all of it."""
+    start(fake, job, *lines)
+    publish(job)
+    fake.end(job["metadata"]["name"])
+
+
+def completes(fake: FakeKubernetes, *lines: str) -> None:
+    fake.on_create = lambda job: in_background(lambda: work(fake, job, *lines))
+
+
+@contextmanager
+def lost_pod(at: str) -> Iterator[None]:
+    """An attempt that ends without a word at a function of the module, as when its machine breaks."""
+
+    def lost(*_: object) -> None:
+        raise ConnectionAbortedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{coordinate.__name__}.{at}", lost)
+        yield
+
+
+def test_results_of_the_nodes_become_the_steps_own(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], capsys: pytest.CaptureFixture[str]
+) -> None:
+    completes(kubernetes, "epoch 1", "epoch 2")
+    attempt = step()
+    written = attempt.run()
+    assert capsys.readouterr().out.splitlines() == ["epoch 1", "epoch 2"]
+    assert (attempt.folder / "model" / "weights").read_text() == "trained"
+    model = written["artifacts"]["model"]["artifacts"][0]
+    assert (model["uri"], model["metadata"]) == ("memory://bucket/model", {"weights_sha256": "abc"})
+    assert written["parameterValues"] == {"course": {"steps": [1, 2]}}
+    assert kubernetes.jobs == {}  # nothing is left behind
+    assert not Exchange(f"{attempt.work.options['checkpoint_root']}/multinode").is_complete()
+
+
+def test_a_retried_step_takes_up_the_job_that_is_there(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    created: list[str] = []
+    kubernetes.on_create = lambda job: created.append(job["metadata"]["name"])
+
+    with lost_pod("time.sleep"), pytest.raises(ConnectionAbortedError):
+        step().run()
+    (name,) = created
+    in_background(lambda: work(kubernetes, kubernetes.jobs[name]))
+    step().run()
+    assert created == [name]
+    posts = [request for request in kubernetes.requests if request.startswith("POST")]
+    assert len(posts) == 1
+
+
+def test_a_result_is_taken_even_if_its_job_is_gone(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    kubernetes.on_create = lambda job: in_background(lambda: [publish(job), kubernetes.end(job["metadata"]["name"])])
+    with lost_pod("_collect"), pytest.raises(ConnectionAbortedError):
+        step().run()
+    kubernetes.jobs.clear()
+    assert step().run()["parameterValues"]
+    assert sum(request.startswith("POST") for request in kubernetes.requests) == 1
+
+
+def test_a_failed_job_fails_the_step_and_a_retry_replaces_it(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(job: dict[str, Any]) -> None:
+        name = job["metadata"]["name"]
+        ended = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+        start(kubernetes, job, "loading")
+        kubernetes.pods[f"{name}-node-0-1-x"]["status"]["containerStatuses"] = [{"name": "node", "state": ended}]
+        kubernetes.end(name, "Failed", "a job has failed", "JobsFailed")
+
+    kubernetes.on_create = lambda job: in_background(lambda: fails(job))
+    with pytest.raises(SkdError) as caught:
+        step().run()
+    (name,) = kubernetes.jobs
+    assert f"{name}: the TrainJob has failed: a job has failed (JobsFailed); {name}-node-0-1-x" in str(caught.value)
+    assert "OOMKilled, exit code 137" in str(caught.value)
+    assert capsys.readouterr().out == "loading\n"
+    completes(kubernetes)
+    step().run()
+    assert [request.split()[0] for request in kubernetes.requests if "POST" in request or "DELETE" in request] == [
+        "POST",
+        "DELETE",
+        "POST",
+        "DELETE",
+    ]
+
+
+def test_what_ails_a_node_is_told() -> None:
+    pod = {
+        "metadata": {"name": "n"},
+        "status": {
+            "conditions": [
+                {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/5 nodes"},
+                {"type": "Ready", "status": "False", "reason": "ContainersNotReady"},
+                {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"},
+            ],
+            "containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff"}}}],
+        },
+    }
+    assert coordinate._trouble(pod) == "n: Unschedulable: 0/5 nodes, TerminationByKubelet, ImagePullBackOff"
+    failed = {
+        "metadata": {"name": "n"},
+        "status": {"containerStatuses": [{"state": {"terminated": {"exitCode": 137}}}]},
+    }
+    assert coordinate._trouble(failed) == "n: ended, exit code 137"
+    assert coordinate._trouble({"metadata": {"name": "n"}, "status": {"phase": "Running"}}) == ""
+
+
+def test_the_api_may_be_away_for_a_while(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], caplog: pytest.LogCaptureFixture
+) -> None:
+    def kubelet(job: dict[str, Any]) -> None:
+        kubernetes.away_until = time.monotonic() + 1.2
+        in_background(lambda: work(kubernetes, job))
+
+    kubernetes.on_create = kubelet
+    with caplog.at_level("INFO"):
+        step().run()
+    assert "Kubernetes does not answer" in caplog.text
+    assert "Kubernetes answers again" in caplog.text
+
+
+def test_an_api_that_stays_away_is_an_error_that_says_so(kubernetes: FakeKubernetes) -> None:
+    cluster = Cluster.connect()
+    cluster.patience = 1.0
+    kubernetes.away_until = time.monotonic() + 60
+    with pytest.raises(SkdError, match=r"has not answered for 1 s: 503(.|\n)*the job goes on"):
+        cluster.job("x")
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        settings = Configuration(host=f"http://127.0.0.1:{taken.getsockname()[1]}")
+        settings.retries = 0
+        gone = Cluster("team", ApiClient(settings), patience=1.0)
+        with pytest.raises(SkdError, match=r"has not answered for 1 s(.|\n)*refused"):
+            gone.job("x")
+
+
+def test_missing_rights_name_the_role(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    kubernetes.refused["POST"] = [403]
+    with pytest.raises(SkdError, match=r"create trainjob(.|\n)*forbidden(.|\n)*pipelines/deploy/base/multinode.yaml"):
+        step().run()
+    kubernetes.refused["GET"] = [401]
+    with pytest.raises(SkdError, match="not allowed"):
+        step().run()
+
+
+@pytest.mark.parametrize(("status", "message"), [(404, "has no TrainJobs"), (400, "trainer_version")])
+def test_a_cluster_without_this_trainer_is_told(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], status: int, message: str
+) -> None:
+    kubernetes.refused["POST"] = [status]
+    with pytest.raises(SkdError, match=message):
+        step().run()
+
+
+def test_two_attempts_at_once_share_a_job(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    """Another one makes the job between this one's look and its request; so does an answer that got lost."""
+    create = kubernetes.create
+
+    def created_by_both(job: dict[str, Any]) -> bool:
+        assert create(json.loads(json.dumps(job)))
+        return create(job)
+
+    kubernetes.create = created_by_both  # type: ignore[method-assign]
+    completes(kubernetes)
+    step().run()
+
+
+def test_a_job_that_takes_too_long_is_deleted(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    kubernetes.on_create = lambda job: job["metadata"].update(creationTimestamp="2026-01-01T00:00:00Z")
+    with pytest.raises(SkdError, match=r"longer than 1\.5 hours"):
+        step().run(timeout_hours=1.5)
+    assert kubernetes.jobs == {}
+
+
+def test_a_job_that_somebody_deletes_fails_the_step(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    def kubelet(job: dict[str, Any]) -> None:
+        in_background(lambda: [time.sleep(0.2), kubernetes.delete(job["metadata"]["name"])])
+
+    kubernetes.on_create = kubelet
+    with pytest.raises(SkdError, match="somebody has deleted the TrainJob"):
+        step().run()
+
+
+def test_places_that_nodes_cannot_reach_are_refused(step: Callable[[], Step], tmp_path: Path) -> None:
+    attempt = step()
+    with pytest.raises(SkdError, match=r"input student is at /(.|\n)*gs:// pipeline root"):
+        train_on_nodes(attempt.work, MultinodeConfig(nodes=2), StepIO(None, {}))
+    local = Step(tmp_path / "local", str(tmp_path))
+    with pytest.raises(SkdError, match="checkpoint_root is at /"):
+        local.run()
+
+
+def test_without_a_cluster_it_says_so(step: Callable[[], Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    with pytest.raises(SkdError, match=r"needs a Kubernetes cluster(.|\n)*skd submit"):
+        step().run()
+    monkeypatch.delenv("KFP_RUN_ID")
+    with pytest.raises(SkdError, match="KFP_RUN_ID"):
+        step().run()
+
+
+def test_a_log_that_is_cut_off_goes_on_without_repetition(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"line {number}" for number in range(20)]
+    # Cut within the first line, after some, and in the middle of one.
+    kubernetes.cut_logs = [10, 3 * 38, 200]
+    completes(kubernetes, *lines[:10], *lines[10:])
+    step().run()
+    assert capsys.readouterr().out.splitlines() == lines
+    assert len(kubernetes.sinces) >= 4
+    assert kubernetes.sinces[0] is None
+    assert kubernetes.sinces[-1] in (60, 61, 62, 63, 64)
+
+
+def test_a_node_that_was_replaced_is_followed_too(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kubelet(job: dict[str, Any]) -> None:
+        name = job["metadata"]["name"]
+        first = kubernetes.add_node(name, 0)
+        kubernetes.write(first, "a", "b")
+        time.sleep(0.3)
+        kubernetes.pods[first]["status"]["phase"] = "Failed"
+        time.sleep(0.1)
+        kubernetes.write(kubernetes.add_node(name, 0, suffix="y"), "c")
+        time.sleep(0.3)
+        publish(job)
+        kubernetes.end(name)
+
+    kubernetes.on_create = lambda job: in_background(lambda: kubelet(job))
+    step().run()
+    assert capsys.readouterr().out.splitlines() == ["a", "b", "c"]
+
+
+def test_lines_of_one_moment_are_told_apart() -> None:
+    unseen = Unseen()
+    log = [
+        "2026-01-01T00:00:01Z a",
+        "2026-01-01T00:00:01.5Z b",
+        "2026-01-01T00:00:01.5Z b",
+        "2026-01-01T00:00:01.50000001Z c",
+    ]
+    seen = []
+    for length in range(len(log) + 1):
+        unseen.restart()
+        seen += [line for each in log[:length] if (line := unseen.new(each)) is not None]
+    assert seen == ["a", "b", "b", "c"]
+    assert unseen.new("2026-01-01T00:00:02+01:00 ") == ""
+
+
+def test_characters_may_be_cut_anywhere() -> None:
+    text = "é\nzwei\n\nüü\nrest".encode()
+    assert list(whole_lines(text[i : i + 1] for i in range(len(text)))) == ["é", "zwei", "", "üü", "rest"]
+
+
+def test_of_several_processes_in_the_steps_pod_one_asks(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    attempt = step()
+    train_on_nodes(attempt.work, MultinodeConfig(nodes=2), attempt.io)
+    assert kubernetes.jobs == {}
+    assert not (attempt.folder / "output.json").exists()

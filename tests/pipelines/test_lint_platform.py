@@ -1,0 +1,143 @@
+"""Rules about a pipeline as the cluster gets it: each is broken alone, in the compiled pipeline itself."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipelines.compiling import Documents, compile_pipeline
+from pipelines.lint_platform import lint_documents
+
+DIGEST = "@sha256:" + "0" * 64
+Change = Callable[[Documents], object]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Documents:
+    return compile_pipeline("r/train" + DIGEST, "r/comet" + DIGEST)
+
+
+@pytest.fixture
+def documents(compiled: Documents) -> Documents:
+    return copy.deepcopy(compiled)
+
+
+def kubernetes(documents: Documents, label: str = "exec-distill") -> Any:
+    return documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label]
+
+
+def container(documents: Documents) -> Any:
+    return documents[0]["deploymentSpec"]["executors"]["exec-distill"]["container"]
+
+
+def dag(documents: Documents) -> Any:
+    return documents[0]["components"]["comp-exit-handler-1"]
+
+
+def parameters(documents: Documents) -> Any:
+    return documents[0]["root"]["inputDefinitions"]["parameters"]
+
+
+def test_what_is_compiled_keeps_all_rules_even_those_of_a_release(documents: Documents):
+    assert lint_documents(documents, release=True) == []
+
+
+def test_a_parameter_of_the_platform_that_only_an_outer_dag_has(documents: Documents):
+    """As KFP compiles some setters inside of a condition: the driver looks in the inner DAG, and the run fails."""
+    inner = documents[0]["components"]["comp-condition-3"]
+    del inner["inputDefinitions"]["parameters"]["pipelinechannel--node_selector"]
+    del documents[0]["components"]["comp-condition-branches-2"]["dag"]["tasks"]["condition-3"]["inputs"]["parameters"][
+        "pipelinechannel--node_selector"
+    ]
+    (problem,) = lint_documents(documents)
+    assert problem == (
+        "platform spec of task comet-score in comp-condition-3: comes from 'pipelinechannel--node_selector', which the "
+        "enclosing DAG does not have"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda d: d.pop(), "there are 1 documents"),
+        (lambda d: dag(d).update(inputDefinition={}), 'pipeline spec: .*"inputDefinition"'),
+        (lambda d: container(d).update(shm="8Gi"), 'pipeline spec, deploymentSpec: .*"shm"'),
+        (lambda d: container(d).update(command="python3"), "pipeline spec, deploymentSpec: .*command"),
+        (lambda d: d[1].update(platform={}), 'platform spec: .*"platform"'),
+        (lambda d: kubernetes(d).update(nodeselector={}), 'platform spec, executor exec-distill: .*"nodeselector"'),
+        (
+            lambda d: kubernetes(d).update(activeDeadlineSeconds="2h"),
+            "platform spec, executor exec-distill: .*activeDeadlineSeconds",
+        ),
+        (
+            lambda d: d[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].update({"exec-x": {}}),
+            "platform spec: executor 'exec-x' does not exist",
+        ),
+        (
+            lambda d: kubernetes(d)["tolerations"][0]["tolerationJson"].update(componentInputParameter="pool"),
+            "platform spec of task distill in comp-exit-handler-1: comes from 'pool', which the enclosing DAG",
+        ),
+        (
+            lambda d: kubernetes(d)["nodeSelector"].update(
+                nodeSelectorJson={
+                    "taskOutputParameter": {"producerTask": "pool", "outputParameterKey": "labels"},
+                }
+            ),
+            "platform spec of task distill in comp-exit-handler-1: comes from task 'pool', which is not in this DAG",
+        ),
+        (lambda d: kubernetes(d).pop("emptyDirMounts"), "task distill has a GPU and no /dev/shm of a given size"),
+        (
+            lambda d: [mount.pop("sizeLimit") for mount in kubernetes(d)["emptyDirMounts"]],
+            "task distill has a GPU and no /dev/shm of a given size",
+        ),
+        (
+            lambda d: dag(d)["dag"]["tasks"]["distill"].pop("retryPolicy"),
+            "task distill has a GPU and is not tried again after a failure",
+        ),
+        *(
+            (
+                lambda d, field=field: container(d)["resources"].pop(field),
+                f"task distill has a GPU and no {field}",
+            )
+            for field in ("resourceCpuRequest", "resourceMemoryRequest", "resourceMemoryLimit")
+        ),
+        (
+            lambda d: container(d)["env"].append({"name": "HF_TOKEN", "value": "x"}),
+            "executor exec-distill: environment variable HF_TOKEN holds its value here, not in a Secret",
+        ),
+        (
+            lambda d: parameters(d).update(hub_token={"parameterType": "STRING", "isOptional": True}),
+            "pipeline parameter 'hub_token': a secret must not be a parameter",
+        ),
+        *(
+            (
+                lambda d, value=value: parameters(d)["teacher"].update(defaultValue=value),
+                r"\.root\.inputDefinitions\.parameters\.teacher\.defaultValue: looks like a secret",
+            )
+            for value in (
+                "hf_" + "a" * 30,
+                "sk-" + "a" * 40,
+                "ghp_" + "a" * 36,
+                "AKIA" + "A" * 16,
+                "xoxb-" + "1" * 12,
+                "-----BEGIN PRIVATE KEY-----",
+                "https://hooks.slack.com/services/T0/B0/abc",
+                "postgresql://mlflow:pw@db/mlflow",
+            )
+        ),
+    ],
+)
+def test_broken_in_one_way(documents: Documents, change: Change, problem: str):
+    change(documents)
+    (found,) = lint_documents(documents)
+    assert re.search(problem, found)
+
+
+def test_a_release_names_every_image_by_its_digest(documents: Documents):
+    container(documents)["image"] = "r/train:1.0"
+    assert lint_documents(documents) == []
+    assert lint_documents(documents, release=True) == ["image 'r/train:1.0' is not named by its digest"]
