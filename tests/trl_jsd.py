@@ -2,8 +2,8 @@
 
 TRL is no dependency: the numbers are kept in `tests/trl_jsd.json`. To make them again, in an environment of its own:
 
-    python3 -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0 -c constraints/main.txt
-    /tmp/trl/bin/python tests/trl_jsd.py
+    python3 -m venv trl-env && trl-env/bin/pip install trl==1.16.0 -c constraints/main.txt
+    trl-env/bin/python tests/trl_jsd.py
 """
 
 from __future__ import annotations
