@@ -2,6 +2,7 @@
 
     preflight -> import_model, prepare_data -> teacher_sft -> evaluate (teacher)
         -> for each run: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark
+            -> compare_result
         -> compare_table
     exit handler: finish
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from kfp import dsl
 
+from components.compare_result.component import compare_result
 from components.compare_table.component import compare_table
 from components.compare_variant.component import compare_variant
 from components.distill.component import distill
@@ -196,16 +198,22 @@ def compare_methods(profile: Profile) -> Any:
                     **common,
                 )
                 drafted = settle(measured_draft, "specdec_benchmark").outputs
+                result = settle(
+                    compare_result(
+                        trial=trial,
+                        scores=answered["scores"],
+                        course=distilled["course"],
+                        draft=drafted["after"],
+                        predictions=answered["predictions"],
+                        figures=distilled["metrics"],
+                    ),
+                    "compare_result",
+                ).outputs["result"]
 
             settle(
                 compare_table(
                     run_name=run_name,
-                    trials=trials,
-                    scores=dsl.Collected(answered["scores"]),
-                    drafts=dsl.Collected(drafted["after"]),
-                    courses=dsl.Collected(distilled["course"]),
-                    predictions=dsl.Collected(answered["predictions"]),
-                    figures=dsl.Collected(distilled["metrics"]),
+                    results=dsl.Collected(result),
                     failed=failed,
                     teacher=measured["scores"],
                     reference=reference,

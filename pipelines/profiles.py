@@ -31,6 +31,7 @@ KINDS: Mapping[str, Kind] = {
     "comet_score": "model",
     "comet_score-off": "small",
     "compare_variant": "small",
+    "compare_result": "small",
     "compare_table": "small",
     "report": "small",
     "gate": "small",

@@ -11,13 +11,8 @@ from components.images import TRAIN
 @dsl.container_component
 def compare_table(
     run_name: str,
-    trials: list[dict],  # type: ignore[type-arg]  # KFP knows lists by this form
-    scores: list[dict],  # type: ignore[type-arg]
-    courses: list[dict],  # type: ignore[type-arg]
-    drafts: list[dict],  # type: ignore[type-arg]
-    predictions: dsl.Input[list[dsl.Artifact]],
-    figures: dsl.Input[list[dsl.Metrics]],
-    failed: list[dict],  # type: ignore[type-arg]
+    results: dsl.Input[list[dsl.Artifact]],
+    failed: list[dict],  # type: ignore[type-arg]  # KFP knows lists by this form
     teacher: dict[str, Any],
     reference: str,
     config: dict[str, Any],
@@ -36,12 +31,7 @@ def compare_table(
 
     Args:
         run_name: Name of the comparison.
-        trials: The runs, in the order of the lists below.
-        scores: Scores of each run's student on the test set.
-        courses: Course of each run's training.
-        drafts: What each run's student is worth as a draft model; empty ones where that was not measured.
-        predictions: Answers of each run's student to the test set.
-        figures: Figures of each run's training.
+        results: Figures and answers of each run, as `compare_result` wrote them.
         failed: Runs that have no model, each with a reason.
         teacher: Scores of the fine-tuned teacher.
         reference: The variant that the others are tested against.
@@ -61,10 +51,6 @@ def compare_table(
         TRAIN,
         {
             "run_name": run_name,
-            "trials": trials,
-            "scores": scores,
-            "courses": courses,
-            "drafts": drafts,
             "failed": failed,
             "teacher": teacher,
             "reference": reference,

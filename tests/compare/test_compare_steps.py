@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from skd_lib.compare.result import Comparison
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import write_predictions
-from skd_lib.steps import compare_table, compare_variant
+from skd_lib.steps import compare_result, compare_table, compare_variant
 from tests.compare.test_build import RIGHT, accuracy, answers
 from tests.compare.test_trials import BASE
 
@@ -19,41 +20,52 @@ TRIALS = [{"variant": variant, "seed": float(seed), "init": "", "overrides": {}}
 DRAFT = {"acceptance_rate": 0.5, "tokens_per_teacher_call": 2.0, "speedup": 1.5, "settings": []}
 
 
-def table(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Run `compare_table` on lists of artifacts, as they come from a loop; its executor output."""
-    predictions = []
-    for number, right in enumerate(RIGHT.values()):
-        predictions.append(folder / f"predictions-{number}")
-        write_predictions(predictions[-1], answers(right, order=number))
-    metadata = {"steps": 5.0, "tokens_per_teacher_call_last_tenth": 2.5, "seconds_loss": 2.0, "display_name": "x"}
-    inputs = {
-        "predictions": {"artifacts": [{"uri": str(path)} for path in predictions]},
-        "figures": {"artifacts": [{"uri": "gs://bucket/metrics", "metadata": metadata}] * len(RIGHT)},
-    }
+def result(folder: Path, number: int, **changes: Any) -> Path:
+    """Run `compare_result` of one run; its folder."""
+    right = RIGHT[TRIALS[number]["variant"], int(TRIALS[number]["seed"])]
+    predictions, figures = folder / f"predictions-{number}", folder / f"figures-{number}"
+    write_predictions(predictions, answers(right, order=number))
+    figures.write_text(json.dumps({"steps": 5.0, "tokens_per_teacher_call_last_tenth": 2.5, "seconds_loss": 2.0}))
     values = {
-        "trials": TRIALS,
-        "scores": [accuracy(right).metrics | {"examples": 40} for right in RIGHT.values()],
-        "courses": [{"rejection_rate": [0.5, 0.25], "steps": [1.0, 2.0]}] * len(RIGHT),
-        "drafts": [DRAFT, *[{}] * (len(RIGHT) - 1)],
+        "trial": TRIALS[number],
+        "scores": accuracy(right).metrics | {"examples": 40},
+        "course": {"rejection_rate": [0.5, 0.25], "steps": [1.0, 2.0]},
+        "draft": {} if number else DRAFT,
+        **changes,
+    }
+    out = folder / f"result-{number}"
+    compare_result.main(
+        **{name: json.dumps(value, default=lambda score: score.model_dump()) for name, value in values.items()},
+        predictions=predictions,
+        figures=figures,
+        result_out=out,
+    )
+    return out
+
+
+def table(folder: Path, results: Sequence[Path], **changes: Any) -> dict[str, Any]:
+    """Run `compare_table` on a list of artifacts, as it comes from a loop; its executor output."""
+    artifacts = {"results": {"artifacts": [{"uri": str(path)} for path in results]}}
+    values = {
         "failed": [{**TRIALS[0], "variant": "hot", "reason": "it exploded"}],
         "teacher": {"accuracy": {"score": 90, "low": 80, "high": 95}},
         **changes,
     }
     compare_table.main(
-        **{name: json.dumps(value, default=lambda score: score.model_dump()) for name, value in values.items()},
+        **{name: json.dumps(value) for name, value in values.items()},
         **{f"{name}_out": folder / name for name in ("page", "runs", "comparison")},
         reference="skd",
         run_name="test",
         config='{"bootstrap_samples": 100}',
         task_config='{"metrics": ["accuracy"]}',
-        executor_input=json.dumps({"inputs": {"artifacts": inputs}}),
+        executor_input=json.dumps({"inputs": {"artifacts": artifacts}}),
     )
     output: dict[str, Any] = json.loads((folder / "executor_output.json").read_text())
     return output
 
 
-def test_table_of_collected_artifacts(tmp_path: Path):
-    output = table(tmp_path)
+def test_table_of_collected_results(tmp_path: Path):
+    output = table(tmp_path, [result(tmp_path, number) for number in range(len(TRIALS))])
     comparison = Comparison.model_validate_json((tmp_path / "comparison").read_text())
     assert [each.variant for each in comparison.variants] == ["skd", "sft", "seqkd", "hot"]
     skd, sft, _, hot = comparison.variants
@@ -70,9 +82,19 @@ def test_table_of_collected_artifacts(tmp_path: Path):
     assert headline["skd/accuracy"] == pytest.approx(77.5)
 
 
-def test_lists_of_different_length_are_refused(tmp_path: Path):
-    with pytest.raises(SkdError, match="the lists of the 5 runs have different lengths: \\[4, 5\\]"):
-        table(tmp_path, courses=[{}] * 4)
+def test_table_without_a_run_or_with_a_folder_that_is_none_is_refused(tmp_path: Path):
+    with pytest.raises(SkdError, match="there is no run to compare"):
+        table(tmp_path, [])
+    with pytest.raises(SkdError, match="name a folder that step `compare_result` wrote") as raised:
+        table(tmp_path, [result(tmp_path, 0), tmp_path / "nowhere"])
+    assert str(tmp_path / "nowhere" / "result.json") in str(raised.value)
+
+
+def test_what_is_wrong_with_a_run_is_named(tmp_path: Path):
+    with pytest.raises(SkdError, match="--course"):
+        result(tmp_path, 0, course={"steps": ["first"]})
+    with pytest.raises(SkdError, match="--draft"):
+        result(tmp_path, 0, draft={"speedup": 1.5})
 
 
 def test_variant_hands_on_its_own_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -65,8 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMo
 
 def test_everything_runs_once_and_initial_students_are_shared(folder: Path):
     output = (folder / "output").read_text()
-    assert "comparison tiny-compare: 4 runs, 27 steps" in output
-    assert "[27/27] finish: done" in output
+    assert "comparison tiny-compare: 4 runs, 31 steps" in output
+    assert "[31/31] finish: done" in output
     for seed in (0, 1):
         assert f"student_init-skd-seed-{seed}: done" in output
         assert f"student_init-sft-seed-{seed}: unchanged, reused" in output

@@ -13,7 +13,7 @@ from skd_lib.compare.config import load_compare
 from skd_lib.compare.plan import to_parameters
 
 EXAMPLE = Path(__file__).parents[2] / "pipelines/configs/compare-demo.yaml"
-BODY = ["compare_variant", "student_init", "distill", "evaluate-student_after", "specdec_benchmark"]
+BODY = ["compare_variant", "student_init", "distill", "evaluate-student_after", "specdec_benchmark", "compare_result"]
 ONCE = ["preflight", "import_model", "prepare_data", "teacher_sft", "evaluate-teacher", "compare_table", "finish"]
 
 
@@ -28,18 +28,27 @@ def test_what_all_runs_share_is_made_once(documents: Documents):
     assert [step.name for step in steps if step.loop] == BODY
     assert {step.name for step in steps if not step.cached} == {"preflight", "compare_table", "finish"}
     (table,) = (step for step in steps if step.name == "compare_table")
-    assert {"evaluate-student_after", "specdec_benchmark", "evaluate-teacher"} <= set(table.waits_for)
+    assert {"compare_result", "evaluate-teacher"} <= set(table.waits_for)
+
+
+def test_table_is_given_one_file_a_run(documents: Documents):
+    """Linux takes no argument of 128 KiB, and KFP's executor input, which is one, holds every parameter of a step."""
+    table = documents[0]["components"]["comp-exit-handler-1"]["dag"]["tasks"]["compare-table"]["inputs"]
+    (collected,) = (name for name, source in table["artifacts"].items() if "taskOutputArtifact" in source)
+    assert collected == "results"
+    from_loop = [name for name, source in table["parameters"].items() if "for-loop" in str(source)]
+    assert from_loop == []
 
 
 def test_rounds_of_the_loop_have_steps_of_their_own(documents: Documents):
     steps = unrolled(read_steps(documents[0]), ["a", "b"])
     names = [step.name for step in steps]
-    assert len(names) == len(set(names)) == len({step.component for step in steps}) == count_steps(steps) == 17
+    assert len(names) == len(set(names)) == len({step.component for step in steps}) == count_steps(steps) == 19
     inside = [step for step in steps if step.loop]
     assert [step.name for step in inside] == [f"{name}-{round_}" for round_ in "ab" for name in BODY]
-    assert [step.iteration for step in inside] == ["a"] * 5 + ["b"] * 5
+    assert [step.iteration for step in inside] == ["a"] * 6 + ["b"] * 6
     assert "distill-b" in inside[-1].waits_for
-    assert not any(other.endswith("-a") for step in inside[5:] for other in step.waits_for)
+    assert not any(other.endswith("-a") for step in inside[6:] for other in step.waits_for)
 
 
 def test_page_opens_with_the_example(documents: Documents):
