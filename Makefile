@@ -41,10 +41,11 @@ test-images: $(STAMP) ## Build the images and run the pipeline in them; needs a 
 lock: $(STAMP) ## Lock again what the images install, after a change to pyproject.toml or the constraints
 	$(BIN)/skd images lock
 
-lint: $(STAMP) ## Check style
+lint: $(STAMP) ## Check style, image files and workflows
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/hadolint images/*/Dockerfile
+	$(BIN)/zizmor --quiet --offline .github/workflows
 
 format: $(STAMP) ## Put style right
 	$(BIN)/ruff check --fix $(CHECKED)
