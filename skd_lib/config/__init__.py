@@ -1,0 +1,69 @@
+"""The configuration of one run: one YAML file, validated before anything is loaded.
+
+Every field is documented where it is defined, a module for each part of the file.
+"""
+
+from skd_lib.config.data import (
+    Columns,
+    DataConfig,
+    DataSource,
+    FilesSource,
+    GettextSource,
+    GettextWheel,
+    HeldOutConfig,
+    HeldOutFiles,
+    HubDataset,
+    HubSource,
+)
+from skd_lib.config.distill import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, SamplingParams
+from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
+from skd_lib.config.measuring import EvaluationConfig, JudgeConfig, RegistryConfig, SpecdecConfig
+from skd_lib.config.reading import parse_json, parse_section, read_yaml
+from skd_lib.config.run import RunConfig, load_config, refuse_multinode
+from skd_lib.config.schedule import Count, Schedule
+from skd_lib.config.section import Section
+from skd_lib.config.task import LOWER_IS_BETTER, AnswerKind, MetricName, TaskConfig
+from skd_lib.config.training import DistillTrainingConfig, LoraConfig, MultinodeConfig, TeacherPrecision, TrainingConfig
+
+__all__ = [
+    "LOWER_IS_BETTER",
+    "AnswerKind",
+    "Columns",
+    "Count",
+    "DataConfig",
+    "DataSource",
+    "DistillConfig",
+    "DistillTrainingConfig",
+    "DivergenceName",
+    "EvaluationConfig",
+    "FilesSource",
+    "GettextSource",
+    "GettextWheel",
+    "HeldOutConfig",
+    "HeldOutFiles",
+    "HubDataset",
+    "HubSource",
+    "InterleavedConfig",
+    "JudgeConfig",
+    "LoraConfig",
+    "Method",
+    "MetricName",
+    "MultinodeConfig",
+    "RegistryConfig",
+    "RuleName",
+    "RunConfig",
+    "SamplingParams",
+    "Schedule",
+    "Section",
+    "SpecdecConfig",
+    "StudentInitConfig",
+    "TaskConfig",
+    "TeacherPrecision",
+    "TeacherSftConfig",
+    "TrainingConfig",
+    "load_config",
+    "parse_json",
+    "parse_section",
+    "read_yaml",
+    "refuse_multinode",
+]

@@ -1,0 +1,137 @@
+"""Section `data`: where examples come from and how they are split."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from skd_lib.config.section import Section
+from skd_lib.config.task import TaskConfig
+
+
+class Columns(Section):
+    """Which columns hold what."""
+
+    source: str = Field(
+        "source", description="The input text: a column, or a template of several: `{body} {question}`."
+    )
+    target: str = Field("target", description="The reference answer, likewise.")
+
+
+class FilesSource(Section):
+    """JSONL, CSV or Parquet files; each split is a list of local paths or gs:// URIs."""
+
+    type: Literal["files"] = "files"
+    train: list[str] = Field(min_length=1)
+    validation: list[str] = Field([], description="Empty: cut from train by `data.validation_fraction`.")
+    test: list[str] = Field([], description="Empty: cut from train by `data.test_fraction`.")
+    columns: Columns = Columns()
+
+
+class HubDataset(Section):
+    """A dataset of the Hugging Face hub."""
+
+    type: Literal["hub"]
+    dataset: str = Field(description="Dataset id, e.g. `openai/gsm8k`.")
+    subset: str | None = None
+    revision: str | None = Field(None, description="Commit or tag; pin it for reproducible runs.")
+    columns: Columns = Columns()
+
+    @field_validator("subset", "revision", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+
+class HubSource(HubDataset):
+    """A dataset of the Hugging Face hub, with the names of its splits."""
+
+    train_split: str = "train"
+    validation_split: str | None = None
+    test_split: str | None = Field("test", description="Empty: cut from train by `data.test_fraction`.")
+
+    @field_validator("validation_split", "test_split", mode="before")
+    @classmethod
+    def _empty_split_is_unset(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+
+class GettextWheel(Section):
+    """The gettext catalogs inside one wheel of a Python package index."""
+
+    requirement: str = Field(description="Pinned requirement, e.g. `django==5.2.19`.", pattern=r"^[\w.-]+==[\w.]+$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class GettextSource(Section):
+    """Translation pairs from the catalogs that Python packages ship: wheels are fetched with pip, never installed."""
+
+    type: Literal["gettext"]
+    language: str = Field(description="Language of the source side, e.g. `fr`; the target side is the msgid.")
+    train: list[GettextWheel] = Field(min_length=1)
+    validation: list[GettextWheel] = Field(min_length=1)
+    test: list[GettextWheel] = Field(min_length=1)
+    min_words: int = Field(3, ge=1, description="Pairs with fewer words on either side are left out.")
+    max_words: int | None = Field(None, ge=1, description="Pairs with more words on either side are left out.")
+
+
+DataSource = Annotated[FilesSource | HubSource | GettextSource, Field(discriminator="type")]
+
+
+class HeldOutFiles(Section):
+    """One test set in JSONL, CSV or Parquet files."""
+
+    type: Literal["files"] = "files"
+    files: list[str] = Field(min_length=1, description="Local paths or gs:// URIs.")
+    columns: Columns = Columns()
+
+
+class HeldOutHub(HubDataset):
+    """One split of a dataset of the Hugging Face hub."""
+
+    split: str = "test"
+
+
+class HeldOutConfig(Section):
+    """A test set beside the run's own: other data, another task, the same models."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="Names its scores, e.g. `svamp`.")
+    source: Annotated[HeldOutFiles | HeldOutHub, Field(discriminator="type")]
+    task: TaskConfig = Field(
+        TaskConfig(),
+        description="What differs from the run's task: fields not given here or by its name are the run's.",
+    )
+    examples: int | None = Field(None, ge=1, description="At most this many examples; all if unset.")
+
+
+class DataConfig(Section):
+    """Where examples come from and how they are split."""
+
+    source: DataSource
+    teacher_examples: int | None = Field(
+        None, ge=1, description="Training examples for the teacher's SFT; all if unset."
+    )
+    student_examples: int | None = Field(None, ge=1, description="Training examples for the student; all if unset.")
+    validation_examples: int | None = Field(None, ge=1, description="At most this many validation examples.")
+    test_examples: int | None = Field(None, ge=1, description="At most this many test examples.")
+    validation_fraction: float = Field(0.1, gt=0, lt=0.5, description="Used when the source has no validation split.")
+    test_fraction: float = Field(0.1, gt=0, lt=0.5, description="Used when the source has no test split.")
+    near_duplicate_threshold: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Jaccard similarity of character 5-grams above which a training row that resembles a held-out row "
+        "is dropped; 1 drops exact duplicates only.",
+    )
+    held_out: list[HeldOutConfig] = Field(
+        [], description="Further test sets: every model is scored on each, none is trained or chosen on it."
+    )
+
+    @field_validator("held_out")
+    @classmethod
+    def _names_are_unique(cls, held_out: list[HeldOutConfig]) -> list[HeldOutConfig]:
+        names = [each.name for each in held_out]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"every set needs a name of its own; given twice: {', '.join(sorted(repeated))}")
+        return held_out

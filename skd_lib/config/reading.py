@@ -1,0 +1,126 @@
+"""From YAML and JSON to sections; what pydantic finds wrong becomes sentences that name the file and the field."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import reprlib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from skd_lib.config.schedule import NUMBER, SCHEDULE
+from skd_lib.config.section import Section
+from skd_lib.errors import SkdError, SkdErrors
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT:
+    """Validate `values`, a mapping or its JSON text, as `model`.
+
+    Raises:
+        SkdErrors: everything that is wrong, naming `where` and each field.
+        SkdError: the text is not JSON.
+    """
+    if isinstance(values, str):
+        values = parse_json(values, where=where)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise SkdErrors([_field_error(model, detail, where) for detail in error.errors()]) from error
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        SkdError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SkdError(f"not JSON: {error}", where=where, hint="pass the section as one JSON object") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Raises:
+        SkdError: the file is missing, or is not a mapping in YAML.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SkdError(f"cannot read the config: {error.strerror}", where=str(path), hint="check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SkdError(f"not a YAML file: {error}", where=str(path)) from error
+    if not isinstance(values, dict):
+        raise SkdError("the config must be a mapping of fields", where=str(path))
+    return values
+
+
+def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
+    path, section_type = _locate(model, detail["loc"])
+    section = {name: info.description or "" for name, info in section_type.model_fields.items()}
+    field = ".".join(path)
+    message = detail["msg"].removeprefix("Value error, ")
+    hint = ""
+    if detail["type"] == "extra_forbidden":
+        message = "unknown field"
+        similar = difflib.get_close_matches(path[-1], section, n=1)
+        guess = f"did you mean `{similar[0]}`? " if similar else ""
+        hint = f"{guess}fields here: {', '.join(section)}"
+    elif detail["type"] == "missing":
+        message = "this field is required"
+        description = section.get(path[-1])
+        hint = f"add it: {description}" if description else "add it"
+    elif detail["type"] in {"union_tag_not_found", "union_tag_invalid"}:
+        annotation = section_type.model_fields[path[-1]].annotation
+        kinds = ", ".join(f"`{tag}`" for variant in _sections(annotation) for tag in _tags(variant))
+        field = f"{field}.type"
+        message = f"unknown type {detail['ctx']['tag']!r}" if "tag" in detail["ctx"] else "this field is required"
+        hint = f"one of {kinds}"
+    elif detail["type"] != "value_error":
+        message = f"{message}, got {reprlib.repr(detail['input'])}"
+        hint = section.get(path[-1], "") if path else ""
+    return SkdError(message, where=f"{where}, field `{field}`" if field else where, hint=hint)
+
+
+def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """Follow an error's location; the path as the user wrote it, and the section that its last field is in.
+
+    In a union pydantic puts the variant's tag into the location (`source.files.train`, `top_k.<schedule>.start`): it
+    leads to the variant, and is no part of the user's path.
+    """
+    path: list[str] = []
+    here: type[BaseModel] = model
+    variants: dict[Any, type[Section]] = {}
+    for index, part in enumerate(loc):
+        if part in variants:
+            here, variants = variants[part], {}
+            continue
+        if part in (NUMBER, SCHEDULE):
+            continue
+        path.append(str(part))
+        field = here.model_fields.get(str(part))
+        if field is None:
+            continue
+        sections = _sections(field.annotation)
+        variants = {tag: section for section in sections for tag in _tags(section)} if len(sections) > 1 else {}
+        if len(sections) == 1 and index < len(loc) - 1 and loc[index + 1] != NUMBER:
+            here = sections[0]
+    return path, here
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _tags(section: type[Section]) -> tuple[Any, ...]:
+    tag = section.model_fields.get("type")
+    return get_args(tag.annotation) if tag else ()

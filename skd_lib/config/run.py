@@ -1,0 +1,86 @@
+"""All of it: the configuration of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from skd_lib.config.data import DataConfig
+from skd_lib.config.distill import DistillConfig
+from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
+from skd_lib.config.measuring import EvaluationConfig, RegistryConfig, SpecdecConfig
+from skd_lib.config.reading import parse_section, read_yaml
+from skd_lib.config.section import Section
+from skd_lib.config.task import TaskConfig
+from skd_lib.errors import SkdError, SkdErrors
+
+
+class RunConfig(Section):
+    """Everything one run needs."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Name of the run: lower case, digits and dashes."
+    )
+    teacher: str = Field(description="Hub id, local folder, gs:// URI, or wheel://NAME==VERSION/PATH.gguf?sha256=HEX.")
+    student: str | None = Field(None, description="Like `teacher`; unset where `student_init.mode` is `prune`.")
+    seed: int = Field(0, ge=0, lt=2**31)
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with a model. Leave it off.")
+    data: DataConfig
+    task: TaskConfig = TaskConfig()
+    teacher_sft: TeacherSftConfig = TeacherSftConfig()
+    student_init: StudentInitConfig = StudentInitConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    specdec: SpecdecConfig = SpecdecConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _student_is_named_or_cut(self) -> RunConfig:
+        pruned = self.student_init.mode == "prune"
+        if pruned and self.student is not None:
+            raise ValueError("student: leave it out, `student_init.mode: prune` cuts the student from the teacher")
+        if not pruned and self.student is None:
+            raise ValueError(f"student: needed for `student_init.mode: {self.student_init.mode}`")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_tasks_start_from_the_runs(self) -> RunConfig:
+        sets = self.data.held_out
+        sets[:] = [each.model_copy(update={"task": self.task.with_fields_of(each.task)}) for each in sets]
+        return self
+
+    @model_validator(mode="after")
+    def _judges_are_there(self) -> RunConfig:
+        judged = [self.task, *(each.task for each in self.data.held_out)]
+        if not self.evaluation.judge.url and any("judge" in task.metrics for task in judged):
+            raise ValueError("metric `judge`: needs `evaluation.judge.url` and `evaluation.judge.model`")
+        return self
+
+
+def refuse_multinode(config: RunConfig, *, where: str) -> None:
+    """See that a run can be done by one machine.
+
+    Raises:
+        SkdErrors: it asks for several; names `where` and each field.
+    """
+    hint = "leave it out here, or run it in a cluster: `skd submit`"
+    asked = {"teacher_sft": config.teacher_sft.multinode, "distill": config.distill.multinode}
+    errors = [
+        SkdError(
+            "several nodes need a cluster with Kubeflow Trainer", where=f"{where}, field `{step}.multinode`", hint=hint
+        )
+        for step, multinode in asked.items()
+        if multinode is not None
+    ]
+    if errors:
+        raise SkdErrors(errors)
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a run's YAML file.
+
+    Raises:
+        SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.
+    """
+    return parse_section(RunConfig, read_yaml(path), where=str(path))

@@ -1,0 +1,86 @@
+"""Section `task`: how an example becomes a prompt, and how an answer is judged."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from skd_lib import tasks
+from skd_lib.config.reading import parse_section
+from skd_lib.config.section import Section
+from skd_lib.errors import SkdError
+
+MetricName = Literal["chrf", "bleu", "comet", "rougeL", "rouge1", "rouge2", "accuracy", "perplexity", "judge"]
+LOWER_IS_BETTER: frozenset[MetricName] = frozenset({"perplexity"})
+AnswerKind = Literal["hash", "boxed", "marked", "last_number"]
+
+
+class TaskConfig(Section):
+    """How an example becomes a prompt, and how an answer is judged."""
+
+    name: str = Field(
+        "",
+        description="Task to start from; fields given beside it go before its own. One of "
+        f"{', '.join(tasks.known_tasks())}, or a YAML file of such fields: a path or a gs:// URI.",
+    )
+    prompt: str = Field("{source}", description="Template of the prompt; `{source}` is replaced by the input text.")
+    system_prompt: str = Field("", description="System message, where a chat template is used.")
+    chat_template: bool = Field(True, description="Wrap the prompt in the tokenizer's chat template.")
+    stop: list[str] = Field([], description="The answer ends before the first of these strings, e.g. a newline.")
+    answer: AnswerKind = Field(
+        "hash",
+        description="`accuracy`: where the answer stands. `hash`: the number after `####`; `boxed`: in the last "
+        "`\\boxed{}`; `marked`: either; `last_number`: the last number of the text.",
+    )
+    metrics: list[MetricName] = Field(
+        ["chrf", "bleu"],
+        min_length=1,
+        description="The first decides promotion. `comet` has a step of its own (section `evaluation.comet`).",
+    )
+    max_prompt_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_the_named(cls, values: Any) -> Any:
+        # With every field spelled out nothing is left to look up: so are tasks handed from step to step, to where the
+        # named file need not be.
+        if not isinstance(values, dict) or not values.get("name") or cls.model_fields.keys() <= values.keys():
+            return values
+        try:
+            named = tasks.read_task(str(values["name"]))
+            parse_section(cls, {**_defaults(cls), **named}, where=str(values["name"]))
+        except SkdError as error:
+            raise ValueError(str(error)) from error
+        return {**named, **values, "name": named["name"]}
+
+    @field_validator("system_prompt", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        return "" if value is None else value
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_source(cls, prompt: str) -> str:
+        if "{source}" not in prompt:
+            raise ValueError("the template must contain {source}, the place of the input text")
+        return prompt
+
+    @property
+    def wants_comet(self) -> bool:
+        """Whether the answers are to be scored by COMET too."""
+        return "comet" in self.metrics
+
+    @property
+    def own_metrics(self) -> list[MetricName]:
+        """The metrics that step `evaluate` measures itself: all but COMET."""
+        return [name for name in self.metrics if name != "comet"]
+
+    def with_fields_of(self, other: TaskConfig) -> TaskConfig:
+        """This task with the fields that were given for the other one."""
+        return self.model_copy(update={name: getattr(other, name) for name in other.model_fields_set})
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    return {name: field.get_default(call_default_factory=True) for name, field in model.model_fields.items()}

@@ -1,0 +1,157 @@
+"""Sections `training` of every step that trains, and `multinode`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from skd_lib.config.section import Section
+
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+TeacherPrecision = Literal["auto", "bf16", "fp32", "8bit", "4bit"]
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters (arXiv 2106.09685) beside frozen weights; the model that is saved has them merged in.
+
+    Gradients and optimiser states are of the adapters alone, which saves 12 bytes a frozen weight.
+    """
+
+    rank: int = Field(16, ge=1, description="Width of an adapter.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's output is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of an adapter while training.")
+    target_modules: list[str] = Field(
+        [], description="Layers with adapters, by the end of their names, e.g. `q_proj`; empty: all but the head."
+    )
+
+
+class TrainingConfig(Section):
+    """One training run. Defaults are the paper's (Xu et al. 2025, arXiv 2410.11325)."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_scheduler: Scheduler = "linear"
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: float = Field(3, gt=0, description="Ignored when `max_steps` is set.")
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(8, ge=1, description="Sequences per optimiser step, over all devices.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Sequences per forward and device; unset: as many as the optimiser step needs."
+    )
+    eval_steps: int = Field(
+        25, ge=1, description="Steps between validations and checkpoints; the best checkpoint is kept."
+    )
+    keep_checkpoints: int = Field(1, ge=1, description="So many of the newest checkpoints are kept, besides the best.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass: less memory, more time. Sampling keeps its cache.",
+    )
+    explosion_factor: float = Field(
+        100,
+        gt=1,
+        description="A step is skipped if its loss is more than so many times the median of the last 50 steps', as it "
+        "is if its loss or gradient is not finite.",
+    )
+    max_skipped_steps: int = Field(
+        5, ge=1, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
+    )
+    lora: LoraConfig | None = Field(None, description="Unset: all weights are trained.")
+    fsdp: bool = Field(
+        False,
+        description="With several processes (torchrun): shard weights, gradients and optimiser states over them "
+        "(PyTorch's FSDP2), instead of a copy of all on each device.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_weights_under_adapters(self) -> TrainingConfig:
+        if self.fsdp and self.lora is not None:
+            raise ValueError("fsdp: leave it off with `lora`: frozen weights have no optimiser states to be sharded")
+        return self
+
+
+class TeacherTrainingConfig(TrainingConfig):
+    """As for the student, but for the schedule."""
+
+    lr_scheduler: Scheduler = "cosine"
+
+
+class DistillTrainingConfig(TrainingConfig):
+    """As for fine-tuning, and how the teacher is held meanwhile."""
+
+    teacher_precision: TeacherPrecision = Field(
+        "auto",
+        description="Of the frozen teacher's weights: `auto` is bf16 where the device computes in it, else fp32; "
+        "`8bit` and `4bit` (NF4) need a CUDA GPU and the package bitsandbytes.",
+    )
+
+
+class MultinodeConfig(Section):
+    """Train on several machines, by a `TrainJob` of Kubeflow Trainer v2. Needs a cluster, and all artifacts in `gs://`.
+
+    A node is what the step's own pod is: the same image, service account, environment, resources and place.
+    """
+
+    nodes: int = Field(ge=2, description="Machines. One machine with several GPUs needs no `multinode`.")
+    processes_per_node: int | None = Field(
+        None, ge=1, description="Processes on each node; unset: one for each of its GPUs, or one where it has none."
+    )
+    resources: dict[str, str] | None = Field(
+        None,
+        description="What a node asks for, e.g. `{cpu: '8', memory: 64Gi, nvidia.com/gpu: '8'}`; unset: what the "
+        "step's own container asks for, which then holds as much while it waits.",
+    )
+    shared_memory: str = Field(
+        "8Gi", description="Size of /dev/shm, by which the processes of a node talk. It counts as a node's memory."
+    )
+    node_selector: dict[str, str] | None = Field(
+        None, description="Labels of the machines; unset: the selector and affinity of the step's own pod."
+    )
+    tolerations: list[dict[str, Any]] | None = Field(
+        None, description="Tolerations, as Kubernetes writes them; unset: those of the step's own pod."
+    )
+    labels: dict[str, str] = Field({}, description="Labels of the job, e.g. `{kueue.x-k8s.io/queue-name: gpus}`.")
+    timeout_hours: float | None = Field(
+        None, gt=0, description="The job is deleted, and the step fails, when it is older. Counts waiting for machines."
+    )
+    runtime: str = Field("torch-distributed", description="Name of Trainer's runtime; it must be one for torch.")
+    runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = Field(
+        "ClusterTrainingRuntime", description="`TrainingRuntime`: one of the steps' namespace."
+    )
+    trainer_version: Literal["2.1", "2.2"] = Field(
+        "2.2",
+        description="The cluster's Kubeflow Trainer: from 2.2 on a job patches its runtime by `runtimePatches`, in 2.1 "
+        "by `podTemplateOverrides`.",
+    )
+
+    @property
+    def least_processes(self) -> int:
+        """Processes in all, as far as they are known before there is a node."""
+        gpus = sum(int(count) for name, count in (self.resources or {}).items() if name.endswith("/gpu"))
+        return self.nodes * (self.processes_per_node or max(1, gpus))
+
+    @field_validator("resources")
+    @classmethod
+    def _whole_accelerators(cls, resources: dict[str, str] | None) -> dict[str, str] | None:
+        for name, count in (resources or {}).items():
+            if name.endswith("/gpu") and not count.isdecimal():
+                raise ValueError(f"{name} must be a whole number, got {count!r}")
+        return resources
+
+
+MULTINODE_HELP = "Train on several machines, by a TrainJob; unset: in the step's own pod."
+
+
+def check_processes(multinode: MultinodeConfig | None, training: TrainingConfig) -> None:
+    """See that each process has its share of a batch.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if multinode is not None and training.batch_size % multinode.least_processes:
+        raise ValueError(
+            f"multinode: training.batch_size {training.batch_size} cannot be shared by {multinode.least_processes} "
+            "processes; make it a multiple, over all nodes and their GPUs"
+        )
