@@ -12,6 +12,10 @@ from skd_lib.compare.statistics import holm, t_interval
 from skd_lib.evidence.models import forward_cost
 from skd_lib.evidence.records import SCORE, Run
 
+METHODS, RULES = "evidence-methods", "evidence-rules"
+CONTROLLED = (METHODS, RULES, "evidence-few", "evidence-poor")
+"""The comparisons with the models of `skd_lib.evidence.models`."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -51,10 +55,18 @@ class Variant:
         values = [run.figures[figure] for run in self.runs.values() if figure in run.figures]
         return mean_of(values) if values else None
 
+    def seconds(self) -> float | None:
+        """Sampling, loss and optimiser while training."""
+        phases = [self.mean(f"seconds_{phase}") for phase in ("rollout", "loss", "optimiser")]
+        return sum(phase.mean for phase in phases if phase) if any(phases) else None
+
     def compute(self) -> float | None:
-        """Positions processed while training, in forward passes of the student: the teacher's count by its cost."""
+        """Positions processed while training, in forward passes of the student: the teacher's count by its cost.
+
+        None for other models than those of the controlled experiment, whose sizes are not known here.
+        """
         student, teacher = self.mean("student_tokens"), self.mean("teacher_tokens")
-        if student is None:
+        if student is None or not all(run.comparison in CONTROLLED for run in self.runs.values()):
             return None
         return student.mean + (teacher.mean if teacher else 0.0) * forward_cost("teacher") / forward_cost("student")
 

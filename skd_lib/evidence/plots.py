@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skd_lib.evidence.analysis import Variant, variants_of
+from skd_lib.evidence.analysis import METHODS, RULES, Variant, variants_of
 from skd_lib.evidence.records import SCORE, Curve, Run
 from skd_lib.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METHODS, RULES = "evidence-methods", "evidence-rules"
 _K = re.compile(r"skd-top_k-(\d+)")
 _FORMAT: Any = {"svg.hashsalt": "evidence", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _SIZE = (6.4, 3.6)
@@ -39,7 +38,7 @@ def draw(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Pat
     for name in dict.fromkeys(run.comparison for run in runs):
         variants = variants_of(runs, name)
         with _plot(folder / f"{name}-scores.svg", written, height=0.3 * len(variants) + 1.2) as axes:
-            _scores(axes, variants, [run.figures["teacher"] for run in runs if "teacher" in run.figures])
+            _scores(axes, variants, next(run for run in runs if run.comparison == name))
     with _plot(folder / "compute.svg", written) as axes:
         _compute(axes, {name: variants_of(runs, name) for name in (METHODS, RULES)})
     found = {int(match[1]): each for each in variants_of(runs, RULES) if (match := _K.fullmatch(each.name))}
@@ -72,8 +71,8 @@ def _plot(file: Path, written: list[Path], height: float = _SIZE[1]) -> Iterator
     written.append(file)
 
 
-def _scores(axes: Axes, variants: Sequence[Variant], teacher: Sequence[float]) -> None:
-    """Every run as a dot, means and intervals over them."""
+def _scores(axes: Axes, variants: Sequence[Variant], one: Run) -> None:
+    """Every run as a dot, means and intervals over them; `one` run says what the scores are of, and the teacher's."""
     ordered = sorted(variants, key=lambda variant: _mean(variant))
     for row, variant in enumerate(ordered):
         score = variant.mean(SCORE)
@@ -83,10 +82,10 @@ def _scores(axes: Axes, variants: Sequence[Variant], teacher: Sequence[float]) -
         spread = None if math.isnan(score.low) else [[score.mean - score.low], [score.high - score.mean]]
         axes.errorbar(score.mean, row, xerr=spread, fmt="o", color="C0", capsize=3)
     axes.set_yticks(range(len(ordered)), [variant.name for variant in ordered])
-    if teacher:
-        axes.axvline(teacher[0], color="C3", linestyle="--", linewidth=1)
-        axes.text(teacher[0], len(ordered) - 0.6, "teacher ", color="C3", ha="right", va="top")
-    axes.set_xlabel("accuracy, % (mean and 95 % interval over seeds; a grey dot a run)")
+    if (teacher := one.figures.get("teacher")) is not None:
+        axes.axvline(teacher, color="C3", linestyle="--", linewidth=1)
+        axes.text(teacher, len(ordered) - 0.6, "teacher ", color="C3", ha="right", va="top")
+    axes.set_xlabel(f"{one.metric} (mean and 95 % interval over seeds; a grey dot a run)")
 
 
 def _k_curve(axes: Axes, by_k: dict[int, Variant]) -> None:

@@ -17,8 +17,9 @@ from skd_lib.errors import SkdError
 from skd_lib.storage import write_text_atomic
 
 RUNS, CURVES = "runs.csv", "curves.csv"
-SCORE = "accuracy"
-NAMES = ("comparison", "variant", "reference", "init", "failed")
+SCORE = "score"
+"""Of the task's first metric."""
+NAMES = ("comparison", "metric", "variant", "reference", "init", "failed")
 FIGURES = (
     *(SCORE, "teacher", "rejection_rate", "rejection_rate_last_tenth", "tokens_per_teacher_call"),
     *("draft_acceptance_rate", "draft_tokens_per_teacher_call", "steps", "best_step"),
@@ -39,6 +40,7 @@ class Run:
 
     Attributes:
         comparison: Its name.
+        metric: The task's first, which the score is of.
         variant: What was compared.
         reference: What the comparison's variants are tested against.
         init: The student's init, empty where all had the same.
@@ -48,6 +50,7 @@ class Run:
     """
 
     comparison: str
+    metric: str
     variant: str
     reference: str
     init: str
@@ -143,8 +146,16 @@ def _read(file: Path) -> Comparison:
 
 
 def _row(comparison: Comparison, trial: TrialResult) -> dict[str, object]:
-    teacher = comparison.teacher[SCORE].score if SCORE in comparison.teacher else ""
-    row = {**trial.flat(), "comparison": comparison.name, "reference": comparison.reference, "teacher": teacher}
+    metric = comparison.metrics[0]
+    flat = trial.flat()
+    row = {
+        **flat,
+        "comparison": comparison.name,
+        "metric": metric,
+        "reference": comparison.reference,
+        SCORE: flat.get(metric, ""),
+        "teacher": comparison.teacher[metric].score if metric in comparison.teacher else "",
+    }
     return {name: _short(row.get(name, "")) for name in (*NAMES, "seed", *FIGURES)}
 
 

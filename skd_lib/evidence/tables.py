@@ -28,30 +28,31 @@ def with_tables(page: str, runs: Sequence[Run]) -> str:
         if name not in known:
             where = f"mark `table {name}`"
             raise SkdError("there are no runs of it", where=where, hint=f"known: {', '.join(sorted(known))}")
-        return f"<!-- table {name} -->\n\n{markdown(variants_of(runs, name), runs_reference(runs, name))}\n<!-- end -->"
+        rows = markdown(variants_of(runs, name), *metric_and_reference(runs, name))
+        return f"<!-- table {name} -->\n\n{rows}\n<!-- end -->"
 
     return _TABLE.sub(table, page)
 
 
-def runs_reference(runs: Sequence[Run], comparison: str) -> str:
-    """What the comparison's variants are tested against."""
-    return next(run.reference for run in runs if run.comparison == comparison)
+def metric_and_reference(runs: Sequence[Run], comparison: str) -> tuple[str, str]:
+    """What the comparison's scores are of, and what its variants are tested against."""
+    return next((run.metric, run.reference) for run in runs if run.comparison == comparison)
 
 
-def markdown(variants: Sequence[Variant], reference: str) -> str:
+def markdown(variants: Sequence[Variant], metric: str, reference: str) -> str:
     """One comparison as a Markdown table, the best variant first, without columns that are empty."""
     ordered = sorted(variants, key=lambda variant: -_or_low(variant.mean(SCORE)))
-    rows = [{"variant": f"`{variant.name}`", **_cells(variant, reference)} for variant in ordered]
+    rows = [{"variant": f"`{variant.name}`", **_cells(variant, metric, reference)} for variant in ordered]
     header = [name for name in rows[0] if any(row[name] for row in rows)]
     lines = [header, ["---"] * len(header), *([row[name] for name in header] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cells(variant: Variant, reference: str) -> dict[str, str]:
+def _cells(variant: Variant, metric: str, reference: str) -> dict[str, str]:
     test, compute = variant.test, variant.compute()
     return {
         "seeds": str(len(variant.runs)),
-        "accuracy": _interval(variant.mean(SCORE)),
+        metric: _interval(variant.mean(SCORE)),
         f"minus `{reference}`": _interval(test.difference, signed=True) if test else "",
         "p": f"{test.p_value:.3f}" if test else "",
         "p (Holm)": f"{test.p_holm:.3f}{' *' * (test.p_holm < SIGNIFICANT)}" if test else "",
@@ -60,6 +61,7 @@ def _cells(variant: Variant, reference: str) -> dict[str, str]:
         "accepted as draft": _percent(variant.mean("draft_acceptance_rate"), scale=100),
         "tokens/teacher call": _number(variant.mean("draft_tokens_per_teacher_call")),
         "compute": f"{compute / MILLION:.2f}" if compute is not None else "",
+        "seconds": f"{seconds:.0f}" if (seconds := variant.seconds()) is not None else "",
     }
 
 

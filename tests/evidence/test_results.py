@@ -16,9 +16,8 @@ from skd_lib.compare.plan import to_parameters
 from skd_lib.compare.result import Comparison, TrialResult
 from skd_lib.compare.statistics import holm
 from skd_lib.errors import SkdError
-from skd_lib.evidence.analysis import variants_of
+from skd_lib.evidence.analysis import METHODS, RULES, variants_of
 from skd_lib.evidence.models import forward_cost
-from skd_lib.evidence.plots import METHODS, RULES
 from skd_lib.evidence.records import collect, read_curves, read_runs
 from skd_lib.evidence.tables import with_tables
 from skd_lib.report.summary import Course, Score, Scores
@@ -73,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_runs_come_back_as_they_went(folder: Path) -> None:
     runs = [run for run in read_runs(folder) if run.comparison == RULES]
-    assert {(run.variant, run.seed): run.figures.get("accuracy") for run in runs if not run.failed} == {
+    assert {(run.variant, run.seed): run.figures.get("score") for run in runs if not run.failed} == {
         (variant, seed): accuracy for variant, found in SCORES.items() for seed, accuracy in enumerate(found)
     }
     (lost,) = (run for run in runs if run.failed)
@@ -107,7 +106,7 @@ def test_one_seed_has_no_interval_and_no_test(folder: Path) -> None:
     runs = [run for run in read_runs(folder) if run.comparison == RULES and run.seed == 0]
     variants = variants_of(runs, RULES)
     assert all(variant.test is None for variant in variants)
-    assert math.isnan(variants[0].mean("accuracy").low)  # type: ignore[union-attr]
+    assert math.isnan(variants[0].mean("score").low)  # type: ignore[union-attr]
 
 
 def test_tables_go_between_their_marks(folder: Path) -> None:
