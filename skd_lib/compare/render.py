@@ -18,13 +18,13 @@ from skd_lib.report.render import METRIC_NAMES, duration
 
 SIGNIFICANT = 0.05
 _COSTS = {
-    "rejection_rate": "rejection rate",
-    "tokens_per_teacher_call": "tokens/teacher call",
-    "steps": "optimiser steps",
+    "rejection_rate": "rejected",
+    "tokens_per_teacher_call": "tokens a call",
+    "steps": "steps",
     "response_tokens": "response tokens",
     "student_tokens": "student tokens",
     "teacher_tokens": "teacher tokens",
-    "seconds": "training time",
+    "seconds": "time",
 }
 Rows = list[list[str]]
 
@@ -42,7 +42,9 @@ def render(comparison: Comparison) -> RenderableType:
     """The tables, to be printed by a `rich` console."""
     parts: list[RenderableType] = []
     for page in pages(comparison):
-        table = Table(*page.header, title=page.title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=page.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in page.header:
+            table.add_column(name, no_wrap=name == "variant", overflow="fold")
         for row in page.rows:
             table.add_row(*map(Text, row))
         parts.append(table)
@@ -79,7 +81,7 @@ def pages(comparison: Comparison) -> Iterator[Page]:
     if any(each.draft for each in comparison.variants):
         yield Page(
             "As draft of the teacher (means over the runs)",
-            ["variant", "accepted", "tokens/teacher call", "speed-up"],
+            ["variant", "accepted", "tokens a teacher call", "speed-up"],
             [[each.variant, *_draft_cells(each.draft)] for each in comparison.variants if each.draft],
         )
     costs = [name for name in _COSTS if any(name in each.costs for each in comparison.variants)]
@@ -107,38 +109,38 @@ def notes(comparison: Comparison) -> Iterator[str]:
             f"variants; * marks those below {SIGNIFICANT:g}."
         )
     yield (
-        "Tokens: positions that went through a forward pass while training, prompts included. Training time: sampling, "
+        "Rejected, and tokens a teacher call: while sampling to train. Student and teacher tokens: positions that went "
+        "through a forward pass while training, prompts included. Time: of the training, sampling, "
         "loss and optimiser, without validation."
     )
 
 
 def _metric_page(comparison: Comparison, metric: str) -> Page:
     rows = [
-        [each.variant, _runs(each), *_estimate(each.scores.get(metric)), *_test(each.tests.get(metric))]
+        [each.variant, _runs(each), _estimate(each.scores.get(metric)), *_test(each.tests.get(metric))]
         for each in comparison.variants
     ]
     if metric in comparison.teacher:
         score = comparison.teacher[metric]
-        interval = f"{score.low:.2f} to {score.high:.2f}"
-        rows.insert(0, ["(teacher)", "", f"{score.score:.2f}", interval, "", "", "", ""])
-    header = ["variant", "runs", "mean", "95 % interval", f"minus {comparison.reference}", "95 % interval", "p"]
-    return Page(METRIC_NAMES.get(metric, metric), [*header, "p (Holm)"], rows)
+        rows.insert(0, ["(teacher)", "", f"{score.score:.1f} [{score.low:.1f}, {score.high:.1f}]", "", "", ""])
+    header = ["variant", "runs", "mean [95 %]", f"minus {comparison.reference} [95 %]", "p", "p (Holm)"]
+    return Page(METRIC_NAMES.get(metric, metric), header, rows)
 
 
 def _runs(variant: VariantResult) -> str:
     return f"{variant.runs} of {variant.runs + variant.failed}" if variant.failed else str(variant.runs)
 
 
-def _estimate(score: Estimate | None) -> list[str]:
-    return ["", ""] if score is None else [f"{score.mean:.2f}", f"{score.low:.2f} to {score.high:.2f}"]
+def _estimate(score: Estimate | None) -> str:
+    return "" if score is None else f"{score.mean:.1f} [{score.low:.1f}, {score.high:.1f}]"
 
 
 def _test(test: Test | None) -> list[str]:
     if test is None:
-        return [""] * 4
+        return [""] * 3
     star = " *" if test.p_holm < SIGNIFICANT else ""
-    interval = f"{test.low:+.2f} to {test.high:+.2f}"
-    return [f"{test.difference:+.2f}", interval, f"{test.p_value:.3f}", f"{test.p_holm:.3f}{star}"]
+    difference = f"{test.difference:+.1f} [{test.low:+.1f}, {test.high:+.1f}]"
+    return [difference, f"{test.p_value:.3f}", f"{test.p_holm:.3f}{star}"]
 
 
 def _draft_cells(draft: dict[str, float]) -> list[str]:
@@ -157,7 +159,9 @@ def _cost(variant: VariantResult, name: str) -> str:
         return duration(value)
     if name == "rejection_rate":
         return f"{value:.2%}"
-    return f"{value:.2f}" if name == "tokens_per_teacher_call" else f"{value:,.0f}"
+    if name == "tokens_per_teacher_call":
+        return f"{value:.2f}"
+    return f"{value / 1000:,.0f}k" if name.endswith("_tokens") and value >= 10_000 else f"{value:,.0f}"
 
 
 def _row(cells: list[str]) -> str:

@@ -149,19 +149,20 @@ def test_variants_have_means_tests_and_costs(comparison: Comparison):
 def test_markdown_says_it_all_and_escapes_reasons(comparison: Comparison):
     text = to_markdown(comparison)
     rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines() if line.startswith("| ")]
-    assert rows[2][:4] == ["| (teacher)", "", "90.00", "80.00 to 95.00"]
-    (sft,) = (row for row in rows if row[0] == "| sft" and len(row) == 8)
-    assert sft[1:3] == ["2", "27.50"]
-    assert sft[4] == "-50.00"
-    assert sft[7].endswith("* |")  # far apart
-    (seqkd,) = (row for row in rows if row[0] == "| seqkd" and len(row) == 8)
+    assert rows[2][:4] == ["| (teacher)", "", "90.0 [80.0, 95.0]", ""]
+    (sft,) = (row for row in rows if row[0] == "| sft" and len(row) == 6)
+    assert sft[1] == "2"
+    assert sft[2].startswith("27.5 [")
+    assert sft[3].startswith("-50.0 [")
+    assert sft[5].endswith("* |")  # far apart
+    (seqkd,) = (row for row in rows if row[0] == "| seqkd" and len(row) == 6)
     assert seqkd[1] == "1 of 2"
-    assert "*" not in seqkd[7]
+    assert "*" not in seqkd[5]
     assert "| skd | 55.0% | 2.00 | 1.50x |" in text
     assert "| seqkd | 0 | the loss &lt;exploded> \\| at once |" in text
     for kind in ("Student's t over the seeds", "bootstrap over the test examples", "against skd"):
         assert kind in text
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=80)
     console.print(render(comparison))
     assert "the loss <exploded> | at once" in console.file.getvalue()
 
