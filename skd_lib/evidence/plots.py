@@ -110,7 +110,9 @@ def _k_curve(axes: Axes, by_k: dict[int, Variant]) -> None:
 
 def _compute(axes: Axes, comparisons: dict[str, list[Variant]]) -> None:
     """Score over what the training computed."""
-    for marker, color, (_, variants) in zip("os", ("C0", "C1"), comparisons.items(), strict=True):
+    for marker, color, (name, variants) in zip("os", ("C0", "C1"), comparisons.items(), strict=True):
+        if variants:
+            axes.plot([], [], marker, color=color, label=name)
         for variant in variants:
             score, compute = variant.mean(SCORE), variant.compute()
             if score is None or compute is None:
@@ -119,6 +121,7 @@ def _compute(axes: Axes, comparisons: dict[str, list[Variant]]) -> None:
             axes.annotate(variant.name, (compute / 1e6, score.mean), (4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("positions processed while training, in millions of student forward passes")
     axes.set_ylabel("accuracy, %")
+    axes.legend(fontsize=7, frameon=False)
 
 
 def _courses(axes: Axes, curves: Sequence[Curve], label: str) -> None:

@@ -28,10 +28,9 @@ FIGURES = (
 )
 _CURVES = {
     "rejection_rate": "steps",
-    "training_loss": "training_steps",
-    "response_length": "training_steps",
     "validation_loss": "validation_steps",
 }
+"""The curves that are kept, and their steps; all others stay in `comparison.json`."""
 
 
 @dataclass(frozen=True)
