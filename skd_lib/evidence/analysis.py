@@ -13,7 +13,7 @@ from skd_lib.evidence.models import forward_cost
 from skd_lib.evidence.records import SCORE, Run
 
 METHODS, RULES = "evidence-methods", "evidence-rules"
-CONTROLLED = (METHODS, RULES, "evidence-few", "evidence-poor")
+CONTROLLED = (METHODS, RULES, *(f"evidence-{name}" for name in ("few", "poor", "equal", "again")))
 """The comparisons with the models of `skd_lib.evidence.models`."""
 
 
