@@ -12,8 +12,8 @@ from skd_lib.compare.statistics import holm, t_interval
 from skd_lib.evidence.models import forward_cost
 from skd_lib.evidence.records import SCORE, Run
 
-METHODS, RULES = "evidence-methods", "evidence-rules"
-CONTROLLED = (METHODS, RULES, *(f"evidence-{name}" for name in ("few", "poor", "equal", "again")))
+METHODS, RULES, EQUAL = "evidence-methods", "evidence-rules", "evidence-equal"
+CONTROLLED = (METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again")
 """The comparisons with the models of `skd_lib.evidence.models`."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skd_lib.evidence.analysis import METHODS, RULES, Variant, variants_of
+from skd_lib.evidence.analysis import EQUAL, METHODS, RULES, Variant, variants_of
 from skd_lib.evidence.records import SCORE, Curve, Run
 from skd_lib.storage import atomic_file
 
@@ -40,7 +40,7 @@ def draw(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Pat
         with _plot(folder / f"{name}-scores.svg", written, height=0.3 * len(variants) + 1.2) as axes:
             _scores(axes, variants, next(run for run in runs if run.comparison == name))
     with _plot(folder / "compute.svg", written) as axes:
-        _compute(axes, {name: variants_of(runs, name) for name in (METHODS, RULES)})
+        _compute(axes, {name: variants_of(runs, name) for name in (METHODS, EQUAL)})
     found = {int(match[1]): each for each in variants_of(runs, RULES) if (match := _K.fullmatch(each.name))}
     if found:
         with _plot(folder / "k.svg", written) as axes:
