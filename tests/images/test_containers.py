@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -48,22 +46,18 @@ def image(request: pytest.FixtureRequest, build: Build) -> tuple[str, str]:
 
 
 def in_image(engine: DockerClient, tag: str, *command: str, **arguments: Any) -> str:
-    """What the command prints in a restricted container."""
-    return engine.containers.run(tag, list(command), remove=True, **{**RESTRICTED, **arguments}).decode()
+    """What the command prints in a restricted container.
 
-
-def file_in_image(engine: DockerClient, tag: str, path: str) -> bytes:
-    """A file's content, from the image itself: a log may have lost what a short-lived container said last."""
-    container = engine.containers.create(tag, ["true"])
+    docker-py's `run(remove=True)` removes the container before it has read all of its output.
+    """
+    container = engine.containers.create(tag, list(command), **{**RESTRICTED, **arguments})
     try:
-        chunks, _ = container.get_archive(path)
-        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
-            (member,) = archive.getmembers()
-            file = archive.extractfile(member)
-            assert file is not None
-            return file.read()
+        container.start()
+        output = b"".join(container.logs(stream=True, follow=True)).decode()
+        assert container.wait()["StatusCode"] == 0, output
     finally:
         container.remove(force=True)
+    return output
 
 
 def test_image_is_what_a_restricted_pod_needs(engine: DockerClient, image: tuple[str, str]):
@@ -82,7 +76,7 @@ def test_image_is_what_a_restricted_pod_needs(engine: DockerClient, image: tuple
 
 def test_sbom_lists_what_is_installed(engine: DockerClient, image: tuple[str, str]):
     _, tag = image
-    bom = json.loads(file_in_image(engine, tag, "/opt/skd/sbom.cdx.json"))
+    bom = json.loads(in_image(engine, tag, "cat", "/opt/skd/sbom.cdx.json"))
     assert bom["bomFormat"] == "CycloneDX"
     code = "import importlib.metadata as m, json; print(json.dumps([[d.name, d.version] for d in m.distributions()]))"
     installed = json.loads(in_image(engine, tag, "python3", "-I", "-c", code))
