@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +151,15 @@ def test_what_is_no_comparison_is_told(tmp_path: Path) -> None:
 def test_comparisons_can_be_planned(file: Path) -> None:
     if "base:" in file.read_text(encoding="utf-8"):
         assert to_parameters(*load_compare(file), where=file.name)["trials"]
+
+
+def test_the_page_has_the_tables_and_plots_of_its_runs(tmp_path: Path) -> None:
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert with_tables(page, read_runs(DOCS / "evidence")) == page
+    again = shutil.copytree(DOCS / "evidence", tmp_path / "evidence", ignore=shutil.ignore_patterns("*.svg"))
+    copy = tmp_path / "page.md"
+    copy.write_text(page, encoding="utf-8")
+    assert CliRunner().invoke(app, ["evidence", "plot", str(again), "--page", str(copy)]).exit_code == 0
+    names = {file.name for file in again.glob("*.svg")}
+    assert names == {file.name for file in (DOCS / "evidence").glob("*.svg")}
+    assert names >= set(re.findall(r"\(evidence/([\w-]+\.svg)\)", page))
