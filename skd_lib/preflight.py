@@ -543,13 +543,13 @@ def _gpu(checks: _Checks, required: bool) -> bool:
 
 
 def _precision(checks: _Checks, precision: TeacherPrecision) -> None:
-    """Whether the teacher can be quantised: in a cluster the GPU is the training step's, not this one's."""
+    """Whether the teacher can be quantised."""
     if precision not in ("8bit", "4bit"):
         return
     from skd_lib.models.loading import check_quantization
 
     try:
-        check_quantization(precision, cuda="KUBERNETES_SERVICE_HOST" not in os.environ)
+        check_quantization(precision)
     except SkdError as error:
         checks.failed("teacher precision", error)
     else:

@@ -84,7 +84,7 @@ class DistillTrainingConfig(TrainingConfig):
     teacher_precision: TeacherPrecision = Field(
         "auto",
         description="Of the frozen teacher's weights: `auto` is bf16 where the device computes in it, else fp32; "
-        "`8bit` and `4bit` (NF4) need a CUDA GPU and the package bitsandbytes.",
+        "`8bit` and `4bit` (NF4) need the package bitsandbytes (extra `quantization`); meant for GPUs, slow on a CPU.",
     )
 
 

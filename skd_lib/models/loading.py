@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import struct
@@ -158,7 +159,7 @@ def load_model(
     place = torch.device(device) if device is not None else default_device()
     quantized: dict[str, Any] = {}
     if quantization is not None:
-        check_quantization(quantization, cuda=True)
+        check_quantization(quantization)
         quantized = {"quantization_config": _bits_and_bytes(quantization, dtype), "device_map": {"": place}}
     config = _load_config(path, trust_remote_code)
     attention = "eager" if config.get_text_config().model_type in _EAGER_ONLY else "sdpa"
@@ -182,26 +183,22 @@ def load_model(
     return cast(PreTrainedModel, (model if quantized else model.to(place)).eval())
 
 
-def check_quantization(quantization: str, *, cuda: bool) -> None:
-    """See that models can be quantised.
-
-    Args:
-        quantization: `8bit` or `4bit`.
-        cuda: Whether this machine must have a CUDA GPU; False where the model will be loaded on another one.
+def check_quantization(quantization: str) -> None:
+    """See that models can be quantised to `8bit` or `4bit`.
 
     Raises:
-        SkdError: bitsandbytes or the GPU is missing.
+        SkdError: bitsandbytes is missing.
     """
     where = f"teacher_precision {quantization}"
     if importlib.util.find_spec("bitsandbytes") is None:
         hint = "pip install 'skd-lib[quantization]', or use bf16"
         raise SkdError("quantised weights need the package bitsandbytes", where=where, hint=hint)
-    if cuda and not torch.cuda.is_available():
-        raise SkdError("quantised weights need a CUDA GPU, and none is visible", where=where, hint="use bf16 or auto")
 
 
 def _bits_and_bytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization == "8bit":
+        # It would tell of each product's cast to fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 

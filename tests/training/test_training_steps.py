@@ -350,3 +350,21 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     assert run.info.status == "FINISHED"
     assert run.data.metrics["steps"] == 2
     assert done.stderr.count("estimated memory of") == 2  # each of the two has trained
+
+
+@pytest.mark.parametrize("precision", ["8bit", "4bit"])
+def test_quantised_teacher_trains_a_student(
+    precision: str, teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    training = Step(tmp_path / "run", ["distilled_student", "metrics", "samples"])
+    distill.main(
+        config=json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "teacher_precision": precision}}),
+        student=save_tiny_model(tmp_path / "student", seed=1),
+        teacher=teacher,
+        data=data,
+        student_out=tmp_path / "run" / "model",
+        samples_out=tmp_path / "run" / "samples",
+        **training.arguments,
+    )
+    assert training.figures["best_validation_loss"] < training.figures["first_validation_loss"]
