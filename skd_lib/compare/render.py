@@ -161,7 +161,7 @@ def _cost(variant: VariantResult, name: str) -> str:
         return f"{value:.2%}"
     if name == "tokens_per_teacher_call":
         return f"{value:.2f}"
-    return f"{value / 1000:,.0f}k" if name.endswith("_tokens") and value >= 10_000 else f"{value:,.0f}"
+    return f"{value / 1000:,.1f}k" if name.endswith("_tokens") and value >= 1000 else f"{value:,.0f}"
 
 
 def _row(cells: list[str]) -> str:
