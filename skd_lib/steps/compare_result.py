@@ -11,6 +11,7 @@ import typer
 from skd_lib.compare.result import TrialResult
 from skd_lib.compare.trials import Trial
 from skd_lib.config import parse_json, parse_section
+from skd_lib.errors import SkdError
 from skd_lib.report.summary import Course, Scores, Specdec
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 
@@ -36,7 +37,11 @@ def main(
     from skd_lib.compare.folder import write_result
     from skd_lib.evaluation.predictions import read_predictions
 
-    numbers = parse_json(figures.read_text(encoding="utf-8"), where="--figures")
+    try:
+        numbers = parse_json(figures.read_text(encoding="utf-8"), where=str(figures))
+    except OSError as error:
+        hint = "name the figures that step `distill` wrote"
+        raise SkdError(f"cannot be read: {error.strerror}", where=str(figures), hint=hint) from error
     result = TrialResult(
         variant=one.variant,
         seed=one.seed,

@@ -90,6 +90,18 @@ def test_table_without_a_run_or_with_a_folder_that_is_none_is_refused(tmp_path: 
     assert str(tmp_path / "nowhere" / "result.json") in str(raised.value)
 
 
+def test_missing_figures_are_named(tmp_path: Path):
+    folder = result(tmp_path, 0)
+    with pytest.raises(SkdError, match="name the figures that step `distill` wrote"):
+        compare_result.main(
+            trial=json.dumps(TRIALS[0]),
+            scores=json.dumps({"accuracy": {"score": 1, "low": 0, "high": 2}}),
+            predictions=folder / "predictions.jsonl",
+            figures=tmp_path / "nowhere.json",
+            result_out=tmp_path / "out",
+        )
+
+
 def test_what_is_wrong_with_a_run_is_named(tmp_path: Path):
     with pytest.raises(SkdError, match="--course"):
         result(tmp_path, 0, course={"steps": ["first"]})
