@@ -46,15 +46,15 @@ def image(request: pytest.FixtureRequest, build: Build) -> tuple[str, str]:
 
 
 def in_image(engine: DockerClient, tag: str, *command: str, **arguments: Any) -> str:
-    """What the command prints in a restricted container.
+    """What the command prints to its standard output in a restricted container.
 
     docker-py's `run(remove=True)` removes the container before it has read all of its output.
     """
     container = engine.containers.create(tag, list(command), **{**RESTRICTED, **arguments})
     try:
         container.start()
-        output = b"".join(container.logs(stream=True, follow=True)).decode()
-        assert container.wait()["StatusCode"] == 0, output
+        output = b"".join(container.logs(stderr=False, stream=True, follow=True)).decode()
+        assert container.wait()["StatusCode"] == 0, container.logs().decode()
     finally:
         container.remove(force=True)
     return output
