@@ -55,7 +55,8 @@ def sampling(
 ) -> None:
     """Measure the sampling engine against generate, token-by-token and assisted decoding, and against its floor.
 
-    Shapes: smollm2-135m, smollm2-135m-22-layers, gemma-2b, gemma-7b. The floor is the bare forwards of the same rounds.
+    Shapes: smollm2-135m, gemma-2b, gemma-7b, or with another depth, e.g. smollm2-135m-6-layers. The floor is the bare
+    forwards of the same rounds.
     """
     from skd_lib.bench.sampling import bench_sampling, render
     from skd_lib.bench.setup import Settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,11 +42,10 @@ _GEMMA_2B = {
 }
 SHAPES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "smollm2-135m": lambda: LlamaConfig(num_hidden_layers=30, **_SMOLLM2),
-    "smollm2-135m-22-layers": lambda: LlamaConfig(num_hidden_layers=22, **_SMOLLM2),
     "gemma-2b": lambda: GemmaConfig(**_GEMMA_2B),
     "gemma-7b": lambda: GemmaConfig(),
 }
-"""Real models' shapes, for `random:NAME`."""
+"""Real models' shapes, for `random:NAME`, or `random:NAME-N-layers` with N decoder layers."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        teacher: `random:` and a name of `SHAPES`, or a reference to a model.
+        teacher: `random:` and a shape (`SHAPES`), or a reference to a model.
         student: Like `teacher`.
         batch_size: Rows decoded together, where a way to sample can.
         prompt_tokens: The longest prompt; the shortest has half of it.
@@ -154,10 +154,20 @@ def write(text: str, path: Path) -> None:
 def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
     if not ref.startswith(RANDOM):
         return load_model(resolve_model(ref), dtype=dtype, device=device)
-    name = ref.removeprefix(RANDOM)
-    if name not in SHAPES:
-        raise SkdError(f"no shape `{name}`", where=ref, hint=f"known shapes: {', '.join(SHAPES)}")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(_shape(ref), dtype=dtype, attn_implementation="sdpa")
     return cast(PreTrainedModel, model.eval())
+
+
+def _shape(ref: str) -> transformers.PreTrainedConfig:
+    shape = ref.removeprefix(RANDOM)
+    cut = re.fullmatch(r"(?P<name>.+)-(?P<layers>[1-9]\d*)-layers", shape)
+    name = cut["name"] if cut else shape
+    if name not in SHAPES:
+        hint = f"known shapes: {', '.join(SHAPES)}, each also with -N-layers"
+        raise SkdError(f"no shape `{name}`", where=ref, hint=hint)
+    config = SHAPES[name]()
+    if cut:
+        config.num_hidden_layers = int(cut["layers"])
+    return config

@@ -17,13 +17,12 @@ from tests.conftest import CONFIGS
 @pytest.fixture
 def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     size = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    for name, layers in (("teacher", 3), ("student", 2)):
-        monkeypatch.setitem(SHAPES, name, lambda layers=layers: CONFIGS["llama"](num_hidden_layers=layers, **size))
+    monkeypatch.setitem(SHAPES, "tiny", lambda: CONFIGS["llama"](num_hidden_layers=3, **size))
 
 
 @pytest.mark.usefixtures("tiny_shapes")
 def test_every_axis_is_walked(tmp_path: Path) -> None:
-    options = ["--teacher", "random:teacher", "--student", "random:student", "--dtype", "float32", "--device", "cpu"]
+    options = ["--teacher", "random:tiny", "--student", "random:tiny-2-layers", "--dtype", "float32", "--device", "cpu"]
     options += ["--batch-size", "4", "--new-tokens", "16", "--output", str(tmp_path / "growth.json")]
     done = CliRunner(env={"COLUMNS": "90"}).invoke(app, ["bench", "growth", *options])
     assert done.exit_code == 0, done.output

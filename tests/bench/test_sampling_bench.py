@@ -72,6 +72,8 @@ def test_k_as_a_share_of_the_vocabulary_sets_the_acceptance_of_random_weights(
 def test_mistakes_are_named() -> None:
     with pytest.raises(SkdError, match="no shape `gpt-5`"):
         bench_sampling(Settings(teacher="random:gpt-5"))
+    with pytest.raises(SkdError, match="no shape `smollm2-135m-0-layers`"):
+        bench_sampling(Settings(teacher="random:smollm2-135m-0-layers"))
     with pytest.raises(SkdError, match="--dtype: no floating-point dtype `bf16`"):
         bench_sampling(Settings(dtype="bf16"))
 
