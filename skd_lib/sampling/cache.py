@@ -156,10 +156,12 @@ class TokenCache:
     def forward(self, model: PreTrainedModel, tokens_BT: Tensor, positions_BT: Tensor, visible: int) -> Tensor:
         """(B, T, H) final states of a block of tokens, from a forward over all tokens up to it."""
         # The filler before a prompt of one token, at position -1, goes to the last column, where nothing is read.
-        at = (torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1), positions_BT)
-        self.tokens_BC[at] = tokens_BT
+        rows_B1 = torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1)
+        self.tokens_BC[rows_B1, positions_BT] = tokens_BT
+        # A block may run over the length limit, which may be where the model's positions end: nothing there is kept.
+        visible = min(visible, _positions(model) or visible)
         hidden_BLH: Tensor = decoder(model)(input_ids=self.tokens_BC[:, :visible], use_cache=False).last_hidden_state
-        return hidden_BLH[at]
+        return hidden_BLH[rows_B1, positions_BT.clamp(max=visible - 1)]
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (indices, in the given order)."""
@@ -215,9 +217,44 @@ def check_supported(model: PreTrainedModel) -> None:
     raise SkdError(f"cannot sample from this `{model.config.model_type}` model: it {reason}", hint=hint)
 
 
+def position_limit(model: PreTrainedModel, block: int) -> int | None:
+    """How many tokens a row may have; None where the model does not say.
+
+    Some rotary positions (`dynamic`, `longrope`) are others for all rows as soon as one row is longer than the model
+    was first trained for. Up to there they are like any other.
+
+    Args:
+        model: A causal language model.
+        block: Positions that a round may look at beyond a row's last token.
+    """
+    limit = _positions(model)
+    stretches_from = _stretches_from(model)
+    return limit if stretches_from is None else min(limit or stretches_from, stretches_from - block)
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
+def _stretches_from(model: PreTrainedModel) -> int | None:
+    """Tokens of one row from which on the rotary positions of all rows change; None if they never do."""
+    config = model.config.get_text_config(decoder=True)
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
+    changing = [each for each in kinds if each.get("rope_type") in ("dynamic", "longrope")]
+    starts = [each.get("original_max_position_embeddings") or _positions(model) for each in changing]
+    return min((start for start in starts if start), default=None)
+
+
 def keeps_rows(model: PreTrainedModel) -> bool:
     """Whether the model decodes with a `RowCache`."""
     return _no_row_cache(model) is None
+
+
+def stretches(model: PreTrainedModel) -> bool:
+    """Whether its rotary positions depend on the longest row; some such models ask the device how long that is."""
+    return _stretches_from(model) is not None
 
 
 def _no_row_cache(model: PreTrainedModel) -> str | None:

@@ -13,7 +13,7 @@ take their places. Where the device runs out of memory, rows go on from the toke
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +26,7 @@ from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.sampling.acceptance import AcceptanceRule
-from skd_lib.sampling.cache import RowCache, TokenCache, check_supported, prefilled
+from skd_lib.sampling.cache import RowCache, TokenCache, check_supported, position_limit, prefilled, stretches
 from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.graphs import GraphedRounds
@@ -59,7 +59,7 @@ class Sampler:
         teacher_params: How the teacher samples.
         batch_size: Rows in flight; None takes all prompts at once. Where they do not fit into a GPU's memory, half as
             many are tried, in this call and the following ones.
-        keep_teacher_states: Return the teacher's hidden states: max_new_tokens x hidden elements a prompt.
+        keep_teacher_states: Return the teacher's hidden states: (max_new_tokens + a block) x hidden elements a prompt.
         vocabulary: Token ids at and above it have probability 0; None takes the smaller of the two heads, since
             padded vocabularies of one family differ in size.
         graphs: Replay rounds as CUDA graphs, on a GPU and for models whose rounds can be captured.
@@ -94,12 +94,12 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int], on_progress: Callable[[int], None] | None = None
+        self, prompts: Iterable[list[int]], seeds: Iterable[int], on_progress: Callable[[int], None] | None = None
     ) -> Samples:
-        """Sample one response to each prompt.
+        """Sample one response to each prompt; responses come in the prompts' order.
 
         Args:
-            prompts: Token ids, ragged, at least one a prompt.
+            prompts: Token ids, ragged, at least one a prompt. All are read first: the longest decides on the memory.
             seeds: One a prompt. A response depends on its prompt and seed alone: not on the batch, on padding or on
                 `gamma`.
             on_progress: Called with the number of finished responses whenever it grows.
@@ -108,17 +108,22 @@ class Sampler:
             SkdError: a prompt is empty or does not fit a model's context together with its response, or not even one
                 row fits into the device's memory.
         """
+        prompts, seeds = list(prompts), list(seeds)
         self._check(prompts, seeds)
         output = self._allocate(seeds)
+        cleared = 0  # rows in flight when the graphs' memory was last given back
         with _evaluating(*self._models):
             while tasks := output.unfinished(prompts):
                 slots = min(self._room.slots or self.batch_size or len(tasks), len(tasks))
                 try:
                     self._sample_tasks(tasks, slots, output, on_progress)
                 except torch.OutOfMemoryError as error:
-                    self._room.shrink(slots, error)
+                    # What graphs of other shapes hold may be what is missing: as many rows once more without it.
+                    if self._graphs is None or cleared == slots:
+                        self._room.shrink(slots, error)
                     if self._graphs is not None:
                         self._graphs.clear()
+                        cleared = slots
         return self._finish(output)
 
     def _sample_tasks(
@@ -167,8 +172,8 @@ class Sampler:
         batch, accepted, replaced = len(running_B), tokens - by_teacher, by_teacher - bonus
         output.mask_NT[into] = kept_BS
         output.truncated_N[rows.index_B] = verdict.full_B
-        output.running_N[rows.index_B] = False
-        output.running_N[rows.index_B[running]] = True
+        goes_on = set(running)
+        output.running_N[rows.index_B] = torch.tensor([row in goes_on for row in range(batch)], device=self._device)
         output.counts += SamplingStatistics(
             sequences=batch - len(running),
             tokens=tokens,
@@ -260,10 +265,11 @@ class Sampler:
                 raise SkdError("the prompt has no tokens", where=f"prompt {number}", hint="give it a BOS token")
         longest = max(map(len, prompts), default=0) + self.max_new_tokens
         for model in self._models:
-            limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            limit = position_limit(model, self._block_width)
             if limit is not None and longest > limit:
+                stretched = " before its rotary positions stretch" if stretches(model) else ""
                 raise SkdError(
-                    f"the longest prompt and its response need {longest} positions, the model has {limit}",
+                    f"the longest prompt and its response need {longest} positions, the model has {limit}{stretched}",
                     where=model.name_or_path or type(model).__name__,
                     hint="lower max_prompt_tokens or max_new_tokens",
                 )

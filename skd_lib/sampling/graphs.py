@@ -5,7 +5,8 @@ stays (`StaticRows`), and there is one graph for each shape: rows (a power of tw
 positions in steps of `BUCKET`, which attention reads whether or not a row has come so far. Capturing costs about as
 much as a round without a graph; graphs and memory are kept for the sampler's life, across calls.
 
-Memory: both caches at the largest batch and length so far, and every graph's own activations.
+Memory: both caches at the largest batch and length so far, the largest graph's activations, which all graphs share
+since they run one after the other, and under autocast one cast copy of the weights.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache as once
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skd_lib.sampling.cache import keeps_rows
+from skd_lib.sampling.cache import keeps_rows, stretches
 from skd_lib.sampling.round import Verdict
 from skd_lib.sampling.state import CACHES, PER_ROW, Rows
 
@@ -98,16 +100,25 @@ Capture = Callable[[Callable[[], Verdict]], tuple[Callable[[], object], Verdict]
 
 
 def cuda_graph(play: Callable[[], Verdict]) -> tuple[Callable[[], object], Verdict]:
-    """Capture a round as a CUDA graph. Graphs share no memory with each other but what the round itself reads."""
+    """Capture a round as a CUDA graph. All take their memory from one pool: only one's verdict lasts at a time."""
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         play()  # what is set up in a first call must not be captured
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        verdict = play()
+    try:
+        with torch.cuda.graph(graph, pool=_pool()):
+            verdict = play()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
     return graph.replay, verdict
+
+
+@once
+def _pool() -> Any:
+    return torch.cuda.graph_pool_handle()
 
 
 class GraphedRounds:
@@ -128,7 +139,7 @@ class GraphedRounds:
     @staticmethod
     def serve(models: list[PreTrainedModel]) -> bool:
         """Whether rounds of these models can be captured."""
-        return all(model.device.type == "cuda" and keeps_rows(model) for model in models)
+        return all(model.device.type == "cuda" and keeps_rows(model) and not stretches(model) for model in models)
 
     def clear(self) -> None:
         """Give back all memory."""
@@ -141,13 +152,15 @@ class GraphedRounds:
         """Rows that were just prefilled, moved to memory that stays, with room for `batch` rows."""
         settings = (_placement(self._models), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         if settings != self._settings:
-            self._graphs.clear()
+            self.clear()  # the cache's dtype may be another one, too
             self._settings = settings
         if self._base is None or batch > self._size[0] or capacity > self._size[1]:
             self._graphs.clear()
             self._base = None  # before the new one is made
             self._size = (max(batch, self._size[0]), max(-(-capacity // BUCKET) * BUCKET, self._size[1]))
             self._base = allocate(rows, *self._size)
+        for name in PER_ROW:
+            getattr(self._base, name).fill_(1)  # the last rows of the call before wait now, as rows of one token
         return StaticRows.of(self._base, 0, longest=1).extend(rows)
 
     def __call__(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
@@ -160,7 +173,7 @@ class GraphedRounds:
         if key not in self._graphs:
             static_BSC = uniforms_BSC.new_zeros(len(padded.index_B), *uniforms_BSC.shape[1:])
             try:
-                replay, verdict = self._capture(lambda: self._without_cached_casts(padded, static_BSC, gamma))
+                replay, verdict = self._capture(lambda: self._with_casts_of_its_own(padded, static_BSC, gamma))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -178,14 +191,16 @@ class GraphedRounds:
             parts[field.name] = None if part is None else part[:count]
         return Verdict(**parts)
 
-    def _without_cached_casts(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
-        """A round under the autocast that is on, whose cache of cast weights would outlive the weights in a graph."""
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
+    def _with_casts_of_its_own(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
+        """A round that casts the weights itself, once, under the autocast that is on.
+
+        A graph must neither read a cast from before, which an optimiser step does not change, nor leave one behind.
+        """
+        torch.clear_autocast_cache()
         try:
             return self._play(rows, uniforms_BSC, gamma)
         finally:
-            torch.set_autocast_cache_enabled(cached)
+            torch.clear_autocast_cache()
 
 
 def _first(rows: Rows, count: int) -> dict[str, Any]:
@@ -198,5 +213,7 @@ def _first(rows: Rows, count: int) -> dict[str, Any]:
 
 
 def _placement(models: list[PreTrainedModel]) -> int:
-    """Changes when any weight is at another address."""
-    return hash(tuple(weight.data_ptr() for model in models for weight in model.parameters()))
+    """Changes when any weight is at another address, or PEFT's adapters are merged, switched off or exchanged."""
+    modules = [module for model in models for module in model.modules() if hasattr(module, "merged_adapters")]
+    adapters = tuple((*map(str, m.merged_adapters), m.disable_adapters, str(m.active_adapters)) for m in modules)
+    return hash((adapters, *(weight.data_ptr() for model in models for weight in model.parameters())))

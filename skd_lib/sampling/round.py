@@ -136,7 +136,7 @@ class Interleaving:
         width = tokens_BS.shape[1]
         offsets_S = torch.arange(width, device=tokens_BS.device)
         written_B = rows.length_B - rows.prompt_length_B
-        is_eos_BS = torch.isin(tokens_BS, self.eos_ids)
+        is_eos_BS = (tokens_BS.unsqueeze(-1) == self.eos_ids).any(-1)  # `isin` may ask the device
         ended_before_BS = (is_eos_BS.cumsum(-1) - is_eos_BS.long()) > 0
         kept_BS = (offsets_S <= accepted_B.unsqueeze(1)) & ~ended_before_BS
         kept_BS &= written_B.unsqueeze(1) + offsets_S < self.max_new_tokens

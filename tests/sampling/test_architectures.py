@@ -18,7 +18,7 @@ from transformers import (
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder, lm_logits, vocabulary_size
 from skd_lib.sampling import cache
-from skd_lib.sampling.acceptance import everything, lossless, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from tests.conftest import TinyModel
 from tests.sampling.test_engine import (
@@ -132,6 +132,36 @@ def test_other_architectures_take_a_slower_path(arch: str, caplog: pytest.LogCap
     (warning,) = [record.message for record in caplog.records if record.name == cache.__name__]
     assert f"no cache for `{arch}`" in warning
     assert WITHOUT_ROW_CACHE[arch][1] in warning
+
+
+@pytest.mark.parametrize("rule", [top_k(6), everything(), nothing(), lossless()], ids=lambda rule: rule.name)
+def test_a_response_may_end_where_the_models_positions_do(rule: AcceptanceRule) -> None:
+    models: dict[str, Any] = {"student": other_model("gpt2", 1), "teacher": other_model("gpt2", 2)}
+    s = sampler(models, rule, eos_ids=(), student_params=GREEDY, teacher_params=GREEDY)
+    seeds, longest = [11, 12, 13, 14], max(map(len, PROMPTS)) + s.max_new_tokens
+    expected = rows(s.sample(PROMPTS, seeds))
+    for model in models.values():
+        model.config.n_positions = longest
+        model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:longest])
+    assert rows(s.sample(PROMPTS, seeds)) == expected
+    with pytest.raises(SkdError, match=f"need {longest + 1} positions, the model has {longest}\n"):
+        sampler(models, rule, max_new_tokens=s.max_new_tokens + 1).sample(PROMPTS, seeds)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_positions_that_stretch_for_the_whole_batch_are_used_up_to_there(
+    tiny_model: TinyModel, kind: str
+) -> None:
+    """A row beyond that length would change what its neighbours sample."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 40, **factors}
+    limit = 40 if kind == "longrope" else 64
+    model = tiny_model("llama", seed=1, vocab_size=VOCABULARY, rope_parameters=rope, max_position_embeddings=limit)
+    s = sampler({"student": model, "teacher": model}, lossless(), gamma=3, eos_ids=(), max_new_tokens=10)
+    alone = [rows(s.sample([prompt], [5]))[0] for prompt in (PROMPTS[0], [1] * 26)]
+    assert rows(s.sample([PROMPTS[0], [1] * 26], [5, 5])) == alone
+    with pytest.raises(SkdError, match="37 positions, the model has 36 before its rotary positions stretch"):
+        s.sample([PROMPTS[0], [1] * 27], [5, 5])
 
 
 def test_a_row_cache_and_a_slower_path_interleave(tiny_model: TinyModel) -> None:

@@ -179,11 +179,13 @@ def test_the_student_draws_with_its_own_settings(tiny_model: TinyModel) -> None:
     assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "everything", 0, s, PROMPTS, seeds)[0]
 
 
-def test_greedy_equals_transformers_generate(tiny_model: TinyModel) -> None:
-    models = pair(tiny_model)
-    s = sampler(models, everything(), student_params=GREEDY)
-    for prompt, row in zip(PROMPTS, rows(s.sample(PROMPTS, [0] * 4)), strict=True):
-        generated = models["student"].generate(  # type: ignore[attr-defined]
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_greedy_equals_transformers_generate(tiny_model: TinyModel, arch: str) -> None:
+    model = tiny_model(arch, seed=1, vocab_size=VOCABULARY)
+    prompts = [*PROMPTS, [1, *[3] * SLIDING_WINDOW, 25]]
+    s = sampler({"student": model, "teacher": None}, everything(), student_params=GREEDY, batch_size=3)
+    for prompt, row in zip(prompts, rows(s.sample(prompts, [0] * 5)), strict=True):
+        generated = model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=list(EOS), pad_token_id=0
         )
         assert row == generated[0, len(prompt) :].tolist()
@@ -216,10 +218,14 @@ def test_a_model_that_drafts_for_itself_is_always_accepted(tiny_model: TinyModel
 def test_teacher_states_equal_a_fresh_forward(tiny_model: TinyModel, arch: str, rule: AcceptanceRule) -> None:
     models = pair(tiny_model, arch)
     samples = sampler(models, rule, keep_teacher_states=True, batch_size=2).sample(PROMPTS, list(range(4)))
+    assert_states_are_fresh(models, PROMPTS, samples)
+
+
+@torch.no_grad()
+def assert_states_are_fresh(models: dict[str, object], prompts: list[list[int]], samples: Samples) -> None:
     assert samples.teacher_states_BTH is not None
-    for prompt, row, states in zip(PROMPTS, rows(samples), samples.teacher_states_BTH, strict=True):
-        with torch.no_grad():
-            fresh = decoder(models["teacher"])(torch.tensor([prompt + row])).last_hidden_state[0]  # type: ignore[arg-type]
+    for prompt, row, states in zip(prompts, rows(samples), samples.teacher_states_BTH, strict=True):
+        fresh = decoder(models["teacher"])(torch.tensor([prompt + row])).last_hidden_state[0]  # type: ignore[arg-type]
         # The state at position i predicts token i + 1.
         torch.testing.assert_close(states[: len(row)], fresh[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
         assert states[len(row) :].eq(0).all()
@@ -305,13 +311,14 @@ def test_errors_name_the_prompt_and_the_way_out(tiny_model: TinyModel) -> None:
     batch_size=st.integers(1, 5),
     use_lossless=st.booleans(),
 )
-def test_statistics_add_up(
+def test_statistics_add_up_and_teacher_states_are_fresh(
     tiny_model: TinyModel, prompts: list, k: int, gamma: int, eos: set, limit: int, batch_size: int, use_lossless: bool
 ) -> None:
     models = pair(tiny_model)
     rule = lossless() if use_lossless else top_k(k)
     options = {"gamma": gamma, "eos_ids": tuple(eos), "max_new_tokens": limit, "batch_size": batch_size}
-    samples = sampler(models, rule, **options).sample(prompts, list(range(len(prompts))))
+    samples = sampler(models, rule, keep_teacher_states=True, **options).sample(iter(prompts), range(len(prompts)))
+    assert_states_are_fresh(models, prompts, samples)
     s, source = samples.statistics, samples.source_BT
     assert s.sequences == len(prompts)
     assert s.tokens == int(samples.mask_BT.sum()) == s.accepted + s.replaced + s.bonus

@@ -21,6 +21,7 @@ from skd_lib.sampling.engine import Sampler
 from skd_lib.sampling.graphs import GraphedRounds
 from skd_lib.sampling.round import Verdict
 from tests.conftest import TinyModel
+from tests.sampling.test_architectures import with_lora
 from tests.sampling.test_engine import GREEDY, PROMPTS, STUDENT_SAMPLES, pair, rows, sampler
 from tests.sampling.test_memory import assert_same, memory
 
@@ -98,6 +99,27 @@ def test_weights_that_change_in_place_are_read_and_weights_that_move_are_capture
     assert graphs.captured == 2 * captured
 
 
+@pytest.mark.parametrize("rule", [everything(), top_k(6)], ids=lambda rule: rule.name)
+def test_rows_that_ended_together_do_no_harm_in_the_next_call(tiny_model: TinyModel, rule: AcceptanceRule) -> None:
+    """They wait as rows of one token: at their full length a round would find no token of theirs to keep."""
+    plain = sampler(pair(tiny_model), rule, max_new_tokens=20, eos_ids=())
+    s = graphed(plain, Graphs())
+    for prompts in (MANY[:4], MANY[:3], MANY):
+        assert_same(s.sample(prompts, SEEDS[: len(prompts)]), plain.sample(prompts, SEEDS[: len(prompts)]))
+
+
+def test_adapters_that_are_switched_off_are_captured_anew(tiny_model: TinyModel) -> None:
+    student: Any = with_lora(tiny_model(seed=1, vocab_size=48), target_modules=["q_proj"])
+    graphs = Graphs()
+    plain = sampler({"student": student, "teacher": None}, everything(), max_new_tokens=20, eos_ids=())
+    s = graphed(plain, graphs)
+    adapted = rows(s.sample(MANY, SEEDS))
+    captured = graphs.captured
+    with student.disable_adapter():
+        assert rows(s.sample(MANY, SEEDS)) == rows(plain.sample(MANY, SEEDS)) != adapted
+    assert graphs.captured == 2 * captured
+
+
 def test_adaptive_draft_lengths_have_a_graph_each(tiny_model: TinyModel) -> None:
     plain = sampler(pair(tiny_model), top_k(20), gamma=AdaptiveGamma(4), max_new_tokens=30, eos_ids=())
     assert_same(graphed(plain, Graphs()).sample(MANY, SEEDS), plain.sample(MANY, SEEDS))
@@ -111,6 +133,24 @@ def test_memory_that_runs_out_is_given_back(tiny_model: TinyModel) -> None:
     with memory(models["teacher"], lambda call, batch, cache: batch <= 2):
         assert rows(s.sample(MANY, SEEDS)) == rows(expected)
     assert len(vars(s)["_graphs"]._base.index_B) <= 2
+
+
+def test_room_for_other_shapes_is_given_back_before_rows_are_halved(tiny_model: TinyModel) -> None:
+    """Memory for many short rows, and then for a long one, would have to hold many long ones."""
+    models = pair(tiny_model)
+    plain = sampler(models, top_k(6), gamma=3, max_new_tokens=20)
+    s = graphed(plain, Graphs())
+    long = [[1, *range(3, 40)] * 6]
+    with memory(models["teacher"], lambda call, batch, cache: len(storage_of(cache)) <= 8 * 2**15):
+        assert rows(s.sample(MANY, SEEDS)) == rows(plain.sample(MANY, SEEDS))
+        assert rows(s.sample(long, SEEDS[:1])) == rows(plain.sample(long, SEEDS[:1]))
+        assert s._room.slots is None
+
+
+def storage_of(cache: Any) -> torch.UntypedStorage:
+    """All the memory that a cache of the rows in flight, or of a prefill, is part of; one layer's keys."""
+    keys = cache.layers[0].keys if cache.layers[0].is_initialized else torch.empty(0)
+    return keys.untyped_storage()  # type: ignore[no-any-return]
 
 
 def test_what_cannot_be_captured_runs_without_graphs(tiny_model: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
