@@ -19,7 +19,8 @@ import google_crc32c
 
 Fault = str | int | None
 """What a request meets: a status (503); `lost` (the connection ends before anything is done); `answer lost` (after
-it is done); `corrupt` (a byte of the content changes); `cut` (half of the content comes); None: nothing."""
+it is done); `corrupt` (a byte of the content changes); `cut` (half of the content comes); `part kept` (of a piece of a
+resumable upload only half is kept, as the answer says); None: nothing."""
 
 
 def crc32c(content: bytes) -> str:
@@ -40,9 +41,28 @@ class Store:
     written: dict[str, float] = field(default_factory=dict)
     seen: dict[str, list[bytes]] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+    """Bytes of content that came, by kind of request."""
+    sent: int = 0
+    """Bytes of content that went out."""
     sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    page_size: int = 1000
+    """How many objects an answer lists."""
+    rewrite_calls: int = 1
+    """How many requests a rewrite takes."""
+    rewrites: dict[str, int] = field(default_factory=dict)
+    """How many more it takes, by token."""
     generation: int = 1
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def clear(self) -> None:
+        """Forget everything that was stored or asked; what is to go wrong, and how, stays."""
+        with self.lock:
+            for kept in (self.objects, self.written, self.seen, self.sessions, self.rewrites):
+                kept.clear()
+            self.requests.clear()
+            self.received.clear()
+            self.sent = 0
 
     def put(self, name: str, content: bytes) -> None:
         with self.lock:
@@ -84,7 +104,7 @@ class Server:
 class _Handler(BaseHTTPRequestHandler):
     store: Store
     protocol_version = "HTTP/1.0"  # a connection a request: what is stopped answers nobody
-    _corrupt = _cut = _mute = False
+    _corrupt = _cut = _part = _mute = False
 
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
@@ -99,8 +119,13 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         kind = _kind(self.command, parts.path, query)
+        if kind == "bucket":
+            # Google's client asks this by the way, in a thread of its own, for its traces: no part of what is done.
+            self._answer(200, {"name": "bucket", "location": "US", "projectNumber": "1"})
+            return
         with self.store.lock:
             self.store.requests[kind] += 1
+            self.store.received[kind] += len(body)
             fault = self.store.fault(kind, self.store.requests[kind])
         self.store.before(kind)
         if fault == "lost":
@@ -109,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self._answer(fault, {"error": {"code": fault, "message": "not now"}})
             return
-        self._corrupt, self._cut, self._mute = fault == "corrupt", fault == "cut", fault == "answer lost"
+        self._corrupt, self._cut = fault == "corrupt", fault == "cut"
+        self._part, self._mute = fault == "part kept", fault == "answer lost"
         with self.store.lock:
             getattr(self, f"_{kind}")(parts.path, query, body)
 
@@ -121,8 +147,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self._metadata(name))
 
     def _list(self, path: str, query: dict[str, str], body: bytes) -> None:
-        names = sorted(name for name in self.store.objects if name.startswith(query.get("prefix", "")))
-        self._answer(200, {"items": [self._metadata(name) for name in names]})
+        after = query.get("pageToken", "")
+        names = sorted(n for n in self.store.objects if n.startswith(query.get("prefix", "")) and n > after)
+        page = names[: self.store.page_size]
+        more = {"nextPageToken": page[-1]} if len(page) < len(names) else {}
+        self._answer(200, {"items": [self._metadata(name) for name in page], **more})
 
     def _media(self, path: str, query: dict[str, str], body: bytes) -> None:
         name = _name(path)
@@ -136,11 +165,16 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             content = content[start : end + 1]
         content = corrupted(content) if self._corrupt else content
+        if self._mute:
+            self.close_connection = True
+            return
         self.send_response(206 if wanted else 200)
         for key, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if self._cut else content)
+        content_sent = content[: len(content) // 2] if self._cut else content
+        self.store.sent += len(content_sent)
+        self.wfile.write(content_sent)
 
     def _multipart(self, path: str, query: dict[str, str], body: bytes) -> None:
         boundary = b"--" + re.search(r"boundary=\"?([^\";]+)", self.headers["Content-Type"])[1].encode()  # type: ignore[index]
@@ -158,13 +192,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chunk(self, path: str, query: dict[str, str], body: bytes) -> None:
         session = self.store.sessions[query["id"]]
+        if "metadata" in session:  # it is over: asked again it answers the same, and does nothing
+            self._answer(200, session["metadata"])
+            return
         start, total = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", self.headers["Content-Range"]).groups()  # type: ignore[union-attr]
+        body = body[: len(body) // 2] if self._part else body
         session["content"] = session["content"][: int(start)] + (corrupted(body) if self._corrupt else body)
         if total == "*" or len(session["content"]) < int(total):
             self._answer(308, {}, {"Range": f"bytes=0-{len(session['content']) - 1}"})
         else:
             # Without the checksum that the client may send along: it must notice by itself.
-            self._store_new(session["name"], session["content"], None)
+            self.store.put(session["name"], session["content"])
+            session["metadata"] = self._metadata(session["name"])
+            self._answer(200, session["metadata"])
 
     def _rewrite(self, path: str, query: dict[str, str], body: bytes) -> None:
         source, target = (unquote(part) for part in re.findall(r"/o/([^/]+)", path))
@@ -172,10 +212,18 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if not self._unchanged(target, query):
             return
-        self.store.put(target, self.store.objects[source][0])
-        self._answer(
-            200, {"done": True, "resource": self._metadata(target), "totalBytesRewritten": "1", "objectSize": "1"}
-        )
+        size = len(self.store.objects[source][0])
+        token = query.get("rewriteToken") or str(len(self.store.rewrites))
+        left = self.store.rewrites.setdefault(token, self.store.rewrite_calls) - 1
+        if left > 0:
+            self.store.rewrites[token] = left
+            done = size * (self.store.rewrite_calls - left) // self.store.rewrite_calls
+            state = {"done": False, "rewriteToken": token, "totalBytesRewritten": str(done), "objectSize": str(size)}
+        else:
+            self.store.put(target, self.store.objects[source][0])
+            state = {"done": True, "totalBytesRewritten": str(size), "objectSize": str(size)}
+            state["resource"] = self._metadata(target)
+        self._answer(200, state)
 
     def _delete(self, path: str, query: dict[str, str], body: bytes) -> None:
         name = _name(path)
@@ -245,6 +293,8 @@ def _kind(method: str, path: str, query: dict[str, str]) -> str:
         return "delete"
     if path.endswith("/o"):
         return "list"
+    if "/o/" not in path:
+        return "bucket"
     return "media" if query.get("alt") == "media" else "stat"
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,6 +227,85 @@ def test_of_two_folders_made_at_a_time_the_last_wins(tmp_path: Path) -> None:
             (inner / "inner").touch()
     assert names(path) == ["outer"]
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between moving the old one aside and putting the new one there."""
+    path, replace = tmp_path / "folder", Path.replace
+    with storage.atomic_directory(path) as temporary:
+        (temporary / "old").touch()
+
+    def interrupted(source: Path, target: Path) -> Path:
+        if source.name == "new":
+            raise error
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(type(error)), storage.atomic_directory(path) as temporary:
+        (temporary / "new").touch()
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_a_process_that_is_killed_while_it_copies_leaves_what_was_there(name: str, tmp_path: Path) -> None:
+    """Half of the new content is on disk; the next attempt is not hindered by what is left of it."""
+    for version in ("old", "new"):
+        (tmp_path / version / "folder").mkdir(parents=True)
+        for file in (tmp_path / version / "file", tmp_path / version / "folder" / "a", tmp_path / version / "folder/b"):
+            file.write_text(version, encoding="utf-8")
+    target = str(tmp_path / "store" / name)
+    storage.upload(tmp_path / "old" / name, target)
+    script = f"""
+import os, shutil, signal
+from pathlib import Path
+from skd_lib import storage
+copies = iter([False, True])
+def copyfile(source, target, **_):
+    Path(target).write_bytes(b"ne")
+    if {name == "file"} or next(copies):
+        os.kill(os.getpid(), signal.SIGKILL)
+shutil.copyfile = copyfile
+storage.upload(Path({str(tmp_path / "new" / name)!r}), {target!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    seen = tmp_path / "store" / ("folder" if name == "folder" else "")
+    files = {"folder": ["a", "b"], "file": ["file"]}[name]
+
+    def found() -> dict[str, bytes]:
+        return {key: value for key, value in content(seen).items() if not key.startswith(".")}
+
+    assert found() == dict.fromkeys(files, b"old")
+    storage.upload(tmp_path / "new" / name, target)
+    assert found() == dict.fromkeys(files, b"new")
+
+
+def test_a_folder_that_is_replaced_in_part_is_without_its_marker(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In storage behind fsspec, too; for gs:// see `test_storage_faults`."""
+    store, uri = pytest.importorskip("fsspec").filesystem("memory"), f"memory://{BUCKET}/{tmp_path.name}"
+    (folder / "complete").touch()
+    storage.upload(folder, uri, last="complete")
+    moved: list[str] = []
+
+    def interrupted(source: str, target: str, **_: object) -> None:
+        if moved:
+            raise OSError("connection lost")
+        moved.append(target)
+        store.copy(source, target)
+
+    monkeypatch.setattr(store, "mv", interrupted)
+    (folder / "a.txt").write_text("new", encoding="utf-8")
+    with pytest.raises(SkdError, match="connection lost"):
+        storage.upload(folder, uri, last="complete")
+    assert storage.file_sizes(uri) == {"a.txt": 3, "sub/b é.bin": 256_000}
+    monkeypatch.undo()
+    storage.upload(folder, uri, last="complete")
+    assert content(storage.download(uri, tmp_path / "copy")) == content(folder)
 
 
 @pytest.mark.parametrize("max_rows", [None, 2])

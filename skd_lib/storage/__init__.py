@@ -94,13 +94,15 @@ def download(uri: str, to: Path) -> Path:
 def upload(path: Path, uri: str, *, last: str = "") -> None:
     """Copy a local file or folder to `uri`.
 
-    Each file appears only when it is complete. Of a folder no object appears before all of them have arrived; objects
-    under `uri` that the folder does not have are left alone.
+    Each file appears only when it is complete. A local folder appears as a whole, in place of one that is there. In
+    object storage, where there are no folders, no object of one appears before all of them have arrived, but then they
+    appear one after the other; objects under `uri` that the folder does not have are left alone.
 
     Args:
         path: The file or folder.
         uri: Where it will be.
-        last: A file of the folder whose object appears after all others: who sees it knows that all are there.
+        last: A file of the folder whose object appears after all others, and disappears before they change: who sees it
+            knows that all are there (of two uploads at the same moment, one of which fails, maybe files of both).
 
     Raises:
         SkdError: there is nothing at `path`, `uri` cannot be written, or somebody else wrote there in the meantime.

@@ -84,6 +84,9 @@ def upload(path: Path, uri: str, last: str) -> None:
         staged = {target: f"{target}.{uuid.uuid4().hex}{TEMPORARY}" for target in targets}
         try:
             in_parallel([partial(_send, store, file, staged[target]) for target, file in targets.items()])
+            marker = join(root, last)
+            if last and marker in targets and store.exists(marker):
+                store.rm(marker)
             for target in sorted(targets, key=lambda target: targets[target] == path / last):
                 store.mv(staged[target], target)
         finally:

@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 SCHEME = "gs://"
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two packets of an answer
 _CHUNK = 32 * 2**20  # of a resumable upload: what is sent again after an interruption
-_CORRUPT_ATTEMPTS = 3
+_PAUSES = (0.2, 10.0)  # seconds, at most, before a request is tried again: at first, and in a long outage
+_LOST_SESSION = {308, 404, 410}  # nothing was kept, or the session has never been or is no more
+_ATTEMPTS = 3  # at a transfer that was corrupted, or whose session the server has lost
 
 
 def exists(uri: str) -> bool:
@@ -52,8 +54,7 @@ def open_binary(uri: str) -> Iterator[IO[bytes]]:
         blob = _bucket(bucket).get_blob(name, **_patience())
         if blob is None:
             raise missing(uri)
-        # Ranges of one generation: an object that is overwritten while it is read must fail, not mix.
-        with _bucket(bucket).blob(name, generation=blob.generation).open("rb", **_patience()) as stream:
+        with _while_it_stays(uri), _pinned(blob).open("rb", **_patience()) as stream:
             yield stream
 
 
@@ -64,8 +65,8 @@ def read_bytes(uri: str) -> bytes:
         blob = _bucket(bucket).get_blob(name, **_patience())
         if blob is None:
             raise missing(uri)
-        for attempt in range(1, _CORRUPT_ATTEMPTS + 1):
-            with _again_if_corrupt(uri, attempt):
+        for attempt in range(1, _ATTEMPTS + 1):
+            with _again_if_corrupt(uri, attempt), _while_it_stays(uri):
                 content: bytes = _pinned(blob).download_as_bytes(checksum="crc32c", **_patience())
                 _compare(uri, blob, _crc32c(content))
                 return content
@@ -95,17 +96,21 @@ def download(uri: str, to: Path) -> None:
 def upload(path: Path, uri: str, last: str) -> None:
     """Copy a file or a folder, several files at once; see the module's text.
 
-    No name changes before everything is there under temporary names; then all are renamed, `last` after the others.
+    No name changes before everything is there under temporary names; then all are renamed, `last` after the others. One
+    that is there from before is deleted first, so that it never stands beside a mixture of old files and new ones.
     """
     bucket, name = _split(uri)
     files = files_by_target(path, name)
     meter = Meter(f"uploading {path.name}", sum(file.stat().st_size for file in files.values()))
     uploads = [_Upload(bucket, target, file) for target, file in files.items()]
+    markers = [each for each in uploads if last and each.file == path / last]
+    others = [each for each in uploads if not last or each.file != path / last]
     with _cloud_errors(uri):
         try:
             in_parallel([partial(each.send, meter) for each in uploads])
-            in_parallel([each.publish for each in uploads if each.file != path / last])
-            in_parallel([each.publish for each in uploads if each.file == path / last])
+            in_parallel([each.retract for each in markers])
+            in_parallel([each.publish for each in others])
+            in_parallel([each.publish for each in markers])
         finally:
             in_parallel([each.clean_up for each in uploads])
 
@@ -151,11 +156,14 @@ def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | No
     bucket, name = _split(uri)
     with _cloud_errors(uri):
         blob = _bucket(bucket).blob(name)
-        try:
-            blob.upload_from_string(content, if_generation_match=int(replacing), **_patience())
-        except PreconditionFailed:
-            return None
-        return str(blob.generation)
+        for attempt in range(1, _ATTEMPTS + 1):
+            with _again_if_corrupt(uri, attempt):
+                try:
+                    blob.upload_from_string(content, if_generation_match=int(replacing), **_patience())
+                except PreconditionFailed:
+                    return None
+                return str(blob.generation)
+    raise AssertionError("unreachable")
 
 
 def delete_object(uri: str, generation: str) -> None:
@@ -210,16 +218,33 @@ class _Upload:
         before = _bucket(self.bucket).get_blob(self.name, **_patience())
         self.generation = 0 if before is None else int(before.generation)
         self.crc32c = _crc32c_of_file(self.file)
-        for attempt in range(1, _CORRUPT_ATTEMPTS + 1):
+        for attempt in range(1, _ATTEMPTS + 1):
             self.clean_up()  # of the attempt before
-            with _again_if_corrupt(self.uri, attempt), self.file.open("rb") as file:
+            with (
+                _again_if_corrupt(self.uri, attempt),
+                _again_if_the_session_is_lost(self.uri, attempt),
+                self.file.open("rb") as file,
+            ):
                 temporary = f"{self.name}.{uuid.uuid4().hex}{TEMPORARY}"
                 self.staged = _bucket(self.bucket).blob(temporary, chunk_size=_CHUNK)
                 size = self.file.stat().st_size
                 # Nobody else has this name: no condition, so that a request whose answer got lost can be sent again.
-                self.staged.upload_from_file(meter.watch(file), size=size, checksum="crc32c", **_patience())
+                self.staged.upload_from_file(meter.watch(file, self.name), size=size, checksum="crc32c", **_patience())
                 _compare(self.uri, self.staged, self.crc32c)
                 return
+
+    def retract(self) -> None:
+        """Delete what is at its own name from before, and see that nobody else has put anything there since."""
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        target = _bucket(self.bucket).blob(self.name)
+        if self.generation:
+            with suppress(NotFound, PreconditionFailed):
+                target.delete(if_generation_match=self.generation, **_patience())
+            self.generation = 0
+        present = _bucket(self.bucket).get_blob(self.name, **_patience())
+        if present is not None:
+            raise self._overtaken(present)
 
     def publish(self) -> None:
         """Rewrite it to its own name, which is one atomic change."""
@@ -243,11 +268,16 @@ class _Upload:
             present = _bucket(self.bucket).get_blob(self.name, **_patience())
             if present is not None and present.crc32c == self.crc32c and present.size == self.staged.size:
                 return
-            raise SkdError(
-                "somebody else wrote this object in the meantime; theirs is whole and stays",
-                where=self.uri,
-                hint=f"look at it; to replace it, upload {self.file} again",
-            ) from error
+            raise self._overtaken(present) from error
+
+    def _overtaken(self, present: Any) -> SkdError:
+        if present is None:
+            what = "somebody else deleted this object in the meantime"
+            hint = f"if it is wanted, upload {self.file} again"
+        else:
+            what = "somebody else wrote this object in the meantime; theirs is whole and stays"
+            hint = f"look at it; to replace it, upload {self.file} again"
+        return SkdError(what, where=self.uri, hint=hint)
 
     def clean_up(self) -> None:
         """Delete the temporary object; one that cannot be deleted is named, and harms nobody."""
@@ -264,17 +294,29 @@ class _Upload:
 
 
 def _fetch(blob: Any, to: Path, meter: Meter) -> None:
-    for attempt in range(1, _CORRUPT_ATTEMPTS + 1):
-        with _again_if_corrupt(f"{SCHEME}{blob.bucket.name}/{blob.name}", attempt):
+    uri = f"{SCHEME}{blob.bucket.name}/{blob.name}"
+    for attempt in range(1, _ATTEMPTS + 1):
+        with _again_if_corrupt(uri, attempt), _while_it_stays(uri):
             with to.open("wb") as file:
-                _pinned(blob).download_to_file(meter.watch(file), checksum="crc32c", **_patience())
+                _pinned(blob).download_to_file(meter.watch(file, str(to)), checksum="crc32c", **_patience())
             _compare(blob.name, blob, _crc32c_of_file(to))
             return
 
 
 def _pinned(blob: Any) -> Any:
-    """The object at the generation that was listed."""
+    """The object at the generation that was listed: what is overwritten while it is read must fail, not mix."""
     return blob.bucket.blob(blob.name, generation=blob.generation)
+
+
+@contextmanager
+def _while_it_stays(uri: str) -> Iterator[None]:
+    """Say of an object that was there a moment ago what it means that its generation is not."""
+    from google.api_core.exceptions import NotFound
+
+    try:
+        yield
+    except NotFound as error:
+        raise Missing("it was replaced or deleted while it was read", where=uri, hint="try again") from error
 
 
 def _compare(uri: str, blob: Any, crc32c: str) -> None:
@@ -296,9 +338,27 @@ def _again_if_corrupt(uri: str, attempt: int) -> Iterator[None]:
     except (DataCorruption, BadRequest) as error:
         if isinstance(error, BadRequest) and "crc32c" not in str(error).lower():
             raise
-        if attempt == _CORRUPT_ATTEMPTS:
-            raise DataCorruption(None, f"{_CORRUPT_ATTEMPTS} times in a row: {error}") from error
+        if attempt == _ATTEMPTS:
+            raise DataCorruption(None, f"{_ATTEMPTS} times in a row: {error}") from error
         log.warning("%s was corrupted on the way, trying again: %s", uri, error)
+
+
+@contextmanager
+def _again_if_the_session_is_lost(uri: str, attempt: int) -> Iterator[None]:
+    """Let an upload be begun anew, a few times, if the server forgot its session, or kept less than it was sent."""
+    from google.api_core.exceptions import GoogleAPICallError
+
+    try:
+        yield
+    except ValueError as error:
+        # What the client raises where its own count of bytes and the server's differ.
+        if attempt == _ATTEMPTS:
+            raise ConnectionError(f"file and session are out of step: {error}") from error
+        log.warning("the session for %s kept less than it was sent, beginning anew: %s", uri, error)
+    except GoogleAPICallError as error:
+        if error.code not in _LOST_SESSION or attempt == _ATTEMPTS:
+            raise
+        log.warning("the session for %s is lost, beginning anew: %s", uri, error)
 
 
 def _crc32c(content: bytes) -> str:
@@ -321,7 +381,8 @@ def _patience() -> dict[str, Any]:
     """How requests are tried again. All of them may be: each reads, or has a name or a generation to itself."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    retry = DEFAULT_RETRY.with_timeout(deadline()).with_delay(initial=0.2, multiplier=2.0, maximum=30.0)
+    first, last = _PAUSES
+    retry = DEFAULT_RETRY.with_timeout(deadline()).with_delay(initial=first, multiplier=2.0, maximum=last)
     return {"retry": retry, "timeout": _TIMEOUT}
 
 

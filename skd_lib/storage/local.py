@@ -147,17 +147,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def _swap_in(new: Path, path: Path, old: Path) -> None:
     while True:
-        with suppress(FileNotFoundError):
-            path.replace(old)
         try:
+            with suppress(FileNotFoundError):
+                path.replace(old)
             new.replace(path)
-        except OSError as error:
+        except BaseException as error:
             # Another process put its own folder there in between: move that one aside too.
-            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise
-            remove(old)
-        else:
-            return
+            if isinstance(error, OSError) and error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                remove(old)
+                continue
+            with suppress(OSError):
+                old.replace(path)
+            raise
+        return
 
 
 def copy(source: Path, to: Path) -> None:

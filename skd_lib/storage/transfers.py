@@ -64,14 +64,14 @@ class Meter:
 
     def __init__(self, what: str, total: int) -> None:
         self._progress = Progress(what, total) if total >= PROGRESS_FROM else None
-        self._positions: dict[int, int] = {}
+        self._positions: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def watch(self, file: IO[bytes]) -> Any:
-        """The file, with its position counted at each read, write and seek."""
-        return _Watched(file, self)
+    def watch(self, file: IO[bytes], which: str) -> Any:
+        """The file, with its position counted at each read and write; `which` tells it from the call's other files."""
+        return _Watched(file, which, self)
 
-    def at(self, which: int, position: int) -> None:
+    def at(self, which: str, position: int) -> None:
         """File `which` is at `position`."""
         with self._lock:
             self._positions[which] = position
@@ -80,17 +80,17 @@ class Meter:
 
 
 class _Watched:
-    def __init__(self, file: IO[bytes], meter: Meter) -> None:
-        self._file, self._meter = file, meter
+    def __init__(self, file: IO[bytes], which: str, meter: Meter) -> None:
+        self._file, self._which, self._meter = file, which, meter
 
     def read(self, size: int = -1) -> bytes:
         content = self._file.read(size)
-        self._meter.at(id(self), self._file.tell())
+        self._meter.at(self._which, self._file.tell())
         return content
 
     def write(self, content: bytes) -> int:
         written = self._file.write(content)
-        self._meter.at(id(self), self._file.tell())
+        self._meter.at(self._which, self._file.tell())
         return written
 
     def seek(self, position: int, whence: int = 0) -> int:
