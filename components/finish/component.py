@@ -1,4 +1,4 @@
-"""KFP component `finish`: close the run's records, whether it succeeded or failed, and notify."""
+"""KFP component `finish`: clean up, close the run's records, whether it succeeded or failed, and notify."""
 
 from kfp import dsl
 
@@ -13,10 +13,11 @@ def finish(
     tracking_uri: str = "",
     experiment: str = "skd",
 ) -> dsl.ContainerSpec:
-    """Close the run's records, whether it succeeded or failed, and notify a chat channel.
+    """Clean up, close the run's records, whether it succeeded or failed, and notify a chat channel.
 
-    Runs as the exit handler: KFP hands it the final status of everything before it. The channel's webhook is in a
-    Secret; without one nobody is notified.
+    Runs as the exit handler: KFP hands it the final status of everything before it. Cleaning up is to delete the run's
+    TrainJobs that go on although the steps that made them are dead. The channel's webhook is in a Secret; without one
+    nobody is notified.
 
     Args:
         status: KFP's final status of the run.

@@ -1,5 +1,6 @@
 """A training step on several machines, by a `TrainJob` of Kubeflow Trainer v2.
 
 `manifest` makes the job, `cluster` talks to Kubernetes, `exchange` carries inputs and results through object storage,
-`logs` follows the first node, `node` is what each node runs, and `coordinate` is the step that waits for them.
+`logs` follows the first node, `node` is what each node runs, `coordinate` is the step that waits for them, and
+`cleanup` ends what nobody waits for any more.
 """

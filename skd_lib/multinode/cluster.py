@@ -17,7 +17,7 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from skd_lib.errors import SkdError
-from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, VERSION
+from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, RUN_LABEL, VERSION, run_label
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _AWAY = {0, 408, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 ROLE_HINT = (
     "give the steps' service account the role of pipelines/deploy/base/multinode.yaml in this namespace: trainjobs "
-    "get, create and delete; pods get and list; pods/log get"
+    "get, list, create and delete; pods get and list; pods/log get"
 )
 
 
@@ -113,11 +113,36 @@ class Cluster:
                 f"get trainjob {name}",
                 lambda: self._jobs().get_namespaced_custom_object(*self._at(name), _request_timeout=_TIMEOUT),
             )
-        except _Refused as refused:
+        except Refused as refused:
             if refused.status == 404:
                 return None
             raise
         return _state(found)
+
+    def jobs(self, run_id: str, patience: float | None = None) -> dict[str, JobState]:
+        """How the jobs of a pipeline run are, by name.
+
+        Args:
+            run_id: The pipeline run.
+            patience: Instead of the usual, in seconds.
+
+        Raises:
+            Refused: they may not be listed (403), or this cluster has no TrainJobs (404).
+            SkdError: Kubernetes does not answer.
+        """
+        found = self._ask(
+            f"list trainjobs of run {run_id}",
+            lambda: self._jobs().list_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                self.namespace,
+                PLURAL,
+                label_selector=f"{RUN_LABEL}={run_label(run_id)}",
+                _request_timeout=_TIMEOUT,
+            ),
+            patience=patience,
+        )
+        return {job["metadata"]["name"]: _state(job) for job in found["items"]}
 
     def create(self, manifest: Mapping[str, Any]) -> bool:
         """Create a job; False if there is one of its name, made by somebody at the same time or by a lost request.
@@ -140,7 +165,7 @@ class Cluster:
                     _request_timeout=_TIMEOUT,
                 ),
             )
-        except _Refused as refused:
+        except Refused as refused:
             if refused.status == 409:
                 return False
             if refused.status == 404:
@@ -169,7 +194,7 @@ class Cluster:
                 ),
                 patience=patience,
             )
-        except _Refused as refused:
+        except Refused as refused:
             if refused.status == 404:
                 return False
             raise
@@ -260,19 +285,23 @@ class Cluster:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _refused(self, what: str, error: ApiException) -> _Refused:
+    def _refused(self, what: str, error: ApiException) -> Refused:
         try:
             message = str(json.loads(error.body)["message"])
         except (TypeError, ValueError, KeyError):
             message = f"{error.status} {error.reason}"
         where = f"namespace {self.namespace}, {what}"
         if error.status in (401, 403):
-            return _Refused(f"not allowed: {message}", where=where, hint=ROLE_HINT, status=error.status)
-        return _Refused(f"Kubernetes refuses: {message}", where=where, status=error.status)
+            return Refused(f"not allowed: {message}", where=where, hint=ROLE_HINT, status=error.status)
+        return Refused(f"Kubernetes refuses: {message}", where=where, status=error.status)
 
 
-class _Refused(SkdError):
-    """An answer of the API server that asking again would not change."""
+class Refused(SkdError):
+    """An answer of the API server that asking again would not change.
+
+    Attributes:
+        status: Its HTTP status.
+    """
 
     def __init__(self, what: str, *, where: str, hint: str = "", status: int) -> None:
         super().__init__(what, where=where, hint=hint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from skd_lib.config import MultinodeConfig
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE = "node"
 """Name of the replicated job, and of its container, in Trainer's runtimes."""
+RUN_LABEL = "skd/run-id"
+"""Label of a job, by which those of a pipeline run are found."""
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _NAME_DIGITS = 16
 # The runtime sets PET_* itself and refuses them; what Kubeflow Pipelines and Argo set is about the step's own pod.
 _OWN = ("PET_", "KFP_", "ARGO_")
@@ -34,6 +38,13 @@ def job_name(step: str, run_id: str, work: Any) -> str:
     """
     text = json.dumps([step, run_id, work], sort_keys=True)
     return f"skd-{step.replace('_', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}"
+
+
+def run_label(run_id: str) -> str:
+    """Value of `RUN_LABEL`: the run's id, as Kubeflow makes it; a digest of one that no label can hold."""
+    if _LABEL_VALUE.fullmatch(run_id):
+        return run_id
+    return hashlib.sha256(run_id.encode()).hexdigest()[: 2 * _NAME_DIGITS]
 
 
 def train_job(
@@ -83,7 +94,7 @@ def train_job(
         "kind": "TrainJob",
         "metadata": {
             "name": name,
-            "labels": {"app.kubernetes.io/part-of": "skd", **settings.labels},
+            "labels": {"app.kubernetes.io/part-of": "skd", **settings.labels, RUN_LABEL: run_label(run_id)},
             "annotations": {"skd/run-id": run_id},
         },
         "spec": spec,

@@ -1,4 +1,4 @@
-"""Step `finish`: close the run's records, whether the pipeline succeeded or failed, and notify."""
+"""Step `finish`: clean up, close the run's records, whether the pipeline succeeded or failed, and notify."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def main(
 ) -> None:
     """Give the pipeline's MLflow run its final status, and close the steps' runs that died without a word.
 
-    The pipeline run is the one of the environment variable `KFP_RUN_ID`. Then tell a chat channel, if
+    The pipeline run is the one of the environment variable `KFP_RUN_ID`. Before that, in a cluster, delete its
+    TrainJobs that go on although the steps that made them are dead. In the end tell a chat channel, if
     `SKD_NOTIFY_WEBHOOK` holds the URL of its incoming webhook (Slack's kind); `KF_PIPELINES_UI_ENDPOINT`, the address
     of Kubeflow's page, makes the message link to the run.
     """
@@ -55,11 +56,25 @@ def main(
         "experiment": experiment,
         "pipeline_run_id": os.environ.get("KFP_RUN_ID", ""),
     }
+    _clean_up(where["pipeline_run_id"])
     try:
         _close(final, **where)
     finally:
         _tell(final, run_name, **where)
     StepIO(executor_input, {}).write()
+
+
+def _clean_up(pipeline_run_id: str) -> None:
+    """Delete what dead steps have left running. Whatever happens here, the rest of the step's work is done."""
+    try:
+        from skd_lib.multinode.cleanup import delete_abandoned
+
+        deleted = delete_abandoned(pipeline_run_id)
+    except Exception:
+        log.exception("TrainJobs of this run may go on; see docs/multi-node.md")
+        return
+    if deleted:
+        print(f"TrainJobs without a step, deleted: {', '.join(deleted)}")
 
 
 def _close(final: FinalStatus, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:

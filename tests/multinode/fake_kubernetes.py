@@ -183,6 +183,10 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                 self._log(path.split("/")[-2], query)
             elif path.startswith(f"{CORE}/"):
                 self._found(fake.pods.get(name))
+            elif path == JOBS:
+                wanted = dict([query["labelSelector"].split("=")])
+                items = [job for job in fake.jobs.values() if wanted.items() <= job["metadata"]["labels"].items()]
+                self._answer(200, {"kind": "TrainJobList", "items": items})
             elif path.startswith(f"{JOBS}/"):
                 self._found(fake.jobs.get(name))
             else:

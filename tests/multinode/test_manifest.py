@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from skd_lib.config import DistillConfig, MultinodeConfig, TeacherSftConfig, parse_section
 from skd_lib.errors import SkdErrors
-from skd_lib.multinode.manifest import job_name, train_job
+from skd_lib.multinode.manifest import RUN_LABEL, job_name, run_label, train_job
 from tests.multinode.fake_kubernetes import STEP_POD
 
 HERE = Path(__file__).parent
@@ -124,6 +124,20 @@ def test_names_fit_kubernetes_and_differ_with_the_work(run_id: str, step: str, w
     assert len(f"{name}-node-0-999-abcde") <= 63
     assert name == job_name(step, run_id, dict(reversed(work.items())))
     assert len({name, job_name(step, f"{run_id}'", work), job_name(step, run_id, [work])}) == 3
+
+
+@given(st.text() | st.uuids().map(str), st.text())
+def test_a_run_is_a_label_that_kubernetes_takes(run_id: str, other: str) -> None:
+    label = run_label(run_id)
+    assert re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", label)
+    assert (label == run_label(other)) == (run_id == other)
+
+
+def test_a_job_is_found_by_its_run() -> None:
+    labels = make(labels={"team": "nlp", RUN_LABEL: "another"})["metadata"]["labels"]
+    assert labels == {"app.kubernetes.io/part-of": "skd", "team": "nlp", RUN_LABEL: "run"}
+    run_id = "0c8a4a1e-5d0b-4f3e-9f0c-2f4a5e6b7c8d"
+    assert run_label(run_id) == run_id
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""What the killed steps of a pipeline run have left behind: jobs on several nodes with nobody waiting for them.
+
+A step that gets SIGTERM deletes its job itself. One whose pod is killed at once (memory, a lost machine) cannot, and if
+it is not tried again, the run ends while the job goes on. All steps have ended when the exit handler looks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from skd_lib.errors import SkdError
+
+if TYPE_CHECKING:
+    from skd_lib.multinode.cluster import Cluster
+
+log = logging.getLogger(__name__)
+POD_VARIABLE = "KFP_POD_NAME"
+"""Kubeflow Pipelines sets it in each of its pods. Elsewhere there may be a KUBECONFIG, but none of this run's jobs."""
+DEADLINE_SECONDS = 60.0
+"""After that nothing is asked a second time. A request takes half a minute at most."""
+
+
+def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str]:
+    """Delete a pipeline run's jobs that have not ended; those that have are left to be looked at.
+
+    To be called once all of the run's steps have ended. Where Kubernetes refuses or does not answer, that is logged,
+    and is no error. A deleted job's exchange folder stays, from which a retry takes a result that was ready.
+
+    Args:
+        run_id: The pipeline run.
+        seconds: How long Kubernetes is asked.
+
+    Returns:
+        Names of the deleted jobs.
+    """
+    if not run_id or not os.environ.get(POD_VARIABLE):
+        return []
+    from skd_lib.multinode.cluster import Cluster, Refused
+
+    deadline = time.monotonic() + seconds
+    try:
+        cluster = Cluster.connect()
+        jobs = cluster.jobs(run_id, patience=seconds)
+    except Refused as refused:
+        if refused.status == 404:
+            log.info("this cluster has no TrainJobs, so this run has left none")
+        elif refused.status == 403:
+            # So it is wherever nobody trains on several nodes: nothing to be warned of.
+            log.info("no TrainJobs are looked for; a run with `multinode` may have left some: %s", refused)
+        else:
+            log.warning("whether this run's TrainJobs go on is not known: %s", refused.brief)
+        return []
+    except SkdError as error:
+        log.warning("whether this run's TrainJobs go on is not known: %s", error.brief)
+        return []
+    return _delete(cluster, [name for name, state in jobs.items() if state.phase == "running"], deadline)
+
+
+def _delete(cluster: Cluster, names: list[str], deadline: float) -> list[str]:
+    """Delete jobs one after the other, as long as Kubernetes answers; the deleted ones."""
+    from skd_lib.multinode.cluster import Refused
+
+    deleted = []
+    for number, name in enumerate(names):
+        try:
+            if cluster.delete(name, patience=max(0.0, deadline - time.monotonic())):
+                log.info("deleted the TrainJob %s, for which no step was waiting any more", name)
+                deleted.append(name)
+        except SkdError as error:
+            silent = not isinstance(error, Refused)
+            left = " ".join(names[number:] if silent else [name])
+            command = f"kubectl delete trainjob {left} -n {cluster.namespace}"
+            log.warning("TrainJobs go on with nobody waiting for them; `%s`: %s", command, error.brief)
+            if silent:
+                break
+    return deleted
