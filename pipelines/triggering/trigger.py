@@ -6,10 +6,12 @@ order change nothing.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.submitting.api import LIVE, KubeflowPipelines, Unsettled
 from pipelines.submitting.submit import SHORT_DIGEST, Package, Place, Submission
@@ -18,9 +20,15 @@ from skd_lib import storage
 from skd_lib.config import FilesSource, HubSource, RunConfig
 from skd_lib.data.manifest import data_fingerprint, digest
 from skd_lib.errors import SkdError
+from skd_lib.tracking import triggered
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 PLACEHOLDER = "{source}"
 MARKER = "_SUCCESS"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Trigger:
             SkdError: the configuration does not read from `source`, or storage or the server cannot be asked.
         """
         submission = self._plan(source)
-        return submission if isinstance(submission, Decision) else self._look(submission.name)
+        return submission if isinstance(submission, Decision) else self._look(submission.name, _Memory(self.place))
 
     def fire(self, source: str) -> Decision:
         """Start a run on the data at `source`, if it is complete and there is none yet.
@@ -86,12 +94,13 @@ class Trigger:
         submission = self._plan(source)
         if isinstance(submission, Decision):
             return submission
-        decision = self._look(submission.name)
+        memory = _Memory(self.place)
+        decision = self._look(submission.name, memory)
         if not decision.fire:
             return decision
         run = submission.prepare(self.api, reason=f"skd trigger {source}")
         with claim(self.claims, submission.name) if self.claims else nullcontext(Claim(math.inf)) as held:
-            decision = self._look(submission.name)
+            decision = self._look(submission.name, memory)
             if decision.fire:
                 try:
                     made = self.api.create_run(run, before=held.expires)
@@ -99,7 +108,9 @@ class Trigger:
                     held.kept = True
                     raise
                 decision = replace(decision, run_id=made.run_id)
-            return decision
+        if decision.fire:  # Kubeflow lists it by now: others need not wait for MLflow
+            memory.note(submission.name, decision.run_id, self.config.name)
+        return decision
 
     def _plan(self, source: str) -> Submission | Decision:
         """The run for the data that is at `source` now, or why there cannot be one yet."""
@@ -124,8 +135,8 @@ class Trigger:
                     return Decision(fire=False, reason=reason)
         return replace(submission, name=f"skd-{digest(identity)[:SHORT_DIGEST]}")
 
-    def _look(self, name: str) -> Decision:
-        """Decide by the runs of this name that there are."""
+    def _look(self, name: str, memory: _Memory) -> Decision:
+        """Decide by the runs of this name that Kubeflow lists, and by those that MLflow remembers."""
         experiment = self.api.find_experiment(self.place.experiment)
         runs = self.api.runs_named(name, experiment) if experiment else []
         for run in reversed(runs):
@@ -136,8 +147,47 @@ class Trigger:
         if len(runs) >= self.attempts:
             reason = f"{len(runs)} run{'s' if len(runs) > 1 else ''} on this data failed: mend it, or raise --attempts"
             return Decision(fire=False, reason=reason, name=name, run_id=runs[-1].run_id)
+        # A run that failed before it could tell MLflow is still open there: of what it lists, Kubeflow knows better.
+        remembered = memory.run_for(name, failed=[run.run_id for run in runs])
+        if remembered is not None:
+            known = f"{remembered.info.status.lower()}, which MLflow alone still knows: {remembered.info.run_id}"
+            way_out = f"to run it again, delete that MLflow run or its tag {triggered.TRIGGER_TAG}"
+            reason = f"there is a run for this data already, {known}; {way_out}"
+            return Decision(fire=False, reason=reason, name=name)
         reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"
         return Decision(fire=True, reason=reason, name=name)
+
+
+class _Memory:
+    """What MLflow remembers of earlier runs, where there is one; it is the second guard, and holds nothing up.
+
+    Without an answer Kubeflow and the claims decide alone. MLflow is then asked no more, so that a server that is away
+    is waited for once.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._store = {"tracking_uri": place.tracking_uri, "experiment": place.experiment}
+        self._asked = bool(place.tracking_uri)
+
+    def run_for(self, name: str, failed: Collection[str]) -> Run | None:
+        """See `triggered.run_for`; None also without an answer."""
+        if not self._asked:
+            return None
+        try:
+            return triggered.run_for(name, failed=failed, **self._store)
+        except SkdError as error:
+            log.warning("MLflow cannot tell of earlier runs on this data, Kubeflow alone decides: %s", error.brief)
+            self._asked = False
+            return None
+
+    def note(self, name: str, run_id: str, run_name: str) -> None:
+        """See `triggered.note`."""
+        if not self._asked:
+            return
+        try:
+            triggered.note(name, pipeline_run_id=run_id, run_name=run_name, **self._store)
+        except SkdError as error:
+            log.warning("MLflow was not told of run %s, which was started: %s", run_id, error.brief)
 
 
 def reading_from(config: RunConfig, source: str) -> RunConfig:

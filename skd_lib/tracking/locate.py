@@ -85,6 +85,33 @@ def find_parent(client: MlflowClient, place: Place) -> Run | None:
     return parent or _find_parent(client, experiment_id, place.pipeline_run_id)
 
 
+def find_or_create_parent(client: MlflowClient, place: Place) -> Run:
+    """The parent run of the pipeline run, made if need be.
+
+    MLflow cannot create one only if there is none, and steps may start at once. So a parent is taken for settled at a
+    certain age only, when every competitor can be seen: then the oldest stays, and whoever made another one withdraws
+    it.
+
+    Raises:
+        SkdError: the experiment was deleted.
+        MlflowException: the store does not answer.
+    """
+    experiment_id = find_or_create_experiment(client, place.tracking_uri, place.experiment)
+    parent = _find_parent(client, experiment_id, place.pipeline_run_id)
+    created = None
+    if parent is None:
+        tags = {**_source_tags("skd pipeline"), PIPELINE_RUN_TAG: place.pipeline_run_id}
+        name = place.run_name or f"skd-{place.pipeline_run_id[:12]}"
+        parent = created = client.create_run(experiment_id, tags=tags, run_name=name)
+    age = max(time.time() - parent.info.start_time / 1000, 0.0)
+    if age < SETTLE_SECONDS:
+        time.sleep(SETTLE_SECONDS - age)
+        parent = _find_parent(client, experiment_id, place.pipeline_run_id) or parent
+    if created is not None and created.info.run_id != parent.info.run_id:
+        client.delete_run(created.info.run_id)
+    return parent
+
+
 def children_of(client: MlflowClient, parent: Run) -> list[Run]:
     """The runs of the steps, oldest first."""
     wanted = f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'"
@@ -102,9 +129,8 @@ def _adopt(client: MlflowClient, place: Place) -> dict[str, Run] | None:
 
 
 def _find_or_create(client: MlflowClient, place: Place) -> dict[str, Run]:
-    experiment_id = find_or_create_experiment(client, place.tracking_uri, place.experiment)
-    parent = _find_or_create_parent(client, experiment_id, place)
-    parent_id = parent.info.run_id
+    parent = find_or_create_parent(client, place)
+    experiment_id, parent_id = parent.info.experiment_id, parent.info.run_id
     found = client.search_runs(
         [experiment_id],
         f"tags.`{PARENT_TAG}` = '{parent_id}' and tags.`{TASK_TAG}` = '{place.step}'",
@@ -121,27 +147,6 @@ def _find_or_create(client: MlflowClient, place: Place) -> dict[str, Run]:
     }
     step = client.create_run(experiment_id, start_time=place.started, tags=tags, run_name=place.step)
     return {"parent": parent, "step": step}
-
-
-def _find_or_create_parent(client: MlflowClient, experiment_id: str, place: Place) -> Run:
-    """The parent run; MLflow cannot create one only if there is none, and steps may start at once.
-
-    So a parent is taken for settled at a certain age only, when every competitor can be seen: then the oldest
-    stays, and whoever made another one withdraws it.
-    """
-    parent = _find_parent(client, experiment_id, place.pipeline_run_id)
-    created = None
-    if parent is None:
-        tags = {**_source_tags("skd pipeline"), PIPELINE_RUN_TAG: place.pipeline_run_id}
-        name = place.run_name or f"skd-{place.pipeline_run_id[:12]}"
-        parent = created = client.create_run(experiment_id, tags=tags, run_name=name)
-    age = max(time.time() - parent.info.start_time / 1000, 0.0)
-    if age < SETTLE_SECONDS:
-        time.sleep(SETTLE_SECONDS - age)
-        parent = _find_parent(client, experiment_id, place.pipeline_run_id) or parent
-    if created is not None and created.info.run_id != parent.info.run_id:
-        client.delete_run(created.info.run_id)
-    return parent
 
 
 def _find_parent(client: MlflowClient, experiment_id: str, pipeline_run_id: str) -> Run | None:

@@ -1,0 +1,85 @@
+"""The runs that new data has started, by a tag on their parent run: MLflow keeps what Kubeflow may have forgotten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skd_lib.errors import SkdError
+from skd_lib.tracking.client import brief, connect, is_local_store
+from skd_lib.tracking.locate import PARENT_TAG, PIPELINE_RUN_TAG, Place, find_or_create_parent
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+TRIGGER_TAG = "skd.trigger"
+"""Holds the name that a run on the same data, with the same settings and pipeline, always has in Kubeflow."""
+
+
+def run_for(name: str, *, tracking_uri: str, experiment: str, failed: Collection[str] = ()) -> Run | None:
+    """The newest pipeline run of that name which neither failed nor was stopped; nothing is changed.
+
+    Args:
+        name: Its name in Kubeflow.
+        tracking_uri: See `client.connect`.
+        experiment: MLflow experiment.
+        failed: Pipeline runs that are known to have failed, also if MLflow was not told.
+
+    Returns:
+        Its parent run; None if there is none.
+
+    Raises:
+        SkdError: the store cannot be asked.
+    """
+    with _store(tracking_uri) as client:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return None
+        wanted = f"tags.`{TRIGGER_TAG}` = '{name}' and attributes.status != 'FAILED' and attributes.status != 'KILLED'"
+        runs = client.search_runs([found.experiment_id], wanted, order_by=["attributes.start_time DESC"])
+    parents = [run for run in runs if PARENT_TAG not in run.data.tags]
+    return next((run for run in parents if run.data.tags.get(PIPELINE_RUN_TAG) not in failed), None)
+
+
+def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, experiment: str) -> None:
+    """Tag the parent run of a pipeline run that was started; it is made here, and its steps go on in it.
+
+    Args:
+        name: The pipeline run's name in Kubeflow, by which `run_for` finds it.
+        pipeline_run_id: The pipeline run.
+        run_name: Name of the parent run, as its first step would call it.
+        tracking_uri: See `client.connect`.
+        experiment: MLflow experiment; created if missing.
+
+    Raises:
+        SkdError: the store cannot be told.
+    """
+    place = Place(
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        pipeline_run_id=pipeline_run_id,
+        step="trigger",
+        run_name=run_name,
+        mlflow_run_id="",
+        started=int(time.time() * 1000),
+    )
+    with _store(tracking_uri) as client:
+        client.set_tag(find_or_create_parent(client, place).info.run_id, TRIGGER_TAG, name)
+
+
+@contextmanager
+def _store(tracking_uri: str) -> Iterator[MlflowClient]:
+    """A client, all of whose troubles are an `SkdError`; a sqlite file is not made, it would not be the cluster's."""
+    where = f"tracking URI `{tracking_uri}`"
+    if is_local_store(tracking_uri) and not Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0]).is_file():
+        raise SkdError("there is no such file on this machine", where=where)
+    try:
+        yield connect(tracking_uri)
+    except SkdError:
+        raise
+    except Exception as error:  # what a proxy answers in the server's place, MLflow without its database parts, ...
+        raise SkdError(f"MLflow does not answer: {brief(error)}", where=where, hint="check that it runs") from error
