@@ -100,8 +100,8 @@ class Lineage(BaseModel):
         pipeline_run_id: Kubeflow's run.
         mlflow_run_id: The parent run.
         state: How the pipeline run ended.
-        steps: Its steps.
-        figures: The scores that the gate saw.
+        steps: Its steps; those that it took from the cache come first, as another run has made them.
+        figures: Its scores when it was registered.
         gate: What it said.
         champion: Since when, by whom, why; until when, by whom, why.
         missing: What could not be traced, and why.
@@ -221,9 +221,10 @@ def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Li
     if parent is None:
         return lineage.model_copy(update={"missing": [f"the MLflow run {run_id} was deleted for good"]})
     children = children_of(client, parent)
+    children = [*_reused(client, lineage, parent, children), *children]
     steps = [_step(run) for run in children]
     prepared = next((run for run in children if run.data.tags.get(TASK_TAG) == "prepare_data"), None)
-    missing = [] if prepared else ["no step `prepare_data` in this run: the data was prepared elsewhere"]
+    missing = [] if prepared else ["no step `prepare_data` in this experiment: the data was prepared elsewhere"]
     update: dict[str, Any] = {
         "pipeline_run_id": lineage.pipeline_run_id or parent.data.tags.get(PIPELINE_RUN_TAG, ""),
         "state": parent.data.tags.get("skd.final_state", ""),
@@ -242,6 +243,23 @@ def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Li
             missing.append("the manifest of the prepared data, which tells the objects' checksums")
         update |= {"data": _splits(prepared), "data_source": source, "data_objects": objects}
     return lineage.model_copy(update={**update, "missing": missing})
+
+
+def _reused(client: MlflowClient, lineage: Lineage, parent: Run, own: list[Run]) -> list[Run]:
+    """Steps whose results the run took from the cache: runs of the same experiment that made these very results."""
+    made = {
+        "prepare_data": (FINGERPRINT_TAG, lineage.data_fingerprint),
+        "teacher_sft": (DIGEST_TAG, lineage.teacher.sha256),
+        "student_init": (DIGEST_TAG, lineage.base.sha256),
+    }
+    known = {run.data.tags.get(TASK_TAG) for run in own}
+    found: list[Run] = []
+    for task, (tag, value) in made.items():
+        if value and task not in known:
+            wanted = f"tags.`{TASK_TAG}` = '{task}' and tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'"
+            order = ["attributes.start_time DESC"]
+            found += client.search_runs([parent.info.experiment_id], wanted, order_by=order, max_results=1)
+    return found
 
 
 def _run(client: MlflowClient, run_id: str) -> Run | None:

@@ -87,6 +87,38 @@ def test_everything_is_traced(registered: Path, store: str, client: MlflowClient
     assert found.missing == []
 
 
+def test_steps_from_the_cache_are_found_in_the_run_that_made_them(
+    registered: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run with another K: data, teacher and student init are an earlier run's."""
+    tracking = {"tracking_uri": store, "experiment": EXPERIMENT}
+    first = trace(tracking_uri=store, reference="skd-student/1")
+    made = [("run-0", "student_init", "0" * 64), ("run-1", "teacher_sft", "d" * 64), ("run-1", "student_init", "e" * 64)]
+    for run_id, step, digest in made:
+        monkeypatch.setenv("KFP_RUN_ID", run_id)
+        with step_run(step=step, **tracking) as ours:
+            ours.set_tags({"weights_sha256": digest})
+    prepared = json.loads((tmp_path / "data" / "manifest.json").read_text())["fingerprint"]
+
+    monkeypatch.setenv("KFP_RUN_ID", "run-2")
+    with step_run(step="distill", **tracking):
+        pass
+    metadata = {"weights_sha256": "9" * 64, "teacher_weights_sha256": "d" * 64, "initial_weights_sha256": "e" * 64}
+    io = executor_input(tmp_path, {**metadata, "data_fingerprint": prepared})
+    student = ("--student", str(tmp_path / "student"), "--scores", scores(31.0), "--promote", "false")
+    run(register_model, *student, "--executor-input", io, "--tracking-uri", store, "--experiment", EXPERIMENT)
+    found = trace(tracking_uri=store, reference="skd-student/2")
+    assert found.pipeline_run_id == "run-2"
+    assert [step.name for step in found.steps] == [
+        *("prepare_data", "teacher_sft", "student_init"),
+        *("distill", "register_model"),
+    ]
+    assert found.data_objects == first.data_objects
+    assert found.data == first.data
+    assert found.images == [IMAGE]
+    assert found.missing == []
+
+
 def test_as_a_tree_and_as_json(registered: Path, store: str) -> None:
     tree = CliRunner().invoke(app, ["lineage", "skd-student", "--tracking-uri", store])
     assert tree.exit_code == 0, tree.output
