@@ -1,7 +1,7 @@
 """The distillation pipeline: from a teacher, a student and data to a measured, registered student.
 
     preflight -> import_model, prepare_data -> teacher_sft -> student_init -> distill
-        -> evaluate (teacher before and after, student before and after), specdec_benchmark
+        -> evaluate (teacher before and after, student before and after), specdec_benchmark, evaluate_champion
         -> comet_score (if the task asks for it) -> report -> gate -> register_model
     exit handler: finish
 
@@ -16,6 +16,7 @@ from kfp import dsl
 from components.comet_score.component import comet_score
 from components.distill.component import distill
 from components.evaluate.component import evaluate
+from components.evaluate_champion.component import evaluate_champion
 from components.finish.component import finish
 from components.gate.component import gate
 from components.images import TRAIN
@@ -166,6 +167,21 @@ def distillation(profile: Profile) -> Any:
             )
             drafts = settle(measured, "specdec_benchmark").outputs
 
+            # Not cached: who the champion is may have changed.
+            rival = settle(
+                evaluate_champion(
+                    student=distilled["distilled_student"],
+                    teacher=tuned,
+                    registry_config=settings["registry_config"],
+                    evaluation_config=settings["evaluation_config"],
+                    specdec_config=settings["specdec_config"],
+                    **common,
+                ),
+                "evaluate_champion",
+                cache=False,
+            ).outputs
+            answers["champion"] = rival["predictions"]
+
             judged = {**answers, "config": settings["comet_config"], "task_config": task_config, "seed": seed}
             # Not cached: that COMET could not be reached is true of this run, not of the next.
             with dsl.If(settings["comet_wanted"] == "true", name="comet"):
@@ -186,7 +202,7 @@ def distillation(profile: Profile) -> Any:
                     comet=comet,
                     samples=distilled["samples"],
                     **scores,
-                    **{f"predictions_{role}": artifact for role, artifact in answers.items()},
+                    **{f"predictions_{role}": answers[role] for role in scores},
                     **tracking,
                 ),
                 "report",
@@ -197,9 +213,8 @@ def distillation(profile: Profile) -> Any:
                     registry_config=settings["registry_config"],
                     task_config=task_config,
                     student_after=scores["student_after"],
+                    champion=rival["champion"],
                     comet=comet,
-                    specdec_after=drafts["after"],
-                    data_fingerprint=fingerprint,
                     **tracking,
                 ).after(table),
                 "gate",

@@ -28,6 +28,7 @@ KINDS: Mapping[str, Kind] = {
     "distill": "model",
     "evaluate": "model",
     "specdec_benchmark": "model",
+    "evaluate_champion": "model",
     "comet_score": "model",
     "comet_score-off": "small",
     "compare_variant": "small",

@@ -50,7 +50,7 @@ SECRETS = (
         },
         lambda _, task: "tracking_uri" in task.inputs,
     ),
-    Secret("skd-judge", {"api-key": "SKD_JUDGE_API_KEY"}, lambda name, _: name.startswith("evaluate-")),
+    Secret("skd-judge", {"api-key": "SKD_JUDGE_API_KEY"}, lambda name, _: name.startswith("evaluate")),
     Secret("skd-notify", {"webhook-url": "SKD_NOTIFY_WEBHOOK"}, lambda name, _: name == "finish"),
 )
 

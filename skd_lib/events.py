@@ -41,9 +41,10 @@ class Progress:
     Args:
         what: What is being done, e.g. "training".
         total: How many units there are.
+        interval: Seconds.
     """
 
-    def __init__(self, what: str, total: int, *, interval: float = 10.0) -> None:
+    def __init__(self, what: str, total: int = 0, *, interval: float = 10.0) -> None:
         self.what, self.total, self.interval = what, total, interval
         self._last = time.monotonic()
 
@@ -55,3 +56,8 @@ class Progress:
             self._last = now
             shown = " ".join(f"{name}={value:.4g}" for name, value in figures.items())
             log.info("%s %d/%d %s", self.what, done, self.total, shown)
+
+    def update_of(self, done: int, total: int) -> None:
+        """Tell that `done` units are finished, of as many as are known now."""
+        self.total = total
+        self.update(done)

@@ -14,6 +14,7 @@ def comet_score(
     teacher: dsl.Input[dsl.Artifact],
     student_before: dsl.Input[dsl.Artifact],
     student_after: dsl.Input[dsl.Artifact],
+    champion: dsl.Input[dsl.Artifact],
     config: dict[str, Any],
     task_config: dict[str, Any],
     seed: int,
@@ -31,6 +32,7 @@ def comet_score(
         teacher: Answers of the fine-tuned teacher.
         student_before: Answers of the student before distillation.
         student_after: Answers of the student after distillation.
+        champion: Answers of the registered champion; empty where there are none.
         config: Section `evaluation` of the configuration.
         task_config: How an answer is judged (section `task`); without the metric `comet` nothing is done.
         seed: Seed of the bootstrap.
@@ -48,6 +50,7 @@ def comet_score(
             "teacher": teacher.path,
             "student_before": student_before.path,
             "student_after": student_after.path,
+            "champion": champion.path,
             "config": config,
             "task_config": task_config,
             "seed": seed,

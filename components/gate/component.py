@@ -13,9 +13,8 @@ def gate(
     registry_config: dict[str, Any],
     task_config: dict[str, Any],
     student_after: dict[str, Any],
+    champion: dict[str, Any],
     comet: dict[str, Any],
-    specdec_after: dict[str, Any],
-    data_fingerprint: str,
     promote: dsl.OutputPath(str),
     reason: dsl.OutputPath(str),
     tracking_uri: str = "",
@@ -23,15 +22,15 @@ def gate(
 ) -> dsl.ContainerSpec:
     """Decide whether the student becomes the champion.
 
-    It does when no champion exists, or when it beats the champion's task metric by the margin the section asks for.
+    It does when no champion exists, or when it beats the champion's task metric by the margin the section asks for and
+    is not slower as a draft than the section allows, both measured by this run.
 
     Args:
         registry_config: Section `registry` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         student_after: Scores of the student after distillation.
+        champion: The registered champion as `evaluate_champion` has measured it.
         comet: COMET's scores of all models, or why they are missing.
-        specdec_after: Draft figures after distillation.
-        data_fingerprint: Fingerprint of the data the scores were measured on.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
 
@@ -46,9 +45,8 @@ def gate(
             "registry_config": registry_config,
             "task_config": task_config,
             "student_after": student_after,
+            "champion": champion,
             "comet": comet,
-            "specdec_after": specdec_after,
-            "data_fingerprint": data_fingerprint,
             "tracking_uri": tracking_uri,
             "experiment": experiment,
         },

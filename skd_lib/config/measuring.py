@@ -106,6 +106,11 @@ class SpecdecConfig(Section):
     )
     repeats: int = Field(3, ge=1, description="Timings are medians over this many passes.")
 
+    def headline(self) -> SpecdecConfig:
+        """The same, measuring no more than the headline figures."""
+        only = {"gammas": [self.gamma], "sweep": "none", "batch_sizes": self.batch_sizes[:1]}
+        return self.model_copy(update={**only, "temperatures": self.temperatures[:1]})
+
     @field_validator("gammas", "batch_sizes", "temperatures")
     @classmethod
     def _distinct_and_in_range(cls, values: list[float], info: ValidationInfo) -> list[float]:
@@ -123,4 +128,11 @@ class RegistryConfig(Section):
     model_name: str = Field("skd-student", pattern=r"^[^/:]+$", description="Name of the registered model.")
     min_improvement: float = Field(
         0.0, ge=0, description="A challenger must beat the champion's task metric by more than this."
+    )
+    max_slowdown: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of the champion's speed-up as a draft that a challenger may lack: timings vary by some "
+        "percent. 1: the speed-up does not count.",
     )

@@ -64,10 +64,12 @@ class Comet(Section):
 
     model_config = ConfigDict(extra="ignore")
 
-    models: dict[Role, Score] = Field({}, description="By model; scores are 100 times COMET's own.")
+    models: dict[Role | Literal["champion"], Score] = Field(
+        {}, description="By model; scores are 100 times COMET's own."
+    )
     missing: str = Field("", description="Why there is none, for a person.")
 
-    def figures(self, role: Role) -> dict[str, float]:
+    def figures(self, role: Role | Literal["champion"]) -> dict[str, float]:
         """A model's score, as `Scores.figures` gives the others."""
         return {"comet": self.models[role].score} if role in self.models else {}
 

@@ -23,6 +23,9 @@ def main(
     teacher: Annotated[Path, typer.Option(help="Answers of the fine-tuned teacher.")],
     student_before: Annotated[Path, typer.Option(help="Answers of the student before distillation.")],
     student_after: Annotated[Path, typer.Option(help="Answers of the student after distillation.")],
+    champion: Annotated[
+        Path, typer.Option(help="Answers of the registered champion; an empty file where there are none.")
+    ],
     segments_out: Annotated[Path, typer.Option(help="Where the score of each answer goes: JSONL.")],
     metrics_out: Annotated[Path, typer.Option(help="Where the figures go: JSON, numbers only.")],
     config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
@@ -60,8 +63,11 @@ def main(
             "teacher": teacher,
             "student_before": student_before,
             "student_after": student_after,
+            "champion": champion,
         }
         answers = {role: read_predictions(path) for role, path in files.items()}
+        if not answers["champion"]:
+            del answers["champion"]
         try:
             result = score_models(
                 answers,

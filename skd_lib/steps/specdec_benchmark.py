@@ -53,12 +53,6 @@ def main(
     from skd_lib.tracking.runs import step_run
 
     params = {"seed": seed, "specdec": settings.model_dump(), "task": task.model_dump()}
-    progress = Progress("speculative decoding", 0)
-
-    def on_progress(done: int, total: int) -> None:
-        progress.total = total
-        progress.update(done)
-
     name = step_name("specdec_benchmark", label)
     with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         prepared = PreparedData.load(data)
@@ -74,7 +68,7 @@ def main(
             task=task,
             config=settings,
             seed=seed,
-            on_progress=on_progress,
+            on_progress=Progress("speculative decoding").update_of,
         )
         outputs = {moment: result.to_dict() for moment, result in results.items()}
         figures = {

@@ -1,8 +1,8 @@
 """The registered students: one version for each set of weights, found again by their digest.
 
 A version points at the weights by URI; the weights themselves are never sent through the tracking server. The alias
-`challenger` is the student registered last, `champion` the best one that passed the gate. Everything the gate and a
-reader need stands in the version's tags: lineage, the task's scores and the figures as a draft.
+`challenger` is the student registered last, `champion` the best one that passed the gate. What a reader needs stands in
+the version's tags: lineage, the task's scores and the figures as a draft, as they were when it was registered.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skd_lib.errors import SkdError
 from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased, crown
 from skd_lib.tracking.client import brief, connect, is_local_store, unanswered
-from skd_lib.tracking.gate import Candidate
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +31,15 @@ FIGURE_PREFIX = "figure."
 FINGERPRINT_TAG = "data_fingerprint"
 PIPELINE_RUN_TAG = "pipeline_run_id"
 GATE_TAG = "gate"
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that has the alias `champion`, and where its weights are."""
+
+    version: str
+    weights_uri: str
+    weights_sha256: str
 
 
 def register(
@@ -57,7 +66,7 @@ def register(
         weights_sha256: Their digest.
         run_id: MLflow run shown as the version's source.
         promote: Whether to make it the champion.
-        figures: Scores and draft figures, kept as tags `figure.NAME` for the gate of later runs.
+        figures: Scores and draft figures, kept as tags `figure.NAME`.
         tags: Lineage; empty values are left out.
         description: Shown on the version's page.
 
@@ -94,27 +103,21 @@ def register(
     return ask_registry(tracking_uri, model_name, work)
 
 
-def champion(*, tracking_uri: str, model_name: str) -> Candidate | None:
-    """The registered champion with the figures it was registered with; None if there is none.
+def champion(*, tracking_uri: str, model_name: str) -> Champion | None:
+    """The registered champion; None if there is none.
 
     Raises:
         SkdError: the registry does not answer: a gate that cannot see the champion must not open.
     """
 
-    def work(client: MlflowClient) -> Candidate | None:
+    def work(client: MlflowClient) -> Champion | None:
         version = aliased(client, model_name, CHAMPION)
         if version is None:
             return None
-        numbers = {
-            name.removeprefix(FIGURE_PREFIX): float(value)
-            for name, value in version.tags.items()
-            if name.startswith(FIGURE_PREFIX)
-        }
-        return Candidate(
-            figures=numbers,
+        return Champion(
             version=str(version.version),
-            pipeline_run_id=version.tags.get(PIPELINE_RUN_TAG, ""),
-            data_fingerprint=version.tags.get(FINGERPRINT_TAG, ""),
+            weights_uri=version.tags.get(URI_TAG, ""),
+            weights_sha256=version.tags.get(DIGEST_TAG, ""),
         )
 
     return ask_registry(tracking_uri, model_name, work)

@@ -1,4 +1,4 @@
-"""Answers of four models to a few examples, among them nasty ones, as `evaluate` keeps them."""
+"""Answers of four models to a few examples, among them nasty ones, as `evaluate` keeps them; there is no champion."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ ANSWERS = {
     "teacher": ["open the file", "close the door", "save"],
     "student_before": ["file" * 25_000, "close \ud800 door", "the page"],
     "student_after": ["open the file", "close the door", ""],
+    "champion": [],
 }
 
 
@@ -18,6 +19,6 @@ def write_answers(folder: Path) -> dict[str, Path]:
     files = {}
     for role, texts in ANSWERS.items():
         files[role] = folder / f"{role}.jsonl"
-        rows = [Prediction(*example, text, 3, False) for example, text in zip(EXAMPLES, texts, strict=True)]
+        rows = [Prediction(*example, text, 3, False) for example, text in zip(EXAMPLES, texts, strict=bool(texts))]
         write_predictions(files[role], rows)
     return files

@@ -29,7 +29,7 @@ from skd_lib.parameters import from_parameters, to_parameters
 from skd_lib.steps.preflight import SECTIONS
 
 ROOT = Path(__file__).parents[2]
-TORCH_STEPS = {"teacher_sft", "student_init", "distill", "evaluate", "specdec_benchmark"}
+TORCH_STEPS = {"teacher_sft", "student_init", "distill", "evaluate", "evaluate_champion", "specdec_benchmark"}
 COMET_STEPS = ["comet_score", "comet_score-off"]
 
 
@@ -116,7 +116,7 @@ def test_order_of_the_steps(spec: dict[str, Any]):
     assert sorted(names) == sorted(
         ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill"]
         + [f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")]
-        + ["specdec_benchmark", "report", "gate", "register_model", "finish"]
+        + ["specdec_benchmark", "evaluate_champion", "report", "gate", "register_model", "finish"]
         + COMET_STEPS
     )
     assert names[0] == "preflight"
@@ -129,12 +129,12 @@ def test_order_of_the_steps(spec: dict[str, Any]):
 
 def test_cached_are_all_steps_but_those_about_this_very_run(spec: dict[str, Any]):
     uncached = {step.name for step in read_steps(spec) if not step.cached}
-    assert uncached == {"preflight", "report", "gate", "register_model", "finish", *COMET_STEPS}
+    assert uncached == {"preflight", "evaluate_champion", "report", "gate", "register_model", "finish", *COMET_STEPS}
 
 
 def test_one_of_the_two_comet_steps_runs_when_every_model_has_answered(spec: dict[str, Any]):
     steps = {step.name: step for step in read_steps(spec)}
-    evaluations = {name for name in steps if name.startswith("evaluate-")}
+    evaluations = {name for name in steps if name.startswith("evaluate")}
     choices = {steps[name].choice for name in COMET_STEPS}
     assert len(choices) == 1
     assert "" not in choices

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from skd_lib.errors import SkdError
-from skd_lib.tracking.gate import Candidate, decide
+from skd_lib.tracking.gate import Decision, Rival, decide
 
 
 def _decide(
-    challenger: float, champion: float, *, higher_is_better: bool = True, min_improvement: float = 0.0
+    challenger: float, champion: float, *, drafts: tuple[float, float] | None = None, **options: Any
 ) -> tuple[bool, str]:
-    decision = decide(
-        Candidate({"chrf": challenger, "speedup": 1.1}, pipeline_run_id="new"),
-        Candidate({"chrf": champion, "speedup": 1.4}, version="3", pipeline_run_id="old"),
-        "chrf",
-        higher_is_better=higher_is_better,
-        min_improvement=min_improvement,
-    )
+    speedups = dict(zip(("challenger_speedup", "speedup"), drafts or (), strict=False))
+    rival = Rival(version="3", figures={"chrf": champion}, **speedups)
+    decision = decide({"chrf": challenger, "bleu": 1.0}, rival, "chrf", **options)
     assert not set(decision.reason) & set("'\"")  # quotes break KFP's conditions
     return decision.promote, decision.reason
 
 
 def test_the_first_version_is_promoted() -> None:
-    decision = decide(Candidate({"chrf": 12.0}), None, "chrf", min_improvement=5.0)
-    assert decision.promote
-    assert decision.reason == "first champion of this name, with chrf 12.00"
+    decision = decide({"chrf": 12.0}, Rival(), "chrf", min_improvement=5.0)
+    assert decision == Decision(True, "first champion of this name, with chrf 12.00")
 
 
 def test_better_is_promoted_and_equal_or_worse_is_not() -> None:
@@ -46,26 +43,53 @@ def test_lower_may_be_better() -> None:
     assert not _decide(0.6, 0.5, higher_is_better=False)[0]
 
 
-def test_a_champion_without_the_figure_stays() -> None:
-    decision = decide(Candidate({"chrf": 30.0}), Candidate({"bleu": 3.0}, version="2"), "chrf")
+def test_a_better_student_that_drafts_more_slowly_is_not_promoted() -> None:
+    promote, reason = _decide(31.0, 30.0, drafts=(1.2, 1.4), max_slowdown=0.05)
+    assert not promote
+    assert reason == (
+        "chrf 31.00 against 30.00 of the champion (version 3): better; "
+        "as draft 1.20x against 1.40x: more than 5 % slower"
+    )
+
+
+def test_a_slowdown_within_the_allowance_is_none() -> None:
+    promote, reason = _decide(31.0, 30.0, drafts=(1.36, 1.4), max_slowdown=0.05)
+    assert promote
+    assert reason.endswith("as draft 1.36x against 1.40x: not more than 5 % slower")
+    assert not _decide(31.0, 30.0, drafts=(1.36, 1.4))[0]
+    assert _decide(31.0, 30.0, drafts=(0.1, 1.4), max_slowdown=1.0)[0]
+
+
+def test_a_faster_draft_does_not_make_up_for_a_worse_score() -> None:
+    assert not _decide(29.0, 30.0, drafts=(2.0, 1.0), max_slowdown=0.05)[0]
+
+
+def test_a_champion_that_could_not_be_measured_stays() -> None:
+    rival = Rival(version="2", missing="'/gone': no such folder")
+    decision = decide({"chrf": 30.0}, rival, "chrf")
     assert not decision.promote
-    assert "version 2) has no chrf" in decision.reason
+    assert decision.reason == (
+        "the champion (version 2) could not be measured; set the alias champion by hand to replace it: "
+        "/gone: no such folder"
+    )
+    other_metric = decide({"chrf": 30.0}, Rival(version="2", figures={"bleu": 3.0}), "chrf")
+    assert not other_metric.promote
+    assert "it has no chrf on this data" in other_metric.reason
+
+
+def test_a_champion_that_cannot_draft_for_this_teacher_is_compared_by_score() -> None:
+    rival = Rival(version="2", figures={"chrf": 29.0}, undrafted="the tokenizers differ: 5 is 'a'")
+    decision = decide({"chrf": 30.0}, rival, "chrf", max_slowdown=0.0)
+    assert decision.promote
+    assert decision.reason.endswith("better; not compared as drafts: the tokenizers differ: 5 is a")
 
 
 @pytest.mark.parametrize("figures", [{}, {"bleu": 3.0}, {"chrf": float("nan")}])
 def test_a_challenger_without_the_figure_is_an_error(figures: dict[str, float]) -> None:
     with pytest.raises(SkdError, match="no score `chrf`"):
-        decide(Candidate(figures), None, "chrf")
+        decide(figures, Rival(), "chrf")
 
 
-def test_a_resumed_run_decides_the_same_again() -> None:
-    champion = Candidate({"chrf": 30.0}, version="4", pipeline_run_id="run-1")
-    decision = decide(Candidate({"chrf": 30.0}, pipeline_run_id="run-1"), champion, "chrf")
-    assert decision.promote
-    assert not decide(Candidate({"chrf": 30.0}), champion, "chrf").promote
-
-
-def test_other_data_is_told() -> None:
-    champion = Candidate({"chrf": 30.0}, version="4", data_fingerprint="aaa")
-    assert "different data" in decide(Candidate({"chrf": 31.0}, data_fingerprint="bbb"), champion, "chrf").reason
-    assert "different data" not in decide(Candidate({"chrf": 31.0}, data_fingerprint="aaa"), champion, "chrf").reason
+def test_a_student_that_is_champion_already_stays_it() -> None:
+    decision = decide({"chrf": 30.0}, Rival(version="4", is_this_student=True), "chrf", min_improvement=9.0)
+    assert decision == Decision(True, "the champion (version 4) is this very student, with chrf 30.00")

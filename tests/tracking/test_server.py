@@ -16,7 +16,7 @@ from skd_lib.cli import app
 from skd_lib.tracking import link
 from skd_lib.tracking.client import check_tracking, connect
 from skd_lib.tracking.locate import children_of
-from skd_lib.tracking.registry import champion, register
+from skd_lib.tracking.registry import Champion, champion, register
 from skd_lib.tracking.runs import close_pipeline_run, step_run
 
 from .conftest import EXPERIMENT
@@ -77,9 +77,7 @@ def test_runs_and_registry_over_http(running: MlflowServer, tmp_path: Path, capl
     assert versions["1"].tags["weights_uri"] == str(student)
     assert versions["2"].source == "gs://bucket/student"
     assert len(versions) == 2
-    found = champion(tracking_uri=server, model_name="skd-student")
-    assert found is not None
-    assert (found.version, found.figures) == ("2", {"chrf": 30.0})
+    assert champion(tracking_uri=server, model_name="skd-student") == Champion("2", "gs://bucket/student", "b" * 64)
 
     assert close_pipeline_run(tracking_uri=server, experiment=EXPERIMENT, pipeline_run_id="run-1", state="SUCCEEDED")
     assert client.get_run(parent_id).info.status == "FINISHED"

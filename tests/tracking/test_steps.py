@@ -17,6 +17,8 @@ from skd_lib.errors import SkdError
 from skd_lib.report.samples import read_samples
 from skd_lib.report.sources import from_mlflow
 from skd_lib.steps import finish, gate, register_model, report
+from skd_lib.tracking.gate import Rival
+from skd_lib.tracking.registry import champion
 from skd_lib.tracking.runs import step_run
 
 from .conftest import EXPERIMENT, Runs
@@ -61,6 +63,14 @@ def parameters(folder: Path) -> dict[str, Any]:
     return dict(values)
 
 
+def champion_with(store: str, student_sha256: str, **figures: float) -> str:
+    """What `evaluate_champion` hands on, given what it would have measured."""
+    found = champion(tracking_uri=store, model_name="skd-student")
+    rival = Rival() if found is None else Rival(version=found.version, figures=figures)
+    same = found is not None and found.weights_sha256 == student_sha256
+    return rival.model_copy(update={"is_this_student": same}).model_dump_json()
+
+
 def test_from_figures_to_a_registered_champion(
     store: str, client: MlflowClient, parents: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +107,8 @@ def test_from_figures_to_a_registered_champion(
             ),
         )
         assert "student after" in output
-        run(gate, *after, "--executor-input", executor_input(folder), *tracking)
+        rival = ("--champion", champion_with(store, digest, chrf=30.0))
+        run(gate, *after[:2], *rival, "--executor-input", executor_input(folder), *tracking)
         decided = parameters(folder)
         metadata = {"weights_sha256": digest, "teacher": "org/teacher", "method": "skd", "data_fingerprint": "f" * 64}
         registered = ("--student", str(student), "--scores", scores(chrf), "--specdec-after", specdec(1.3))
@@ -160,7 +171,8 @@ def test_a_lower_perplexity_is_the_better_one(store: str, tmp_path: Path, monkey
         monkeypatch.setenv("KFP_RUN_ID", run_id)
         figures = json.dumps({"perplexity": {"score": perplexity, "low": 1, "high": 99}})
         task = ("--task-config", json.dumps({"metrics": ["perplexity"]}))
-        run(gate, "--student-after", figures, *task, "--executor-input", executor_input(tmp_path), *tracking)
+        rival = ("--champion", champion_with(store, "", perplexity=20.0))
+        run(gate, "--student-after", figures, *rival, *task, "--executor-input", executor_input(tmp_path), *tracking)
         verdict = str(parameters(tmp_path)["promote"])
         io = executor_input(tmp_path, {"weights_sha256": f"{perplexity:064.0f}"})
         registered = ("--student", str(tmp_path), "--scores", figures, "--promote", verdict, "--executor-input", io)
@@ -244,8 +256,9 @@ def test_comet_decides_where_it_comes_first(store: str, tmp_path: Path, monkeypa
     metadata = executor_input(tmp_path, {"weights_sha256": "a" * 64})
     run(register_model, *student, *judged, "--promote", "true", *tracking[:4], "--executor-input", metadata)
     monkeypatch.setenv("KFP_RUN_ID", "second")
-    worse = ("--comet", comet(models={"student_after": {**score, "score": 75.0}}))
-    run(gate, *task, *worse, *tracking)
+    worse = ("--comet", comet(models={"student_after": {**score, "score": 75.0}, "champion": score}))
+    rival = ("--champion", champion_with(store, ""))
+    run(gate, *task, *worse, *rival, *tracking)
     assert parameters(tmp_path)["reason"].startswith("comet 75.00 against 75.30 of the champion")
     run(gate, *task, "--comet", comet(missing="no network, it's down"), *tracking)
     decided = parameters(tmp_path)

@@ -1,0 +1,66 @@
+"""KFP component `evaluate_champion`: measure the registered champion as the new student has been."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.command import run_step
+from components.images import TRAIN
+
+
+@dsl.container_component
+def evaluate_champion(
+    student: dsl.Input[dsl.Model],
+    teacher: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    registry_config: dict[str, Any],
+    evaluation_config: dict[str, Any],
+    specdec_config: dict[str, Any],
+    task_config: dict[str, Any],
+    seed: int,
+    predictions: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    champion: dsl.OutputPath(dict),
+    tracking_uri: str = "",
+    experiment: str = "skd",
+) -> dsl.ContainerSpec:
+    """Measure the registered champion as the new student has been.
+
+    On the same test set, and as a draft of the same teacher, in turns with the new student. Done at once where there is
+    no champion, or where it has the new student's weights.
+
+    Args:
+        student: The new student.
+        teacher: The fine-tuned teacher that both draft for.
+        data: Prepared data, as `prepare_data` wrote it.
+        registry_config: Section `registry` of the configuration.
+        evaluation_config: Section `evaluation` of the configuration.
+        specdec_config: Section `specdec` of the configuration, whose headline setting is measured.
+        task_config: How an example becomes a prompt and an answer is judged (section `task`).
+        seed: Seed of everything random in this step.
+        tracking_uri: MLflow tracking server; empty turns tracking off.
+        experiment: MLflow experiment.
+
+    Returns:
+        predictions: The champion's answers, one JSON line an example; empty where it was not measured.
+        metrics: Its scores, and the speed-ups of both.
+        champion: Its version, its scores, the speed-ups of both, or why it could not be measured.
+    """
+    return run_step(
+        "evaluate_champion",
+        TRAIN,
+        {
+            "student": student.path,
+            "teacher": teacher.path,
+            "data": data.path,
+            "registry_config": registry_config,
+            "evaluation_config": evaluation_config,
+            "specdec_config": specdec_config,
+            "task_config": task_config,
+            "seed": seed,
+            "tracking_uri": tracking_uri,
+            "experiment": experiment,
+            "predictions_out": predictions.path,
+            "metrics_out": metrics.path,
+        },
+    )

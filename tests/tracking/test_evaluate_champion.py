@@ -1,0 +1,167 @@
+"""Step `evaluate_champion`, and the gate behind it, with real models in a real registry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from skd_lib.evaluation.predictions import read_predictions
+from skd_lib.models.loading import weights_digest
+from skd_lib.steps import evaluate_champion, gate
+from skd_lib.tracking.registry import register
+from tests.conftest import SaveTinyModel
+from tests.evaluation.test_evaluate_step import prepared
+from tests.specdec.test_specdec_step import CONFIG as SPECDEC
+
+from .conftest import EXPERIMENT
+from .test_steps import run, scores
+
+TASK = {"max_new_tokens": 8, "metrics": ["chrf", "bleu"]}
+EVALUATION = {"batch_size": 4, "bootstrap_samples": 100}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyModel) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("champion")
+    return {
+        "teacher": save_tiny_model(root / "teacher", seed=1, layers=3),
+        "student": save_tiny_model(root / "student", seed=2),
+        "champion": save_tiny_model(root / "champion", seed=3),
+        "data": prepared(root),
+    }
+
+
+class Pipeline:
+    """The two steps as a run's pipeline calls them."""
+
+    def __init__(self, folders: dict[str, Path], store: str, out: Path) -> None:
+        self.folders, self.store, self.out = folders, store, out
+
+    def measure(self, **changes: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            **{name: self.folders[name] for name in ("student", "teacher", "data")},
+            "predictions_out": self.out / "predictions.jsonl",
+            "metrics_out": self.out / "metrics.json",
+            "evaluation_config": json.dumps(EVALUATION),
+            "specdec_config": json.dumps({**SPECDEC, "gammas": [1, 3], "sweep": "all", "batch_sizes": [4, 1]}),
+            "task_config": json.dumps(TASK),
+            "tracking_uri": self.store,
+            "experiment": EXPERIMENT,
+        }
+        evaluate_champion.main(**(arguments | changes))
+        output = json.loads((self.out / "executor_output.json").read_text())
+        champion: dict[str, Any] = output["parameterValues"]["champion"]
+        return champion
+
+    def register(self, folder: Path, digest: str = "") -> str:
+        return register(
+            tracking_uri=self.store,
+            model_name="skd-student",
+            student_uri=str(folder),
+            weights_sha256=digest or weights_digest(folder),
+            run_id="",
+            promote=True,
+            figures={"chrf": 99.0, "speedup": 99.0},  # of other data: they must decide nothing
+            tags={},
+        )
+
+    def decide(self, chrf: float, champion: dict[str, Any], **registry: Any) -> tuple[str, str]:
+        options = ("--registry-config", json.dumps(registry), "--task-config", json.dumps(TASK))
+        output = {"outputs": {"outputFile": str(self.out / "gate.json")}}
+        tracking = ("--tracking-uri", self.store, "--experiment", EXPERIMENT)
+        measured = ("--student-after", scores(chrf), "--champion", json.dumps(champion))
+        run(gate, *measured, *options, *tracking, "--executor-input", json.dumps(output))
+        decided = json.loads((self.out / "gate.json").read_text())["parameterValues"]
+        return decided["promote"], decided["reason"]
+
+
+@pytest.fixture
+def pipeline(folders: dict[str, Path], store: str, tmp_path: Path) -> Pipeline:
+    return Pipeline(folders, store, tmp_path)
+
+
+def test_without_a_champion_or_tracking_nothing_is_measured(pipeline: Pipeline) -> None:
+    for changes in ({}, {"tracking_uri": ""}):
+        champion = pipeline.measure(**changes)
+        assert champion["version"] == ""
+        assert (pipeline.out / "predictions.jsonl").read_text() == ""
+        assert json.loads((pipeline.out / "metrics.json").read_text()) == {}
+    assert pipeline.decide(30.0, champion) == ("true", "first champion of this name, with chrf 30.00")
+
+
+def test_the_champion_is_measured_on_this_data_and_beside_the_student(
+    pipeline: Pipeline, folders: dict[str, Path], client: MlflowClient
+) -> None:
+    pipeline.register(folders["champion"])
+    champion = pipeline.measure()
+    assert (champion["version"], champion["missing"], champion["undrafted"]) == ("1", "", "")
+    assert set(champion["figures"]) == {"chrf", "bleu"}
+    assert 0 <= champion["figures"]["chrf"] < 99
+    assert champion["speedup"] > 0
+    assert champion["challenger_speedup"] > 0
+    assert len(read_predictions(pipeline.out / "predictions.jsonl")) == 12
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'evaluate_champion'")
+    assert found.data.tags["champion"] == "1"
+    assert found.data.metrics["challenger_speedup"] == champion["challenger_speedup"]
+
+    chrf = champion["figures"]["chrf"]
+    assert pipeline.decide(chrf + 1, champion, max_slowdown=1)[0] == "true"
+    assert pipeline.decide(chrf, champion, max_slowdown=1)[0] == "false"
+    slower = champion | {"challenger_speedup": 0.9 * champion["speedup"]}
+    promote, reason = pipeline.decide(chrf + 1, slower)
+    assert promote == "false"
+    assert "more than 5 % slower" in reason
+
+
+def test_a_student_with_the_champions_weights(pipeline: Pipeline, folders: dict[str, Path]) -> None:
+    pipeline.register(folders["student"])
+    champion = pipeline.measure()
+    assert champion["is_this_student"]
+    assert champion["figures"] == {}
+    assert pipeline.decide(1.0, champion)[0] == "true"
+
+
+@pytest.mark.parametrize("what", ["gone", "changed"])
+def test_a_champion_without_its_weights_stays(
+    pipeline: Pipeline, folders: dict[str, Path], tmp_path: Path, what: str
+) -> None:
+    folder = Path(shutil.copytree(folders["champion"], tmp_path / "moved"))
+    pipeline.register(folder, digest="" if what == "gone" else "c" * 64)
+    if what == "gone":
+        shutil.rmtree(folder)
+    champion = pipeline.measure()
+    assert {"gone": "no such folder", "changed": "other weights than those registered"}[what] in champion["missing"]
+    promote, reason = pipeline.decide(99.0, champion)
+    assert promote == "false"
+    assert "could not be measured; set the alias champion by hand" in reason
+
+
+def test_a_champion_that_cannot_draft_is_compared_by_score(
+    pipeline: Pipeline, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["champion"], tmp_path / "foreign"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    pipeline.register(folder)
+    champion = pipeline.measure()
+    assert "end-of-sequence ids" in champion["undrafted"]
+    assert "speedup" not in champion
+    promote, reason = pipeline.decide(99.0, champion)
+    assert promote == "true"
+    assert "not compared as drafts" in reason
+
+
+def test_another_version_became_champion_meanwhile(pipeline: Pipeline, folders: dict[str, Path]) -> None:
+    champion = pipeline.measure()
+    pipeline.register(folders["champion"])
+    assert pipeline.decide(99.0, champion) == (
+        "false",
+        "version 1 is the champion now, and was not when this run measured; start the run again to compare with it",
+    )
