@@ -93,8 +93,11 @@ def test_steps_from_the_cache_are_found_in_the_run_that_made_them(
     """As after a run with another K: data, teacher and student init are an earlier run's."""
     tracking = {"tracking_uri": store, "experiment": EXPERIMENT}
     first = trace(tracking_uri=store, reference="skd-student/1")
-    made = [("run-0", "student_init", "0" * 64), ("run-1", "teacher_sft", "d" * 64), ("run-1", "student_init", "e" * 64)]
-    for run_id, step, digest in made:
+    for run_id, step, digest in [
+        ("run-0", "student_init", "0" * 64),
+        ("run-1", "teacher_sft", "d" * 64),
+        ("run-1", "student_init", "e" * 64),
+    ]:
         monkeypatch.setenv("KFP_RUN_ID", run_id)
         with step_run(step=step, **tracking) as ours:
             ours.set_tags({"weights_sha256": digest})
