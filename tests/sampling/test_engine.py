@@ -215,19 +215,26 @@ def test_a_model_that_drafts_for_itself_is_always_accepted(tiny_model: TinyModel
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
 @pytest.mark.parametrize("rule", [top_k(6), lossless(), nothing()], ids=["top_k", "lossless", "nothing"])
-def test_teacher_states_equal_a_fresh_forward(tiny_model: TinyModel, arch: str, rule: AcceptanceRule) -> None:
-    models = pair(tiny_model, arch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_teacher_states_equal_a_fresh_forward(
+    tiny_model: TinyModel, arch: str, rule: AcceptanceRule, dtype: torch.dtype
+) -> None:
+    models: dict[str, object] = {name: model.to(dtype) for name, model in pair(tiny_model, arch).items()}  # type: ignore[attr-defined]
     samples = sampler(models, rule, keep_teacher_states=True, batch_size=2).sample(PROMPTS, list(range(4)))
-    assert_states_are_fresh(models, PROMPTS, samples)
+    assert samples.teacher_states_BTH is not None
+    assert samples.teacher_states_BTH.dtype == dtype
+    assert_states_are_fresh(models, PROMPTS, samples, tolerance=1e-4 if dtype == torch.float32 else 0.1)
 
 
 @torch.no_grad()
-def assert_states_are_fresh(models: dict[str, object], prompts: list[list[int]], samples: Samples) -> None:
+def assert_states_are_fresh(
+    models: dict[str, object], prompts: list[list[int]], samples: Samples, tolerance: float = 1e-4
+) -> None:
     assert samples.teacher_states_BTH is not None
     for prompt, row, states in zip(prompts, rows(samples), samples.teacher_states_BTH, strict=True):
         fresh = decoder(models["teacher"])(torch.tensor([prompt + row])).last_hidden_state[0]  # type: ignore[arg-type]
         # The state at position i predicts token i + 1.
-        torch.testing.assert_close(states[: len(row)], fresh[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(states[: len(row)], fresh[len(prompt) - 1 : -1], rtol=tolerance, atol=tolerance)
         assert states[len(row) :].eq(0).all()
 
 
