@@ -50,7 +50,7 @@ def collect(
     comparisons: Annotated[list[Path], typer.Argument(help="Folders of `skd compare`, e.g. runs/evidence-methods.")],
     folder: Annotated[Path, typer.Option("--out", help="Where runs.csv and curves.csv go.")] = Path("docs/evidence"),
 ) -> None:
-    """Put the runs of comparisons into two CSV files."""
+    """Put the runs of comparisons into two CSV files. Other comparisons that these hold stay."""
     from skd_lib.evidence.records import collect as write
 
     for path in write([each / "comparison.json" for each in comparisons], folder):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,17 +71,17 @@ class Curve:
 
 
 def collect(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Write `runs.csv` and `curves.csv` of comparisons.
+    """Put comparisons into `runs.csv` and `curves.csv`; others that are there stay.
 
     Args:
         files: Each one's `comparison.json`.
-        folder: Where to; what is there is replaced.
+        folder: Where to; what is there of these comparisons is replaced.
 
     Returns:
         What was written.
 
     Raises:
-        SkdError: a file is missing or is none, or two comparisons have one name.
+        SkdError: a file is missing or is none, two comparisons have one name, or the folder's files are others.
     """
     comparisons = [_read(file) for file in files]
     names = [comparison.name for comparison in comparisons]
@@ -91,14 +91,16 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
     points = [
         point for comparison in comparisons for trial in comparison.trials for point in _points(comparison, trial)
     ]
-    written = {
-        RUNS: _csv([*NAMES, "seed", *FIGURES], runs),
-        CURVES: _csv(["comparison", "variant", "seed", "figure", "step", "value"], points),
+    written: dict[str, tuple[list[str], Iterable[Mapping[str, object]]]] = {
+        RUNS: ([*NAMES, "seed", *FIGURES], runs),
+        CURVES: (["comparison", "variant", "seed", "figure", "step", "value"], points),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in written.items():
-            write_text_atomic(folder / name, text)
+        for name, (header, rows) in written.items():
+            there = _rows(folder / name, set(header)) if (folder / name).is_file() else []
+            kept = [row for row in there if row["comparison"] not in names]
+            write_text_atomic(folder / name, _csv(header, [*kept, *rows]))
     except OSError as error:
         raise SkdError(f"cannot be written: {error.strerror}", where=str(folder), hint="name another folder") from error
     return [folder / name for name in written]
@@ -171,7 +173,7 @@ def _short(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _csv(header: Sequence[str], rows: Iterable[dict[str, object]]) -> str:
+def _csv(header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()

@@ -72,6 +72,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "evidence"
 
 
+def test_a_comparison_takes_its_own_place_alone(folder: Path) -> None:
+    before, curves = read_runs(folder), read_curves(folder)
+    again = _comparison(RULES)
+    again.trials[0] = again.trials[0].model_copy(update={"scores": _scores(12.0)})
+    (folder / "comparison.json").write_text(again.to_json(), encoding="utf-8")
+    collect([folder / "comparison.json"], folder)
+    after = read_runs(folder)
+    assert [run for run in after if run.comparison == METHODS] == [run for run in before if run.comparison == METHODS]
+    changed = [run.figures["score"] for run in after if run not in before]
+    assert changed == [12.0]
+    assert len(after) == len(before)
+    assert read_curves(folder) == curves
+
+
 def test_runs_come_back_as_they_went(folder: Path) -> None:
     runs = [run for run in read_runs(folder) if run.comparison == RULES]
     assert {(run.variant, run.seed): run.figures.get("score") for run in runs if not run.failed} == {
