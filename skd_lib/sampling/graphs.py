@@ -214,6 +214,6 @@ def _first(rows: Rows, count: int) -> dict[str, Any]:
 
 def _placement(models: list[PreTrainedModel]) -> int:
     """Changes when any weight is at another address, or PEFT's adapters are merged, switched off or exchanged."""
-    modules = [module for model in models for module in model.modules() if hasattr(module, "merged_adapters")]
-    adapters = tuple((*map(str, m.merged_adapters), m.disable_adapters, str(m.active_adapters)) for m in modules)
-    return hash((adapters, *(weight.data_ptr() for model in models for weight in model.parameters())))
+    wrapped = [module for model in models for module in model.modules() if hasattr(module, "disable_adapters")]
+    adapters = [(str(getattr(m, "merged_adapters", ())), m.disable_adapters, str(m.active_adapters)) for m in wrapped]
+    return hash((*adapters, *(weight.data_ptr() for model in models for weight in model.parameters())))
