@@ -35,8 +35,8 @@ test: $(STAMP) ## Run the tests, on all cores (ARGS=... for pytest's options)
 test-comet: $(STAMP) ## Run the tests that need COMET; its own environment is made the first time (minutes)
 	$(BIN)/python -m pytest -m comet tests/comet
 
-test-images: $(STAMP) ## Build the images and run the pipeline in them; needs a container engine, mmdebstrap, docker-registry
-	$(BIN)/python -m pytest -m 'docker or not docker' tests/images
+test-images: $(STAMP) ## Build the images and run the pipeline in them; needs docker.io, mmdebstrap, docker-registry (ARGS=...)
+	$(BIN)/python -m pytest -m 'docker or not docker' tests/images $(ARGS)
 
 lock: $(STAMP) ## Lock again what the images install, after a change to pyproject.toml or the constraints
 	$(BIN)/skd images lock
