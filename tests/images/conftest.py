@@ -105,7 +105,8 @@ def _daemon(folder: Path) -> Iterator[None]:
                 daemon.terminate()
                 daemon.wait()
                 subprocess.run(["umount", "--quiet", folder / "exec/netns/default"])  # the daemon leaves it behind
-                shutil.rmtree(folder / "data")  # gigabytes; pytest would keep them for three sessions
+                # Gigabytes, which pytest would keep for three sessions; on some disks they take minutes to delete.
+                subprocess.Popen(["rm", "-rf", folder / "data"], start_new_session=True)
 
 
 def _answers() -> bool:
