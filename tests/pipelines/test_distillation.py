@@ -233,6 +233,24 @@ def test_killed_in_distill_and_run_again_ends_with_the_same_table(workplace: Wor
     assert len(client.search_model_versions("name = 'tiny-student'")) == 1  # the same weights to the bit
 
 
+def test_another_k_is_measured_against_the_champion(workplace: Workplace, first: str):
+    config = yaml.safe_load(workplace.config.read_text())
+    config["distill"]["sampling"] = {"top_k": 1}
+    workplace.config.write_text(yaml.safe_dump(config))
+    output = workplace.complete()
+    for step in ("prepare_data", "teacher_sft", "student_init", "evaluate-teacher"):
+        assert f"{step}: unchanged, reused" in output
+    for step in ("distill", "evaluate-student_after", "evaluate_champion"):
+        assert f"{step}: done" in output
+    told = (workplace.run / "logs" / "gate.log").read_text()
+    score = workplace.summary()["models"]["student_after"]["chrf"]
+    assert re.search(
+        rf"promoted: chrf {score:.2f} against [\d.]+ of the champion \(version 1\): .*; as draft [\d.]+x", told
+    )
+    client = MlflowClient(workplace.tracking_uri)
+    assert len(client.search_model_versions("name = 'tiny-student'")) == 2
+
+
 def without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key != "seconds"}
 
