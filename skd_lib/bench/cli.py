@@ -51,6 +51,9 @@ def sampling(
     dtype: Dtype = "bfloat16",
     device: Device = None,
     seed: Seed = 0,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Name of a row to measure; again for more.", show_default="all")
+    ] = None,
     output: Output = Path("runs/bench-sampling.json"),
 ) -> None:
     """Measure the sampling engine against generate, token-by-token and assisted decoding, and against its floor.
@@ -58,7 +61,7 @@ def sampling(
     Shapes: smollm2-135m, gemma-2b, gemma-7b, or with another depth, e.g. smollm2-135m-6-layers. The floor is the bare
     forwards of the same rounds.
     """
-    from skd_lib.bench.sampling import bench_sampling, render
+    from skd_lib.bench.sampling import WAYS, bench_sampling, render
     from skd_lib.bench.setup import Settings
 
     settings = Settings(
@@ -76,7 +79,7 @@ def sampling(
         device=device,
         seed=seed,
     )
-    result = _with_progress(lambda progress: bench_sampling(settings, progress))
+    result = _with_progress(lambda progress: bench_sampling(settings, only or WAYS, progress))
     _show(render(result), result.to_json(), output)
 
 

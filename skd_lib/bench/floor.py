@@ -1,7 +1,8 @@
 """What a sampling run cannot be faster than: its forwards alone, with nothing around them.
 
 The engine's forwards are recorded (rows, tokens, cached positions, positions at the head) and run again on a cache
-without ragged rows: no drawing, no acceptance, no bookkeeping.
+without ragged rows: no drawing, no acceptance, no bookkeeping. On a CUDA GPU they are replayed as graphs, or their
+launches alone would take longer than the engine does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +69,7 @@ def bare(forwards: Sequence[Forward]) -> Callable[[], None]:
         own = [forward for forward in forwards if forward.model is model]
         shape = max(forward.rows for forward in own), max(forward.visible for forward in own)
         caches[key] = _SlabCache(model.config.get_text_config(decoder=True), *shape)
-    prepared: list[tuple[Forward, _SlabCache, dict[str, Any]]] = []
+    calls: list[Callable[[], None]] = []
     for forward in forwards:
         device = forward.model.device
         positions_1T = torch.arange(forward.visible - forward.tokens, forward.visible, device=device).unsqueeze(0)
@@ -76,17 +78,48 @@ def bare(forwards: Sequence[Forward]) -> Callable[[], None]:
             "position_ids": positions_1T.expand(forward.rows, -1),
             "attention_mask": attention_mask(forward.model, positions_1T, forward.visible),
         }
-        prepared.append((forward, caches[id(forward.model)], inputs))
+        calls.append(partial(_forward, forward, caches[id(forward.model)], inputs))
 
     @torch.no_grad()
     def run() -> None:
-        for forward, cache, inputs in prepared:
-            cache.start = forward.visible - forward.tokens
-            hidden_BTH = decoder(forward.model)(past_key_values=cache, use_cache=True, **inputs).last_hidden_state
-            if forward.at_head:
-                lm_logits(forward.model, hidden_BTH[:, -(forward.at_head // forward.rows) :])
+        for call in calls:
+            call()
 
-    return run
+    if any(model.device.type != "cuda" for model in models.values()):
+        return run
+    with torch.no_grad():
+        for key in models:  # what is set up in a first call, the cache's memory too, must not be captured
+            next(call for forward, call in zip(forwards, calls, strict=True) if id(forward.model) == key)()
+    return _captured(calls)
+
+
+def _forward(forward: Forward, cache: _SlabCache, inputs: dict[str, Any]) -> None:
+    cache.start = forward.visible - forward.tokens
+    hidden_BTH = decoder(forward.model)(past_key_values=cache, use_cache=True, **inputs).last_hidden_state
+    if forward.at_head:
+        lm_logits(forward.model, hidden_BTH[:, -(forward.at_head // forward.rows) :])
+
+
+_FORWARDS_A_GRAPH = 32
+
+
+@torch.no_grad()
+def _captured(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """All calls as CUDA graphs, several calls each."""
+    pool = torch.cuda.graph_pool_handle()
+    graphs = []
+    for start in range(0, len(calls), _FORWARDS_A_GRAPH):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            for call in calls[start : start + _FORWARDS_A_GRAPH]:
+                call()
+        graphs.append(graph)
+
+    def replay() -> None:
+        for graph in graphs:
+            graph.replay()
+
+    return replay
 
 
 def seconds_to_read_weights(forwards: Sequence[Forward], bytes_per_second: float) -> float:

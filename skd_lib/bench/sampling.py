@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -118,7 +118,7 @@ class Result:
             ("lossless, 1 row", "assisted"),
             ("lossless adaptive, 1 row", "assisted"),
         ]
-        return {f"{ours} / {other}": speed[ours] / speed[other] for ours, other in pairs}
+        return {f"{ours} / {other}": speed[ours] / speed[other] for ours, other in pairs if {ours, other} <= set(speed)}
 
     def to_json(self) -> str:
         """All of it."""
@@ -141,22 +141,46 @@ class _Contender:
     """The engine's rounds without graphs, in which no forward can be seen."""
 
 
-def bench_sampling(settings: Settings, on_progress: Callable[[int, int], None] | None = None) -> Result:
-    """Measure every way to sample, in turns.
+WAYS = (
+    "generate",
+    "everything",
+    "token-by-token",
+    "published shape",
+    "top_k",
+    "top_k adaptive",
+    "lossless",
+    "lossless adaptive",
+    "assisted",
+    "lossless, 1 row",
+    "lossless adaptive, 1 row",
+)
+"""All ways to sample, by name."""
+
+
+def bench_sampling(
+    settings: Settings, only: Collection[str] = WAYS, on_progress: Callable[[int, int], None] | None = None
+) -> Result:
+    """Measure ways to sample, in turns.
 
     Args:
         settings: What to measure.
+        only: Which of `WAYS`.
         on_progress: Called with the passes that are done and the passes there are.
 
     Raises:
-        SkdError: a model cannot be loaded, a shape or dtype is unknown, or a way did not sample the tokens it should.
+        SkdError: a model cannot be loaded, a shape, dtype or way is unknown, or a way did not sample the tokens it
+            should.
     """
+    for name in only:
+        if name not in WAYS:
+            raise SkdError(f"no way to sample is called `{name}`", where="--only", hint=f"known: {'; '.join(WAYS)}")
     student, teacher = load_pair(settings)
     device = student.device
     vocabulary = min(vocabulary_size(teacher), vocabulary_size(student))
     k = settings.k(vocabulary)
     machine = machine_figures(device)
-    contenders = _contenders(settings, student, teacher, k, prompts_for(settings, vocabulary))
+    prompts = prompts_for(settings, vocabulary)
+    contenders = [each for each in _contenders(settings, student, teacher, k, prompts) if each.name in only]
 
     # One untimed pass of each: it warms up, and shows which forwards the engine makes (its rounds repeat exactly).
     passes = len(contenders) * (settings.repeats + 1)
@@ -222,6 +246,8 @@ def render(result: Result) -> list[Table]:
             f"{median(row.seconds):.3f}",
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         )
+    if not result.speedups():
+        return [rows]
     speedups = Table(title="how many times as fast", box=None, show_header=False)
     speedups.add_column(no_wrap=True)
     speedups.add_column(justify="right")

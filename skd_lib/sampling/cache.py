@@ -41,6 +41,7 @@ class _Block:
     collector comes round.
     """
 
+    rows_B1: Tensor
     positions_BT: Tensor
     visible: int
 
@@ -54,11 +55,13 @@ class RowCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        self.block, self.config = _Block(torch.empty(0, 0, dtype=torch.long), 0), config
+        nowhere = torch.empty(0, 0, dtype=torch.long)
+        self.block, self.config = _Block(nowhere, nowhere, 0), config
         super().__init__(layers=[_RowLayer(self.block, capacity) for _ in range(config.num_hidden_layers)])
 
     def forward(self, model: PreTrainedModel, tokens_BT: Tensor, positions_BT: Tensor, visible: int) -> Tensor:
         """(B, T, H) final states of a block of tokens; its keys and values are written."""
+        self.block.rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
         self.block.positions_BT, self.block.visible = positions_BT, visible
         hidden: Tensor = decoder(model)(
             input_ids=tokens_BT,
@@ -122,10 +125,9 @@ class _RowLayer(CacheLayerMixin):
         """Write (B, kv_heads, T, head_dim) states at each row's positions; return all that may be seen."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        positions_BT = self.block.positions_BT
-        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
-        self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2)
-        self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2)
+        block = self.block
+        self.keys[block.rows_B1, :, block.positions_BT] = key_states.transpose(1, 2)
+        self.values[block.rows_B1, :, block.positions_BT] = value_states.transpose(1, 2)
         return self.keys[:, :, : self.block.visible], self.values[:, :, : self.block.visible]
 
     def get_seq_length(self) -> int:
@@ -282,16 +284,20 @@ def _warn_once(model_type: str, reason: str) -> None:
 def attention_mask(model: PreTrainedModel, positions_BT: Tensor, visible: int) -> Tensor | dict[str, Tensor]:
     """(B, 1, T, visible): each query sees the keys at or before its position, within the layer's window.
 
-    A dict by layer type where the architecture mixes them; additive for eager attention, boolean for sdpa (eager
-    adds the mask to the scores: a boolean one would be silently wrong).
+    A dict by layer type where the architecture mixes them; additive for eager attention (it adds the mask to the
+    scores: a boolean one would be silently wrong) and on a GPU (sdpa would make it so itself, in every layer; but it
+    wants the queries' dtype, which is not the weights' where these are quantised), else boolean.
     """
     config = model.config.get_text_config(decoder=True)
     keys = torch.arange(visible, device=positions_BT.device)
     queries = positions_BT[:, None, :, None]
-    causal = keys <= queries
+    # The filler before a row of one token, at position -1, sees that token: a query that sees nothing is NaN on a GPU,
+    # and what it leaves in the cache would spread, masked or not.
+    causal = keys <= queries.clamp_min(0)
 
     def finish(mask: Tensor) -> Tensor:
-        if config._attn_implementation != "eager":
+        on_gpu = positions_BT.device.type == "cuda" and not getattr(model, "is_quantized", False)
+        if config._attn_implementation != "eager" and not on_gpu:
             return mask
         return torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
 

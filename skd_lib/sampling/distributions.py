@@ -58,12 +58,15 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """
     # fp32 sums over a large vocabulary would lose the tail; MPS has no float64.
     precise = torch.float32 if probs.device.type == "mps" else torch.float64
-    blocks = F.pad(probs, (0, -probs.shape[-1] % _DRAW_BLOCK)).reshape(*probs.shape[:-1], -1, _DRAW_BLOCK)
+    missing = -probs.shape[-1] % _DRAW_BLOCK
+    padded = F.pad(probs, (0, missing)) if missing else probs  # `pad` copies even where it adds nothing
+    blocks = padded.reshape(*probs.shape[:-1], -1, _DRAW_BLOCK)
     mass = blocks.sum(-1, dtype=precise)
     block, rest = _locate(mass, uniforms.to(precise).unsqueeze(-1) * mass.sum(-1, keepdim=True))
     inside = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, _DRAW_BLOCK)).squeeze(-2)
     token, _ = _locate(inside.to(precise), rest)
-    return (block * _DRAW_BLOCK + token).squeeze(-1)
+    # Not beyond the last, even where the weights are NaN: on a GPU that would end the process.
+    return (block * _DRAW_BLOCK + token).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
 
 
 def row_uniforms(seed: int, length: int, channels: int) -> Tensor:
@@ -75,7 +78,7 @@ def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(..., 1) index of the positive weight in whose share `target` falls, and how far into it."""
     cumulative = weights.cumsum(-1)
     target = torch.minimum(target, torch.nextafter(cumulative[..., -1:], torch.zeros_like(target)))
-    # Not beyond the last, even where the weights are NaN: on a GPU that would end the process.
+    # NaN is beyond the last.
     index = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[-1] - 1)
     return index, target - (cumulative.gather(-1, index) - weights.gather(-1, index))
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from skd_lib.sampling.acceptance import AcceptanceRule
 from skd_lib.sampling.cache import RowCache, TokenCache, check_supported, position_limit, prefilled, stretches
 from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
-from skd_lib.sampling.graphs import GraphedRounds
+from skd_lib.sampling.graphs import CudaGraphs, GraphedRounds
 from skd_lib.sampling.round import CHANNELS, Interleaving
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
 from skd_lib.sampling.state import Output, Room, Rows, Task
@@ -63,6 +63,7 @@ class Sampler:
         vocabulary: Token ids at and above it have probability 0; None takes the smaller of the two heads, since
             padded vocabularies of one family differ in size.
         graphs: Replay rounds as CUDA graphs, on a GPU and for models whose rounds can be captured.
+        fuse: Compile the small kernels of these graphs, which takes some seconds once a process.
         stop: Called with a row's response so far after each round; True ends the row.
     """
 
@@ -79,6 +80,7 @@ class Sampler:
     keep_teacher_states: bool = False
     vocabulary: int | None = None
     graphs: bool = True
+    fuse: bool = True
     stop: Callable[[list[int]], bool] | None = None
     _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
@@ -311,8 +313,10 @@ class Sampler:
 
     @cached_property
     def _graphs(self) -> GraphedRounds | None:
-        used = self.graphs and GraphedRounds.serve(self._models)
-        return GraphedRounds(self._interleaving.round, self._models) if used else None
+        if not (self.graphs and GraphedRounds.serve(self._models)):
+            return None
+        capturing = partial(CudaGraphs, self._models, fuse=self.fuse)
+        return GraphedRounds(self._interleaving.round, self._models, capturing)
 
     def _draft_length(self, counts: SamplingStatistics, rows: int) -> int:
         if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skd_lib.sampling.cache import keeps_rows, stretches
+from skd_lib.sampling.fusing import fused
 from skd_lib.sampling.round import Verdict
 from skd_lib.sampling.state import CACHES, PER_ROW, Rows
 
@@ -72,16 +73,21 @@ class StaticRows(Rows):
                 getattr(self.base, name).write(count, cache)
         return StaticRows.of(self.base, total, max(self.longest, other.longest))
 
-    def padded(self, block: int, capacity: int) -> Rows:
-        """These rows, and as many that wait as make a power of two, all seen as far as the next bucket's end.
+    def shape(self, block: int, capacity: int) -> tuple[int, int]:
+        """How many rows a round is played with, and the longest that it has room for.
+
+        As many more rows that wait as make a power of two, and all rows seen as far as the next bucket's end.
 
         Args:
             block: The positions that a round adds to the longest row.
             capacity: Positions there are.
         """
         visible = min(-(-(self.longest + block) // BUCKET) * BUCKET, capacity)
-        batch = min(1 << (len(self.index_B) - 1).bit_length(), len(self.base.index_B))
-        return Rows(**_first(self.base, batch), longest=visible - block)
+        return min(1 << (len(self.index_B) - 1).bit_length(), len(self.base.index_B)), visible - block
+
+    def padded(self, batch: int, longest: int) -> Rows:
+        """These rows and some that wait, in a shape that `shape` has named."""
+        return Rows(**_first(self.base, batch), longest=longest)
 
 
 def allocate(like: Rows, batch: int, capacity: int) -> Rows:
@@ -99,26 +105,42 @@ Capture = Callable[[Callable[[], Verdict]], tuple[Callable[[], object], Verdict]
 """(a round) -> (a function that plays it again on the same memory, where its verdict then is)"""
 
 
-def cuda_graph(play: Callable[[], Verdict]) -> tuple[Callable[[], object], Verdict]:
-    """Capture a round as a CUDA graph. All take their memory from one pool: only one's verdict lasts at a time."""
-    current = torch.cuda.current_stream()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        play()  # what is set up in a first call must not be captured
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=_pool()):
-            verdict = play()
-    finally:
-        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
-    return graph.replay, verdict
+class CudaGraphs:
+    """Captures rounds as CUDA graphs. All take their memory from one pool: only one's verdict lasts at a time.
+
+    A pool is gone with the last of its graphs, and its name cannot be used again: graphs that are given up are to be
+    followed by those of a new object.
+
+    Args:
+        models: Played in the rounds.
+        fuse: Compile their norms and rotary positions (`skd_lib.sampling.fusing`).
+    """
+
+    def __init__(self, models: list[PreTrainedModel], *, fuse: bool) -> None:
+        self._models = models if fuse else []
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, play: Callable[[], Verdict]) -> tuple[Callable[[], object], Verdict]:
+        """Capture one round; it is played once before, so that what is set up in a first call is not captured."""
+        current, stream = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(current)
+        with fused(self._models):
+            with torch.cuda.stream(stream):
+                play()
+            current.wait_stream(stream)
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                    verdict = play()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
+        return graph.replay, verdict
 
 
 @once
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+def _stream(device: int) -> Any:  # noqa: ARG001 - one for each device
+    """The stream of all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class GraphedRounds:
@@ -128,11 +150,11 @@ class GraphedRounds:
         play: One round, without a graph.
         models: Whose weights the graphs read. They may change in place, as an optimiser changes them; where they have
             moved, rounds are captured anew.
-        capture: How.
+        capturing: Makes what captures; anew whenever graphs are given up.
     """
 
-    def __init__(self, play: Round, models: list[PreTrainedModel], capture: Capture = cuda_graph) -> None:
-        self._play, self._models, self._capture = play, models, capture
+    def __init__(self, play: Round, models: list[PreTrainedModel], capturing: Callable[[], Capture]) -> None:
+        self._play, self._models, self._capturing = play, models, capturing
         self._works = True
         self.clear()
 
@@ -146,7 +168,11 @@ class GraphedRounds:
         self._base: Rows | None = None
         self._size = (0, 0)
         self._settings: object = None
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
         self._graphs: dict[tuple[int, ...], tuple[Callable[[], object], Tensor, Verdict]] = {}
+        self._capture: Capture | None = None
 
     def adopt(self, rows: Rows, batch: int, capacity: int) -> StaticRows:
         """Rows that were just prefilled, moved to memory that stays, with room for `batch` rows."""
@@ -155,7 +181,7 @@ class GraphedRounds:
             self.clear()  # the cache's dtype may be another one, too
             self._settings = settings
         if self._base is None or batch > self._size[0] or capacity > self._size[1]:
-            self._graphs.clear()
+            self._forget_graphs()
             self._base = None  # before the new one is made
             self._size = (max(batch, self._size[0]), max(-(-capacity // BUCKET) * BUCKET, self._size[1]))
             self._base = allocate(rows, *self._size)
@@ -166,12 +192,14 @@ class GraphedRounds:
     def __call__(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
         """As `Interleaving.round`; what it returns lasts until the next round."""
         assert isinstance(rows, StaticRows)  # noqa: S101 - `adopt` made them
-        padded = rows.padded(block=uniforms_BSC.shape[1], capacity=self._size[1])
         if not self._works:
             return self._play(rows, uniforms_BSC, gamma)
-        key = (len(padded.index_B), gamma, padded.longest)
+        batch, longest = rows.shape(block=uniforms_BSC.shape[1], capacity=self._size[1])
+        key = (batch, gamma, longest)
         if key not in self._graphs:
-            static_BSC = uniforms_BSC.new_zeros(len(padded.index_B), *uniforms_BSC.shape[1:])
+            padded = rows.padded(batch, longest)
+            static_BSC = uniforms_BSC.new_zeros(batch, *uniforms_BSC.shape[1:])
+            self._capture = self._capture or self._capturing()
             try:
                 replay, verdict = self._capture(lambda: self._with_casts_of_its_own(padded, static_BSC, gamma))
             except torch.OutOfMemoryError:

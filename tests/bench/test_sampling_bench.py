@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from skd_lib.bench import baselines
 from skd_lib.bench.floor import bare, recorded, seconds_to_read_weights
-from skd_lib.bench.sampling import bench_sampling
+from skd_lib.bench.sampling import bench_sampling, render
 from skd_lib.bench.setup import Settings
 from skd_lib.cli import app
 from skd_lib.config import SamplingParams
@@ -58,6 +58,15 @@ def test_the_command_prints_and_writes_every_row(save_tiny_model: SaveTinyModel,
     assert set(values["speedups"]) >= {"everything / generate", "lossless, 1 row / assisted"}
 
 
+def test_only_some_rows(save_tiny_model: SaveTinyModel, tmp_path: Path) -> None:
+    teacher, student = (str(save_tiny_model(tmp_path / str(n), seed=n)) for n in (1, 2))
+    settings = Settings(teacher, student, prompt_tokens=8, new_tokens=6, repeats=1, dtype="float32")
+    result = bench_sampling(settings, only=["everything", "generate", "top_k"])
+    assert {row.name for row in result.rows} == {"generate", "everything", "top_k"}
+    assert set(result.speedups()) == {"everything / generate"}
+    assert len(render(bench_sampling(settings, only=["top_k"]))) == 1
+
+
 def test_k_as_a_share_of_the_vocabulary_sets_the_acceptance_of_random_weights(
     save_tiny_model: SaveTinyModel, tmp_path: Path
 ) -> None:
@@ -76,6 +85,8 @@ def test_mistakes_are_named() -> None:
         bench_sampling(Settings(teacher="random:smollm2-135m-0-layers"))
     with pytest.raises(SkdError, match="--dtype: no floating-point dtype `bf16`"):
         bench_sampling(Settings(dtype="bf16"))
+    with pytest.raises(SkdError, match="--only: no way to sample is called `top-k`\n  hint: known: generate; "):
+        bench_sampling(Settings(), only=["top-k"])
 
 
 class Spy:

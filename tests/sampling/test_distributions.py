@@ -169,6 +169,13 @@ def test_temperature_zero_is_the_argmax() -> None:
     assert warp(logits, SamplingParams(temperature=0)).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
+@pytest.mark.parametrize("vocabulary", [48, 256, 320])
+def test_draw_stays_in_the_vocabulary_whatever_the_weights(vocabulary: int) -> None:
+    """An id beyond it would end the process on a GPU, where a model that diverged gives NaN."""
+    tokens = draw(torch.full((3, vocabulary), torch.nan), torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64))
+    assert tokens.max() < vocabulary
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.3, 1.0]), min_size=1, max_size=9), st.floats(0, 1, exclude_max=True)

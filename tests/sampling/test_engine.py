@@ -231,8 +231,10 @@ def assert_states_are_fresh(
     models: dict[str, object], prompts: list[list[int]], samples: Samples, tolerance: float = 1e-4
 ) -> None:
     assert samples.teacher_states_BTH is not None
+    device = samples.tokens_BT.device
     for prompt, row, states in zip(prompts, rows(samples), samples.teacher_states_BTH, strict=True):
-        fresh = decoder(models["teacher"])(torch.tensor([prompt + row])).last_hidden_state[0]  # type: ignore[arg-type]
+        known = torch.tensor([prompt + row], device=device)
+        fresh = decoder(models["teacher"])(known).last_hidden_state[0]  # type: ignore[arg-type]
         # The state at position i predicts token i + 1.
         torch.testing.assert_close(states[: len(row)], fresh[len(prompt) - 1 : -1], rtol=tolerance, atol=tolerance)
         assert states[len(row) :].eq(0).all()

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from skd_lib.sampling import cache
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.cache import attention_mask
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
 from skd_lib.sampling.graphs import GraphedRounds
@@ -57,7 +59,7 @@ class Graphs:
 
 def graphed(s: Sampler, capture: Any) -> Sampler:
     s = replace(s)
-    vars(s)["_graphs"] = GraphedRounds(s._interleaving.round, s._models, capture)
+    vars(s)["_graphs"] = GraphedRounds(s._interleaving.round, s._models, lambda: capture)
     return s
 
 
@@ -106,6 +108,39 @@ def test_rows_that_ended_together_do_no_harm_in_the_next_call(tiny_model: TinyMo
     s = graphed(plain, Graphs())
     for prompts in (MANY[:4], MANY[:3], MANY):
         assert_same(s.sample(prompts, SEEDS[: len(prompts)]), plain.sample(prompts, SEEDS[: len(prompts)]))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_every_query_sees_something(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, rule: AcceptanceRule
+) -> None:
+    """A row of nothing but masked keys is NaN on a GPU; rows that wait and prompts of one token could have one."""
+    seen = []
+
+    def watched(*args: Any) -> Any:
+        mask = attention_mask(*args)
+        seen.append(mask.any(-1).all().item())  # type: ignore[union-attr]
+        return mask
+
+    monkeypatch.setattr(cache, "attention_mask", watched)
+    graphed(sampler(pair(tiny_model), rule, max_new_tokens=20), Graphs()).sample([[1], [1], [1, 5]], SEEDS[:3])
+    assert all(seen)
+    assert len(seen) > 5
+
+
+def test_graphs_that_are_given_up_are_followed_by_those_of_a_new_pool(tiny_model: TinyModel) -> None:
+    """CUDA has no memory pool without graphs: its name could not be used again."""
+    s = sampler(pair(tiny_model), top_k(6), max_new_tokens=20)
+    pools: list[Graphs] = []
+    rounds = GraphedRounds(s._interleaving.round, s._models, lambda: pools.append(Graphs()) or pools[-1])  # type: ignore[func-returns-value]
+    vars(s)["_graphs"] = rounds
+    s.sample(MANY, SEEDS)
+    s.sample(MANY, SEEDS)
+    assert len(pools) == 1
+    for give_up in (rounds.clear, lambda: s.sample([[1, *range(3, 40)] * 3], [0])):  # the second needs more room
+        give_up()
+        s.sample(MANY, SEEDS)
+    assert len(pools) == 3
 
 
 def test_adapters_that_are_switched_off_are_captured_anew(tiny_model: TinyModel) -> None:
