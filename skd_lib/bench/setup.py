@@ -19,7 +19,7 @@ from transformers.models.gemma import GemmaConfig
 from transformers.models.llama import LlamaConfig
 
 from skd_lib.errors import SkdError
-from skd_lib.models.loading import default_device, load_model
+from skd_lib.models.loading import avoid_cudnn_attention, default_device, load_model
 from skd_lib.models.references import resolve_model
 from skd_lib.storage import write_text_atomic
 
@@ -154,6 +154,7 @@ def write(text: str, path: Path) -> None:
 def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
     if not ref.startswith(RANDOM):
         return load_model(resolve_model(ref), dtype=dtype, device=device)
+    avoid_cudnn_attention()
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(_shape(ref), dtype=dtype, attn_implementation="sdpa")

@@ -157,6 +157,7 @@ def load_model(
     """
     check_model_folder(path)
     place = torch.device(device) if device is not None else default_device()
+    avoid_cudnn_attention()
     quantized: dict[str, Any] = {}
     if quantization is not None:
         check_quantization(quantization)
@@ -289,6 +290,15 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def avoid_cudnn_attention() -> None:
+    """Keep cuDNN out of PyTorch's attention in this process.
+
+    On Hopper and later GPUs it would be first choice wherever there is a mask, and builds a plan, for tenths of a
+    second, for every shape that it has not seen; batches of text hardly ever have the same shape twice.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -35,14 +35,16 @@ def fused(models: Sequence[PreTrainedModel], backend: str | Callable[..., Any] =
         models: Causal language models of `transformers`, bare or wrapped by PEFT.
         backend: Of `torch.compile`.
     """
-    norms, attentions = {}, set()
+    norms: dict[nn.Module, Callable[[nn.Module, Tensor], Tensor]] = {}
+    attentions: set[str] = set()
     for model in models:
         for module in model.modules():
-            name = type(module).__name__
+            kind: type[nn.Module] = type(module)
+            name = kind.__name__
             if name.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm) and "forward" not in vars(module):
-                norms[module] = _norm(type(module), backend)
+                norms[module] = _norm(kind, backend)  # type: ignore[arg-type]  # mypy takes the class for one of its modules
             elif name.endswith("Attention"):
-                attentions.add(type(module).__module__)
+                attentions.add(kind.__module__)
     with ExitStack() as changed, torch._dynamo.config.patch(suppress_errors=True, recompile_limit=64):
         for module, forward in norms.items():
             module.forward = forward.__get__(module)
@@ -82,7 +84,7 @@ def _rotation(
         # (B, heads, T, d) -> (B x T, heads, d), which is how it lies in memory.
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k)]
         turned = compiled(*rows, cos.flatten(0, 1), sin.flatten(0, 1))
-        q, k = (x.unflatten(0, (batch, positions)).transpose(1, 2) for x in turned)
+        q, k = (x.reshape(batch, positions, *x.shape[1:]).transpose(1, 2) for x in turned)
         return q, k
 
     return rotation

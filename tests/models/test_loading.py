@@ -51,6 +51,12 @@ def test_dtype_and_default_device(saved: Path) -> None:
     assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_attention_does_without_cudnn(saved: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_model(saved, device="cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_sampling_defaults_are_neither_saved_nor_loaded(
     tmp_path: Path, saved: Path, tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from skd_lib.bench.floor import bare, recorded
 from skd_lib.config import SamplingParams
 from skd_lib.models.heads import decoder
+from skd_lib.models.loading import avoid_cudnn_attention
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, Samples
@@ -36,6 +37,11 @@ from tests.sampling.test_memory import assert_same
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 LONG = [[1, *range(3, 40)] * 2, *MANY[1:]]  # longer than a bucket
+
+
+@pytest.fixture(autouse=True)
+def _as_loaded() -> None:
+    avoid_cudnn_attention()
 
 
 def on_gpu(models: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
