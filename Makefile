@@ -7,7 +7,7 @@ CONFIG ?= pipelines/configs/demo.yaml
 CHECKED := skd_lib components pipelines tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-comet test-images lock lint format types compile compile-check doctor clean
+.PHONY: help install demo bench test test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for op
 
 test: $(STAMP) ## Run the tests, on all cores (ARGS=... for pytest's options)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope $(ARGS)
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU (one after the other: they share it)
+	SKD_TEST_GPU=1 $(BIN)/python -m pytest tests/sampling/test_cuda.py $(ARGS)
 
 test-comet: $(STAMP) ## Run the tests that need COMET; its own environment is made the first time (minutes)
 	$(BIN)/python -m pytest -m comet tests/comet
