@@ -63,7 +63,8 @@ class Sampler:
         vocabulary: Token ids at and above it have probability 0; None takes the smaller of the two heads, since
             padded vocabularies of one family differ in size.
         graphs: Replay rounds as CUDA graphs, on a GPU and for models whose rounds can be captured.
-        fuse: Compile the small kernels of these graphs, which takes some seconds once a process.
+        fuse: Compile the small kernels of these graphs, which takes some seconds once a process. What it gains has
+            not been measured.
         stop: Called with a row's response so far after each round; True ends the row.
     """
 
@@ -80,7 +81,7 @@ class Sampler:
     keep_teacher_states: bool = False
     vocabulary: int | None = None
     graphs: bool = True
-    fuse: bool = True
+    fuse: bool = False
     stop: Callable[[list[int]], bool] | None = None
     _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 

@@ -1,9 +1,9 @@
 """Norms and rotary positions as one kernel each, for rounds that are captured as CUDA graphs.
 
 Between two matrix products a decoder layer launches a dozen kernels that move a few kilobytes each: at 8 rows they
-take half as long as the products. `torch.compile` makes one of those of a norm, and one of the rotation of queries and
-keys. Matrix products, attention and the cache stay as they are, so that what is compiled does not depend on the number
-of layers, on lengths or on the cache; it takes some seconds, once a process.
+took nearly as long as the products (docs/benchmarks.md). `torch.compile` makes one of those of a norm, and one of the
+rotation of queries and keys. Matrix products, attention and the cache stay as they are, so that what is compiled does
+not depend on the number of layers, on lengths or on the cache; it takes some seconds, once a process.
 
 A graph keeps the kernels that it was captured with, so models need to be changed only while one is captured.
 """

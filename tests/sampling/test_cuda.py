@@ -48,11 +48,6 @@ def on_gpu(models: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[s
     return {name: None if model is None else model.to("cuda", dtype) for name, model in models.items()}
 
 
-def gpu_sampler(models: dict[str, Any], rule: AcceptanceRule, **options: Any) -> Sampler:
-    """Without compiling, which would take these tests longer than all else; see the last one."""
-    return sampler(models, rule, fuse=False, **options)
-
-
 def captured(s: Sampler) -> int:
     """Graphs that there are; none, if capturing had failed."""
     assert s._graphs is not None
@@ -72,7 +67,7 @@ def no_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def test_the_samples_are_those_without_graphs(
     tiny_model: TinyModel, arch: str, rule: AcceptanceRule, caplog: pytest.LogCaptureFixture
 ) -> None:
-    s = gpu_sampler(
+    s = sampler(
         on_gpu(pair(tiny_model, arch)),
         rule,
         gamma=3,
@@ -94,7 +89,7 @@ def test_the_samples_are_those_of_the_cpu(tiny_model: TinyModel, rule: Acceptanc
     models = {name: model.double() for name, model in pair(tiny_model).items()}  # type: ignore[attr-defined]
     options: dict[str, Any] = {"gamma": 3, "max_new_tokens": 20, "student_params": params, "teacher_params": params}
     expected = sampler(models, rule, **options).sample(LONG, SEEDS)
-    s = gpu_sampler(on_gpu(models, torch.float64), rule, **options)
+    s = sampler(on_gpu(models, torch.float64), rule, **options)
     assert rows(s.sample(LONG, SEEDS)) == rows(expected)
     assert captured(s) > 0
 
@@ -106,7 +101,7 @@ def test_teacher_states_equal_a_fresh_forward(
     tiny_model: TinyModel, arch: str, rule: AcceptanceRule, dtype: torch.dtype
 ) -> None:
     models = on_gpu(pair(tiny_model, arch), dtype)
-    s = gpu_sampler(models, rule, keep_teacher_states=True, batch_size=2)
+    s = sampler(models, rule, keep_teacher_states=True, batch_size=2)
     samples = s.sample(PROMPTS, range(4))
     assert samples.teacher_states_BTH is not None
     assert samples.teacher_states_BTH.dtype == dtype
@@ -127,7 +122,7 @@ def assert_likeliest(model: Any, prompts: list[list[int]], samples: Samples, tol
 def test_bfloat16_decodes_greedily(tiny_model: TinyModel, arch: str) -> None:
     models = on_gpu(pair(tiny_model, arch), torch.bfloat16)
     for rule, model in ((everything(), models["student"]), (nothing(), models["teacher"])):
-        s = gpu_sampler(models, rule, student_params=GREEDY, teacher_params=GREEDY, max_new_tokens=20)
+        s = sampler(models, rule, student_params=GREEDY, teacher_params=GREEDY, max_new_tokens=20)
         assert_likeliest(model, LONG, s.sample(LONG, SEEDS), tolerance=0.03)
         assert captured(s) > 0
 
@@ -135,7 +130,7 @@ def test_bfloat16_decodes_greedily(tiny_model: TinyModel, arch: str) -> None:
 def test_an_optimiser_step_is_seen_under_autocast(tiny_model: TinyModel) -> None:
     """Weights in fp32, rounds in bf16: graphs cast the weights themselves, or they would read an old cast."""
     student = on_gpu(pair(tiny_model))["student"]
-    s = gpu_sampler({"student": student, "teacher": None}, everything(), student_params=GREEDY, max_new_tokens=20)
+    s = sampler({"student": student, "teacher": None}, everything(), student_params=GREEDY, max_new_tokens=20)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.05)
     seen = []
     with torch.autocast("cuda", torch.bfloat16):
@@ -153,7 +148,7 @@ def test_an_optimiser_step_is_seen_under_autocast(tiny_model: TinyModel) -> None
 
 def test_adapters_are_captured_and_switched_off(tiny_model: TinyModel) -> None:
     student: Any = with_lora(tiny_model(seed=1, vocab_size=48), target_modules=["q_proj"]).to("cuda")
-    s = gpu_sampler({"student": student, "teacher": None}, everything(), max_new_tokens=20, eos_ids=())
+    s = sampler({"student": student, "teacher": None}, everything(), max_new_tokens=20, eos_ids=())
     plain = replace(s, graphs=False)
     adapted = rows(s.sample(MANY, SEEDS))
     assert adapted == rows(plain.sample(MANY, SEEDS))
@@ -163,7 +158,7 @@ def test_adapters_are_captured_and_switched_off(tiny_model: TinyModel) -> None:
 
 
 def test_adaptive_draft_lengths_and_a_second_call(tiny_model: TinyModel) -> None:
-    s = gpu_sampler(on_gpu(pair(tiny_model)), top_k(20), gamma=AdaptiveGamma(4), max_new_tokens=30, eos_ids=())
+    s = sampler(on_gpu(pair(tiny_model)), top_k(20), gamma=AdaptiveGamma(4), max_new_tokens=30, eos_ids=())
     plain = replace(s, graphs=False)
     assert_same(s.sample(MANY, SEEDS), plain.sample(MANY, SEEDS))
     graphs = captured(s)
@@ -174,14 +169,14 @@ def test_adaptive_draft_lengths_and_a_second_call(tiny_model: TinyModel) -> None
 def test_models_with_other_positions_run_without_graphs(tiny_model: TinyModel) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     models = on_gpu({"student": tiny_model(seed=1, vocab_size=48, rope_parameters=rope), "teacher": None})
-    s = gpu_sampler(models, everything(), max_new_tokens=20)
+    s = sampler(models, everything(), max_new_tokens=20)
     assert s._graphs is None
     assert len(rows(s.sample(MANY, SEEDS))) == len(MANY)
 
 
 def test_memory_is_given_back(tiny_model: TinyModel) -> None:
     models = on_gpu(pair(tiny_model))
-    s = gpu_sampler(models, top_k(6), max_new_tokens=20)
+    s = sampler(models, top_k(6), max_new_tokens=20)
     left = []
     for _ in range(5):
         s.sample(MANY, SEEDS)
@@ -200,7 +195,7 @@ def test_rows_that_do_not_fit_into_the_gpu_are_halved(tiny_model: TinyModel, cap
         "student": tiny_model(seed=1, vocab_size=48, max_position_embeddings=4096),
         "teacher": tiny_model(seed=2, layers=3, hidden=48, vocab_size=48, max_position_embeddings=4096),
     }
-    s = gpu_sampler(on_gpu(models), top_k(6), gamma=3, max_new_tokens=20)
+    s = sampler(on_gpu(models), top_k(6), gamma=3, max_new_tokens=20)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 48, (16, 3000), generator=generator).tolist()
     expected = replace(s, graphs=False, batch_size=1).sample(prompts, range(16))
@@ -218,7 +213,7 @@ def test_rows_that_do_not_fit_into_the_gpu_are_halved(tiny_model: TinyModel, cap
 
 def test_the_benchmarks_floor_is_captured(tiny_model: TinyModel) -> None:
     models = on_gpu(pair(tiny_model))
-    s = replace(gpu_sampler(models, top_k(6), eos_ids=()), graphs=False)
+    s = replace(sampler(models, top_k(6), eos_ids=()), graphs=False)
     with recorded(*models.values()) as forwards:
         s.sample(PROMPTS, range(4))
     assert len(forwards) > 32  # more than one graph
@@ -236,7 +231,7 @@ def test_compiled_norms_and_rotations_give_the_same_samples(
     tiny_model: TinyModel, arch: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = on_gpu(pair(tiny_model, arch))
-    s = sampler(models, top_k(6), gamma=3, max_new_tokens=20, keep_teacher_states=True)
+    s = sampler(models, top_k(6), gamma=3, max_new_tokens=20, keep_teacher_states=True, fuse=True)
     plain = replace(s, graphs=False)
     with no_warnings(caplog):
         for prompts in (MANY, LONG):
