@@ -74,7 +74,7 @@ def distillation(profile: Profile) -> Any:
             run_name: Name of the run: lower case letters, digits and dashes.
             teacher: Teacher: hub id (`google/gemma-7b-it`), local folder, gs:// URI or wheel:// reference.
             student: Student, likewise, with the teacher's tokenizer. Empty where it is cut from the teacher
-                (`student_init.mode: prune`).
+                (`student_init.mode: prune` or `prune_sft`).
             method: How the student learns: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`, `supervised_kd`,
                 `seqkd` or `sft`.
             divergence: Distillation loss: `forward_kl`, `reverse_kl`, `jsd`, `skew_kl`, `skew_reverse_kl`, `tvd` or

@@ -148,7 +148,7 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
     found = []
     for step, used, training, size in (
         ("teacher_sft", config.teacher_sft.enabled, config.teacher_sft.training, teacher),
-        ("student_init", config.student_init.mode == "sft", config.student_init.training, student),
+        ("student_init", config.student_init.trains, config.student_init.training, student),
     ):
         if used:
             found.append(estimate(step, "sft", training, config.task, size, None, element=element, gpu=gpu))

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from skd_lib.compare.config import NAME, OWN_SECTIONS, SHARED, CompareConfig, Overrides, apply
 from skd_lib.config import RunConfig, Section, parse_json, parse_section
+from skd_lib.config.initial import CUTTING
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.methods import reads_setting
 from skd_lib.parameters import to_struct
@@ -47,7 +48,7 @@ class Trial(Section):
         if shared := [path for path in self.overrides if path.split(".")[0] not in OWN_SECTIONS]:
             raise SkdErrors([_shared(path, where) for path in shared])
         values = apply({**to_struct(base), "seed": self.seed}, self.overrides, where=where)
-        if values["student_init"].get("mode") == "prune" and "student" not in self.overrides:
+        if values["student_init"].get("mode") in CUTTING and "student" not in self.overrides:
             values.pop("student", None)
         return parse_section(RunConfig, values, where=where)
 

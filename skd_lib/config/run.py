@@ -23,7 +23,9 @@ class RunConfig(Section):
         pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Name of the run: lower case, digits and dashes."
     )
     teacher: str = Field(description="Hub id, local folder, gs:// URI, or wheel://NAME==VERSION/PATH.gguf?sha256=HEX.")
-    student: str | None = Field(None, description="Like `teacher`; unset where `student_init.mode` is `prune`.")
+    student: str | None = Field(
+        None, description="Like `teacher`; unset where `student_init.mode` cuts it from the teacher."
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     trust_remote_code: bool = Field(False, description="Run Python code that comes with a model. Leave it off.")
     data: DataConfig
@@ -37,11 +39,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _student_is_named_or_cut(self) -> RunConfig:
-        pruned = self.student_init.mode == "prune"
-        if pruned and self.student is not None:
-            raise ValueError("student: leave it out, `student_init.mode: prune` cuts the student from the teacher")
-        if not pruned and self.student is None:
-            raise ValueError(f"student: needed for `student_init.mode: {self.student_init.mode}`")
+        initial = self.student_init
+        if initial.cuts and self.student is not None:
+            hint = f"`student_init.mode: {initial.mode}` cuts the student from the teacher"
+            raise ValueError(f"student: leave it out, {hint}")
+        if not initial.cuts and self.student is None:
+            raise ValueError(f"student: needed for `student_init.mode: {initial.mode}`")
         return self
 
     @model_validator(mode="after")

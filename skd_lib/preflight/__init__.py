@@ -62,7 +62,7 @@ def run_checks(
     gpu = check_gpu(checks, require_gpu)
     for run in distinct(runs, lambda run: run.distill.training.teacher_precision):
         check_precision(checks, run.distill.training.teacher_precision)
-    if teacher and len(runs) == 1 and (run.student_init.mode == "prune" or students[0]):
+    if teacher and len(runs) == 1 and (run.student_init.cuts or students[0]):
         student = students[0]
         check_memory(checks, run, teacher.size, student.size if student else cut_size(teacher.size, run), gpu)
     return report

@@ -99,7 +99,7 @@ def _schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunC
     if config.teacher_sft.enabled:
         sft = config.teacher_sft
         trainings.append(("teacher_sft", sft.training, sft.multinode, config.data.teacher_examples))
-    tuned = [run for run in runs if run.student_init.mode == "sft"]
+    tuned = [run for run in runs if run.student_init.trains]
     distilled = distinct(runs, lambda run: (run.distill.training, run.distill.multinode))
     students: list[tuple[str, TrainingConfig, MultinodeConfig | None]] = [
         *(("student_init", run.student_init.training, None) for run in distinct(tuned, lambda run: run.student_init)),

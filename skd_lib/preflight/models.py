@@ -42,7 +42,7 @@ class Model:
 
 def check_student(checks: Checks, teacher: Model | None, config: RunConfig) -> Model | None:
     """Look at a run's student; none where it is cut from the teacher, or cannot be read."""
-    if config.student_init.mode == "prune":
+    if config.student_init.cuts:
         if teacher:
             _cut(checks, teacher, config)
         return None

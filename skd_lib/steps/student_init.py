@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +18,7 @@ from skd_lib.storage import check_checkpoint_root
 
 def main(
     teacher: Annotated[Path, typer.Option(help="Folder of the fine-tuned teacher, in Hugging Face layout.")],
-    data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Mode `sft` uses train_student and validation.")],
+    data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Fine-tuning uses train_student and validation.")],
     checkpoint_root: Annotated[str, typer.Option(help=fitting.CHECKPOINT_HELP)],
     student_out: Annotated[Path, typer.Option(help="Folder for the student.")],
     metrics_out: Annotated[Path, typer.Option(help=fitting.METRICS_HELP)],
@@ -24,7 +26,7 @@ def main(
         str,
         typer.Option(
             help="Hub id (org/name or org/name@revision), local folder, gs:// URI or wheel:// reference of the "
-            "student; empty for mode `prune`, which cuts it from the teacher."
+            "student; empty for the modes that cut it from the teacher."
         ),
     ] = "",
     config: Annotated[str, typer.Option(help="Section `student_init` of the run's config, as JSON.")] = "{}",
@@ -35,25 +37,27 @@ def main(
     label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
-    """Make the student: as it is, fine-tuned on its own examples, or cut from the teacher.
+    """Make the student: a model of its own or cut from the teacher, as it is or fine-tuned on its own examples.
 
     - `as_is`: the student named by `--student`, unchanged.
     - `sft`: the same, fine-tuned on the student's training examples.
     - `prune`: the teacher without a contiguous block of middle layers.
+    - `prune_sft`: the same, fine-tuned on the student's training examples.
     """
     settings = parse_section(StudentInitConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
     check_checkpoint_root(checkpoint_root)
-    if settings.mode == "prune" and student:
-        raise SkdError("mode `prune` cuts the student from the teacher", where="--student", hint="leave it out")
-    if settings.mode != "prune" and not student:
+    if settings.cuts and student:
+        raise SkdError(
+            f"mode `{settings.mode}` cuts the student from the teacher", where="--student", hint="leave it out"
+        )
+    if not settings.cuts and not student:
         raise SkdError(f"mode `{settings.mode}` needs a student", where="--student", hint="name a model")
     io = StepIO(executor_input, {"initial_student": student_out, "metrics": metrics_out})
 
-    from skd_lib.models.card import Lineage, model_card
-    from skd_lib.models.loading import check_model_folder, load_tokenizer, weights_digest
+    from skd_lib.data.prepared import PreparedData
+    from skd_lib.models.loading import check_model_folder, weights_digest
     from skd_lib.models.references import LocalFolder, parse_reference, resolve_model
-    from skd_lib.models.student_init import prune_layers
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.steps.import_model import import_folder
     from skd_lib.tracking.runs import step_run
@@ -61,7 +65,7 @@ def main(
     check_model_folder(teacher)
     teacher_reference = str(io.input_metadata("teacher").get("reference") or io.input_uri("teacher", teacher))
     base = student
-    if settings.mode == "prune":
+    if settings.cuts:
         base = f"{teacher_reference}, first {settings.keep_first} and last {settings.keep_last} layers"
     metadata: dict[str, Any] = {
         "reference": base,
@@ -77,26 +81,20 @@ def main(
     with step_run(
         step=name, tracking_uri=tracking_uri, experiment=experiment, params=params, checkpoint_root=checkpoint_root
     ) as run:
-        if settings.mode == "prune":
-            assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated
-            whole = fitting.load_frozen(teacher)
-            cut = prune_layers(whole, settings.keep_first, settings.keep_last)
-            lineage = Lineage(base=base, method="prune", code_version=fitting.code_version())
-            card = model_card("Student, cut from its teacher", lineage)
-            metadata["weights_sha256"] = fitting.save_trained(cut, load_tokenizer(teacher), student_out, card)
-            figures["layers"] = settings.keep_first + settings.keep_last
-        else:
-            folder = resolve_model(student)
-            if problems := check_compatible(teacher, folder):
-                raise SkdErrors(problems)
-            digest = weights_digest(folder)
-            if settings.mode == "as_is":
-                # A user's own folder may be written to again; caches never change what they hold.
-                import_folder(folder, student_out, link=not isinstance(parse_reference(student), LocalFolder))
-                metadata["weights_sha256"] = digest
+        with ExitStack() as scratch:
+            if settings.cuts:
+                folder = student_out
+                if settings.trains:
+                    folder = Path(scratch.enter_context(TemporaryDirectory())) / "cut"
+                digest = _cut(teacher, folder, settings, base)
+                figures["layers"] = (settings.keep_first or 0) + (settings.keep_last or 0)
             else:
-                from skd_lib.data.prepared import PreparedData
-
+                folder = resolve_model(student)
+                if problems := check_compatible(teacher, folder):
+                    raise SkdErrors(problems)
+                digest = weights_digest(folder)
+            metadata["weights_sha256"] = digest
+            if settings.trains:
                 prepared = PreparedData.load(data)
                 fit = fitting.Fit(
                     step="student_init",
@@ -114,22 +112,40 @@ def main(
                     folder,
                     student_out,
                     base=base,
-                    title="Student, fine-tuned on the task",
+                    title=f"Student, {'cut from its teacher and ' * settings.cuts}fine-tuned on the task",
                     data=prepared,
                     data_uri=io.input_uri("data", data),
                     run=run,
                 )
                 if tuned is None:
                     return
-                facts, figures = tuned
+                facts, trained = tuned
                 metadata |= facts
+                figures |= trained
+            elif not settings.cuts:
+                # A user's own folder may be written to again; caches never change what they hold.
+                import_folder(folder, student_out, link=not isinstance(parse_reference(student), LocalFolder))
         fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("initial_student"), **metadata})
 
     io.metadata("initial_student", **metadata)
     io.write()
-    if settings.mode == "sft":
+    if settings.trains:
         fit.checkpoints(prepared).remove()
+
+
+def _cut(teacher: Path, folder: Path, settings: StudentInitConfig, base: str) -> str:
+    """Save what is left of the teacher; returns the digest of its weights."""
+    from skd_lib.models.card import Lineage, model_card
+    from skd_lib.models.loading import load_tokenizer
+    from skd_lib.models.student_init import prune_layers
+
+    assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated
+    cut = prune_layers(fitting.load_frozen(teacher), settings.keep_first, settings.keep_last)
+    lineage = Lineage(base=base, method="prune", code_version=fitting.code_version())
+    return fitting.save_trained(
+        cut, load_tokenizer(teacher), folder, model_card("Student, cut from its teacher", lineage)
+    )
 
 
 if __name__ == "__main__":

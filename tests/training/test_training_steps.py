@@ -194,6 +194,27 @@ def test_a_student_of_its_own(mode: str, teacher: Path, data: Path, tmp_path: Pa
     assert step.figures["steps"] == (0 if mode == "as_is" else 4)
 
 
+def test_a_student_that_is_cut_and_fine_tuned(teacher: Path, data: Path, tmp_path: Path) -> None:
+    students, steps = {}, {}
+    for mode in ("prune", "prune_sft"):
+        steps[mode] = Step(tmp_path / mode, ["initial_student", "metrics"], {"teacher": {"reference": "org/teacher"}})
+        students[mode] = tmp_path / mode / "model"
+        section = json.dumps({"mode": mode, "keep_first": 2, "keep_last": 1, "training": TRAINING})
+        paths = {"teacher": teacher, "data": data, "student_out": students[mode]}
+        student_init.main(student="", config=section, **paths, **steps[mode].arguments)
+    metadata, figures = steps["prune_sft"].metadata("initial_student"), steps["prune_sft"].figures
+    assert AutoModelForCausalLM.from_pretrained(students["prune_sft"]).config.num_hidden_layers == 3
+    assert metadata["student_init"] == "prune_sft"
+    assert metadata["base_student"] == "org/teacher, first 2 and last 1 layers"
+    assert metadata["base_weights_sha256"] == weights_digest(students["prune"])  # what was fine-tuned
+    assert metadata["weights_sha256"] == weights_digest(students["prune_sft"]) != metadata["base_weights_sha256"]
+    assert metadata["data_fingerprint"] == PreparedData.load(data).fingerprint
+    assert (figures["steps"], figures["layers"]) == (4, 3)
+    assert figures["best_validation_loss"] < figures["first_validation_loss"]
+    assert "cut from its teacher and fine-tuned" in (students["prune_sft"] / "README.md").read_text()
+    assert not list((tmp_path / "checkpoints").rglob("checkpoint-*"))
+
+
 def test_a_step_that_died_goes_on_from_its_checkpoint(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +285,8 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     section = '{"mode": "prune", "keep_first": 1, "keep_last": 1}'
     with pytest.raises(SkdError, match="mode `prune` cuts the student from the teacher"):
         student_init.main(student="org/model", config=section, **paths, **step.arguments)
+    with pytest.raises(SkdError, match="mode `prune_sft` cuts the student from the teacher"):
+        student_init.main(student="org/model", config=section.replace("prune", "prune_sft"), **paths, **step.arguments)
     with pytest.raises(SkdError, match="mode `as_is` needs a student"):
         student_init.main(student="", **paths, **step.arguments)
     with pytest.raises(SkdError, match=r"--config, field `method`"):
