@@ -100,7 +100,7 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("task.metrics", ["chrf", "f1"], "task.metrics.1", "got 'f1'", ""),
         ("student_init", {"mode": "prune"}, "student_init", "needs both keep_first and keep_last", ""),
         ("student_init", {"mode": "prune_sft", "keep_first": 2}, "student_init", "`prune_sft` needs both", ""),
-        ("student_init", {"keep_first": 2}, "student_init", "belong to modes `prune` and `prune_sft`, not to `as_is`", ""),
+        ("student_init", {"keep_first": 2}, "student_init", "to modes `prune` and `prune_sft`, not to `as_is`", ""),
     ],
 )
 def test_a_wrong_field_is_named(path: str, value: Any, field: str, what: str, hint: str) -> None:
