@@ -13,8 +13,14 @@ from skd_lib.evidence.models import forward_cost
 from skd_lib.evidence.records import SCORE, Run
 
 METHODS, RULES, EQUAL = "evidence-methods", "evidence-rules", "evidence-equal"
-CONTROLLED = (METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again")
-"""The comparisons with the models of `skd_lib.evidence.models`."""
+FR_EN, FR_EN_EQUAL = "evidence-fr-en-cpu", "evidence-fr-en-equal-cpu"
+_ARITHMETIC = forward_cost("teacher") / forward_cost("student")
+_CUT = 134_515_008 / (134_515_008 - 8 * 3_540_096)  # parameters: SmolLM2-135M, and a layer, 8 of which are cut
+TEACHER_COST = {
+    **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
+    **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu"), _CUT),
+}
+"""What a position costs the teacher, in forward passes of the student, by comparison."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,13 @@ class Variant:
     def compute(self) -> float | None:
         """Positions processed while training, in forward passes of the student: the teacher's count by its cost.
 
-        None for other models than those of the controlled experiment, whose sizes are not known here.
+        None for comparisons that `TEACHER_COST` does not have.
         """
         student, teacher = self.mean("student_tokens"), self.mean("teacher_tokens")
-        if student is None or not all(run.comparison in CONTROLLED for run in self.runs.values()):
+        costs = {TEACHER_COST.get(run.comparison) for run in self.runs.values()}
+        if student is None or len(costs) != 1 or (cost := costs.pop()) is None:
             return None
-        return student.mean + (teacher.mean if teacher else 0.0) * forward_cost("teacher") / forward_cost("student")
+        return student.mean + (teacher.mean if teacher else 0.0) * cost
 
 
 def mean_of(values: Sequence[float]) -> Mean:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skd_lib.evidence.analysis import EQUAL, METHODS, RULES, Variant, variants_of
+from skd_lib.evidence.analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, RULES, Variant, variants_of
 from skd_lib.evidence.records import SCORE, Curve, Run
 from skd_lib.storage import atomic_file
 
@@ -39,12 +39,16 @@ def draw(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Pat
         variants = variants_of(runs, name)
         with _plot(folder / f"{name}-scores.svg", written, height=0.3 * len(variants) + 1.2) as axes:
             _scores(axes, variants, next(run for run in runs if run.comparison == name))
-    with _plot(folder / "compute.svg", written) as axes:
-        _compute(axes, {name: variants_of(runs, name) for name in (METHODS, EQUAL)})
-    found = {int(match[1]): each for each in variants_of(runs, RULES) if (match := _K.fullmatch(each.name))}
-    if found:
+    metrics = {run.comparison: run.metric for run in runs}
+    for file, accounts in (("compute.svg", (METHODS, EQUAL)), ("compute-fr-en.svg", (FR_EN, FR_EN_EQUAL))):
+        found = {name: variants_of(runs, name) for name in accounts if name in metrics}
+        if found:
+            with _plot(folder / file, written) as axes:
+                _compute(axes, found, metrics[next(iter(found))])
+    by_k = {int(match[1]): each for each in variants_of(runs, RULES) if (match := _K.fullmatch(each.name))}
+    if by_k:
         with _plot(folder / "k.svg", written) as axes:
-            _k_curve(axes, found)
+            _k_curve(axes, by_k)
     for name, figure, label in (
         (METHODS, "validation_loss", "validation loss (nats a token)"),
         (RULES, "rejection_rate", "share of tested tokens that the teacher replaced"),
@@ -108,19 +112,18 @@ def _k_curve(axes: Axes, by_k: dict[int, Variant]) -> None:
     other.spines["right"].set_visible(True)
 
 
-def _compute(axes: Axes, comparisons: dict[str, list[Variant]]) -> None:
-    """Score over what the training computed."""
-    for marker, color, (name, variants) in zip("os", ("C0", "C1"), comparisons.items(), strict=True):
-        if variants:
-            axes.plot([], [], marker, color=color, label=name)
+def _compute(axes: Axes, comparisons: dict[str, list[Variant]], metric: str) -> None:
+    """Score over what the training computed, of equal steps and of equal compute."""
+    for marker, color, (name, variants) in zip("os", ("C0", "C1"), comparisons.items(), strict=False):
+        axes.plot([], [], marker, color=color, label=name)
         for variant in variants:
             score, compute = variant.mean(SCORE), variant.compute()
             if score is None or compute is None:
                 continue
-            axes.plot(compute / 1e6, score.mean, marker, color=color)
-            axes.annotate(variant.name, (compute / 1e6, score.mean), (4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("positions processed while training, in millions of student forward passes")
-    axes.set_ylabel("accuracy, %")
+            axes.plot(compute / 1e3, score.mean, marker, color=color)
+            axes.annotate(variant.name, (compute / 1e3, score.mean), (4, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("positions processed while training, in thousands of student forward passes")
+    axes.set_ylabel("accuracy, %" if metric == "accuracy" else metric)
     axes.legend(fontsize=7, frameon=False)
 
 

@@ -60,7 +60,7 @@ def _cells(variant: Variant, metric: str, reference: str) -> dict[str, str]:
         "rejected at the end": _percent(variant.mean("rejection_rate_last_tenth"), scale=100),
         "accepted as draft": _percent(variant.mean("draft_acceptance_rate"), scale=100),
         "tokens/teacher call": _number(variant.mean("draft_tokens_per_teacher_call")),
-        "compute": f"{compute / MILLION:.2f}" if compute is not None else "",
+        "compute": f"{compute / MILLION:#.2g}" if compute is not None else "",
         "seconds": f"{seconds:.0f}" if (seconds := variant.seconds()) is not None else "",
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from skd_lib.compare.plan import to_parameters
 from skd_lib.compare.result import Comparison, TrialResult
 from skd_lib.compare.statistics import holm
 from skd_lib.errors import SkdError
-from skd_lib.evidence.analysis import METHODS, RULES, variants_of
+from skd_lib.evidence.analysis import FR_EN, FR_EN_EQUAL, METHODS, RULES, variants_of
 from skd_lib.evidence.models import forward_cost
+from skd_lib.evidence.plots import draw
 from skd_lib.evidence.records import collect, read_curves, read_runs
 from skd_lib.evidence.tables import with_tables
 from skd_lib.report.summary import Course, Score, Scores
@@ -116,6 +118,15 @@ def test_variants_are_tested_pairwise_by_seed(folder: Path) -> None:
 def test_compute_counts_the_teacher_by_its_size(folder: Path) -> None:
     (variant, *_) = variants_of(read_runs(folder), RULES)
     assert variant.compute() == pytest.approx(1000 + 500 * forward_cost("teacher") / forward_cost("student"))
+    for name, expected in ((FR_EN, 1000 + 500 * 134.5 / 106.2), ("mine", None)):
+        (variant, *_) = variants_of([replace(run, comparison=name) for run in read_runs(folder)], name)
+        assert variant.compute() == (expected and pytest.approx(expected, rel=1e-3))
+
+
+def test_compute_is_drawn_for_both_accounts(folder: Path, tmp_path: Path) -> None:
+    runs = [replace(run, comparison=name) for run in read_runs(folder) for name in (FR_EN, FR_EN_EQUAL)]
+    assert tmp_path / "compute-fr-en.svg" in draw(runs, [], tmp_path)
+    assert tmp_path / "compute.svg" not in draw(runs, [], tmp_path)
 
 
 def test_one_seed_has_no_interval_and_no_test(folder: Path) -> None:
@@ -149,7 +160,7 @@ def test_commands_make_the_same_files_again(folder: Path, tmp_path: Path) -> Non
         assert done.exit_code == 0, done.output
         contents.append({file.name: file.read_bytes() for file in folder.glob("*.svg")})
     assert contents[0] == contents[1]
-    assert contents[0].keys() >= {"compute.svg", "k.svg", "rejection-rate.svg", "validation-loss.svg"}
+    assert contents[0].keys() >= {"k.svg", "rejection-rate.svg", "validation-loss.svg"}
     assert "min-prob" in page.read_text(encoding="utf-8")
 
 
