@@ -286,7 +286,7 @@ storage.upload(Path({str(tmp_path / "new" / name)!r}), {target!r})
 def test_a_folder_that_is_replaced_in_part_is_without_its_marker(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In storage behind fsspec, too; for gs:// see `test_storage_faults`."""
+    """In storage behind fsspec, too; for gs:// see `test_interruptions`."""
     store, uri = pytest.importorskip("fsspec").filesystem("memory"), f"memory://{BUCKET}/{tmp_path.name}"
     (folder / "complete").touch()
     storage.upload(folder, uri, last="complete")
