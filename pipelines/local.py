@@ -270,14 +270,18 @@ def local_pipeline(documents: list[dict[str, Any]], images: Mapping[str, str] | 
     return list(local)
 
 
+_NO_STEP = ("doctor.py", "evidence")  # what no step imports, besides command lines
+
+
 def source_digest() -> str:
     """Digest of the library's source files, without those that no step imports."""
     root = Path(skd_lib.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.name == "cli.py" or path == root / "doctor.py":
+        relative = path.relative_to(root)
+        if path.name == "cli.py" or relative.parts[0] in _NO_STEP:
             continue
-        digest.update(str(path.relative_to(root)).encode())
+        digest.update(str(relative).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import skd_lib
 from pipelines.graph import count_steps, read_steps
 from pipelines.local import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
 from pipelines.progress import LiveDisplay, PlainDisplay, duration
@@ -181,6 +183,16 @@ def test_changed_code_changes_every_cache_key(tmp_path: Path):
     images = {executor["container"]["image"] for executor in local[0]["deploymentSpec"]["executors"].values()}
     assert images == {f"local-python/skd:{source_digest()[:16]}"}
     assert "retryPolicy" not in json.dumps(local)
+
+
+def test_what_is_not_in_the_digest_is_imported_by_commands_alone():
+    left_out = re.compile(r"(from|import) skd_lib\.(evidence|doctor|(\w+\.)*cli)\b")
+    root = Path(skd_lib.__file__).parent
+    importers = {
+        str(file.relative_to(root)) for file in root.rglob("*.py") if left_out.search(file.read_text(encoding="utf-8"))
+    }
+    assert importers
+    assert all(name.startswith("evidence/") or Path(name).name in ("cli.py", "doctor.py") for name in importers)
 
 
 HANGING_RUN = """
