@@ -13,7 +13,7 @@ import typer
 
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
 from pipelines.images.cli import images
-from pipelines.submitting.cli import submit
+from pipelines.submitting.cli import Set, submit
 from pipelines.triggering.cli import trigger
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
@@ -86,6 +86,7 @@ def _options(
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="The run's YAML file, e.g. pipelines/configs/demo.yaml.")],
+    changes: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, print the plan and stop.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget finished steps and checkpoints, start over.")] = False,
     runs_dir: Annotated[Path, typer.Option(help="Where runs keep their files.")] = Path("runs"),
@@ -114,9 +115,9 @@ def run(
     """
     from rich.console import Console
 
-    from skd_lib.config import load_config, refuse_multinode
+    from skd_lib.config import load_config, parse_overrides, refuse_multinode
 
-    settings = load_config(config)
+    settings = load_config(config, parse_overrides(changes or ()))
     refuse_multinode(settings, where=str(config))
     uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
     console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout

@@ -55,6 +55,13 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("command", "shown"), [("run", ["run other", "sft, forward_kl"]), ("submit", ["other-20"])])
+def test_a_field_is_set_without_editing_the_file(command: str, shown: list[str]):
+    done = skd(command, DEMO, "--set", "distill.method=sft", "--set", "name=other", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in shown), done.stdout
+
+
 def test_wrong_field_is_named_before_anything_starts(tmp_path: Path):
     values = yaml.safe_load(DEMO.read_text())
     values["distill"]["sampling"]["topk"] = values["distill"]["sampling"].pop("top_k")
@@ -84,6 +91,7 @@ def test_several_nodes_are_refused_on_one_machine(tmp_path: Path):
     ("arguments", "message"),
     [
         (["run", "missing.yaml"], "missing.yaml: cannot read the config"),
+        (["run", str(DEMO), "--set", "seed"], "--set seed: not FIELD=VALUE"),
         (["run", str(DEMO), "--runs-dir", str(DEMO)], "cannot write the run's folder"),
         (["compile", "--image", "r/skd:1"], "hint: name another file with --output"),
         (["compile", "--comet-image", "r/comet:1"], "hint: name another file with --output"),

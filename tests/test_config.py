@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from skd_lib.config import Count, DataConfig, DistillConfig, RunConfig, Schedule, load_config, parse_section
+from skd_lib.config import (
+    Count,
+    DataConfig,
+    DistillConfig,
+    RunConfig,
+    Schedule,
+    apply,
+    load_config,
+    parse_overrides,
+    parse_section,
+)
 from skd_lib.errors import SkdError, SkdErrors
 
 GOOD: dict[str, Any] = {
@@ -194,3 +204,46 @@ def test_a_section_is_parsed_from_json_in_which_all_numbers_are_floats() -> None
     with pytest.raises(SkdError, match="not JSON") as caught:
         parse_section(DataConfig, "{", where="--data-config")
     assert caught.value.where == "--data-config"
+
+
+def test_fields_are_set_from_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"distill": {"sampling": {"gamma": 3}, "beta": 0.1}}), encoding="utf-8")
+    texts = [
+        "distill.sampling.top_k=7",
+        "distill.training.learning_rate=1e-4",
+        'task.stop=["=", "b"]',
+        "distill.beta=null",
+    ]
+    config = load_config(path, parse_overrides([*texts, "name=first", "name=last"]))
+    assert (config.distill.sampling.top_k, config.distill.sampling.gamma) == (7, 3)
+    assert config.distill.training.learning_rate == 1e-4
+    assert config.task.stop == ["=", "b"]
+    assert config.distill.beta == load_config(path, {"distill": {}}).distill.beta
+    assert config.name == "last"
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "where"),
+    [
+        ("distill.method", "not FIELD=VALUE", "--set distill.method"),
+        ("=5", "not FIELD=VALUE", "--set =5"),
+        ("seed=[1", "not YAML", "--set seed=[1"),
+        ("name.first=1", "`name` has no fields", "field `name.first`"),
+        ("distill.sampling.topk=1", "unknown field", "with --set, field `distill.sampling.topk`"),
+        ("seed=-1", "greater than or equal to 0", "with --set, field `seed`"),
+    ],
+)
+def test_what_is_wrong_with_a_set_field_is_named(tmp_path: Path, text: str, what: str, where: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(GOOD), encoding="utf-8")
+    with pytest.raises(SkdError, match=what) as caught:
+        load_config(path, parse_overrides([text]))
+    assert where in str(caught.value)
+
+
+def test_apply_leaves_what_it_was_given_alone() -> None:
+    values = {"a": {"b": {"c": 1, "d": 2}}, "e": 3}
+    before = copy.deepcopy(values)
+    assert apply(values, {"a.b.c": 5, "a.x.y": 6, "e": None}, where="") == {"a": {"b": {"c": 5, "d": 2}, "x": {"y": 6}}}
+    assert values == before

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 
+# An option that `skd run` has too.
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Another value than the file's, e.g. distill.sampling.top_k=5; null unsets a field. Repeatable.",
+    ),
+]
+
 # Options that `skd trigger` has too.
 Host = Annotated[
     str,
@@ -96,6 +106,7 @@ class Server:
 
 def submit(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    changes: Set = None,
     host: Host = "",
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit code 1 if it fails.")] = False,
     recurring: Annotated[
@@ -121,13 +132,13 @@ def submit(
     """
     from pipelines.compiling import compiled_path
     from pipelines.submitting.submit import Package, Place, Submission, with_seconds
-    from skd_lib.config import load_config
+    from skd_lib.config import load_config, parse_overrides
 
     if recurring is not None:
         with_seconds(recurring)  # before anything is uploaded
         if wait:
             raise SkdError("a recurring run has no end", where="--wait", hint="leave out --wait or --recurring")
-    settings = load_config(config)
+    settings = load_config(config, parse_overrides(changes or ()))
     place = Place(experiment, tracking_uri, checkpoint_root, pipeline_root, service_account)
     # A recurring run is found again by its name, which therefore holds no time.
     chosen = name or (settings.name if recurring is not None else "")

@@ -7,15 +7,22 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from skd_lib.config import Method, RunConfig, Section, StudentInitConfig, load_config, parse_section, read_yaml
-from skd_lib.errors import SkdError
+from skd_lib.config import (
+    Method,
+    Overrides,
+    RunConfig,
+    Section,
+    StudentInitConfig,
+    apply,
+    load_config,
+    parse_section,
+    read_yaml,
+)
 from skd_lib.parameters import to_struct
 
 SHARED = "the runs of a comparison share data, task, teacher and evaluation"
 OWN_SECTIONS = ("distill", "student_init", "student")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
-Overrides = dict[str, Any]
-"""Values by dotted field, e.g. `distill.sampling.top_k`; what is there is replaced as a whole."""
 
 
 class StudentInit(StudentInitConfig):
@@ -89,30 +96,3 @@ def load_compare(path: Path) -> tuple[CompareConfig, RunConfig]:
     where = f"{path}, field `overrides`"
     values = apply({**to_struct(base), "name": compare.name}, compare.overrides, where=where)
     return compare, parse_section(RunConfig, values, where=where)
-
-
-def apply(values: dict[str, Any], overrides: Overrides, *, where: str) -> dict[str, Any]:
-    """A configuration's plain values with some of them replaced; null takes one out.
-
-    Raises:
-        SkdError: a field's name leads into something that is no section.
-    """
-    changed = dict(values)
-    for path, value in overrides.items():
-        *sections, field = path.split(".")
-        holder = changed
-        for depth, section in enumerate(sections, 1):
-            inner = holder.get(section, {})
-            if not isinstance(inner, dict):
-                raise SkdError(
-                    f"`{'.'.join(sections[:depth])}` has no fields",
-                    where=f"{where}, field `{path}`",
-                    hint="dotted names lead through sections; `skd config` lists all of them",
-                )
-            holder[section] = dict(inner)
-            holder = holder[section]
-        if value is None:
-            holder.pop(field, None)
-        else:
-            holder[field] = value
-    return changed

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from skd_lib.compare.config import NAME, OWN_SECTIONS, SHARED, CompareConfig, Overrides, apply
-from skd_lib.config import RunConfig, Section, parse_json, parse_section
+from skd_lib.compare.config import NAME, OWN_SECTIONS, SHARED, CompareConfig
+from skd_lib.config import Overrides, RunConfig, Section, apply, parse_json, parse_section
 from skd_lib.config.initial import CUTTING
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.methods import reads_setting

@@ -18,6 +18,7 @@ from skd_lib.config.data import (
 from skd_lib.config.distill import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, SamplingParams
 from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.measuring import EvaluationConfig, JudgeConfig, RegistryConfig, SpecdecConfig
+from skd_lib.config.overrides import Overrides, apply, parse_overrides
 from skd_lib.config.reading import parse_json, parse_section, read_yaml
 from skd_lib.config.run import RunConfig, load_config, refuse_multinode
 from skd_lib.config.schedule import Count, Schedule
@@ -49,6 +50,7 @@ __all__ = [
     "Method",
     "MetricName",
     "MultinodeConfig",
+    "Overrides",
     "RegistryConfig",
     "RuleName",
     "RunConfig",
@@ -61,8 +63,10 @@ __all__ = [
     "TeacherPrecision",
     "TeacherSftConfig",
     "TrainingConfig",
+    "apply",
     "load_config",
     "parse_json",
+    "parse_overrides",
     "parse_section",
     "read_yaml",
     "refuse_multinode",

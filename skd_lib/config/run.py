@@ -10,6 +10,7 @@ from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig
 from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.measuring import EvaluationConfig, RegistryConfig, SpecdecConfig
+from skd_lib.config.overrides import Overrides, apply
 from skd_lib.config.reading import parse_section, read_yaml
 from skd_lib.config.section import Section
 from skd_lib.config.task import TaskConfig
@@ -80,10 +81,15 @@ def refuse_multinode(config: RunConfig, *, where: str) -> None:
         raise SkdErrors(errors)
 
 
-def load_config(path: Path) -> RunConfig:
+def load_config(path: Path, overrides: Overrides | None = None) -> RunConfig:
     """Read a run's YAML file.
+
+    Args:
+        path: The file.
+        overrides: Fields that are to be others than there.
 
     Raises:
         SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.
     """
-    return parse_section(RunConfig, read_yaml(path), where=str(path))
+    where = f"{path} with --set" if overrides else str(path)
+    return parse_section(RunConfig, apply(read_yaml(path), overrides or {}, where=where), where=where)

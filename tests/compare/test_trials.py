@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skd_lib.compare.config import apply, load_compare
+from skd_lib.compare.config import load_compare
 from skd_lib.compare.plan import to_parameters
 from skd_lib.compare.trials import Trial, parse_trials
 from skd_lib.config import RunConfig
@@ -151,10 +151,3 @@ def test_all_that_is_wrong_comes_at_once(tmp_path: Path):
         plan(tmp_path, variants={"a": {"distill.beta": 2}, "b": {"distill.betta": 0.5}})
     assert "variant a, field `distill.beta`" in str(error.value)
     assert "variant b, field `distill.betta`" in str(error.value)
-
-
-def test_apply_leaves_what_it_was_given_alone():
-    values = {"a": {"b": {"c": 1, "d": 2}}, "e": 3}
-    before = json.dumps(values)
-    assert apply(values, {"a.b.c": 5, "a.x.y": 6, "e": None}, where="") == {"a": {"b": {"c": 5, "d": 2}, "x": {"y": 6}}}
-    assert json.dumps(values) == before

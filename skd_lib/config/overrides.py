@@ -1,0 +1,59 @@
+"""Fields that are others than a file says: `--set` of the command line, and the runs of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from skd_lib.errors import SkdError
+
+Overrides = dict[str, Any]
+"""Values by dotted field, e.g. `distill.sampling.top_k`; what is there is replaced as a whole."""
+
+
+def parse_overrides(texts: Iterable[str]) -> Overrides:
+    """What `--set FIELD=VALUE` says, with values in YAML; the last of a field counts.
+
+    Raises:
+        SkdError: one has no `=`, or its value is not YAML.
+    """
+    overrides: Overrides = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        where = f"--set {text}"
+        if not equals or not path.strip():
+            raise SkdError("not FIELD=VALUE", where=where, hint="e.g. --set distill.sampling.top_k=5")
+        try:
+            overrides[path.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SkdError(f"the value is not YAML: {error}", where=where, hint="quote it for the shell") from error
+    return overrides
+
+
+def apply(values: dict[str, Any], overrides: Overrides, *, where: str) -> dict[str, Any]:
+    """A configuration's plain values with some of them replaced; null takes one out.
+
+    Raises:
+        SkdError: a field's name leads into something that is no section.
+    """
+    changed = dict(values)
+    for path, value in overrides.items():
+        *sections, field = path.split(".")
+        holder = changed
+        for depth, section in enumerate(sections, 1):
+            inner = holder.get(section, {})
+            if not isinstance(inner, dict):
+                raise SkdError(
+                    f"`{'.'.join(sections[:depth])}` has no fields",
+                    where=f"{where}, field `{path}`",
+                    hint="dotted names lead through sections; `skd config` lists all of them",
+                )
+            holder[section] = dict(inner)
+            holder = holder[section]
+        if value is None:
+            holder.pop(field, None)
+        else:
+            holder[field] = value
+    return changed
