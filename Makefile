@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints/main.txt
 		-e '.[training,tracking,pipelines,dev]'
 	@touch $@
 
-demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data (CONFIG=... for another)
-	$(BIN)/skd run $(CONFIG)
+demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data (CONFIG=..., ARGS=... for another)
+	$(BIN)/skd run $(CONFIG) $(ARGS)
 
 bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for options)
 	$(BIN)/skd bench sampling $(ARGS)
