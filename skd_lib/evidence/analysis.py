@@ -18,7 +18,7 @@ _ARITHMETIC = forward_cost("teacher") / forward_cost("student")
 _CUT = 134_515_008 / (134_515_008 - 8 * 3_540_096)  # parameters: SmolLM2-135M, and a layer, 8 of which are cut
 TEACHER_COST = {
     **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
-    **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu"), _CUT),
+    **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu", "evidence-summaries-cpu"), _CUT),
 }
 """What a position costs the teacher, in forward passes of the student, by comparison."""
 
