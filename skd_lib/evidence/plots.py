@@ -86,9 +86,10 @@ def _scores(axes: Axes, variants: Sequence[Variant], one: Run) -> None:
         spread = None if math.isnan(score.low) else [[score.mean - score.low], [score.high - score.mean]]
         axes.errorbar(score.mean, row, xerr=spread, fmt="o", color="C0", capsize=3)
     axes.set_yticks(range(len(ordered)), [variant.name for variant in ordered])
+    axes.set_ylim(-0.5, len(ordered) - 0.5)
     if (teacher := one.figures.get("teacher")) is not None:
         axes.axvline(teacher, color="C3", linestyle="--", linewidth=1)
-        axes.text(teacher, len(ordered) - 0.6, "teacher ", color="C3", ha="right", va="top")
+        axes.text(teacher, len(ordered) - 0.55, "teacher ", color="C3", ha="right", va="top")
     axes.set_xlabel(f"{one.metric} (mean and 95 % interval over seeds; a grey dot a run)")
 
 
@@ -124,7 +125,7 @@ def _compute(axes: Axes, comparisons: dict[str, list[Variant]], metric: str) -> 
             axes.annotate(variant.name, (compute / 1e3, score.mean), (4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("positions processed while training, in thousands of student forward passes")
     axes.set_ylabel("accuracy, %" if metric == "accuracy" else metric)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 
 
 def _courses(axes: Axes, curves: Sequence[Curve], label: str) -> None:
