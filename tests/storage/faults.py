@@ -56,6 +56,13 @@ def written(files: dict[str, bytes], folder: Path) -> Path:
     return folder
 
 
+def keep(store: Store, files: dict[str, bytes]) -> None:
+    """Make these files of the model all that the store has."""
+    store.clear()
+    for name, content in files.items():
+        store.put(f"model/{name}", content)
+
+
 def stored(store: Store) -> dict[str, bytes]:
     """What a reader of the model's folder finds."""
     return {name: store.objects[f"model/{name}"][0] for name in storage.file_sizes(FOLDER)}

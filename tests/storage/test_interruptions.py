@@ -26,6 +26,7 @@ from .faults import (
     URI,
     always,
     first,
+    keep,
     kept,
     left_behind,
     nth,
@@ -46,9 +47,7 @@ def test_an_upload_survives_an_interruption_at_every_request(fault: Fault, serve
     store.rewrite_calls = 2
     met: set[str] = set()
     for number in itertools.count(1):
-        store.clear()
-        for name, content in old.items():
-            store.put(f"model/{name}", content)
+        keep(store, old)
         asked: list[str] = []
         store.before = asked.append
         store.fault = nth(store, number, fault)

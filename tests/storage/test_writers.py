@@ -27,6 +27,7 @@ from .faults import (
     URI,
     always,
     first,
+    keep,
     kept,
     left_behind,
     nothing_goes_wrong,
@@ -48,9 +49,7 @@ def test_a_writer_that_dies_at_any_request_leaves_no_half_folder_that_looks_whol
     folder = written(new, tmp_path / "model")
     states = set()
     for number in itertools.count(1):
-        store.clear()
-        for name, content in old.items():
-            store.put(f"model/{name}", content)
+        keep(store, old)
         monkeypatch.setenv("SKD_STORAGE_DEADLINE", "0.01")
         store.fault = nth(store, number, "lost", afterwards="lost")
         try:
