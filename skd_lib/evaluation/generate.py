@@ -12,7 +12,7 @@ from skd_lib.config import SamplingParams, TaskConfig
 from skd_lib.data.tokenize import decode_answer, encode_prompt
 from skd_lib.evaluation.inference import ending_ids
 from skd_lib.events import Progress
-from skd_lib.models.loading import pad_id
+from skd_lib.models.special_ids import pad_id
 from skd_lib.sampling.acceptance import everything
 from skd_lib.sampling.engine import Sampler
 

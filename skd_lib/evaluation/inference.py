@@ -9,7 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.config import TaskConfig
 from skd_lib.data.tokenize import answer_end_id
-from skd_lib.models.loading import default_device, eos_ids, load_model, load_tokenizer
+from skd_lib.models.files import load_tokenizer
+from skd_lib.models.loading import default_device, load_model
+from skd_lib.models.special_ids import eos_ids
 
 
 def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

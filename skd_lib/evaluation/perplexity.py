@@ -14,7 +14,7 @@ from skd_lib.data.examples import Example
 from skd_lib.data.tokenize import answer_end_id, encode
 from skd_lib.events import Progress
 from skd_lib.losses import cross_entropy_sum
-from skd_lib.models.loading import pad_id
+from skd_lib.models.special_ids import pad_id
 
 
 class ReferenceLoss(NamedTuple):

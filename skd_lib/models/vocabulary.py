@@ -7,11 +7,14 @@ to the other: an id must mean the same in both.
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from skd_lib.errors import SkdError
-from skd_lib.models.loading import eos_ids, load_tokenizer
+from skd_lib.models.files import load_config, load_tokenizer
+from skd_lib.models.special_ids import eos_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _EXAMPLES_SHOWN = 5
 _WAY_OUT = "choose a teacher and a student of one model family, or cut the student from the teacher (`mode: prune`)"
@@ -75,10 +78,7 @@ def common_vocab_size(teacher: Path | PreTrainedModel, student: Path | PreTraine
 
 def vocabulary_size(model: Path | PreTrainedModel, *, trust_remote_code: bool = False) -> int:
     """Rows of a model's embedding, padding rows included, as its config says."""
-    if isinstance(model, Path):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=True)
-    else:
-        config = model.config
+    config = load_config(model, trust_remote_code=trust_remote_code) if isinstance(model, Path) else model.config
     return int(config.get_text_config().vocab_size)
 
 

@@ -93,7 +93,7 @@ def _lengths(
 
 def _schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig]) -> None:
     """Whether batches divide, and how many optimiser steps that makes."""
-    from skd_lib.training.run import schedule
+    from skd_lib.training.plan import plan_steps
 
     trainings: list[tuple[str, TrainingConfig, MultinodeConfig | None, int | None]] = []
     if config.teacher_sft.enabled:
@@ -109,7 +109,7 @@ def _schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunC
     for step, training, multinode, limit in trainings:
         examples = min(rows, limit or rows)
         try:
-            planned = schedule(training, examples, processes=multinode.least_processes if multinode else 1)
+            planned = plan_steps(training, examples, processes=multinode.least_processes if multinode else 1)
         except SkdError as error:
             checks.failed(step, error)
         else:

@@ -83,26 +83,22 @@ def check_model(checks: Checks, role: str, reference: str, config: RunConfig) ->
 
 
 def _open_model(role: str, reference: str, trust_remote_code: bool) -> Model:
-    from transformers import AutoConfig
-
     from skd_lib.memory import model_size
-    from skd_lib.models.loading import load_tokenizer
+    from skd_lib.models.files import load_config, load_tokenizer
     from skd_lib.models.references import HubModel, StoredFolder, parse_reference, resolve_model
 
     far = isinstance(parse_reference(reference), HubModel | StoredFolder)
     folder = resolve_model(reference, trust_remote_code=trust_remote_code, weights=not far)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     size = model_size(folder, trust_remote_code=trust_remote_code)
-    text = AutoConfig.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, local_files_only=True
-    ).get_text_config()
+    text = load_config(folder, trust_remote_code=trust_remote_code).get_text_config()
     return Model(role, reference, folder, tokenizer, size, getattr(text, "max_position_embeddings", None))
 
 
 def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:
     """The id that ends an answer; the model had better stop at it."""
     from skd_lib.data.tokenize import answer_end_id
-    from skd_lib.models.loading import eos_ids
+    from skd_lib.models.special_ids import eos_ids
 
     end = answer_end_id(model.tokenizer, config.task)
     stops = eos_ids(model.folder, model.tokenizer)

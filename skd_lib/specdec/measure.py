@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from skd_lib.config import SpecdecConfig, TaskConfig
 from skd_lib.data.tokenize import encode_prompt
 from skd_lib.evaluation.inference import ending_ids, load_for_inference
-from skd_lib.models.loading import pad_id
+from skd_lib.models.special_ids import pad_id
 from skd_lib.specdec.benchmark import benchmark
 from skd_lib.specdec.plan import Plan
 from skd_lib.specdec.result import SpecdecResult

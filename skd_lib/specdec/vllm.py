@@ -12,9 +12,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
-from skd_lib.models.loading import load_tokenizer
+from skd_lib.models.files import load_config, load_tokenizer
 from skd_lib.models.references import HubModel, LocalFolder, StoredFolder, parse_reference
 from skd_lib.specdec.result import VllmExport
 
@@ -109,7 +107,7 @@ def tokenizer_differences(teacher: Path, draft: Path) -> list[str]:
 def _unlisted_architectures(teacher: Served, draft: Served) -> list[str]:
     reasons = []
     for role, model in (("teacher", teacher), ("draft", draft)):
-        names = getattr(AutoConfig.from_pretrained(model.folder, local_files_only=True), "architectures", None) or []
+        names = getattr(load_config(model.folder), "architectures", None) or []
         if not ARCHITECTURES.intersection(names):
             reasons.append(
                 f"the {role}'s architecture {', '.join(names) or '(none in its config.json)'} is not among those known "
@@ -119,10 +117,7 @@ def _unlisted_architectures(teacher: Served, draft: Served) -> list[str]:
 
 
 def _different_sizes(teacher: Served, draft: Served) -> list[str]:
-    ours, theirs = (
-        int(AutoConfig.from_pretrained(model.folder, local_files_only=True).get_text_config().vocab_size)
-        for model in (teacher, draft)
-    )
+    ours, theirs = (int(load_config(model.folder).get_text_config().vocab_size) for model in (teacher, draft))
     if ours == theirs:
         return []
     return [
@@ -133,5 +128,5 @@ def _different_sizes(teacher: Served, draft: Served) -> list[str]:
 
 
 def _context_length(folder: Path) -> int | None:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = load_config(folder).get_text_config()
     return getattr(config, "max_position_embeddings", None)

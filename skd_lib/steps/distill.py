@@ -81,7 +81,7 @@ def main(
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card
-    from skd_lib.models.loading import check_model_folder, load_tokenizer
+    from skd_lib.models.files import check_model_folder, load_tokenizer
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.report.samples import as_text, to_jsonl
     from skd_lib.tracking.runs import step_run

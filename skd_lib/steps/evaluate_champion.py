@@ -11,6 +11,7 @@ import typer
 
 from skd_lib.config import EvaluationConfig, RegistryConfig, SpecdecConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError
+from skd_lib.models.files import weights_digest
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 from skd_lib.storage import write_text_atomic
 
@@ -115,7 +116,6 @@ def fetch(champion: Champion) -> Path:
     Raises:
         SkdError: it is gone, cannot be fetched, or holds other weights.
     """
-    from skd_lib.models.loading import weights_digest
     from skd_lib.models.references import resolve_model
 
     where = f"champion, version {champion.version}"
@@ -128,8 +128,6 @@ def fetch(champion: Champion) -> Path:
 
 
 def _digest_of(student: Path, io: StepIO) -> str:
-    from skd_lib.models.loading import weights_digest
-
     return str(io.input_metadata("student").get("weights_sha256") or weights_digest(student))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from skd_lib.config import DistillConfig, Method, TaskConfig, TeacherPrecision, TrainingConfig
+from skd_lib.models.files import weights_digest
 from skd_lib.steps.runtime import StepIO
 from skd_lib.storage import checkpoint_folder, is_remote
 
@@ -111,7 +112,7 @@ class Fit:
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
         from skd_lib.memory import GIB, peak_memory
-        from skd_lib.models.loading import pad_id
+        from skd_lib.models.special_ids import pad_id
         from skd_lib.steps.storing import EarlyTeacher
         from skd_lib.training.run import train
 
@@ -202,7 +203,7 @@ def fine_tune(
         Metadata for the artifact, and figures; None on a process that writes no outputs.
     """
     from skd_lib.models.card import Lineage, model_card
-    from skd_lib.models.loading import load_tokenizer
+    from skd_lib.models.files import load_tokenizer
 
     model, tokenizer = load_trainable(folder), load_tokenizer(folder)
     result, figures = fit.run(model, None, tokenizer, data, data_uri, run)
@@ -227,8 +228,6 @@ def fine_tune(
 
 def input_digest(io: StepIO, name: str, path: Path) -> str:
     """Digest of an input model's weights: from the artifact's metadata, else computed."""
-    from skd_lib.models.loading import weights_digest
-
     return str(io.input_metadata(name).get("weights_sha256") or weights_digest(path))
 
 
@@ -291,7 +290,7 @@ def compute_dtype(device: Any) -> Any:
 
 def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> str:
     """Save a trained model; returns the digest of its weights."""
-    from skd_lib.models.loading import save_model, weights_digest
+    from skd_lib.models.loading import save_model
 
     save_model(model.to(compute_dtype(model.device)), tokenizer, path, card)
     return weights_digest(path)

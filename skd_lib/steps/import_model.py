@@ -29,6 +29,7 @@ def main(
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Fetch a model and save it in the Hugging Face layout: config, tokenizer, safetensors weights."""
+    from skd_lib.models.files import describe, weights_digest
     from skd_lib.models.references import LocalFolder, parse_reference, resolve_model
     from skd_lib.tracking.runs import step_run
 
@@ -39,9 +40,6 @@ def main(
     ) as run:
         # A user's own folder may be written to again; caches never change what they hold.
         own_folder = isinstance(parse_reference(model), LocalFolder)
-        # Takes seconds to import: what is no reference at all has failed by now.
-        from skd_lib.models.loading import describe, weights_digest
-
         folder = resolve_model(model, trust_remote_code=code)
         import_folder(folder, model_out, link=not own_folder, code=code)
         facts = describe(model_out, trust_remote_code=code)
@@ -65,7 +63,8 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False)
     """
     from transformers import GenerationConfig
 
-    from skd_lib.models.loading import weight_files, without_sampling_defaults
+    from skd_lib.models.files import weight_files
+    from skd_lib.models.special_ids import without_sampling_defaults
     from skd_lib.storage import atomic_directory
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", *(["*.py"] if code else [])]

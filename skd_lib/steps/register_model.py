@@ -12,6 +12,7 @@ import typer
 
 from skd_lib.config import RegistryConfig, parse_section
 from skd_lib.errors import SkdError
+from skd_lib.models.files import weights_digest
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def main(
     known = {
         name: str(value) for name, value in io.input_metadata("student").items() if isinstance(value, str | int | float)
     }
-    digest = known.pop("weights_sha256", "") or _digest(student)
+    digest = known.pop("weights_sha256", "") or weights_digest(student)
     given = {"teacher": teacher, "base_student": base_student, "method": method}
     lineage = {
         **known,
@@ -111,12 +112,6 @@ def main(
 
     io.parameter("version", version)
     io.write()
-
-
-def _digest(student: Path) -> str:
-    from skd_lib.models.loading import weights_digest
-
-    return weights_digest(student)
 
 
 def _description(lineage: dict[str, str], figures: dict[str, float]) -> str:

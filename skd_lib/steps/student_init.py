@@ -56,7 +56,7 @@ def main(
     io = StepIO(executor_input, {"initial_student": student_out, "metrics": metrics_out})
 
     from skd_lib.data.prepared import PreparedData
-    from skd_lib.models.loading import check_model_folder, weights_digest
+    from skd_lib.models.files import check_model_folder, weights_digest
     from skd_lib.models.references import LocalFolder, parse_reference, resolve_model
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.steps.import_model import import_folder
@@ -137,7 +137,7 @@ def main(
 def _cut(teacher: Path, folder: Path, settings: StudentInitConfig, base: str) -> str:
     """Save what is left of the teacher; returns the digest of its weights."""
     from skd_lib.models.card import Lineage, model_card
-    from skd_lib.models.loading import load_tokenizer
+    from skd_lib.models.files import load_tokenizer
     from skd_lib.models.student_init import prune_layers
 
     assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated

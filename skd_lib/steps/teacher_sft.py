@@ -55,7 +55,7 @@ def main(
         train_on_nodes(work, settings.multinode, io)
         return
 
-    from skd_lib.models.loading import check_model_folder
+    from skd_lib.models.files import check_model_folder
     from skd_lib.steps.import_model import import_folder
     from skd_lib.tracking.runs import step_run
 

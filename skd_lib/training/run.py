@@ -24,6 +24,7 @@ from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
 from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
 from skd_lib.training.objectives import objective_for
+from skd_lib.training.plan import plan_steps
 from skd_lib.training.preemption import StopOnSigterm
 from skd_lib.training.sharding import ShardedTrainer, process_mesh, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stored_teacher import StoredSignals
@@ -85,45 +86,6 @@ class TrainResult:
     def total(self, figure: str) -> float:
         """Sum of a figure over all steps."""
         return sum(entry.get(figure, 0.0) for entry in self.history)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps, and how a step's rows are divided.
-
-    Attributes:
-        steps: Optimiser steps.
-        micro_batch_size: Rows of a forward pass on a device.
-        accumulation: Forward passes of a device in a step.
-    """
-
-    steps: int
-    micro_batch_size: int
-    accumulation: int
-
-
-def schedule(training: TrainingConfig, examples: int, processes: int) -> Schedule:
-    """Divide the work.
-
-    Raises:
-        SkdError: the batch size does not divide evenly.
-    """
-    share, rest = divmod(training.batch_size, processes)
-    if rest:
-        raise SkdError(
-            f"batch_size {training.batch_size} cannot be divided over {processes} devices",
-            where="training.batch_size",
-            hint=f"use a multiple of {processes}",
-        )
-    micro_batch_size = min(training.micro_batch_size or share, share)
-    if share % micro_batch_size:
-        raise SkdError(
-            f"micro_batch_size {micro_batch_size} does not divide the {share} sequences a device has in a step",
-            where="training.micro_batch_size",
-            hint="use a divisor, so that every step has the same number of sequences",
-        )
-    steps = training.max_steps or math.ceil(training.epochs * examples / training.batch_size)
-    return Schedule(steps, micro_batch_size, share // micro_batch_size)
 
 
 def train(
@@ -306,7 +268,7 @@ def _arguments(
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
-    plan = schedule(training, examples, args.world_size)
+    plan = plan_steps(training, examples, processes=args.world_size)
     args.per_device_train_batch_size = plan.micro_batch_size
     args.gradient_accumulation_steps = plan.accumulation
     args.max_steps = plan.steps

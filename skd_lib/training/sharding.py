@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from skd_lib.errors import SkdError
-from skd_lib.models.loading import weight_files
+from skd_lib.models.files import weight_files
 from skd_lib.training.modes import through_wrapper
 from skd_lib.training.trainer import DistillationTrainer
 

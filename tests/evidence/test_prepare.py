@@ -20,7 +20,8 @@ from skd_lib.evidence.models import EOS, SIZES, forward_cost, random_model, toke
 from skd_lib.evidence.prepare import CONTEXT, prepare
 from skd_lib.evidence.pretraining import TASK, pretrain
 from skd_lib.evidence.problems import ProblemSpace, distinct
-from skd_lib.models.loading import describe, load_model, weights_digest
+from skd_lib.models.files import describe, weights_digest
+from skd_lib.models.loading import load_model
 
 CONFIGS = Path(__file__).parents[2] / "pipelines/configs/evidence"
 SPACE = ProblemSpace()

@@ -12,9 +12,11 @@ from gguf import GGUFWriter
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from skd_lib.errors import SkdError
+from skd_lib.models.files import check_model_folder, load_tokenizer
 from skd_lib.models.gguf import convert_gguf
-from skd_lib.models.loading import check_model_folder, eos_ids, load_model, load_tokenizer, pad_id
+from skd_lib.models.loading import load_model
 from skd_lib.models.references import resolve_model
+from skd_lib.models.special_ids import eos_ids, pad_id
 from tests.conftest import TinyModel
 
 SMOLLM2 = (

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from skd_lib.models.loading import load_model, load_tokenizer, weights_digest
+from skd_lib.models.files import load_tokenizer, weights_digest
+from skd_lib.models.loading import load_model
 from skd_lib.steps.import_model import import_folder, main
 from tests.conftest import SaveTinyModel
 

@@ -10,16 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from skd_lib.errors import SkdError
-from skd_lib.models.loading import (
-    check_model_folder,
-    describe,
-    eos_ids,
-    load_model,
-    load_tokenizer,
-    pad_id,
-    save_model,
-    weights_digest,
-)
+from skd_lib.models.files import check_model_folder, describe, load_tokenizer, weights_digest
+from skd_lib.models.loading import load_model, save_model
+from skd_lib.models.special_ids import eos_ids, pad_id
 from tests.conftest import CONFIGS, SaveTinyModel, TinyModel
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from skd_lib.evaluation.predictions import read_predictions
-from skd_lib.models.loading import weights_digest
+from skd_lib.models.files import weights_digest
 from skd_lib.steps import evaluate_champion, gate
 from skd_lib.tracking.registry import register
 from tests.conftest import SaveTinyModel

@@ -20,7 +20,7 @@ from pipelines.compiling import compile_pipeline
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import Preempted, SkdError
-from skd_lib.models.loading import weights_digest
+from skd_lib.models.files import weights_digest
 from skd_lib.report.samples import read_samples
 from skd_lib.steps import distill, student_init, teacher_sft
 

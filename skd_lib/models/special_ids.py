@@ -1,0 +1,76 @@
+"""Which token ids begin, end and fill up a sequence: tokenizer, config and generation config each name some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skd_lib.errors import SkdError
+from skd_lib.models.files import load_config
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a response: the tokenizer's (first), the generation config's and the config's.
+
+    Chat models list several, e.g. Gemma's end of text and end of turn, and they are spread over these three places.
+
+    Raises:
+        SkdError: there is none, so no response would ever end.
+    """
+    if isinstance(model, Path):
+        config, generation = load_config(model), _load_generation_config(model)
+    else:
+        config, generation = model.config, model.generation_config
+    found = [*_ids(tokenizer.eos_token_id), *_ids(getattr(generation, "eos_token_id", None))]
+    found += _ids(getattr(config.get_text_config(), "eos_token_id", None))
+    if not found:
+        raise SkdError(
+            "neither the tokenizer nor the model names an end-of-sequence token",
+            where=str(model if isinstance(model, Path) else model.name_or_path),
+            hint="set eos_token in tokenizer_config.json",
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up short rows: the padding token, or the end token where a tokenizer has no padding token.
+
+    Raises:
+        SkdError: the tokenizer has neither.
+    """
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    raise SkdError(
+        "the tokenizer has neither a padding nor an end-of-sequence token",
+        where=str(tokenizer.name_or_path),
+        hint="set pad_token or eos_token in tokenizer_config.json",
+    )
+
+
+def without_sampling_defaults(config: GenerationConfig | None) -> GenerationConfig:
+    """A generation config with the special ids of `config` and nothing else: no temperature, top_k, penalties."""
+    from transformers import GenerationConfig
+
+    if config is None:
+        return GenerationConfig()
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+
+def _load_generation_config(path: Path) -> GenerationConfig | None:
+    from transformers import GenerationConfig
+
+    if not (path / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(one) for one in value] if isinstance(value, list | tuple) else [int(value)]

@@ -1,0 +1,53 @@
+"""How many optimiser steps a training has, and how a step's rows are divided over devices and forward passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from skd_lib.config import TrainingConfig
+from skd_lib.errors import SkdError
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How many steps, and how a step's rows are divided.
+
+    Attributes:
+        steps: Optimiser steps.
+        micro_batch_size: Rows of a forward pass on a device.
+        accumulation: Forward passes of a device in a step.
+    """
+
+    steps: int
+    micro_batch_size: int
+    accumulation: int
+
+
+def plan_steps(training: TrainingConfig, examples: int, *, processes: int) -> StepPlan:
+    """Divide a training's work.
+
+    Args:
+        training: Its batches and its end.
+        examples: Rows to train on.
+        processes: Devices that share a step.
+
+    Raises:
+        SkdError: the batch size does not divide evenly.
+    """
+    share, rest = divmod(training.batch_size, processes)
+    if rest:
+        raise SkdError(
+            f"batch_size {training.batch_size} cannot be divided over {processes} devices",
+            where="training.batch_size",
+            hint=f"use a multiple of {processes}",
+        )
+    micro_batch_size = min(training.micro_batch_size or share, share)
+    if share % micro_batch_size:
+        raise SkdError(
+            f"micro_batch_size {micro_batch_size} does not divide the {share} sequences a device has in a step",
+            where="training.micro_batch_size",
+            hint="use a divisor, so that every step has the same number of sequences",
+        )
+    steps = training.max_steps or math.ceil(training.epochs * examples / training.batch_size)
+    return StepPlan(steps, micro_batch_size, share // micro_batch_size)
