@@ -3,7 +3,7 @@
 runs/<name>/
   config.yaml     the configuration of the last run
   run.json        the run's id, kept while the configuration stays the same
-  logs/           one file a step, and kfp's own
+  logs/           one file a step, kfp's own, and that of the process that steps are forks of
   artifacts/      what the steps wrote
   checkpoints/    training goes on from here after an interruption
   .cache/         which outputs belong to which inputs
@@ -15,6 +15,7 @@ runs/<name>/
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -34,8 +35,9 @@ import yaml
 import skd_lib
 from pipelines.compiling import set_image
 from pipelines.containers import Containers
+from pipelines.forking import ForkServer, can_fork
 from pipelines.graph import Step, read_steps, unrolled
-from pipelines.process import OnEvent, Outcome, Start, run_logged
+from pipelines.process import OnEvent, Outcome, Start, run_logged, watch
 from pipelines.progress import Display
 from skd_lib import events
 from skd_lib.config import RunConfig
@@ -270,6 +272,8 @@ def local_pipeline(documents: list[dict[str, Any]], images: Mapping[str, str] | 
     return list(local)
 
 
+STEPS = "skd_lib.steps."
+"""Modules of the pipeline's steps."""
 _NO_STEP = ("doctor.py", "evidence")  # what no step imports, besides command lines
 
 
@@ -305,19 +309,34 @@ def step_environment(run_id: str) -> dict[str, str]:
     }
 
 
-def child_processes(settings: Mapping[str, str]) -> Start:
+@contextlib.contextmanager
+def child_processes(settings: Mapping[str, str], log: Path) -> Iterator[Start]:
     """Runs steps as child processes in this process's environment and `settings`.
 
     Steps import the library that this process runs, wherever it was started.
+
+    Args:
+        settings: Variables of the environment.
+        log: File of the process that steps are forks of, where they can be.
     """
     library = str(Path(skd_lib.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")]))
+    ours = {**os.environ, **settings, "PYTHONPATH": path}
+    with contextlib.ExitStack() as stack:
 
-    def start(image: str, command: list[str], env: Mapping[str, str], log: Path, on_event: OnEvent) -> Outcome:  # noqa: ARG001
-        complete = {**os.environ, **settings, "PYTHONPATH": path, **env}
-        return run_logged([sys.executable, *command[1:]], log=log, env=complete, on_event=on_event)
+        @functools.cache
+        def forks() -> ForkServer:
+            return stack.enter_context(ForkServer(ours, log))
 
-    return start
+        def start(image: str, command: list[str], env: Mapping[str, str], log: Path, on_event: OnEvent) -> Outcome:  # noqa: ARG001
+            complete = {**ours, **env}
+            match command:
+                case ["python3", "-m", module, *arguments] if module.startswith(STEPS) and can_fork():
+                    if child := forks().start(module, arguments, complete):
+                        return watch(child, log=log, on_event=on_event)
+            return run_logged([sys.executable, *command[1:]], log=log, env=complete, on_event=on_event)
+
+        yield start
 
 
 def run_pipeline(
@@ -362,11 +381,11 @@ def run_pipeline(
             folder.forget()
         local = local_pipeline(documents, containers.images if containers else None)
         settings = step_environment(folder.run_id(config, fresh=fresh))
-        run = LocalRun(
-            folder,
-            {step.component: step for step in unrolled(read_steps(local[0]), iterations)},
-            display,
-            containers.starter(settings) if containers else child_processes(settings),
+        steps = {step.component: step for step in unrolled(read_steps(local[0]), iterations)}
+        starting: contextlib.AbstractContextManager[Start] = (
+            contextlib.nullcontext(containers.starter(settings))
+            if containers
+            else child_processes(settings, folder.logs / "forking.log")
         )
         arguments = {
             **to_parameters(config),
@@ -377,7 +396,8 @@ def run_pipeline(
         }
         kfp_log = folder.logs / "kfp.log"
         kfp_log.write_text("", encoding="utf-8")
-        with display:
+        with starting as start, display:
+            run = LocalRun(folder, steps, display, start)
             try:
                 run_locally(
                     local,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias
 
 from skd_lib import events
 
@@ -54,12 +54,25 @@ Start: TypeAlias = Callable[[str, list[str], Mapping[str, str], Path, OnEvent], 
 """Runs a step to its end: image, command, environment, log, and who takes its events."""
 
 
-def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_event: OnEvent) -> Outcome:
-    """Run a command to its end.
+class Child(Protocol):
+    """A running step, the first of its process group."""
 
-    Standard output and error go to `log`, event lines (`skd_lib.events`) to `on_event`. If the caller is interrupted,
-    the child and its children are stopped before the interruption goes on; if the caller is killed, the kernel kills
-    the child (Linux; elsewhere it ends when it next writes to its closed output).
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def stdout(self) -> IO[str] | None:
+        """Its output and errors."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, negative for a signal; raises `subprocess.TimeoutExpired`."""
+
+
+def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_event: OnEvent) -> Outcome:
+    """Run a command to its end, see `watch`; if the caller is killed, the kernel kills it.
+
+    (On Linux. Elsewhere it ends when it next writes to its closed output.)
     """
     with subprocess.Popen(
         command,
@@ -71,16 +84,24 @@ def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_
         errors="replace",
         env=dict(env),
         start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group
-        preexec_fn=_die_with_parent(os.getpid()),
+        preexec_fn=die_with_parent(os.getpid()),
     ) as child:
-        assert child.stdout is not None  # noqa: S101 - PIPE was asked for
-        try:
-            error, tail = follow(child.stdout, log, on_event)
-            code = child.wait()
-        except BaseException:
-            _stop(child)
-            raise
-    return Outcome(code, error, tail)
+        return watch(child, log=log, on_event=on_event)
+
+
+def watch(child: Child, *, log: Path, on_event: OnEvent) -> Outcome:
+    """Wait for a child's end.
+
+    Its output goes to `log`, event lines (`skd_lib.events`) to `on_event`. If the caller is interrupted, the child and
+    its children are stopped before the interruption goes on.
+    """
+    assert child.stdout is not None  # noqa: S101 - it is piped
+    try:
+        error, tail = follow(child.stdout, log, on_event)
+        return Outcome(child.wait(), error, tail)
+    except BaseException:
+        _stop(child)
+        raise
 
 
 def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tuple[str, ...]]:
@@ -119,7 +140,7 @@ def progress_text(event: Mapping[str, Any]) -> str:
     return f"{event['done']}/{event['total']} {figures}".rstrip()
 
 
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
+def die_with_parent(parent: int) -> Callable[[], None] | None:
     """What the child does before it becomes the step: ask the kernel to be killed when its parent dies.
 
     The C library is loaded here, in the parent: between fork and exec as little as possible may happen.
@@ -136,7 +157,7 @@ def _die_with_parent(parent: int) -> Callable[[], None] | None:
     return ask
 
 
-def _stop(child: subprocess.Popen[str]) -> None:
+def _stop(child: Child) -> None:
     """End the child's process group: politely, then not."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):

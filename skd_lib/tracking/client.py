@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-# Before MLflow is imported: no usage data leaves the machine, and a server that is down costs seconds, not the
+# No usage data leaves the machine, and a server that is down costs seconds, not the
 # quarter of an hour of MLflow's own defaults. What the user set in the environment wins.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -33,6 +33,12 @@ _SQLITE = "sqlite:///"
 _HINT = "use `sqlite:///runs/mlflow.db` on one machine, or the `http(s)://` address of a tracking server"
 
 
+def quieten() -> None:
+    """Set what MLflow reads from the environment; to be called before it is imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of the tracking store; the folder of a sqlite file is created. A server is not contacted yet.
 
@@ -44,8 +50,7 @@ def connect(tracking_uri: str) -> MlflowClient:
         SQLAlchemyError: a database server does not answer.
     """
     _check_uri(tracking_uri)
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    quieten()
     try:
         from mlflow import MlflowClient
     except ImportError as error:
