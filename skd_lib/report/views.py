@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from statistics import fmean
 
 from markupsafe import Markup
@@ -76,6 +77,18 @@ def kind(role: Role) -> str:
 def metric_name(name: str) -> str:
     """A metric as people write it."""
     return METRIC_NAMES.get(name, name)
+
+
+def model_name(reference: str) -> str:
+    """What a headline calls a model: the file in a wheel without the digest, a folder or file without what is above it.
+
+    Args:
+        reference: As configured (`skd_lib.models.references`), perhaps with ", " and what was cut from it.
+    """
+    model, comma, rest = reference.partition(", ")
+    if "://" in model or model.startswith("/"):
+        model = PurePosixPath(model.partition("?")[0].rstrip("/")).name
+    return model + comma + rest
 
 
 def headlines(summary: Summary) -> list[Headline]:

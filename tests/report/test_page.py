@@ -17,6 +17,7 @@ from skd_lib.report.samples import SampledSequence
 from skd_lib.report.summary import Course, Summary, build_summary
 from skd_lib.report.untrusted import clipped, visible
 from skd_lib.report.viewer import STEPS_SHOWN, TOKENS_SHOWN, percent, step_views
+from skd_lib.report.views import model_name
 
 EMPTY = build_summary(task_metric="chrf", scores={}, specdec={}, course=Course())
 
@@ -102,6 +103,21 @@ def test_the_policy_admits_this_style_and_this_script_alone(summary: Summary) ->
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize(
+    ("reference", "shown"),
+    [
+        ("google/gemma-7b-it@main", "google/gemma-7b-it@main"),
+        ("gs://bucket/models/teacher/", "teacher"),
+        ("/home/me/models/teacher.gguf", "teacher.gguf"),
+        ("models/teacher", "models/teacher"),
+        ("wheel://llm==0.1/llm/Small.gguf?sha256=" + "0" * 64, "Small.gguf"),
+        ("gs://bucket/teacher, first 12 and last 10 layers", "teacher, first 12 and last 10 layers"),
+    ],
+)
+def test_a_headline_names_a_model_shortly(reference: str, shown: str) -> None:
+    assert model_name(reference) == shown
 
 
 def test_links_lead_into_the_page_or_to_mlflow(summary: Summary) -> None:
