@@ -321,7 +321,8 @@ def child_processes(settings: Mapping[str, str], log: Path) -> Iterator[Start]:
     """
     library = str(Path(skd_lib.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")]))
-    ours = {**os.environ, **settings, "PYTHONPATH": path}
+    # Not what lies where the run was started: people have folders named `pipelines` and files named `datasets.py`.
+    ours = {**os.environ, **settings, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     with contextlib.ExitStack() as stack:
 
         @functools.cache

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_steps_are_new_interpreters_where_the_server_has_ended(tmp_path: Path, m
     monkeypatch.setattr(local, "ForkServer", Ended)
     assert a_step(tmp_path).code == 0
     assert (tmp_path / "log").exists()
+
+
+def test_what_lies_where_a_run_is_started_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "ForkServer", partial(ForkServer, imported=["datasets"]))
+    for name in ("datasets.py", "pipelines/__init__.py", "skd_lib/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise RuntimeError('the wrong one')")
+    assert a_step(tmp_path).code == 0
+    assert (tmp_path / "log").read_text() == ""
 
 
 def a_step(tmp_path: Path) -> Outcome:
