@@ -42,16 +42,17 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def _head(head: nn.Module, hidden: Tensor) -> Tensor:
     fp32_on_cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if (
-        type(head) is not nn.Linear
-        or getattr(head, "bias", None) is not None
-        or torch.is_grad_enabled()
-        or not fp32_on_cpu
-    ):
+    if type(head) is not nn.Linear or _is_changed(head) or torch.is_grad_enabled() or not fp32_on_cpu:
         return cast(Tensor, head(hidden))
     # There the product of a few rows and a large vocabulary takes half the time with the vocabulary first.
     rows_NH = hidden.reshape(-1, head.in_features)
-    return (head.weight @ rows_NH.T).T.reshape(*hidden.shape[:-1], head.out_features)
+    return (head.weight @ rows_NH.T).T.contiguous().view(*hidden.shape[:-1], head.out_features)
+
+
+def _is_changed(head: nn.Linear) -> bool:
+    """Whether calling it is more than a product with its weights: a bias, hooks, another `forward`."""
+    hooks = head._forward_pre_hooks or head._forward_hooks
+    return bool(hooks) or "forward" in vars(head) or getattr(head, "bias", None) is not None
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -26,6 +26,20 @@ def test_both_halves_are_the_whole_model(tiny_model: TinyModel, arch: str, dtype
 
 
 @torch.no_grad()
+def test_hooks_on_a_head_are_called(tiny_model: TinyModel) -> None:
+    model, seen = tiny_model(), []
+    states = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    plain = lm_logits(model, states)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    lm_logits(model, states)
+    assert seen == [(2, 32)]
+    hook.remove()
+    head.forward = lambda states: 2 * type(head).forward(head, states)  # as accelerate's hooks do
+    torch.testing.assert_close(lm_logits(model, states), 2 * plain)
+
+
+@torch.no_grad()
 def test_a_head_of_another_kind_is_called(tiny_model: TinyModel) -> None:
     model = tiny_model(tie_word_embeddings=False)
     biased = nn.Linear(32, 320)
