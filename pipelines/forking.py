@@ -78,7 +78,13 @@ class ForkServer:
         self._process.wait()
 
     def start(self, module: str, arguments: Sequence[str], env: Mapping[str, str]) -> Child | None:
-        """Start `python3 -m MODULE ARGUMENTS` as a fork; None where the server has ended."""
+        """Start `python3 -m MODULE ARGUMENTS` as a fork; None where the server has ended.
+
+        Args:
+            module: Run as a script.
+            arguments: Of its command line.
+            env: Beside the server's environment, or in its place.
+        """
         reading, writing = os.pipe()
         output = os.fdopen(reading, encoding="utf-8", errors="replace")
         request = json.dumps({"module": module, "arguments": list(arguments), "env": dict(env)}).encode()
@@ -132,8 +138,7 @@ def _serve(server: socket.socket) -> tuple[str, list[str]] | None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.close(output)
-            os.environ.clear()
-            os.environ.update(env)
+            os.environ.update(env)  # beside what the imports have set
             return module, arguments
         os.close(output)
         _send_number(server, pid)

@@ -53,7 +53,7 @@ def test_a_fork_has_its_own_arguments_environment_session_and_output(server: For
         assert complaint == "to standard error"
         seen = json.loads(text)
         assert seen["argv"] == ["look", value]
-        assert {**seen["env"], "LC_CTYPE": ""} == {**environment(ONLY_HERE=value), "LC_CTYPE": ""}
+        assert environment(ONLY_HERE=value).items() <= seen["env"].items()
         assert seen["session"] == seen["pid"] != os.getsid(0)
         assert seen["left"] is None  # by the fork before
 
