@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -175,6 +176,8 @@ def main() -> None:
     for module in imported:
         with suppress(ImportError):  # a step that needs it will say so
             importlib.import_module(module)
+    # Python 3.12 warns of threads. Those that are there by now are of BLAS and of Arrow's allocator, made to be forked.
+    warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
     gc.freeze()  # a fork that looked through all these objects for garbage would copy them
     step = _serve(socket.socket(fileno=int(descriptor)))
     if step is not None:
