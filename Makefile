@@ -30,7 +30,7 @@ bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for op
 	$(BIN)/skd bench sampling $(ARGS)
 
 test: $(STAMP) ## Run the tests, on all cores (ARGS=... for pytest's options)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU (one after the other: they share it)
 	SKD_TEST_GPU=1 $(BIN)/python -m pytest tests/sampling/test_cuda.py $(ARGS)
