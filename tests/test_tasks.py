@@ -91,6 +91,22 @@ def test_an_unknown_task_says_which_there_are() -> None:
         run_config({"name": "gsm9k"})
 
 
+@pytest.mark.parametrize("date", ["2026-02-30", "26-01-01", "20260131", "2026-01-31 10:00", "tomorrow", 20260131])
+def test_a_date_that_is_none_is_refused(date: Any) -> None:
+    with pytest.raises(SkdError, match=r"field `task\.date`"):
+        run_config({"date": date})
+
+
+def test_a_date_may_stand_unquoted_in_yaml() -> None:
+    assert run_config(yaml.safe_load("date: 2026-01-31")).task.date == "2026-01-31"
+    assert run_config({"date": None}).task.date == run_config({}).task.date == ""
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(SkdError, match=r"field `task\.stop`: an empty string"):
+        run_config({"stop": [""]})
+
+
 def held_out(name: str, **fields: Any) -> dict[str, Any]:
     return {"name": name, "source": {"type": "files", "files": [f"{name}.jsonl"]}, **fields}
 
@@ -121,6 +137,7 @@ def test_a_held_out_set_is_asked_as_the_model_was_taught() -> None:
         ([held_out("a", source={"type": "files", "file": []})], "did you mean `files`?"),
         ([held_out("a", source={"type": "sql"})], "one of `files`, `hub`"),
         ([held_out("a", task={"name": "nope"})], "unknown task 'nope'"),
+        ([held_out("a", task={"stop": ["\n", ""]})], "field `data.held_out.0.task.stop`: an empty string"),
         ([held_out("a", examples=0)], "greater than or equal to 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -27,6 +28,11 @@ class TaskConfig(Section):
     prompt: str = Field("{source}", description="Template of the prompt; `{source}` is replaced by the input text.")
     system_prompt: str = Field("", description="System message, where a chat template is used.")
     chat_template: bool = Field(True, description="Wrap the prompt in the tokenizer's chat template.")
+    date: str = Field(
+        "",
+        description="The date that a chat template prints where it asks for today's, as YYYY-MM-DD. Empty: the day of "
+        "the run's preflight, so that all steps of a run and its repetitions see the same prompts.",
+    )
     stop: list[str] = Field([], description="The answer ends before the first of these strings, e.g. a newline.")
     answer: AnswerKind = Field(
         "hash",
@@ -66,6 +72,32 @@ class TaskConfig(Section):
         if "{source}" not in prompt:
             raise ValueError("the template must contain {source}, the place of the input text")
         return prompt
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _plain_date(cls, value: Any) -> Any:
+        # YAML reads an unquoted 2026-01-31 as a date.
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            return value.isoformat()
+        return "" if value is None else value
+
+    @field_validator("date")
+    @classmethod
+    def _is_date(cls, value: str) -> str:
+        try:
+            given = datetime.date.fromisoformat(value).isoformat() if value else ""
+        except ValueError:
+            given = None
+        if given != value:
+            raise ValueError(f"must be a day as YYYY-MM-DD, e.g. 2026-01-31, got {value!r}")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_say_something(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError('an empty string stands before every answer and would cut it off whole; leave "" out')
+        return stop
 
     @property
     def wants_comet(self) -> bool:

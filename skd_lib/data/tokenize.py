@@ -5,6 +5,7 @@ Prompt and response are tokenised apart and never again: the ids that a sampler 
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, source: 
     text = task.prompt.replace("{source}", source)
     if task.chat_template:
         messages = _messages(task, text)
-        return _apply_template(tokenizer, messages, add_generation_prompt=True)
+        return _apply_template(tokenizer, task, messages, add_generation_prompt=True)
     starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = list(tokenizer(text, add_special_tokens=not starts_with_bos)["input_ids"])
     # Tokenizers made for encoders end every text with EOS; a prompt that ends so would be a finished text.
@@ -109,8 +110,8 @@ def answer_end_id(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> int:
     if task.chat_template:
         answer = "answer"
         messages = [*_messages(task, "question"), {"role": "assistant", "content": answer}]
-        start = len(_apply_template(tokenizer, messages[:-1], add_generation_prompt=True))
-        tail = _apply_template(tokenizer, messages, add_generation_prompt=False)[start:]
+        start = len(_apply_template(tokenizer, task, messages[:-1], add_generation_prompt=True))
+        tail = _apply_template(tokenizer, task, messages, add_generation_prompt=False)[start:]
         added = tokenizer.added_tokens_decoder.items()
         special = {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
         for token in tail:
@@ -134,22 +135,42 @@ def _messages(task: TaskConfig, text: str) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": text}]
 
 
+def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
+    """Return whether the prompts of a task are others on another day, because the chat template prints the date.
+
+    Raises:
+        SkdError: the tokenizer has no chat template although the task wants one, or the template cannot be rendered.
+    """
+    if not task.chat_template:
+        return False
+    days = ("2021-02-03", "2034-11-25")
+    prompts = {_render(tokenizer, _messages(task, "question"), date=day, add_generation_prompt=True) for day in days}
+    return len(prompts) > 1
+
+
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, messages: list[dict[str, str]], *, add_generation_prompt: bool
 ) -> list[int]:
+    text = _render(tokenizer, messages, date=task.date, add_generation_prompt=add_generation_prompt)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, date: str, add_generation_prompt: bool
+) -> str:
     from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     if not tokenizer.chat_template:
         hint = "set `task.chat_template: false`, or use an instruction-tuned model"
         raise SkdError("the tokenizer has no chat template", where=str(tokenizer.name_or_path), hint=hint)
+    now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
     try:
-        # return_dict=False: transformers 5 returns a BatchEncoding by default.
-        ids = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
-        )
+        # The clock cannot be handed over as a variable: transformers lets only plain data into a template.
+        _compile_jinja_template(tokenizer.get_chat_template()).globals["strftime_now"] = now.strftime
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:
         hint = (
             "leave `task.system_prompt` out if the model has no system role" if messages[0]["role"] == "system" else ""
         )
         raise SkdError(f"the chat template refuses the messages: {error}", hint=hint) from error
-    return [int(token) for token in ids]
