@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from skd_lib.config.section import Section
 from skd_lib.config.task import TaskConfig
+
+Cast = Literal["text", "label_name"]
+PLACE = re.compile(r"{([^{}]+)}")
+"""A column's place in a template."""
 
 
 class Columns(Section):
     """Which columns hold what."""
 
     source: str = Field(
-        "source", description="The input text: a column, or a template of several: `{body} {question}`."
+        "source",
+        description="The input text: a column, or a template of several: `{body} {question}`. Parts may be empty, what "
+        "comes out may not.",
     )
     target: str = Field("target", description="The reference answer, likewise.")
+    cast: dict[str, Cast] = Field(
+        {},
+        description="Columns that hold no text, and what becomes of their values: `text` writes numbers, dates and "
+        "true/false as JSON does, null as nothing; `label_name` takes the name of a ClassLabel, e.g. "
+        "`{label: label_name}`.",
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """All columns that are read."""
+        return list(dict.fromkeys([*columns_of(self.source), *columns_of(self.target)]))
+
+    @model_validator(mode="after")
+    def _casts_are_read(self) -> Columns:
+        if unread := sorted(set(self.cast) - set(self.names)):
+            raise ValueError(f"cast names a column that neither source nor target reads: {', '.join(unread)}")
+        return self
+
+
+def columns_of(column: str) -> list[str]:
+    """The columns that a template names, or the one column that it is."""
+    return PLACE.findall(column) or [column]
 
 
 class FilesSource(Section):
-    """JSONL, CSV or Parquet files; each split is a list of local paths or gs:// URIs."""
+    """JSONL, JSON, CSV, TSV (all of them also as .gz) or Parquet files; each split is a list of files, folders and
+    globs (`data/*.jsonl`), local or gs:// URIs."""
 
     type: Literal["files"] = "files"
     train: list[str] = Field(min_length=1)
@@ -80,10 +110,10 @@ DataSource = Annotated[FilesSource | HubSource | GettextSource, Field(discrimina
 
 
 class HeldOutFiles(Section):
-    """One test set in JSONL, CSV or Parquet files."""
+    """One test set in files."""
 
     type: Literal["files"] = "files"
-    files: list[str] = Field(min_length=1, description="Local paths or gs:// URIs.")
+    files: list[str] = Field(min_length=1, description="Files, folders and globs, local or gs:// URIs.")
     columns: Columns = Columns()
 
 
@@ -122,7 +152,7 @@ class DataConfig(Section):
         gt=0,
         le=1,
         description="Jaccard similarity of character 5-grams above which a training row that resembles a held-out row "
-        "is dropped; 1 drops exact duplicates only.",
+        "is dropped, if both have the same numbers in the same order; 1 drops exact duplicates only.",
     )
     held_out: list[HeldOutConfig] = Field(
         [], description="Further test sets: every model is scored on each, none is trained or chosen on it."

@@ -1,22 +1,29 @@
-"""Reading and checking the rows of JSONL, CSV and Parquet files, with the row number in every error."""
+"""From rows to examples: which columns are read, as what, and what is wrong with a row, named with its place."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from typing import IO, Any
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import date, time
+from decimal import Decimal
+from typing import Any
 
 from skd_lib.config import Columns
+from skd_lib.config.data import PLACE, columns_of
 from skd_lib.data.examples import Example, make_example
 from skd_lib.errors import SkdError, SkdErrors
 
 MAX_PROBLEMS = 20
-_HINT_BROKEN = "mend or remove this row"
-_PLACE = re.compile(r"{([^{}]+)}")
+MAX_CHARACTERS = 4_000_000
+"""Of one text: about a million tokens, more than models take, and what tokenising one may cost: some ten seconds."""
+QUICK_CHARACTERS = 200_000_000
+"""Of all texts where only the first rows are looked at."""
+HINT_BROKEN = "mend or remove this row"
+Labels = Mapping[str, list[str]]
+"""The names of a ClassLabel's values, by column."""
 
 
 class Problems:
@@ -43,162 +50,149 @@ class Problems:
             raise SkdErrors(self._errors)
 
 
-def read_file(
-    stream: IO[bytes], name: str, columns: Columns, problems: Problems, max_rows: int | None = None
+def check_rows(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    columns: Columns,
+    problems: Problems,
+    labels: Labels | None = None,
+    max_characters: int | None = None,
 ) -> list[Example]:
-    """Read the examples of one file; rows that are wrong go to `problems`.
-
-    Args:
-        stream: The file's content; Parquet needs a stream that can seek.
-        name: Path or URI; its ending says which format it is.
-        columns: Names of the source's and the target's columns.
-        problems: Where errors are noted, with file, row and field. Rows are counted from 1; a CSV header is no row.
-        max_rows: Read at most this many.
-
-    Raises:
-        SkdErrors: there are too many problems to go on.
-    """
-    reader = next((reader for ending, reader in _READERS.items() if name.lower().endswith(ending)), None)
-    if reader is None:
-        hint = f"use one of: {', '.join(_READERS)}"
-        problems.add(SkdError("unknown kind of data file", where=name, hint=hint))
-        return []
-    return check_rows(islice(reader(stream, name, columns, problems), max_rows), columns, problems)
-
-
-def check_rows(rows: Iterable[tuple[str, dict[str, Any]]], columns: Columns, problems: Problems) -> list[Example]:
-    """Turn rows into examples: both columns must be there, and be text that is not blank.
+    """Turn rows into examples: all columns must be there, and make two texts that are not blank.
 
     Args:
         rows: Where each row is, and its fields.
-        columns: Names of the source's and the target's columns.
+        columns: Names of the source's and the target's columns, and what becomes of those that hold no text.
         problems: Where errors are noted.
+        labels: The names of labels, where the rows have any.
+        max_characters: Stop after this many in all.
     """
-    examples = []
+    examples, characters = [], 0
     for where, row in rows:
-        errors = [error for name in _names(columns) if (error := _field_error(row, name, where))]
+        texts, errors = [], []
+        for column in (columns.source, columns.target):
+            try:
+                texts.append(_text(row, column, columns, labels or {}))
+            except SkdErrors as several:
+                errors += several.errors
         for error in errors:
-            problems.add(error)
+            problems.add(SkdError(error.what, where=f"{where}, {error.where}", hint=error.hint))
         if not errors:
-            examples.append(make_example(_text(row, columns.source), _text(row, columns.target), origin=where))
+            examples.append(make_example(*texts, origin=where))
+            characters += sum(map(len, texts))
+            if max_characters is not None and characters >= max_characters:
+                break
     return examples
 
 
-def _names(columns: Columns) -> list[str]:
-    """All columns that are read."""
-    return [name for column in (columns.source, columns.target) for name in _PLACE.findall(column) or [column]]
+def check_columns(names: Iterable[str], file: str, columns: Columns) -> None:
+    """See that a table has the columns, and no two of one name.
 
-
-def _text(row: dict[str, Any], column: str) -> str:
-    """The field of a column, or a template filled with several."""
-    return _PLACE.sub(lambda place: str(row[place[1]]), column) if _PLACE.search(column) else str(row[column])
-
-
-def _field_error(row: dict[str, Any], column: str, where: str) -> SkdError | None:
-    place = f"{where}, field `{column}`"
-    if column not in row:
-        hint = f"this row has: {', '.join(row) or 'nothing'}; name the columns in `data.source.columns`"
-        return SkdError("the field is missing", where=place, hint=hint)
-    value = row[column]
-    if not isinstance(value, str):
-        return SkdError(f"must be text, got {type(value).__name__} {_short(value)}", where=place, hint=_HINT_BROKEN)
-    if not value.strip():
-        return SkdError("the text is empty", where=place, hint=_HINT_BROKEN)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        what = f"half a surrogate pair, \\u{ord(value[error.start]):x} at character {error.start}, is no text"
-        return SkdError(what, where=place, hint=_HINT_BROKEN)
-    return None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _jsonl(stream: IO[bytes], name: str, _columns: Columns, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(stream, start=1):
-        where = f"{name}, row {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            problems.add(SkdError(f"not UTF-8 text: {error}", where=where, hint="convert the file to UTF-8"))
-        except json.JSONDecodeError as error:
-            problems.add(SkdError(f"broken JSON: {error.msg} (column {error.colno})", where=where, hint=_HINT_BROKEN))
-        else:
-            if isinstance(row, dict):
-                yield where, row
-            else:
-                what = f"must be a JSON object, got {type(row).__name__} {_short(row)}"
-                problems.add(SkdError(what, where=where, hint='write {"source": "...", "target": "..."}'))
-
-
-def _csv(
-    stream: IO[bytes], name: str, columns: Columns, problems: Problems, delimiter: str = ","
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(
-        io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
-    )
-    row = 0
-    try:
-        if not has_columns(reader.fieldnames or (), name, columns, problems):
-            return
-        for row, values in enumerate(reader, start=1):
-            where = f"{name}, row {row} (line {reader.line_num})"
-            # DictReader puts surplus fields under None, and None where fields are missing.
-            if None in values or None in values.values():
-                hint = f"the header has {len(reader.fieldnames or ())} fields; quote a field that holds the delimiter"
-                problems.add(SkdError("the number of fields differs from the header's", where=where, hint=hint))
-            else:
-                yield where, values
-    except csv.Error as error:
-        problems.add(SkdError(f"broken CSV: {error}", where=f"{name}, row {row + 1}", hint=_HINT_BROKEN))
-    except UnicodeDecodeError as error:
-        where = f"{name}, after row {row}"
-        problems.add(SkdError(f"not UTF-8 text: {error}", where=where, hint="convert the file to UTF-8"))
-
-
-def _tsv(stream: IO[bytes], name: str, columns: Columns, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    return _csv(stream, name, columns, problems, delimiter="\t")
-
-
-def _parquet(
-    stream: IO[bytes], name: str, columns: Columns, problems: Problems
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(stream)
-        if not has_columns(file.schema_arrow.names, name, columns, problems):
-            return
-        number = 0
-        for batch in file.iter_batches(columns=_names(columns)):
-            for values in batch.to_pylist():
-                number += 1
-                yield f"{name}, row {number}", values
-    except pyarrow.ArrowException as error:
-        problems.add(SkdError(f"not a Parquet file: {error}", where=name, hint="check the file, or write it again"))
-
-
-def has_columns(names: Iterable[str], file: str, columns: Columns, problems: Problems) -> bool:
-    """Whether a table has the columns; a missing one is noted in `problems` once, not once a row."""
+    Raises:
+        SkdErrors: all that is wrong, once and not once a row.
+    """
     names = list(names)
-    missing = [column for column in _names(columns) if column not in names]
-    hint = f"this file has: {', '.join(names) or 'nothing'}; name the columns in `data.source.columns`"
-    for column in missing:
-        problems.add(SkdError("the column is missing", where=f"{file}, field `{column}`", hint=hint))
-    return not missing
+    repeated = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
+    errors = [
+        SkdError("several columns have this name", where=f"{file}, field `{name}`", hint="rename all but one")
+        for name in repeated
+    ]
+    hint = f"this file has: {listed(names)}; name the columns in `data.source.columns`"
+    missing = [name for name in columns.names if name not in names]
+    errors += [SkdError("the column is missing", where=f"{file}, field `{name}`", hint=hint) for name in missing]
+    if errors:
+        raise SkdErrors(errors)
 
 
-_Reader = Callable[[IO[bytes], str, Columns, Problems], Iterator[tuple[str, dict[str, Any]]]]
-_READERS: dict[str, _Reader] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".parquet": _parquet,
-}
+def listed(names: Iterable[Any]) -> str:
+    """Names of columns on one line, not too long."""
+    return _cut(", ".join(_cut(str(name), 60) for name in list(names)[:20]) or "nothing", 400)
+
+
+def short(value: object) -> str:
+    """A value on one line, not too long, whatever its size."""
+    return _cut(_SHORT.repr(value), 40)
+
+
+def _text(row: dict[str, Any], column: str, columns: Columns, labels: Labels) -> str:
+    """The field of a column, or a template filled with several.
+
+    Raises:
+        SkdErrors: what is wrong; `where` names the field.
+    """
+    errors, parts = [], {}
+    for name in columns_of(column):
+        try:
+            parts[name] = _part(row, name, columns, labels)
+        except SkdError as error:
+            errors.append(SkdError(error.what, where=f"field `{name}`", hint=error.hint))
+    if errors:
+        raise SkdErrors(errors)
+    is_template = PLACE.search(column) is not None
+    text = PLACE.sub(lambda place: parts[place[1]], column) if is_template else parts[column]
+    if is_template and not all(part.strip() for part in parts.values()):
+        text = text.strip()  # of the space that stood between an empty part and the others
+    # A template of whose parts none has text says nothing about this row.
+    empty = not any(part.strip() for part in parts.values())
+    if error := "the text is empty" if empty else _wrong(text):
+        raise SkdErrors([SkdError(error, where=f"field `{column}`", hint=HINT_BROKEN)])
+    return text
+
+
+def _wrong(text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        return f"a text of {len(text):,} characters is too long; at most {MAX_CHARACTERS:,} are read"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a surrogate pair, \\u{ord(text[error.start]):x} at character {error.start}, is no text"
+    return ""
+
+
+def _part(row: dict[str, Any], name: str, columns: Columns, labels: Labels) -> str:
+    """A field as text."""
+    if name not in row:
+        hint = f"this row has: {listed(row)}; name the columns in `data.source.columns`"
+        raise SkdError("the field is missing", hint=hint)
+    value, cast = row[name], columns.cast.get(name)
+    if cast == "label_name":
+        return _label(value, labels.get(name))
+    if isinstance(value, str):
+        return value
+    if cast == "text":
+        return _plain(value)
+    what = f"must be text, got {type(value).__name__} {short(value)}"
+    if value is None or not isinstance(value, _SIMPLE):
+        raise SkdError(what, hint=HINT_BROKEN)
+    wanted = "label_name" if name in labels else "text"
+    raise SkdError(what, hint=f"to read this column as text, add `cast: {{{name}: {wanted}}}` to `columns`")
+
+
+_SIMPLE = (bool, int, float, Decimal, date, time)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def _plain(value: Any) -> str:
+    """A simple value as JSON writes it."""
+    if value is None:
+        return ""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal) and value.is_finite():
+        return str(value)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    raise SkdError(f"cannot be written as text: {type(value).__name__} {short(value)}", hint=HINT_BROKEN)
+
+
+def _label(value: Any, names: list[str] | None) -> str:
+    if names is None:
+        hint = "names come from the ClassLabel of a dataset; use `text` to get the values themselves"
+        raise SkdError("this column has no label names", hint=hint)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
+        raise SkdError(f"no label's number: {type(value).__name__} {short(value)}", hint=HINT_BROKEN)
+    return names[value]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

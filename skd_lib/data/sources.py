@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, assert_never
@@ -25,8 +27,10 @@ from skd_lib.config import (
     HubSource,
 )
 from skd_lib.data.examples import Example
+from skd_lib.data.files import data_files, stored_files
 from skd_lib.data.gettext_catalogs import read_wheel
-from skd_lib.data.rows import Problems, check_rows, has_columns, read_file
+from skd_lib.data.readers import RawRow, class_labels, guarded, read_file
+from skd_lib.data.rows import QUICK_CHARACTERS, Problems, check_columns, check_rows
 from skd_lib.errors import SkdError, SkdErrors
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -143,7 +147,7 @@ def _identify_files(uris: list[str]) -> list[dict[str, Any]]:
     return [
         {"size": stored.size, "generation": stored.generation, "checksum": stored.checksum}
         for uri in uris
-        for stored in storage.list_objects(uri)
+        for stored in stored_files(uri)
     ]
 
 
@@ -161,8 +165,9 @@ def _read_files(uris: list[str], columns: Columns, problems: Problems, max_rows:
     examples = []
     for uri in uris:
         try:
-            with _opened(uri, whole=max_rows is None) as stream:
-                examples += read_file(stream, uri, columns, problems, max_rows)
+            for file in data_files(uri):
+                with _opened(file, whole=max_rows is None) as stream:
+                    examples += read_file(stream, file, columns, problems, max_rows)
         except SkdErrors:
             raise  # too many problems
         except SkdError as error:
@@ -199,20 +204,63 @@ def _load_hub(source: HubSource, max_rows: int | None) -> SourceSplits:
 def _read_hub(source: HubDataset, split: str, problems: Problems, max_rows: int | None) -> list[Example]:
     where = f"{source.dataset}, split `{split}`"
     with _hub_errors(where):
-        dataset = _dataset(source, split, streaming=max_rows is not None)
+        dataset = _dataset(source, split) if max_rows is None else _stream(source, split, max_rows)
         names = dataset.column_names
-        if names is not None and not has_columns(names, where, source.columns, problems):
+        try:
+            if names is not None:
+                check_columns(names, where, source.columns)
+                # Pictures and sound in other columns need no decoding then.
+                dataset = dataset.select_columns(source.columns.names)
+        except SkdErrors as missing:
+            for error in missing.errors:
+                problems.add(error)
             return []
-        rows = ((f"{where}, row {number}", row) for number, row in enumerate(dataset, start=1))
-        return check_rows(islice(rows, max_rows), source.columns, problems)
+        labels = class_labels(dataset.features)
+    numbered = enumerate(dataset, start=1)
+    rows = (RawRow(f"{where}, row {number}", partial(dict, row)) for number, row in islice(numbered, max_rows))
+    characters = None if max_rows is None else QUICK_CHARACTERS
+    return check_rows(guarded(rows, "data", where, problems), source.columns, problems, labels, characters)
 
 
-def _dataset(source: HubDataset, split: str, *, streaming: bool) -> Any:
+def _dataset(source: HubDataset, split: str | None, *, streaming: bool = False) -> Any:
     import datasets
 
     return datasets.load_dataset(
         source.dataset, source.subset, split=split, revision=source.revision, streaming=streaming
     )
+
+
+def _stream(source: HubDataset, split: str, max_rows: int) -> Any:
+    """A split to be read from its beginning; of slices (`train[:10%]`, `a+b`), which cannot be streamed, the rows.
+
+    Where nobody knows how many rows a split has, percentages and positions from its end are of its first `max_rows`.
+    """
+    import datasets
+
+    splits = _dataset(source, None, streaming=True)
+    if split in splits:
+        return splits[split]
+    instruction = datasets.ReadInstruction.from_spec(split)
+    relative = "%" in split or "-" in split
+    lengths = _Lengths(splits, max_rows if relative else None)
+    parts = [
+        splits[part.splitname].skip(part.from_).take(part.to - part.from_) for part in instruction.to_absolute(lengths)
+    ]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+class _Lengths(dict[str, int]):
+    """The number of rows of each split, found when it is asked for."""
+
+    def __init__(self, splits: Mapping[str, Any], count_to: int | None) -> None:
+        super().__init__(dict.fromkeys(splits, 0))
+        self._splits, self._count_to = splits, count_to
+
+    def __getitem__(self, name: str) -> int:
+        known = (self._splits[name].info.splits or {}).get(name)
+        if known is not None and known.num_examples:
+            return int(known.num_examples)
+        return sys.maxsize if self._count_to is None else sum(1 for _ in islice(self._splits[name], self._count_to))
 
 
 def _hub_revision(source: HubDataset) -> str:
@@ -244,9 +292,14 @@ def _hub_errors(where: str) -> Iterator[None]:
         # What `datasets` raises for a subset or a split that the dataset does not have; the message lists those it has.
         hint = "check `data.source.subset` and the names of the splits"
         raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
+    except SkdError:
+        raise
     except OSError as error:
         hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
         raise SkdError(f"cannot reach the dataset on the hub: {_first_line(error)}", where=where, hint=hint) from error
+    except Exception as error:  # whatever the library's readers raise for files that it cannot read
+        hint = "check the dataset's files, or give them as files (`data.source.type: files`)"
+        raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
 
 
 def _first_line(error: Exception) -> str:

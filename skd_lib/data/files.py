@@ -1,0 +1,162 @@
+"""Which files a path, a folder or a glob stands for: always in the same order, and nothing but regular files."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from skd_lib import storage
+from skd_lib.errors import SkdError
+from skd_lib.storage import Missing, StoredObject
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = ".gz"
+_WILD = re.compile(r"[*?\[]")
+
+
+def ending(name: str) -> str | None:
+    """The ending that says which format a data file has, without `.gz`; None if it is no data file."""
+    name = name.lower()
+    found = Path(name.removesuffix(COMPRESSED)).suffix
+    return found if found in ENDINGS and not (found == ".parquet" and name.endswith(COMPRESSED)) else None
+
+
+def data_files(uri: str) -> list[str]:
+    """The files that `uri` stands for, sorted by name: itself, those in a folder, or those that match a glob.
+
+    Of a folder and of those in it, files with the ending of a data file are taken, but none whose name, or whose
+    folder's, begins with `.` or `_`, as Spark's and editors' do. In a glob `**` stands for any number of folders. A
+    file whose own name has a `*`, `?` or `[` is that file.
+
+    Raises:
+        Missing: there is nothing.
+        SkdError: it cannot be read, is no regular file, or a folder without data files.
+    """
+    if storage.is_remote(uri):
+        return _remote(uri)
+    try:
+        return [_regular(uri)]
+    except IsADirectoryError:
+        path = Path(uri)
+        return _some(sorted(_regular(str(path / name)) for name in _walk(path) if _is_data(name)), uri)
+    except Missing:
+        if not _WILD.search(uri):
+            raise
+        return _some(_local_glob(uri), uri)
+
+
+def stored_files(uri: str) -> list[StoredObject]:
+    """`data_files` with what identifies their content. Cost: local files are read in full, for their sha256.
+
+    Raises:
+        SkdError: see `data_files`.
+    """
+    files = data_files(uri)
+    if not storage.is_remote(uri) or files == [uri]:
+        return [stored for file in files for stored in storage.list_objects(file)]
+    listed = {stored.uri: stored for stored in storage.list_objects(_fixed_part(uri))}
+    try:
+        return [listed[file] for file in files]
+    except KeyError as error:
+        raise Missing("it was deleted a moment ago", where=str(error.args[0]), hint="try again") from error
+
+
+def _remote(uri: str) -> list[str]:
+    try:
+        objects = [stored.uri for stored in storage.list_objects(uri)]
+    except Missing:
+        if not _WILD.search(uri):
+            raise
+        folder = _fixed_part(uri)
+        pattern = uri.removeprefix(f"{folder}/").split("/")
+        names = sorted(storage.file_sizes(folder))
+        return _some([f"{folder}/{name}" for name in names if _matches(name.split("/"), pattern)], uri)
+    folder = uri.rstrip("/")
+    if objects == [folder]:
+        return objects
+    return _some([name for name in objects if _is_data(name.removeprefix(f"{folder}/"))], uri)
+
+
+def _fixed_part(uri: str) -> str:
+    """The folder above the first part of a glob that has a wildcard; the URI itself if none has."""
+    scheme, _, rest = uri.rpartition("://")
+    parts = rest.rstrip("/").split("/")
+    fixed = next((parts[:number] for number, part in enumerate(parts) if _WILD.search(part)), parts)
+    return f"{scheme}://{'/'.join(fixed)}" if scheme else "/".join(fixed)
+
+
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    if not name or not pattern:
+        return not name and all(part == "**" for part in pattern)
+    hidden = name[0].startswith(".")
+    if pattern[0] == "**":
+        return _matches(name, pattern[1:]) or (not hidden and _matches(name[1:], pattern))
+    if hidden and not pattern[0].startswith("."):
+        return False
+    return fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+
+
+def _local_glob(pattern: str) -> list[str]:
+    fixed = _fixed_part(pattern)
+    folder = Path(fixed or ("/" if pattern.startswith("/") else "."))
+    parts = pattern.removeprefix(fixed).lstrip("/").split("/")
+    names = _walk(folder, None if "**" in parts else len(parts)) if folder.is_dir() else iter(())
+    return sorted(_regular(str(folder / name)) for name in names if _matches(name.split("/"), parts))
+
+
+def _walk(folder: Path, depth: int | None = None) -> Iterator[str]:
+    """All that is in a folder but folders, by its path in it, down to a depth."""
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(str(error.filename), error) from error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        below = os.path.relpath(root, folder)
+        prefix = "" if below == "." else f"{below}/"
+        if depth is not None and prefix.count("/") + 1 >= depth:
+            folders.clear()
+        yield from (f"{prefix}{name}" for name in names)
+
+
+def _is_data(name: str) -> bool:
+    return ending(name) is not None and not any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _regular(path: str) -> str:
+    """The path of a regular file: reading a pipe or a device could wait for ever.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        Missing: there is none.
+        SkdError: it is of another kind, or no path.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise Missing(f"cannot read: {error.strerror}", where=path, hint="check the path") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:  # a NUL in it
+        raise SkdError(f"no path of a file: {error}", where=ascii(path), hint="check the path") from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(path)
+    if not stat.S_ISREG(mode):
+        hint = "give a regular file; write what comes through a pipe into one first"
+        raise SkdError("not a regular file", where=path, hint=hint)
+    return path
+
+
+def _some(files: list[str], uri: str) -> list[str]:
+    if not files:
+        kinds = f"{', '.join(ENDINGS)}, or .gz of all but Parquet"
+        raise Missing("there is no data file here", where=uri, hint=f"check the path; data files end with {kinds}")
+    return files
+
+
+def _unreadable(where: str, error: OSError) -> SkdError:
+    hint = "check the path and its permissions"
+    return SkdError(f"cannot read: {error.strerror or error}", where=where, hint=hint)
