@@ -7,11 +7,20 @@ wrapper hands on what it does not know.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Config fields that logits are multiplied by: Cohere's, Falcon-H1's, Muse's."""
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+"""Config fields that logits are divided by: Granite's and MiniCPM3's, Inkling's."""
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Config fields c of c * tanh(logits / c), after the factors: Gemma's, RecurrentGemma's, xLSTM's."""
+_INVERSE = "hyperclovax"
+"""HyperCLOVAX multiplies by what Granite, whose field it uses, divides by."""
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -22,6 +31,9 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits from final hidden states, with the logit scale or soft-cap that the architecture applies.
 
+    `skd_lib.models.supported.check_supported` compares them with the model's own and refuses an architecture whose
+    head does something else.
+
     Args:
         model: A causal language model with its head.
         hidden: (..., H) states of `decoder(model)`.
@@ -30,13 +42,19 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         (..., V) logits in the head's dtype, equal to what `model(...)` returns at these positions.
     """
     logits = _head(model.get_output_embeddings(), hidden)
-    config = model.config
-    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / scaling
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        logits = torch.tanh(logits / cap) * cap
+    config = _text_config(model)
+    for name in _FACTORS:
+        if (factor := getattr(config, name, None)) is not None:
+            logits = logits * factor
+    for name in _DIVISORS:
+        if (divisor := getattr(config, name, None)) is not None:
+            inverse = name == "logits_scaling" and config.model_type.startswith(_INVERSE)
+            logits = logits * divisor if inverse else logits / divisor
+    for name in _CAPS:
+        if (cap := getattr(config, name, None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+    if (unpadded := getattr(config, "unpadded_vocab_size", None)) is not None:  # Inkling
+        logits = logits[..., :unpadded]
     return logits
 
 
@@ -56,5 +74,11 @@ def _is_changed(head: nn.Linear) -> bool:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the head, padding rows included."""
-    return int(model.get_output_embeddings().weight.shape[0])
+    """Return the number of logits of a position, those of padding rows included."""
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    return min(rows, getattr(_text_config(model), "unpadded_vocab_size", None) or rows)
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    """Return the part of the config that speaks of the decoder: models of several modalities have one for each."""
+    return model.config.get_text_config(decoder=True)

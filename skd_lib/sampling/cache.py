@@ -11,7 +11,8 @@ with rotary positions and attention layers, full or with a sliding window, bare 
 
 Any other decoder (absolute positions, recurrent or linear-attention layers, attention that takes no mask) gets a
 `TokenCache`, which keeps the tokens and runs the model on all of them again: right, and slower by the length of the
-sequence. What no causal decoder can do is refused (`check_supported`).
+sequence. What no causal decoder can do is refused
+(`skd_lib.models.supported.check_supported`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def forward(
     """Run the decoder on a block of tokens that starts at each row's own position.
 
     Args:
-        model: A causal language model that `check_supported` lets pass.
+        model: A causal language model that `check_supported` accepts.
         cache: Holds the positions before `starts_B`; those of the block are written.
         tokens_BT: Token ids.
         starts_B: Position of each row's first token.
@@ -202,21 +202,6 @@ def forward(
     width = tokens_BT.shape[1]
     positions_BT = starts_B.unsqueeze(1) + torch.arange(width, device=starts_B.device)
     return cache.forward(model, tokens_BT, positions_BT, longest + width)
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """See that a forward over a row's tokens is what the model itself would compute.
-
-    Raises:
-        SkdError: it is not. The architecture is named.
-    """
-    if model.config.is_encoder_decoder:
-        reason, hint = "is an encoder-decoder", "use a decoder, e.g. Llama, Mistral, Qwen or Gemma"
-    elif getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        reason, hint = "is wrapped by PEFT with virtual tokens", "use an adapter that changes weights, e.g. LoRA"
-    else:
-        return
-    raise SkdError(f"cannot sample from this `{model.config.model_type}` model: it {reason}", hint=hint)
 
 
 def position_limit(model: PreTrainedModel, block: int) -> int | None:

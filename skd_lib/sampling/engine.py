@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.supported import check_supported
 from skd_lib.sampling.acceptance import AcceptanceRule
-from skd_lib.sampling.cache import RowCache, TokenCache, check_supported, position_limit, prefilled, stretches
+from skd_lib.sampling.cache import RowCache, TokenCache, position_limit, prefilled, stretches
 from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.graphs import CudaGraphs, GraphedRounds

@@ -1,0 +1,54 @@
+"""Names that MLflow takes, so that a bad one is refused before training and not after it.
+
+MLflow's own rules (`mlflow.utils.validation`) are not all: a name must fit a column of its database, and be found again
+by a search, whose filter has no escape for quotes.
+"""
+
+from __future__ import annotations
+
+_MODEL_LENGTH = 250
+_EXPERIMENT_LENGTH = 250
+_RESERVED = "/:@"  # `models:/NAME/VERSION`, `models:/NAME@ALIAS`
+
+
+def check_model_name(name: str) -> str:
+    """See that a registered model may be called `name`.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: it may not.
+    """
+    _check_line(name, _MODEL_LENGTH)
+    if reserved := [sign for sign in _RESERVED if sign in name]:
+        raise ValueError(f"must not contain {' or '.join(_RESERVED)}, got {reserved[0]}")
+    if name in (".", ".."):
+        raise ValueError(f"{name!r} is a folder, not a name")
+    if "'" in name and '"' in name:
+        raise ValueError("must not contain both kinds of quotes: MLflow could not search for it")
+    return name
+
+
+def check_experiment(name: str) -> str:
+    """See that an MLflow experiment may be called `name`.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: it may not.
+    """
+    return _check_line(name, _EXPERIMENT_LENGTH)
+
+
+def _check_line(name: str, longest: int) -> str:
+    if not name.strip():
+        raise ValueError("must not be blank")
+    if name != name.strip():
+        raise ValueError(f"must not begin or end with a space, got {name[:80]!r}")
+    if not name.isprintable():
+        raise ValueError(f"must be one line of printable characters, got {name[:80]!r}")
+    if len(name) > longest:
+        raise ValueError(f"has {len(name)} characters, the limit is {longest}")
+    return name
