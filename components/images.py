@@ -3,8 +3,9 @@
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from skd_lib.documents import parse_yaml
 
 # A source tree keeps the file beside the Dockerfiles; a wheel carries a copy in this package.
 SOURCE_TREE = Path(__file__).resolve().parent.parent
@@ -26,9 +27,9 @@ class Image(BaseModel):
         return f"{self.image}@{self.digest}" if self.digest else f"{self.image}:{self.version}"
 
 
-def parse_images(text: str) -> dict[str, Image]:
+def parse_images(text: str, *, where: str = "digests.yaml") -> dict[str, Image]:
     """All images by name, from the text of such a file."""
-    return TypeAdapter(dict[str, Image]).validate_python(yaml.safe_load(text))
+    return TypeAdapter(dict[str, Image]).validate_python(parse_yaml(text, where=where))
 
 
 def read_images(path: Path = IN_SOURCE_TREE) -> dict[str, Image]:

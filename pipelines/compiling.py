@@ -15,6 +15,7 @@ import yaml
 from components.images import COMET, TRAIN
 from pipelines.lint_platform import lint_documents
 from pipelines.profiles import DEFAULT, load_profile
+from skd_lib.documents import parse_yaml_documents, read_text
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
@@ -58,7 +59,7 @@ def compile_pipeline(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))
-        documents: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        documents: Documents = parse_yaml_documents(path.read_text(encoding="utf-8"), where="compiled pipeline")
     images = {TRAIN: image or TRAIN, COMET: comet_image or COMET}
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         set_image(executor["container"], images[executor["container"]["image"]])
@@ -106,7 +107,7 @@ def check_compiled(path: Path, *, name: str = "distillation", profile: str = DEF
     """
     if not path.is_file():
         raise SkdError("the compiled pipeline is missing", where=str(path), hint="run `skd compile`")
-    committed: Documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    committed: Documents = parse_yaml_documents(read_text(path), where=str(path))
     fresh = compile_pipeline(name=name, profile=profile, release=release)
     differing = [
         place

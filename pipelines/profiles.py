@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from skd_lib.config import Section, parse_section, read_yaml
+from skd_lib.config.training import Quantity
 from skd_lib.errors import SkdError, SkdErrors
 
 FOLDER = Path(__file__).parent / "resources"
@@ -43,7 +44,6 @@ KINDS: Mapping[str, Kind] = {
 SEVERAL_GPUS = ("teacher_sft", "distill")
 """The steps that train on all GPUs of their pod, one process each."""
 
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$", examples=["8", "64Gi"])]
 Duration = Annotated[str, Field(pattern=r"^[1-9][0-9]*(s|m|h)$", examples=["90s", "12h"])]
 
 
@@ -69,7 +69,7 @@ class Retry(Section):
 
     count: int = Field(2, ge=0, le=10, description="Further attempts; 0: none.")
     wait: Duration = Field("60s", description="Pause before the first of them.")
-    factor: float = Field(2.0, ge=1, description="Each pause is so many times the last.")
+    factor: float = Field(2.0, ge=1, le=100, description="Each pause is so many times the last.")
     longest_wait: Duration = Field("600s", description="The longest pause.")
 
 

@@ -90,7 +90,7 @@ def test_several_nodes_are_refused_on_one_machine(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "missing.yaml"], "missing.yaml: cannot read the config"),
+        (["run", "missing.yaml"], "missing.yaml: cannot be read: No such file"),
         (["run", str(DEMO), "--set", "seed"], "--set seed: not FIELD=VALUE"),
         (["run", str(DEMO), "--runs-dir", str(DEMO)], "cannot write the run's folder"),
         (["compile", "--image", "r/skd:1"], "hint: name another file with --output"),

@@ -70,6 +70,42 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("data.source.train", None, "data.source.train", "required", "add it"),
         ("data.source.columns.sorce", "a", "data.source.columns.sorce", "unknown field", "did you mean `source`?"),
         ("data.source.type", None, "data.source.type", "required", "`files`, `hub`, `gettext`"),
+        ("teacher_sft.training.learning_rate", float("inf"), "teacher_sft.training.learning_rate", "finite number", ""),
+        ("teacher_sft.training.epochs", "nan", "teacher_sft.training.epochs", "finite number", ""),
+        ("teacher_sft.training.epochs", 1e18, "teacher_sft.training.epochs", "less than or equal to 100000", ""),
+        ("distill.training.learning_rate", 1e300, "distill.training.learning_rate", "less than or equal to 10", ""),
+        ("distill.training.learning_rate", 1e-300, "distill.training.learning_rate", "greater than or equal to", ""),
+        ("distill.training.weight_decay", float("inf"), "distill.training.weight_decay", "finite number", ""),
+        ("distill.training.lora", {"rank": 10**9}, "distill.training.lora.rank", "less than or equal to 4096", ""),
+        ("distill.training.fsdp", 2, "distill.training.fsdp", "valid boolean", ""),
+        ("distill.replaced_weight", float("nan"), "distill.replaced_weight", "finite number", ""),
+        ("distill.temperature", 1e-300, "distill.temperature", "greater than or equal to 0.001", ""),
+        ("distill.sampling.student.temperature", 1e-5, "distill.sampling.student.temperature", "0 is greedy", ""),
+        ("distill.sampling.mixture", float("nan"), "distill.sampling.mixture", "finite number", ""),
+        (
+            "distill.sampling.min_prob",
+            {"start": 0.5, "end": float("nan")},
+            "distill.sampling.min_prob.end",
+            "finite number",
+            "",
+        ),
+        ("distill.sampling.gamma", 10**6, "distill.sampling.gamma", "less than or equal to 256", ""),
+        ("specdec.temperatures", [0, float("inf")], "specdec.temperatures.1", "finite number", ""),
+        ("specdec.temperatures", [1e-9], "specdec.temperatures.0", "logits overflow", ""),
+        ("specdec.gammas", [1, 1000], "specdec.gammas.1", "less than or equal to 256", ""),
+        ("specdec.batch_sizes", [0], "specdec.batch_sizes.0", "greater than or equal to 1", ""),
+        ("evaluation.bootstrap_samples", 10**9, "evaluation.bootstrap_samples", "less than or equal to 100000", ""),
+        ("registry.min_improvement", float("inf"), "registry.min_improvement", "finite number", ""),
+        ("registry.model_name", "", "registry.model_name", "must not be blank", ""),
+        ("registry.model_name", " ", "registry.model_name", "must not be blank", ""),
+        ("registry.model_name", "name ", "registry.model_name", "begin or end with a space", ""),
+        ("registry.model_name", "a\nb", "registry.model_name", "one line", ""),
+        ("registry.model_name", "a\x1b[2J", "registry.model_name", "printable", ""),
+        ("registry.model_name", "a/b", "registry.model_name", "must not contain", ""),
+        ("registry.model_name", "a@b", "registry.model_name", "must not contain", ""),
+        ("registry.model_name", "..", "registry.model_name", "a folder", ""),
+        ("registry.model_name", "a'b\"c", "registry.model_name", "both kinds of quotes", ""),
+        ("registry.model_name", "x" * 5000, "registry.model_name", "5000 characters, the limit is 250", ""),
         ("data.source.type", "sql", "data.source.type", "unknown type 'sql'", "`files`, `hub`, `gettext`"),
         ("data.source.train", [], "data.source.train", "at least 1 item", ""),
         ("data.source.train", "a.jsonl", "data.source.train", "valid list, got 'a.jsonl'", ""),
@@ -78,6 +114,9 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("name", "My Run", "name", "got 'My Run'", "lower case, digits and dashes"),
         ("seed", 1.5, "seed", "integer", ""),
         ("seed", "one", "seed", "integer", ""),
+        ("seed", True, "seed", "integer, unable to parse string", ""),
+        ("seed", 2**70, "seed", "less than 2147483648", ""),
+        ("seed", float("inf"), "seed", "finite number", ""),
         ("distill.method", "gkd", "distill.method", "'supervised_kd'", ""),
         (
             "distill.sampling.gamma",
@@ -146,6 +185,24 @@ def test_the_student_is_named_or_cut_but_not_both(config: dict[str, Any], what: 
 
 
 @pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"distill": {"sampling": {"gamma": 13}}}, "distill.sampling.gamma: 13 is beyond task.max_new_tokens"),
+        ({"distill": {"sampling": {"gamma": {"start": 2, "end": 13}}}}, "distill.sampling.gamma: 13 is beyond"),
+        ({"specdec": {"gamma": 13}}, "specdec.gamma: 13 is beyond task.max_new_tokens, which is 12"),
+        ({"specdec": {"gammas": [1, 13]}}, "specdec.gammas: 13 is beyond task.max_new_tokens, which is 12"),
+    ],
+)
+def test_a_draft_is_no_longer_than_a_response(values: dict[str, Any], what: str) -> None:
+    (error,) = errors_of(GOOD | {"task": {"max_new_tokens": 12}} | values)
+    assert what in error.what
+    parse_section(RunConfig, GOOD | {"task": {"max_new_tokens": 13}} | values, where="run.yaml")
+    # The defaults do for short answers too, also where every field is spelled out.
+    short = parse_section(RunConfig, GOOD | {"task": {"max_new_tokens": 3}}, where="run.yaml")
+    parse_section(RunConfig, short.model_dump(), where="run.yaml")
+
+
+@pytest.mark.parametrize(
     ("distill", "what"),
     [
         ({"method": "skd"}, "cannot be stored for `skd`: its responses are written anew in every step"),
@@ -176,8 +233,8 @@ def test_integers_may_come_as_floats_in_schedules_too() -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"name: [unclosed", "not a YAML file"),
-        (b"\xff\xfe\x00", "not a YAML file"),
+        (b"name: [unclosed", "not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"- a\n- b\n", "must be a mapping"),
         (b"", "must be a mapping"),
     ],
@@ -187,7 +244,16 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes
     path.write_bytes(content)
     with pytest.raises(SkdError, match=what) as caught:
         load_config(path)
-    assert caught.value.where == str(path)
+    assert caught.value.where.startswith(str(path))
+
+
+def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(GOOD) + "distill: {method: sft}\ndistill: {beta: 1}\n", encoding="utf-8")
+    with pytest.raises(SkdError, match="`distill` is there twice") as caught:
+        load_config(path)
+    lines = len(yaml.safe_dump(GOOD).splitlines())
+    assert caught.value.where == f"{path}, line {lines + 2}, field `distill`"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -231,6 +297,11 @@ def test_fields_are_set_from_the_command_line(tmp_path: Path) -> None:
         ("seed=[1", "not YAML", "--set seed=[1"),
         ("name.first=1", "`name` has no fields", "field `name.first`"),
         ("distill.sampling.topk=1", "unknown field", "with --set, field `distill.sampling.topk`"),
+        ("seed=010", "quote it", "--set seed=010"),
+        ("task.stop=[no]", "quote it", "--set task.stop=[no]"),
+        ("task={prompt: a, prompt: b}", "there twice", "--set task="),
+        ("seed=.inf", "is no value here", "--set seed=.inf"),
+        ("distill.training.epochs=inf", "finite number", "with --set, field `distill.training.epochs`"),
         ("seed=-1", "greater than or equal to 0", "with --set, field `seed`"),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_task_of_ones_own_is_one_file(tmp_path: Path) -> None:
         ("metrics: [f1]\n", "field `metrics.0`"),
         ("prompt: no place\n", "must contain {source}"),
         ("- a\n", "must be a mapping"),
-        ("a: [\n", "not a YAML file"),
+        ("a: [\n", "not YAML"),
         (None, "No such file"),
     ],
 )

@@ -21,6 +21,7 @@ import yaml
 
 from skd_lib import storage
 from skd_lib.cache import default_cache_dir
+from skd_lib.documents import parse_yaml
 from skd_lib.errors import SkdError
 from skd_lib.models.references import SMALL_FILES, HubModel, LocalFolder, StoredFolder, hub_snapshot, parse_reference
 from skd_lib.models.references import stored_folder as fetch_stored_folder
@@ -111,9 +112,9 @@ def _local_hparams(folder: Path) -> str:
 def _parse_hparams(text: str, reference: str) -> dict[str, Any]:
     where = f"{reference}, {HPARAMS}"
     try:
-        hparams = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SkdError(f"not a YAML file of plain values: {error}", where=where, hint=_HINT) from error
+        hparams = parse_yaml(text, where=where)
+    except SkdError as error:
+        raise SkdError(f"not a YAML file of plain values: {error.what}", where=error.where, hint=_HINT) from error
     if not isinstance(hparams, dict) or not {"class_identifier", "pretrained_model"} <= hparams.keys():
         raise SkdError("these are not the settings of a COMET model", where=where, hint=_HINT)
     return hparams

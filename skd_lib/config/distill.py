@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from skd_lib.config.schedule import Schedule, ScheduledCount, ScheduledPositiveCount, ScheduledShare, Share
+from skd_lib.config.schedule import Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
 from skd_lib.config.section import Section
 from skd_lib.config.training import MULTINODE_HELP, DistillTrainingConfig, MultinodeConfig, check_processes
 
@@ -15,10 +15,22 @@ DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rev
 RuleName = Literal["top_k", "min_prob", "mixture", "lossless"]
 
 
+def _warm_or_greedy(temperature: float) -> float:
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"below {LEAST_TEMPERATURE:g} logits overflow; 0 is greedy decoding, got {temperature:g}")
+    return temperature + 0.0  # -0.0 becomes 0.0
+
+
+LEAST_TEMPERATURE = 1e-3
+Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm_or_greedy)]
+
+
 class SamplingParams(Section):
     """How one model samples. Never read from a model's `generation_config`."""
 
-    temperature: float = Field(1.0, ge=0, description="Divides the logits; 0 is greedy decoding.")
+    temperature: Temperature = Field(
+        1.0, description=f"Divides the logits; 0 is greedy decoding, the least other value is {LEAST_TEMPERATURE:g}."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with at least this mass.")
 
 
@@ -46,7 +58,7 @@ class InterleavedConfig(Section):
     mixture: ScheduledShare = Field(
         0.5, description="`mixture` only: the teacher's share g; 0 is the student alone, 1 the teacher alone."
     )
-    gamma: ScheduledPositiveCount = Field(
+    gamma: ScheduledDraftLength = Field(
         5, description="Tokens drafted per teacher call; the most, if `adaptive_gamma`."
     )
     adaptive_gamma: bool = Field(
@@ -69,6 +81,7 @@ class TeacherSignalConfig(Section):
     top_k: int = Field(
         64,
         ge=1,
+        le=2**20,
         description="`stored` only: tokens a position whose probabilities are stored; all others share one bucket, so "
         "that the loss is a divergence still, a little smaller. Takes 8 bytes each.",
     )
@@ -78,7 +91,10 @@ class SelectiveConfig(Section):
     """Token weights of SelecTKD (arXiv 2510.24021); `{}` takes the paper's."""
 
     top: int = Field(
-        5, ge=1, description="A token counts in full if the student's likeliest is among so many of the teacher's."
+        5,
+        ge=1,
+        le=2**20,
+        description="A token counts in full if the student's likeliest is among so many of the teacher's.",
     )
     otherwise: float = Field(0.01, ge=0, le=1, description="Its weight in the divergence if not.")
 
@@ -103,13 +119,16 @@ class DistillConfig(Section):
     alpha: float = Field(
         0.1, ge=0, lt=1, description="`skew_kl`, `skew_reverse_kl` only: skewness; 0 is the forward or reverse KL."
     )
-    temperature: float = Field(1.0, gt=0, description="Divides both models' logits in the loss.")
+    temperature: float = Field(
+        1.0, ge=LEAST_TEMPERATURE, le=1000, description="Divides both models' logits in the loss."
+    )
     temperature_squared: bool = Field(
         False, description="Multiply the divergence by the square of `temperature` (Hinton et al., arXiv 1503.02531)."
     )
     replaced_weight: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         description="Weight of a cross-entropy that is added at tokens the teacher wrote in the student's response.",
     )
     selective: SelectiveConfig | None = Field(

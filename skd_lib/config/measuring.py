@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from skd_lib.config.distill import Temperature
+from skd_lib.config.names import check_model_name
+from skd_lib.config.schedule import DraftLength
 from skd_lib.config.section import Section
+
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class JudgeConfig(Section):
@@ -28,10 +33,12 @@ class JudgeConfig(Section):
         description="Template with `{source}`, `{target}` and `{prediction}`; the judge must end with [[RATING]].",
     )
     examples: int | None = Field(None, ge=1, description="Grade the first so many examples of each set; all if unset.")
-    max_tokens: int = Field(512, ge=1, description="Longest reply.")
-    timeout: float = Field(60.0, gt=0, description="Seconds to wait for one reply.")
-    retries: int = Field(3, ge=0, description="Further tries where the server is busy, fails or does not answer.")
-    parallel: int = Field(4, ge=1, description="Requests at once.")
+    max_tokens: int = Field(512, ge=1, le=2**20, description="Longest reply.")
+    timeout: float = Field(60.0, gt=0, le=86_400, description="Seconds to wait for one reply.")
+    retries: int = Field(
+        3, ge=0, le=100, description="Further tries where the server is busy, fails or does not answer."
+    )
+    parallel: int = Field(4, ge=1, le=256, description="Requests at once.")
 
     @field_validator("url")
     @classmethod
@@ -64,7 +71,7 @@ class CometConfig(Section):
         description="COMET checkpoint: hub id (org/name or org/name@revision), local folder or gs:// folder with "
         "hparams.yaml and checkpoints/*.ckpt; without network also encoder/, the encoder's config and tokenizer.",
     )
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=65_536)
     trust_pickle: bool = Field(
         False,
         description="Load a checkpoint that is more than tensors and plain values. It can run any code: leave it off.",
@@ -74,8 +81,8 @@ class CometConfig(Section):
 class EvaluationConfig(Section):
     """Greedy decoding of the test sets, scored with their tasks' metrics."""
 
-    batch_size: int = Field(16, ge=1)
-    bootstrap_samples: int = Field(1000, ge=100, description="Resamples for the 95 % intervals.")
+    batch_size: int = Field(16, ge=1, le=65_536)
+    bootstrap_samples: int = Field(1000, ge=100, le=100_000, description="Resamples for the 95 % intervals.")
     comet: CometConfig = CometConfig()
     judge: JudgeConfig = JudgeConfig()
 
@@ -84,10 +91,10 @@ class SpecdecConfig(Section):
     """Speculative decoding: the student drafts for the teacher."""
 
     examples: int = Field(32, ge=1, description="Test prompts used.")
-    gamma: int = Field(
-        5, ge=1, description="Tokens drafted for each teacher call in the headline figures, before and after alike."
+    gamma: DraftLength = Field(
+        5, description="Tokens drafted for each teacher call in the headline figures, before and after alike."
     )
-    gammas: list[int] = Field(
+    gammas: list[DraftLength] = Field(
         [1, 2, 3, 4, 5, 6, 7, 8], description="Draft lengths compared; the best is reported beside the headline."
     )
     sweep: Literal["all", "best", "none"] = Field(
@@ -95,16 +102,16 @@ class SpecdecConfig(Section):
         description="Which of `gammas` are timed: `all`; `best`, those on the way to the best (the others are "
         "predicted from acceptance and the forwards' times); `none`, only `gamma`.",
     )
-    batch_sizes: list[int] = Field(
+    batch_sizes: list[BatchSize] = Field(
         [1, 8], min_length=1, description="Rows decoded together; the first belongs to the headline figures."
     )
-    temperatures: list[float] = Field(
+    temperatures: list[Temperature] = Field(
         [0.0, 1.0],
         min_length=1,
         description="Of both models; the first belongs to the headline figures. 0 is greedy: the output is then "
         "checked against the teacher's own.",
     )
-    repeats: int = Field(3, ge=1, description="Timings are medians over this many passes.")
+    repeats: int = Field(3, ge=1, le=1000, description="Timings are medians over this many passes.")
 
     def headline(self) -> SpecdecConfig:
         """The same, measuring no more than the headline figures."""
@@ -113,10 +120,7 @@ class SpecdecConfig(Section):
 
     @field_validator("gammas", "batch_sizes", "temperatures")
     @classmethod
-    def _distinct_and_in_range(cls, values: list[float], info: ValidationInfo) -> list[float]:
-        least = 0 if info.field_name == "temperatures" else 1
-        if any(value < least for value in values):
-            raise ValueError(f"every one must be at least {least}, got {values}")
+    def _distinct(cls, values: list[float]) -> list[float]:
         if len(set(values)) < len(values):
             raise ValueError(f"every one may be there once only, got {values}")
         return values
@@ -125,7 +129,9 @@ class SpecdecConfig(Section):
 class RegistryConfig(Section):
     """The MLflow model registry."""
 
-    model_name: str = Field("skd-student", pattern=r"^[^/:]+$", description="Name of the registered model.")
+    model_name: Annotated[str, AfterValidator(check_model_name)] = Field(
+        "skd-student", description="Name of the registered model."
+    )
     min_improvement: float = Field(
         0.0, ge=0, description="A challenger must beat the champion's task metric by more than this."
     )

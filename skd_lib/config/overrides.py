@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
+from skd_lib.documents import parse_yaml
 from skd_lib.errors import SkdError
 
 Overrides = dict[str, Any]
@@ -17,7 +16,7 @@ def parse_overrides(texts: Iterable[str]) -> Overrides:
     """What `--set FIELD=VALUE` says, with values in YAML; the last of a field counts.
 
     Raises:
-        SkdError: one has no `=`, or its value is not YAML.
+        SkdError: one has no `=`, or its value is not YAML, see `skd_lib.documents`.
     """
     overrides: Overrides = {}
     for text in texts:
@@ -25,10 +24,7 @@ def parse_overrides(texts: Iterable[str]) -> Overrides:
         where = f"--set {text}"
         if not equals or not path.strip():
             raise SkdError("not FIELD=VALUE", where=where, hint="e.g. --set distill.sampling.top_k=5")
-        try:
-            overrides[path.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SkdError(f"the value is not YAML: {error}", where=where, hint="quote it for the shell") from error
+        overrides[path.strip()] = parse_yaml(value, where=where)
     return overrides
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import reprlib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from skd_lib.config.schedule import NUMBER, SCHEDULE
 from skd_lib.config.section import Section
+from skd_lib.documents import parse_json, parse_yaml, read_text
 from skd_lib.errors import SkdError, SkdErrors
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -33,30 +32,13 @@ def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT
         raise SkdErrors([_field_error(model, detail, where) for detail in error.errors()]) from error
 
 
-def parse_json(text: str, *, where: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        SkdError: it is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SkdError(f"not JSON: {error}", where=where, hint="pass the section as one JSON object") from error
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file.
 
     Raises:
-        SkdError: the file is missing, or is not a mapping in YAML.
+        SkdError: the file is missing, or is not a mapping in YAML, see `skd_lib.documents`.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SkdError(f"cannot read the config: {error.strerror}", where=str(path), hint="check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SkdError(f"not a YAML file: {error}", where=str(path)) from error
+    values = parse_yaml(read_text(path), where=str(path))
     if not isinstance(values, dict):
         raise SkdError("the config must be a mapping of fields", where=str(path))
     return values

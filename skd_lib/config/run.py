@@ -7,11 +7,12 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from skd_lib.config.data import DataConfig
-from skd_lib.config.distill import DistillConfig
+from skd_lib.config.distill import DistillConfig, InterleavedConfig
 from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.measuring import EvaluationConfig, RegistryConfig, SpecdecConfig
 from skd_lib.config.overrides import Overrides, apply
 from skd_lib.config.reading import parse_section, read_yaml
+from skd_lib.config.schedule import Schedule
 from skd_lib.config.section import Section
 from skd_lib.config.task import TaskConfig
 from skd_lib.errors import SkdError, SkdErrors
@@ -55,11 +56,34 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _drafts_fit_a_response(self) -> RunConfig:
+        check_gammas(self.specdec, self.task)
+        longest = self.task.max_new_tokens
+        gamma = self.distill.sampling.gamma
+        most = max(gamma.start, gamma.end) if isinstance(gamma, Schedule) else gamma
+        if most > max(longest, InterleavedConfig().gamma):
+            raise ValueError(f"distill.sampling.gamma: {most} is beyond task.max_new_tokens, which is {longest}")
+        return self
+
+    @model_validator(mode="after")
     def _judges_are_there(self) -> RunConfig:
         judged = [self.task, *(each.task for each in self.data.held_out)]
         if not self.evaluation.judge.url and any("judge" in task.metrics for task in judged):
             raise ValueError("metric `judge`: needs `evaluation.judge.url` and `evaluation.judge.model`")
         return self
+
+
+def check_gammas(specdec: SpecdecConfig, task: TaskConfig) -> None:
+    """See that no draft is longer than a response; the defaults do for any.
+
+    Raises:
+        ValueError: one is.
+    """
+    longest, defaults = task.max_new_tokens, SpecdecConfig()
+    if specdec.gamma > longest and specdec.gamma != defaults.gamma:
+        raise ValueError(f"specdec.gamma: {specdec.gamma} is beyond task.max_new_tokens, which is {longest}")
+    if specdec.gammas != defaults.gammas and (beyond := [gamma for gamma in specdec.gammas if gamma > longest]):
+        raise ValueError(f"specdec.gammas: {beyond[0]} is beyond task.max_new_tokens, which is {longest}")
 
 
 def refuse_multinode(config: RunConfig, *, where: str) -> None:

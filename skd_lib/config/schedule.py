@@ -33,12 +33,12 @@ def _number_or_schedule(value: Any) -> str:
 
 
 _EITHER = Discriminator(_number_or_schedule)
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+DraftLength = Annotated[int, Field(ge=1, le=256)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # A number, or a mapping `{start, end, shape}`.
 ScheduledCount = Annotated[Annotated[Count, Tag(NUMBER)] | Annotated[Schedule[Count], Tag(SCHEDULE)], _EITHER]
-ScheduledPositiveCount = Annotated[
-    Annotated[PositiveCount, Tag(NUMBER)] | Annotated[Schedule[PositiveCount], Tag(SCHEDULE)], _EITHER
+ScheduledDraftLength = Annotated[
+    Annotated[DraftLength, Tag(NUMBER)] | Annotated[Schedule[DraftLength], Tag(SCHEDULE)], _EITHER
 ]
 ScheduledShare = Annotated[Annotated[Share, Tag(NUMBER)] | Annotated[Schedule[Share], Tag(SCHEDULE)], _EITHER]

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
-    """A part of the configuration. Unknown fields are errors: a misspelt name must never be swallowed."""
+    """A part of the configuration.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Unknown fields are errors: a misspelt name must never be swallowed. So are infinity, NaN, and `true` for a number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # As a text it is refused for its field by pydantic, which takes a bare `true` for 1.
+        return {
+            name: str(value).lower() if isinstance(value, bool) and _is_number(cls, name) else value
+            for name, value in values.items()
+        }
+
+
+@cache
+def _is_number(section: type[Section], name: str) -> bool:
+    field = section.model_fields.get(name)
+    kinds = set(_kinds(field.annotation)) if field else set()
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The annotation, or what a union, a list or `Annotated` is made of."""
+    arguments = get_args(annotation)
+    return [kind for part in arguments for kind in _kinds(part)] if arguments else [annotation]

@@ -44,8 +44,8 @@ class TaskConfig(Section):
         min_length=1,
         description="The first decides promotion. `comet` has a step of its own (section `evaluation.comet`).",
     )
-    max_prompt_tokens: int = Field(256, ge=1)
-    max_new_tokens: int = Field(256, ge=1)
+    max_prompt_tokens: int = Field(256, ge=1, le=2**20)
+    max_new_tokens: int = Field(256, ge=1, le=2**20)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from skd_lib.config.section import Section
 
+Quantity = Annotated[
+    str,
+    Field(
+        pattern=r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
+        max_length=20,
+        examples=["8", "64Gi"],
+    ),
+]
+"""An amount of a resource as Kubernetes writes it; more than nothing."""
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Precision = Literal["auto", "fp32", "bf16"]
 TeacherPrecision = Literal["auto", "bf16", "fp32", "8bit", "4bit"]
 
 
@@ -18,8 +29,8 @@ class LoraConfig(Section):
     Gradients and optimiser states are of the adapters alone, which saves 12 bytes a frozen weight.
     """
 
-    rank: int = Field(16, ge=1, description="Width of an adapter.")
-    alpha: float = Field(32.0, gt=0, description="An adapter's output is scaled by alpha / rank.")
+    rank: int = Field(16, ge=1, le=4096, description="Width of an adapter.")
+    alpha: float = Field(32.0, ge=1e-6, le=1e6, description="An adapter's output is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of an adapter while training.")
     target_modules: list[str] = Field(
         [], description="Layers with adapters, by the end of their names, e.g. `q_proj`; empty: all but the head."
@@ -29,22 +40,30 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """One training run. Defaults are the paper's (Xu et al. 2025, arXiv 2410.11325)."""
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, ge=1e-12, le=10, description="Peak learning rate.")
     lr_scheduler: Scheduler = "linear"
     warmup_ratio: float = Field(0.1, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    epochs: float = Field(3, gt=0, description="Ignored when `max_steps` is set.")
-    max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(8, ge=1, description="Sequences per optimiser step, over all devices.")
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    max_grad_norm: float = Field(1.0, ge=1e-9, le=1e9)
+    epochs: float = Field(3, gt=0, le=100_000, description="Ignored when `max_steps` is set.")
+    max_steps: int | None = Field(None, ge=1, le=10**9, description="Optimiser steps.")
+    batch_size: int = Field(8, ge=1, le=65_536, description="Sequences per optimiser step, over all devices.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Sequences per forward and device; unset: as many as the optimiser step needs."
+        None, ge=1, le=65_536, description="Sequences per forward and device; unset: as many as the optimiser step needs."
     )
     eval_steps: int = Field(
-        25, ge=1, description="Steps between validations and checkpoints; the best checkpoint is kept."
+        25, ge=1, le=10**9, description="Steps between validations and checkpoints; the best checkpoint is kept."
     )
-    keep_checkpoints: int = Field(1, ge=1, description="So many of the newest checkpoints are kept, besides the best.")
+    keep_checkpoints: int = Field(1, ge=1, le=10**6, description="So many of the newest checkpoints are kept, besides the best.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
+    precision: Precision = Field(
+        "auto",
+        description="In which forward and backward passes compute, sampling included, and in which the model is saved. "
+        "Weights in training, gradients and optimiser states are fp32 always. `auto` is bf16 on a GPU that multiplies "
+        "in it (Ampere and later), on a CPU fp32 unless it has `amx_bf16`; the environment variable SKD_PRECISION "
+        "(fp32 or bf16) replaces this choice on a machine. `bf16` elsewhere is emulated, slow, and a warning of "
+        "preflight. Evaluation and the benchmark of drafts compute in what `auto` is where they run.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Compute activations again in the backward pass: less memory, more time. Sampling keeps its cache.",
@@ -52,11 +71,12 @@ class TrainingConfig(Section):
     explosion_factor: float = Field(
         100,
         gt=1,
+        le=1e12,
         description="A step is skipped if its loss is more than so many times the median of the last 50 steps', as it "
         "is if its loss or gradient is not finite.",
     )
     max_skipped_steps: int = Field(
-        5, ge=1, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
+        5, ge=1, le=10**9, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
     )
     lora: LoraConfig | None = Field(None, description="Unset: all weights are trained.")
     fsdp: bool = Field(
@@ -83,8 +103,9 @@ class DistillTrainingConfig(TrainingConfig):
 
     teacher_precision: TeacherPrecision = Field(
         "auto",
-        description="Of the frozen teacher's weights: `auto` is bf16 where the device computes in it, else fp32; "
-        "`8bit` and `4bit` (NF4) need the package bitsandbytes (extra `quantization`); meant for GPUs, slow on a CPU.",
+        description="Of the frozen teacher's weights: `auto` is what `precision` comes to; "
+        "`8bit` and `4bit` (NF4) need the package bitsandbytes (extra `quantization`); meant for GPUs, slow on a CPU. "
+        "Under `precision: bf16` a teacher of fp32 weights computes in bf16 as well.",
     )
 
 
@@ -94,16 +115,16 @@ class MultinodeConfig(Section):
     A node is what the step's own pod is: the same image, service account, environment, resources and place.
     """
 
-    nodes: int = Field(ge=2, description="Machines. One machine with several GPUs needs no `multinode`.")
+    nodes: int = Field(ge=2, le=10_000, description="Machines. One machine with several GPUs needs no `multinode`.")
     processes_per_node: int | None = Field(
-        None, ge=1, description="Processes on each node; unset: one for each of its GPUs, or one where it has none."
+        None, ge=1, le=1024, description="Processes on each node; unset: one for each of its GPUs, or one where it has none."
     )
-    resources: dict[str, str] | None = Field(
+    resources: dict[str, Quantity] | None = Field(
         None,
         description="What a node asks for, e.g. `{cpu: '8', memory: 64Gi, nvidia.com/gpu: '8'}`; unset: what the "
         "step's own container asks for, which then holds as much while it waits.",
     )
-    shared_memory: str = Field(
+    shared_memory: Quantity = Field(
         "8Gi", description="Size of /dev/shm, by which the processes of a node talk. It counts as a node's memory."
     )
     node_selector: dict[str, str] | None = Field(
@@ -114,7 +135,7 @@ class MultinodeConfig(Section):
     )
     labels: dict[str, str] = Field({}, description="Labels of the job, e.g. `{kueue.x-k8s.io/queue-name: gpus}`.")
     timeout_hours: float | None = Field(
-        None, gt=0, description="The job is deleted, and the step fails, when it is older. Counts waiting for machines."
+        None, gt=0, le=100_000, description="The job is deleted, and the step fails, when it is older. Counts waiting for machines."
     )
     runtime: str = Field("torch-distributed", description="Name of Trainer's runtime; it must be one for torch.")
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = Field(
@@ -136,7 +157,7 @@ class MultinodeConfig(Section):
     @classmethod
     def _whole_accelerators(cls, resources: dict[str, str] | None) -> dict[str, str] | None:
         for name, count in (resources or {}).items():
-            if name.endswith("/gpu") and not count.isdecimal():
+            if name.endswith("/gpu") and not re.fullmatch("[0-9]{1,4}", count):
                 raise ValueError(f"{name} must be a whole number, got {count!r}")
         return resources
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from skd_lib import storage
+from skd_lib.documents import parse_yaml
 from skd_lib.errors import SkdError
 
 FOLDER = Path(__file__).parent
@@ -36,9 +35,10 @@ def read_task(name: str) -> dict[str, Any]:
         hint = f"known tasks: {', '.join(known_tasks())}; a task of your own is the path of a .yaml file"
         raise SkdError(f"unknown task {name!r}", hint=hint)
     try:
-        values = yaml.safe_load(storage.read_bytes(where))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SkdError(f"not a YAML file: {error}", where=where) from error
+        text = storage.read_bytes(where).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SkdError(f"not UTF-8 text: {error}", where=where) from error
+    values = parse_yaml(text, where=where)
     if not isinstance(values, dict):
         raise SkdError("a task must be a mapping of fields", where=where, hint="see docs/tasks.md for an example")
     return {**values, "name": title}

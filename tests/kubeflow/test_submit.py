@@ -336,7 +336,7 @@ def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, 
         (["--host", "kubeflow.example.com"], "kubeflow.example.com: not a URL"),
         (["--host", "http://h", "--wait", "--recurring", "0 3 * * *"], "a recurring run has no end"),
         (["--pipeline", str(DEMO)], "not a compiled pipeline"),
-        (["--pipeline", "missing.yaml"], "cannot read the compiled pipeline"),
+        (["--pipeline", "missing.yaml"], "there is no compiled pipeline"),
     ],
 )
 def test_errors_say_what_to_do(arguments: list[str], message: str):

@@ -83,7 +83,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, fields: dict[str, Any], problem:
 def test_there_is_no_such_profile():
     with pytest.raises(SkdError, match=r"no profile 'v100'\n  hint: one of a100, cpu, h100x8, l4, or a YAML file"):
         load_profile("v100")
-    with pytest.raises(SkdError, match=r"nowhere/mine.yaml: cannot read"):
+    with pytest.raises(SkdError, match=r"nowhere/mine.yaml: cannot be read"):
         load_profile("nowhere/mine.yaml")
 
 
