@@ -110,13 +110,19 @@ def _torch() -> Iterator[Finding]:
         import torch
     except ImportError:
         return  # reported with the packages
+    from skd_lib.models.precision import VARIABLE, resolve_precision
+
+    try:
+        precision = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except SkdError as error:
+        yield Finding("precision", Grade.FAIL, error.brief, error.hint)
+    else:
+        said = f", as {VARIABLE} says" if os.environ.get(VARIABLE) else ""
+        yield Finding("precision", Grade.OK, f"`auto` is {precision} here{said}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: training runs in fp32"
-            yield Finding(
-                f"GPU {index}", Grade.OK, f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {bf16}"
-            )
+            yield Finding(f"GPU {index}", Grade.OK, f"{properties.name}, {properties.total_memory / GIB:.0f} GiB")
         return
     yield Finding(
         "GPU",
@@ -124,10 +130,7 @@ def _torch() -> Iterator[Finding]:
         "none visible to torch",
         "the demo runs on the CPU; models of a billion weights and more want a GPU",
     )
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    native = "avx512_bf16" in flags or "amx_bf16" in flags
-    yield Finding("CPU", Grade.OK, f"{capability}, {'bf16' if native else 'no bf16 arithmetic: training runs in fp32'}")
+    yield Finding("CPU", Grade.OK, torch.backends.cpu.get_cpu_capability())
 
 
 def _cores() -> Finding:

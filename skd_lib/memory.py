@@ -143,15 +143,15 @@ def config_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     )
 
 
-def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, element: int, gpu: bool) -> list[Estimate]:
-    """The memory of each training step of a run; `element` and `gpu` are as for `estimate`."""
+def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, device: torch.device) -> list[Estimate]:
+    """The memory of each training step of a run on a device."""
     found = []
     for step, used, training, size in (
         ("teacher_sft", config.teacher_sft.enabled, config.teacher_sft.training, teacher),
         ("student_init", config.student_init.trains, config.student_init.training, student),
     ):
         if used:
-            found.append(estimate(step, "sft", training, config.task, size, None, element=element, gpu=gpu))
+            found.append(estimate(step, "sft", training, config.task, size, None, device=device))
     distill = config.distill
     asked = METHODS[distill.method].needs_teacher and distill.teacher_signal.mode == "online"
     found.append(
@@ -163,8 +163,7 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, elem
             student,
             teacher if asked else None,
             divergence=distill.divergence,
-            element=element,
-            gpu=gpu,
+            device=device,
         )
     )
     return found
@@ -179,8 +178,7 @@ def estimate(
     teacher: ModelSize | None,
     *,
     divergence: DivergenceName = "forward_kl",
-    element: int,
-    gpu: bool,
+    device: torch.device,
 ) -> Estimate:
     """The memory of one training step, on one device.
 
@@ -203,9 +201,11 @@ def estimate(
         student: Size of the model that is trained.
         teacher: Size of the teacher, None if there is none in memory.
         divergence: The loss, for methods that minimise a divergence.
-        element: Bytes of an element in the forward pass: 2 for bf16, 4 for fp32.
-        gpu: Whether it runs on one.
+        device: Where it runs.
     """
+    from skd_lib.models.precision import compute_dtype
+
+    element, gpu = compute_dtype(training.precision, device).itemsize, device.type != "cpu"
     length = task.max_prompt_tokens + task.max_new_tokens
     tokens = (training.micro_batch_size or training.batch_size) * length
     width = 1 if training.gradient_checkpointing else 17

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 
 # Before torch is imported: thread pools of parallel test processes spin against each other on small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,10 +11,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-if not os.environ.get("SKD_TEST_GPU"):  # they compare numbers to more digits than mixed precision leaves
+# They compare numbers to more digits than bf16 leaves, here and in the processes that they start.
+os.environ["SKD_PRECISION"] = "fp32"
+if not os.environ.get("SKD_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from pathlib import Path
+
+# SKD_TEST_BF16=on or =off: as if the CPU had all of bf16's instructions or none, in every process.
+if os.environ.get("SKD_TEST_BF16"):
+    FLAGS = Path(__file__).parent / "cpu_flags"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FLAGS), os.environ.get("PYTHONPATH")]))
+    runpy.run_path(str(FLAGS / "sitecustomize.py"))
+
 from typing import Any, Protocol
 
 import pytest
@@ -77,6 +87,12 @@ class TinyModel(Protocol):
     ) -> PreTrainedModel: ...
 
 
+class CpuFlags(Protocol):
+    """Lets PyTorch report a CPU with these of bf16's instructions and no others; `auto` is what they make of it."""
+
+    def __call__(self, *present: str) -> None: ...
+
+
 class SaveTinyModel(Protocol):
     """Makes a tiny model and saves it with the tiny tokenizer in Hugging Face layout; returns the folder."""
 
@@ -119,6 +135,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model() -> TinyModel:
     """A factory of tiny models; `arch` is a key of `CONFIGS`, `config` overrides fields of the model's config."""
     return _tiny_model
+
+
+@pytest.fixture
+def cpu_flags(monkeypatch: pytest.MonkeyPatch) -> CpuFlags:
+    """Chooses the CPU that PyTorch reports, and takes back that tests compute in fp32."""
+
+    def choose(*present: str) -> None:
+        monkeypatch.delenv("SKD_PRECISION", raising=False)
+        flags = {name: name in present for name in ("avx512_bf16", "amx_bf16")}
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: flags)
+
+    return choose
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from skd_lib.memory import Estimate, available_memory, estimates, model_size
 from skd_lib.methods import reads_setting, unread_settings
 from skd_lib.preflight import Check, PreflightReport, run_checks
 from skd_lib.steps import preflight, prepare_data
-from tests.conftest import SaveTinyModel
+from tests.conftest import CpuFlags, SaveTinyModel
 from tests.multinode.fake_kubernetes import running
 
 ROWS = [{"source": f"le fichier {i} et {i * i}", "target": f"the file {i} and {i * i}"} for i in range(40)]
@@ -294,7 +294,7 @@ def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], model
 
     def largest(**changes: Any) -> dict[str, Estimate]:
         config = RunConfig.model_validate(values | changes)
-        return {found.step: found for found in estimates(config, teacher, student, element=4, gpu=False)}
+        return {found.step: found for found in estimates(config, teacher, student, device=torch.device("cpu"))}
 
     plain = largest()
     assert set(plain) == {"teacher_sft", "distill"}
@@ -332,13 +332,49 @@ def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], model
 def test_a_teacher_that_cannot_be_quantised_is_an_error(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = values | {"distill": {"training": {"teacher_precision": "4bit"}}}
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    wanted = values | {"distill": {"training": {"teacher_precision": "8bit"}}}
+    assert "teacher precision" not in [each.name for each in check(wanted, tmp_path).checks if each.level == "error"]
+    wanted["distill"]["training"]["teacher_precision"] = "4bit"
+    found = only(check(wanted, tmp_path), "error")
+    assert (found.name, found.where) == ("teacher precision", "teacher_precision 4bit")
+    assert "q_proj" in found.what
+    assert "32 inputs, no multiple of the 64" in found.what
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # the training steps get nodes of their own
     assert "teacher precision" not in [each.name for each in check(wanted, tmp_path).checks if each.level == "error"]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     found = only(check(wanted, tmp_path), "error")
     assert (found.name, found.where) == ("teacher precision", "teacher_precision 4bit")
     assert "bitsandbytes" in found.what
     assert "bf16" in found.hint
+
+
+def test_a_precision_that_is_slow_here_is_a_warning(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_flags: CpuFlags
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+    def found(level: str) -> list[tuple[str, str]]:
+        checks = check(values, tmp_path).checks
+        return [(each.what, each.where) for each in checks if (each.name, each.level) == ("precision", level)]
+
+    cpu_flags("avx512_bf16")
+    assert found("ok") == [("`auto` is fp32 here", "")]
+    values["distill"] = {"training": {"precision": "bf16"}}
+    values["teacher_sft"] = {"training": {"precision": "fp32"}}
+    ((what, where),) = found("warning")
+    assert where == "distill.training.precision"
+    assert "slower than fp32" in what
+    cpu_flags("amx_bf16")
+    assert found("warning") == []
+    assert found("ok") == [("`auto` is bf16 here", "")]
+    cpu_flags()
+    del values["distill"]
+    monkeypatch.setenv("SKD_PRECISION", "bf16")
+    assert [where for _, where in found("warning")] == ["environment variable SKD_PRECISION"]
+    monkeypatch.setenv("SKD_PRECISION", "half")
+    ((what, where),) = found("error")
+    assert (what, where) == ("no precision: 'half'", "environment variable SKD_PRECISION")
 
 
 def test_too_little_memory_is_a_warning(

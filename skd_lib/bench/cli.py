@@ -143,7 +143,7 @@ def training(
         ),
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the teacher.", show_default="bfloat16 where the device multiplies in it")
+        str | None, typer.Option(help="Of the teacher.", show_default="bfloat16 where precision auto is bf16")
     ] = None,
     device: Device = None,
     seed: Seed = 0,

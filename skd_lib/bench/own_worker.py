@@ -42,6 +42,7 @@ def main() -> None:
                 batch_size=len(request["prompts"]),
                 eval_steps=request["steps"],
                 dropout=0,
+                precision="bf16" if request["bf16"] else "fp32",
                 gradient_checkpointing=request["checkpointing"],
             ),
             distill=DistillConfig(divergence="jsd", beta=request["beta"], sampling=sampling),

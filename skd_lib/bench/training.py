@@ -6,7 +6,7 @@ that a trainer does from one step to the next: data, responses, loss, backward p
 of each warms up and is not counted; figures are medians, ratios those of steps side by side.
 
 No response ends before its last token: there is no EOS that could be sampled. All minimise the same divergence, the
-student is in fp32, in bf16 autocast where its device multiplies in bf16 itself, and attention has no dropout.
+student is in fp32, in bf16 autocast where precision `auto` is bf16, and attention has no dropout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from skd_lib.errors import SkdError
 from skd_lib.memory import GIB
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.loading import default_device
-from skd_lib.training.modes import native_bf16
+from skd_lib.models.precision import compute_dtype
 
 TRL = Tool("trl", "TRL", "trl")
 OURS = ("on_policy", "skd")
@@ -129,8 +129,8 @@ class Result:
 
 
 def teacher_dtype(device: str | None) -> str:
-    """The teacher's dtype in training, unless it is given: bf16 where the device multiplies in it itself."""
-    return "bfloat16" if native_bf16(torch.device(device) if device else default_device()) else "float32"
+    """The teacher's dtype in training, unless it is given: what precision `auto` is on the device."""
+    return str(compute_dtype("auto", torch.device(device) if device else default_device())).removeprefix("torch.")
 
 
 def bench_training(
@@ -280,7 +280,7 @@ def _prepare(settings: Settings, beta: float, folder: Path, *, compared: bool) -
         "folder": str(folder / "output"),
         "device": str(student.device),
         "dtype": settings.dtype,
-        "bf16": native_bf16(student.device),
+        "bf16": compute_dtype("auto", student.device) is torch.bfloat16,
         "prompts": prompts_for(settings, min(sizes)),
         "new_tokens": settings.new_tokens,
         "beta": beta,

@@ -24,7 +24,14 @@ from skd_lib.config.run import RunConfig, load_config, refuse_multinode
 from skd_lib.config.schedule import Count, Schedule
 from skd_lib.config.section import Section
 from skd_lib.config.task import LOWER_IS_BETTER, AnswerKind, MetricName, TaskConfig
-from skd_lib.config.training import DistillTrainingConfig, LoraConfig, MultinodeConfig, TeacherPrecision, TrainingConfig
+from skd_lib.config.training import (
+    DistillTrainingConfig,
+    LoraConfig,
+    MultinodeConfig,
+    Precision,
+    TeacherPrecision,
+    TrainingConfig,
+)
 
 __all__ = [
     "LOWER_IS_BETTER",
@@ -51,6 +58,7 @@ __all__ = [
     "MetricName",
     "MultinodeConfig",
     "Overrides",
+    "Precision",
     "RegistryConfig",
     "RuleName",
     "RunConfig",

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.config import TaskConfig
 from skd_lib.data.tokenize import answer_end_id
 from skd_lib.models.files import load_tokenizer
 from skd_lib.models.loading import default_device, load_model
+from skd_lib.models.precision import compute_dtype
 from skd_lib.models.special_ids import eos_ids
 
 
 def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer on this process's device: bf16 on a GPU that has it, else fp32.
+    """A model and its tokenizer on this process's device, in what precision `auto` is there.
+
+    All models are measured alike, whatever they were trained in: scores and seconds are compared with each other.
 
     Raises:
         SkdError: the folder does not hold a whole model.
     """
     device = default_device()
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    model = load_model(path, dtype=torch.bfloat16 if half else torch.float32, device=device)
+    model = load_model(path, dtype=compute_dtype("auto", device), device=device)
     return model, load_tokenizer(path)
 
 

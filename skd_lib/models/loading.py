@@ -24,6 +24,8 @@ from skd_lib.storage import atomic_directory, write_text_atomic
 
 _EXAMPLES_SHOWN = 5
 _EAGER_ONLY = {"gemma2"}
+_BLOCK = 64
+"""Weights that have a scale in common, in bitsandbytes' 4 bits."""
 
 
 def load_model(
@@ -53,11 +55,11 @@ def load_model(
     check_model_folder(path)
     place = torch.device(device) if device is not None else default_device()
     avoid_cudnn_attention()
+    config = load_config(path, trust_remote_code=trust_remote_code)
     quantized: dict[str, Any] = {}
     if quantization is not None:
-        check_quantization(quantization)
+        check_quantization(quantization, path, place, trust_remote_code=trust_remote_code)
         quantized = {"quantization_config": _bits_and_bytes(quantization, dtype), "device_map": {"": place}}
-    config = load_config(path, trust_remote_code=trust_remote_code)
     attention = "eager" if config.get_text_config().model_type in _EAGER_ONLY else "sdpa"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -75,20 +77,36 @@ def load_model(
     except (ValueError, SafetensorError) as error:
         raise SkdError(f"cannot load the model: {error}", where=str(path)) from error
     _check_loading_info(info, path)
+    _compute_as_asked(model)
     model.generation_config = without_sampling_defaults(model.generation_config)
     return cast(PreTrainedModel, (model if quantized else model.to(place)).eval())
 
 
-def check_quantization(quantization: str) -> None:
-    """See that models can be quantised to `8bit` or `4bit`.
+def check_quantization(quantization: str, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> None:
+    """See that a model can be quantised to `8bit` or `4bit` on a device. Its weights need not be there.
+
+    On CPUs, bitsandbytes takes each row of a 4-bit matrix for whole blocks: others come out with wrong scales.
 
     Raises:
-        SkdError: bitsandbytes is missing.
+        SkdError: bitsandbytes is missing, or a layer's rows are no whole blocks.
     """
     where = f"teacher_precision {quantization}"
     if importlib.util.find_spec("bitsandbytes") is None:
         hint = "pip install 'skd-lib[quantization]', or use bf16"
         raise SkdError("quantised weights need the package bitsandbytes", where=where, hint=hint)
+    if quantization != "4bit" or device.type != "cpu":
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+        )
+    head = model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not head and layer.in_features % _BLOCK:
+            what = (
+                f"layer {name} of {path} has {layer.in_features} inputs, no multiple of the {_BLOCK} weights of a block"
+            )
+            raise SkdError(what, where=where, hint="use 8bit or fp32 on this machine, or a GPU")
 
 
 def _bits_and_bytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -97,6 +115,17 @@ def _bits_and_bytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _compute_as_asked(model: PreTrainedModel) -> None:
+    """Let 4-bit layers compute in the dtype they were given, on every CPU.
+
+    On one with AVX512_BF16, bitsandbytes packs weights anew for a kernel that computes in bf16 whatever the dtype, and
+    that fails for a layer whose outputs are not a multiple of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a flag, not a module
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str | None = None) -> None:

@@ -17,6 +17,7 @@ from skd_lib.preflight.surroundings import (
     check_memory,
     check_multinode,
     check_precision,
+    check_teacher_precision,
     check_tracking_store,
     check_writable,
 )
@@ -60,8 +61,10 @@ def run_checks(
     check_multinode(checks, runs, checkpoint_root)
     check_tracking_store(checks, tracking_uri)
     gpu = check_gpu(checks, require_gpu)
-    for run in distinct(runs, lambda run: run.distill.training.teacher_precision):
-        check_precision(checks, run.distill.training.teacher_precision)
+    check_precision(checks, runs, gpu)
+    if teacher:
+        for run in distinct(runs, lambda run: run.distill.training.teacher_precision):
+            check_teacher_precision(checks, run, teacher.folder, gpu)
     if teacher and len(runs) == 1 and (run.student_init.cuts or students[0]):
         student = students[0]
         check_memory(checks, run, teacher.size, student.size if student else cut_size(teacher.size, run), gpu)

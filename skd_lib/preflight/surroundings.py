@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from skd_lib import storage
-from skd_lib.config import RunConfig, TeacherPrecision
+from skd_lib.config import Precision, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError
+from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import TRACKING, Checks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from skd_lib.memory import ModelSize
 
 
@@ -97,14 +101,46 @@ def check_gpu(checks: Checks, required: bool) -> bool:
     return False
 
 
-def check_precision(checks: Checks, precision: TeacherPrecision) -> None:
-    """Whether the teacher can be quantised."""
+def check_precision(checks: Checks, runs: Sequence[RunConfig], gpu: bool) -> None:
+    """Whether this machine can compute in the precisions that are asked for, and does so fast."""
+    if _trains_elsewhere(gpu):
+        return
+    from skd_lib.models.loading import default_device
+    from skd_lib.models.precision import VARIABLE, precision_trouble, resolve_precision
+
+    device = default_device()
+    auto = checks.attempt("precision", lambda: resolve_precision("auto", device))
+    if auto is None:
+        return
+    checks.add("precision", "ok", f"`auto` is {auto} here")
+    asked: list[tuple[str, Precision]] = [(f"environment variable {VARIABLE}", auto)]
+    for run in runs:
+        trainings: dict[str, TrainingConfig] = {"distill": run.distill.training}
+        if run.teacher_sft.enabled:
+            trainings["teacher_sft"] = run.teacher_sft.training
+        if run.student_init.trains or run.student_init.cuts:
+            trainings["student_init"] = run.student_init.training
+        asked += [(f"{step}.training.precision", training.precision) for step, training in trainings.items()]
+        if METHODS[run.distill.method].needs_teacher and run.distill.training.teacher_precision == "bf16":
+            asked.append(("distill.training.teacher_precision", "bf16"))
+    asked = [(where, precision) for where, precision in asked if precision == "bf16"]
+    for where, precision in dict.fromkeys(asked):
+        if trouble := checks.attempt("precision", partial(precision_trouble, precision, device)):
+            checks.add("precision", "warning", trouble, where=where, hint="set it to fp32, or to auto")
+
+
+def check_teacher_precision(checks: Checks, run: RunConfig, teacher: Path, gpu: bool) -> None:
+    """Whether the teacher in the folder can be quantised as the run wants it."""
+    precision = run.distill.training.teacher_precision
     if precision not in ("8bit", "4bit"):
         return
+    import torch
+
     from skd_lib.models.loading import check_quantization
 
+    device = torch.device("cuda" if gpu or _trains_elsewhere(gpu) else "cpu")
     try:
-        check_quantization(precision)
+        check_quantization(precision, teacher, device, trust_remote_code=run.trust_remote_code)
     except SkdError as error:
         checks.failed("teacher precision", error)
     else:
@@ -114,11 +150,13 @@ def check_precision(checks: Checks, precision: TeacherPrecision) -> None:
 def check_memory(checks: Checks, config: RunConfig, teacher: ModelSize, student: ModelSize, gpu: bool) -> None:
     """The training step that needs most memory against what there is."""
     from skd_lib.memory import GIB, available_memory, estimates
+    from skd_lib.models.loading import default_device
 
-    found = estimates(config, teacher, student, element=2 if gpu else 4, gpu=gpu)
+    found = checks.attempt("memory", lambda: estimates(config, teacher, student, device=default_device()))
+    if found is None:
+        return
     largest = max(found, key=lambda estimate: estimate.total)
-    if not gpu and os.environ.get("KUBERNETES_SERVICE_HOST"):
-        # Here it says nothing about the nodes that the training steps will get.
+    if _trains_elsewhere(gpu):
         checks.add("memory", "ok", f"estimate for {largest}")
         return
     available, of_what = available_memory()
@@ -131,3 +169,8 @@ def check_memory(checks: Checks, config: RunConfig, teacher: ModelSize, student:
         if enough
         else "lower training.micro_batch_size, set gradient_checkpointing, use training.lora, or take more memory",
     )
+
+
+def _trains_elsewhere(gpu: bool) -> bool:
+    """Whether this machine says nothing about the nodes that the training steps will get."""
+    return not gpu and bool(os.environ.get("KUBERNETES_SERVICE_HOST"))

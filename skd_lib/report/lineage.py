@@ -23,6 +23,7 @@ _NAMES = {
     "teacher_weights_sha256": "teacher weights",
     "initial_weights_sha256": "student weights before",
     "weights_sha256": "student weights after",
+    "precision": "precision",
     "code_version": "code version",
 }
 _PACKAGES = ("skd-lib", "torch", "transformers")

@@ -127,7 +127,8 @@ def main(
         model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
         load_teacher = None
         if METHODS[settings.method].needs_teacher:
-            load_teacher = partial(fitting.load_frozen, teacher, settings.training.teacher_precision)
+            precisions = settings.training.teacher_precision, settings.training.precision
+            load_teacher = partial(fitting.load_frozen, teacher, precisions[0], computing=precisions[1])
         result, figures = fit.run(model, load_teacher, tokenizer, prepared, io.input_uri("data", data), run)
         if not fitting.is_main_process():
             return
@@ -141,7 +142,10 @@ def main(
         )
         losses = {"best validation loss": result.best_validation_loss}
         card = model_card("Distilled student", lineage, losses)
-        metadata["weights_sha256"] = fitting.save_trained(result.student, tokenizer, student_out, card)
+        metadata["weights_sha256"] = fitting.save_trained(
+            result.student, tokenizer, student_out, card, result.precision
+        )
+        metadata["precision"] = result.precision
         metadata["data_fingerprint"] = prepared.fingerprint
         fitting.write_figures(metrics_out, io, figures, run)
         write_text_atomic(samples_out, to_jsonl(as_text(trace, tokenizer) for trace in result.traces))

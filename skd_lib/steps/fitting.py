@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from skd_lib.config import DistillConfig, Method, TaskConfig, TeacherPrecision, TrainingConfig
+from skd_lib.config import DistillConfig, Method, Precision, TaskConfig, TeacherPrecision, TrainingConfig
 from skd_lib.models.files import weights_digest
 from skd_lib.steps.runtime import StepIO
 from skd_lib.storage import checkpoint_folder, is_remote
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.memory import Estimate
+    from skd_lib.models.precision import Resolved
     from skd_lib.tracking.runs import StepRun
     from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
@@ -64,6 +65,14 @@ class Fit:
     checkpoint_root: str
     weights: dict[str, str]
 
+    @property
+    def precision(self) -> Resolved:
+        """In which this machine trains."""
+        from skd_lib.models.loading import default_device
+        from skd_lib.models.precision import resolve_precision
+
+        return resolve_precision(self.training.precision, default_device())
+
     def checkpoints(self, data: PreparedData) -> Checkpoints:
         """The checkpoints of this very work."""
         from skd_lib import __version__
@@ -74,6 +83,7 @@ class Fit:
             version=__version__,
             method=self.method,
             training=self.training.model_dump(mode="json"),
+            precision=self.precision,
             # Another number of nodes goes on from the same checkpoints.
             distill=None if self.distill is None else self.distill.model_dump(mode="json", exclude={"multinode"}),
             task=self.task.model_dump(mode="json"),
@@ -139,6 +149,7 @@ class Fit:
                     load_teacher,
                     student,
                     self.distill,
+                    self.precision,
                 )
                 if method == "seqkd":
                     # What the teacher has written once is data like any other.
@@ -179,8 +190,7 @@ class Fit:
             config_size(student.config),
             None if teacher is None else config_size(teacher.config),
             divergence="forward_kl" if self.distill is None else self.distill.divergence,
-            element=compute_dtype(student.device).itemsize,
-            gpu=student.device.type != "cpu",
+            device=student.device,
         )
 
 
@@ -218,7 +228,8 @@ def fine_tune(
     )
     (base_digest,) = fit.weights.values()
     metadata = {
-        "weights_sha256": save_trained(result.student, tokenizer, out, model_card(title, lineage)),
+        "weights_sha256": save_trained(result.student, tokenizer, out, model_card(title, lineage), result.precision),
+        "precision": result.precision,
         "base_weights_sha256": base_digest,
         "data_fingerprint": data.fingerprint,
         "code_version": code_version(),
@@ -241,7 +252,8 @@ def code_version() -> str:
 def training_facts(training: TrainingConfig, result: TrainResult) -> dict[str, Any]:
     """How a model was trained, for its card."""
     unused = {"epochs"} if training.max_steps else {"max_steps"}
-    return {**training.model_dump(exclude_none=True, exclude=unused), "best_step": result.best_step}
+    facts = training.model_dump(exclude_none=True, exclude=unused)
+    return {**facts, "precision": result.precision, "best_step": result.best_step}
 
 
 def is_main_process() -> bool:
@@ -259,40 +271,30 @@ def load_trainable(path: Path) -> PreTrainedModel:
     return load_model(path, dtype=torch.float32)
 
 
-def load_frozen(path: Path, precision: TeacherPrecision = "auto") -> PreTrainedModel:
+def load_frozen(path: Path, precision: TeacherPrecision = "auto", *, computing: Precision = "auto") -> PreTrainedModel:
     """A model that is only read.
 
     Args:
         path: Its folder.
         precision: Of its weights; see `DistillTrainingConfig.teacher_precision`.
+        computing: Of what is computed with it, and of its weights unless `precision` says otherwise.
     """
-    import torch
-
     from skd_lib.models.loading import default_device, load_model
+    from skd_lib.models.precision import DTYPES, compute_dtype
 
     _quiet()
-    given = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    return load_model(
-        path,
-        dtype=given.get(precision) or compute_dtype(default_device()),
-        quantization=precision if precision in ("8bit", "4bit") else None,
-    )
+    whole = DTYPES[precision] if precision in ("fp32", "bf16") else compute_dtype(computing, default_device())
+    return load_model(path, dtype=whole, quantization=precision if precision in ("8bit", "4bit") else None)
 
 
-def compute_dtype(device: Any) -> Any:
-    """bf16 where the device multiplies in it, else fp32: the dtype of trained forward passes, and of saved weights."""
-    import torch
-
-    from skd_lib.training.modes import native_bf16
-
-    return torch.bfloat16 if native_bf16(device) else torch.float32
-
-
-def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> str:
-    """Save a trained model; returns the digest of its weights."""
+def save_trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str, precision: Resolved
+) -> str:
+    """Save a model in the precision of its training; returns the digest of its weights."""
     from skd_lib.models.loading import save_model
+    from skd_lib.models.precision import DTYPES
 
-    save_model(model.to(compute_dtype(model.device)), tokenizer, path, card)
+    save_model(model.to(DTYPES[precision]), tokenizer, path, card)
     return weights_digest(path)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from skd_lib.data.tokenize import TokenizedExample
+    from skd_lib.models.precision import Resolved
     from skd_lib.training.stored_teacher import StoredSignals
 
 _FOLDER = "teacher_signal"
@@ -32,6 +33,7 @@ class EarlyTeacher:
         load: Makes the teacher.
         student: Whose vocabulary counts.
         distill: How the teacher samples, and what is stored of it.
+        precision: In which the training computes, and the teacher unless its own is given.
     """
 
     root: Path
@@ -39,6 +41,7 @@ class EarlyTeacher:
     load: Callable[[], PreTrainedModel]
     student: PreTrainedModel
     distill: DistillConfig
+    precision: Resolved
 
     def signals(self, examples: Sequence[TokenizedExample], *, pad_id: int) -> StoredSignals:
         """What it says along the examples' own responses."""
@@ -90,4 +93,8 @@ class EarlyTeacher:
         from skd_lib import __version__
         from skd_lib.training.checkpoints import checkpoint_key
 
-        return self.root / checkpoint_key(_FOLDER, version=__version__, teacher=self.digest, **inputs)
+        # Of the teacher's weights, and of what is computed with them.
+        precision = [self.distill.training.teacher_precision, self.precision]
+        return self.root / checkpoint_key(
+            _FOLDER, version=__version__, teacher=self.digest, precision=precision, **inputs
+        )

@@ -138,13 +138,17 @@ def _cut(teacher: Path, folder: Path, settings: StudentInitConfig, base: str) ->
     """Save what is left of the teacher; returns the digest of its weights."""
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import load_tokenizer
+    from skd_lib.models.loading import default_device
+    from skd_lib.models.precision import resolve_precision
     from skd_lib.models.student_init import prune_layers
 
     assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated
-    cut = prune_layers(fitting.load_frozen(teacher), settings.keep_first, settings.keep_last)
+    precision = resolve_precision(settings.training.precision, default_device())
+    whole = fitting.load_frozen(teacher, computing=precision)
+    cut = prune_layers(whole, settings.keep_first, settings.keep_last)
     lineage = Lineage(base=base, method="prune", code_version=fitting.code_version())
     return fitting.save_trained(
-        cut, load_tokenizer(teacher), folder, model_card("Student, cut from its teacher", lineage)
+        cut, load_tokenizer(teacher), folder, model_card("Student, cut from its teacher", lineage), precision
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
-import torch
 from torch import nn
 
 from skd_lib.errors import SkdError
@@ -49,17 +48,6 @@ def attention_dropout(model: nn.Module, probability: float) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.attention_dropout = value
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16 itself: emulated bf16 is slower than fp32 and no smaller here."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return False
-    # PyTorch before 2.10 cannot say what the CPU has; fp32 is always right.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(present for name, present in capabilities.items() if "bf16" in name)
 
 
 def through_wrapper(wrapped: nn.Module, model: nn.Module, function: Callable[[InputT], T], inputs: InputT) -> T:

@@ -20,9 +20,10 @@ from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.models.adapters import add_lora, merge_lora
 from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.precision import Resolved, resolve_precision
 from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
-from skd_lib.training.modes import attention_dropout, evaluating, native_bf16
+from skd_lib.training.modes import attention_dropout, evaluating
 from skd_lib.training.objectives import objective_for
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.preemption import StopOnSigterm
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 _VALIDATION_STATES_BYTES = 2**30
 """The teacher's states on the validation set are kept between validations if they take no more host memory."""
 _CPU = torch.device("cpu")
+_MIXED: dict[Resolved, str] = {"fp32": "no", "bf16": "bf16"}
+"""Accelerate's names."""
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +58,7 @@ class TrainResult:
     Attributes:
         student: With the weights of the best checkpoint: the model that came in, or where that was sharded over
             processes one in one piece.
+        precision: In which it was trained.
         steps: Optimiser steps.
         best_step: The step whose weights were kept.
         best_validation_loss: Its validation loss, the lowest.
@@ -66,6 +70,7 @@ class TrainResult:
     """
 
     student: PreTrainedModel
+    precision: Resolved
     steps: int
     best_step: int
     best_validation_loss: float
@@ -114,7 +119,7 @@ def train(
 
     Args:
         method: What is minimised, and where responses come from.
-        student: In fp32; it is trained in bf16 autocast where its device multiplies in bf16 itself. With
+        student: In fp32; it is trained in bf16 autocast where `training.precision` comes to bf16. With
             `training.lora` it is frozen while adapters are trained, which are then merged into it.
         teacher: Frozen; None where there is nothing for it to do.
         train: Training examples.
@@ -241,10 +246,11 @@ def _placed(
 def _arguments(
     training: TrainingConfig, examples: int, seed: int, folder: Path, student: PreTrainedModel
 ) -> TrainingArguments:
+    precision = resolve_precision(training.precision, student.device)
     args = _Arguments(
         output_dir=str(folder),
         use_cpu=student.device.type == "cpu",
-        bf16=native_bf16(student.device),
+        bf16=precision == "bf16",
         seed=seed,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
@@ -268,6 +274,8 @@ def _arguments(
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
+    # The Trainer would let `accelerate launch` have its own way with it.
+    args.mixed_precision = _MIXED[precision]
     plan = plan_steps(training, examples, processes=args.world_size)
     args.per_device_train_batch_size = plan.micro_batch_size
     args.gradient_accumulation_steps = plan.accumulation
@@ -319,6 +327,7 @@ def _result(trainer: DistillationTrainer, student: PreTrainedModel) -> TrainResu
                 peak_bytes[phase] = max(peak_bytes.get(phase, 0), int(value))
     return TrainResult(
         student=student,
+        precision="bf16" if trainer.args.bf16 else "fp32",
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
         best_validation_loss=trainer.state.best_metric,

@@ -26,7 +26,7 @@ class Nursery:
         with log.open("w") as output:
             self._server = subprocess.Popen(
                 [sys.executable, __file__],
-                env={**os.environ, "PYTHONPATH": ROOT},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", ROOT)])},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

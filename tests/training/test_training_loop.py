@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.training.modes import attention_dropout
+from tests.conftest import CpuFlags
 
 
 @pytest.fixture
@@ -132,28 +133,40 @@ def test_gradient_accumulation_equals_one_big_batch(
 
 
 def test_bf16_is_for_computing_only(
-    teacher: PreTrainedModel,
-    tmp_path: Path,
-    tiny_model: Callable[..., PreTrainedModel],
-    monkeypatch: pytest.MonkeyPatch,
+    teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], cpu_flags: CpuFlags
 ) -> None:
-    """Where the device has bf16: sampling, states and logits are bf16, weights and gradients stay fp32."""
+    """In bf16 are sampling, states and logits; weights and gradients stay fp32. `auto` is what the CPU has."""
     gradients, losses = [], []
-    for bf16 in (False, True):
-        monkeypatch.setattr("skd_lib.training.run.native_bf16", lambda _device, bf16=bf16: bf16)
+    for precision, flags in (("auto", ["avx512_bf16"]), ("auto", ["avx512_bf16", "amx_bf16"]), ("bf16", [])):
+        cpu_flags(*flags)
+        folder, bf16 = tmp_path / f"{precision}-{len(flags)}", bool(gradients)
         student, first = tiny_model(seed=1, vocab_size=64), FirstGradients()
-        guide = teacher.bfloat16() if bf16 else teacher
-        # Ground truth, so that both see the same tokens.
-        run(student, guide, tmp_path / str(bf16), method="supervised_kd", callbacks=[first], max_steps=1, dropout=0)
+        guide, options = teacher.bfloat16() if bf16 else teacher, {"max_steps": 1, "precision": precision}
+        # Ground truth, so that all see the same tokens.
+        result = run(student, guide, folder, method="supervised_kd", callbacks=[first], dropout=0, **options)
         gradients.append(first.gradients)
-        result = run(student, guide, tmp_path / f"skd{bf16}", max_steps=1, callbacks=[first])
-        losses.append(result.first_validation_loss)
+        assert result.precision == ("bf16" if bf16 else "fp32")
+        losses.append(run(student, guide, folder / "skd", callbacks=[first], **options).first_validation_loss)
         assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
-    assert losses[1] != losses[0]
+    assert losses[1] == losses[2] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     for name, expected in gradients[0].items():
         assert gradients[1][name].dtype == torch.float32
+        assert torch.equal(gradients[1][name], gradients[2][name])
         assert torch.cosine_similarity(gradients[1][name].flatten(), expected.flatten(), dim=0) > 0.99, name
+
+
+def test_a_launchers_precision_is_not_the_trainings(
+    student: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch` sets the variable from a file in the user's home."""
+    dtypes: set[torch.dtype] = set()
+    student.get_decoder().layers[0].self_attn.q_proj.register_forward_hook(
+        lambda _module, _inputs, output: dtypes.add(output.dtype)
+    )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run(student, None, tmp_path, method="sft", max_steps=1).precision == "fp32"
+    assert dtypes == {torch.float32}
 
 
 def test_two_processes_equal_one(
@@ -251,8 +264,9 @@ def test_a_broken_step_changes_nothing_but_the_count(
 def test_too_many_broken_steps_stop_the_training(
     student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
 ) -> None:
-    message = r"tiny: 3 optimiser steps in a row were skipped, up to step 4: the norm of (.|\n)*learning_rate"
-    settings = {"learning_rate": 1e30, "warmup_ratio": 0, "eval_steps": 6, "max_skipped_steps": 3}
+    message = r"tiny: 3 optimiser steps in a row were skipped, up to step 3: the norm of (.|\n)*learning_rate"
+    settings = {"eval_steps": 6, "max_skipped_steps": 3}
+    student.get_output_embeddings().weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(SkdError, match=message):
         run(student, teacher, tmp_path, method="sft", **settings)
     with torch.no_grad():

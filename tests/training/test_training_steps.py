@@ -23,6 +23,7 @@ from skd_lib.errors import Preempted, SkdError
 from skd_lib.models.files import weights_digest
 from skd_lib.report.samples import read_samples
 from skd_lib.steps import distill, student_init, teacher_sft
+from skd_lib.training.checkpoints import MARKER
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"learning_rate": 5e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "eval_steps": 2}
@@ -133,6 +134,7 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     assert final["initial_weights_sha256"] == cut["weights_sha256"]
     assert (final["teacher"], final["base_student"]) == ("org/teacher", cut["base_student"])
     assert (final["method"], final["divergence"], final["top_k"]) == ("skd", "forward_kl", 3)
+    assert lineage["precision"] == final["precision"] == "fp32"
     assert {"rejection_rate_first_tenth", "rejection_rate_last_tenth", "seconds_rollout"} <= set(training.figures)
     # Of the whole process, which is more than the tiny model's share of it.
     assert 0 < training.figures["estimated_memory_gib"] < training.figures["peak_memory_gib"] < 64
@@ -153,7 +155,7 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     assert model.config.use_cache
     assert AutoTokenizer.from_pretrained(distilled).chat_template
     card = (distilled / "README.md").read_text()
-    assert all(text in card for text in ("org/teacher", fingerprint, "skd", "top_k"))
+    assert all(text in card for text in ("org/teacher", fingerprint, "skd", "top_k", "precision: fp32"))
     assert not list((tmp_path / "checkpoints").rglob("checkpoint-*"))
     _check_tracked(uri, final["weights_sha256"])
 
@@ -166,6 +168,7 @@ def _check_tracked(uri: str, digest: str) -> None:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'distill'")
     assert run.data.tags["weights_sha256"] == digest
+    assert run.data.tags["precision"] == "fp32"
     assert run.data.params["skd/distill.sampling.top_k"] == "3"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "validation_loss")] == [0, 2, 4]
@@ -237,8 +240,8 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
                 (kept,) = (tmp_path / "checkpoints" / "teacher_sft").iterdir()
                 assert {path.name for path in kept.iterdir()} >= {"checkpoint-4"}
                 modified = (kept / "checkpoint-4" / "model.safetensors").stat().st_mtime_ns
-                best = max(kept.iterdir(), key=lambda path: path.name)
-                outputs.append(load_file(best / "model.safetensors"))
+                best = json.loads((kept / "checkpoint-4" / MARKER).read_text())["best"]
+                outputs.append(load_file(kept / best / "model.safetensors"))
             else:
                 assert (kept / "checkpoint-4" / "model.safetensors").stat().st_mtime_ns == modified
                 teacher_sft.main(**arguments)
@@ -359,9 +362,10 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
         "config": json.dumps({"training": training}),
     }
     options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", str(ROOT))])
     done = subprocess.run(
         [sys.executable, *command[1:], *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "KFP_RUN_ID": "run-1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "KFP_RUN_ID": "run-1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
@@ -376,15 +380,13 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
 
 
 @pytest.mark.parametrize("precision", ["8bit", "4bit"])
-def test_quantised_teacher_trains_a_student(
-    precision: str, teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save
-) -> None:
+def test_quantised_teacher_trains_a_student(precision: str, data: Path, tmp_path: Path, save_tiny_model: Save) -> None:
     pytest.importorskip("bitsandbytes")
     training = Step(tmp_path / "run", ["distilled_student", "metrics", "samples"])
     distill.main(
         config=json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "teacher_precision": precision}}),
         student=save_tiny_model(tmp_path / "student", seed=1),
-        teacher=teacher,
+        teacher=save_tiny_model(tmp_path / "teacher", seed=2, layers=4, hidden=64),
         data=data,
         student_out=tmp_path / "run" / "model",
         samples_out=tmp_path / "run" / "samples",

@@ -1,0 +1,83 @@
+"""The precision in which models compute on this machine: the one place that decides it.
+
+bf16 pays where a device has units that multiply matrices in it. Elsewhere it is emulated or made of vector
+instructions, and slower than fp32: on a CPU with `avx512_bf16` and without `amx_bf16` a training step takes 1.6 to 1.9
+times as long.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from skd_lib.config import Precision
+from skd_lib.errors import SkdError
+
+VARIABLE = "SKD_PRECISION"
+"""Environment variable that says what `auto` means on this machine: `fp32` or `bf16`."""
+Resolved = Literal["fp32", "bf16"]
+DTYPES: dict[Resolved, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_precision(wanted: Precision, device: torch.device) -> Resolved:
+    """Return the precision that `wanted` comes to on a device.
+
+    `auto` is what `SKD_PRECISION` says, else bf16 where `multiplies_in_bf16`, else fp32. What is asked for by name is
+    kept, also where it is slow (see `precision_trouble`).
+
+    Raises:
+        SkdError: `SKD_PRECISION` is neither `fp32` nor `bf16`, or the device cannot compute in bf16 at all.
+    """
+    resolved = wanted
+    if resolved == "auto":
+        resolved = _pinned() or ("bf16" if multiplies_in_bf16(device) else "fp32")
+    if resolved == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        where = "precision bf16" if wanted == "bf16" else f"environment variable {VARIABLE}"
+        raise SkdError(f"{_name(device)} cannot compute in bf16", where=where, hint="use fp32")
+    return resolved
+
+
+def compute_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype of `resolve_precision`.
+
+    Raises:
+        SkdError: see `resolve_precision`.
+    """
+    return DTYPES[resolve_precision(wanted, device)]
+
+
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Return whether the device multiplies matrices in bf16 faster than in fp32.
+
+    GPUs from Ampere on do, and CPUs with AMX. PyTorch before 2.10 cannot say what a CPU has: then the answer is no.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def precision_trouble(wanted: Precision, device: torch.device) -> str:
+    """Return why bf16 is a poor choice on a device, as a sentence; empty if it is none, or is not what `wanted` means.
+
+    Raises:
+        SkdError: see `resolve_precision`.
+    """
+    if resolve_precision(wanted, device) == "fp32" or multiplies_in_bf16(device):
+        return ""
+    return f"bf16 is emulated on {_name(device)}, or computed by vector instructions: slower than fp32"
+
+
+def _pinned() -> Resolved | None:
+    pinned = os.environ.get(VARIABLE, "")
+    if pinned and pinned not in DTYPES:
+        hint = "set it to fp32 or bf16, or unset it: then the machine decides"
+        raise SkdError(f"no precision: {pinned!r}", where=f"environment variable {VARIABLE}", hint=hint)
+    return pinned or None
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
