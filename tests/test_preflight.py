@@ -504,3 +504,25 @@ def test_several_nodes_need_a_cluster_and_the_right_to_use_it(
         kubernetes.allowed = False
         refused = only(check(values, tmp_path, **remote), "error")
     assert (refused.what, refused.where) == ("this service account may not create TrainJobs", "namespace team")
+
+
+def test_a_chat_template_that_never_ends_or_changes_rows_is_an_error(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    student = save_tiny_model(tmp_path / "student")
+    template = (student / "chat_template.jinja").read_text(encoding="utf-8")
+    values |= {"student": str(student)}
+
+    reads = "message['content'].replace('fichier 3', '').replace('file 1', '')"
+    (student / "chat_template.jinja").write_text(template.replace("message['content']", reads), encoding="utf-8")
+    report = check(values, tmp_path)
+    assert {(found.level, found.what.split(" of ")[0]) for found in report.checks if found.name == "train rows"} == {
+        ("error", "the chat template writes the question"),
+        ("warning", "the chat template writes the answer"),
+    }
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (student / "chat_template.jinja").write_text(endless + template, encoding="utf-8")
+    found = [found for found in check(values, tmp_path).checks if found.level == "error"]
+    assert [(error.name, error.what) for error in found] == [
+        ("student", "the chat template does not end: given up after 1 s")
+    ]

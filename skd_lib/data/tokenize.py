@@ -5,18 +5,28 @@ Prompt and response are tokenised apart and never again: the ids that a sampler 
 
 from __future__ import annotations
 
-import datetime
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from skd_lib.config import TaskConfig
+from skd_lib.data.chat import chat_layout, depends_on_date
 from skd_lib.data.examples import Example
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "TokenizedExample",
+    "answer_end_id",
+    "decode_answer",
+    "depends_on_date",
+    "encode",
+    "encode_all",
+    "encode_prompt",
+]
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +47,18 @@ class TokenizedExample:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, source: str) -> list[int]:
-    """The prompt's token ids, of any length, with exactly the BOS that the model wants.
+    """Return the prompt's token ids, of any length, with exactly the BOS that the model wants.
 
-    With a chat template the template alone decides about BOS; without one the tokenizer does, unless the prompt's
-    text starts with BOS itself.
+    With a chat template the prompt is all that the template writes before an answer, and the template alone decides
+    about BOS; without one the tokenizer does, unless the prompt's text starts with BOS itself.
 
     Raises:
-        SkdError: the tokenizer has no chat template, or the template refuses the messages.
+        SkdError: the tokenizer has no chat template, or one that cannot be used.
     """
-    text = task.prompt.replace("{source}", source)
     if task.chat_template:
-        messages = _messages(task, text)
-        return _apply_template(tokenizer, task, messages, add_generation_prompt=True)
+        text = chat_layout(tokenizer, task).prompt(task, source)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = task.prompt.replace("{source}", source)
     starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = list(tokenizer(text, add_special_tokens=not starts_with_bos)["input_ids"])
     # Tokenizers made for encoders end every text with EOS; a prompt that ends so would be a finished text.
@@ -58,7 +68,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, source: 
 def encode(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, example: Example, eos_id: int) -> TokenizedExample:
     """Tokenise one example; the response is cut to `task.max_new_tokens`, and then does not end with EOS.
 
-    Special tokens that stand in the reference as text are tokenised as text: they must not end the response.
+    With a chat template, prompt and response together are what the template writes for the whole conversation. Special
+    tokens that stand in the reference as text are tokenised as text: they must not end the response.
 
     Args:
         tokenizer: The models' tokenizer.
@@ -66,7 +77,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, example: Exampl
         example: The example.
         eos_id: What ends an answer, see `answer_end_id`.
     """
-    target = tokenizer(example.target, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if task.chat_template:
+        layout = chat_layout(tokenizer, task)
+        answer = layout.answer(task, example.source, example.target)
+        target = [*layout.tokens(tokenizer, answer), *layout.closing[:-1]]
+    else:
+        target = list(tokenizer(example.target, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     response = [*target, eos_id][: task.max_new_tokens]
     return TokenizedExample(encode_prompt(tokenizer, task, example.source), response, example.id)
 
@@ -101,76 +117,29 @@ def encode_all(
 
 
 def answer_end_id(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> int:
-    """The id that ends an answer: with a chat template the special token that the template puts after the assistant's
-    text (`<end_of_turn>` of Gemma, `<|im_end|>` of Qwen), else the tokenizer's EOS.
+    """Return the id that ends an answer: with a chat template the last of the special tokens that the template puts
+    after the assistant's text (`<end_of_turn>` of Gemma, `<|im_end|>` of Qwen), else the tokenizer's EOS.
 
     Raises:
-        SkdError: the tokenizer has no EOS, or no chat template although the task wants one.
+        SkdError: the tokenizer has no EOS, or no chat template, or none that can be used, although the task wants one.
     """
-    if task.chat_template:
-        answer = "answer"
-        messages = [*_messages(task, "question"), {"role": "assistant", "content": answer}]
-        start = len(_apply_template(tokenizer, task, messages[:-1], add_generation_prompt=True))
-        tail = _apply_template(tokenizer, task, messages, add_generation_prompt=False)[start:]
-        added = tokenizer.added_tokens_decoder.items()
-        special = {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
-        for token in tail:
-            if token in special:
-                return int(token)
+    if task.chat_template and (closing := chat_layout(tokenizer, task).closing):
+        return closing[-1]
     if tokenizer.eos_token_id is None:
         raise SkdError("the tokenizer has no end-of-sequence token", hint="use a model whose tokenizer has one")
     return int(tokenizer.eos_token_id)
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, ids: Sequence[int]) -> str:
-    """The answer's text: special tokens left out, cut before the first stop string, white space around it removed."""
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    """Return the answer's text: without what ends it, cut before the first stop string, and stripped."""
+    ends: tuple[int, ...] = ()
+    tail = ""
+    if task.chat_template and tokenizer.chat_template:
+        layout = chat_layout(tokenizer, task)
+        ends, tail = layout.closing, layout.tail.strip()
+    # Not every token that ends answers is marked as a special one.
+    kept = [token for token in ids if token not in ends]
+    text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     for stop in task.stop:
         text = text.partition(stop)[0]
-    return text.strip()
-
-
-def _messages(task: TaskConfig, text: str) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": task.system_prompt}] if task.system_prompt else []
-    return [*system, {"role": "user", "content": text}]
-
-
-def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
-    """Return whether the prompts of a task are others on another day, because the chat template prints the date.
-
-    Raises:
-        SkdError: the tokenizer has no chat template although the task wants one, or the template cannot be rendered.
-    """
-    if not task.chat_template:
-        return False
-    days = ("2021-02-03", "2034-11-25")
-    prompts = {_render(tokenizer, _messages(task, "question"), date=day, add_generation_prompt=True) for day in days}
-    return len(prompts) > 1
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, messages: list[dict[str, str]], *, add_generation_prompt: bool
-) -> list[int]:
-    text = _render(tokenizer, messages, date=task.date, add_generation_prompt=add_generation_prompt)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, date: str, add_generation_prompt: bool
-) -> str:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    if not tokenizer.chat_template:
-        hint = "set `task.chat_template: false`, or use an instruction-tuned model"
-        raise SkdError("the tokenizer has no chat template", where=str(tokenizer.name_or_path), hint=hint)
-    now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
-    try:
-        # The clock cannot be handed over as a variable: transformers lets only plain data into a template.
-        _compile_jinja_template(tokenizer.get_chat_template()).globals["strftime_now"] = now.strftime
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:
-        hint = (
-            "leave `task.system_prompt` out if the model has no system role" if messages[0]["role"] == "system" else ""
-        )
-        raise SkdError(f"the chat template refuses the messages: {error}", hint=hint) from error
+    return text.strip().removesuffix(tail).strip()

@@ -10,6 +10,7 @@ from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import Checks, distinct
 from skd_lib.preflight.models import Model
+from skd_lib.preflight.templates import check_rendered_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +75,7 @@ def _lengths(
     task = config.task
     for name in ("train", "validation", "test"):
         sample = (getattr(splits, name) or [])[:MAX_TOKENIZED]
+        check_rendered_rows(checks, name, tokenizer, task, sample)
         encoded = [encode(tokenizer, task, example, end) for example in sample]
         prompts = [len(example.prompt_ids) for example in encoded]
         long = sum(length > task.max_prompt_tokens for length in prompts)

@@ -10,6 +10,7 @@ from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import unread_settings
 from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.templates import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,6 +101,7 @@ def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:
     from skd_lib.data.tokenize import answer_end_id
     from skd_lib.models.special_ids import eos_ids
 
+    check_template(checks, model.role, model.tokenizer, config)
     end = answer_end_id(model.tokenizer, config.task)
     stops = eos_ids(model.folder, model.tokenizer)
     if end not in stops:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import logging
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from skd_lib.config import TaskConfig
 from skd_lib.data.examples import make_example
-from skd_lib.data.tokenize import answer_end_id, decode_answer, depends_on_date, encode, encode_all, encode_prompt
+from skd_lib.data.tokenize import answer_end_id, decode_answer, encode, encode_all, encode_prompt
 from skd_lib.errors import SkdError
 from tests.conftest import BOS, EOS, PAD, TURN
 
@@ -120,13 +119,3 @@ def test_an_answer_is_cut_at_the_first_stop_and_stripped(tokenizer: Any) -> None
     assert decode_answer(tokenizer, TASK.model_copy(update={"stop": ["\n"]}), ids) == "the file ; saved"
     assert decode_answer(tokenizer, TASK.model_copy(update={"stop": ["\n", " ;"]}), ids) == "the file"
     assert decode_answer(tokenizer, TASK, []) == ""
-
-
-def test_a_template_that_prints_the_date_prints_that_of_the_task(tokenizer: Any) -> None:
-    assert not depends_on_date(tokenizer, TASK)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
-    assert depends_on_date(tokenizer, TASK)
-    assert not depends_on_date(tokenizer, PLAIN)
-    then = TASK.model_copy(update={"date": "2024-07-26"})
-    assert tokenizer.decode(encode_prompt(tokenizer, then, "a")).startswith(f"26 Jul 2024\n{BOS}")
-    assert tokenizer.decode(encode_prompt(tokenizer, TASK, "a")).startswith(f"{datetime.date.today():%d %b %Y}")

@@ -1,0 +1,292 @@
+"""Where a chat template puts the answer: read off what it renders.
+
+A template is a program, and nothing is concluded from its source. A question and an answer that are made up for it are
+rendered, and the place of the answer in the text tells what is prompt and what ends an answer. So prompt and response
+together are what the template itself writes for the whole conversation.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from skd_lib.config import TaskConfig
+from skd_lib.data.rendering import Message, Template, render, try_rendering
+from skd_lib.errors import SkdError, SkdErrors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# With what templates change if they change anything: upper case, a line break, quotes, and signs that HTML escapes.
+_QUESTION = 'Question 7:\n"What" <is> 2 & 3?'
+_ANSWER = 'Answer 8:\n"It" <is> 5 & 6.'
+_SYSTEM = 'Rule 9:\n"Be" <very> kind & brief.'
+_DAYS = ("2021-02-03", "2034-11-25")
+_HINT = "correct the chat template, or set `task.chat_template: false` and write the prompt in `task.prompt`"
+
+
+@dataclass(frozen=True)
+class ChatLayout:
+    """How the chat template of a tokenizer writes the conversations of a task.
+
+    Attributes:
+        template: The template.
+        parts: Messages hold a list of parts (`{"type": "text", ...}`) instead of a string.
+        opening: What the template writes between its own generation prompt and the answer: it ends the prompt.
+        lead: White space that belongs to the answer: tokenizers join it to the answer's first word.
+        anchor: What the answer is tokenised behind, so that its first token is the one that it has in the rendered
+            text: SentencePiece puts a blank before any text, but not after a line break.
+        tail: Text between the answer and the token that ends it.
+        closing: The special tokens that follow, up to the one that ends the answer; none where the template has none.
+        after: All that the template writes after an answer.
+        notes: What does not agree with the template's own text, in words.
+    """
+
+    template: Template
+    parts: bool
+    opening: str
+    lead: str
+    anchor: str
+    tail: str
+    closing: tuple[int, ...]
+    after: str
+    notes: tuple[str, ...]
+
+    def prompt(self, task: TaskConfig, question: str) -> str:
+        """Everything that the template writes before the answer to a question.
+
+        Raises:
+            SkdError: the template refuses the messages.
+        """
+        before, _, _ = self._rendered(task, question, _ANSWER).rpartition(_ANSWER)
+        return before.removesuffix(self.lead)
+
+    def answer(self, task: TaskConfig, question: str, answer: str) -> str:
+        """The answer as the template writes it: some templates take away white space around it."""
+        if answer == answer.strip():
+            return answer
+        start = self.prompt(task, question) + self.lead
+        text = self._rendered(task, question, answer)
+        written = text[len(start) : len(text) - len(self.after)] if text.startswith(start) else ""
+        return written if written.strip() == answer.strip() else answer
+
+    def departure(self, task: TaskConfig, question: str, answer: str) -> str:
+        """What of this very example the template writes otherwise: `question`, `answer`, or nothing (empty)."""
+        prompt = self.prompt(task, question)
+        if question.strip() not in prompt:
+            return "question"
+        ours = prompt + self.lead + self.answer(task, question, answer) + self.after
+        return "" if self._rendered(task, question, answer) == ours else "answer"
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+        """The answer's token ids, without those that end it; special tokens in it are tokenised as text."""
+        return _tokens_behind(tokenizer, self.anchor, self.lead + answer + self.tail)
+
+    def _rendered(self, task: TaskConfig, question: str, answer: str) -> str:
+        return render(self.template, conversation(task, question, answer, parts=self.parts), date=task.date)
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The tokenizer's chat template.
+
+    Raises:
+        SkdError: it has none, or several and none of them is the default.
+    """
+    where = str(tokenizer.name_or_path)
+    if not tokenizer.chat_template:
+        hint = "set `task.chat_template: false`, or use an instruction-tuned model"
+        raise SkdError("the tokenizer has no chat template", where=where, hint=hint)
+    try:
+        source = str(tokenizer.get_chat_template())
+    except ValueError as error:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise SkdError(
+            f"the tokenizer has several chat templates ({names}) and none called `default`",
+            where=where,
+            hint="save the one for plain conversations as chat_template.jinja, or set `task.chat_template: false`",
+        ) from error
+    return Template(source, json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True))
+
+
+def conversation(task: TaskConfig, question: str, answer: str | None = None, *, parts: bool = False) -> list[Message]:
+    """The messages of one example; without an answer, those before it."""
+    system = [("system", task.system_prompt)] if task.system_prompt else []
+    asked = [*system, ("user", task.prompt.replace("{source}", question))]
+    said = asked if answer is None else [*asked, ("assistant", answer)]
+    return [
+        {"role": role, "content": [{"type": "text", "text": content}] if parts else content} for role, content in said
+    ]
+
+
+def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+    """See in a child process that the chat template comes to an end; done once for each template.
+
+    Raises:
+        SkdError: it does not, or the tokenizer has no chat template.
+    """
+    template = chat_template(tokenizer)
+    error = try_rendering(template, json.dumps(conversation(task, _QUESTION, _ANSWER)), task.date)
+    if error is not None:
+        raise error
+
+
+def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
+    """Return whether the prompts of a task are others on another day, because the chat template prints the date.
+
+    Raises:
+        SkdError: the tokenizer has no chat template although the task wants one, or the template cannot be used.
+    """
+    if not task.chat_template or "strftime_now" not in chat_template(tokenizer).source:
+        return False
+    check_rendering(tokenizer, task)
+    layout = chat_layout(tokenizer, task)
+    prompts = {layout.prompt(task.model_copy(update={"date": day}), _QUESTION) for day in _DAYS}
+    return len(prompts) > 1
+
+
+def chat_layout(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> ChatLayout:
+    """Find out how the tokenizer's chat template writes this task's conversations.
+
+    Raises:
+        SkdError: the tokenizer has no chat template, the template raises something, or it leaves out or changes the
+            system message, the question or the answer.
+    """
+    return _layout(tokenizer, chat_template(tokenizer), task.prompt, task.system_prompt, task.date)
+
+
+@lru_cache(maxsize=32)
+def _layout(
+    tokenizer: PreTrainedTokenizerBase, template: Template, prompt: str, system_prompt: str, date: str
+) -> ChatLayout:
+    system = f"{system_prompt}\n{_SYSTEM}" if system_prompt else ""
+    task = TaskConfig(prompt=prompt, system_prompt=system, date=date)
+    failures: list[SkdError] = []
+    for parts in (False, True):
+        try:
+            return _read_layout(tokenizer, template, task, parts=parts)
+        except SkdError as error:
+            failures.append(error)
+    # What the template says about parts is of no use where it does not want them.
+    as_text, as_parts = failures
+    raise as_parts if _severity(as_parts) < _severity(as_text) else as_text
+
+
+def _severity(error: SkdError) -> int:
+    if error.__cause__ is not None:  # the template raised something
+        return 9
+    return len(error.errors) if isinstance(error, SkdErrors) else 1
+
+
+def _read_layout(
+    tokenizer: PreTrainedTokenizerBase, template: Template, task: TaskConfig, *, parts: bool
+) -> ChatLayout:
+    def rendered(answer: str | None) -> str:
+        messages = conversation(task, _QUESTION, answer, parts=parts)
+        return render(template, messages, add_generation_prompt=answer is None, date=task.date)
+
+    text, generation = rendered(_ANSWER), rendered(None)
+    before, answer, after = text.rpartition(_ANSWER)
+    given = {"system message": task.system_prompt, "question": task.prompt.replace("{source}", _QUESTION)}
+    wrong = [
+        problem
+        for what, string in given.items()
+        if (problem := _misprint(what, string.strip(), before if answer else text))
+    ]
+    if not answer:
+        wrong.append(_misprint("answer", _ANSWER, text))
+    elif _ANSWER in before:
+        wrong.append("prints the answer more than once")
+    if wrong:
+        where = str(tokenizer.name_or_path)
+        errors = [SkdError(f"the chat template {problem}", where=where, hint=_HINT) for problem in wrong]
+        raise errors[0] if len(errors) == 1 else SkdErrors(errors)
+
+    common = _common(generation, before)
+    extra = before[len(generation) :] if common == len(generation) else before[common:]
+    # Text that only opens the answer belongs to it.
+    lead = extra if not extra.strip() else extra[len(extra.rstrip(" ")) :]
+    opening = extra.removesuffix(lead) if common == len(generation) else ""
+    tail, closing = _ending(tokenizer, after)
+    notes = _notes(generation, before, opening)
+    start = list(tokenizer(before.removesuffix(lead), add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for anchor in ("", "\n"):
+        taught = [*start, *_tokens_behind(tokenizer, anchor, lead + _ANSWER)[:2]]
+        if taught == whole[: len(taught)]:
+            break
+    else:
+        anchor = ""
+        notes.append("the tokens where an answer begins are others than in the text that the template writes")
+    return ChatLayout(template, parts, opening, lead, anchor, tail, closing, after, tuple(notes))
+
+
+def _notes(generation: str, before: str, opening: str) -> list[str]:
+    if opening:
+        return [
+            f"the chat template writes {opening!r} between its generation prompt and an answer: here it ends the prompt"
+        ]
+    common = _common(generation, before)
+    if common < len(generation):
+        return [
+            f"the chat template's generation prompt ends with {generation[common:]!r}, where it writes "
+            f"{before[common:]!r} before an answer that is there: here prompts end as before such an answer"
+        ]
+    return []
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the common beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def _misprint(what: str, string: str, text: str) -> str:
+    """What a template does to a string that its text ought to hold; empty if nothing."""
+    if string in text:
+        return ""
+    changed = _letters(string) in _letters(text)
+    return f"changes the {what}: {string!r} is not in the text" if changed else f"prints the {what} nowhere"
+
+
+def _letters(text: str) -> str:
+    """Letters and digits, without case: what is left of a text that was escaped or put in another spelling."""
+    return re.sub(r"\W+", "", html.unescape(text.replace("\\n", "\n"))).casefold()
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, tuple[int, ...]]:
+    """Read what ends an answer off the text after it: text that belongs to the answer, and special tokens.
+
+    Several tokens that follow each other end it together if the last is the tokenizer's EOS or the text's end (Cohere
+    closes answer and turn); else the first does, and what comes after it is another message.
+    """
+    added = {token.content: int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items()}
+    added |= {str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.all_special_tokens}
+    names = sorted((name for name in added if name.strip()), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    first = pattern.search(after)
+    if first is None:
+        return after.rstrip(), ()
+    run = [first]
+    while following := pattern.match(after, run[-1].end()):
+        run.append(following)
+    ids = [added[match[0]] for match in run]
+    if tokenizer.eos_token_id in ids:
+        closing = ids[: ids.index(tokenizer.eos_token_id) + 1]
+    else:
+        closing = ids if not after[run[-1].end() :].strip() else ids[:1]
+    return after[: first.start()], tuple(closing)
+
+
+def _tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:
+    """The token ids that a text has behind `anchor`; by itself if the two do not come apart."""
+
+    def ids(string: str) -> list[int]:
+        return list(tokenizer(string, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    head = ids(anchor) if anchor else []
+    whole = ids(anchor + text)
+    return whole[len(head) :] if whole[: len(head)] == head else ids(text)
