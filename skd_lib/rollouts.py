@@ -20,7 +20,7 @@ The sequences or steps that are not sampled are ground truth.
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -38,6 +38,7 @@ from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, mi
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import TEACHER, Sampler
 from skd_lib.schedules import value_at
+from skd_lib.seeds import derived, uniform
 from skd_lib.teacher_signals import DenseSignal
 
 if TYPE_CHECKING:
@@ -216,13 +217,13 @@ def rollout_for(
 def interleaving_rule(settings: InterleavedConfig, step: int, steps: int) -> AcceptanceRule:
     """The acceptance rule of the configuration at an optimiser step.
 
-    Probabilities that follow a schedule go in hundredths: each value is a sampler of its own, which on a GPU captures
-    its CUDA graphs anew.
+    Probabilities that follow a schedule are rounded, so that a long training has few values: each is a sampler of its
+    own, which on a GPU captures CUDA graphs of its own.
     """
 
     def share(setting: float | Schedule[Any]) -> float:
         value = value_at(setting, step, steps)
-        return round(value, 2) if isinstance(setting, Schedule) else value
+        return rounded(value) if isinstance(setting, Schedule) else value
 
     match settings.rule:
         case "top_k":
@@ -235,25 +236,25 @@ def interleaving_rule(settings: InterleavedConfig, step: int, steps: int) -> Acc
             return lossless()
 
 
+def rounded(probability: float) -> float:
+    """Return a probability in two digits, or its distance from 1 where that is less.
+
+    From 0.1 to 0.9 these are hundredths, near 0 and 1 finer ones: what is neither 0 nor 1 stays so, within 5 %.
+    """
+    edge = min(probability, 1 - probability)
+    return round(probability, 1 - math.floor(math.log10(edge))) if edge > 0 else probability
+
+
 def row_seed(seed: int, place: Place) -> int:
     """Seed of one row, 63 bits: a function of the run's seed and the row's place, so that a resumed run repeats it."""
-    return _hash("row", seed, *place) >> 1
+    return derived("row", seed, *place) >> 1
 
 
 def step_uniform(seed: int, step: int) -> float:
     """A uniform number in [0, 1) that belongs to an optimiser step."""
-    return _uniform("step", seed, step)
+    return uniform("step", seed, step)
 
 
 def row_uniform(seed: int, place: Place) -> float:
     """A uniform number in [0, 1) that belongs to a row, and is not the one its response is sampled with."""
-    return _uniform("source", seed, *place)
-
-
-def _uniform(*parts: int | str) -> float:
-    return (_hash(*parts) >> 11) / 2**53
-
-
-def _hash(*parts: int | str) -> int:
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return uniform("source", seed, *place)

@@ -80,7 +80,7 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("distill.training.fsdp", 2, "distill.training.fsdp", "valid boolean", ""),
         ("distill.replaced_weight", float("nan"), "distill.replaced_weight", "finite number", ""),
         ("distill.temperature", 1e-300, "distill.temperature", "greater than or equal to 0.001", ""),
-        ("distill.sampling.student.temperature", 1e-5, "distill.sampling.student.temperature", "0 is greedy", ""),
+        ("distill.sampling.student.temperature", 1e-7, "distill.sampling.student.temperature", "0 is greedy", ""),
         ("distill.sampling.mixture", float("nan"), "distill.sampling.mixture", "finite number", ""),
         (
             "distill.sampling.min_prob",

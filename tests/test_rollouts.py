@@ -382,10 +382,28 @@ def test_the_rule_decides_what_stands(student: PreTrainedModel, teacher: PreTrai
     ramp = {"start": VOCABULARY, "end": 0}
     assert [rejected(step, rule="top_k", top_k=ramp) for step in (0, 9)] == [0, 1]
     assert [rejected(step, rule="min_prob", min_prob={"start": 1, "end": 0}) for step in (0, 9)] == [1, 0]
-    # In hundredths, so that a long training has few samplers; a number is taken as it is.
-    annealed = InterleavedConfig(rule="min_prob")
-    rules = {interleaving_rule(annealed, step, 1000).name for step in range(1000)}
-    assert len(rules) == 26
+
+
+@pytest.mark.parametrize("rule", ["min_prob", "mixture"])
+@pytest.mark.parametrize(
+    ("start", "end", "most"),
+    [(0.5, 0.25, 26), (0.004, 0.001, 31), (0.996, 0.9999, 200), (0.0, 1.0, 500), (1e-7, 2e-7, 11), (0.3, 0.0, 200)],
+)
+def test_a_scheduled_probability_has_few_values_and_none_is_another(
+    rule: str, start: float, end: float, most: int
+) -> None:
+    """Each value is a sampler of its own."""
+    settings = InterleavedConfig.model_validate({"rule": rule, rule: {"start": start, "end": end}})
+    names = [interleaving_rule(settings, step, 1000).name for step in range(1000)]
+    assert len(set(names)) <= most
+    for step, name in enumerate(names):
+        exact = start + (end - start) * step / 999
+        value = float(name.removeprefix(f"{rule}(").removesuffix(")"))
+        assert value == pytest.approx(exact, rel=0.051)
+        assert 1 - value == pytest.approx(1 - exact, rel=0.051, abs=1e-12)
+
+
+def test_a_probability_that_is_a_number_is_taken_as_it_is() -> None:
     assert interleaving_rule(InterleavedConfig(rule="mixture", mixture=0.123), 5, 10).name == "mixture(0.123)"
 
 

@@ -21,7 +21,8 @@ def _warm_or_greedy(temperature: float) -> float:
     return temperature + 0.0  # -0.0 becomes 0.0
 
 
-LEAST_TEMPERATURE = 1e-3
+LEAST_TEMPERATURE = 1e-6
+"""Logits over a much smaller one leave the range of fp32."""
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm_or_greedy)]
 
 
@@ -120,7 +121,7 @@ class DistillConfig(Section):
         0.1, ge=0, lt=1, description="`skew_kl`, `skew_reverse_kl` only: skewness; 0 is the forward or reverse KL."
     )
     temperature: float = Field(
-        1.0, ge=LEAST_TEMPERATURE, le=1000, description="Divides both models' logits in the loss."
+        1.0, ge=1e-3, le=1000, description="Divides both models' logits in the loss."
     )
     temperature_squared: bool = Field(
         False, description="Multiply the divergence by the square of `temperature` (Hinton et al., arXiv 1503.02531)."

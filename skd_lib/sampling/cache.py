@@ -160,8 +160,9 @@ class TokenCache:
         # The filler before a prompt of one token, at position -1, goes to the last column, where nothing is read.
         rows_B1 = torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1)
         self.tokens_BC[rows_B1, positions_BT] = tokens_BT
-        # A block may run over the length limit, which may be where the model's positions end: nothing there is kept.
-        visible = min(visible, _positions(model) or visible)
+        # No further than some row's block. One may run over the length limit, which may be where the model's positions
+        # end: nothing there is kept.
+        visible = min(int(positions_BT.max()) + 1, _positions(model) or visible)
         hidden_BLH: Tensor = decoder(model)(input_ids=self.tokens_BC[:, :visible], use_cache=False).last_hidden_state
         return hidden_BLH[rows_B1, positions_BT.clamp(max=visible - 1)]
 
@@ -184,6 +185,14 @@ def prefilled(model: PreTrainedModel, tokens_BP: Tensor, capacity: int) -> RowCa
     return cache
 
 
+def prefill_positions(model: PreTrainedModel, prompt: int) -> int:
+    """How many positions of a prompt of so many tokens go through the decoder before the first round.
+
+    All but the last, which the first round feeds; at least one, so that the cache's layers are allocated.
+    """
+    return max(prompt - 1, 1) if keeps_rows(model) else 0
+
+
 def forward(
     model: PreTrainedModel, cache: RowCache | TokenCache, tokens_BT: Tensor, starts_B: Tensor, longest: int
 ) -> Tensor:
@@ -202,6 +211,14 @@ def forward(
     width = tokens_BT.shape[1]
     positions_BT = starts_B.unsqueeze(1) + torch.arange(width, device=starts_B.device)
     return cache.forward(model, tokens_BT, positions_BT, longest + width)
+
+
+def positions_read(model: PreTrainedModel, cache: RowCache | TokenCache, starts_B: Tensor, width: int) -> int | Tensor:
+    """Positions of each row that `forward` over `width` tokens takes through the decoder: one number, or (B,)."""
+    if isinstance(cache, RowCache):
+        return width
+    ends_B, limit = starts_B + width, _positions(model)
+    return ends_B if limit is None else ends_B.clamp(max=limit)
 
 
 def position_limit(model: PreTrainedModel, block: int) -> int | None:

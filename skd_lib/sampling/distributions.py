@@ -7,11 +7,16 @@ grouped into blocks.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skd_lib.config import SamplingParams
+from skd_lib.config.distill import LEAST_TEMPERATURE
+from skd_lib.errors import SkdError
 
 _NUCLEUS_GUESS = 512
 """Most nuclei are far smaller than the vocabulary: look among this many tokens before sorting all of them."""
@@ -22,6 +27,20 @@ _DRAW_BLOCK = 256
 
 _ABOVE_ALL = 0x7F800000
 """Bits of infinity."""
+
+
+def check_params(params: SamplingParams, *, where: str) -> None:
+    """Refuse a temperature or a nucleus of which there are no probabilities.
+
+    Raises:
+        SkdError: the temperature is not 0 and not a number from 1e-6 on, or top-p is not above 0 and at most 1.
+    """
+    temperature, top_p = params.temperature, params.top_p
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        hint = f"give it 0, for greedy decoding, or a number from {LEAST_TEMPERATURE:g} on"
+        raise SkdError(f"`temperature` is {temperature:g}", where=where, hint=hint)
+    if not 0 < top_p <= 1:
+        raise SkdError(f"`top_p` is {top_p:g}", where=where, hint="give it a number above 0 and up to 1")
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -71,7 +90,8 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 def row_uniforms(seed: int, length: int, channels: int) -> Tensor:
     """The uniform numbers of one row: (length, channels) float64 on the CPU, a function of `seed` alone."""
-    return torch.rand(length, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    # numpy's generator, since torch's on the CPU reads only 32 bits of its seed.
+    return torch.from_numpy(np.random.default_rng(seed % 2**64).random((length, channels)))
 
 
 def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

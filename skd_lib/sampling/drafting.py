@@ -70,10 +70,14 @@ class AdaptiveGamma:
         expected = _PRIOR_WEIGHT * self.acceptance
         acceptance = (counts.accepted + expected) / (counts.tested + _PRIOR_WEIGHT)
 
-        def tokens_per_cost(gamma: int) -> float:
-            return sum(acceptance**i for i in range(gamma + bonus)) / costs.of_block(gamma, rows=rows, bonus=bonus)
-
-        return max(range(1, self.maximum + 1), key=tokens_per_cost)
+        best, best_rate, tokens = 1, 0.0, float(bonus)
+        for gamma in range(1, self.maximum + 1):
+            tokens += acceptance ** (gamma - 1 + bonus)
+            rate = tokens / costs.of_block(gamma, rows=rows, bonus=bonus)
+            if rate <= best_rate:
+                break  # ever fewer tokens for each further draft, at a cost that never falls
+            best, best_rate = gamma, rate
+        return best
 
 
 def estimated_costs(student: PreTrainedModel, teacher: PreTrainedModel) -> Costs:

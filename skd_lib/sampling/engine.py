@@ -27,8 +27,15 @@ from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.supported import check_supported
 from skd_lib.sampling.acceptance import AcceptanceRule
-from skd_lib.sampling.cache import RowCache, TokenCache, position_limit, prefilled, stretches
-from skd_lib.sampling.distributions import row_uniforms
+from skd_lib.sampling.cache import (
+    RowCache,
+    TokenCache,
+    position_limit,
+    prefill_positions,
+    prefilled,
+    stretches,
+)
+from skd_lib.sampling.distributions import check_params, row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.graphs import CudaGraphs, GraphedRounds
 from skd_lib.sampling.round import CHANNELS, Interleaving
@@ -93,6 +100,11 @@ class Sampler:
             raise SkdError(f"the acceptance rule {self.rule.name} needs a teacher to ask")
         if self.keep_teacher_states and not self.rule.asks_teacher:
             raise SkdError(f"the acceptance rule {self.rule.name} never asks the teacher, so it has no states to keep")
+        for name, count in (("max_new_tokens", self.max_new_tokens), ("gamma", self._most_drafted)):
+            if count < 1:
+                raise SkdError(f"`{name}` is {count}", where="sampling", hint="give it 1 or more")
+        for whose, params in (("student", self.student_params), ("teacher", self.teacher_params)):
+            check_params(params, where=f"sampling, {whose}")
         for model in self._models:
             check_supported(model)
 
@@ -115,6 +127,7 @@ class Sampler:
         prompts, seeds = list(prompts), list(seeds)
         self._check(prompts, seeds)
         output = self._allocate(seeds)
+        output.counts += self._prefills(prompts)
         cleared = 0  # rows in flight when the graphs' memory was last given back
         with _evaluating(*self._models):
             while tasks := output.unfinished(prompts):
@@ -167,7 +180,8 @@ class Sampler:
         if output.states_NTH is not None and verdict.states_BSH is not None:
             output.states_NTH[into] = torch.where(kept_BS.unsqueeze(-1), verdict.states_BSH.to(self._states_dtype), 0)
         # One transfer a round.
-        tokens, by_teacher, bonus, truncated, longest, *running_B = verdict.figures().tolist()
+        figures = verdict.figures().tolist()
+        tokens, by_teacher, bonus, truncated, student_fed, teacher_fed, longest, *running_B = figures
         rows.advance(verdict.length_B, verdict.last_two_B2, longest)
         running = [row for row, runs in enumerate(running_B) if runs]
         if self.stop is not None:
@@ -188,6 +202,8 @@ class Sampler:
             tested=accepted + replaced if self.rule.accept is not None else 0,
             teacher_calls=batch if self.rule.asks_teacher else 0,
             student_calls=gamma * batch,
+            teacher_positions=teacher_fed,
+            student_positions=student_fed,
             truncated=truncated,
         )
         return running
@@ -224,6 +240,17 @@ class Sampler:
             student_cache=filled(self.student, self.rule.drafts),
             teacher_cache=filled(self.teacher, self.rule.asks_teacher),
             longest=width,
+        )
+
+    def _prefills(self, prompts: Sequence[list[int]]) -> SamplingStatistics:
+        """What `_prefill` takes for each prompt. A row that is prefilled again, for want of memory, counts once."""
+
+        def positions(model: PreTrainedModel | None, used: bool) -> int:
+            return sum(prefill_positions(model, len(prompt)) for prompt in prompts) if model is not None and used else 0
+
+        return SamplingStatistics(
+            teacher_positions=positions(self.teacher, self.rule.asks_teacher),
+            student_positions=positions(self.student, self.rule.drafts),
         )
 
     def _allocate(self, seeds: Sequence[int]) -> Output:
@@ -322,7 +349,8 @@ class Sampler:
 
     def _draft_length(self, counts: SamplingStatistics, rows: int) -> int:
         if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:
-            return self.gamma.choose(counts, self._costs, rows=rows, bonus=self.rule.bonus)
+            chosen = self.gamma.choose(counts, self._costs, rows=rows, bonus=self.rule.bonus)
+            return min(chosen, self._longest_draft)
         return self._longest_draft
 
     @cached_property
@@ -338,7 +366,14 @@ class Sampler:
             return 0
         if not self.rule.asks_teacher:
             return 1
-        return self.gamma.maximum if isinstance(self.gamma, AdaptiveGamma) else self.gamma
+        return self._most_drafted
+
+    @property
+    def _most_drafted(self) -> int:
+        """The fixed draft length, or the most that is chosen: what is drafted beyond a response's end is wasted."""
+        if isinstance(self.gamma, AdaptiveGamma):
+            return min(self.gamma.maximum, self.max_new_tokens)
+        return self.gamma
 
     @property
     def _block_width(self) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from skd_lib.config import SamplingParams
 from skd_lib.models.heads import lm_logits
 from skd_lib.sampling.acceptance import AcceptanceRule, Block
-from skd_lib.sampling.cache import forward
+from skd_lib.sampling.cache import forward, positions_read
 from skd_lib.sampling.distributions import draw, warp
 from skd_lib.sampling.state import Rows
 
@@ -41,6 +41,7 @@ class Verdict:
         last_two_B2: Their last two tokens.
         full_B: Which rows ended by the length limit.
         running_B: Which rows go on.
+        fed_B2: Positions of each row that went through the student's decoder and through the teacher's.
     """
 
     tokens_BS: Tensor
@@ -53,10 +54,15 @@ class Verdict:
     last_two_B2: Tensor
     full_B: Tensor
     running_B: Tensor
+    fed_B2: Tensor
 
     def figures(self) -> Tensor:
-        """(5 + B) integers for the host: kept, teacher's, bonus and truncated; the longest row; which rows go on."""
-        counted = (self.kept_BS, self.by_teacher_BS, self.bonus_BS, self.full_B)
+        """(7 + B) integers for the host.
+
+        Kept, teacher's, bonus and truncated; positions fed to the student and to the teacher; the longest row; which
+        rows go on.
+        """
+        counted = (self.kept_BS, self.by_teacher_BS, self.bonus_BS, self.full_B, *self.fed_B2.unbind(1))
         return torch.cat([torch.stack([*(x.sum() for x in counted), self.length_B.max()]), self.running_B.long()])
 
 
@@ -75,12 +81,13 @@ class Interleaving:
 
     def round(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
         """Draft `gamma` tokens, let the teacher score them in one forward pass, keep what the rule accepts."""
-        drafts_BG, student_probs_BGV = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
+        drafts_BG, student_probs_BGV, student_fed = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
         if not self.rule.asks_teacher:
-            return self._settle(rows, drafts_BG, torch.full_like(rows.length_B, gamma), drafts_BG, None)
+            all_B = torch.full_like(rows.length_B, gamma)
+            return self._settle(rows, drafts_BG, all_B, drafts_BG, None, (student_fed, 0))
         assert self.teacher is not None  # noqa: S101 - the rule asks it
         batch = torch.arange(len(drafts_BG), device=drafts_BG.device)
-        states_BSH = self._verify(rows, drafts_BG)
+        states_BSH, teacher_fed = self._verify(rows, drafts_BG)
         logits_BSV = lm_logits(self.teacher, states_BSH)[..., : self.vocabulary]
         accepted_B = torch.zeros_like(batch)
         if self.rule.accept is not None:
@@ -100,18 +107,24 @@ class Interleaving:
         is_own_BS = torch.arange(logits_BSV.shape[1], device=batch.device) == accepted_B.unsqueeze(1)
         drafts_BS = F.pad(drafts_BG, (0, logits_BSV.shape[1] - gamma), value=-1)
         tokens_BS = torch.where(is_own_BS, own_token_B.unsqueeze(1), drafts_BS)
-        return self._settle(rows, tokens_BS, accepted_B, drafts_BS, states_BSH)
+        return self._settle(rows, tokens_BS, accepted_B, drafts_BS, states_BSH, (student_fed, teacher_fed))
 
-    def _draft(self, rows: Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Let the student write `gamma` tokens: (B, G) ids and, if the rule reads them, (B, G, V) probabilities."""
+    def _draft(self, rows: Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None, int | Tensor]:
+        """Let the student write `gamma` tokens.
+
+        Returns:
+            (B, G) ids; (B, G, V) probabilities, if the rule reads them; the positions of each row that were fed.
+        """
         drafts: list[Tensor] = []
         probs: list[Tensor] = []
+        fed: int | Tensor = 0
         # After a bonus the student has not seen the token before it: feed both, at their own positions.
         fed_BT = rows.last_two_B2 if self.rule.bonus else rows.last_two_B2[:, 1:]
         start_B = rows.length_B - fed_BT.shape[1]
         for step in range(gamma):
             assert self.student is not None and rows.student_cache is not None  # noqa: S101, PT018
             hidden_BTH = forward(self.student, rows.student_cache, fed_BT, start_B, rows.longest + step)
+            fed += positions_read(self.student, rows.student_cache, start_B, fed_BT.shape[1])
             logits_BV = lm_logits(self.student, hidden_BTH[:, -1])[..., : self.vocabulary]
             probs_BV = warp(logits_BV, self.student_params)
             token_B = draw(probs_BV, uniforms_BS[:, step])
@@ -120,17 +133,29 @@ class Interleaving:
                 probs.append(probs_BV)
             start_B, fed_BT = rows.length_B + step, token_B.unsqueeze(1)
         empty = rows.length_B.new_empty(len(rows.length_B), 0)
-        return torch.stack(drafts, 1) if drafts else empty, torch.stack(probs, 1) if probs else None
+        return torch.stack(drafts, 1) if drafts else empty, torch.stack(probs, 1) if probs else None, fed
 
-    def _verify(self, rows: Rows, drafts_BG: Tensor) -> Tensor:
-        """One teacher forward over the block: (B, S, H) states predicting each draft, and the bonus token if any."""
+    def _verify(self, rows: Rows, drafts_BG: Tensor) -> tuple[Tensor, int | Tensor]:
+        """One teacher forward over the block.
+
+        Returns:
+            (B, S, H) states predicting each draft, and the bonus token if any; the positions of each row that were fed.
+        """
         assert self.teacher is not None and rows.teacher_cache is not None  # noqa: S101, PT018
         scored = drafts_BG if self.rule.bonus else drafts_BG[:, :-1]
         fed_BS = torch.cat([rows.last_two_B2[:, 1:], scored], dim=1)
-        return forward(self.teacher, rows.teacher_cache, fed_BS, rows.length_B - 1, rows.longest)
+        start_B = rows.length_B - 1
+        states_BSH = forward(self.teacher, rows.teacher_cache, fed_BS, start_B, rows.longest)
+        return states_BSH, positions_read(self.teacher, rows.teacher_cache, start_B, fed_BS.shape[1])
 
     def _settle(
-        self, rows: Rows, tokens_BS: Tensor, accepted_B: Tensor, drafts_BS: Tensor, states_BSH: Tensor | None
+        self,
+        rows: Rows,
+        tokens_BS: Tensor,
+        accepted_B: Tensor,
+        drafts_BS: Tensor,
+        states_BSH: Tensor | None,
+        fed: tuple[int | Tensor, int | Tensor],
     ) -> Verdict:
         """Cut each row's new tokens at its end."""
         width = tokens_BS.shape[1]
@@ -156,4 +181,5 @@ class Interleaving:
             last_two_B2=known_BS.gather(1, torch.stack([kept_B - 1, kept_B], dim=1)),
             full_B=full_B,
             running_B=~(ended_B | full_B),
+            fed_B2=torch.stack([torch.zeros_like(rows.length_B) + each for each in fed], dim=1),
         )

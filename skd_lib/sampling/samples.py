@@ -25,6 +25,9 @@ class SamplingStatistics:
         tested: Drafted tokens up to and including each block's first rejection.
         teacher_calls: Teacher forwards, counted once a row.
         student_calls: Student forwards, counted once a row.
+        teacher_positions: Token positions that went through the teacher's decoder, prefill included, padding left out.
+            Work done once more because memory ran out does not count: it is the device's, not the method's.
+        student_positions: The same of the student's.
         truncated: Responses that ended by the length limit.
     """
 
@@ -37,6 +40,8 @@ class SamplingStatistics:
     tested: int = 0
     teacher_calls: int = 0
     student_calls: int = 0
+    teacher_positions: int = 0
+    student_positions: int = 0
     truncated: int = 0
 
     def __add__(self, other: SamplingStatistics) -> SamplingStatistics:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
+from skd_lib.seeds import derived
 from skd_lib.specdec.blocks import Acceptance
 from skd_lib.specdec.decoding import Decoder, Pass, decode
 from skd_lib.specdec.plan import Plan
@@ -111,7 +112,7 @@ class Turns:
             self._warm_up(decoder)
         series = {which: _Series() for which in drafted}
         for repeat in range(plan.config.repeats):
-            seeds = [plan.seed + repeat * len(plan.prompts) + row for row in range(len(self.prompts))]
+            seeds = [derived("specdec", plan.seed, repeat, row) for row in range(len(self.prompts))]
             reference = self._decode(alone, seeds)
             self.alone.append(reference)
             for which, decoder in drafted.items():

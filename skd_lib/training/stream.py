@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
-
 from skd_lib.rollouts import Place
+from skd_lib.seeds import generator
 
 
 class TrainingStream:
@@ -36,6 +35,5 @@ class TrainingStream:
         return Place(*divmod(position, self.batch_size))
 
     def _shuffled(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        order: list[int] = torch.randperm(self.examples, generator=generator).tolist()
+        order: list[int] = generator("order", self.seed, epoch).permutation(self.examples).tolist()
         return order

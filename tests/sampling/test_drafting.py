@@ -44,6 +44,17 @@ def test_the_choice_has_the_most_tokens_for_its_cost(costs: Costs, bonus: bool, 
     assert tokens_per_cost(chosen) >= max(map(tokens_per_cost, range(1, 7))) * (1 - 1e-4)
 
 
+def test_a_block_never_runs_beyond_the_responses_end(tiny_model: TinyModel) -> None:
+    """Whatever the longest is: neither choosing it nor making room for it takes time."""
+    s = sampler(pair(tiny_model), top_k(30), max_new_tokens=8, eos_ids=())
+    expected, samples = (
+        replace(s, gamma=AdaptiveGamma(most, costs=GPU)).sample(PROMPTS, range(4)) for most in (8, 10**9)
+    )
+    assert rows(samples) == rows(expected)
+    assert samples.statistics == expected.statistics
+    assert AdaptiveGamma(10**9).choose(measured(1.0), GPU, rows=8, bonus=False) > 100
+
+
 def test_the_fewer_rows_the_longer_the_block() -> None:
     """On a CPU a token more costs little beside reading the weights, but eight times as much with eight rows."""
     chosen = [AdaptiveGamma(8).choose(measured(0.8), CPU, rows=rows, bonus=False) for rows in (1, 4, 16)]

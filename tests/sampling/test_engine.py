@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
 from skd_lib.sampling.distributions import row_uniforms
+from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import STUDENT, TEACHER, Sampler, Samples
 from tests.conftest import SLIDING_WINDOW, TinyModel
 from tests.sampling.reference import interleave, pick, probabilities
@@ -84,17 +88,31 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("params", [(GREEDY, GREEDY), (STUDENT_SAMPLES, TEACHER_SAMPLES)], ids=["greedy", "sampled"])
-def test_equals_the_reference_token_by_token(tiny_model: TinyModel, arch: str, name: str, params: tuple) -> None:
-    models, (rule, parameter), seeds = pair(tiny_model, arch), RULES[name], [11, 12, 13, 14]
+# All rules where a cache grows and where its windows slide; what the others' caches do is the same for every rule.
+PAIRS = [(arch, name) for arch in ARCHITECTURES for name in RULES if arch in ("llama", "gemma3") or name == "top_k"]
+# Without samples of `lossless`: a bonus token is another sample of the same distribution, see test_distributions.py.
+SAMPLED = [pair for pair in PAIRS if pair[1] != "lossless"]
+
+
+@pytest.mark.parametrize(("arch", "name"), PAIRS)
+def test_equals_the_reference_token_by_token_greedily(tiny_model: TinyModel, arch: str, name: str) -> None:
+    gammas = range(1, 9) if RULES[name][0].accept is not None else [3]
+    assert_equals_the_reference(pair(tiny_model, arch), name, (GREEDY, GREEDY), gammas)
+
+
+@pytest.mark.parametrize(("arch", "name"), SAMPLED)
+def test_equals_the_reference_token_by_token(tiny_model: TinyModel, arch: str, name: str) -> None:
+    assert_equals_the_reference(pair(tiny_model, arch), name, (STUDENT_SAMPLES, TEACHER_SAMPLES), [3])
+
+
+def assert_equals_the_reference(
+    models: dict[str, object], name: str, params: tuple[SamplingParams, SamplingParams], gammas: Iterable[int]
+) -> None:
+    (rule, parameter), seeds = RULES[name], [11, 12, 13, 14]
     prompts = [*PROMPTS[:3], [1, *[3] * SLIDING_WINDOW, 25]]  # so that windows are seen to slide
     s = sampler(models, rule, student_params=params[0], teacher_params=params[1], eos_ids=(2,), max_new_tokens=6)
     tokens, by = reference_rows(models, name, parameter, s, prompts, seeds)
-    if name == "lossless" and params[0] is not GREEDY:
-        return  # a bonus token is another sample of the same distribution: see test_distributions.py
-    for gamma in range(1, 9) if params[0] is GREEDY and rule.accept is not None else [3]:
+    for gamma in gammas:
         samples = replace(s, gamma=gamma).sample(prompts, seeds)
         assert rows(samples) == tokens, f"gamma {gamma}"
         if not rule.bonus:  # the teacher's bonus may be the token that the student would have drafted
@@ -310,6 +328,32 @@ def test_errors_name_the_prompt_and_the_way_out(tiny_model: TinyModel) -> None:
         sampler(models, everything(), keep_teacher_states=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "sampling: `max_new_tokens` is 0"),
+        ({"gamma": 0}, "sampling: `gamma` is 0"),
+        ({"gamma": AdaptiveGamma(0)}, "sampling: `gamma` is 0"),
+        ({"student_params": SamplingParams.model_construct(temperature=1e-38)}, "student: `temperature` is 1e-38"),
+        ({"teacher_params": SamplingParams.model_construct(temperature=1e-7)}, "teacher: `temperature` is 1e-07"),
+        ({"teacher_params": SamplingParams.model_construct(temperature=float("nan"))}, "`temperature` is nan"),
+        ({"teacher_params": SamplingParams.model_construct(top_p=0.0)}, "teacher: `top_p` is 0"),
+    ],
+)
+def test_settings_of_which_there_are_no_samples(tiny_model: TinyModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SkdError, match=re.escape(message)):
+        sampler(pair(tiny_model), top_k(3), **options)
+
+
+def test_the_smallest_temperature_is_nearly_greedy(tiny_model: TinyModel) -> None:
+    smallest, zero = (SamplingParams(temperature=temperature) for temperature in (1e-6, 0.0))
+    both = [
+        rows(sampler(pair(tiny_model), top_k(3), student_params=params, teacher_params=params).sample(PROMPTS, [0] * 4))
+        for params in (smallest, zero)
+    ]
+    assert both[0] == both[1]
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=9), min_size=1, max_size=5),
@@ -344,11 +388,34 @@ def test_statistics_add_up_and_teacher_states_are_fresh(
         assert row[~mask].eq(0).all()
 
 
-def test_every_rule_combines_with_either_greedy_side(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("name", RULES)
+@torch.no_grad()
+def test_every_rule_combines_with_either_greedy_side(tiny_model: TinyModel, name: str) -> None:
     """Greedy students or teachers give one-hot distributions: no NaN, no token of probability 0."""
-    models = pair(tiny_model)
-    for rule, student, teacher in itertools.product(
-        [top_k(5), lossless(), nothing(), everything()], [GREEDY, STUDENT_SAMPLES], [GREEDY, TEACHER_SAMPLES]
-    ):
-        samples = sampler(models, rule, student_params=student, teacher_params=teacher).sample(PROMPTS, [5] * 4)
-        assert samples.mask_BT.any(-1).all()
+    models, (rule, parameter) = pair(tiny_model), RULES[name]
+    sampled = SamplingParams(temperature=1.3, top_p=0.7)
+    for student, teacher in itertools.product([GREEDY, STUDENT_SAMPLES], [GREEDY, sampled]):
+        samples = sampler(models, rule, student_params=student, teacher_params=teacher).sample(PROMPTS * 4, range(16))
+        drafted = samples.proposals_BT.ge(0).tolist()
+        for prompt, tokens, by, replaced in zip(PROMPTS * 4, rows(samples), sources(samples), drafted, strict=True):
+            assert tokens
+            known = torch.tensor([prompt + tokens])
+            logits = {role: model(known).logits[0, len(prompt) - 1 :] for role, model in models.items()}  # type: ignore[operator]
+            for at, token in enumerate(tokens):
+                q, p = (
+                    probabilities(logits[role][at], params)
+                    for role, params in (("student", student), ("teacher", teacher))
+                )
+                teachers = logits["teacher"][at]
+                if by[at] == STUDENT:
+                    assert q[token] > 0
+                    assert {
+                        "top_k": int((teachers > teachers[token]).sum()) < parameter,
+                        "min_prob": float(teachers.softmax(-1)[token]) >= parameter,
+                        "lossless": p[token] > 0,
+                        "nothing": False,
+                    }.get(name, True)
+                else:
+                    assert p[token] > 0
+                    if replaced[at] and name in ("lossless", "mixture"):  # drawn from what the student lacks
+                        assert p[token] > q[token]

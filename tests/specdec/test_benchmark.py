@@ -324,14 +324,14 @@ def test_no_prompts(tiny_model: TinyModel) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("gammas", [0, 1], "at least 1"),
+        ("gammas", [0, 1], "equal to 1, got 0"),
         ("batch_sizes", [1, 1], "once only"),
         ("batch_sizes", [], "at least 1 item"),
-        ("temperatures", [-0.5], "at least 0"),
+        ("temperatures", [-0.5], "equal to 0, got -0.5"),
         ("sweep", "some", "'all', 'best' or 'none'"),
     ],
 )
 def test_settings_that_make_no_sense(field: str, value: Any, message: str) -> None:
     with pytest.raises(SkdError, match=message) as caught:
         parse_section(SpecdecConfig, {field: value}, where="run.yaml")
-    assert f"field `{field}`" in str(caught.value)
+    assert f"field `{field}" in str(caught.value)

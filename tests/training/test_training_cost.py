@@ -1,53 +1,121 @@
+"""What is counted is what forward hooks on both decoders see, where nothing is padded."""
+
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from skd_lib.batches import collate, merge
-from skd_lib.sampling.samples import SamplingStatistics
-from skd_lib.teacher_signals import DenseSignal
+from skd_lib.batches import collate
+from skd_lib.config import DistillConfig, parse_section
+from skd_lib.data.tokenize import TokenizedExample
+from skd_lib.models.heads import decoder
+from skd_lib.rollouts import Place, rollout_for
+from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.drafting import AdaptiveGamma, Costs
+from skd_lib.sampling.engine import Sampler
 from skd_lib.training.cost import tokens_processed
+from skd_lib.training.objectives import objective_for
 from tests.conftest import TinyModel
 
-PROMPTS, RESPONSES = [[5, 6, 7], [5]], [[8, 9], [8, 9, 10, 2]]
-# Two sequences of 5 tokens each, 4 of all 10 in the prompts.
+RULES = [top_k(3), top_k(0), min_prob(0.1), mixture(0.5), lossless(), everything(), nothing()]
+DRAFT_LENGTHS = [*range(1, 9), AdaptiveGamma(8, costs=Costs(student=0.1, token=0.02))]
+PROMPTS = [[5, 6, 7, 8], [5], [9, 10], [11, 12, 13]]
+EOS = tuple(range(40, 60))
 
 
-def test_ground_truth_goes_through_the_student_and_with_a_divergence_through_the_teacher():
-    rollout = collate(PROMPTS, RESPONSES, pad_id=0, source="ground_truth")
-    sft, supervised_kd = (tokens_processed(rollout, divergence=divergence) for divergence in (False, True))
-    assert (sft.student, sft.teacher) == (10, 0)
-    assert (supervised_kd.student, supervised_kd.teacher) == (10, 10)
+@contextmanager
+def positions_seen(**models: PreTrainedModel) -> Iterator[Counter[str]]:
+    """Positions in each model's decoder, by its name."""
+    seen: Counter[str] = Counter()
+
+    def watch(name: str, model: PreTrainedModel) -> Any:
+        def hook(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], ___: object) -> None:
+            seen[name] += kwargs["input_ids"].numel()
+
+        return decoder(model).register_forward_hook(hook, with_kwargs=True)
+
+    handles = [watch(name, model) for name, model in models.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def test_students_samples_are_drafted_by_it_and_read_by_the_teacher_afterwards():
-    rollout = replace(
-        collate(PROMPTS, RESPONSES, pad_id=0, source="student"),
-        statistics=SamplingStatistics(sequences=2, tokens=6, drafted=6, accepted=6, student_calls=6),
+def sampler(models: dict[str, PreTrainedModel], rule: AcceptanceRule, **options: Any) -> Sampler:
+    settings: dict[str, Any] = {"eos_ids": EOS, "pad_id": 0, "max_new_tokens": 12, **options}
+    return Sampler(rule=rule, **models, **settings)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: TinyModel) -> dict[str, PreTrainedModel]:
+    return {"student": tiny_model(layers=1), "teacher": tiny_model(seed=1, layers=1)}
+
+
+@pytest.mark.parametrize("gamma", DRAFT_LENGTHS, ids=lambda gamma: gamma if isinstance(gamma, int) else "adaptive")
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_sampling_counts_the_positions_that_both_decoders_take(
+    pair: dict[str, PreTrainedModel], rule: AcceptanceRule, gamma: int | AdaptiveGamma
+) -> None:
+    with positions_seen(**pair) as seen:
+        counts = sampler(pair, rule, gamma=gamma, batch_size=1).sample(PROMPTS[:2], [3, 1]).statistics
+    assert (counts.student_positions, counts.teacher_positions) == (seen["student"], seen["teacher"])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_padded_prompts_cost_no_more(pair: dict[str, PreTrainedModel], rule: AcceptanceRule) -> None:
+    together, alone = (
+        sampler(pair, rule, gamma=3, batch_size=rows).sample(PROMPTS, [3, 1, 4, 1]).statistics for rows in (4, 1)
     )
-    on_policy = tokens_processed(rollout, divergence=True)
-    assert (on_policy.student, on_policy.teacher) == (10 + 4 + 6, 10)
+    assert together == alone
 
 
-def test_interleaved_samples_are_read_by_the_teacher_once(tiny_model: TinyModel):
-    statistics = SamplingStatistics(sequences=2, tokens=6, drafted=8, tested=7, teacher_calls=3, student_calls=8)
-    rollout = collate(PROMPTS, RESPONSES, pad_id=0, source="interleaved")
-    signals = DenseSignal(torch.zeros(6, 32), tiny_model()).split(rollout.lengths)
-    skd = tokens_processed(replace(rollout, statistics=statistics, signals=tuple(signals)), divergence=True)
-    assert (skd.student, skd.teacher) == (10 + 4 + 8, 4 + 8 + 3)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_decoder_without_a_cache_reads_the_whole_sequence_each_time(rule: AcceptanceRule) -> None:
+    size = {"vocab_size": 320, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    config = GPT2Config(**size, bos_token_id=1, eos_token_id=2)
+    models: dict[str, PreTrainedModel] = {name: GPT2LMHeadModel(config) for name in ("student", "teacher")}
+    with positions_seen(**models) as seen:
+        counts = sampler(models, rule, gamma=3, batch_size=1).sample(PROMPTS, [3, 1, 4, 1]).statistics
+    assert (counts.student_positions, counts.teacher_positions) == (seen["student"], seen["teacher"])
 
 
-def test_teachers_samples_for_cross_entropy():
-    statistics = SamplingStatistics(sequences=2, tokens=6, replaced=6, teacher_calls=6)
-    rollout = replace(collate(PROMPTS, RESPONSES, pad_id=0, source="teacher"), statistics=statistics)
-    seqkd = tokens_processed(rollout, divergence=False)
-    assert (seqkd.student, seqkd.teacher) == (10, 4 + 6)
+METHODS: list[dict[str, Any]] = [
+    {"method": "sft"},
+    {"method": "seqkd"},
+    {"method": "supervised_kd"},
+    {"method": "on_policy"},
+    {"method": "imitkd"},
+    {"method": "skd_mixed"},
+    *({"method": "skd", "sampling": {"rule": rule}} for rule in ("top_k", "min_prob", "mixture", "lossless")),
+]
 
 
-def test_rows_of_both_kinds_add_up():
-    statistics = SamplingStatistics(sequences=1, tokens=4, drafted=4, student_calls=4)
-    truth = collate(PROMPTS[:1], RESPONSES[:1], pad_id=0, source="ground_truth")
-    sampled = replace(collate(PROMPTS[1:], RESPONSES[1:], pad_id=0, source="student"), statistics=statistics)
-    imitkd = tokens_processed(merge([truth, sampled], [0, 1], pad_id=0), divergence=True)
-    assert (imitkd.student, imitkd.teacher) == (10 + 1 + 4, 10)
+@pytest.mark.parametrize("settings", METHODS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_a_training_step_costs_what_both_decoders_take(
+    pair: dict[str, PreTrainedModel], settings: dict[str, Any]
+) -> None:
+    distill = parse_section(DistillConfig, settings, where="distill")
+    examples = [TokenizedExample(row, [8, 9, 2]) for row in PROMPTS]
+    limits: dict[str, Any] = {"eos_ids": EOS, "pad_id": 0, "max_new_tokens": 12}
+    strategy = rollout_for(distill.method, **pair, distill=distill, steps=1, seed=0, **limits)
+    objective = objective_for(distill.method, pair["teacher"], distill)
+    for row, example in enumerate(examples):  # one at a time: nothing is padded
+        with positions_seen(**pair) as seen:
+            rollout = strategy([example], [Place(0, row)])
+            objective(pair["student"], rollout)
+        cost = tokens_processed(rollout, divergence=distill.method not in ("sft", "seqkd"))
+        assert (cost.student, cost.teacher) == (seen["student"], seen["teacher"])
+
+
+def test_padding_costs_nothing() -> None:
+    rollout = collate([[5, 6, 7], [5]], [[8, 9], [8, 9, 10]], pad_id=0, source="ground_truth")
+    sft, supervised_kd = (tokens_processed(rollout, divergence=divergence) for divergence in (False, True))
+    assert (sft.student, sft.teacher) == (9, 0)
+    assert (supervised_kd.student, supervised_kd.teacher) == (9, 9)
