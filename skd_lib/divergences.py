@@ -1,8 +1,8 @@
 """How far the student is from the teacher at one position: divergences between two distributions.
 
-A divergence is a pure function of log-probabilities. It does not care whether its events are the tokens of a
-vocabulary or a coarser partition of it (`skd_lib.teacher_signals`). `skd_lib.losses` sums it over a batch without
-holding all the logits.
+A divergence is a pure function of log-probabilities, of which some may be -inf. It does not care whether its events are
+the tokens of a vocabulary or a coarser partition of it (`skd_lib.teacher_signals`). `skd_lib.losses` sums it over a
+batch without holding all the logits.
 
 =====================  ===========================================================  ==================================
 name                   of the teacher's p and the student's q                       source
@@ -76,8 +76,9 @@ def log_probs(teacher_logits_NV: Tensor, student_logits_NV: Tensor, temperature:
 
 
 def _kl(log_a_NE: Tensor, log_b_NE: Tensor) -> Tensor:
-    """KL(a || b) of each position."""
-    return (log_a_NE.exp() * (log_a_NE - log_b_NE)).sum(-1)
+    """KL(a || b) of each position: infinite where b lacks an event of a, untouched by events that a lacks."""
+    a_NE = log_a_NE.exp()
+    return (a_NE * (log_a_NE - log_b_NE).masked_fill_(a_NE == 0, 0)).sum(-1)
 
 
 def _reverse(log_p_NE: Tensor, log_q_NE: Tensor) -> Tensor:
@@ -146,8 +147,10 @@ def skew_reverse_kl(alpha: float) -> Divergence:
 
 
 def _adaptive(log_p_NE: Tensor, log_q_NE: Tensor) -> Tensor:
-    head_N1 = _head_share(log_p_NE.detach().exp(), log_q_NE.detach().exp())
-    return head_N1 * _kl(log_p_NE, log_q_NE) + (1 - head_N1) * _reverse(log_p_NE, log_q_NE)
+    head_N = _head_share(log_p_NE.detach().exp(), log_q_NE.detach().exp())
+    forward_N, reverse_N = head_N * _kl(log_p_NE, log_q_NE), (1 - head_N) * _reverse(log_p_NE, log_q_NE)
+    # An infinite divergence of no weight does not count.
+    return forward_N.masked_fill(head_N == 0, 0) + reverse_N.masked_fill(head_N == 1, 0)
 
 
 def _head_share(p_NE: Tensor, q_NE: Tensor) -> Tensor:
@@ -193,5 +196,6 @@ def _check_skew(name: str, alpha: float) -> None:
 
 
 def _log_mixture(weight: float, log_a_NE: Tensor, log_b_NE: Tensor) -> Tensor:
-    """log(weight a + (1 - weight) b)."""
-    return torch.logaddexp(log_a_NE + math.log(weight), log_b_NE + math.log1p(-weight))
+    """log(weight a + (1 - weight) b), with a finite gradient where both are 0; there it is the least float."""
+    least = torch.finfo(log_b_NE.dtype).min
+    return torch.logaddexp(log_a_NE + math.log(weight), (log_b_NE + math.log1p(-weight)).clamp_min(least))

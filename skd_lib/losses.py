@@ -159,7 +159,8 @@ def _chunk_size(states_NH: Tensor, *models: PreTrainedModel) -> int:
 
 def _entropy_sum(log_probs_NE: Tensor) -> Tensor:
     detached_NE = log_probs_NE.detach()
-    return -(detached_NE.exp() * detached_NE).sum()
+    probs_NE = detached_NE.exp()
+    return -(probs_NE * detached_NE.masked_fill(probs_NE == 0, 0)).sum()
 
 
 def _sum_over_chunks(

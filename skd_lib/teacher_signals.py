@@ -189,5 +189,8 @@ def _coarse_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float, voc
     if ids_NK.shape[-1] == vocabulary:
         return chosen_NK - total_N1
     # Summed over the others themselves: 1 - sum of the chosen would be rounding where the chosen have nearly all.
-    others_N1 = rows_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    # Least floats instead of -inf, which would have no gradient where all others are -inf.
+    least = torch.finfo(dtype).min
+    others_N1 = rows_NV.scatter(-1, ids_NK, least).clamp_min(least).logsumexp(-1, keepdim=True)
+    others_N1 = others_N1.masked_fill(others_N1 <= least, -torch.inf)
     return torch.cat([chosen_NK, others_N1], dim=-1) - total_N1

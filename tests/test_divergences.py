@@ -46,7 +46,8 @@ def softmax(logits: list[float], temperature: float) -> list[float]:
 
 
 def kl(a: list[float], b: list[float]) -> float:
-    return sum(x * (math.log(x) - math.log(y)) for x, y in zip(a, b, strict=True))
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x]
+    return sum(x * (math.log(x) - math.log(y)) if y else math.inf for x, y in pairs)
 
 
 def between(weight: float, a: list[float], b: list[float]) -> list[float]:
@@ -95,6 +96,33 @@ def test_equals_brute_force(loss: Divergence, temperature: float) -> None:
     actual = loss(teacher, student, temperature)
     assert actual.dtype == torch.float64
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+GONE = {"both": ([1, 4], [1, 4]), "teacher": ([1, 4], []), "student": ([], [2]), "each": ([1, 4], [2, 4])}
+"""Tokens whose logits are -inf: the teacher's, the student's."""
+
+
+def without(logits: Tensor, tokens: list[int], value: float = -math.inf) -> Tensor:
+    return logits.index_fill(-1, torch.tensor(tokens, dtype=torch.long), value)
+
+
+@pytest.mark.parametrize("loss", ALL, ids=IDS)
+@pytest.mark.parametrize("gone", GONE)
+def test_logits_of_minus_infinity(loss: Divergence, gone: str) -> None:
+    teacher, student = without(logits(4, 7), GONE[gone][0]), without(logits(4, 7, seed=1), GONE[gone][1])
+    expected = [brute_force(loss.name, t, s, 0.7) for t, s in zip(teacher.tolist(), student.tolist(), strict=True)]
+    student.requires_grad_()
+    actual = loss(teacher, student, 0.7)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    if not actual.isfinite().all():  # one has tokens that the other lacks: the divergence is infinite
+        assert loss.name not in ("tvd", "jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)")
+        assert gone != "both"
+        return
+    (gradient,) = torch.autograd.grad(actual.sum(), student)
+    # The limit of ever smaller logits.
+    near = without(student.detach(), GONE[gone][1], -500.0).requires_grad_()
+    (limit,) = torch.autograd.grad(loss(without(teacher, GONE[gone][0], -500.0), near, 0.7).sum(), near)
+    torch.testing.assert_close(gradient, limit, rtol=1e-9, atol=1e-12)
 
 
 def test_jsd_is_forward_kl_at_0_and_reverse_kl_at_1_and_symmetric_in_the_middle() -> None:

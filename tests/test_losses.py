@@ -152,3 +152,18 @@ def test_chunks_change_nothing_under_autocast(student: PreTrainedModel, teacher:
     for part, expected in zip(parts, whole, strict=True):
         assert part.dtype == torch.float32
         torch.testing.assert_close(part, expected, rtol=0.05, atol=0.01 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("loss", [forward_kl, reverse_kl, jsd(0.3), skew_kl(0.1), tvd, adaptive_kl], ids=str)
+def test_heads_that_rule_tokens_out(tiny_model: Callable[..., PreTrainedModel], loss: Divergence) -> None:
+    student, teacher = (tiny_model("llama", seed=seed, tie_word_embeddings=False) for seed in (1, 2))
+    for model in (student, teacher):
+        head = torch.nn.Linear(32, 320)
+        head.weight = model.get_output_embeddings().weight
+        head.bias = torch.nn.Parameter(torch.zeros(320).index_fill(0, torch.arange(300, 320), -torch.inf))
+        model.set_output_embeddings(head)
+    sums = distilled(DistillationLoss(loss), student, teacher)
+    torch.testing.assert_close(sums.loss, loss(logits(teacher)[:, :300], logits(student)[:, :300]).sum())
+    expected = torch.distributions.Categorical(logits=logits(teacher)[:, :300]).entropy().sum()
+    torch.testing.assert_close(sums.entropies["teacher"], expected.detach())
+    assert all(gradient.isfinite().all() for gradient in gradients(student, sums.loss))

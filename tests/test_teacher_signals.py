@@ -41,6 +41,32 @@ def test_with_all_tokens_it_is_the_dense_divergence(loss: Divergence, temperatur
     assert torch.equal(sparse(loss, teacher, student, 10 * VOCABULARY, temperature), actual)
 
 
+@pytest.mark.parametrize("loss", ALL, ids=str)
+@pytest.mark.parametrize("k", [3, 9, VOCABULARY])
+def test_logits_of_minus_infinity(loss: Divergence, k: int) -> None:
+    # Both lack 8 of 12 tokens: of the 9 likeliest 5 are impossible, and so are all others together.
+    gone = torch.arange(4, VOCABULARY)
+    teacher = logits(6).index_fill(1, gone, -torch.inf)
+    student = logits(6, seed=1).index_fill(1, gone, -torch.inf).requires_grad_()
+    actual = sparse(loss, teacher, student, k)
+    (gradient,) = torch.autograd.grad(actual.sum(), student)
+    near = student.detach().index_fill(1, gone, -500.0).requires_grad_()
+    limit = sparse(loss, teacher.index_fill(1, gone, -500.0), near, k)
+    torch.testing.assert_close(actual, limit)
+    torch.testing.assert_close(gradient, torch.autograd.grad(limit.sum(), near)[0])
+    if k == VOCABULARY:
+        torch.testing.assert_close(actual, loss(teacher, student))
+
+
+def test_a_bucket_that_only_the_teacher_lacks_makes_the_reverse_kl_infinite_and_others_finite() -> None:
+    teacher, student = logits(6).index_fill(1, torch.arange(4, VOCABULARY), -torch.inf), logits(6, seed=1)
+    assert sparse(reverse_kl, teacher, student, 4).isposinf().all()
+    for loss in (forward_kl, jsd(0.3), skew_kl(0.1), skew_reverse_kl(0.1), tvd):
+        student.requires_grad_()
+        torch.testing.assert_close(sparse(loss, teacher, student, 4), loss(teacher, student))
+        assert torch.autograd.grad(sparse(loss, teacher, student, 4).sum(), student)[0].isfinite().all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.3, 3))
 def test_the_more_tokens_the_closer_from_below(seed: int, temperature: float) -> None:
