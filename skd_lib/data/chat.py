@@ -123,11 +123,13 @@ def conversation(task: TaskConfig, question: str, answer: str | None = None, *, 
 
 
 def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
-    """See in a child process that the chat template comes to an end; done once for each template.
+    """See in a child process that the chat template, if the task wants one, comes to an end; once for each template.
 
     Raises:
         SkdError: it does not, or the tokenizer has no chat template.
     """
+    if not task.chat_template:
+        return
     template = chat_template(tokenizer)
     error = try_rendering(template, json.dumps(conversation(task, _QUESTION, _ANSWER)), task.date)
     if error is not None:
