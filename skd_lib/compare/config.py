@@ -46,7 +46,7 @@ class CompareConfig(Section):
     grid: dict[str, list[Any]] = Field(
         {},
         description="Values to try by dotted field, e.g. `distill.sampling.top_k: [1, 5, 25]`. A method that does not "
-        "read a field is run once.",
+        "read a field is run once. At most 5,000 combinations, and 500 runs in all.",
     )
     variants: dict[str, Overrides] = Field(
         {}, description="Further ones beside methods x grid, by name: fields by dotted name. `{}` is `base` itself."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,11 @@ from skd_lib.config.initial import CUTTING
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.methods import reads_setting
 from skd_lib.parameters import to_struct
+
+MAX_RUNS = 500
+"""Runs of one comparison. Their list travels as one argument of a command, which the kernel limits to 128 KiB."""
+MAX_COMBINATIONS = 5_000
+"""Of methods and values in a grid, before those are left out that differ in nothing a method reads."""
 
 
 class Trial(Section):
@@ -62,6 +68,8 @@ def parse_trials(text: str, *, where: str) -> list[Trial]:
     values = parse_json(text, where=where)
     if not isinstance(values, list):
         raise SkdError("the runs must be a list", where=where)
+    if len(values) > MAX_RUNS:
+        raise SkdError(f"{len(values):,} runs; the limit is {MAX_RUNS:,}", where=where)
     return [parse_section(Trial, value, where=f"{where}, run {number}") for number, value in enumerate(values, 1)]
 
 
@@ -70,12 +78,17 @@ def expand(compare: CompareConfig, base: RunConfig, *, where: str) -> list[Trial
 
     Raises:
         SkdErrors: all that is wrong with a variant.
+        SkdError: more than `MAX_COMBINATIONS` of a grid, or `MAX_RUNS`.
     """
     variants = [
         (f"{name}-{init}" if init else name, init, {**_init_overrides(compare, init), **overrides})
         for name, overrides in _variants(compare, base, where)
         for init in compare.student_inits or [""]
     ]
+    count = len(variants) * len(compare.seeds)
+    if count > MAX_RUNS:
+        what = f"{count:,} runs ({len(variants):,} variants x {len(compare.seeds):,} seeds); the limit is {MAX_RUNS:,}"
+        raise SkdError(what, where=where, hint="leave out variants or seeds, or make several comparisons")
     trials, errors, seen = [], [], dict[str, str]()
     for name, init, overrides in variants:
         if name in seen:
@@ -114,9 +127,23 @@ def reference_of(compare: CompareConfig, trials: Sequence[Trial], base: RunConfi
     return next(skd, names[0])
 
 
+def _check_combinations(compare: CompareConfig, methods: Sequence[str], where: str) -> None:
+    """Count the grid before anything is made of it."""
+    factors = {"methods": len(methods), **{f"values of {path}": len(values) for path, values in compare.grid.items()}}
+    count = math.prod(factors.values())
+    if count > MAX_COMBINATIONS:
+        product = " x ".join(f"{number:,} {name}" for name, number in factors.items() if number > 1)
+        raise SkdError(
+            f"{count:,} combinations ({product}); the limit is {MAX_COMBINATIONS:,}, and {MAX_RUNS:,} runs",
+            where=f"{where}, field `grid`",
+            hint="leave out values, or make several comparisons",
+        )
+
+
 def _variants(compare: CompareConfig, base: RunConfig, where: str) -> Iterator[tuple[str, Overrides]]:
     """Name and overrides of methods x grid, then of the further variants; without student inits."""
     methods = compare.methods or ([] if compare.variants and not compare.grid else [base.distill.method])
+    _check_combinations(compare, methods, where)
     for method in methods:
         combinations: dict[str, Overrides] = {}
         for values in itertools.product(*compare.grid.values()):

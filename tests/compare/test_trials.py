@@ -146,6 +146,23 @@ def test_what_is_wrong_is_named(tmp_path: Path, values: dict[str, Any], message:
     assert re.search(message, str(error.value)), str(error.value)
 
 
+def test_runs_are_counted_before_any_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    values = list(range(1, 301))
+    grid = {"distill.sampling.top_k": values, "distill.sampling.gamma": values[:299]}
+    counted = r"89,700 combinations \(300 values of .*top_k x 299 values of .*gamma\); the limit is 5,000, and 500 runs"
+    with monkeypatch.context() as patched:
+        patched.delattr("skd_lib.compare.trials._read")
+        with pytest.raises(SkdError, match=f"compare.yaml, field `grid`: {counted}"):
+            plan(tmp_path, grid=grid, variants={"mine": {}})
+    with pytest.raises(SkdError, match=r"600 runs \(2 variants x 300 seeds\); the limit is 500"):
+        plan(tmp_path, methods=["sft", "skd"], seeds=values)
+    # Where a method does not read a setting, its values make no runs.
+    assert len(runs(plan(tmp_path, methods=["sft", "skd"], grid={"distill.sampling.top_k": values}))) == 301
+    monkeypatch.setattr("skd_lib.compare.trials.MAX_RUNS", 1)
+    with pytest.raises(SkdError, match="--trials: 2 runs; the limit is 1"):
+        parse_trials('[{"variant": "a", "seed": 0}, {"variant": "b", "seed": 0}]', where="--trials")
+
+
 def test_all_that_is_wrong_comes_at_once(tmp_path: Path):
     with pytest.raises(SkdError) as error:
         plan(tmp_path, variants={"a": {"distill.beta": 2}, "b": {"distill.betta": 0.5}})
