@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = ("No space left on device", "disk is full", "Disk quota exceeded", "os error 28")
+
 
 class SkdError(Exception):
     """Something the user can mend: what was wrong, where, and what to do about it.
@@ -60,3 +65,24 @@ class Preempted(SkdError):
     """
 
     exit_code = 75
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether something could not be written since a disk is full; libraries in C and Rust say so in words alone."""
+    return (isinstance(error, OSError) and error.errno in _FULL) or any(text in str(error) for text in _FULL_TEXTS)
+
+
+def unwritable(error: Exception, where: str) -> SkdError:
+    """Return the sentence for what could not be written.
+
+    Args:
+        error: An operating system's or a library's error.
+        where: What was to be written, if the error does not say.
+    """
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    advice = "free some space there (`df -h` shows it)" if is_full_disk(error) else "make it writable"
+    return SkdError(
+        f"cannot be written: {reason}",
+        where=str(getattr(error, "filename", None) or where),
+        hint=f"{advice} and run the same command again: what is finished is kept",
+    )

@@ -24,6 +24,12 @@ def emit(kind: str, **fields: Any) -> None:
         print(PREFIX + json.dumps({"event": kind, **fields}), file=sys.stdout, flush=True)
 
 
+def note(message: str) -> None:
+    """Tell something that a person should know though the step goes on; it is logged as a warning, too."""
+    log.warning("%s", message)
+    emit("note", message=message)
+
+
 def parse(line: str) -> dict[str, Any] | None:
     """The event in a line of a step's output, or None if it is ordinary output."""
     if not line.startswith(PREFIX):

@@ -17,6 +17,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from skd_lib.uris import redacted, shown
+
 log = logging.getLogger(__name__)
 WEBHOOK_VARIABLE = "SKD_NOTIFY_WEBHOOK"
 TIMEOUT_SECONDS = (5.0, 10.0)
@@ -50,9 +52,9 @@ class Ending:
         """The message, in Slack's markup."""
         lines = [f"*{_escaped(self.run_name)}* {_ENDS.get(self.state, f'ended as {_escaped(self.state)}')}"]
         if self.error:
-            lines.append(_escaped(" ".join(self.error.split())[:_LONGEST_ERROR]))
+            lines.append(_escaped(" ".join(redacted(self.error).split())[:_LONGEST_ERROR]))
         lines += [f"• {_escaped(line)}" for line in _figure_lines(self.figures)[:_MOST_FIGURES]]
-        links = [f"<{_escaped(url)}|{_escaped(what)}>" for what, url in self.links.items()]
+        links = [f"<{_escaped(shown(url))}|{_escaped(what)}>" for what, url in self.links.items()]
         return "\n".join([*lines, *([" · ".join(links)] if links else [])])
 
 

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from pipelines.submitting.credentials import Credentials
 from skd_lib.errors import SkdError
+from skd_lib.uris import shown
 
 TIMEOUT_SECONDS = (10, 60)  # to connect, and for an answer
 RETRIES = 7
@@ -87,8 +88,8 @@ class KubeflowPipelines:
     """
 
     def __init__(self, host: str, credentials: Credentials, namespace: str = "", backoff: float = 0.5) -> None:
-        self.host, self.namespace, self._backoff = host.rstrip("/"), namespace, backoff
-        configuration = kfp_server_api.Configuration(host=self.host)
+        self.host, self.namespace, self._backoff = shown(host.rstrip("/")), namespace, backoff
+        configuration = kfp_server_api.Configuration(host=host.rstrip("/"))
         # Of HTTP methods only those are repeated that change nothing; a redirection is a login page.
         configuration.retries = urllib3.Retry(
             total=RETRIES,

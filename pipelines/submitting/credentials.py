@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from typing_extensions import override
 
 from skd_lib.errors import SkdError
+from skd_lib.uris import shown
 
 TOKEN, COOKIE = "SKD_KFP_TOKEN", "SKD_KFP_COOKIE"
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
@@ -165,4 +166,6 @@ def _read(path: Path) -> str:
 def _check_encrypted(host: str) -> None:
     url = urlsplit(host)
     if url.scheme != "https" and url.hostname not in LOCAL_HOSTS:
-        raise SkdError("credentials would go unencrypted over the network", where=host, hint="give an https:// host")
+        raise SkdError(
+            "credentials would go unencrypted over the network", where=shown(host), hint="give an https:// host"
+        )

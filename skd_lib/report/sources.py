@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from skd_lib.errors import SkdError
 from skd_lib.report.samples import SampledSequence, read_samples
 from skd_lib.report.summary import Summary
+from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,7 +58,7 @@ def from_mlflow(run_id: str, tracking_uri: str) -> Findings:
     from skd_lib.tracking.client import brief, connect, run_url, unanswered
 
     client = connect(tracking_uri)
-    where = f"MLflow run {run_id} at {tracking_uri.rpartition('@')[2]}"
+    where = f"MLflow run {run_id} at {shown(tracking_uri)}"
     try:
         run = _pipeline_run(client, run_id)
         with tempfile.TemporaryDirectory() as folder:

@@ -50,6 +50,7 @@ def main(
     """
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.registry import champion as registered
+    from skd_lib.tracking.registry import step_patience
     from skd_lib.tracking.runs import step_run
 
     registry = parse_section(RegistryConfig, registry_config, where="--registry-config")
@@ -63,7 +64,9 @@ def main(
 
     params = {"seed": seed, "evaluation": evaluation.model_dump(), "specdec": specdec.model_dump()}
     with step_run(step="evaluate_champion", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
-        champion = registered(tracking_uri=tracking_uri, model_name=registry.model_name) if tracking_uri else None
+        champion = None
+        if tracking_uri:
+            champion = registered(tracking_uri=tracking_uri, model_name=registry.model_name, patience=step_patience())
         if champion is not None and champion.weights_sha256 == _digest_of(student, io):
             rival = Rival(version=champion.version, is_this_student=True)
         elif champion is not None:

@@ -46,7 +46,8 @@ def main(
     """Give the pipeline's MLflow run its final status, and close the steps' runs that died without a word.
 
     The pipeline run is the one of the environment variable `KFP_RUN_ID`. Before that, in a cluster, delete its
-    TrainJobs that go on although the steps that made them are dead. In the end tell a chat channel, if
+    TrainJobs that go on although the steps that made them are dead, and send what MLflow did not take while it was
+    down, as far as `SKD_TRACKING_BUFFER` holds it. In the end tell a chat channel, if
     `SKD_NOTIFY_WEBHOOK` holds the URL of its incoming webhook (Slack's kind); `KF_PIPELINES_UI_ENDPOINT`, the address
     of Kubeflow's page, makes the message link to the run.
     """
@@ -57,6 +58,7 @@ def main(
         "pipeline_run_id": os.environ.get("KFP_RUN_ID", ""),
     }
     _clean_up(where["pipeline_run_id"])
+    _resend(tracking_uri, where["pipeline_run_id"])
     try:
         _close(final, **where)
     finally:
@@ -75,6 +77,22 @@ def _clean_up(pipeline_run_id: str) -> None:
         return
     if deleted:
         print(f"TrainJobs without a step, deleted: {', '.join(deleted)}")
+
+
+def _resend(tracking_uri: str, pipeline_run_id: str) -> None:
+    """Send MLflow what it did not take when the run's steps ended. Whatever happens here, the rest is done."""
+    if not (tracking_uri and pipeline_run_id):
+        return
+    from skd_lib.tracking.buffer import left_in
+    from skd_lib.tracking.link import resend
+
+    try:
+        left = resend(left_in(), tracking_uri, pipeline_run_id)
+    except SkdError as error:
+        log.warning("what steps left for MLflow cannot be looked for: %s", error.brief)
+        return
+    if left:
+        log.warning("MLflow has not taken the records of all steps: run `skd track replay %s`", " ".join(left))
 
 
 def _close(final: FinalStatus, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:

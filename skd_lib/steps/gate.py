@@ -50,7 +50,9 @@ def main(
         if task.metrics[0] == "comet" and judged.missing:
             decision = Decision(False, "the score that decides, COMET, is missing; the report says why")
         elif tracking_uri:
-            now = registry.champion(tracking_uri=tracking_uri, model_name=settings.model_name)
+            now = registry.champion(
+                tracking_uri=tracking_uri, model_name=settings.model_name, patience=registry.step_patience()
+            )
             if now is not None and now.version != rival.version:
                 why = f"version {now.version} is the champion now, and was not when this run measured"
                 decision = Decision(False, f"{why}; start the run again to compare with it")

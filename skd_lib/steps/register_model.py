@@ -46,7 +46,8 @@ def main(
     """Register the student by URI and digest of its weights: the same weights are registered once.
 
     It gets the alias `challenger`, and `champion` where the gate said so. Lineage comes from the metadata that
-    earlier steps left on the student, and from the options. Output parameter `version`; empty without tracking.
+    earlier steps left on the student, and from the options. A registry that does not answer is waited for, for
+    `SKD_REGISTRY_WAIT` seconds. Output parameter `version`; empty without tracking.
     """
     from skd_lib import __version__
     from skd_lib.report.summary import Comet, Scores, Specdec
@@ -67,11 +68,12 @@ def main(
     digest = known.pop("weights_sha256", "") or weights_digest(student)
     given = {"teacher": teacher, "base_student": base_student, "method": method}
     lineage = {
+        # What made the student knows better; this is for one that came from elsewhere.
+        "code_version": os.environ.get("SKD_CODE_VERSION") or f"skd-lib {__version__}",
         **known,
         **{name: value for name, value in given.items() if value},
         registry.FINGERPRINT_TAG: data_fingerprint or known.get(registry.FINGERPRINT_TAG, ""),
         registry.PIPELINE_RUN_TAG: os.environ.get("KFP_RUN_ID", ""),
-        "code_version": os.environ.get("SKD_CODE_VERSION") or f"skd-lib {__version__}",
         "gate": reason,
     }
     uri = io.input_uri("student", student)
@@ -90,11 +92,12 @@ def main(
                 model_name=settings.model_name,
                 student_uri=uri,
                 weights_sha256=digest,
-                run_id=run.parent.run_id,
+                run_id=run.parent.find,
                 promote=promote is Answer.yes,
                 figures=figures,
                 tags=lineage,
                 description=_description(lineage, figures),
+                patience=registry.step_patience(),
             )
             outcome = {
                 "registered_model": f"{settings.model_name}/{version}",

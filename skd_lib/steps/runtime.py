@@ -18,13 +18,19 @@ from typing import Any
 import typer
 
 from skd_lib import events
-from skd_lib.errors import SkdError
+from skd_lib.bugs import explained
 from skd_lib.storage import write_text_atomic
+from skd_lib.terminal import VisibleFormatter, say, survive_any_encoding
+from skd_lib.uris import redacted, redacted_output
 
 ExecutorInput = str
 RESULT_ENV = "SKD_RESULT_URI"
 """Exchange folder in which another pod waits for this step's outputs (`skd_lib.multinode`)."""
 LABEL_HELP = "Tells this run of the step in MLflow from others of the same pipeline run; empty where there is one."
+FINGERPRINT_HELP = (
+    "Fingerprint of the model as preflight found it: a hub model is fetched at that commit, any other must still be "
+    "the same. Empty: whatever is there now."
+)
 EXECUTOR_INPUT_HELP = "KFP's executor input (JSON); set by the pipeline, leave it out by hand."
 
 
@@ -135,19 +141,19 @@ def run_step(main: Callable[..., None]) -> None:
     """Run a step's typer function: set up logging, and fail with the user's sentence rather than a stack of frames.
 
     Exit codes: 0 done; 2 the user must mend something (`SkdError`); 75 stopped by SIGTERM with all work saved, to be
-    started again (`Preempted`); 1 anything else, with its traceback.
+    started again (`Preempted`); 70 a bug of skd (`skd_lib.bugs`).
     """
-    logging.basicConfig(
-        level=os.environ.get("SKD_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command()(main)
-    try:
-        app()
-    except SkdError as error:
-        events.emit("error", message=str(error))
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        events.emit("error", message=f"{type(error).__name__}: {error}")
-        raise
+    survive_any_encoding()
+    with redacted_output():
+        handler = logging.StreamHandler()
+        handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=os.environ.get("SKD_LOG_LEVEL", "INFO"), handlers=[handler])
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+        app.command()(main)
+        try:
+            app()
+        except Exception as error:  # noqa: BLE001 - what nobody foresaw ends as a sentence too
+            told = explained(error)
+            events.emit("error", message=redacted(str(told)))
+            say(f"error: {told}", err=True)
+            sys.exit(told.exit_code)

@@ -8,7 +8,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import ValidationError
 
@@ -16,7 +15,9 @@ from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.tracking.entries import ENTRY, Entry
 from skd_lib.tracking.locate import Place
+from skd_lib.uris import shown
 
+SUFFIX = ".jsonl"
 FOLDER_VARIABLE = "SKD_TRACKING_BUFFER"
 """Folder or URI in object storage where files are left whose store did not answer to the end of the step."""
 
@@ -31,12 +32,12 @@ class Buffer:
 
     def __init__(self, place: Place, keep: str = "") -> None:
         self._place = place
-        wanted = os.environ.get(FOLDER_VARIABLE) or keep
+        wanted = left_in(keep)
         self._destination = wanted if storage.is_remote(wanted) else ""
-        folder = Path(wanted) if wanted and not self._destination else _temporary_folder()
+        folder = _temporary_folder() if self._destination else Path(wanted)
         words = "-".join(part for part in (place.pipeline_run_id, place.step) if part)
         name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in words)
-        self._path = folder / f"{name[:150]}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._path = folder / f"{name[:150]}-{uuid.uuid4().hex[:8]}{SUFFIX}"
         self._done = 0
         self.waiting = 0
 
@@ -49,7 +50,8 @@ class Buffer:
         lines = [entry.model_dump_json().encode()]
         if not self.waiting:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lines.insert(0, _without_credentials(self._place).model_dump_json().encode())
+            place = self._place.model_copy(update={"tracking_uri": shown(self._place.tracking_uri)})
+            lines.insert(0, place.model_dump_json().encode())
             self._done = 0
         # Parameters may be nobody else's business.
         with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
@@ -90,6 +92,18 @@ class Buffer:
             raise SkdError(error.what, where=str(self._path), hint=error.hint) from error
         self._path.unlink()
         return uri
+
+
+def left_in(keep: str = "") -> str:
+    """Folder or URI where a step leaves its file, see `Buffer`."""
+    return os.environ.get(FOLDER_VARIABLE) or keep or str(_temporary_folder())
+
+
+def waiting_files(folder: str) -> list[str]:
+    """Paths or URIs of what steps have left in a folder, or in a place in object storage; in no order."""
+    if storage.is_remote(folder):
+        return [f"{folder.rstrip('/')}/{name}" for name in storage.file_sizes(folder) if name.endswith(SUFFIX)]
+    return [str(path) for path in Path(folder).glob(f"*{SUFFIX}")]
 
 
 def read_place(path: Path) -> Place:
@@ -133,10 +147,3 @@ def _unreadable(path: Path, error: Exception, line: int = 1) -> SkdError:
 
 def _temporary_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"skd-tracking-{os.getuid()}"
-
-
-def _without_credentials(place: Place) -> Place:
-    parts = urlsplit(place.tracking_uri)
-    if "@" not in parts.netloc:
-        return place
-    return place.model_copy(update={"tracking_uri": urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))})

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from skd_lib.errors import SkdError
+from skd_lib.terminal import say
+from skd_lib.uris import default_store
 
 if TYPE_CHECKING:
     from skd_lib.tracking.promotion import Move
@@ -73,14 +75,13 @@ def lineage(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Show where a registered version comes from: weights, teacher, data, settings, code, images, pipeline run."""
-    from rich.console import Console
-
+    from skd_lib.console import Console
     from skd_lib.tracking.lineage import trace
     from skd_lib.tracking.render import render
 
     found = trace(tracking_uri=_store(runs_dir, tracking_uri), reference=model)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        say(found.model_dump_json(indent=2))
     else:
         # Wider than any line: digests stay in one piece, to be copied.
         Console(width=_WIDE).print(render(found), highlight=False)
@@ -120,18 +121,19 @@ def replay(
         for file, path in sorted(local.items(), key=lambda item: read_place(item[1]).started):
             sent, refused = send(path, tracking_uri)
             storage.delete(file)
-            typer.echo(f"{file}: {sent} entries sent" + (f", {refused} of them refused" if refused else ""))
+            say(f"{file}: {sent} entries sent" + (f", {refused} of them refused" if refused else ""))
 
 
 def _store(runs_dir: Path, tracking_uri: str | None) -> str:
-    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
-    if tracking_uri is None and not (runs_dir / "mlflow.db").exists():
+    if tracking_uri is not None:
+        return tracking_uri
+    if not (runs_dir / "mlflow.db").exists():
         raise SkdError(
             "there is no MLflow store",
             where=str(runs_dir / "mlflow.db"),
             hint="give --tracking-uri, or the folder of your runs with --runs-dir",
         )
-    return uri
+    return default_store(runs_dir)
 
 
 def _reason(why: str) -> str:
@@ -146,4 +148,4 @@ def _who(by: str | None) -> str:
 
 def _report(move: Move) -> None:
     before = f"version {move.before}" if move.before else "none"
-    typer.echo(f"{move.model}: version {move.version} is the champion now; before, {before} was")
+    say(f"{move.model}: version {move.version} is the champion now; before, {before} was")

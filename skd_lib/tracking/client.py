@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from skd_lib import events
 from skd_lib.errors import SkdError
+from skd_lib.uris import is_sqlite, redacted, shown, sqlite_file, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,8 +32,13 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
-_SQLITE = "sqlite:///"
+_RECORDS = ("experiments", "runs", "registered_models")
+_SIDE_FILES = ("", "-journal", "-wal", "-shm")
 _HINT = "use `sqlite:///runs/mlflow.db` on one machine, or the `http(s)://` address of a tracking server"
+
+
+class Deleted(SkdError):
+    """The experiment was deleted: MLflow takes nothing for it until it is restored."""
 
 
 def quieten() -> None:
@@ -40,7 +48,7 @@ def quieten() -> None:
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of the tracking store; the folder of a sqlite file is created. A server is not contacted yet.
+    """A client of the tracking store; a sqlite file and its folder are created. A server is not contacted yet.
 
     Args:
         tracking_uri: `sqlite:///FILE`, the URL of a tracking server, or another database URL.
@@ -56,21 +64,26 @@ def connect(tracking_uri: str) -> MlflowClient:
     except ImportError as error:
         raise SkdError(
             f"MLflow is not installed ({error})",
-            where=f"tracking URI `{tracking_uri}`",
+            where=store_name(tracking_uri),
             hint="install the extra `tracking`, or leave the tracking URI empty to run without tracking",
         ) from error
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one line a retry; ours is one in all
-    if not is_local_store(tracking_uri):
+    database = sqlite_file(tracking_uri)
+    if database is None:
         return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     try:
-        with _alone_with(_sqlite_file(tracking_uri)):
+        with _alone_with(database):
+            if _is_half_made(database):
+                _set_aside(database)
+            if not database.exists():
+                _make(database)
             return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     except unanswered() as error:
         raise SkdError(
             f"MLflow cannot open the sqlite file: {brief(error)}",
-            where=f"tracking URI `{tracking_uri}`",
-            hint="if another version of MLflow made it, run `mlflow db upgrade`; else move it away, a new one is made",
+            where=store_name(tracking_uri),
+            hint=_hint(database, error),
         ) from error
 
 
@@ -80,7 +93,7 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
     Artifacts of a sqlite store go to the folder `mlartifacts` beside its file; a server decides for itself.
 
     Raises:
-        SkdError: an experiment of that name was deleted, so that MLflow refuses to write to it.
+        Deleted: an experiment of that name was deleted, so that MLflow refuses to write to it.
         MlflowException: the store does not answer.
     """
     from mlflow.exceptions import MlflowException
@@ -96,33 +109,43 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
                 raise
             experiment = client.get_experiment_by_name(name)  # another process was faster
     if experiment is None or experiment.lifecycle_stage == "deleted":
-        raise SkdError(
+        which = f" --experiment-id {experiment.experiment_id}" if experiment else ""
+        raise Deleted(
             f"the MLflow experiment `{name}` was deleted",
-            where=f"tracking URI `{tracking_uri}`",
-            hint="restore it (`mlflow experiments restore`), remove it for good (`mlflow gc`), or use another name",
+            where=store_name(tracking_uri),
+            hint=f"restore it (`mlflow experiments restore{which}`), remove it for good (`mlflow gc`), or use another "
+            "name",
         )
     return str(experiment.experiment_id)
 
 
 def run_url(tracking_uri: str, run: Run) -> str:
     """Address of a run's page, without the credentials that the URI may hold; empty where the store is no server."""
-    parts = urlsplit(tracking_uri)
+    parts = urlsplit(shown(tracking_uri))
     if parts.scheme not in ("http", "https"):
         return ""
-    server = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    server = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
     return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
-def check_tracking(tracking_uri: str) -> SkdError | None:
-    """What is wrong with the tracking store, for a check before the work starts; None if it answers."""
+def check_tracking(tracking_uri: str, experiment: str = "") -> SkdError | None:
+    """What is wrong with the tracking store, for a check before the work starts; None if it answers.
+
+    Args:
+        tracking_uri: See `connect`.
+        experiment: An experiment that must not be a deleted one; empty: none.
+    """
     from_server = tracking_uri.startswith(("http://", "https://"))
     try:
-        connect(tracking_uri).search_experiments(max_results=1)
+        client = connect(tracking_uri)
+        client.search_experiments(max_results=1)
+        if experiment and client.get_experiment_by_name(experiment) is not None:
+            find_or_create_experiment(client, tracking_uri, experiment)
     except SkdError as error:
         return error
     except unanswered() as error:
         hint = "start it, or check the address, the network and the credentials" if from_server else _HINT
-        return SkdError(f"MLflow does not answer: {brief(error)}", where=f"tracking URI `{tracking_uri}`", hint=hint)
+        return SkdError(f"MLflow does not answer: {brief(error)}", where=store_name(tracking_uri), hint=hint)
     return None
 
 
@@ -134,29 +157,47 @@ def unanswered() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError)  # requests' exceptions are OSErrors
 
 
+def is_silence(error: Exception) -> bool:
+    """Whether an error says that the store cannot answer now, rather than that it refuses what it was asked."""
+    from mlflow.exceptions import MlflowException
+
+    refused = isinstance(error, MlflowException) and error.error_code not in (
+        "INTERNAL_ERROR",
+        "TEMPORARILY_UNAVAILABLE",
+        "REQUEST_LIMIT_EXCEEDED",
+    )
+    return not refused
+
+
 def brief(error: Exception) -> str:
     """An error's text in one line of moderate length, from its root cause on: MLflow nests connection pools in it."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(redacted(str(error)).split()) or type(error).__name__
     cause = text.rfind("Caused by ")
     text = text[cause:] if cause >= 0 else text
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def store_name(tracking_uri: str) -> str:
+    """A store as messages name it."""
+    return f"tracking URI `{shown(tracking_uri)}`"
+
+
 def is_local_store(tracking_uri: str) -> bool:
     """Whether this process opens the store's file itself, with no server between."""
-    return tracking_uri.startswith(_SQLITE)
+    return is_sqlite(tracking_uri)
 
 
 def _check_uri(uri: str) -> None:
-    where = f"tracking URI `{uri}`"
+    where = store_name(uri)
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in _SCHEMES:
         raise SkdError("MLflow no longer starts a store of this kind", where=where, hint=_HINT)
     if scheme != "sqlite":
         return
-    if not uri.startswith(_SQLITE) or not uri.removeprefix(_SQLITE):
+    database = sqlite_file(uri)
+    if database is None:
         raise SkdError("not the URI of a sqlite file", where=where, hint=_HINT)
-    folder = _sqlite_file(uri).parent
+    folder = database.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,11 +216,65 @@ def _alone_with(database: Path) -> Iterator[None]:
         yield
 
 
-def _sqlite_file(uri: str) -> Path:
-    return Path(uri.removeprefix(_SQLITE).partition("?")[0])
+def _is_half_made(database: Path) -> bool:
+    """Whether a process was ended while MLflow made the tables: they are MLflow's, and no record is in them.
+
+    (MLflow makes an experiment as soon as the tables are complete.)
+    """
+    if not database.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(database, timeout=20)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            # The names are constants.
+            counted = [connection.execute(f"SELECT 1 FROM {name} LIMIT 1") for name in tables & {*_RECORDS}]  # noqa: S608
+            is_empty = not any(found.fetchone() for found in counted)
+    except sqlite3.Error:  # it is another kind of file, or in use: MLflow says so
+        return False
+    return is_empty and (not tables or bool(tables & {"alembic_version", *_RECORDS}))
+
+
+def _set_aside(database: Path) -> None:
+    """Move a half-made database away, with what sqlite keeps of it in other files."""
+    number = 1
+    while (aside := database.with_name(f"{database.name}.incomplete-{number}")).exists():
+        number += 1
+    for suffix in _SIDE_FILES:
+        file = database.with_name(database.name + suffix)
+        if file.exists():
+            file.rename(aside.with_name(aside.name + suffix))
+    events.note(
+        f"{database} had no records and not all of its tables: a process was ended while it made them. It is moved to "
+        f"{aside.name}, and a new one is made"
+    )
+
+
+def _make(database: Path) -> None:
+    """Make the tables in a file of another name, and rename it: a process that ends leaves nothing half-made."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    target = database.resolve()  # of a link, what it points to
+    new = target.with_name(f".{target.name}.new")
+    files = [new.with_name(new.name + suffix) for suffix in _SIDE_FILES]
+    for left in files:
+        left.unlink(missing_ok=True)
+    try:
+        store = SqlAlchemyStore(sqlite_uri(new), DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        store.engine.dispose()
+        new.replace(target)
+    finally:
+        for left in files:
+            left.unlink(missing_ok=True)
+
+
+def _hint(database: Path, error: Exception) -> str:
+    text = str(error)
+    if "disk is full" in text or "No space left" in text or "disk I/O error" in text:
+        return f"free some space at {database.parent} and run again; nothing half-made is left"
+    return "if another version of MLflow made it, run `mlflow db upgrade`; else move it away, a new one is made"
 
 
 def _artifact_location(tracking_uri: str) -> Any:
-    if not is_local_store(tracking_uri):
-        return None
-    return (_sqlite_file(tracking_uri).resolve().parent / "mlartifacts").as_uri()
+    database = sqlite_file(tracking_uri)
+    return None if database is None else (database.resolve().parent / "mlartifacts").as_uri()

@@ -7,11 +7,13 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from skd_lib.tracking.client import brief
 from skd_lib.tracking.locate import ERROR_TAG, Place, children_of, find_parent
 
 if TYPE_CHECKING:
@@ -26,7 +28,12 @@ _PARAMS_PER_BATCH = 100
 PARAM_LENGTH = 6000
 TAG_LENGTH = 5000  # older servers; newer ones take 8000
 _DIGEST_LENGTH = 36
+_OLDER_LENGTHS = (500, 250)
+"""What older servers take of a value."""
+Kind = Literal["params", "tags", "metrics"]
 PARAM_PREFIX = "skd/"
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+"""MLflow's codes for a request that it will not take for what it says, however often it is asked."""
 
 
 class Target:
@@ -73,17 +80,15 @@ class Params(_Entry):
 
         known = client.get_run(target.run_id).data.params
         new = [Param(key, value) for key, value in self.values.items() if key not in known]
-        changed = {key: value for key, value in self.values.items() if known.get(key, value) != value}
-        for start in range(0, len(new), _PARAMS_PER_BATCH):
-            client.log_batch(target.run_id, params=new[start : start + _PARAMS_PER_BATCH])
+        changed = {key: value for key, value in self.values.items() if key in known and not _is_kept(value, known[key])}
+        _send_batches(client, target.run_id, "params", new)
         for key, value in changed.items():
             log.warning("%s was %s when this run began and is %s now; MLflow keeps the first", key, known[key], value)
         tags = [
             RunTag(f"skd.changed.{key.removeprefix(PARAM_PREFIX)}", clip(f"{known[key]} -> {value}", TAG_LENGTH))
             for key, value in changed.items()
         ]
-        for start in range(0, len(tags), _PARAMS_PER_BATCH):
-            client.log_batch(target.run_id, tags=tags[start : start + _PARAMS_PER_BATCH])
+        _send_batches(client, target.run_id, "tags", tags)
 
 
 class Metrics(_Entry):
@@ -102,8 +107,7 @@ class Metrics(_Entry):
             for key, value in self.values.items()
             if self.step is None or self.step not in target.steps_before(client, key)
         ]
-        for start in range(0, len(batch), _METRICS_PER_BATCH):
-            client.log_batch(target.run_id, metrics=batch[start : start + _METRICS_PER_BATCH])
+        _send_batches(client, target.run_id, "metrics", batch)
 
 
 class DatasetUse(_Entry):
@@ -177,8 +181,7 @@ class Tags(_Entry):
         from mlflow.entities import RunTag
 
         batch = [] if target.superseded else [RunTag(key, value) for key, value in self.values.items()]
-        for start in range(0, len(batch), _PARAMS_PER_BATCH):
-            client.log_batch(target.run_id, tags=batch[start : start + _PARAMS_PER_BATCH])
+        _send_batches(client, target.run_id, "tags", batch)
 
 
 class Closing(_Entry):
@@ -231,6 +234,64 @@ class PipelineClosing(BaseModel):
 RunEntry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing
 Entry = RunEntry | PipelineClosing
 ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
+
+
+def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence[Any]) -> None:
+    """Send parameters, tags or points; of a batch that MLflow refuses, each by itself.
+
+    A value that is too long for the server is cut, anything else that it refuses is left out.
+
+    Raises:
+        MlflowException: the store does not answer, the run was deleted, or something had to be left out, once all else
+            is sent.
+    """
+    from mlflow.exceptions import MlflowException
+
+    size = _METRICS_PER_BATCH if kind == "metrics" else _PARAMS_PER_BATCH
+    refusals: list[Exception] = []
+    for start in range(0, len(items), size):
+        batch = items[start : start + size]
+        try:
+            client.log_batch(run_id, **{kind: batch})
+        except MlflowException as error:
+            if error.error_code not in REFUSALS or client.get_run(run_id).info.lifecycle_stage == "deleted":
+                raise
+            refusals += filter(None, [_send_alone(client, run_id, kind, item) for item in batch])
+    if refusals:
+        raise refusals[0]
+
+
+def _send_alone(client: MlflowClient, run_id: str, kind: Kind, item: Any) -> Exception | None:
+    """Send one parameter, tag or point, cut where that helps; the store's refusal if nothing does."""
+    from mlflow.entities import RunTag
+    from mlflow.exceptions import MlflowException
+
+    refusal: Exception | None = None
+    value = "" if kind == "metrics" else item.value
+    for length in (len(value), *_OLDER_LENGTHS):
+        if length > len(value):
+            continue
+        cut = length < len(value)
+        try:
+            client.log_batch(run_id, **{kind: [type(item)(item.key, clip(value, length)) if cut else item]})
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            refusal = refusal or error
+            continue
+        if cut:
+            log.warning("MLflow takes %d characters of %s, which has %d", length, item.key, len(value))
+        if cut and kind == "params":
+            whole = RunTag(f"skd.whole.{item.key.removeprefix(PARAM_PREFIX)}", clip(value, TAG_LENGTH))
+            _send_alone(client, run_id, "tags", whole)
+        return None
+    log.warning("MLflow does not take %s, which is left out: %s", item.key, brief(refusal) if refusal else "")
+    return refusal
+
+
+def _is_kept(value: str, known: str) -> bool:
+    """Whether the store has a value, or what it takes of a long one."""
+    return known == value or (len(known) >= min(_OLDER_LENGTHS) and value.startswith(known.removesuffix("...")))
 
 
 def clip(text: str, length: int) -> str:

@@ -37,7 +37,9 @@ _NAMED = {
     VERSION_PIPELINE_RUN_TAG,
     "teacher",
     "teacher_weights_sha256",
+    "teacher_fingerprint",
     "base_student",
+    "base_student_fingerprint",
     "initial_weights_sha256",
     "code_version",
 }
@@ -45,10 +47,14 @@ _NAMED = {
 
 
 class Weights(BaseModel):
-    """A model: where it is, and the sha256 of its weights; empty where that is not known."""
+    """A model: where it is, the sha256 of its weights, and for one that was fetched the fingerprint of all its files.
+
+    What is not known is empty.
+    """
 
     reference: str
     sha256: str
+    fingerprint: str = ""
 
 
 class DataSplit(BaseModel):
@@ -194,8 +200,16 @@ def _of_version(version: ModelVersion) -> Lineage:
         aliases=list(version.aliases),
         registered=version.creation_timestamp,
         student=Weights(reference=tags.get(URI_TAG, version.source), sha256=tags.get(DIGEST_TAG, "")),
-        teacher=Weights(reference=tags.get("teacher", ""), sha256=tags.get("teacher_weights_sha256", "")),
-        base=Weights(reference=tags.get("base_student", ""), sha256=tags.get("initial_weights_sha256", "")),
+        teacher=Weights(
+            reference=tags.get("teacher", ""),
+            sha256=tags.get("teacher_weights_sha256", ""),
+            fingerprint=tags.get("teacher_fingerprint", ""),
+        ),
+        base=Weights(
+            reference=tags.get("base_student", ""),
+            sha256=tags.get("initial_weights_sha256", ""),
+            fingerprint=tags.get("base_student_fingerprint", ""),
+        ),
         distillation=own,
         data_fingerprint=tags.get(FINGERPRINT_TAG, ""),
         code_version=tags.get("code_version", ""),
@@ -279,7 +293,7 @@ def _step(run: Run) -> Step:
         name=tags.get(TASK_TAG, run.info.run_name or ""),
         run_id=run.info.run_id,
         status=run.info.status,
-        code_version=tags.get("code_version") or f"skd-lib {tags['skd.version']}" if "skd.version" in tags else "",
+        code_version=tags.get("code_version") or (f"skd-lib {tags['skd.version']}" if "skd.version" in tags else ""),
         image=tags.get(IMAGE_TAG, ""),
     )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from skd_lib import events, storage
 from skd_lib.errors import SkdError
-from skd_lib.tracking.buffer import Buffer, read_entries, read_place
-from skd_lib.tracking.client import brief, connect, unanswered
-from skd_lib.tracking.entries import Entry, PipelineClosing, Target
+from skd_lib.tracking.buffer import Buffer, read_entries, read_place, waiting_files
+from skd_lib.tracking.client import Deleted, brief, connect, find_or_create_experiment, store_name, unanswered
+from skd_lib.tracking.entries import REFUSALS, Entry, PipelineClosing, Target
 from skd_lib.tracking.locate import ATTEMPT_TAG, Place, locate
+from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 RETRY_SECONDS = 60.0
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+_SHARE = 20
+"""A store that lets a step wait for its silence is asked again after so many times as long: the work comes first."""
 
 
 class Sender:
@@ -48,7 +52,11 @@ class Sender:
             self.targets = {which: Target(run, superseded=superseded) for which, run in runs.items()}
 
     def send(self, entry: Entry) -> None:
-        """Send one entry; one that the store refuses for what it says is left out, with a warning."""
+        """Send one entry; one that the store refuses for what it says is left out, with a warning.
+
+        Raises:
+            Deleted: the experiment was deleted, but can be restored.
+        """
         from mlflow.exceptions import MlflowException
 
         if isinstance(entry, PipelineClosing):
@@ -58,10 +66,12 @@ class Sender:
         try:
             entry.send(self.client, self.targets[entry.which])
         except MlflowException as error:
-            if error.error_code not in _REFUSALS:
+            if error.error_code not in REFUSALS:
                 raise
+            find_or_create_experiment(self.client, self.place.tracking_uri, self.place.experiment)
             self.refused += 1
-            log.warning("MLflow at %s refused a request, which is left out: %s", self.place.tracking_uri, brief(error))
+            uri = shown(self.place.tracking_uri)
+            log.warning("MLflow at %s refused a request, which is left out: %s", uri, brief(error))
 
 
 class Link:
@@ -92,20 +102,25 @@ class Link:
         """Find or make the runs now rather than with the first entry.
 
         Raises:
-            SkdError: the tracking URI can never work, or the experiment was deleted.
+            SkdError: the tracking URI can never work.
         """
         if not self.uri:
             return
+        start = time.monotonic()
         try:
             self._sender = Sender(self._place, running=True)
             self._sender.open()
-        except unanswered() as error:
-            self._note(error)
+        except (Deleted, *unanswered()) as error:
+            self._note(error, start)
 
     def log(self, entry: Entry) -> None:
         """Send an entry after those that wait, or keep it."""
         if self.uri and not self._reach(lambda sender: self._catch_up(sender, entry)):
             self._keep(entry)
+
+    def insist(self) -> bool:
+        """Find or make the runs and send all that waits, though the store was silent just now; whether it answered."""
+        return bool(self.uri) and self._reach(lambda sender: (sender.open(), self._catch_up(sender)), insist=True)
 
     def ask(self, question: Callable[[MlflowClient], T], otherwise: T) -> T:
         """What the store says, with all that waits sent before; `otherwise` while it does not answer."""
@@ -128,21 +143,22 @@ class Link:
 
     def put_off(self, entry: Entry, error: Exception) -> None:
         """Leave an entry that the store has just not taken for `replay`."""
-        self._note(error)
+        self._note(error, time.monotonic())
         self._keep(entry)
         self._leave()
 
-    def _reach(self, action: Callable[[Sender], None], *, insist: bool = False) -> bool:
-        if time.monotonic() < self._silent_until and not insist:
+    def _reach(self, action: Callable[[Sender], object], *, insist: bool = False) -> bool:
+        start = time.monotonic()
+        if start < self._silent_until and not insist:
             return False
         try:
             self._sender = self._sender or Sender(self._place, running=True)
             action(self._sender)
         except _trouble() as error:  # a step that has begun does not end for its records
-            self._note(error)
+            self._note(error, start)
             return False
         if self._silent_until > 0:
-            log.info("MLflow at %s answers again", self.uri)
+            log.info("MLflow at %s answers again", shown(self.uri))
             self._silent_until = -math.inf
         return True
 
@@ -160,14 +176,16 @@ class Link:
                 log.warning("what MLflow does not take cannot be kept either, and is lost: %s", error)
             self._lost += 1
 
-    def _note(self, error: Exception) -> None:
+    def _note(self, error: Exception, since: float) -> None:
+        """Tell of the store's silence once, and let it be for a while; it was asked at `since`."""
         if self._silent_until < 0:
-            log.warning(
-                "MLflow at %s does not answer; the step goes on, and what it logs waits on disk: %s",
-                self.uri,
-                brief(error),
+            deleted = f"takes nothing, since {error.what} ({error.hint})" if isinstance(error, Deleted) else ""
+            events.note(
+                f"MLflow at {shown(self.uri)} {deleted or 'does not answer'}; the step goes on, and what it logs waits "
+                f"on disk{'' if deleted else f': {brief(error)}'}"
             )
-        self._silent_until = time.monotonic() + RETRY_SECONDS
+        now = time.monotonic()
+        self._silent_until = now + max(RETRY_SECONDS, _SHARE * (now - since))
 
     def _leave(self) -> None:
         if not self._buffer.waiting:
@@ -177,18 +195,53 @@ class Link:
         except SkdError as error:
             log.warning("%s", error.brief)
             place = error.where
-        log.warning(
-            "MLflow at %s did not answer to the end of step %s; %d entries are kept: once it answers, run "
-            "`skd track replay %s`",
-            self.uri,
-            self._place.step,
-            self._buffer.waiting,
-            place,
+        events.note(
+            f"MLflow at {shown(self.uri)} did not answer to the end of step {self._place.step}; "
+            f"{self._buffer.waiting} entries are kept: once it answers, run `skd track replay {place}`"
         )
 
 
 def _trouble() -> tuple[type[Exception], ...]:
     return (SkdError, *unanswered())
+
+
+def resend(folder: str, tracking_uri: str, pipeline_run_id: str = "") -> list[str]:
+    """Send what steps have left in a folder, in the order in which they began, and delete the files.
+
+    The first file that the store does not take ends it: what comes after it would be out of order.
+
+    Args:
+        folder: See `buffer.left_in`. No step may be writing there, unless `pipeline_run_id` leaves out its files.
+        tracking_uri: The store; files of other stores stay.
+        pipeline_run_id: Whose files are sent; empty: those of all runs.
+
+    Returns:
+        The files that were not sent, though they were to be.
+
+    Raises:
+        SkdError: object storage cannot be read.
+    """
+    found: list[tuple[int, str, Path]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, file in enumerate(waiting_files(folder)):
+            path = storage.download(file, Path(scratch) / str(number)) if storage.is_remote(file) else Path(file)
+            try:
+                place = read_place(path)
+            except SkdError as error:
+                log.warning("%s", error.brief)
+                continue
+            if place.tracking_uri == shown(tracking_uri) and pipeline_run_id in ("", place.pipeline_run_id):
+                found.append((place.started, file, path))
+        found.sort()
+        for number, (_, file, path) in enumerate(found):
+            try:
+                sent, refused = replay(path, tracking_uri)
+            except SkdError as error:
+                log.warning("%s", error.brief)
+                return [left for _, left, _ in found[number:]]
+            storage.delete(file)
+            log.info("%s: %d entries sent%s", file, sent, f", {refused} of them refused" if refused else "")
+    return []
 
 
 def replay(path: Path, tracking_uri: str | None = None) -> tuple[int, int]:
@@ -215,7 +268,7 @@ def replay(path: Path, tracking_uri: str | None = None) -> tuple[int, int]:
     except unanswered() as error:
         raise SkdError(
             f"MLflow stopped answering after {sent} entries: {brief(error)}",
-            where=f"tracking URI `{place.tracking_uri}`",
+            where=store_name(place.tracking_uri),
             hint=f"the file is as it was: run `skd track replay {path}` again once it answers",
         ) from error
     return sent, sender.refused

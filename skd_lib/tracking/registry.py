@@ -8,6 +8,7 @@ the version's tags: lineage, the task's scores and the figures as a draft, as th
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skd_lib.errors import SkdError
+from skd_lib.events import Progress
 from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased, crown
-from skd_lib.tracking.client import brief, connect, is_local_store, unanswered
+from skd_lib.tracking.client import brief, connect, is_local_store, is_silence, unanswered
+from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ATTEMPTS = 4
+WAIT_VARIABLE = "SKD_REGISTRY_WAIT"
+"""Seconds for which a step that needs the registry waits for it, 300 unless set."""
+_LONGEST_PAUSE = 15.0
 
 DIGEST_TAG = "weights_sha256"
 URI_TAG = "weights_uri"
@@ -48,11 +54,12 @@ def register(
     model_name: str,
     student_uri: str,
     weights_sha256: str,
-    run_id: str,
+    run_id: str | Callable[[], str],
     promote: bool,
     figures: Mapping[str, float],
     tags: Mapping[str, str],
     description: str = "",
+    patience: float = 0.0,
 ) -> str:
     """Register a student, or find the version that has these very weights, and set the aliases.
 
@@ -64,11 +71,12 @@ def register(
         model_name: Registered model; created if missing.
         student_uri: Where the weights are: `gs://...` or a local path.
         weights_sha256: Their digest.
-        run_id: MLflow run shown as the version's source.
+        run_id: MLflow run shown as the version's source; or what finds it, once the store answers.
         promote: Whether to make it the champion.
         figures: Scores and draft figures, kept as tags `figure.NAME`.
         tags: Lineage; empty values are left out.
         description: Shown on the version's page.
+        patience: See `ask_registry`.
 
     Returns:
         The version.
@@ -84,9 +92,10 @@ def register(
         _ensure_model(client, model_name)
         version = _find(client, model_name, weights_sha256)
         if version is None:
-            source = _source(client, tracking_uri, student_uri, weights_sha256, run_id)
+            run = run_id if isinstance(run_id, str) else run_id()
+            source = _source(client, tracking_uri, student_uri, weights_sha256, run)
             created = client.create_model_version(
-                model_name, source, run_id=run_id or None, tags=wanted, description=description or None
+                model_name, source, run_id=run or None, tags=wanted, description=description or None
             )
             version = _find(client, model_name, weights_sha256) or str(created.version)
             if version != str(created.version):
@@ -100,11 +109,16 @@ def register(
             crown(client, model_name, version, by="the pipeline's gate", why=lineage.get(GATE_TAG, ""))
         return version
 
-    return ask_registry(tracking_uri, model_name, work)
+    return ask_registry(tracking_uri, model_name, work, patience)
 
 
-def champion(*, tracking_uri: str, model_name: str) -> Champion | None:
+def champion(*, tracking_uri: str, model_name: str, patience: float = 0.0) -> Champion | None:
     """The registered champion; None if there is none.
+
+    Args:
+        tracking_uri: Store of the registry.
+        model_name: Registered model.
+        patience: See `ask_registry`.
 
     Raises:
         SkdError: the registry does not answer: a gate that cannot see the champion must not open.
@@ -120,32 +134,51 @@ def champion(*, tracking_uri: str, model_name: str) -> Champion | None:
             weights_sha256=version.tags.get(DIGEST_TAG, ""),
         )
 
-    return ask_registry(tracking_uri, model_name, work)
+    return ask_registry(tracking_uri, model_name, work, patience)
 
 
-def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClient], T]) -> T:
+def step_patience() -> float:
+    """Seconds for which a step that cannot do without the registry waits for it."""
+    return float(os.environ.get(WAIT_VARIABLE) or 300)
+
+
+def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClient], T], patience: float = 0.0) -> T:
     """Do `work`, several times if need be: of two processes that set one new alias at once, one is refused.
 
     So `work` must find again what it did before.
 
+    Args:
+        tracking_uri: Store of the registry.
+        model_name: Registered model.
+        work: What is done with it.
+        patience: Seconds for which a registry that does not answer is asked again; at the least it is asked a few
+            times. One that refuses is not waited for.
+
     Raises:
         SkdError: the registry refused or did not answer.
     """
-    for attempt in range(1, _ATTEMPTS + 1):
+    start = time.monotonic()
+    waiting = Progress("waiting for MLflow", round(patience))
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return work(connect(tracking_uri))
-        except SkdError:
-            raise
         except unanswered() as error:
-            if attempt == _ATTEMPTS:
+            waited = time.monotonic() - start
+            if attempt >= _ATTEMPTS and (waited >= patience or not is_silence(error)):
+                lasted = f" for {waited:.0f} seconds" if patience and is_silence(error) else ""
                 raise SkdError(
-                    f"the MLflow registry refused or did not answer: {brief(error)}",
-                    where=f"registered model `{model_name}` at `{tracking_uri}`",
+                    f"the MLflow registry refused or did not answer{lasted}: {brief(error)}",
+                    where=f"registered model `{model_name}` at `{shown(tracking_uri)}`",
                     hint="check the tracking store and try again; what was registered already is found again",
                 ) from error
             log.info("the MLflow registry refused or did not answer, trying again: %s", brief(error))
-            time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
-    raise AssertionError("unreachable")
+            if attempt < _ATTEMPTS:
+                time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
+            else:
+                waiting.update(round(min(waited, patience)))
+                time.sleep(min(2.0 ** (attempt - _ATTEMPTS), _LONGEST_PAUSE, max(patience - waited, 0.0)))
 
 
 def quoted(name: str) -> str:

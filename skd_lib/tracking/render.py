@@ -55,3 +55,5 @@ def _add_weights(tree: Tree, name: str, weights: Weights) -> None:
     branch = tree.add(f"[cyan]{name}[/] {escape(weights.reference or 'not known')}")
     if weights.sha256:
         branch.add(f"weights sha256 {weights.sha256}")
+    if weights.fingerprint:
+        branch.add(f"fetched as {escape(weights.fingerprint)}")

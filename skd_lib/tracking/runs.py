@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from skd_lib.tracking.client import connect, run_url, unanswered
+from skd_lib.tracking.client import Deleted, connect, run_url, unanswered
 from skd_lib.tracking.entries import (
     PARAM_LENGTH,
     PARAM_PREFIX,
@@ -45,6 +45,7 @@ from skd_lib.tracking.entries import (
 )
 from skd_lib.tracking.link import Link
 from skd_lib.tracking.locate import ERROR_TAG, Place, find_parent
+from skd_lib.uris import redacted
 
 
 class RunLog:
@@ -64,6 +65,16 @@ class RunLog:
         """Address of the run's page; empty where the store is no server, or has not answered yet."""
         run = self._link.runs.get(self._which)
         return "" if run is None else run_url(self._link.uri, run)
+
+    def find(self) -> str:
+        """The run's id, for which a store that was silent is asked again.
+
+        Raises:
+            ConnectionError: it still is.
+        """
+        if not self.run_id and not self._link.insist():
+            raise ConnectionError("the run of this step is not known there yet")
+        return self.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters as `skd/NAME`; nested mappings become `skd/OUTER.INNER`.
@@ -120,7 +131,7 @@ class RunLog:
     def log_text(self, text: str, name: str) -> None:
         """Keep a small text as the run's artifact `name`, which may hold a folder: `report/summary.json`."""
         folder, _, file = name.rpartition("/")
-        self._link.log(Artifact.of(text.encode(), file, folder or None, self._which))
+        self._link.log(Artifact.of(redacted(text).encode(), file, folder or None, self._which))
 
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None:
         """Keep a table that MLflow's page can show, as the run's artifact `NAME-DIGEST.json`; an empty one is left out.
@@ -135,7 +146,7 @@ class RunLog:
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag of the same name is replaced."""
         if tags:
-            values = {key: clip(str(value), TAG_LENGTH) for key, value in tags.items()}
+            values = {key: clip(redacted(str(value)), TAG_LENGTH) for key, value in tags.items()}
             self._link.log(Tags(which=self._which, values=values))
 
 
@@ -217,10 +228,10 @@ def close_pipeline_run(
     if not tracking_uri:
         return False
     place = _place(tracking_uri, experiment, pipeline_run_id, "finish")
-    closing = PipelineClosing(state=state, error=error)
+    closing = PipelineClosing(state=state, error=redacted(error))
     try:
         return closing.close(connect(tracking_uri), place)
-    except unanswered() as silence:
+    except (Deleted, *unanswered()) as silence:
         Link(place).put_off(closing, silence)
         return False
 
@@ -232,7 +243,7 @@ def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str)
     try:
         client = connect(tracking_uri)
         parent = find_parent(client, _place(tracking_uri, experiment, pipeline_run_id, "finish"))
-    except unanswered():
+    except (Deleted, *unanswered()):
         return "", {}
     return ("", {}) if parent is None else (run_url(tracking_uri, parent), dict(parent.data.metrics))
 
@@ -258,6 +269,7 @@ def _terminated_as_exit() -> Iterator[None]:
         return
 
     def leave(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the closing
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
@@ -276,4 +288,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _param_text(value: Any) -> str:
-    return clip(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False), PARAM_LENGTH)
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return clip(redacted(text), PARAM_LENGTH)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skd_lib.errors import SkdError
-from skd_lib.tracking.client import brief, connect, is_local_store
+from skd_lib.tracking.client import brief, connect, store_name
 from skd_lib.tracking.locate import PARENT_TAG, PIPELINE_RUN_TAG, Place, find_or_create_parent
+from skd_lib.uris import sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,8 +74,9 @@ def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, e
 @contextmanager
 def _store(tracking_uri: str) -> Iterator[MlflowClient]:
     """A client, all of whose troubles are an `SkdError`; a sqlite file is not made, it would not be the cluster's."""
-    where = f"tracking URI `{tracking_uri}`"
-    if is_local_store(tracking_uri) and not Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0]).is_file():
+    where = store_name(tracking_uri)
+    database = sqlite_file(tracking_uri)
+    if database is not None and not database.is_file():
         raise SkdError("there is no such file on this machine", where=where)
     try:
         yield connect(tracking_uri)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from skd_lib import storage
 from skd_lib.cli import app
 from skd_lib.errors import SkdError
+from skd_lib.steps import finish
 from skd_lib.tracking import link
 from skd_lib.tracking.buffer import Buffer, read_place
 from skd_lib.tracking.entries import Artifact, Metrics, Tags
-from skd_lib.tracking.link import replay
+from skd_lib.tracking.link import replay, resend
 from skd_lib.tracking.locate import Place
 from skd_lib.tracking.runs import step_run
 
@@ -187,6 +190,82 @@ def test_the_file_may_go_to_object_storage(
     assert result.exit_code == 0, result.output
     assert not storage.exists(found.uri)
     assert [child.data.metrics for child in children()] == [{"loss": 2.0}]
+
+
+def test_finish_sends_what_its_run_left_in_order_and_closes_it(
+    store: str,
+    client: MlflowClient,
+    children: Runs,
+    parents: Runs,
+    left: Path,
+    break_store: Callable[[Callable[[], str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with step_run(step="preflight", tracking_uri=store, experiment=EXPERIMENT):
+        pass
+    order: list[str] = []
+    names = ["teacher_sft", "distill", "evaluate"]
+    break_store(lambda: "before")
+    for number, name in enumerate(names):
+        monkeypatch.setattr(time, "time", lambda number=number: 2e9 + number)
+        with step_run(step=name, tracking_uri=store, experiment=EXPERIMENT) as run:
+            run.log_metrics({"loss": 1.0}, step=1)
+    monkeypatch.setenv("KFP_RUN_ID", "another run")
+    with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT):
+        pass
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    break_store(lambda: "")
+    monkeypatch.setattr(link, "replay", lambda path, uri: order.append(read_place(path).step) or replay(path, uri))
+    for _ in range(2):  # the second time nothing is left to send
+        app = typer.Typer()
+        app.command()(finish.main)
+        status = ["--status", '{"state": "SUCCEEDED"}', "--tracking-uri", store, "--experiment", EXPERIMENT]
+        result = CliRunner().invoke(app, status)
+        assert result.exit_code == 0, result.output
+    assert order == names
+    (parent,) = parents()
+    assert parent.info.status == "FINISHED"
+    assert {child.data.tags["kfp.task"]: child.info.status for child in children()} == dict.fromkeys(
+        ["preflight", *names], "FINISHED"
+    )
+    for child in children():
+        if child.info.run_name != "preflight":
+            assert len(client.get_metric_history(child.info.run_id, "loss")) == 1
+    assert [read_place(file).pipeline_run_id for file in left.iterdir()] == ["another run"]
+
+
+def test_what_the_store_still_does_not_take_is_named_and_stays(
+    store: str, left: Path, break_store: Callable[[Callable[[], str]], None]
+) -> None:
+    _leave(store, break_store, range(3))
+    _leave(store, break_store, range(3))
+    break_store(lambda: "before")
+    assert sorted(resend(str(left), store)) == sorted(map(str, left.iterdir()))
+    assert resend(str(left), "http://another.example") == []
+    assert len(list(left.iterdir())) == 2
+    break_store(lambda: "")
+    assert resend(str(left), store) == []
+    assert not list(left.iterdir())
+
+
+def test_a_silent_store_takes_a_twentieth_of_the_time_at_most(
+    store: str, break_store: Callable[[Callable[[], str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, asked = [0.0], [0]
+
+    def wait() -> str:
+        clock[0] += 10.0  # of a server that takes connections and never answers
+        asked[0] += 1
+        return "before"
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT) as run:
+        break_store(wait)
+        for _ in range(100):
+            clock[0] += 20.0
+            run.log_metrics({"loss": 1.0}, step=1)
+        assert asked[0] <= 12
+        break_store(lambda: "")
 
 
 def _place(uri: str) -> Place:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from skd_lib.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.steps import finish, prepare_data, register_model
+from skd_lib.tracking import lineage
 from skd_lib.tracking.lineage import parse_model, trace
 from skd_lib.tracking.runs import step_run
 
@@ -157,3 +158,14 @@ def test_references(reference: str, parts: tuple[str, str, str]) -> None:
 def test_what_is_no_reference(reference: str) -> None:
     with pytest.raises(SkdError, match="not a registered model"):
         parse_model(reference)
+
+
+def test_a_step_whose_run_was_adopted_from_kubeflow_keeps_its_code_version(client: MlflowClient) -> None:
+    experiment = client.create_experiment(EXPERIMENT)
+    for tags, version in (
+        ({"code_version": "sha256:abc"}, "sha256:abc"),
+        ({"skd.version": "0.1.0"}, "skd-lib 0.1.0"),
+        ({"code_version": "sha256:abc", "skd.version": "0.1.0"}, "sha256:abc"),
+        ({}, ""),
+    ):
+        assert lineage._step(client.create_run(experiment, tags=tags)).code_version == version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
+from skd_lib import events
 from skd_lib.errors import SkdError
+from skd_lib.tracking import link, registry
 from skd_lib.tracking.registry import Champion, champion, register
 from skd_lib.tracking.runs import step_run
 
@@ -92,3 +97,72 @@ def test_a_registry_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(SkdError, match="registry refused or did not answer"):
         champion(tracking_uri="http://127.0.0.1:9", model_name=MODEL)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that sleeping moves on."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return now
+
+
+def _away(monkeypatch: pytest.MonkeyPatch, until: float, clock: list[float], error: Exception) -> list[float]:
+    """Until then the store raises `error`; returns when it was asked."""
+    asked: list[float] = []
+    connect = registry.connect
+
+    def ask(uri: str) -> MlflowClient:
+        asked.append(clock[0])
+        if clock[0] < until:
+            raise error
+        return connect(uri)
+
+    monkeypatch.setattr(registry, "connect", ask)
+    return asked
+
+
+def test_a_step_waits_for_a_registry_that_is_down_and_says_so(
+    store: str, clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(events.ENV, "1")
+    asked = _away(monkeypatch, 100.0, clock, ConnectionError("refused"))
+    assert champion(tracking_uri=store, model_name=MODEL, patience=300) is None
+    assert len(asked) < 20
+    told = [event for line in capsys.readouterr().out.splitlines() if (event := events.parse(line))]
+    assert {event["what"] for event in told} == {"waiting for MLflow"}
+    assert [event["done"] for event in told] == sorted(event["done"] for event in told)
+
+
+def test_it_waits_no_longer_than_it_may(store: str, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.WAIT_VARIABLE, "60")
+    _away(monkeypatch, 1e9, clock, ConnectionError("refused"))
+    with pytest.raises(SkdError, match=r"did not answer for 6[0-9] seconds: refused"):
+        champion(tracking_uri=store, model_name=MODEL, patience=registry.step_patience())
+    assert 60 <= clock[0] < 70
+
+
+def test_a_refusal_is_not_waited_for(store: str, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    _away(monkeypatch, 1e9, clock, MlflowException("no such thing", error_code=INVALID_PARAMETER_VALUE))
+    with pytest.raises(SkdError, match="no such thing"):
+        champion(tracking_uri=store, model_name=MODEL, patience=300)
+    assert clock[0] < 5
+
+
+def test_a_version_names_its_run_though_the_store_was_silent_when_the_step_began(
+    store: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, calls = link.connect, [0]
+
+    def late(uri: str) -> MlflowClient:
+        calls[0] += 1
+        if calls[0] < 3:
+            raise ConnectionError("refused")
+        return connect(uri)
+
+    monkeypatch.setattr(link, "connect", late)
+    with step_run(step="register_model", tracking_uri=store, experiment=EXPERIMENT) as run:
+        assert run.parent.run_id == ""
+        version = _register(store, run_id=run.parent.find)
+    assert client.get_model_version(MODEL, version).run_id == run.parent.run_id != ""

@@ -12,14 +12,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from skd_lib.errors import SkdError
 from skd_lib.tracking import link, locate
 from skd_lib.tracking.client import check_tracking, connect, find_or_create_experiment
-from skd_lib.tracking.runs import close_pipeline_run, step_run
+from skd_lib.tracking.runs import close_pipeline_run, pipeline_record, step_run
 
 from .conftest import EXPERIMENT, Runs
 
@@ -328,13 +331,72 @@ def test_a_file_that_is_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         connect(f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_a_deleted_experiment_is_named(store: str, client: MlflowClient) -> None:
+def test_a_deleted_experiment_is_named_before_the_run_and_ends_no_step_of_it(
+    store: str, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
     client.delete_experiment(find_or_create_experiment(client, store, EXPERIMENT))
-    with (
-        pytest.raises(SkdError, match="was deleted"),
-        step_run(step="s", tracking_uri=store, experiment=EXPERIMENT),
-    ):
+    found = check_tracking(store, EXPERIMENT)
+    assert found is not None
+    assert "was deleted" in found.what
+    assert "mlflow experiments restore --experiment-id 1" in found.hint
+    with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT):
         pass
+    assert not close_pipeline_run(tracking_uri=store, experiment=EXPERIMENT, pipeline_run_id="run-1", state="SUCCEEDED")
+    assert pipeline_record(tracking_uri=store, experiment=EXPERIMENT, pipeline_run_id="run-1") == ("", {})
+    assert "restore it (`mlflow experiments restore --experiment-id 1`)" in caplog.text
+
+
+def test_what_is_logged_while_the_experiment_is_deleted_arrives_once_it_is_restored(
+    store: str, client: MlflowClient, children: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(link, "_SHARE", 0)
+    with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT, params={"a": 1}) as run:
+        experiment = find_or_create_experiment(client, store, EXPERIMENT)
+        for step in range(6):
+            if step == 2:
+                client.delete_experiment(experiment)
+                run.log_params({"b": 2})
+                run.log_text("x", "x.txt")
+                run.set_tags({"c": 3})
+            if step == 4:
+                client.restore_experiment(experiment)
+            run.log_metrics({"loss": float(step)}, step=step)
+    (child,) = children()
+    assert child.info.status == "FINISHED"
+    assert child.data.params == {"skd/a": "1", "skd/b": "2"}
+    assert child.data.tags["c"] == "3"
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "loss")] == list(range(6))
+
+
+@pytest.mark.parametrize("limit", [500, 250])
+def test_of_what_an_older_server_refuses_one_value_is_cut_or_left_out(
+    limit: int, store: str, children: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_batch = MlflowClient.log_batch
+
+    def as_before(
+        self: MlflowClient, run_id: str, metrics: Any = (), params: Any = (), tags: Any = (), **_: Any
+    ) -> None:
+        if any(len(param.value) > limit for param in params) or any(len(item.key) > 250 for item in [*params, *tags]):
+            raise MlflowException("had length that exceeded the limit", error_code=INVALID_PARAMETER_VALUE)
+        log_batch(self, run_id, metrics, params, tags)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", as_before)
+    values = {f"p{number}": number for number in range(130)} | {"prompt": "x" * 900, "k" * 300: 1, "last": 2}
+    for _ in range(2):  # a second time nothing differs
+        with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT, params=values) as run:
+            run.set_tags({"fine": 1, "t" * 300: 2})
+            run.log_metrics({"no\nsuch key": 1.0, "loss": 2.0})
+    (child,) = children()
+    assert len(child.data.params) == 132
+    assert child.data.params["skd/prompt"] == "x" * (limit - 3) + "..."
+    assert child.data.params["skd/last"] == "2"
+    assert child.data.tags["skd.whole.prompt"] == "x" * 900
+    assert child.data.tags["fine"] == "1"
+    assert child.data.metrics == {"loss": 2.0}
+    assert not [tag for tag in child.data.tags if tag.startswith("skd.changed")]
+    assert f"MLflow takes {limit} characters of skd/prompt, which has 900" in caplog.text
 
 
 def test_no_telemetry(store: str) -> None:
