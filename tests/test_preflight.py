@@ -70,7 +70,7 @@ def test_a_good_run_passes(values: dict[str, Any], tmp_path: Path) -> None:
     report.raise_errors()
     assert len(report.data_fingerprint) == 64
     found = {found.name: found.what for found in report.checks}
-    assert "rows before near duplicates are dropped: train 32, validation 4, test 4" in found["data"]
+    assert found["data"] == "rows: train 32, validation 4, test 4"
     assert found["distill"] == "12 optimiser steps of 8 on 32 examples"
     assert "0 have prompts over 96 tokens" in found["train lengths"]
     assert {"teacher", "student", "tokenizers", "checkpoints", "artifacts", "tracking", "GPU", "memory"} <= set(found)
@@ -183,6 +183,7 @@ def test_a_cut_must_leave_something_out(
 def test_long_examples_are_warned_about_and_refused_if_none_fits(values: dict[str, Any], tmp_path: Path) -> None:
     lines = [json.dumps({"source": "mot " * length, "target": "word " * length}) for length in [*range(1, 30), 200]]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    values["data"]["near_duplicate_threshold"] = 1
     report = check(values, tmp_path)
     assert report.errors() == []
     assert any(found.level == "warning" and "left out" in found.hint for found in report.checks)

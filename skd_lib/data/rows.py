@@ -19,7 +19,7 @@ from skd_lib.errors import SkdError, SkdErrors
 MAX_PROBLEMS = 20
 MAX_CHARACTERS = 4_000_000
 """Of one text: about a million tokens, more than models take, and what tokenising one may cost: some ten seconds."""
-QUICK_CHARACTERS = 200_000_000
+QUICK_CHARACTERS = 100_000_000
 """Of all texts where only the first rows are looked at."""
 HINT_BROKEN = "mend or remove this row"
 Labels = Mapping[str, list[str]]

@@ -4,14 +4,19 @@ in whatever order the source lists them."""
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from skd_lib.config import DataConfig
-from skd_lib.data.dedup import Kept, drop_repeated, drop_resembling
+from skd_lib.data.dedup import drop_repeated, drop_resembling
 from skd_lib.data.examples import Example
+from skd_lib.data.losses import REFUSE_ABOVE, Loss, complaint
 from skd_lib.data.sources import SourceSplits
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, SkdErrors
+
+RUN_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Splits:
         validation: To choose checkpoints.
         test: To measure.
         held_out: Further test sets, by name.
-        dropped: How many rows were dropped, by reason.
+        losses: What was dropped, by split: `train`, `validation`, `test`, `held-out NAME`.
+        left_out: How many entries the source itself left out, by reason.
     """
 
     train_teacher: list[Example]
@@ -33,7 +39,16 @@ class Splits:
     validation: list[Example]
     test: list[Example]
     held_out: dict[str, list[Example]] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many rows were dropped, by split and reason."""
+        of_source = {f"source: {reason}": count for reason, count in sorted(self.left_out.items())}
+        return of_source | {
+            f"{name}: {reason}": count for name, loss in self.losses.items() for reason, count in loss.reasons.items()
+        }
 
     def named(self) -> dict[str, list[Example]]:
         """The run's own splits by name, in the order they are written."""
@@ -81,49 +96,93 @@ def make_splits(
         held_out: The sets of `config.held_out` that could be read, by name.
 
     Raises:
-        SkdError: a split is empty, saying at which point it became so.
+        SkdErrors: more than nine in ten rows of a split are lost, with examples.
+        SkdError: train is too small to be cut.
+    """
+    splits = divide(source, config, seed, held_out)
+    if errors := [error for name, level, error in complaints(splits.losses) if level == "error"]:
+        raise SkdErrors(errors)
+    return splits
+
+
+def complaints(losses: Mapping[str, Loss]) -> list[tuple[str, Literal["warning", "error"], SkdError]]:
+    """What is wrong with splits that lose many rows. Of a held-out set, which no run needs, none is an error."""
+    found = ((name, loss, complaint(name, loss)) for name, loss in losses.items())
+    return [
+        (name, "error" if loss.share > REFUSE_ABOVE and name in RUN_SPLITS else "warning", error)
+        for name, loss, error in found
+        if error
+    ]
+
+
+def divide(
+    source: SourceSplits,
+    config: DataConfig,
+    seed: int,
+    held_out: Mapping[str, Sequence[Example]] | None = None,
+    characters: int | None = None,
+) -> Splits:
+    """As `make_splits`, but a split may be empty.
+
+    Args:
+        source, config, seed, held_out: As there.
+        characters: For a quick look, see `drop_resembling`: how many rows are nearly held out is estimated then, and
+            only those that were found are left out.
+
+    Raises:
+        SkdError: train is too small to be cut.
     """
     threshold = config.near_duplicate_threshold
-    unique = {
-        name: drop_repeated(examples)
+    losses: dict[str, Loss] = {}
+
+    def unique(name: str, examples: Sequence[Example]) -> list[Example]:
+        kept = drop_repeated(examples)
+        losses[name] = Loss(len(examples), Counter({"repeated": kept.exact}), kept.pairs)
+        return kept.examples
+
+    def apart(name: str, examples: list[Example], others: Sequence[Example], exact: str, near: str) -> list[Example]:
+        kept = drop_resembling(examples, others, threshold, characters)
+        loss, compared = losses[name], kept.compared
+        loss.reasons[exact] += kept.exact
+        if compared is None:
+            loss.reasons[near] += kept.near
+        else:
+            loss.reasons[near] += round(kept.near * (len(examples) - kept.exact) / max(1, compared))
+            loss.looked_at = min(compared, loss.looked_at or compared)
+        loss.pairs += kept.pairs
+        return kept.examples
+
+    present = {
+        name: unique(name, examples)
         for name, examples in (("train", source.train), ("validation", source.validation), ("test", source.test))
         if examples is not None
     }
-    present = {name: kept.examples for name, kept in unique.items()}
     cut = cut_missing(
         SourceSplits(present["train"], present.get("validation"), present.get("test")),
         config,
         seed,
     )
-    test = shuffled(cut.test or [], seed)
-    validation = drop_resembling(shuffled(cut.validation or [], seed), test, threshold)
-    train = drop_resembling(cut.train, [*test, *validation.examples], threshold)
-    dropped = {
-        **{f"source: {reason}": count for reason, count in sorted(source.left_out.items())},
-        **{f"{name}: repeated": kept.exact for name, kept in unique.items()},
-        "train: also held out": train.exact,
-        "train: resembles a held-out row": train.near,
-        "validation: also in test": validation.exact,
-        "validation: resembles a test row": validation.near,
-    }
-    left = {"train": train, "validation": validation}
-    for split, kept in left.items():
-        _check_left(split, kept)
-    further = {name: drop_repeated(examples) for name, examples in (held_out or {}).items()}
-    for name, own in further.items():
-        dropped[f"held-out {name}: repeated"] = own.exact
-        for split, kept in left.items():
-            left[split] = drop_resembling(kept.examples, own.examples, threshold)
-            dropped[f"{split}: also in held-out {name}"] = left[split].exact + left[split].near
-            _check_left(split, left[split])
+    train, validation, test = cut.train, shuffled(cut.validation or [], seed), shuffled(cut.test or [], seed)
+    for name, rows in (("validation", validation), ("test", test)):
+        if name not in losses:
+            losses[name] = Loss(len(rows))
+            losses["train"].rows -= len(rows)
+    validation = apart("validation", validation, test, "also in test", "resembles a test row")
+    train = apart("train", train, [*test, *validation], "also held out", "resembles a held-out row")
+    further = {name: unique(f"held-out {name}", rows) for name, rows in (held_out or {}).items()}
+    for name, rows in further.items():
+        reason = f"also in held-out {name}"
+        train = apart("train", train, rows, reason, reason)
+        validation = apart("validation", validation, rows, reason, reason)
     limits = {each.name: each.examples for each in config.held_out}
     return Splits(
-        train_teacher=left["train"].examples[: config.teacher_examples],
-        train_student=left["train"].examples[: config.student_examples],
-        validation=left["validation"].examples[: config.validation_examples],
+        train_teacher=train[: config.teacher_examples],
+        train_student=train[: config.student_examples],
+        validation=validation[: config.validation_examples],
         test=test[: config.test_examples],
-        held_out={name: shuffled(own.examples, seed)[: limits[name]] for name, own in further.items()},
-        dropped=dropped,
+        held_out={name: shuffled(rows, seed)[: limits[name]] for name, rows in further.items()},
+        losses=losses,
+        left_out=dict(source.left_out),
     )
 
 
@@ -139,12 +198,3 @@ def _cut(
             hint=f"add rows, or give the source a {name} split of its own",
         )
     return train[count:], train[:count]
-
-
-def _check_left(name: str, kept: Kept) -> None:
-    if not kept.examples:
-        raise SkdError(
-            f"no row is left in the split `{name}`: {kept.exact} are held out, {kept.near} resemble a held-out row",
-            where="data.source",
-            hint="give splits that do not overlap, or raise `data.near_duplicate_threshold`",
-        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, TrainingConfig
+from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, TaskConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import Checks, distinct
@@ -15,66 +18,115 @@ from skd_lib.preflight.templates import check_rendered_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from skd_lib.data.sources import SourceSplits
+    from skd_lib.data.examples import Example
+    from skd_lib.data.splits import Splits
 
 MAX_ROWS = 200_000
 """Rows of each data file that are checked; `prepare_data` checks all."""
 MAX_HUB_ROWS = 1_000
 MAX_TOKENIZED = 200
+NEAR_CHARACTERS = 500_000
+"""Of each split, in which near duplicates are looked for: a second or two."""
+_MAX_TOKENIZED_CHARACTERS = 1_000_000
+_CHARACTERS_PER_TOKEN = 16  # more than a token has on average in any text of people
 
 
 def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Sequence[RunConfig]) -> str:
     """Look at rows, splits, lengths and training schedules; the data's fingerprint, empty if it cannot be read."""
     from skd_lib.data import sources
     from skd_lib.data.manifest import data_fingerprint
-    from skd_lib.data.splits import cut_missing
+    from skd_lib.data.splits import divide
 
     max_rows = MAX_HUB_ROWS if isinstance(config.data.source, HubSource) else MAX_ROWS
+    source = checks.attempt("data", lambda: sources.load(config.data.source, max_rows=max_rows))
+    held_out = _held_out(checks, config)
+    if source is None:
+        return ""
 
-    def look() -> SourceSplits:
-        return cut_missing(sources.load(config.data.source, max_rows=max_rows), config.data, config.seed)
+    def look() -> Splits:
+        return divide(source, config.data, config.seed, held_out, NEAR_CHARACTERS)
 
     splits = checks.attempt("data", look)
     if splits is None:
         return ""
-    counts = {"train": splits.train, "validation": splits.validation or [], "test": splits.test or []}
-    some = any(len(rows) >= max_rows for rows in counts.values())
-    rows = ", ".join(f"{name} {len(examples)}" for name, examples in counts.items())
-    checks.add(
-        "data", "ok", f"rows before near duplicates are dropped: {rows}{' (the first rows only)' if some else ''}"
-    )
+    some = any(len(rows) >= max_rows for rows in (source.train, source.validation or (), source.test or ()))
+    left = _rows(checks, splits, f" (of the first {max_rows:,} rows of each split or file only)" if some else "")
+    if models:
+        _special_tokens(checks, models[-1].tokenizer, splits)
     if models and models[-1].answer_end is not None:
         _lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
-    _schedules(checks, config, len(splits.train), runs)
-    _held_out(checks, config)
+    if left:
+        _schedules(checks, config, left, runs)
     return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""
 
 
-def _held_out(checks: Checks, config: RunConfig) -> None:
+def _rows(checks: Checks, splits: Splits, seen: str) -> int:
+    """What each split loses; how many rows train has left."""
+    from skd_lib.data.splits import RUN_SPLITS, complaints
+
+    left = {name: max(0, splits.losses[name].rows - splits.losses[name].lost) for name in RUN_SPLITS}
+    checks.add("data", "ok", f"rows: {', '.join(f'{name} {count}' for name, count in left.items())}{seen}")
+    complained = {name: (level, error) for name, level, error in complaints(splits.losses)}
+    for name, loss in splits.losses.items():
+        if name in complained:
+            level, error = complained[name]
+            checks.add(f"{name} losses", level, error.what, where=error.where, hint=error.hint)
+        elif loss.lost or loss.looked_at is not None:
+            checks.add(f"{name} losses", "ok", str(loss))
+    return left["train"]
+
+
+def _held_out(checks: Checks, config: RunConfig) -> dict[str, list[Example]]:
     """The further test sets: a run goes on without those that cannot be read."""
     from skd_lib.data.sources import load_held_out
 
+    found = {}
     for held_out in config.data.held_out:
         name = f"held-out {held_out.name}"
         limit = MAX_ROWS if isinstance(held_out.source, HeldOutFiles) else MAX_HUB_ROWS
         try:
-            rows = len(load_held_out(held_out, max_rows=limit))
+            found[held_out.name] = load_held_out(held_out, max_rows=limit)
         except SkdError as error:
             hint = "mend it, or the run goes on and reports this set as missing"
             checks.add(name, "warning", error.brief, hint=hint)
         else:
+            rows = len(found[held_out.name])
             checks.add(name, "ok", f"{rows} rows{' (the first rows only)' if rows >= limit else ''}")
+    return found
 
 
-def _lengths(
-    checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, end: int, splits: SourceSplits
-) -> None:
+def _special_tokens(checks: Checks, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
+    """Inputs in which a special token stands as text: the tokenizer takes it for the token, as everywhere else."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = sorted({str(token) for token in (*tokenizer.all_special_tokens, *added) if str(token).strip()})
+    if not tokens:
+        return
+    # The longest first, so that each is counted as itself.
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    rows = [*max(splits.train_teacher, splits.train_student, key=len), *splits.validation, *splits.test]
+    found = [set(pattern.findall(row.source)) for row in rows]
+    counts = Counter(token for tokens in found for token in tokens)
+    if counts:
+        named = ", ".join(f"{token} in {count}" for token, count in counts.most_common(5))
+        checks.add(
+            "special tokens",
+            "warning",
+            f"{sum(map(bool, found))} of {len(rows)} inputs hold special tokens of the tokenizer as text: {named}",
+            hint="they become the tokens themselves in the prompt, in training as in serving, and can end it early: "
+            "remove or spell them in another way in the data if that is not meant",
+        )
+
+
+def _lengths(checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, end: int, splits: Splits) -> None:
     """A sample of each split against the limits on prompt and answer."""
+    from skd_lib.data.losses import REFUSE_ABOVE
     from skd_lib.data.tokenize import encode
 
     task = config.task
-    for name in ("train", "validation", "test"):
-        sample = (getattr(splits, name) or [])[:MAX_TOKENIZED]
+    for name, rows in (("train", splits.train_student), ("validation", splits.validation), ("test", splits.test)):
+        sample = _sample(rows, task)
+        if not sample:
+            continue
         check_rendered_rows(checks, name, tokenizer, task, sample)
         encoded = [encode(tokenizer, task, example, end) for example in sample]
         prompts = [len(example.prompt_ids) for example in encoded]
@@ -86,11 +138,25 @@ def _lengths(
         ]
         checks.add(
             f"{name} lengths",
-            "error" if long == len(sample) else "warning" if hints else "ok",
+            "error" if long > REFUSE_ABOVE * len(sample) else "warning" if hints else "ok",
             f"of {len(sample)} examples {long} have prompts over {task.max_prompt_tokens} tokens (longest "
             f"{max(prompts)}), {cut} have answers over {task.max_new_tokens} tokens",
             hint="; ".join(hints),
         )
+
+
+def _sample(rows: list[Example], task: TaskConfig) -> list[Example]:
+    """The first rows, as many as are tokenised in seconds; of a text far over the limits, a piece that is over them."""
+    sample: list[Example] = []
+    characters = 0
+    for row in rows[:MAX_TOKENIZED]:
+        source = row.source[: _CHARACTERS_PER_TOKEN * task.max_prompt_tokens]
+        target = row.target[: _CHARACTERS_PER_TOKEN * task.max_new_tokens]
+        sample.append(replace(row, source=source, target=target))
+        characters += len(source) + len(target)
+        if characters > _MAX_TOKENIZED_CHARACTERS:
+            break
+    return sample
 
 
 def _schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig]) -> None:

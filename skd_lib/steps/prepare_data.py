@@ -63,7 +63,7 @@ def main(
         print(f"dropped, {reason}: {count}")
     for name, reason in data.missing.items():
         print(f"held-out set {name} is missing: {reason}")
-    io.metadata("data", fingerprint=data.fingerprint, rows=rows)
+    io.metadata("data", fingerprint=data.fingerprint, rows=rows, losses=data.manifest["losses"])
     io.parameter("fingerprint", data.fingerprint)
     io.write()
 

@@ -89,7 +89,7 @@ def test_held_out_rows_beyond_the_limit_do_not_come_back_into_train() -> None:
 
 def test_a_train_split_that_is_all_held_out_is_an_error() -> None:
     same = rows(5)
-    with pytest.raises(SkdError, match="no row is left in the split `train`: 5 are held out"):
+    with pytest.raises(SkdError, match=r"no row is left in the split `train`: 5 of 5 rows \(100%\) are left out: 5 also held out"):
         make_splits(SourceSplits(same, rows(2, "validation"), same), config(), seed=0)
 
 
