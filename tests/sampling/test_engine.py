@@ -395,9 +395,9 @@ def test_every_rule_combines_with_either_greedy_side(tiny_model: TinyModel, name
     models, (rule, parameter) = pair(tiny_model), RULES[name]
     sampled = SamplingParams(temperature=1.3, top_p=0.7)
     for student, teacher in itertools.product([GREEDY, STUDENT_SAMPLES], [GREEDY, sampled]):
-        samples = sampler(models, rule, student_params=student, teacher_params=teacher).sample(PROMPTS * 4, range(16))
+        samples = sampler(models, rule, student_params=student, teacher_params=teacher).sample(PROMPTS, range(4))
         drafted = samples.proposals_BT.ge(0).tolist()
-        for prompt, tokens, by, replaced in zip(PROMPTS * 4, rows(samples), sources(samples), drafted, strict=True):
+        for prompt, tokens, by, replaced in zip(PROMPTS, rows(samples), sources(samples), drafted, strict=True):
             assert tokens
             known = torch.tensor([prompt + tokens])
             logits = {role: model(known).logits[0, len(prompt) - 1 :] for role, model in models.items()}  # type: ignore[operator]
