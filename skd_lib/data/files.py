@@ -65,6 +65,18 @@ def stored_files(uri: str) -> list[StoredObject]:
         raise Missing("it was deleted a moment ago", where=str(error.args[0]), hint="try again") from error
 
 
+def is_there(uri: str) -> bool:
+    """Whether `data_files` finds any.
+
+    Raises:
+        SkdError: it cannot be asked, or is no regular file.
+    """
+    try:
+        return bool(data_files(uri))
+    except Missing:
+        return False
+
+
 def _remote(uri: str) -> list[str]:
     try:
         objects = [stored.uri for stored in storage.list_objects(uri)]

@@ -14,6 +14,7 @@ from skd_lib.data import manifest, sources
 from skd_lib.data.examples import Example, read_jsonl, write_jsonl
 from skd_lib.data.splits import complaints, make_splits
 from skd_lib.errors import SkdError
+from skd_lib.report.untrusted import visible
 
 SPLITS = ("train_teacher", "train_student", "validation", "test")
 HELD_OUT = "held_out"
@@ -126,6 +127,6 @@ def _load_held_out(config: DataConfig) -> tuple[dict[str, list[Example]], dict[s
         try:
             found[each.name] = sources.load_held_out(each)
         except SkdError as error:
-            missing[each.name] = error.brief
+            missing[each.name] = visible(error.brief)
             log.warning("held-out set %s is left out, everything else goes on: %s", each.name, error)
     return found, missing

@@ -16,11 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
+from skd_lib import storage
 from skd_lib.config import Columns
 from skd_lib.data.examples import Example
-from skd_lib.data.files import COMPRESSED, ENDINGS, ending
+from skd_lib.data.files import COMPRESSED, ENDINGS, data_files, ending
 from skd_lib.data.rows import HINT_BROKEN, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows, listed, short
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -78,6 +80,29 @@ def read_file(
     return check_rows(rows, columns, problems, table.labels, None if max_rows is None else QUICK_CHARACTERS)
 
 
+def read_lines(path: Path, limit: int) -> list[str]:
+    """The first lines of a text file that are not blank. A line ends with a line feed, a carriage return or both.
+
+    Raises:
+        SkdErrors: a line is no UTF-8, or too long.
+        SkdError: the file cannot be read.
+    """
+    problems = Problems()
+    file = str(path)
+    if data_files(file) != [file]:
+        raise SkdError("this is no text file", where=file, hint="name one file")
+    with storage.open_binary(file) as stream:
+        lines = (line for line in _text_lines(stream) if line.strip())
+        rows = (
+            RawRow(f"{file}, row {number}", partial(dict, text=line.rstrip("\r\n")))
+            for number, line in enumerate(lines, start=1)
+        )
+        columns = Columns(source="text", target="text")
+        found = check_rows(guarded(islice(rows, limit), "text", file, problems), columns, problems)
+    problems.raise_any()
+    return [example.source for example in found]
+
+
 def guarded(rows: Iterator[RawRow], kind: str, name: str, problems: Problems) -> Iterator[tuple[str, Fields]]:
     """Where each row is, and its fields; what cannot be read is noted, whatever was raised.
 
@@ -118,7 +143,7 @@ def _explained(error: Exception, what: str, where: str) -> list[SkdError]:
     if isinstance(error, json.JSONDecodeError):
         return [SkdError(f"{what}: {error.msg} (column {error.colno})", where=where, hint=HINT_BROKEN)]
     told = str(error).strip().partition("\n")[0] or type(error).__name__
-    return [SkdError(f"{what}: {told[:300]}", where=where, hint=HINT_BROKEN)]
+    return [SkdError(f"{what}: {told[:300]}", where=where, hint="check this row and the file, or write it again")]
 
 
 # --- lines --------------------------------------------------------------------------------------------------------
@@ -211,16 +236,16 @@ def _json(stream: IO[bytes], name: str, _columns: Columns) -> Table:
 def _json_rows(text: _JsonText) -> Iterator[Callable[[], Fields]]:
     in_array = text.peek() == "["
     if in_array:
-        text.take()
-    while (following := text.peek()) != ("]" if in_array else ""):
+        text.take("[")
+    end = "]" if in_array else ""
+    more = text.peek() != end
+    while more:
         yield text.row()
-        following = text.peek()
-        if in_array and following == ",":
-            text.take()
-        elif in_array and following != "]":
-            raise SkdError("broken JSON: after a row of the array comes neither a comma nor ]", hint=HINT_BROKEN)
+        more = text.peek() != end
+        if in_array and more:
+            text.take(",")
     if in_array:
-        text.take()
+        text.take("]")
         if text.peek():
             raise SkdError("broken JSON: something follows the array", hint="keep one array a file")
 
@@ -245,12 +270,15 @@ class _JsonText:
             self._check_length(spaces)
             self._read(_CHUNK)
 
-    def take(self) -> None:
-        """Go past one character."""
+    def take(self, wanted: str) -> None:
+        """Go past one character, which must be this one."""
+        if self.peek() != wanted:
+            raise SkdError(f"broken JSON: a {wanted} is missing after the row before", hint=HINT_BROKEN)
         self._at += 1
 
     def row(self) -> Callable[[], Fields]:
         """What gives the next value, which must be an object."""
+        self.peek()
         keys, size = _Keys(), _CHUNK
         decoder = json.JSONDecoder(object_pairs_hook=keys)
         while True:

@@ -15,6 +15,7 @@ from skd_lib.config import Columns
 from skd_lib.config.data import PLACE, columns_of
 from skd_lib.data.examples import Example, make_example
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.report.untrusted import visible
 
 MAX_PROBLEMS = 20
 MAX_CHARACTERS = 4_000_000
@@ -105,7 +106,7 @@ def check_columns(names: Iterable[str], file: str, columns: Columns) -> None:
 
 def listed(names: Iterable[Any]) -> str:
     """Names of columns on one line, not too long."""
-    return _cut(", ".join(_cut(str(name), 60) for name in list(names)[:20]) or "nothing", 400)
+    return _cut(visible(", ".join(_cut(str(name), 60) for name in list(names)[:20])) or "nothing", 400)
 
 
 def short(value: object) -> str:

@@ -77,12 +77,9 @@ def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | N
             assert_never(source)
     for name, examples in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if examples is not None and not examples:
-            hint = (
-                "check the source; without this split it would be cut from train"
-                if name != "train"
-                else "check the source"
-            )
-            raise SkdError(f"the split `{name}` is empty", where="data.source", hint=hint)
+            files = f": {', '.join(getattr(source, name))}" if isinstance(source, FilesSource) else ""
+            hint = "; without this split it would be cut from train" if name != "train" else ""
+            raise SkdError(f"the split `{name}` is empty{files}", where="data.source", hint=f"check the source{hint}")
     return splits
 
 

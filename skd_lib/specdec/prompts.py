@@ -6,12 +6,13 @@ from pathlib import Path
 
 from skd_lib.config import Columns, FilesSource, RunConfig
 from skd_lib.data import sources
+from skd_lib.data.readers import read_lines
 from skd_lib.data.splits import make_splits
 from skd_lib.errors import SkdError
 
 
 def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
-    """The first inputs of a file: the lines of a .txt file, or a column of JSONL, CSV or Parquet.
+    """The first inputs of a file: the lines of a .txt file, or a column of any data file.
 
     Args:
         path: Its ending says which format it is.
@@ -25,11 +26,7 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
     if path.suffix != ".txt":
         source = FilesSource(train=[str(path)], columns=Columns(source=column, target=column))
         return [example.source for example in sources.load(source, max_rows=limit).train]
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SkdError(f"cannot read the prompts: {error}", where=str(path), hint="check the path") from error
-    prompts = [line for line in lines if line.strip()][:limit]
+    prompts = read_lines(path, limit)
     if not prompts:
         raise SkdError("there are no prompts in it", where=str(path), hint="write one a line")
     return prompts
