@@ -62,15 +62,6 @@ def generate(
             len(prompts),
             task.max_prompt_tokens,
         )
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    fitting = [i for i, prompt in enumerate(prompts) if context is None or len(prompt) + task.max_new_tokens <= context]
-    if 0 < len(fitting) < len(prompts):
-        log.warning(
-            "%d of %d prompts and their answers do not fit the model's context (%d tokens); they count as not answered",
-            len(prompts) - len(fitting),
-            len(prompts),
-            context,
-        )
     sampler = Sampler(
         student=model,
         teacher=None,
@@ -82,6 +73,15 @@ def generate(
         batch_size=batch_size,
         stop=stop_condition(tokenizer, task.stop),
     )
+    longest = sampler.longest_row
+    fitting = [i for i, prompt in enumerate(prompts) if longest is None or len(prompt) + task.max_new_tokens <= longest]
+    if 0 < len(fitting) < len(prompts):
+        log.warning(
+            "%d of %d prompts and their answers do not fit the model's context (%d tokens); they count as not answered",
+            len(prompts) - len(fitting),
+            len(prompts),
+            longest,
+        )
     # Prompts of one length next to each other, so that little padding is computed.
     # Where none fits, the sampler says so.
     order = sorted(fitting or range(len(prompts)), key=lambda index: len(prompts[index]))

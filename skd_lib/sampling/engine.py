@@ -108,6 +108,12 @@ class Sampler:
         for model in self._models:
             check_supported(model)
 
+    @property
+    def longest_row(self) -> int | None:
+        """The most tokens that a prompt and its response may have together; None where no model has a limit."""
+        limits = (position_limit(model, self._block_width) for model in self._models)
+        return min((limit for limit in limits if limit is not None), default=None)
+
     @torch.no_grad()
     def sample(
         self, prompts: Iterable[list[int]], seeds: Iterable[int], on_progress: Callable[[int], None] | None = None

@@ -131,6 +131,39 @@ def test_a_prompt_beyond_the_models_context(tiny_model: TinyModel, tiny_tokenize
         generate(tiny_model(max_position_embeddings=64), tiny_tokenizer, ["word " * 60], task(), batch_size=1)
 
 
+@pytest.mark.parametrize(
+    ("context", "rope"),
+    [
+        (64, {"rope_type": "default"}),
+        (64, {"rope_type": "dynamic", "factor": 2.0}),
+        (
+            256,
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ],
+    ids=["plain", "dynamic", "longrope"],
+)
+def test_a_prompt_that_does_not_fit_counts_as_not_answered_whatever_the_positions(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, context: int, rope: dict[str, Any]
+) -> None:
+    model = tiny_model(max_position_embeddings=context, rope_parameters=rope | {"rope_theta": 10000.0})
+    settings = task(chat_template=False, max_new_tokens=8)
+    # From two tokens below the limit to two above: at the edge, too, nothing is raised.
+    sources = ["0" * length for length in range(1, 80)]
+    lengths = [len(encode_prompt(tiny_tokenizer, settings, source)) + 8 for source in sources]
+    chosen = [source for source, length in zip(sources, lengths, strict=True) if 62 <= length <= 66]
+    answers = generate(model, tiny_tokenizer, ["a", *chosen], settings, batch_size=2)
+    answered = [answer.tokens > 0 for answer in answers]
+    assert answered[:2] == [True, True]
+    assert not any(answered[-2:])
+    assert answers[-1] == Answer("", 0, truncated=True)
+
+
 def test_progress_reaches_the_end(
     tiny_model: TinyModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
