@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from skd_lib.config import LoraConfig
 from skd_lib.errors import SkdError
+from skd_lib.models.supported import difference, outputs
+
+_LINEAR = (nn.Linear, Conv1D)
+_ADAPTED = (*_LINEAR, nn.Embedding, nn.Conv1d)
+_NAMES_SHOWN = 12
 
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
@@ -23,13 +31,14 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
         The wrapped model (`peft.PeftModel`), which is used in place of `model`.
 
     Raises:
-        SkdError: peft is not installed, or no layer has one of the names.
+        SkdError: peft is not installed, or `check_lora` finds something.
     """
     try:
         import peft
     except ImportError as error:
         hint = "pip install 'skd-lib[training]', or leave the section out"
         raise SkdError("LoRA needs the package peft", where="training.lora", hint=hint) from error
+    check_lora(model, settings)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -49,14 +58,70 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
         ) from error
 
 
+def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """See that a model has the layers that adapters are asked for, and can hold them merged; weights are not read.
+
+    Args:
+        model: May be on the meta device.
+        settings: Names stand for layers as in PEFT: a whole name, or its end after a dot.
+
+    Raises:
+        SkdError: a name is of no layer, or of one that takes no adapter; embedding or head are named and are one
+            tensor; or the rank is beyond that of every layer.
+    """
+    where, cannot = "training.lora.target_modules", f"adapters cannot be added to {type(model).__name__}"
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    modules = {name: module for name, module in model.named_modules() if name}
+    layers = {name: module for name, module in modules.items() if isinstance(module, _LINEAR) and module is not head}
+    chosen: dict[str, nn.Module] = {}
+    for target in settings.target_modules:
+        found = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            raise SkdError(f"{cannot}: it has no layer `{target}`", where=where, hint=_similar(target, layers))
+        if unfit := [name for name, module in found.items() if not isinstance(module, _ADAPTED)]:
+            kind = type(found[unfit[0]]).__name__
+            what = f"{cannot}: `{target}` is no linear layer, {unfit[0]} is a {kind}"
+            raise SkdError(what, where=where, hint=_similar(target, layers))
+        chosen |= found
+    if head.weight is embedding.weight and (tied := [name for name, one in chosen.items() if one in (head, embedding)]):
+        raise SkdError(
+            f"{', '.join(f'`{name}`' for name in tied)} cannot have an adapter: embedding and head of this model are "
+            "one tensor, and a merged adapter would change both",
+            where=where,
+            hint="leave it out of target_modules",
+        )
+    most = max((min(layer.weight.shape) for layer in (chosen or layers).values()), default=0)
+    if settings.rank > most:
+        raise SkdError(
+            f"rank {settings.rank} is beyond that of every layer, which is at most {most}",
+            where="training.lora.rank",
+            hint="ranks of 4 to 64 are usual",
+        )
+
+
 def merge_lora(wrapped: Any) -> None:
     """Add the adapters into the weights and take them away: the model inside is again what `add_lora` was given.
 
     Raises:
-        SkdError: a merged weight is not finite.
+        SkdError: a merged weight is not finite, or the merged model computes something else than it did with adapters.
     """
+    before = outputs(wrapped)
     try:
         model = wrapped.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise SkdError(f"the adapters cannot be merged: {error}", where="training.lora") from error
+    if apart := difference(outputs(model), before):
+        raise SkdError(
+            f"the model with merged adapters computes other logits than it did with them beside its weights ({apart})",
+            where="training.lora",
+            hint="name other layers in target_modules: a weight that several layers share cannot hold an adapter",
+        )
     model.requires_grad_(requires_grad=True)
+
+
+def _similar(target: str, layers: dict[str, nn.Module]) -> str:
+    """The ends of layers' names, those like `target` first."""
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    near = get_close_matches(target.rpartition(".")[2], ends, n=_NAMES_SHOWN, cutoff=0.4)
+    names = [*near, *(end for end in ends if end not in near)][:_NAMES_SHOWN]
+    return f"name linear layers as they end in the model, here {', '.join(names)}, or leave it empty for all"

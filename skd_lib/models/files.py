@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,8 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+_EMBEDDING = re.compile(r"(embed|wte|word_embeddings)[^.]*\.weight$")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _HASH_CHUNK = 1 << 22
+_REASON_SHOWN = 300
 
 
 @dataclass(frozen=True)
@@ -47,27 +54,31 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
         SkdError: something is missing, cut off, or in a format that is not loaded.
     """
     where = str(folder)
-    if not folder.is_dir():
-        raise SkdError("no such folder", where=where, hint="check the path")
-    if not (folder / "config.json").is_file():
-        raise SkdError(
-            "no config.json in it, so not a model in the Hugging Face layout",
-            where=where,
-            hint="name the folder that holds config.json, the tokenizer's files and *.safetensors",
-        )
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise SkdError("no tokenizer in it", where=where, hint="save the model's tokenizer into the same folder")
-    if weights:
-        stored_tensors(folder)
+    with reading(folder):
+        if not folder.is_dir():
+            raise SkdError("no such folder", where=where, hint="check the path")
+        if adapter := next((name for name in _ADAPTER if (folder / name).is_file()), None):
+            raise _adapter_found(folder, adapter)
+        if not (folder / "config.json").is_file():
+            raise SkdError(
+                "no config.json in it, so not a model in the Hugging Face layout",
+                where=where,
+                hint="name the folder that holds config.json, the tokenizer's files and *.safetensors",
+            )
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise SkdError("no tokenizer in it", where=where, hint="save the model's tokenizer into the same folder")
+        if weights:
+            stored_tensors(folder)
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """What the safetensors files of a folder hold, sorted by name; reads their headers only.
 
     Raises:
-        SkdError: there are none, a shard is missing, or a file is cut off.
+        SkdError: there are none, a shard is missing, a file is cut off or cannot be read, or a name stands in two.
     """
-    files = weight_files(folder)
+    with reading(folder):
+        files = weight_files(folder)
     if not files:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         if pickled:
@@ -77,7 +88,15 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
                 hint="convert them to safetensors: load the model in a sandbox, then `model.save_pretrained(...)`",
             )
         raise SkdError("no *.safetensors weights in it", where=str(folder), hint="name a folder with the weights in it")
-    return sorted((tensor for file in files for tensor in _header(file)), key=lambda tensor: tensor.name)
+    tensors = sorted((tensor for file in files for tensor in _header(file)), key=lambda tensor: tensor.name)
+    twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
+    if twice:
+        raise SkdError(
+            f"{len(twice)} tensors are in more than one weight file, e.g. {twice[0]}",
+            where=str(folder),
+            hint="remove the files that another model left there, or save the model again",
+        )
+    return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -93,8 +112,10 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise SkdError("not an index of safetensors files", where=str(index)) from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise SkdError(
+            "not an index of safetensors files", where=str(index), hint="fetch the model again, or save it again"
+        ) from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise SkdError(
@@ -116,28 +137,40 @@ def weights_digest(path: Path) -> str:
     digest = hashlib.sha256()
     for tensor in stored_tensors(path):
         digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.start)
-            left = tensor.end - tensor.start
-            while left:
-                chunk = file.read(min(left, _HASH_CHUNK))
-                digest.update(chunk)
-                left -= len(chunk)
+        for chunk in _chunks(tensor):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def describe(path: Path, *, trust_remote_code: bool = False) -> dict[str, int]:
     """Size of a stored model: `num_parameters`, `vocab_size` (rows of the embedding), `context_length` in tokens.
 
-    Reads headers and config only. Weights that are tied but stored twice count once.
+    Reads headers and config, and the embeddings where it must. Weights that are tied but stored twice count once.
     """
     config = load_config(path, trust_remote_code=trust_remote_code).get_text_config()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {_HEAD} if getattr(config, "tie_word_embeddings", False) and not has_own_head(path) else set()
     return {
         "num_parameters": sum(math.prod(tensor.shape) for tensor in stored_tensors(path) if tensor.name not in tied),
         "vocab_size": int(config.vocab_size),
         "context_length": int(getattr(config, "max_position_embeddings", 0)),
     }
+
+
+def has_own_head(path: Path) -> bool:
+    """Whether the weights of a folder hold a head that is no copy of the embedding, whatever config.json says of ties.
+
+    Transformers keeps both where they differ. Reads their bytes only if both are there.
+    """
+    tensors = stored_tensors(path)
+    head = next((tensor for tensor in tensors if tensor.name == _HEAD), None)
+    if head is None:
+        return False
+    embeddings = [tensor for tensor in tensors if _EMBEDDING.search(tensor.name) and tensor.shape == head.shape]
+    return bool(embeddings) and not any(
+        tensor.dtype == head.dtype
+        and all(one == other for one, other in zip(_chunks(head), _chunks(tensor), strict=True))
+        for tensor in embeddings
+    )
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -150,8 +183,12 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise SkdError(f"cannot read its config.json: {error}", where=str(path)) from error
+    except Exception as error:  # whatever a config's fields make its class do
+        raise SkdError(
+            f"cannot read its config.json: {reason(error)}",
+            where=str(path),
+            hint="fetch the model again; where its type is new, a newer transformers may know it",
+        ) from error
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -168,34 +205,97 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
             "PreTrainedTokenizerBase",
             AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True),
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise SkdError(f"cannot load the tokenizer: {error}", where=str(path)) from error
+    except Exception as error:  # tokenizers raises plain ones
+        raise SkdError(
+            f"cannot load the tokenizer: {reason(error)}",
+            where=str(path),
+            hint="fetch tokenizer.json and tokenizer_config.json again, or save the model's tokenizer there",
+        ) from error
 
 
-def _header(path: Path) -> Iterator[StoredTensor]:
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, in one line; its type where it says nothing."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= _REASON_SHOWN else f"{text[:_REASON_SHOWN]} ...") or type(error).__name__
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say which file cannot be read.
+
+    Raises:
+        SkdError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SkdError(
+            f"{Path(error.filename or path).name} cannot be read: {error.strerror or error}",
+            where=str(error.filename or path),
+            hint="check its permissions and the disk",
+        ) from error
+
+
+def _header(path: Path) -> list[StoredTensor]:
     """The tensors of one file. Format: 8 bytes little-endian header length, JSON header, the tensors' bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
+        size = path.stat().st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + length > size:
             raise _cut_off(path)
-        try:
-            entries = json.loads(file.read(length))
-        except ValueError as error:
-            raise SkdError("not a safetensors file", where=str(path), hint="fetch the model again") from error
-    entries.pop("__metadata__", None)
+        header = file.read(length)
     begin = 8 + length
-    if begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0) != size:
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = [
+            StoredTensor(
+                name, entry["dtype"], tuple(entry["shape"]), path, *(begin + place for place in entry["data_offsets"])
+            )
+            for name, entry in entries.items()
+        ]
+        end = max((tensor.end for tensor in tensors), default=begin)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SkdError(f"{path.name} is no safetensors file", where=str(path), hint="fetch the model again") from error
+    if end != size:
         raise _cut_off(path)
-    for name, entry in entries.items():
-        start, end = entry["data_offsets"]
-        yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, begin + start, begin + end)
+    return tensors
+
+
+def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
+    """The bytes of a tensor."""
+    with reading(tensor.file), tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.end - tensor.start
+        while left > 0:
+            chunk = file.read(min(left, _HASH_CHUNK))
+            if not chunk:
+                raise _cut_off(tensor.file)
+            yield chunk
+            left -= len(chunk)
+
+
+def _adapter_found(folder: Path, name: str) -> SkdError:
+    """Nothing says of weights that stand with an adapter whether it is merged into them already."""
+    merge = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+    if not (folder / "config.json").is_file():
+        return SkdError(
+            f"it holds an adapter ({name}), not a model",
+            where=str(folder),
+            hint=f"merge it into its base model and save that with its tokenizer: `{merge}`",
+        )
+    return SkdError(
+        f"it holds a model and an adapter ({name}), which would be applied when the model is loaded",
+        where=str(folder),
+        hint="if the adapter is merged into the weights already, remove its files adapter_config.json and "
+        f"adapter_model.*; if not, merge it: `{merge}`",
+    )
 
 
 def _cut_off(path: Path) -> SkdError:
     return SkdError(
-        "the weights file is cut off or not a safetensors file",
+        f"the weights file {path.name} is cut off or not a safetensors file",
         where=str(path),
         hint="the download was not finished (or is a git-lfs pointer); fetch the model again",
     )

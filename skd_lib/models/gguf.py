@@ -10,16 +10,21 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.errors import SkdError
+from skd_lib.models.files import reading, reason
 from skd_lib.models.loading import write_model
+from skd_lib.models.skeleton import check_loaded
 
 log = logging.getLogger(__name__)
 
+_HINT = "use the model's safetensors repository instead of its GGUF file"
+_ROTARY = "rope_freqs.weight"
 PRE_TOKENIZER_FIELD = "tokenizer.ggml.pre"
 
 
@@ -34,20 +39,26 @@ def convert_gguf(file: Path, folder: Path, *, context_length: int | None = None)
         context_length: Longest input of the tokenizer; None for what the file says.
 
     Raises:
-        SkdError: not a GGUF file, or one whose architecture or tokenizer transformers cannot read.
+        SkdError: not a GGUF file, a piece of one, one whose architecture or tokenizer transformers cannot read, or one
+            of whose tensors transformers makes nothing.
     """
     log.info("converting %s to safetensors", file.name)
-    pre_tokenizer = _pre_tokenizer_name(file)
+    reader = _open(file)
+    _check_whole(reader, file)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a broken file makes the readers do
         raise SkdError(
-            f"transformers cannot read this GGUF file: {error}",
-            where=str(file),
-            hint="use the model's safetensors repository instead of its GGUF file",
+            f"transformers cannot read this GGUF file: {reason(error)}", where=str(file), hint=_HINT
         ) from error
-    restore_pre_tokenizer(tokenizer, pre_tokenizer)
+    check_loaded(info, file)
+    _check_used(reader, loaded, file)
+    restore_pre_tokenizer(tokenizer, _text(reader, PRE_TOKENIZER_FIELD))
     model = _without_quantizer(loaded)
     tokenizer.model_max_length = context_length or model.config.get_text_config().max_position_embeddings
     write_model(model, tokenizer, folder)
@@ -75,14 +86,65 @@ def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str | None) 
         )
 
 
-def _pre_tokenizer_name(file: Path) -> str | None:
+def _open(file: Path) -> GGUFReader:
     try:
-        field = GGUFReader(file).get_field(PRE_TOKENIZER_FIELD)
-    except (ValueError, IndexError) as error:
+        with reading(file):
+            return GGUFReader(file)
+    except SkdError:
+        raise
+    except Exception as error:  # the reader takes what it finds for lengths and offsets
         raise SkdError(
-            f"not a GGUF file: {error}", where=str(file), hint="it may be cut off; fetch it again"
+            f"not a GGUF file: {reason(error)}", where=str(file), hint="it may be cut off; fetch it again"
         ) from error
+
+
+def _check_whole(reader: GGUFReader, file: Path) -> None:
+    """See that a file is all of its model, and that nothing in it is known to be left out by transformers."""
+    pieces = int(_number(reader, "split.count") or 1)
+    if pieces > 1:
+        piece, tensors = int(_number(reader, "split.no") or 0) + 1, _number(reader, "split.tensors.count")
+        of = "" if tensors is None else f" of {int(tensors)}"
+        raise SkdError(
+            f"it is piece {piece} of {pieces} of a split GGUF file, with {len(reader.tensors)}{of} tensors",
+            where=str(file),
+            hint="join the pieces, `llama-gguf-split --merge FIRST_PIECE WHOLE.gguf`, and name the whole file",
+        )
+    for tensor in reader.tensors:
+        if tensor.name == _ROTARY and not np.all(tensor.data == 1):
+            raise SkdError(
+                f"its rotary positions are scaled ({_ROTARY}, as in Llama 3.1), which transformers leaves out",
+                where=str(file),
+                hint=_HINT,
+            )
+
+
+def _check_used(reader: GGUFReader, model: PreTrainedModel, file: Path) -> None:
+    """See that transformers has dropped no tensor: what it has no name for it leaves out without a word.
+
+    Counted are elements, since names and shapes change: the model has all of the file's, but for a head that is a copy
+    of the embedding.
+    """
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name != _ROTARY}
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        sizes.pop("output.weight", None)
+    weights = sum(weight.numel() for weight in set(model.state_dict(keep_vars=True).values()))
+    if sum(sizes.values()) > weights:
+        raise SkdError(
+            f"it holds {sum(sizes.values()):,} weights, of which transformers takes {weights:,} into its "
+            f"{type(model).__name__}",
+            where=str(file),
+            hint=_HINT,
+        )
+
+
+def _text(reader: GGUFReader, name: str) -> str | None:
+    field = reader.get_field(name)
     return None if field is None else str(field.contents())
+
+
+def _number(reader: GGUFReader, name: str) -> float | None:
+    field = reader.get_field(name)
+    return None if field is None else float(field.contents())
 
 
 def _without_quantizer(loaded: PreTrainedModel) -> PreTrainedModel:

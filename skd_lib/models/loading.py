@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -18,11 +17,12 @@ from transformers import (
 )
 
 from skd_lib.errors import SkdError
-from skd_lib.models.files import check_model_folder, load_config
-from skd_lib.models.special_ids import eos_ids, pad_id, without_sampling_defaults
+from skd_lib.models.files import check_model_folder, load_config, reason, stored_tensors
+from skd_lib.models.skeleton import check_decoder_only, check_loaded, check_stored, follow_ties
+from skd_lib.models.special_ids import eos_ids, pad_id, stored_generation_config, without_sampling_defaults
+from skd_lib.models.supported import check_supported
 from skd_lib.storage import atomic_directory, write_text_atomic
 
-_EXAMPLES_SHOWN = 5
 _EAGER_ONLY = {"gemma2"}
 _BLOCK = 64
 """Weights that have a scale in common, in bitsandbytes' 4 bits."""
@@ -39,8 +39,10 @@ def load_model(
     """Load a causal language model, in eval mode.
 
     Every weight of the model must be in the files and the other way round: a model that is partly random is an
-    error, not a warning. The generation config keeps its special ids only, so that no sampling default of a hub
-    model (top_k, repetition penalty) can leak into what is sampled here.
+    error, not a warning. Its decoder and head, as they are used here, must give its own logits. Where the files hold
+    a head of its own although the config ties it to the embedding, the config is corrected. The generation config
+    keeps its special ids only, so that no sampling default of a hub model (top_k, repetition penalty) can leak into
+    what is sampled here.
 
     Args:
         path: Folder in the Hugging Face layout.
@@ -50,12 +52,15 @@ def load_model(
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        SkdError: the folder is not a whole model, its weights do not fit its config, or they cannot be quantised here.
+        SkdError: the folder is not a whole model, its weights do not fit its config, they cannot be quantised here, or
+            the architecture is not supported.
     """
     check_model_folder(path)
+    stored_generation_config(path)  # transformers would leave out a broken one in silence
     place = torch.device(device) if device is not None else default_device()
     avoid_cudnn_attention()
     config = load_config(path, trust_remote_code=trust_remote_code)
+    check_decoder_only(config, path)
     quantized: dict[str, Any] = {}
     if quantization is not None:
         check_quantization(quantization, path, place, trust_remote_code=trust_remote_code)
@@ -74,12 +79,23 @@ def load_model(
             output_loading_info=True,
             **quantized,
         )
-    except (ValueError, SafetensorError) as error:
-        raise SkdError(f"cannot load the model: {error}", where=str(path)) from error
-    _check_loading_info(info, path)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever an architecture's code makes of its files
+        raise SkdError(
+            f"cannot load the model: {reason(error)}", where=str(path), hint="fetch the model again, all of its files"
+        ) from error
+    check_loaded(info, path)
+    check_stored(stored_tensors(path), model, path)
     _compute_as_asked(model)
+    follow_ties(model)
     model.generation_config = without_sampling_defaults(model.generation_config)
-    return cast(PreTrainedModel, (model if quantized else model.to(place)).eval())
+    loaded = cast(PreTrainedModel, (model if quantized else model.to(place)).eval())
+    try:
+        check_supported(loaded)
+    except SkdError as error:
+        raise SkdError(error.what, where=str(path), hint=error.hint) from error
+    return loaded
 
 
 def check_quantization(quantization: str, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> None:
@@ -177,26 +193,3 @@ def avoid_cudnn_attention() -> None:
     second, for every shape that it has not seen; batches of text hardly ever have the same shape twice.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def _check_loading_info(info: dict[str, Any], path: Path) -> None:
-    found = [
-        f"{len(names)} {kind}: {', '.join(sorted(map(_tensor_name, names))[:_EXAMPLES_SHOWN])}"
-        + (", ..." if len(names) > _EXAMPLES_SHOWN else "")
-        for kind, names in (
-            ("missing from the files", info["missing_keys"]),
-            ("in the files but not in the model", info["unexpected_keys"]),
-            ("of another shape than the model's", info["mismatched_keys"]),
-        )
-        if names
-    ]
-    if found:
-        raise SkdError(
-            f"the weights do not fit config.json; {'; '.join(found)}",
-            where=str(path),
-            hint="config.json and the weights must come from the same model and be complete",
-        )
-
-
-def _tensor_name(entry: Any) -> str:
-    return str(entry[0] if isinstance(entry, tuple) else entry)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skd_lib.errors import SkdError
-from skd_lib.models.files import load_config
+from skd_lib.models.files import load_config, reading, reason
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_GENERATION = "generation_config.json"
 
 
 def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -21,11 +23,11 @@ def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -
         SkdError: there is none, so no response would ever end.
     """
     if isinstance(model, Path):
-        config, generation = load_config(model), _load_generation_config(model)
+        config, generation = load_config(model), stored_generation_config(model)
     else:
         config, generation = model.config, model.generation_config
     found = [*_ids(tokenizer.eos_token_id), *_ids(getattr(generation, "eos_token_id", None))]
-    found += _ids(getattr(config.get_text_config(), "eos_token_id", None))
+    found += _ids(getattr(config.get_text_config(decoder=True), "eos_token_id", None))
     if not found:
         raise SkdError(
             "neither the tokenizer nor the model names an end-of-sequence token",
@@ -62,15 +64,37 @@ def without_sampling_defaults(config: GenerationConfig | None) -> GenerationConf
     )
 
 
-def _load_generation_config(path: Path) -> GenerationConfig | None:
+def stored_generation_config(path: Path) -> GenerationConfig | None:
+    """Load the generation config of a model folder; None if it has none.
+
+    Raises:
+        SkdError: it is broken.
+    """
     from transformers import GenerationConfig
 
-    if not (path / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(path, local_files_only=True)
+    with reading(path):
+        if not (path / _GENERATION).is_file():
+            return None
+    try:
+        config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
+            _ids(value)
+    except Exception as error:  # whatever a broken file makes its class do
+        raise SkdError(
+            f"cannot read its {_GENERATION}: {reason(error)}",
+            where=str(path),
+            hint="fetch the file again; without it, special ids are those of tokenizer and config.json",
+        ) from error
+    return config
 
 
 def _ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(one) for one in value] if isinstance(value, list | tuple) else [int(value)]
+    """Ids as a list.
+
+    Raises:
+        ValueError: they are none.
+    """
+    values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in values):
+        raise ValueError(f"no token ids: {value!r}")
+    return list(values)

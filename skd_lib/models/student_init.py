@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from skd_lib.errors import SkdError
+from skd_lib.models.skeleton import untie
 
 _LAYER = re.compile(r"(?P<prefix>(?:.*\.)?layers\.)(?P<index>\d+)(?P<rest>\..*)")
 _PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -51,9 +52,12 @@ def prune_layers(model: PreTrainedModel, keep_first: int, keep_last: int) -> Pre
             hint=f"keep_first + keep_last must be less than {total}",
         )
     kept = [*range(keep_first), *range(total - keep_last, total)]
+    config = _shortened(model.config, kept)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        untie(config)
     with no_init_weights():  # the weights are filled in below
         student = AutoModelForCausalLM.from_config(
-            _shortened(model.config, kept), dtype=model.dtype, attn_implementation=model.config._attn_implementation
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     try:
         student.load_state_dict(_kept_weights(model, kept), strict=True)

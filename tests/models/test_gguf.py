@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
@@ -36,7 +39,16 @@ NAMES = {
 }
 
 
-def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pre: str | None) -> None:
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    pre: str | None,
+    *,
+    only: slice = slice(None),
+    fields: Mapping[str, int] = MappingProxyType({}),
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """What llama.cpp's converter writes for a Llama with a GPT-2 like tokenizer, unquantized."""
     config = model.config
     writer = GGUFWriter(path, "llama")
@@ -63,8 +75,12 @@ def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)
+    for name, value in fields.items():
+        writer.add_uint16(name, value)
+    for name, values in more.items():
+        writer.add_tensor(name, values)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in list(model.state_dict().items())[only]:
         if name == "lm_head.weight":
             continue
         if name.startswith("model.layers."):
@@ -136,6 +152,38 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"this is not a GGUF file, whatever its name says")
     with pytest.raises(SkdError, match="not a GGUF file"):
         resolve_model(str(tmp_path / "x.gguf"), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("only", "number"), [(slice(12), 1), (slice(12, None), 2)])
+def test_a_piece_of_a_split_file_is_refused(
+    only: slice, number: int, tmp_path: Path, tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    fields = {"split.no": number - 1, "split.count": 2, "split.tensors.count": 20}
+    write_gguf(tmp_path / "x.gguf", tiny_model(), tiny_tokenizer, None, only=only, fields=fields)
+    with pytest.raises(SkdError, match=rf"piece {number} of 2 of a split GGUF file, with \d+ of 20 tensors"):
+        resolve_model(str(tmp_path / "x.gguf"), cache_dir=tmp_path / "cache")
+
+
+def test_a_tensor_that_is_missing_or_left_out_is_an_error(
+    tmp_path: Path, tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def refused(match: str, **options: Any) -> None:
+        file = tmp_path / "x.gguf"
+        write_gguf(file, tiny_model(), tiny_tokenizer, None, **options)
+        with pytest.raises(SkdError, match=match):
+            resolve_model(str(file), cache_dir=tmp_path / "cache")
+
+    refused(r"1 missing from the files: model\.norm\.weight", only=slice(-2))
+    refused("which transformers takes", more={"blk.0.attn_q.bias": np.ones(32, dtype=np.float32)})
+    refused("rotary positions are scaled", more={"rope_freqs.weight": np.full(4, 2.0, dtype=np.float32)})
+    write_gguf(
+        tmp_path / "x.gguf",
+        tiny_model(),
+        tiny_tokenizer,
+        None,
+        more={"rope_freqs.weight": np.ones(4, dtype=np.float32)},
+    )
+    resolve_model(str(tmp_path / "x.gguf"), cache_dir=tmp_path / "cache")
 
 
 # --- the real SmolLM2-135M-Instruct ----------------------------------------------------------------------------------
