@@ -80,6 +80,16 @@ def test_student_and_teacher_share_no_weights(tiny_model: TinyModel) -> None:
     assert torch.equal(model(tokens()).logits, before)
 
 
+@torch.no_grad()
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(tiny_model: TinyModel) -> None:
+    model = tiny_model(seed=1, layers=4, tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    student = prune_layers(model, 1, 1)
+    torch.testing.assert_close(student(tokens()).logits, without_layers(model, {1, 2}, tokens()))
+    assert student.config.tie_word_embeddings is False
+    assert student.lm_head.weight is not student.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize(
     ("first", "last", "message"),
     [(0, 1, "at least 1"), (1, 0, "at least 1"), (2, 2, "cuts nothing from a model of 4"), (5, 1, "cuts nothing")],
