@@ -20,22 +20,35 @@ Value = Fraction | str
 ANSWER_MARK = "####"
 
 _DIGITS = r"[0-9]{1,100}+"
-_GROUPED = r"[0-9]{1,3}(?:[,\u00a0\u202f][0-9]{2,3}){0,30}[,\u00a0\u202f][0-9]{3}"
-_LEAD = re.compile(r"[\s*\\$€£¥₹+\u2212-]*+")
-_NUMBER = re.compile(
-    rf"""
-    (?P<value> (?:{_GROUPED}|{_DIGITS})(?:\.{_DIGITS})? | \.{_DIGITS})
+_SEPARATOR = "[,\u00a0\u2009\u202f]"
+# By commas and narrow blanks in groups of three, or two as in India; by blanks and underscores in groups of three.
+_GROUPED = rf"[0-9]{{1,3}}(?:{_SEPARATOR}[0-9]{{2,3}}){{0,30}}{_SEPARATOR}[0-9]{{3}}"
+_SPACED = r"[0-9]{1,3}(?:(?:[ ][0-9]{3}){1,30}|(?:_[0-9]{3}){1,30})(?![0-9]|\s*/)"
+_CURRENCY = "$€£¥₹₩₽₺₫₪₱₦₴฿¢"
+_CODES = "USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|NZD|SEK|NOK|DKK|PLN|BRL|MXN|KRW|SGD|HKD|ZAR|US|Rs[.]?"
+_LEAD = re.compile(rf"(?:[\s*\\{_CURRENCY}+\u2212:=~≈(\[`_-]|(?:{_CODES})(?![A-Za-z]))*+")
+
+
+def _number(whole: str) -> str:
+    """A verbose pattern of a number whose digits before the point are `whole`."""
+    return rf"""
+    (?P<value> (?:{whole}|{_DIGITS})(?:\.{_DIGITS})? | \.{_DIGITS})
     (?: [eE](?P<exponent>[-+]?[0-9]{{1,2}})
       | \s*/\s* (?P<over>{_DIGITS})
       | \s+ (?P<part>{_DIGITS})/(?P<whole>{_DIGITS})
     )?
     # 1,2345 or 3/4/2024 or 7:30 is no number, nor is half of it one
-    (?! [.,:]?[0-9] | \s*/\s*[0-9] | [eE][-+]?[0-9])
-    """,
+    (?! [.,:_]?[0-9] | \s*/\s*[0-9] | [eE][-+]?[0-9])
+    """
+
+
+_NUMBER = re.compile(_number(f"{_GROUPED}|{_SPACED}"), re.VERBOSE)
+# A sign belongs to a number unless it stands between two things that are subtracted. A blank in a sentence is not
+# within a number.
+_LAST = re.compile(
+    rf"(?<![0-9.,:/])(?:(?<![\w)])[-\u2212])?\\?[{_CURRENCY}]?{_number(_GROUPED)}",
     re.VERBOSE,
 )
-# A sign belongs to a number unless it stands between two things that are subtracted.
-_LAST = re.compile(rf"(?<![0-9.,:/])(?:(?<![\w)])[-\u2212])?\\?[$€£¥₹]?{_NUMBER.pattern}", re.VERBOSE)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?={)|\s+)")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
@@ -61,12 +74,16 @@ def reference_answer(text: str, kind: AnswerKind) -> Value | None:
 
 
 def extract_answer(text: str) -> Fraction | None:
-    """The number after the first `####`, on its line; None if there is none.
+    """Return the number after the first `####`, on its line, in a box or not; None if there is none.
 
-    The first mark counts, as in GSM8K's own evaluation: what a model writes after its answer is not the answer.
+    The first mark counts, as in GSM8K's own evaluation: what a model writes after its answer is not the answer. Other
+    than there, signs and blanks between mark and number (`= 5`, `: 5`, `(5)`) are no reason to call it wrong.
     """
     _, mark, rest = text.partition(ANSWER_MARK)
-    return parse_number(rest.split("\n", 1)[0]) if mark else None
+    line = rest.split("\n", 1)[0].lstrip("#") if mark else ""
+    number = parse_number(line)
+    boxed = boxed_answer(line) if number is None else None
+    return boxed if isinstance(boxed, Fraction) else number
 
 
 def boxed_answer(text: str) -> Value | None:
@@ -109,11 +126,11 @@ def last_number(text: str) -> Fraction | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of the number that `text` begins with; None if it begins with none.
+    """Return the exact value of the number that `text` begins with; None if it begins with none.
 
-    Before the number may stand a sign, a currency, blanks and Markdown's asterisks. Thousands separators (1,234 and
-    1,00,000), decimals, exponents, fractions (3/4) and mixed numbers (1 3/4) are understood. More than 100 digits in
-    a row are no number but a model that repeats itself.
+    Before the number may stand a sign, a currency, blanks, `=`, `:`, brackets and Markdown's asterisks. Thousands
+    separators (1,234, 1 234, 1_234 and 1,00,000), decimals, exponents, fractions (3/4) and mixed numbers (1 3/4) are
+    understood. More than 100 digits in a row are no number but a model that repeats itself.
     """
     lead = _LEAD.match(text)
     assert lead is not None  # noqa: S101 - it matches the empty string
@@ -128,7 +145,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    value = Fraction(re.sub(r"[,\u00a0\u202f]", "", match["value"])) * Fraction(10) ** int(match["exponent"] or 0)
+    value = Fraction(re.sub(r"[,_\s]", "", match["value"])) * Fraction(10) ** int(match["exponent"] or 0)
     denominator = int(match["over"] or match["whole"] or 1)
     if denominator == 0:
         return None
