@@ -52,7 +52,7 @@ class ForkServer:
 
     Args:
         env: Its environment, which libraries read when they are imported.
-        log: File that takes what it says itself: nothing, unless an import fails.
+        log: File that takes what it says itself, and what libraries say when they are imported.
         imported: Modules; one that is not installed is left out.
     """
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import runpy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 # Before torch is imported: thread pools of parallel test processes spin against each other on small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -135,6 +139,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model() -> TinyModel:
     """A factory of tiny models; `arch` is a key of `CONFIGS`, `config` overrides fields of the model's config."""
     return _tiny_model
+
+
+@pytest.fixture(scope="session")
+def compile_once() -> Iterator[Callable[..., list[dict[str, Any]]]]:
+    """`pipelines.compiling.compile_pipeline`, which compiles the same only once in all tests of this process.
+
+    In a thread of its own: at each step KFP reads the source of every caller, and pytest's are many.
+    """
+    from pipelines.compiling import compile_pipeline
+
+    with ThreadPoolExecutor(1) as thread:
+
+        @cache
+        def compiled(*args: Any, **options: Any) -> list[dict[str, Any]]:
+            return thread.submit(compile_pipeline, *args, **options).result()
+
+        yield lambda *args, **options: copy.deepcopy(compiled(*args, **options))
 
 
 @pytest.fixture

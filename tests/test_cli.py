@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+from skd_lib import cli
 from skd_lib.config import RunConfig
 from skd_lib.fields import list_fields
 
@@ -18,36 +20,69 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "pipelines/configs/demo.yaml"
 
 
-def skd(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "skd_lib.cli", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Skd = Callable[..., Done]
+
+
+@pytest.fixture
+def skd(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    compile_once: Callable[..., list[dict[str, Any]]],
+) -> Skd:
+    """Runs `skd ARGUMENTS` in this process: to start one, with all it imports, takes longer than most commands."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("pipelines.compiling.compile_pipeline", compile_once)
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["skd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def start(*arguments: str) -> Done:
+    """Start a process of its own."""
+    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def test_version():
-    done = skd("--version")
+    done = start("-m", "skd_lib.cli", "--version")
     assert done.returncode == 0
     assert re.fullmatch(r"skd \d+\.\d+\.\d+\n", done.stdout)
 
 
 def test_help_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'mlflow', 'kfp', 'pandas', 'numpy'}"
-    code = f"import sys, skd_lib.cli; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-    start = time.monotonic()
-    done = skd("--help")
-    assert time.monotonic() - start < 5  # about half a second; the limit allows for a busy machine
+    run = "import sys, skd_lib.cli\nsys.argv = ['skd', '--help']\ntry: skd_lib.cli.main()\n"
+    done = start("-c", f"{run}finally: print(sorted({heavy} & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("[]\n")
     for command in ("run", "compile", "doctor", "config"):
         assert f" {command} " in done.stdout
 
 
-def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path):
+def test_an_error_is_the_processes_exit_code():
+    done = start("-m", "skd_lib.cli", "run", "missing.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: missing.yaml: cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(skd: Skd, tmp_path: Path):
     done = skd("run", DEMO, "--dry-run", "--runs-dir", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     assert "python3 -m skd_lib.steps.distill" in done.stdout
@@ -56,13 +91,13 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("command", "shown"), [("run", ["run other", "sft, forward_kl"]), ("submit", ["other-20"])])
-def test_a_field_is_set_without_editing_the_file(command: str, shown: list[str]):
+def test_a_field_is_set_without_editing_the_file(skd: Skd, command: str, shown: list[str]):
     done = skd(command, DEMO, "--set", "distill.method=sft", "--set", "name=other", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in shown), done.stdout
 
 
-def test_wrong_field_is_named_before_anything_starts(tmp_path: Path):
+def test_wrong_field_is_named_before_anything_starts(skd: Skd, tmp_path: Path):
     values = yaml.safe_load(DEMO.read_text())
     values["distill"]["sampling"]["topk"] = values["distill"]["sampling"].pop("top_k")
     values["seed"] = -1
@@ -76,7 +111,7 @@ def test_wrong_field_is_named_before_anything_starts(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_several_nodes_are_refused_on_one_machine(tmp_path: Path):
+def test_several_nodes_are_refused_on_one_machine(skd: Skd, tmp_path: Path):
     values = yaml.safe_load(DEMO.read_text())
     values["distill"]["multinode"] = {"nodes": 2}
     config = tmp_path / "nodes.yaml"
@@ -101,26 +136,26 @@ def test_several_nodes_are_refused_on_one_machine(tmp_path: Path):
         (["compile", "--check", "--output", "missing.yaml"], "the compiled pipeline is missing"),
     ],
 )
-def test_errors_say_what_to_do(arguments: list[str], message: str):
+def test_errors_say_what_to_do(skd: Skd, arguments: list[str], message: str):
     done = skd(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_compile_check_passes_on_the_committed_file():
+def test_compile_check_passes_on_the_committed_file(skd: Skd):
     done = skd("compile", "--check")
     assert done.returncode == 0, done.stderr
     assert "up to date" in done.stdout
 
 
-def test_compile_with_an_image_of_ones_own(tmp_path: Path):
+def test_compile_with_an_image_of_ones_own(skd: Skd, tmp_path: Path):
     done = skd("compile", "--image", "r/skd:1", "--output", tmp_path / "mine.yaml")
     assert done.returncode == 0, done.stderr
     assert "image: r/skd:1" in (tmp_path / "mine.yaml").read_text()
 
 
-def test_config_lists_every_field():
+def test_config_lists_every_field(skd: Skd):
     done = skd("config")
     listed = {line.split(":")[0] for line in done.stdout.splitlines() if line and not line.startswith(" ")}
     assert {"name", "distill.sampling.top_k", "data.source.columns.source", "data.source.train[].sha256"} <= listed
@@ -134,7 +169,7 @@ def test_config_lists_every_field():
     )
 
 
-def test_config_schema_is_json_schema():
+def test_config_schema_is_json_schema(skd: Skd):
     schema = json.loads(skd("config", "schema").stdout)
     assert schema["title"] == "RunConfig"
     assert "DistillConfig" in schema["$defs"]
@@ -145,6 +180,6 @@ def test_config_schema_is_json_schema():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_example_configuration_is_valid(path: Path):
+def test_every_example_configuration_is_valid(skd: Skd, path: Path):
     done = skd("compare" if path.stem.startswith("compare-") else "run", path, "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.compiling import Documents, compile_pipeline
+from pipelines.compiling import Documents
 from pipelines.graph import count_steps, read_steps, unrolled
 from skd_lib.compare.config import load_compare
 from skd_lib.compare.plan import to_parameters
@@ -18,8 +19,8 @@ ONCE = ["preflight", "import_model", "prepare_data", "teacher_sft", "evaluate-te
 
 
 @pytest.fixture(scope="module")
-def documents() -> Documents:
-    return compile_pipeline(name="compare_methods")
+def documents(compile_once: Callable[..., Documents]) -> Documents:
+    return compile_once(name="compare_methods")
 
 
 def test_what_all_runs_share_is_made_once(documents: Documents):

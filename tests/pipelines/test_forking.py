@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     log = tmp_path_factory.mktemp("forking") / "log"
     with ForkServer(environment(), log) as started:
         yield started
-    assert log.read_text() == ""
+    assert "Traceback" not in log.read_text()
 
 
 def run(server: ForkServer, tmp_path: Path, *arguments: str, **env: str) -> tuple[Outcome, str]:
@@ -147,7 +147,7 @@ def test_what_lies_where_a_run_is_started_is_not_imported(tmp_path: Path, monkey
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise RuntimeError('the wrong one')")
     assert a_step(tmp_path).code == 0
-    assert (tmp_path / "log").read_text() == ""
+    assert "the wrong one" not in (tmp_path / "log").read_text()
 
 
 def a_step(tmp_path: Path) -> Outcome:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import Documents, compile_pipeline
+from pipelines.compiling import Documents
 from pipelines.lint_platform import lint_documents
 
 DIGEST = "@sha256:" + "0" * 64
@@ -17,8 +17,8 @@ Change = Callable[[Documents], object]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Documents:
-    return compile_pipeline("r/train" + DIGEST, "r/comet" + DIGEST)
+def compiled(compile_once: Callable[..., Documents]) -> Documents:
+    return compile_once("r/train" + DIGEST, "r/comet" + DIGEST)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,6 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.compiling import compile_pipeline
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import Preempted, SkdError
@@ -155,7 +155,7 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     assert model.config.use_cache
     assert AutoTokenizer.from_pretrained(distilled).chat_template
     card = (distilled / "README.md").read_text()
-    assert all(text in card for text in ("org/teacher", fingerprint, "skd", "top_k", "precision: fp32"))
+    assert all(text in card for text in ("org/teacher", fingerprint, "skd", "top_k", "| precision | fp32 |"))
     assert not list((tmp_path / "checkpoints").rglob("checkpoint-*"))
     _check_tracked(uri, final["weights_sha256"])
 
@@ -340,14 +340,14 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
 
 
 def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
-    teacher: Path, data: Path, tmp_path: Path
+    teacher: Path, data: Path, tmp_path: Path, compile_once: Callable[..., Any]
 ) -> None:
     """What the compiled pipeline starts in the pod, with gloo in the place of NCCL."""
     profile = tmp_path / "two.yaml"
     needs = {"cpu": "1", "memory": "1Gi", "shared_memory": "1Gi", "gpus": 1}
     kinds = dict.fromkeys(("small", "data", "model"), needs)
     profile.write_text(json.dumps({"description": "two GPUs", **kinds, "steps": {"teacher_sft": {"gpus": 2}}}))
-    spec = compile_pipeline(profile=str(profile))[0]
+    spec = compile_once(profile=str(profile))[0]
     command = spec["deploymentSpec"]["executors"]["exec-teacher-sft"]["container"]["command"]
     assert command[0] == "python3"
 
