@@ -174,10 +174,10 @@ def test_why_comet_is_missing_is_told() -> None:
     assert "comet" not in summary.models["teacher"]
 
 
-def test_different_output_and_sampling_are_told(summary: Summary) -> None:
+def test_ties_and_sampling_are_shown(summary: Summary) -> None:
     draft = summary.specdec["after"]
-    wrong = summary.model_copy(update={"specdec": {"after": draft.model_copy(update={"mismatches": 2})}})
-    assert "NO: 2 differ" in printed(wrong, 120)
+    tied = summary.model_copy(update={"specdec": {"after": draft.model_copy(update={"ties": 2})}})
+    assert "yes, bar 2 rounding ties" in printed(tied, 120)
     sampled = summary.model_copy(update={"specdec": {"after": draft.model_copy(update={"temperature": 0.5})}})
     assert "in distribution" in printed(sampled, 120)
     assert "temperature 0.5" in printed(sampled, 120)

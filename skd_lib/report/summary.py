@@ -140,8 +140,7 @@ class Specdec(Section):
     speedup: float = Field(description="Wall-clock, over decoding with the teacher alone.")
     gamma: int | None = None
     temperature: float | None = None
-    mismatches: int = Field(0, description="Responses that differ from the teacher's own; temperature 0 only.")
-    ties: int = Field(0, description="Responses that differ by ties within rounding.")
+    ties: int = Field(0, description="Responses that differ by ties within rounding; any other difference is an error.")
     seconds: float = 0.0
     acceptance_by_position: tuple[float, ...] = Field(
         (), description="Share of the drafts at each position of a block that were accepted, given they were tested."

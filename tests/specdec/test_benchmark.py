@@ -87,9 +87,8 @@ def test_blocks_cut_short_by_the_end_count_as_teacher_calls(tiny_model: TinyMode
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_any_draft_leaves_the_greedy_output_alone(tiny_model: TinyModel, arch: str) -> None:
-    # The benchmark itself compares every token: a result is the proof, mismatch is an error.
+    # The benchmark itself compares every token, and ends with an error where one is not the teacher's.
     result = run(tiny_model(arch), tiny_model(arch, seed=1, layers=1))
-    assert result.mismatches == 0
     assert result.ties == 0
     assert 0 <= result.acceptance_rate < 1
     assert 1 <= result.tokens_per_teacher_call < 4
@@ -192,7 +191,8 @@ def test_rounding_grows_with_the_type() -> None:
 
 def test_padded_heads_of_different_size(tiny_model: TinyModel) -> None:
     result = run(tiny_model(vocab_size=384), tiny_model(seed=1, vocab_size=VOCABULARY))
-    assert result.mismatches == 0
+    assert result.ties == 0
+    assert 0 <= result.acceptance_rate < 1
 
 
 def test_figures_fit_together(tiny_model: TinyModel) -> None:
