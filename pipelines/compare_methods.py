@@ -125,7 +125,12 @@ def compare_methods(profile: Profile) -> Any:
             )
             settings = checked.outputs
             base = settle(
-                import_model(reference=teacher, trust_remote_code=settings["trust_remote_code"], **tracking),
+                import_model(
+                    reference=teacher,
+                    fingerprint=settings["teacher_fingerprint"],
+                    trust_remote_code=settings["trust_remote_code"],
+                    **tracking,
+                ),
                 "import_model",
             ).outputs["model"]
             prepared = settle(
@@ -149,14 +154,18 @@ def compare_methods(profile: Profile) -> Any:
                 "teacher_sft",
             ).outputs["tuned_teacher"]
             evaluation = {**common, "config": settings["evaluation_config"], "seed": seed}
-            measured = settle(evaluate(model=tuned, role="teacher", **evaluation), "evaluate-teacher").outputs
+            measured = settle(evaluate(model=tuned, role="teacher", label="", **evaluation), "evaluate-teacher").outputs
 
             with dsl.ParallelFor(trials, name="runs") as trial:
-                own = settle(compare_variant(trial=trial, config=settings["run_config"]), "compare_variant").outputs
+                chosen = compare_variant(
+                    trial=trial, config=settings["run_config"], model_fingerprints=settings["model_fingerprints"]
+                )
+                own = settle(chosen, "compare_variant").outputs
                 # No checkpoints: in a cluster runs that differ later make the same initial student at the same time.
                 initial = settle(
                     student_init(
                         student=own["student"],
+                        fingerprint=own["student_fingerprint"],
                         teacher=tuned,
                         config=own["student_init_config"],
                         seed=own["seed"],

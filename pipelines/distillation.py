@@ -112,6 +112,7 @@ def distillation(profile: Profile) -> Any:
                     seed=seed,
                     config=config,
                     checkpoint_root=checkpoint_root,
+                    trials=[],
                     **tracking,
                 ),
                 "preflight",
@@ -120,7 +121,12 @@ def distillation(profile: Profile) -> Any:
             settings = checked.outputs
             task_config = settings["task_config"]
             base = settle(
-                import_model(reference=teacher, trust_remote_code=settings["trust_remote_code"], **tracking),
+                import_model(
+                    reference=teacher,
+                    fingerprint=settings["teacher_fingerprint"],
+                    trust_remote_code=settings["trust_remote_code"],
+                    **tracking,
+                ),
                 "import_model",
             ).outputs["model"]
             prepared = settle(
@@ -140,11 +146,19 @@ def distillation(profile: Profile) -> Any:
                 teacher_sft(teacher=base, config=settings["teacher_sft_config"], **training), "teacher_sft"
             ).outputs["tuned_teacher"]
             initial = settle(
-                student_init(student=student, teacher=tuned, config=settings["student_init_config"], **training),
+                student_init(
+                    student=student,
+                    fingerprint=settings["student_fingerprint"],
+                    teacher=tuned,
+                    config=settings["student_init_config"],
+                    label="",
+                    **training,
+                ),
                 "student_init",
             ).outputs["initial_student"]
             distilled = settle(
-                distill(student=initial, teacher=tuned, config=settings["distill_config"], **training), "distill"
+                distill(student=initial, teacher=tuned, config=settings["distill_config"], label="", **training),
+                "distill",
             ).outputs
 
             scores, answers = {}, {}
@@ -154,7 +168,7 @@ def distillation(profile: Profile) -> Any:
                 "student_before": initial,
                 "student_after": distilled["distilled_student"],
             }.items():
-                evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], **common)
+                evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], label="", **common)
                 outputs = settle(evaluated, f"evaluate-{role}").outputs
                 scores[role], answers[role] = outputs["scores"], outputs["predictions"]
             # One step for both: the teacher and the two students take turns in one process, so that timings compare.
@@ -163,6 +177,8 @@ def distillation(profile: Profile) -> Any:
                 draft_before=initial,
                 draft_after=distilled["distilled_student"],
                 config=settings["specdec_config"],
+                label="",
+                wanted=True,
                 **common,
             )
             drafts = settle(measured, "specdec_benchmark").outputs

@@ -12,14 +12,15 @@ def lint(spec: dict[str, Any]) -> list[str]:
     """What is wrong with a compiled pipeline spec, one sentence each; empty if nothing is.
 
     Every reference must resolve: components, executors, inputs of the enclosing DAG, outputs of producing tasks, and
-    parameters named in a container's command or resources. Every image must be versioned.
+    parameters named in a container's command or resources, which each task must pass even where they have a default.
+    Every image must be versioned.
     """
     components: dict[str, Any] = spec.get("components", {})
     executors: dict[str, Any] = spec.get("deploymentSpec", {}).get("executors", {})
     problems = []
     for name, component in {"root": spec.get("root", {}), **components}.items():
         if "dag" in component:
-            problems += _dag(name, component, components)
+            problems += _dag(name, component, components, executors)
         elif component.get("executorLabel") not in executors:
             problems.append(f"component {name}: executor {component.get('executorLabel')!r} does not exist")
         else:
@@ -27,7 +28,7 @@ def lint(spec: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _dag(name: str, component: dict[str, Any], components: dict[str, Any]) -> list[str]:
+def _dag(name: str, component: dict[str, Any], components: dict[str, Any], executors: dict[str, Any]) -> list[str]:
     problems = []
     tasks: dict[str, Any] = component["dag"].get("tasks", {})
     given = component.get("inputDefinitions", {})
@@ -42,6 +43,8 @@ def _dag(name: str, component: dict[str, Any], components: dict[str, Any]) -> li
             for other in task.get("dependentTasks", [])
             if other not in tasks
         ]
+        # KFP 2.17.0 fills in a container's arguments before it looks at the defaults of its parameters.
+        used = _used(executors.get(target.get("executorLabel"), {}).get("container") or {})
         item = task.get("parameterIterator", {}).get("itemInput")
         for kind in ("parameters", "artifacts"):
             wanted = target.get("inputDefinitions", {}).get(kind, {})
@@ -49,7 +52,7 @@ def _dag(name: str, component: dict[str, Any], components: dict[str, Any]) -> li
             problems += [
                 f"{where}: input {missing!r} of {task['componentRef']['name']} has no value"
                 for missing, definition in wanted.items()
-                if missing not in bound and missing != item and not definition.get("isOptional")
+                if missing not in bound and missing != item and (missing in used or not definition.get("isOptional"))
             ]
             for input_name, source in bound.items():
                 fault = _source_fault(source, kind, given, tasks, components)
@@ -86,10 +89,14 @@ def _container(name: str, component: dict[str, Any], executor: dict[str, Any]) -
     if "@sha256:" not in image and version in ("", "latest"):
         problems.append(f"component {name}: image {image!r} has neither version nor digest")
     known = component.get("inputDefinitions", {}).get("parameters", {})
-    texts = [*container.get("command", []), *container.get("args", []), str(container.get("resources", ""))]
-    used = {parameter for text in texts if isinstance(text, str) for parameter in PARAMETER.findall(text)}
     problems += [
         f"component {name}: uses parameter {parameter!r}, which it does not have"
-        for parameter in sorted(used - known.keys())
+        for parameter in sorted(_used(container) - known.keys())
     ]
     return problems
+
+
+def _used(container: dict[str, Any]) -> set[str]:
+    """Parameters that a container's command or resources name."""
+    texts = [*container.get("command", []), *container.get("args", []), str(container.get("resources", ""))]
+    return {parameter for text in texts if isinstance(text, str) for parameter in PARAMETER.findall(text)}

@@ -19,6 +19,8 @@ from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError
 from skd_lib.memory import Estimate, available_memory, estimates, model_size
 from skd_lib.methods import reads_setting, unread_settings
+from skd_lib.models.fingerprint import short
+from skd_lib.models.references import model_fingerprint
 from skd_lib.preflight import Check, PreflightReport, run_checks
 from skd_lib.steps import preflight, prepare_data
 from tests.conftest import CpuFlags, SaveTinyModel
@@ -72,6 +74,7 @@ def test_a_good_run_passes(values: dict[str, Any], tmp_path: Path) -> None:
     found = {found.name: found.what for found in report.checks}
     assert found["data"] == "rows: train 32, validation 4, test 4"
     assert found["distill"] == "12 optimiser steps of 8 on 32 examples"
+    assert all(found[role].endswith(short(model_fingerprint(values[role]))) for role in ("teacher", "student"))
     assert "0 have prompts over 96 tokens" in found["train lengths"]
     assert {"teacher", "student", "tokenizers", "checkpoints", "artifacts", "tracking", "GPU", "memory"} <= set(found)
 
@@ -194,6 +197,54 @@ def test_long_examples_are_warned_about_and_refused_if_none_fits(values: dict[st
         "validation lengths",
         "test lengths",
     }
+
+
+def test_rows_of_one_form_are_kept_and_what_splits_lose_is_told(values: dict[str, Any], tmp_path: Path) -> None:
+    def losses(texts: list[str]) -> dict[str, Check]:
+        rows = [json.dumps({"source": f"{text}, 12 Harbour Road.", "target": f"SELECT '{text}'"}) for text in texts]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        return {found.name: found for found in check(values, tmp_path).checks if found.name.endswith((" losses", "data"))}
+
+    form = "Please convert this order of Miller and Sons Ltd for the table of orders into a statement, number"
+    found = losses([f"{form} {i}" for i in range(40)])
+    assert found.keys() == {"data"}
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [f"{form} {letter}" for letter in letters]
+    found = losses(texts)
+    assert found["train losses"].level == "error"
+    assert "20 of 20 rows (100%) are left out: 20 resembles a held-out row" in found["train losses"].what
+    assert found["train losses"].what.count("is like") == 3
+    assert "near_duplicate_threshold" in found["train losses"].hint
+    distinct = [f"{letter * 20} {i} {letter * 30}" for i, letter in enumerate(letters)]
+    found = losses([*distinct, *distinct[:20]])
+    assert (found["train losses"].level, "20 repeated" in found["train losses"].what) == ("warning", True)
+    found = losses([*distinct, distinct[0]])
+    assert (found["train losses"].level, found["train losses"].what) == (
+        "ok",
+        "1 of 21 rows (5%) are left out: 1 repeated",
+    )
+    assert "train 20, validation 3, test 3" in found["data"].what
+
+
+def test_special_tokens_in_inputs_are_counted(values: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(values["teacher"])
+    end = tokenizer.eos_token
+    rows = [{"source": f"row {i} {end if i < 3 else ''}", "target": f"row {i} {end}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (found,) = [found for found in check(values, tmp_path).checks if found.name == "special tokens"]
+    assert (found.level, found.what) == (
+        "warning",
+        f"3 of 40 inputs hold special tokens of the tokenizer as text: {end} in 3",
+    )
+
+
+def test_long_rows_are_tokenised_in_part(values: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"source": f"{i} " + "mot " * 400_000, "target": "word " * 400_000} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    values["data"]["near_duplicate_threshold"] = 1
+    found = {found.name: found for found in check(values, tmp_path).checks}
+    assert found["train lengths"].level == "error"
+    assert "10 have prompts over 96 tokens" in found["train lengths"].what
 
 
 def test_batches_that_do_not_divide_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
@@ -415,6 +466,9 @@ def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
     assert parameters["comet_wanted"] == "false"
     assert parameters["comet_config"]["comet"]["model"] == "Unbabel/wmt22-comet-da"
     assert "comet" not in parameters["evaluation_config"]
+    seen = {name: model_fingerprint(values[name]) for name in ("teacher", "student")}
+    assert {name: parameters[f"{name}_fingerprint"] for name in seen} == seen
+    assert parameters["model_fingerprints"] == {values[name]: seen[name] for name in seen}
     # KFP's structured parameters cannot hold null.
     assert "null" not in json.dumps(parameters)
 

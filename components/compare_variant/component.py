@@ -12,7 +12,9 @@ from components.images import TRAIN
 def compare_variant(
     trial: dict[str, Any],
     config: dict[str, Any],
+    model_fingerprints: dict[str, Any],
     student: dsl.OutputPath(str),
+    student_fingerprint: dsl.OutputPath(str),
     seed: dsl.OutputPath(int),
     student_init_config: dsl.OutputPath(dict),
     distill_config: dsl.OutputPath(dict),
@@ -26,13 +28,17 @@ def compare_variant(
     Args:
         trial: The run: variant, seed, student init, and the fields in which it differs from `config`.
         config: The configuration that all runs start from.
+        model_fingerprints: Fingerprints of the models, from preflight, by reference.
 
     Returns:
         student: Student of this run; empty where it is cut from the teacher.
+        student_fingerprint: Fingerprint of this student; empty where it is cut from the teacher.
         seed: Seed of this run.
         student_init_config: Section `student_init` of its configuration.
         distill_config: Section `distill` of its configuration.
         label: Name of the run in the comparison.
         init_label: Name of its student before distillation.
     """
-    return run_step("compare_variant", TRAIN, {"trial": trial, "config": config})
+    return run_step(
+        "compare_variant", TRAIN, {"trial": trial, "config": config, "model_fingerprints": model_fingerprints}
+    )

@@ -9,6 +9,7 @@ from components.images import TRAIN
 @dsl.container_component
 def import_model(
     reference: str,
+    fingerprint: str,
     model: dsl.Output[dsl.Model],
     trust_remote_code: bool = False,
     tracking_uri: str = "",
@@ -20,6 +21,7 @@ def import_model(
 
     Args:
         reference: Hub id, local folder, gs:// URI or wheel:// reference.
+        fingerprint: Fingerprint of the model, from preflight: part of the cache key, and what is fetched.
         trust_remote_code: Run Python code that comes with the model.
         tracking_uri: MLflow tracking server; empty turns tracking off.
         experiment: MLflow experiment.
@@ -32,6 +34,7 @@ def import_model(
         TRAIN,
         {
             "model": reference,
+            "fingerprint": fingerprint,
             "trust_remote_code": trust_remote_code,
             "tracking_uri": tracking_uri,
             "experiment": experiment,

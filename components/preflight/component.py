@@ -36,6 +36,9 @@ def preflight(
     comet_wanted: dsl.OutputPath(str),
     trust_remote_code: dsl.OutputPath(bool),
     data_fingerprint: dsl.OutputPath(str),
+    teacher_fingerprint: dsl.OutputPath(str),
+    student_fingerprint: dsl.OutputPath(str),
+    model_fingerprints: dsl.OutputPath(dict),
     tracking_uri: str = "",
     experiment: str = "skd",
     trials: list[dict] = [],  # type: ignore[type-arg]  # noqa: B006 - KFP copies it
@@ -77,6 +80,9 @@ def preflight(
         comet_wanted: Whether the task asks for COMET, `true` or `false`.
         trust_remote_code: Whether code that comes with a model may run.
         data_fingerprint: Fingerprint of the data source; new data re-runs what depends on it.
+        teacher_fingerprint: Fingerprint of the teacher's files; another teacher re-runs what depends on it.
+        student_fingerprint: Fingerprint of the student's files; empty where it is cut from the teacher.
+        model_fingerprints: Fingerprints of the teacher and of all students of a comparison, by reference.
     """
     return run_step(
         "preflight",

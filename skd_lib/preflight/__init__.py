@@ -53,7 +53,9 @@ def run_checks(
     for run in distinct(runs, lambda run: run.distill):
         check_unread(checks, run)
     report = PreflightReport(checks.found)
-    report.data_fingerprint = check_data(checks, config, [model for model in (teacher, *students) if model], runs)
+    models = [model for model in (teacher, *students) if model]
+    report.model_fingerprints = {model.reference: model.fingerprint for model in models}
+    report.data_fingerprint = check_data(checks, config, models, runs)
     if config.task.wants_comet:
         check_comet(checks, config.evaluation.comet.model)
     check_writable(checks, "checkpoints", checkpoint_root, lambda: storage.check_checkpoint_root(checkpoint_root))

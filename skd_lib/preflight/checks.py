@@ -48,10 +48,12 @@ class PreflightReport:
     """
 
     checks: list[Check] = field(default_factory=list)
+        model_fingerprints: Identify each model's content, by its reference; without those that cannot be read.
     data_fingerprint: str = ""
 
     @property
     def tracking_works(self) -> bool:
+    model_fingerprints: dict[str, str] = field(default_factory=dict)
         """Whether the tracking store answered (or tracking is off)."""
         return not any(check.name == TRACKING and check.level == "error" for check in self.checks)
 

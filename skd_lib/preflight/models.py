@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import unread_settings
+from skd_lib.models.fingerprint import short
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.templates import check_template
 
@@ -25,6 +26,7 @@ class Model:
     Attributes:
         role: `teacher` or `student`.
         reference: As configured.
+        fingerprint: Of its present content.
         folder: Its files.
         tokenizer: Its tokenizer.
         size: What its memory depends on.
@@ -34,6 +36,7 @@ class Model:
 
     role: str
     reference: str
+    fingerprint: str
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     size: ModelSize
@@ -59,7 +62,8 @@ def check_model(checks: Checks, role: str, reference: str, config: RunConfig) ->
     if model is None:
         return None
     size = f"{model.size.parameters / 1e6:,.1f} M parameters, {model.size.layers} layers"
-    checks.add(role, "ok", f"{reference}: {size}, context {model.context or 'not limited'}")
+    context = f"context {model.context or 'not limited'}"
+    checks.add(role, "ok", f"{reference}: {size}, {context}, {short(model.fingerprint)}")
     needed = config.task.max_prompt_tokens + config.task.max_new_tokens
     if model.context is not None and needed > model.context:
         checks.add(
@@ -86,14 +90,15 @@ def check_model(checks: Checks, role: str, reference: str, config: RunConfig) ->
 def _open_model(role: str, reference: str, trust_remote_code: bool) -> Model:
     from skd_lib.memory import model_size
     from skd_lib.models.files import load_config, load_tokenizer
-    from skd_lib.models.references import HubModel, StoredFolder, parse_reference, resolve_model
+    from skd_lib.models.references import HubModel, StoredFolder, model_fingerprint, parse_reference, resolve_model
 
     far = isinstance(parse_reference(reference), HubModel | StoredFolder)
-    folder = resolve_model(reference, trust_remote_code=trust_remote_code, weights=not far)
+    fingerprint = model_fingerprint(reference)
+    folder = resolve_model(reference, fingerprint=fingerprint, trust_remote_code=trust_remote_code, weights=not far)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     size = model_size(folder, trust_remote_code=trust_remote_code)
     text = load_config(folder, trust_remote_code=trust_remote_code).get_text_config()
-    return Model(role, reference, folder, tokenizer, size, getattr(text, "max_position_embeddings", None))
+    return Model(role, reference, fingerprint, folder, tokenizer, size, getattr(text, "max_position_embeddings", None))
 
 
 def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from skd_lib.models.fingerprint import short
 from skd_lib.tracking.locate import IMAGE_VARIABLE
 
 _NAMES = {
     "teacher": "teacher",
+    "teacher_fingerprint": "teacher fingerprint",
     "base_student": "student",
+    "base_student_fingerprint": "student fingerprint",
     "method": "method",
     "divergence": "divergence",
     "beta": "beta",
@@ -26,6 +29,7 @@ _NAMES = {
     "precision": "precision",
     "code_version": "code version",
 }
+_MODEL_FINGERPRINTS = ("teacher fingerprint", "student fingerprint")
 _PACKAGES = ("skd-lib", "torch", "transformers")
 
 
@@ -36,6 +40,7 @@ def lineage(metadata: Mapping[str, Any]) -> dict[str, str]:
         metadata: Of the distilled student, or of the samples it was trained on.
     """
     told = {name: str(metadata[key]) for key, name in _NAMES.items() if metadata.get(key) not in (None, "")}
+    told |= {name: short(text) for name, text in told.items() if name in _MODEL_FINGERPRINTS}
     if image := os.environ.get(IMAGE_VARIABLE):
         told["image"] = image
     return {**told, "software": ", ".join([f"Python {platform.python_version()}", *_versions()])}

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from skd_lib.compare.trials import Trial
-from skd_lib.config import parse_section
+from skd_lib.config import parse_json, parse_section
 from skd_lib.parameters import from_parameters, to_struct
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 
@@ -15,16 +15,22 @@ from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 def main(
     trial: Annotated[str, typer.Option(help="The run, as JSON: {variant, seed, init, overrides: {FIELD: VALUE}}.")],
     config: Annotated[str, typer.Option(help="The configuration that all runs start from, as JSON.")],
+    model_fingerprints: Annotated[
+        str, typer.Option(help="Fingerprints of the models as preflight found them, as JSON: {REFERENCE: FINGERPRINT}.")
+    ] = "{}",
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Hand each later step its own section, as `preflight` does for a single run.
 
-    Output parameters: `student`, `seed`, `student_init_config`, `distill_config`, `label` and `init_label`.
+    Output parameters: `student`, `student_fingerprint`, `seed`, `student_init_config`, `distill_config`, `label` and
+    `init_label`.
     """
     one = parse_section(Trial, trial, where="--trial")
     settings = one.config(from_parameters(config, where="--config"))
+    known = parse_json(model_fingerprints, where="--model-fingerprints")
     io = StepIO(executor_input, {})
     io.parameter("student", settings.student or "")
+    io.parameter("student_fingerprint", known.get(settings.student or "", ""))
     io.parameter("seed", settings.seed)
     io.parameter("student_init_config", to_struct(settings.student_init))
     io.parameter("distill_config", to_struct(settings.distill))

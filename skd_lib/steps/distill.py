@@ -122,6 +122,7 @@ def main(
             task=task,
             seed=seed,
             checkpoint_root=checkpoint_root,
+            models={"student": student, "teacher": teacher},
             weights=weights,
         )
         model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
@@ -129,7 +130,9 @@ def main(
         if METHODS[settings.method].needs_teacher:
             precisions = settings.training.teacher_precision, settings.training.precision
             load_teacher = partial(fitting.load_frozen, teacher, precisions[0], computing=precisions[1])
-        result, figures = fit.run(model, load_teacher, tokenizer, prepared, io.input_uri("data", data), run)
+        result, figures, checkpoints = fit.run(
+            model, load_teacher, tokenizer, prepared, io.input_uri("data", data), run
+        )
         if not fitting.is_main_process():
             return
         lineage = Lineage(
@@ -156,7 +159,7 @@ def main(
     io.metadata("samples", sequences=len(result.traces), **metadata)
     io.parameter("course", _course(result, settings.training.batch_size))
     io.write()
-    fit.checkpoints(prepared).remove()
+    checkpoints.remove()
 
 
 def _sampling_and_loss(settings: DistillConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from skd_lib.data.prepared import PreparedData
+    from skd_lib.data.tokenize import TokenizedExample
     from skd_lib.memory import Estimate
     from skd_lib.models.precision import Resolved
     from skd_lib.tracking.runs import StepRun
@@ -52,7 +53,8 @@ class Fit:
         task: Template and limits.
         seed: Seed of everything random.
         checkpoint_root: See `CHECKPOINT_HELP`.
-        weights: Digests of the weights that go in, by name.
+        models: Folders of the models that go in, by name.
+        weights: Digests of their weights.
     """
 
     step: str
@@ -63,6 +65,7 @@ class Fit:
     task: TaskConfig
     seed: int
     checkpoint_root: str
+    models: dict[str, Path]
     weights: dict[str, str]
 
     @property
@@ -73,10 +76,20 @@ class Fit:
 
         return resolve_precision(self.training.precision, default_device())
 
-    def checkpoints(self, data: PreparedData) -> Checkpoints:
-        """The checkpoints of this very work."""
+    def checkpoints(self, tokens: Mapping[str, Sequence[TokenizedExample]], limits: Mapping[str, Any]) -> Checkpoints:
+        """The checkpoints of this very work.
+
+        What the models read goes into the key as token ids: whatever changes a prompt or a target changes it, be it the
+        data, the tokenizer, the chat template, the date in that or a limit on lengths, and nothing else does.
+
+        Args:
+            tokens: The training and validation examples.
+            limits: Ids that end and fill up sequences, and the longest answer.
+        """
         from skd_lib import __version__
+        from skd_lib.models.fingerprint import settings_digest
         from skd_lib.training.checkpoints import Checkpoints, checkpoint_key
+        from skd_lib.training.stored_teacher import examples_digest
 
         key = checkpoint_key(
             self.step,
@@ -86,10 +99,11 @@ class Fit:
             precision=self.precision,
             # Another number of nodes goes on from the same checkpoints.
             distill=None if self.distill is None else self.distill.model_dump(mode="json", exclude={"multinode"}),
-            task=self.task.model_dump(mode="json"),
             seed=self.seed,
-            data=data.fingerprint,
+            tokens={use: examples_digest(examples) for use, examples in tokens.items()},
+            limits=dict(limits),
             weights=self.weights,
+            settings={name: settings_digest(folder) for name, folder in self.models.items()},
         )
         root = self.checkpoint_root.rstrip("/")
         return Checkpoints(checkpoint_folder(root) / key, f"{root}/{key}" if is_remote(root) else "")
@@ -102,7 +116,7 @@ class Fit:
         data: PreparedData,
         data_uri: str,
         run: StepRun,
-    ) -> tuple[TrainResult, dict[str, float]]:
+    ) -> tuple[TrainResult, dict[str, float], Checkpoints]:
         """Train `student` in place.
 
         Args:
@@ -114,7 +128,7 @@ class Fit:
             run: The step's MLflow run.
 
         Returns:
-            The result, and the figures for the metrics artifact.
+            The result, the figures for the metrics artifact, and the checkpoints, to be removed when all is written.
 
         Raises:
             SkdError: see `skd_lib.training.run.train`.
@@ -122,6 +136,7 @@ class Fit:
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
         from skd_lib.memory import GIB, peak_memory
+        from skd_lib.models.fingerprint import settings_digest
         from skd_lib.models.special_ids import pad_id
         from skd_lib.steps.storing import EarlyTeacher
         from skd_lib.training.run import train
@@ -145,7 +160,7 @@ class Fit:
             else:
                 early = EarlyTeacher(
                     checkpoint_folder(self.checkpoint_root),
-                    self.weights["teacher"],
+                    f"{self.weights['teacher']} {settings_digest(self.models['teacher'])}",
                     load_teacher,
                     student,
                     self.distill,
@@ -158,6 +173,7 @@ class Fit:
                 else:
                     both = [*tokens[self.split], *tokens["validation"]]
                     signals = early.signals(both, pad_id=limits["pad_id"])
+        checkpoints = self.checkpoints({"train": tokens[self.split], "validation": tokens["validation"]}, limits)
         result = train(
             method=method,
             student=student,
@@ -169,7 +185,7 @@ class Fit:
             signals=signals,
             seed=self.seed,
             **limits,
-            checkpoints=self.checkpoints(data),
+            checkpoints=checkpoints,
             name=self.step,
             on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
         )
@@ -177,7 +193,7 @@ class Fit:
         planned = self._estimate(student, teacher)
         memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
         log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
-        return result, {**result_figures(result), **memory, "seconds": seconds}
+        return result, {**result_figures(result), **memory, "seconds": seconds}, checkpoints
 
     def _estimate(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Estimate:
         from skd_lib.memory import config_size, estimate
@@ -195,28 +211,39 @@ class Fit:
 
 
 def fine_tune(
-    fit: Fit, folder: Path, out: Path, *, base: str, title: str, data: PreparedData, data_uri: str, run: StepRun
-) -> tuple[dict[str, Any], dict[str, float]] | None:
-    """Fine-tune the model in `folder` on ground truth and save it to `out`, with a card.
+    fit: Fit,
+    out: Path,
+    *,
+    base: str,
+    title: str,
+    data: PreparedData,
+    data_uri: str,
+    run: StepRun,
+    loaded: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], dict[str, float], Checkpoints] | None:
+    """Fine-tune a model on ground truth and save it to `out`, with a card.
 
     Args:
-        fit: The training's settings; one digest in `weights`.
-        folder: The model as it comes in.
+        fit: The training's settings, with the one model that goes in.
         out: Where it is saved.
         base: What the model came from, for its card.
         title: Its card's title.
         data: Prepared data.
         data_uri: Where that is.
         run: The step's MLflow run.
+        loaded: Called once the model's files are read.
 
     Returns:
-        Metadata for the artifact, and figures; None on a process that writes no outputs.
+        Metadata for the artifact, figures, and the checkpoints, to be removed when the outputs are written; None on a
+        process that writes no outputs.
     """
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import load_tokenizer
 
+    (folder,) = fit.models.values()
     model, tokenizer = load_trainable(folder), load_tokenizer(folder)
-    result, figures = fit.run(model, None, tokenizer, data, data_uri, run)
+    loaded()
+    result, figures, checkpoints = fit.run(model, None, tokenizer, data, data_uri, run)
     if not is_main_process():
         return None
     lineage = Lineage(
@@ -234,7 +261,7 @@ def fine_tune(
         "data_fingerprint": data.fingerprint,
         "code_version": code_version(),
     }
-    return metadata, figures
+    return metadata, figures, checkpoints
 
 
 def input_digest(io: StepIO, name: str, path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, Switch, run_step
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, FINGERPRINT_HELP, StepIO, Switch, run_step
 
 
 def main(
@@ -21,6 +21,7 @@ def main(
         ),
     ],
     model_out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    fingerprint: Annotated[str, typer.Option(help=FINGERPRINT_HELP)] = "",
     trust_remote_code: Annotated[
         Switch, typer.Option(help="Take Python code along that comes with the model, to be run when it is loaded.")
     ] = Switch.false,
@@ -30,7 +31,13 @@ def main(
 ) -> None:
     """Fetch a model and save it in the Hugging Face layout: config, tokenizer, safetensors weights."""
     from skd_lib.models.files import describe, weights_digest
-    from skd_lib.models.references import LocalFolder, parse_reference, resolve_model
+    from skd_lib.models.references import (
+        LocalFolder,
+        check_unchanged,
+        model_fingerprint,
+        parse_reference,
+        resolve_model,
+    )
     from skd_lib.tracking.runs import step_run
 
     io = StepIO(executor_input, {"model": model_out})
@@ -40,13 +47,16 @@ def main(
     ) as run:
         # A user's own folder may be written to again; caches never change what they hold.
         own_folder = isinstance(parse_reference(model), LocalFolder)
-        folder = resolve_model(model, trust_remote_code=code)
+        fingerprint = fingerprint or model_fingerprint(model)
+        folder = resolve_model(model, fingerprint=fingerprint, trust_remote_code=code)
         import_folder(folder, model_out, link=not own_folder, code=code)
+        check_unchanged(model, fingerprint)  # nor while it was copied
         facts = describe(model_out, trust_remote_code=code)
         digest = weights_digest(model_out)
         run.log_metrics({name: float(value) for name, value in facts.items()})
-        run.set_tags({"weights_sha256": digest, "model_uri": io.output_uri("model"), "reference": model})
-    io.metadata("model", weights_sha256=digest, reference=model, **facts)
+        origin = {"weights_sha256": digest, "reference": model, "fingerprint": fingerprint}
+        run.set_tags({**origin, "model_uri": io.output_uri("model")})
+    io.metadata("model", **origin, **facts)
     io.write()
 
 

@@ -92,7 +92,12 @@ def main(
         run.log_artifact(report_out)
         run.set_tags({"data_source_fingerprint": report.data_fingerprint})
         report.raise_errors()
+        prints = {
+            "teacher": report.model_fingerprints.get(run_config.teacher, ""),
+            "student": report.model_fingerprints.get(run_config.student or "", ""),
+        }
     sections = {name: to_struct(getattr(run_config, name)) for name in SECTIONS}
+        run.set_tags({f"{role}_fingerprint": found for role, found in prints.items() if found})
     # COMET's settings go to its own step alone: if one changes, the models need not answer again.
     sections["comet"] = dict(sections["evaluation"])
     del sections["evaluation"]["comet"]
@@ -103,6 +108,9 @@ def main(
     io.parameter("data_fingerprint", report.data_fingerprint)
     io.parameter("trust_remote_code", run_config.trust_remote_code)
     io.write()
+    for role, found in prints.items():
+        io.parameter(f"{role}_fingerprint", found)
+    io.parameter("model_fingerprints", report.model_fingerprints)
 
 
 if __name__ == "__main__":

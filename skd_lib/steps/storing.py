@@ -29,7 +29,7 @@ class EarlyTeacher:
 
     Attributes:
         root: Folder for checkpoints.
-        digest: Of the teacher's weights.
+        digest: Of the teacher's weights and settings.
         load: Makes the teacher.
         student: Whose vocabulary counts.
         distill: How the teacher samples, and what is stored of it.

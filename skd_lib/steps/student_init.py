@@ -12,7 +12,7 @@ import typer
 from skd_lib.config import StudentInitConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps import fitting
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, run_step, step_name
+from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, FINGERPRINT_HELP, LABEL_HELP, StepIO, run_step, step_name
 from skd_lib.storage import check_checkpoint_root
 
 
@@ -29,6 +29,7 @@ def main(
             "student; empty for the modes that cut it from the teacher."
         ),
     ] = "",
+    fingerprint: Annotated[str, typer.Option(help=FINGERPRINT_HELP)] = "",
     config: Annotated[str, typer.Option(help="Section `student_init` of the run's config, as JSON.")] = "{}",
     task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
     seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
@@ -57,7 +58,13 @@ def main(
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.files import check_model_folder, weights_digest
-    from skd_lib.models.references import LocalFolder, parse_reference, resolve_model
+    from skd_lib.models.references import (
+        LocalFolder,
+        check_unchanged,
+        model_fingerprint,
+        parse_reference,
+        resolve_model,
+    )
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.steps.import_model import import_folder
     from skd_lib.tracking.runs import step_run
@@ -75,6 +82,8 @@ def main(
         "teacher_weights_sha256": fitting.input_digest(io, "teacher", teacher),
         "code_version": fitting.code_version(),
     }
+    if teacher_fingerprint := io.input_metadata("teacher").get("fingerprint"):
+        metadata["teacher_fingerprint"] = teacher_fingerprint
     params = {"seed": seed, "student": base, "student_init": settings.model_dump(mode="json", exclude_none=True)}
     figures: dict[str, float] = {"steps": 0}
     name = step_name("student_init", label)
@@ -89,7 +98,9 @@ def main(
                 digest = _cut(teacher, folder, settings, base)
                 figures["layers"] = (settings.keep_first or 0) + (settings.keep_last or 0)
             else:
-                folder = resolve_model(student)
+                fingerprint = fingerprint or model_fingerprint(student)
+                folder = resolve_model(student, fingerprint=fingerprint)
+                metadata["base_student_fingerprint"] = fingerprint
                 if problems := check_compatible(teacher, folder):
                     raise SkdErrors(problems)
                 digest = weights_digest(folder)
@@ -105,33 +116,35 @@ def main(
                     task=task,
                     seed=seed,
                     checkpoint_root=checkpoint_root,
+                    models={"student": folder},
                     weights={"student": digest},
                 )
                 tuned = fitting.fine_tune(
                     fit,
-                    folder,
                     student_out,
                     base=base,
                     title=f"Student, {'cut from its teacher and ' * settings.cuts}fine-tuned on the task",
                     data=prepared,
                     data_uri=io.input_uri("data", data),
                     run=run,
+                    loaded=lambda: None if settings.cuts else check_unchanged(student, fingerprint),
                 )
                 if tuned is None:
                     return
-                facts, trained = tuned
+                facts, trained, checkpoints = tuned
                 metadata |= facts
                 figures |= trained
             elif not settings.cuts:
                 # A user's own folder may be written to again; caches never change what they hold.
                 import_folder(folder, student_out, link=not isinstance(parse_reference(student), LocalFolder))
+                check_unchanged(student, fingerprint)  # nor while it was copied
         fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("initial_student"), **metadata})
 
     io.metadata("initial_student", **metadata)
     io.write()
     if settings.trains:
-        fit.checkpoints(prepared).remove()
+        checkpoints.remove()
 
 
 def _cut(teacher: Path, folder: Path, settings: StudentInitConfig, base: str) -> str:

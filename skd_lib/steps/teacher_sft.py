@@ -88,11 +88,11 @@ def main(
                 task=task,
                 seed=seed,
                 checkpoint_root=checkpoint_root,
+                models={"teacher": teacher},
                 weights={"teacher": digest},
             )
             tuned = fitting.fine_tune(
                 fit,
-                teacher,
                 teacher_out,
                 base=reference,
                 title="Teacher, fine-tuned on the task",
@@ -102,7 +102,7 @@ def main(
             )
             if tuned is None:
                 return
-            facts, figures = tuned
+            facts, figures, checkpoints = tuned
             metadata = {**known, "reference": reference, "method": "sft", **facts}
             fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("tuned_teacher"), **metadata})
@@ -110,7 +110,7 @@ def main(
     io.metadata("tuned_teacher", **metadata)
     io.write()
     if settings.enabled:
-        fit.checkpoints(prepared).remove()
+        checkpoints.remove()
 
 
 if __name__ == "__main__":

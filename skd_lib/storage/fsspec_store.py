@@ -99,6 +99,7 @@ def list_objects(uri: str) -> list[StoredObject]:
     """The object, or else those in the folder."""
     with _errors(uri):
         store, path = _open(uri)
+        store.invalidate_cache()
         found = {path: store.info(path)} if store.isfile(path) else _find(store, path)
         if not found:
             raise missing(uri)

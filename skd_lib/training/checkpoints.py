@@ -36,7 +36,7 @@ def checkpoint_key(step: str, **inputs: Any) -> str:
 
     Args:
         step: Name of the pipeline step.
-        **inputs: JSON values: configuration sections, seed, data fingerprint, digests of the models' weights.
+        **inputs: JSON values: configuration sections, seed, digests of what the models read and of the models.
     """
     canonical = json.dumps({"step": step, **inputs}, sort_keys=True)
     return f"{step}/{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"

@@ -123,3 +123,14 @@ def test_variant_hands_on_its_own_sections(tmp_path: Path, monkeypatch: pytest.M
     }
     assert handed_on["distill_config"]["method"] == "sft"
     assert handed_on["student_init_config"]["keep_last"] == 2
+
+
+@pytest.mark.parametrize("own", ["", "org/other"])
+def test_variant_hands_on_its_students_fingerprint(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    trial = {"variant": "a", "seed": 3, "overrides": {"student": own} if own else {}}
+    known = {"org/teacher": "commit:1", "org/student": "commit:2", "org/other": "commit:3"}
+    config = BASE | {"student": "org/student", "student_init": {"mode": "as_is"}}
+    compare_variant.main(trial=json.dumps(trial), config=json.dumps(config), model_fingerprints=json.dumps(known))
+    handed_on = json.loads((tmp_path / "executor_output.json").read_text())["parameterValues"]
+    assert handed_on["student_fingerprint"] == known[own or "org/student"]

@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GenerationConfig
 
+from skd_lib.errors import SkdError
 from skd_lib.models.files import load_tokenizer, weights_digest
 from skd_lib.models.loading import load_model
+from skd_lib.models.references import model_fingerprint
+from skd_lib.steps import import_model
 from skd_lib.steps.import_model import import_folder, main
 from tests.conftest import SaveTinyModel
 
@@ -42,10 +46,28 @@ def test_step_hands_on_a_whole_model(source: Path, tmp_path: Path) -> None:
     assert artifact["metadata"] == {
         "weights_sha256": weights_digest(source),
         "reference": str(source),
+        "fingerprint": model_fingerprint(str(source)),
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "vocab_size": 320,
         "context_length": 512,
     }
+
+
+def test_a_folder_that_changes_is_not_imported_as_another(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = model_fingerprint(str(source))
+    main(model=str(source), model_out=tmp_path / "good" / "model", fingerprint=seen)
+
+    def import_and_change(*arguments: Any, **options: Any) -> None:
+        import_folder(*arguments, **options)
+        (source / "generation_config.json").write_text("{}")
+
+    monkeypatch.setattr(import_model, "import_folder", import_and_change)
+    for _ in range(2):  # changed while it was copied, and before
+        with pytest.raises(SkdError, match="changed after preflight looked at it"):
+            main(model=str(source), model_out=tmp_path / "bad" / "model", fingerprint=seen)
+        assert not (tmp_path / "bad" / "executor_output.json").exists()
 
 
 def test_users_folder_is_copied_and_caches_are_linked(source: Path, tmp_path: Path) -> None:

@@ -110,16 +110,19 @@ def test_memory_is_estimated_for_the_precision_of_the_training(
 
 
 def test_other_precision_is_other_work(cpu_flags: CpuFlags, tmp_path: Path) -> None:
-    class Data:
-        fingerprint = "f"
-
     def key(precision: Precision = "auto") -> Path:
         options: dict[str, Any] = {"step": "teacher_sft", "method": "sft", "split": "train_teacher", "seed": 0}
         training = TrainingConfig(precision=precision)
         fit = fitting.Fit(
-            **options, training=training, distill=None, task=TaskConfig(), checkpoint_root=str(tmp_path), weights={}
+            **options,
+            training=training,
+            distill=None,
+            task=TaskConfig(),
+            checkpoint_root=str(tmp_path),
+            models={},
+            weights={},
         )
-        return fit.checkpoints(Data()).folder  # type: ignore[arg-type]
+        return fit.checkpoints({}, {}).folder
 
     cpu_flags("avx512_bf16")
     here = key()

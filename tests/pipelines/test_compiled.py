@@ -251,6 +251,10 @@ DISTILL = (*TASKS, "distill", "inputs")
             _set(*DISTILL, "parameters", value={}),
             "task distill in comp-exit-handler-1: input 'seed' of comp-distill has no value",
         ),
+        (
+            lambda spec: body(spec)["preflight"]["inputs"]["parameters"].pop("trials"),  # which has a default
+            "task preflight in comp-exit-handler-1: input 'trials' of comp-preflight has no value",
+        ),
         (_set(*TASKS, "distill", "dependentTasks", value=["nobody"]), "waits for task 'nobody', which does not exist"),
         (_set(*TASKS, "distill", "componentRef", "name", value="comp-x"), "component 'comp-x' does not exist"),
         (

@@ -47,7 +47,9 @@ def registered(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         "weights_sha256": "c" * 64,
         "teacher": "org/teacher@main",
         "teacher_weights_sha256": "d" * 64,
+        "teacher_fingerprint": "commit:" + "1" * 40,
         "base_student": "org/student",
+        "base_student_fingerprint": "sha256:" + "2" * 64,
         "initial_weights_sha256": "e" * 64,
         "method": "skd",
         "top_k": 25.0,
@@ -68,6 +70,7 @@ def test_everything_is_traced(registered: Path, store: str, client: MlflowClient
     assert (found.student.reference, found.student.sha256) == ("gs://bucket/student", "c" * 64)
     assert (found.teacher.reference, found.teacher.sha256) == ("org/teacher@main", "d" * 64)
     assert (found.base.reference, found.base.sha256) == ("org/student", "e" * 64)
+    assert (found.teacher.fingerprint, found.base.fingerprint) == ("commit:" + "1" * 40, "sha256:" + "2" * 64)
     assert found.distillation == {"method": "skd", "top_k": "25"}
     assert found.data_fingerprint == "f" * 64
     (read,) = found.data_objects

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ from tiny_task import run
 from transformers import AutoModelForCausalLM
 
 from skd_lib import storage
+from skd_lib.config import DataConfig
+from skd_lib.data.prepared import prepare
 from skd_lib.errors import SkdError
+from skd_lib.steps import teacher_sft
 from skd_lib.training.checkpoints import MARKER, Checkpoints, checkpoint_key
+from tests.conftest import SaveTinyModel
 from tests.gcs_emulator import emulated
 
 
@@ -71,6 +75,86 @@ def test_the_same_work_finds_its_checkpoints_and_other_work_does_not() -> None:
     assert key() == checkpoint_key("distill", config={"steps": 3, "learning_rate": 0.1}, seed=0)
     assert key().startswith("distill/")
     assert len({key(), key("teacher_sft"), key(seed=1), key(lr=0.2)}) == 4
+
+
+TRAINING = {"max_steps": 2, "batch_size": 2, "eval_steps": 2}
+TASK = {"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12, "metrics": ["chrf"]}
+
+
+class Stop(Exception):
+    """Instead of training."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, save_tiny_model: SaveTinyModel, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Where `teacher_sft` keeps its checkpoints, with something changed in the model's files or in the settings."""
+    places: list[str] = []
+
+    def stop(*, checkpoints: Checkpoints, **_: Any) -> None:
+        places.append(checkpoints.folder.name)
+        raise Stop
+
+    monkeypatch.setattr("skd_lib.training.run.train", stop)
+    rows = [{"source": f"le fichier {n} du compte {n * 7}", "target": f"the file {n}"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"type": "files", "train": [str(tmp_path / "rows.jsonl")]}
+    config = {"source": source, "near_duplicate_threshold": 1}
+    prepare(DataConfig.model_validate(config), tmp_path / "data", seed=0)
+    original = save_tiny_model(tmp_path / "original", layers=1)
+
+    def where(
+        change: Callable[[Path], object] = lambda _: None, *, seed: int = 0, training: Any = None, **task: Any
+    ) -> str:
+        teacher = tmp_path / f"teacher-{len(places)}"
+        shutil.copytree(original, teacher)
+        change(teacher)
+        with pytest.raises(Stop):
+            teacher_sft.main(
+                teacher=teacher,
+                data=tmp_path / "data",
+                checkpoint_root=str(tmp_path / "checkpoints"),
+                teacher_out=tmp_path / "out" / "model",
+                metrics_out=tmp_path / "out" / "metrics.json",
+                config=json.dumps({"training": TRAINING | (training or {})}),
+                task_config=json.dumps(TASK | task),
+                seed=seed,
+            )
+        return places[-1]
+
+    return where
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def test_checkpoints_belong_to_all_that_the_training_reads(place: Callable[..., str]) -> None:
+    day = edit("chat_template.jinja", "{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d %B %Y') }}")
+    others = [
+        place(),
+        place(edit("chat_template.jinja", "{{ bos_token }}", "{{ bos_token }}!")),
+        place(edit("tokenizer.json", '"normalizer": null', '"normalizer": {"type": "Prepend", "prepend": "x"}')),
+        place(edit("config.json", '"attention_dropout": 0.0', '"attention_dropout": 0.5')),
+        place(lambda folder: (folder / "modeling_own.py").write_text("")),
+        place(lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')),
+        place(day, date="2024-01-31"),
+        place(day, date="2024-02-01"),
+        place(prompt="say: {source}"),
+        place(max_new_tokens=6),
+        place(seed=1),
+        place(training={"learning_rate": 0.5}),
+        place(training={"lora": {"rank": 2}}),
+    ]
+    assert len(set(others)) == len(others)
+    # What changes no step of the training: the work goes on.
+    assert place(metrics=["bleu"], stop=["\n"], answer="boxed") == others[0]
+    assert place(lambda folder: (folder / "README.md").write_text("new")) == others[0]
+    assert place(day, date="2024-01-31") == others[6]
 
 
 def test_the_bucket_holds_what_the_folder_holds(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
