@@ -39,6 +39,11 @@ IMPORTED = (
 )
 """What most steps need."""
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")
+_AS_A_PROGRAM = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
 _NUMBER = 8  # bytes of one: how long a request is, a process's id, an exit code
 
 
@@ -108,6 +113,7 @@ class _Fork:
 
     def __init__(self, pid: int, stdout: TextIO, server: socket.socket) -> None:
         self.pid, self.stdout, self._server = pid, stdout, server
+        self._code: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code, negative for a signal; where the server was killed, the step was killed with it.
@@ -115,10 +121,12 @@ class _Fork:
         Raises:
             subprocess.TimeoutExpired: it still runs.
         """
-        if not select.select([self._server], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired("", timeout or 0.0)
-        code = _receive_number(self._server)
-        return -signal.SIGKILL if code is None else code
+        if self._code is None:
+            if not select.select([self._server], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("", timeout or 0.0)
+            code = _receive_number(self._server)
+            self._code = -signal.SIGKILL if code is None else code
+        return self._code
 
 
 def _serve(server: socket.socket) -> tuple[str, list[str]] | None:
@@ -133,12 +141,19 @@ def _serve(server: socket.socket) -> tuple[str, list[str]] | None:
         pid = os.fork()
         if pid == 0:
             server.close()
+            for number, handler in _AS_A_PROGRAM.items():
+                signal.signal(number, handler)
             if ask_the_kernel:
                 ask_the_kernel()
             os.setsid()  # as any step: Ctrl-C reaches the runner alone, and it stops the whole group
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.close(output)
+            # The streams that are there take their file for the server's log, which can be sought in.
+            sys.stdout, sys.stderr = (
+                open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+                for descriptor in (1, 2)
+            )
             os.environ.update(env)  # beside what the imports have set
             return module, arguments
         os.close(output)
@@ -169,6 +184,9 @@ def _receive_number(server: socket.socket) -> int | None:
 
 def main() -> None:
     """Import, then fork until the runner ends; what comes after it in a fork is the step."""
+    for number in _AS_A_PROGRAM:
+        # One that goes to all processes of a service is for the step: it dies with this process, at once.
+        signal.signal(number, signal.SIG_IGN)
     ending = _Ending()
     atexit.register(ending.leave)  # first, so that it is called last
     quieten()

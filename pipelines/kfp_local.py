@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import json
 import threading
 import warnings
@@ -27,9 +28,12 @@ from kfp.compiler import pipeline_spec_builder
 from kfp.local import cache, docker_task_handler, status, subprocess_task_handler
 from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
 from kfp.local.orchestrator import task_spec_utils
+from typing_extensions import override
 
 from pipelines.graph import COMPONENT_PREFIX, round_key
 from skd_lib.errors import SkdError
+from skd_lib.storage import write_text_atomic
+from skd_lib.uris import redacted
 
 HANDLER_ARGUMENTS = ("self", "image", "full_command", "pipeline_root", "runner", "env_vars")
 ROUND_ARGUMENTS = (
@@ -105,7 +109,7 @@ def run_locally(
     check_kfp()
     pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
     with (
-        log.open("a", encoding="utf-8") as sink,
+        contextlib.closing(_Chatter(log)) as sink,
         contextlib.redirect_stdout(sink),
         warnings.catch_warnings(action="ignore"),
         _replaced(executor),
@@ -113,6 +117,7 @@ def run_locally(
         local.init(
             local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False),
             pipeline_root=str(artifacts),
+            workspace_root=str(artifacts.parent / ".workspace"),  # kfp would make one among temporary files
             raise_on_error=False,
             enable_caching=True,
             cache_root=str(cache_folder),
@@ -182,13 +187,12 @@ def _replaced(executor: Executor) -> Iterator[None]:
         def get(self, key: str) -> dict[str, Any] | None:
             outputs: dict[str, Any] | None = super().get(key)
             if outputs is not None:
-                taken = self._seconds_file(key)
-                seconds = float(taken.read_text(encoding="utf-8")) if taken.is_file() else 0.0
+                seconds = _seconds(self._seconds_file(key))
                 executor.reused(self._current.component, plain_outputs(outputs), seconds)
             return outputs
 
         def put(self, key: str, outputs: dict[str, Any]) -> None:
-            self._seconds_file(key).write_text(str(executor.seconds(self._current.component)), encoding="utf-8")
+            write_text_atomic(self._seconds_file(key), str(executor.seconds(self._current.component)))
             super().put(key, outputs)
 
         def _seconds_file(self, key: str) -> Path:
@@ -210,6 +214,35 @@ def _replaced(executor: Executor) -> Iterator[None]:
         for place, part in originals.items():
             setattr(*place, part)
         cache.reset_local_cache_singleton()
+
+
+class _Chatter(io.TextIOBase):
+    """Takes what kfp prints. That a disk is full must not end a run for that.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    @override
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(redacted(text).encode())
+        return len(text)
+
+    @override
+    def close(self) -> None:
+        self._file.close()
+
+
+def _seconds(file: Path) -> float:
+    """What a cached step took; 0 where that is not known."""
+    try:
+        return float(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return 0.0
 
 
 def _with_item(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> Any:  # noqa: ARG001 - kfp's signature

@@ -6,6 +6,7 @@ runs/<name>/
   logs/           one file a step, kfp's own, and that of the process that steps are forks of
   artifacts/      what the steps wrote
   checkpoints/    training goes on from here after an interruption
+  tracking/       what MLflow has not taken yet
   .cache/         which outputs belong to which inputs
   report.html     the page
   summary.json    the figures on it
@@ -19,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -33,33 +35,22 @@ import filelock
 import yaml
 
 import skd_lib
+from pipelines import stopping
 from pipelines.compiling import set_image
 from pipelines.containers import Containers
 from pipelines.forking import ForkServer, can_fork
 from pipelines.graph import Step, read_steps, unrolled
-from pipelines.process import OnEvent, Outcome, Start, run_logged, watch
+from pipelines.process import OnEvent, Outcome, Start, StepFailed, run_logged, watch
 from pipelines.progress import Display
 from skd_lib import events
 from skd_lib.config import RunConfig
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, is_full_disk, unwritable
 from skd_lib.machine import usable_cores
 from skd_lib.parameters import to_parameters, to_struct
 from skd_lib.report.sources import PAGE, SUMMARY
 from skd_lib.storage import write_text_atomic
-
-
-class StepFailed(SkdError):
-    """A step of a local run failed.
-
-    Attributes:
-        step: Its name.
-        log: Its whole output.
-    """
-
-    def __init__(self, step: str, message: str, log: Path) -> None:
-        super().__init__(message, where=f"step {step}", hint=f"its whole output is in {log}")
-        self.step = step
-        self.log = log
+from skd_lib.tracking.buffer import FOLDER_VARIABLE, read_place, waiting_files
+from skd_lib.uris import redacted
 
 
 @dataclass(frozen=True)
@@ -108,6 +99,11 @@ class RunFolder:
     def cache(self) -> Path:
         """Which outputs belong to which inputs."""
         return self.root / ".cache"
+
+    @property
+    def records(self) -> Path:
+        """What steps have left for MLflow, which did not take it."""
+        return self.root / "tracking"
 
     @property
     def summary(self) -> Path:
@@ -207,16 +203,21 @@ class LocalRun:
         step = self.steps[component]
         if self.failure and not step.is_exit:
             return False
+        stopping.check()
         self.display.started(step.name)
         start = time.monotonic()
         log = self.folder.log_of(step.name)
-        log.write_text("", encoding="utf-8")
-        task_folder.mkdir(parents=True, exist_ok=True)
-        outcome = self.start(image, command, env, log, lambda event: self._on_event(step.name, event))
+        try:
+            log.write_text("", encoding="utf-8")
+            task_folder.mkdir(parents=True, exist_ok=True)
+            outcome = self.start(image, command, env, log, lambda event: self._on_event(step.name, event))
+        except OSError as error:
+            outcome = Outcome(1, str(unwritable(error, str(log))), ())
+        stopping.check()
         seconds = time.monotonic() - start
         if outcome.code != 0:
             self.display.failed(step.name, seconds)
-            failure = StepFailed(step.name, outcome.explain(), log)
+            failure = StepFailed(step.name, outcome.explain(), log, outcome.code)
             if step.iteration:
                 self.lost[step.iteration] = failure
             else:
@@ -242,6 +243,8 @@ class LocalRun:
     def _on_event(self, step: str, event: Mapping[str, Any]) -> None:
         if event["event"] == "progress":
             self.display.progress(step, event)
+        elif event["event"] == "note":
+            self.display.note(f"{step}: {event['message']}")
 
     def durations(self) -> dict[str, float]:
         """Seconds of every finished step, in the pipeline's order."""
@@ -382,6 +385,11 @@ def run_pipeline(
             folder.forget()
         local = local_pipeline(documents, containers.images if containers else None)
         settings = step_environment(folder.run_id(config, fresh=fresh))
+        settings[FOLDER_VARIABLE] = os.environ.get(FOLDER_VARIABLE) or str(folder.records)
+        if tracking_uri and waiting_files(str(folder.records)):
+            from skd_lib.tracking.link import resend
+
+            resend(str(folder.records), tracking_uri)
         steps = {step.component: step for step in unrolled(read_steps(local[0]), iterations)}
         starting: contextlib.AbstractContextManager[Start] = (
             contextlib.nullcontext(containers.starter(settings))
@@ -412,15 +420,34 @@ def run_pipeline(
             except Exception as error:
                 if run.failure:
                     raise run.failure from error
+                if isinstance(error, OSError) or is_full_disk(error):
+                    raise unwritable(error, str(folder.root)) from error
                 with kfp_log.open("a", encoding="utf-8") as file:
-                    traceback.print_exc(file=file)
+                    file.write(redacted(traceback.format_exc()))
                 raise SkdError(
                     f"kfp could not run the pipeline: {type(error).__name__}: {error}",
                     hint=f"kfp's own log is {kfp_log}",
                 ) from error
+            finally:
+                _tell_of_records(folder, display)
         if run.failure:
             raise run.failure
         return run
+
+
+def _tell_of_records(folder: RunFolder, display: Display) -> None:
+    """Say which steps' records MLflow has not taken."""
+    files = waiting_files(str(folder.records))
+    if files:
+        steps: list[str] = []
+        for file in files:
+            with contextlib.suppress(SkdError):
+                steps.append(read_place(Path(file)).step)
+        display.note(
+            f"MLflow has not taken the records of {', '.join(sorted(set(steps)))}, which wait in {folder.records}. "
+            "Once it answers, run the same command again, or "
+            f"`skd track replay {shlex.quote(str(folder.records))}/*.jsonl`"
+        )
 
 
 def _read_outputs(task_folder: Path) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +18,14 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
 
 from skd_lib import events
+from skd_lib.errors import SkdError
+from skd_lib.uris import redactor
 
 PR_SET_PDEATHSIG = 1
 LOGGED_PROGRESS_SECONDS = 10.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 600.0
+"""What a step is given to save its work; whoever does not want to wait sends a second signal."""
+KILL_SECONDS = 10.0
 TAIL_LINES = 15
 
 
@@ -48,6 +54,22 @@ class Outcome:
         return "\n".join([f"the process ended with exit code {self.code}; its last lines:", *self.tail])
 
 
+class StepFailed(SkdError):
+    """A step of a local run failed.
+
+    Attributes:
+        step: Its name.
+        log: Its whole output.
+        code: Its exit code.
+    """
+
+    def __init__(self, step: str, message: str, log: Path, code: int = 1) -> None:
+        super().__init__(message, where=f"step {step}", hint=f"its whole output is in {log}")
+        self.step = step
+        self.log = log
+        self.code = code
+
+
 OnEvent: TypeAlias = Callable[[dict[str, Any]], None]
 """Takes an event of a step, see `skd_lib.events`."""
 Start: TypeAlias = Callable[[str, list[str], Mapping[str, str], Path, OnEvent], Outcome]
@@ -74,7 +96,7 @@ def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_
 
     (On Linux. Elsewhere it ends when it next writes to its closed output.)
     """
-    with subprocess.Popen(
+    child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -85,23 +107,32 @@ def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_
         env=dict(env),
         start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group
         preexec_fn=die_with_parent(os.getpid()),
-    ) as child:
-        return watch(child, log=log, on_event=on_event)
+    )
+    return watch(child, log=log, on_event=on_event)
 
 
 def watch(child: Child, *, log: Path, on_event: OnEvent) -> Outcome:
     """Wait for a child's end.
 
     Its output goes to `log`, event lines (`skd_lib.events`) to `on_event`. If the caller is interrupted, the child and
-    its children are stopped before the interruption goes on.
+    its children are stopped before the interruption goes on; if it is interrupted again, at once.
+
+    Raises:
+        OSError: the log cannot be written; the child is stopped.
     """
     assert child.stdout is not None  # noqa: S101 - it is piped
     try:
         error, tail = follow(child.stdout, log, on_event)
-        return Outcome(child.wait(), error, tail)
+        outcome = Outcome(child.wait(), error, tail)
     except BaseException:
+        # A child whose output nobody reads any more would wait for that, and not end.
+        reader = threading.Thread(target=_read_on, args=(child.stdout, log), daemon=True)
+        reader.start()
         _stop(child)
+        reader.join(KILL_SECONDS)
         raise
+    child.stdout.close()
+    return outcome
 
 
 def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tuple[str, ...]]:
@@ -109,16 +140,18 @@ def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tup
 
     Returns:
         The step's own error sentence (empty if it gave none), and the last lines of its text.
+
+    Raises:
+        OSError: the log cannot be written.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     error = ""
     logged = 0.0
-    with log.open("a", encoding="utf-8") as file:
-        for line in lines:
+    with log.open("ab", buffering=0) as file:
+        for line in map(redactor(), lines):
             event = events.parse(line)
             if event is None:
-                file.write(line)
-                file.flush()
+                _write(file, line, log)
                 if line.strip():
                     tail.append(line.rstrip())
                 continue
@@ -128,8 +161,7 @@ def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tup
                 time.monotonic() - logged >= LOGGED_PROGRESS_SECONDS or event["done"] >= event["total"]
             ):
                 logged = time.monotonic()
-                file.write(f"{event['what']} {progress_text(event)}\n")
-                file.flush()
+                _write(file, f"{event['what']} {progress_text(event)}\n", log)
             on_event(event)
     return error, tuple(tail)
 
@@ -151,19 +183,46 @@ def die_with_parent(parent: int) -> Callable[[], None] | None:
 
     def ask() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does with it: it stops a step
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
 
     return ask
 
 
+def _write(file: IO[bytes], text: str, path: Path) -> None:
+    """Write a text whole, or raise an error that names the file."""
+    content = text.encode()
+    try:
+        written = file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+    if written < len(content):  # the disk took a part, the next byte would not fit
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _read_on(lines: IO[str], log: Path) -> None:
+    """Read what a child says while it is stopped."""
+    with contextlib.suppress(OSError, ValueError), log.open("ab", buffering=0) as file:
+        for line in map(redactor(), lines):
+            if events.parse(line) is None:
+                with contextlib.suppress(OSError):
+                    file.write(line.encode())
+
+
 def _stop(child: Child) -> None:
-    """End the child's process group: politely, then not."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        try:
-            child.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-        return
+    """End the child's process group: politely; at once if it takes too long, or if this is interrupted."""
+    try:
+        _signal_group(child, signal.SIGTERM)
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        _signal_group(child, signal.SIGKILL)  # what the step has left behind, or all of it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(KILL_SECONDS)
+
+
+def _signal_group(child: Child, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)

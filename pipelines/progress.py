@@ -45,6 +45,10 @@ class Display(ABC):
     def failed(self, step: str, seconds: float) -> None:
         """A step has failed."""
 
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """Something that a person should know, though the run goes on."""
+
 
 def display_for(console: Console, title: str, total: int) -> Display:
     """Bars where somebody watches, lines where the output goes to a file."""
@@ -95,6 +99,10 @@ class PlainDisplay(Display):
     @override
     def failed(self, step: str, seconds: float) -> None:
         self._say(f"[{self.done + 1}/{self.total}] {step}: FAILED after {duration(seconds)}")
+
+    @override
+    def note(self, text: str) -> None:
+        self._say(f"note: {text}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -155,6 +163,10 @@ class LiveDisplay(Display):
     def failed(self, step: str, seconds: float) -> None:
         self._remove_current()
         self._bars.console.print(f"[red]✗[/] {step:<28} {duration(seconds):>12}", highlight=False)
+
+    @override
+    def note(self, text: str) -> None:
+        self._bars.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _remove_current(self) -> None:
         if self._current is not None:

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -48,11 +48,21 @@ def redacted(text: str) -> str:
     Removed are those of all URLs in it, and wherever they stand those that this process knows: of URLs in its
     environment and on its command line, and the values of variables that are named as secrets are.
     """
-    for secret in _known():
-        text = text.replace(secret, HIDDEN)
-    if "://" in text:
-        text = _USER.sub(rf"\1{HIDDEN}@", text)
-    return _QUERY.sub(rf"\1{HIDDEN}", text) if "=" in text else text
+    return redactor()(text)
+
+
+def redactor() -> Callable[[str], str]:
+    """Return `redacted` for many texts, with the secrets that this process knows now."""
+    known = _known()
+
+    def redact(text: str) -> str:
+        for secret in known:
+            text = text.replace(secret, HIDDEN)
+        if "://" in text:
+            text = _USER.sub(rf"\1{HIDDEN}@", text)
+        return _QUERY.sub(rf"\1{HIDDEN}", text) if "=" in text else text
+
+    return redact
 
 
 @contextmanager
@@ -74,11 +84,11 @@ class Redacted:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self._redact = stream, redactor()
 
     def write(self, text: str) -> int:
         """Write a text; returns its length."""
-        self._stream.write(redacted(text))
+        self._stream.write(self._redact(text))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:

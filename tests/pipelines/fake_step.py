@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from skd_lib import events
 from skd_lib.steps.runtime import StepIO
+
+
+def save() -> None:
+    """What training does on SIGTERM, with much to say."""
+    print("saving\n" * 50_000, flush=True)
+    Path(os.environ["FAKE_STEP_JOURNAL"]).with_name("saved").touch()
+    sys.exit(75)
 
 
 def main() -> None:
@@ -31,6 +39,17 @@ def main() -> None:
     if behaviour == "hang":
         print("hanging", flush=True)
         time.sleep(120)
+    if behaviour == "save":
+        signal.signal(signal.SIGTERM, lambda *_: save())
+        print("hanging", flush=True)
+        time.sleep(120)
+    if behaviour == "refuse":
+        signal.signal(signal.SIGTERM, lambda *_: print("refusing", flush=True))
+        print("hanging", flush=True)
+        for _ in range(1200):
+            time.sleep(0.1)
+    if behaviour == "note":
+        events.note(f"records go to {os.environ['SKD_TRACKING_BUFFER']}")
     progress = events.Progress("working", 3)
     for done in (1, 2, 3):
         progress.update(done, loss=1 / done)

@@ -58,6 +58,18 @@ def test_a_fork_has_its_own_arguments_environment_session_and_output(server: For
         assert seen["left"] is None  # by the fork before
 
 
+def test_a_signal_to_all_processes_of_a_service_ends_steps_but_not_the_server(server: ForkServer, tmp_path: Path):
+    def end(event: dict[str, Any]) -> None:
+        os.kill(server._process.pid, signal.SIGTERM)
+        os.kill(event["pids"][0], signal.SIGTERM)
+        os.kill(event["pids"][1], signal.SIGTERM)
+
+    child = server.start(MODULE, ["hang"], environment())
+    assert child is not None
+    assert watch(child, log=tmp_path / "log", on_event=end).code == -signal.SIGTERM
+    assert run(server, tmp_path, "look")[0].code == 0
+
+
 def test_everything_that_should_have_been_imported_has_been(server: ForkServer, tmp_path: Path):
     modules = json.loads(run(server, tmp_path, "look")[1].splitlines()[-1])["modules"]
     assert set(forking.IMPORTED) <= set(modules)

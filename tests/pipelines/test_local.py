@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -15,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import skd_lib
+from pipelines import kfp_local, stopping
 from pipelines.graph import count_steps, read_steps
 from pipelines.local import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
 from pipelines.progress import LiveDisplay, PlainDisplay, duration
@@ -56,9 +59,8 @@ def run(folder: Path, run_config: RunConfig | None = None, **options: Any) -> tu
         RunFolder.create(folder / "runs", "fake"),
         documents,
         PlainDisplay(Console(file=screen, width=200), 4),
-        tracking_uri="",
         experiment="skd",
-        **options,
+        **{"tracking_uri": "", **options},
     )
     return finished, screen.getvalue()
 
@@ -217,6 +219,129 @@ def test_ended_run_leaves_no_child(tmp_path: Path, journal: Path, number: signal
     assert runner.wait(20) != 0
     wait_until(lambda: not is_alive(child))
     run(tmp_path)  # the lock is free, and the run goes on
+
+
+STOPPABLE_RUN = """
+import sys, typer
+from pathlib import Path
+from pipelines.stopping import ends_told
+from tests.pipelines.test_local import run
+try:
+    with ends_told("skd run 'my run.yaml'"):
+        run(Path(sys.argv[1]), first_does=sys.argv[2])
+except typer.Exit as end:
+    sys.exit(end.exit_code)
+"""
+
+
+def started(folder: Path, behaviour: str, *, ignored: signal.Signals | None = None) -> subprocess.Popen[str]:
+    (folder / "temporary").mkdir()
+    runner = subprocess.Popen(
+        [sys.executable, "-c", STOPPABLE_RUN, str(folder), behaviour],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder / "temporary")},
+        preexec_fn=(lambda: signal.signal(ignored, signal.SIG_IGN)) if ignored else None,
+    )
+    log = folder / "runs/fake/logs/make.log"
+    wait_until(lambda: log.is_file() and "hanging" in log.read_text())
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("number", "ignored", "code"),
+    [(signal.SIGTERM, signal.SIGINT, 75), (signal.SIGINT, None, 130)],
+)
+def test_a_signal_lets_the_step_save_and_leaves_nothing(
+    tmp_path: Path, journal: Path, number: signal.Signals, ignored: signal.Signals | None, code: int
+):
+    runner = started(tmp_path, "save", ignored=ignored)
+    runner.send_signal(number)
+    _, errors = runner.communicate(timeout=30)
+    assert (tmp_path / "saved").exists()
+    assert runner.returncode == code, errors
+    assert f"stopped by {number.name}. Finished steps and checkpoints are kept: `skd run 'my run.yaml'`" in errors
+    assert (tmp_path / "runs/fake/logs/make.log").read_text().count("saving") == 50_000
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not is_alive(int(journal.read_text().split()[1]))
+    assert executed(journal) == ["first"]
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path: Path, journal: Path):
+    runner = started(tmp_path, "refuse")
+    runner.send_signal(signal.SIGTERM)
+    log = tmp_path / "runs/fake/logs/make.log"
+    wait_until(lambda: "refusing" in log.read_text())
+    assert runner.poll() is None
+    runner.send_signal(signal.SIGTERM)
+    runner.communicate(timeout=10)
+    assert runner.returncode == 75
+    assert not is_alive(int(journal.read_text().split()[1]))
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_signal_that_python_lost_ends_the_run_at_the_next_step(tmp_path: Path, journal: Path):
+    with stopping.stoppable():
+        with contextlib.suppress(stopping.Stopped):  # as a destructor would
+            signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert executed(journal) == []
+    run(tmp_path)
+
+
+def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(tmp_path: Path, journal: Path):
+    logs = RunFolder.create(tmp_path / "runs", "fake").logs
+    for name in ("make.log", "kfp.log", "finish.log"):
+        (logs / name).symlink_to("/dev/full")
+    with pytest.raises(StepFailed) as failure:
+        run(tmp_path)
+    assert f"step make: {logs}/make.log: cannot be written: No space left on device" in str(failure.value)
+    assert "free some space there" in str(failure.value)
+    for link in logs.iterdir():
+        link.unlink()
+    run(tmp_path)
+    assert executed(journal)[-4:] == ["first", "second", "second", "last"]
+
+
+def test_a_full_disk_outside_of_steps_is_a_sentence(tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/fake/artifacts")
+
+    monkeypatch.setattr(kfp_local, "run_locally", full)
+    with pytest.raises(SkdError) as failure:
+        run(tmp_path)
+    assert str(failure.value).startswith("/runs/fake/artifacts: cannot be written: No space left on device")
+    assert "run the same command again" in failure.value.hint
+
+
+def test_a_cache_entry_without_its_seconds_is_still_used(tmp_path: Path, journal: Path):
+    run(tmp_path)
+    for file in (tmp_path / "runs/fake/.cache").glob("*.seconds"):
+        file.write_text("")
+    finished, _ = run(tmp_path)
+    assert finished.reused_steps == {"make", "use"}
+
+
+def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
+    tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch
+):
+    records = RunFolder.create(tmp_path / "runs", "fake").records
+    records.mkdir()
+    place = {"tracking_uri": "http://m", "experiment": "e", "pipeline_run_id": "r", "step": "distill", "run_name": None}
+    (records / "a.jsonl").write_text(json.dumps({**place, "mlflow_run_id": "", "started": 1}) + "\n")
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr("skd_lib.tracking.link.resend", lambda *call: asked.append(call))
+    _, screen = run(tmp_path, second_does="note", tracking_uri="http://m")
+    assert asked == [(str(records), "http://m")]
+    assert f"MLflow has not taken the records of distill, which wait in {records}" in screen
+    assert f"`skd track replay {records}/*.jsonl`" in screen
+    assert f"note: report: records go to {records}" in screen  # each step leaves its own there
+    (records / "a.jsonl").unlink()
+    _, screen = run(tmp_path, tracking_uri="http://m")
+    assert len(asked) == 1
+    assert "has not taken" not in screen
 
 
 def is_alive(pid: int) -> bool:

@@ -198,6 +198,7 @@ def test_finish_sends_what_its_run_left_in_order_and_closes_it(
     children: Runs,
     parents: Runs,
     left: Path,
+    tmp_path: Path,
     break_store: Callable[[Callable[[], str]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -216,6 +217,7 @@ def test_finish_sends_what_its_run_left_in_order_and_closes_it(
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     break_store(lambda: "")
     monkeypatch.setattr(link, "replay", lambda path, uri: order.append(read_place(path).step) or replay(path, uri))
+    monkeypatch.chdir(tmp_path)  # a step by hand writes its outputs there
     for _ in range(2):  # the second time nothing is left to send
         app = typer.Typer()
         app.command()(finish.main)
