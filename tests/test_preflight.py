@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
@@ -14,16 +16,22 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from pipelines.local import RunFolder
 from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig
+from skd_lib.data.examples import make_example
 from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError
 from skd_lib.memory import Estimate, available_memory, estimates, model_size
 from skd_lib.methods import reads_setting, unread_settings
 from skd_lib.models.fingerprint import short
 from skd_lib.models.references import model_fingerprint
-from skd_lib.preflight import Check, PreflightReport, run_checks
+from skd_lib.preflight import Check, PreflightReport, dates, run_checks
+from skd_lib.preflight import data as preflight_data
+from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.models import Model, check_model
 from skd_lib.steps import preflight, prepare_data
 from tests.conftest import CpuFlags, SaveTinyModel
+from tests.gcs_emulator import emulated
 from tests.multinode.fake_kubernetes import running
 
 ROWS = [{"source": f"le fichier {i} et {i * i}", "target": f"the file {i} and {i * i}"} for i in range(40)]
@@ -203,7 +211,8 @@ def test_rows_of_one_form_are_kept_and_what_splits_lose_is_told(values: dict[str
     def losses(texts: list[str]) -> dict[str, Check]:
         rows = [json.dumps({"source": f"{text}, 12 Harbour Road.", "target": f"SELECT '{text}'"}) for text in texts]
         (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-        return {found.name: found for found in check(values, tmp_path).checks if found.name.endswith((" losses", "data"))}
+        report = check(values, tmp_path)
+        return {found.name: found for found in report.checks if found.name.endswith((" losses", "data"))}
 
     form = "Please convert this order of Miller and Sons Ltd for the table of orders into a statement, number"
     found = losses([f"{form} {i}" for i in range(40)])
@@ -212,7 +221,7 @@ def test_rows_of_one_form_are_kept_and_what_splits_lose_is_told(values: dict[str
     texts = [f"{form} {letter}" for letter in letters]
     found = losses(texts)
     assert found["train losses"].level == "error"
-    assert "20 of 20 rows (100%) are left out: 20 resembles a held-out row" in found["train losses"].what
+    assert "20 of 20 rows (100%) are left out: 20 resemble a held-out row" in found["train losses"].what
     assert found["train losses"].what.count("is like") == 3
     assert "near_duplicate_threshold" in found["train losses"].hint
     distinct = [f"{letter * 20} {i} {letter * 30}" for i, letter in enumerate(letters)]
@@ -239,12 +248,16 @@ def test_special_tokens_in_inputs_are_counted(values: dict[str, Any], tmp_path: 
 
 
 def test_long_rows_are_tokenised_in_part(values: dict[str, Any], tmp_path: Path) -> None:
-    rows = [{"source": f"{i} " + "mot " * 400_000, "target": "word " * 400_000} for i in range(12)]
+    rows = [{"source": f"{i} " + "mot " * 20_000, "target": "word " * 20_000} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     values["data"]["near_duplicate_threshold"] = 1
     found = {found.name: found for found in check(values, tmp_path).checks}
     assert found["train lengths"].level == "error"
     assert "10 have prompts over 96 tokens" in found["train lengths"].what
+    endless = [make_example("x" * 4_000_000, "y" * 4_000_000)] * 300
+    sample = preflight_data._sample(endless, RunConfig.model_validate(values).task)
+    assert len(sample) == 200
+    assert sum(len(row.source) + len(row.target) for row in sample) < 1_000_000
 
 
 def test_batches_that_do_not_divide_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
@@ -581,3 +594,81 @@ def test_a_chat_template_that_never_ends_or_changes_rows_is_an_error(
     assert [(error.name, error.what) for error in found] == [
         ("student", "the chat template does not end: given up after 1 s")
     ]
+
+
+@pytest.fixture
+def today(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def be(date: str) -> None:
+        monkeypatch.setattr(dates, "_today", lambda: date)
+
+    be("2024-01-31")
+    return be
+
+
+def printing_the_date(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The configuration, with a student whose chat template prints the date."""
+    student = tmp_path / "dated"
+    shutil.copytree(values["student"], student)
+    template = (student / "chat_template.jinja").read_text()
+    dated = template.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d %B %Y') }}\n")
+    (student / "chat_template.jinja").write_text(dated)
+    return values | {"student": str(student)}
+
+
+def test_a_date_that_is_printed_is_fixed_for_a_run_and_its_repetitions(
+    values: dict[str, Any], tmp_path: Path, today: Callable[[str], None]
+) -> None:
+    config = RunConfig.model_validate(printing_the_date(values, tmp_path))
+    plain, dated = (check_model(Checks(), "student", str(each), config) for each in (values["student"], config.student))
+    assert plain is not None
+    assert dated is not None
+    checks, root = Checks(), str(tmp_path / "checkpoints")
+
+    def date(root: str = root, model: Model = dated, config: RunConfig = config) -> str:
+        return dates.check_date(checks, [plain, model], config, root)
+
+    assert date(model=plain) == ""
+    assert not Path(root).exists()
+    assert date() == "2024-01-31"
+    (found,) = checks.found
+    assert (found.level, found.where) == ("warning", "task.date")
+    assert "in all prompts of this run it is 2024-01-31" in found.what
+    assert "set it, e.g. to 2024-01-31" in found.hint
+    today("2024-02-01")
+    assert date() == "2024-01-31"  # as the checkpoints there
+    assert date(str(tmp_path / "elsewhere")) == date("") == "2024-02-01"
+    pinned = config.model_copy(update={"task": config.task.model_copy(update={"date": "2020-02-02"})})
+    assert date(config=pinned) == "2020-02-02"
+    with emulated("dates"):
+        assert date("gs://dates/checkpoints") == "2024-02-01"
+        today("2024-02-02")
+        assert date("gs://dates/checkpoints") == "2024-02-01"
+    (tmp_path / "checkpoints" / dates.KEPT_IN).write_text("no date")
+    assert date() == "2024-02-02"
+    RunFolder(tmp_path).forget()  # --fresh
+    today("2024-02-03")
+    assert date() == "2024-02-03"
+
+
+def test_a_held_out_set_alone_may_print_the_date(
+    values: dict[str, Any], tmp_path: Path, today: Callable[[str], None]
+) -> None:
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text('{"source": "a", "target": "b"}\n')
+    held_out = {"name": "other", "source": {"type": "files", "files": [str(rows)]}, "task": {"chat_template": True}}
+    values = printing_the_date(values, tmp_path)
+    values["task"] = values["task"] | {"chat_template": False}
+    assert check(values, tmp_path).date == ""
+    values["data"] = values["data"] | {"held_out": [held_out]}
+    assert check(values, tmp_path).date == "2024-01-31"
+
+
+def test_preflight_hands_on_the_date(values: dict[str, Any], tmp_path: Path, today: Callable[[str], None]) -> None:
+    preflight.main(
+        config=json.dumps(printing_the_date(values, tmp_path)),
+        checkpoint_root=str(tmp_path / "checkpoints"),
+        report_out=tmp_path / "preflight" / "report.md",
+    )
+    parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
+    assert parameters["task_config"]["date"] == parameters["run_config"]["task"]["date"] == "2024-01-31"
+    assert "2024" not in json.dumps(parameters["data_config"])

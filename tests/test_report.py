@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from skd_lib.errors import SkdError
+from skd_lib.report.page import render_page
 from skd_lib.report.render import duration, render, sparkline, to_markdown
 from skd_lib.report.summary import Comet, Course, Role, Scores, Specdec, Summary, build_summary
 
@@ -211,3 +212,36 @@ def test_a_file_that_is_no_summary_is_named(tmp_path: Path) -> None:
     with pytest.raises(SkdError, match="field `models`: this field is required") as caught:
         Summary.read(tmp_path / "summary.json")
     assert "summary.json" in str(caught.value)
+
+
+def test_what_the_data_lost_is_told(summary: Summary) -> None:
+    assert "Left out" not in printed(summary)
+    assert "Rows left out" not in to_markdown(summary)
+    losses = {
+        "train": {"rows": 160.0, "lost": {"repeated": 9.0, "resembles a held-out row": 150.0}},
+        "test": {"rows": 20, "lost": {}},
+    }
+    with_losses = Summary.model_validate(summary.to_dict() | {"losses": losses})
+    assert "Left out of train: 159 (99%) of 160 rows" in printed(with_losses, width=200)
+    assert "Left out of test" not in printed(with_losses)
+    assert "| train | 160 | 159 (99%) | 9 repeated, 150 resemble a held-out row |" in to_markdown(with_losses)
+    page = render_page(with_losses)
+    assert "99% of train is left out." in page
+    assert "150 resemble a held-out row" in page
+    assert Summary.model_validate_json(with_losses.to_json()) == with_losses
+
+
+def test_what_rests_on_few_examples_is_marked_and_said(summary: Summary) -> None:
+    assert "†" not in to_markdown(summary)
+    few = Scores.model_validate(
+        {"chrf": {"score": 30, "low": 20, "high": 40, "caution": "3 examples are too few"}, "examples": 3}
+    )
+    test = Comparison(a="student_after", b="student_before", metric="chrf", difference=20, low=20, high=20, n=3)
+    small = build_summary(
+        task_metric="chrf", scores={"student_after": few}, specdec={}, course=Course(), comparisons=[test]
+    )
+    assert Summary.model_validate(small.to_dict()) == small
+    for shown in (to_markdown(small), printed(small, 200)):
+        assert "30.0 [20.0, 40.0]†" in shown
+        assert "† 3 examples are too few." in shown
+        assert "Paired tests are withheld (under 20 examples)" in shown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,13 +50,36 @@ class Loss:
         return {"rows": self.rows, "lost": {reason: count for reason, count in self.reasons.items() if count}}
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.items() if count)
+        reasons = in_words(self.reasons)
         about, looked = "", ""
         if self.looked_at is not None:
             about, looked = "about ", f" (near copies were looked for in {self.looked_at:,} rows)"
         return (
             f"{about}{self.lost:,} of {self.rows:,} rows ({self.share:.0%}) are left out: {reasons or 'none'}{looked}"
         )
+
+
+def in_words(reasons: Mapping[str, int]) -> str:
+    """How many rows were left out, and why, on one line."""
+    return ", ".join(
+        f"{count:,} {reason if count == 1 else reason.replace('resembles', 'resemble')}"
+        for reason, count in reasons.items()
+        if count
+    )
+
+
+def with_long_prompts(losses: Mapping[str, Any], split: str, rows: int, count: int) -> dict[str, Any]:
+    """Losses as `prepare_data` described them (`Loss.to_dict`), and what a training left out on top of that.
+
+    Args:
+        losses: By split.
+        split: A split that was trained on.
+        rows: How many examples it has.
+        count: How many of them have prompts over the limit.
+    """
+    known = losses.get(split, {"rows": rows, "lost": {}})
+    lost = known["lost"] | ({"prompt over max_prompt_tokens": count} if count else {})
+    return {**losses, split: {"rows": known["rows"], "lost": lost}}
 
 
 def complaint(name: str, loss: Loss) -> SkdError | None:

@@ -16,8 +16,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from skd_lib.data.losses import WARN_ABOVE
 from skd_lib.report import figures, viewer, views
-from skd_lib.report.render import FEW_REPLACED, same_output
+from skd_lib.report.render import FEW_REPLACED, loss_rows, same_output
 from skd_lib.report.samples import SampledSequence
 from skd_lib.report.summary import Summary
 from skd_lib.report.untrusted import visible
@@ -43,6 +44,8 @@ def render_page(summary: Summary, samples: Sequence[SampledSequence] = ()) -> st
             views=views,
             figures=figures,
             same_output=same_output,
+            loss_rows=loss_rows,
+            much_lost=WARN_ABOVE,
             steps=viewer.step_views(samples),
             shares_chart=viewer.shares_chart,
             few_replaced=0 < sum(rates) < FEW_REPLACED * len(rates),

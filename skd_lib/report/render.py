@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from skd_lib.data.losses import WARN_ABOVE, in_words
 from skd_lib.report.curves import groups
 from skd_lib.report.summary import Course, Role, Specdec, Summary
 
@@ -47,6 +48,7 @@ def render(summary: Summary) -> RenderableType:
     if summary.specdec:
         parts.append(_specdec_table(summary))
     parts += [Padding(line, (0, 2)) for line in _course_texts(summary.course)]
+    parts += [Padding(line, (0, 2)) for line in _loss_texts(summary)]
     if summary.seconds:
         parts += [Text(), _seconds_table(summary.seconds)]
     return Group(*parts)
@@ -77,6 +79,9 @@ def to_markdown(summary: Summary) -> str:
     course = _course_texts(summary.course)
     if course:
         lines += ["", "## Course of the distillation", "", *(f"- {text.plain}" for text in course)]
+    if summary.losses:
+        lines += ["", "## Rows left out of the data", ""]
+        lines += _markdown_table(["split", "rows", "left out", "why"], loss_rows(summary))
     if summary.seconds:
         lines += ["", "## Time", ""]
         lines += _markdown_table(
@@ -235,6 +240,28 @@ def _course_texts(course: Course) -> list[Text]:
         figures = f" {losses[0]:.3f} -> {losses[-1]:.3f} (best {losses[best]:.3f}{at})"
         texts.append(Text.assemble("Validation loss ", (sparkline(losses), "cyan"), figures))
     return texts
+
+
+def loss_rows(summary: Summary) -> list[list[str]]:
+    """What each split of the data lost: its name, its rows, how many are left out, and why."""
+    return [
+        [
+            name,
+            f"{loss.rows:,}",
+            f"{loss.total:,} ({loss.share:.0%})" if loss.total else "none",
+            in_words(loss.lost),
+        ]
+        for name, loss in summary.losses.items()
+    ]
+
+
+def _loss_texts(summary: Summary) -> list[Text]:
+    """Splits that lost rows; yellow where it is much."""
+    return [
+        Text(f"Left out of {name}: {left_out} of {rows} rows: {why}", style="yellow" if loss.share > WARN_ABOVE else "")
+        for (name, rows, left_out, why), loss in zip(loss_rows(summary), summary.losses.values(), strict=True)
+        if loss.total
+    ]
 
 
 def _rows_of_seconds(seconds: dict[str, float]) -> list[tuple[str, float]]:

@@ -198,6 +198,23 @@ class Lengths(Section):
     counts: tuple[int, ...]
 
 
+class Loss(Section):
+    """What one split of the data lost before anything was trained or measured on it."""
+
+    rows: int = Field(description="That there were.")
+    lost: dict[str, int] = Field({}, description="How many were left out, by reason.")
+
+    @property
+    def total(self) -> int:
+        """How many were left out."""
+        return sum(self.lost.values())
+
+    @property
+    def share(self) -> float:
+        """Of all rows, 0 to 1."""
+        return self.total / self.rows if self.rows else 0.0
+
+
 class Gap(NamedTuple):
     """Scores of the teacher and of the student before and after."""
 
@@ -226,6 +243,7 @@ class Summary(Section):
     comparisons: tuple[Comparison, ...] = ()
     lengths: dict[Role, Lengths] = Field({}, description="Of the answers to the test set.")
     course: Course = Course()
+    losses: dict[str, Loss] = Field({}, description="What each split of the data lost, and why.")
     lineage: dict[str, str] = Field({}, description="What the run was made from and with.")
     run_name: str = ""
     pipeline_run_id: str = ""
@@ -292,6 +310,7 @@ def build_summary(
     comparisons: Sequence[Comparison] = (),
     lengths: Mapping[Role, Lengths] | None = None,
     lineage: Mapping[str, str] | None = None,
+    losses: Mapping[str, Any] | None = None,
     run_name: str = "",
     pipeline_run_id: str = "",
     mlflow_run_id: str = "",
@@ -328,6 +347,7 @@ def build_summary(
         comparisons=tuple(comparisons),
         lengths=dict(lengths or {}),
         course=course,
+        losses={name: Loss.model_validate(values) for name, values in (losses or {}).items()},
         lineage=dict(lineage or {}),
         run_name=run_name,
         pipeline_run_id=pipeline_run_id,

@@ -9,6 +9,7 @@ from skd_lib.data import sources
 from skd_lib.data.readers import read_lines
 from skd_lib.data.splits import make_splits
 from skd_lib.errors import SkdError
+from skd_lib.storage import Missing
 
 
 def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
@@ -26,7 +27,10 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
     if path.suffix != ".txt":
         source = FilesSource(train=[str(path)], columns=Columns(source=column, target=column))
         return [example.source for example in sources.load(source, max_rows=limit).train]
-    prompts = read_lines(path, limit)
+    try:
+        prompts = read_lines(path, limit)
+    except Missing as error:
+        raise SkdError(f"cannot read the prompts: {error.what}", where=str(path), hint=error.hint) from error
     if not prompts:
         raise SkdError("there are no prompts in it", where=str(path), hint="write one a line")
     return prompts

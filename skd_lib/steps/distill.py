@@ -17,6 +17,7 @@ from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, run_s
 from skd_lib.storage import check_checkpoint_root, write_text_atomic
 
 if TYPE_CHECKING:
+    from skd_lib.data.prepared import PreparedData
     from skd_lib.training.run import TrainResult
 
 
@@ -156,10 +157,21 @@ def main(
 
     io.metadata("distilled_student", **metadata)
     # The report reads the lineage here: its input is a small file then, and no model that has to be fetched.
-    io.metadata("samples", sequences=len(result.traces), **metadata)
+    losses = _losses(prepared, figures)
+    io.metadata("samples", sequences=len(result.traces), losses=losses, **metadata)
     io.parameter("course", _course(result, settings.training.batch_size))
     io.write()
     checkpoints.remove()
+
+
+def _losses(data: PreparedData, figures: dict[str, float]) -> dict[str, Any]:
+    """What each split lost when it was prepared, and when it was trained on."""
+    from skd_lib.data.losses import with_long_prompts
+
+    losses: dict[str, Any] = data.manifest.get("losses", {})
+    for name, rows in (("train_student", data.train_student), ("validation", data.validation)):
+        losses = with_long_prompts(losses, name, len(rows), int(figures[f"{fitting.LEFT_OUT}{name}"]))
+    return losses
 
 
 def _sampling_and_loss(settings: DistillConfig) -> dict[str, Any]:

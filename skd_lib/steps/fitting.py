@@ -33,6 +33,8 @@ EXPERIMENT_HELP = "MLflow experiment."
 DATA_HELP = "Folder that `prepare_data` wrote."
 TASK_HELP = "Section `task` of the run's config, as JSON."
 SEED_HELP = "Seed of the order of examples, of all sampling and of dropout."
+LEFT_OUT = "left_out_"
+"""Figures: how many examples of a split have prompts over the limit."""
 METRICS_HELP = "Where the figures go: JSON, numbers only."
 CHECKPOINT_HELP = (
     "Folder or gs:// URI for checkpoints, on storage that outlives the process. The same work, started again, goes on "
@@ -147,6 +149,7 @@ class Fit:
             run.log_dataset(name, digest, data_uri, context=context, rows=len(examples[name]))
         end = answer_end_id(tokenizer, self.task)
         tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
+        left_out = {f"{LEFT_OUT}{name}": float(len(rows) - len(tokens[name])) for name, rows in examples.items()}
         start = time.monotonic()
         limits: dict[str, Any] = {
             "eos_ids": ending_ids(student, tokenizer, self.task),
@@ -193,7 +196,7 @@ class Fit:
         planned = self._estimate(student, teacher)
         memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
         log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
-        return result, {**result_figures(result), **memory, "seconds": seconds}, checkpoints
+        return result, {**result_figures(result), **left_out, **memory, "seconds": seconds}, checkpoints
 
     def _estimate(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Estimate:
         from skd_lib.memory import config_size, estimate

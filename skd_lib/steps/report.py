@@ -86,6 +86,7 @@ def main(
     sequences = [] if samples is None else read_samples(samples)
     io = StepIO(executor_input, {"html": html_out, "page": summary_out, "summary_json": summary_json_out})
 
+    trained = io.input_metadata("samples")
     with step_run(step="report", tracking_uri=tracking_uri, experiment=experiment, run_name=run_name or None) as run:
         summary = build_summary(
             task_metric=task.metrics[0],
@@ -95,7 +96,8 @@ def main(
             comet=judged,
             comparisons=[Comparison.model_validate(row) for row in paired_results(dict(predictions.items()))],
             lengths=answer_lengths(predictions),
-            lineage=lineage(io.input_metadata("samples")),
+            lineage=lineage(trained),
+            losses=trained.get("losses"),
             run_name=run_name,
             pipeline_run_id=os.environ.get("KFP_RUN_ID", ""),
             mlflow_run_id=run.parent.run_id,

@@ -62,6 +62,43 @@ def test_a_small_change_in_a_long_text_is_near_and_another_target_is_not() -> No
     assert (kept.exact, kept.near) == (0, 1)
 
 
+def test_rows_that_differ_by_a_number_are_no_duplicates() -> None:
+    form = "Please convert the following order of Miller and Sons, 12 Harbour Road, into SQL. Order number: {}."
+    held_out = [example(form.format(number)) for number in ("17", "1,234.50", "3.14", "-5", "2026-11-29")]
+    others = [example(form.format(number)) for number in ("18", "1,234.51", "31.4", "5", "2026-11-28", "1 7", "none")]
+    kept = drop_resembling(others, held_out, threshold=0.5)
+    assert kept.examples == others
+    same = [example(form.format(number) + "!") for number in ("17", "1234.50", "3,14", "\u22125", "2026-11-29")]
+    kept = drop_resembling(same, held_out, threshold=0.5)
+    assert (kept.examples, kept.near) == ([], 5)
+    assert kept.pairs == list(zip(same, held_out, strict=True))[:3]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("7. Buy 12,5 kg, or 1,234,567.25 g", ("7", "12.5", "1234567.25")),
+        ("-3 and 3-4 (-5) x=-2 \u22126", ("-3", "3", "4", "-5", "-2", "-6")),
+        ("at 10:30, 1/2", ("10", "30", "1", "2")),
+        ("no. 007", ("007",)),
+        ("none", ()),
+    ],
+)
+def test_numbers_of_a_text(text: str, found: tuple[str, ...]) -> None:
+    assert numbers(text) == found
+
+
+def test_a_quick_look_finds_all_copies_and_says_how_far_it_looked_for_near_ones() -> None:
+    rows = [example(f"a text of some length, with the letter {chr(97 + i)} in it") for i in range(20)]
+    near = [example(row.source.replace("some", "sone")) for row in rows]
+    kept = drop_resembling([*near, *rows], rows, threshold=0.8, characters=300)
+    assert kept.exact == 20
+    assert kept.compared == 5
+    assert 0 < kept.near <= 5
+    assert len(kept.examples) == 20 - kept.near
+    assert drop_resembling(near, rows, threshold=0.8, characters=10_000).compared is None
+
+
 def test_the_first_of_repeated_rows_stays() -> None:
     first, again, other = make_example("a", "b", "one"), make_example("a", "b", "two"), make_example("A", "b")
     kept = drop_repeated([first, again, other])

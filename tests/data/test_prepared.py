@@ -109,3 +109,11 @@ def test_fewer_rows_than_asked_for_are_warned_about(
 ) -> None:
     prepare(config(source, teacher_examples=7000), tmp_path / "data", seed=1)
     assert "train_teacher: 7000 examples were asked for, the source has 48" in caplog.text
+
+
+def test_the_manifest_says_what_each_split_lost(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source.write_text(source.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    made = prepare(config(source), tmp_path / "data", seed=1)
+    assert made.manifest["losses"]["train"] == {"rows": 108, "lost": {"repeated": 60}}
+    assert made.manifest["losses"]["test"] == {"rows": 6, "lost": {}}
+    assert "split `train`: 60 of 108 rows (56%) are left out: 60 repeated" in caplog.text

@@ -9,7 +9,7 @@ from pathlib import Path
 import polib
 import pytest
 
-from skd_lib.config import Columns, GettextSource, HubSource
+from skd_lib.config import Columns, FilesSource, GettextSource, HubSource
 from skd_lib.data import sources
 from skd_lib.data.gettext_catalogs import read_wheel
 from skd_lib.errors import SkdError, SkdErrors
@@ -53,6 +53,66 @@ def test_a_missing_split_is_named(dataset: Path) -> None:
     with pytest.raises(SkdError, match="dev") as caught:
         sources.load(HubSource(type="hub", dataset=str(dataset), validation_split="dev", columns=columns))
     assert "names of the splits" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "rows"),
+    [
+        ("train[:3]", "train[3:]", ([0, 1, 2], [3, 4])),
+        ("train[:60%]", "train[60%:]", ([0, 1, 2], [3, 4])),
+        ("train[1:-2]", "train[-2:]", ([1, 2], [3, 4])),
+        ("train[:1]+train[2:3]", "train[4:]", ([0, 2], [4])),
+    ],
+)
+def test_slices_of_a_split_are_the_same_for_preflight(
+    dataset: Path, train: str, test: str, rows: tuple[list[int], list[int]]
+) -> None:
+    columns = Columns(source="question", target="answer")
+    source = HubSource(type="hub", dataset=str(dataset), train_split=train, test_split=test, columns=columns)
+    for max_rows in (None, 100):
+        splits = sources.load(source, max_rows=max_rows)
+        found = ([example.target for example in part or []] for part in (splits.train, splits.test))
+        assert tuple(found) == tuple([str(number) for number in part] for part in rows), max_rows
+    assert len(sources.load(source, max_rows=1).train) == 1
+
+
+def test_a_slice_of_a_split_that_is_not_there_is_named(dataset: Path) -> None:
+    columns = Columns(source="question", target="answer")
+    for split in ("dev[:3]", "train[", "train[:x]"):
+        for max_rows in (None, 3):
+            with pytest.raises(SkdError, match="cannot load the dataset"):
+                sources.load(
+                    HubSource(type="hub", dataset=str(dataset), train_split=split, columns=columns), max_rows=max_rows
+                )
+
+
+def test_names_of_labels_are_targets_where_the_columns_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    table.select([0, 1]).to_parquet(str(folder / "train.parquet"))
+    source = {"type": "hub", "dataset": str(folder), "test_split": None}
+    plain = {"source": "text", "target": "label"}
+    named = plain | {"cast": {"label": "label_name"}}
+    file = {"type": "files", "train": [str(folder / "train.parquet")]}
+    for max_rows in (None, 10):
+        for each in (
+            HubSource.model_validate(source | {"columns": named}),
+            FilesSource.model_validate(file | {"columns": named}),
+        ):
+            assert [row.target for row in sources.load(each, max_rows=max_rows).train] == ["good", "bad"]
+        with pytest.raises(SkdErrors) as caught:
+            sources.load(HubSource.model_validate(source | {"columns": plain}), max_rows=max_rows)
+        assert "cast: {label: label_name}" in caught.value.errors[0].hint
+    table.to_parquet(str(folder / "train.parquet"))
+    with pytest.raises(SkdErrors, match="row 3, field `label`: no label's number: int -1"):
+        sources.load(FilesSource.model_validate(file | {"columns": named}))
 
 
 def test_a_dataset_that_cannot_be_reached_is_named() -> None:

@@ -10,7 +10,7 @@ import pytest
 from skd_lib.config import DataConfig
 from skd_lib.data.examples import Example, make_example
 from skd_lib.data.sources import SourceSplits
-from skd_lib.data.splits import Splits, make_splits
+from skd_lib.data.splits import Splits, complaints, make_splits
 from skd_lib.errors import SkdError
 
 
@@ -89,8 +89,39 @@ def test_held_out_rows_beyond_the_limit_do_not_come_back_into_train() -> None:
 
 def test_a_train_split_that_is_all_held_out_is_an_error() -> None:
     same = rows(5)
-    with pytest.raises(SkdError, match=r"no row is left in the split `train`: 5 of 5 rows \(100%\) are left out: 5 also held out"):
+    with pytest.raises(SkdError, match=r"no row is left in the split `train`: 5 of 5 rows \(100%\) are left out"):
         make_splits(SourceSplits(same, rows(2, "validation"), same), config(), seed=0)
+
+
+def test_what_each_split_loses_is_told_and_nearly_all_of_it_refused() -> None:
+    test, validation, own = rows(40, "test"), rows(10, "validation"), rows(20)
+    source = SourceSplits([*own, *test[:5], own[0]], [*validation, *test[:10]], [*test, test[0]])
+    splits = make_splits(source, config(), seed=0)
+    assert {name: loss.to_dict() for name, loss in splits.losses.items()} == {
+        "train": {"rows": 26, "lost": {"repeated": 1, "also held out": 5}},
+        "validation": {"rows": 20, "lost": {"also in test": 10}},
+        "test": {"rows": 41, "lost": {"repeated": 1}},
+    }
+    ((name, level, error),) = complaints(splits.losses)
+    assert (name, level) == ("validation", "warning")
+    assert "10 of 20 rows (50%) are left out: 10 also in test" in error.what
+    assert error.what.count("is like") == 3
+    assert test[0].source[:20] in error.what
+    with pytest.raises(SkdError, match=r"split `train`: 40 of 42 rows \(95%\) are left out: 40 also held out"):
+        make_splits(SourceSplits([*own[:2], *test], validation, test), config(), seed=0)
+    with pytest.raises(SkdError, match=r"40 repeated"):
+        make_splits(SourceSplits([own[0]] * 41, validation, test), config(), seed=0)
+
+
+def test_losses_of_splits_that_are_cut_count_their_own_rows() -> None:
+    splits = make_splits(SourceSplits([*rows(100), *rows(100)[:50]], None, None), config(), seed=0)
+    assert {name: (loss.rows, loss.lost) for name, loss in splits.losses.items()} == {
+        "train": (130, 50),
+        "validation": (10, 0),
+        "test": (10, 0),
+    }
+    kept = {name: len(examples) for name, examples in splits.named().items()}
+    assert kept["train_student"] == 130 - 50
 
 
 def test_too_few_rows_to_cut_from_are_an_error() -> None:

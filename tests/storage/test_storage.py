@@ -326,3 +326,27 @@ def test_data_files_are_read_from_the_bucket(emulator: None, tmp_path: Path, max
     # The same bytes in a new generation: the data may have been replaced in between.
     assert [item["checksum"] for item in sources.identify(source)] == [item["checksum"] for item in before]
     assert sources.identify(source) != before
+
+
+def test_data_files_in_folders_and_by_globs(root: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", "_SUCCESS", "notes.md"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"source": name, "target": "x"}) + "\n", encoding="utf-8")
+    storage.upload(folder, f"{root}/data")
+
+    def found(uri: str) -> list[str]:
+        splits = sources.load(FilesSource(train=[uri]), max_rows=10)
+        assert splits == sources.load(FilesSource(train=[uri]))
+        assert len(sources.identify(FilesSource(train=[uri]))) == len(splits.train)
+        return [example.source for example in splits.train]
+
+    assert found(f"{root}/data") == found(f"{root}/data/") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    assert found(f"{root}/data/*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert found(f"{root}/data/**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    assert found(f"{root}/data/a.jsonl") == ["a.jsonl"]
+    for nothing in ("data/*.csv", "nowhere", "nowhere/*.jsonl"):
+        with pytest.raises(SkdError) as caught:
+            sources.load(FilesSource(train=[f"{root}/{nothing}"]))
+        assert nothing in str(caught.value)
