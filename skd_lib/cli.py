@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import textwrap
@@ -17,20 +18,20 @@ from pipelines.submitting.cli import Set, submit
 from pipelines.triggering.cli import trigger
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
+from skd_lib.bugs import explained
 from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
 from skd_lib.evidence.cli import evidence
 from skd_lib.specdec.cli import specdec
+from skd_lib.terminal import say, survive_any_encoding
 from skd_lib.tracking import cli as tracking
+from skd_lib.uris import default_store, how_to_look, redacted_output, shown, sqlite_file
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pipelines.containers import Containers
     from pipelines.local import LocalRun, RunFolder
     from skd_lib.config import RunConfig
-
-INTERRUPTED = 130
+    from skd_lib.console import Console
 
 app = typer.Typer(
     help="Speculative Knowledge Distillation as a Kubeflow pipeline, in a cluster or on this machine.",
@@ -59,18 +60,22 @@ CometImage = Annotated[
 def main() -> None:
     """Entry point.
 
-    Exit codes: 0 done; 1 a step of the run failed; 2 something to mend before a run can start; 130 interrupted.
+    Exit codes: 0 done; 1 a step of the run failed; 2 something to mend before a run can start; 75 stopped by SIGTERM or
+    SIGHUP, to be started again; 70 a bug of skd, with its details in the file that the message names; 130 interrupted.
     """
-    try:
-        app()
-    except SkdError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    survive_any_encoding()
+    with redacted_output():
+        try:
+            app()
+        except Exception as error:  # noqa: BLE001 - what nobody foresaw ends as a sentence too
+            told = explained(error)
+            say(f"error: {told}", err=True)
+            sys.exit(told.exit_code)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"skd {__version__}")
+        say(f"skd {__version__}")
         raise typer.Exit
 
 
@@ -113,29 +118,34 @@ def run(
     The steps are those of the cluster, as child processes or, with --docker, as containers. Running again reuses
     finished steps whose inputs have not changed, and resumes training from its last checkpoint.
     """
-    from rich.console import Console
-
     from skd_lib.config import load_config, parse_overrides, refuse_multinode
+    from skd_lib.config.names import check_experiment, checked
+    from skd_lib.console import Console
 
+    checked("--experiment", check_experiment, experiment)
     settings = load_config(config, parse_overrides(changes or ()))
     refuse_multinode(settings, where=str(config))
-    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
+    uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
     console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
     if dry_run:
         _print_plan(console, settings, runs_dir / settings.name, uri)
         return
 
-    from pipelines.compiling import compile_pipeline
-    from pipelines.graph import count_steps, read_steps
-    from pipelines.local import RunFolder, StepFailed, run_pipeline
-    from pipelines.progress import display_for
+    from pipelines.stopping import ends_told
 
-    documents = compile_pipeline(image, comet_image)
-    steps = count_steps(read_steps(documents[0]))
-    folder = RunFolder.create(runs_dir, settings.name)
-    containers = _containers(settings, folder, image, comet_image, uri) if docker else None
-    _say(console, f"run {settings.name}: {steps} steps, files in {_short(folder.root)}, MLflow {uri or 'off'}")
-    try:
+    with ends_told(shlex.join(["skd", "run", str(config)])):
+        from pipelines.compiling import compile_pipeline
+        from pipelines.graph import count_steps, read_steps
+        from pipelines.local import RunFolder, run_pipeline
+        from pipelines.progress import display_for
+
+        documents = compile_pipeline(image, comet_image)
+        steps = count_steps(read_steps(documents[0]))
+        folder = RunFolder.create(runs_dir, settings.name)
+        containers = _containers(settings, folder, image, comet_image, uri) if docker else None
+        _say(
+            console, f"run {settings.name}: {steps} steps, files in {_short(folder.root)}, MLflow {shown(uri) or 'off'}"
+        )
         finished = run_pipeline(
             settings,
             folder,
@@ -146,16 +156,7 @@ def run(
             fresh=fresh,
             containers=containers,
         )
-    except StepFailed as failure:
-        typer.echo(f"\nerror: {failure}", err=True)
-        typer.echo(f"Finished steps are kept: mend it and run `skd run {config}` again to go on.", err=True)
-        raise typer.Exit(1) from failure
-    except KeyboardInterrupt as interruption:
-        typer.echo(
-            f"\ninterrupted. Finished steps and checkpoints are kept: `skd run {config}` goes on from there.", err=True
-        )
-        raise typer.Exit(INTERRUPTED) from interruption
-    _conclude(console, finished, folder, uri)
+        _conclude(console, finished, folder, uri)
 
 
 def _containers(
@@ -167,13 +168,13 @@ def _containers(
 
     client = connect()
     needed = [image or TRAIN, *([comet_image or COMET] if config.task.wants_comet else [])]
-    database = [Path(tracking_uri.removeprefix("sqlite:///")).parent] if tracking_uri.startswith("sqlite:///") else []
+    database = sqlite_file(tracking_uri)
     return Containers(
         client,
         {name: find_image(client, name) for name in needed},
         folder.root,
         inputs_of(config, tracking_uri),
-        tuple(database),
+        () if database is None else (database.absolute().parent,),
     )
 
 
@@ -194,7 +195,7 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
         "student": student,
         "method": f"{config.distill.method}, {config.distill.divergence}",
         "files": str(folder),
-        "MLflow": tracking_uri or "off",
+        "MLflow": shown(tracking_uri) or "off",
     }.items():
         _say(console, f"{name:<8} {value}")
 
@@ -222,10 +223,8 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     links = {name: folder.link(name, Path(uri)) for name, uri in models.items()}
     for name, path in {"report": folder.page, "summary": folder.summary, **links, "logs": folder.logs}.items():
         _say(console, f"{name:<8} {_short(path)}")
-    if tracking_uri.startswith("sqlite:"):
-        _say(console, f"MLflow   mlflow ui --backend-store-uri {tracking_uri}")
-    elif tracking_uri:
-        _say(console, f"MLflow   {tracking_uri}")
+    if tracking_uri:
+        _say(console, f"MLflow   {how_to_look(tracking_uri)}")
 
 
 @app.command("compile")
@@ -270,10 +269,10 @@ def compile_(
     if check:
         for name, path in paths.items():
             check_compiled(path, name=name, profile=chosen, release=release)
-            typer.echo(f"{_short(path)} is up to date")
+            say(f"{_short(path)} is up to date")
             for other in () if profile else profile_names():
                 compile_pipeline(name=name, profile=other)
-                typer.echo(f"{name} for profile {other} keeps the rules")
+                say(f"{name} for profile {other} keeps the rules")
         return
     if (image or comet_image or profile) and output is None:
         raise SkdError(
@@ -283,7 +282,7 @@ def compile_(
         )
     for name, path in paths.items():
         write_compiled(path, image, comet_image, name=name, profile=chosen, release=release)
-        typer.echo(f"wrote {_short(path)}")
+        say(f"wrote {_short(path)}")
 
 
 @app.command()
@@ -325,7 +324,7 @@ def report(
         raise SkdError(
             f"cannot write the page: {error.strerror}", where=str(path), hint="choose another --output"
         ) from error
-    typer.echo(_short(path))
+    say(_short(path))
     if open_:
         typer.launch(path.resolve().as_uri())
 
@@ -341,11 +340,10 @@ def doctor(
     ] = None,
 ) -> None:
     """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails."""
-    from rich.console import Console
-
+    from skd_lib.console import Console
     from skd_lib.doctor import Grade, examine, render
 
-    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
+    uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
     findings = examine(runs_dir, uri)
     Console().print(render(findings))
     if any(finding.grade is Grade.FAIL for finding in findings):
@@ -361,9 +359,9 @@ def list_config(context: typer.Context) -> None:
     from skd_lib.fields import list_fields
 
     for field in list_fields(RunConfig):
-        typer.echo(f"{field.path}: {field.type}{field.default}")
+        say(f"{field.path}: {field.type}{field.default}")
         if field.description:
-            typer.echo(textwrap.fill(field.description, 100, initial_indent="    ", subsequent_indent="    "))
+            say(textwrap.fill(field.description, 100, initial_indent="    ", subsequent_indent="    "))
 
 
 @config.command()
@@ -375,7 +373,7 @@ def schema() -> None:
     """
     from skd_lib.config import RunConfig
 
-    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+    say(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 app.command()(specdec)

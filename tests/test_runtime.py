@@ -95,9 +95,21 @@ def test_what_the_user_can_mend_is_a_sentence_and_exit_code_2(tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
-def test_anything_else_keeps_its_traceback_and_tells_the_runner(tmp_path: Path) -> None:
+def test_anything_else_keeps_its_traceback_in_the_log_and_tells_the_runner(tmp_path: Path) -> None:
     done = run("ValueError('unexpected')", tmp_path, SKD_EVENTS="1")
-    assert done.returncode == 1
+    assert done.returncode == 70
     assert "Traceback" in done.stderr
     told = [event for line in done.stdout.splitlines() if (event := events.parse(line))]
-    assert told == [{"event": "error", "message": "ValueError: unexpected"}]
+    message = "this is a bug in skd: ValueError: unexpected; please report it and attach this step's log"
+    assert told == [{"event": "error", "message": message}]
+
+
+def test_by_hand_the_traceback_is_in_a_file(tmp_path: Path) -> None:
+    done = run("ValueError('unexpected\\x1b[2J http://me:secret@host/')", tmp_path, TMPDIR=str(tmp_path))
+    assert done.returncode == 70
+    (line,) = done.stderr.splitlines()
+    (file,) = tmp_path.glob("skd-bug-*.txt")
+    what = "ValueError: unexpected␛[2J http://***@host/"
+    assert line == f"error: this is a bug in skd: {what}; please report it and attach {file}"
+    assert "Traceback" in file.read_text()
+    assert "secret" not in file.read_text()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import kfp_server_api
 import urllib3
@@ -28,8 +30,15 @@ TIMEOUT_SECONDS = (10, 60)  # to connect, and for an answer
 RETRIES = 7
 TRANSIENT = frozenset({429, 500, 502, 503, 504})
 CREATE_ATTEMPTS = 4
+_UNREADABLE = "Failed to parse"  # the generated client's words
 PAGE_SIZE = 100
 LIVE = frozenset({None, "RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "CANCELING", "PAUSED"})
+
+MAX_PAGES = 1000
+ODD_ANSWERS = (TypeError, ValueError, AttributeError, KeyError, RecursionError)
+"""What the generated client raises on an answer of another shape than the API's."""
+KNOCKS = (0.0, 1.0, 2.0)
+"""Seconds before each attempt to connect, where a person waits."""
 
 T = TypeVar("T")
 
@@ -107,18 +116,41 @@ class KubeflowPipelines:
         self._runs = kfp_server_api.RunServiceApi(client)
         self._recurring = kfp_server_api.RecurringRunServiceApi(client)
 
+    def check_listening(self) -> None:
+        """See within seconds that there is a server; what it is asked later is repeated for minutes.
+
+        Raises:
+            SkdError: nothing listens at the host.
+        """
+        url = urlsplit(self.host)
+        failure: OSError | None = None
+        for pause in KNOCKS:
+            time.sleep(pause)
+            try:
+                socket.create_connection(
+                    (url.hostname, url.port or {"http": 80}.get(url.scheme, 443)), TIMEOUT_SECONDS[0]
+                ).close()
+            except OSError as error:
+                failure = error
+            else:
+                return
+        raise self._away(failure) from failure
+
     def experiment(self, name: str) -> str:
         """The id of the experiment `name`, which is made where there is none."""
         body = kfp_server_api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-        return self.find_experiment(name) or self._create(
-            lambda: self.find_experiment(name),
-            lambda: str(self._experiments.experiment_service_create_experiment(experiment=body).experiment_id),
+        list_all = self._experiments.experiment_service_list_experiments
+        made = self._get_or_create(
+            "experiment_id",
+            lambda: self._named("experiment_id", list_all, "experiments", name, namespace=self.namespace),
+            lambda: self._experiments.experiment_service_create_experiment(experiment=body),
         )
+        return str(made.experiment_id)
 
     def find_experiment(self, name: str) -> str | None:
         """The id of the experiment `name`; None if there is none."""
         list_all = self._experiments.experiment_service_list_experiments
-        found = self._named(list_all, "experiments", name, namespace=self.namespace)
+        found = self._named("experiment_id", list_all, "experiments", name, namespace=self.namespace)
         return str(found.experiment_id) if found else None
 
     def pipeline_version(self, pipeline: str, version: str, package: Path, description: str) -> Any:
@@ -133,11 +165,15 @@ class KubeflowPipelines:
         )
         body = kfp_server_api.V2beta1Pipeline(name=pipeline, display_name=pipeline, namespace=self.namespace or None)
         pipeline_id = self._get_or_create(
-            lambda: self._named(list_pipelines, "pipelines", pipeline, namespace=self.namespace),
+            "pipeline_id",
+            lambda: self._named("pipeline_id", list_pipelines, "pipelines", pipeline, namespace=self.namespace),
             lambda: self._pipelines.pipeline_service_create_pipeline(pipeline=body),
         ).pipeline_id
         return self._get_or_create(
-            lambda: self._named(list_versions, "pipeline_versions", version, pipeline_id=pipeline_id),
+            "pipeline_version_id",
+            lambda: self._named(
+                "pipeline_version_id", list_versions, "pipeline_versions", version, pipeline_id=pipeline_id
+            ),
             lambda: self._uploads.upload_pipeline_version(
                 str(package), name=version, pipelineid=pipeline_id, description=description
             ),
@@ -145,7 +181,7 @@ class KubeflowPipelines:
 
     def runs_named(self, name: str, experiment_id: str) -> list[Any]:
         """All runs of that name in an experiment, in the order in which they were made."""
-        runs = self._list(self._runs.run_service_list_runs, "runs", name, experiment_id=experiment_id)
+        runs = self._list("run_id", self._runs.run_service_list_runs, "runs", name, experiment_id=experiment_id)
         return sorted(runs, key=lambda run: run.created_at.timestamp() if run.created_at else 0.0)
 
     def create_run(self, run: Any, before: float = math.inf) -> Any:
@@ -160,6 +196,7 @@ class KubeflowPipelines:
             SkdError: it was not made.
         """
         return self._create(
+            "run_id",
             lambda: next(
                 (
                     found
@@ -174,29 +211,34 @@ class KubeflowPipelines:
 
     def run(self, run_id: str) -> Any:
         """A run as it is now, with its tasks."""
-        return self._ask(self._runs.run_service_get_run, run_id=run_id)
+        return self._ask(lambda **query: _known(self._runs.run_service_get_run(**query), "run_id"), run_id=run_id)
 
     def recurring_run(self, recurring: Any) -> Any:
         """The recurring run of that name in its experiment, which is made where there is none."""
         list_all = self._recurring.recurring_run_service_list_recurring_runs
         return self._get_or_create(
+            "recurring_run_id",
             lambda: self._named(
-                list_all, "recurring_runs", recurring.display_name, experiment_id=recurring.experiment_id
+                "recurring_run_id",
+                list_all,
+                "recurring_runs",
+                recurring.display_name,
+                experiment_id=recurring.experiment_id,
             ),
             lambda: self._recurring.recurring_run_service_create_recurring_run(recurring_run=recurring),
         )
 
-    def _get_or_create(self, find: Callable[[], T | None], create: Callable[[], T]) -> T:
-        return find() or self._create(find, create)
+    def _get_or_create(self, key: str, find: Callable[[], T | None], create: Callable[[], T]) -> T:
+        return find() or self._create(key, find, create)
 
-    def _create(self, find: Callable[[], T | None], create: Callable[[], T], before: float = math.inf) -> T:
+    def _create(self, key: str, find: Callable[[], T | None], create: Callable[[], T], before: float = math.inf) -> T:
         failure: Exception | None = None
         for attempt in range(CREATE_ATTEMPTS):
             if time.monotonic() + sum(TIMEOUT_SECONDS) > before:
                 break
             try:
-                return create()
-            except (ApiException, urllib3.exceptions.HTTPError) as error:
+                return _known(create(), key)
+            except (ApiException, urllib3.exceptions.HTTPError, *ODD_ANSWERS) as error:
                 failure = error
             conflict = isinstance(failure, ApiException) and failure.status == 409
             if isinstance(failure, ApiException) and not conflict and failure.status not in TRANSIENT:
@@ -214,35 +256,47 @@ class KubeflowPipelines:
         hint = f"look in Kubeflow whether it was done after all; {what.hint}"
         raise Unsettled(what.what, where=what.where, hint=hint) from failure
 
-    def _named(self, call: Callable[..., Any], field: str, name: str, **query: Any) -> Any | None:
-        return next(self._list(call, field, name, **query), None)
+    def _named(self, key: str, call: Callable[..., Any], field: str, name: str, **query: Any) -> Any | None:
+        return next(self._list(key, call, field, name, **query), None)
 
-    def _list(self, call: Callable[..., Any], field: str, name: str, **query: Any) -> Iterator[Any]:
+    def _list(self, key: str, call: Callable[..., Any], field: str, name: str, **query: Any) -> Iterator[Any]:
         predicate = {"operation": "EQUALS", "key": "display_name", "string_value": name}
         query = {
             "filter": json.dumps({"predicates": [predicate]}),
             "page_size": PAGE_SIZE,
             **{key: value for key, value in query.items() if value},
         }
+
+        def read_page(**asked: Any) -> tuple[list[Any], str]:
+            page = call(**asked)
+            return [_known(item, key) for item in getattr(page, field) or []], page.next_page_token or ""
+
         token = ""
-        while True:
-            page = self._ask(call, page_token=token, **query)
-            yield from getattr(page, field) or []
-            token = page.next_page_token
+        for _ in range(MAX_PAGES):
+            items, token = self._ask(read_page, page_token=token, **query)
+            yield from items
             if not token:
                 return
+        raise self._explained(ValueError(f"more than {MAX_PAGES} pages"))
 
-    def _ask(self, call: Callable[..., Any], **query: Any) -> Any:
+    def _ask(self, call: Callable[..., T], **query: Any) -> T:
         try:
             return call(**query)
-        except (ApiException, urllib3.exceptions.HTTPError) as error:
+        except (ApiException, urllib3.exceptions.HTTPError, *ODD_ANSWERS) as error:
             raise self._explained(error) from error
 
+    def _away(self, reason: object) -> SkdError:
+        said = (isinstance(reason, OSError) and reason.strerror) or type(reason).__name__
+        hint = "check --host, the network, and that the server runs"
+        return SkdError(f"cannot be reached: {said}", where=self.host, hint=hint)
+
     def _explained(self, error: Exception) -> SkdError:
+        if isinstance(error, ODD_ANSWERS) or (isinstance(error, ApiException) and _UNREADABLE in str(error.reason)):
+            said = " ".join(str(getattr(error, "reason", error)).split())[:200]
+            hint = "check that --host is the API of Kubeflow Pipelines v2: behind the dashboard it ends in /pipeline"
+            return SkdError(f"the answer is not one of Kubeflow Pipelines: {said}", where=self.host, hint=hint)
         if not isinstance(error, ApiException):
-            reason = getattr(error, "reason", None) or error
-            hint = "check --host, the network, and that the server runs"
-            return SkdError(f"cannot be reached: {type(reason).__name__}", where=self.host, hint=hint)
+            return self._away(getattr(error, "reason", None) or error)
         said = f": {_message(error)}" if _message(error) else ""
         match error.status:
             case 0:
@@ -261,6 +315,13 @@ class KubeflowPipelines:
                 return SkdError(f"the server fails (HTTP {status}){said}", where=self.host, hint="try again later")
             case status:
                 return SkdError(f"the server refuses the request (HTTP {status}){said}", where=self.host)
+
+
+def _known(answer: T, key: str) -> T:
+    """See that what the server tells of has an id; any JSON object is read as one without."""
+    if not getattr(answer, key, None):
+        raise ValueError(f"it has no {key}")
+    return answer
 
 
 def _message(error: ApiException) -> str:

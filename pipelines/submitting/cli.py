@@ -7,11 +7,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from pipelines.submitting.credentials import Auth
 from skd_lib.errors import SkdError
+from skd_lib.terminal import say
+from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from pipelines.submitting.api import KubeflowPipelines
@@ -89,10 +92,10 @@ class Server:
         from pipelines.submitting.api import KubeflowPipelines
         from pipelines.submitting.credentials import find_credentials
 
-        if not self.host.startswith(("http://", "https://")):
+        if not _is_url(self.host):
             raise SkdError(
                 "no URL of Kubeflow Pipelines" if not self.host else "not a URL",
-                where=self.host or "--host",
+                where=shown(self.host) or "--host",
                 hint="give --host https://... or set KF_PIPELINES_ENDPOINT",
             )
         # urllib3 warns of each of its repetitions; what a person needs to know is in the error that ends them.
@@ -101,7 +104,15 @@ class Server:
 
     def link(self, kind: str, identifier: str) -> str:
         """The page of a run (`runs`) or a recurring run (`recurringrun`)."""
-        return f"{(self.ui_host or self.host).rstrip('/')}/#/{kind}/details/{identifier}"
+        return f"{shown(self.ui_host or self.host).rstrip('/')}/#/{kind}/details/{identifier}"
+
+
+def _is_url(host: str) -> bool:
+    try:
+        url = urlsplit(host)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def submit(
@@ -133,7 +144,11 @@ def submit(
     from pipelines.compiling import compiled_path
     from pipelines.submitting.submit import Package, Place, Submission, with_seconds
     from skd_lib.config import load_config, parse_overrides
+    from skd_lib.config.names import check_experiment, check_line, checked
 
+    if name:
+        checked("--name", check_line, name)
+    checked("--experiment", check_experiment, experiment)
     if recurring is not None:
         with_seconds(recurring)  # before anything is uploaded
         if wait:
@@ -144,39 +159,40 @@ def submit(
     chosen = name or (settings.name if recurring is not None else "")
     submission = Submission.plan(settings, Package.read(pipeline or compiled_path()), place, chosen)
     for what, value in submission.describe().items():
-        typer.echo(f"{what:<12} {value}")
+        say(f"{what:<12} {value}")
     server = Server(host, ui_host, auth, audience, namespace)
     if dry_run:
         return
     api = server.connect()
+    say(f"{'asking':<12} {api.host}")
+    api.check_listening()
     if recurring is not None:
-        typer.echo(server.link("recurringrun", submission.schedule(api, recurring).recurring_run_id))
+        say(server.link("recurringrun", submission.schedule(api, recurring).recurring_run_id))
         return
     run = api.create_run(submission.prepare(api))
-    typer.echo(server.link("runs", run.run_id))
+    say(server.link("runs", run.run_id))
     if wait:
         _wait(api, run.run_id, submission.package.documents[0])
 
 
 def _wait(api: KubeflowPipelines, run_id: str, spec: dict[str, object]) -> None:
-    from rich.console import Console
-
     from pipelines.graph import count_steps, read_steps
     from pipelines.progress import PlainDisplay
     from pipelines.submitting.follow import SUCCEEDED, failures, follow
+    from skd_lib.console import Console
 
     steps = read_steps(spec)
     try:
         # Lines, not bars: in a cluster steps run side by side.
         run = follow(api, run_id, steps, PlainDisplay(Console(file=sys.stdout), count_steps(steps)))
     except KeyboardInterrupt as interruption:
-        typer.echo("\nno longer waiting; the run goes on in the cluster", err=True)
+        say("\nno longer waiting; the run goes on in the cluster", err=True)
         raise typer.Exit(INTERRUPTED) from interruption
     if run.state == SUCCEEDED:
-        typer.echo("the run succeeded")
+        say("the run succeeded")
         return
     why = (run.error and run.error.message) or ""
-    typer.echo(f"error: the run ended as {run.state}{': ' if why else ''}{why}", err=True)
+    say(f"error: the run ended as {run.state}{': ' if why else ''}{why}", err=True)
     for failure in failures(run, steps):
-        typer.echo(f"- {failure}", err=True)
+        say(f"- {failure}", err=True)
     raise typer.Exit(FAILED)

@@ -25,6 +25,7 @@ from pipelines.submitting.cli import (
 )
 from pipelines.submitting.credentials import Auth
 from skd_lib.errors import SkdError
+from skd_lib.terminal import VisibleFormatter, say
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
@@ -59,7 +60,10 @@ def trigger(
         int | None,
         typer.Option(
             metavar="PORT",
-            help="Serve pushes of Pub/Sub on this port instead: a run for each folder under SOURCE that is completed.",
+            min=1,
+            max=65535,
+            help="Serve pushes of Pub/Sub on this port instead: a run for each folder under SOURCE that is completed. "
+            "Without --push-audience only this machine is listened to.",
         ),
     ] = None,
     push_audience: Annotated[
@@ -89,8 +93,14 @@ def trigger(
     from pipelines.submitting.submit import Package, Place
     from pipelines.triggering.trigger import Trigger, reading_from
     from skd_lib.config import load_config
+    from skd_lib.config.names import check_experiment, checked
     from skd_lib.storage import is_remote
 
+    if not source.strip():
+        raise SkdError("must not be empty", where="SOURCE", hint="name the folder that the data is in")
+    if not marker.strip() or "/" in marker or marker in (".", ".."):
+        raise SkdError(f"{marker!r} is not the name of a file", where="--marker", hint="e.g. _SUCCESS")
+    checked("--experiment", check_experiment, experiment)
     settings = load_config(config)
     server = Server(host, ui_host, auth, audience, namespace)
     if listen is not None:
@@ -109,21 +119,24 @@ def trigger(
     if listen is not None:
         from pipelines.triggering.push import PushAuth, make_server, serve
 
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(VisibleFormatter("%(levelname)s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         pushes = PushAuth(push_audience, push_account) if push_audience else None
         listening = make_server(
             listen, bound.explain if dry_run else bound.fire, root=source, marker=marker, auth=pushes
         )
-        typer.echo(f"listening on port {listen}; tokens are {'checked' if pushes else 'NOT checked'}")
+        checked = "tokens are checked" if pushes else "from this machine alone, since tokens are not checked"
+        say(f"listening on port {listen}, {checked}")
         serve(listening)
         return
     decision = bound.explain(source) if dry_run else bound.fire(source)
     if as_json:
-        typer.echo(json.dumps(decision.to_dict()))
+        say(json.dumps(decision.to_dict()))
         return
     verb = "would start" if dry_run else "started"
-    typer.echo(f"{verb if decision.fire else 'nothing to start'}: {decision.reason}")
+    say(f"{verb if decision.fire else 'nothing to start'}: {decision.reason}")
     if decision.name:
-        typer.echo(f"run {decision.name}")
+        say(f"run {decision.name}")
     if decision.run_id:
-        typer.echo(server.link("runs", decision.run_id))
+        say(server.link("runs", decision.run_id))

@@ -10,6 +10,7 @@ import binascii
 import json
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,15 +18,22 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from typing_extensions import override
+
 from pipelines.triggering.claims import Busy
 from pipelines.triggering.trigger import Decision
+from skd_lib.bugs import explained
+from skd_lib.documents import parse_json
 from skd_lib.errors import SkdError
 from skd_lib.storage import GCS
 
 MAX_BYTES = 1 << 20
 ISSUERS = {"accounts.google.com", "https://accounts.google.com"}
 GOOGLE_CERTS = "https://www.googleapis.com/oauth2/v1/certs"
-SOCKET_SECONDS = 60
+SOCKET_SECONDS = 10
+"""A sender that says nothing for so long is cut off."""
+MAX_THREADS = 64
+LOCAL = "127.0.0.1"
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +97,10 @@ def read_message(body: bytes) -> Mapping[str, Any]:
     Raises:
         ValueError: it is none.
     """
-    envelope = json.loads(body)
+    try:
+        envelope = parse_json(body, where="push")
+    except SkdError as error:
+        raise ValueError(error.what) from error
     message = envelope.get("message") if isinstance(envelope, dict) else None
     if not isinstance(message, dict) or not isinstance(message.get("attributes", {}), dict):
         raise ValueError("no Pub/Sub message")
@@ -103,7 +114,13 @@ def read_message(body: bytes) -> Mapping[str, Any]:
 def make_server(
     port: int, fire: Callable[[str], Decision], *, root: str, marker: str, auth: PushAuth | None
 ) -> ThreadingHTTPServer:
-    """A server that answers pushes with `fire` on the source that they announce. It is not yet running."""
+    """A server that answers pushes with `fire` on the source that they announce. It is not yet running.
+
+    Without `auth` it takes pushes from this machine alone.
+
+    Raises:
+        SkdError: the port cannot be listened on.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         timeout = SOCKET_SECONDS
@@ -145,9 +162,10 @@ def make_server(
                 decision = fire(source)
             except Busy as busy:
                 return HTTPStatus.SERVICE_UNAVAILABLE, {"error": busy.brief}
-            except SkdError as error:
-                logger.error("%s: %s", source, error)
-                return HTTPStatus.INTERNAL_SERVER_ERROR, {"error": error.brief}
+            except Exception as error:  # noqa: BLE001 - Pub/Sub gets an answer whatever happens
+                told = explained(error)
+                logger.error("%s: %s", source, told)
+                return HTTPStatus.INTERNAL_SERVER_ERROR, {"error": told.brief}
             logger.info("%s: %s", source, json.dumps(decision.to_dict()))
             return HTTPStatus.OK, decision.to_dict()
 
@@ -166,8 +184,36 @@ def make_server(
     class Server(ThreadingHTTPServer):
         daemon_threads = False  # stopping waits for requests that are being answered
         request_queue_size = 128  # Pub/Sub opens many connections at once
+        slots = threading.BoundedSemaphore(MAX_THREADS)
 
-    return Server(("", port), Handler)
+        @override
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if self.slots.acquire(timeout=1):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)  # Pub/Sub delivers it again
+
+        @override
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                self.slots.release()
+
+        @override
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """One line where a sender has gone, or a bug."""
+            error = sys.exception()
+            if isinstance(error, Exception):
+                logger.warning("a request was not answered: %s", explained(error))
+
+    try:
+        return Server(("" if auth else LOCAL, port), Handler)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SkdError(
+            f"cannot listen on port {port}: {reason}", where="--listen", hint="choose another port"
+        ) from error
 
 
 def serve(server: ThreadingHTTPServer) -> None:

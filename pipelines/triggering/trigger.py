@@ -18,6 +18,7 @@ from pipelines.submitting.submit import SHORT_DIGEST, Package, Place, Submission
 from pipelines.triggering.claims import Claim, claim
 from skd_lib import storage
 from skd_lib.config import FilesSource, HubSource, RunConfig
+from skd_lib.data.files import is_there, stored_files
 from skd_lib.data.manifest import data_fingerprint, digest
 from skd_lib.errors import SkdError
 from skd_lib.tracking import triggered
@@ -120,16 +121,16 @@ class Trigger:
         # A commit of the hub is complete; of files the marker says that they are.
         data = [*files.train, *files.validation, *files.test] if isinstance(files, FilesSource) else []
         for uri in [marker, *data] if data else []:
-            if not storage.exists(uri):
+            if not (storage.exists(uri) if uri == marker else is_there(uri)):
                 return Decision(fire=False, reason=f"the data is not complete: there is no {uri}")
         submission = Submission.plan(config, self.package, self.place)
         settings = {name: value for name, value in submission.parameters.items() if name != "config"}
         settings["config"] = {key: value for key, value in submission.parameters["config"].items() if key != "data"}
         identity = {"data": data_fingerprint(config.data), "pipeline": self.package.digest, "settings": settings}
         # Looked at last: what was overwritten until the fingerprint was taken is newer than the marker.
-        written = storage.list_objects(marker)[0].modified if data else math.inf
+        written = _modified(marker) if data else math.inf
         for uri in data:
-            for stored in storage.list_objects(uri):
+            for stored in stored_files(uri):
                 if stored.modified > written:
                     reason = f"the data is being replaced: {stored.uri} is newer than {marker}"
                     return Decision(fire=False, reason=reason)
@@ -156,6 +157,15 @@ class Trigger:
             return Decision(fire=False, reason=reason, name=name)
         reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"
         return Decision(fire=True, reason=reason, name=name)
+
+
+def _modified(marker: str) -> float:
+    """When the marker was written."""
+    found = storage.list_objects(marker)
+    name = marker.rpartition("/")[2]
+    if [stored.uri.rpartition("/")[2] for stored in found] != [name]:
+        raise SkdError("the marker is a folder, not a file", where=marker, hint="write a file of that name")
+    return found[0].modified
 
 
 class _Memory:

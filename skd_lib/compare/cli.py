@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -11,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from skd_lib.errors import SkdError
+from skd_lib.terminal import say
+from skd_lib.uris import default_store, how_to_look
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pipelines.local import LocalRun, RunFolder
     from skd_lib.compare.config import CompareConfig
     from skd_lib.config import RunConfig
+    from skd_lib.console import Console
     from skd_lib.parameters import Parameters
 
-INTERRUPTED = 130
 FILES = {"page": "comparison.md", "runs": "runs.csv", "comparison": "comparison.json"}
 
 
@@ -52,53 +53,46 @@ def compare(
     a comparison that was stopped goes on, and one that has got another variant or seed runs that alone. A run that
     fails does not keep the others from the table; it is tried again when the comparison is run again.
     """
-    from rich.console import Console
-
     from skd_lib.compare.config import load_compare
     from skd_lib.compare.plan import to_parameters
+    from skd_lib.config.names import check_experiment, checked
+    from skd_lib.console import Console
 
+    checked("--experiment", check_experiment, experiment)
     settings, base = load_compare(config)
     parameters = to_parameters(settings, base, where=str(config))
-    uri = f"sqlite:///{runs_dir.resolve()}/mlflow.db" if tracking_uri is None else tracking_uri
+    uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
     console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
     if dry_run:
         if as_json:
-            typer.echo(json.dumps(parameters, indent=2, ensure_ascii=False))
+            say(json.dumps(parameters, indent=2))
         else:
             _print_plan(console, settings, base, parameters, runs_dir / settings.name)
         return
     if as_json:
         raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
 
-    from pipelines.comparing import run_comparison
-    from pipelines.compiling import compile_pipeline
-    from pipelines.local import RunFolder, StepFailed
-    from pipelines.progress import display_for
+    from pipelines.stopping import ends_told
 
-    folder = RunFolder.create(runs_dir, settings.name)
-    try:
+    with ends_told(shlex.join(["skd", "compare", str(config)])):
+        from pipelines.comparing import run_comparison
+        from pipelines.compiling import compile_pipeline
+        from pipelines.local import RunFolder
+        from pipelines.progress import display_for
+
+        folder = RunFolder.create(runs_dir, settings.name)
         finished = run_comparison(
             base,
             parameters,
             folder,
             compile_pipeline(name="compare_methods"),
             lambda steps: display_for(console, settings.name, steps),
-            say=typer.echo,
+            say=say,
             tracking_uri=uri,
             experiment=experiment,
             fresh=fresh,
         )
-    except StepFailed as failure:
-        typer.echo(f"\nerror: {failure}", err=True)
-        typer.echo(f"Finished steps are kept: mend it and run `skd compare {config}` again to go on.", err=True)
-        raise typer.Exit(1) from failure
-    except KeyboardInterrupt as interruption:
-        typer.echo(
-            f"\ninterrupted. Finished steps and checkpoints are kept: `skd compare {config}` goes on from there.",
-            err=True,
-        )
-        raise typer.Exit(INTERRUPTED) from interruption
-    _conclude(console, finished, folder, uri)
+        _conclude(console, finished, folder, uri)
 
 
 def _print_plan(
@@ -131,7 +125,7 @@ def _print_plan(
         "against": parameters["reference"],
         "files": str(folder),
     }.items():
-        typer.echo(f"{name:<8} {text}")
+        say(f"{name:<8} {text}")
 
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
@@ -147,7 +141,6 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     console.print()
     console.print(render(parse_section(Comparison, file.read_text(encoding="utf-8"), where=str(file))))
     for name in FILES.values():
-        typer.echo(f"{folder.root / name}")
+        say(f"{folder.root / name}")
     if tracking_uri:
-        ui = f"mlflow ui --backend-store-uri {tracking_uri}" if tracking_uri.startswith("sqlite:") else tracking_uri
-        typer.echo(f"MLflow   {ui}")
+        say(f"MLflow   {how_to_look(tracking_uri)}")

@@ -6,6 +6,10 @@ by a search, whose filter has no escape for quotes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from skd_lib.errors import SkdError
+
 _MODEL_LENGTH = 250
 _EXPERIMENT_LENGTH = 250
 _RESERVED = "/:@"  # `models:/NAME/VERSION`, `models:/NAME@ALIAS`
@@ -20,7 +24,7 @@ def check_model_name(name: str) -> str:
     Raises:
         ValueError: it may not.
     """
-    _check_line(name, _MODEL_LENGTH)
+    check_line(name, _MODEL_LENGTH)
     if reserved := [sign for sign in _RESERVED if sign in name]:
         raise ValueError(f"must not contain {' or '.join(_RESERVED)}, got {reserved[0]}")
     if name in (".", ".."):
@@ -39,10 +43,18 @@ def check_experiment(name: str) -> str:
     Raises:
         ValueError: it may not.
     """
-    return _check_line(name, _EXPERIMENT_LENGTH)
+    return check_line(name, _EXPERIMENT_LENGTH)
 
 
-def _check_line(name: str, longest: int) -> str:
+def check_line(name: str, longest: int = 128) -> str:
+    """See that a name is one line of text, neither blank nor too long.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not name.strip():
         raise ValueError("must not be blank")
     if name != name.strip():
@@ -52,3 +64,15 @@ def _check_line(name: str, longest: int) -> str:
     if len(name) > longest:
         raise ValueError(f"has {len(name)} characters, the limit is {longest}")
     return name
+
+
+def checked(option: str, check: Callable[[str], str], name: str) -> str:
+    """Return a name from the command line that passes a check of this module.
+
+    Raises:
+        SkdError: it does not; names the option.
+    """
+    try:
+        return check(name)
+    except ValueError as error:
+        raise SkdError(str(error), where=option) from error

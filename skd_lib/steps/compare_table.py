@@ -65,11 +65,10 @@ def main(
     if not folders:
         raise SkdError("there is no run to compare", where="--results", hint="name the folder of one run or more")
 
-    from rich.console import Console
-
     from skd_lib.compare.build import build_comparison
     from skd_lib.compare.folder import read_result
     from skd_lib.compare.render import render, to_csv, to_markdown
+    from skd_lib.console import Console
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run
 

@@ -47,8 +47,7 @@ def main(
     be compared there, with the page, the figures and the training sequences as its artifacts, from which `skd report`
     makes the page again. Output parameter `summary`: the content of the JSON file.
     """
-    from rich.console import Console
-
+    from skd_lib.console import Console
     from skd_lib.evaluation.predictions import paired_results
     from skd_lib.report.answers import answer_lengths
     from skd_lib.report.lineage import lineage

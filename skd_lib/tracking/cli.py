@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,7 +82,7 @@ def lineage(
 
     found = trace(tracking_uri=_store(runs_dir, tracking_uri), reference=model)
     if as_json:
-        say(found.model_dump_json(indent=2))
+        say(json.dumps(found.model_dump(mode="json"), indent=2))
     else:
         # Wider than any line: digests stay in one piece, to be copied.
         Console(width=_WIDE).print(render(found), highlight=False)

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,45 @@ def test_a_server_that_stays_away_is_named(kfp: FakeKfp, api: KubeflowPipelines)
     away = KubeflowPipelines("http://127.0.0.1:9", Anonymous(), backoff=0.001)
     with pytest.raises(SkdError, match="cannot be reached"):
         away.find_experiment("none")
+
+
+def test_nobody_there_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.submitting.api.KNOCKS", (0.0, 0.01))
+    done = skd("submit", DEMO, "--host", "http://127.0.0.1:9")
+    assert "asking       http://127.0.0.1:9" in done.output
+    assert str(done.exception).startswith("http://127.0.0.1:9: cannot be reached: Connection refused")
+
+
+ODD = (b"{}", b"[1, 2]", b"null", b'{"experiments": 5}', b'{"experiments": [null]}', b'{"experiments": [{}]}', b"{{{")
+ODD += (b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"experiments": [{"experiment_id": "1", "created_at": "x"}]}')
+
+
+@pytest.mark.parametrize("answer", ODD)
+def test_an_odd_answer_is_a_sentence(answer: bytes):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_GET
+
+        def log_message(self, *args: Any) -> None:
+            del args
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        api = KubeflowPipelines(f"http://127.0.0.1:{server.server_port}", Anonymous(), backoff=0.001)
+        with pytest.raises(SkdError, match="the answer is not one of Kubeflow Pipelines") as caught:
+            api.experiment("e")
+        with pytest.raises(SkdError, match="the answer is not one of Kubeflow Pipelines"):
+            api.run("a-run")
+        server.shutdown()
+    assert caught.value.where == api.host
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["request lost", "answer lost"])
@@ -306,8 +346,25 @@ def test_a_recurring_run_is_made_once(kfp: FakeKfp, demo: RunConfig):
 def test_a_schedule_has_five_fields_or_six():
     assert with_seconds("0 3 * * *") == "0 0 3 * * *"
     assert with_seconds("5 0 3 * * *") == "5 0 3 * * *"
-    with pytest.raises(SkdError, match="not 1"):
-        with_seconds("@daily")
+    assert with_seconds("*/15 0-6,22 1,15 jan-MAR mon-5") == "0 */15 0-6,22 1,15 jan-MAR mon-5"
+    for cron, message in {
+        "@daily": "not 1",
+        "99 99 99 99 99": "`99` is no minute",
+        "60 * * * *": "`60` is no minute",
+        "0 24 * * *": "`24` is no hour",
+        "0 0 0 * *": "`0` is no day of the month",
+        "0 0 * 13 *": "`13` is no month",
+        "0 0 * * 7": "`7` is no day of the week",
+        "*/0 * * * *": r"`\*/0` is no minute",
+        "5-1 * * * *": "`5-1` is no minute",
+        "1-2-3 * * * *": "is no minute",
+        "x * * * *": "`x` is no minute",
+        "1, * * * *": "`1,` is no minute",
+        "² * * * *": "`²` is no minute",
+        "61 0 3 * * *": "`61` is no second",
+    }.items():
+        with pytest.raises(SkdError, match=message):
+            with_seconds(cron)
 
 
 def test_a_dry_run_asks_nobody(kfp: FakeKfp):
@@ -334,6 +391,11 @@ def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, 
     [
         ([], "--host: no URL of Kubeflow Pipelines"),
         (["--host", "kubeflow.example.com"], "kubeflow.example.com: not a URL"),
+        (["--host", "http://"], "http://: not a URL"),
+        (["--host", "http://h:99999"], "http://h:99999: not a URL"),
+        (["--host", "http://h:x"], "http://h:x: not a URL"),
+        (["--name", " "], "--name: must not be blank"),
+        (["--experiment", "a\nb"], "--experiment: must be one line"),
         (["--host", "http://h", "--wait", "--recurring", "0 3 * * *"], "a recurring run has no end"),
         (["--pipeline", str(DEMO)], "not a compiled pipeline"),
         (["--pipeline", "missing.yaml"], "there is no compiled pipeline"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
-from threading import Thread
+from threading import Thread, active_count
 from typing import Any
 
 import pytest
@@ -170,6 +171,13 @@ def test_incomplete_data_starts_nothing(kfp: FakeKfp, trigger: Trigger, root: st
     assert trigger.fire(source).fire
 
 
+def test_a_marker_is_a_file(trigger: Trigger, root: str, write: Callable[..., None]):
+    write(f"{root}/data/day-3/train.jsonl", "1\n")
+    write(f"{root}/data/day-3/_SUCCESS/part", "1\n")
+    with pytest.raises(SkdError, match="day-3/_SUCCESS: the marker is a folder, not a file"):
+        trigger.fire(f"{root}/data/day-3")
+
+
 def test_other_data_settings_or_pipeline_are_another_run(
     trigger: Trigger, source: str, write: Callable[..., None], config: RunConfig
 ):
@@ -246,12 +254,22 @@ def test_the_command_explains_and_starts(kfp: FakeKfp, config_file: Path, source
         (["data", "--listen", "8080"], "pushes tell of gs:// only"),
         (["gs://b/data", "--listen", "8080"], "no place for claims"),
         (["gs://b", "--listen", "1", "--claims", "gs://c", "--push-account", "a"], "give --push-audience too"),
+        ([""], "SOURCE: must not be empty"),
+        (["data", "--marker", ""], "--marker: '' is not the name of a file"),
+        (["data", "--marker", "../x"], "--marker: '../x' is not the name of a file"),
     ],
 )
 def test_errors_say_what_to_do(config_file: Path, arguments: list[str], message: str):
     done = skd("trigger", *arguments, "--config", config_file, "--host", "http://h")
     assert isinstance(done.exception, SkdError)
     assert message in str(done.exception)
+
+
+@pytest.mark.parametrize("port", ["-1", "0", "65536", "x"])
+def test_a_port_is_one(config_file: Path, port: str):
+    done = skd("trigger", "gs://b", "--listen", port, "--claims", "gs://c", "--config", config_file)
+    assert done.exit_code == 2
+    assert "--listen" in done.output
 
 
 # --- pushes of Pub/Sub --------------------------------------------------------------------------------------------
@@ -270,6 +288,7 @@ class Pushed:
     def __init__(self, fire: Callable[[str], Decision], root: str, auth: PushAuth | None = None) -> None:
         self._server = make_server(0, fire, root=root, marker="_SUCCESS", auth=auth)
         self._server.daemon_threads = True
+        self.port = self._server.server_port
 
     def __enter__(self) -> Pushed:
         Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -280,7 +299,7 @@ class Pushed:
         self._server.server_close()
 
     def push(self, body: Any, token: str = "", method: str = "POST") -> tuple[int, Any]:
-        connection = HTTPConnection("127.0.0.1", self._server.server_port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         connection.request(method, "/", body if isinstance(body, bytes) else json.dumps(body), headers)
         response = connection.getresponse()
@@ -326,13 +345,70 @@ def test_what_is_no_push_is_refused():
 
     good = event("gs://b/data/_SUCCESS")
     with Pushed(fail, "gs://b") as pushed:
-        for body in (b"", b"[]", b"{}", b"\xff", b'{"message": {"attributes": []}}', b'{"message": {"data": "?"}}'):
-            assert pushed.push(body)[0] == 400
+        for body in (
+            b"",
+            b"[]",
+            b"{}",
+            b"\xff",
+            b'{"message": {"attributes": []}}',
+            b'{"message": {"data": "?"}}',
+            b"[" * 900_000,
+            b'{"message": {"attributes": {"bucketId": "b", "objectId": "\\ud800/_SUCCESS"}}}',
+            b'{"message": {"attributes": {"n": ' + b"9" * 5000 + b"}}}",
+            b'{"message": NaN}',
+        ):
+            status, answer = pushed.push(body)
+            assert status == 400
+            assert len(str(answer)) < 300
         assert pushed.push(b"x" * (1 << 20) + b"x")[0] == 413
         assert pushed.push(good) == (500, {"error": "gs://b/data: broken"})
         assert pushed.push(b"", method="GET") == (200, {"status": "ok"})
     with Pushed(busy, "gs://b") as pushed:
         assert pushed.push(good) == (503, {"error": "gs://b/data: at work"})
+
+
+def test_what_nobody_foresaw_is_answered(caplog: pytest.LogCaptureFixture):
+    def crash(source: str) -> Decision:
+        raise ZeroDivisionError(source)
+
+    with Pushed(crash, "gs://b") as pushed:
+        status, answer = pushed.push(event("gs://b/\x1b[2J/_SUCCESS"))
+    assert status == 500
+    assert answer["error"].startswith("this is a bug in skd: ZeroDivisionError")
+    assert "Traceback" not in caplog.text
+
+
+def test_without_tokens_only_this_machine_is_listened_to():
+    def bound(auth: PushAuth | None) -> Any:
+        server = make_server(0, lambda source: Decision(False, source), root="gs://b", marker="_SUCCESS", auth=auth)
+        server.server_close()
+        return server.server_address[0]
+
+    assert bound(None) == "127.0.0.1"
+    assert bound(PushAuth(AUDIENCE)) == "0.0.0.0"  # noqa: S104 - what is checked
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SkdError, match=f"--listen: cannot listen on port {port}: Address already in use"):
+            make_server(port, lambda source: Decision(False, source), root="gs://b", marker="_SUCCESS", auth=None)
+
+
+def test_stalled_senders_hold_no_more_than_some_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.triggering.push.MAX_THREADS", 3)
+    monkeypatch.setattr("pipelines.triggering.push.SOCKET_SECONDS", 0.5)
+    with Pushed(lambda source: Decision(False, source), "gs://b") as pushed:
+        before = active_count()
+        address = ("127.0.0.1", pushed.port)
+        stalled = [socket.create_connection(address) for _ in range(12)]
+        time.sleep(0.2)
+        assert active_count() - before <= 3
+        for connection in stalled:
+            connection.close()
+        assert pushed.push(event("gs://b/data/part"))[0] == 200
 
 
 def test_tokens_are_verified():
