@@ -601,6 +601,7 @@ def today(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def be(date: str) -> None:
         monkeypatch.setattr(dates, "_today", lambda: date)
 
+    monkeypatch.setattr("skd_lib.data.chat.try_rendering", lambda *_: None)  # no child processes: they cost seconds
     be("2024-01-31")
     return be
 

@@ -137,7 +137,7 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Non
 
 
 def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
-    """Return whether the prompts of a task are others on another day, because the chat template prints the date.
+    """Return whether the prompts of a task are others at another time, because the chat template prints the date.
 
     Raises:
         SkdError: the tokenizer has no chat template although the task wants one, or the template cannot be used.
@@ -146,7 +146,7 @@ def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> boo
         return False
     check_rendering(tokenizer, task)
     layout = chat_layout(tokenizer, task)
-    prompts = {layout.prompt(task.model_copy(update={"date": day}), _QUESTION) for day in _DAYS}
+    prompts = {layout.prompt(task.model_copy(update={"date": day}), _QUESTION) for day in ("", *_DAYS)}
     return len(prompts) > 1
 
 

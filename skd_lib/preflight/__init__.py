@@ -11,6 +11,7 @@ from skd_lib import storage
 from skd_lib.config import RunConfig
 from skd_lib.preflight.checks import Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
+from skd_lib.preflight.dates import check_date
 from skd_lib.preflight.models import check_comet, check_model, check_student, check_unread, cut_size
 from skd_lib.preflight.surroundings import (
     check_gpu,
@@ -55,6 +56,7 @@ def run_checks(
     report = PreflightReport(checks.found)
     models = [model for model in (teacher, *students) if model]
     report.model_fingerprints = {model.reference: model.fingerprint for model in models}
+    report.date = checks.attempt("date", lambda: check_date(checks, models, config, checkpoint_root)) or ""
     report.data_fingerprint = check_data(checks, config, models, runs)
     if config.task.wants_comet:
         check_comet(checks, config.evaluation.comet.model)

@@ -78,6 +78,10 @@ def main(
     )
     Console().print(report.table())
     write_text_atomic(report_out, report.markdown())
+    if report.date:
+        # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
+        dated = run_config.task.model_copy(update={"date": report.date})
+        run_config = run_config.model_copy(update={"task": dated})
     with step_run(
         step="preflight",
         # A store that has just not answered would only make the list of errors come later.
