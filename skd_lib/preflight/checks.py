@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from skd_lib.bugs import explained
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.report.untrusted import visible
+from skd_lib.uris import redacted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,17 +48,17 @@ class PreflightReport:
     Attributes:
         checks: One or more for each thing that was looked at, in order.
         data_fingerprint: Identifies the data's content and preparation; empty if the data cannot be read.
+        date: What chat templates print instead of today's date; empty where none prints one.
+        model_fingerprints: Identify each model's content, by its reference; without those that cannot be read.
     """
 
     checks: list[Check] = field(default_factory=list)
-        date: What chat templates print instead of today's date; empty where none prints one.
-        model_fingerprints: Identify each model's content, by its reference; without those that cannot be read.
     data_fingerprint: str = ""
+    date: str = ""
+    model_fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def tracking_works(self) -> bool:
-    date: str = ""
-    model_fingerprints: dict[str, str] = field(default_factory=dict)
         """Whether the tracking store answered (or tracking is off)."""
         return not any(check.name == TRACKING and check.level == "error" for check in self.checks)
 
@@ -85,9 +88,9 @@ class PreflightReport:
         for column in ("", "check", "found"):
             table.add_column(column)
         for check in self.checks:
-            found = Text(f"{check.where}: {check.what}" if check.where else check.what)
+            found = Text(visible(f"{check.where}: {check.what}" if check.where else check.what))
             if check.hint:
-                found.append(f"\nhint: {check.hint}", style="dim")
+                found.append(visible(f"\nhint: {check.hint}"), style="dim")
             table.add_row(Text(_SYMBOLS[check.level], style=_COLOURS[check.level]), check.name, found)
         return table
 
@@ -97,7 +100,7 @@ class PreflightReport:
         for check in self.checks:
             found = f"{check.where}: {check.what}" if check.where else check.what
             cells = (_SYMBOLS[check.level], check.name, found, check.hint)
-            lines.append(f"| {' | '.join(_markdown_cell(cell) for cell in cells)} |")
+            lines.append(f"| {' | '.join(_markdown_cell(visible(cell)) for cell in cells)} |")
         return "\n".join(lines) + "\n"
 
 
@@ -109,7 +112,7 @@ class Checks:
 
     def add(self, name: str, level: Level, what: str, *, where: str = "", hint: str = "") -> None:
         """Note what was found."""
-        self.found.append(Check(name, level, what, where, hint))
+        self.found.append(Check(name, level, *map(redacted, (what, where, hint))))
 
     def failed(self, name: str, error: SkdError) -> None:
         """Note an error, or each of several."""
@@ -117,11 +120,11 @@ class Checks:
             self.add(name, "error", each.what, where=each.where, hint=each.hint)
 
     def attempt(self, name: str, look: Callable[[], T]) -> T | None:
-        """The result of `look`, or None if it raised an `SkdError`, which is then noted."""
+        """Return the result of `look`, or None if it raised something, which is then noted; a bug of ours, too."""
         try:
             return look()
-        except SkdError as error:
-            self.failed(name, error)
+        except Exception as error:  # noqa: BLE001 - what nobody foresaw ends as a sentence too
+            self.failed(name, explained(error))
             return None
 
 
