@@ -12,7 +12,7 @@ from rich.console import Console
 from skd_lib.errors import SkdError
 from skd_lib.report.page import render_page
 from skd_lib.report.render import duration, render, sparkline, to_markdown
-from skd_lib.report.summary import Comet, Course, Role, Scores, Specdec, Summary, build_summary
+from skd_lib.report.summary import Comet, Comparison, Course, Role, Scores, Specdec, Summary, build_summary
 
 
 def scores(chrf: float) -> Scores:

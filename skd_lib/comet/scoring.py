@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from skd_lib.comet.checkpoint import Checkpoint
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.metrics import FloatArray, Measured
 from skd_lib.evaluation.predictions import Prediction
-from skd_lib.evaluation.significance import Comparison, bootstrap_interval, paired_bootstrap
+from skd_lib.evaluation.significance import Comparison, paired_bootstrap, scored
 from skd_lib.storage import sha256
 
 Row = tuple[str, str, str]
@@ -35,7 +35,8 @@ class CometScores:
 
     Attributes:
         segments: By model, the score of each of its answers, in their order.
-        scores: By model, `score` (their mean), `low` and `high` (its 95 % interval) and `signature`.
+        scores: By model, `score` (their mean), `low` and `high` (its 95 % interval), `signature`, and a `caution` where
+            the interval says little.
         comparisons: Paired tests, by `FIRST-SECOND`: the first model's score minus the second's.
     """
 
@@ -50,7 +51,7 @@ class CometScores:
             ends = {f"{model}_comet_{end}": found[end] for end in ("low", "high")}
             figures |= {f"{model}_comet": found["score"], **ends}
         for pair, comparison in self.comparisons.items():
-            figures |= {f"{pair}_{name}": value for name, value in asdict(comparison).items()}
+            figures |= {f"{pair}_{name}": value for name, value in comparison.known().items()}
         return figures
 
 
@@ -92,8 +93,7 @@ def score_models(
     measured = {model: _mean(values, signature) for model, values in segments.items()}
     scores = {}
     for model, found in measured.items():
-        low, high = bootstrap_interval(found, resamples=resamples, seed=seed)
-        scores[model] = {"score": found.score, "low": low, "high": high, "signature": signature}
+        scores[model] = scored(found, resamples=resamples, seed=seed)
     comparisons = {
         f"{first}-{second}": paired_bootstrap(measured[first], measured[second], resamples=resamples, seed=seed)
         for first, second in _PAIRS

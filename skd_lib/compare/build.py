@@ -87,11 +87,16 @@ def _variant(name: str, trials: Sequence[TrialResult], tests: Mapping[str, Test]
 
 
 def estimate(scores: Sequence[Score]) -> Estimate:
-    """The mean over runs: by Student's t over the seeds where there are several, else the run's own bootstrap."""
-    mean = float(np.mean([score.score for score in scores]))
-    if len(scores) == 1:
-        return Estimate(mean=mean, low=scores[0].low, high=scores[0].high, kind="bootstrap over examples", runs=1)
-    low, high = t_interval([score.score for score in scores])
+    """Return the mean over runs: by Student's t over the seeds where these differ, else by the runs' own intervals."""
+    values = [score.score for score in scores]
+    mean = float(np.mean(values))
+    if len(set(values)) == 1:
+        low, high = min(score.low for score in scores), max(score.high for score in scores)
+        caution = next((score.caution for score in scores if score.caution), "")
+        return Estimate(
+            mean=mean, low=low, high=high, kind="bootstrap over examples", caution=caution, runs=len(scores)
+        )
+    low, high = t_interval(values)
     return Estimate(mean=mean, low=low, high=high, kind="t over seeds", runs=len(scores))
 
 
@@ -114,16 +119,16 @@ def _tests(
             found[name], common[name] = compare_trainings(ours, theirs, resamples=resamples, seed=seed), seeds
     tests: dict[str, dict[str, Test]] = {name: {} for name in found}
     for metric in dict.fromkeys(metric for each in found.values() for metric in each):
-        tested = [name for name in found if metric in found[name]]
-        adjusted = holm([found[name][metric][0].p_value for name in tested])
-        for name, p_holm in zip(tested, adjusted, strict=True):
-            difference, examples = found[name][metric]
+        compared = {name: each[metric] for name, each in found.items() if metric in each}
+        p_values = {name: each.p_value for name, (each, _) in compared.items() if each.p_value is not None}
+        adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+        for name, (difference, examples) in compared.items():
             tests[name][metric] = Test(
                 difference=difference.difference,
                 low=difference.low,
                 high=difference.high,
                 p_value=difference.p_value,
-                p_holm=p_holm,
+                p_holm=adjusted.get(name),
                 examples=examples,
                 seeds=len(common[name]),
             )

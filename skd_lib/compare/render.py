@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from skd_lib.compare.result import Comparison, Estimate, Test, VariantResult
-from skd_lib.report.render import METRIC_NAMES, duration
+from skd_lib.report.render import METRIC_NAMES, UNSURE, WITHHELD, duration
+from skd_lib.report.summary import Score
 
 SIGNIFICANT = 0.05
 _COSTS = {
@@ -101,7 +102,16 @@ def notes(comparison: Comparison) -> Iterator[str]:
     if "t over seeds" in kinds:
         yield "Intervals of several runs: 95 %, Student's t over the seeds; they are about training once more."
     if "bootstrap over examples" in kinds:
-        yield "Intervals of one run: 95 %, bootstrap over the test examples; they are about other examples."
+        yield (
+            "Intervals of one run, and of runs with one and the same score: 95 %, over the test examples (Wilson's for "
+            "accuracy, else bootstrap); they are about other examples."
+        )
+    cautions = (score.caution for each in comparison.variants for score in each.scores.values())
+    teachers = (score.caution for score in comparison.teacher.values())
+    for caution in dict.fromkeys(filter(None, [*teachers, *cautions])):
+        yield f"{UNSURE} {caution}."
+    if any(test.p_value is None for each in comparison.variants for test in each.tests.values()):
+        yield f"p is {WITHHELD}: there chance alone makes small p-values far too often."
     if any(each.tests for each in comparison.variants):
         yield (
             f"Difference, its 95 % interval and p: against {comparison.reference}, paired bootstrap over the test "
@@ -122,7 +132,7 @@ def _metric_page(comparison: Comparison, metric: str) -> Page:
     ]
     if metric in comparison.teacher:
         score = comparison.teacher[metric]
-        rows.insert(0, ["(teacher)", "", f"{score.score:.1f} [{score.low:.1f}, {score.high:.1f}]", "", "", ""])
+        rows.insert(0, ["(teacher)", "", _interval(score.score, score), "", "", ""])
     header = ["variant", "runs", "mean [95 %]", f"minus {comparison.reference} [95 %]", "p", "p (Holm)"]
     return Page(METRIC_NAMES.get(metric, metric), header, rows)
 
@@ -132,12 +142,18 @@ def _runs(variant: VariantResult) -> str:
 
 
 def _estimate(score: Estimate | None) -> str:
-    return "" if score is None else f"{score.mean:.1f} [{score.low:.1f}, {score.high:.1f}]"
+    return "" if score is None else _interval(score.mean, score)
+
+
+def _interval(value: float, score: Estimate | Score) -> str:
+    return f"{value:.1f} [{score.low:.1f}, {score.high:.1f}]{UNSURE if score.caution else ''}"
 
 
 def _test(test: Test | None) -> list[str]:
     if test is None:
         return [""] * 3
+    if test.p_value is None or test.p_holm is None:
+        return [f"{test.difference:+.1f}", "withheld", ""]
     star = " *" if test.p_holm < SIGNIFICANT else ""
     difference = f"{test.difference:+.1f} [{test.low:+.1f}, {test.high:+.1f}]"
     return [difference, f"{test.p_value:.3f}", f"{test.p_holm:.3f}{star}"]

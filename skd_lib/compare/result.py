@@ -11,6 +11,7 @@ from skd_lib.config import Section
 from skd_lib.report.summary import Course, Score, Scores
 
 IntervalKind = Literal["t over seeds", "bootstrap over examples", ""]
+"""The second includes Wilson's intervals of accuracies."""
 
 
 class TrialResult(Section):
@@ -51,6 +52,7 @@ class Estimate(Section):
     low: float
     high: float
     kind: IntervalKind = Field("", description="What the 95 % interval is about: new trainings, or new examples.")
+    caution: str = Field("", description="Why the interval is not to be relied on; empty where it is.")
     runs: int
 
 
@@ -60,8 +62,8 @@ class Test(Section):
     difference: float
     low: float
     high: float
-    p_value: float
-    p_holm: float = Field(description="Adjusted for the number of variants tested by this metric.")
+    p_value: float | None = Field(None, description="None where the examples are too few for a test.")
+    p_holm: float | None = Field(None, description="Adjusted for the number of variants tested by this metric.")
     examples: int
     seeds: int = Field(description="Seeds that both have; on these alone the test rests.")
 

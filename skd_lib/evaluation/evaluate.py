@@ -19,7 +19,7 @@ from skd_lib.evaluation.judge import grade, mean_rating
 from skd_lib.evaluation.metrics import Measured, measure, scorable
 from skd_lib.evaluation.perplexity import reference_losses
 from skd_lib.evaluation.predictions import Prediction, perplexity
-from skd_lib.evaluation.significance import bootstrap_interval
+from skd_lib.evaluation.significance import scored
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class Evaluation:
     Attributes:
         scores: `{METRIC: {"score", "low", "high", "signature"}, ..., "examples", "seconds"}`; scores and their 95 %
             intervals are 0 to 100 (`judge`: 1 to 10, `perplexity`: from 1), seconds are those of the model. A score on
-            fewer than all examples has their number as `scored`. `missing`, where there are any: metrics that could
-            not be had, and why.
+            fewer than all examples has their number as `scored`, one whose interval says little a `caution`. `missing`,
+            where there are any: metrics that could not be had, and why.
         predictions: One an example, in the order of the examples.
     """
 
@@ -121,8 +121,7 @@ def evaluate(
         except SkdError as error:
             missing[name] = error
             continue
-        low, high = bootstrap_interval(measured, resamples=config.bootstrap_samples, seed=seed)
-        scores[name] = {"score": measured.score, "low": low, "high": high, "signature": measured.signature}
+        scores[name] = scored(measured, resamples=config.bootstrap_samples, seed=seed)
         if len(measured.scored_N) < len(predictions):
             scores[name]["scored"] = len(measured.scored_N)
             log.warning("%s: %d of %d examples could be scored", name, len(measured.scored_N), len(predictions))

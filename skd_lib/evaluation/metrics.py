@@ -41,12 +41,14 @@ class Measured:
         corpus_score: The score of statistics summed over examples, (S,).
         signature: Everything somebody else needs to get the same number.
         scored_N: Positions of the N scored examples among those given; the others have nothing to be scored against.
+        share: The score is the share of examples that are right, in per cent; each is right or wrong.
     """
 
     statistics_NS: FloatArray
     corpus_score: Callable[[FloatArray], float]
     signature: str
     scored_N: tuple[int, ...] = ()
+    share: bool = False
 
     @property
     def score(self) -> float:
@@ -165,7 +167,8 @@ def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
 def _accuracy(predictions: Sequence[str], targets: Sequence[str], answer: AnswerKind) -> Measured:
     pairs = zip(predictions, targets, strict=True)
     right = [float(predicted_answer(said, answer) == reference_answer(wanted, answer)) for said, wanted in pairs]
-    return _percent(right, f"accuracy|answer:{_FORMS[answer]}|match:{'value' if answer == 'boxed' else 'numeric'}")
+    signature = f"accuracy|answer:{_FORMS[answer]}|match:{'value' if answer == 'boxed' else 'numeric'}"
+    return replace(_percent(right, signature), share=True)
 
 
 def _percent(values: list[float], signature: str) -> Measured:

@@ -154,14 +154,15 @@ def paired_results(
 
     Returns:
         One row a pair and metric: `a` (the later of the two roles), `b`, `metric`, `difference` (score of a minus score
-        of b), `low` and `high` (95 % interval of the difference), `p_value`, `n` (examples).
+        of b), `low` and `high` (95 % interval of the difference), `p_value` (not where the examples are too few), `n`
+        (examples).
 
     Raises:
         SkdError: a file cannot be read, or two models answered different examples.
     """
     answers = {role: read_predictions(path) for role, path in predictions.items()}
     return [
-        {"a": later, "b": earlier, "metric": name, **asdict(comparison), "n": examples}
+        {"a": later, "b": earlier, "metric": name, **comparison.known(), "n": examples}
         for earlier, later in itertools.combinations(answers, 2)
         for name, (comparison, examples) in compare(
             answers[later], answers[earlier], resamples=resamples, seed=seed

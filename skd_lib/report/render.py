@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skd_lib.data.losses import WARN_ABOVE, in_words
+from skd_lib.evaluation.significance import LEAST_EXAMPLES
 from skd_lib.report.curves import groups
 from skd_lib.report.summary import Course, Role, Specdec, Summary
 
@@ -34,6 +35,10 @@ METRIC_NAMES = {
 }
 # Below this share of replaced tokens SKD is hardly more than on-policy distillation, which the reader should know.
 FEW_REPLACED = 0.01
+UNSURE = "†"
+"""Stands after an interval that is not to be relied on."""
+WITHHELD = f"withheld (under {LEAST_EXAMPLES} examples)"
+"""Stands instead of a p-value."""
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 24
 _DRAFT_COLUMNS = ("accepted", "tokens/teacher call", "speed-up", "teacher's own output")
@@ -44,7 +49,8 @@ def render(summary: Summary) -> RenderableType:
     parts: list[RenderableType] = [_models_table(summary)]
     if summary.signatures:
         parts += [Padding(Text(line, style="dim"), (0, 2)) for line in _signature_lines(summary)] + [Text()]
-    parts += [Padding(Text(line, style="yellow"), (0, 2)) for line in _missing_lines(summary)]
+    doubts = [*caution_lines(summary), *_missing_lines(summary)]
+    parts += [Padding(Text(line, style="yellow"), (0, 2)) for line in doubts]
     if summary.specdec:
         parts.append(_specdec_table(summary))
     parts += [Padding(line, (0, 2)) for line in _course_texts(summary.course)]
@@ -67,7 +73,7 @@ def to_markdown(summary: Summary) -> str:
     )
     lines += [
         "",
-        *(f"- {line}" for line in [*_gap_lines(summary), *_signature_lines(summary), *_missing_lines(summary)]),
+        *(f"- {line}" for line in _lines(summary)),
     ]
     if summary.specdec:
         lines += ["", "## The student as draft of the teacher", ""]
@@ -170,7 +176,8 @@ def _score(summary: Summary, role: Role, metric: str) -> str:
     if score is None:
         return ""
     interval = summary.intervals.get(role, {}).get(metric)
-    return f"{score:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+    mark = UNSURE if metric in summary.cautions.get(role, {}) else ""
+    return f"{score:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]{mark}" if interval else "")
 
 
 def _draft_cells(draft: Specdec) -> list[str]:
@@ -207,6 +214,25 @@ def _gap_lines(summary: Summary) -> list[str]:
         f"Distillation closed {gap.closed:.0%} of the gap to the teacher: "
         f"{name} {gap.before:.1f} -> {gap.after:.1f}, the teacher has {gap.teacher:.1f}."
     ]
+
+
+def _lines(summary: Summary) -> list[str]:
+    """What is said below the table of scores."""
+    return [
+        *_gap_lines(summary),
+        *_signature_lines(summary),
+        *caution_lines(summary),
+        *_missing_lines(summary),
+    ]
+
+
+def caution_lines(summary: Summary) -> list[str]:
+    """Why some intervals are marked, and why tests are withheld."""
+    found = dict.fromkeys(reason for cautions in summary.cautions.values() for reason in cautions.values())
+    lines = [f"{UNSURE} {reason}." for reason in found]
+    if any(comparison.p_value is None for comparison in summary.comparisons):
+        lines.append(f"Paired tests are {WITHHELD}: there chance alone makes small p-values far too often.")
+    return lines
 
 
 def _signature_lines(summary: Summary) -> list[str]:

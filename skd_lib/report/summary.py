@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, model_validator
 
 from skd_lib.config import Section, parse_section
+from skd_lib.documents import read_text
 from skd_lib.storage import write_text_atomic
 
 Role = Literal["teacher_base", "teacher", "student_before", "student_after"]
@@ -24,7 +25,10 @@ DRAFT_FIGURES = ("acceptance_rate", "tokens_per_teacher_call", "speedup")
 
 
 class Score(Section):
-    """One metric of one model: the score and its 95 % interval, 0 to 100, and what makes it reproducible."""
+    """One metric of one model: the score and its 95 % interval, 0 to 100, and what makes it reproducible.
+
+    `caution` says why the interval is not to be relied on; empty where it is.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -32,6 +36,7 @@ class Score(Section):
     low: float
     high: float
     signature: str = ""
+    caution: str = ""
 
 
 class Scores(Section):
@@ -184,7 +189,7 @@ class Comparison(Section):
     difference: float = Field(description="Score of a minus score of b.")
     low: float
     high: float
-    p_value: float
+    p_value: float | None = Field(None, description="None where the examples are too few for a test.")
     n: int = Field(description="Examples.")
 
 
@@ -236,6 +241,7 @@ class Summary(Section):
     specdec: dict[Moment, Specdec]
     seconds: dict[str, float] = Field(description="Wall-clock seconds by step.")
     intervals: dict[Role, dict[str, tuple[float, float]]] = Field({}, description="95 % intervals of the scores.")
+    cautions: dict[Role, dict[str, str]] = Field({}, description="Why an interval is not to be relied on.")
     examples: dict[Role, int] = Field({}, description="Test examples behind the scores.")
     signatures: dict[str, str] = Field({}, description="By metric: what somebody else needs to get the same number.")
     held_out: dict[str, dict[Role, Scores]] = Field({}, description="Scores on further test sets.")
@@ -297,7 +303,7 @@ class Summary(Section):
             OSError: there is no such file.
             SkdError: it is not a summary.
         """
-        return parse_section(cls, path.read_text(encoding="utf-8"), where=str(path))
+        return parse_section(cls, read_text(path), where=str(path))
 
 
 def build_summary(
@@ -335,6 +341,11 @@ def build_summary(
         intervals={
             role: {name: (score.low, score.high) for name, score in value.metrics.items()}
             for role, value in found.items()
+        },
+        cautions={
+            role: cautions
+            for role, value in found.items()
+            if (cautions := {name: score.caution for name, score in value.metrics.items() if score.caution})
         },
         examples={role: value.examples for role, value in found.items()},
         signatures=signatures,

@@ -12,7 +12,8 @@ from markupsafe import Markup
 from skd_lib.report.charts import bars, interval, share
 from skd_lib.report.curves import groups
 from skd_lib.report.figures import plain
-from skd_lib.report.render import METRIC_NAMES, ROLE_NAMES, duration
+from skd_lib.report.render import METRIC_NAMES, ROLE_NAMES, UNSURE, WITHHELD, duration
+from skd_lib.report.render import caution_lines as report_cautions
 from skd_lib.report.summary import (
     Comparison,
     Course,
@@ -98,7 +99,8 @@ def headlines(summary: Summary) -> list[Headline]:
     after = summary.models.get("student_after", {}).get(metric)
     if after is not None:
         bounds = summary.intervals.get("student_after", {}).get(metric)
-        detail = [f"95%: {bounds[0]:.1f} to {bounds[1]:.1f}"] if bounds else []
+        mark = UNSURE if metric in summary.cautions.get("student_after", {}) else ""
+        detail = [f"95%: {bounds[0]:.1f} to {bounds[1]:.1f}{mark}"] if bounds else []
         before = summary.models.get("student_before", {}).get(metric)
         detail += [f"before: {before:.1f}"] if before is not None else []
         found.append(Headline(f"{metric_name(metric)} of the student", f"{after:.1f}", detail))
@@ -134,13 +136,14 @@ def quality(summary: Summary) -> QualityTable:
     scores = {
         role: Scores(
             metrics={
-                name: Score(score=score, low=bounds[0], high=bounds[1])
+                name: Score(score=score, low=bounds[0], high=bounds[1], caution=cautions.get(name, ""))
                 for name, score in values.items()
                 for bounds in [summary.intervals.get(role, {}).get(name, (score, score))]
             },
             examples=summary.examples.get(role, 0),
         )
         for role, values in summary.models.items()
+        for cautions in [summary.cautions.get(role, {})]
     }
     return quality_table(scores, summary.task_metric)
 
@@ -164,6 +167,7 @@ def quality_table(scores: dict[Role, Scores], first: str) -> QualityTable:
                 cells.append(Cell("", "", Markup("")))
                 continue
             bounds = f"{score.low:.1f} {TO} {score.high:.1f}" if score.high > score.low else ""
+            bounds += UNSURE if score.caution else ""
             cells.append(
                 Cell(
                     f"{score.score:.1f}", bounds, interval(score.score, score.low, score.high, scales[name], kind(role))
@@ -194,10 +198,28 @@ def _comparison_row(comparison: Comparison) -> ComparisonRow:
         f"{ROLE_NAMES[comparison.a]} against {ROLE_NAMES[comparison.b]}",
         metric_name(comparison.metric),
         _signed(comparison.difference),
-        f"{_signed(comparison.low)} to {_signed(comparison.high)}",
-        "< 0.002" if comparison.p_value < 0.002 else f"{comparison.p_value:.3f}",
+        "" if comparison.p_value is None else f"{_signed(comparison.low)} to {_signed(comparison.high)}",
+        _p_value(comparison.p_value),
         comparison.n,
     )
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return WITHHELD
+    return "< 0.002" if value < 0.002 else f"{value:.3f}"
+
+
+def caution_lines(summary: Summary) -> list[str]:
+    """Why some intervals are marked and tests withheld, held-out sets included."""
+    further = dict.fromkeys(
+        f"{UNSURE} {score.caution}."
+        for found in summary.held_out.values()
+        for scores in found.values()
+        for score in scores.metrics.values()
+        if score.caution
+    )
+    return list(dict.fromkeys([*report_cautions(summary), *further]))
 
 
 def further_figures(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:

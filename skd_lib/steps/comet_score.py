@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +84,7 @@ def main(
         else:
             figures = result.figures()
             scores["models"] = result.scores
-            scores["comparisons"] = {pair: asdict(test) for pair, test in result.comparisons.items()}
+            scores["comparisons"] = {pair: test.known() for pair, test in result.comparisons.items()}
             rows = [
                 {"id": answer.id, "role": role, "comet": value}
                 for role, values in result.segments.items()

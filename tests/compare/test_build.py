@@ -15,7 +15,7 @@ from scipy import stats
 
 from skd_lib.compare.build import build_comparison, estimate
 from skd_lib.compare.render import render, to_csv, to_markdown
-from skd_lib.compare.result import Comparison, TrialResult
+from skd_lib.compare.result import Comparison, TrialResult, VariantResult
 from skd_lib.compare.statistics import holm, t_interval
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import Prediction, compare_trainings
@@ -104,6 +104,38 @@ def test_one_run_has_its_own_interval_and_several_that_of_their_mean():
     two = estimate([Score(score=50, low=40, high=60), Score(score=52, low=40, high=60)])
     assert (two.mean, two.kind, two.runs) == (51, "t over seeds", 2)
     assert two.high - two.mean == pytest.approx(12.706, abs=1e-3)  # t of one degree of freedom times 1
+
+
+def test_runs_of_one_and_the_same_score_have_the_interval_over_examples():
+    found = estimate([Score(score=0, low=0, high=16), Score(score=0, low=0, high=16, caution="few")])
+    assert (found.low, found.high, found.kind, found.caution) == (0, 16, "bootstrap over examples", "few")
+
+
+def test_few_examples_have_neither_p_nor_star():
+    right = {"skd": [True] * 19, "sft": [False] * 19}
+    few = Scores.model_validate({"chrf": {"score": 5, "low": 5, "high": 5, "caution": "19 examples are too few"}})
+    comparison = build_comparison(
+        name="few",
+        reference="skd",
+        metrics=["accuracy"],
+        trials=[TrialResult(variant=name, seed=0, scores=few) for name in right],
+        answers={(name, 0): answers(hits) for name, hits in right.items()},
+        teacher={},
+        resamples=RESAMPLES,
+    )
+    test = comparison.variants[1].tests["accuracy"]
+    assert (test.difference, test.p_value, test.p_holm, test.examples) == (-100, None, None, 19)
+    assert Comparison.model_validate_json(comparison.to_json()) == comparison
+    shown = comparison.model_copy(update={"variants": [_with_accuracy(each) for each in comparison.variants]})
+    text = to_markdown(shown)
+    assert "| sft | 1 | 5.0 [5.0, 5.0]† | -100.0 | withheld |  |" in text
+    assert "- † 19 examples are too few." in text
+    assert "- p is withheld (under 20 examples)" in text
+    assert " *" not in text.partition("- ")[0]
+
+
+def _with_accuracy(variant: VariantResult) -> VariantResult:
+    return variant.model_copy(update={"scores": {"accuracy": variant.scores["chrf"]}})
 
 
 def test_pooled_test_resamples_examples_with_all_their_seeds():

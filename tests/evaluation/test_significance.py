@@ -4,10 +4,19 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from skd_lib.config import MetricName
 from skd_lib.evaluation.metrics import FloatArray, Measured, measure
-from skd_lib.evaluation.significance import bootstrap_interval, paired_bootstrap
+from skd_lib.evaluation.significance import (
+    LEAST_EXAMPLES,
+    bootstrap_interval,
+    paired_bootstrap,
+    scored,
+    wilson_interval,
+)
 from tests.evaluation.test_metrics import corpus
 
 
@@ -72,6 +81,7 @@ def test_paired_test_sees_a_small_steady_difference_that_intervals_do_not() -> N
     worse, better = mean_of(difficulty), mean_of(difficulty + generator.normal(1, 2, size=200))
     assert bootstrap_interval(worse)[1] > bootstrap_interval(better)[0]  # they overlap
     result = paired_bootstrap(better, worse)
+    assert result.p_value is not None
     assert result.p_value < 0.01
     assert 0 < result.low < result.difference < result.high
 
@@ -96,7 +106,7 @@ def test_equal_models_are_seldom_found_to_differ() -> None:
     found = 0
     for experiment in range(200):
         a, b = mean_of(generator.normal(0, 1, 60)), mean_of(generator.normal(0, 1, 60))
-        found += paired_bootstrap(a, b, resamples=200, seed=experiment).p_value < 0.05
+        found += (paired_bootstrap(a, b, resamples=200, seed=experiment).p_value or 0) < 0.05
     assert found / 200 < 0.12
 
 
@@ -113,3 +123,63 @@ def test_a_thousand_resamples_of_500_sentences_are_fast(name: MetricName) -> Non
     started = time.perf_counter()
     bootstrap_interval(measured, resamples=1000)
     assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("right", "examples", "low", "high"),
+    # From R's binom.confint(methods = "wilson") and Brown, Cai and DasGupta 2001.
+    [
+        (0, 1, 0, 79.35),
+        (0, 20, 0, 16.11),
+        (20, 20, 83.89, 100),
+        (0, 128, 0, 2.91),
+        (1, 2, 9.45, 90.55),
+        (8, 10, 49.02, 94.33),
+    ],
+)
+def test_wilsons_interval(right: int, examples: int, low: float, high: float) -> None:
+    assert wilson_interval(right / examples, examples) == pytest.approx((low, high), abs=0.01)
+
+
+@given(st.integers(1, 2000), st.floats(0, 1))
+def test_wilsons_interval_holds_its_share(examples: int, part: float) -> None:
+    share = round(part * examples) / examples
+    low, high = wilson_interval(share, examples)
+    assert 0 <= low <= 100 * share <= high <= 100
+    assert high - low > 0
+
+
+@pytest.mark.parametrize("truth", [0.02, 0.5, 0.9])
+@pytest.mark.parametrize("examples", [5, 20, 50, 128])
+def test_wilsons_interval_covers_the_truth_on_average(truth: float, examples: int) -> None:
+    chances = stats.binom.pmf(np.arange(examples + 1), examples, truth)
+    intervals = [wilson_interval(right / examples, examples) for right in range(examples + 1)]
+    covered = sum(chance for chance, (low, high) in zip(chances, intervals, strict=True) if low <= 100 * truth <= high)
+    assert covered > 0.9  # the bootstrap: 35 % of examples = 20, truth = 0.02
+
+
+def test_an_accuracy_has_wilsons_interval_however_few_the_examples() -> None:
+    for right, of in ((0, 30), (30, 30), (3, 8), (40, 100)):
+        answers = ["#### 1"] * right + ["#### 2"] * (of - right)
+        found = scored(measure("accuracy", answers, ["#### 1"] * of))
+        assert (found["low"], found["high"]) == wilson_interval(right / of, of)
+        assert "caution" not in found
+
+
+def test_other_scores_on_few_examples_or_without_spread_come_with_a_caution() -> None:
+    assert scored(measure("chrf", *corpus(1)))["caution"].startswith("1 example is too few")
+    few = scored(measure("chrf", *corpus(LEAST_EXAMPLES - 1)))
+    assert few["caution"].startswith("19 examples are too few for an interval")
+    enough = scored(measure("chrf", *corpus(LEAST_EXAMPLES)))
+    assert "caution" not in enough
+    assert enough["low"] < enough["score"] < enough["high"]
+    assert "every example has the same score" in scored(measure("rougeL", ["no"] * 30, ["other words"] * 30))["caution"]
+
+
+def test_below_twenty_examples_there_is_no_p_value() -> None:
+    generator = np.random.default_rng(0)
+    for examples in (1, 2, 5, LEAST_EXAMPLES - 1, LEAST_EXAMPLES):
+        result = paired_bootstrap(mean_of(generator.normal(5, 1, examples)), mean_of(generator.normal(0, 1, examples)))
+        assert (result.p_value is None) == (examples < LEAST_EXAMPLES)
+        assert ("p_value" in result.known()) == (examples >= LEAST_EXAMPLES)
+        assert None not in result.known().values()

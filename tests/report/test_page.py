@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from skd_lib.report.page import render_page
 from skd_lib.report.samples import SampledSequence
-from skd_lib.report.summary import Course, Summary, build_summary
+from skd_lib.report.summary import Comparison, Course, Scores, Summary, build_summary
 from skd_lib.report.untrusted import clipped, visible
 from skd_lib.report.viewer import STEPS_SHOWN, TOKENS_SHOWN, percent, step_views
 from skd_lib.report.views import model_name
@@ -189,3 +189,24 @@ def test_probabilities_have_the_digits_that_matter(value: float, text: str) -> N
 def test_clipped_text_says_so() -> None:
     assert clipped("abc", 3) == "abc"
     assert clipped("a" * 1003, 3) == "aaa… (+1,000 characters)"
+
+
+def test_few_examples_are_said_where_intervals_and_tests_stand() -> None:
+    few = {"score": 30, "low": 20, "high": 40, "caution": "3 examples are too few"}
+    more = {"news": {"chrf": {**few, "caution": "5 examples are too few"}, "examples": 5}}
+    summary = build_summary(
+        task_metric="chrf",
+        scores={"student_after": Scores.model_validate({"chrf": few, "examples": 3, "held_out": more})},
+        specdec={},
+        course=Course(),
+        comparisons=[
+            Comparison(a="student_after", b="student_before", metric="chrf", difference=20, low=20, high=20, n=3)
+        ],
+    )
+    text = Reader(render_page(summary, [])).text
+    assert "95%: 20.0 to 40.0†" in text
+    assert text.count("40.0†") == 3  # at the top and in both tables
+    assert "† 3 examples are too few. † 5 examples are too few." in text.replace(
+        "Paired tests are withheld (under 20 examples): there chance alone makes small p-values far too often. ", ""
+    )
+    assert "student after against student before chrF +20.0 withheld (under 20 examples) 3" in text
