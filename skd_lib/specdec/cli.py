@@ -82,9 +82,9 @@ def specdec(
     defaults = settings.task.model_dump() if settings else {"max_new_tokens": 128}
     task = parse_section(TaskConfig, defaults | _set(asked), where="skd specdec")
 
-    from rich.console import Console
     from rich.progress import Progress
 
+    from skd_lib.console import Console
     from skd_lib.models.references import resolve_model
     from skd_lib.specdec.prompts import prompts_of_run, read_prompts
     from skd_lib.storage import check_writable, write_text_atomic
@@ -102,6 +102,8 @@ def specdec(
         bar = progress.add_task("looking at the models", total=None)
         folders = {ref: resolve_model(ref) for ref in (teacher, *drafts.values())}
 
+        from skd_lib.data.chat import check_rendering
+        from skd_lib.models.files import load_tokenizer
         from skd_lib.models.vocabulary import check_compatible
         from skd_lib.specdec.measure import measure
         from skd_lib.specdec.render import render
@@ -110,6 +112,7 @@ def specdec(
         unlike = [error for ref in drafts.values() for error in check_compatible(folders[teacher], folders[ref])]
         if unlike:
             raise SkdErrors(unlike)
+        check_rendering(load_tokenizer(folders[teacher]), task)
         served = {ref: Served.from_reference(ref, folder) for ref, folder in folders.items()}
 
         def on_progress(done: int, total: int) -> None:
