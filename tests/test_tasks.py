@@ -129,6 +129,20 @@ def test_a_held_out_set_is_asked_as_the_model_was_taught() -> None:
     assert from_parameters(**to_parameters(config)) == config
 
 
+def test_held_out_sets_are_asked_on_the_date_that_preflight_gives_the_run() -> None:
+    sets = [
+        held_out("same"),
+        held_out("other", task={"prompt": "Q: {source}"}),
+        held_out("own", task={"date": "2020-02-02"}),
+    ]
+    config = run_config({}, held_out=sets)
+    dated = config.task.model_copy(update={"date": "2026-01-31"})
+    # As JSON, in which they go from step to step, all fields are given.
+    data = type(config.data).model_validate_json(config.data.model_dump_json())
+    dates = [dated.with_fields_of(each.task).date for each in data.held_out]
+    assert dates == ["2026-01-31", "2026-01-31", "2020-02-02"]
+
+
 @pytest.mark.parametrize(
     ("sets", "what"),
     [

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from skd_lib import tasks
 from skd_lib.config.reading import parse_section
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 from skd_lib.errors import SkdError
 
 MetricName = Literal["chrf", "bleu", "comet", "rougeL", "rouge1", "rouge2", "accuracy", "perplexity", "judge"]
@@ -17,7 +17,7 @@ LOWER_IS_BETTER: frozenset[MetricName] = frozenset({"perplexity"})
 AnswerKind = Literal["hash", "boxed", "marked", "last_number"]
 
 
-class TaskConfig(Section):
+class TaskConfig(ConfigSection):
     """How an example becomes a prompt, and how an answer is judged."""
 
     name: str = Field(
@@ -110,8 +110,9 @@ class TaskConfig(Section):
         return [name for name in self.metrics if name != "comet"]
 
     def with_fields_of(self, other: TaskConfig) -> TaskConfig:
-        """This task with the fields that were given for the other one."""
-        return self.model_copy(update={name: getattr(other, name) for name in other.model_fields_set})
+        """This task with the fields that were given for the other one; an empty date is none that was given."""
+        given = other.model_fields_set - ({"date"} if not other.date else set())
+        return self.model_copy(update={name: getattr(other, name) for name in given})
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
