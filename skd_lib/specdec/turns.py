@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median, quantiles
 
 from skd_lib.seeds import derived
@@ -28,7 +29,7 @@ from skd_lib.specdec.result import (
     Timed,
 )
 from skd_lib.specdec.theory import ForwardTimes, expected_tokens, stretched
-from skd_lib.specdec.verification import verify_greedy
+from skd_lib.specdec.verification import Rounding, measured_rounding, verify_greedy
 
 OnProgress = Callable[[int, int], None]
 """Called with the passes that are done and the passes there are, as far as is known."""
@@ -143,7 +144,13 @@ class Turns:
             eos_ids=self.plan.eos_ids,
             max_new_tokens=self.plan.max_new_tokens,
             vocabulary=self.plan.vocabulary,
+            measure=lambda: self._rounding,
         )
+
+    @cached_property
+    def _rounding(self) -> Rounding:
+        """Measured once: at temperature 0 the teacher alone writes the same responses in every turn."""
+        return measured_rounding(self.plan.teacher, self.prompts, self.alone[0].responses, self.plan.vocabulary)
 
     def _next(self, name: str) -> list[int]:
         """The draft length that promises most, unless it was timed already."""

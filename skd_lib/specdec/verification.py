@@ -2,31 +2,75 @@
 
 A block of gamma + 1 positions and single positions run through different matrix kernels, whose sums round differently.
 Where the teacher's best tokens are closer than that rounding, either may come out. Such a tie is accepted only on
-evidence: the teacher itself is asked again, and every token from the first difference on must be its best within
-rounding.
+evidence. How much rounding there is, is measured: the teacher reads responses of its own token by token and in one
+forward. Then it is asked again, and every token from the first difference on must be its best within that rounding; and
+all ties together may be no wider than rounding makes them, so that nothing that prefers other tokens passes for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from skd_lib.errors import SkdError
+from skd_lib.models.heads import lm_logits
+from skd_lib.sampling.cache import forward, prefilled
 
 _HINT = (
     "the sampler or a kernel of this device is wrong for this model; run the benchmark with batch_size 1 and report it"
 )
+_RESPONSES = 4
+"""Responses on which rounding is measured: each takes as many forwards as it has tokens."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How differently two forwards over the same tokens see the distance of the two best tokens, in logits.
+
+    Attributes:
+        typical: Root mean square over positions.
+        widest: The largest of them.
+    """
+
+    typical: float
+    widest: float
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """How far apart two logits may be, relative to the largest at their position, to count as equal.
+    """Return how far apart two logits may be, relative to the largest at their position, to count as equal at all.
 
     Four units in the last place for half precision (bf16: 3 %, fp16: 0.4 %); 0.01 % for fp32, whose units are far
     smaller than what a deep model's sums lose.
     """
     return max(1e-4, 4 * torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def measured_rounding(
+    teacher: PreTrainedModel, prompts: Sequence[list[int]], responses: Sequence[list[int]], vocabulary: int
+) -> Rounding:
+    """Measure how the teacher's cached steps and one forward over all tokens differ, on the first few responses.
+
+    Args:
+        teacher: The model that wrote the responses.
+        prompts: Token ids.
+        responses: The teacher's own, one a prompt, none of them empty.
+        vocabulary: Ids at and above it were not allowed.
+    """
+    differences = []
+    for prompt, response in list(zip(prompts, responses, strict=True))[:_RESPONSES]:
+        at_once_TV = _logits(teacher, prompt, response, vocabulary)
+        best_T2 = at_once_TV.topk(2).indices
+        in_steps_TV = _stepped_logits(teacher, prompt, response, vocabulary)
+        gaps_T, again_T = (torch.diff(logits_TV.gather(1, best_T2)) for logits_TV in (at_once_TV, in_steps_TV))
+        differences.append(gaps_T - again_T)
+    all_N = torch.cat(differences).flatten()
+    return Rounding(typical=float(all_N.square().mean().sqrt()), widest=float(all_N.abs().max()))
 
 
 def verify_greedy(
@@ -38,6 +82,7 @@ def verify_greedy(
     eos_ids: Sequence[int],
     max_new_tokens: int,
     vocabulary: int,
+    measure: Callable[[], Rounding] | None = None,
 ) -> int:
     """Compare responses with the teacher's own.
 
@@ -49,38 +94,75 @@ def verify_greedy(
         eos_ids: Where a response ends.
         max_new_tokens: Length limit of both.
         vocabulary: Ids at and above it were not allowed.
+        measure: Measures rounding, and is asked only where responses differ; None: on these references.
 
     Returns:
         How many responses differ by ties within rounding.
 
     Raises:
-        SkdError: a response is not the teacher's; names the prompt, counted from 0, and the position.
+        SkdError: a response is not the teacher's; names the prompt, counted from 0, and the position. Or the ties are
+            wider than rounding makes them.
     """
-    ties = 0
-    for number, (prompt, output, reference) in enumerate(zip(prompts, outputs, references, strict=True)):
-        if output != reference:
-            _require_tie(teacher, prompt, output, reference, f"prompt {number}", vocabulary)
-            _require_end(output, eos_ids, max_new_tokens, f"prompt {number}")
-            ties += 1
-    return ties
+    rows = zip(prompts, outputs, references, strict=True)
+    differing = [(number, *row) for number, row in enumerate(rows) if row[1] != row[2]]
+    if not differing:
+        return 0
+    for number, _, output, reference in differing:
+        _require_difference(output, reference, f"prompt {number}")
+    found = measure() if measure else measured_rounding(teacher, prompts, references, vocabulary)
+    ties = []
+    for number, prompt, output, reference in differing:
+        ties.append(_require_tie(teacher, prompt, output, reference, f"prompt {number}", vocabulary, found))
+        _require_end(output, eos_ids, max_new_tokens, f"prompt {number}")
+    _require_narrow(ties, len(outputs), found)
+    return len(differing)
+
+
+@dataclass(frozen=True)
+class _Tie:
+    """Where a response leaves the reference, in logits.
+
+    Attributes:
+        width: Distance of the two tokens.
+        unit: The last place of the best one.
+        allowed: What its width may be.
+    """
+
+    width: float
+    unit: float
+    allowed: float
+
+
+def _require_difference(output: list[int], reference: list[int], where: str) -> None:
+    """One response must not be the other's beginning."""
+    shorter = min(len(output), len(reference))
+    if output[:shorter] == reference[:shorter]:
+        raise SkdError(
+            f"speculative decoding ended after {len(output)} tokens, the teacher alone after {len(reference)}",
+            where=f"{where}, response position {shorter}",
+            hint=_HINT,
+        )
 
 
 @torch.no_grad()
 def _require_tie(
-    teacher: PreTrainedModel, prompt: list[int], output: list[int], reference: list[int], where: str, vocabulary: int
-) -> None:
-    pairs = zip(output, reference, strict=False)
-    position = next((at for at, (token, wanted) in enumerate(pairs) if token != wanted), None)
-    if position is None:
-        raise SkdError(
-            f"speculative decoding ended after {len(output)} tokens, the teacher alone after {len(reference)}",
-            where=f"{where}, response position {min(len(output), len(reference))}",
-            hint=_HINT,
-        )
-    ids = torch.tensor([prompt + output], device=teacher.device)
-    logits_TV = teacher(input_ids=ids).logits[0, len(prompt) - 1 : -1, :vocabulary].float()
-    allowed_T = rounding(teacher.dtype) * logits_TV.abs().amax(-1)
-    short_TV = logits_TV.amax(-1, keepdim=True) - logits_TV
+    teacher: PreTrainedModel,
+    prompt: list[int],
+    output: list[int],
+    reference: list[int],
+    where: str,
+    vocabulary: int,
+    found: Rounding,
+) -> _Tie:
+    position = next(at for at, (token, wanted) in enumerate(zip(output, reference, strict=False)) if token != wanted)
+    logits_TV = _logits(teacher, prompt, output, vocabulary)
+    best_T = logits_TV.amax(-1)
+    unit_T = torch.finfo(teacher.dtype).eps * best_T.abs()
+    # Two logits of half precision, each a unit off, are no tie that the few measured positions need have seen.
+    allowed_T = torch.maximum(2 * unit_T, torch.full_like(unit_T, 2 * found.widest))
+    # Whatever was measured: a cache that is wrong would make the difference of two forwards large.
+    allowed_T = torch.minimum(allowed_T, 2 * rounding(teacher.dtype) * logits_TV.abs().amax(-1))
+    short_TV = best_T.unsqueeze(-1) - logits_TV
     written = [(at, output[at]) for at in range(position, len(output))]
     for at, token in [(position, reference[position]), *written]:
         if token >= vocabulary or short_TV[at, token] > allowed_T[at]:
@@ -92,6 +174,39 @@ def _require_tie(
                 where=f"{where}, response position {at}",
                 hint=_HINT,
             )
+    width = (logits_TV[position, output[position]] - logits_TV[position, reference[position]]).abs()
+    return _Tie(float(width), float(unit_T[position]), float(allowed_T[position]))
+
+
+def _require_narrow(ties: Sequence[_Tie], responses: int, found: Rounding) -> None:
+    """A single tie may be as wide as rounding ever makes one; many are as wide, on average, as it typically does."""
+    square = sum(tie.width**2 for tie in ties)
+    typical = max(found.typical, *(tie.unit / 4 for tie in ties))  # two logits, each rounded once
+    if square > max(tie.allowed for tie in ties) ** 2 + 2 * len(ties) * typical**2:
+        raise SkdError(
+            f"{len(ties)} of {responses} responses leave the teacher's own at tokens whose logits are "
+            f"{math.sqrt(square / len(ties)):.2g} apart (rounding explains {typical:.2g})",
+            where="speculative decoding",
+            hint=_HINT,
+        )
+
+
+def _logits(teacher: PreTrainedModel, prompt: list[int], response: list[int], vocabulary: int) -> Tensor:
+    """(T, V) fp32 logits that predict each response token, from one forward."""
+    ids = torch.tensor([prompt + response], device=teacher.device)
+    logits_TV: Tensor = teacher(input_ids=ids).logits[0, len(prompt) - 1 : -1, :vocabulary].float()
+    return logits_TV
+
+
+def _stepped_logits(teacher: PreTrainedModel, prompt: list[int], response: list[int], vocabulary: int) -> Tensor:
+    """The same from a forward for each token, as the teacher alone decodes."""
+    ids_1L = torch.tensor([prompt + response], device=teacher.device)
+    cache = prefilled(teacher, ids_1L[:, : max(len(prompt) - 1, 1)], ids_1L.shape[1])
+    states = [
+        forward(teacher, cache, ids_1L[:, at : at + 1], torch.tensor([at], device=teacher.device), at)
+        for at in range(len(prompt) - 1, ids_1L.shape[1] - 1)
+    ]
+    return lm_logits(teacher, torch.cat(states, 1)[0])[:, :vocabulary].float()
 
 
 def _require_end(output: list[int], eos_ids: Sequence[int], max_new_tokens: int, where: str) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from skd_lib.config import SpecdecConfig, parse_section
+from skd_lib.config import SamplingParams, SpecdecConfig, parse_section
 from skd_lib.errors import SkdError
+from skd_lib.sampling.acceptance import nothing
 from skd_lib.sampling.engine import Sampler, Samples
 from skd_lib.specdec.benchmark import benchmark
 from skd_lib.specdec.plan import Plan
 from skd_lib.specdec.result import SpecdecResult
-from skd_lib.specdec.verification import rounding, verify_greedy
+from skd_lib.specdec.verification import measured_rounding, rounding, verify_greedy
 from tests.conftest import TinyModel
 from tests.specdec.conftest import FakeClock
 
@@ -187,6 +188,78 @@ def test_rounding_is_finer_than_a_real_difference(twins: TwinTokens) -> None:
 
 def test_rounding_grows_with_the_type() -> None:
     assert rounding(torch.float32) < rounding(torch.float16) < rounding(torch.bfloat16) < 0.05
+
+
+class HalfPrecision:
+    """A teacher in bf16, its responses to some prompts, and responses with its second-best token at one position."""
+
+    LENGTH = 20
+
+    def __init__(self, teacher: PreTrainedModel) -> None:
+        self.teacher = teacher.bfloat16()
+        self.prompts = prompts(6)
+        self.references = self.write(self.prompts, self.LENGTH)
+        self.rounding = measured_rounding(self.teacher, self.prompts, self.references, VOCABULARY)
+
+    def write(self, starts: list[list[int]], length: int) -> list[list[int]]:
+        settings: dict[str, Any] = {"rule": nothing(), "eos_ids": (), "pad_id": 0, "max_new_tokens": length}
+        sampler = Sampler(
+            student=None, teacher=self.teacher, teacher_params=SamplingParams(temperature=0.0), **settings
+        )
+        return sampler.sample(starts, range(len(starts))).tokens_BT.tolist()
+
+    def planted(self, narrowest: float, widest: float) -> dict[int, list[int]]:
+        """By row: the second-best token at the last position where it is so far behind, in logits."""
+        found = {}
+        for row, (prompt, response) in enumerate(zip(self.prompts, self.references, strict=True)):
+            with torch.no_grad():
+                logits = self.teacher(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            best, second = logits.float().topk(2).values.unbind(-1)
+            places = ((best - second > narrowest) & (best - second < widest)).nonzero().flatten().tolist()
+            if places:
+                start = [*response[: places[-1]], int(logits[places[-1]].topk(2).indices[1])]
+                rest = self.LENGTH - len(start)
+                found[row] = start + (self.write([prompt + start], rest)[0] if rest else [])
+        return found
+
+    def verify(self, outputs: dict[int, list[int]]) -> int:
+        settings: dict[str, Any] = {"eos_ids": (), "max_new_tokens": self.LENGTH, "vocabulary": VOCABULARY}
+        chosen = [(self.prompts[row], output, self.references[row]) for row, output in outputs.items()]
+        return verify_greedy(self.teacher, *zip(*chosen, strict=True), **settings, measure=lambda: self.rounding)
+
+
+@pytest.fixture(scope="module")
+def half(tiny_model: TinyModel) -> HalfPrecision:
+    return HalfPrecision(tiny_model(seed=1, layers=3, hidden=64))
+
+
+def test_rounding_is_measured(half: HalfPrecision, tiny_model: TinyModel) -> None:
+    teacher = tiny_model(seed=1, layers=3, hidden=64)
+    fine = measured_rounding(teacher, half.prompts[:1], half.references[:1], VOCABULARY)
+    assert 0 < fine.typical < fine.widest < 1e-4 < half.rounding.typical < half.rounding.widest < 0.3
+
+
+def test_in_half_precision_ties_are_counted(half: HalfPrecision) -> None:
+    found = half.planted(0.5 * half.rounding.typical, 2 * half.rounding.typical)
+    assert half.verify(found) == sum(output != half.references[row] for row, output in found.items()) > 1
+
+
+def test_a_second_best_token_in_half_precision_is_no_tie(half: HalfPrecision) -> None:
+    """Wider than rounding makes a tie, if not by much."""
+    found = half.planted(2.1 * half.rounding.widest, 8 * half.rounding.widest)
+    assert len(found) > 3
+    for row, output in found.items():
+        with pytest.raises(SkdError, match=r"prompt 0, response position .* is not the teacher's choice"):
+            half.verify({row: output})
+
+
+def test_many_wide_ties_are_no_rounding(half: HalfPrecision) -> None:
+    """Each alone would pass: together they show that other tokens are preferred."""
+    found = half.planted(1.4 * half.rounding.widest, 2 * half.rounding.widest)
+    assert len(found) > 3
+    assert all(half.verify({row: output}) == 1 for row, output in found.items())
+    with pytest.raises(SkdError, match=f"{len(found)} of {len(found)} responses leave the teacher's own at tokens"):
+        half.verify(found)
 
 
 def test_padded_heads_of_different_size(tiny_model: TinyModel) -> None:
