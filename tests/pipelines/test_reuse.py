@@ -1,0 +1,143 @@
+"""What runs again when a model has changed: the real pipelines, whose steps only write outputs of the right kind."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+
+from pipelines import local
+from pipelines.local import RunFolder, run_pipeline
+from pipelines.process import Outcome
+from pipelines.progress import PlainDisplay
+from skd_lib.compare.trials import Trial
+from skd_lib.config import RunConfig
+from skd_lib.models.references import model_fingerprint
+from skd_lib.parameters import to_struct
+from skd_lib.preflight import PreflightReport
+from skd_lib.steps import compare_variant, preflight
+from skd_lib.steps.runtime import StepIO
+
+REAL = {"preflight": preflight.main, "compare_variant": compare_variant.main}
+NOTHING = {"STRING": "", "BOOLEAN": False, "NUMBER_INTEGER": 0, "STRUCT": {}, "LIST": []}
+TEACHERS_OWN = {"import_model", "teacher_sft", "evaluate-teacher"}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders with the names of a model's files in them."""
+    folders = tmp_path / "teacher", tmp_path / "student"
+    for folder in folders:
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors", "chat_template.jinja", "generation_config.json"):
+            (folder / name).write_text("{}")
+    return folders
+
+
+@pytest.fixture
+def config(models: tuple[Path, Path]) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "reuse",
+            "teacher": str(models[0]),
+            "student": str(models[1]),
+            "data": {"source": {"type": "files", "train": ["x.jsonl"]}},
+            "task": {"metrics": ["chrf"]},
+        }
+    )
+
+
+@pytest.fixture
+def run(
+    config: RunConfig,
+    tmp_path: Path,
+    compile_once: Callable[..., list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., set[str]]:
+    """Runs a pipeline in one folder; the names of the steps that were not reused."""
+
+    def checks(run_config: RunConfig, *, variants: list[RunConfig], **_: Any) -> PreflightReport:
+        named = {run_config.teacher, run_config.student, *(variant.student for variant in variants)}
+        return PreflightReport(model_fingerprints={name: model_fingerprint(name) for name in named if name})
+
+    monkeypatch.setattr("skd_lib.preflight.run_checks", checks)
+    monkeypatch.setattr(local, "source_digest", lambda: "the same code")
+
+    def again(pipeline: str = "distillation", trials: list[Trial] | None = None) -> set[str]:
+        documents = compile_once(name=pipeline)
+        monkeypatch.setattr(local, "child_processes", lambda *_: _steps(documents[0]))
+        more = {"trials": [to_struct(trial) for trial in trials or []], "reference": "a", "drafts": True, "failed": []}
+        finished = run_pipeline(
+            config,
+            RunFolder.create(tmp_path / "runs", pipeline),
+            documents,
+            PlainDisplay(Console(file=io.StringIO()), 1),
+            tracking_uri="",
+            experiment="skd",
+            further=more if trials else None,
+            iterations=[trial.label for trial in trials or []],
+        )
+        return finished.outputs.keys() - finished.reused_steps
+
+    return again
+
+
+@contextmanager
+def _steps(spec: dict[str, Any]) -> Iterator[Callable[..., Outcome]]:
+    executors = spec["deploymentSpec"]["executors"]
+    kinds = {
+        executors[component["executorLabel"]]["container"]["command"][2]: component.get("outputDefinitions", {})
+        for component in spec["components"].values()
+        if "executorLabel" in component
+    }
+
+    def start(_image: str, command: list[str], _env: Mapping[str, str], _log: Path, _on_event: Any) -> Outcome:
+        module, arguments = command[2], command[3:]
+        if main := REAL.get(module.rpartition(".")[2]):
+            app = typer.Typer()
+            app.command()(main)
+            app(arguments, standalone_mode=False)
+            return Outcome(0, "", ())
+        given = arguments[arguments.index("--executor-input") + 1]
+        wanted = json.loads(given)["outputs"].get("artifacts", {})
+        step = StepIO(given, {name: Path(entry["artifacts"][0]["uri"]) for name, entry in wanted.items()})
+        for path in step.paths.values():
+            path.touch()
+        for name, kind in kinds[module].get("parameters", {}).items():
+            step.parameter(name, NOTHING[kind["parameterType"]])
+        step.write()
+        return Outcome(0, "", ())
+
+    yield start
+
+
+def test_a_changed_model_runs_what_depends_on_it_again(run: Callable[..., set[str]], models: tuple[Path, Path]) -> None:
+    teacher, student = models
+    everything = run()
+    (teacher / "README.md").write_text("a new card")
+    (student / "model.safetensors").write_text("other weights")
+    assert run() == everything - TEACHERS_OWN - {"prepare_data", "evaluate-teacher_base"}
+    (teacher / "chat_template.jinja").write_text("another template")
+    assert run() == everything - {"prepare_data"}
+
+
+def test_a_comparison_knows_each_runs_student(run: Callable[..., set[str]], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    trials = [
+        Trial(variant="a", seed=0),
+        Trial(variant="b", seed=0, init="own", overrides={"student": str(other)}),
+    ]
+    everything = run("compare_methods", trials)
+    (other / "config.json").write_text("changed")
+    again = run("compare_methods", trials)
+    of_one = {name for name in everything if name.endswith("-a-seed-0")}
+    assert again == everything - of_one - TEACHERS_OWN - {"prepare_data"} | {"compare_variant-a-seed-0"}
