@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from skd_lib.config import Section, parse_section, read_yaml
+from skd_lib.config import ConfigSection, parse_section, read_yaml
 from skd_lib.config.training import Quantity
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -47,7 +47,7 @@ SEVERAL_GPUS = ("teacher_sft", "distill")
 Duration = Annotated[str, Field(pattern=r"^[1-9][0-9]*(s|m|h)$", examples=["90s", "12h"])]
 
 
-class Toleration(Section):
+class Toleration(ConfigSection):
     """A taint that a pod puts up with, in Kubernetes' words."""
 
     key: str = Field("", description="The taint's key; empty with `Exists`: every taint.")
@@ -64,7 +64,7 @@ class Toleration(Section):
         return self
 
 
-class Retry(Section):
+class Retry(ConfigSection):
     """How often a failed pod is started again, and after what time."""
 
     count: int = Field(2, ge=0, le=10, description="Further attempts; 0: none.")
@@ -73,7 +73,7 @@ class Retry(Section):
     longest_wait: Duration = Field("600s", description="The longest pause.")
 
 
-class Scratch(Section):
+class Scratch(ConfigSection):
     """Disk space for temporary files, mounted at /tmp; the models that a step downloads from the hub are there too."""
 
     size: Quantity = Field(description="So much may be used; the pod is evicted beyond it.")
@@ -90,7 +90,7 @@ class Scratch(Section):
         return self
 
 
-class Resources(Section):
+class Resources(ConfigSection):
     """What one step's pod asks for."""
 
     cpu: Quantity = Field(description="Cores requested; there is no limit, which would only throttle.")
@@ -117,7 +117,7 @@ class Resources(Section):
         return self
 
 
-class Profile(Section):
+class Profile(ConfigSection):
     """What the steps of a pipeline need on one kind of machines."""
 
     description: str = Field(description="The machines that it is for.")

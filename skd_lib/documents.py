@@ -39,7 +39,7 @@ _MEANINGS = {"bool": "true or false", "int": "a number", "float": "a number", "t
 _PLAIN = {"true or false": "true or false", "a number": "a plain decimal number"}
 _SHOWN = 60
 _MERGE = object()
-_NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
+_NOT_TEXT = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: Path) -> str:
@@ -86,21 +86,22 @@ def parse_yaml_documents(text: str, *, where: str) -> list[Any]:
     return list(_documents(text, where))
 
 
-def parse_json(text: str | bytes, *, where: str) -> Any:
+def parse_json(text: str | bytes, *, where: str, plain: bool = True) -> Any:
     """The value of a JSON text.
+
+    Args:
+        text: The text.
+        where: Named in error messages.
+        plain: Refuse numbers that are not finite or longer than every reader of JSON takes them, and halves of
+            characters. False for results of our own, which hold what models write.
 
     Raises:
         SkdError: it is not JSON, has a key twice, or something in it is not allowed here.
     """
+    numbers: dict[str, Any] = {"parse_constant": _refused_constant, "parse_int": _integer, "parse_float": _finite}
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_constant=_refused_constant,
-            parse_int=_integer,
-            parse_float=_finite,
-        )
-        _check(value)
+        value = json.loads(text, object_pairs_hook=_unique, **(numbers if plain else {}))
+        _check(value, plain)
     except RecursionError as error:
         raise SkdError(f"nested deeper than {MAX_DEPTH} levels", where=where) from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are two
@@ -147,13 +148,13 @@ def _text(text: str) -> str:
     return text
 
 
-def _check(value: Any) -> None:
-    """Look at every text and at the depth."""
+def _check(value: Any, plain: bool) -> None:
+    """Look at the depth, and at every text."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[Any] = []
         for each in level:
-            if isinstance(each, str):
+            if isinstance(each, str) and plain:
                 _text(each)
             elif isinstance(each, dict):
                 inner += [*each, *each.values()]

@@ -96,6 +96,8 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("specdec.batch_sizes", [0], "specdec.batch_sizes.0", "greater than or equal to 1", ""),
         ("evaluation.bootstrap_samples", 10**9, "evaluation.bootstrap_samples", "less than or equal to 100000", ""),
         ("registry.min_improvement", float("inf"), "registry.min_improvement", "finite number", ""),
+        ("registry.model_name", "a\0", "registry", "model_name: text with the character U+0000", ""),
+        ("data.source.train", ["a\0"], "data.source", "train: text with the character U+0000", ""),
         ("registry.model_name", "", "registry.model_name", "must not be blank", ""),
         ("registry.model_name", " ", "registry.model_name", "must not be blank", ""),
         ("registry.model_name", "name ", "registry.model_name", "begin or end with a space", ""),

@@ -94,7 +94,6 @@ def test_what_readers_of_yaml_disagree_on_is_an_error_with_the_line(text: str):
         ("a: *b", r"the alias \*b has no anchor", "line 1"),
         ("a: &a [*a]", r"the alias \*a has no anchor", "line 1"),
         ("a: {<<: 1}", "`<<` merges mappings", "line 1"),
-        ('a: "\\0"', r"the character U\+0000", "line 1"),
         ("a: [1", "not YAML", "line 2"),
         ("a: b: c", "not YAML: mapping values", "line 1"),
         ("a: 1\n---\nb: 1", "more than one YAML document", "f"),
@@ -147,7 +146,7 @@ def test_bombs_are_refused_at_once(text: str, what: str, parser: str, monkeypatc
         ("[" * 100_000, "deeper than 64 levels"),
         ("[" * 100 + "]" * 100, "deeper than 64 levels"),
         ('"\\ud800"', r"the character U\+D800"),
-        ('{"a\\u0000": 1}', r"the character U\+0000"),
+        ('{"a\\ud800": 1}', r"the character U\+D800"),
         (b"\xff", "not JSON"),
         ("{", "not JSON"),
     ],
@@ -156,6 +155,16 @@ def test_json_is_read_as_strictly(text: str | bytes, what: str):
     with pytest.raises(SkdError, match=what) as caught:
         parse_json(text, where="--config")
     assert caught.value.where == "--config"
+
+
+def test_results_may_hold_any_number():
+    text = '{"loss": NaN, "perplexity": Infinity, "operations": 123456789012345678901, "text": "\\ud800"}'
+    read = parse_json(text, where="summary.json", plain=False)
+    assert (read["perplexity"], read["operations"], read["text"]) == (float("inf"), 123456789012345678901, "\ud800")
+    with pytest.raises(SkdError, match="not JSON"):
+        parse_json("9" * 5000, where="summary.json", plain=False)
+    with pytest.raises(SkdError, match="the key 'a' is there twice"):
+        parse_json('{"a": 1, "a": 2}', where="summary.json", plain=False)
 
 
 def test_files_that_are_none(tmp_path: Path):

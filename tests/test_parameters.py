@@ -11,6 +11,8 @@ from skd_lib.config import DivergenceName, Method, RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.parameters import PLACES, from_parameters, to_parameters
 
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+
 SOURCES: list[dict[str, Any]] = [
     {"type": "files", "train": ["a.jsonl"], "columns": {"source": "question"}},
     {"type": "hub", "dataset": "openai/gsm8k", "test_split": None, "subset": "main"},
@@ -47,14 +49,12 @@ CONFIGS = st.builds(
     },
     pruned=st.booleans(),
     name=st.from_regex(r"\A[a-z0-9][a-z0-9-]{0,10}\Z"),
-    teacher=st.text(min_size=1),
+    teacher=TEXT,
     seed=st.integers(0, 2**31 - 1),
     data=st.fixed_dictionaries(
         {"source": st.sampled_from(SOURCES)}, optional={"test_examples": st.none() | st.integers(1, 9)}
     ),
-    task=st.fixed_dictionaries(
-        {}, optional={"stop": st.lists(st.text()), "system_prompt": st.none() | st.text(min_size=1)}
-    ),
+    task=st.fixed_dictionaries({}, optional={"stop": st.lists(TEXT), "system_prompt": st.none() | TEXT}),
     teacher_sft=st.fixed_dictionaries({"training": TRAININGS}),
     distill=st.fixed_dictionaries(
         {"training": TRAININGS},

@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from skd_lib.config import (
+    ConfigSection,
     Method,
     Overrides,
     RunConfig,
-    Section,
     StudentInitConfig,
     apply,
     load_config,
@@ -31,7 +31,7 @@ class StudentInit(StudentInitConfig):
     student: str | None = Field(None, description="Model to start from; unset: the run's.")
 
 
-class CompareConfig(Section):
+class CompareConfig(ConfigSection):
     """Methods x student inits x settings, each with every seed, on one prepared data set and one teacher."""
 
     name: str = Field(

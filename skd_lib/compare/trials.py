@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from skd_lib.compare.config import NAME, OWN_SECTIONS, SHARED, CompareConfig
-from skd_lib.config import Overrides, RunConfig, Section, apply, parse_json, parse_section
+from skd_lib.config import ConfigSection, Overrides, RunConfig, apply, parse_json, parse_section
 from skd_lib.config.initial import CUTTING
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.methods import reads_setting
@@ -23,7 +23,7 @@ MAX_COMBINATIONS = 5_000
 """Of methods and values in a grid, before those are left out that differ in nothing a method reads."""
 
 
-class Trial(Section):
+class Trial(ConfigSection):
     """One run of a comparison, as it travels to the cluster: what differs from the base configuration."""
 
     variant: str = Field(pattern=NAME, description="What is compared; its runs differ in their seeds.")

@@ -22,7 +22,7 @@ from skd_lib.config.overrides import Overrides, apply, parse_overrides
 from skd_lib.config.reading import parse_json, parse_section, read_yaml
 from skd_lib.config.run import RunConfig, load_config, refuse_multinode
 from skd_lib.config.schedule import Count, Schedule
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection, Section
 from skd_lib.config.task import LOWER_IS_BETTER, AnswerKind, MetricName, TaskConfig
 from skd_lib.config.training import (
     DistillTrainingConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "LOWER_IS_BETTER",
     "AnswerKind",
     "Columns",
+    "ConfigSection",
     "Count",
     "DataConfig",
     "DataSource",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 from skd_lib.config.task import TaskConfig
 
 Cast = Literal["text", "label_name"]
@@ -15,7 +15,7 @@ PLACE = re.compile(r"{([^{}]+)}")
 """A column's place in a template."""
 
 
-class Columns(Section):
+class Columns(ConfigSection):
     """Which columns hold what."""
 
     source: str = Field(
@@ -48,7 +48,7 @@ def columns_of(column: str) -> list[str]:
     return PLACE.findall(column) or [column]
 
 
-class FilesSource(Section):
+class FilesSource(ConfigSection):
     """JSONL, JSON, CSV, TSV (all of them also as .gz) or Parquet files; each split is a list of files, folders and
     globs (`data/*.jsonl`), local or gs:// URIs."""
 
@@ -59,7 +59,7 @@ class FilesSource(Section):
     columns: Columns = Columns()
 
 
-class HubDataset(Section):
+class HubDataset(ConfigSection):
     """A dataset of the Hugging Face hub."""
 
     type: Literal["hub"]
@@ -87,14 +87,14 @@ class HubSource(HubDataset):
         return None if value == "" else value
 
 
-class GettextWheel(Section):
+class GettextWheel(ConfigSection):
     """The gettext catalogs inside one wheel of a Python package index."""
 
     requirement: str = Field(description="Pinned requirement, e.g. `django==5.2.19`.", pattern=r"^[\w.-]+==[\w.]+$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class GettextSource(Section):
+class GettextSource(ConfigSection):
     """Translation pairs from the catalogs that Python packages ship: wheels are fetched with pip, never installed."""
 
     type: Literal["gettext"]
@@ -109,7 +109,7 @@ class GettextSource(Section):
 DataSource = Annotated[FilesSource | HubSource | GettextSource, Field(discriminator="type")]
 
 
-class HeldOutFiles(Section):
+class HeldOutFiles(ConfigSection):
     """One test set in files."""
 
     type: Literal["files"] = "files"
@@ -123,7 +123,7 @@ class HeldOutHub(HubDataset):
     split: str = "test"
 
 
-class HeldOutConfig(Section):
+class HeldOutConfig(ConfigSection):
     """A test set beside the run's own: other data, another task, the same models."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="Names its scores, e.g. `svamp`.")
@@ -135,7 +135,7 @@ class HeldOutConfig(Section):
     examples: int | None = Field(None, ge=1, description="At most this many examples; all if unset.")
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Where examples come from and how they are split."""
 
     source: DataSource

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from skd_lib.config.schedule import Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 from skd_lib.config.training import MULTINODE_HELP, DistillTrainingConfig, MultinodeConfig, check_processes
 
 Method = Literal["sft", "seqkd", "supervised_kd", "on_policy", "imitkd", "two_stage", "skd", "skd_mixed"]
@@ -26,7 +26,7 @@ LEAST_TEMPERATURE = 1e-6
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm_or_greedy)]
 
 
-class SamplingParams(Section):
+class SamplingParams(ConfigSection):
     """How one model samples. Never read from a model's `generation_config`."""
 
     temperature: Temperature = Field(
@@ -35,7 +35,7 @@ class SamplingParams(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with at least this mass.")
 
 
-class InterleavedConfig(Section):
+class InterleavedConfig(ConfigSection):
     """The sampler of SKD (Xu et al. 2025, arXiv 2410.11325, Algorithm 1).
 
     `top_k`, `gamma`, `min_prob` and `mixture` are numbers, or schedules over the training: `{start, end, shape}`.
@@ -71,7 +71,7 @@ class InterleavedConfig(Section):
     teacher: SamplingParams = SamplingParams(temperature=0.5, top_p=1.0)
 
 
-class TeacherSignalConfig(Section):
+class TeacherSignalConfig(ConfigSection):
     """When the teacher is asked."""
 
     mode: Literal["online", "stored"] = Field(
@@ -88,7 +88,7 @@ class TeacherSignalConfig(Section):
     )
 
 
-class SelectiveConfig(Section):
+class SelectiveConfig(ConfigSection):
     """Token weights of SelecTKD (arXiv 2510.24021); `{}` takes the paper's."""
 
     top: int = Field(
@@ -100,7 +100,7 @@ class SelectiveConfig(Section):
     otherwise: float = Field(0.01, ge=0, le=1, description="Its weight in the divergence if not.")
 
 
-class DistillConfig(Section):
+class DistillConfig(ConfigSection):
     """How the student is trained under the teacher.
 
     What a method or a divergence does not read is ignored, so that one file can be run with each of them.
@@ -120,9 +120,7 @@ class DistillConfig(Section):
     alpha: float = Field(
         0.1, ge=0, lt=1, description="`skew_kl`, `skew_reverse_kl` only: skewness; 0 is the forward or reverse KL."
     )
-    temperature: float = Field(
-        1.0, ge=1e-3, le=1000, description="Divides both models' logits in the loss."
-    )
+    temperature: float = Field(1.0, ge=1e-3, le=1000, description="Divides both models' logits in the loss.")
     temperature_squared: bool = Field(
         False, description="Multiply the divergence by the square of `temperature` (Hinton et al., arXiv 1503.02531)."
     )

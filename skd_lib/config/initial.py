@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 from skd_lib.config.training import (
     MULTINODE_HELP,
     MultinodeConfig,
@@ -19,7 +19,7 @@ CUTTING = ("prune", "prune_sft")
 """The modes of `student_init` that cut the student from the teacher."""
 
 
-class TeacherSftConfig(Section):
+class TeacherSftConfig(ConfigSection):
     """Supervised fine-tuning of the teacher on the task."""
 
     enabled: bool = Field(True, description="False: the teacher is used as it is.")
@@ -32,7 +32,7 @@ class TeacherSftConfig(Section):
         return self
 
 
-class StudentInitConfig(Section):
+class StudentInitConfig(ConfigSection):
     """Where the student starts from."""
 
     mode: Literal["as_is", "sft", "prune", "prune_sft"] = Field(

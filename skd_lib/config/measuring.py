@@ -10,12 +10,12 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from skd_lib.config.distill import Temperature
 from skd_lib.config.names import check_model_name
 from skd_lib.config.schedule import DraftLength
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 
 
-class JudgeConfig(Section):
+class JudgeConfig(ConfigSection):
     """A large model that grades answers from 1 to 10, behind any OpenAI-compatible API. Off unless there is a `url`.
 
     Sources, references and answers are sent to it. Its key, if it wants one, is read from the environment variable
@@ -63,7 +63,7 @@ class JudgeConfig(Section):
         return self
 
 
-class CometConfig(Section):
+class CometConfig(ConfigSection):
     """COMET, a learned metric of translations (Rei et al. 2022), where `task.metrics` names `comet`."""
 
     model: str = Field(
@@ -78,7 +78,7 @@ class CometConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(ConfigSection):
     """Greedy decoding of the test sets, scored with their tasks' metrics."""
 
     batch_size: int = Field(16, ge=1, le=65_536)
@@ -87,7 +87,7 @@ class EvaluationConfig(Section):
     judge: JudgeConfig = JudgeConfig()
 
 
-class SpecdecConfig(Section):
+class SpecdecConfig(ConfigSection):
     """Speculative decoding: the student drafts for the teacher."""
 
     examples: int = Field(32, ge=1, description="Test prompts used.")
@@ -126,7 +126,7 @@ class SpecdecConfig(Section):
         return values
 
 
-class RegistryConfig(Section):
+class RegistryConfig(ConfigSection):
     """The MLflow model registry."""
 
     model_name: Annotated[str, AfterValidator(check_model_name)] = Field(

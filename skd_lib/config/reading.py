@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from skd_lib.config.schedule import NUMBER, SCHEDULE
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection, Section
 from skd_lib.documents import parse_json, parse_yaml, read_text
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -25,7 +25,7 @@ def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT
         SkdError: the text is not JSON.
     """
     if isinstance(values, str):
-        values = parse_json(values, where=where)
+        values = parse_json(values, where=where, plain=issubclass(model, ConfigSection))
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -13,12 +13,12 @@ from skd_lib.config.measuring import EvaluationConfig, RegistryConfig, SpecdecCo
 from skd_lib.config.overrides import Overrides, apply
 from skd_lib.config.reading import parse_section, read_yaml
 from skd_lib.config.schedule import Schedule
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 from skd_lib.config.task import TaskConfig
 from skd_lib.errors import SkdError, SkdErrors
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """Everything one run needs."""
 
     name: str = Field(

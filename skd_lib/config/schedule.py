@@ -6,13 +6,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Discriminator, Field, Tag
 
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 
 NumberT = TypeVar("NumberT")
 NUMBER, SCHEDULE = "<number>", "<schedule>"
 
 
-class Schedule(Section, Generic[NumberT]):
+class Schedule(ConfigSection, Generic[NumberT]):
     """A setting that goes from `start` at the first optimiser step to `end` at the last."""
 
     start: NumberT = Field(description="Value at the first optimiser step.")

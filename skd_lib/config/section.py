@@ -9,18 +9,27 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
+    """A part of a file that is read: of a configuration, or of results. Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConfigSection(Section):
     """A part of the configuration.
 
     Unknown fields are errors: a misspelt name must never be swallowed. So are infinity, NaN, and `true` for a number.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _truth_is_no_number(cls, values: Any) -> Any:
+    def _plain_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        for name, value in values.items():
+            if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"{name}: text with the character U+0000, which no file can hold")
         # As a text it is refused for its field by pydantic, which takes a bare `true` for 1.
         return {
             name: str(value).lower() if isinstance(value, bool) and _is_number(cls, name) else value

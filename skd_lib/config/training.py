@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from skd_lib.config.section import Section
+from skd_lib.config.section import ConfigSection
 
 Quantity = Annotated[
     str,
@@ -23,7 +23,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 TeacherPrecision = Literal["auto", "bf16", "fp32", "8bit", "4bit"]
 
 
-class LoraConfig(Section):
+class LoraConfig(ConfigSection):
     """Train low-rank adapters (arXiv 2106.09685) beside frozen weights; the model that is saved has them merged in.
 
     Gradients and optimiser states are of the adapters alone, which saves 12 bytes a frozen weight.
@@ -37,7 +37,7 @@ class LoraConfig(Section):
     )
 
 
-class TrainingConfig(Section):
+class TrainingConfig(ConfigSection):
     """One training run. Defaults are the paper's (Xu et al. 2025, arXiv 2410.11325)."""
 
     learning_rate: float = Field(1e-5, ge=1e-12, le=10, description="Peak learning rate.")
@@ -49,12 +49,17 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, le=10**9, description="Optimiser steps.")
     batch_size: int = Field(8, ge=1, le=65_536, description="Sequences per optimiser step, over all devices.")
     micro_batch_size: int | None = Field(
-        None, ge=1, le=65_536, description="Sequences per forward and device; unset: as many as the optimiser step needs."
+        None,
+        ge=1,
+        le=65_536,
+        description="Sequences per forward and device; unset: as many as the optimiser step needs.",
     )
     eval_steps: int = Field(
         25, ge=1, le=10**9, description="Steps between validations and checkpoints; the best checkpoint is kept."
     )
-    keep_checkpoints: int = Field(1, ge=1, le=10**6, description="So many of the newest checkpoints are kept, besides the best.")
+    keep_checkpoints: int = Field(
+        1, ge=1, le=10**6, description="So many of the newest checkpoints are kept, besides the best."
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
     precision: Precision = Field(
         "auto",
@@ -76,7 +81,10 @@ class TrainingConfig(Section):
         "is if its loss or gradient is not finite.",
     )
     max_skipped_steps: int = Field(
-        5, ge=1, le=10**9, description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped."
+        5,
+        ge=1,
+        le=10**9,
+        description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped.",
     )
     lora: LoraConfig | None = Field(None, description="Unset: all weights are trained.")
     fsdp: bool = Field(
@@ -109,7 +117,7 @@ class DistillTrainingConfig(TrainingConfig):
     )
 
 
-class MultinodeConfig(Section):
+class MultinodeConfig(ConfigSection):
     """Train on several machines, by a `TrainJob` of Kubeflow Trainer v2. Needs a cluster, and all artifacts in `gs://`.
 
     A node is what the step's own pod is: the same image, service account, environment, resources and place.
@@ -117,7 +125,10 @@ class MultinodeConfig(Section):
 
     nodes: int = Field(ge=2, le=10_000, description="Machines. One machine with several GPUs needs no `multinode`.")
     processes_per_node: int | None = Field(
-        None, ge=1, le=1024, description="Processes on each node; unset: one for each of its GPUs, or one where it has none."
+        None,
+        ge=1,
+        le=1024,
+        description="Processes on each node; unset: one for each of its GPUs, or one where it has none.",
     )
     resources: dict[str, Quantity] | None = Field(
         None,
@@ -135,7 +146,10 @@ class MultinodeConfig(Section):
     )
     labels: dict[str, str] = Field({}, description="Labels of the job, e.g. `{kueue.x-k8s.io/queue-name: gpus}`.")
     timeout_hours: float | None = Field(
-        None, gt=0, le=100_000, description="The job is deleted, and the step fails, when it is older. Counts waiting for machines."
+        None,
+        gt=0,
+        le=100_000,
+        description="The job is deleted, and the step fails, when it is older. Counts waiting for machines.",
     )
     runtime: str = Field("torch-distributed", description="Name of Trainer's runtime; it must be one for torch.")
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = Field(
