@@ -52,7 +52,7 @@ def specdec(
     batch_sizes: Annotated[str | None, typer.Option(help="Rows decoded together.", show_default="1,8")] = None,
     temperatures: Annotated[str | None, typer.Option(help="Of both models.", show_default="0,1")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed passes of each kind.", show_default="3")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is sampled.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of what is sampled.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.", show_default="none")] = None,
 ) -> None:
     """Measure one model as the draft of another in speculative decoding, and print how to serve the pair with vLLM.
@@ -61,6 +61,7 @@ def specdec(
     own, token by token.
     """
     from skd_lib.config import SpecdecConfig, TaskConfig, load_config, parse_section
+    from skd_lib.config.run import check_gammas
 
     if prompts is None and run_config is None:
         raise SkdError(
@@ -81,6 +82,10 @@ def specdec(
     plan_config = parse_section(SpecdecConfig, defaults | _set(given), where="skd specdec")
     defaults = settings.task.model_dump() if settings else {"max_new_tokens": 128}
     task = parse_section(TaskConfig, defaults | _set(asked), where="skd specdec")
+    try:
+        check_gammas(plan_config, task)
+    except ValueError as error:
+        raise SkdError(str(error), where="skd specdec", hint="lower --gamma and --gammas") from error
 
     from rich.progress import Progress
 
@@ -90,6 +95,8 @@ def specdec(
     from skd_lib.storage import check_writable, write_text_atomic
 
     if out is not None:
+        if out.is_dir():
+            raise SkdError("a folder, not a file", where=f"--out {out}", hint="name a file in it, e.g. figures.json")
         check_writable(str(out.absolute().parent))
     if prompts is not None:
         inputs = read_prompts(prompts, column=column, limit=plan_config.examples)

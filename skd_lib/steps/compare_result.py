@@ -38,7 +38,7 @@ def main(
     from skd_lib.evaluation.predictions import read_predictions
 
     try:
-        numbers = parse_json(figures.read_text(encoding="utf-8"), where=str(figures))
+        numbers = parse_json(figures.read_text(encoding="utf-8"), where=str(figures), plain=False)
     except OSError as error:
         hint = "name the figures that step `distill` wrote"
         raise SkdError(f"cannot be read: {error.strerror}", where=str(figures), hint=hint) from error

@@ -102,6 +102,11 @@ def test_prompts_from_a_column(models: dict[str, Path], tmp_path: Path) -> None:
         (("--prompts", "PROMPTS", "--sweep", "some"), "field `sweep`"),
         (("--prompts", "PROMPTS", "--template", "no place"), "field `prompt`"),
         (("--prompts", "PROMPTS", "--out", "PROMPTS/out.json"), "cannot write"),
+        (("--prompts", "PROMPTS", "--out", "."), "--out .: a folder, not a file"),
+        (("--prompts", "PROMPTS", "--temperatures", "nan"), "field `temperatures.0`: Input should be a finite number"),
+        (("--prompts", "PROMPTS", "--temperatures", "0,inf"), "field `temperatures.1`: Input should be a finite"),
+        (("--prompts", "PROMPTS", "--gamma", "9", "--max-new-tokens", "8"), "specdec.gamma: 9 is beyond"),
+        (("--prompts", "PROMPTS", "--gammas", "1,9", "--max-new-tokens", "8"), "specdec.gammas: 9 is beyond"),
     ],
 )
 def test_mistakes_are_named_before_a_model_is_looked_at(
@@ -111,6 +116,12 @@ def test_mistakes_are_named_before_a_model_is_looked_at(
     with pytest.raises(SkdError) as caught:
         skd("no/such/teacher", "no/such/draft", *given)
     assert message in str(caught.value)
+
+
+def test_a_seed_is_in_range(prompts: Path) -> None:
+    result = CliRunner().invoke(app, ["specdec", "a", "b", "--prompts", str(prompts), "--seed", str(2**70)])
+    assert result.exit_code == 2
+    assert "--seed" in result.output
 
 
 def test_models_with_other_tokens(
