@@ -17,7 +17,7 @@ from skd_lib import storage
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.errors import SkdError
-from skd_lib.steps import teacher_sft
+from skd_lib.steps import distill, teacher_sft
 from skd_lib.training.checkpoints import MARKER, Checkpoints, checkpoint_key
 from tests.conftest import SaveTinyModel
 from tests.gcs_emulator import emulated
@@ -155,6 +155,35 @@ def test_checkpoints_belong_to_all_that_the_training_reads(place: Callable[..., 
     assert place(metrics=["bleu"], stop=["\n"], answer="boxed") == others[0]
     assert place(lambda folder: (folder / "README.md").write_text("new")) == others[0]
     assert place(day, date="2024-01-31") == others[6]
+
+
+def test_what_a_stored_teacher_said_belongs_to_its_config(
+    place: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests: list[str] = []
+
+    def stop(_root: Path, digest: str, *_: object) -> None:
+        digests.append(digest)
+        raise Stop
+
+    monkeypatch.setattr("skd_lib.steps.storing.EarlyTeacher", stop)
+    student, teacher = tmp_path / "original", tmp_path / "teacher"
+    shutil.copytree(student, teacher)
+    for change in (lambda _: None, edit("config.json", '"rms_norm_eps": ', '"rms_norm_eps": 1')):
+        change(teacher)
+        with pytest.raises(Stop):
+            distill.main(
+                student=student,
+                teacher=teacher,
+                data=tmp_path / "data",
+                checkpoint_root=str(tmp_path / "checkpoints"),
+                student_out=tmp_path / "out" / "model",
+                metrics_out=tmp_path / "out" / "metrics.json",
+                samples_out=tmp_path / "out" / "samples",
+                config=json.dumps({"teacher_signal": {"mode": "stored"}, "method": "supervised_kd"}),
+                task_config=json.dumps(TASK),
+            )
+    assert len(set(digests)) == 2
 
 
 def test_the_bucket_holds_what_the_folder_holds(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
