@@ -28,6 +28,7 @@ from skd_lib.config import FilesSource, HeldOutFiles, RunConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.models.references import LocalFolder, LocalGguf, parse_reference
 from skd_lib.storage import is_remote
+from skd_lib.uris import is_sqlite
 
 PASSED_ON = ("GOOGLE_", "HF_", "MLFLOW_", "PIP_", "SKD_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 """Variables of this process's environment that steps in containers get, by the beginning of their names."""
@@ -76,7 +77,7 @@ def inputs_of(config: RunConfig, tracking_uri: str) -> Inputs:
                 remote.append(f"data of type {source.type}")
         local += [Path(file) for file in files if not is_remote(file)]
         remote += [file for file in files if is_remote(file)]
-    if tracking_uri and not tracking_uri.startswith("sqlite:"):
+    if tracking_uri and not is_sqlite(tracking_uri):
         remote.append(tracking_uri)
     if config.evaluation.judge.url:
         remote.append(config.evaluation.judge.url)

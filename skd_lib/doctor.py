@@ -19,6 +19,7 @@ from rich.text import Text
 
 from skd_lib.errors import SkdError
 from skd_lib.machine import total_memory, usable_cores
+from skd_lib.uris import is_sqlite, redacted, shown
 
 GIB = 2**30
 WANTED_MEMORY = 8 * GIB
@@ -164,7 +165,7 @@ def _disk(runs_dir: Path) -> Finding:
 def _tracking(uri: str) -> Finding:
     if not uri:
         return Finding("MLflow", Grade.WARN, "off", "give --tracking-uri to keep a record of runs")
-    if uri.startswith("sqlite:///"):
+    if is_sqlite(uri):
         return Finding("MLflow", Grade.OK, uri)
     try:
         from skd_lib.tracking.client import connect
@@ -173,8 +174,9 @@ def _tracking(uri: str) -> Finding:
     except SkdError as error:
         return Finding("MLflow", Grade.FAIL, error.what, error.hint)
     except Exception as error:  # noqa: BLE001 - any failure of a remote server is a finding
-        return Finding("MLflow", Grade.FAIL, f"{uri} does not answer: {error}", "check the address and your network")
-    return Finding("MLflow", Grade.OK, f"{uri} answers")
+        found = f"{shown(uri)} does not answer: {redacted(str(error))}"
+        return Finding("MLflow", Grade.FAIL, found, "check the address and your network")
+    return Finding("MLflow", Grade.OK, f"{shown(uri)} answers")
 
 
 def _package_index() -> Finding:

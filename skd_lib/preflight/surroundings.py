@@ -13,6 +13,7 @@ from skd_lib.config import Precision, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import TRACKING, Checks
+from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,8 +57,8 @@ def check_multinode(checks: Checks, runs: Sequence[RunConfig], checkpoint_root: 
         checks.add("multinode", "ok", f"TrainJobs may be created here; nodes asked for: {nodes}")
 
 
-def check_tracking_store(checks: Checks, uri: str) -> None:
-    """Whether MLflow answers."""
+def check_tracking_store(checks: Checks, uri: str, experiment: str = "") -> None:
+    """Whether MLflow answers, and takes runs of this experiment."""
     if not uri:
         checks.add(TRACKING, "ok", "off")
         return
@@ -65,11 +66,11 @@ def check_tracking_store(checks: Checks, uri: str) -> None:
 
     # A server that is down is told within seconds; what the training steps wait is theirs to decide.
     with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="5", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
-        error = check_tracking(uri)
+        error = check_tracking(uri, experiment)
     if error is not None:
         checks.failed(TRACKING, error)
     else:
-        checks.add(TRACKING, "ok", f"MLflow answers at {uri}")
+        checks.add(TRACKING, "ok", f"MLflow answers at {shown(uri)}")
 
 
 @contextmanager

@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+_DATABASE_ATTEMPTS = 4  # in all, within seconds; MLflow's own pauses add up to minutes
 _RECORDS = ("experiments", "runs", "registered_models")
 _SIDE_FILES = ("", "-journal", "-wal", "-shm")
 _HINT = "use `sqlite:///runs/mlflow.db` on one machine, or the `http(s)://` address of a tracking server"
@@ -71,7 +72,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one line a retry; ours is one in all
     database = sqlite_file(tracking_uri)
     if database is None:
-        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        return _connect_to_server(tracking_uri)
     try:
         with _alone_with(database):
             if _is_half_made(database):
@@ -85,6 +86,23 @@ def connect(tracking_uri: str) -> MlflowClient:
             where=store_name(tracking_uri),
             hint=_hint(database, error),
         ) from error
+
+
+def _connect_to_server(tracking_uri: str) -> MlflowClient:
+    import mlflow.store.db.utils
+    from mlflow import MlflowClient
+
+    mlflow.store.db.utils.MAX_RETRY_COUNT = _DATABASE_ATTEMPTS
+    try:
+        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    except ImportError as error:
+        raise SkdError(
+            f"the Python package `{error.name}`, by which this database is reached, is not installed",
+            where=store_name(tracking_uri),
+            hint=f"`pip install {error.name}`, or name another driver in the URI",
+        ) from error
+    except ValueError as error:
+        raise SkdError(f"not the URI of a store: {brief(error)}", where=store_name(tracking_uri), hint=_HINT) from error
 
 
 def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
