@@ -2,7 +2,7 @@
 
 runs/<name>/
   config.yaml     the configuration of the last run
-  run.json        the run's id, kept while the configuration stays the same
+  run.json        the run's id, kept while configuration, data, models and code stay the same
   logs/           one file a step, kfp's own, and that of the process that steps are forks of
   artifacts/      what the steps wrote
   checkpoints/    training goes on from here after an interruption
@@ -40,6 +40,7 @@ from pipelines.compiling import set_image
 from pipelines.containers import Containers
 from pipelines.forking import ForkServer, can_fork
 from pipelines.graph import Step, read_steps, unrolled
+from pipelines.identity import run_identity
 from pipelines.process import OnEvent, Outcome, Start, StepFailed, run_logged, watch
 from pipelines.progress import Display
 from skd_lib import events
@@ -161,13 +162,18 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
 
-    def run_id(self, config: RunConfig, *, fresh: bool) -> str:
-        """The run's id in MLflow: the same while the configuration is, so that a resumed run goes on in its records."""
+    def run_id(self, config: RunConfig, identity: str, *, fresh: bool) -> str:
+        """The run's id in MLflow: the same while its identity is, so that a resumed run goes on in its records.
+
+        Args:
+            config: The run.
+            identity: See `run_identity`.
+            fresh: Make another one.
+        """
         file = self.root / "run.json"
-        digest = hashlib.sha256(json.dumps(to_struct(config), sort_keys=True).encode()).hexdigest()
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if fresh or known.get("config_sha256") != digest:
-            known = {"run_id": str(uuid.uuid4()), "config_sha256": digest}
+        if fresh or known.get("identity") != identity:
+            known = {"run_id": str(uuid.uuid4()), "identity": identity}
             write_text_atomic(file, json.dumps(known, indent=2) + "\n")
             write_text_atomic(self.root / "config.yaml", yaml.safe_dump(to_struct(config), sort_keys=False))
         return str(known["run_id"])
@@ -273,6 +279,11 @@ def local_pipeline(documents: list[dict[str, Any]], images: Mapping[str, str] | 
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
     return list(local)
+
+
+def _images(spec: Mapping[str, Any]) -> list[str]:
+    executors = spec["deploymentSpec"]["executors"].values()
+    return [executor["container"]["image"] for executor in executors if "container" in executor]
 
 
 STEPS = "skd_lib.steps."
@@ -384,7 +395,8 @@ def run_pipeline(
         if fresh:
             folder.forget()
         local = local_pipeline(documents, containers.images if containers else None)
-        settings = step_environment(folder.run_id(config, fresh=fresh))
+        identity = run_identity(config, _images(local[0]), (further or {}).get("trials", ()))
+        settings = step_environment(folder.run_id(config, identity, fresh=fresh))
         settings[FOLDER_VARIABLE] = os.environ.get(FOLDER_VARIABLE) or str(folder.records)
         if tracking_uri and waiting_files(str(folder.records)):
             from skd_lib.tracking.link import resend

@@ -19,6 +19,7 @@ from rich.console import Console
 import skd_lib
 from pipelines import kfp_local, stopping
 from pipelines.graph import count_steps, read_steps
+from pipelines.identity import run_identity
 from pipelines.local import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
 from pipelines.progress import LiveDisplay, PlainDisplay, duration
 from skd_lib.config import RunConfig
@@ -107,6 +108,28 @@ def test_run_id_lasts_while_the_configuration_does(tmp_path: Path, journal: Path
     assert ids[0] == ids[1]
     assert len(set(ids)) == 3
     assert executed(journal)[-4:] == ["first", "second", "second", "last"]  # fresh runs everything
+
+
+def test_run_id_lasts_while_data_models_and_code_do(tmp_path: Path):
+    for name in ("teacher", "student", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "x.jsonl").write_text("{}")
+    source = {"type": "files", "train": [str(tmp_path / "x.jsonl")]}
+    wanted = config(teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), data={"source": source})
+    trials = [{"overrides": {"student": str(tmp_path / "other")}}, {}]
+    folder = RunFolder.create(tmp_path / "runs", "fake")
+
+    def run_id(code: str = "code") -> str:
+        return folder.run_id(wanted, run_identity(wanted, [code], trials), fresh=False)
+
+    ids = [run_id()]
+    for change in ("teacher/README.md", "teacher/config.json", "student/config.json", "other/config.json", "x.jsonl"):
+        (tmp_path / change).write_text('{"another": 1}')
+        ids += [run_id(), run_id()]
+    ids.append(run_id("other code"))
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(ids))}
+    assert [numbers[text] for text in ids] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
 
 
 def test_failed_step_stops_the_run_with_its_own_sentence(tmp_path: Path, journal: Path):
