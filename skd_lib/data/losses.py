@@ -78,7 +78,7 @@ def with_long_prompts(losses: Mapping[str, Any], split: str, rows: int, count: i
         count: How many of them have prompts over the limit.
     """
     known = losses.get(split, {"rows": rows, "lost": {}})
-    lost = known["lost"] | ({"prompt over max_prompt_tokens": count} if count else {})
+    lost = known["lost"] | ({"with prompts over max_prompt_tokens": count} if count else {})
     return {**losses, split: {"rows": known["rows"], "lost": lost}}
 
 

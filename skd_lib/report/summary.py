@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 
 from skd_lib.config import Section, parse_section
 from skd_lib.documents import read_text
@@ -239,7 +239,7 @@ class Summary(Section):
     task_metric: str = Field(description="The metric that decides promotion.")
     models: dict[Role, dict[str, float]] = Field(description="Scores by model and metric, 0 to 100.")
     specdec: dict[Moment, Specdec]
-    seconds: dict[str, float] = Field(description="Wall-clock seconds by step.")
+    seconds: dict[str, FiniteFloat] = Field(description="Wall-clock seconds by step.")
     intervals: dict[Role, dict[str, tuple[float, float]]] = Field({}, description="95 % intervals of the scores.")
     cautions: dict[Role, dict[str, str]] = Field({}, description="Why an interval is not to be relied on.")
     examples: dict[Role, int] = Field({}, description="Test examples behind the scores.")
@@ -358,13 +358,18 @@ def build_summary(
         comparisons=tuple(comparisons),
         lengths=dict(lengths or {}),
         course=course,
-        losses={name: Loss.model_validate(values) for name, values in (losses or {}).items()},
+        losses={name: Loss.model_validate((losses or {})[name]) for name in sorted(losses or {}, key=_place)},
         lineage=dict(lineage or {}),
         run_name=run_name,
         pipeline_run_id=pipeline_run_id,
         mlflow_run_id=mlflow_run_id,
         mlflow_url=mlflow_url,
     )
+
+
+def _place(split: str) -> tuple[bool, str]:
+    """The order of splits: training first. KFP hands objects on in any order."""
+    return not split.startswith("train"), split
 
 
 def _with_comet(scores: Scores, comet: Score | None) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -155,22 +156,25 @@ def main(
         write_text_atomic(samples_out, to_jsonl(as_text(trace, tokenizer) for trace in result.traces))
         run.set_tags({"model_uri": io.output_uri("distilled_student"), **metadata})
 
+    long = {"train_teacher": io.input_metadata("teacher").get("long_prompts")}
+    long |= {name: figures[f"{fitting.LEFT_OUT}{name}"] for name in ("train_student", "validation")}
+    metadata["losses"] = _losses(prepared, long)
     io.metadata("distilled_student", **metadata)
-    # The report reads the lineage here: its input is a small file then, and no model that has to be fetched.
-    losses = _losses(prepared, figures)
-    io.metadata("samples", sequences=len(result.traces), losses=losses, **metadata)
+    # The report reads lineage and losses here: its input is a small file then, and no model that has to be fetched.
+    io.metadata("samples", sequences=len(result.traces), **metadata)
     io.parameter("course", _course(result, settings.training.batch_size))
     io.write()
     checkpoints.remove()
 
 
-def _losses(data: PreparedData, figures: dict[str, float]) -> dict[str, Any]:
-    """What each split lost when it was prepared, and when it was trained on."""
+def _losses(data: PreparedData, long: Mapping[str, float | None]) -> dict[str, Any]:
+    """What each split lost when it was prepared, and to prompts that are too long when it was trained on."""
     from skd_lib.data.losses import with_long_prompts
 
     losses: dict[str, Any] = data.manifest.get("losses", {})
-    for name, rows in (("train_student", data.train_student), ("validation", data.validation)):
-        losses = with_long_prompts(losses, name, len(rows), int(figures[f"{fitting.LEFT_OUT}{name}"]))
+    for name, count in long.items():
+        if count is not None:
+            losses = with_long_prompts(losses, name, data.manifest["rows"][name], int(count))
     return losses
 
 

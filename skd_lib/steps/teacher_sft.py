@@ -104,6 +104,7 @@ def main(
                 return
             facts, figures, checkpoints = tuned
             metadata = {**known, "reference": reference, "method": "sft", **facts}
+            io.metadata("tuned_teacher", long_prompts=int(figures[f"{fitting.LEFT_OUT}train_teacher"]))
             fitting.write_figures(metrics_out, io, figures, run)
         run.set_tags({"model_uri": io.output_uri("tuned_teacher"), **metadata})
 

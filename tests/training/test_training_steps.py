@@ -78,6 +78,7 @@ class Step:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     rows = [{"source": f"le fichier {n} du compte {n * 7}", "target": f"the file {n}"} for n in range(60)]
+    rows += [rows[0], {"source": "une longue ligne " * 200, "target": "a long row"}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "source": {"type": "files", "train": [str(folder / "rows.jsonl")]},
@@ -148,6 +149,13 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     assert course["peak_bytes"]["process"] > 10**8
     assert {sequence.step for sequence in read_samples(samples)} == {1, 2, 4}
     assert training.metadata("samples") == {**final, "sequences": 9}
+    assert final["losses"] == {
+        "train": {"rows": 50, "lost": {"repeated": 1}},
+        "validation": {"rows": 6, "lost": {}},
+        "test": {"rows": 6, "lost": {}},
+        "train_teacher": {"rows": 49, "lost": {"with prompts over max_prompt_tokens": 1}},
+        "train_student": {"rows": 20, "lost": {"with prompts over max_prompt_tokens": 1}},
+    }
 
     # Any tool can load it, and its card says where it came from.
     model = AutoModelForCausalLM.from_pretrained(distilled)
