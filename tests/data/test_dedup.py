@@ -115,8 +115,8 @@ def test_many_rows_take_seconds() -> None:
 
     held_out = [example(text(i)) for i in range(1000)]
     rows = [example(text(i)) for i in range(500, 10_500)]
-    start = time.perf_counter()
+    start = time.process_time()
     kept = drop_resembling(rows, held_out, threshold=0.9)
     assert kept.exact >= 500
-    # Comparing each of the 10 million pairs would take minutes.
-    assert time.perf_counter() - start < 60
+    # Of a CPU, so that a busy machine changes nothing. Comparing each of the 10 million pairs would take minutes.
+    assert time.process_time() - start < 60

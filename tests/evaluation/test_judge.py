@@ -129,8 +129,6 @@ def test_a_server_that_is_not_there(server: Server) -> None:
 
 
 def test_a_server_that_hangs(server: Server) -> None:
-    started = time.monotonic()
-
     def hang(_: str) -> Reply:
         time.sleep(0.5)
         return completion("[[9]]")
@@ -138,7 +136,6 @@ def test_a_server_that_hangs(server: Server) -> None:
     server.answer = hang
     with pytest.raises(SkdError, match=r"does not answer: .*read timeout=0\.05"):
         grade(judge(server, timeout=0.05), ROWS[:2])
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("text", ["<html>", "{}", '{"choices": []}', '{"choices": [{"message": null}]}'])

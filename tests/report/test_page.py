@@ -152,9 +152,9 @@ def test_a_long_run_makes_a_page_of_moderate_size(summary: Summary) -> None:
     ]
     one = SampledSequence.model_validate({"step": 1, "row": 0, "prompt": "word " * 1000, "tokens": tokens})
     samples = [one.model_copy(update={"step": step, "row": row}) for step in range(1, 61) for row in range(3)]
-    start = time.monotonic()
+    start = time.process_time()
     page = render_page(summary.model_copy(update={"course": course}), samples)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert len(page.encode()) < 1_200_000
     assert max(len(points.split()) for points in re.findall(r'points="([^"]+)"', page)) <= 500
     views = step_views(samples)
