@@ -4,40 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from skd_lib.config import RunConfig
 from skd_lib.data.manifest import data_fingerprint, digest
 from skd_lib.models.references import model_fingerprint
 from skd_lib.parameters import to_struct
+from skd_lib.storage.transfers import DEADLINE_VARIABLE
+
+Identity = Mapping[str, str]
+PATIENCE = "10"
+"""Seconds a request to object storage is tried for: preflight has more."""
 
 
-def run_identity(config: RunConfig, code: Iterable[str], trials: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Hex sha256 of the configuration, the code, and the present content of data and models.
-
-    What cannot be looked at counts as one content: preflight is about to tell.
+def run_identity(config: RunConfig, code: Iterable[str], trials: Iterable[Mapping[str, Any]] = ()) -> Identity:
+    """Digests of the configuration, the code, and the present content of data and models.
 
     Args:
         config: The run, or what all runs of a comparison start from.
         code: Names of the images that steps run in, or the digest of the sources.
         trials: The runs of a comparison.
+
+    Returns:
+        The digests by what they are of; empty for what cannot be looked at, of which preflight tells.
     """
     students = (trial.get("overrides", {}).get("student") for trial in trials)
     models = sorted({name for name in (config.teacher, config.student, *students) if name})
-    return digest(
-        {
-            "config": to_struct(config),
-            "code": sorted(set(code)),
-            "data": _or_nothing(lambda: data_fingerprint(config.data)),
-            "models": {name: _or_nothing(lambda name=name: model_fingerprint(name)) for name in models},
-        }
-    )
+    return {
+        "config": digest(to_struct(config)),
+        "code": digest(sorted(set(code))),
+        "data": _or_nothing(partial(data_fingerprint, config.data)),
+        **{f"model {name}": _or_nothing(partial(model_fingerprint, name)) for name in models},
+    }
+
+
+def is_same(known: Identity, now: Identity) -> bool:
+    """Whether nothing is known to have changed."""
+    return known.keys() == now.keys() and all(now[name] in ("", text) for name, text in known.items() if text)
 
 
 def _or_nothing(look: Callable[[], str]) -> str:
+    before = os.environ.get(DEADLINE_VARIABLE)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the hub's progress bars
+            os.environ[DEADLINE_VARIABLE] = PATIENCE
             return look()
     except Exception:  # noqa: BLE001 - whatever it is, preflight meets it again and tells
         return ""
+    finally:
+        del os.environ[DEADLINE_VARIABLE]
+        if before is not None:
+            os.environ[DEADLINE_VARIABLE] = before

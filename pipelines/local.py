@@ -40,7 +40,7 @@ from pipelines.compiling import set_image
 from pipelines.containers import Containers
 from pipelines.forking import ForkServer, can_fork
 from pipelines.graph import Step, read_steps, unrolled
-from pipelines.identity import run_identity
+from pipelines.identity import Identity, is_same, run_identity
 from pipelines.process import OnEvent, Outcome, Start, StepFailed, run_logged, watch
 from pipelines.progress import Display
 from skd_lib import events
@@ -162,7 +162,7 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
 
-    def run_id(self, config: RunConfig, identity: str, *, fresh: bool) -> str:
+    def run_id(self, config: RunConfig, identity: Identity, *, fresh: bool) -> str:
         """The run's id in MLflow: the same while its identity is, so that a resumed run goes on in its records.
 
         Args:
@@ -172,10 +172,13 @@ class RunFolder:
         """
         file = self.root / "run.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if fresh or known.get("identity") != identity:
-            known = {"run_id": str(uuid.uuid4()), "identity": identity}
-            write_text_atomic(file, json.dumps(known, indent=2) + "\n")
+        before: Identity = known.get("identity", {})
+        if fresh or not is_same(before, identity):
+            known = {"run_id": str(uuid.uuid4())}
+            before = {}
             write_text_atomic(self.root / "config.yaml", yaml.safe_dump(to_struct(config), sort_keys=False))
+        known["identity"] = {name: text or before.get(name, "") for name, text in identity.items()}
+        write_text_atomic(file, json.dumps(known, indent=2) + "\n")
         return str(known["run_id"])
 
 

@@ -127,9 +127,12 @@ def test_run_id_lasts_while_data_models_and_code_do(tmp_path: Path):
     for change in ("teacher/README.md", "teacher/config.json", "student/config.json", "other/config.json", "x.jsonl"):
         (tmp_path / change).write_text('{"another": 1}')
         ids += [run_id(), run_id()]
-    ids.append(run_id("other code"))
+    (tmp_path / "teacher").rename(tmp_path / "away")  # cannot be looked at: nothing is known to have changed
+    ids.append(run_id())
+    (tmp_path / "away").rename(tmp_path / "teacher")
+    ids += [run_id(), run_id("other code")]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(ids))}
-    assert [numbers[text] for text in ids] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert [numbers[text] for text in ids] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
 
 
 def test_failed_step_stops_the_run_with_its_own_sentence(tmp_path: Path, journal: Path):
