@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from skd_lib.compare.trials import parse_trials
+from skd_lib.config.names import check_experiment, checked
 from skd_lib.parameters import PLACES, from_parameters, to_parameters, to_struct
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
 from skd_lib.storage import write_text_atomic
@@ -48,11 +49,11 @@ def main(
     executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Check models, tokenizers, data, storage, tracking and hardware in seconds, without loading any weights."""
-    from rich.console import Console
-
+    from skd_lib.console import Console
     from skd_lib.preflight import run_checks
     from skd_lib.tracking.runs import step_run
 
+    checked("--experiment", check_experiment, experiment)
     io = StepIO(executor_input, {"report": report_out})
     run_config = from_parameters(
         config,
@@ -73,15 +74,16 @@ def main(
         variants=[trial.config(run_config) for trial in parse_trials(trials, where="--trials")],
         checkpoint_root=checkpoint_root,
         tracking_uri=tracking_uri,
+        experiment=experiment,
         pipeline_root=pipeline_root or None,
         require_gpu=require_gpu,
     )
-    Console().print(report.table())
-    write_text_atomic(report_out, report.markdown())
     if report.date:
         # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
         dated = run_config.task.model_copy(update={"date": report.date})
         run_config = run_config.model_copy(update={"task": dated})
+    Console().print(report.table())
+    write_text_atomic(report_out, report.markdown())
     with step_run(
         step="preflight",
         # A store that has just not answered would only make the list of errors come later.
@@ -94,14 +96,14 @@ def main(
         parameters = to_parameters(run_config)
         run.parent.log_params({name: parameters[name] for name in PLACES})
         run.log_artifact(report_out)
-        run.set_tags({"data_source_fingerprint": report.data_fingerprint})
-        report.raise_errors()
         prints = {
             "teacher": report.model_fingerprints.get(run_config.teacher, ""),
             "student": report.model_fingerprints.get(run_config.student or "", ""),
         }
-    sections = {name: to_struct(getattr(run_config, name)) for name in SECTIONS}
+        run.set_tags({"data_source_fingerprint": report.data_fingerprint})
         run.set_tags({f"{role}_fingerprint": found for role, found in prints.items() if found})
+        report.raise_errors()
+    sections = {name: to_struct(getattr(run_config, name)) for name in SECTIONS}
     # COMET's settings go to its own step alone: if one changes, the models need not answer again.
     sections["comet"] = dict(sections["evaluation"])
     del sections["evaluation"]["comet"]
@@ -110,11 +112,11 @@ def main(
     io.parameter("run_config", to_struct(run_config))
     io.parameter("comet_wanted", "true" if run_config.task.wants_comet else "false")
     io.parameter("data_fingerprint", report.data_fingerprint)
-    io.parameter("trust_remote_code", run_config.trust_remote_code)
-    io.write()
     for role, found in prints.items():
         io.parameter(f"{role}_fingerprint", found)
     io.parameter("model_fingerprints", report.model_fingerprints)
+    io.parameter("trust_remote_code", run_config.trust_remote_code)
+    io.write()
 
 
 if __name__ == "__main__":
