@@ -6,10 +6,11 @@ No weights are loaded, and those of a hub model are not even fetched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from skd_lib import storage
 from skd_lib.config import RunConfig
-from skd_lib.preflight.checks import Check, Checks, PreflightReport, distinct
+from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
 from skd_lib.preflight.dates import check_date
 from skd_lib.preflight.models import check_comet, check_model, check_student, check_unread, cut_size
@@ -31,6 +32,7 @@ def run_checks(
     *,
     checkpoint_root: str,
     tracking_uri: str,
+    experiment: str = "",
     pipeline_root: str | None = None,
     require_gpu: bool = False,
     variants: Sequence[RunConfig] = (),
@@ -41,35 +43,38 @@ def run_checks(
         config: The run.
         checkpoint_root: Folder (local or gs://) for the training steps' checkpoints; empty: not looked at.
         tracking_uri: MLflow's tracking URI; empty: tracking is off.
+        experiment: MLflow experiment; empty: not looked at.
         pipeline_root: Folder (local or gs://) for the pipeline's artifacts; None: not looked at.
         require_gpu: A missing GPU is an error.
         variants: Runs of a comparison, which share data, task and teacher with `config`; then `config` is none itself.
     """
     checks = Checks()
-    teacher = check_model(checks, "teacher", config.teacher, config)
+    teacher = checks.attempt("teacher", lambda: check_model(checks, "teacher", config.teacher, config))
     runs = variants or [config]
     students = [
-        check_student(checks, teacher, run) for run in distinct(runs, lambda run: (run.student, run.student_init))
+        checks.attempt("student", partial(check_student, checks, teacher, run))
+        for run in distinct(runs, lambda run: (run.student, run.student_init))
     ]
     for run in distinct(runs, lambda run: run.distill):
-        check_unread(checks, run)
+        checks.attempt("distill", partial(check_unread, checks, run))
     report = PreflightReport(checks.found)
     models = [model for model in (teacher, *students) if model]
     report.model_fingerprints = {model.reference: model.fingerprint for model in models}
     report.date = checks.attempt("date", lambda: check_date(checks, models, config, checkpoint_root)) or ""
-    report.data_fingerprint = check_data(checks, config, models, runs)
+    report.data_fingerprint = checks.attempt("data", lambda: check_data(checks, config, models, runs)) or ""
     if config.task.wants_comet:
-        check_comet(checks, config.evaluation.comet.model)
-    check_writable(checks, "checkpoints", checkpoint_root, lambda: storage.check_checkpoint_root(checkpoint_root))
-    check_writable(checks, "artifacts", pipeline_root or "")
-    check_multinode(checks, runs, checkpoint_root)
-    check_tracking_store(checks, tracking_uri)
-    gpu = check_gpu(checks, require_gpu)
-    check_precision(checks, runs, gpu)
+        checks.attempt("comet", lambda: check_comet(checks, config.evaluation.comet.model))
+    usable = partial(storage.check_checkpoint_root, checkpoint_root)
+    checks.attempt("checkpoints", lambda: check_writable(checks, "checkpoints", checkpoint_root, usable))
+    checks.attempt("artifacts", lambda: check_writable(checks, "artifacts", pipeline_root or ""))
+    checks.attempt("multinode", lambda: check_multinode(checks, runs, checkpoint_root))
+    checks.attempt(TRACKING, lambda: check_tracking_store(checks, tracking_uri, experiment))
+    gpu = checks.attempt("GPU", lambda: check_gpu(checks, require_gpu)) or False
+    checks.attempt("precision", lambda: check_precision(checks, runs, gpu))
     if teacher:
         for run in distinct(runs, lambda run: run.distill.training.teacher_precision):
-            check_teacher_precision(checks, run, teacher.folder, gpu)
+            checks.attempt("teacher precision", partial(check_teacher_precision, checks, run, teacher.folder, gpu))
     if teacher and len(runs) == 1 and (run.student_init.cuts or students[0]):
-        student = students[0]
-        check_memory(checks, run, teacher.size, student.size if student else cut_size(teacher.size, run), gpu)
+        size = students[0].size if students[0] else cut_size(teacher.size, run)
+        checks.attempt("memory", lambda: check_memory(checks, run, teacher.size, size, gpu))
     return report
