@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pipelines.process import Child, die_with_parent
 from skd_lib.tracking.client import quieten
@@ -39,7 +39,7 @@ IMPORTED = (
 )
 """What most steps need."""
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")
-_AS_A_PROGRAM = {
+_AS_A_PROGRAM: dict[signal.Signals, Any] = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,

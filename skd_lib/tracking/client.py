@@ -175,6 +175,11 @@ def unanswered() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError)  # requests' exceptions are OSErrors
 
 
+def untaken() -> tuple[type[Exception], ...]:
+    """What is raised where the store does not take a step's records now, but may do so later."""
+    return (Deleted, *unanswered())
+
+
 def is_silence(error: Exception) -> bool:
     """Whether an error says that the store cannot answer now, rather than that it refuses what it was asked."""
     from mlflow.exceptions import MlflowException
@@ -278,7 +283,7 @@ def _make(database: Path) -> None:
     for left in files:
         left.unlink(missing_ok=True)
     try:
-        store = SqlAlchemyStore(sqlite_uri(new), DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        store: Any = SqlAlchemyStore(sqlite_uri(new), DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)  # type: ignore[no-untyped-call]
         store.engine.dispose()
         new.replace(target)
     finally:

@@ -252,7 +252,7 @@ def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence
     for start in range(0, len(items), size):
         batch = items[start : start + size]
         try:
-            client.log_batch(run_id, **{kind: batch})
+            _log(client, run_id, kind, batch)
         except MlflowException as error:
             if error.error_code not in REFUSALS or client.get_run(run_id).info.lifecycle_stage == "deleted":
                 raise
@@ -273,7 +273,7 @@ def _send_alone(client: MlflowClient, run_id: str, kind: Kind, item: Any) -> Exc
             continue
         cut = length < len(value)
         try:
-            client.log_batch(run_id, **{kind: [type(item)(item.key, clip(value, length)) if cut else item]})
+            _log(client, run_id, kind, [type(item)(item.key, clip(value, length)) if cut else item])
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
@@ -287,6 +287,11 @@ def _send_alone(client: MlflowClient, run_id: str, kind: Kind, item: Any) -> Exc
         return None
     log.warning("MLflow does not take %s, which is left out: %s", item.key, brief(refusal) if refusal else "")
     return refusal
+
+
+def _log(client: MlflowClient, run_id: str, kind: Kind, items: Sequence[Any]) -> None:
+    parts: dict[str, Any] = {kind: items}
+    client.log_batch(run_id, **parts)
 
 
 def _is_kept(value: str, known: str) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from skd_lib import events, storage
 from skd_lib.errors import SkdError
 from skd_lib.tracking.buffer import Buffer, read_entries, read_place, waiting_files
-from skd_lib.tracking.client import Deleted, brief, connect, find_or_create_experiment, store_name, unanswered
+from skd_lib.tracking.client import Deleted, brief, connect, find_or_create_experiment, store_name, unanswered, untaken
 from skd_lib.tracking.entries import REFUSALS, Entry, PipelineClosing, Target
 from skd_lib.tracking.locate import ATTEMPT_TAG, Place, locate
 from skd_lib.uris import shown
@@ -110,7 +110,7 @@ class Link:
         try:
             self._sender = Sender(self._place, running=True)
             self._sender.open()
-        except (Deleted, *unanswered()) as error:
+        except untaken() as error:
             self._note(error, start)
 
     def log(self, entry: Entry) -> None:
@@ -120,7 +120,12 @@ class Link:
 
     def insist(self) -> bool:
         """Find or make the runs and send all that waits, though the store was silent just now; whether it answered."""
-        return bool(self.uri) and self._reach(lambda sender: (sender.open(), self._catch_up(sender)), insist=True)
+
+        def send(sender: Sender) -> None:
+            sender.open()
+            self._catch_up(sender)
+
+        return bool(self.uri) and self._reach(send, insist=True)
 
     def ask(self, question: Callable[[MlflowClient], T], otherwise: T) -> T:
         """What the store says, with all that waits sent before; `otherwise` while it does not answer."""
@@ -179,11 +184,15 @@ class Link:
     def _note(self, error: Exception, since: float) -> None:
         """Tell of the store's silence once, and let it be for a while; it was asked at `since`."""
         if self._silent_until < 0:
-            deleted = f"takes nothing, since {error.what} ({error.hint})" if isinstance(error, Deleted) else ""
-            events.note(
-                f"MLflow at {shown(self.uri)} {deleted or 'does not answer'}; the step goes on, and what it logs waits "
-                f"on disk{'' if deleted else f': {brief(error)}'}"
-            )
+            uri = shown(self.uri)
+            if isinstance(error, Deleted):
+                events.note(f"MLflow at {uri} takes nothing: {error.what}, so records wait on disk; {error.hint}")
+            else:
+                log.warning(
+                    "MLflow at %s does not answer; the step goes on, and what it logs waits on disk: %s",
+                    uri,
+                    brief(error),
+                )
         now = time.monotonic()
         self._silent_until = now + max(RETRY_SECONDS, _SHARE * (now - since))
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from skd_lib.tracking.client import Deleted, connect, run_url, unanswered
+from skd_lib.tracking.client import connect, run_url, untaken
 from skd_lib.tracking.entries import (
     PARAM_LENGTH,
     PARAM_PREFIX,
@@ -231,7 +231,7 @@ def close_pipeline_run(
     closing = PipelineClosing(state=state, error=redacted(error))
     try:
         return closing.close(connect(tracking_uri), place)
-    except (Deleted, *unanswered()) as silence:
+    except untaken() as silence:
         Link(place).put_off(closing, silence)
         return False
 
@@ -243,7 +243,7 @@ def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str)
     try:
         client = connect(tracking_uri)
         parent = find_parent(client, _place(tracking_uri, experiment, pipeline_run_id, "finish"))
-    except (Deleted, *unanswered()):
+    except untaken():
         return "", {}
     return ("", {}) if parent is None else (run_url(tracking_uri, parent), dict(parent.data.metrics))
 

@@ -343,6 +343,7 @@ def test_a_deleted_experiment_is_named_before_the_run_and_ends_no_step_of_it(
         pass
     assert not close_pipeline_run(tracking_uri=store, experiment=EXPERIMENT, pipeline_run_id="run-1", state="SUCCEEDED")
     assert pipeline_record(tracking_uri=store, experiment=EXPERIMENT, pipeline_run_id="run-1") == ("", {})
+    assert "takes nothing: the MLflow experiment `skd-test` was deleted" in caplog.text
     assert "restore it (`mlflow experiments restore --experiment-id 1`)" in caplog.text
 
 
