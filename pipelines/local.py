@@ -156,6 +156,13 @@ class RunFolder:
             return target
         return link
 
+    def gather_records(self) -> list[str]:
+        """What waits for MLflow, also where earlier versions had training steps leave it: among the checkpoints."""
+        for file in waiting_files(str(self.checkpoints / "tracking")):
+            self.records.mkdir(exist_ok=True)
+            Path(file).rename(self.records / Path(file).name)
+        return waiting_files(str(self.records))
+
     def forget(self) -> None:
         """Drop cache and checkpoints; artifacts stay, since registered models live there."""
         for path in (self.cache, self.checkpoints):
@@ -395,16 +402,16 @@ def run_pipeline(
     from pipelines.kfp_local import run_locally
 
     with folder.locked():
+        if folder.gather_records() and tracking_uri:
+            from skd_lib.tracking.link import resend
+
+            resend(str(folder.records), tracking_uri)
         if fresh:
             folder.forget()
         local = local_pipeline(documents, containers.images if containers else None)
         identity = run_identity(config, _images(local[0]), (further or {}).get("trials", ()))
         settings = step_environment(folder.run_id(config, identity, fresh=fresh))
         settings[FOLDER_VARIABLE] = os.environ.get(FOLDER_VARIABLE) or str(folder.records)
-        if tracking_uri and waiting_files(str(folder.records)):
-            from skd_lib.tracking.link import resend
-
-            resend(str(folder.records), tracking_uri)
         steps = {step.component: step for step in unrolled(read_steps(local[0]), iterations)}
         starting: contextlib.AbstractContextManager[Start] = (
             contextlib.nullcontext(containers.starter(settings))
@@ -452,8 +459,7 @@ def run_pipeline(
 
 def _tell_of_records(folder: RunFolder, display: Display) -> None:
     """Say which steps' records MLflow has not taken."""
-    files = waiting_files(str(folder.records))
-    if files:
+    if files := folder.gather_records():
         steps: list[str] = []
         for file in files:
             with contextlib.suppress(SkdError):

@@ -32,8 +32,8 @@ _SHORTEST = 4
 def shown(uri: str) -> str:
     """Return a URI as people and records may see it: without user and password, and with tokens in its query hidden."""
     scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
+    if not separator:  # no URI; somebody may have left out the scheme
+        return f"{HIDDEN}@{uri.rpartition('@')[2]}" if re.match(r"[^@/]*:[^@]*@", uri) else uri
     return _QUERY.sub(rf"\1{HIDDEN}", f"{scheme}://{_without_user(rest)}")
 
 

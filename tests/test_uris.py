@@ -26,6 +26,8 @@ from skd_lib.uris import holds_secret, how_to_look, redacted, redacted_output, s
         ("gs://bucket/a@b", "gs://bucket/a@b"),
         ("http://[::1]:5000/models@champion", "http://[::1]:5000/models@champion"),
         ("sqlite:////runs/a@b:c/mlflow.db", "sqlite:////runs/a@b:c/mlflow.db"),
+        ("bob:hunter2@host:5000", "***@host:5000"),
+        ("http:/bob:hunter2@host", "***@host"),
         ("/a/path", "/a/path"),
         ("", ""),
     ],

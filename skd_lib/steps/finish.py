@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from typing import Annotated
 
 import typer
 from pydantic import ConfigDict
 
+from skd_lib import events
 from skd_lib.config import Section, parse_section
 from skd_lib.errors import SkdError
 from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
@@ -92,7 +94,7 @@ def _resend(tracking_uri: str, pipeline_run_id: str) -> None:
         log.warning("what steps left for MLflow cannot be looked for: %s", error.brief)
         return
     if left:
-        log.warning("MLflow has not taken the records of all steps: run `skd track replay %s`", " ".join(left))
+        events.note(f"MLflow has not taken the records of all steps: run `skd track replay {shlex.join(left)}`")
 
 
 def _close(final: FinalStatus, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:

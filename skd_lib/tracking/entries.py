@@ -32,7 +32,13 @@ _OLDER_LENGTHS = (500, 250)
 """What older servers take of a value."""
 Kind = Literal["params", "tags", "metrics"]
 PARAM_PREFIX = "skd/"
-REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+REFUSALS = (
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",  # of an older server, which does not know data sets
+    "NOT_IMPLEMENTED",
+)
 """MLflow's codes for a request that it will not take for what it says, however often it is asked."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
 import skd_lib
@@ -342,6 +343,13 @@ def test_a_full_disk_outside_of_steps_is_a_sentence(tmp_path: Path, journal: Pat
     assert "run the same command again" in failure.value.hint
 
 
+@pytest.mark.parametrize(("step_ends_with", "code"), [(75, 75), (2, 1), (-9, 1)])
+def test_a_step_that_was_stopped_is_to_be_started_again(step_ends_with: int, code: int):
+    with pytest.raises(typer.Exit) as end, stopping.ends_told("skd run x"):
+        raise StepFailed("distill", "stopped", Path("log"), step_ends_with)
+    assert end.value.exit_code == code
+
+
 def test_a_cache_entry_without_its_seconds_is_still_used(tmp_path: Path, journal: Path):
     run(tmp_path)
     for file in (tmp_path / "runs/fake/.cache").glob("*.seconds"):
@@ -353,13 +361,14 @@ def test_a_cache_entry_without_its_seconds_is_still_used(tmp_path: Path, journal
 def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
     tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    records = RunFolder.create(tmp_path / "runs", "fake").records
-    records.mkdir()
+    folder = RunFolder.create(tmp_path / "runs", "fake")
+    records, earlier = folder.records, folder.checkpoints / "tracking"
+    earlier.mkdir()
     place = {"tracking_uri": "http://m", "experiment": "e", "pipeline_run_id": "r", "step": "distill", "run_name": None}
-    (records / "a.jsonl").write_text(json.dumps({**place, "mlflow_run_id": "", "started": 1}) + "\n")
+    (earlier / "a.jsonl").write_text(json.dumps({**place, "mlflow_run_id": "", "started": 1}) + "\n")
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr("skd_lib.tracking.link.resend", lambda *call: asked.append(call))
-    _, screen = run(tmp_path, second_does="note", tracking_uri="http://m")
+    _, screen = run(tmp_path, second_does="note", tracking_uri="http://m", fresh=True)
     assert asked == [(str(records), "http://m")]
     assert f"MLflow has not taken the records of distill, which wait in {records}" in screen
     assert f"`skd track replay {records}/*.jsonl`" in screen

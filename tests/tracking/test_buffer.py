@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import typer
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from typer.testing import CliRunner
 
 from skd_lib import storage
@@ -247,6 +249,40 @@ def test_what_the_store_still_does_not_take_is_named_and_stays(
     assert len(list(left.iterdir())) == 2
     break_store(lambda: "")
     assert resend(str(left), store) == []
+    assert not list(left.iterdir())
+
+
+def test_what_an_older_server_does_not_know_is_left_out_but_a_proxys_404_is_silence(
+    store: str, children: Runs, left: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(link, "_SHARE", 0)
+    away = [False]
+
+    def answered(name: str, known: bool) -> None:
+        call = getattr(MlflowClient, name)
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            if away[0] or not known:
+                raise MlflowException("404 page not found", error_code=ENDPOINT_NOT_FOUND)
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, name, answer)
+
+    for name in ("log_batch", "get_run", "get_experiment_by_name", "search_runs", "set_terminated"):
+        answered(name, known=True)
+    answered("log_inputs", known=False)
+    with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT) as run:
+        run.log_dataset("train", "ab" * 32, "gs://bucket/train.jsonl")
+        run.log_metrics({"a": 1.0})
+        away[0] = True
+        run.log_metrics({"b": 2.0})
+        run.log_params({"c": 3})
+        away[0] = False
+    (child,) = children()
+    assert child.data.metrics == {"a": 1.0, "b": 2.0}
+    assert child.data.params == {"skd/c": "3"}
+    assert child.info.status == "FINISHED"
     assert not list(left.iterdir())
 
 
