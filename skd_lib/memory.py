@@ -22,6 +22,7 @@ from skd_lib.methods import METHODS
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 _LOSS_CHUNK_GPU = 2**26
@@ -127,8 +128,14 @@ def config_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
+        return skeleton_size(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def skeleton_size(model: PreTrainedModel) -> ModelSize:
+    """The size of a model, which may be on the meta device."""
+    import torch
+
+    text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head = model.get_output_embeddings()

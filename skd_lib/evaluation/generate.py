@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.config import SamplingParams, TaskConfig
-from skd_lib.data.tokenize import decode_answer, encode_prompt
+from skd_lib.data.tokenize import TokenizedExample, decode_answer, encode_prompt
 from skd_lib.evaluation.inference import ending_ids
 from skd_lib.events import Progress
+from skd_lib.models.heads import embedding_rows
 from skd_lib.models.special_ids import pad_id
+from skd_lib.models.vocabulary import check_ids
 from skd_lib.sampling.acceptance import everything
 from skd_lib.sampling.engine import Sampler
 
@@ -54,6 +56,8 @@ def generate(
         SkdError: no prompt fits.
     """
     prompts = [encode_prompt(tokenizer, task, source) for source in sources]
+    numbered = (TokenizedExample(prompt, [], str(number)) for number, prompt in enumerate(prompts))
+    check_ids(numbered, embedding_rows(model), where="evaluation")
     long = sum(len(prompt) > task.max_prompt_tokens for prompt in prompts)
     if long:
         log.warning(
@@ -68,7 +72,7 @@ def generate(
         rule=everything(),
         student_params=GREEDY,
         eos_ids=ending_ids(model, tokenizer, task),
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, embedding_rows(model)),
         max_new_tokens=task.max_new_tokens,
         batch_size=batch_size,
         stop=stop_condition(tokenizer, task.stop),

@@ -14,7 +14,9 @@ from skd_lib.data.examples import Example
 from skd_lib.data.tokenize import answer_end_id, encode
 from skd_lib.events import Progress
 from skd_lib.losses import cross_entropy_sum
+from skd_lib.models.heads import embedding_rows
 from skd_lib.models.special_ids import pad_id
+from skd_lib.models.vocabulary import check_ids
 
 
 class ReferenceLoss(NamedTuple):
@@ -45,6 +47,7 @@ def reference_losses(
     """
     end = answer_end_id(tokenizer, task)
     encoded = [encode(tokenizer, task, example, end) for example in examples]
+    check_ids(encoded, embedding_rows(model), where="evaluation")
     # Rows of like length next to each other, so that little padding is computed.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt_ids) + len(encoded[i].response_ids))
     losses: dict[int, ReferenceLoss] = {}
@@ -55,7 +58,7 @@ def reference_losses(
         rollout = collate(
             [encoded[row].prompt_ids for row in rows],
             responses,
-            pad_id=pad_id(tokenizer),
+            pad_id=pad_id(tokenizer, embedding_rows(model)),
             source="ground_truth",
             device=model.device,
         )

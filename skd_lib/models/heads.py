@@ -79,6 +79,11 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return min(rows, getattr(_text_config(model), "unpadded_vocab_size", None) or rows)
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model can be given."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def _text_config(model: PreTrainedModel) -> Any:
     """Return the part of the config that speaks of the decoder: models of several modalities have one for each."""
     return model.config.get_text_config(decoder=True)

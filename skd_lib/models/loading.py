@@ -18,6 +18,7 @@ from transformers import (
 
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder, load_config, reason, stored_tensors
+from skd_lib.models.heads import embedding_rows
 from skd_lib.models.skeleton import check_decoder_only, check_loaded, check_stored, follow_ties
 from skd_lib.models.special_ids import eos_ids, pad_id, stored_generation_config, without_sampling_defaults
 from skd_lib.models.supported import check_supported
@@ -167,7 +168,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     kept = model.generation_config
     plain = without_sampling_defaults(kept)
     plain.eos_token_id = list(eos_ids(model, tokenizer))
-    plain.pad_token_id = pad_id(tokenizer)
+    plain.pad_token_id = pad_id(tokenizer, embedding_rows(model))
     model.generation_config = plain
     try:
         model.save_pretrained(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skd_lib.errors import SkdError
-from skd_lib.models.files import load_config, reading, reason
+from skd_lib.models.files import load_config, load_tokenizer, reading, reason
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,14 +37,34 @@ def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -
     return tuple(dict.fromkeys(found))
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills up short rows: the padding token, or the end token where a tokenizer has no padding token.
+def take_over_ends(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Path) -> None:
+    """Let a student end where its teacher does, too: it learns from responses that end there.
+
+    Ids that it has no row for are left out: no response can contain them.
+
+    Raises:
+        SkdError: the teacher names none.
+    """
+    from skd_lib.models.heads import vocabulary_size
+
+    found = [*eos_ids(student, tokenizer), *eos_ids(teacher, load_tokenizer(teacher))]
+    generation: Any = student.generation_config
+    generation.eos_token_id = [one for one in dict.fromkeys(found) if one < vocabulary_size(student)]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+    """The id that fills up short rows: the padding token, or the end token where there is none.
+
+    Args:
+        tokenizer: Names them.
+        rows: Of the smallest embedding that will be given the id; a padding token beyond is none. Which id it is
+            changes nothing: it is masked.
 
     Raises:
         SkdError: the tokenizer has neither.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and (rows is None or candidate < rows):
             return int(candidate)
     raise SkdError(
         "the tokenizer has neither a padding nor an end-of-sequence token",

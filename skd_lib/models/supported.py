@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import decoder, lm_logits, vocabulary_size
+from skd_lib.models.heads import decoder, embedding_rows, lm_logits, vocabulary_size
 
 _TOKENS = 8
 _HINT = "use a decoder-only language model, e.g. Llama, Mistral, Qwen or Gemma"
@@ -126,7 +126,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     config = model.config.to_dict()
     config |= config.get("text_config") or {}
     special = {value for name, value in config.items() if name.endswith(("_id", "_index")) and isinstance(value, int)}
-    size = min(vocabulary_size(model), int(model.get_input_embeddings().weight.shape[0]))
+    size = min(vocabulary_size(model), embedding_rows(model))
     spread = [size * part // (_TOKENS + 2) for part in range(1, _TOKENS + 2)]
     ids = [next((near for near in range(one, size) if near not in special), one) for one in spread]
     device = model.get_input_embeddings().weight.device

@@ -6,6 +6,9 @@ to the other: an id must mean the same in both.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,25 +19,95 @@ from skd_lib.models.special_ids import eos_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from skd_lib.data.tokenize import TokenizedExample
+
+log = logging.getLogger(__name__)
+
 _EXAMPLES_SHOWN = 5
 _WAY_OUT = "choose a teacher and a student of one model family, or cut the student from the teacher (`mode: prune`)"
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong with one or two vocabularies.
+
+    Attributes:
+        errors: What keeps the models from being used.
+        warnings: What is to be known, and does no harm as long as no text produces the ids of `unreachable`.
+        unreachable: Ids that no prompt and no answer may contain, with their tokens.
+    """
+
+    errors: list[SkdError] = field(default_factory=list)
+    warnings: list[SkdError] = field(default_factory=list)
+    unreachable: dict[int, str] = field(default_factory=dict)
+
+
 def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = False) -> list[SkdError]:
+    """Compare the vocabularies of two models, see `compare`.
+
+    Returns:
+        What keeps them from being used together; empty if they fit.
+
+    Raises:
+        SkdError: a tokenizer or config cannot be read.
+    """
+    found = [
+        check_rows(role, path, trust_remote_code=trust_remote_code)
+        for role, path in (("teacher", teacher), ("student", student))
+    ] + [compare(teacher, student, trust_remote_code=trust_remote_code)]
+    for each in found:
+        for warning in each.warnings:
+            log.warning("%s", warning.brief)
+    return [error for each in found for error in each.errors]
+
+
+def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Findings:
+    """Look for ids of a model's tokenizer that the model has no row for.
+
+    Tokens that were added to a tokenizer (for images, for padding) are no part of what it makes of a text, unless the
+    text spells them out: models for text alone leave out their rows (gemma-3-1b-it). Any other token may come up.
+
+    Args:
+        role: `teacher` or `student`.
+        path: The model's folder.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        SkdError: its tokenizer or config cannot be read.
+    """
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    size = vocabulary_size(path, trust_remote_code=trust_remote_code)
+    beyond = {id_: token for token, id_ in sorted(tokenizer.get_vocab().items()) if id_ >= size}
+    if not beyond:
+        return Findings()
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    reached = {id_: beyond[id_] for id_ in beyond if id_ not in tokenizer.added_tokens_decoder or id_ in used}
+    shown = reached or beyond
+    error = SkdError(
+        f"the {role}'s tokenizer has {len(shown)} ids that its model has no row for (vocab_size {size}): "
+        + _some(shown),
+        where=str(path),
+        hint="resize the model's embeddings to the tokenizer, or use the tokenizer the model was trained with"
+        if reached
+        else "no prompt or answer may spell them out",
+    )
+    return Findings([error]) if reached else Findings(warnings=[error], unreachable=beyond)
+
+
+def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) -> Findings:
     """Compare the vocabularies of two models.
 
     Compared are the token of each id that both models have a row for, the beginning-of-sequence id (prompts start
     with it) and the set of ids that end a response. Not compared: the sizes of the models' vocabularies, which are
     padded differently within one family (Qwen2: 152064 rows at 7B, 151936 at 0.5B), and padding ids, which are
-    always masked.
+    always masked. A token that was added to one of the tokenizers alone, as for padding, is a warning. So are ids that
+    end the teacher's responses and not the student's, as with an instruct teacher and a base student: responses end at
+    either's, and the student takes them over.
 
     Args:
         teacher: Folder of the teacher.
-        student: Folder of the student.
+        student: Folder of the student, whose tokenizer is that of the data.
         trust_remote_code: Run Python code that comes with the models.
-
-    Returns:
-        What differs; empty if the models fit.
 
     Raises:
         SkdError: a tokenizer or config cannot be read.
@@ -43,32 +116,60 @@ def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = 
     tokenizers = {role: load_tokenizer(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
     sizes = {role: vocabulary_size(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
     pair = f"teacher {teacher}, student {student}"
-    found = [
-        error for role in folders if (error := _beyond_the_model(role, folders[role], tokenizers[role], sizes[role]))
-    ]
     common = min(sizes.values())
     ours, theirs = (_tokens_by_id(tokenizers[role], common) for role in ("teacher", "student"))
+    ends = {role: eos_ids(folders[role], tokenizers[role]) for role in folders}
     differing = sorted(id_ for id_ in ours.keys() | theirs.keys() if ours.get(id_) != theirs.get(id_))
-    if differing:
-        examples = "; ".join(
-            f"{id_} is {_shown(ours.get(id_))} for the teacher, {_shown(theirs.get(id_))} for the student"
-            for id_ in differing[:_EXAMPLES_SHOWN]
-        )
-        found.append(
-            SkdError(
-                f"the tokenizers differ in {len(differing)} of {len(ours.keys() | theirs.keys())} ids: {examples}",
-                where=pair,
-                hint=_WAY_OUT,
+    added = {
+        id_
+        for id_ in differing
+        if _only_added(id_, ours, tokenizers["teacher"], theirs)
+        or _only_added(id_, theirs, tokenizers["student"], ours)
+    }
+    found = Findings()
+    for level, ids in ((found.errors, [id_ for id_ in differing if id_ not in added]), (found.warnings, sorted(added))):
+        if ids:
+            examples = "; ".join(
+                f"{id_} is {_shown(ours.get(id_))} for the teacher, {_shown(theirs.get(id_))} for the student"
+                for id_ in ids[:_EXAMPLES_SHOWN]
             )
-        )
+            what = f"the tokenizers differ in {len(ids)} of {len(ours.keys() | theirs.keys())} ids: {examples}"
+            hint = _WAY_OUT if level is found.errors else "no prompt or answer may spell them out"
+            level.append(SkdError(what, where=pair, hint=hint))
+    if found.errors:
         return found  # special ids of different vocabularies say nothing
+    found.unreachable.update(
+        {id_: token for token, id_ in tokenizers["student"].get_vocab().items() if id_ in added or id_ >= common}
+    )
     bos = {role: tokenizer.bos_token_id for role, tokenizer in tokenizers.items()}
     if bos["teacher"] != bos["student"]:
-        found.append(_special_difference("begin-of-sequence id", bos["teacher"], bos["student"], pair))
-    ends = {role: sorted(eos_ids(folders[role], tokenizers[role])) for role in folders}
-    if ends["teacher"] != ends["student"]:
-        found.append(_special_difference("end-of-sequence ids", ends["teacher"], ends["student"], pair))
+        found.errors.append(_special_difference("begin-of-sequence id", bos["teacher"], bos["student"], pair))
+    if set(ends["teacher"]) != set(ends["student"]):
+        difference = _special_difference("end-of-sequence ids", *(sorted(ends[role]) for role in folders), pair)
+        known = set(ends["student"]) <= set(ends["teacher"])
+        (found.warnings if known else found.errors).append(difference)
     return found
+
+
+def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> None:
+    """See that a model has a row for every token it will be given.
+
+    Args:
+        examples: What it will be given.
+        rows: Of the smallest embedding.
+        where: What is being done.
+
+    Raises:
+        SkdError: it has not.
+    """
+    for example in examples:
+        largest = max((*example.prompt_ids, *example.response_ids), default=0)
+        if largest >= rows:
+            raise SkdError(
+                f"example {example.example_id} has the token id {largest}, and the model has {rows} rows",
+                where=where,
+                hint="its text spells out a token that was added to the tokenizer alone: leave that out of the data",
+            )
 
 
 def common_vocab_size(teacher: Path | PreTrainedModel, student: Path | PreTrainedModel) -> int:
@@ -86,16 +187,16 @@ def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, below: int) -> dict[int, s
     return {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ < below}
 
 
-def _beyond_the_model(role: str, path: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> SkdError | None:
-    beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= size)
-    if not beyond:
-        return None
-    return SkdError(
-        f"the {role}'s tokenizer has {len(beyond)} ids that its model has no row for (vocab_size {size}): "
-        + ", ".join(f"{id_} {token!r}" for id_, token in beyond[:_EXAMPLES_SHOWN]),
-        where=str(path),
-        hint="resize the model's embeddings to the tokenizer, or use the tokenizer the model was trained with",
-    )
+def _only_added(id_: int, tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase, others: dict[int, str]) -> bool:
+    """Whether an id was added to this tokenizer alone, for something that begins and ends no text."""
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return id_ in tokens and id_ not in others and id_ in tokenizer.added_tokens_decoder and id_ not in used
+
+
+def _some(tokens: dict[int, str]) -> str:
+    ids = sorted(tokens)
+    more = ", ..." if len(ids) > _EXAMPLES_SHOWN else ""
+    return ", ".join(f"{id_} {tokens[id_]!r}" for id_ in ids[:_EXAMPLES_SHOWN]) + more
 
 
 def _special_difference(what: str, teacher: object, student: object, pair: str) -> SkdError:

@@ -13,7 +13,7 @@ from skd_lib.config import RunConfig
 from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
 from skd_lib.preflight.dates import check_date
-from skd_lib.preflight.models import check_comet, check_model, check_student, check_unread, cut_size
+from skd_lib.preflight.models import check_adapters, check_comet, check_model, check_student, check_unread, cut_size
 from skd_lib.preflight.surroundings import (
     check_gpu,
     check_memory,
@@ -59,6 +59,8 @@ def run_checks(
         checks.attempt("distill", partial(check_unread, checks, run))
     report = PreflightReport(checks.found)
     models = [model for model in (teacher, *students) if model]
+    for run in distinct(runs, lambda run: (run.student, run.student_init, run.teacher_sft, run.distill.training.lora)):
+        checks.attempt("adapters", partial(check_adapters, checks, run, models))
     report.model_fingerprints = {model.reference: model.fingerprint for model in models}
     report.date = checks.attempt("date", lambda: check_date(checks, models, config, checkpoint_root)) or ""
     report.data_fingerprint = checks.attempt("data", lambda: check_data(checks, config, models, runs)) or ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skd_lib.config import RunConfig
+from skd_lib.config import LoraConfig, RunConfig, TaskConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import unread_settings
 from skd_lib.models.fingerprint import short
@@ -14,9 +16,11 @@ from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.templates import check_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from skd_lib.data.examples import Example
     from skd_lib.memory import ModelSize
+    from skd_lib.models.vocabulary import Findings
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,11 @@ class Model:
         fingerprint: Of its present content.
         folder: Its files.
         tokenizer: Its tokenizer.
+        skeleton: It, on the meta device.
         size: What its memory depends on.
         context: The most positions it takes; None if not limited.
         answer_end: The id that ends an answer; None if the chat template cannot be applied.
+        unreachable: Ids of its tokenizer that no text of the data may make, with their tokens.
     """
 
     role: str
@@ -39,9 +45,11 @@ class Model:
     fingerprint: str
     folder: Path
     tokenizer: PreTrainedTokenizerBase
+    skeleton: PreTrainedModel
     size: ModelSize
     context: int | None
     answer_end: int | None = None
+    unreachable: Mapping[int, str] = field(default_factory=dict)
 
 
 def check_student(checks: Checks, teacher: Model | None, config: RunConfig) -> Model | None:
@@ -52,13 +60,14 @@ def check_student(checks: Checks, teacher: Model | None, config: RunConfig) -> M
         return None
     student = None if config.student is None else check_model(checks, "student", config.student, config)
     if teacher and student:
-        _same_vocabulary(checks, teacher, student, config)
+        beyond = _same_vocabulary(checks, teacher, student, config)
+        return replace(student, unreachable={**student.unreachable, **beyond})
     return student
 
 
 def check_model(checks: Checks, role: str, reference: str, config: RunConfig) -> Model | None:
     """Look at one model, and whether prompts and answers fit its context; None if it cannot be read."""
-    model = checks.attempt(role, lambda: _open_model(role, reference, config.trust_remote_code))
+    model = checks.attempt(role, lambda: _open_model(checks, role, reference, config.trust_remote_code))
     if model is None:
         return None
     size = f"{model.size.parameters / 1e6:,.1f} M parameters, {model.size.layers} layers"
@@ -87,18 +96,99 @@ def check_model(checks: Checks, role: str, reference: str, config: RunConfig) ->
     return replace(model, answer_end=checks.attempt(role, lambda: _answer_end(checks, model, config)))
 
 
-def _open_model(role: str, reference: str, trust_remote_code: bool) -> Model:
-    from skd_lib.memory import model_size
-    from skd_lib.models.files import load_config, load_tokenizer
+def _open_model(checks: Checks, role: str, reference: str, trust_remote_code: bool) -> Model:
+    from skd_lib.memory import skeleton_size
+    from skd_lib.models.files import load_tokenizer
     from skd_lib.models.references import HubModel, StoredFolder, model_fingerprint, parse_reference, resolve_model
+    from skd_lib.models.skeleton import skeleton
+    from skd_lib.models.special_ids import stored_generation_config
+    from skd_lib.models.vocabulary import check_rows
 
     far = isinstance(parse_reference(reference), HubModel | StoredFolder)
     fingerprint = model_fingerprint(reference)
     folder = resolve_model(reference, fingerprint=fingerprint, trust_remote_code=trust_remote_code, weights=not far)
+    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    stored_generation_config(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    size = model_size(folder, trust_remote_code=trust_remote_code)
-    text = load_config(folder, trust_remote_code=trust_remote_code).get_text_config()
-    return Model(role, reference, fingerprint, folder, tokenizer, size, getattr(text, "max_position_embeddings", None))
+    if not far:
+        _check_weights(checks, role, reference, folder, model)
+    rows = check_rows(role, folder, trust_remote_code=trust_remote_code)
+    _tell(checks, role, rows)
+    text = model.config.get_text_config(decoder=True)
+    return Model(
+        role=role,
+        reference=reference,
+        fingerprint=fingerprint,
+        folder=folder,
+        tokenizer=tokenizer,
+        skeleton=model,
+        size=skeleton_size(model),
+        context=getattr(text, "max_position_embeddings", None),
+        unreachable=rows.unreachable,
+    )
+
+
+def _check_weights(checks: Checks, role: str, reference: str, folder: Path, model: PreTrainedModel) -> None:
+    """The weight files against the config, by their headers, and whether what is in them are numbers."""
+    from skd_lib.models.finite import check_finite
+    from skd_lib.models.skeleton import check_weights
+
+    if skipped := check_weights(folder, model):
+        what = f"its weights are compared with config.json only when they are loaded: {skipped}"
+        checks.add(role, "warning", what, where=reference)
+    check_finite(folder, model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _tell(checks: Checks, name: str, found: Findings) -> None:
+    for error in found.errors:
+        checks.failed(name, error)
+    for warning in found.warnings:
+        checks.add(name, "warning", warning.what, where=warning.where, hint=warning.hint)
+
+
+def check_adapters(checks: Checks, config: RunConfig, models: Sequence[Model]) -> None:
+    """Whether the layers that adapters are asked for are there, and can hold them, in each model that is trained."""
+    from skd_lib.models.adapters import check_lora
+
+    roles = {model.role: model for model in models if model.role == "teacher" or model.reference == config.student}
+    teacher = roles.get("teacher")
+    student = teacher if config.student_init.cuts else roles.get("student")
+    trained: list[tuple[str, Model | None, LoraConfig | None]] = [
+        ("teacher_sft", teacher, config.teacher_sft.training.lora if config.teacher_sft.enabled else None),
+        ("student_init", student, config.student_init.training.lora if config.student_init.trains else None),
+        ("distill", student, config.distill.training.lora),
+    ]
+    for section, model, lora in trained:
+        if model is not None and lora is not None:
+            try:
+                check_lora(model.skeleton, lora)
+            except SkdError as error:
+                checks.add(section, "error", error.what, where=f"{section}.{error.where}", hint=error.hint)
+
+
+def check_reach(checks: Checks, model: Model, task: TaskConfig, examples: Sequence[Example]) -> None:
+    """Whether a text, or the chat template, makes an id that the models have no row for or know nothing of."""
+    from skd_lib.data.tokenize import encode
+
+    if not model.unreachable or model.answer_end is None:
+        return
+    spelt = re.compile("|".join(re.escape(token.strip() or token) for token in model.unreachable.values()), re.I)
+    for number, example in enumerate(examples):
+        if number and not spelt.search(f"{example.source}\n{example.target}"):
+            continue
+        encoded = encode(model.tokenizer, task, example, model.answer_end)
+        reached = model.unreachable.keys() & {*encoded.prompt_ids, *encoded.response_ids}
+        if reached:
+            token = model.unreachable[min(reached)]
+            checks.add(
+                "data",
+                "error",
+                f"its prompt or answer has the token {token!r} (id {min(reached)}), which was added to a tokenizer "
+                "alone: a model has no row for it, or has never seen it",
+                where=example.origin or f"example {example.id}",
+                hint="leave the token out of the data and the chat template, or use models that both have it",
+            )
+            return
 
 
 def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:
@@ -133,18 +223,18 @@ def check_comet(checks: Checks, reference: str) -> None:
         checks.add("comet", "ok", reference)
 
 
-def _same_vocabulary(checks: Checks, teacher: Model, student: Model, config: RunConfig) -> None:
-    from skd_lib.models.vocabulary import check_compatible
+def _same_vocabulary(checks: Checks, teacher: Model, student: Model, config: RunConfig) -> Mapping[int, str]:
+    """Whether both speak the same tokens; those that no text may make."""
+    from skd_lib.models.vocabulary import compare
 
-    def look() -> list[SkdError]:
-        return check_compatible(teacher.folder, student.folder, trust_remote_code=config.trust_remote_code)
+    def look() -> Findings:
+        return compare(teacher.folder, student.folder, trust_remote_code=config.trust_remote_code)
 
-    errors = checks.attempt("tokenizers", look)
-    if errors is None:
-        return
-    for error in errors:
-        checks.failed("tokenizers", error)
-    if not errors:
+    found = checks.attempt("tokenizers", look)
+    if found is None:
+        return {}
+    _tell(checks, "tokenizers", found)
+    if not found.errors and not found.warnings:
         checks.add("tokenizers", "ok", "teacher and student have the same token ids")
     if config.task.chat_template and teacher.tokenizer.chat_template != student.tokenizer.chat_template:
         checks.add(
@@ -153,6 +243,7 @@ def _same_vocabulary(checks: Checks, teacher: Model, student: Model, config: Run
             "teacher and student have different chat templates; the teacher will see prompts in the student's",
             hint="copy the teacher's chat template into the student's folder if the teacher answers badly",
         )
+    return found.unreachable
 
 
 def _cut(checks: Checks, teacher: Model, config: RunConfig) -> None:

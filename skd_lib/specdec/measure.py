@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from skd_lib.config import SpecdecConfig, TaskConfig
 from skd_lib.data.tokenize import encode_prompt
 from skd_lib.evaluation.inference import ending_ids, load_for_inference
+from skd_lib.models.heads import embedding_rows
 from skd_lib.models.special_ids import pad_id
 from skd_lib.specdec.benchmark import benchmark
 from skd_lib.specdec.plan import Plan
@@ -40,12 +41,13 @@ def measure(
         SkdError: as `benchmark`, or a model cannot be loaded.
     """
     model, tokenizer = load_for_inference(teacher.folder)
+    loaded = {name: load_for_inference(draft.folder)[0] for name, draft in drafts.items()}
     plan = Plan(
         teacher=model,
-        drafts={name: load_for_inference(draft.folder)[0] for name, draft in drafts.items()},
+        drafts=loaded,
         prompts=[encode_prompt(tokenizer, task, text) for text in inputs[: config.examples]],
         eos_ids=ending_ids(model, tokenizer, task),
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, min(map(embedding_rows, (model, *loaded.values())))),
         max_new_tokens=task.max_new_tokens,
         config=config,
         seed=seed,

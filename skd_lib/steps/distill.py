@@ -84,6 +84,7 @@ def main(
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import check_model_folder, load_tokenizer
+    from skd_lib.models.special_ids import take_over_ends
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.report.samples import as_text, to_jsonl
     from skd_lib.tracking.runs import step_run
@@ -128,6 +129,7 @@ def main(
             weights=weights,
         )
         model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
+        take_over_ends(model, tokenizer, teacher)
         load_teacher = None
         if METHODS[settings.method].needs_teacher:
             precisions = settings.training.teacher_precision, settings.training.precision

@@ -140,6 +140,7 @@ class Fit:
         from skd_lib.memory import GIB, peak_memory
         from skd_lib.models.fingerprint import settings_digest
         from skd_lib.models.special_ids import pad_id
+        from skd_lib.models.vocabulary import check_ids, vocabulary_size
         from skd_lib.steps.storing import EarlyTeacher
         from skd_lib.training.run import train
 
@@ -150,10 +151,13 @@ class Fit:
         end = answer_end_id(tokenizer, self.task)
         tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
         left_out = {f"{LEFT_OUT}{name}": float(len(rows) - len(tokens[name])) for name, rows in examples.items()}
+        rows = min(map(vocabulary_size, self.models.values()))
+        for each in tokens.values():
+            check_ids(each, rows, where=self.step)
         start = time.monotonic()
         limits: dict[str, Any] = {
             "eos_ids": ending_ids(student, tokenizer, self.task),
-            "pad_id": pad_id(tokenizer),
+            "pad_id": pad_id(tokenizer, rows),
             "max_new_tokens": self.task.max_new_tokens,
         }
         method, teacher, signals = self.method, None, None

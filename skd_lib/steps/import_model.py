@@ -70,11 +70,14 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False)
         target: The new folder; replaced if it is there.
         link: Share the weights' bytes with `source` by hard links where the file system can.
         code: Take `*.py` along.
-    """
-    from transformers import GenerationConfig
 
+    Raises:
+        SkdError: the weights are not those that the config wants, or not finite.
+    """
     from skd_lib.models.files import weight_files
-    from skd_lib.models.special_ids import without_sampling_defaults
+    from skd_lib.models.finite import check_finite
+    from skd_lib.models.skeleton import check_weights, skeleton
+    from skd_lib.models.special_ids import stored_generation_config, without_sampling_defaults
     from skd_lib.storage import atomic_directory
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", *(["*.py"] if code else [])]
@@ -84,9 +87,11 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False)
                 shutil.copyfile(file, folder / file.name)
         for file in weight_files(source):
             _take(file, folder / file.name, link)
-        if (folder / "generation_config.json").is_file():
-            plain = without_sampling_defaults(GenerationConfig.from_pretrained(folder, local_files_only=True))
-            plain.save_pretrained(folder)
+        if (stored := stored_generation_config(folder)) is not None:
+            without_sampling_defaults(stored).save_pretrained(folder)
+        model = skeleton(folder, trust_remote_code=code)
+        check_weights(folder, model)
+        check_finite(folder, model._keys_to_ignore_on_load_unexpected or ())
 
 
 def _take(file: Path, to: Path, link: bool) -> None:

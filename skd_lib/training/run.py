@@ -21,6 +21,7 @@ from skd_lib.methods import METHODS
 from skd_lib.models.adapters import add_lora, merge_lora
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.precision import Resolved, resolve_precision
+from skd_lib.models.supported import check_supported
 from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
 from skd_lib.training.modes import attention_dropout, evaluating
@@ -147,6 +148,9 @@ def train(
     distill = distill or DistillConfig()
     if METHODS[method].needs_teacher and teacher is None and signals is None:
         raise SkdError(f"method `{method}` needs a teacher", where=name)
+    for each in (student, teacher):
+        if each is not None:
+            check_supported(each)
     args = _arguments(training, len(train), seed, checkpoints.folder, student)
     checkpoint = checkpoints.latest()
     if checkpoint is not None:

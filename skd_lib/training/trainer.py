@@ -206,7 +206,10 @@ class DistillationTrainer(Trainer):
             raise SkdError(
                 f"the validation loss is {total / max(tokens, 1)} after optimiser step {self.state.global_step}",
                 where=self._name,
-                hint="lower training.learning_rate, then run again",
+                hint="lower training.learning_rate, then run again"
+                if self.state.global_step
+                else "nothing has been trained yet: the weights that came in, or what they make of the data, are not "
+                "finite; check the model's files, and whether it computes in fp32",
             )
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
