@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -90,7 +90,7 @@ def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
             where=where,
             hint="leave it out of target_modules",
         )
-    most = max((min(layer.weight.shape) for layer in (chosen or layers).values()), default=0)
+    most = max((min(cast(Tensor, layer.weight).shape) for layer in (chosen or layers).values()), default=0)
     if settings.rank > most:
         raise SkdError(
             f"rank {settings.rank} is beyond that of every layer, which is at most {most}",

@@ -142,7 +142,7 @@ def _compute_as_asked(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a flag, not a module
+            module.support_avx512bf16_for_cpu = False
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str | None = None) -> None:

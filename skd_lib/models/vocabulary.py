@@ -145,7 +145,8 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
     if bos["teacher"] != bos["student"]:
         found.errors.append(_special_difference("begin-of-sequence id", bos["teacher"], bos["student"], pair))
     if set(ends["teacher"]) != set(ends["student"]):
-        difference = _special_difference("end-of-sequence ids", *(sorted(ends[role]) for role in folders), pair)
+        teachers, students = sorted(ends["teacher"]), sorted(ends["student"])
+        difference = _special_difference("end-of-sequence ids", teachers, students, pair)
         known = set(ends["student"]) <= set(ends["teacher"])
         (found.warnings if known else found.errors).append(difference)
     return found
