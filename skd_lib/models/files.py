@@ -112,6 +112,8 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("names of files elsewhere")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SkdError(
             "not an index of safetensors files", where=str(index), hint="fetch the model again, or save it again"

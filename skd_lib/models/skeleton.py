@@ -7,6 +7,7 @@ renamings and fused experts, as when it loads them, but from the files' headers 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def check_decoder_only(config: Any, folder: Path) -> None:
-    """See that a config is of no encoder-decoder, and that its fields name one architecture.
+    """See that a config is of no encoder-decoder, that its fields name one architecture, and that they are numbers.
 
     Raises:
         SkdError: it is, or they do not.
@@ -71,6 +72,10 @@ def check_decoder_only(config: Any, folder: Path) -> None:
             f"cannot use this `{config.model_type}` model: it is an encoder-decoder",
             where=str(folder),
             hint="use a decoder-only language model, e.g. Llama, Mistral, Qwen or Gemma",
+        )
+    if broken := [name for name, value in config.to_dict().items() if isinstance(value, float) and math.isnan(value)]:
+        raise SkdError(
+            f"its config.json has NaN for {_examples(broken)}", where=str(folder), hint="correct it in config.json"
         )
     made = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     named = getattr(config, "architectures", None) or []

@@ -178,6 +178,16 @@ def test_digest_is_of_the_weights_not_of_the_files(
     assert weights_digest(save_tiny_model(tmp_path / "other", seed=1)) != digest
 
 
+@pytest.mark.parametrize(
+    "index", ["[]", '{"weight_map": [1]}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "../x"}}']
+)
+def test_an_index_that_is_none(saved: Path, index: str) -> None:
+    (saved / "model.safetensors").rename(saved / "a.safetensors")
+    (saved / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(SkdError, match="not an index of safetensors files"):
+        check_model_folder(saved)
+
+
 def test_missing_shard_is_named(tmp_path: Path, tiny_model: TinyModel) -> None:
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
     first = min(tmp_path.glob("*.safetensors"))
@@ -256,6 +266,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "vocabulary": ({"vocab_size": 100}, r"of another shape than the model's: model\.embed_tokens\.weight"),
     "no head": ({"tie_word_embeddings": False}, r"1 missing from the files: lm_head\.weight"),
     "another type": ({"model_type": "gemma"}, "names the architecture LlamaForCausalLM, and its model_type `gemma`"),
+    "nan": ({"rms_norm_eps": float("nan")}, r"its config\.json has NaN for rms_norm_eps"),
     "an encoder": ({"model_type": "t5"}, "`t5` model: it is an encoder-decoder"),
     "a word for a number": ({"num_hidden_layers": "four"}, r"cannot read its config\.json"),
     "heads": ({"num_attention_heads": 5}, r"cannot read its config\.json"),
