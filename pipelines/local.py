@@ -44,8 +44,9 @@ from pipelines.identity import Identity, is_same, run_identity
 from pipelines.process import OnEvent, Outcome, Start, StepFailed, run_logged, watch
 from pipelines.progress import Display
 from skd_lib import events
+from skd_lib.bugs import explained
 from skd_lib.config import RunConfig
-from skd_lib.errors import SkdError, is_full_disk, unwritable
+from skd_lib.errors import SkdError, is_full_disk
 from skd_lib.machine import usable_cores
 from skd_lib.parameters import to_parameters, to_struct
 from skd_lib.report.sources import PAGE, SUMMARY
@@ -228,7 +229,7 @@ class LocalRun:
             task_folder.mkdir(parents=True, exist_ok=True)
             outcome = self.start(image, command, env, log, lambda event: self._on_event(step.name, event))
         except OSError as error:
-            outcome = Outcome(1, str(unwritable(error, str(log))), ())
+            outcome = Outcome(1, str(explained(error)), ())
         stopping.check()
         seconds = time.monotonic() - start
         if outcome.code != 0:
@@ -443,7 +444,7 @@ def run_pipeline(
                 if run.failure:
                     raise run.failure from error
                 if isinstance(error, OSError) or is_full_disk(error):
-                    raise unwritable(error, str(folder.root)) from error
+                    raise explained(error) from error
                 with kfp_log.open("a", encoding="utf-8") as file:
                     file.write(redacted(traceback.format_exc()))
                 raise SkdError(

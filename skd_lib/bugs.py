@@ -48,7 +48,7 @@ def explained(error: Exception) -> SkdError:
     if isinstance(error, SkdError):
         return error
     if is_full_disk(error):
-        return unwritable(error, str(Path.cwd()))
+        return unwritable(error)
     if isinstance(error, OSError) and error.errno is not None:
         hint = _HINTS.get(error.errno, "")
         return SkdError(error.strerror or str(error), where=str(error.filename or ""), hint=hint)

@@ -72,17 +72,19 @@ def is_full_disk(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _FULL) or any(text in str(error) for text in _FULL_TEXTS)
 
 
-def unwritable(error: Exception, where: str) -> SkdError:
+def unwritable(error: Exception, where: str = "") -> SkdError:
     """Return the sentence for what could not be written.
 
     Args:
         error: An operating system's or a library's error.
-        where: What was to be written, if the error does not say.
+        where: What was to be written, if the error does not say; empty: not known.
     """
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    advice = "free some space there (`df -h` shows it)" if is_full_disk(error) else "make it writable"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    place = str(getattr(error, "filename", None) or where)
+    full = is_full_disk(error)
+    advice = f"free some space {'there' if place else 'on the disk that is full'} (`df -h` shows it)"
     return SkdError(
-        f"cannot be written: {reason}",
-        where=str(getattr(error, "filename", None) or where),
-        hint=f"{advice} and run the same command again: what is finished is kept",
+        f"{'cannot be written' if place else 'something cannot be written'}: {reason}",
+        where=place,
+        hint=f"{advice if full else 'make it writable'} and run the same command again: what is finished is kept",
     )

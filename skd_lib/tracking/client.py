@@ -188,6 +188,7 @@ def is_silence(error: Exception) -> bool:
         "INTERNAL_ERROR",
         "TEMPORARILY_UNAVAILABLE",
         "REQUEST_LIMIT_EXCEEDED",
+        "ENDPOINT_NOT_FOUND",  # as a proxy says in the place of a server that is away
     )
     return not refused
 
