@@ -35,6 +35,8 @@ TASK_HELP = "Section `task` of the run's config, as JSON."
 SEED_HELP = "Seed of the order of examples, of all sampling and of dropout."
 LEFT_OUT = "left_out_"
 """Figures: how many examples of a split have prompts over the limit."""
+SUMMED = ("response_tokens", "student_tokens", "teacher_tokens")
+"""Figures of each step of a training of which its closing figures hold the sum, as they do of the seconds."""
 METRICS_HELP = "Where the figures go: JSON, numbers only."
 CHECKPOINT_HELP = (
     "Folder or gs:// URI for checkpoints, on storage that outlives the process. The same work, started again, goes on "
@@ -338,7 +340,14 @@ def write_figures(path: Path, io: StepIO, figures: dict[str, float], run: StepRu
 
     write_text_atomic(path, json.dumps(figures, indent=2) + "\n")
     io.metrics("metrics", figures)
-    run.log_metrics(figures)
+    # In MLflow a name is a curve: a sum over all steps is not a point of it.
+    run.log_metrics({f"total_{name}" if _is_sum(name) else name: value for name, value in figures.items()})
+
+
+def _is_sum(name: str) -> bool:
+    from skd_lib.training.timing import SECONDS
+
+    return name in SUMMED or name.startswith(SECONDS)
 
 
 def result_figures(result: TrainResult) -> dict[str, float]:
@@ -348,7 +357,7 @@ def result_figures(result: TrainResult) -> dict[str, float]:
         "best_step": result.best_step,
         "best_validation_loss": result.best_validation_loss,
         "first_validation_loss": result.first_validation_loss,
-        **{name: result.total(name) for name in ("response_tokens", "student_tokens", "teacher_tokens")},
+        **{name: result.total(name) for name in SUMMED},
         **result.seconds,
     }
     for name in ("rejection_rate", "tokens_per_teacher_call", "truncated_fraction"):

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from skd_lib.errors import SkdError
 from skd_lib.report.samples import read_samples
 from skd_lib.report.sources import from_mlflow
-from skd_lib.steps import finish, gate, register_model, report
+from skd_lib.steps import finish, fitting, gate, register_model, report
+from skd_lib.steps.runtime import StepIO
 from skd_lib.tracking.gate import Rival
 from skd_lib.tracking.registry import champion
 from skd_lib.tracking.runs import step_run
@@ -43,9 +44,7 @@ def scores(chrf: float) -> str:
 
 def specdec(speedup: float) -> str:
     figures = {"acceptance_rate": speedup / 2, "tokens_per_teacher_call": 1 + speedup, "speedup": speedup}
-    return json.dumps(
-        {**figures, "gamma": 5, "temperature": 0.0, "ties": 0, "seconds": 3.0, "tokens": 9}
-    )
+    return json.dumps({**figures, "gamma": 5, "temperature": 0.0, "ties": 0, "seconds": 3.0, "tokens": 9})
 
 
 def executor_input(folder: Path, metadata: dict[str, Any] | None = None) -> str:
@@ -265,3 +264,20 @@ def test_comet_decides_where_it_comes_first(store: str, tmp_path: Path, monkeypa
     decided = parameters(tmp_path)
     assert decided["promote"] == "false"
     assert "COMET, is missing" in decided["reason"]
+
+
+def test_a_sum_is_no_point_of_its_curve(store: str, client: MlflowClient, children: Runs, tmp_path: Path) -> None:
+    names = (*fitting.SUMMED, "seconds_validation")
+    metrics = tmp_path / "metrics.json"
+    with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as step:
+        for number in (0, 1, 2):
+            step.log_metrics(dict.fromkeys(names, 1.0), step=number)
+        figures = {**dict.fromkeys(names, 3.0), "steps": 2.0}
+        fitting.write_figures(metrics, StepIO(None, {"metrics": metrics}), figures, step)
+    assert json.loads(metrics.read_text()) == figures  # what comparisons read
+    (child,) = children()
+    assert child.data.metrics["steps"] == 2
+    for name in names:
+        history = client.get_metric_history(child.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 1.0), (2, 1.0)]
+        assert child.data.metrics[f"total_{name}"] == 3.0
