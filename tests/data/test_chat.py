@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -306,10 +305,8 @@ def test_named_templates_with_a_default_use_it() -> None:
 )
 def test_a_template_that_never_ends_is_given_up(template: str, what: str) -> None:
     tokenizer = byte_level(template)
-    started = time.monotonic()
     with pytest.raises(SkdError, match=what):
         check_rendering(tokenizer, TASK)
-    assert time.monotonic() - started < 30  # on a machine that is busy; 2 on an idle one
 
 
 def test_notes_say_where_prompts_are_not_the_generation_prompt() -> None:
