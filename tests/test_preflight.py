@@ -588,6 +588,12 @@ def test_a_chat_template_that_never_ends_or_changes_rows_is_an_error(
         ("error", "the chat template writes the question"),
         ("warning", "the chat template writes the answer"),
     }
+    refusing = "{% if 'fichier 3' in messages[0]['content'] %}{{ raise_exception('no threes') }}{% endif %}"
+    (student / "chat_template.jinja").write_text(refusing + template, encoding="utf-8")
+    refused = [found for found in check(values, tmp_path).checks if found.name == "train rows"]
+    assert [found.level for found in refused] == ["error"]
+    assert "no threes" in refused[0].what
+    assert "row " in refused[0].where
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (student / "chat_template.jinja").write_text(endless + template, encoding="utf-8")
     found = [found for found in check(values, tmp_path).checks if found.level == "error"]

@@ -132,7 +132,8 @@ def _lengths(checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBa
         sample = _sample(rows, task)
         if not sample:
             continue
-        check_rendered_rows(checks, name, tokenizer, task, sample)
+        if not check_rendered_rows(checks, name, tokenizer, task, sample):
+            continue
         encoded = [encode(tokenizer, task, example, end) for example in sample]
         prompts = [len(example.prompt_ids) for example in encoded]
         long = sum(length > task.max_prompt_tokens for length in prompts)

@@ -34,16 +34,26 @@ def check_template(checks: Checks, role: str, tokenizer: PreTrainedTokenizerBase
 
 def check_rendered_rows(
     checks: Checks, split: str, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, examples: Sequence[Example]
-) -> None:
-    """Look for examples whose question or answer the chat template writes otherwise than they are."""
+) -> bool:
+    """Look for examples whose question or answer the chat template writes otherwise than they are.
+
+    Returns:
+        Whether the template takes them all; the first that it refuses is an error.
+    """
     from skd_lib.data.chat import chat_layout
 
     if not task.chat_template:
-        return
+        return True
     layout = chat_layout(tokenizer, task)
     found: dict[str, list[Example]] = {}
     for example in examples:
-        if what := layout.departure(task, example.source, example.target):
+        try:
+            what = layout.departure(task, example.source, example.target)
+        except SkdError as error:
+            where = example.origin or f"example {example.id}"
+            checks.add(f"{split} rows", "error", error.what, where=where, hint=error.hint)
+            return False
+        if what:
             found.setdefault(what, []).append(example)
     for what, rows in found.items():
         checks.add(
@@ -53,6 +63,7 @@ def check_rendered_rows(
             where=rows[0].origin or f"example {rows[0].id}",
             hint="remove what the template reads as a sign from these texts (e.g. `</think>`), or correct the template",
         )
+    return True
 
 
 def _notes(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> tuple[str, ...]:
