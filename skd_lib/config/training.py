@@ -66,8 +66,8 @@ class TrainingConfig(ConfigSection):
         description="In which forward and backward passes compute, sampling included, and in which the model is saved. "
         "Weights in training, gradients and optimiser states are fp32 always. `auto` is bf16 on a GPU that multiplies "
         "in it (Ampere and later), on a CPU fp32 unless it has `amx_bf16`; the environment variable SKD_PRECISION "
-        "(fp32 or bf16) replaces this choice on a machine. `bf16` elsewhere is emulated, slow, and a warning of "
-        "preflight. Evaluation and the benchmark of drafts compute in what `auto` is where they run.",
+        "(fp32 or bf16) replaces this choice on a machine. `bf16` elsewhere is often slower than fp32, and a warning "
+        "of preflight. Evaluation and the benchmark of drafts compute in what `auto` is where they run.",
     )
     gradient_checkpointing: bool = Field(
         False,

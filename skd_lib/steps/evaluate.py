@@ -63,6 +63,7 @@ def main(
     from skd_lib.evaluation.evaluate import evaluate, evaluate_held_out
     from skd_lib.evaluation.inference import load_for_inference
     from skd_lib.evaluation.predictions import write_predictions
+    from skd_lib.models.precision import resolve_precision
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run
 
@@ -92,8 +93,12 @@ def main(
             figures |= {f"{name}.{figure}": value for figure, value in each.figures().items()}
         write_text_atomic(metrics_out, json.dumps(figures, indent=2) + "\n")
         run.log_metrics(figures)
+        signatures = {name: value["signature"] for name, value in result.scores.items() if _is_score(value)}
         run.set_tags(
-            {f"signature.{name}": value["signature"] for name, value in result.scores.items() if _is_score(value)}
+            {
+                "precision": resolve_precision("auto", language_model.device),
+                **{f"signature.{name}": signature for name, signature in signatures.items()},
+            }
         )
         run.log_artifact(predictions_out)
         run.log_table(table(result.predictions), "predictions")

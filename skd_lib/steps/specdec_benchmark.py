@@ -48,6 +48,8 @@ def main(
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.events import Progress
+    from skd_lib.models.loading import default_device
+    from skd_lib.models.precision import resolve_precision
     from skd_lib.specdec.measure import measure
     from skd_lib.specdec.vllm import Served
     from skd_lib.tracking.runs import step_run
@@ -77,6 +79,7 @@ def main(
         text = json.dumps(outputs, indent=2) + "\n"
         write_text_atomic(metrics_out, text)
         run.log_metrics(figures)
+        run.set_tags({"precision": resolve_precision("auto", default_device())})
         run.log_text(text, "specdec.json")
 
     io.metrics("metrics", figures)

@@ -108,6 +108,7 @@ def test_tracked(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert found[0].data.metrics == pytest.approx(metrics)
     assert found[0].data.params["skd/role"] == "student_after"
     assert found[0].data.tags["signature.chrf"].startswith("chrF2|nrefs:1|")
+    assert found[0].data.tags["precision"] == "fp32"
     assert found[0].inputs is not None
     assert found[0].inputs.dataset_inputs[0].dataset.name == "test"
     # A second attempt goes on in the same run, and logs the same table once.
