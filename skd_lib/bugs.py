@@ -51,7 +51,7 @@ def explained(error: Exception) -> SkdError:
         return unwritable(error)
     if isinstance(error, OSError) and error.errno is not None:
         hint = _HINTS.get(error.errno, "")
-        return SkdError(error.strerror or str(error), where=str(error.filename or ""), hint=hint)
+        return SkdError(error.strerror or str(error), where=str(error.filename2 or error.filename or ""), hint=hint)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         hint = "lower the batch size or task.max_new_tokens, or take a machine with more memory"
         return SkdError(f"out of memory: {_line(error)}", hint=hint)

@@ -36,7 +36,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+
 _OTHER_NUMBER = re.compile(r"[-+]?(0o?[0-9_]+|0[xX][0-9a-fA-F_]+|0[bB][01_]+)(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _MEANINGS = {"bool": "true or false", "int": "a number", "float": "a number", "timestamp": "a date"}
-_PLAIN = {"true or false": "true or false", "a number": "a plain decimal number"}
+_PLAIN = {"true or false": "one of these words", "a number": "its decimal digits"}
 _SHOWN = 60
 _MERGE = object()
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
@@ -285,9 +285,9 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
         raise _Refused(f"{text} is no value here: write a finite number")
     meant = "a number" if _OTHER_NUMBER.fullmatch(text) else _in_version_1_1(text)
     if meant:
+        plain = f"; for {meant}, write {_PLAIN[meant]}" if meant in _PLAIN else ""
         raise _Refused(
-            f"`{_short(text)}` is {meant} to some readers of YAML, and something else to others: quote it to have a "
-            f"text, or write it as {_PLAIN.get(meant, 'a quoted text')}"
+            f"`{_short(text)}` is {meant} to some readers of YAML, and not to others; for a text, quote it{plain}"
         )
     return text
 
