@@ -144,7 +144,7 @@ def _regular(path: str) -> str:
     Raises:
         IsADirectoryError: it is a folder.
         Missing: there is none.
-        SkdError: it is of another kind, or no path.
+        SkdError: it is of another kind.
     """
     try:
         mode = Path(path).stat().st_mode
@@ -152,8 +152,6 @@ def _regular(path: str) -> str:
         raise Missing(f"cannot read: {error.strerror}", where=path, hint="check the path") from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    except ValueError as error:  # a NUL in it
-        raise SkdError(f"no path of a file: {error}", where=ascii(path), hint="check the path") from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(path)
     if not stat.S_ISREG(mode):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from skd_lib import storage
 from skd_lib.config import Columns
@@ -72,7 +72,7 @@ def read_file(
         return []
     kind, read = _READERS[found]
     if name.lower().endswith(COMPRESSED):
-        stream = gzip.GzipFile(fileobj=stream)
+        stream = cast(IO[bytes], gzip.GzipFile(fileobj=stream))
     table = _attempt(lambda: read(stream, name, columns), f"not a {kind} file", name, problems)
     if table is None:
         return []
@@ -156,7 +156,7 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
         SkdError: a line is too long, or too many are empty.
     """
     # Streams of object storage would read a line byte by byte.
-    buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[type-var]
+    buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
     empty = 0
     while line := buffered.readline(MAX_ROW_BYTES + 1):
         empty = 0 if line.strip() else empty + 1
@@ -325,8 +325,12 @@ def _tsv(stream: IO[bytes], name: str, columns: Columns) -> Table:
     lines = _text_lines(stream)
     head = list(islice(lines, _BATCH))
     as_csv = _is_quoted([line.rstrip("\r\n").split("\t") for line in head if line.strip()], columns)
-    quoting = csv.QUOTE_MINIMAL if as_csv else csv.QUOTE_NONE
-    reader = csv.reader(chain(head, lines), delimiter="\t", quoting=quoting, strict=as_csv)
+    every = chain(head, lines)
+    reader = (
+        csv.reader(every, delimiter="\t", strict=True)
+        if as_csv
+        else csv.reader(every, delimiter="\t", quoting=csv.QUOTE_NONE)
+    )
     header = next(filter(None, reader), [])
     check_columns(header, name, columns)
     rows = _records(reader, header, name)

@@ -78,7 +78,7 @@ def check_rows(
         for error in errors:
             problems.add(SkdError(error.what, where=f"{where}, {error.where}", hint=error.hint))
         if not errors:
-            examples.append(make_example(*texts, origin=where))
+            examples.append(make_example(texts[0], texts[1], where))
             characters += sum(map(len, texts))
             if max_characters is not None and characters >= max_characters:
                 break
@@ -134,8 +134,8 @@ def _text(row: dict[str, Any], column: str, columns: Columns, labels: Labels) ->
         text = text.strip()  # of the space that stood between an empty part and the others
     # A template of whose parts none has text says nothing about this row.
     empty = not any(part.strip() for part in parts.values())
-    if error := "the text is empty" if empty else _wrong(text):
-        raise SkdErrors([SkdError(error, where=f"field `{column}`", hint=HINT_BROKEN)])
+    if wrong := "the text is empty" if empty else _wrong(text):
+        raise SkdErrors([SkdError(wrong, where=f"field `{column}`", hint=HINT_BROKEN)])
     return text
 
 

@@ -336,7 +336,7 @@ def test_parts_of_a_template_may_be_empty_and_what_comes_out_may_not(tmp_path: P
         {"instruction": " ", "input": "", "output": "?"},
         {"instruction": "Go.", "input": None, "output": "?"},
     ]
-    columns = {"source": "{instruction} {input}", "target": "output"}
+    columns: dict[str, Any] = {"source": "{instruction} {input}", "target": "output"}
     train = load(path, jsonl(*rows[:2]), **columns).train
     assert [row.source for row in train] == ["Name three colours.", "Sort. 3 1 2"]
     errors = errors_of(path, jsonl(*rows), **columns)

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from threading import Thread, active_count
@@ -92,6 +93,18 @@ def test_new_data_starts_a_run_once(kfp: FakeKfp, trigger: Trigger, source: str)
     assert first.name == trigger.explain(source).name
     assert run["description"].startswith(f"skd trigger {source}; pipeline sha256:")
     assert run["runtime_config"]["parameters"]["config"]["data"]["source"]["train"] == [f"{source}/train.jsonl"]
+
+
+def test_data_in_a_folder_or_by_a_glob_is_looked_for(
+    kfp: FakeKfp, trigger: Trigger, source: str, root: str, write: Callable[..., None]
+):
+    for pattern in ("{source}", "{source}/*.jsonl"):
+        files = trigger.config.data.source.model_copy(update={"train": [pattern]})
+        data = trigger.config.data.model_copy(update={"source": files})
+        each = replace(trigger, config=trigger.config.model_copy(update={"data": data}))
+        assert each.explain(source).fire
+        write(f"{root}/data/day-2/_SUCCESS")
+        assert "the data is not complete" in each.explain(f"{root}/data/day-2").reason
 
 
 def test_twenty_identical_events_start_one_run(kfp: FakeKfp, trigger: Trigger, source: str):
