@@ -204,7 +204,7 @@ def _documents(text: str, where: str) -> Iterator[Any]:
     stack: list[_Open] = []
     try:
         for event in yaml.parse(text, Loader=_PARSER):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else line
             if isinstance(event, yaml.DocumentStartEvent):
                 anchors: dict[str, tuple[Any, int]] = {}
                 total = 0
@@ -222,7 +222,7 @@ def _documents(text: str, where: str) -> Iterator[Any]:
             elif isinstance(event, yaml.CollectionEndEvent | yaml.ScalarEvent | yaml.AliasEvent):
                 if isinstance(event, yaml.AliasEvent):
                     if event.anchor not in anchors:
-                        raise _Refused(f"the alias *{_short(event.anchor)} has no anchor before it")
+                        raise _Refused(f"the alias *{_short(event.anchor or '')} has no anchor before it")
                     value, size = anchors[event.anchor]
                 elif isinstance(event, yaml.ScalarEvent):
                     if stack[-1].mapping and stack[-1].key is None:

@@ -126,8 +126,8 @@ def trigger(
         listening = make_server(
             listen, bound.explain if dry_run else bound.fire, root=source, marker=marker, auth=pushes
         )
-        checked = "tokens are checked" if pushes else "from this machine alone, since tokens are not checked"
-        say(f"listening on port {listen}, {checked}")
+        sent_by = "tokens are checked" if pushes else "from this machine alone, since tokens are not checked"
+        say(f"listening on port {listen}, {sent_by}")
         serve(listening)
         return
     decision = bound.explain(source) if dry_run else bound.fire(source)

@@ -19,7 +19,7 @@ from skd_lib.config.distill import DistillConfig, DivergenceName, InterleavedCon
 from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.measuring import EvaluationConfig, JudgeConfig, RegistryConfig, SpecdecConfig
 from skd_lib.config.overrides import Overrides, apply, parse_overrides
-from skd_lib.config.reading import parse_json, parse_section, read_yaml
+from skd_lib.config.reading import parse_section, read_yaml
 from skd_lib.config.run import RunConfig, load_config, refuse_multinode
 from skd_lib.config.schedule import Count, Schedule
 from skd_lib.config.section import ConfigSection, Section
@@ -32,6 +32,7 @@ from skd_lib.config.training import (
     TeacherPrecision,
     TrainingConfig,
 )
+from skd_lib.documents import parse_json
 
 __all__ = [
     "LOWER_IS_BETTER",

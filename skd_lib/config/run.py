@@ -61,7 +61,7 @@ class RunConfig(ConfigSection):
         longest = self.task.max_new_tokens
         gamma = self.distill.sampling.gamma
         most = max(gamma.start, gamma.end) if isinstance(gamma, Schedule) else gamma
-        if most > max(longest, InterleavedConfig().gamma):
+        if most > longest and gamma != InterleavedConfig().gamma:
             raise ValueError(f"distill.sampling.gamma: {most} is beyond task.max_new_tokens, which is {longest}")
         return self
 
