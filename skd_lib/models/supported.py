@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder, embedding_rows, lm_logits, vocabulary_size
+from skd_lib.models.modes import evaluating
 
 _TOKENS = 8
 _HINT = "use a decoder-only language model, e.g. Llama, Mistral, Qwen or Gemma"
@@ -80,7 +81,7 @@ def _causal(model: PreTrainedModel) -> bool:
 
 def outputs(model: PreTrainedModel) -> Tensor:
     """Return a model's own logits on two rows of a few tokens that differ in the last one, dropout off."""
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         logits: Tensor = model(input_ids=_tokens(model), use_cache=False).logits
         return logits.detach().clone()
 
@@ -105,7 +106,7 @@ def difference(ours: Tensor, theirs: Tensor) -> str:
 
 def _compare(model: PreTrainedModel) -> None:
     try:
-        with torch.no_grad(), _evaluating(model), _unobserved(decoder(model)):
+        with torch.no_grad(), evaluating(model), _unobserved(decoder(model)):
             tokens = _tokens(model)
             theirs = model(input_ids=tokens, use_cache=False).logits
             ours = lm_logits(model, decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state)
@@ -131,17 +132,6 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     ids = [next((near for near in range(one, size) if near not in special), one) for one in spread]
     device = model.get_input_embeddings().weight.device
     return torch.tensor([ids[:_TOKENS], [*ids[: _TOKENS - 1], ids[_TOKENS]]], device=device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -13,8 +13,7 @@ take their places. Where the device runs out of memory, rows go on from the toke
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.modes import evaluating
 from skd_lib.models.supported import check_supported
 from skd_lib.sampling.acceptance import AcceptanceRule
 from skd_lib.sampling.cache import (
@@ -135,7 +135,7 @@ class Sampler:
         output = self._allocate(seeds)
         output.counts += self._prefills(prompts)
         cleared = 0  # rows in flight when the graphs' memory was last given back
-        with _evaluating(*self._models):
+        with evaluating(*self._models):
             while tasks := output.unfinished(prompts):
                 slots = min(self._room.slots or self.batch_size or len(tasks), len(tasks))
                 try:
@@ -384,16 +384,3 @@ class Sampler:
     @property
     def _block_width(self) -> int:
         return max(self._longest_draft + self.rule.bonus, 1)
-
-
-@contextmanager
-def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """Dropout off while sampling; every module's mode is put back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

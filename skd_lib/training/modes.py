@@ -15,18 +15,6 @@ InputT = TypeVar("InputT")
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; the mode of every module is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def attention_dropout(model: nn.Module, probability: float) -> Iterator[None]:
     """Attention dropout of `probability` inside, wherever the model is in training mode.
 

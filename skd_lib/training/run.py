@@ -20,11 +20,12 @@ from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.models.adapters import add_lora, merge_lora
 from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.modes import evaluating
 from skd_lib.models.precision import Resolved, resolve_precision
 from skd_lib.models.supported import check_supported
 from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
-from skd_lib.training.modes import attention_dropout, evaluating
+from skd_lib.training.modes import attention_dropout
 from skd_lib.training.objectives import objective_for
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.preemption import StopOnSigterm

@@ -26,11 +26,11 @@ from skd_lib.batches import collate, response_states
 from skd_lib.errors import SkdError
 from skd_lib.events import Progress
 from skd_lib.models.heads import lm_logits, vocabulary_size
+from skd_lib.models.modes import evaluating
 from skd_lib.rollouts import Place, Strategy
 from skd_lib.storage import atomic_file, write_text_atomic
 from skd_lib.teacher_signals import SparseSignal
 from skd_lib.training.checkpoints import MARKER
-from skd_lib.training.modes import evaluating
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample

@@ -27,11 +27,12 @@ from skd_lib.config import TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.events import Progress
 from skd_lib.losses import LossSums
+from skd_lib.models.modes import evaluating
 from skd_lib.rollouts import Strategy
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.cost import tokens_processed
 from skd_lib.training.health import broken_step, response_trouble, skipped_steps
-from skd_lib.training.modes import evaluating, through_wrapper
+from skd_lib.training.modes import through_wrapper
 from skd_lib.training.objectives import Objective
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.timing import PhaseTimer
