@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from skd_lib.compare.trials import Trial
 from skd_lib.config import RunConfig
 from skd_lib.data.manifest import data_fingerprint, digest
 from skd_lib.models.references import model_fingerprint
@@ -31,19 +32,21 @@ def run_identity(config: RunConfig, code: Iterable[str], trials: Iterable[Mappin
     Returns:
         The digests by what they are of; empty for what cannot be looked at, of which preflight tells.
     """
-    students = (trial.get("overrides", {}).get("student") for trial in trials)
+    rounds = {Trial.model_validate(trial).label: trial for trial in trials}
+    students = (trial.get("overrides", {}).get("student") for trial in rounds.values())
     models = sorted({name for name in (config.teacher, config.student, *students) if name})
     return {
         "config": digest(to_struct(config)),
         "code": digest(sorted(set(code))),
         "data": _or_nothing(partial(data_fingerprint, config.data)),
         **{f"model {name}": _or_nothing(partial(model_fingerprint, name)) for name in models},
+        **{f"trial {label}": digest(trial) for label, trial in rounds.items()},
     }
 
 
 def is_same(known: Identity, now: Identity) -> bool:
-    """Whether nothing is known to have changed."""
-    return known.keys() == now.keys() and all(now[name] in ("", text) for name, text in known.items() if text)
+    """Whether nothing is known to have changed: a trial or a model that has come or gone changes no other's records."""
+    return bool(known) and all(now[name] in ("", text) for name, text in known.items() if text and name in now)
 
 
 def _or_nothing(look: Callable[[], str]) -> str:

@@ -185,7 +185,7 @@ class RunFolder:
             known = {"run_id": str(uuid.uuid4())}
             before = {}
             write_text_atomic(self.root / "config.yaml", yaml.safe_dump(to_struct(config), sort_keys=False))
-        known["identity"] = {name: text or before.get(name, "") for name, text in identity.items()}
+        known["identity"] = {**before, **{name: text or before.get(name, "") for name, text in identity.items()}}
         write_text_atomic(file, json.dumps(known, indent=2) + "\n")
         return str(known["run_id"])
 

@@ -66,6 +66,21 @@ def test_another_round_is_run_alone(tmp_path: Path, journal: Path):  # noqa: F81
     assert len(finished.outputs["table"]["summary"]["values"]) == 1
 
 
+def test_an_edited_round_has_records_of_its_own_and_one_that_comes_or_goes_does_not(tmp_path: Path, journal: Path):  # noqa: F811
+    for behaviours in (
+        {"a": "work"},
+        {"a": "work", "b": "other"},
+        {"b": "other"},
+        {"a": "work", "b": "edited"},
+        {"b": "edited"},
+        {"a": "edited"},
+    ):
+        compare(tmp_path, behaviours)
+    ids = [line.split()[2] for line in journal.read_text().splitlines() if line.startswith("last")]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(ids))}
+    assert [numbers[text] for text in ids] == [0, 0, 0, 1, 1, 2]
+
+
 def test_where_every_round_fails_the_first_says_why(tmp_path: Path, journal: Path):  # noqa: F811
     with pytest.raises(StepFailed, match="step train-a-seed-0: the data has a hole"):
         compare(tmp_path, {"a": "error", "b": "error"})

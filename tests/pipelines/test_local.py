@@ -118,7 +118,7 @@ def test_run_id_lasts_while_data_models_and_code_do(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text("{}")
     source = {"type": "files", "train": [str(tmp_path / "x.jsonl")]}
     wanted = config(teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), data={"source": source})
-    trials = [{"overrides": {"student": str(tmp_path / "other")}}, {}]
+    trials = [{"variant": "a", "seed": 0, "overrides": {"student": str(tmp_path / "other")}}]
     folder = RunFolder.create(tmp_path / "runs", "fake")
 
     def run_id(code: str = "code") -> str:
