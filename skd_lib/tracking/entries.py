@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from skd_lib.tracking.client import brief
-from skd_lib.tracking.locate import ERROR_TAG, Place, children_of, find_parent
+from skd_lib.tracking.locate import ERROR_TAG, TASK_TAG, Place, children_of, find_parent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,6 +52,8 @@ class Target:
 
     def __init__(self, run: Run, *, superseded: bool = False) -> None:
         self.run, self.superseded = run, superseded
+        self.figures: dict[str, float] = dict(run.data.metrics)
+        """The latest value of each metric."""
         self._steps: dict[str, frozenset[int]] = {}
 
     @property
@@ -105,15 +107,20 @@ class Metrics(_Entry):
     step: int | None
 
     def send(self, client: MlflowClient, target: Target) -> None:
-        """Send the points that the run did not have when it was resumed."""
+        """Send the points that the run did not have when it was resumed, and final figures that it has not."""
         from mlflow.entities import Metric
 
         batch = [
             Metric(key, value, self.at, self.step or 0)
             for key, value in self.values.items()
-            if self.step is None or self.step not in target.steps_before(client, key)
+            if (
+                target.figures.get(key) != value
+                if self.step is None
+                else self.step not in target.steps_before(client, key)
+            )
         ]
         _send_batches(client, target.run_id, "metrics", batch)
+        target.figures |= self.values
 
 
 class DatasetUse(_Entry):
@@ -215,26 +222,63 @@ class PipelineClosing(BaseModel):
     state: str
     error: str
 
-    @property
-    def status(self) -> str:
-        """MLflow's word for KFP's final state."""
-        ends = {"SUCCEEDED": "FINISHED", "SKIPPED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}
-        return ends.get(self.state, "FAILED")
-
     def close(self, client: MlflowClient, place: Place) -> bool:
         """Close the parent run and those of its steps that are still open; whether there was one."""
         parent = find_parent(client, place)
         if parent is None:
             return False
         parent_id = parent.info.run_id
-        for child in children_of(client, parent):
+        children = children_of(client, parent)
+        end = _ENDS.get(self.state) or _end_by_steps(children)
+        error = self.error or ("" if end == "FINISHED" else _first_error(children))
+        for child in children:
             if child.info.status == "RUNNING":
-                client.set_terminated(child.info.run_id, "FAILED" if self.status == "FINISHED" else self.status)
-        client.set_tag(parent_id, "skd.final_state", self.state)
-        if self.error:
-            client.set_tag(parent_id, ERROR_TAG, clip(self.error, TAG_LENGTH))
-        client.set_terminated(parent_id, self.status, self.at)
+                client.set_terminated(child.info.run_id, "FAILED" if end == "FINISHED" else end)
+        client.set_tag(parent_id, STATE_TAG, STATES[end])
+        if error:
+            client.set_tag(parent_id, ERROR_TAG, clip(error, TAG_LENGTH))
+        elif ERROR_TAG in parent.data.tags:
+            client.delete_tag(parent_id, ERROR_TAG)  # of an attempt before this one
+        client.set_terminated(parent_id, end, self.at)
         return True
+
+
+STATE_TAG = "skd.final_state"
+"""Tag of a pipeline's parent run: a value of `STATES`."""
+STATES = {"FINISHED": "SUCCEEDED", "FAILED": "FAILED", "KILLED": "CANCELED"}
+"""How a pipeline run ended, by MLflow's word for it."""
+_ENDS = {
+    **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED", "SKIPPED"), "FINISHED"),
+    **dict.fromkeys(("CANCELED", "CANCELLED"), "KILLED"),
+    "FAILED": "FAILED",
+}
+"""MLflow's word for each of KFP's that says how a run ended. `RUNNING`, which the exit handler of KFP 2.17 and before
+is regularly given at the end (a driver failed, a pod was killed, an iteration was cached), says nothing."""
+_LAST_STEPS = ("register_model", "compare_table")
+
+
+def _end_by_steps(children: Sequence[Run]) -> str:
+    """MLflow's word for the end of a pipeline run, by the runs of its steps."""
+    statuses = {child.info.status for child in children}
+    if "FAILED" in statuses:
+        return "FAILED"
+    if any(child.info.status == "FINISHED" and child.data.tags.get(TASK_TAG) in _LAST_STEPS for child in children):
+        return "FINISHED"
+    return "KILLED" if "KILLED" in statuses else "FAILED"
+
+
+def _first_error(children: Sequence[Run]) -> str:
+    """The step that failed first and its error; else one that never said how it ended; else nothing."""
+    for child in children:
+        if child.info.status == "FAILED":
+            return (
+                f"{child.data.tags.get(TASK_TAG, 'a step')}: {child.data.tags.get(ERROR_TAG, 'no reason is recorded')}"
+            )
+    for child in children:
+        if child.info.status == "RUNNING":
+            name = child.data.tags.get(TASK_TAG, "a step")
+            return f"{name}: its process was killed (out of memory, eviction, pre-emption, or stopped by a person)"
+    return ""
 
 
 RunEntry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing

@@ -22,7 +22,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from skd_lib.errors import SkdError
 from skd_lib.tracking import link, locate
 from skd_lib.tracking.client import check_tracking, connect, find_or_create_experiment
-from skd_lib.tracking.runs import close_pipeline_run, pipeline_record, step_run
+from skd_lib.tracking.runs import PipelineRecord, close_pipeline_run, pipeline_record, step_run
 
 from .conftest import EXPERIMENT, Runs
 
@@ -73,13 +73,14 @@ def test_resumed_step_goes_on_in_its_run(store: str, client: MlflowClient, paren
     assert len(parents()) == 1
 
 
-def test_final_figures_are_replaced(store: str, children: Runs) -> None:
-    for score in (30.0, 31.0):
+def test_final_figures_are_replaced_where_they_differ(store: str, client: MlflowClient, children: Runs) -> None:
+    for score in (30.0, 31.0, 31.0):
         with step_run(step="evaluate", tracking_uri=store, experiment=EXPERIMENT) as run:
             run.log_metrics({"chrf": score})
             time.sleep(0.002)  # MLflow's clock ticks milliseconds
     (child,) = children()
     assert child.data.metrics["chrf"] == 31.0
+    assert [point.value for point in client.get_metric_history(child.info.run_id, "chrf")] == [30.0, 31.0]
 
 
 def test_changed_param_keeps_the_first_and_does_not_lose_the_others(
@@ -272,7 +273,7 @@ def test_closing_the_pipeline_run(
     )
     (parent,) = parents()
     assert parent.info.status == status
-    assert parent.data.tags["skd.final_state"] == state
+    assert parent.data.tags["skd.final_state"] == {"CANCELLED": "CANCELED"}.get(state, state)
     assert parent.data.tags["skd.error"] == "x"
     assert {child.data.tags["kfp.task"]: child.info.status for child in children()} == {
         "prepare_data": "FINISHED",
@@ -281,6 +282,44 @@ def test_closing_the_pipeline_run(
     # A run that is resumed after its end is open again.
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT):
         assert parents()[0].info.status == "RUNNING"
+
+
+KILLED = "distill: its process was killed (out of memory, eviction, pre-emption, or stopped by a person)"
+
+
+@pytest.mark.parametrize(
+    ("word", "steps", "status", "error"),
+    [
+        # The words that KFP 2.17's exit handler was seen to be given, and what had happened.
+        ("COMPLETE", {"distill": "FINISHED", "register_model": "FINISHED"}, "FINISHED", ""),
+        ("CACHED", {}, "FINISHED", ""),
+        ("RUNNING", {"distill": "FINISHED", "register_model": "FINISHED"}, "FINISHED", ""),
+        ("RUNNING", {"compare_table": "FINISHED"}, "FINISHED", ""),
+        ("RUNNING", {"prepare_data": "FINISHED", "distill": "FAILED"}, "FAILED", "distill: SkdError: no room"),
+        ("RUNNING", {"prepare_data": "FINISHED", "distill": "RUNNING"}, "FAILED", KILLED),
+        ("RUNNING", {"prepare_data": "FINISHED", "distill": "KILLED"}, "KILLED", ""),
+        ("RUNNING", {"prepare_data": "FINISHED"}, "FAILED", ""),
+        ("FAILED", {"distill": "FAILED", "register_model": "FINISHED"}, "FAILED", "distill: SkdError: no room"),
+    ],
+)
+def test_the_steps_say_how_a_run_ended_where_kubeflow_does_not(
+    word: str, steps: dict[str, str], status: str, error: str, store: str, client: MlflowClient, parents: Runs
+) -> None:
+    with step_run(step="preflight", tracking_uri=store, experiment=EXPERIMENT) as run:
+        parent_id, experiment_id = run.parent.run_id, client.get_run(run.run_id).info.experiment_id
+    for step, end in steps.items():
+        tags = {"mlflow.parentRunId": parent_id, "kfp.task": step} | (
+            {"skd.error": "SkdError: no room"} if end == "FAILED" else {}
+        )
+        child = client.create_run(experiment_id, tags=tags)
+        if end != "RUNNING":
+            client.set_terminated(child.info.run_id, end)
+    where = {"tracking_uri": store, "experiment": EXPERIMENT, "pipeline_run_id": "run-1"}
+    assert close_pipeline_run(**where, state=word)
+    (parent,) = parents()
+    assert parent.info.status == status
+    record = pipeline_record(**where)
+    assert (record.state, record.error) == ({"FINISHED": "SUCCEEDED", "KILLED": "CANCELED"}.get(status, status), error)
 
 
 def test_closing_a_run_that_never_was(store: str) -> None:
@@ -342,7 +381,7 @@ def test_a_deleted_experiment_is_named_before_the_run_and_ends_no_step_of_it(
     with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT):
         pass
     assert not close_pipeline_run(tracking_uri=store, experiment=EXPERIMENT, pipeline_run_id="run-1", state="SUCCEEDED")
-    assert pipeline_record(tracking_uri=store, experiment=EXPERIMENT, pipeline_run_id="run-1") == ("", {})
+    assert pipeline_record(tracking_uri=store, experiment=EXPERIMENT, pipeline_run_id="run-1") == PipelineRecord()
     assert "takes nothing: the MLflow experiment `skd-test` was deleted" in caplog.text
     assert "restore it (`mlflow experiments restore --experiment-id 1`)" in caplog.text
 
