@@ -178,19 +178,23 @@ def has_own_head(path: Path) -> bool:
 def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the config of a model folder.
 
+    The kind of attention that it names, which this machine may not have, is left out.
+
     Raises:
         SkdError: there is none, or it is of no model that transformers knows.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        config._attn_implementation = None
     except Exception as error:  # whatever a config's fields make its class do
         raise SkdError(
             f"cannot read its config.json: {reason(error)}",
             where=str(path),
             hint="fetch the model again; where its type is new, a newer transformers may know it",
         ) from error
+    return config
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -66,7 +66,8 @@ def load_model(
     if quantization is not None:
         check_quantization(quantization, path, place, trust_remote_code=trust_remote_code)
         quantized = {"quantization_config": _bits_and_bytes(quantization, dtype), "device_map": {"": place}}
-    attention = "eager" if config.get_text_config().model_type in _EAGER_ONLY else "sdpa"
+    # None: PyTorch's own, or eager for an architecture that cannot use it (GPT-OSS, BLOOM).
+    attention = "eager" if config.get_text_config().model_type in _EAGER_ONLY else None
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,

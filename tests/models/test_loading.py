@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     GenerationConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
@@ -345,6 +346,18 @@ def test_good_models_are_compared_and_pass(arch: str, tmp_path: Path, save_tiny_
         folder = save_tiny_model(tmp_path / str(tied), arch, tie_word_embeddings=tied)
         assert check_weights(folder, skeleton(folder)) == ""
         assert check_finite(folder)
+
+
+def test_attention_that_the_architecture_or_the_machine_has_not(
+    saved: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4, eos_token_id=2)
+    save_model(AutoModelForCausalLM.from_config(config), tiny_tokenizer, tmp_path / "bloom")
+    assert load_model(tmp_path / "bloom").config._attn_implementation == "eager"
+    for field in ("attn_implementation", "_attn_implementation"):
+        edit_config(saved, **{field: "flash_attention_2"})
+        assert check_weights(saved, skeleton(saved)) == ""
+        assert load_model(saved).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
