@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ import typer
 from pipelines.process import StepFailed
 from skd_lib.errors import Preempted
 from skd_lib.terminal import say
+from skd_lib.uris import redacted
 
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -62,6 +65,11 @@ def stoppable() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
+
+
+def same_command() -> str:
+    """Return this process's command line, to be pasted into a shell, without what would start over, and passwords."""
+    return shlex.join(["skd", *(redacted(word) for word in sys.argv[1:] if word != "--fresh")])
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 import textwrap
@@ -131,9 +130,9 @@ def run(
         _print_plan(console, settings, runs_dir / settings.name, uri)
         return
 
-    from pipelines.stopping import ends_told
+    from pipelines.stopping import ends_told, same_command
 
-    with ends_told(shlex.join(["skd", "run", str(config)])):
+    with ends_told(same_command()):
         from pipelines.compiling import compile_pipeline
         from pipelines.graph import count_steps, read_steps
         from pipelines.local import RunFolder, run_pipeline

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -72,9 +71,9 @@ def compare(
     if as_json:
         raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
 
-    from pipelines.stopping import ends_told
+    from pipelines.stopping import ends_told, same_command
 
-    with ends_told(shlex.join(["skd", "compare", str(config)])):
+    with ends_told(same_command()):
         from pipelines.comparing import run_comparison
         from pipelines.compiling import compile_pipeline
         from pipelines.local import RunFolder
