@@ -27,7 +27,12 @@ BACKOFF_SECONDS = 1.0
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _LONGEST_ERROR = 500
 _MOST_FIGURES = 12
-_ENDS = {"SUCCEEDED": "succeeded", "FAILED": "failed", "CANCELED": "was cancelled", "CANCELLED": "was cancelled"}
+_ENDS = {
+    **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED", "SKIPPED"), "succeeded"),
+    **dict.fromkeys(("CANCELED", "CANCELLED"), "was cancelled"),
+    "FAILED": "failed",
+    "RUNNING": "ended; Kubeflow does not say how",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Ending:
     Attributes:
         run_name: Its name.
         state: KFP's final state.
-        error: KFP's message, if it failed.
+        error: KFP's message or the failed step's, if it failed.
         links: Where to look, by what is there.
         figures: What the run measured, as `Summary.headline` names it.
     """

@@ -90,6 +90,7 @@ def test_what_else_a_message_says():
     assert failed.startswith("*demo* failed\nstep distill: xxx")
     assert len(failed) < 600
     assert Ending("demo", "CANCELED").text() == "*demo* was cancelled"
+    assert Ending("demo", "COMPLETE").text() == "*demo* succeeded"
     means = {f"skd/figure_{number}": 0.5 for number in range(20)}
     assert Ending("demo", "SUCCEEDED", figures=means).text().count("•") == 12
 

@@ -39,7 +39,7 @@ class FinalStatus(Section):
 
 
 def main(
-    status: Annotated[str, typer.Option(help='KFP\'s final status, as JSON: {"state": "SUCCEEDED", "error": {...}}.')],
+    status: Annotated[str, typer.Option(help='KFP\'s final status, as JSON: {"state": "COMPLETE", "error": {...}}.')],
     run_name: Annotated[str, typer.Option(help="Name of the run, for whoever is notified.")] = "",
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
@@ -47,7 +47,8 @@ def main(
 ) -> None:
     """Give the pipeline's MLflow run its final status, and close the steps' runs that died without a word.
 
-    The pipeline run is the one of the environment variable `KFP_RUN_ID`. Before that, in a cluster, delete its
+    Where KFP does not say how the run ended (`RUNNING` is a regular word at the end), the runs of its steps do. The
+    pipeline run is the one of the environment variable `KFP_RUN_ID`. Before that, in a cluster, delete its
     TrainJobs that go on although the steps that made them are dead, and send what MLflow did not take while it was
     down, as far as `SKD_TRACKING_BUFFER` holds it. In the end tell a chat channel, if
     `SKD_NOTIFY_WEBHOOK` holds the URL of its incoming webhook (Slack's kind); `KF_PIPELINES_UI_ENDPOINT`, the address
@@ -121,25 +122,26 @@ def _close(final: FinalStatus, *, tracking_uri: str, experiment: str, pipeline_r
 def _tell(final: FinalStatus, run_name: str, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:
     """Notify whoever wants to be; a record that cannot be read leaves the message without its figures."""
     from skd_lib.notify import WEBHOOK_VARIABLE, Ending, notify
-    from skd_lib.tracking.runs import pipeline_record
+    from skd_lib.tracking.runs import PipelineRecord, pipeline_record
 
     if not os.environ.get(WEBHOOK_VARIABLE):
         return
-    url, figures = "", dict[str, float]()
+    record = PipelineRecord()
     try:
-        url, figures = pipeline_record(
-            tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id
-        )
+        record = pipeline_record(tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id)
     except SkdError as error:
         log.warning("the notification has no figures: %s", error.brief)
     page = os.environ.get(UI_VARIABLE, "").rstrip("/")
-    links = {"Kubeflow": f"{page}/#/runs/details/{pipeline_run_id}" if page and pipeline_run_id else "", "MLflow": url}
+    links = {
+        "Kubeflow": f"{page}/#/runs/details/{pipeline_run_id}" if page and pipeline_run_id else "",
+        "MLflow": record.url,
+    }
     ending = Ending(
         run_name or pipeline_run_id or "a pipeline run",
-        final.state,
-        final.error.message if final.error else "",
+        record.state or final.state,
+        (final.error.message if final.error else "") or record.error,
         {what: link for what, link in links.items() if link},
-        figures,
+        record.figures,
     )
     if notify(ending):
         print("the channel was notified")

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from skd_lib.errors import SkdError
 from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased
-from skd_lib.tracking.entries import PARAM_PREFIX
+from skd_lib.tracking.entries import PARAM_PREFIX, STATE_TAG
 from skd_lib.tracking.locate import IMAGE_TAG, PIPELINE_RUN_TAG, TASK_TAG, children_of
 from skd_lib.tracking.promotion import find_version
 from skd_lib.tracking.registry import (
@@ -241,7 +241,7 @@ def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Li
     missing = [] if prepared else ["no step `prepare_data` in this experiment: the data was prepared elsewhere"]
     update: dict[str, Any] = {
         "pipeline_run_id": lineage.pipeline_run_id or parent.data.tags.get(PIPELINE_RUN_TAG, ""),
-        "state": parent.data.tags.get("skd.final_state", ""),
+        "state": parent.data.tags.get(STATE_TAG, ""),
         "steps": steps,
         "images": sorted({step.image for step in steps if step.image}),
     }

@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from skd_lib.tracking.client import connect, run_url, untaken
 from skd_lib.tracking.entries import (
     PARAM_LENGTH,
     PARAM_PREFIX,
+    STATE_TAG,
     TAG_LENGTH,
     Artifact,
     Closing,
@@ -219,8 +221,9 @@ def close_pipeline_run(
         tracking_uri: See `client.connect`; empty: nothing to do.
         experiment: MLflow experiment of the run.
         pipeline_run_id: The pipeline run.
-        state: KFP's final state: SUCCEEDED, FAILED, CANCELLED, ...
-        error: KFP's message, kept as tag `skd.error`.
+        state: KFP's final state: COMPLETE, FAILED, RUNNING, ... Where it does not say how the run ended, the runs of
+            its steps do.
+        error: KFP's message, kept as tag `skd.error`; empty: that of the step that failed.
 
     Returns:
         Whether there was a run to close and the store took the change.
@@ -236,16 +239,38 @@ def close_pipeline_run(
         return False
 
 
-def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str) -> tuple[str, dict[str, float]]:
-    """Address of a pipeline's parent run, and its figures; both empty without tracking, or if the store is silent."""
+@dataclass(frozen=True)
+class PipelineRecord:
+    """What MLflow holds of a pipeline run.
+
+    Attributes:
+        url: Address of its parent run; empty if there is none.
+        figures: The parent's metrics.
+        state: How it ended, a value of `entries.STATES`; empty if that is not recorded.
+        error: The step that failed, and its error; empty if none did.
+    """
+
+    url: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    state: str = ""
+    error: str = ""
+
+
+def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str) -> PipelineRecord:
+    """Read a pipeline's parent run; nothing is in the record without tracking, or if the store is silent."""
     if not tracking_uri:
-        return "", {}
+        return PipelineRecord()
     try:
         client = connect(tracking_uri)
         parent = find_parent(client, _place(tracking_uri, experiment, pipeline_run_id, "finish"))
     except untaken():
-        return "", {}
-    return ("", {}) if parent is None else (run_url(tracking_uri, parent), dict(parent.data.metrics))
+        return PipelineRecord()
+    if parent is None:
+        return PipelineRecord()
+    tags = parent.data.tags
+    return PipelineRecord(
+        run_url(tracking_uri, parent), dict(parent.data.metrics), tags.get(STATE_TAG, ""), tags.get(ERROR_TAG, "")
+    )
 
 
 def _place(tracking_uri: str, experiment: str, pipeline_run_id: str, step: str, run_name: str | None = None) -> Place:
