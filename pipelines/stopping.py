@@ -19,6 +19,8 @@ from skd_lib.terminal import say
 from skd_lib.uris import redacted
 
 INTERRUPTED = 130
+_STOPPED = (Preempted.exit_code, -signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of a step that got SIGTERM."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _received: list[int] = []
 
@@ -88,7 +90,7 @@ def ends_told(command: str) -> Iterator[None]:
             yield
     except StepFailed as failure:
         say(f"\nerror: {failure}", err=True)
-        if failure.code == Preempted.exit_code:
+        if failure.code in _STOPPED:
             say(f"Finished steps and checkpoints are kept: `{command}` goes on from there.", err=True)
             raise typer.Exit(Preempted.exit_code) from failure
         say(f"Finished steps are kept: correct what it says and run `{command}` again to go on.", err=True)

@@ -343,7 +343,7 @@ def test_a_full_disk_outside_of_steps_is_a_sentence(tmp_path: Path, journal: Pat
     assert "run the same command again" in failure.value.hint
 
 
-@pytest.mark.parametrize(("step_ends_with", "code"), [(75, 75), (2, 1), (-9, 1)])
+@pytest.mark.parametrize(("step_ends_with", "code"), [(75, 75), (143, 75), (-15, 75), (2, 1), (-9, 1)])
 def test_a_step_that_was_stopped_is_to_be_started_again(step_ends_with: int, code: int):
     with pytest.raises(typer.Exit) as end, stopping.ends_told("skd run x"):
         raise StepFailed("distill", "stopped", Path("log"), step_ends_with)
