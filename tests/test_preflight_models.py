@@ -360,3 +360,38 @@ def test_a_model_of_several_modalities_is_compared(
     )
     report = check(values | {"teacher": str(tmp_path / "vlm")}, tmp_path)
     assert "1 missing from the files" in only(report, "error").what
+
+
+@pytest.mark.parametrize(
+    ("method", "cut", "words", "level"),
+    [
+        ("skd", 0, 70, "error"),
+        ("on_policy", 0, 70, "error"),
+        ("seqkd", 0, 70, "error"),
+        ("on_policy", 1, 70, "error"),
+        ("supervised_kd", 0, 70, "ok"),
+        ("skd", 0, 4, "ok"),
+    ],
+)
+def test_rows_that_reach_where_rotary_positions_stretch(
+    method: str, cut: int, words: int, level: str, values: dict[str, Any], models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stretching = models[0] if cut or method == "seqkd" else models[1]
+    stretch = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 128}
+    edit_json(stretching / "config.json", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **stretch})
+    rows = [{"source": f"file {i}", "target": f"the file {i}"} for i in range(40)]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("".join(json.dumps(row | {"source": row["source"] + " le" * words}) + "\n" for row in rows[:20]))
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows[20:]))
+    values["data"]["source"] |= {"train": [str(train)], "test": [str(test)]}
+    values["task"] |= {"max_prompt_tokens": 300, "max_new_tokens": 28}
+    values["distill"] = {"method": method, "sampling": {"gamma": 5}}
+    if cut:
+        values |= {"student": None, "student_init": {"mode": "prune", "keep_first": 1, "keep_last": 1}}
+    found = [each for each in check(values, tmp_path).checks if "rotary" in each.what]
+    if level == "ok":
+        assert not found
+    else:
+        assert [each.level for each in found] == ["error"]
+        assert "train.jsonl" in found[0].where
+        assert "max_prompt_tokens to " in found[0].hint

@@ -12,7 +12,7 @@ from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, 
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import Checks, distinct
-from skd_lib.preflight.models import Model, check_reach
+from skd_lib.preflight.models import Model, check_positions, check_reach
 from skd_lib.preflight.templates import check_rendered_rows
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Seq
             check_reach(checks, model, test_set.task, held_out.get(test_set.name, []))
     if models and models[-1].answer_end is not None:
         _lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
+        for run in distinct(runs, lambda run: (run.student, run.student_init, run.distill)):
+            teacher_and_student = [
+                model for model in models if model.role == "teacher" or model.reference == run.student
+            ]
+            check_positions(checks, run, teacher_and_student, splits.train_student, splits.test)
     if left:
         _schedules(checks, config, left, runs)
     return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""

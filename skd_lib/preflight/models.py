@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skd_lib.config import LoraConfig, RunConfig, TaskConfig
+from skd_lib.config import LoraConfig, RunConfig, Schedule, TaskConfig
 from skd_lib.errors import SkdError
-from skd_lib.methods import unread_settings
+from skd_lib.methods import METHODS, unread_settings
 from skd_lib.models.fingerprint import short
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.templates import check_template
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from skd_lib.data.examples import Example
     from skd_lib.memory import ModelSize
     from skd_lib.models.vocabulary import Findings
+
+_TRIED = 50
+"""Prompts that are tokenised to find one that is too long, the longest texts first, or one that is not."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,70 @@ def check_reach(checks: Checks, model: Model, task: TaskConfig, examples: Sequen
                 hint="leave the token out of the data and the chat template, or use models that both have it",
             )
             return
+
+
+def check_positions(
+    checks: Checks, run: RunConfig, models: Sequence[Model], train: Sequence[Example], test: Sequence[Example]
+) -> None:
+    """Whether prompts and answers fit where a model's rotary positions do not stretch yet: no further is sampled.
+
+    Looks at the longest training prompts where the method samples, and whether any test prompt can be answered.
+
+    Args:
+        checks: Takes what is found.
+        run: The run.
+        models: Its teacher, and its student unless that is cut from the teacher.
+        train: What the student is trained on.
+        test: What all models answer.
+    """
+    from skd_lib.data.tokenize import encode_prompt
+    from skd_lib.sampling.cache import position_limit, stretches
+
+    task, facts, tokenizer = run.task, METHODS[run.distill.method], models[-1].tokenizer
+    for model in models:
+        sampling = position_limit(model.skeleton, _longest_block(run))
+        answering = position_limit(model.skeleton, 1)
+        if sampling is None or answering is None or not stretches(model.skeleton):
+            continue
+        if task.max_prompt_tokens + task.max_new_tokens <= sampling:
+            continue
+        found = "{} and an answer of {} tokens need {} positions, the rotary ones of the {} stretch beyond {}"
+        student_writes = facts.student_writes and (model.role == "student" or run.student_init.cuts)
+        if student_writes or (facts.teacher_writes and model.role == "teacher"):
+            for example in sorted(train, key=lambda each: -len(each.source))[:_TRIED]:
+                length = len(encode_prompt(tokenizer, task, example.source))
+                needed = length + task.max_new_tokens
+                if length <= task.max_prompt_tokens and needed > sampling:
+                    prompt = f"its prompt of {length}"
+                    checks.add(
+                        "distill",
+                        "error",
+                        found.format(prompt, task.max_new_tokens, needed, model.role, sampling)
+                        + f": `{run.distill.method}` cannot sample it",
+                        where=example.origin or f"example {example.id}",
+                        hint=f"lower task.max_prompt_tokens to {max(sampling - task.max_new_tokens, 1)}: longer "
+                        "prompts are left out",
+                    )
+                    break
+        texts = sorted((example.source for example in test), key=len)[:_TRIED]
+        shortest = min((len(encode_prompt(tokenizer, task, text)) for text in texts), default=0)
+        needed = shortest + task.max_new_tokens
+        if needed > answering:
+            prompt = f"the shortest test prompt of {shortest}"
+            what = found.format(prompt, task.max_new_tokens, needed, model.role, answering)
+            hint = "lower task.max_new_tokens, or shorten the prompts"
+            checks.add("evaluation", "error", f"{what}: nothing can be answered", where="task", hint=hint)
+
+
+def _longest_block(run: RunConfig) -> int:
+    """How far the sampler of a run's distillation looks beyond a row's last token."""
+    facts, sampling = METHODS[run.distill.method], run.distill.sampling
+    if not (facts.student_writes and facts.teacher_writes):
+        return 1
+    gamma = sampling.gamma
+    drafted = max(gamma.start, gamma.end) if isinstance(gamma, Schedule) else gamma
+    drafted = min(drafted, run.task.max_new_tokens) if sampling.adaptive_gamma else drafted
+    return int(drafted) + (sampling.rule == "lossless")
 
 
 def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:
