@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from skd_lib.config import SpecdecConfig, TaskConfig
 from skd_lib.errors import SkdError
 from skd_lib.report.summary import Specdec
 from skd_lib.sampling.engine import Sampler
+from skd_lib.specdec.measure import measure
 from skd_lib.specdec.result import SpecdecResult
+from skd_lib.specdec.vllm import Served
 from skd_lib.steps.runtime import Switch
 from skd_lib.steps.specdec_benchmark import main
 from tests.conftest import SaveTinyModel
@@ -69,6 +72,20 @@ def test_the_report_reads_what_the_step_wrote(folders: dict[str, Path], tmp_path
     figures = Specdec.model_validate(result).figures()
     assert figures["acceptance_rate"] == 1  # a teacher drafting for itself
     assert figures["speedup"] == result["speedup"]
+
+
+def test_a_prompt_beyond_the_models_positions_is_left_out(folders: dict[str, Path]) -> None:
+    models = {name: Served(folders[name], str(folders[name])) for name in ("teacher", "draft_after")}
+    config = SpecdecConfig.model_validate({**CONFIG, "examples": 2})
+    inputs = ["le fichier " * 600, "le fichier", "les fichiers", "un fichier"]
+
+    def measured(inputs: list[str]) -> SpecdecResult:
+        task = TaskConfig(prompt="{source}", **TASK)
+        return measure(models["teacher"], {"it": models["draft_after"]}, inputs, task=task, config=config, seed=0)["it"]
+
+    assert measured(inputs).prompts == 2
+    with pytest.raises(SkdError, match="longest prompt"):
+        measured(inputs[:1])
 
 
 def test_a_sampler_that_is_wrong_fails_the_step(
