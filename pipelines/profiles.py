@@ -69,8 +69,12 @@ class Retry(ConfigSection):
 
     count: int = Field(2, ge=0, le=10, description="Further attempts; 0: none.")
     wait: Duration = Field("60s", description="Pause before the first of them.")
-    factor: float = Field(2.0, ge=1, le=100, description="Each pause is so many times the last.")
-    longest_wait: Duration = Field("600s", description="The longest pause.")
+    factor: int = Field(2, ge=1, le=100, description="Each pause is so many times the last.")
+    within: Duration = Field(
+        "336h",
+        description="The time, from the start of the first attempt, in which a step may be tried again. Waiting for a "
+        "node counts, and an attempt that runs when the time is over is stopped.",
+    )
 
 
 class Scratch(ConfigSection):

@@ -80,7 +80,8 @@ def _request(task: dsl.PipelineTask, resources: Resources) -> None:
         kubernetes.empty_dir_mount(task, "scratch", mount, size_limit=scratch.size)
     retry = resources.retry
     if retry.count:
-        task.set_retry(retry.count, retry.wait, retry.factor, retry.longest_wait)
+        # What KFP calls the longest pause is Argo's `maxDuration`, counted from the start of the first attempt.
+        task.set_retry(retry.count, retry.wait, retry.factor, retry.within)
     if resources.timeout:
         kubernetes.set_timeout(task, _seconds(resources.timeout))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from skd_lib import events
 from skd_lib.steps.runtime import StepIO
@@ -113,3 +116,20 @@ def test_by_hand_the_traceback_is_in_a_file(tmp_path: Path) -> None:
     assert line == f"error: this is a bug in skd: {what}; please report it and attach {file}"
     assert "Traceback" in file.read_text()
     assert "secret" not in file.read_text()
+
+
+def test_what_kfp_cannot_hold_is_left_out_before_its_launcher_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    io = StepIO(None, {"metrics": tmp_path / "metrics"})
+    io.metrics("metrics", {"loss": math.nan, "chrf": 1.5})
+    io.metadata("metrics", reason=None)
+    io.parameter("scores", {"chrf": {"score": 1.5, "low": -math.inf}, "course": [1.0, math.nan]})
+    written = io.write().read_text()
+    assert "NaN" not in written
+    assert "Infinity" not in written
+    output = json.loads(written)
+    assert output["artifacts"]["metrics"]["artifacts"][0]["metadata"] == {"chrf": 1.5}
+    assert output["parameterValues"] == {"scores": {"chrf": {"score": 1.5}, "course": [1.0, None]}}
+    assert "of metrics: loss (nan)" in caplog.text
+    assert "scores.chrf.low (-inf), scores.course.1 (nan)" in caplog.text

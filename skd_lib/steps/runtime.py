@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from skd_lib.storage import write_text_atomic
 from skd_lib.terminal import VisibleFormatter, say, survive_any_encoding
 from skd_lib.uris import redacted, redacted_output
 
-ExecutorInput = str
+log = logging.getLogger(__name__)
 RESULT_ENV = "SKD_RESULT_URI"
 """Exchange folder in which another pod waits for this step's outputs (`skd_lib.multinode`)."""
 LABEL_HELP = "Tells this run of the step in MLflow from others of the same pipeline run; empty where there is one."
@@ -106,24 +107,57 @@ class StepIO:
         artifacts = {}
         for name in self.paths:
             artifact = self._output_artifact(name)
-            artifact["metadata"] = {**artifact.get("metadata", {}), **self._metadata[name]}
+            artifact["metadata"] = {**artifact.get("metadata", {}), **self._held(self._metadata[name], name)}
             artifacts[name] = {"artifacts": [artifact]}
+        parameters = self._held(self._parameters, "")
         wanted = self._task.get("outputs", {}).get("outputFile")
         default = next(iter(self.paths.values())).parent if self.paths else Path.cwd()
         path = Path(wanted) if wanted else default / "executor_output.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps({"artifacts": artifacts, "parameterValues": self._parameters}, indent=2))
+        write_text_atomic(path, json.dumps({"artifacts": artifacts, "parameterValues": parameters}, indent=2))
         if result := os.environ.get(RESULT_ENV):
             from skd_lib.multinode.exchange import Exchange
 
             Exchange(result).publish(self.paths, path)
         return path
 
+    @staticmethod
+    def _held(values: Mapping[str, Any], artifact: str) -> dict[str, Any]:
+        """Leave out what KFP cannot hold, with a warning.
+
+        KFP 2.17's launcher fails, and the step with it, on NaN and infinity anywhere and on null in metadata; a null
+        parameter ends the run in the driver of the step that reads it.
+        """
+        held, left_out = _finite(values)
+        if left_out:
+            log.warning("left out of KFP's record%s: %s", f" of {artifact}" if artifact else "", ", ".join(left_out))
+        return {name: value for name, value in held.items() if value is not None}
+
     def _output_artifact(self, name: str) -> dict[str, Any]:
         artifacts = self._task.get("outputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
         return (
             dict(artifacts[0]) if artifacts else {"name": name, "uri": str(self.paths[name].resolve()), "metadata": {}}
         )
+
+
+def _finite(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Values without numbers that are not finite, and where those stood; in a list None takes their places."""
+    held: dict[str, Any] = {}
+    left_out: list[str] = []
+    for name, value in values.items():
+        place = f"{prefix}{name}"
+        if isinstance(value, float) and not math.isfinite(value):
+            left_out.append(f"{place} ({value})")
+        elif isinstance(value, Mapping):
+            held[name], more = _finite(value, f"{place}.")
+            left_out += more
+        elif isinstance(value, list | tuple):
+            items, more = _finite({str(index): item for index, item in enumerate(value)}, f"{place}.")
+            held[name] = [items.get(str(index)) for index in range(len(value))]
+            left_out += more
+        else:
+            held[name] = value
+    return held, left_out
 
 
 def local_path(uri: str) -> Path:

@@ -200,7 +200,7 @@ def test_all_but_the_first_step_are_tried_again_with_a_pause(spec: dict[str, Any
         "maxRetryCount": 2,
         "backoffDuration": "60s",
         "backoffFactor": 2.0,
-        "backoffMaxDuration": "600s",
+        "backoffMaxDuration": "1209600s",  # Argo's maxDuration: from the start of the first attempt, waiting included
     }
 
 
