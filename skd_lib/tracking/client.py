@@ -113,6 +113,7 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
     Raises:
         Deleted: an experiment of that name was deleted, so that MLflow refuses to write to it.
         MlflowException: the store does not answer.
+        ConnectionError: something else answers in its place.
     """
     from mlflow.exceptions import MlflowException
 
@@ -126,6 +127,8 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             experiment = client.get_experiment_by_name(name)  # another process was faster
+    if experiment is not None and not experiment.experiment_id:  # to MLflow's client `{}` is an experiment
+        raise ConnectionError("what answers there is no MLflow")
     if experiment is None or experiment.lifecycle_stage == "deleted":
         which = f" --experiment-id {experiment.experiment_id}" if experiment else ""
         raise Deleted(
@@ -169,10 +172,11 @@ def check_tracking(tracking_uri: str, experiment: str = "") -> SkdError | None:
 
 def unanswered() -> tuple[type[Exception], ...]:
     """What MLflow's client raises when the store refuses a request, answers badly or does not answer."""
+    from google.protobuf.json_format import ParseError  # of an answer in JSON that is not MLflow's
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError)  # requests' exceptions are OSErrors
+    return (MlflowException, SQLAlchemyError, ParseError, OSError)  # requests' exceptions are OSErrors
 
 
 def untaken() -> tuple[type[Exception], ...]:

@@ -1,10 +1,12 @@
-"""Sqlite files are whole or not there, whatever their path and however a process ends."""
+"""Sqlite files are whole or not there, whatever their path and however a process ends; what is no MLflow is silence."""
 
 from __future__ import annotations
 
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow.store.db.utils
@@ -14,6 +16,7 @@ from sqlalchemy import create_engine
 
 from skd_lib.errors import SkdError
 from skd_lib.tracking import client
+from skd_lib.tracking.buffer import FOLDER_VARIABLE, read_place, waiting_files
 from skd_lib.tracking.client import check_tracking, connect
 from skd_lib.tracking.runs import step_run
 from skd_lib.uris import sqlite_file, sqlite_uri
@@ -117,3 +120,32 @@ def test_any_path_may_hold_a_store(name: str, quick: None, tmp_path: Path, monke
 )
 def test_the_file_of_any_sqlite_uri(uri: str, file: str | None) -> None:
     assert sqlite_file(uri) == (file and Path(file))
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"", b'{"experiment": 7, "experiments": 5}', b"[]", b"<html>log in</html>"])
+def test_what_answers_in_the_place_of_mlflow_is_no_store(
+    answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert "MLflow does not answer" in str(check_tracking(uri, "skd"))
+            with step_run(step="distill", tracking_uri=uri, experiment="skd") as run:
+                run.log_metrics({"loss": 1.0}, step=1)
+        finally:
+            server.shutdown()
+    assert [read_place(Path(file)).step for file in waiting_files(str(tmp_path))] == ["distill"]
