@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from safetensors import SafetensorError, safe_open
+
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -266,7 +268,13 @@ def _header(path: Path) -> list[StoredTensor]:
         raise SkdError(f"{path.name} is no safetensors file", where=str(path), hint="fetch the model again") from error
     if end != size:
         raise _cut_off(path)
-    return tensors
+    try:
+        with safe_open(path, framework="numpy"):  # what else the library will ask of the header
+            return tensors
+    except SafetensorError as error:
+        raise SkdError(
+            f"{path.name} is no safetensors file: {reason(error)}", where=str(path), hint="fetch the model again"
+        ) from error
 
 
 def _chunks(tensor: StoredTensor) -> Iterator[bytes]:

@@ -79,6 +79,10 @@ def check_decoder_only(config: Any, folder: Path) -> None:
         )
     made = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     named = getattr(config, "architectures", None) or []
+    if not isinstance(named, list):
+        raise SkdError(
+            f"its config.json has {named!r} for `architectures`", where=str(folder), hint="give it a list of names"
+        )
     others = [one for one in named if one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
     if made and others and made not in others:
         raise SkdError(

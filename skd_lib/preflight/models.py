@@ -261,8 +261,9 @@ def _longest_block(run: RunConfig) -> int:
 def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:
     """The id that ends an answer; the model had better stop at it."""
     from skd_lib.data.tokenize import answer_end_id
-    from skd_lib.models.special_ids import eos_ids
+    from skd_lib.models.special_ids import eos_ids, pad_id
 
+    pad_id(model.tokenizer)
     check_template(checks, model.role, model.tokenizer, config)
     end = answer_end_id(model.tokenizer, config.task)
     stops = eos_ids(model.folder, model.tokenizer)
