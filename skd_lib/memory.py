@@ -136,18 +136,25 @@ def skeleton_size(model: PreTrainedModel) -> ModelSize:
     import torch
 
     text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        cache=2 * heads * head_dim,
+        cache=_cache(text),
         vocabulary=text.vocab_size,
         adapted=sum(module.in_features + module.out_features for module in linear),
     )
+
+
+def _cache(text: Any) -> int:
+    """Elements of keys and values that a layer keeps of one position; none where there is no attention (Mamba)."""
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    return 2 * int(kept) * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
 def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, device: torch.device) -> list[Estimate]:

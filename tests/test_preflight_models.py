@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MambaConfig, PreTrainedTokenizerFast
 
 from skd_lib.config import RunConfig, TaskConfig
 from skd_lib.errors import SkdError
@@ -195,6 +195,22 @@ def test_adapters_that_can_be(
     assert check(values, tmp_path).errors() == []
     edit_json(models[1] / "config.json", tie_word_embeddings=True)  # the head is its own, whatever the config says
     assert check(values, tmp_path).errors() == []
+
+
+def test_layers_that_peft_refuses(values: dict[str, Any], models: tuple[Path, Path]) -> None:
+    config_of_mamba = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config_of_mamba).save_pretrained(models[1])
+    values["distill"] = {"training": {"lora": {"rank": 2}}}
+    student = check_model(Checks(), "student", values["student"], config(values))
+    assert student is not None
+    checks = Checks()
+    check_adapters(checks, config(values), [student])
+    (found,) = checks.found
+    assert (found.name, found.level) == ("distill", "error")
+    assert "incompatible with Mamba-based models" in found.what
+    values["distill"]["training"]["lora"]["target_modules"] = ["in_proj"]
+    check_adapters(checks, config(values), [student])
+    assert checks.found == [found]
 
 
 # --- vocabularies -------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
         raise SkdError(
             f"adapters cannot be added to {type(model).__name__}: {error}",
             where="training.lora.target_modules",
-            hint="name linear layers as they end in the model, e.g. q_proj, or leave it empty for all",
+            hint="name other linear layers as they end in the model, e.g. q_proj",
         ) from error
 
 
@@ -78,7 +78,7 @@ def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
         found = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
         if not found:
             raise SkdError(f"{cannot}: it has no layer `{target}`", where=where, hint=_similar(target, layers))
-        if unfit := [name for name, module in found.items() if not isinstance(module, _ADAPTED)]:
+        if unfit := [name for name, module in found.items() if not _takes_adapter(module, embedding)]:
             kind = type(found[unfit[0]]).__name__
             what = f"{cannot}: `{target}` is no linear layer, {unfit[0]} is a {kind}"
             raise SkdError(what, where=where, hint=_similar(target, layers))
@@ -117,6 +117,12 @@ def merge_lora(wrapped: Any) -> None:
             hint="name other layers in target_modules: a weight that several layers share cannot hold an adapter",
         )
     model.requires_grad_(requires_grad=True)
+
+
+def _takes_adapter(module: nn.Module, embedding: nn.Module) -> bool:
+    """Whether PEFT can call a layer with its adapter: not with rows looked up in a way of its own (OPT)."""
+    own_lookup = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding and module is not embedding
+    return isinstance(module, _ADAPTED) and not own_lookup
 
 
 def _similar(target: str, layers: dict[str, nn.Module]) -> str:

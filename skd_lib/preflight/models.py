@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,7 +152,9 @@ def _tell(checks: Checks, name: str, found: Findings) -> None:
 
 def check_adapters(checks: Checks, config: RunConfig, models: Sequence[Model]) -> None:
     """Whether the layers that adapters are asked for are there, and can hold them, in each model that is trained."""
-    from skd_lib.models.adapters import check_lora
+    import torch
+
+    from skd_lib.models.adapters import add_lora
 
     roles = {model.role: model for model in models if model.role == "teacher" or model.reference == config.student}
     teacher = roles.get("teacher")
@@ -164,7 +167,8 @@ def check_adapters(checks: Checks, config: RunConfig, models: Sequence[Model]) -
     for section, model, lora in trained:
         if model is not None and lora is not None:
             try:
-                check_lora(model.skeleton, lora)
+                with torch.device("meta"):
+                    add_lora(copy.deepcopy(model.skeleton), lora, config.seed)
             except SkdError as error:
                 checks.add(section, "error", error.what, where=f"{section}.{error.where}", hint=error.hint)
 

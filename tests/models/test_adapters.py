@@ -104,3 +104,12 @@ def test_gpt2s_layers_take_adapters() -> None:
     with pytest.raises(SkdError, match="no layer `q_proj`") as caught:
         check_lora(model, LoraConfig(rank=4, target_modules=["q_proj"]))
     assert "c_attn" in caught.value.hint
+
+
+def test_a_lookup_of_its_own_takes_no_adapter() -> None:
+    config = AutoConfig.for_model("opt", vocab_size=320, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32)
+    config.num_hidden_layers, config.num_attention_heads = 1, 4
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(SkdError, match=r"`embed_positions` is no linear layer, .* is a OPTLearnedPositionalEmbedding"):
+        check_lora(model, LoraConfig(rank=4, target_modules=["embed_positions"]))
