@@ -465,8 +465,9 @@ def _tell_of_records(folder: RunFolder, display: Display) -> None:
         for file in files:
             with contextlib.suppress(SkdError):
                 steps.append(read_place(Path(file)).step)
+        named = ", ".join(sorted(set(steps))) or "a step"
         display.note(
-            f"MLflow has not taken the records of {', '.join(sorted(set(steps)))}, which wait in {folder.records}. "
+            f"MLflow has not taken the records of {named}, which wait in {folder.records}. "
             "Once it answers, run the same command again, or "
             f"`skd track replay {shlex.quote(str(folder.records))}/*.jsonl`"
         )

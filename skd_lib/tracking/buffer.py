@@ -100,10 +100,14 @@ def left_in(keep: str = "") -> str:
 
 
 def waiting_files(folder: str) -> list[str]:
-    """Paths or URIs of what steps have left in a folder, or in a place in object storage; in no order."""
+    """Paths or URIs of what steps have left in a folder, or in a place in object storage; in no order.
+
+    An empty file is left where the disk took nothing.
+    """
     if storage.is_remote(folder):
-        return [f"{folder.rstrip('/')}/{name}" for name in storage.file_sizes(folder) if name.endswith(SUFFIX)]
-    return [str(path) for path in Path(folder).glob(f"*{SUFFIX}")]
+        sizes = storage.file_sizes(folder)
+        return [f"{folder.rstrip('/')}/{name}" for name, size in sizes.items() if name.endswith(SUFFIX) and size]
+    return [str(path) for path in Path(folder).glob(f"*{SUFFIX}") if path.stat().st_size]
 
 
 def read_place(path: Path) -> Place:

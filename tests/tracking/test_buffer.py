@@ -23,7 +23,7 @@ from skd_lib.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.steps import finish
 from skd_lib.tracking import link
-from skd_lib.tracking.buffer import Buffer, read_place
+from skd_lib.tracking.buffer import Buffer, read_place, waiting_files
 from skd_lib.tracking.entries import Artifact, Metrics, Tags
 from skd_lib.tracking.link import replay, resend
 from skd_lib.tracking.locate import Place
@@ -351,6 +351,11 @@ def test_a_disk_that_takes_nothing_does_not_end_the_step(
         run.log_metrics({"x": 1.0})
     assert "cannot be kept either, and is lost" in caplog.text
     assert "2 entries of step s for MLflow could not be kept" in caplog.text
+
+
+def test_an_empty_file_of_a_full_disk_is_nothing_that_waits(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").touch()
+    assert waiting_files(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize("content", [None, "", "{}\n", '{"kind": "tags"}\n'])
