@@ -411,3 +411,13 @@ def test_rows_that_reach_where_rotary_positions_stretch(
         assert [each.level for each in found] == ["error"]
         assert "train.jsonl" in found[0].where
         assert "max_prompt_tokens to " in found[0].hint
+
+
+def test_code_that_comes_with_a_model_is_not_what_trains(
+    values: dict[str, Any], models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (models[1] / "modeling_own.py").write_text("raise RuntimeError('it is run')\n")
+    edit_json(models[1] / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    values["trust_remote_code"] = True
+    found = only(check(values, tmp_path), "warning")
+    assert (found.name, "modeling_own.py) is not run" in found.what) == ("student", True)

@@ -111,12 +111,17 @@ def _open_model(checks: Checks, role: str, reference: str, trust_remote_code: bo
     far = isinstance(parse_reference(reference), HubModel | StoredFolder)
     fingerprint = model_fingerprint(reference)
     folder = resolve_model(reference, fingerprint=fingerprint, trust_remote_code=trust_remote_code, weights=not far)
-    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    # As the steps load it: they run no code but transformers' own.
+    if trust_remote_code and (code := sorted(file.name for file in folder.glob("*.py"))):
+        what = f"the code that comes with it ({code[0]}) is not run: the steps load models with transformers' own code"
+        hint = "see that transformers' own code is as good: compare their answers"
+        checks.add(role, "warning", what, where=reference, hint=hint)
+    model = skeleton(folder)
     stored_generation_config(folder)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder)
     if not far:
         _check_weights(checks, role, reference, folder, model)
-    rows = check_rows(role, folder, trust_remote_code=trust_remote_code)
+    rows = check_rows(role, folder)
     _tell(checks, role, rows)
     text = model.config.get_text_config(decoder=True)
     return Model(
@@ -300,7 +305,7 @@ def _same_vocabulary(checks: Checks, teacher: Model, student: Model, config: Run
     from skd_lib.models.vocabulary import compare
 
     def look() -> Findings:
-        return compare(teacher.folder, student.folder, trust_remote_code=config.trust_remote_code)
+        return compare(teacher.folder, student.folder)
 
     found = checks.attempt("tokenizers", look)
     if found is None:

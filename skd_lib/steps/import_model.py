@@ -51,7 +51,7 @@ def main(
         folder = resolve_model(model, fingerprint=fingerprint, trust_remote_code=code)
         import_folder(folder, model_out, link=not own_folder, code=code)
         check_unchanged(model, fingerprint)  # nor while it was copied
-        facts = describe(model_out, trust_remote_code=code)
+        facts = describe(model_out)
         digest = weights_digest(model_out)
         run.log_metrics({name: float(value) for name, value in facts.items()})
         origin = {"weights_sha256": digest, "reference": model, "fingerprint": fingerprint}
@@ -89,7 +89,7 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False)
             _take(file, folder / file.name, link)
         if (stored := stored_generation_config(folder)) is not None:
             without_sampling_defaults(stored).save_pretrained(folder)
-        model = skeleton(folder, trust_remote_code=code)
+        model = skeleton(folder)
         check_weights(folder, model)
         check_finite(folder, model._keys_to_ignore_on_load_unexpected or ())
 
