@@ -149,6 +149,13 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("distill", 3, "distill", "valid dictionary", ""),
         ("task.prompt", "no place", "task.prompt", "must contain {source}", ""),
         ("task.metrics", ["chrf", "f1"], "task.metrics.1", "got 'f1'", ""),
+        ("task.metrics", ["chrf", "chrf"], "task.metrics", "once only, got chrf, chrf", ""),
+        ("specdec.batch_sizes", [True], "specdec.batch_sizes.0", "valid integer", ""),
+        ("data.source.train", ["a.jsonl", ""], "data.source.train.1", "must not be blank", ""),
+        ("data.source.validation", ["\n"], "data.source.validation.0", "must not be blank", ""),
+        ("evaluation.judge.url", "http://", "evaluation.judge.url", "HOST[:PORT]", ""),
+        ("evaluation.judge.url", "http://a b/v1", "evaluation.judge.url", "HOST[:PORT]", ""),
+        ("evaluation.judge.url", "http://h:99999", "evaluation.judge.url", "ort out of range", ""),
         ("student_init", {"mode": "prune"}, "student_init", "needs both keep_first and keep_last", ""),
         ("student_init", {"mode": "prune_sft", "keep_first": 2}, "student_init", "`prune_sft` needs both", ""),
         ("student_init", {"keep_first": 2}, "student_init", "to modes `prune` and `prune_sft`, not to `as_is`", ""),
@@ -164,6 +171,17 @@ def test_a_wrong_field_is_named(path: str, value: Any, field: str, what: str, hi
 def test_a_long_wrong_value_is_shortened() -> None:
     (error,) = errors_of(changed("seed", "x" * 10_000))
     assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize("path", ["data.source.type", "task.date", "x" * 99_999])
+def test_a_message_is_no_longer_than_people_read(path: str) -> None:
+    (error,) = errors_of(changed(path, "x" * 99_999))
+    assert len(str(error)) < 9_000
+
+
+def test_an_empty_student_is_unset() -> None:
+    (error,) = errors_of(GOOD | {"student": ""})
+    assert "needed for `student_init.mode: as_is`" in error.what
 
 
 def test_everything_wrong_is_told_at_once() -> None:
@@ -313,6 +331,18 @@ def test_what_is_wrong_with_a_set_field_is_named(tmp_path: Path, text: str, what
     with pytest.raises(SkdError, match=what) as caught:
         load_config(path, parse_overrides([text]))
     assert where in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["sed", "distil.method", "data.sources.test", "distill.selective.topp", "seed.x"])
+def test_a_field_that_is_unset_must_exist(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(GOOD), encoding="utf-8")
+    with pytest.raises(SkdError, match="unknown field") as caught:
+        load_config(path, parse_overrides([f"{field}="]))
+    assert f"field `{field}`" in str(caught.value)
+    known = ["seed", "distill.training.lora.rank", "data.source.test", "distill.sampling.gamma.start"]
+    config = load_config(path, parse_overrides([f"{each}=null" for each in known]))
+    assert config == load_config(path)
 
 
 def test_apply_leaves_what_it_was_given_alone() -> None:

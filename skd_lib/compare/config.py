@@ -18,6 +18,7 @@ from skd_lib.config import (
     parse_section,
     read_yaml,
 )
+from skd_lib.config.reading import check_unset
 from skd_lib.parameters import to_struct
 
 SHARED = "the runs of a comparison share data, task, teacher and evaluation"
@@ -94,5 +95,6 @@ def load_compare(path: Path) -> tuple[CompareConfig, RunConfig]:
     compare = parse_section(CompareConfig, read_yaml(path), where=str(path))
     base = load_config(path.parent / compare.base)
     where = f"{path}, field `overrides`"
+    check_unset(RunConfig, compare.overrides, where=where)
     values = apply({**to_struct(base), "name": compare.name}, compare.overrides, where=where)
     return compare, parse_section(RunConfig, values, where=where)

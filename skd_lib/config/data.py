@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from skd_lib.config.names import check_not_blank
 from skd_lib.config.section import ConfigSection
 from skd_lib.config.task import TaskConfig
 
 Cast = Literal["text", "label_name"]
+Location = Annotated[str, AfterValidator(check_not_blank)]
+"""Of data: a path or a URI."""
 PLACE = re.compile(r"{([^{}]+)}")
 """A column's place in a template."""
 
@@ -53,9 +56,9 @@ class FilesSource(ConfigSection):
     globs (`data/*.jsonl`), local or gs:// URIs."""
 
     type: Literal["files"] = "files"
-    train: list[str] = Field(min_length=1)
-    validation: list[str] = Field([], description="Empty: cut from train by `data.validation_fraction`.")
-    test: list[str] = Field([], description="Empty: cut from train by `data.test_fraction`.")
+    train: list[Location] = Field(min_length=1)
+    validation: list[Location] = Field([], description="Empty: cut from train by `data.validation_fraction`.")
+    test: list[Location] = Field([], description="Empty: cut from train by `data.test_fraction`.")
     columns: Columns = Columns()
 
 
@@ -113,7 +116,7 @@ class HeldOutFiles(ConfigSection):
     """One test set in files."""
 
     type: Literal["files"] = "files"
-    files: list[str] = Field(min_length=1, description="Files, folders and globs, local or gs:// URIs.")
+    files: list[Location] = Field(min_length=1, description="Files, folders and globs, local or gs:// URIs.")
     columns: Columns = Columns()
 
 

@@ -45,7 +45,10 @@ class JudgeConfig(ConfigSection):
     def _is_http(cls, url: str) -> str:
         if url and not url.startswith(("http://", "https://")):
             raise ValueError("must begin with http:// or https://")
-        if urlsplit(url).username is not None:
+        parts = urlsplit(url)
+        if url and (not parts.hostname or parts.port == 0 or not url.isprintable() or " " in url):
+            raise ValueError("must be http://HOST[:PORT]/PATH")
+        if parts.username is not None:
             raise ValueError("must hold no password, it would be logged; put a key into SKD_JUDGE_API_KEY")
         return url.rstrip("/")
 

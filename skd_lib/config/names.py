@@ -34,6 +34,20 @@ def check_model_name(name: str) -> str:
     return name
 
 
+def check_not_blank(text: str) -> str:
+    """See that a text says something: a blank one is hardly meant, and as a path it is the working folder.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
 def check_experiment(name: str) -> str:
     """See that an MLflow experiment may be called `name`.
 

@@ -39,6 +39,8 @@ def apply(values: dict[str, Any], overrides: Overrides, *, where: str) -> dict[s
         *sections, field = path.split(".")
         holder = changed
         for depth, section in enumerate(sections, 1):
+            if value is None and holder.get(section) is None:
+                break  # an empty section is not the same as none: `lora: {}` trains adapters
             inner = holder.get(section, {})
             if not isinstance(inner, dict):
                 raise SkdError(
@@ -48,8 +50,9 @@ def apply(values: dict[str, Any], overrides: Overrides, *, where: str) -> dict[s
                 )
             holder[section] = dict(inner)
             holder = holder[section]
-        if value is None:
-            holder.pop(field, None)
         else:
-            holder[field] = value
+            if value is None:
+                holder.pop(field, None)
+            else:
+                holder[field] = value
     return changed

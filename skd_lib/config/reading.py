@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,6 +16,8 @@ from skd_lib.documents import parse_json, parse_yaml, read_text
 from skd_lib.errors import SkdError, SkdErrors
 
 SectionT = TypeVar("SectionT", bound=Section)
+MAX_SHOWN = 4_000
+"""Characters of a wrong value, or of a field's name."""
 
 
 def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT:
@@ -32,6 +35,34 @@ def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT
         raise SkdErrors([_field_error(model, detail, where) for detail in error.errors()]) from error
 
 
+def check_unset(model: type[Section], overrides: Mapping[str, Any], *, where: str) -> None:
+    """See that the fields that are to be unset exist: where others are validated, nothing is left of these.
+
+    Raises:
+        SkdErrors: some do not.
+    """
+    hint = "`skd config` lists all of them"
+    unknown = [path for path, value in overrides.items() if value is None and not _is_field(model, path)]
+    if unknown:
+        raise SkdErrors([SkdError("unknown field", where=f"{where}, field `{path}`", hint=hint) for path in unknown])
+
+
+def _is_field(model: type[Section], path: str) -> bool:
+    sections: list[type[Section]] = [model]
+    free = False  # whether the last field is a mapping with keys of any name
+    for name in path.split("."):
+        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        if not fields:
+            return free
+        sections = [inner for field in fields for inner in _sections(field.annotation)]
+        free = any(_is_mapping(field.annotation) for field in fields)
+    return True
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or any(map(_is_mapping, get_args(annotation)))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file.
 
@@ -47,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
     path, section_type = _locate(model, detail["loc"])
     section = {name: info.description or "" for name, info in section_type.model_fields.items()}
-    field = ".".join(path)
+    field = _cut(".".join(path))
     message = detail["msg"].removeprefix("Value error, ")
     hint = ""
     if detail["type"] == "extra_forbidden":
@@ -68,7 +99,11 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
     elif detail["type"] != "value_error":
         message = f"{message}, got {reprlib.repr(detail['input'])}"
         hint = section.get(path[-1], "") if path else ""
-    return SkdError(message, where=f"{where}, field `{field}`" if field else where, hint=hint)
+    return SkdError(_cut(message), where=f"{where}, field `{field}`" if field else where, hint=hint)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:

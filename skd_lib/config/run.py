@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig, InterleavedConfig
 from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.measuring import EvaluationConfig, RegistryConfig, SpecdecConfig
 from skd_lib.config.overrides import Overrides, apply
-from skd_lib.config.reading import parse_section, read_yaml
+from skd_lib.config.reading import check_unset, parse_section, read_yaml
 from skd_lib.config.schedule import Schedule
 from skd_lib.config.section import ConfigSection
 from skd_lib.config.task import TaskConfig
@@ -38,6 +39,11 @@ class RunConfig(ConfigSection):
     evaluation: EvaluationConfig = EvaluationConfig()
     specdec: SpecdecConfig = SpecdecConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @field_validator("student", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, student: Any) -> Any:
+        return None if student == "" else student
 
     @model_validator(mode="after")
     def _student_is_named_or_cut(self) -> RunConfig:
@@ -116,4 +122,5 @@ def load_config(path: Path, overrides: Overrides | None = None) -> RunConfig:
         SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.
     """
     where = f"{path} with --set" if overrides else str(path)
+    check_unset(RunConfig, overrides or {}, where=where)
     return parse_section(RunConfig, apply(read_yaml(path), overrides or {}, where=where), where=where)

@@ -31,10 +31,13 @@ class ConfigSection(Section):
             if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
                 raise ValueError(f"{name}: text with the character U+0000, which no file can hold")
         # As a text it is refused for its field by pydantic, which takes a bare `true` for 1.
-        return {
-            name: str(value).lower() if isinstance(value, bool) and _is_number(cls, name) else value
-            for name, value in values.items()
-        }
+        return {name: _no_boolean(value) if _is_number(cls, name) else value for name, value in values.items()}
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_no_boolean(each) for each in value]
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 @cache

@@ -92,6 +92,13 @@ class TaskConfig(ConfigSection):
             raise ValueError(f"must be a day as YYYY-MM-DD, e.g. 2026-01-31, got {value!r}")
         return value
 
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_are_distinct(cls, metrics: list[MetricName]) -> list[MetricName]:
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"every one may be there once only, got {', '.join(metrics)}")
+        return metrics
+
     @field_validator("stop")
     @classmethod
     def _stops_say_something(cls, stop: list[str]) -> list[str]:

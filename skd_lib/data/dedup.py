@@ -7,13 +7,15 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from skd_lib.data.examples import Example
 from skd_lib.data.losses import SHOWN_PAIRS, Pair
 
 NGRAM = 5
+QUICK_PAIRS = 500_000
+"""Pairs of rows that a quick look compares: about two seconds."""
 _SPACES = re.compile(r"\s+")
 # With a sign where no word or number comes before it, groups of thousands, and decimals after a point or a comma.
 _NUMBER = re.compile(r"(?<![\w.,)\]])[-\u2212](?=\d)|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+(?:[.,]\d+)*")
@@ -102,7 +104,7 @@ def drop_resembling(
         held_out: Those they must not resemble.
         threshold: See above.
         characters: For a quick look: near copies are looked for in the first rows only that have so many characters in
-            all, among the first held-out rows that have as many.
+            all, among the first held-out rows that have as many, and in fewer once `QUICK_PAIRS` were compared.
     """
     rows = [(normalise(example), example) for example in examples]
     texts: dict[str, Example] = {}
@@ -112,7 +114,12 @@ def drop_resembling(
     compared = _within([text for text, _ in others], characters) if threshold < 1 else 0
     known = list(texts)[: _within(list(texts), characters) if threshold < 1 else 0]
     index = _NearRows(known, threshold)
-    like = [index.find(text) for text, _ in others[:compared]]
+    like = list[str | None]()
+    for text, _ in others[:compared]:
+        if characters is not None and index.pairs >= QUICK_PAIRS:
+            break
+        like.append(index.find(text))
+    compared = len(like)
     near = [text for text in like if text is not None]
     pairs = [(row, texts[text]) for text, row in rows if text in texts]
     pairs += [(row, texts[text]) for (_, row), text in zip(others, like, strict=False) if text is not None]
@@ -132,6 +139,7 @@ def _within(texts: list[str], characters: int | None) -> int:
 class _NearRows:
     def __init__(self, texts: list[str], threshold: float) -> None:
         self._threshold = threshold
+        self.pairs = 0
         self._texts = sorted(texts)
         rows = [ngrams(text) for text in self._texts]
         frequency = Counter(gram for row in rows for gram in row)
@@ -148,7 +156,7 @@ class _NearRows:
                 by_gram[gram].append(number)
 
     def find(self, text: str) -> str | None:
-        """A row that is nearly this one."""
+        """A row that is nearly this one; `pairs` counts those that were compared."""
         by_gram = self._by_numbers.get(numbers(text))
         if by_gram is None:
             return None
@@ -156,9 +164,15 @@ class _NearRows:
         known = sorted(self._rank[gram] for gram in grams if gram in self._rank)
         # Grams that no held-out row has come first in the order: they are the rarest, and lead nowhere.
         prefix = known[: max(0, self._prefix(len(grams)) - (len(grams) - len(known)))]
-        candidates = sorted({number for gram in prefix for number in by_gram.get(gram, ())})
-        similar = (number for number in candidates if self._similar(len(grams), known, self._rows[number]))
-        return next((self._texts[number] for number in similar), None)
+        seen = set[int]()
+        for number in chain.from_iterable(by_gram.get(gram, ()) for gram in prefix):
+            if number in seen:
+                continue
+            seen.add(number)
+            self.pairs += 1
+            if self._similar(len(grams), known, self._rows[number]):
+                return self._texts[number]
+        return None
 
     def _prefix(self, size: int) -> int:
         # The small number guards against 0.9 * 10 = 9.000000000000002, which would make the prefix too short.

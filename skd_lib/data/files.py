@@ -149,6 +149,9 @@ def _regular(path: str) -> str:
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError as error:
+        if "://" in path:
+            hint = "give a path, or a URI of object storage like gs://; a dataset of the hub has `type: hub`"
+            raise SkdError("nothing is read from URIs of this kind", where=path, hint=hint) from error
         raise Missing(f"cannot read: {error.strerror}", where=path, hint="check the path") from error
     except OSError as error:
         raise _unreadable(path, error) from error

@@ -380,12 +380,12 @@ def _parquet(stream: IO[bytes], name: str, columns: Columns) -> Table:
 
     file = pyarrow.parquet.ParquetFile(stream)
     check_columns(file.schema_arrow.names, name, columns)
-    return Table(_parquet_rows(file, name, columns), _labels(file.schema_arrow) if columns.cast else None)
+    return Table(_parquet_rows(file, name, columns), _labels(file.schema_arrow, columns))
 
 
 def _parquet_rows(file: Any, name: str, columns: Columns) -> Iterator[RawRow]:
     first = 1
-    for batch in file.iter_batches(batch_size=_BATCH, columns=columns.names):
+    for batch in map(_shortest, file.iter_batches(batch_size=_BATCH, columns=columns.names)):
         rows: Iterable[Callable[[], Fields]]
         try:
             rows = [partial(dict, fields) for fields in batch.to_pylist()]
@@ -400,11 +400,26 @@ def _parquet_row(batch: Any, offset: int) -> Fields:
     return dict(fields)
 
 
-def _labels(schema: Any) -> Labels:
-    """Names of labels that the library `datasets` left in a Parquet file."""
+def _shortest(batch: Any) -> Any:
+    """The batch with single-precision numbers as people wrote them: 0.1, not 0.10000000149011612."""
+    import pyarrow
+
+    for place, field in enumerate(batch.schema):
+        if pyarrow.types.is_float32(field.type):
+            column = batch.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(place, field.name, column)
+    return batch
+
+
+def _labels(schema: Any, columns: Columns) -> Labels:
+    """Names of labels that the library `datasets` left in a Parquet file; it does not know every other type."""
+    if not columns.cast:
+        return {}
+    import pyarrow
     from datasets import Features
 
-    return class_labels(Features.from_arrow_schema(schema))
+    cast = [schema.field(name) for name in columns.cast if pyarrow.types.is_integer(schema.field(name).type)]
+    return class_labels(Features.from_arrow_schema(pyarrow.schema(cast, schema.metadata)))
 
 
 def class_labels(features: Mapping[str, Any] | None) -> Labels:

@@ -180,7 +180,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, Decimal) and value.is_finite():
-        return str(value)
+        return f"{value:f}"  # never `0E-10`
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     raise SkdError(f"cannot be written as text: {type(value).__name__} {short(value)}", hint=HINT_BROKEN)

@@ -157,11 +157,12 @@ def divide(
         for name, examples in (("train", source.train), ("validation", source.validation), ("test", source.test))
         if examples is not None
     }
-    cut = cut_missing(
-        SourceSplits(present["train"], present.get("validation"), present.get("test")),
-        config,
-        seed,
-    )
+    try:
+        cut = cut_missing(SourceSplits(present["train"], present.get("validation"), present.get("test")), config, seed)
+    except SkdError as error:
+        repeated = losses["train"].lost
+        what = f"{error.what}: {repeated:,} of {losses['train'].rows:,} repeat another" if repeated else error.what
+        raise SkdError(what, where=error.where, hint=error.hint) from error
     train, validation, test = cut.train, shuffled(cut.validation or [], seed), shuffled(cut.test or [], seed)
     for name, rows in (("validation", validation), ("test", test)):
         if name not in losses:

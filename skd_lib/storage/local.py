@@ -99,8 +99,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; what is written there replaces `path` if the block ends without an error.
 
     Raises:
-        OSError: the folder is missing, full or not writable.
+        OSError: the folder is missing, full or not writable, or a device or pipe is there, which would be lost.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "a device or pipe is there, no file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

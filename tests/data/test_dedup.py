@@ -74,6 +74,18 @@ def test_rows_that_differ_by_a_number_are_no_duplicates() -> None:
     assert kept.pairs == list(zip(same, held_out, strict=True))[:3]
 
 
+def test_a_quick_look_compares_a_limited_number_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = "Of all towns of the county {} is said to be the one with the most rain in the year."
+    names = [f"{chr(97 + a)}{chr(98 + b)}{chr(99 + a)}{chr(100 + b)}" * 5 for a in range(10) for b in range(10)]
+    rows = [example(form.format(name)) for name in names]
+    monkeypatch.setattr("skd_lib.data.dedup.QUICK_PAIRS", 100)
+    quick = drop_resembling(rows[50:], rows[:50], threshold=0.85, characters=10**9)
+    assert quick.compared is not None
+    assert 0 < quick.compared < 50
+    assert quick.examples == rows[50:]
+    assert drop_resembling(rows[50:], rows[:50], threshold=0.85).compared is None
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -122,6 +122,13 @@ def test_what_is_no_file_is_refused_at_once(
         read_prompts(prompts, column="source", limit=1)
 
 
+@pytest.mark.parametrize("uri", ["https://user:secret@host/a.jsonl", "hf://datasets/a/b.jsonl"])
+def test_a_uri_that_nothing_is_read_from_is_said_to_be_one(uri: str) -> None:
+    with pytest.raises(SkdError, match="URIs of this kind") as caught:
+        sources.load(FilesSource(train=[uri]))
+    assert "type: hub" in str(caught.value)
+
+
 @pytest.mark.parametrize("pattern", ["*.nothing", "no/such/*.jsonl", "x" * 300])
 def test_a_path_that_stands_for_nothing_is_an_error(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(SkdError) as caught:

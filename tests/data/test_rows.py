@@ -364,6 +364,25 @@ def test_numbers_become_text_where_the_columns_say_so(tmp_path: Path) -> None:
     assert load(tmp_path / "b.parquet", decimals, cast={"target": "text"}).train[0].target == "1.50"
 
 
+def test_numbers_of_parquet_are_written_as_people_do(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    for targets, texts in (
+        (pyarrow.array([0.1, 1e30, 2.0], pyarrow.float32()), ["0.1", "1e+30", "2.0"]),
+        (
+            pyarrow.array([Decimal(0), Decimal("1E-9"), Decimal(100)], pyarrow.decimal128(38, 9)),
+            ["0.000000000", "0.000000001", "100.000000000"],
+        ),
+    ):
+        other = pyarrow.array([[("a", "b")]] * 3, pyarrow.map_(pyarrow.string(), pyarrow.string()))  # not read
+        table = pyarrow.table({"source": ["a", "b", "c"], "target": targets, "other": other})
+        pyarrow.parquet.write_table(table, path)
+        found = sources.load(FilesSource(train=[str(path)], columns=Columns(cast={"target": "text"}))).train
+        assert [row.target for row in found] == texts
+
+
 def test_a_cast_of_a_column_that_is_not_read_is_refused() -> None:
     with pytest.raises(ValueError, match="neither source nor target reads: label"):
         Columns(cast={"label": "text"})

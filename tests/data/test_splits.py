@@ -128,3 +128,5 @@ def test_too_few_rows_to_cut_from_are_an_error() -> None:
     with pytest.raises(SkdError, match="2 training rows are too few") as caught:
         make_splits(SourceSplits(rows(2), None, None), config(), seed=0)
     assert "add rows" in caught.value.hint
+    with pytest.raises(SkdError, match="from: 59 of 60 repeat another"):
+        make_splits(SourceSplits(rows(1) * 60, None, None), config(), seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import errno
 import json
 import signal
@@ -168,6 +169,17 @@ def test_unwritable_places_say_why(tmp_path: Path, emulator: None) -> None:
 def test_an_object_cannot_be_written_outside_its_folder() -> None:
     with pytest.raises(SkdError, match="outside the folder"):
         relative("folder/../../evil", "folder")
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    path, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(path)
+    link.symlink_to("/dev/null")
+    for place in (path, link):
+        with pytest.raises(FileExistsError, match="device or pipe"):
+            storage.write_text_atomic(place, "text")
+    assert path.is_fifo()
+    assert link.is_char_device()
 
 
 def test_missing_credentials_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
