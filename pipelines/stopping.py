@@ -16,7 +16,7 @@ import typer
 from pipelines.process import StepFailed
 from skd_lib.errors import Preempted
 from skd_lib.terminal import say
-from skd_lib.uris import redacted
+from skd_lib.uris import redacted, shown
 
 INTERRUPTED = 130
 _STOPPED = (Preempted.exit_code, -signal.SIGTERM, 128 + signal.SIGTERM)
@@ -71,7 +71,7 @@ def stoppable() -> Iterator[None]:
 
 def same_command() -> str:
     """Return this process's command line, to be pasted into a shell, without what would start over, and passwords."""
-    return shlex.join(["skd", *(redacted(word) for word in sys.argv[1:] if word != "--fresh")])
+    return shlex.join(["skd", *(redacted(shown(word)) for word in sys.argv[1:] if word != "--fresh")])
 
 
 @contextmanager

@@ -172,7 +172,10 @@ def _known() -> list[str]:
     """Secrets of this process, the longest first."""
     found: set[str] = set()
     for text in [*sys.argv, *os.environ.values()]:
-        for url in _URL.findall(text) if "://" in text else ():
+        if "://" not in text:
+            continue
+        whole = [] if len(text.split()) > 1 else [text]  # a password may hold what ends a URL in a sentence
+        for url in [*_URL.findall(text), *whole]:
             found |= _secrets_in(url)
     for name, value in os.environ.items():
         if _SECRET_VARIABLE.search(name):

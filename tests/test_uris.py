@@ -63,6 +63,12 @@ def test_what_is_known_is_removed_wherever_it_stands(monkeypatch: pytest.MonkeyP
     assert redacted("max_new_tokens=12, a@b.example, x://y") == "max_new_tokens=12, a@b.example, x://y"
 
 
+@pytest.mark.parametrize("password", ["it's", "pa/ss?w#rd", 'quo"ted', "sm<all>er"])
+def test_a_password_with_what_ends_a_url_in_a_sentence_is_known(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["skd", "--tracking-uri", f"http://bob:{password}@mlflow/"])
+    assert redacted(f"cannot log in as bob with {password}!") == "cannot log in as bob with ***!"
+
+
 def test_output_inside_is_redacted(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout
     with redacted_output():
