@@ -313,6 +313,30 @@ def test_a_template_that_prints_a_token_without_a_row(
     }
 
 
+@pytest.mark.parametrize("what", ["pre_tokenizer", "post_processor", "normalizer"])
+def test_tokenizers_that_cut_texts_in_different_ways(
+    what: str, values: dict[str, Any], models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "normalizer": {"type": "Replace", "pattern": {"String": "e"}, "content": "a"},
+    }
+    edit_json(models[1] / "tokenizer.json", **{what: other[what]})
+    found = only(check(values, tmp_path), "warning")
+    assert found.name == "tokenizers"
+    assert "cut the same text in different ways" in found.what
+
+
+def test_special_ids_that_are_none(values: dict[str, Any], models: tuple[Path, Path], tmp_path: Path) -> None:
+    edit_json(models[0] / "generation_config.json", pad_token_id=-1)
+    assert check(values, tmp_path).errors() == []
+    edit_json(models[0] / "config.json", eos_token_id=-1)
+    errors = check(values, tmp_path).errors()
+    assert errors
+    assert all(error.what.startswith("eos_token_id of config.json: ") for error in errors)
+
+
 def test_an_ordinary_token_of_one_tokenizer_is_an_error(
     values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
 ) -> None:

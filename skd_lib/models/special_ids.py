@@ -27,7 +27,14 @@ def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -
     else:
         config, generation = model.config, model.generation_config
     found = [*_ids(tokenizer.eos_token_id), *_ids(getattr(generation, "eos_token_id", None))]
-    found += _ids(getattr(config.get_text_config(decoder=True), "eos_token_id", None))
+    try:
+        found += _ids(getattr(config.get_text_config(decoder=True), "eos_token_id", None))
+    except ValueError as error:
+        raise SkdError(
+            f"eos_token_id of config.json: {error}",
+            where=str(model if isinstance(model, Path) else model.name_or_path),
+            hint="correct it in config.json",
+        ) from error
     if not found:
         raise SkdError(
             "neither the tokenizer nor the model names an end-of-sequence token",
@@ -97,6 +104,8 @@ def stored_generation_config(path: Path) -> GenerationConfig | None:
             return None
     try:
         config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:
+            config.pad_token_id = None  # as the first LLaMA says that it has none
         for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
             _ids(value)
     except Exception as error:  # whatever a broken file makes its class do

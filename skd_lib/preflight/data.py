@@ -12,7 +12,7 @@ from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, 
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import Checks, distinct
-from skd_lib.preflight.models import Model, check_positions, check_reach
+from skd_lib.preflight.models import Model, check_cuts, check_positions, check_reach
 from skd_lib.preflight.templates import check_rendered_rows
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Seq
     left = _rows(checks, splits, f" (of the first {max_rows:,} rows of each split or file only)" if some else "")
     if models:
         _special_tokens(checks, models[-1].tokenizer, splits)
+    for student in models[1:] if models and models[0].role == "teacher" else ():
+        check_cuts(checks, models[0], student, splits.train_student)
     for model in models:
         rows = splits.train_teacher if model.role == "teacher" else splits.train_student
         check_reach(checks, model, config.task, [*rows, *splits.validation, *splits.test])

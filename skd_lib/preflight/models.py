@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _TRIED = 50
 """Prompts that are tokenised to find one that is too long, the longest texts first, or one that is not."""
+_CUT = 2000
+"""Characters of a text that are tokenised to compare tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,29 @@ def check_adapters(checks: Checks, config: RunConfig, models: Sequence[Model]) -
                     add_lora(copy.deepcopy(model.skeleton), lora, config.seed)
             except SkdError as error:
                 checks.add(section, "error", error.what, where=f"{section}.{error.where}", hint=error.hint)
+
+
+def check_cuts(checks: Checks, teacher: Model, student: Model, examples: Sequence[Example]) -> None:
+    """Whether both tokenizers cut texts alike: with the same tokens they need not, and the student's makes the data."""
+    for example in examples[:_TRIED]:
+        text = example.source[:_CUT]
+        cuts = {
+            role: model.tokenizer(text)["input_ids"] for role, model in (("teacher", teacher), ("student", student))
+        }
+        if cuts["teacher"] != cuts["student"]:
+            place = next(i for i in range(len(text) + 2) if cuts["teacher"][: i + 1] != cuts["student"][: i + 1])
+            shown = {
+                role: teacher.tokenizer.convert_ids_to_tokens(ids[place : place + 3]) for role, ids in cuts.items()
+            }
+            checks.add(
+                "tokenizers",
+                "warning",
+                f"the tokenizers cut the same text in different ways: from token {place} on the teacher's has "
+                f"{shown['teacher']}, the student's {shown['student']}; the teacher will read what the student's makes",
+                where=example.origin or f"example {example.id}",
+                hint="copy the teacher's tokenizer into the student's folder if the student was trained with it, too",
+            )
+            return
 
 
 def check_reach(checks: Checks, model: Model, task: TaskConfig, examples: Sequence[Example]) -> None:
