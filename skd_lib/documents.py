@@ -51,7 +51,7 @@ def read_text(path: Path) -> str:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe without a writer would block for ever
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
             raise SkdError(f"cannot be read: it is {kind}", where=str(path), hint="name a file")
         if found.st_size > MAX_BYTES:
             raise SkdError(f"too large: {found.st_size:,} bytes, the limit is {MAX_BYTES:,}", where=str(path))
@@ -193,7 +193,7 @@ class _Open:
         merged: dict[str, Any] = {}
         for part in reversed(parts if isinstance(parts, list) else [parts]):
             if not isinstance(part, dict):
-                raise _Refused("`<<` merges mappings, and this is none")
+                raise _Refused("`<<` must be followed by a mapping")
             merged.update(part)
         return merged | self.values
 
@@ -213,7 +213,7 @@ def _documents(text: str, where: str) -> Iterator[Any]:
                 yield next(iter(stack.pop().values.values()))
             elif isinstance(event, yaml.CollectionStartEvent):
                 if event.tag is not None:
-                    raise _Refused(f"the tag {_short(event.tag)} is not read")
+                    raise _Refused(f"the YAML tag {_short(event.tag)} is not supported")
                 if len(stack) > MAX_DEPTH:
                     raise _Refused(f"nested deeper than {MAX_DEPTH} levels")
                 if stack[-1].mapping and stack[-1].key is None:
@@ -270,7 +270,7 @@ def _open_key(holder: _Open, event: yaml.ScalarEvent, line: int) -> None:
 def _scalar(event: yaml.ScalarEvent) -> Any:
     text = _text(event.value)
     if event.tag is not None and event.tag not in _TEXT_TAGS:
-        raise _Refused(f"the tag {_short(event.tag)} is not read")
+        raise _Refused(f"the YAML tag {_short(event.tag)} is not supported")
     if event.tag is not None or not event.implicit[0]:
         return text
     if text in _NULL:

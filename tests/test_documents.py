@@ -90,10 +90,10 @@ def test_what_readers_of_yaml_disagree_on_is_an_error_with_the_line(text: str):
         ("a: " + "9" * 5000, "5000 digits", "line 1"),
         ("1: a", "a key must be text: quote `1`", "line 1"),
         ("? [a]\n: b", "a key must be text", "line 1"),
-        ("a: !!python/name:os.system x", "the tag tag:yaml.org,2002:python/name:os.system is not read", "line 1"),
+        ("a: !!python/name:os.system x", "the YAML tag tag:yaml.org,2002:python/name:os.system is not", "line 1"),
         ("a: *b", r"the alias \*b has no anchor", "line 1"),
         ("a: &a [*a]", r"the alias \*a has no anchor", "line 1"),
-        ("a: {<<: 1}", "`<<` merges mappings", "line 1"),
+        ("a: {<<: 1}", "`<<` must be followed by a mapping", "line 1"),
         ("a: [1", "not YAML", "line 2"),
         ("a: b: c", "not YAML: mapping values", "line 1"),
         ("a: 1\n---\nb: 1", "more than one YAML document", "f"),
@@ -173,7 +173,7 @@ def test_files_that_are_none(tmp_path: Path):
     os.truncate(tmp_path / "large", documents.MAX_BYTES + 1)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for name, what in {
-        "pipe": "no regular file",
+        "pipe": "not a regular file",
         ".": "a folder",
         "large": "too large",
         "latin": "not UTF-8 text: byte 4 is 0xe9",

@@ -212,7 +212,7 @@ def test_rows_of_one_form_are_kept_and_what_splits_lose_is_told(values: dict[str
         rows = [json.dumps({"source": f"{text}, 12 Harbour Road.", "target": f"SELECT '{text}'"}) for text in texts]
         (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
         report = check(values, tmp_path)
-        return {found.name: found for found in report.checks if found.name.endswith((" losses", "data"))}
+        return {found.name: found for found in report.checks if found.name.endswith((" left out", "data"))}
 
     form = "Please convert this order of Miller and Sons Ltd for the table of orders into a statement, number"
     found = losses([f"{form} {i}" for i in range(40)])
@@ -220,15 +220,15 @@ def test_rows_of_one_form_are_kept_and_what_splits_lose_is_told(values: dict[str
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = [f"{form} {letter}" for letter in letters]
     found = losses(texts)
-    assert found["train losses"].level == "error"
-    assert "20 of 20 rows (100%) are left out: 20 resemble a held-out row" in found["train losses"].what
-    assert found["train losses"].what.count("is like") == 3
-    assert "near_duplicate_threshold" in found["train losses"].hint
+    assert found["train left out"].level == "error"
+    assert "20 of 20 rows (100%) are left out: 20 resemble a held-out row" in found["train left out"].what
+    assert found["train left out"].what.count("is like") == 3
+    assert "near_duplicate_threshold" in found["train left out"].hint
     distinct = [f"{letter * 20} {i} {letter * 30}" for i, letter in enumerate(letters)]
     found = losses([*distinct, *distinct[:20]])
-    assert (found["train losses"].level, "20 repeated" in found["train losses"].what) == ("warning", True)
+    assert (found["train left out"].level, "20 repeated" in found["train left out"].what) == ("warning", True)
     found = losses([*distinct, distinct[0]])
-    assert (found["train losses"].level, found["train losses"].what) == (
+    assert (found["train left out"].level, found["train left out"].what) == (
         "ok",
         "1 of 21 rows (5%) are left out: 1 repeated",
     )
@@ -439,7 +439,7 @@ def test_a_precision_that_is_slow_here_is_a_warning(
     assert [where for _, where in found("warning")] == ["environment variable SKD_PRECISION"]
     monkeypatch.setenv("SKD_PRECISION", "half")
     ((what, where),) = found("error")
-    assert (what, where) == ("no precision: 'half'", "environment variable SKD_PRECISION")
+    assert (what, where) == ("must be fp32 or bf16, got 'half'", "environment variable SKD_PRECISION")
 
 
 def test_too_little_memory_is_a_warning(
@@ -585,8 +585,8 @@ def test_a_chat_template_that_never_ends_or_changes_rows_is_an_error(
     (student / "chat_template.jinja").write_text(template.replace("message['content']", reads), encoding="utf-8")
     report = check(values, tmp_path)
     assert {(found.level, found.what.split(" of ")[0]) for found in report.checks if found.name == "train rows"} == {
-        ("error", "the chat template writes the question"),
-        ("warning", "the chat template writes the answer"),
+        ("error", "the chat template changes the question"),
+        ("warning", "the chat template changes the answer"),
     }
     refusing = "{% if 'fichier 3' in messages[0]['content'] %}{{ raise_exception('no threes') }}{% endif %}"
     (student / "chat_template.jinja").write_text(refusing + template, encoding="utf-8")

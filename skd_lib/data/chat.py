@@ -194,17 +194,21 @@ def _read_layout(
     before, answer, after = text.rpartition(_ANSWER)
     given = {"system message": task.system_prompt, "question": task.prompt.replace("{source}", _QUESTION)}
     wrong = [
-        problem
+        (what, problem)
         for what, string in given.items()
         if (problem := _misprint(what, string.strip(), before if answer else text))
     ]
     if not answer:
-        wrong.append(_misprint("answer", _ANSWER, text))
+        wrong.append(("answer", _misprint("answer", _ANSWER, text)))
     elif _ANSWER in before:
-        wrong.append("prints the answer more than once")
+        wrong.append(("answer", "prints the answer more than once"))
     if wrong:
         where = str(tokenizer.name_or_path)
-        errors = [SkdError(f"the chat template {problem}", where=where, hint=_HINT) for problem in wrong]
+        hints = {"system message": f"leave `task.system_prompt` out, or {_HINT}"}
+        errors = [
+            SkdError(f"the chat template {problem}", where=where, hint=hints.get(what, _HINT))
+            for what, problem in wrong
+        ]
         raise errors[0] if len(errors) == 1 else SkdErrors(errors)
 
     common = _common(generation, before)
@@ -222,20 +226,23 @@ def _read_layout(
             break
     else:
         anchor = ""
-        notes.append("the tokens where an answer begins are others than in the text that the template writes")
+        notes.append(
+            "the first tokens of an answer are others than where the tokenizer reads the template's whole text at once"
+        )
     return ChatLayout(template, parts, opening, lead, anchor, tail, closing, after, tuple(notes))
 
 
 def _notes(generation: str, before: str, opening: str) -> list[str]:
     if opening:
         return [
-            f"the chat template writes {opening!r} between its generation prompt and an answer: here it ends the prompt"
+            f"the chat template writes {opening!r} between its generation prompt and an answer: in training, prompts "
+            "end with it"
         ]
     common = _common(generation, before)
     if common < len(generation):
         return [
             f"the chat template's generation prompt ends with {generation[common:]!r}, where it writes "
-            f"{before[common:]!r} before an answer that is there: here prompts end as before such an answer"
+            f"{before[common:]!r} before a given answer: in training, prompts end as before a given answer"
         ]
     return []
 

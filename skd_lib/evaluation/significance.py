@@ -57,7 +57,7 @@ def scored(measured: Measured, *, resamples: int = 1000, seed: int = 0) -> dict[
     else:
         low, high = bootstrap_interval(measured, resamples=resamples, seed=seed)
         if examples < LEAST_EXAMPLES:
-            caution = f"{_count(examples)} too few for an interval to rely on ({LEAST_EXAMPLES} are not)"
+            caution = f"{_count(examples)} too few for a reliable interval (at least {LEAST_EXAMPLES} are needed)"
         elif low == high:
             caution = "every example has the same score, so the interval has no width and says nothing"
     found = {"score": measured.score, "low": low, "high": high, "signature": measured.signature}

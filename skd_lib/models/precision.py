@@ -74,8 +74,8 @@ def precision_trouble(wanted: Precision, device: torch.device) -> str:
 def _pinned() -> Resolved | None:
     pinned = os.environ.get(VARIABLE, "")
     if pinned and pinned not in DTYPES:
-        hint = "set it to fp32 or bf16, or unset it: then the machine decides"
-        raise SkdError(f"no precision: {pinned!r}", where=f"environment variable {VARIABLE}", hint=hint)
+        hint = "set it to fp32 or bf16, or unset it to let skd choose"
+        raise SkdError(f"must be fp32 or bf16, got {pinned!r}", where=f"environment variable {VARIABLE}", hint=hint)
     return pinned or None
 
 

@@ -125,5 +125,5 @@ def _ids(value: Any) -> list[int]:
     """
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in values):
-        raise ValueError(f"no token ids: {value!r}")
+        raise ValueError(f"must be a token id or a list of them, got {value!r}")
     return list(values)

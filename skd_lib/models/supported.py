@@ -116,7 +116,7 @@ def _compare(model: PreTrainedModel) -> None:
         raise _unsupported(model, f"has a decoder that cannot be called: {type(error).__name__}: {error}") from error
     if apart := difference(ours, theirs.to(ours.dtype)):
         raise _unsupported(
-            model, f"does more with its decoder's states than its head and the known factors and caps ({apart})"
+            model, f"does more with its decoder's states than its head and the known scales and soft-caps ({apart})"
         )
     if apart := difference(theirs[1, :-1], theirs[0, :-1]):
         raise _unsupported(model, f"is not causal: its logits depend on tokens to come ({apart})")

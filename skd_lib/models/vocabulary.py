@@ -89,7 +89,7 @@ def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Fin
         where=str(path),
         hint="resize the model's embeddings to the tokenizer, or use the tokenizer the model was trained with"
         if reached
-        else "no prompt or answer may spell them out",
+        else "make sure that no prompt or answer contains them",
     )
     return Findings([error]) if reached else Findings(warnings=[error], unreachable=beyond)
 
@@ -134,7 +134,7 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
                 for id_ in ids[:_EXAMPLES_SHOWN]
             )
             what = f"the tokenizers differ in {len(ids)} of {len(ours.keys() | theirs.keys())} ids: {examples}"
-            hint = _WAY_OUT if level is found.errors else "no prompt or answer may spell them out"
+            hint = _WAY_OUT if level is found.errors else "make sure that no prompt or answer contains them"
             level.append(SkdError(what, where=pair, hint=hint))
     if found.errors:
         return found  # special ids of different vocabularies say nothing
@@ -169,7 +169,7 @@ def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> No
             raise SkdError(
                 f"example {example.example_id} has the token id {largest}, and the model has {rows} rows",
                 where=where,
-                hint="its text spells out a token that was added to the tokenizer alone: leave that out of the data",
+                hint="its text contains a token that only the tokenizer has, not the model: remove it from the data",
             )
 
 

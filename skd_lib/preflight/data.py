@@ -82,9 +82,9 @@ def _rows(checks: Checks, splits: Splits, seen: str) -> int:
     for name, loss in splits.losses.items():
         if name in complained:
             level, error = complained[name]
-            checks.add(f"{name} losses", level, error.what, where=error.where, hint=error.hint)
+            checks.add(f"{name} left out", level, error.what, where=error.where, hint=error.hint)
         elif loss.lost or loss.looked_at is not None:
-            checks.add(f"{name} losses", "ok", str(loss))
+            checks.add(f"{name} left out", "ok", str(loss))
     return left["train"]
 
 

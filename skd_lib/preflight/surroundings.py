@@ -127,7 +127,8 @@ def check_precision(checks: Checks, runs: Sequence[RunConfig], gpu: bool) -> Non
     asked = [(where, precision) for where, precision in asked if precision == "bf16"]
     for where, precision in dict.fromkeys(asked):
         if trouble := checks.attempt("precision", partial(precision_trouble, precision, device)):
-            checks.add("precision", "warning", trouble, where=where, hint="set it to fp32, or to auto")
+            hint = f"set it to fp32, or {'unset it' if VARIABLE in where else 'to auto'}"
+            checks.add("precision", "warning", trouble, where=where, hint=hint)
 
 
 def check_teacher_precision(checks: Checks, run: RunConfig, teacher: Path, gpu: bool) -> None:

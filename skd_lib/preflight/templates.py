@@ -22,13 +22,13 @@ def check_template(checks: Checks, role: str, tokenizer: PreTrainedTokenizerBase
         SkdError: it does not, for the run's task. A held-out set for which it does not is a warning.
     """
     for note in _notes(tokenizer, config.task):
-        hint = "serve the student with prompts that end so too, or correct the template"
+        hint = "serve the student with prompts that end as in training, or correct the template"
         checks.add(role, "warning", note, where=str(tokenizer.name_or_path), hint=hint)
     for held_out in config.data.held_out:
         try:
             _notes(tokenizer, held_out.task)
         except SkdError as error:
-            what = f"with the {role}'s chat template this set cannot be asked: {error.brief}"
+            what = f"this set cannot be scored with the {role}'s chat template: {error.brief}"
             checks.add(f"held-out {held_out.name}", "warning", what, where="data.held_out", hint=error.hint)
 
 
@@ -59,9 +59,9 @@ def check_rendered_rows(
         checks.add(
             f"{split} rows",
             "error" if what == "question" else "warning",
-            f"the chat template writes the {what} of {len(rows)} of {len(examples)} rows otherwise than it is",
+            f"the chat template changes the {what} of {len(rows)} of {len(examples)} rows",
             where=rows[0].origin or f"example {rows[0].id}",
-            hint="remove what the template reads as a sign from these texts (e.g. `</think>`), or correct the template",
+            hint="remove what the template acts on from these texts (e.g. `</think>`), or correct the template",
         )
     return True
 

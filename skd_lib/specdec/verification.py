@@ -184,8 +184,8 @@ def _require_narrow(ties: Sequence[_Tie], responses: int, found: Rounding) -> No
     typical = max(found.typical, *(tie.unit / 4 for tie in ties))  # two logits, each rounded once
     if square > max(tie.allowed for tie in ties) ** 2 + 2 * len(ties) * typical**2:
         raise SkdError(
-            f"{len(ties)} of {responses} responses leave the teacher's own at tokens whose logits are "
-            f"{math.sqrt(square / len(ties)):.2g} apart (rounding explains {typical:.2g})",
+            f"{len(ties)} of {responses} responses differ from the teacher's own, first at tokens whose two logits are "
+            f"{math.sqrt(square / len(ties)):.2g} apart on average (rounding explains {typical:.2g})",
             where="speculative decoding",
             hint=_HINT,
         )

@@ -209,8 +209,8 @@ class DistillationTrainer(Trainer):
                 where=self._name,
                 hint="lower training.learning_rate, then run again"
                 if self.state.global_step
-                else "nothing has been trained yet: the weights that came in, or what they make of the data, are not "
-                "finite; check the model's files, and whether it computes in fp32",
+                else "nothing has been trained yet, so the model itself computes such numbers on this data: "
+                "check the model's files, and try training.precision fp32",
             )
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

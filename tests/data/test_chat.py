@@ -317,7 +317,7 @@ def test_notes_say_where_prompts_are_not_the_generation_prompt() -> None:
     other = byte_level(turns("<|user|>@", "<|assistant|>@<|end|>", "<|assistant|><think>\n"))
     assert "generation prompt ends with '<think>\\n', where it writes ''" in chat_layout(other, TASK).notes[0]
     blank = byte_level(turns("User: @\n", "Bot: @\n", "Bot: "))
-    assert "tokens where an answer begins" in chat_layout(blank, TASK).notes[0]
+    assert "first tokens of an answer" in chat_layout(blank, TASK).notes[0]
 
 
 def test_an_example_that_the_template_writes_otherwise_is_found() -> None:
@@ -357,3 +357,4 @@ def test_preflight_warns_of_held_out_sets_whose_system_message_is_lost() -> None
     (found,) = checks.found
     assert (found.name, found.level) == ("held-out a", "warning")
     assert "prints the system message nowhere" in found.what
+    assert "leave `task.system_prompt` out" in found.hint

@@ -169,7 +169,7 @@ def test_an_accuracy_has_wilsons_interval_however_few_the_examples() -> None:
 def test_other_scores_on_few_examples_or_without_spread_come_with_a_caution() -> None:
     assert scored(measure("chrf", *corpus(1)))["caution"].startswith("1 example is too few")
     few = scored(measure("chrf", *corpus(LEAST_EXAMPLES - 1)))
-    assert few["caution"].startswith("19 examples are too few for an interval")
+    assert few["caution"].startswith("19 examples are too few for a reliable interval (at least 20")
     enough = scored(measure("chrf", *corpus(LEAST_EXAMPLES)))
     assert "caution" not in enough
     assert enough["low"] < enough["score"] < enough["high"]

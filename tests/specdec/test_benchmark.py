@@ -258,7 +258,7 @@ def test_many_wide_ties_are_no_rounding(half: HalfPrecision) -> None:
     found = half.planted(1.4 * half.rounding.widest, 2 * half.rounding.widest)
     assert len(found) > 3
     assert all(half.verify({row: output}) == 1 for row, output in found.items())
-    with pytest.raises(SkdError, match=f"{len(found)} of {len(found)} responses leave the teacher's own at tokens"):
+    with pytest.raises(SkdError, match=f"{len(found)} of {len(found)} responses differ from the teacher's own"):
         half.verify(found)
 
 
