@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _MOST_LAYERS = 2000
 _EXAMPLES_SHOWN = 5
+_MASK = re.compile(r"\.(attn|attention)(\.attention)?\.(masked_)?bias$")
+"""Causal masks that old versions of transformers saved with GPT-2, GPT-Neo, GPT-J and CodeGen: no weights."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
@@ -179,7 +182,7 @@ def check_loaded(info: dict[str, Any], path: Path) -> None:
         f"{len(names)} {kind}: {_examples(names)}"
         for kind, names in (
             ("missing from the files", info["missing_keys"]),
-            ("in the files but not in the model", info["unexpected_keys"]),
+            ("in the files but not in the model", {key for key in info["unexpected_keys"] if not _MASK.search(key)}),
             ("of another shape than the model's", info["mismatched_keys"]),
         )
         if names

@@ -348,6 +348,19 @@ def test_good_models_are_compared_and_pass(arch: str, tmp_path: Path, save_tiny_
         assert check_finite(folder)
 
 
+def test_masks_that_old_versions_saved_are_no_weights(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = AutoConfig.for_model("gpt2", vocab_size=320, n_embd=32, n_layer=1, n_head=4, eos_token_id=2)
+    save_model(AutoModelForCausalLM.from_config(config), tiny_tokenizer, tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "model.safetensors"
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    save_file({**load_file(file), **masks}, file, metadata={"format": "pt"})
+    assert check_weights(tmp_path / "gpt2", skeleton(tmp_path / "gpt2")) == ""
+    load_model(tmp_path / "gpt2")
+
+
 def test_attention_that_the_architecture_or_the_machine_has_not(
     saved: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
