@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import runpy
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -28,7 +29,7 @@ if os.environ.get("SKD_TEST_BF16"):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FLAGS), os.environ.get("PYTHONPATH")]))
     runpy.run_path(str(FLAGS / "sitecustomize.py"))
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 import torch
@@ -218,3 +219,40 @@ def _tiny_model(
             attn_implementation="eager" if arch == "gemma2" else "sdpa",
         )
     return model.eval()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Skd = Callable[..., Done]
+
+
+@pytest.fixture
+def skd(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    compile_once: Callable[..., list[dict[str, Any]]],
+) -> Skd:
+    """Runs `skd ARGUMENTS` in this process: to start one, with all it imports, takes longer than most commands."""
+    from skd_lib import cli
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("pipelines.compiling.compile_pipeline", compile_once)
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["skd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run

@@ -5,51 +5,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
-from skd_lib import cli
 from skd_lib.config import RunConfig
 from skd_lib.fields import list_fields
+from tests.conftest import ROOT, Done, Skd
 
-ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "pipelines/configs/demo.yaml"
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Skd = Callable[..., Done]
-
-
-@pytest.fixture
-def skd(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    compile_once: Callable[..., list[dict[str, Any]]],
-) -> Skd:
-    """Runs `skd ARGUMENTS` in this process: to start one, with all it imports, takes longer than most commands."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("pipelines.compiling.compile_pipeline", compile_once)
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["skd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 def start(*arguments: str) -> Done:

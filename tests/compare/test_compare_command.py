@@ -5,12 +5,12 @@ from pathlib import Path
 
 from skd_lib.compare.config import load_compare
 from skd_lib.compare.plan import to_parameters
-from tests.test_cli import ROOT, skd
+from tests.conftest import ROOT, Skd
 
 EXAMPLE = ROOT / "pipelines/configs/compare-demo.yaml"
 
 
-def test_dry_run_lists_the_variants_and_does_nothing(tmp_path: Path):
+def test_dry_run_lists_the_variants_and_does_nothing(skd: Skd, tmp_path: Path):
     done = skd("compare", EXAMPLE, "--dry-run", "--runs-dir", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     for shown in (
@@ -25,14 +25,14 @@ def test_dry_run_lists_the_variants_and_does_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_is_what_the_pipeline_takes():
+def test_json_is_what_the_pipeline_takes(skd: Skd):
     done = skd("compare", EXAMPLE, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == to_parameters(*load_compare(EXAMPLE), where=str(EXAMPLE))
     assert "add --dry-run" in skd("compare", EXAMPLE, "--json").stderr
 
 
-def test_wrong_variant_is_named_before_anything_starts(tmp_path: Path):
+def test_wrong_variant_is_named_before_anything_starts(skd: Skd, tmp_path: Path):
     path = tmp_path / "wrong.yaml"
     path.write_text(f"name: wrong\nbase: {ROOT}/pipelines/configs/demo.yaml\nvariants: {{a: {{distill.betta: 1}}}}\n")
     done = skd("compare", path, "--runs-dir", tmp_path / "runs")
