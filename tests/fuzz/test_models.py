@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skd_lib.config import RunConfig
+from skd_lib.data.examples import make_example
 from skd_lib.data.tokenize import answer_end_id, encode_prompt
 from skd_lib.evaluation.generate import generate
 from skd_lib.models.files import load_tokenizer
 from skd_lib.models.special_ids import eos_ids, pad_id
 from skd_lib.preflight.checks import Checks
-from skd_lib.preflight.models import check_model
+from skd_lib.preflight.models import check_model, check_reach
 from skd_lib.steps.fitting import load_trainable
 from tests.conftest import SaveTinyModel
 from tests.fuzz.conftest import accepted, bounded, fuzz
@@ -233,6 +234,8 @@ def check(model: Path) -> None:
     checks = Checks()
     with bounded():
         found = check_model(checks, "teacher", str(model), config)
+        if found is not None:  # ids without a row are a matter of the data
+            check_reach(checks, found, config.task, [make_example("the file", "le fichier", "row 1")])
     errors = [check for check in checks.found if check.level == "error"]
     for error in errors:
         assert "this is a bug" not in error.what, error
