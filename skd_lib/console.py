@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -27,3 +28,10 @@ class Console(rich.console.Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text), style, control)
+
+    @override
+    def on_broken_pipe(self) -> None:
+        """End quietly, as other programs do whose reader has gone, `head` for example."""
+        # Rich's own looks at `sys.stdout`, which KFP replaces; so nothing is flushed into the pipe at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        raise SystemExit(1)

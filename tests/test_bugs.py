@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -127,3 +128,14 @@ def test_what_is_explained_stays_what_it_is():
     error = SkdError("x")
     assert explained(error) is error
     assert isinstance(explained(RecursionError("deep")), Bug)
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly(monkeypatch: pytest.MonkeyPatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as within KFP
+    with pytest.raises(SystemExit) as ended:
+        Console(file=stream).print("text")
+    assert ended.value.code == 1
+    stream.close()  # flushes without an error
