@@ -78,7 +78,7 @@ class RunFolder:
             raise SkdError(
                 f"cannot write the run's folder: {error.strerror}",
                 where=str(folder.root),
-                hint="choose another with --runs-dir, or mend its permissions",
+                hint="choose another with --runs-dir, or change its permissions",
             ) from error
         return folder
 

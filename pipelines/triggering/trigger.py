@@ -146,7 +146,9 @@ class Trigger:
                 reason = f"there is a run for this data already, {state.lower()}"
                 return Decision(fire=False, reason=reason, name=name, run_id=run.run_id)
         if len(runs) >= self.attempts:
-            reason = f"{len(runs)} run{'s' if len(runs) > 1 else ''} on this data failed: mend it, or raise --attempts"
+            reason = (
+                f"{len(runs)} run{'s' if len(runs) > 1 else ''} on this data failed: correct it, or raise --attempts"
+            )
             return Decision(fire=False, reason=reason, name=name, run_id=runs[-1].run_id)
         # A run that failed before it could tell MLflow is still open there: of what it lists, Kubeflow knows better.
         remembered = memory.run_for(name, failed=[run.run_id for run in runs])

@@ -25,7 +25,10 @@ class RunConfig(ConfigSection):
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Name of the run: lower case, digits and dashes."
     )
-    teacher: str = Field(description="Hub id, local folder, gs:// URI, or wheel://NAME==VERSION/PATH.gguf?sha256=HEX.")
+    teacher: str = Field(
+        description="Hub id (org/name or org/name@revision), local folder, .gguf file, gs:// URI, or "
+        "wheel://NAME==VERSION/PATH.gguf?sha256=HEX."
+    )
     student: str | None = Field(
         None, description="Like `teacher`; unset where `student_init.mode` cuts it from the teacher."
     )

@@ -22,7 +22,7 @@ MAX_CHARACTERS = 4_000_000
 """Of one text: about a million tokens, more than models take, and what tokenising one may cost: some ten seconds."""
 QUICK_CHARACTERS = 100_000_000
 """Of all texts where only the first rows are looked at."""
-HINT_BROKEN = "mend or remove this row"
+HINT_BROKEN = "correct or remove this row"
 Labels = Mapping[str, list[str]]
 """The names of a ClassLabel's values, by column."""
 
@@ -145,7 +145,7 @@ def _wrong(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"half a surrogate pair, \\u{ord(text[error.start]):x} at character {error.start}, is no text"
+        return f"an invalid character: half a surrogate pair, \\u{ord(text[error.start]):x}, at character {error.start}"
     return ""
 
 
@@ -161,7 +161,7 @@ def _part(row: dict[str, Any], name: str, columns: Columns, labels: Labels) -> s
         return value
     if cast == "text":
         return _plain(value)
-    what = f"must be text, got {type(value).__name__} {short(value)}"
+    what = f"must be text, got {'null' if value is None else f'{type(value).__name__} {short(value)}'}"
     if value is None or not isinstance(value, _SIMPLE):
         raise SkdError(what, hint=HINT_BROKEN)
     wanted = "label_name" if name in labels else "text"
@@ -191,7 +191,10 @@ def _label(value: Any, names: list[str] | None) -> str:
         hint = "names come from the ClassLabel of a dataset; use `text` to get the values themselves"
         raise SkdError("this column has no label names", hint=hint)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
-        raise SkdError(f"no label's number: {type(value).__name__} {short(value)}", hint=HINT_BROKEN)
+        raise SkdError(
+            f"must be the number of a label, 0 to {len(names) - 1}, got {type(value).__name__} {short(value)}",
+            hint=HINT_BROKEN,
+        )
     return names[value]
 
 

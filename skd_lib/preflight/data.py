@@ -99,7 +99,7 @@ def _held_out(checks: Checks, config: RunConfig) -> dict[str, list[Example]]:
         try:
             found[held_out.name] = load_held_out(held_out, max_rows=limit)
         except SkdError as error:
-            hint = "mend it, or the run goes on and reports this set as missing"
+            hint = "correct it; otherwise the run goes on and reports this set as missing"
             checks.add(name, "warning", error.brief, hint=hint)
         else:
             rows = len(found[held_out.name])

@@ -26,7 +26,8 @@ def specdec(
         typer.Option("--config", help="A run's YAML file: its test set, its `task`, and its `specdec` as defaults."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Inputs instead: .txt with one a line, or JSONL, CSV or Parquet.")
+        Path | None,
+        typer.Option(help="Inputs instead: .txt with one a line, or a data file (JSONL, JSON, CSV, TSV, Parquet)."),
     ] = None,
     column: Annotated[str, typer.Option(help="Column of --prompts that holds the input.")] = "source",
     template: Annotated[

@@ -96,7 +96,7 @@ def test_all_broken_jsonl_rows_are_named_with_row_and_field(tmp_path: Path) -> N
         "the field is missing",
         "the text is empty",
         "must be text, got int 3",
-        "must be text, got NoneType None",
+        "must be text, got null",
     ]
     assert all(error.hint for error in errors)
     assert "this row has: source;" in errors[2].hint
@@ -342,7 +342,7 @@ def test_parts_of_a_template_may_be_empty_and_what_comes_out_may_not(tmp_path: P
     errors = errors_of(path, jsonl(*rows), **columns)
     assert [(error.where, error.what) for error in errors] == [
         (f"{path}, row 3, field `{{instruction}} {{input}}`", "the text is empty"),
-        (f"{path}, row 4, field `input`", "must be text, got NoneType None"),
+        (f"{path}, row 4, field `input`", "must be text, got null"),
     ]
     assert [row.source for row in load(path, jsonl(rows[3]), cast={"input": "text"}, **columns).train] == ["Go."]
 

@@ -111,7 +111,7 @@ def test_names_of_labels_are_targets_where_the_columns_say_so(tmp_path: Path, mo
             sources.load(HubSource.model_validate(source | {"columns": plain}), max_rows=max_rows)
         assert "cast: {label: label_name}" in caught.value.errors[0].hint
     table.to_parquet(str(folder / "train.parquet"))
-    with pytest.raises(SkdErrors, match="row 3, field `label`: no label's number: int -1"):
+    with pytest.raises(SkdErrors, match="row 3, field `label`: must be the number of a label, 0 to "):
         sources.load(FilesSource.model_validate(file | {"columns": named}))
 
 

@@ -159,7 +159,7 @@ def test_a_failed_run_is_repeated_as_often_as_allowed(kfp: FakeKfp, trigger: Tri
     twice = Trigger(trigger.config, PACKAGE, Place(), trigger.api, trigger.claims, attempts=2)
     twice.fire(source)
     kfp.runs[0]["state"] = "FAILED"
-    assert trigger.explain(source).reason == "1 run on this data failed: mend it, or raise --attempts"
+    assert trigger.explain(source).reason == "1 run on this data failed: correct it, or raise --attempts"
     assert twice.fire(source).reason == "there is no run for this data yet, but failed ones"
     assert not twice.fire(source).fire
     kfp.runs[1]["state"] = "FAILED"
