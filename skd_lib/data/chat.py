@@ -273,7 +273,8 @@ def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, tuple[
     closes answer and turn); else the first does, and what comes after it is another message.
     """
     added = {token.content: int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items()}
-    added |= {str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.all_special_tokens}
+    special = {str(token): tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    added |= {token: int(token_id) for token, token_id in special.items() if token_id is not None}  # named, but unknown
     names = sorted((name for name in added if name.strip()), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
     first = pattern.search(after)

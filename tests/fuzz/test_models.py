@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from skd_lib.config import RunConfig
@@ -141,6 +141,8 @@ _FIELDS = st.one_of(
 
 @fuzz(110)
 @given(changes=st.lists(_FIELDS, min_size=1, max_size=2))
+@example(changes=[("tokenizer_config.json", "eos_token", "")])
+@example(changes=[("config.json", "architectures", 64)])
 def test_fields(base: Path, folder: Path, changes: list[Change]) -> None:
     model = copied(base, folder)
     for file, name, value in changes:
