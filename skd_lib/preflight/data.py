@@ -161,12 +161,12 @@ def _lengths(checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBa
 def _sample(rows: list[Example], task: TaskConfig) -> list[Example]:
     """The first rows, as many as are tokenised in seconds; of a text far over the limits, a piece that is over them."""
     sample: list[Example] = []
-    characters = 0
+    characters, of_the_task = 0, len(task.system_prompt) + len(task.prompt)
     for row in rows[:MAX_TOKENIZED]:
         source = row.source[: _CHARACTERS_PER_TOKEN * task.max_prompt_tokens]
         target = row.target[: _CHARACTERS_PER_TOKEN * task.max_new_tokens]
         sample.append(replace(row, source=source, target=target))
-        characters += len(source) + len(target)
+        characters += of_the_task + len(source) + len(target)
         if characters > _MAX_TOKENIZED_CHARACTERS:
             break
     return sample
