@@ -60,7 +60,8 @@ def main() -> None:
     """Entry point.
 
     Exit codes: 0 done; 1 a step of the run failed; 2 something to correct before a run can start; 70 a bug of skd, with
-    its details in the file that the message names; 75 stopped by SIGTERM or SIGHUP, run again to go on; 130 interrupted.
+    its details in the file that the message names; 75 stopped by SIGTERM or SIGHUP, run again to go on;
+    130 interrupted.
     """
     survive_any_encoding()
     with redacted_output():

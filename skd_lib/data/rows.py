@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import date, time
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
 from skd_lib.config import Columns
 from skd_lib.config.data import PLACE, columns_of
@@ -18,6 +18,8 @@ from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.report.untrusted import visible
 
 MAX_PROBLEMS = 20
+_ALIKE = 3
+"""First rows which, if all have one problem, show that it is not theirs: a wrong column, say."""
 MAX_CHARACTERS = 4_000_000
 """Of one text: about a million tokens, more than models take, and what tokenising one may cost: some ten seconds."""
 QUICK_CHARACTERS = 100_000_000
@@ -42,8 +44,15 @@ class Problems:
         """
         self._errors.append(error)
         if len(self._errors) >= self._limit:
-            more = SkdError(f"reading stopped after {len(self._errors)} problems; there may be more")
-            raise SkdErrors([*self._errors, more])
+            self.stop(f"reading stopped after {len(self._errors)} problems; there may be more")
+
+    def stop(self, reason: str) -> NoReturn:
+        """Raise what was noted, and why no more was.
+
+        Raises:
+            SkdErrors: always.
+        """
+        raise SkdErrors([*self._errors, SkdError(reason)])
 
     def raise_any(self) -> None:
         """Raise `SkdErrors` if anything was noted."""
@@ -68,6 +77,7 @@ def check_rows(
         max_characters: Stop after this many in all.
     """
     examples, characters = [], 0
+    first: list[set[tuple[str, str]]] = []
     for where, row in rows:
         texts, errors = [], []
         for column in (columns.source, columns.target):
@@ -77,6 +87,10 @@ def check_rows(
                 errors += several.errors
         for error in errors:
             problems.add(SkdError(error.what, where=f"{where}, {error.where}", hint=error.hint))
+        if len(first) < _ALIKE:
+            first.append({(error.where, error.hint) for error in errors if error.hint != HINT_BROKEN})
+            if len(first) == _ALIKE and set.intersection(*first):
+                problems.stop(f"reading stopped: each of the first {_ALIKE} rows has the same problem")
         if not errors:
             examples.append(make_example(texts[0], texts[1], where))
             characters += sum(map(len, texts))

@@ -353,7 +353,10 @@ def test_numbers_become_text_where_the_columns_say_so(tmp_path: Path) -> None:
     rows = [{"source": str(i), "target": value} for i, value in enumerate(values)]
     errors = errors_of(path, jsonl(*rows))
     assert errors[0].what == "must be text, got int 3"
-    assert all("add `cast: {target: text}` to `columns`" in error.hint for error in errors)
+    # A problem that the first three rows share is not told of every row.
+    assert all("add `cast: {target: text}` to `columns`" in error.hint for error in errors[:3])
+    assert [error.what for error in errors[3:]] == ["reading stopped: each of the first 3 rows has the same problem"]
+    assert len(errors_of(path, jsonl({"source": "a", "target": "b"}, *rows))) == len(rows)
     train = load(path, jsonl(*rows), cast={"target": "text"}).train
     assert [row.target for row in train] == ["3", "-1.5", "true", "1e+22", "12345678901234567890"]
     wrong = [{"source": "a", "target": value} for value in (float("inf"), None, [1], {"a": 1})]
