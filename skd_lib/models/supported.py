@@ -59,7 +59,7 @@ def check_structure(model: PreTrainedModel) -> None:
         raise _unsupported(model, "has no head that makes logits")
     inside = set(decoder(model).modules())
     if embedding not in inside or head in inside:
-        raise _unsupported(model, "names as its decoder what is not the part between its embedding and its head")
+        raise _unsupported(model, "has a `get_decoder()` that does not return the part between embedding and head")
     if not _causal(model):
         raise _unsupported(model, "is not causal: its attention sees tokens to come")
 
