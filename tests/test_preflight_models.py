@@ -127,8 +127,8 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot load the tokenizer"),
     "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "a model and an adapter"),
     "bert": (no_causal_decoder("bert"), "`bert` model: it is not causal"),
-    "llama4": (no_causal_decoder("llama4_text"), "`llama4_text` model: it has a `get_decoder()`"),
-    "modernbert": (no_causal_decoder("modernbert-decoder"), "`modernbert-decoder` model: it has a `get_decoder()`"),
+    "llama4": (no_causal_decoder("llama4_text"), "`llama4_text` model: it has a `get_decoder"),
+    "modernbert": (no_causal_decoder("modernbert-decoder"), "`modernbert-decoder` model: it has a `get_decoder"),
     "t5": (lambda folder: edit_json(folder / "config.json", model_type="t5"), "`t5` model: it is an encoder-decoder"),
 }
 

@@ -178,8 +178,8 @@ def test_a_model_that_sees_tokens_to_come_is_refused(tiny_model: TinyModel) -> N
 
 
 NO_DECODERS: dict[str, tuple[dict[str, Any], str]] = {
-    "llama4_text": (SHAPE | {"num_local_experts": 2, "intermediate_size_mlp": 32}, "has a `get_decoder()`"),
-    "modernbert-decoder": (SHAPE, "has a `get_decoder()`"),
+    "llama4_text": (SHAPE | {"num_local_experts": 2, "intermediate_size_mlp": 32}, "has a `get_decoder"),
+    "modernbert-decoder": (SHAPE, "has a `get_decoder"),
     "bert": (SHAPE, "is not causal"),
     "xlm-roberta": (SHAPE, "is not causal"),
     "big_bird": (SHAPE, "is not causal"),
