@@ -276,7 +276,8 @@ def test_too_many_broken_steps_stop_the_training(
         run(student, teacher, tmp_path, method="sft", **settings)
     with torch.no_grad():
         student.get_output_embeddings().weight.fill_(torch.nan)
-    with pytest.raises(SkdError, match=r"tiny: the validation loss is nan after optimiser step 0(.|\n)*the model's files"):
+    message = r"tiny: the validation loss is nan after optimiser step 0(.|\n)*the model's files"
+    with pytest.raises(SkdError, match=message):
         run(student, teacher, tmp_path / "broken", method="sft")
 
 
