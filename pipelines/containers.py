@@ -213,7 +213,7 @@ def run_container(
         return Outcome(1, f"the container cannot be made: {error.explanation or error}", ())
     try:
         container.start()
-        sentence, tail = follow(_lines(container.logs(stream=True, follow=True)), log, on_event)
+        sentence, tail = follow(_lines(_output(container)), log, on_event)
         return Outcome(_code(int(container.wait()["StatusCode"])), sentence, tail)
     except NotFound:
         return Outcome(1, "the container was removed before it was known how it ended", ())
@@ -227,6 +227,23 @@ def run_container(
         raise
     finally:
         _remove(container)
+
+
+def _output(container: Any) -> Iterator[bytes]:
+    """Yield a container's output while it comes, and all of it.
+
+    A stream that follows the output may end with the container, before its last lines have come (seen with Docker 28).
+    """
+    seen = 0
+    for chunk in container.logs(stream=True, follow=True):
+        seen += len(chunk)
+        yield chunk
+    container.wait()
+    for chunk in container.logs(stream=True, follow=False):
+        missed = chunk[max(seen, 0) :]
+        seen -= len(chunk)
+        if missed:
+            yield missed
 
 
 def _remove(container: Any) -> None:

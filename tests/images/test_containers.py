@@ -46,15 +46,16 @@ def image(request: pytest.FixtureRequest, build: Build) -> tuple[str, str]:
 
 
 def in_image(engine: DockerClient, tag: str, *command: str, **arguments: Any) -> str:
-    """What the command prints to its standard output in a restricted container.
+    """Return what the command prints to its standard output in a restricted container.
 
-    docker-py's `run(remove=True)` removes the container before it has read all of its output.
+    The output is read when the container has ended: a stream that follows it may end before its last lines have come
+    (seen with Docker 28), and docker-py's `run(remove=True)` removes the container before it has read all of them.
     """
     container = engine.containers.create(tag, list(command), **{**RESTRICTED, **arguments})
     try:
         container.start()
-        output = b"".join(container.logs(stderr=False, stream=True, follow=True)).decode()
         assert container.wait()["StatusCode"] == 0, container.logs().decode()
+        output: str = container.logs(stderr=False).decode()
     finally:
         container.remove(force=True)
     return output

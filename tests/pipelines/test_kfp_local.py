@@ -67,6 +67,20 @@ def test_container_that_is_gone_before_its_exit_code_is_known_has_failed(tmp_pat
     assert "removed before" in outcome.explain()
 
 
+def test_last_lines_of_a_container_are_kept_where_the_stream_ends_before_them(tmp_path: Path):
+    class Hasty(Vanishing):
+        def logs(self, *, follow: bool, **_: Any) -> Iterator[bytes]:
+            yield from (b"first\nsec",) if follow else (b"first\n", b"second\n", b"error: the reason\n")
+
+        def wait(self) -> dict[str, int]:
+            return {"StatusCode": 1}
+
+    log = tmp_path / "log"
+    outcome = run_container(Hasty(), "fake:1", ["false"], log=log, on_event=lambda event: None)
+    assert log.read_text() == "first\nsecond\nerror: the reason\n"
+    assert "the reason" in outcome.explain()
+
+
 class Vanishing:
     """An engine that has removed a container, whatever its exit code, by the time it is asked how it ended.
 
