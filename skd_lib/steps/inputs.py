@@ -24,11 +24,7 @@ def present(name: str, path: Path) -> Path:
     Raises:
         SkdError: nothing is there, or nothing is in it.
     """
-    if path.is_dir():
-        found = any(files for _, _, files in os.walk(path))
-    else:
-        found = path.is_file() and path.stat().st_size > 0
-    if not found:
+    if not (any(files for _, _, files in os.walk(path)) or (path.is_file() and path.stat().st_size)):
         raise SkdError(
             f"the input `{name}` is gone from storage: nothing is there",
             where=str(path),
