@@ -17,13 +17,9 @@ def specdec_benchmark(
     config: dict[str, Any],
     task_config: dict[str, Any],
     seed: int,
-    metrics: dsl.Output[dsl.Metrics],
-    before: dsl.OutputPath(dict),
-    after: dsl.OutputPath(dict),
-    tracking_uri: str = "",
-    experiment: str = "skd",
-    label: str = "",
-    wanted: bool = True,
+    label: str,
+    wanted: bool,
+    drafts: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
     """Measure the student as draft model for the teacher, before and after distillation.
 
@@ -39,15 +35,11 @@ def specdec_benchmark(
         config: Section `specdec` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
-        label: Tells this run of the step in MLflow from others of the same pipeline run.
-        wanted: Whether to measure at all; if not, both results are empty.
+        label: Tells this run of the step in MLflow from others of the same pipeline run; kept with the results.
+        wanted: Whether to measure at all; if not, the folder holds no figures.
 
     Returns:
-        metrics: The headline figures of both.
-        before: All figures of the student before distillation (`skd_lib/specdec/result.py` describes them).
-        after: Those of the student after distillation.
+        drafts: Folder with `before.json` and `after.json` (`skd_lib/specdec/result.py` describes them).
     """
     return run_step(
         "specdec_benchmark",
@@ -60,10 +52,10 @@ def specdec_benchmark(
             "config": config,
             "task_config": task_config,
             "seed": seed,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
             "label": label,
             "wanted": wanted,
-            "metrics_out": metrics.path,
+            "drafts_out": drafts.path,
         },
+        {"drafts": drafts},
+        {"teacher": teacher, "draft_before": draft_before, "draft_after": draft_after, "data": data},
     )

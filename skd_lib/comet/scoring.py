@@ -44,16 +44,6 @@ class CometScores:
     scores: dict[str, dict[str, Any]]
     comparisons: dict[str, Comparison]
 
-    def figures(self) -> dict[str, float]:
-        """The numbers alone, flat: `student_after_comet`, `student_after_comet_low`, ..."""
-        figures: dict[str, float] = {}
-        for model, found in self.scores.items():
-            ends = {f"{model}_comet_{end}": found[end] for end in ("low", "high")}
-            figures |= {f"{model}_comet": found["score"], **ends}
-        for pair, comparison in self.comparisons.items():
-            figures |= {f"{pair}_{name}": value for name, value in comparison.known().items()}
-        return figures
-
 
 def score_models(
     answers: Mapping[str, Sequence[Prediction]],

@@ -7,6 +7,7 @@ how comparable the figures are, and where they came from.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,11 @@ Moment = Literal["before", "after"]
 ROLES: tuple[Role, ...] = ("teacher_base", "teacher", "student_before", "student_after")
 MOMENTS: tuple[Moment, ...] = ("before", "after")
 DRAFT_FIGURES = ("acceptance_rate", "tokens_per_teacher_call", "speedup")
+
+
+def rounded(value: float) -> float:
+    """A figure with five significant digits, which is what a page shows at most."""
+    return float(f"{value:.5g}")
 
 
 class Score(Section):
@@ -278,6 +284,22 @@ class Summary(Section):
             for name, value in found.figures().items()
         }
         return {**scores, **drafts}
+
+    def figures(self) -> dict[str, float]:
+        """The figures by which runs are compared on Kubeflow's page: few, rounded, under short names.
+
+        The student's scores have the names of the metrics; by the task's metric there are the student before
+        distillation and the teacher too.
+        """
+        found = dict(self.models.get("student_after", {}))
+        for role, name in (("student_before", "before"), ("teacher", "teacher")):
+            if (score := self.models.get(role, {}).get(self.task_metric)) is not None:
+                found[f"{self.task_metric}_{name}"] = score
+        if (gap := self.gap()) is not None:
+            found["gap_closed"] = gap.closed
+        if "after" in self.specdec:
+            found |= self.specdec["after"].figures()
+        return {name: rounded(value) for name, value in found.items() if math.isfinite(value)}
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; what is not known is left out."""

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from skd_lib.config import SpecdecConfig, TaskConfig, parse_section
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, Switch, run_step, step_name
-from skd_lib.storage import write_text_atomic
+from skd_lib.report.drafts import write_drafts
+from skd_lib.steps.inputs import present
+from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.runtime import LABEL_HELP, StepIO, Switch, run_step, step_name
 
 
 def main(
@@ -18,33 +20,37 @@ def main(
     draft_before: Annotated[Path, typer.Option(help="Folder of the student before distillation, likewise.")],
     draft_after: Annotated[Path, typer.Option(help="Folder of the student after distillation.")],
     data: Annotated[Path, typer.Option(help="Folder that `prepare_data` wrote; its first test prompts are used.")],
-    metrics_out: Annotated[Path, typer.Option(help="Where the figures of both go: JSON.")],
+    drafts_out: Annotated[
+        Path, typer.Option(help="Folder for the figures of both: before.json and after.json, with the label.")
+    ],
     config: Annotated[str, typer.Option(help="Section `specdec` of the run's config, as JSON.")] = "{}",
     task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
-    wanted: Annotated[Switch, typer.Option(help="false: measure nothing; both results are empty.")] = Switch.true,
+    wanted: Annotated[
+        Switch, typer.Option(help="false: measure nothing; both files hold the label only.")
+    ] = Switch.true,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling; without effect at temperature 0.")] = 0,
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
     label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Let both students draft for the teacher, and compare with the teacher decoding alone, all in turns.
 
     Reported are the share of drafted tokens that the teacher accepts, by position, tokens for each teacher call, the
     wall-clock speed-up beside the theoretical one, for several draft lengths, batch sizes and temperatures, latencies,
     and the command that serves the pair with vLLM. At temperature 0 every answer is compared with the teacher's own,
-    token by token; a difference that rounding does not explain fails the step. Output parameters `before` and `after`:
-    {acceptance_rate, tokens_per_teacher_call, speedup, ...}.
+    token by token; a difference that rounding does not explain fails the step. Both files hold {label,
+    acceptance_rate, tokens_per_teacher_call, speedup, ...}.
     """
     settings = parse_section(SpecdecConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    io = StepIO(executor_input, {"metrics": metrics_out})
+    io = StepIO({"drafts": drafts_out})
     if not wanted:
-        write_text_atomic(metrics_out, "{}\n")
-        for moment in ("before", "after"):
-            io.parameter(moment, {})
+        write_drafts(drafts_out, label, {})
         io.write()
         return
+    inputs = {"teacher": teacher, "draft_before": draft_before, "draft_after": draft_after, "data": data}
+    for name, folder in inputs.items():
+        present(name, folder)
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.events import Progress
@@ -76,15 +82,11 @@ def main(
         figures = {
             f"{name}_{moment}": value for moment, result in results.items() for name, value in result.figures().items()
         }
-        text = json.dumps(outputs, indent=2) + "\n"
-        write_text_atomic(metrics_out, text)
+        write_drafts(drafts_out, label, outputs)
         run.log_metrics(figures)
         run.set_tags({"precision": resolve_precision("auto", default_device())})
-        run.log_text(text, "specdec.json")
+        run.log_text(json.dumps(outputs, indent=2) + "\n", "specdec.json")
 
-    io.metrics("metrics", figures)
-    for moment, output in outputs.items():
-        io.parameter(moment, output)
     io.write()
 
 

@@ -15,16 +15,15 @@ from skd_lib.comet.checkpoint import Checkpoint
 from skd_lib.comet.scoring import score_models
 from skd_lib.config import TaskConfig
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.predictions import read_predictions
+from skd_lib.evaluation.predictions import Prediction, read_predictions, write_predictions
 from skd_lib.steps.comet_score import main
-from tests.comet.answers import write_answers
+from tests.comet.answers import ANSWERS, EXAMPLES, write_answers
 
 ASKED = json.dumps({"metrics": ["chrf", "comet"]})
 
 
 def run(folder: Path, **options: Any) -> dict[str, Any]:
-    outputs = {"segments_out": folder / "segments.jsonl", "metrics_out": folder / "metrics.json"}
-    main(**{**write_answers(folder), **outputs, **options})
+    main(**{**write_answers(folder), "segments_out": folder / "segments.jsonl", **options})
     output: dict[str, Any] = json.loads((folder / "executor_output.json").read_text(encoding="utf-8"))
     return output
 
@@ -34,13 +33,37 @@ def test_nothing_is_done_unless_the_task_asks_for_it(tmp_path: Path) -> None:
     scores = output["parameterValues"]["scores"]
     assert (scores["models"], scores["comparisons"], scores["missing"]) == ({}, {}, "")
     assert (tmp_path / "segments.jsonl").read_text() == ""
-    assert output["artifacts"]["metrics"]["artifacts"][0]["metadata"] == {}
+    assert list(output["artifacts"]) == ["segments"]
 
 
 def test_what_is_missing_is_said_and_the_step_succeeds(tmp_path: Path) -> None:
     scores = run(tmp_path, task_config=ASKED)["parameterValues"]["scores"]
     assert scores["models"] == {}
     assert scores["missing"].startswith("Unbabel/wmt22-comet-da: cannot reach the Hugging Face hub")
+
+
+def test_the_scores_are_a_short_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model, a champion too, is scored; the score is exact and the reason why there is none is cut off."""
+    (tmp_path / "champion").mkdir()
+    rows = [Prediction(*example, example[2], 3, False) for example in EXAMPLES]
+    write_predictions(tmp_path / "champion" / "predictions.jsonl", rows)
+    monkeypatch.setattr("skd_lib.comet.checkpoint.open_checkpoint", lambda _: Checkpoint("m" * 60, tmp_path, {}, None))
+    monkeypatch.setattr("skd_lib.comet.environment.comet_python", lambda: Path(sys.executable))
+    monkeypatch.setattr("skd_lib.comet.scoring.sha256", lambda _: "0" * 64)
+    monkeypatch.setattr(
+        "skd_lib.comet.scoring._ask", lambda _, __, rows, **___: ("2.2.7", [1 / (3 + n) for n, _ in enumerate(rows)])
+    )
+    scores = run(tmp_path, task_config=ASKED)["parameterValues"]["scores"]
+    assert set(scores["models"]) == {*ANSWERS, "champion"}
+    assert len(json.dumps(scores)) < 2000
+    mean = sum(json.loads(line)["comet"] for line in (tmp_path / "segments.jsonl").read_text().splitlines()[:3]) / 3
+    assert scores["models"]["teacher_base"]["score"] == pytest.approx(mean, rel=1e-12)
+    monkeypatch.setattr("skd_lib.comet.environment.comet_python", failing)
+    assert len(run(tmp_path, task_config=ASKED)["parameterValues"]["scores"]["missing"]) < 700
+
+
+def failing() -> Path:
+    raise SkdError("no" * 10_000)
 
 
 def test_a_wrong_option_is_an_error_all_the_same(tmp_path: Path) -> None:
@@ -55,7 +78,7 @@ def test_as_a_command_in_a_container_without_comet(tmp_path: Path) -> None:
         (model / name).mkdir(parents=True)
     (model / "checkpoints" / "model.ckpt").touch()
     (model / "hparams.yaml").write_text("{class_identifier: regression_metric, pretrained_model: x}")
-    options = {**write_answers(tmp_path), "segments_out": tmp_path / "s.jsonl", "metrics_out": tmp_path / "m.json"}
+    options: dict[str, Any] = {**write_answers(tmp_path), "segments_out": tmp_path / "s.jsonl"}
     options |= {"task_config": ASKED, "config": json.dumps({"comet": {"model": str(model)}})}
     line = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     done = subprocess.run(
@@ -74,7 +97,8 @@ def test_an_interpreter_without_comet(tmp_path: Path) -> None:
     """The real worker, which finds no COMET here."""
     (tmp_path / "model.ckpt").touch()
     checkpoint = Checkpoint("tiny", tmp_path / "model.ckpt", {"class_identifier": "regression_metric"}, tmp_path)
-    answers = {role: read_predictions(path) for role, path in write_answers(tmp_path).items() if role != "champion"}
+    write_answers(tmp_path)
+    answers = {file.parent.name: read_predictions(file) for file in tmp_path.rglob("predictions.jsonl")}
     with pytest.raises(SkdError, match=r"^tiny: COMET failed: PackageNotFoundError"):
         score_models(answers, checkpoint, Path(sys.executable), batch_size=2)
     with pytest.raises(SkdError, match="answered different examples"):

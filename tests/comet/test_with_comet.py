@@ -50,8 +50,7 @@ def step(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
 
 
 def test_scores_are_comets_own(python: Path, model: Path, tmp_path: Path) -> None:
-    output = step(tmp_path, model)
-    scores = output["parameterValues"]["scores"]
+    scores = step(tmp_path, model)["parameterValues"]["scores"]
     assert scores["missing"] == ""
     rows = [json.loads(line) for line in (tmp_path / "segments.jsonl").read_text().splitlines()]
     assert [(row["role"], row["id"]) for row in rows] == [(role, e[0]) for role in ANSWERS for e in EXAMPLES]
@@ -83,9 +82,6 @@ def test_scores_are_comets_own(python: Path, model: Path, tmp_path: Path) -> Non
     gain = scores["models"]["student_after"]["score"] - scores["models"]["student_before"]["score"]
     assert test["difference"] == pytest.approx(gain)
     assert 0 < test["p_value"] <= 1
-    figures = output["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-    assert figures["student_after_comet"] == scores["models"]["student_after"]["score"]
-    assert all(isinstance(value, float) for value in figures.values())
 
 
 def test_a_pickle_with_code_is_loaded_only_by_choice(

@@ -9,7 +9,7 @@ import pytest
 
 from skd_lib.config import SpecdecConfig, TaskConfig
 from skd_lib.errors import SkdError
-from skd_lib.report.summary import Specdec
+from skd_lib.report.drafts import read_drafts
 from skd_lib.sampling.engine import Sampler
 from skd_lib.specdec.measure import measure
 from skd_lib.specdec.result import SpecdecResult
@@ -39,19 +39,19 @@ def run(folders: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
         **folders,
         "config": json.dumps(CONFIG),
         "task_config": json.dumps(TASK),
-        "metrics_out": out / "metrics.json",
+        "drafts_out": out / "drafts",
     }
     main(**(arguments | changes))
-    output: dict[str, Any] = json.loads((out / "executor_output.json").read_text())
-    return output
+    assert json.loads((out / "executor_output.json").read_text())["parameterValues"] == {}
+    return {moment: json.loads((out / "drafts" / f"{moment}.json").read_text()) for moment in ("before", "after")}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -> None:
-    output = run(folders, tmp_path, config=json.dumps({**CONFIG, "temperatures": [temperature]}))
-    results = output["parameterValues"]
-    assert list(results) == ["before", "after"]
+    config = json.dumps({**CONFIG, "temperatures": [temperature]})
+    results = run(folders, tmp_path, config=config, label="skd-seed-1")
     for moment, values in results.items():
+        assert values.pop("label") == "skd-seed-1"
         result = SpecdecResult.model_validate(values)
         assert (result.prompts, result.temperature) == (4, temperature)
         assert 0 <= result.acceptance_rate <= 1
@@ -61,17 +61,16 @@ def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -
         words = shlex.split(result.vllm.command)
         assert words[2] == str(folders["teacher"])
         assert json.loads(words[-1])["model"] == str(folders[f"draft_{moment}"])
-    figures = output["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-    assert figures["speedup_before"] == results["before"]["speedup"]
-    assert figures["acceptance_rate_after"] == results["after"]["acceptance_rate"]
-    assert json.loads((tmp_path / "metrics.json").read_text()) == results
 
 
 def test_the_report_reads_what_the_step_wrote(folders: dict[str, Path], tmp_path: Path) -> None:
-    result = run(folders | {"draft_after": folders["teacher"]}, tmp_path)["parameterValues"]["after"]
-    figures = Specdec.model_validate(result).figures()
+    result = run(folders | {"draft_after": folders["teacher"]}, tmp_path, label="trial")["after"]
+    label, drafts = read_drafts(tmp_path / "drafts")
+    assert (label, list(drafts)) == ("trial", ["before", "after"])
+    figures = drafts["after"].figures()
     assert figures["acceptance_rate"] == 1  # a teacher drafting for itself
     assert figures["speedup"] == result["speedup"]
+    assert "label" not in drafts["after"].model_dump()
 
 
 def test_a_prompt_beyond_the_models_positions_is_left_out(folders: dict[str, Path]) -> None:
@@ -110,19 +109,26 @@ def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    output = run(folders, tmp_path, tracking_uri=uri, experiment="tests")
+    results = run(folders, tmp_path, tracking_uri=uri, experiment="tests")
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'specdec_benchmark'")
-    assert found[0].data.metrics == pytest.approx(output["artifacts"]["metrics"]["artifacts"][0]["metadata"])
+    assert found[0].data.metrics["speedup_before"] == pytest.approx(results["before"]["speedup"])
+    assert found[0].data.metrics["acceptance_rate_after"] == pytest.approx(results["after"]["acceptance_rate"])
     kept = client.download_artifacts(found[0].info.run_id, "specdec.json", str(tmp_path))
-    assert json.loads(Path(kept).read_text()) == output["parameterValues"]
+    logged = json.loads(Path(kept).read_text())
+    assert {moment: {"label": "", **values} for moment, values in logged.items()} == results
     assert found[0].inputs is not None
     assert found[0].inputs.dataset_inputs[0].dataset.name == "test"
 
 
 def test_nothing_is_measured_where_nobody_wants_it(folders: dict[str, Path], tmp_path: Path) -> None:
-    output = run(folders, tmp_path, wanted=Switch.false)
-    assert output["parameterValues"] == {"before": {}, "after": {}}
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {}
+    results = run(folders, tmp_path, wanted=Switch.false, label="trial")
+    assert results == {"before": {"label": "trial"}, "after": {"label": "trial"}}
+    assert read_drafts(tmp_path / "drafts") == ("trial", {})
+
+
+def test_models_that_are_gone_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SkdError, match="the input `draft_before` is gone from storage"):
+        run(folders | {"draft_before": tmp_path / "nowhere"}, tmp_path)

@@ -1,0 +1,87 @@
+"""What the gate and the registry need of a run's figures, as one short parameter of the pipeline.
+
+Kubeflow keeps a parameter about a dozen times for each step that reads it, so this stays below 2 kB. What decides is
+exact; texts are cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from skd_lib.config import MetricName, RegistryConfig, Section, parse_section
+from skd_lib.errors import SkdError
+from skd_lib.report.summary import Comet, Scores, Specdec
+from skd_lib.tracking.gate import Rival
+
+CHAMPION = "champion.json"
+"""The file in which `evaluate_champion` keeps its `Rival`."""
+TEXT_LENGTH = 160
+"""Characters of a reason, and of a signature."""
+
+
+class Measured(Section):
+    """The student and the champion as this run has measured them."""
+
+    task_metric: MetricName = Field(description="The metric that decides.")
+    student: dict[str, float] = Field({}, description="The student's scores by metric, exact.")
+    signatures: dict[str, str] = Field({}, description="By metric: what makes a score reproducible.")
+    draft: dict[str, float] = Field({}, description="The student as a draft of its teacher.")
+    champion: Rival = Rival()
+    comet_missing: str = Field("", description="Why COMET is missing; empty where it is not, or was not asked for.")
+    registry: RegistryConfig = RegistryConfig()
+
+    def to_parameter(self) -> dict[str, Any]:
+        """As plain JSON values, without what is at its default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def measured(
+    task_metric: MetricName,
+    student: Scores,
+    draft: Specdec | None,
+    champion: Rival,
+    comet: Comet,
+    registry: RegistryConfig,
+) -> Measured:
+    """Put together what was measured."""
+    scores = {
+        **student.metrics,
+        **({"comet": comet.models["student_after"]} if "student_after" in comet.models else {}),
+    }
+    return Measured(
+        task_metric=task_metric,
+        student={name: score.score for name, score in scores.items()},
+        signatures=_short({name: score.signature for name, score in scores.items() if score.signature}),
+        draft={} if draft is None else draft.figures(),
+        champion=champion.model_copy(
+            update={
+                "figures": {**champion.figures, **comet.figures("champion")},
+                **_short({"missing": champion.missing, "undrafted": champion.undrafted}),
+            }
+        ),
+        comet_missing=comet.missing[:TEXT_LENGTH],
+        registry=registry,
+    )
+
+
+def read_champion(folder: Path) -> Rival:
+    """Read what `evaluate_champion` found.
+
+    Raises:
+        SkdError: the folder is not one that it wrote.
+    """
+    file = folder / CHAMPION
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        hint = "name a folder that step `evaluate_champion` wrote"
+        raise SkdError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
+    return parse_section(Rival, text, where=str(file))
+
+
+def _short(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: text[:TEXT_LENGTH] for name, text in texts.items()}

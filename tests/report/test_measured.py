@@ -1,0 +1,81 @@
+"""What travels from the report to the gate and the registry: short, and exact where it decides."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, get_args
+
+import pytest
+
+from skd_lib.config import MetricName, RegistryConfig
+from skd_lib.report.measured import Measured, measured
+from skd_lib.report.summary import Comet, Course, Scores, Specdec, build_summary, rounded
+from skd_lib.tracking.gate import Rival
+
+EXACT = 100 / 3
+SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.5.1"
+METRICS = get_args(MetricName)
+
+
+def score(value: float, signature: str = SIGNATURE) -> dict[str, Any]:
+    return {"score": value, "low": value - 1, "high": value + 1, "signature": signature}
+
+
+def student(value: float = EXACT) -> Scores:
+    return Scores.model_validate({name: score(value) for name in METRICS if name != "comet"} | {"examples": 500})
+
+
+def draft() -> Specdec:
+    return Specdec(acceptance_rate=EXACT / 100, tokens_per_teacher_call=EXACT / 10, speedup=EXACT / 20)
+
+
+def test_the_parameter_is_short_and_holds_exact_figures() -> None:
+    comet = Comet.model_validate({"models": {"student_after": score(EXACT), "champion": score(EXACT + 1)}})
+    rival = Rival(
+        version="123",
+        figures=dict.fromkeys([name for name in METRICS if name != "comet"], EXACT),
+        speedup=EXACT / 20,
+        challenger_speedup=EXACT / 21,
+        undrafted="why not? " * 1000,
+    )
+    registry = RegistryConfig(model_name="m" * 60, min_improvement=0.123456789, max_slowdown=0.123456789)
+    found = measured("comet", student(), draft(), rival, comet, registry)
+    parameter = found.to_parameter()
+    assert len(json.dumps(parameter)) < 2000
+    read = Measured.model_validate_json(json.dumps(parameter))
+    assert read == found
+    assert read.student == dict.fromkeys(METRICS, EXACT)
+    assert read.champion.figures["comet"] == EXACT + 1
+    assert read.registry == registry
+    assert read.signatures["bleu"] == SIGNATURE
+
+
+def test_what_is_at_its_default_is_left_out() -> None:
+    found = measured("chrf", Scores(metrics={}), None, Rival(), Comet(missing="no " * 1000), RegistryConfig())
+    assert found.to_parameter().keys() == {"task_metric", "comet_missing"}
+    assert len(json.dumps(found.to_parameter())) < 250
+
+
+def test_headline_figures_are_few_rounded_and_finite() -> None:
+    scores = {
+        "teacher": student(40),
+        "student_before": student(20),
+        "student_after": Scores.model_validate({"chrf": score(EXACT), "bleu": score(math.nan)}),
+    }
+    summary = build_summary(task_metric="chrf", scores=scores, specdec={"after": draft()}, course=Course())
+    assert summary.figures() == {
+        "chrf": 33.333,
+        "chrf_before": 20,
+        "chrf_teacher": 40,
+        "gap_closed": 0.66667,
+        "acceptance_rate": 0.33333,
+        "tokens_per_teacher_call": 3.3333,
+        "speedup": 1.6667,
+    }
+    assert summary.headline()["student_after_chrf"] == EXACT
+
+
+@pytest.mark.parametrize(("value", "shown"), [(123456.7, 123460), (0.00012345678, 0.00012346), (0, 0), (2, 2)])
+def test_rounding(value: float, shown: float) -> None:
+    assert rounded(value) == shown
