@@ -568,10 +568,14 @@ def test_several_nodes_need_a_cluster_and_the_right_to_use_it(
         monkeypatch.setenv("KUBECONFIG", str(kubernetes.kubeconfig(tmp_path)))
         remote = {"checkpoint_root": "memory://checkpoints"}
         found = {each.name: each.what for each in check(values, tmp_path, **remote).checks}
-        assert found["multinode"] == "TrainJobs may be created here; nodes asked for: 2"
-        kubernetes.allowed = False
+        assert found["multinode"] == "Kubernetes would take the TrainJobs; nodes asked for: 2"
+        assert kubernetes.jobs == {}
+        kubernetes.refused["POST"] = [403]
         refused = only(check(values, tmp_path, **remote), "error")
-    assert (refused.what, refused.where) == ("this service account may not create TrainJobs", "namespace team")
+        assert "not allowed" in refused.what
+        assert "pipelines/deploy/multinode" in refused.hint
+        kubernetes.runtimes.clear()
+        assert '"skd-torch" not found' in only(check(values, tmp_path, **remote), "error").what
 
 
 def test_a_chat_template_that_never_ends_or_changes_rows_is_an_error(

@@ -149,11 +149,17 @@ class MultinodeConfig(ConfigSection):
         None,
         gt=0,
         le=100_000,
-        description="The job is deleted, and the step fails, when it is older. Counts waiting for machines.",
+        description="The job is stopped, and the step fails, when it is older. Counts waiting for machines.",
     )
-    runtime: str = Field("torch-distributed", description="Name of Trainer's runtime; it must be one for torch.")
+    runtime: str = Field(
+        "skd-torch",
+        description="Name of Trainer's runtime, which must be one for torch. The default is this project's own "
+        "(`kubectl apply -n NAMESPACE -k pipelines/deploy/multinode`): where a node fails, all start again together.",
+    )
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = Field(
-        "ClusterTrainingRuntime", description="`TrainingRuntime`: one of the steps' namespace."
+        "TrainingRuntime",
+        description="`TrainingRuntime`: one of the steps' namespace; `ClusterTrainingRuntime`: one of the cluster, as "
+        "Trainer's own `torch-distributed`.",
     )
     trainer_version: Literal["2.1", "2.2"] = Field(
         "2.2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,9 +29,18 @@ _LOG_SILENCE = 120
 """Seconds without a line after which a log is asked for again: a connection may be dead without anybody saying so."""
 _AWAY = {0, 408, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
+_NO_RIGHT = re.compile(r'User "[^"]*" cannot ')
+"""What the API server answers an account that lacks a right. Quotas and webhooks refuse with 403 too: Trainer's does
+where the runtime is not there."""
+_UNASKED = "does not support dry run"
+"""What the API server answers to a dry run where a webhook may do more than look."""
 ROLE_HINT = (
-    "give the steps' service account the role of pipelines/deploy/base/multinode.yaml in this namespace: trainjobs "
+    "give the steps' service account the role of pipelines/deploy/multinode in this namespace: trainjobs "
     "get, list, create and delete; pods get and list; pods/log get"
+)
+RUNTIME_HINT = (
+    "see `multinode` in the config: `trainer_version` must be the cluster's, and `runtime` must be there; `kubectl "
+    "apply -n NAMESPACE -k pipelines/deploy/multinode` makes the default one"
 )
 
 
@@ -144,13 +154,18 @@ class Cluster:
         )
         return {job["metadata"]["name"]: _state(job) for job in found["items"]}
 
-    def create(self, manifest: Mapping[str, Any]) -> bool:
+    def create(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> bool:
         """Create a job; False if there is one of its name, made by somebody at the same time or by a lost request.
+
+        Args:
+            manifest: The job.
+            dry_run: Only have it checked, by Trainer too.
 
         Raises:
             SkdError: Kubernetes refuses it.
         """
         name = manifest["metadata"]["name"]
+        options = {"dry_run": "All"} if dry_run else {}
         try:
             self._ask(
                 f"create trainjob {name}",
@@ -163,24 +178,27 @@ class Cluster:
                     dict(manifest),
                     field_validation="Strict",
                     _request_timeout=_TIMEOUT,
+                    **options,
                 ),
+                patience=30 if dry_run else None,
             )
         except Refused as refused:
-            if refused.status == 409:
+            if refused.status == 409 or (dry_run and _UNASKED in refused.what):
                 return False
             if refused.status == 404:
                 hint = "install Kubeflow Trainer 2.1 or later, or leave `multinode` out"
                 raise SkdError(
                     "this cluster has no TrainJobs", where=f"namespace {self.namespace}", hint=hint
                 ) from None
-            refused.hint = (
-                refused.hint or "see `multinode` in the config: `trainer_version` and `runtime` must be the cluster's"
-            )
+            refused.hint = refused.hint or RUNTIME_HINT
             raise
         return True
 
     def delete(self, name: str, patience: float | None = None) -> bool:
-        """Delete a job and then its pods; it is gone only when they are. False if there was none.
+        """Delete a job. False if there was none.
+
+        Its pods end later, in the background. While a job waits for them to be gone, Trainer starts new ones (2.1.0,
+        2.2.1: its reconciler does not look at `deletionTimestamp`).
 
         Args:
             name: The job.
@@ -190,7 +208,7 @@ class Cluster:
             self._ask(
                 f"delete trainjob {name}",
                 lambda: self._jobs().delete_namespaced_custom_object(
-                    *self._at(name), propagation_policy="Foreground", _request_timeout=_TIMEOUT
+                    *self._at(name), propagation_policy="Background", _request_timeout=_TIMEOUT
                 ),
                 patience=patience,
             )
@@ -231,24 +249,6 @@ class Cluster:
             **options,
         )
         return response
-
-    def may_create_jobs(self) -> bool:
-        """Whether this service account may create jobs here."""
-        review = client.V1SelfSubjectAccessReview(
-            spec=client.V1SelfSubjectAccessReviewSpec(
-                resource_attributes=client.V1ResourceAttributes(
-                    namespace=self.namespace, verb="create", group=GROUP, resource=PLURAL
-                )
-            )
-        )
-        answer = self._ask(
-            "ask for its own rights",
-            lambda: client.AuthorizationV1Api(self.api).create_self_subject_access_review(
-                review, _request_timeout=_TIMEOUT
-            ),
-            patience=30,
-        )
-        return bool(answer.status.allowed)
 
     def _jobs(self) -> client.CustomObjectsApi:
         return client.CustomObjectsApi(self.api)
@@ -291,7 +291,7 @@ class Cluster:
         except (TypeError, ValueError, KeyError):
             message = f"{error.status} {error.reason}"
         where = f"namespace {self.namespace}, {what}"
-        if error.status in (401, 403):
+        if error.status == 401 or _NO_RIGHT.search(message):
             return Refused(f"not allowed: {message}", where=where, hint=ROLE_HINT, status=error.status)
         return Refused(f"Kubernetes refuses: {message}", where=where, status=error.status)
 

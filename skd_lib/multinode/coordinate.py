@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 10.0
+_ERROR = re.compile(r"^error: .*(?:\n- .*)*", re.MULTILINE)
+"""What `run_step` says of an error, without hints."""
 _CANCEL_SECONDS = 20.0
-"""For which a cancelling step asks a silent API server; Kubernetes kills it 30 seconds after SIGTERM."""
+"""For which a cancelling step asks a silent API server, if it lives so long: Kubeflow Pipelines gives it about one."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,7 @@ def _start(
     run_id: str,
 ) -> None:
     """Have a job of this name that has not failed: the one that is there, or a new one."""
-    state = cluster.job(name)
-    if state is not None and state.phase == "failed":
-        log.info("the TrainJob %s of an earlier attempt has failed and is replaced: %s", name, state.message)
-        cluster.delete(name)
-    while (state := cluster.job(name)) is not None and state.phase in ("failed", "deleting"):
-        log.info("waiting until the pods of the earlier TrainJob %s are gone", name)
-        time.sleep(POLL_SECONDS)
-    if state is not None:
-        log.info("taking up the TrainJob %s, which is there already", name)
+    if _taken_up(cluster, name):
         return
     exchange.write(
         Request(
@@ -130,6 +125,29 @@ def _start(
     log.info("%s the TrainJob %s: %s", "created" if made else "somebody else has created", name, nodes)
 
 
+def _taken_up(cluster: Cluster, name: str) -> bool:
+    """Whether there is a job of this name that goes on or is complete; a failed one is deleted, with its pods.
+
+    The pods of a deleted job have the names by which those of a new one find each other.
+    """
+    said = False
+    while True:
+        state = cluster.job(name)
+        if state is not None and state.phase not in ("failed", "deleting"):
+            log.info("taking up the TrainJob %s, which is there already", name)
+            return True
+        if state is not None and state.phase == "failed":
+            log.info("the TrainJob %s of an earlier attempt has failed and is replaced: %s", name, state.message)
+            cluster.delete(name)
+        elif not (pods := cluster.pods(name)) and state is None:
+            return False
+        elif not said:
+            left = ", ".join(pod["metadata"]["name"] for pod in pods)
+            log.info("waiting until the pods of the earlier TrainJob %s are gone: %s", name, left)
+            said = True
+        time.sleep(POLL_SECONDS)
+
+
 def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exchange) -> None:
     """Until the job has ended, with its first node's log.
 
@@ -141,7 +159,7 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
     follower = LogFollower(cluster, name, _write_line, pause=min(2.0, POLL_SECONDS))
     follower.start()
     limit = None if settings.timeout_hours is None else settings.timeout_hours * 3600
-    seen = ""
+    seen = trouble = ""
     while True:
         state = cluster.job(name)
         if state is None or state.phase == "deleting":
@@ -158,15 +176,19 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
         if (news := "; ".join(filter(None, map(_trouble, pods)))) != seen:
             log.info("nodes: %s", news or "all are running")
             seen = news
+        trouble = news or trouble
         time.sleep(POLL_SECONDS)
     follower.finish()
     if state.phase == "failed" and not exchange.is_complete():
         causes = "; ".join(filter(None, map(_trouble, cluster.pods(name))))
+        if not causes and trouble:  # Kubernetes has deleted the pods by now
+            causes = f"before that: {trouble}"
+        advice = "raise multinode.timeout_hours; " if "(DeadlineExceeded)" in state.message else ""
         raise SkdError(
             f"the TrainJob has failed: {state.message}{f'; {causes}' if causes else ''}",
             where=name,
-            hint=f"its first node's log is above; `kubectl describe trainjob {name} -n {cluster.namespace}` shows "
-            "more, until a retry replaces it and goes on from the last checkpoint",
+            hint=f"{advice}its first node's log is above; `kubectl describe trainjob {name} -n {cluster.namespace}` "
+            "shows more, until a retry replaces it and goes on from the last checkpoint",
         )
 
 
@@ -182,9 +204,17 @@ def _trouble(pod: Mapping[str, Any]) -> str:
         state = container.get("state", {})
         if waiting := state.get("waiting"):
             reasons.append(f"{waiting.get('reason', 'waiting')}: {waiting.get('message', '')}".removesuffix(": "))
-        if (ended := state.get("terminated")) and ended.get("exitCode"):
-            reasons.append(f"{ended.get('reason', 'ended')}, exit code {ended['exitCode']}")
+        ended = state.get("terminated") or container.get("lastState", {}).get("terminated", {})
+        if ended.get("exitCode"):
+            reasons.append(_end(ended))
     return f"{pod['metadata']['name']}: {', '.join(reasons)}" if reasons else ""
+
+
+def _end(terminated: Mapping[str, Any]) -> str:
+    """How a container ended, with the error that its last lines tell, where the runtime has Kubernetes keep those."""
+    errors = _ERROR.findall(terminated.get("message", ""))
+    told = f": {' '.join(errors[-1].split())}" if errors else ""
+    return f"{terminated.get('reason', 'ended')}, exit code {terminated['exitCode']}{told}"
 
 
 def _cancel(cluster: Cluster, name: str) -> None:

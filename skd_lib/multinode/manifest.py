@@ -101,6 +101,12 @@ def train_job(
     }
 
 
+def trial_job(settings: MultinodeConfig) -> dict[str, Any]:
+    """Make a job for Kubernetes and Trainer to check, as from a pod that asks for nothing."""
+    pod = {"spec": {"containers": [{"name": "main", "image": "skd-train"}]}}
+    return train_job("skd-preflight", settings, pod, run_id="preflight", arguments=[])
+
+
 def step_container(pod: Mapping[str, Any]) -> dict[str, Any]:
     """The container of a pipeline's pod that the step runs in: Argo calls it `main`."""
     containers: list[dict[str, Any]] = pod["spec"]["containers"]

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +26,16 @@ from typing import Annotated
 import typer
 
 from skd_lib import storage
-from skd_lib.errors import Preempted
+from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request
 from skd_lib.steps.runtime import RESULT_ENV, run_step
 
 log = logging.getLogger(__name__)
+LAST_SECONDS = 45.0
+"""A node that fails waits so long before it ends, unless it has refused what it was asked to do.
+
+Most nodes fail since another one has: the exit code of that one tells Kubernetes whether starting again helps. It comes
+up to half a minute later, since torchrun ends its other processes first."""
 
 
 def main(exchange: Annotated[str, typer.Argument(help="URI of the job's exchange folder.")]) -> None:
@@ -44,8 +50,10 @@ def main(exchange: Annotated[str, typer.Argument(help="URI of the job's exchange
         for name, uri in request.inputs.items():
             log.info("fetching %s from %s", name, uri)
             storage.download(uri, Path(folder) / "inputs" / name)
-        command = [sys.executable, "-m", "torch.distributed.run", *step_command(request, Path(folder))]
+        command = [sys.executable, "-m", "skd_lib.multinode.launch", *step_command(request, Path(folder))]
         code = child.run(command, {RESULT_ENV: exchange})
+        if code not in (0, SkdError.exit_code):
+            child.wait_for_signal(LAST_SECONDS)
     if child.was_terminated():
         raise Preempted("stopped by SIGTERM", hint="started again, the job goes on from its last checkpoint")
     if code:
@@ -75,12 +83,12 @@ class _Child:
     """A process that gets this one's SIGTERM: as the container's first process it is the only one to get it."""
 
     def __init__(self) -> None:
-        self._signals: list[int] = []
+        self._terminated = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def was_terminated(self) -> bool:
         """Whether SIGTERM came."""
-        return bool(self._signals)
+        return self._terminated
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         """Exit code of a command; that of one that a signal ended is 1."""
@@ -91,9 +99,15 @@ class _Child:
             self._process.terminate()
         return max(self._process.wait(), 0) or int(self._process.returncode != 0)
 
-    def take(self, number: int, _frame: FrameType | None) -> None:
+    def wait_for_signal(self, seconds: float) -> None:
+        """Wait for SIGTERM, for so many seconds at most."""
+        limit = time.monotonic() + seconds
+        while not self._terminated and time.monotonic() < limit:
+            time.sleep(0.1)
+
+    def take(self, _number: int, _frame: FrameType | None) -> None:
         """Handle the signal."""
-        self._signals.append(number)
+        self._terminated = True
         if self._process is not None:
             self._process.terminate()
 

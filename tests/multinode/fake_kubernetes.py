@@ -1,4 +1,8 @@
-"""An HTTP server that speaks the part of Kubernetes' REST API that a TrainJob needs."""
+"""An HTTP server that speaks the part of Kubernetes' REST API that a TrainJob needs.
+
+What Kubernetes, JobSet and Trainer do behind it is as it was seen on Kubernetes 1.35.4, JobSet 0.11.1 and Kubeflow
+Trainer 2.1.0 and 2.2.1, or as Trainer 2.2.1's source has it, where a comment says so.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
 CORE = "/api/v1/namespaces/team/pods"
-REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+FORBIDDEN = (
+    'trainjobs.trainer.kubeflow.org is forbidden: User "system:serviceaccount:team:x" cannot create resource '
+    '"trainjobs" in API group "trainer.kubeflow.org" in the namespace "team"'
+)
 STEP_POD: dict[str, Any] = {
     "metadata": {"name": "step-pod", "namespace": "team"},
     "spec": {
@@ -66,6 +73,11 @@ class FakeKubernetes:
         away_until: Until then (monotonic), all get 503.
         on_create: Told of each job that was made; the kubelet.
         on_delete: Told of each job that is to go.
+        on_stop: Told after that, while the nodes are still there: the kubelet, which ends them.
+        pod_seconds: For which a pod outlives its job's deletion.
+        ghosts: Pods that Trainer has made for a job that is being deleted.
+        runtimes: The namespace's TrainingRuntimes.
+        messages: What refusals say, instead of the usual, by status.
         cut_logs: Bytes of a log after which the connection is cut, one for each request to come.
         hold_logs: A followed log stays open while this is set.
     """
@@ -79,9 +91,13 @@ class FakeKubernetes:
         self.away_until = 0.0
         self.on_create: Callable[[dict[str, Any]], None] = lambda job: None
         self.on_delete: Callable[[dict[str, Any]], None] = lambda job: None
+        self.on_stop: Callable[[dict[str, Any]], None] = lambda job: None
+        self.pod_seconds = 0.0
+        self.ghosts: list[str] = []
+        self.runtimes = {"skd-torch"}
+        self.messages: dict[int, str] = {}
         self.cut_logs: list[int] = []
         self.sinces: list[int | None] = []
-        self.allowed = True
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -125,11 +141,14 @@ class FakeKubernetes:
             self.logs[pod].append(f"{stamp or _now()} {line}")
 
     def end(self, job: str, kind: str = "Complete", message: str = "all done", reason: str = "JobsCompleted") -> None:
-        for pod in self.pods.values():
-            if pod["metadata"].get("labels", {}).get("jobset.sigs.k8s.io/jobset-name") == job:
-                pod["status"]["phase"] = "Succeeded" if kind == "Complete" else "Failed"
+        for pod in self.pods_of(job).values():
+            pod["status"]["phase"] = "Succeeded" if kind == "Complete" else "Failed"
         condition = {"type": kind, "status": "True", "message": message, "reason": reason, "lastTransitionTime": _now()}
         self.jobs[job]["status"] = {"conditions": [condition]}
+
+    def pods_of(self, job: str) -> dict[str, dict[str, Any]]:
+        label = "jobset.sigs.k8s.io/jobset-name"
+        return {name: pod for name, pod in self.pods.items() if pod["metadata"].get("labels", {}).get(label) == job}
 
     def create(self, job: dict[str, Any]) -> bool:
         name = job["metadata"]["name"]
@@ -141,16 +160,33 @@ class FakeKubernetes:
         self.on_create(job)
         return True
 
-    def delete(self, name: str) -> bool:
+    def delete(self, name: str, policy: str = "Background") -> bool:
+        """Delete a job, and some time later its pods.
+
+        Seen with Trainer 2.1.0 and 2.2.1: while a job waits for its pods to be gone (`Foreground`), Trainer makes new
+        ones, unless it is complete.
+        """
         with self._lock:
             job = self.jobs.get(name)
         if job is None:
             return False
         self.on_delete(job)
+        complete = any(each["type"] == "Complete" for each in job.get("status", {}).get("conditions", []))
+        ghosts = policy == "Foreground" and not complete
         self.jobs.pop(name, None)
-        for pod in [pod for pod in self.pods if pod.startswith(f"{name}-node")]:
-            del self.pods[pod]
+        threading.Thread(target=self._stop, args=(job, self.pods_of(name), ghosts), daemon=True).start()
         return True
+
+    def _stop(self, job: dict[str, Any], pods: dict[str, dict[str, Any]], ghosts: bool) -> None:
+        self.on_stop(job)
+        time.sleep(self.pod_seconds)
+        for pod in pods:
+            self.pods.pop(pod, None)
+        if ghosts:
+            time.sleep(0.2)
+            self.ghosts.append(self.add_node(job["metadata"]["name"], 0, suffix="-ghost"))
+            time.sleep(1)
+            self.pods.pop(self.ghosts[-1], None)
 
 
 @contextmanager
@@ -197,12 +233,22 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             if self._turned_away():
                 return
             path, query = self._split()
-            if path == REVIEWS:
-                self._answer(201, {**body, "status": {"allowed": fake.allowed}})
-            elif path != JOBS:
+            reference = body["spec"]["runtimeRef"]
+            if path != JOBS:
                 self._fail(404, "the server could not find the requested resource")
             elif query.get("fieldValidation") != "Strict":
                 self._fail(400, "the test wants strict validation")
+            elif reference["kind"] == "TrainingRuntime" and reference["name"] not in fake.runtimes:
+                # Trainer 2.2.1, pkg/runtime/core/trainingruntime.go
+                self._fail(
+                    403,
+                    'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: spec.runtimeRef: '
+                    f"Invalid value: {json.dumps(reference)}: TrainingRuntime.trainer.kubeflow.org "
+                    f'"{reference["name"]}" not found: specified trainingRuntime must be created before the TrainJob '
+                    "is created",
+                )
+            elif query.get("dryRun") == "All":
+                self._answer(201, body)
             elif not fake.create(body):
                 self._fail(409, f'trainjobs "{body["metadata"]["name"]}" already exists')
             else:
@@ -214,9 +260,7 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                 return
             path, query = self._split()
             name = path.rsplit("/", 1)[-1]
-            if query.get("propagationPolicy") != "Foreground":
-                self._fail(400, "the test wants foreground deletion")
-            elif fake.delete(name):
+            if fake.delete(name, query.get("propagationPolicy", "Background")):
                 self._answer(200, {"kind": "Status", "status": "Success"})
             else:
                 self._fail(404, f'trainjobs "{name}" not found')
@@ -234,9 +278,7 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                 return True
             if waiting := fake.refused.get(self.command):
                 status = waiting.pop(0)
-                self._fail(
-                    status, {403: 'trainjobs is forbidden: User "system:serviceaccount:team:x"'}.get(status, "no")
-                )
+                self._fail(status, {403: FORBIDDEN, **fake.messages}.get(status, "no"))
                 return True
             return False
 

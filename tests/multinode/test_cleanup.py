@@ -25,7 +25,7 @@ from skd_lib.multinode.manifest import train_job
 from skd_lib.steps import finish
 from tests.multinode.fake_kubernetes import JOBS, STEP_POD, FakeKubernetes, running
 
-ROLE = Path(__file__).parents[2] / "pipelines/deploy/base/multinode.yaml"
+ROLE = Path(__file__).parents[2] / "pipelines/deploy/multinode/role.yaml"
 ENDS = ["records closed", "*demo* failed"]
 
 
@@ -105,7 +105,7 @@ def test_a_run_whose_id_is_no_label_finds_its_own(kubernetes: FakeKubernetes) ->
     ("status", "level", "told"),
     [
         (404, "INFO", "this cluster has no TrainJobs"),
-        (403, "INFO", r"forbidden(.|\n)*pipelines/deploy/base/multinode\.yaml"),
+        (403, "INFO", r"forbidden(.|\n)*pipelines/deploy/multinode"),
         (401, "WARNING", "whether this run's TrainJobs go on is not known(.|\n)*not allowed"),
     ],
 )

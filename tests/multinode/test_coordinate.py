@@ -92,6 +92,9 @@ def publish(job: dict[str, Any]) -> None:
     Exchange(uri).publish(io.paths, io.write())
 
 
+EXCEEDED = "DeadlineExceeded"
+
+
 def in_background(what: Callable[[], None]) -> None:
     threading.Thread(target=what, daemon=True).start()
 
@@ -194,6 +197,72 @@ def test_a_failed_job_fails_the_step_and_a_retry_replaces_it(
     ]
 
 
+def test_a_retry_waits_for_the_earlier_jobs_pods(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    """They have the host names of the new one's."""
+    kubernetes.pod_seconds = 0.3
+    names: list[list[str]] = []
+
+    def fails(job: dict[str, Any]) -> None:
+        names.append(list(kubernetes.pods_of(job["metadata"]["name"])))
+        in_background(lambda: kubernetes.end(start(kubernetes, job), "Failed"))
+
+    kubernetes.on_create = fails
+    for _ in range(2):
+        with pytest.raises(SkdError, match="the TrainJob has failed"):
+            step().run()
+    assert names == [[], []]
+    assert kubernetes.ghosts == []
+    # Deleted by the attempt before, whose pods are still there.
+    (name,) = kubernetes.jobs
+    kubernetes.jobs.clear()
+    assert kubernetes.pods_of(name)
+    in_background(lambda: [time.sleep(0.3), *map(kubernetes.pods.pop, kubernetes.pods_of(name))])
+    completes(kubernetes)
+    create, left = kubernetes.on_create, []
+    kubernetes.on_create = lambda job: [left.extend(kubernetes.pods_of(name)), create(job)]
+    step().run()
+    assert left == []
+
+
+def test_how_nodes_ended_is_told_after_their_pods_are_gone(
+    kubernetes: FakeKubernetes, step: Callable[[], Step]
+) -> None:
+    """Trainer's own runtime: containers are started again; when the job fails, its controller deletes their pods."""
+
+    def fails(job: dict[str, Any]) -> None:
+        name = start(kubernetes, job)
+        kubernetes.pods[f"{name}-node-0-1-x"]["status"]["containerStatuses"] = [
+            {
+                "name": "node",
+                "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off restarting failed container"}},
+                "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}},
+            }
+        ]
+        time.sleep(0.3)
+        for pod in kubernetes.pods_of(name):
+            del kubernetes.pods[pod]
+        kubernetes.end(name, "Failed", "jobset failed due to one or more job failures", "FailedJobs")
+
+    kubernetes.on_create = lambda job: in_background(lambda: fails(job))
+    with pytest.raises(SkdError) as caught:
+        step().run()
+    assert caught.value.what.endswith(
+        "(FailedJobs); before that: "
+        f"{next(iter(kubernetes.jobs))}-node-0-1-x: CrashLoopBackOff: back-off restarting failed container, "
+        "OOMKilled, exit code 137"
+    )
+
+
+def test_trainers_own_deadline_has_its_own_hint(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    """Trainer 2.2: `activeDeadlineSeconds`. It deletes the pods, and leaves the job."""
+    kubernetes.on_create = lambda job: in_background(
+        lambda: kubernetes.end(start(kubernetes, job), "Failed", "TrainJob exceeded its active deadline", EXCEEDED)
+    )
+    with pytest.raises(SkdError, match=r"exceeded its active deadline") as caught:
+        step().run(timeout_hours=2)
+    assert caught.value.hint.startswith("raise multinode.timeout_hours; ")
+
+
 def test_what_ails_a_node_is_told() -> None:
     pod = {
         "metadata": {"name": "n"},
@@ -212,6 +281,10 @@ def test_what_ails_a_node_is_told() -> None:
         "status": {"containerStatuses": [{"state": {"terminated": {"exitCode": 137}}}]},
     }
     assert coordinate._trouble(failed) == "n: ended, exit code 137"
+    log = "loading\nerror: earlier\nerror: 2 problems found:\n- a\n- b\n  hint: correct them\nE1129 torch: failed\n"
+    refused = {"terminated": {"exitCode": 2, "reason": "Error", "message": log}}
+    failed["status"]["containerStatuses"][0] = {"state": refused}  # type: ignore[index]
+    assert coordinate._trouble(failed) == "n: Error, exit code 2: error: 2 problems found: - a - b"
     assert coordinate._trouble({"metadata": {"name": "n"}, "status": {"phase": "Running"}}) == ""
 
 
@@ -246,11 +319,38 @@ def test_an_api_that_stays_away_is_an_error_that_says_so(kubernetes: FakeKuberne
 
 def test_missing_rights_name_the_role(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
     kubernetes.refused["POST"] = [403]
-    with pytest.raises(SkdError, match=r"create trainjob(.|\n)*forbidden(.|\n)*pipelines/deploy/base/multinode.yaml"):
+    with pytest.raises(SkdError, match=r"create trainjob(.|\n)*forbidden(.|\n)*pipelines/deploy/multinode"):
         step().run()
     kubernetes.refused["GET"] = [401]
     with pytest.raises(SkdError, match="not allowed"):
         step().run()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'trainjobs "x" is forbidden: exceeded quota: gpus',
+        'namespaces "team" is forbidden: unable to create new content because it is being terminated',
+        'admission webhook "policy" denied the request: user "a" cannot have that many',
+    ],
+)
+def test_other_refusals_are_not_missing_rights(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], message: str
+) -> None:
+    kubernetes.refused["POST"], kubernetes.messages = [403], {403: message}
+    with pytest.raises(SkdError) as caught:
+        step().run()
+    assert caught.value.what == f"Kubernetes refuses: {message}"
+    assert "role" not in caught.value.hint
+
+
+def test_a_runtime_that_is_not_there_is_told(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    kubernetes.runtimes.clear()
+    with pytest.raises(SkdError) as caught:
+        step().run()
+    assert 'TrainingRuntime.trainer.kubeflow.org "skd-torch" not found' in caught.value.what
+    assert "kubectl apply -n NAMESPACE -k pipelines/deploy/multinode" in caught.value.hint
+    assert "not allowed" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("status", "message"), [(404, "has no TrainJobs"), (400, "trainer_version")])

@@ -63,7 +63,7 @@ class Nodes:
         self.kubernetes, self.folder = kubernetes, folder
         self.rounds: list[list[subprocess.Popen[str]]] = []
         kubernetes.on_create = self.start
-        kubernetes.on_delete = self.stop
+        kubernetes.on_stop = self.stop
 
     def start(self, job: dict[str, Any]) -> None:
         trainer, name = job["spec"]["trainer"], job["metadata"]["name"]

@@ -1,0 +1,133 @@
+"""The TrainingRuntime of the project, and the exit codes by which Kubernetes tells whether starting again helps."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kubernetes.client
+import pytest
+import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from skd_lib.config import MultinodeConfig
+from skd_lib.errors import Preempted, SkdError
+from skd_lib.multinode import launch, node
+from skd_lib.multinode.exchange import Exchange, Request
+from skd_lib.multinode.manifest import NODE
+
+FILE = Path(__file__).parents[2] / "pipelines/deploy/multinode/runtime.yaml"
+
+
+@pytest.fixture(scope="module")
+def runtime() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_default_runtime_is_the_projects_own(runtime: dict[str, Any]) -> None:
+    settings = MultinodeConfig(nodes=2)
+    assert (settings.runtime_kind, settings.runtime) == (runtime["kind"], runtime["metadata"]["name"])
+    assert runtime["spec"]["mlPolicy"] == {"numNodes": 1, "torch": {}}
+
+
+def test_all_nodes_start_again_together_but_for_what_they_refuse(runtime: dict[str, Any]) -> None:
+    """JobSet 0.10 to 0.12: a failed Job restarts all, `maxRestarts` times; the first rule that matches goes before."""
+    jobs = runtime["spec"]["template"]["spec"]
+    assert "ttlSecondsAfterFinished" not in jobs  # Trainer would start a failed job again for ever
+    assert jobs["failurePolicy"]["maxRestarts"] == 10
+    (rule,) = jobs["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    (replicated,) = jobs["replicatedJobs"]
+    assert replicated["name"] == NODE
+    assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    job = replicated["template"]["spec"]
+    assert job["backoffLimit"] == 0  # else the Job replaces single pods, so many times for all nodes together
+    (refused,) = job["podFailurePolicy"]["rules"]
+    assert refused["action"] == "FailJob"
+    assert refused["onExitCodes"] == {"containerName": NODE, "operator": "In", "values": [SkdError.exit_code]}
+    assert SkdError.exit_code != Preempted.exit_code
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # `podFailurePolicy` wants it
+    (container,) = job["template"]["spec"]["containers"]
+    assert (container["name"], container["terminationMessagePolicy"]) == (NODE, "FallbackToLogsOnError")
+
+
+def test_its_job_is_one_that_kubernetes_knows(runtime: dict[str, Any]) -> None:
+    job = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    api = kubernetes.client.ApiClient()
+    model = api.deserialize(SimpleNamespace(data=json.dumps(job)), "V1JobSpec")
+    assert api.sanitize_for_serialization(model) == job  # an unknown field would be lost on the way
+
+
+@pytest.mark.parametrize(("codes", "told"), [([2], 2), ([70, 2], 2), ([70, 1], 70), ([-9, 70], 137)])
+def test_the_exit_code_says_how_the_processes_ended(
+    monkeypatch: pytest.MonkeyPatch, codes: list[int], told: int
+) -> None:
+    def fails(_: list[str]) -> None:
+        failures = {}
+        for rank, code in reversed(list(enumerate(codes))):
+            failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file="")
+            failures[rank].timestamp = rank
+        raise ChildFailedError("step", failures)
+
+    monkeypatch.setattr(launch.run, "main", fails)
+    assert launch.main(["-m", "step"]) == told
+    monkeypatch.setattr(launch.run, "main", lambda _: None)
+    assert launch.main(["-m", "step"]) == 0
+
+
+def test_torchrun_tells_what_its_processes_refuse(tmp_path: Path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(2)\ntime.sleep(60)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "skd_lib.multinode.launch", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == SkdError.exit_code, done.stderr
+
+
+@pytest.fixture
+def run_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], float]:
+    """Runs a node whose processes end with a code; the seconds that it took."""
+    exchange = Exchange(f"memory://bucket/{tmp_path.name}")
+    exchange.write(Request(step="distill", options={}, inputs={}, outputs={}, executor_input="{}"))
+    monkeypatch.setattr(node, "LAST_SECONDS", 0.4)
+    popen = subprocess.Popen
+
+    def run(code: int) -> float:
+        words = [sys.executable, "-S", "-c", f"import sys; sys.exit({code})"]
+        monkeypatch.setattr(node.subprocess, "Popen", lambda _, **options: popen(words, **options))
+        begin = time.monotonic()
+        with pytest.raises(SystemExit) as caught:
+            node.main(exchange.uri)
+        assert caught.value.code == code
+        return time.monotonic() - begin
+
+    return run
+
+
+def test_a_node_that_lost_another_one_is_not_the_first_to_end(run_node: Callable[[int], float]) -> None:
+    assert run_node(70) > 0.4 > run_node(SkdError.exit_code)
+
+
+def test_a_waiting_node_ends_at_sigterm(run_node: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "LAST_SECONDS", 60)
+    wait = node._Child.wait_for_signal
+
+    def terminated(self: Any, seconds: float) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        wait(self, seconds)
+
+    monkeypatch.setattr(node._Child, "wait_for_signal", terminated)
+    with pytest.raises(Preempted):
+        run_node(70)
