@@ -30,6 +30,25 @@ def total_memory() -> int:
     return total
 
 
+def free_memory() -> int:
+    """Bytes of memory that this process can still take: what the machine has left, within its control group's limit."""
+    facts = Path("/proc/meminfo")
+    if not facts.is_file():  # macOS does not say
+        return total_memory() // 2
+    free = _kernel_facts(facts)["MemAvailable:"] * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        cached = _kernel_facts(group / "memory.stat").get("inactive_file", 0)  # given back when it is needed
+        free = min(free, int(text) - int(used.read_text(encoding="ascii")) + cached)
+    return max(free, 0)
+
+
+def _kernel_facts(file: Path) -> dict[str, int]:
+    lines = [line.split() for line in file.read_text(encoding="ascii").splitlines()]
+    return {name: int(value) for name, value, *_ in lines}
+
+
 def peak_memory() -> int:
     """The most bytes of memory that this process has had resident."""
     import resource  # Unix only

@@ -57,6 +57,14 @@ class TrainingConfig(ConfigSection):
     eval_steps: int = Field(
         25, ge=1, le=10**9, description="Steps between validations and checkpoints; the best checkpoint is kept."
     )
+    checkpoint_minutes: float = Field(
+        10,
+        gt=0,
+        le=100_000,
+        description="A checkpoint is also made so many minutes after the last one: the most that is lost where a "
+        "machine is taken away, but for the time of a write. It is copied to host memory (12 bytes a trained weight; "
+        "training waits where there is no room for that) and written while training goes on.",
+    )
     keep_checkpoints: int = Field(
         1, ge=1, le=10**6, description="So many of the newest checkpoints are kept, besides the best."
     )

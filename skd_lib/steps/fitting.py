@@ -99,10 +99,10 @@ class Fit:
             self.step,
             version=__version__,
             method=self.method,
-            training=self.training.model_dump(mode="json"),
+            training=self.training.model_dump(mode="json", exclude={"checkpoint_minutes", "keep_checkpoints"}),
             precision=self.precision,
             # Another number of nodes goes on from the same checkpoints.
-            distill=None if self.distill is None else self.distill.model_dump(mode="json", exclude={"multinode"}),
+            distill=self.distill and self.distill.model_dump(mode="json", exclude={"multinode", "training"}),
             seed=self.seed,
             tokens={use: examples_digest(examples) for use, examples in tokens.items()},
             limits=dict(limits),

@@ -24,4 +24,5 @@ def local_errors(where: str, action: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise SkdError(f"cannot {action}: {reason}", where=where, hint="check the path and its permissions") from error
+        kind = Missing if isinstance(error, FileNotFoundError) else SkdError
+        raise kind(f"cannot {action}: {reason}", where=where, hint="check the path and its permissions") from error

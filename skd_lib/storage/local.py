@@ -68,9 +68,13 @@ def list_objects(uri: str) -> list[StoredObject]:
 
 def file_sizes(uri: str) -> dict[str, int]:
     """Bytes of each file in the folder, by its name in it."""
-    path = Path(uri)
+    path, sizes = Path(uri), {}
     with local_errors(uri, "read"):
-        return {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(files_in(path))}
+        for folder, _, names in os.walk(path):
+            for file in (Path(folder) / name for name in names):
+                with suppress(FileNotFoundError):  # another process may be deleting files
+                    sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+    return dict(sorted(sizes.items()))
 
 
 def delete(uri: str) -> None:

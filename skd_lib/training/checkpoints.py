@@ -3,7 +3,8 @@
 A checkpoint is complete once it holds `MARKER`, written last, and every file that the marker lists, in its size. Older
 ones are deleted only after that. Where checkpoints belong in object storage, each is made in a local folder first and
 then copied, the marker last. What a step trains on decides the folder its checkpoints are in, so the same work finds
-them and other work does not.
+them and other work does not. In it each attempt at the work has a folder of its own (`skd_lib.training.attempts`),
+which holds all that a later one needs to go on: `KEY/ATTEMPT/checkpoint-STEP`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from skd_lib import storage
 from skd_lib.errors import SkdError
+from skd_lib.training.attempts import Heartbeat, living, new_attempt
 
 MARKER = "complete"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_TRIES = 5
+"""How often the newest checkpoint is looked for, if its owner deletes it while it is read."""
 log = logging.getLogger(__name__)
 
 
@@ -42,9 +48,9 @@ def checkpoint_key(step: str, **inputs: Any) -> str:
     return f"{step}/{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
-    """The checkpoints of one training run.
+    """The checkpoints of one piece of work, by whatever attempts.
 
     Attributes:
         folder: Where they are made; of several machines without a common file system each has its own.
@@ -53,29 +59,113 @@ class Checkpoints:
 
     folder: Path
     mirror: str = ""
+    _begun: set[str] = field(default_factory=set, init=False)
 
-    def latest(self) -> Path | None:
-        """The newest usable checkpoint, None if there is none; all processes call this together.
+    @contextmanager
+    def attempt(self) -> Iterator[Attempt]:
+        """Begin an attempt at the work, which counts as running inside; all processes call this together.
 
-        What was not written to its end is named in a warning, and removed from the local folder. If object storage has
-        a newer one than the local folder, it is fetched, with the best one that it refers to.
+        Raises:
+            SkdError: the folder or the mirror cannot be written.
+        """
+        state = PartialState()
+        name = str(gather_object([new_attempt()])[0])
+        self._begun.add(name)
+        attempt = Attempt(self, name)
+        folders = [str(attempt.folder)] if state.is_local_main_process else []
+        folders += [attempt.mirror] if self.mirror and state.is_main_process else []
+        with Heartbeat(folders):
+            yield attempt
+
+    def newest(self) -> Path | None:
+        """Return the newest usable checkpoint in the folder, None if there is none."""
+        found = _offers(str(self.folder))
+        return self.folder / max(found, key=_order) if found else None
+
+    def remove(self) -> None:
+        """Delete all but those of other attempts that are running; to be called once nothing depends on them.
+
+        What cannot be deleted is told, and left.
+        """
+        for place in [str(self.folder), *filter(None, [self.mirror])]:
+            try:
+                for attempt in self._begun:
+                    _delete_attempt(place, attempt)
+                for attempt in sorted(_delete_attempts(place)):
+                    log.info("%s/%s stays: another attempt at the same work is running", place, attempt)
+            except SkdError as error:
+                log.warning("the checkpoints in %s are left there: %s", place, error)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a piece of work: what it takes over from earlier ones, and the checkpoints that it makes.
+
+    Attributes:
+        work: The checkpoints of all attempts.
+        name: The attempt's name.
+    """
+
+    work: Checkpoints
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Its folder on this machine."""
+        return self.work.folder / self.name
+
+    @property
+    def mirror(self) -> str:
+        """URI of its folder in object storage; empty: none."""
+        return f"{self.work.mirror}/{self.name}" if self.work.mirror else ""
+
+    def take_over(self) -> Path | None:
+        """Copy the newest usable checkpoint of any attempt, with the best one that it refers to, into its own folder.
+
+        All processes call this together. What was not written to its end is named in a warning. Of several machines
+        one may have a checkpoint whose copying failed: all go on from the newest that all can have.
+
+        Returns:
+            The copy of the newest; None if there is none.
 
         Raises:
             SkdError: object storage cannot be read, or the local folder cannot be written.
         """
         state = PartialState()
-        if state.is_local_main_process:
-            self._prepare()
-        state.wait_for_everyone()
-        names = [name for name, problem in _inspect(str(self.folder)).items() if not problem]
-        if state.num_processes > 1:
-            # Of several machines one may have a checkpoint whose copying failed: all go on from what all have.
-            everywhere = set.intersection(*map(set, gather_object([names])))
-            names = [name for name in names if name in everywhere]
-        return self.folder / names[-1] if names else None
+        for _ in range(_TRIES):
+            offers: dict[str, str] = {}
+            if state.is_local_main_process:
+                for place in filter(None, [self.work.mirror, str(self.work.folder)]):
+                    offers |= dict.fromkeys(_offers(place), place)
+            everywhere = gather_object([sorted(offers) if state.is_local_main_process else None])
+            common = set.intersection(*(set(each) for each in everywhere if each is not None))
+            if not common:
+                return None
+            newest = max(common, key=_order)
+            name = newest.partition("/")[2]
+            copied = not state.is_local_main_process or self._copy_here(newest, offers[newest])
+            # Two questions, since on a common file system all machines write the same folder.
+            if all(gather_object([copied])) and all(gather_object([_inspect(str(self.folder)).get(name) == ""])):
+                if state.is_local_main_process:
+                    _delete_attempts(str(self.work.folder), own=self.name, until=_step(name))
+                return self.folder / name
+        raise SkdError(
+            "its checkpoints are deleted as soon as they are found",
+            where=str(self.work.folder),
+            hint="another training with the same settings is running: wait for its end, and run again",
+        )
 
-    def commit(self, step: int, best_step: int, keep: int) -> None:
-        """Declare a checkpoint that all processes have written complete, copy it, and delete older ones.
+    def begin(self, step: int) -> Path:
+        """Make the empty folder of a checkpoint."""
+        folder = self.folder / _name(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def commit(self, step: int, best_step: int, keep: int) -> str:
+        """Declare a checkpoint that is written complete, copy it, and delete what is of no more use.
 
         A failed copy does not stop hours of training: it is told, and the next checkpoint tries again.
 
@@ -83,101 +173,78 @@ class Checkpoints:
             step: The checkpoint's optimiser step.
             best_step: That of the checkpoint with the lowest validation loss; 0: there is none yet.
             keep: How many of the newest are kept, besides the best.
+
+        Returns:
+            Where it is: in object storage, if the copy arrived there.
         """
         newest = _name(step)
         best = _name(best_step) if best_step else newest
-        (self.folder / newest / MARKER).unlink(missing_ok=True)
         manifest = {"best": best, "files": storage.file_sizes(str(self.folder / newest))}
         storage.write_text_atomic(self.folder / newest / MARKER, json.dumps(manifest, indent=2))
         _delete_old(str(self.folder), best, keep)
+        _delete_attempts(str(self.work.folder), own=self.name, until=step)
         if self.mirror:
             try:
-                self._copy(newest, best)
+                self._copy_away(newest, best)
                 _delete_old(self.mirror, best, keep)
+                _delete_attempts(self.work.mirror, own=self.name, until=step)
+                return f"{self.mirror}/{newest}"
             except SkdError as error:
                 log.warning("%s is in %s only: %s", newest, self.folder, error)
+        return str(self.folder / newest)
 
-    def remove(self) -> None:
-        """Delete all; to be called once nothing depends on them: what cannot be deleted is told, and left."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.mirror:
-            try:
-                storage.delete(self.mirror)
-            except SkdError as error:
-                log.warning("the checkpoints in %s are left there: %s", self.mirror, error)
+    def _copy_here(self, offer: str, place: str) -> bool:
+        """Copy a checkpoint, and the best one that it refers to; returns False if its owner deleted it meanwhile."""
+        attempt, _, name = offer.partition("/")
+        source = f"{place}/{attempt}"
+        log.info("taking over the checkpoint %s/%s", source, name)
+        try:
+            for each in sorted({str(_manifest(source, name)["best"]), name}, key=_step):
+                if storage.is_remote(place):
+                    storage.download(f"{source}/{each}", self.folder / each)
+                else:
+                    _link(Path(source) / each, self.folder / each)
+        except (storage.Missing, FileNotFoundError):
+            return False
+        return True
 
-    def _prepare(self) -> None:
-        here = _inspect(str(self.folder))
-        for name, problem in here.items():
-            if problem:
-                log.warning("the checkpoint %s is left out: %s", self.folder / name, problem)
-                shutil.rmtree(self.folder / name)
-        if not self.mirror:
-            return
-        there = _inspect(self.mirror)
-        for name, problem in there.items():
-            if problem:
-                log.warning("the checkpoint %s/%s is left out: %s", self.mirror, name, problem)
-        usable_here, usable_there = ([n for n, problem in found.items() if not problem] for found in (here, there))
-        if usable_there and _steps(usable_there[-1:]) > _steps(usable_here[-1:]):
-            newest = usable_there[-1]
-            # The best one first: the newest is of no use without it.
-            for name in sorted({_manifest(self.mirror, newest)["best"], newest} - set(usable_here), key=_step):
-                log.info("fetching the checkpoint %s/%s", self.mirror, name)
-                storage.download(f"{self.mirror}/{name}", self.folder / name)
-
-    def _copy(self, newest: str, best: str) -> None:
+    def _copy_away(self, newest: str, best: str) -> None:
         there = _inspect(self.mirror)
         for name in sorted({best, newest}, key=_step):
             if there.get(name) != "":
-                storage.delete(f"{self.mirror}/{name}")  # what is left of an attempt that was cut off
+                storage.delete(f"{self.mirror}/{name}")  # what is left of a copy that failed
                 storage.upload(self.folder / name, f"{self.mirror}/{name}", last=MARKER)
 
 
-class CheckpointKeeper(TrainerCallback):
-    """Commits each checkpoint that the Trainer writes.
+def _offers(place: str) -> list[str]:
+    """The usable checkpoints of all attempts in a folder, `ATTEMPT/NAME`; of the others a warning tells the trouble."""
+    sizes: dict[str, dict[str, int]] = {}
+    for path, size in storage.file_sizes(place).items():
+        attempt, _, file = path.partition("/")
+        sizes.setdefault(attempt, {})[file] = size
+    usable = []
+    for attempt, files in sizes.items():
+        for name, problem in _problems(f"{place}/{attempt}", files).items():
+            if problem:
+                log.warning("the checkpoint %s/%s/%s is left out: %s", place, attempt, name, problem)
+            else:
+                usable.append(f"{attempt}/{name}")
+    return usable
 
-    Args:
-        checkpoints: Where they are.
-        keep: How many of the newest are kept, besides the best.
-    """
 
-    def __init__(self, checkpoints: Checkpoints, keep: int) -> None:
-        self._checkpoints, self._keep = checkpoints, keep
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
-        """After a resume: the best checkpoint may have been written under another path, on another machine."""
-        self._name_best(state)
-
-    def on_save(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
-        """Called by the trainer after each checkpoint."""
-        PartialState().wait_for_everyone()
-        self._name_best(state)
-        if state.is_world_process_zero:
-            self._checkpoints.commit(state.global_step, state.best_global_step or 0, self._keep)
-
-    def _name_best(self, state: TrainerState) -> None:
-        """On every process: the Trainer names it only where it sees the folder, and all must load it together."""
-        if state.best_global_step:
-            state.best_model_checkpoint = str(self._checkpoints.folder / _name(state.best_global_step))
+def _order(offer: str) -> tuple[int, str]:
+    attempt, _, name = offer.partition("/")
+    return _step(name), attempt
 
 
 def _inspect(place: str) -> dict[str, str]:
-    """The checkpoints in a folder, oldest first, and what is wrong with each; empty if nothing is."""
+    """The checkpoints in an attempt's folder, oldest first, and what is wrong with each; empty if nothing is."""
+    return _problems(place, storage.file_sizes(place))
+
+
+def _problems(place: str, files: Mapping[str, int]) -> dict[str, str]:
     sizes: dict[str, dict[str, int]] = {}
-    for path, size in storage.file_sizes(place).items():
+    for path, size in files.items():
         name, _, file = path.partition("/")
         if file and _NAME.fullmatch(name):
             sizes.setdefault(name, {})[file] = size
@@ -193,6 +260,8 @@ def _problem(place: str, name: str, sizes: Mapping[str, int], older: Mapping[str
     try:
         manifest = _manifest(place, name)
         best, files = str(manifest["best"]), dict(manifest["files"])
+    except storage.Missing:
+        return "it was deleted a moment ago"
     except (ValueError, KeyError, TypeError):
         return f"its file {MARKER} is damaged"
     for file, size in files.items():
@@ -207,13 +276,58 @@ def _manifest(place: str, name: str) -> Any:
     return json.loads(storage.read_bytes(f"{place}/{name}/{MARKER}"))
 
 
+def _link(source: Path, to: Path) -> None:
+    """Copy a local checkpoint; where the file system can, without taking room for it."""
+    with storage.atomic_directory(to) as folder:
+        for file in [*_manifest(str(source.parent), source.name)["files"], MARKER]:
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source / file, target)
+            except FileNotFoundError:
+                raise
+            except OSError:  # no hard links there
+                shutil.copyfile(source / file, target)
+
+
 def _delete_old(place: str, best: str, keep: int) -> None:
+    """Delete an attempt's own checkpoints, but for the newest and the best."""
     found = _inspect(place)
     kept = {best, *[name for name, problem in found.items() if not problem][-keep:]}
     for name in found.keys() - kept:
         # Without its marker first, so that a kill in between leaves nothing that looks complete.
         storage.delete(f"{place}/{name}/{MARKER}")
         storage.delete(f"{place}/{name}")
+
+
+def _delete_attempts(place: str, *, own: str = "", until: float = math.inf) -> set[str]:
+    """Delete other attempts that have ended.
+
+    Args:
+        place: The folder of all.
+        own: The attempt that asks.
+        until: Those that came further than this step are kept: a retry of theirs goes on from there.
+
+    Returns:
+        Which others are running.
+    """
+    steps: dict[str, int] = {}
+    for path in storage.file_sizes(place):
+        attempt, name, *_ = [*path.split("/"), ""]
+        steps[attempt] = max(steps.get(attempt, 0), _step(name) if _NAME.fullmatch(name) else 0)
+    steps.pop(own, None)
+    running = living(place, steps, own=own)
+    for attempt in sorted(steps.keys() - running):
+        if steps[attempt] <= until:
+            _delete_attempt(place, attempt)
+    return running
+
+
+def _delete_attempt(place: str, attempt: str) -> None:
+    if storage.is_remote(place):
+        storage.delete(f"{place}/{attempt}")
+    else:
+        shutil.rmtree(Path(place) / attempt, ignore_errors=True)  # another attempt may be deleting it as well
 
 
 def _name(step: int) -> str:
@@ -224,5 +338,6 @@ def _step(name: str) -> int:
     return int(name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
 
 
-def _steps(names: list[str]) -> list[int]:
-    return [_step(name) for name in names]
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where an attempt's checkpoint of an optimiser step is."""
+    return folder / _name(step)

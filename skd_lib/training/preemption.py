@@ -1,5 +1,10 @@
 """SIGTERM, by which a machine says that it is about to go: finish the optimiser step, save, and stop.
 
+How much time there is depends on who sends it. `skd run`, torchrun and a node of a TrainJob get their grace period. A
+step of Kubeflow Pipelines has a second: Argo's executor, the container's first process, ends at its next poll and the
+kernel ends the rest, so that nothing but a small model is saved. What counts there are the checkpoints by time
+(`training.checkpoint_minutes`). So nothing is said before it is done: by then nobody may be listening.
+
 `transformers` has a callback for the same purpose (`enable_jit_checkpoint`). It is not used: it saves in the middle of
 an optimiser step, when the random numbers of that step are spent, so that a resumed run is another one; it stops each
 process by its own clock, so that processes that train together wait for each other for ever; and the training then
@@ -8,7 +13,6 @@ ends as if it had been finished.
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,24 +20,24 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from skd_lib.errors import Preempted
-
-log = logging.getLogger(__name__)
+from skd_lib.training.saving import Saver, on_any_process
 
 
 class StopOnSigterm(TrainerCallback):
     """Saves a checkpoint at the end of the optimiser step in which SIGTERM came, and raises `Preempted`.
 
-    It must come after the callback that completes checkpoints. Of several processes one that gets the signal is
-    enough: they decide together, after each step.
+    Of several processes one that gets the signal is enough: they decide together, after each step.
+
+    Args:
+        saver: Writes checkpoints.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
         self._received = False
         self._stopping = False
 
@@ -55,17 +59,13 @@ class StopOnSigterm(TrainerCallback):
     def on_step_end(
         self,
         args: TrainingArguments,
-        state: TrainerState,
+        state: TrainerState,  # noqa: ARG002
         control: TrainerControl,
         **_: Any,
     ) -> None:
         """The weights have been updated; a checkpoint made now is between two steps."""
-        self._stopping = self._received
-        if PartialState().num_processes > 1:
-            received = reduce(torch.tensor(float(self._received), device=args.device), "sum")
-            self._stopping = bool(received.item())
+        self._stopping = on_any_process(self._received, args.device)
         if self._stopping:
-            log.warning("SIGTERM: saving a checkpoint of optimiser step %d", state.global_step)
             control.should_save = True
             control.should_training_stop = True
 
@@ -76,16 +76,20 @@ class StopOnSigterm(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **_: Any,
     ) -> None:
-        """The checkpoint is complete.
+        """The checkpoint is being written: wait for it.
 
         Raises:
-            Preempted: this was what SIGTERM left to do.
+            Preempted: it is complete, which was what SIGTERM left to do.
+            Exception: it could not be written.
         """
-        if self._stopping:
-            raise Preempted(
-                f"stopped by SIGTERM after optimiser step {state.global_step}, which is saved",
-                hint="start it again with the same settings: it goes on from there",
-            )
+        if not self._stopping:
+            return
+        self._saver.wait()
+        PartialState().wait_for_everyone()  # a process that ends first would take the writing one with it
+        raise Preempted(
+            f"stopped by SIGTERM after optimiser step {state.global_step}; its checkpoint is {self._saver.place}",
+            hint="start it again with the same settings: it goes on from there",
+        )
 
     def _take(self, _number: int, _frame: FrameType | None) -> None:
         self._received = True

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +23,12 @@ from skd_lib.models.modes import evaluating
 from skd_lib.models.precision import Resolved, resolve_precision
 from skd_lib.models.supported import check_supported
 from skd_lib.rollouts import rollout_for
-from skd_lib.training.checkpoints import CheckpointKeeper, Checkpoints
+from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.modes import attention_dropout
 from skd_lib.training.objectives import objective_for
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.preemption import StopOnSigterm
+from skd_lib.training.saving import Saver, TimedCheckpoints
 from skd_lib.training.sharding import ShardedTrainer, process_mesh, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stored_teacher import StoredSignals
 from skd_lib.training.stream import TrainingStream
@@ -152,58 +152,62 @@ def train(
     for each in (student, teacher):
         if each is not None:
             check_supported(each)
-    args = _arguments(training, len(train), seed, checkpoints.folder, student)
-    checkpoint = checkpoints.latest()
-    if checkpoint is not None:
-        log.info("%s goes on from %s", name, checkpoint)
-        args.eval_on_start = False  # the checkpoint's history has it
-    model, trainer_class = _placed(student, teacher, training, args, seed, name)
-    use_cache = student.config.use_cache
-    strategy = rollout_for(
-        method,
-        student=model,
-        teacher=teacher,
-        distill=distill,
-        steps=args.max_steps,
-        seed=seed,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        max_new_tokens=max_new_tokens,
-    )
-    preemption = StopOnSigterm()
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        training=training,
-        objective=objective_for(method, teacher, distill),
-        divergence=METHODS[method].divergence,
-        strategy=strategy if signals is None else signals.attached(strategy, args.device),
-        examples=train,
-        stream=TrainingStream(len(train), training.batch_size, seed),
-        validation=_validation_rollouts(
-            validation,
-            args.per_device_train_batch_size,
-            pad_id,
-            teacher if METHODS[method].divergence else None,
-            signals,
-        ),
-        name=name,
-        recorder=TraceRecorder(
-            min(vocabulary_size(model) for model in (student, teacher) if model is not None),
-            recorded_steps(args.max_steps, training.eval_steps),
-        ),
-        on_metrics=on_metrics,
-        callbacks=[CheckpointKeeper(checkpoints, training.keep_checkpoints), preemption, *callbacks],
-    )
-    try:
-        with attention_dropout(student, training.dropout), preemption.listening():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        student.config.use_cache = use_cache  # the Trainer turns it off
-        student.eval()
-    if training.lora is not None:
-        merge_lora(model)
-    return _result(trainer, whole_model(student) if training.fsdp else student)
+    args = _arguments(training, len(train), seed, student)
+    with checkpoints.attempt() as attempt:
+        args.output_dir = str(attempt.folder)
+        checkpoint = attempt.take_over()
+        if checkpoint is not None:
+            log.info("%s goes on from %s", name, checkpoint)
+            args.eval_on_start = False  # the checkpoint's history has it
+        model, trainer_class = _placed(student, teacher, training, args, seed, name)
+        use_cache = student.config.use_cache
+        strategy = rollout_for(
+            method,
+            student=model,
+            teacher=teacher,
+            distill=distill,
+            steps=args.max_steps,
+            seed=seed,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            max_new_tokens=max_new_tokens,
+        )
+        saver = Saver(attempt, training.keep_checkpoints, training.checkpoint_minutes)
+        preemption = StopOnSigterm(saver)
+        trainer = trainer_class(
+            model=model,
+            args=args,
+            training=training,
+            objective=objective_for(method, teacher, distill),
+            divergence=METHODS[method].divergence,
+            strategy=strategy if signals is None else signals.attached(strategy, args.device),
+            examples=train,
+            stream=TrainingStream(len(train), training.batch_size, seed),
+            validation=_validation_rollouts(
+                validation,
+                args.per_device_train_batch_size,
+                pad_id,
+                teacher if METHODS[method].divergence else None,
+                signals,
+            ),
+            name=name,
+            recorder=TraceRecorder(
+                min(vocabulary_size(model) for model in (student, teacher) if model is not None),
+                recorded_steps(args.max_steps, training.eval_steps),
+            ),
+            saver=saver,
+            on_metrics=on_metrics,
+            callbacks=[TimedCheckpoints(saver, attempt.folder), preemption, *callbacks],
+        )
+        try:
+            with attention_dropout(student, training.dropout), preemption.listening(), saver:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            student.config.use_cache = use_cache  # the Trainer turns it off
+            student.eval()
+        if training.lora is not None:
+            merge_lora(model)
+        return _result(trainer, whole_model(student) if training.fsdp else student)
 
 
 class _Arguments(TrainingArguments):
@@ -248,12 +252,9 @@ def _placed(
     return student, partial(ShardedTrainer, teacher=teacher)
 
 
-def _arguments(
-    training: TrainingConfig, examples: int, seed: int, folder: Path, student: PreTrainedModel
-) -> TrainingArguments:
+def _arguments(training: TrainingConfig, examples: int, seed: int, student: PreTrainedModel) -> TrainingArguments:
     precision = resolve_precision(training.precision, student.device)
     args = _Arguments(
-        output_dir=str(folder),
         use_cpu=student.device.type == "cpu",
         bf16=precision == "bf16",
         seed=seed,

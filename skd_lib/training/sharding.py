@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import recursively_apply
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -121,12 +122,17 @@ class ShardedTrainer(DistillationTrainer):
         # What is wrapped already is left alone by accelerate, which would replicate it (DistributedDataParallel).
         return model if isinstance(model, _Sharded) else _Sharded(model)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Gather the weights and save them; called by all processes."""
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """Gather the weights; called by all processes."""
         weights = get_model_state_dict(self.model, options=_WHOLE)
-        if self.args.should_save:
-            tied = self.model.all_tied_weights_keys
-            self._save(output_dir, state_dict={name: weight for name, weight in weights.items() if name not in tied})
+        tied = self.model.all_tied_weights_keys
+        return {name: weight for name, weight in weights.items() if name not in tied}
+
+    def _optimizer_states(self) -> Any:
+        """Gather the optimiser's states; called by all processes."""
+        states = get_optimizer_state_dict(self.model, self._plain_optimizer, options=_WHOLE)
+        # What is sharded is gathered into new memory; the counters of steps are the optimiser's own.
+        return recursively_apply(lambda state: state if state.dim() else state.clone(), states)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights: dict[str, Any] = {}
@@ -136,14 +142,8 @@ class ShardedTrainer(DistillationTrainer):
         options = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=True)
         set_model_state_dict(model or self.model, weights, options=options)
 
-    def _load_best_model(self) -> None:
+    def _load_weights_of_best(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states = get_optimizer_state_dict(self.model, self._plain_optimizer, options=_WHOLE)
-        if self.args.should_save:
-            torch.save(states, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -1,11 +1,11 @@
 """One training loop for every method, on `transformers.Trainer`.
 
 The methods differ in where a response comes from (`skd_lib.rollouts`) and in what is minimised
-(`skd_lib.training.objectives`). Five things differ from the Trainer's own loop: the micro-batches of an optimiser
+(`skd_lib.training.objectives`). Six things differ from the Trainer's own loop: the micro-batches of an optimiser
 step are made together, from one rollout; the loss is a sum over response tokens divided by their number in the whole
 step, over all micro-batches and processes; a step whose loss or gradient is broken leaves weights and optimiser as they
-are; validation is the same loss on ground truth, weighted by tokens; and each step logs what a person needs to see of
-the method.
+are; validation is the same loss on ground truth, weighted by tokens; each step logs what a person needs to see of the
+method; and a checkpoint is copied to host memory and written while training goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from skd_lib.batches import Rollout
@@ -34,6 +34,8 @@ from skd_lib.training.cost import tokens_processed
 from skd_lib.training.health import broken_step, response_trouble, skipped_steps
 from skd_lib.training.modes import through_wrapper
 from skd_lib.training.objectives import Objective
+from skd_lib.training.saving import Saver
+from skd_lib.training.snapshots import SavingTrainer
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.timing import PhaseTimer
 from skd_lib.training.traces import TraceRecorder
@@ -56,7 +58,7 @@ class OnMetrics(Protocol):
         """Take the figures of `step`; step 0 is before training."""
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(SavingTrainer):
     """The training loop.
 
     Args:
@@ -71,6 +73,7 @@ class DistillationTrainer(Trainer):
         validation: Ground-truth rollouts.
         name: What the errors and the progress call this training, e.g. "distill".
         recorder: Keeps a few sampled sequences in the history.
+        saver: Writes checkpoints.
         on_metrics: See `OnMetrics`.
         callbacks: More callbacks for the Trainer.
     """
@@ -89,6 +92,7 @@ class DistillationTrainer(Trainer):
         validation: Sequence[Rollout],
         name: str,
         recorder: TraceRecorder,
+        saver: Saver,
         on_metrics: OnMetrics | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -101,6 +105,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=validation,
             data_collator=torch.tensor,
             callbacks=[_OptimiserTime(self.timer), *callbacks],
+            saver=saver,
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True

@@ -260,12 +260,12 @@ def forget(workplace: Workplace, *, step: str, output: str) -> None:
     entries = [path for path in (workplace.run / ".cache").glob("*.json") if output in json.loads(path.read_text())]
     assert len(entries) == 1
     entries[0].unlink()
-    assert not list((workplace.run / "checkpoints" / step).glob("*/checkpoint-*"))  # removed by the finished step
+    assert not list((workplace.run / "checkpoints" / step).glob("*/*/checkpoint-*"))  # removed by the finished step
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
-    while not list(folder.glob("*/checkpoint-*/complete")):
+    while not list(folder.glob("*/*/checkpoint-*/complete")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "no checkpoint was written"
         time.sleep(0.02)

@@ -33,6 +33,10 @@ class Nursery:
                 text=True,
             )
 
+    def run_apart(self, *options: dict[str, Any]) -> list[int]:
+        """Exit codes of processes that train at the same time, each for itself."""
+        return self._start([(each, {}) for each in options])
+
     def run(self, options: dict[str, Any], processes: int = 1) -> list[int]:
         """Exit codes of `processes` that train together, with minus the number of a signal that killed one."""
         with socket.socket() as free:
@@ -43,9 +47,12 @@ class Nursery:
             world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        return self._start([(options, environment) for environment in environments])
+
+    def _start(self, processes: list[tuple[dict[str, Any], dict[str, str]]]) -> list[int]:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        print(json.dumps([options, environments]), file=self._server.stdin, flush=True)
+        print(json.dumps(processes), file=self._server.stdin, flush=True)
         codes: list[int] = json.loads(self._server.stdout.readline())
         return codes
 
@@ -60,9 +67,8 @@ def _serve() -> None:
     from skd_lib.errors import SkdError
 
     for line in sys.stdin:
-        options, environments = json.loads(line)
         children = []
-        for environment in environments:
+        for options, environment in json.loads(line):
             child = os.fork()
             if child == 0:
                 os.dup2(2, 1)

@@ -18,7 +18,8 @@ from skd_lib.config import DataConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.errors import SkdError
 from skd_lib.steps import distill, teacher_sft
-from skd_lib.training.checkpoints import MARKER, Checkpoints, checkpoint_key
+from skd_lib.training.attempts import ALIVE
+from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints, checkpoint_key
 from tests.conftest import SaveTinyModel
 from tests.gcs_emulator import emulated
 
@@ -30,42 +31,66 @@ def bucket() -> Iterator[str]:
 
 
 def stored(uri: str) -> set[str]:
-    return {name.partition("/")[0] for name in storage.file_sizes(uri)}
+    return {name.partition("/")[0] for name in storage.file_sizes(uri)} - {ALIVE}
 
 
-def checkpoint(folder: Path, step: int, best: int, *, marked: bool = True) -> Path:
+def checkpoint(folder: Path, step: int, best: int, *, marked: bool = True, text: bytes = bytes(100)) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / "weights").write_bytes(bytes(100))
+    (path / "weights").write_bytes(text)
     if marked:
         manifest = {"best": f"checkpoint-{best}", "files": {"weights": 100}}
         (path / MARKER).write_text(json.dumps(manifest))
     return path
 
 
-def test_the_newest_usable_checkpoint_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert Checkpoints(tmp_path / "none").latest() is None
-    good = checkpoint(tmp_path, 5, best=5)
-    checkpoint(tmp_path, 10, best=10, marked=False)
-    (checkpoint(tmp_path, 20, best=20) / "weights").write_bytes(bytes(50))
-    (checkpoint(tmp_path, 30, best=5) / MARKER).write_text("")
-    checkpoint(tmp_path, 100, best=20)
-    assert Checkpoints(tmp_path).latest() == good
-    told = [record.getMessage().removeprefix(f"the checkpoint {tmp_path}/") for record in caplog.records]
-    assert told == [
-        "checkpoint-10 is left out: it was not written to its end",
-        "checkpoint-20 is left out: its file weights is missing or was cut off",
-        f"checkpoint-30 is left out: its file {MARKER} is damaged",
-        "checkpoint-100 is left out: checkpoint-20, the best checkpoint by then, is missing or damaged",
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+def taken_over(folder: Path, mirror: str = "") -> list[str]:
+    """The steps whose checkpoints a new attempt begins with, the one that it goes on from last."""
+    with Checkpoints(folder, mirror).attempt() as attempt:
+        newest = attempt.take_over()
+        held = sorted(attempt.folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        assert newest == (held[-1] if held else None)
+        assert all((path / "weights").read_bytes() for path in held)
+        return [path.name[11:] for path in held]
+
+
+def test_the_newest_usable_checkpoint_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert taken_over(tmp_path / "none") == []
+    work = tmp_path / "work"
+    good = checkpoint(work / "first", 5, best=5)
+    checkpoint(work / "first", 10, best=10, marked=False)
+    (checkpoint(work / "second", 20, best=20) / "weights").write_bytes(bytes(50))
+    (checkpoint(work / "first", 30, best=5) / MARKER).write_text("")
+    checkpoint(work / "second", 100, best=20)
+    with Checkpoints(work).attempt() as attempt:
+        copy = attempt.take_over()
+    assert copy == attempt.folder / good.name
+    told = {record.getMessage().removeprefix(f"the checkpoint {work}/") for record in caplog.records}
+    assert told >= {
+        "first/checkpoint-10 is left out: it was not written to its end",
+        "second/checkpoint-20 is left out: its file weights is missing or was cut off",
+        f"first/checkpoint-30 is left out: its file {MARKER} is damaged",
+        "second/checkpoint-100 is left out: checkpoint-20, the best checkpoint by then, is missing or damaged",
+    }
+
+
+def test_a_copy_holds_the_best_one_and_takes_no_room(tmp_path: Path) -> None:
+    best, newest = checkpoint(tmp_path / "first", 5, best=5), checkpoint(tmp_path / "first", 10, best=5)
+    checkpoint(tmp_path / "first", 7, best=5)
+    inodes = [(path / "weights").stat().st_ino for path in (best, newest)]
+    with Checkpoints(tmp_path).attempt() as attempt:
+        attempt.take_over()
+        assert {path.name for path in tmp_path.iterdir()} == {attempt.name}  # the first attempt has ended
+        copies = [attempt.folder / path.name / "weights" for path in (best, newest)]
+        assert [copy.stat().st_ino for copy in copies] == inodes
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
-    for step, best in ((5, 5), (10, 5), (15, 5), (20, 5)):
-        checkpoint(tmp_path, step, best, marked=False)
-        Checkpoints(tmp_path).commit(step, best, keep=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-15", "checkpoint-20"}
+    with Checkpoints(tmp_path).attempt() as attempt:
+        for step, best in ((5, 5), (10, 5), (15, 5), (20, 5)):
+            checkpoint(attempt.folder, step, best, marked=False)
+            attempt.commit(step, best, keep=2)
+        assert stored(str(attempt.folder)) == {"checkpoint-5", "checkpoint-15", "checkpoint-20"}
 
 
 def test_the_same_work_finds_its_checkpoints_and_other_work_does_not() -> None:
@@ -155,6 +180,7 @@ def test_checkpoints_belong_to_all_that_the_training_reads(place: Callable[..., 
     assert place(metrics=["bleu"], stop=["\n"], answer="boxed") == others[0]
     assert place(lambda folder: (folder / "README.md").write_text("new")) == others[0]
     assert place(day, date="2024-01-31") == others[6]
+    assert place(training={"checkpoint_minutes": 1, "keep_checkpoints": 3}) == others[0]
 
 
 def test_what_a_stored_teacher_said_belongs_to_its_config(
@@ -187,29 +213,31 @@ def test_what_a_stored_teacher_said_belongs_to_its_config(
 
 
 def test_the_bucket_holds_what_the_folder_holds(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder, mirror = tmp_path / "folder", f"{bucket}/{tmp_path.name}"
-    checkpoint(folder, 5, best=5, marked=False)
-    Checkpoints(folder, "gs://no-such-bucket/x").commit(5, 5, keep=1)
-    assert f"checkpoint-5 is in {folder} only: " in caplog.text
-    for step in (10, 15):
-        checkpoint(folder, step, best=5, marked=False)
-        Checkpoints(folder, mirror).commit(step, 5, keep=1)
-        # The best one, whose own upload had failed, went with the next.
-        assert stored(mirror) == {"checkpoint-5", f"checkpoint-{step}"} == {path.name for path in folder.iterdir()}
+    work, mirror = Checkpoints(tmp_path / "folder", f"{bucket}/{tmp_path.name}"), f"{bucket}/{tmp_path.name}"
+    with work.attempt() as attempt:
+        checkpoint(attempt.folder, 5, best=5, marked=False)
+        lost = Attempt(Checkpoints(work.folder, "gs://no-such-bucket/x"), attempt.name)
+        assert lost.commit(5, 5, keep=1) == str(attempt.folder / "checkpoint-5")
+        assert f"checkpoint-5 is in {attempt.folder} only: " in caplog.text
+        for step in (10, 15):
+            checkpoint(attempt.folder, step, best=5, marked=False)
+            assert attempt.commit(step, 5, keep=1) == f"{attempt.mirror}/checkpoint-{step}"
+            # The best one, whose own upload had failed, went with the next.
+            assert stored(attempt.mirror) == {"checkpoint-5", f"checkpoint-{step}"} == stored(str(attempt.folder))
 
-    other = tmp_path / "other"
-    checkpoint(other, 7, best=7)  # older than what is in the bucket
-    assert Checkpoints(other, mirror).latest() == other / "checkpoint-15"
-    assert stored(str(other)) == {"checkpoint-5", "checkpoint-7", "checkpoint-15"}
-    assert storage.file_sizes(str(other / "checkpoint-15")) == storage.file_sizes(f"{mirror}/checkpoint-15")
-    checkpoint(other, 20, best=5)
-    assert Checkpoints(other, mirror).latest() == other / "checkpoint-20"
+        other = tmp_path / "other"
+        checkpoint(other / "first", 7, best=7)  # older than what is in the bucket
+        assert taken_over(other, mirror) == ["5", "15"]
+        assert stored(attempt.mirror) == {"checkpoint-5", "checkpoint-15"}
+        checkpoint(other / "second", 20, best=20)
+        assert taken_over(other, mirror) == ["20"]
 
-    Checkpoints(folder, mirror).remove()
-    assert not folder.exists()
-    assert not storage.exists(mirror)
-    with pytest.raises(SkdError, match="no such bucket"):
-        Checkpoints(folder, "gs://no-such-bucket/x").latest()
+    work.remove()
+    assert not work.folder.exists()
+    assert not storage.exists(attempt.mirror)
+    nowhere = Checkpoints(tmp_path / "nowhere", "gs://no-such-bucket/x")
+    with pytest.raises(SkdError, match="no such bucket"), nowhere.attempt():
+        pass
 
 
 def test_another_machine_goes_on_from_the_bucket(
@@ -234,7 +262,8 @@ def test_another_machine_goes_on_from_the_bucket(
 
     whole = trained("whole", [])
     # The upload of the last checkpoint was cut off, and the machine is gone with its disk.
-    last = f"{mirror}/checkpoint-4"
+    (first,) = stored(mirror)
+    last = f"{mirror}/{first}/checkpoint-4"
     storage.delete(f"{last}/{MARKER}")
     shutil.rmtree(tmp_path / "whole")
     steps: list[int] = []
@@ -242,4 +271,6 @@ def test_another_machine_goes_on_from_the_bucket(
     assert steps == [4]
     assert f"the checkpoint {last} is left out: it was not written to its end" in caplog.text
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-    assert storage.exists(f"{last}/{MARKER}")
+    (second,) = stored(mirror)  # the first attempt has ended, and is of no more use
+    assert second != first
+    assert storage.exists(f"{mirror}/{second}/checkpoint-4/{MARKER}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from nursery import Nursery
 from safetensors.torch import load_file
-from tiny_task import FirstGradients, run
+from tiny_task import FirstGradients, run, saved
 from transformers import PreTrainedModel
 
 from skd_lib.errors import SkdError
@@ -89,12 +89,12 @@ def test_each_method_lowers_its_loss_and_logs_its_course(
     assert set(result.seconds) == {f"seconds_{p}" for p in ("rollout", "loss", "optimiser", "validation", "checkpoint")}
 
     # What comes back is the best checkpoint, in eval mode, as configured before; the teacher is as it was.
-    kept = load_file(tmp_path / "checkpoints" / f"checkpoint-{result.best_step}" / "model.safetensors")
+    kept = load_file(saved(tmp_path / "checkpoints", result.best_step) / "model.safetensors")
     assert all(torch.equal(student.state_dict()[name], tensor) for name, tensor in kept.items())
     assert not student.training
     assert student.config.use_cache == use_cache
     assert all(torch.equal(tensor, teacher_before[name]) for name, tensor in weights(teacher).items())
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*/checkpoint-*")} == {
         f"checkpoint-{step}" for step in {result.best_step, last}
     }
 
@@ -212,8 +212,8 @@ def test_dropout_is_on_in_the_loss_and_not_saved(
     without = first_loss(0, "a")
     assert first_loss(0.5, "b") != pytest.approx(without, rel=1e-3)
     assert first_loss(0, "c") == without
-    saved = json.loads((tmp_path / "b" / "checkpoint-1" / "config.json").read_text())
-    assert saved["attention_dropout"] == 0
+    config = json.loads((saved(tmp_path / "b", 1) / "config.json").read_text())
+    assert config["attention_dropout"] == 0
     with attention_dropout(student, 0.3):
         assert {m.attention_dropout for m in student.modules() if hasattr(m, "attention_dropout")} == {0.3}
     assert {m.attention_dropout for m in student.modules() if hasattr(m, "attention_dropout")} == {0.0}
@@ -260,7 +260,7 @@ def test_a_broken_step_changes_nothing_but_the_count(
     figures = [entry for entry in json.loads((tmp_path / "figures.json").read_text()) if "loss" in entry]
     assert [entry["skipped_steps"] for entry in figures] == [0, 0, 1, 1, 1]
     assert [math.isfinite(entry["loss"]) for entry in figures] == [True, True, False, True, True]
-    states = [load_file(tmp_path / "checkpoints" / f"checkpoint-{n}" / "model.safetensors") for n in (2, 3, 4)]
+    states = [load_file(saved(tmp_path / "checkpoints", n) / "model.safetensors") for n in (2, 3, 4)]
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
     assert any(not torch.equal(states[0][name], tensor) for name, tensor in states[2].items())
     assert "optimiser step 3 is skipped: the loss is nan" in nursery.log.read_text()

@@ -12,7 +12,7 @@ import torch
 from nursery import Nursery
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_task import run
+from tiny_task import run, saved
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skd_lib.errors import SkdError
@@ -28,7 +28,7 @@ def test_adapters_are_trained_and_merged(
     result = run(student, teacher, tmp_path / "checkpoints", lora=LORA, max_steps=12, eval_steps=4)
     assert result.best_validation_loss < 0.9 * result.first_validation_loss
 
-    best = tmp_path / "checkpoints" / f"checkpoint-{result.best_step}"
+    best = saved(tmp_path / "checkpoints", result.best_step)
     assert not (best / "model.safetensors").exists()
     adapters = load_file(best / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapters)

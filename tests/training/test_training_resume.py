@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,14 @@ from transformers import AutoModelForCausalLM
 from skd_lib.errors import Preempted
 from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.stream import TrainingStream
+
+
+def newest(folder: Path, step: int | None = None) -> Path:
+    """The newest complete checkpoint, which must be that of `step`."""
+    found = Checkpoints(folder).newest()
+    assert found is not None
+    assert step is None or found.name == f"checkpoint-{step}"
+    return found
 
 
 def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[str, Any], tmp_path: Path) -> None:
@@ -55,7 +64,7 @@ def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[
     for name, tensor in students[1].state_dict().items():
         assert torch.equal(students[0].state_dict()[name], tensor), name
     last = [
-        torch.load(tmp_path / folder / "checkpoint-8" / "optimizer.pt", weights_only=True)
+        torch.load(newest(tmp_path / folder, 8) / "optimizer.pt", weights_only=True)
         for folder in ("killed", "uninterrupted")
     ]
     for key, state in last[1]["state"].items():
@@ -71,6 +80,34 @@ def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[
     assert result.history == results[0].history
     assert result.traces == results[0].traces
     assert all(torch.equal(tensor, students[0].state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("moment", ["complete", "half-written"])
+def test_killed_at_a_timed_checkpoint_equals_uninterrupted(
+    moment: str, nursery: Nursery, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Right after a checkpoint by time, and while one is written in the background."""
+    training = {"max_steps": 6, "eval_steps": 6, "micro_batch_size": 2}
+    options = {**models, "checkpoints": str(tmp_path / "killed"), "training": {**training, "checkpoint_minutes": 1e-9}}
+    assert nursery.run({**options, "kill_in_write": moment}) == [-signal.SIGKILL]
+    step = int(newest(tmp_path / "killed").name.removeprefix("checkpoint-"))
+    assert (step == 1) == (moment == "half-written")
+    figures, weights = tmp_path / "figures.json", [tmp_path / f"{name}.safetensors" for name in ("killed", "whole")]
+    assert nursery.run({**options, "figures": str(figures), "weights": str(weights[0])}) == [0]
+    assert json.loads(figures.read_text())[0]["step"] == step + 1
+    whole = {**options, "checkpoints": str(tmp_path / "whole"), "training": training, "weights": str(weights[1])}
+    assert nursery.run(whole) == [0]
+    resumed, uninterrupted = map(load_file, weights)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
+
+
+def test_two_attempts_at_once_leave_each_other_alone(nursery: Nursery, models: dict[str, Any], tmp_path: Path) -> None:
+    training = {"max_steps": 8, "eval_steps": 1, "batch_size": 2}
+    options = {**models, "checkpoints": str(tmp_path / "work"), "training": training}
+    weights = [str(tmp_path / f"{number}.safetensors") for number in range(3)]
+    assert nursery.run_apart(*({**options, "weights": file} for file in weights)) == [0, 0, 0]
+    first, *others = map(load_file, weights)
+    assert all(torch.equal(other[name], tensor) for other in others for name, tensor in first.items())
 
 
 KILLS = int(os.environ.get("SKD_TEST_KILLS", "3"))
@@ -93,9 +130,7 @@ def test_killed_several_times_anywhere_equals_uninterrupted(
     for attempt in range(KILLS):
         assert nursery.run({**killed, "kill_after_events": rng.randint(15, 45)}) == [-signal.SIGKILL]
         if attempt == KILLS - 1:
-            newest = Checkpoints(tmp_path / "killed").latest()
-            assert newest is not None
-            cut = newest / "optimizer.pt"
+            cut = newest(tmp_path / "killed") / "optimizer.pt"
             cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     weights = [tmp_path / name for name in ("killed.safetensors", "whole.safetensors")]
     assert nursery.run({**killed, "weights": str(weights[0])}) == [0]
@@ -110,12 +145,12 @@ def test_killed_several_times_anywhere_equals_uninterrupted(
 def test_sigterm_saves_the_step_and_stops(
     processes: int, nursery: Nursery, models: dict[str, Any], tmp_path: Path
 ) -> None:
-    training = {"max_steps": 6, "eval_steps": 3, "batch_size": 4}
+    training = {"max_steps": 6, "eval_steps": 3, "batch_size": 4, "checkpoint_minutes": 1e-9}
     stopped = {**models, "checkpoints": str(tmp_path / "stopped"), "training": training}
     # The signal reaches one process, twice.
     codes = nursery.run({**stopped, "sigterm_at_step": 2}, processes)
     assert codes == [Preempted.exit_code] * processes
-    assert Checkpoints(tmp_path / "stopped").latest() == tmp_path / "stopped" / "checkpoint-2"
+    assert newest(tmp_path / "stopped", 2)
     weights = [tmp_path / name for name in ("stopped.safetensors", "whole.safetensors")]
     assert nursery.run({**stopped, "weights": str(weights[0])}, processes) == [0] * processes
     whole = {**stopped, "checkpoints": str(tmp_path / "whole"), "weights": str(weights[1])}

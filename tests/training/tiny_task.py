@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from skd_lib.batches import Rollout
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
 from skd_lib.losses import LossSums
 from skd_lib.methods import METHODS
-from skd_lib.training.checkpoints import Checkpoints
+from skd_lib.training.checkpoints import Attempt, Checkpoints
 from skd_lib.training.run import TrainResult, train
 from skd_lib.training.stored_teacher import StoredSignals
 from skd_lib.training.trainer import DistillationTrainer
@@ -91,6 +92,12 @@ def run(
     )
 
 
+def saved(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, which one attempt has made."""
+    (found,) = folder.glob(f"*/checkpoint-{step}")
+    return found
+
+
 class FirstGradients(TrainerCallback):
     """Keeps the gradients of the first optimiser step, as they are after clipping."""
 
@@ -117,6 +124,35 @@ class AtStep(TrainerCallback):
         if state.global_step + 1 == self.step:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
+
+
+class KillInWrite(TrainerCallback):
+    """Kills the process while the second checkpoint is being written, or right after it is complete.
+
+    The first one is let through. While the second one is written training must go on: it is its next step that kills.
+    """
+
+    def __init__(self, *, complete: bool) -> None:
+        commit, started = Attempt.commit, threading.Event()
+        self.writing, steps = started, []
+
+        def watched(attempt: Attempt, step: int, *args: Any, **kwargs: Any) -> str:
+            steps.append(step)
+            if len(steps) == 2 and not complete:
+                started.set()
+                threading.Event().wait()
+            place = commit(attempt, step, *args, **kwargs)
+            if len(steps) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return place
+
+        Attempt.commit = watched  # type: ignore[method-assign]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.writing.is_set():
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_after(events: int) -> None:
@@ -163,9 +199,9 @@ def main(options: dict[str, Any]) -> None:
     """Train in a process of its own.
 
     Options: `student`, `teacher` (folders), `checkpoints`, `training` (a dict); what happens in the process of the
-    highest rank: `kill_at_step`, `kill_after_events`, `sigterm_at_step`, `broken_step`; where to write what came of it:
-    `gradients` (the first step's), `figures` (what was logged), `weights` (of the trained student), `held` (which share
-    of the weights the process had).
+    highest rank: `kill_at_step`, `kill_after_events`, `kill_in_write`, `sigterm_at_step`, `broken_step`; where to write
+    what came of it: `gradients` (the first step's), `figures` (what was logged), `weights` (of the trained student),
+    `held` (which share of the weights the process had).
     """
     torch.set_num_threads(1)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -175,6 +211,8 @@ def main(options: dict[str, Any]) -> None:
     if rank == processes - 1:
         if "kill_at_step" in options:
             callbacks.append(AtStep(options["kill_at_step"], signal.SIGKILL))
+        if "kill_in_write" in options:
+            callbacks.append(KillInWrite(complete=options["kill_in_write"] == "complete"))
         if "kill_after_events" in options:
             kill_after(options["kill_after_events"])
         if "sigterm_at_step" in options:
