@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +31,7 @@ from skd_lib.models.modes import evaluating
 from skd_lib.rollouts import Place, Strategy
 from skd_lib.storage import atomic_file, write_text_atomic
 from skd_lib.teacher_signals import SparseSignal
+from skd_lib.training.attempts import Heartbeat, living, new_attempt
 from skd_lib.training.checkpoints import MARKER
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class StoredSignals:
     """The teacher's likeliest tokens along the responses of some examples, read from disk as they are needed.
 
     Args:
-        folder: What `store_signals` made.
+        folder: A complete one in that of `store_signals`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,7 +113,7 @@ def store_signals(
         pad_id: Fills rows up.
     """
 
-    def write(rank: int, processes: int) -> dict[str, Any]:
+    def write(own: Path, rank: int, processes: int) -> dict[str, Any]:
         distinct = {_key(example): example for example in examples}
         # Like lengths together.
         ordered = sorted(distinct.values(), key=lambda example: len(example.prompt_ids) + len(example.response_ids))
@@ -121,12 +123,11 @@ def store_signals(
         with evaluating(teacher), torch.no_grad():
             signals = _signals(teacher, batches, k, temperature, common, pad_id)
             for number, shard in enumerate(_shards(signals)):
-                with atomic_file(folder / f"signals-{rank:04}-{number:05}.safetensors") as temporary:
+                with atomic_file(own / f"signals-{rank:04}-{number:05}.safetensors") as temporary:
                     save_file(shard, temporary)
         return {"temperature": temperature, "vocabulary": common}
 
-    _once(folder, write)
-    return StoredSignals(folder)
+    return StoredSignals(_once(folder, write))
 
 
 def store_responses(
@@ -145,7 +146,7 @@ def store_responses(
         rows: Prompts sampled together.
     """
 
-    def write(rank: int, processes: int) -> dict[str, Any]:
+    def write(own: Path, rank: int, processes: int) -> dict[str, Any]:
         strategy, mine = make_strategy(), range(rank, len(examples), processes)
         progress = Progress("teacher responses", len(mine))
         responses: dict[int, list[int]] = {}
@@ -155,12 +156,12 @@ def store_responses(
             parts = torch.split(rollout.targets_N, rollout.lengths)
             responses |= {index: part.tolist() for index, part in zip(chosen, parts, strict=True)}
             progress.update(len(responses))
-        write_text_atomic(folder / f"responses-{rank:04}.json", json.dumps(responses))
+        write_text_atomic(own / f"responses-{rank:04}.json", json.dumps(responses))
         return {"responses": len(examples)}
 
-    _once(folder, write)
+    complete = _once(folder, write)
     responses: dict[int, list[int]] = {}
-    for path in folder.glob("responses-*.json"):
+    for path in complete.glob("responses-*.json"):
         responses |= {int(index): ids for index, ids in json.loads(path.read_text(encoding="utf-8")).items()}
     return [replace(example, response_ids=responses[index]) for index, example in enumerate(examples)]
 
@@ -170,21 +171,37 @@ def examples_digest(examples: Sequence[TokenizedExample]) -> str:
     return hashlib.blake2b(b"".join(map(_key, examples)), digest_size=16).hexdigest()
 
 
-def _once(folder: Path, write: Callable[[int, int], dict[str, Any]]) -> None:
-    """Let every process write its share, unless the folder is complete; what `write` returns is kept in the marker."""
-    if (folder / MARKER).exists():
-        log.info("the teacher is not asked again: %s has what it said", folder)
-        return
+def _once(folder: Path, write: Callable[[Path, int, int], dict[str, Any]]) -> Path:
+    """Let every process write its share, unless there is a complete one; what `write` returns is kept in the marker.
+
+    Two trainings may do this at the same time: each attempt has a folder of its own in `folder`.
+
+    Returns:
+        The complete folder.
+    """
     state = PartialState()
-    if state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    state.wait_for_everyone()
-    settings = write(state.process_index, state.num_processes)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_text_atomic(folder / MARKER, json.dumps(settings))
-    state.wait_for_everyone()
+    complete = gather_object([_complete(folder)])[0]
+    if complete is not None:
+        log.info("the teacher is not asked again: %s has what it said", complete)
+        return Path(complete)
+    own = folder / str(gather_object([new_attempt()])[0])
+    with Heartbeat([str(own)] if state.is_main_process else []):
+        if state.is_main_process:
+            others = {path.name for path in folder.iterdir()} - {own.name}
+            for other in others - living(str(folder), others, own=own.name):
+                if not (folder / other / MARKER).exists():
+                    shutil.rmtree(folder / other, ignore_errors=True)
+        state.wait_for_everyone()
+        settings = write(own, state.process_index, state.num_processes)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            write_text_atomic(own / MARKER, json.dumps(settings))
+        state.wait_for_everyone()
+    return own
+
+
+def _complete(folder: Path) -> Path | None:
+    return min((marker.parent for marker in folder.glob(f"*/{MARKER}")), default=None)
 
 
 def _signals(

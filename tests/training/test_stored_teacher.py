@@ -84,9 +84,8 @@ def test_each_example_gets_its_own_signal(
     teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stored_teacher, "_SHARD_POSITIONS", 20)  # several files
-    store(tmp_path / "signals", teacher, k=5, temperature=2.0)
-    assert len(list((tmp_path / "signals").glob("*.safetensors"))) > 2
-    signals = StoredSignals(tmp_path / "signals")
+    signals = store(tmp_path / "signals", teacher, k=5, temperature=2.0)
+    assert len(list((tmp_path / "signals").glob("*/*.safetensors"))) > 2
     for example in ALL:
         tokens = torch.tensor([example.prompt_ids + example.response_ids])
         start = len(example.prompt_ids) - 1
@@ -115,12 +114,30 @@ def test_the_teacher_is_asked_once_unless_it_was_interrupted(teacher: PreTrained
     ask()
     ask()
     assert len(loaded) == 1
-    assert json.loads((tmp_path / "s" / MARKER).read_text()) == {"temperature": 1.0, "vocabulary": 64}
-    (tmp_path / "s" / MARKER).unlink()
-    (tmp_path / "s" / "signals-0007-00000.safetensors").write_bytes(b"half of it")
+    (marker,) = (tmp_path / "s").glob(f"*/{MARKER}")
+    assert json.loads(marker.read_text()) == {"temperature": 1.0, "vocabulary": 64}
+    marker.unlink()
     ask()
     assert len(loaded) == 2
-    assert len(list((tmp_path / "s").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "s").glob("*/*.safetensors"))) == 1  # the interrupted attempt's are gone
+
+
+def test_two_trainings_may_ask_the_teacher_at_once(
+    teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, inner = stored_teacher.save_file, []
+
+    def another_begins(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        save(tensors, file)
+        if not inner:
+            inner.append(None)
+            inner.append(store(tmp_path / "s", teacher, k=3))
+
+    monkeypatch.setattr(stored_teacher, "save_file", another_begins)
+    outer = store(tmp_path / "s", teacher, k=3)
+    for signals in (outer, inner[1]):
+        assert len(signals.along(ALL[0])) == len(ALL[0].response_ids)
+    assert len(list((tmp_path / "s").glob(f"*/{MARKER}"))) == 2
 
 
 def test_the_teachers_responses_are_sampled_once(
