@@ -78,20 +78,20 @@ class Retry(ConfigSection):
 
 
 class Scratch(ConfigSection):
-    """Disk space for temporary files, mounted at /tmp; the models that a step downloads from the hub are there too."""
+    """Part of the node's own disk for temporary files, mounted at /tmp; so are models that a step gets from the hub."""
 
     size: Quantity = Field(description="So much may be used; the pod is evicted beyond it.")
-    kind: Literal["node", "volume"] = Field(
-        "node",
-        description="`node`: part of the node's own disk; `volume`: a volume made for the pod, and with it gone.",
-    )
-    storage_class: str | None = Field(None, description="Of the volume; unset: the cluster's default.")
 
-    @model_validator(mode="after")
-    def _class_of_a_volume(self) -> Scratch:
-        if self.storage_class and self.kind == "node":
-            raise ValueError("the node's own disk has no `storage_class`: leave it out, or set `kind: volume`")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _no_volume(cls, values: Any) -> Any:
+        if isinstance(values, dict) and {"kind", "storage_class"} & values.keys():
+            raise ValueError(
+                "a volume made for the pod belongs to root, and Kubeflow Pipelines has no way to let the steps' user, "
+                "10001, write to it: leave out `kind` and `storage_class`, and give the nodes a boot disk that is large "
+                "enough"
+            )
+        return values
 
 
 class Resources(ConfigSection):

@@ -72,12 +72,9 @@ def _request(task: dsl.PipelineTask, resources: Resources) -> None:
     if resources.shared_memory:
         mount = "/dev/shm"  # noqa: S108 - a mount point in the container
         kubernetes.empty_dir_mount(task, "shared-memory", mount, medium="Memory", size_limit=resources.shared_memory)
-    scratch, mount = resources.scratch, "/tmp"  # noqa: S108 - likewise
-    if scratch and scratch.kind == "volume":
-        modes = ["ReadWriteOnce"]
-        kubernetes.add_ephemeral_volume(task, "scratch", mount, modes, scratch.size, scratch.storage_class)
-    elif scratch:
-        kubernetes.empty_dir_mount(task, "scratch", mount, size_limit=scratch.size)
+    if resources.scratch:
+        mount = "/tmp"  # noqa: S108 - likewise
+        kubernetes.empty_dir_mount(task, "scratch", mount, size_limit=resources.scratch.size)
     retry = resources.retry
     if retry.count:
         # What KFP calls the longest pause is Argo's `maxDuration`, counted from the start of the first attempt.

@@ -70,8 +70,8 @@ def test_a_step_has_its_kinds_fields_but_for_its_own(tmp_path: Path):
             r"`Exists` goes by the key alone",
         ),
         (
-            {"small": {**SMALLEST["small"], "scratch": {"size": "1Gi", "storage_class": "fast"}}},
-            r"has no `storage_class`: leave it out, or set `kind: volume`",
+            {"small": {**SMALLEST["small"], "scratch": {"size": "1Gi", "kind": "volume"}}},
+            r"field `small.scratch`: a volume made for the pod belongs to root, .* the nodes a boot disk",
         ),
     ],
 )
@@ -91,7 +91,7 @@ def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
     taint = {"key": "team", "operator": "Equal", "value": "nlp"}
     model = {
         **SMALLEST["model"],
-        "scratch": {"size": "1Ti", "kind": "volume", "storage_class": "fast"},
+        "scratch": {"size": "1Ti"},
         "node_selector": {"pool": "gpu"},
         "tolerations": [taint],
         "timeout": "90m",
@@ -108,14 +108,8 @@ def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
     assert pods["exec-distill"]["nodeSelector"] == {"labels": {"pool": "big"}}
     assert pods["exec-distill"]["tolerations"] == [taint]
     assert pods["exec-distill"]["activeDeadlineSeconds"] == "5400"
-    (volume,) = pods["exec-distill"]["genericEphemeralVolume"]
-    assert volume == {
-        "volumeName": "scratch",
-        "mountPath": "/tmp",  # noqa: S108
-        "accessModes": ["ReadWriteOnce"],
-        "size": "1Ti",
-        "storageClassName": "fast",
-    }
+    scratch = {"volumeName": "scratch", "mountPath": "/tmp", "sizeLimit": "1Ti"}  # noqa: S108
+    assert scratch in pods["exec-distill"]["emptyDirMounts"]
     assert "nodeSelector" not in pods["exec-report"]
 
     containers = {label: each["container"] for label, each in spec["deploymentSpec"]["executors"].items()}
