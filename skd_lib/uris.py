@@ -66,10 +66,15 @@ def redactor() -> Callable[[str], str]:
 
 
 @contextmanager
-def redacted_output() -> Iterator[None]:
-    """Pass what is written to standard output and errors through `redacted` inside."""
+def redacted_output(*, outlive_readers: bool = False) -> Iterator[None]:
+    """Pass what is written to standard output and errors through `redacted` inside.
+
+    Args:
+        outlive_readers: Drop what is written after the reader of a pipe has ended, instead of raising an error. When a
+            pod is stopped, what reads its output ends first, and the work that is left must not fail for that.
+    """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, Redacted(stream)) for stream in before)
+    sys.stdout, sys.stderr = (cast(TextIO, Redacted(stream, outlive_readers=outlive_readers)) for stream in before)
     try:
         yield
     finally:
@@ -81,20 +86,39 @@ class Redacted:
 
     Args:
         stream: Where the text goes.
+        outlive_readers: See `redacted_output`.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._redact = stream, redactor()
+    def __init__(self, stream: TextIO, *, outlive_readers: bool = False) -> None:
+        self._stream, self._redact, self._outlive = stream, redactor(), outlive_readers
 
     def write(self, text: str) -> int:
         """Write a text; returns its length."""
-        self._stream.write(self._redact(text))
+        with self._reader():
+            self._stream.write(self._redact(text))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        with self._reader():
+            self._stream.flush()
 
     def writelines(self, lines: list[str]) -> None:
         """Write several texts."""
         for line in lines:
             self.write(line)
+
+    @contextmanager
+    def _reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            if not self._outlive:
+                raise
+            # For good: what is still held back would fail once more when the process ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

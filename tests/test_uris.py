@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skd_lib.errors import Preempted
 from skd_lib.uris import holds_secret, how_to_look, redacted, redacted_output, shown
 
 
@@ -67,6 +70,41 @@ def test_what_is_known_is_removed_wherever_it_stands(monkeypatch: pytest.MonkeyP
 def test_a_password_with_what_ends_a_url_in_a_sentence_is_known(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["skd", "--tracking-uri", f"http://bob:{password}@mlflow/"])
     assert redacted(f"cannot log in as bob with {password}!") == "cannot log in as bob with ***!"
+
+
+STEP = """
+import logging
+from skd_lib import events
+from skd_lib.errors import Preempted
+from skd_lib.steps.runtime import run_step
+
+def main() -> None:
+    input()
+    logging.getLogger("x").warning("saving")
+    for _ in range(3):
+        events.emit("progress", done=1)
+        print("said")
+    raise Preempted("stopped")
+
+run_step(main)
+"""
+
+
+def test_a_step_outlives_those_who_read_its_output() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STEP],
+        env={**os.environ, "SKD_EVENTS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
+    assert process.stdin is not None
+    process.stdin.write(b"go on\n")
+    process.stdin.close()
+    assert process.wait(60) == Preempted.exit_code
 
 
 def test_output_inside_is_redacted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,11 +174,11 @@ def step_name(step: str, label: str) -> str:
 def run_step(main: Callable[..., None]) -> None:
     """Run a step's typer function: set up logging, and fail with the user's sentence rather than a stack of frames.
 
-    Exit codes: 0 done; 2 the user must mend something (`SkdError`); 75 stopped by SIGTERM with all work saved, to be
-    started again (`Preempted`); 70 a bug of skd (`skd_lib.bugs`).
+    Exit codes: 0 done; 2 the user must correct something (`SkdError`); 75 stopped by SIGTERM with all work saved, to be
+    started again (`Preempted`); 70 a bug of skd (`skd_lib.bugs`). KFP's launcher turns each but 0 into 1.
     """
     survive_any_encoding()
-    with redacted_output():
+    with redacted_output(outlive_readers=True):
         handler = logging.StreamHandler()
         handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=os.environ.get("SKD_LOG_LEVEL", "INFO"), handlers=[handler])
