@@ -60,8 +60,8 @@ class SkdErrors(SkdError):
 class Preempted(SkdError):
     """The machine is being taken away; all work until now is in a checkpoint.
 
-    Its exit code is BSD's `EX_TEMPFAIL`, "try again later", by which a scheduler can tell it from a failure. KFP starts
-    a failed step again whatever its code: its launcher, as torchrun when it gets the signal, turns them all into 1.
+    Its exit code is BSD's `EX_TEMPFAIL`, "try again later". `skd run`, and schedulers that start it, tell a stop from a
+    failure by it. Nothing under Kubeflow does: KFP's launcher, as torchrun, turns every code into 1.
     """
 
     exit_code = 75

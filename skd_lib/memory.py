@@ -201,6 +201,8 @@ def estimate(
     - trained model: 4P fp32 master weights, 4P gradients, 8P AdamW's two moments; with adapters the last two are of
       the adapters alone;
     - frozen teacher: P elements of its precision; nothing where it is asked before training, and then not kept;
+    - checkpoint, on the CPU: 12P, the copy of trained weights and moments from which one is written while training goes
+      on (a GPU's is in host memory); where there is no room for it, training waits instead;
     - activations: 17 RTHL elements without an attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, equation 1
       without its attention term), 1 RTHL with gradient checkpointing;
     - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for each model that writes;
@@ -234,6 +236,8 @@ def estimate(
         "activations": width * tokens * student.hidden * student.layers * element,
         "loss": arrays * 4 * min(tokens, loss_chunk(student.hidden, student.vocabulary, gpu=gpu)) * student.vocabulary,
     }
+    if not gpu:
+        parts["checkpoint"] = 12 * trained
     if teacher is None:
         return Estimate(step, parts)
     precision = training.teacher_precision if isinstance(training, DistillTrainingConfig) else "auto"

@@ -365,6 +365,7 @@ def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], model
     assert set(plain) == {"teacher_sft", "distill"}
     assert plain["teacher_sft"].parts["weights"] == 4 * teacher.parameters
     assert plain["teacher_sft"].parts["AdamW"] == 8 * teacher.parameters
+    assert plain["teacher_sft"].parts["checkpoint"] == 12 * teacher.parameters
     assert plain["distill"].parts["teacher"] == 4 * teacher.parameters
     assert plain["distill"].total == sum(plain["distill"].parts.values())
     assert set(largest(teacher_sft={"enabled": False})) == {"distill"}
