@@ -28,21 +28,21 @@ _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _LONGEST_ERROR = 500
 _MOST_FIGURES = 12
 _ENDS = {
-    **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED", "SKIPPED"), "succeeded"),
-    **dict.fromkeys(("CANCELED", "CANCELLED"), "was cancelled"),
+    "SUCCEEDED": "succeeded",
     "FAILED": "failed",
-    "RUNNING": "ended; Kubeflow does not say how",
+    "CANCELED": "was cancelled",
+    "STOPPED": "was stopped",
 }
 
 
 @dataclass(frozen=True)
-class Ending:
+class Message:
     """How a run ended.
 
     Attributes:
         run_name: Its name.
-        state: KFP's final state.
-        error: KFP's message or the failed step's, if it failed.
+        state: How it ended, see `skd_lib.tracking.ending.Ending`; empty if nothing tells.
+        error: The step that failed and its error, or KFP's message; empty if it did not fail.
         links: Where to look, by what is there.
         figures: What the run measured, as `Summary.headline` names it.
     """
@@ -53,17 +53,27 @@ class Ending:
     links: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
 
+    def head(self) -> str:
+        """The end in one or two lines of plain text."""
+        return f"{self.run_name} {self._end()}" + (f"\n{self._reason()}" if self.error else "")
+
     def text(self) -> str:
         """The message, in Slack's markup."""
-        lines = [f"*{_escaped(self.run_name)}* {_ENDS.get(self.state, f'ended as {_escaped(self.state)}')}"]
+        lines = [f"*{_escaped(self.run_name)}* {self._end()}"]
         if self.error:
-            lines.append(_escaped(" ".join(redacted(self.error).split())[:_LONGEST_ERROR]))
+            lines.append(_escaped(self._reason()))
         lines += [f"• {_escaped(line)}" for line in _figure_lines(self.figures)[:_MOST_FIGURES]]
         links = [f"<{_escaped(shown(url))}|{_escaped(what)}>" for what, url in self.links.items()]
         return "\n".join([*lines, *([" · ".join(links)] if links else [])])
 
+    def _end(self) -> str:
+        return _ENDS.get(self.state, "ended; Kubeflow does not say how")
 
-def notify(ending: Ending) -> bool:
+    def _reason(self) -> str:
+        return " ".join(redacted(self.error).split())[:_LONGEST_ERROR]
+
+
+def notify(message: Message) -> bool:
     """Send the message to the webhook in `SKD_NOTIFY_WEBHOOK`; a failure is a warning, never an error.
 
     It is sent up to three times where the service cannot be reached or says that it is not able to.
@@ -75,7 +85,7 @@ def notify(ending: Ending) -> bool:
     if not url:
         return False
     try:
-        reason = _fault(url) or _send(url, ending.text())
+        reason = _fault(url) or _send(url, message.text())
     except (OSError, ValueError) as error:  # requests' and urllib3's; their text may hold the URL
         reason = type(error).__name__
     if reason:

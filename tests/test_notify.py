@@ -12,10 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from skd_lib import notify
-from skd_lib.notify import WEBHOOK_VARIABLE, Ending
+from skd_lib.notify import WEBHOOK_VARIABLE, Message
 
 SECRET = "T00SECRET"
-ENDING = Ending(
+MESSAGE = Message(
     "demo <1> & co",
     "SUCCEEDED",
     links={"MLflow": "https://mlflow.example/#/runs/1?a=1&b=2"},
@@ -76,7 +76,7 @@ def channel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
 
 
 def test_message(channel: Channel):
-    assert notify.notify(ENDING)
+    assert notify.notify(MESSAGE)
     assert channel.messages == [
         "*demo &lt;1&gt; &amp; co* succeeded\n"
         "• chrf of the student: 32.3 (before 18.04, teacher 47)\n"
@@ -86,18 +86,19 @@ def test_message(channel: Channel):
 
 
 def test_what_else_a_message_says():
-    failed = Ending("demo", "FAILED", error="step distill:\n" + "x" * 1000).text()
+    failed = Message("demo", "FAILED", error="step distill:\n" + "x" * 1000).text()
     assert failed.startswith("*demo* failed\nstep distill: xxx")
     assert len(failed) < 600
-    assert Ending("demo", "CANCELED").text() == "*demo* was cancelled"
-    assert Ending("demo", "COMPLETE").text() == "*demo* succeeded"
+    assert Message("demo", "CANCELED").text() == "*demo* was cancelled"
+    assert Message("demo", "STOPPED").text() == "*demo* was stopped"
+    assert Message("demo", "").text() == "*demo* ended; Kubeflow does not say how"
     means = {f"skd/figure_{number}": 0.5 for number in range(20)}
-    assert Ending("demo", "SUCCEEDED", figures=means).text().count("•") == 12
+    assert Message("demo", "SUCCEEDED", figures=means).text().count("•") == 12
 
 
 def test_trouble_that_passes_is_waited_for(channel: Channel):
     channel.answers = [500, 429]
-    assert notify.notify(ENDING)
+    assert notify.notify(MESSAGE)
     assert len(channel.messages) == 3
 
 
@@ -108,7 +109,7 @@ def test_a_service_that_refuses_is_a_warning(
     channel: Channel, caplog: pytest.LogCaptureFixture, answers: list[int], requests: int, told: str
 ):
     channel.answers = answers
-    assert not notify.notify(ENDING)
+    assert not notify.notify(MESSAGE)
     assert channel.paths == [f"/services/{SECRET}"] * requests  # no redirect is followed
     assert f"nobody was notified of the run's end: the service answered {told}" in caplog.text
 
@@ -118,7 +119,7 @@ def test_a_service_that_does_not_answer_is_not_asked_twice(
 ):
     monkeypatch.setattr(notify, "TIMEOUT_SECONDS", (0.3, 0.3))
     channel.silent.set()
-    assert not notify.notify(ENDING)
+    assert not notify.notify(MESSAGE)
     assert len(channel.messages) == 1
     assert "nobody was notified" in caplog.text
 
@@ -127,7 +128,7 @@ def test_nobody_there(channel: Channel, monkeypatch: pytest.MonkeyPatch, caplog:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv(WEBHOOK_VARIABLE, f"http://127.0.0.1:{free.getsockname()[1]}/{SECRET}")
-        assert not notify.notify(ENDING)
+        assert not notify.notify(MESSAGE)
     assert "ConnectionError" in caplog.text
 
 
@@ -145,12 +146,12 @@ def test_bad_url(
     channel: Channel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str, reason: str
 ):
     monkeypatch.setenv(WEBHOOK_VARIABLE, url)
-    assert not notify.notify(ENDING)
+    assert not notify.notify(MESSAGE)
     assert reason in caplog.text
 
 
 def test_nobody_wants_to_know(channel: Channel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv(WEBHOOK_VARIABLE, "")
-    assert not notify.notify(ENDING)
+    assert not notify.notify(MESSAGE)
     assert not channel.messages
     assert not caplog.text

@@ -10,8 +10,6 @@ from components.images import TRAIN
 def finish(
     status: dsl.PipelineTaskFinalStatus,
     run_name: str,
-    tracking_uri: str = "",
-    experiment: str = "skd",
 ) -> dsl.ContainerSpec:
     """Clean up, close the run's records, whether it succeeded or failed, and notify a chat channel.
 
@@ -22,8 +20,6 @@ def finish(
     Args:
         status: KFP's final status of the run.
         run_name: Name of the run.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
     """
     return run_step(
         "finish",
@@ -31,7 +27,6 @@ def finish(
         {
             "status": status,
             "run_name": run_name,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
         },
+        {},
     )

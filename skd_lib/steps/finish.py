@@ -13,7 +13,9 @@ from pydantic import ConfigDict
 from skd_lib import events
 from skd_lib.config import Section, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.runtime import run_step
+from skd_lib.tracking.ending import SUCCESS, Seen, find_ending
 
 log = logging.getLogger(__name__)
 UI_VARIABLE = "KF_PIPELINES_UI_ENDPOINT"
@@ -37,22 +39,27 @@ class FinalStatus(Section):
     state: str
     error: StatusError | None = None
 
+    @property
+    def message(self) -> str:
+        """KFP's, if it has one."""
+        return self.error.message if self.error else ""
+
 
 def main(
     status: Annotated[str, typer.Option(help='KFP\'s final status, as JSON: {"state": "COMPLETE", "error": {...}}.')],
-    run_name: Annotated[str, typer.Option(help="Name of the run, for whoever is notified.")] = "",
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    run_name: Annotated[str, typer.Option(help="Name of the run, for the message.")] = "",
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Give the pipeline's MLflow run its final status, and close the steps' runs that died without a word.
 
-    Where KFP does not say how the run ended (`RUNNING` is a regular word at the end), the runs of its steps do. The
-    pipeline run is the one of the environment variable `KFP_RUN_ID`. Before that, in a cluster, delete its
-    TrainJobs that go on although the steps that made them are dead, and send what MLflow did not take while it was
-    down, as far as `SKD_TRACKING_BUFFER` holds it. In the end tell a chat channel, if
-    `SKD_NOTIFY_WEBHOOK` holds the URL of its incoming webhook (Slack's kind); `KF_PIPELINES_UI_ENDPOINT`, the address
-    of Kubeflow's page, makes the message link to the run.
+    Where KFP does not say how the run ended (`RUNNING` is a regular word at the end), the runs of its steps do, and
+    Kubeflow's API, where it answers: whether a person stopped the run, and which task failed. The pipeline run is the
+    one of the environment variable `KFP_RUN_ID`. Before that, in a cluster, delete its TrainJobs that go on although
+    the steps that made them are dead, and send what MLflow did not take while it was down, as far as
+    `SKD_TRACKING_BUFFER` holds it. In the end tell a chat channel, if `SKD_NOTIFY_WEBHOOK` holds the URL of its
+    incoming webhook (Slack's kind); `KF_PIPELINES_UI_ENDPOINT`, the address of Kubeflow's page, makes the message link
+    to the run.
     """
     final = parse_section(FinalStatus, status, where="--status")
     where = {
@@ -62,11 +69,20 @@ def main(
     }
     _clean_up(where["pipeline_run_id"])
     _resend(tracking_uri, where["pipeline_run_id"])
+    seen = _ask_kubeflow(final, where["pipeline_run_id"])
     try:
-        _close(final, **where)
+        _close(final, seen, **where)
     finally:
-        _tell(final, run_name, **where)
-    StepIO(executor_input, {}).write()
+        _tell(final, seen, run_name, **where)
+
+
+def _ask_kubeflow(final: FinalStatus, pipeline_run_id: str) -> Seen:
+    """Ask the API, unless the run has succeeded. Whatever happens here, the rest is done."""
+    if final.state in SUCCESS:
+        return Seen()
+    from skd_lib.tracking import kubeflow
+
+    return kubeflow.ask(pipeline_run_id)
 
 
 def _clean_up(pipeline_run_id: str) -> None:
@@ -98,7 +114,7 @@ def _resend(tracking_uri: str, pipeline_run_id: str) -> None:
         events.note(f"MLflow has not taken the records of all steps: run `skd track replay {shlex.join(left)}`")
 
 
-def _close(final: FinalStatus, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:
+def _close(final: FinalStatus, seen: Seen, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:
     from skd_lib.tracking.runs import close_pipeline_run
 
     if not tracking_uri:
@@ -114,18 +130,20 @@ def _close(final: FinalStatus, *, tracking_uri: str, experiment: str, pipeline_r
         experiment=experiment,
         pipeline_run_id=pipeline_run_id,
         state=final.state,
-        error=final.error.message if final.error else "",
+        error=final.message,
+        seen=seen,
     )
-    print(f"pipeline run {pipeline_run_id}: {final.state}{'' if closed else ' (no MLflow run to close)'}")
+    if not closed:
+        print(f"pipeline run {pipeline_run_id}: no MLflow run to close")
 
 
-def _tell(final: FinalStatus, run_name: str, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:
-    """Notify whoever wants to be; a record that cannot be read leaves the message without its figures."""
-    from skd_lib.notify import WEBHOOK_VARIABLE, Ending, notify
+def _tell(
+    final: FinalStatus, seen: Seen, run_name: str, *, tracking_uri: str, experiment: str, pipeline_run_id: str
+) -> None:
+    """Print how the run ended, and notify a channel; an unreadable record leaves the message without its figures."""
+    from skd_lib.notify import Message, notify
     from skd_lib.tracking.runs import PipelineRecord, pipeline_record
 
-    if not os.environ.get(WEBHOOK_VARIABLE):
-        return
     record = PipelineRecord()
     try:
         record = pipeline_record(tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id)
@@ -136,14 +154,16 @@ def _tell(final: FinalStatus, run_name: str, *, tracking_uri: str, experiment: s
         "Kubeflow": f"{page}/#/runs/details/{pipeline_run_id}" if page and pipeline_run_id else "",
         "MLflow": record.url,
     }
-    ending = Ending(
+    ending = find_ending(final.state, final.message, seen, None)
+    message = Message(
         run_name or pipeline_run_id or "a pipeline run",
-        record.state or final.state,
-        (final.error.message if final.error else "") or record.error,
+        record.state or ending.state,
+        record.error if record.state else ending.reason,
         {what: link for what, link in links.items() if link},
         record.figures,
     )
-    if notify(ending):
+    print(message.head())
+    if notify(message):
         print("the channel was notified")
 
 

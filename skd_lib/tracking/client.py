@@ -13,11 +13,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from skd_lib import events
 from skd_lib.errors import SkdError
+from skd_lib.tracking.credentials import use_credentials
 from skd_lib.uris import is_sqlite, redacted, shown, sqlite_file, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 # No usage data leaves the machine, and a server that is down costs seconds, not the
 # quarter of an hour of MLflow's own defaults. What the user set in the environment wins.
@@ -60,6 +61,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     """
     _check_uri(tracking_uri)
     quieten()
+    use_credentials(tracking_uri)
     try:
         from mlflow import MlflowClient
     except ImportError as error:
@@ -105,6 +107,19 @@ def _connect_to_server(tracking_uri: str) -> MlflowClient:
         raise SkdError(f"not the URI of a store: {brief(error)}", where=store_name(tracking_uri), hint=_HINT) from error
 
 
+def find_experiment(client: MlflowClient, name: str) -> Experiment | None:
+    """The experiment of a name, deleted or not; None if there is none.
+
+    Raises:
+        MlflowException: the store does not answer.
+        ConnectionError: something else answers in its place.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None and not experiment.experiment_id:  # to MLflow's client `{}` is an experiment
+        raise ConnectionError("what answers there is no MLflow")
+    return experiment
+
+
 def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
     """The experiment's id; several processes may ask for a new one at once.
 
@@ -117,7 +132,7 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
     """
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(name)
+    experiment = find_experiment(client, name)
     if experiment is None:
         try:
             # The kind makes MLflow's page open with training runs rather than with traces of language-model calls.
@@ -126,18 +141,26 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(name)  # another process was faster
-    if experiment is not None and not experiment.experiment_id:  # to MLflow's client `{}` is an experiment
-        raise ConnectionError("what answers there is no MLflow")
-    if experiment is None or experiment.lifecycle_stage == "deleted":
-        which = f" --experiment-id {experiment.experiment_id}" if experiment else ""
-        raise Deleted(
-            f"the MLflow experiment `{name}` was deleted",
-            where=store_name(tracking_uri),
-            hint=f"restore it (`mlflow experiments restore{which}`), remove it for good (`mlflow gc`), or use another "
-            "name",
-        )
+            experiment = find_experiment(client, name)  # another process was faster
+    if experiment is None:
+        raise ConnectionError(f"the experiment {name} is there, and is not")
+    check_not_deleted(experiment, tracking_uri)
     return str(experiment.experiment_id)
+
+
+def check_not_deleted(experiment: Experiment, tracking_uri: str) -> None:
+    """Refuse an experiment that was deleted, to which MLflow takes nothing.
+
+    Raises:
+        Deleted: it was.
+    """
+    if experiment.lifecycle_stage == "deleted":
+        raise Deleted(
+            f"the MLflow experiment `{experiment.name}` was deleted",
+            where=store_name(tracking_uri),
+            hint=f"restore it (`mlflow experiments restore --experiment-id {experiment.experiment_id}`), remove it for "
+            "good (`mlflow gc`), or use another name",
+        )
 
 
 def run_url(tracking_uri: str, run: Run) -> str:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from skd_lib.tracking.client import brief
-from skd_lib.tracking.locate import ERROR_TAG, TASK_TAG, Place, children_of, find_parent
+from skd_lib.tracking.ending import PipelineClosing
+from skd_lib.tracking.locate import ERROR_TAG
+from skd_lib.tracking.texts import TAG_LENGTH, clip
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,8 +27,6 @@ log = logging.getLogger(__name__)
 # MLflow's limits (mlflow/utils/validation.py): a request beyond them is refused as a whole.
 _METRICS_PER_BATCH = 1000
 _PARAMS_PER_BATCH = 100
-PARAM_LENGTH = 6000
-TAG_LENGTH = 5000  # older servers; newer ones take 8000
 _DIGEST_LENGTH = 36
 _OLDER_LENGTHS = (500, 250)
 """What older servers take of a value."""
@@ -207,78 +207,9 @@ class Closing(_Entry):
         """Give the run its status, unless a later attempt has begun."""
         if target.superseded:
             return
-        if self.status == "FINISHED" and ERROR_TAG in target.run.data.tags:
-            client.delete_tag(target.run_id, ERROR_TAG)  # of an attempt before this one
+        if self.status == "FINISHED" and ERROR_TAG in client.get_run(target.run_id).data.tags:
+            client.delete_tag(target.run_id, ERROR_TAG)  # of an attempt before this one, which may have told it late
         client.set_terminated(target.run_id, self.status, self.at)
-
-
-class PipelineClosing(BaseModel):
-    """The end of a whole pipeline run; see `runs.close_pipeline_run`."""
-
-    model_config = _Entry.model_config
-
-    kind: Literal["pipeline_closing"] = "pipeline_closing"
-    at: int = Field(default_factory=lambda: int(time.time() * 1000))
-    state: str
-    error: str
-
-    def close(self, client: MlflowClient, place: Place) -> bool:
-        """Close the parent run and those of its steps that are still open; whether there was one."""
-        parent = find_parent(client, place)
-        if parent is None:
-            return False
-        parent_id = parent.info.run_id
-        children = children_of(client, parent)
-        end = _ENDS.get(self.state) or _end_by_steps(children)
-        error = self.error or ("" if end == "FINISHED" else _first_error(children))
-        for child in children:
-            if child.info.status == "RUNNING":
-                client.set_terminated(child.info.run_id, "FAILED" if end == "FINISHED" else end)
-        client.set_tag(parent_id, STATE_TAG, STATES[end])
-        if error:
-            client.set_tag(parent_id, ERROR_TAG, clip(error, TAG_LENGTH))
-        elif ERROR_TAG in parent.data.tags:
-            client.delete_tag(parent_id, ERROR_TAG)  # of an attempt before this one
-        client.set_terminated(parent_id, end, self.at)
-        return True
-
-
-STATE_TAG = "skd.final_state"
-"""Tag of a pipeline's parent run: a value of `STATES`."""
-STATES = {"FINISHED": "SUCCEEDED", "FAILED": "FAILED", "KILLED": "CANCELED"}
-"""How a pipeline run ended, by MLflow's word for it."""
-_ENDS = {
-    **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED", "SKIPPED"), "FINISHED"),
-    **dict.fromkeys(("CANCELED", "CANCELLED"), "KILLED"),
-    "FAILED": "FAILED",
-}
-"""MLflow's word for each of KFP's that says how a run ended. `RUNNING`, which the exit handler of KFP 2.17 and before
-is regularly given at the end (a driver failed, a pod was killed, an iteration was cached), says nothing."""
-_LAST_STEPS = ("register_model", "compare_table")
-
-
-def _end_by_steps(children: Sequence[Run]) -> str:
-    """MLflow's word for the end of a pipeline run, by the runs of its steps."""
-    statuses = {child.info.status for child in children}
-    if "FAILED" in statuses:
-        return "FAILED"
-    if any(child.info.status == "FINISHED" and child.data.tags.get(TASK_TAG) in _LAST_STEPS for child in children):
-        return "FINISHED"
-    return "KILLED" if "KILLED" in statuses else "FAILED"
-
-
-def _first_error(children: Sequence[Run]) -> str:
-    """The step that failed first and its error; else one that never said how it ended; else nothing."""
-    for child in children:
-        if child.info.status == "FAILED":
-            return (
-                f"{child.data.tags.get(TASK_TAG, 'a step')}: {child.data.tags.get(ERROR_TAG, 'no reason is recorded')}"
-            )
-    for child in children:
-        if child.info.status == "RUNNING":
-            name = child.data.tags.get(TASK_TAG, "a step")
-            return f"{name}: its process was killed (out of memory, eviction, pre-emption, or stopped by a person)"
-    return ""
 
 
 RunEntry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing
@@ -347,8 +278,3 @@ def _log(client: MlflowClient, run_id: str, kind: Kind, items: Sequence[Any]) ->
 def _is_kept(value: str, known: str) -> bool:
     """Whether the store has a value, or what it takes of a long one."""
     return known == value or (len(known) >= min(_OLDER_LENGTHS) and value.startswith(known.removesuffix("...")))
-
-
-def clip(text: str, length: int) -> str:
-    """The text, shortened to what MLflow takes."""
-    return text if len(text) <= length else text[: length - 3] + "..."

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from skd_lib.errors import SkdError
 from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased
-from skd_lib.tracking.entries import PARAM_PREFIX, STATE_TAG
+from skd_lib.tracking.ending import STATE_TAG
+from skd_lib.tracking.entries import PARAM_PREFIX
 from skd_lib.tracking.locate import IMAGE_TAG, PIPELINE_RUN_TAG, TASK_TAG, children_of
 from skd_lib.tracking.promotion import find_version
 from skd_lib.tracking.registry import (
@@ -19,6 +20,7 @@ from skd_lib.tracking.registry import (
     FIGURE_PREFIX,
     FINGERPRINT_TAG,
     GATE_TAG,
+    SIGNATURE_PREFIX,
     URI_TAG,
     ask_registry,
 )
@@ -192,7 +194,7 @@ def _of_version(version: ModelVersion) -> Lineage:
     own = {
         name: value
         for name, value in tags.items()
-        if name not in _NAMED and not name.startswith((FIGURE_PREFIX, "champion."))
+        if name not in _NAMED and not name.startswith((FIGURE_PREFIX, SIGNATURE_PREFIX, "champion."))
     }
     return Lineage(
         model=version.name,

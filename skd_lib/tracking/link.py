@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 from skd_lib import events, storage
 from skd_lib.errors import SkdError
 from skd_lib.tracking.buffer import Buffer, read_entries, read_place, waiting_files
-from skd_lib.tracking.client import Deleted, brief, connect, find_or_create_experiment, store_name, unanswered, untaken
-from skd_lib.tracking.entries import REFUSALS, Entry, PipelineClosing, Target
+from skd_lib.tracking.client import Deleted, brief, check_not_deleted, connect, store_name, unanswered, untaken
+from skd_lib.tracking.ending import PipelineClosing
+from skd_lib.tracking.entries import REFUSALS, Entry, Target
 from skd_lib.tracking.locate import ATTEMPT_TAG, Place, locate
 from skd_lib.uris import shown
 
@@ -63,12 +64,14 @@ class Sender:
             entry.close(self.client, self.place)
             return
         self.open()
+        target = self.targets[entry.which]
         try:
-            entry.send(self.client, self.targets[entry.which])
+            entry.send(self.client, target)
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
-            find_or_create_experiment(self.client, self.place.tracking_uri, self.place.experiment)
+            experiment = self.client.get_experiment(target.run.info.experiment_id)
+            check_not_deleted(experiment, self.place.tracking_uri)
             self.refused += 1
             uri = shown(self.place.tracking_uri)
             log.warning("MLflow at %s refused a request, which is left out: %s", uri, brief(error))

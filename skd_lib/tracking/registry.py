@@ -34,6 +34,7 @@ _LONGEST_PAUSE = 15.0
 DIGEST_TAG = "weights_sha256"
 URI_TAG = "weights_uri"
 FIGURE_PREFIX = "figure."
+SIGNATURE_PREFIX = "signature."
 FINGERPRINT_TAG = "data_fingerprint"
 PIPELINE_RUN_TAG = "pipeline_run_id"
 GATE_TAG = "gate"
@@ -55,6 +56,7 @@ def register(
     student_uri: str,
     weights_sha256: str,
     run_id: str | Callable[[], str],
+    trained_by: str = "",
     promote: bool,
     figures: Mapping[str, float],
     tags: Mapping[str, str],
@@ -72,6 +74,7 @@ def register(
         student_uri: Where the weights are: `gs://...` or a local path.
         weights_sha256: Their digest.
         run_id: MLflow run shown as the version's source; or what finds it, once the store answers.
+        trained_by: MLflow run that trained the student, which is shown in its place if the store has it.
         promote: Whether to make it the champion.
         figures: Scores and draft figures, kept as tags `figure.NAME`.
         tags: Lineage; empty values are left out.
@@ -92,7 +95,7 @@ def register(
         _ensure_model(client, model_name)
         version = _find(client, model_name, weights_sha256)
         if version is None:
-            run = run_id if isinstance(run_id, str) else run_id()
+            run = trained_by if _has_run(client, trained_by) else run_id if isinstance(run_id, str) else run_id()
             source = _source(client, tracking_uri, student_uri, weights_sha256, run)
             created = client.create_model_version(
                 model_name, source, run_id=run or None, tags=wanted, description=description or None
@@ -203,6 +206,20 @@ def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:
     """The oldest version with these weights."""
     found = client.search_model_versions(f"name = {quoted(name)} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
     return str(min(int(version.version) for version in found)) if found else None
+
+
+def _has_run(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return False
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
 
 
 def _source(client: MlflowClient, tracking_uri: str, student_uri: str, weights_sha256: str, run_id: str) -> Any:

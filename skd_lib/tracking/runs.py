@@ -5,8 +5,9 @@
         run.parent.log_metrics({"student_after_chrf": 30.5})
 
 Runs are found by their tags (`kfp.pipeline_run_id` on the parent, `kfp.task` and `mlflow.parentRunId` on the step's
-run), so a retried or resumed step goes on in its run. Where Kubeflow's own MLflow plugin made the step's run it says
-so in `MLFLOW_RUN_ID`, and that run is adopted.
+run), so a retried or resumed step goes on in its run. The parent may be in any experiment. Where Kubeflow's own MLflow
+plugin made the step's run it says so in `MLFLOW_RUN_ID`, and that run is adopted; the parent is then the root of its
+tree, whose runs are nested as deep as the pipeline.
 
 A tracking store that does not answer must not kill hours of training: the step warns once and goes on. What it logs
 in the meantime waits in a file and is sent in order when the store answers; if it does not until the step ends, the
@@ -30,23 +31,11 @@ from types import FrameType
 from typing import Any, Literal
 
 from skd_lib.tracking.client import connect, run_url, untaken
-from skd_lib.tracking.entries import (
-    PARAM_LENGTH,
-    PARAM_PREFIX,
-    STATE_TAG,
-    TAG_LENGTH,
-    Artifact,
-    Closing,
-    DatasetUse,
-    Metrics,
-    Params,
-    PipelineClosing,
-    Table,
-    Tags,
-    clip,
-)
+from skd_lib.tracking.ending import STATE_TAG, PipelineClosing, Seen
+from skd_lib.tracking.entries import PARAM_PREFIX, Artifact, Closing, DatasetUse, Metrics, Params, Table, Tags
 from skd_lib.tracking.link import Link
 from skd_lib.tracking.locate import ERROR_TAG, Place, find_parent
+from skd_lib.tracking.texts import PARAM_LENGTH, TAG_LENGTH, clip
 from skd_lib.uris import redacted
 
 
@@ -175,7 +164,7 @@ def step_run(
     Args:
         step: Name of the step, with its role where a step runs several times, e.g. `evaluate-student_after`.
         tracking_uri: See `client.connect`; empty: no tracking, and a run whose methods do nothing.
-        experiment: MLflow experiment; created if missing.
+        experiment: MLflow experiment for a parent run, where the pipeline run has none yet; created if missing.
         run_name: Name of the parent run, used by the step that creates it.
         params: Logged on the step's run, see `RunLog.log_params`.
         checkpoint_root: Folder or URI of storage that outlives the pod. What the store has not taken when the step ends
@@ -213,17 +202,23 @@ def step_run(
 
 
 def close_pipeline_run(
-    *, tracking_uri: str, experiment: str, pipeline_run_id: str, state: str, error: str = ""
+    *,
+    tracking_uri: str,
+    experiment: str,
+    pipeline_run_id: str,
+    state: str,
+    error: str = "",
+    seen: Seen = Seen(),  # noqa: B008 - it cannot be changed
 ) -> bool:
     """Close a pipeline's parent run, and those of its steps that died without a word (out of memory, lost node).
 
     Args:
         tracking_uri: See `client.connect`; empty: nothing to do.
-        experiment: MLflow experiment of the run.
+        experiment: MLflow experiment that the steps were given; the run is found in any.
         pipeline_run_id: The pipeline run.
-        state: KFP's final state: COMPLETE, FAILED, RUNNING, ... Where it does not say how the run ended, the runs of
-            its steps do.
-        error: KFP's message, kept as tag `skd.error`; empty: that of the step that failed.
+        state: KFP's final state: COMPLETE, FAILED, RUNNING, ... See `ending.find_ending`.
+        error: KFP's message.
+        seen: What KFP's API says of the run.
 
     Returns:
         Whether there was a run to close and the store took the change.
@@ -231,7 +226,7 @@ def close_pipeline_run(
     if not tracking_uri:
         return False
     place = _place(tracking_uri, experiment, pipeline_run_id, "finish")
-    closing = PipelineClosing(state=state, error=redacted(error))
+    closing = PipelineClosing(state=state, error=redacted(error), seen=seen)
     try:
         return closing.close(connect(tracking_uri), place)
     except untaken() as silence:
@@ -246,7 +241,7 @@ class PipelineRecord:
     Attributes:
         url: Address of its parent run; empty if there is none.
         figures: The parent's metrics.
-        state: How it ended, a value of `entries.STATES`; empty if that is not recorded.
+        state: How it ended, see `ending.Ending`; empty if that is not recorded.
         error: The step that failed, and its error; empty if none did.
     """
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from skd_lib.errors import SkdError
 from skd_lib.tracking.client import brief, connect, store_name
-from skd_lib.tracking.locate import PARENT_TAG, PIPELINE_RUN_TAG, Place, find_or_create_parent
+from skd_lib.tracking.ending import CANCELED, FAILED, STATE_TAG, STOPPED, SUCCEEDED
+from skd_lib.tracking.locate import PARENT_TAG, PIPELINE_RUN_TAG, Place, find_or_create_parent, search_everywhere
 from skd_lib.uris import sqlite_file
 
 if TYPE_CHECKING:
@@ -20,14 +21,15 @@ TRIGGER_TAG = "skd.trigger"
 """Holds the name that a run on the same data, with the same settings and pipeline, always has in Kubeflow."""
 
 
-def run_for(name: str, *, tracking_uri: str, experiment: str, failed: Collection[str] = ()) -> Run | None:
-    """The newest pipeline run of that name which neither failed nor was stopped; nothing is changed.
+def run_for(name: str, *, tracking_uri: str, failed: Collection[str] = ()) -> Run | None:
+    """The newest pipeline run of that name that has not failed, in whatever experiment; nothing is changed.
+
+    A run that a person stopped, or that may have been, is not to be started again either.
 
     Args:
         name: Its name in Kubeflow.
         tracking_uri: See `client.connect`.
-        experiment: MLflow experiment.
-        failed: Pipeline runs that are known to have failed, also if MLflow was not told.
+        failed: Pipeline runs that Kubeflow calls failed, which counts unless MLflow was told another end.
 
     Returns:
         Its parent run; None if there is none.
@@ -36,13 +38,24 @@ def run_for(name: str, *, tracking_uri: str, experiment: str, failed: Collection
         SkdError: the store cannot be asked.
     """
     with _store(tracking_uri) as client:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return None
-        wanted = f"tags.`{TRIGGER_TAG}` = '{name}' and attributes.status != 'FAILED' and attributes.status != 'KILLED'"
-        runs = client.search_runs([found.experiment_id], wanted, order_by=["attributes.start_time DESC"])
-    parents = [run for run in runs if PARENT_TAG not in run.data.tags]
-    return next((run for run in parents if run.data.tags.get(PIPELINE_RUN_TAG) not in failed), None)
+        runs = search_everywhere(client, f"tags.`{TRIGGER_TAG}` = '{name}'")
+    parents = [run for run in runs if PARENT_TAG not in run.data.tags and not _has_failed(run, failed)]
+    return max(parents, key=lambda run: int(run.info.start_time), default=None)
+
+
+def _has_failed(parent: Run, failed: Collection[str]) -> bool:
+    end = how_it_ended(parent)
+    is_listed = parent.data.tags.get(PIPELINE_RUN_TAG) in failed
+    return end == FAILED or (is_listed and end not in (SUCCEEDED, CANCELED))
+
+
+def how_it_ended(parent: Run) -> str:
+    """An `Ending.state`; RUNNING if the run has not ended.
+
+    The tag knows more than the status: Kubeflow's plugin calls a run FAILED that a person stopped.
+    """
+    told = parent.data.tags.get(STATE_TAG, "") if parent.info.status != "RUNNING" else ""
+    return told or {"FINISHED": SUCCEEDED, "KILLED": STOPPED}.get(parent.info.status, parent.info.status)
 
 
 def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, experiment: str) -> None:
@@ -53,7 +66,7 @@ def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, e
         pipeline_run_id: The pipeline run.
         run_name: Name of the parent run, as its first step would call it.
         tracking_uri: See `client.connect`.
-        experiment: MLflow experiment; created if missing.
+        experiment: MLflow experiment for the parent run, where there is none yet; created if missing.
 
     Raises:
         SkdError: the store cannot be told.

@@ -66,20 +66,16 @@ def add(kubernetes: FakeKubernetes, name: str, run_id: str = "run-1") -> str:
     return name
 
 
-def run_finish(folder: Path) -> str:
+def run_finish() -> str:
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(finish.main)
-    io = json.dumps({"outputs": {"outputFile": str(folder / "output.json")}})
     status = '{"state": "FAILED", "error": {"message": "out of memory"}}'
-    result = CliRunner().invoke(app, ["--status", status, "--run-name", "demo", "--executor-input", io])
+    result = CliRunner().invoke(app, ["--status", status, "--run-name", "demo"])
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    assert (folder / "output.json").is_file()
     return result.output
 
 
-def test_what_has_not_ended_is_deleted_before_the_run_is_told(
-    kubernetes: FakeKubernetes, ends: list[str], tmp_path: Path
-) -> None:
+def test_what_has_not_ended_is_deleted_before_the_run_is_told(kubernetes: FakeKubernetes, ends: list[str]) -> None:
     running_job, suspended = add(kubernetes, "skd-distill-1"), add(kubernetes, "skd-teacher-sft-1")
     kubernetes.jobs[suspended]["status"] = {"conditions": [{"type": "Suspended", "status": "True"}]}
     failed, complete, deleting = (add(kubernetes, f"skd-distill-{number}") for number in (2, 3, 4))
@@ -88,11 +84,11 @@ def test_what_has_not_ended_is_deleted_before_the_run_is_told(
     kubernetes.jobs[deleting]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     other = add(kubernetes, "skd-distill-5", run_id="run-10")
     kubernetes.on_delete = lambda job: ends.append(f"{job['metadata']['name']} deleted")
-    output = run_finish(tmp_path)
+    output = run_finish()
     assert set(kubernetes.jobs) == {failed, complete, deleting, other}
     assert ends == [f"{running_job} deleted", f"{suspended} deleted", *ENDS]
     assert f"TrainJobs without a step, deleted: {running_job}, {suspended}" in output
-    assert "TrainJobs" not in run_finish(tmp_path)  # tried again, it finds nothing
+    assert "TrainJobs" not in run_finish()  # tried again, it finds nothing
 
 
 def test_a_run_whose_id_is_no_label_finds_its_own(kubernetes: FakeKubernetes) -> None:
@@ -112,7 +108,6 @@ def test_a_run_whose_id_is_no_label_finds_its_own(kubernetes: FakeKubernetes) ->
 def test_a_refused_list_is_told_and_nothing_else_fails(
     kubernetes: FakeKubernetes,
     ends: list[str],
-    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     status: int,
     level: str,
@@ -121,7 +116,7 @@ def test_a_refused_list_is_told_and_nothing_else_fails(
     name = add(kubernetes, "skd-distill-1")
     kubernetes.refused["GET"] = [status]
     with caplog.at_level("INFO"):
-        run_finish(tmp_path)
+        run_finish()
     (line,) = [record for record in caplog.records if record.name == cleanup.__name__]
     assert line.levelname == level
     assert re.search(told, line.getMessage())
@@ -130,12 +125,12 @@ def test_a_refused_list_is_told_and_nothing_else_fails(
 
 
 def test_a_refused_deletion_is_told_with_what_to_do_and_the_next_is_tried(
-    kubernetes: FakeKubernetes, ends: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kubernetes: FakeKubernetes, ends: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(3):
         add(kubernetes, f"job-{number}")
     kubernetes.refused["DELETE"] = [403, 404]  # not allowed; gone by itself meanwhile
-    output = run_finish(tmp_path)
+    output = run_finish()
     assert "TrainJobs without a step, deleted: job-2\n" in output
     (line,) = [record for record in caplog.records if record.name == cleanup.__name__]
     assert line.levelname == "WARNING"
@@ -156,14 +151,14 @@ def test_a_server_that_is_away_is_not_waited_for_long(
     add(kubernetes, "job-1")
     kubernetes.away_until = time.monotonic() + 60
     begin = time.monotonic()
-    run_finish(tmp_path)
+    run_finish()
     assert time.monotonic() - begin < 10
     assert "whether this run's TrainJobs go on is not known" in caplog.text
 
     kubernetes.away_until = 0
     kubernetes.refused["DELETE"] = [503] * 9  # away once it has told of the jobs
     caplog.clear()
-    run_finish(tmp_path)
+    run_finish()
     assert "`kubectl delete trainjob job-0 job-1 -n team`" in caplog.text
     assert set(kubernetes.jobs) == {"job-0", "job-1"}
     assert kubernetes.requests.count(f"DELETE {JOBS}/job-1") == 0
@@ -174,7 +169,7 @@ def test_a_server_that_is_away_is_not_waited_for_long(
         settings["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
         (tmp_path / "kubeconfig").write_text(json.dumps(settings))
         caplog.clear()
-        run_finish(tmp_path)
+        run_finish()
     assert "refused" in caplog.text
     assert ends == ENDS * 3
 
@@ -209,7 +204,7 @@ def test_not_even_nonsense_fails_the_end_of_a_run(
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setattr(kubernetes, "address", f"http://127.0.0.1:{server.server_port}")
         kubernetes.kubeconfig(tmp_path)
-        run_finish(tmp_path)
+        run_finish()
         server.shutdown()
     assert "TrainJobs of this run may go on" in caplog.text
     assert ends == ENDS
@@ -219,7 +214,6 @@ def test_not_even_nonsense_fails_the_end_of_a_run(
 def test_outside_of_a_pipelines_pod_nothing_is_asked(
     kubernetes: FakeKubernetes,
     ends: list[str],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     variable: str,
@@ -227,20 +221,20 @@ def test_outside_of_a_pipelines_pod_nothing_is_asked(
     """As under `skd run` on a machine whose user has a KUBECONFIG."""
     monkeypatch.delenv(variable)
     with caplog.at_level("INFO"):
-        run_finish(tmp_path)
+        run_finish()
     assert kubernetes.requests == []
     assert not [record for record in caplog.records if "multinode" in record.name]
     assert ends == ENDS
 
 
 def test_a_pod_that_cannot_reach_its_cluster_says_so(
-    ends: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ends: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     monkeypatch.setenv("KFP_POD_NAME", "finish-pod")
-    run_finish(tmp_path)
+    run_finish()
     assert "whether this run's TrainJobs go on is not known" in caplog.text
     assert ends == ENDS
 

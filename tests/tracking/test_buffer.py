@@ -269,7 +269,7 @@ def test_what_an_older_server_does_not_know_is_left_out_but_a_proxys_404_is_sile
 
         monkeypatch.setattr(MlflowClient, name, answer)
 
-    for name in ("log_batch", "get_run", "get_experiment_by_name", "search_runs", "set_terminated"):
+    for name in ("log_batch", "get_run", "get_experiment", "get_experiment_by_name", "search_runs", "set_terminated"):
         answered(name, known=True)
     answered("log_inputs", known=False)
     with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT) as run:

@@ -15,7 +15,7 @@ import skd_lib.cli
 from pipelines.submitting.submit import Package, Place, Submission
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdErrors
-from skd_lib.notify import Ending
+from skd_lib.notify import Message
 from skd_lib.preflight.checks import Checks, PreflightReport
 from skd_lib.preflight.surroundings import check_tracking_store
 from skd_lib.tracking.client import run_url
@@ -163,7 +163,7 @@ def test_what_a_step_prints(body: str, tmp_path: Path) -> None:
 
 
 def test_a_notice_and_links(client: MlflowClient) -> None:
-    ending = Ending("r", "FAILED", f"step s: cannot reach {DEAD}", {"MLflow": f"{DEAD}/#/runs/1"})
+    ending = Message("r", "FAILED", f"step s: cannot reach {DEAD}", {"MLflow": f"{DEAD}/#/runs/1"})
     assert PASSWORD not in ending.text()
     run = client.create_run(client.create_experiment("x"))
     assert PASSWORD not in run_url(f"{DEAD}/?token={PASSWORD}", run)

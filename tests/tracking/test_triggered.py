@@ -21,12 +21,14 @@ from pipelines.submitting.submit import Place
 from pipelines.triggering.trigger import Trigger
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
+from skd_lib.tracking.ending import Seen
 from skd_lib.tracking.locate import PARENT_TAG
 from skd_lib.tracking.runs import close_pipeline_run, step_run
 from skd_lib.tracking.triggered import TRIGGER_TAG, note, run_for
+from tests.kubeflow import small
 from tests.kubeflow.conftest import DEMO
 from tests.kubeflow.fake_kfp import FakeKfp, running
-from tests.kubeflow.test_submit import PACKAGE, in_parallel
+from tests.kubeflow.test_submit import in_parallel
 
 from .conftest import EXPERIMENT, Runs
 
@@ -35,7 +37,7 @@ NAME = "skd-0123456789ab"
 
 def found(store: str, failed: list[str] | None = None) -> str | None:
     """The pipeline run that MLflow knows under the name."""
-    run = run_for(NAME, tracking_uri=store, experiment=EXPERIMENT, failed=failed or [])
+    run = run_for(NAME, tracking_uri=store, failed=failed or [])
     return run.data.tags["kfp.pipeline_run_id"] if run else None
 
 
@@ -57,12 +59,13 @@ def test_the_newest_run_that_may_count_is_found(store: str, client: MlflowClient
     assert found(store) == "c"
     client.set_terminated(ids["c"], "FAILED")
     assert found(store) == "b"
-    client.set_terminated(ids["b"], "KILLED")
-    assert found(store) == "a"
+    client.set_terminated(ids["b"], "KILLED")  # maybe by a person
+    assert found(store) == "b"
+    assert found(store, failed=["b"]) == "a"
     client.set_terminated(ids["a"], "FINISHED")
-    assert found(store) == "a"
+    assert found(store, failed=["a", "b"]) == "a"  # Kubeflow may mean the step that told MLflow
     client.delete_run(ids["a"])
-    assert found(store) is None
+    assert found(store, failed=["b"]) is None
 
 
 def test_a_run_without_the_tag_or_its_experiment_does_not_count(
@@ -127,8 +130,9 @@ def trigger(kfp: FakeKfp, store: str, tmp_path: Path) -> Trigger:
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     values["data"] = {"source": {"type": "files", "train": ["{source}/train.jsonl"]}}
     api = KubeflowPipelines(kfp.host, Anonymous(), backoff=0.01)
-    place = Place(EXPERIMENT, tracking_uri=store)
-    return Trigger(RunConfig.model_validate(values), PACKAGE, place, api, claims=str(tmp_path / "claims"))
+    claims = str(tmp_path / "claims")
+    place = Place(EXPERIMENT, mlflow_experiment=EXPERIMENT)
+    return Trigger(RunConfig.model_validate(values), small.package(), place, api, claims=claims, tracking_uri=store)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -155,7 +159,7 @@ def test_what_kubeflow_forgets_is_not_run_again(
     assert started.fire
     (parent,) = parents()
     assert parent.data.tags[TRIGGER_TAG] == started.name
-    for state in ("running", "finished"):
+    for state in ("running", "succeeded"):
         kfp.runs.clear()
         decision = trigger.fire(source)
         assert decision == trigger.explain(source)
@@ -174,16 +178,44 @@ def test_what_kubeflow_forgets_is_not_run_again(
     assert not warnings(caplog)
 
 
-@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
 def test_a_forgotten_run_that_failed_may_be_repeated(
-    kfp: FakeKfp, trigger: Trigger, source: str, store: str, state: str
+    kfp: FakeKfp, trigger: Trigger, source: str, store: str
 ) -> None:
     first = trigger.fire(source)
-    close(store, first.run_id, state)
+    close(store, first.run_id, "FAILED")
     kfp.runs.clear()
     assert trigger.fire(source).fire
     assert not trigger.fire(source).fire
     assert len(kfp.runs) == 1
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_a_run_that_a_person_stopped_is_not_started_again(
+    forgotten: bool, kfp: FakeKfp, trigger: Trigger, source: str, store: str, client: MlflowClient, parents: Runs
+) -> None:
+    first = trigger.fire(source)
+    assert close_pipeline_run(
+        tracking_uri=store,
+        experiment=EXPERIMENT,
+        pipeline_run_id=first.run_id,
+        state="RUNNING",
+        seen=Seen(known=True, cancelled=True),
+    )
+    client.set_terminated(parents()[0].info.run_id, "FAILED")  # as Kubeflow's plugin calls it a moment later
+    if forgotten:
+        kfp.runs.clear()
+    else:
+        kfp.runs[0]["state"] = "FAILED"
+    decision = replace(trigger, attempts=5).fire(source)
+    assert not decision.fire
+    assert "there is a run for this data already, canceled" in decision.reason
+
+
+def test_the_run_is_found_in_another_experiment(store: str, client: MlflowClient) -> None:
+    """The trigger and the run's form may name different ones."""
+    experiment = client.create_experiment("another")
+    client.create_run(experiment, tags={TRIGGER_TAG: NAME, "kfp.pipeline_run_id": "a"})
+    assert found(store) == "a"
 
 
 def test_a_run_that_failed_before_it_could_tell_mlflow_is_no_obstacle(
@@ -222,7 +254,7 @@ def test_a_server_that_is_down_loses_no_event_and_starts_no_second_run(
 ) -> None:
     with socket.socket() as nobody:  # bound, but nobody listens
         nobody.bind(("127.0.0.1", 0))
-        away = replace(trigger, place=Place(EXPERIMENT, tracking_uri=f"http://127.0.0.1:{nobody.getsockname()[1]}"))
+        away = replace(trigger, tracking_uri=f"http://127.0.0.1:{nobody.getsockname()[1]}")
         start = time.monotonic()
         assert away.fire(source).fire
         assert time.monotonic() - start < 20
@@ -240,7 +272,7 @@ def test_a_server_that_never_answers_is_waited_for_once(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(0.1)
-        stuck = replace(trigger, place=Place(EXPERIMENT, tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        stuck = replace(trigger, tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
         assert stuck.fire(source).fire
         assert time.monotonic() - start < 10
@@ -270,7 +302,7 @@ def test_where_mlflow_or_half_of_it_is_not_installed_kubeflow_decides(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        bare = replace(trigger, place=Place(EXPERIMENT, tracking_uri=f"http://127.0.0.1:{nobody.getsockname()[1]}"))
+        bare = replace(trigger, tracking_uri=f"http://127.0.0.1:{nobody.getsockname()[1]}")
         assert bare.fire(source).fire
     (warning,) = warnings(caplog)
     assert ("MLflow is not installed" if module == "mlflow" else "Connection refused") in warning
@@ -279,7 +311,7 @@ def test_where_mlflow_or_half_of_it_is_not_installed_kubeflow_decides(
 def test_without_tracking_nobody_is_asked(
     kfp: FakeKfp, trigger: Trigger, source: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    untracked = replace(trigger, place=Place(EXPERIMENT))
+    untracked = replace(trigger, tracking_uri="", claims="")
     assert untracked.fire(source).fire
     kfp.runs.clear()
     assert untracked.fire(source).fire
