@@ -22,7 +22,12 @@ from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode import launch, node
 from skd_lib.multinode.exchange import Exchange, Request
 from skd_lib.multinode.manifest import NODE
+from tests.multinode.jobset import Nodes
 
+TORCH_DISTRIBUTED: dict[str, Any] = {
+    "spec": {"template": {"spec": {"replicatedJobs": [{"template": {"spec": {"template": {"spec": {}}}}}]}}}
+}
+"""The part of Trainer's own runtime that matters here (2.1.0 to 2.3.0): it says nothing of failures."""
 FILE = Path(__file__).parents[2] / "pipelines/deploy/multinode/runtime.yaml"
 
 
@@ -57,6 +62,24 @@ def test_all_nodes_start_again_together_but_for_what_they_refuse(runtime: dict[s
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # `podFailurePolicy` wants it
     (container,) = job["template"]["spec"]["containers"]
     assert (container["name"], container["terminationMessagePolicy"]) == (NODE, "FallbackToLogsOnError")
+
+
+@pytest.mark.parametrize("nodes", [2, 8, 1000])
+def test_ten_failures_are_survived_whatever_the_number_of_nodes(runtime: dict[str, Any], nodes: int) -> None:
+    job = Nodes(runtime, nodes)
+    everybody = [137, *[70] * (nodes - 1)]
+    assert [job.fail(codes) for codes in [everybody, [1]] * 5] == [""] * 10
+    assert job.fail([1]) == "ReachedMaxRestarts"
+    # By Trainer's own runtime: six restarts of containers, and each failure is one of every node.
+    survived = {2: 2, 8: 0, 1000: 0}[nodes]
+    job = Nodes(TORCH_DISTRIBUTED, nodes)
+    assert [job.fail([1]) for _ in range(survived + 1)] == [*[""] * survived, "FailedJobs"]
+
+
+def test_what_a_node_refuses_is_not_repeated(runtime: dict[str, Any]) -> None:
+    assert Nodes(runtime, 2).fail([70, SkdError.exit_code]) == "FailJobSetPolicyAction"
+    assert Nodes(runtime, 2).fail([Preempted.exit_code, 143]) == ""
+    assert Nodes(TORCH_DISTRIBUTED, 2).fail([SkdError.exit_code]) == ""
 
 
 def test_its_job_is_one_that_kubernetes_knows(runtime: dict[str, Any]) -> None:
