@@ -31,7 +31,7 @@ class Nodes:
         return self._jobset(jobs, reason) if reason else ""
 
     def _job(self, job: Mapping[str, Any], codes: Sequence[int]) -> str:
-        """Why the Job has failed (Kubernetes 1.35, pkg/controller/job: job_controller.go, pod_failure_policy.go)."""
+        """Why the Job has failed, by the order of `syncJob` (Kubernetes, pkg/controller/job/job_controller.go)."""
         for rule in job.get("podFailurePolicy", {}).get("rules", []):
             if rule["action"] == "FailJob" and set(codes) & set(rule["onExitCodes"]["values"]):
                 return "PodFailurePolicy"
@@ -39,7 +39,7 @@ class Nodes:
         # JobSet 0.11.1's webhook: `OnFailure`, where the runtime does not say.
         if job["template"]["spec"].get("restartPolicy", "OnFailure") == "Never":
             return "BackoffLimitExceeded" if len(codes) > limit else ""
-        # Seen with Trainer 2.2.1: where one node fails, every node's container ends and starts again.
+        # Seen on Kubernetes 1.35.4 with Trainer 2.2.1: where one node fails, every node's container ends and starts again.
         self.container_restarts += self.nodes
         return "BackoffLimitExceeded" if self.container_restarts >= limit else ""
 
@@ -51,7 +51,7 @@ class Nodes:
         for rule in policy.get("rules", []):
             if reason in rule["onJobFailureReasons"]:
                 assert rule["action"] == "FailJobSet"
-                return "FailJobSetPolicyAction"
+                return "FailJobSetFailurePolicyAction"
         if self.restarts >= policy["maxRestarts"]:
             return "ReachedMaxRestarts"
         self.restarts += 1

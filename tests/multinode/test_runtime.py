@@ -77,7 +77,7 @@ def test_ten_failures_are_survived_whatever_the_number_of_nodes(runtime: dict[st
 
 
 def test_what_a_node_refuses_is_not_repeated(runtime: dict[str, Any]) -> None:
-    assert Nodes(runtime, 2).fail([70, SkdError.exit_code]) == "FailJobSetPolicyAction"
+    assert Nodes(runtime, 2).fail([70, SkdError.exit_code]) == "FailJobSetFailurePolicyAction"
     assert Nodes(runtime, 2).fail([Preempted.exit_code, 143]) == ""
     assert Nodes(TORCH_DISTRIBUTED, 2).fail([SkdError.exit_code]) == ""
 
