@@ -39,7 +39,7 @@ class Nodes:
         # JobSet 0.11.1's webhook: `OnFailure`, where the runtime does not say.
         if job["template"]["spec"].get("restartPolicy", "OnFailure") == "Never":
             return "BackoffLimitExceeded" if len(codes) > limit else ""
-        # Seen on Kubernetes 1.35.4 with Trainer 2.2.1: where one node fails, every node's container ends and starts again.
+        # Seen on Kubernetes 1.35.4: where one node fails, every node's container ends and starts again.
         self.container_restarts += self.nodes
         return "BackoffLimitExceeded" if self.container_restarts >= limit else ""
 
