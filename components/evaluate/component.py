@@ -16,13 +16,8 @@ def evaluate(
     config: dict[str, Any],
     task_config: dict[str, Any],
     seed: int,
-    predictions: dsl.Output[dsl.Artifact],
-    held_out: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
-    scores: dsl.OutputPath(dict),
-    tracking_uri: str = "",
-    experiment: str = "skd",
-    label: str = "",
+    label: str,
+    evaluation: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
     """Score a model's greedy answers on the test set and the held-out sets.
 
@@ -36,15 +31,10 @@ def evaluate(
         config: Section `evaluation` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
-        label: Tells this run of the step in MLflow from others of the same pipeline run.
+        label: Tells this run of the step in MLflow from others of the same pipeline run; kept with the results.
 
     Returns:
-        predictions: One JSON line per test example.
-        held_out: The same for each held-out set, and their scores.
-        metrics: Scores and intervals.
-        scores: Scores and intervals by metric, those of the held-out sets included.
+        evaluation: Folder with scores, answers, and the record of the model's training.
     """
     return run_step(
         "evaluate",
@@ -56,11 +46,9 @@ def evaluate(
             "config": config,
             "task_config": task_config,
             "seed": seed,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
             "label": label,
-            "predictions_out": predictions.path,
-            "held_out_out": held_out.path,
-            "metrics_out": metrics.path,
+            "evaluation_out": evaluation.path,
         },
+        {"evaluation": evaluation},
+        {"data": data},
     )

@@ -18,11 +18,7 @@ def evaluate_champion(
     specdec_config: dict[str, Any],
     task_config: dict[str, Any],
     seed: int,
-    predictions: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
-    champion: dsl.OutputPath(dict),
-    tracking_uri: str = "",
-    experiment: str = "skd",
+    champion: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
     """Measure the registered champion as the new student has been.
 
@@ -38,13 +34,9 @@ def evaluate_champion(
         specdec_config: Section `specdec` of the configuration, whose headline setting is measured.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
 
     Returns:
-        predictions: The champion's answers, one JSON line an example; empty where it was not measured.
-        metrics: Its scores, and the speed-ups of both.
-        champion: Its version, its scores, the speed-ups of both, or why it could not be measured.
+        champion: Folder with `champion.json` (version, scores, speed-ups) and, where it was measured, its answers.
     """
     return run_step(
         "evaluate_champion",
@@ -58,9 +50,8 @@ def evaluate_champion(
             "specdec_config": specdec_config,
             "task_config": task_config,
             "seed": seed,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
-            "predictions_out": predictions.path,
-            "metrics_out": metrics.path,
+            "champion_out": champion.path,
         },
+        {"champion": champion},
+        {"student": student, "teacher": teacher, "data": data},
     )

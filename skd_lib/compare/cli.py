@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from skd_lib.console import Console
     from skd_lib.parameters import Parameters
 
-FILES = {"page": "comparison.md", "runs": "runs.csv", "comparison": "comparison.json"}
+TABLES, COMPARISON, TRIALS = "comparison.md", "comparison.json", "runs.csv"
+"""Files of a comparison, in its folder as among the artifacts of its MLflow run."""
 
 
 def compare(
@@ -133,13 +134,14 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     from skd_lib.compare.result import Comparison
     from skd_lib.config import parse_section
 
-    outputs = run.outputs["compare_table"]
-    for output, name in FILES.items():
-        shutil.copyfile(outputs[output], folder.root / name)
-    file = folder.root / FILES["comparison"]
+    outputs = {name: Path(uri) for name, uri in run.outputs["compare_table"].items()}
+    shutil.copyfile(outputs["report"], folder.root / TABLES)
+    for name in (TRIALS, COMPARISON):
+        shutil.copyfile(outputs["comparison"] / name, folder.root / name)
+    file = folder.root / COMPARISON
     console.print()
     console.print(render(parse_section(Comparison, file.read_text(encoding="utf-8"), where=str(file))))
-    for name in FILES.values():
+    for name in (TABLES, TRIALS, COMPARISON):
         say(f"{folder.root / name}")
     if tracking_uri:
         say(f"MLflow   {how_to_look(tracking_uri)}")

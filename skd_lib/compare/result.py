@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal
 
 from pydantic import Field
 
 from skd_lib.config import Section
-from skd_lib.report.summary import Course, Score, Scores
+from skd_lib.report.summary import Course, Score, Scores, rounded
 
 IntervalKind = Literal["t over seeds", "bootstrap over examples", ""]
 """The second includes Wilson's intervals of accuracies."""
+SHOWN_VARIANTS = 24
+"""On Kubeflow's page for comparing runs, where each figure is a row."""
 
 
 class TrialResult(Section):
@@ -98,6 +101,19 @@ class Comparison(Section):
     def headline(self) -> dict[str, float]:
         """The means, flat, as trackers want them: `skd/chrf`, `skd/rejection_rate`, ..."""
         return {f"{each.variant}/{name}": value for each in self.variants for name, value in each.means().items()}
+
+    def figures(self) -> dict[str, float]:
+        """The means by which Kubeflow's page compares runs: of the first variants, by the task's metric and as drafts.
+
+        Rounded, and few enough to be kept with every node of the run.
+        """
+        return {
+            f"{each.variant}/{name}": rounded(means[name])
+            for each in self.variants[:SHOWN_VARIANTS]
+            for means in [each.means()]
+            for name in (*self.metrics[:1], "draft_speedup")
+            if math.isfinite(means.get(name, math.nan))
+        }
 
     def to_json(self) -> str:
         """The content of `comparison.json`."""

@@ -28,18 +28,19 @@ _NAMES = {
     "weights_sha256": "student weights after",
     "precision": "precision",
     "code_version": "code version",
+    "pipeline_run_id": "trained in pipeline run",
 }
 _MODEL_FINGERPRINTS = ("teacher fingerprint", "student fingerprint")
 _PACKAGES = ("skd-lib", "torch", "transformers")
 
 
-def lineage(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The lineage that `distill` left on its outputs, and what this process runs in: image and versions.
+def lineage(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the student's lineage in words, and what this process runs in: image and versions.
 
     Args:
-        metadata: Of the distilled student, or of the samples it was trained on.
+        record: The lineage in the student's record (`skd_lib.records`).
     """
-    told = {name: str(metadata[key]) for key, name in _NAMES.items() if metadata.get(key) not in (None, "")}
+    told = {name: str(record[key]) for key, name in _NAMES.items() if record.get(key) not in (None, "")}
     told |= {name: short(text) for name, text in told.items() if name in _MODEL_FINGERPRINTS}
     if image := os.environ.get(IMAGE_VARIABLE):
         told["image"] = image

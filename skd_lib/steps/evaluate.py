@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skd_lib.config import DataConfig, EvaluationConfig, TaskConfig, parse_section
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, run_step, step_name
+from skd_lib.records import copy_record
+from skd_lib.steps.inputs import present
+from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.runtime import LABEL_HELP, StepIO, run_step, step_name
 
 if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
@@ -36,35 +38,34 @@ def main(
         Path, typer.Option(help="Folder that `prepare_data` wrote; its test split and held-out sets are used.")
     ],
     role: Annotated[Role, typer.Option(help="Which model of the run this is; names the results.")],
-    predictions_out: Annotated[Path, typer.Option(help="Where the answers go: JSONL, one row an example.")],
-    held_out_out: Annotated[
-        Path, typer.Option(help="Folder for the held-out sets: NAME.jsonl, as for the test set, and scores.json.")
+    evaluation_out: Annotated[
+        Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.evaluations`.")
     ],
-    metrics_out: Annotated[Path, typer.Option(help="Where the figures go: JSON, numbers only.")],
     config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
     task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap; decoding is greedy.")] = 0,
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
     label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Answer the test set and the held-out sets by greedy decoding and score the answers.
 
-    Each score comes with its 95 % bootstrap interval and, where the metric has one, its signature. Output
-    parameter `scores`: {METRIC: {score, low, high, signature}, ..., examples, seconds}, where there are any with
-    `held_out`: {SET: the same} and `missing`: {METRIC: reason}.
+    Each score comes with its 95 % bootstrap interval and, where the metric has one, its signature. `scores.json` holds
+    {role, label, METRIC: {score, low, high, signature}, ..., examples, seconds}, where there are any with `held_out`:
+    {SET: the same} and `missing`: {METRIC: reason}. The record of the model's training is copied along, so that later
+    steps need not fetch the model.
     """
     settings = parse_section(EvaluationConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    io = StepIO(executor_input, {"predictions": predictions_out, "held_out": held_out_out, "metrics": metrics_out})
+    io = StepIO({"evaluation": evaluation_out})
+    present("model", model)
+    present("data", data)
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.evaluation.evaluate import evaluate, evaluate_held_out
     from skd_lib.evaluation.inference import load_for_inference
-    from skd_lib.evaluation.predictions import write_predictions
     from skd_lib.models.precision import resolve_precision
-    from skd_lib.storage import write_text_atomic
+    from skd_lib.report.evaluations import PREDICTIONS, write_evaluation
     from skd_lib.tracking.runs import step_run
 
     params = {"role": role.value, "seed": seed, "evaluation": settings.model_dump(), "task": task.model_dump()}
@@ -81,17 +82,12 @@ def main(
         result = evaluate(language_model, tokenizer, prepared.test, task, settings, seed=seed)
         further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), settings, seed=seed)
 
-        write_predictions(predictions_out, result.predictions)
-        held_out_out.mkdir(parents=True, exist_ok=True)
-        for name, each in further.items():
-            write_predictions(held_out_out / f"{name}.jsonl", each.predictions)
-        held_out = {name: each.scores for name, each in further.items()}
-        write_text_atomic(held_out_out / "scores.json", json.dumps(held_out, indent=2) + "\n")
+        write_evaluation(evaluation_out, role.value, label, result, further)
+        copy_record(model, evaluation_out)
 
         figures = result.figures()
         for name, each in further.items():
             figures |= {f"{name}.{figure}": value for figure, value in each.figures().items()}
-        write_text_atomic(metrics_out, json.dumps(figures, indent=2) + "\n")
         run.log_metrics(figures)
         signatures = {name: value["signature"] for name, value in result.scores.items() if _is_score(value)}
         run.set_tags(
@@ -100,14 +96,11 @@ def main(
                 **{f"signature.{name}": signature for name, signature in signatures.items()},
             }
         )
-        run.log_artifact(predictions_out)
+        run.log_artifact(evaluation_out / PREDICTIONS)
         run.log_table(table(result.predictions), "predictions")
         for name, each in further.items():
             run.log_table(table(each.predictions), f"held_out/{name}")
 
-    io.metadata("predictions", role=role.value, rows=len(result.predictions))
-    io.metrics("metrics", figures)
-    io.parameter("scores", {**result.scores, **({"held_out": held_out} if held_out else {})})
     io.write()
 
 

@@ -11,8 +11,12 @@ import typer
 
 from skd_lib.config import EvaluationConfig, RegistryConfig, SpecdecConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.models.files import weights_digest
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.models.files import check_model_folder, weights_digest
+from skd_lib.report.evaluations import PREDICTIONS
+from skd_lib.report.measured import CHAMPION
+from skd_lib.steps.inputs import present
+from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.runtime import StepIO, run_step
 from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
@@ -23,14 +27,20 @@ if TYPE_CHECKING:
     from skd_lib.tracking.registry import Champion
 
 log = logging.getLogger(__name__)
+MOVE = (
+    "put them back, or give the alias champion to a version that has its weights (`skd promote`, `skd rollback`); then "
+    "start the run again, which reuses all steps before this one"
+)
+"""What to do about a champion that is gone."""
 
 
 def main(
     student: Annotated[Path, typer.Option(help="Folder of the new student, in Hugging Face layout.")],
     teacher: Annotated[Path, typer.Option(help="Folder of the teacher that both draft for, likewise.")],
     data: Annotated[Path, typer.Option(help="Folder that `prepare_data` wrote; its test split is used.")],
-    predictions_out: Annotated[Path, typer.Option(help="Where the champion's answers go: JSONL, as of `evaluate`.")],
-    metrics_out: Annotated[Path, typer.Option(help="Where the figures go: JSON, numbers only.")],
+    champion_out: Annotated[
+        Path, typer.Option(help="Folder for champion.json and, where it was measured, its answers: predictions.jsonl.")
+    ],
     registry_config: Annotated[str, typer.Option(help="Section `registry` of the run's config, as JSON.")] = "{}",
     evaluation_config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
     specdec_config: Annotated[
@@ -38,15 +48,15 @@ def main(
     ] = "{}",
     task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of sampling.")] = 0,
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking, no champion.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Measure the registered champion as the new student has been: on the same data, as a draft of the same teacher.
 
-    As drafts both take turns, so that their speed-ups compare. Done at once where there is no champion, or where it has
-    the new student's weights. One that cannot be loaded is no failure: the gate says why it leaves it in place. Output
-    parameter `champion`: {version, is_this_student, figures, speedup, challenger_speedup, missing, undrafted}.
+    As drafts both take turns, so that their speed-ups compare. Done at once where there is no champion (so without
+    tracking, since then there is no registry), or where it has the new student's weights. A champion whose files are
+    gone fails the step; one that cannot be measured does not: the gate says why it leaves it in place. `champion.json`
+    holds {version, is_this_student, figures, speedup, challenger_speedup, missing, undrafted}.
     """
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.registry import champion as registered
@@ -57,8 +67,11 @@ def main(
     evaluation = parse_section(EvaluationConfig, evaluation_config, where="--evaluation-config")
     specdec = parse_section(SpecdecConfig, specdec_config, where="--specdec-config").headline()
     task = parse_section(TaskConfig, task_config, where="--task-config")
-    io = StepIO(executor_input, {"predictions": predictions_out, "metrics": metrics_out})
-    write_text_atomic(predictions_out, "")
+    io = StepIO({"champion": champion_out})
+    present("data", data)
+    for name, folder in {"student": student, "teacher": teacher}.items():
+        check_model_folder(present(name, folder))
+    champion_out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
     rival = Rival()
 
@@ -67,7 +80,7 @@ def main(
         champion = None
         if tracking_uri:
             champion = registered(tracking_uri=tracking_uri, model_name=registry.model_name, patience=step_patience())
-        if champion is not None and champion.weights_sha256 == _digest_of(student, io):
+        if champion is not None and champion.weights_sha256 == weights_digest(student):
             rival = Rival(version=champion.version, is_this_student=True)
         elif champion is not None:
             from skd_lib.data.prepared import PreparedData
@@ -78,14 +91,15 @@ def main(
             prepared = PreparedData.load(data)
             digest = prepared.manifest["sha256"]["test.jsonl"]
             run.log_dataset("test", digest, io.input_uri("data", data), context="test", rows=len(prepared.test))
+            folder = fetch(champion)
             try:
-                folder = fetch(champion)
+                check_weights(champion, folder)
                 result = _answers(folder, prepared.test, task, evaluation, seed)
             except SkdError as error:
                 log.warning("the champion cannot be measured: %s", error)
                 rival = Rival(version=champion.version, missing=str(error))
             else:
-                write_predictions(predictions_out, result.predictions)
+                write_predictions(champion_out / PREDICTIONS, result.predictions)
                 figures = result.figures()
                 drafting = _as_drafts(
                     Served(teacher, io.input_uri("teacher", teacher)),
@@ -104,34 +118,43 @@ def main(
         figures |= {name: value for name, value in speedups.items() if value is not None}
         run.log_metrics(figures)
         run.set_tags({"champion": rival.version, "missing": rival.missing})
-    write_text_atomic(metrics_out, json.dumps(figures, indent=2) + "\n")
+    write_text_atomic(champion_out / CHAMPION, json.dumps(rival.model_dump(mode="json"), indent=2) + "\n")
     print(_told(rival))
 
-    io.metrics("metrics", figures)
-    # Without nulls, which KFP has no place for.
-    io.parameter("champion", rival.model_dump(mode="json", exclude_none=True))
     io.write()
 
 
 def fetch(champion: Champion) -> Path:
-    """The champion's folder, with the weights that were registered.
+    """Return the champion's folder.
 
     Raises:
-        SkdError: it is gone, cannot be fetched, or holds other weights.
+        SkdError: there is nothing, or it cannot be fetched.
     """
     from skd_lib.models.references import resolve_model
 
-    where = f"champion, version {champion.version}"
+    where = _where(champion)
     if not champion.weights_uri:
-        raise SkdError("its version in the registry does not say where its weights are", where=where)
-    folder = resolve_model(champion.weights_uri)
+        raise SkdError("its version in the registry does not say where its weights are", where=where, hint=MOVE)
+    try:
+        return resolve_model(champion.weights_uri)
+    except SkdError as error:
+        raise SkdError(
+            f"its weights cannot be had: {error.what}", where=f"{where}, {error.where}", hint=MOVE
+        ) from error
+
+
+def check_weights(champion: Champion, folder: Path) -> None:
+    """See that the folder holds the weights that were registered.
+
+    Raises:
+        SkdError: it holds others.
+    """
     if weights_digest(folder) != champion.weights_sha256:
-        raise SkdError(f"other weights than those registered are at {champion.weights_uri}", where=where)
-    return folder
+        raise SkdError(f"other weights than those registered are at {champion.weights_uri}", where=_where(champion))
 
 
-def _digest_of(student: Path, io: StepIO) -> str:
-    return str(io.input_metadata("student").get("weights_sha256") or weights_digest(student))
+def _where(champion: Champion) -> str:
+    return f"champion, version {champion.version}"
 
 
 def _answers(

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from skd_lib.config import RegistryConfig, parse_section
-from skd_lib.errors import SkdError
+from skd_lib.config import parse_section
 from skd_lib.models.files import weights_digest
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.steps.gate import MEASURED_HELP
+from skd_lib.steps.inputs import present
+from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.runtime import StepIO, run_step
 
 log = logging.getLogger(__name__)
+LINEAGE = (
+    *("teacher", "teacher_fingerprint", "teacher_weights_sha256"),
+    *("base_student", "base_student_fingerprint", "initial_weights_sha256", "student_init"),
+    *("method", "divergence", "beta", "alpha", "rule", "top_k", "gamma"),
+    *("data_fingerprint", "code_version", "image", "precision", "pipeline_run_id"),
+)
+"""Fields of a student's record that become tags of its version; others stay in its folder."""
 
 
 class Answer(StrEnum):
@@ -27,57 +36,36 @@ class Answer(StrEnum):
 
 def main(
     student: Annotated[Path, typer.Option(help="Folder of the student, in Hugging Face layout.")],
-    scores: Annotated[str, typer.Option(help="Scores of the student: JSON of step `evaluate`.")],
+    measured: Annotated[str, typer.Option(help=MEASURED_HELP)],
     promote: Annotated[
         Answer, typer.Option(help="Whether it becomes the champion: output of step `gate`.", case_sensitive=False)
     ],
     reason: Annotated[str, typer.Option(help="The gate's reason.")] = "",
-    specdec_after: Annotated[str, typer.Option(help="The student as draft: JSON of step `specdec_benchmark`.")] = "",
-    comet: Annotated[str, typer.Option(help="COMET's scores of all models: JSON of step `comet_score`.")] = "",
-    registry_config: Annotated[str, typer.Option(help="Section `registry` of the run's config, as JSON.")] = "{}",
-    teacher: Annotated[str, typer.Option(help="Lineage: the teacher; the student's metadata knows it as a rule.")] = "",
-    base_student: Annotated[str, typer.Option(help="Lineage: what the student started from.")] = "",
-    data_fingerprint: Annotated[str, typer.Option(help="Lineage: fingerprint of the data.")] = "",
-    method: Annotated[str, typer.Option(help="Lineage: how the student was distilled.")] = "",
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty: no tracking.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Register the student by URI and digest of its weights: the same weights are registered once.
 
-    It gets the alias `challenger`, and `champion` where the gate said so. Lineage comes from the metadata that
-    earlier steps left on the student, and from the options. A registry that does not answer is waited for, for
+    It gets the alias `challenger`, and `champion` where the gate said so. Its lineage comes from the record that its
+    training left in its folder, and names the run that trained it. A registry that does not answer is waited for, for
     `SKD_REGISTRY_WAIT` seconds. Output parameter `version`; empty without tracking.
     """
-    from skd_lib import __version__
-    from skd_lib.report.summary import Comet, Scores, Specdec
+    from skd_lib.records import read_record
+    from skd_lib.report.measured import Measured
     from skd_lib.tracking import registry
     from skd_lib.tracking.runs import step_run
 
-    settings = parse_section(RegistryConfig, registry_config, where="--registry-config")
-    figures = parse_section(Scores, scores, where="--scores").figures()
-    figures |= parse_section(Comet, comet or "{}", where="--comet").figures("student_after")
-    if specdec_after:
-        figures |= parse_section(Specdec, specdec_after, where="--specdec-after").figures()
-    if not student.is_dir():
-        raise SkdError("there is no such folder", where=f"--student {student}", hint="give the folder of the student")
-    io = StepIO(executor_input, {})
-    known = {
-        name: str(value) for name, value in io.input_metadata("student").items() if isinstance(value, str | int | float)
-    }
-    digest = known.pop("weights_sha256", "") or weights_digest(student)
-    given = {"teacher": teacher, "base_student": base_student, "method": method}
-    lineage = {
-        # What made the student knows better; this is for one that came from elsewhere.
-        "code_version": os.environ.get("SKD_CODE_VERSION") or f"skd-lib {__version__}",
-        **known,
-        **{name: value for name, value in given.items() if value},
-        registry.FINGERPRINT_TAG: data_fingerprint or known.get(registry.FINGERPRINT_TAG, ""),
-        registry.PIPELINE_RUN_TAG: os.environ.get("KFP_RUN_ID", ""),
-        "gate": reason,
+    found = parse_section(Measured, measured, where="--measured")
+    settings, figures = found.registry, {**found.student, **found.draft}
+    io = StepIO({})
+    record = read_record(present("student", student))
+    digest = weights_digest(student)
+    tags = {
+        **version_tags(record.lineage),
+        **{f"{registry.SIGNATURE_PREFIX}{name}": text for name, text in found.signatures.items()},
+        registry.GATE_TAG: reason,
     }
     uri = io.input_uri("student", student)
-    uri = uri if "://" in uri else str(Path(uri).resolve())
 
     with step_run(
         step="register_model",
@@ -92,11 +80,12 @@ def main(
                 model_name=settings.model_name,
                 student_uri=uri,
                 weights_sha256=digest,
+                trained_by=record.mlflow_run_id,
                 run_id=run.parent.find,
                 promote=promote is Answer.yes,
                 figures=figures,
-                tags=lineage,
-                description=_description(lineage, figures),
+                tags=tags,
+                description=_description(tags, figures, reason),
                 patience=registry.step_patience(),
             )
             outcome = {
@@ -117,11 +106,16 @@ def main(
     io.write()
 
 
-def _description(lineage: dict[str, str], figures: dict[str, float]) -> str:
-    teacher = lineage.get("teacher") or "its teacher"
-    method = lineage.get("method") or "distillation"
+def version_tags(lineage: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a version tells of its training: the fields that are known here, as texts."""
+    return {name: str(lineage[name]) for name in LINEAGE if lineage.get(name) not in (None, "")}
+
+
+def _description(tags: Mapping[str, str], figures: Mapping[str, float], reason: str) -> str:
+    teacher = tags.get("teacher") or "its teacher"
+    method = tags.get("method") or "distillation"
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    return f"Student of {teacher} by {method}. {shown}. {lineage['gate']}".strip()
+    return f"Student of {teacher} by {method}. {shown}. {reason}".strip()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two steps of a comparison, as KFP calls them."""
+"""The steps of a comparison, as KFP calls them."""
 
 from __future__ import annotations
 
@@ -10,103 +10,116 @@ from typing import Any
 import pytest
 
 from skd_lib.compare.result import Comparison
+from skd_lib.compare.trials import Trial
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.predictions import write_predictions
-from skd_lib.steps import compare_result, compare_table, compare_variant
+from skd_lib.records import write_record
+from skd_lib.report.drafts import write_drafts
+from skd_lib.steps import compare_table, compare_variant
+from skd_lib.steps.kfp_call import called, take_call
 from tests.compare.test_build import RIGHT, accuracy, answers
 from tests.compare.test_trials import BASE
+from tests.report.evaluations import evaluation, evaluations
 
-TRIALS = [{"variant": variant, "seed": float(seed), "init": "", "overrides": {}} for variant, seed in RIGHT]
+TRIALS = [{"variant": variant, "seed": float(seed)} for variant, seed in RIGHT]
+SKIPPED = {"variant": "hot", "seed": 0, "reason": "it exploded"}
 DRAFT = {"acceptance_rate": 0.5, "tokens_per_teacher_call": 2.0, "speedup": 1.5, "settings": []}
+SCORE = {"score": 90, "low": 80, "high": 95}
 
 
-def result(folder: Path, number: int, **changes: Any) -> Path:
-    """Run `compare_result` of one run; its folder."""
+def label(number: int) -> str:
+    return Trial.model_validate(TRIALS[number]).label
+
+
+def student(folder: Path, number: int) -> Path:
+    """Write the evaluation of one trial's student, with the record of its training."""
     right = RIGHT[TRIALS[number]["variant"], int(TRIALS[number]["seed"])]
-    predictions, figures = folder / f"predictions-{number}", folder / f"figures-{number}"
-    write_predictions(predictions, answers(right, order=number))
-    figures.write_text(json.dumps({"steps": 5.0, "tokens_per_teacher_call_last_tenth": 2.5, "seconds_loss": 2.0}))
-    values = {
-        "trial": TRIALS[number],
-        "scores": accuracy(right).metrics | {"examples": 40},
-        "course": {"rejection_rate": [0.5, 0.25], "steps": [1.0, 2.0]},
-        "draft": {} if number else DRAFT,
-        **changes,
-    }
-    out = folder / f"result-{number}"
-    compare_result.main(
-        **{name: json.dumps(value, default=lambda score: score.model_dump()) for name, value in values.items()},
-        predictions=predictions,
-        figures=figures,
-        result_out=out,
-    )
+    scores = {name: score.model_dump() for name, score in accuracy(right).metrics.items()} | {"examples": 40}
+    out = evaluation(folder / f"evaluation-{number}", "student_after", scores, answers(right, number), label(number))
+    course = {"rejection_rate": [0.5, 0.25], "steps": [1, 2]}
+    figures = {"steps": 5.0, "tokens_per_teacher_call_last_tenth": 2.5, "seconds_loss": 2.0}
+    write_record(out, lineage={"method": "skd"}, course=course, figures=figures)
     return out
 
 
-def table(folder: Path, results: Sequence[Path], **changes: Any) -> dict[str, Any]:
-    """Run `compare_table` on a list of artifacts, as it comes from a loop; its executor output."""
-    artifacts = {"results": {"artifacts": [{"uri": str(path)} for path in results]}}
-    values = {
-        "failed": [{**TRIALS[0], "variant": "hot", "reason": "it exploded"}],
-        "teacher": {"accuracy": {"score": 90, "low": 80, "high": 95}},
-        **changes,
-    }
-    compare_table.main(
-        **{name: json.dumps(value) for name, value in values.items()},
-        **{f"{name}_out": folder / name for name in ("page", "runs", "comparison")},
-        reference="skd",
-        run_name="test",
-        config='{"bootstrap_samples": 100}',
-        task_config='{"metrics": ["accuracy"]}',
-        executor_input=json.dumps({"inputs": {"artifacts": artifacts}}),
-    )
+def draft(folder: Path, number: int) -> Path:
+    """Write what one trial's student is worth as a draft; only the first was measured."""
+    write_drafts(folder / f"drafts-{number}", label(number), {} if number else {"before": DRAFT, "after": DRAFT})
+    return folder / f"drafts-{number}"
+
+
+def table(folder: Path, students: Sequence[Path], drafts: Sequence[Path] = (), **config: Any) -> dict[str, Any]:
+    """Run `compare_table` on lists of artifacts, as they come from a loop; its executor output."""
+    lists = {"evaluations": students, "drafts": drafts}
+    artifacts = {name: {"artifacts": [{"uri": str(path)} for path in paths]} for name, paths in lists.items()}
+    words = ["--kfp-executor-input", json.dumps({"inputs": {"artifacts": artifacts}})]
+    words += ["--kfp-output-file", str(folder / "executor_output.json")]
+    with called(take_call(words)[1]):
+        compare_table.main(
+            **{f"{name}_out": folder / name for name in ("report", "figures", "comparison")},
+            config=json.dumps({"reference": "skd", "trials": TRIALS, "skipped": [SKIPPED], **config}),
+            teacher_evaluations=evaluations(folder / "teachers", {"teacher": {"accuracy": SCORE}}),
+            run_name="test",
+            evaluation_config='{"bootstrap_samples": 100}',
+            task_config='{"metrics": ["accuracy"]}',
+        )
     output: dict[str, Any] = json.loads((folder / "executor_output.json").read_text())
     return output
 
 
-def test_table_of_collected_results(tmp_path: Path):
-    output = table(tmp_path, [result(tmp_path, number) for number in range(len(TRIALS))])
-    comparison = Comparison.model_validate_json((tmp_path / "comparison").read_text())
+def test_table_of_collected_trials(tmp_path: Path):
+    """Whatever the order in which the two lists come: each folder says whose it is."""
+    numbers = range(len(TRIALS))
+    output = table(
+        tmp_path, [student(tmp_path, n) for n in reversed(numbers)], [draft(tmp_path, n) for n in (2, 0, 1, 4, 3)]
+    )
+    comparison = Comparison.model_validate_json((tmp_path / "comparison" / "comparison.json").read_text())
     assert [each.variant for each in comparison.variants] == ["skd", "sft", "seqkd", "hot"]
     skd, sft, _, hot = comparison.variants
     assert (skd.costs["rejection_rate"], skd.costs["steps"], skd.costs["tokens_per_teacher_call"]) == (0.375, 5, 2.5)
+    assert skd.scores["accuracy"].mean == pytest.approx(77.5)
     assert skd.draft == {"acceptance_rate": 0.5, "tokens_per_teacher_call": 2, "speedup": 1.5}
+    assert sft.draft == {}
     assert sft.tests["accuracy"].seeds == 2
     assert (hot.runs, hot.failed) == (0, 1)
-    assert "| hot | 0 | it exploded |" in (tmp_path / "page").read_text()
-    assert len((tmp_path / "runs").read_text().splitlines()) == 1 + len(RIGHT) + 1
+    assert comparison.teacher["accuracy"].score == 90
+    assert "| hot | 0 | it exploded |" in (tmp_path / "report").read_text()
+    assert len((tmp_path / "comparison" / "runs.csv").read_text().splitlines()) == 1 + len(RIGHT) + 1
     course = comparison.trials[0].course
     assert course is not None
     assert (course.steps, course.rejection_rate) == ((1, 2), (0.5, 0.25))
-    headline = output["artifacts"]["comparison"]["artifacts"][0]["metadata"]
-    assert headline["skd/accuracy"] == pytest.approx(77.5)
+    assert {name: value["artifacts"][0]["metadata"] for name, value in output["artifacts"].items()} == {
+        "report": {},
+        "figures": {"skd/accuracy": 77.5, "skd/draft_speedup": 1.5, "sft/accuracy": 27.5, "seqkd/accuracy": 77.5},
+        "comparison": {},
+    }
+    assert output["parameterValues"] == {}
 
 
-def test_table_without_a_run_or_with_a_folder_that_is_none_is_refused(tmp_path: Path):
-    with pytest.raises(SkdError, match="there is no run to compare"):
+def test_figures_on_kubeflows_page_are_few(tmp_path: Path):
+    trials = [{"variant": f"{number}-".ljust(63, "v"), "seed": 0} for number in range(60)]
+    lost = [Trial.model_validate(trial) for trial in trials]
+    scores = {"accuracy": SCORE, "chrf": SCORE, "examples": 40}
+    folders = [evaluation(tmp_path / one.variant, "student_after", scores, label=one.label) for one in lost]
+    output = table(tmp_path, folders, trials=trials, skipped=[], reference="")
+    figures = output["artifacts"]["figures"]["artifacts"][0]["metadata"]
+    assert len(figures) == 24
+    assert len(json.dumps(figures)) < 4000
+    assert len(json.loads((tmp_path / "comparison" / "comparison.json").read_text())["variants"]) == 60
+
+
+def test_a_trial_without_an_evaluation_stands_in_the_table(tmp_path: Path):
+    table(tmp_path, [student(tmp_path, 0)], skipped=[])
+    assert "| sft | 1 | no evaluation of its student came to the table |" in (tmp_path / "report").read_text()
+
+
+def test_table_without_a_trial_or_with_a_folder_that_is_none_is_refused(tmp_path: Path):
+    with pytest.raises(SkdError, match="there is no trial to compare"):
         table(tmp_path, [])
-    with pytest.raises(SkdError, match="name a folder that step `compare_result` wrote") as raised:
-        table(tmp_path, [result(tmp_path, 0), tmp_path / "nowhere"])
-    assert str(tmp_path / "nowhere" / "result.json") in str(raised.value)
-
-
-def test_missing_figures_are_named(tmp_path: Path):
-    folder = result(tmp_path, 0)
-    with pytest.raises(SkdError, match="name the figures that step `distill` wrote"):
-        compare_result.main(
-            trial=json.dumps(TRIALS[0]),
-            scores=json.dumps({"accuracy": {"score": 1, "low": 0, "high": 2}}),
-            predictions=folder / "predictions.jsonl",
-            figures=tmp_path / "nowhere.json",
-            result_out=tmp_path / "out",
-        )
-
-
-def test_what_is_wrong_with_a_run_is_named(tmp_path: Path):
-    with pytest.raises(SkdError, match="--course"):
-        result(tmp_path, 0, course={"steps": ["first"]})
-    with pytest.raises(SkdError, match="--draft"):
-        result(tmp_path, 0, draft={"speedup": 1.5})
+    with pytest.raises(SkdError, match="the input `evaluations` is gone from storage") as raised:
+        table(tmp_path, [student(tmp_path, 0), tmp_path / "nowhere"])
+    assert str(tmp_path / "nowhere") in str(raised.value)
+    with pytest.raises(SkdError, match="an evaluation is of trial `sft-seed-0`, which the comparison does not have"):
+        table(tmp_path, [student(tmp_path, 0), student(tmp_path, 2)], trials=TRIALS[:1])
 
 
 def test_variant_hands_on_its_own_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -51,43 +51,38 @@ def prepared(folder: Path) -> Path:
 
 def run(model: Path, data: Path, out: Path, **changes: Any) -> None:
     settings: dict[str, Any] = {"config": json.dumps(CONFIG), "task_config": json.dumps(TASK), "seed": 1}
-    outputs: dict[str, Any] = {
-        "predictions_out": out / "predictions.jsonl",
-        "held_out_out": out / "held_out",
-        "metrics_out": out / "metrics.json",
-    }
-    main(model=model, data=data, role=Role.student_after, **(settings | outputs | changes))
+    main(model=model, data=data, role=Role.student_after, evaluation_out=out / "evaluation", **(settings | changes))
 
 
 def test_outputs(model: Path, data: Path, tmp_path: Path) -> None:
-    run(model, data, tmp_path)
-    output = json.loads((tmp_path / "executor_output.json").read_text())
-    scores = output["parameterValues"]["scores"]
-    predictions = read_predictions(tmp_path / "predictions.jsonl")
+    run(model, data, tmp_path, label="skd-seed-1")
+    evaluation = tmp_path / "evaluation"
+    scores = json.loads((evaluation / "scores.json").read_text())
+    predictions = read_predictions(evaluation / "predictions.jsonl")
     examples = PreparedData.load(data).test
 
     assert [row.id for row in predictions] == [example.id for example in examples]
     assert [row.target for row in predictions] == [example.target for example in examples]
-    assert set(scores) == {"chrf", "bleu", "rougeL", "examples", "seconds"}
+    assert set(scores) == {"role", "label", "chrf", "bleu", "rougeL", "examples", "seconds"}
+    assert (scores["role"], scores["label"]) == ("student_after", "skd-seed-1")
     assert scores["examples"] == len(examples) == 12
     measured = measure("chrf", [row.prediction for row in predictions], [row.target for row in predictions])
     assert scores["chrf"]["score"] == pytest.approx(measured.score)
     assert scores["chrf"]["low"] <= scores["chrf"]["score"] <= scores["chrf"]["high"]
     assert scores["chrf"]["signature"] == measured.signature
 
-    metrics = output["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["chrf"] == scores["chrf"]["score"]
-    assert all(isinstance(value, (int, float)) for value in metrics.values())
-    assert 0 <= metrics["truncated_fraction"] <= 1
-    assert output["artifacts"]["predictions"]["artifacts"][0]["metadata"] == {"role": "student_after", "rows": 12}
+    # Kubeflow keeps nothing of it but where it is: parameters and metadata are stored with every node of a run.
+    output = json.loads((tmp_path / "executor_output.json").read_text())
+    assert output["parameterValues"] == {}
+    (artifact,) = output["artifacts"]["evaluation"]["artifacts"]
+    assert artifact["metadata"] == {}
 
 
 def test_same_seed_same_scores(model: Path, data: Path, tmp_path: Path) -> None:
     results = []
     for name, batch_size in (("first", 3), ("second", 12)):
         run(model, data, tmp_path / name, config=json.dumps({**CONFIG, "batch_size": batch_size}))
-        scores = json.loads((tmp_path / name / "executor_output.json").read_text())["parameterValues"]["scores"]
+        scores = json.loads((tmp_path / name / "evaluation" / "scores.json").read_text())
         results.append({metric: scores[metric] for metric in TASK["metrics"]})
     assert results[0] == results[1]
 
@@ -103,9 +98,11 @@ def test_tracked(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'evaluate-student_after'")
     assert len(found) == 1
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
     assert found[0].info.status == "FINISHED"
-    assert found[0].data.metrics == pytest.approx(metrics)
+    assert found[0].data.metrics["chrf"] == pytest.approx(scores["chrf"]["score"])
+    assert found[0].data.metrics["rougeL_low"] == pytest.approx(scores["rougeL"]["low"])
+    assert 0 <= found[0].data.metrics["truncated_fraction"] <= 1
     assert found[0].data.params["skd/role"] == "student_after"
     assert found[0].data.tags["signature.chrf"].startswith("chrF2|nrefs:1|")
     assert found[0].data.tags["precision"] == "fp32"
@@ -129,17 +126,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
-    outputs = [
-        "--predictions-out", str(tmp_path / "p.jsonl"), "--metrics-out", str(tmp_path / "m.json"),
-        "--held-out-out", str(tmp_path / "held_out"),
-    ]  # fmt: skip
     done = command(
         "--model", str(model), "--data", str(data), "--role", "teacher", "--config", json.dumps(CONFIG),
-        "--task-config", json.dumps(TASK), "--seed", "0", *outputs,
+        "--task-config", json.dumps(TASK), "--seed", "0", "--evaluation-out", str(tmp_path / "e"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert '"done": 12, "total": 12' in done.stdout
-    assert len(read_predictions(tmp_path / "p.jsonl")) == 12
+    assert len(read_predictions(tmp_path / "e" / "predictions.jsonl")) == 12
 
 
 @pytest.mark.parametrize(
@@ -147,8 +140,8 @@ def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
     [
         ({"config": '{"batchsize": 1}'}, "--config, field `batchsize`: unknown field"),
         ({"task_config": '{"metrics": ["rouge"]}'}, "--task-config, field `metrics.0`"),
-        ({"data": Path("/nowhere")}, "/nowhere"),
-        ({"model": Path("/nowhere")}, "/nowhere: no such folder"),
+        ({"data": Path("/nowhere")}, "the input `data` is gone from storage"),
+        ({"model": Path("/nowhere")}, "the input `model` is gone from storage"),
         ({"task_config": json.dumps({**TASK, "metrics": ["accuracy"]})}, "no reference holds an answer"),
     ],
 )
@@ -166,7 +159,7 @@ def test_no_examples(model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> No
 def test_help_is_quick_and_complete() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for option in ("--model", "--data", "--role", "--config", "--task-config", "--seed", "--predictions-out"):
+    for option in ("--model", "--data", "--role", "--config", "--task-config", "--seed", "--evaluation-out"):
         assert option in done.stdout
 
 

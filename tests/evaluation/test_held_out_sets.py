@@ -11,7 +11,7 @@ import pytest
 from skd_lib.config import DataConfig, TaskConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.evaluation.predictions import read_predictions
-from skd_lib.report.summary import Scores
+from skd_lib.report.evaluations import read_evaluation
 from skd_lib.steps.evaluate import MAX_TABLE_ROWS, Role, main, table
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_predictions import prediction
@@ -51,19 +51,16 @@ def result(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMo
         model=save_tiny_model(folder / "model", seed=3),
         data=folder / "data",
         role=Role.student_after,
-        predictions_out=out / "predictions.jsonl",
-        held_out_out=out / "held_out",
-        metrics_out=out / "metrics.json",
+        evaluation_out=out,
         config=json.dumps({"batch_size": 4, "bootstrap_samples": 100}),
         task_config=json.dumps(TASK),
     )
-    return out, json.loads((out / "executor_output.json").read_text())
+    return out, json.loads((out / "scores.json").read_text())
 
 
 def test_every_set_is_scored_or_said_to_be_missing(result: tuple[Path, dict[str, Any]]) -> None:
-    out, output = result
-    scores = output["parameterValues"]["scores"]
-    assert scores.keys() == {"chrf", "examples", "seconds", "held_out"}
+    _, scores = result
+    assert scores.keys() == {"role", "label", "chrf", "examples", "seconds", "held_out"}
     sets = scores["held_out"]
     assert list(sets) == ["numbers", "words", "unscorable", "too_long", "nowhere", "lost"]
     assert sets["numbers"].keys() == {"accuracy", "examples", "seconds"}
@@ -77,24 +74,20 @@ def test_every_set_is_scored_or_said_to_be_missing(result: tuple[Path, dict[str,
         assert "No such file" in sets[name]["missing"]["chrf"]
         assert "\n" not in sets[name]["missing"]["chrf"]
         assert sets[name]["examples"] == 0
-    assert json.loads((out / "held_out/scores.json").read_text()) == sets
 
 
 def test_answers_of_each_set_are_kept(result: tuple[Path, dict[str, Any]]) -> None:
-    out, output = result
+    out, _ = result
     assert len(read_predictions(out / "held_out/numbers.jsonl")) == 5
     words = read_predictions(out / "held_out/words.jsonl")
     assert words[0].scores.keys() == {"rougeL", "perplexity"}
     assert words[0].reference_tokens > 0
     assert read_predictions(out / "held_out/nowhere.jsonl") == []
     assert {row.source.split()[0] for row in read_predictions(out / "predictions.jsonl")} == {"train"}
-    figures = output["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-    assert {"numbers.accuracy", "numbers.accuracy_low", "words.perplexity", "nowhere.examples"} <= figures.keys()
-    assert all(isinstance(value, int | float) for value in figures.values())
 
 
 def test_the_report_reads_the_scores(result: tuple[Path, dict[str, Any]]) -> None:
-    scores = Scores.model_validate(result[1]["parameterValues"]["scores"])
+    scores = read_evaluation(result[0]).scores
     assert scores.figures().keys() == {"chrf"}
     assert scores.held_out["numbers"].figures().keys() == {"accuracy"}
     assert scores.held_out["nowhere"].missing.keys() == {"chrf"}

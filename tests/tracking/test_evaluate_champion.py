@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.files import weights_digest
 from skd_lib.steps import evaluate_champion, gate
+from skd_lib.tracking.gate import Rival
 from skd_lib.tracking.registry import register
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_evaluate_step import prepared
 from tests.specdec.test_specdec_step import CONFIG as SPECDEC
 
 from .conftest import EXPERIMENT
-from .test_steps import run, scores
+from .test_steps import measured, run_in
 
 TASK = {"max_new_tokens": 8, "metrics": ["chrf", "bleu"]}
 EVALUATION = {"batch_size": 4, "bootstrap_samples": 100}
@@ -45,8 +47,7 @@ class Pipeline:
     def measure(self, **changes: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             **{name: self.folders[name] for name in ("student", "teacher", "data")},
-            "predictions_out": self.out / "predictions.jsonl",
-            "metrics_out": self.out / "metrics.json",
+            "champion_out": self.out / "champion",
             "evaluation_config": json.dumps(EVALUATION),
             "specdec_config": json.dumps({**SPECDEC, "gammas": [1, 3], "sweep": "all", "batch_sizes": [4, 1]}),
             "task_config": json.dumps(TASK),
@@ -54,8 +55,7 @@ class Pipeline:
             "experiment": EXPERIMENT,
         }
         evaluate_champion.main(**(arguments | changes))
-        output = json.loads((self.out / "executor_output.json").read_text())
-        champion: dict[str, Any] = output["parameterValues"]["champion"]
+        champion: dict[str, Any] = json.loads((self.out / "champion" / "champion.json").read_text())
         return champion
 
     def register(self, folder: Path, digest: str = "") -> str:
@@ -71,12 +71,9 @@ class Pipeline:
         )
 
     def decide(self, chrf: float, champion: dict[str, Any], **registry: Any) -> tuple[str, str]:
-        options = ("--registry-config", json.dumps(registry), "--task-config", json.dumps(TASK))
-        output = {"outputs": {"outputFile": str(self.out / "gate.json")}}
         tracking = ("--tracking-uri", self.store, "--experiment", EXPERIMENT)
-        measured = ("--student-after", scores(chrf), "--champion", json.dumps(champion))
-        run(gate, *measured, *options, *tracking, "--executor-input", json.dumps(output))
-        decided = json.loads((self.out / "gate.json").read_text())["parameterValues"]
+        found = measured(chrf, champion=Rival.model_validate(champion), registry=registry)
+        decided = run_in(self.out, gate, "--measured", found, *tracking)
         return decided["promote"], decided["reason"]
 
 
@@ -89,8 +86,7 @@ def test_without_a_champion_or_tracking_nothing_is_measured(pipeline: Pipeline) 
     for changes in ({}, {"tracking_uri": ""}):
         champion = pipeline.measure(**changes)
         assert champion["version"] == ""
-        assert (pipeline.out / "predictions.jsonl").read_text() == ""
-        assert json.loads((pipeline.out / "metrics.json").read_text()) == {}
+        assert [path.name for path in (pipeline.out / "champion").iterdir()] == ["champion.json"]
     assert pipeline.decide(30.0, champion) == ("true", "first champion of this name, with chrf 30.00")
 
 
@@ -104,7 +100,7 @@ def test_the_champion_is_measured_on_this_data_and_beside_the_student(
     assert 0 <= champion["figures"]["chrf"] < 99
     assert champion["speedup"] > 0
     assert champion["challenger_speedup"] > 0
-    assert len(read_predictions(pipeline.out / "predictions.jsonl")) == 12
+    assert len(read_predictions(pipeline.out / "champion" / "predictions.jsonl")) == 12
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'evaluate_champion'")
@@ -128,19 +124,42 @@ def test_a_student_with_the_champions_weights(pipeline: Pipeline, folders: dict[
     assert pipeline.decide(1.0, champion)[0] == "true"
 
 
-@pytest.mark.parametrize("what", ["gone", "changed"])
-def test_a_champion_without_its_weights_stays(
-    pipeline: Pipeline, folders: dict[str, Path], tmp_path: Path, what: str
-) -> None:
-    folder = Path(shutil.copytree(folders["champion"], tmp_path / "moved"))
-    pipeline.register(folder, digest="" if what == "gone" else "c" * 64)
-    if what == "gone":
-        shutil.rmtree(folder)
+def test_a_champion_with_other_weights_stays(pipeline: Pipeline, folders: dict[str, Path]) -> None:
+    pipeline.register(folders["champion"], digest="c" * 64)
     champion = pipeline.measure()
-    assert {"gone": "no such folder", "changed": "other weights than those registered"}[what] in champion["missing"]
+    assert "other weights than those registered" in champion["missing"]
     promote, reason = pipeline.decide(99.0, champion)
     assert promote == "false"
     assert "could not be measured; set the alias champion by hand" in reason
+
+
+@pytest.mark.parametrize("what", ["all of it", "its weights"])
+def test_without_the_champions_files_the_step_fails(
+    pipeline: Pipeline, folders: dict[str, Path], tmp_path: Path, what: str
+) -> None:
+    folder = Path(shutil.copytree(folders["champion"], tmp_path / "moved"))
+    pipeline.register(folder)
+    if what == "all of it":
+        shutil.rmtree(folder)
+    else:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(SkdError, match="its weights cannot be had") as error:
+        pipeline.measure()
+    assert error.value.where.startswith("champion, version 1")
+    assert "skd promote" in error.value.hint
+    assert not (pipeline.out / "executor_output.json").exists()
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "data"])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_without_an_inputs_files_the_step_fails(
+    pipeline: Pipeline, folders: dict[str, Path], tmp_path: Path, name: str, tracked: bool
+) -> None:
+    """As after a lifecycle rule of the bucket, where Kubeflow took the student from its cache."""
+    pipeline.register(folders["student"])  # the champion is this very student
+    with pytest.raises(SkdError, match=f"the input `{name}` is gone from storage"):
+        pipeline.measure(**{name: tmp_path / "nowhere"}, **({} if tracked else {"tracking_uri": ""}))
+    assert not (pipeline.out / "executor_output.json").exists()
 
 
 def test_a_champion_that_cannot_draft_is_compared_by_score(
@@ -152,7 +171,7 @@ def test_a_champion_that_cannot_draft_is_compared_by_score(
     pipeline.register(folder)
     champion = pipeline.measure()
     assert "end-of-sequence ids" in champion["undrafted"]
-    assert "speedup" not in champion
+    assert champion["speedup"] is None
     promote, reason = pipeline.decide(99.0, champion)
     assert promote == "true"
     assert "not compared as drafts" in reason

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from skd_lib.cli import app
 from skd_lib.errors import SkdError
+from skd_lib.models.files import weights_digest
 from skd_lib.steps import finish, prepare_data, register_model
 from skd_lib.tracking import lineage
 from skd_lib.tracking.lineage import parse_model, trace
 from skd_lib.tracking.runs import step_run
 
 from .conftest import EXPERIMENT
-from .test_steps import executor_input, run, scores
+from .test_steps import measured, run, run_in, student
 
 IMAGE = "ghcr.io/example/skd-train@sha256:" + "a" * 64
 
@@ -42,9 +43,8 @@ def registered(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     run(prepare_data, "--data-config", json.dumps(config), "--data-out", str(tmp_path / "data"), *tracking)
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as distill:
         distill.set_tags({"code_version": "git 1234567"})
-    (tmp_path / "student").mkdir()
-    metadata = {
-        "weights_sha256": "c" * 64,
+        trainer = distill.parent.run_id
+    facts = {
         "teacher": "org/teacher@main",
         "teacher_weights_sha256": "d" * 64,
         "teacher_fingerprint": "commit:" + "1" * 40,
@@ -52,22 +52,26 @@ def registered(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         "base_student_fingerprint": "sha256:" + "2" * 64,
         "initial_weights_sha256": "e" * 64,
         "method": "skd",
-        "top_k": 25.0,
+        "top_k": 25,
         "data_fingerprint": "f" * 64,
+        "code_version": "git 1234567",
+        "pipeline_run_id": "run-1",
+        "mlflow_run_id": trainer,
     }
-    io = executor_input(tmp_path, metadata)
-    student = ("--student", str(tmp_path / "student"), "--scores", scores(30.0), "--reason", "first [champion]")
-    run(register_model, *student, "--promote", "true", "--executor-input", io, *tracking)
-    run(finish, "--status", '{"state": "SUCCEEDED"}', "--executor-input", executor_input(tmp_path), *tracking)
+    folder = student(tmp_path / "student", 1, **facts)
+    registered = ("--student", str(folder), "--measured", measured(30.0), "--reason", "first [champion]")
+    run_in(tmp_path, register_model, *registered, "--promote", "true", *tracking)
+    run(finish, "--status", '{"state": "SUCCEEDED"}', *tracking)
     return data
 
 
-def test_everything_is_traced(registered: Path, store: str, client: MlflowClient) -> None:
+def test_everything_is_traced(registered: Path, store: str, client: MlflowClient, tmp_path: Path) -> None:
     for reference in ("skd-student", "skd-student@champion", "skd-student@challenger", "skd-student/1"):
         found = trace(tracking_uri=store, reference=reference)
         assert (found.model, found.version) == ("skd-student", "1")
     assert sorted(found.aliases) == ["challenger", "champion"]
-    assert (found.student.reference, found.student.sha256) == ("gs://bucket/student", "c" * 64)
+    assert found.student.reference == "gs://bucket/student"
+    assert found.student.sha256 == weights_digest(tmp_path / "student")
     assert (found.teacher.reference, found.teacher.sha256) == ("org/teacher@main", "d" * 64)
     assert (found.base.reference, found.base.sha256) == ("org/student", "e" * 64)
     assert (found.teacher.fingerprint, found.base.fingerprint) == ("commit:" + "1" * 40, "sha256:" + "2" * 64)
@@ -108,12 +112,12 @@ def test_steps_from_the_cache_are_found_in_the_run_that_made_them(
     prepared = json.loads((tmp_path / "data" / "manifest.json").read_text())["fingerprint"]
 
     monkeypatch.setenv("KFP_RUN_ID", "run-2")
-    with step_run(step="distill", **tracking):
-        pass
-    metadata = {"weights_sha256": "9" * 64, "teacher_weights_sha256": "d" * 64, "initial_weights_sha256": "e" * 64}
-    io = executor_input(tmp_path, {**metadata, "data_fingerprint": prepared})
-    student = ("--student", str(tmp_path / "student"), "--scores", scores(31.0), "--promote", "false")
-    run(register_model, *student, "--executor-input", io, "--tracking-uri", store, "--experiment", EXPERIMENT)
+    with step_run(step="distill", **tracking) as distill:
+        trainer = distill.parent.run_id
+    facts = {"teacher_weights_sha256": "d" * 64, "initial_weights_sha256": "e" * 64, "data_fingerprint": prepared}
+    folder = student(tmp_path / "other", 2, **facts, pipeline_run_id="run-2", mlflow_run_id=trainer)
+    registered_as = ("--student", str(folder), "--measured", measured(31.0), "--promote", "false")
+    run_in(tmp_path, register_model, *registered_as, "--tracking-uri", store, "--experiment", EXPERIMENT)
     found = trace(tracking_uri=store, reference="skd-student/2")
     assert found.pipeline_run_id == "run-2"
     assert [step.name for step in found.steps] == [

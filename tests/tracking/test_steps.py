@@ -8,19 +8,29 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from mlflow import MlflowClient
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from skd_lib.config import MetricName
 from skd_lib.errors import SkdError
-from skd_lib.report.samples import read_samples
+from skd_lib.evaluation.predictions import Prediction
+from skd_lib.models.files import weights_digest
+from skd_lib.records import write_record
+from skd_lib.report.drafts import write_drafts
+from skd_lib.report.measured import CHAMPION, Measured
+from skd_lib.report.samples import to_jsonl
 from skd_lib.report.sources import from_mlflow
 from skd_lib.steps import finish, fitting, gate, register_model, report
+from skd_lib.steps.kfp_call import called, take_call
 from skd_lib.steps.runtime import StepIO
 from skd_lib.tracking.gate import Rival
 from skd_lib.tracking.registry import champion
 from skd_lib.tracking.runs import step_run
+from tests.report.evaluations import evaluations
 
 from .conftest import EXPERIMENT, Runs
 
@@ -33,28 +43,40 @@ def run(module: Any, *arguments: str, fails: bool = False) -> str:
     return f"{result.output}{result.exception or ''}"
 
 
-def scores(chrf: float) -> str:
+def scores(chrf: float) -> dict[str, Any]:
     values = {"chrf": chrf, "bleu": chrf / 3}
     metrics = {
         name: {"score": value, "low": value - 1, "high": value + 1, "signature": f"{name}|v1"}
         for name, value in values.items()
     }
-    return json.dumps({**metrics, "examples": 16, "seconds": 2.5})
+    return {**metrics, "examples": 16, "seconds": 2.5}
 
 
-def specdec(speedup: float) -> str:
+def specdec(speedup: float) -> dict[str, Any]:
     figures = {"acceptance_rate": speedup / 2, "tokens_per_teacher_call": 1 + speedup, "speedup": speedup}
-    return json.dumps({**figures, "gamma": 5, "temperature": 0.0, "ties": 0, "seconds": 3.0, "tokens": 9})
+    return {**figures, "gamma": 5, "temperature": 0.0, "ties": 0, "seconds": 3.0, "tokens": 9}
 
 
-def executor_input(folder: Path, metadata: dict[str, Any] | None = None) -> str:
-    student = {"name": "student", "uri": "gs://bucket/student", "metadata": metadata or {}}
-    return json.dumps(
-        {
-            "inputs": {"artifacts": {"student": {"artifacts": [student]}}},
-            "outputs": {"outputFile": str(folder / "output.json")},
-        }
-    )
+def measured(value: float, champion: Rival | None = None, *, metric: MetricName = "chrf", **changes: Any) -> str:
+    """What `report` hands on."""
+    found = Measured(task_metric=metric, student={metric: value}, champion=champion or Rival())
+    return json.dumps(found.to_parameter() | changes)
+
+
+def student(folder: Path, number: int, **lineage: Any) -> Path:
+    """Write a student whose weights are a number, with the record of its training."""
+    folder.mkdir(exist_ok=True)
+    save_file({"weights": np.array([number])}, folder / "model.safetensors")
+    write_record(folder, lineage=lineage)
+    return folder
+
+
+def run_in(folder: Path, module: Any, *arguments: str) -> dict[str, Any]:
+    """Run a step as KFP does, on a student in a bucket; its output parameters."""
+    words = ["--kfp-output-file", str(folder / "output.json"), "--kfp-input", "student=gs://bucket/student"]
+    with called(take_call(words)[1]):
+        run(module, *arguments)
+    return parameters(folder)
 
 
 def parameters(folder: Path) -> dict[str, Any]:
@@ -62,72 +84,74 @@ def parameters(folder: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def champion_with(store: str, student_sha256: str, **figures: float) -> str:
-    """What `evaluate_champion` hands on, given what it would have measured."""
+def champion_with(store: str, student_sha256: str, **figures: float) -> Rival:
+    """What `evaluate_champion` finds, given what it would have measured."""
     found = champion(tracking_uri=store, model_name="skd-student")
     rival = Rival() if found is None else Rival(version=found.version, figures=figures)
     same = found is not None and found.weights_sha256 == student_sha256
-    return rival.model_copy(update={"is_this_student": same}).model_dump_json()
+    return rival.model_copy(update={"is_this_student": same})
 
 
 def test_from_figures_to_a_registered_champion(
     store: str, client: MlflowClient, parents: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
-    student = tmp_path / "student"
-    student.mkdir()
-
-    samples, answers = tmp_path / "samples.jsonl", tmp_path / "predictions.jsonl"
     token = '{"text": "<b>", "by": "student"}'
-    samples.write_text(f'{{"step": 1, "row": 0, "prompt": "p", "tokens": [{token}]}}\n')
-    row = {"id": "0", "source": "s", "target": "a cat", "prediction": "a hat", "tokens": 3, "truncated": False}
-    row["scores"] = {"chrf": 40.0}
-    answers.write_text(json.dumps(row) + "\n")
+    samples = f'{{"step": 1, "row": 0, "prompt": "p", "tokens": [{token}]}}\n'
+    answers = [Prediction("0", "s", "a cat", "a hat", 3, truncated=False, scores={"chrf": 40.0})]
+    course = {"steps": [1, 2], "rejection_rate": [0.4, 0.2]}
 
-    def pipeline(run_id: str, chrf: float, digest: str) -> dict[str, Any]:
+    def pipeline(run_id: str, chrf: float, weights: int) -> dict[str, Any]:
         monkeypatch.setenv("KFP_RUN_ID", run_id)
         folder = tmp_path / run_id
         folder.mkdir(exist_ok=True)
-        after = ("--student-after", scores(chrf), "--specdec-after", specdec(1.3))
-        output = run(
-            report,
-            *("--run-name", "demo", "--teacher", scores(38.0), "--student-before", scores(11.0), *after),
-            *("--distill-course", json.dumps({"steps": [1, 2], "rejection_rate": [0.4, 0.2], "loss": [1, 2]})),
-            *(
-                "--summary-out",
-                str(folder / "summary.md"),
-                "--summary-json-out",
-                str(folder / "summary.json"),
-                "--html-out",
-                str(folder / "report.html"),
-                *("--samples", str(samples), "--predictions-student-after", str(answers)),
-                *("--predictions-student-before", str(answers), "--task-config", '{"metrics": ["chrf"]}'),
-                *tracking,
-            ),
+        lineage = {
+            "teacher": "org/teacher",
+            "method": "skd",
+            "data_fingerprint": "f" * 64,
+            "code_version": "sha256:abc",
+        }
+        trained = student(folder / "student", weights, **lineage)
+        teachers = evaluations(folder / "teachers", {"teacher": scores(38.0)}, answers)
+        students = evaluations(
+            folder / "students", {"student_before": scores(11.0), "student_after": scores(chrf)}, answers
         )
-        assert "student after" in output
-        rival = ("--champion", champion_with(store, digest, chrf=30.0))
-        run(gate, *after[:2], *rival, "--executor-input", executor_input(folder), *tracking)
-        decided = parameters(folder)
-        metadata = {"weights_sha256": digest, "teacher": "org/teacher", "method": "skd", "data_fingerprint": "f" * 64}
-        metadata["code_version"] = "sha256:abc"
-        registered = ("--student", str(student), "--scores", scores(chrf), "--specdec-after", specdec(1.3))
+        write_record(students / "student_after", lineage=lineage, course=course, samples=samples)
+        write_drafts(folder / "drafts", "", {"before": specdec(1.1), "after": specdec(1.3)})
+        rival = champion_with(store, weights_digest(trained), chrf=30.0)
+        (folder / "champion").mkdir(exist_ok=True)
+        (folder / "champion" / CHAMPION).write_text(rival.model_dump_json())
+        inputs = {
+            "--teacher-evaluations": teachers,
+            "--student-evaluations": students,
+            "--drafts": folder / "drafts",
+            "--champion": folder / "champion",
+            "--report-out": folder / "report.html",
+            "--figures-out": folder / "figures",
+        }
+        options = [word for name, path in inputs.items() for word in (name, str(path))]
+        named = ("--run-name", "demo", "--task-config", '{"metrics": ["chrf"]}')
+        found = run_in(folder, report, *options, *named, *tracking)["measured"]
+        decided = run_in(folder, gate, "--measured", json.dumps(found), *tracking)
         verdict = ("--promote", decided["promote"], "--reason", decided["reason"])
-        run(register_model, *registered, *verdict, "--executor-input", executor_input(folder, metadata), *tracking)
-        version = parameters(folder)["version"]
-        run(finish, "--status", '{"state": "SUCCEEDED"}', "--executor-input", executor_input(folder), *tracking)
+        registered = ("--student", str(trained), "--measured", json.dumps(found))
+        version = run_in(folder, register_model, *registered, *verdict, *tracking)["version"]
+        run(finish, "--status", '{"state": "SUCCEEDED"}', *tracking)
         return {**decided, "version": version}
 
-    first = pipeline("run-1", 30.0, "a" * 64)
+    first = pipeline("run-1", 30.0, 1)
     assert first == {"promote": "true", "reason": "first champion of this name, with chrf 30.00", "version": "1"}
-    assert pipeline("run-1", 30.0, "a" * 64)["promote"] == "true"  # resumed
-    worse = pipeline("run-2", 29.0, "b" * 64)
+    assert pipeline("run-1", 30.0, 1)["promote"] == "true"  # resumed
+    worse = pipeline("run-2", 29.0, 2)
     assert (worse["promote"], worse["version"]) == ("false", "2")
-    assert pipeline("run-3", 31.0, "c" * 64)["promote"] == "true"
+    assert pipeline("run-3", 31.0, 3)["promote"] == "true"
     assert client.get_registered_model("skd-student").aliases == {"challenger": 3, "champion": 3}
-    tags = client.get_model_version("skd-student", "3").tags
+    version = client.get_model_version("skd-student", "3")
+    assert version.source == "gs://bucket/student"
+    tags = version.tags
     assert tags["teacher"] == "org/teacher"
     assert tags["figure.speedup"] == "1.3"
+    assert tags["signature.chrf"] == "chrf|v1"
     assert tags["gate"].startswith("chrf 31.00 against 30.00 of the champion (version 1)")
     assert tags["code_version"] == "sha256:abc"  # of what distilled it, not of what registers it
 
@@ -141,13 +165,14 @@ def test_from_figures_to_a_registered_champion(
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
         *("summary.json", "summary.md", "samples.jsonl", "report.html")
     }
-    kept = json.loads((tmp_path / "run-2" / "summary.json").read_text(encoding="utf-8"))
+    kept = json.loads((tmp_path / "run-2" / "figures").read_text(encoding="utf-8"))
     assert kept["models"]["student_after"] == {"chrf": 29.0, "bleu": 29.0 / 3}
     assert kept["mlflow_run_id"] == parent.info.run_id
     assert kept["lengths"]["student_after"]["mean"] == 3
-    assert [(found["a"], found["b"], found["difference"]) for found in kept["comparisons"]] == [
-        ("student_after", "student_before", 0)
-    ]
+    assert kept["course"]["rejection_rate"] == [0.4, 0.2]
+    pairs = [(found["a"], found["b"], found["difference"]) for found in kept["comparisons"]]
+    assert ("student_after", "student_before", 0) in pairs
+    assert kept["lineage"]["teacher"] == "org/teacher"
     assert kept["lineage"]["software"].startswith("Python ")
     (step,) = client.search_runs(
         [parent.info.experiment_id],
@@ -155,13 +180,47 @@ def test_from_figures_to_a_registered_champion(
     )
     for run_id in (parent.info.run_id, step.info.run_id):
         found = from_mlflow(run_id, store)
-        assert found.samples == read_samples(samples)
+        assert to_jsonl(found.samples) == samples
         assert found.summary.to_dict() == kept
     with pytest.raises(SkdError, match="cannot be read"):
         from_mlflow("0" * 32, store)
     with pytest.raises(SkdError, match=r"the run has no summary\.json"):
         from_mlflow(client.create_run(parent.info.experiment_id).info.run_id, store)
     assert "&lt;b&gt;" in (tmp_path / "run-2" / "report.html").read_text(encoding="utf-8")
+    output = json.loads((tmp_path / "run-2" / "output.json").read_text())
+    assert output["artifacts"] == {}  # of the last step
+
+
+def test_a_version_names_the_run_that_trained_it_also_after_a_cached_run(
+    store: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether that run registered it, or only a later one that took the student from the cache."""
+    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as distill:
+        trainer = distill.parent.run_id
+    facts = {"teacher": "org/teacher", "pipeline_run_id": "run-1", "mlflow_run_id": trainer}
+    unknown = {"display_name": "distilled_student", "store_session_info": '{"Provider": "s3"}', "losses": {"train": {}}}
+    folder = student(tmp_path / "student", 1, **facts, **unknown)
+    registered = ("--student", str(folder), "--measured", measured(30.0), "--promote", "false")
+    for run_id in ("run-2", "run-3"):
+        monkeypatch.setenv("KFP_RUN_ID", run_id)
+        assert run_in(tmp_path, register_model, *registered, *tracking)["version"] == "1"
+        version = client.get_model_version("skd-student", "1")
+        assert version.run_id == trainer
+        assert set(version.tags) == {*("teacher", "pipeline_run_id", "weights_sha256", "weights_uri", "figure.chrf")}
+        assert version.tags["pipeline_run_id"] == "run-1"
+
+
+@pytest.mark.parametrize("recorded", ["", "0" * 32])
+def test_a_version_names_this_run_where_the_one_that_trained_it_is_not_in_the_store(
+    recorded: str, store: str, client: MlflowClient, parents: Runs, tmp_path: Path
+) -> None:
+    folder = student(tmp_path / "student", 1, mlflow_run_id=recorded)
+    registered = ("--student", str(folder), "--measured", measured(30.0), "--promote", "false")
+    run_in(tmp_path, register_model, *registered, "--tracking-uri", store, "--experiment", EXPERIMENT)
+    (parent,) = parents()
+    assert client.get_model_version("skd-student", "1").run_id == parent.info.run_id
 
 
 def test_a_lower_perplexity_is_the_better_one(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,14 +228,14 @@ def test_a_lower_perplexity_is_the_better_one(store: str, tmp_path: Path, monkey
 
     def promoted(run_id: str, perplexity: float) -> str:
         monkeypatch.setenv("KFP_RUN_ID", run_id)
-        figures = json.dumps({"perplexity": {"score": perplexity, "low": 1, "high": 99}})
-        task = ("--task-config", json.dumps({"metrics": ["perplexity"]}))
-        rival = ("--champion", champion_with(store, "", perplexity=20.0))
-        run(gate, "--student-after", figures, *rival, *task, "--executor-input", executor_input(tmp_path), *tracking)
-        verdict = str(parameters(tmp_path)["promote"])
-        io = executor_input(tmp_path, {"weights_sha256": f"{perplexity:064.0f}"})
-        registered = ("--student", str(tmp_path), "--scores", figures, "--promote", verdict, "--executor-input", io)
-        run(register_model, *registered, *tracking)
+        found = measured(perplexity, champion_with(store, "", perplexity=20.0), metric="perplexity")
+        verdict = str(run_in(tmp_path, gate, "--measured", found, *tracking)["promote"])
+        folder = student(tmp_path / run_id, round(perplexity))
+        run_in(
+            tmp_path,
+            register_model,
+            *("--student", str(folder), "--measured", found, "--promote", verdict, *tracking),
+        )
         return verdict
 
     assert [promoted(f"run-{value}", value) for value in (20.0, 25.0, 15.0)] == ["true", "false", "true"]
@@ -184,25 +243,24 @@ def test_a_lower_perplexity_is_the_better_one(store: str, tmp_path: Path, monkey
 
 def test_without_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KFP_RUN_ID")
-    io = executor_input(tmp_path, {"weights_sha256": "a" * 64})
-    run(gate, "--student-after", scores(30.0), "--executor-input", io)
-    assert parameters(tmp_path)["promote"] == "false"
-    student = ("--student", str(tmp_path), "--scores", scores(30.0), "--promote", "true")
-    run(register_model, *student, "--executor-input", io)
-    assert parameters(tmp_path) == {"version": ""}
-    run(finish, "--status", '{"state": "FAILED", "error": {"code": 9, "message": "x"}}', "--executor-input", io)
+    assert run_in(tmp_path, gate, "--measured", measured(30.0))["promote"] == "false"
+    folder = student(tmp_path / "student", 1)
+    registered = ("--student", str(folder), "--measured", measured(30.0), "--promote", "true")
+    assert run_in(tmp_path, register_model, *registered) == {"version": ""}
+    ended = run(finish, "--status", '{"state": "FAILED", "error": {"code": 9, "message": "x"}}')
+    assert "a pipeline run failed\nx" in ended
 
 
 def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs = ("--summary-out", str(tmp_path / "a"), "--summary-json-out", str(tmp_path / "b"))
-    outputs = (*outputs, "--html-out", str(tmp_path / "c"))
-    absent = ("--samples", str(tmp_path / "nowhere"))
-    assert "cannot read the training sequences" in run(report, *absent, *outputs, fails=True)
-    assert "--teacher: not JSON" in run(report, "--teacher", "{'chrf': 1}", *outputs, fails=True)
-    assert "field `acceptance_rate`" in run(report, "--specdec-after", '{"speedup": 1}', *outputs, fails=True)
-    assert "no score `chrf`" in run(gate, "--student-after", "{}", "--tracking-uri", store, fails=True)
-    missing = ("--student", str(tmp_path / "nowhere"), "--scores", scores(1.0), "--promote", "true")
-    assert "there is no such folder" in run(register_model, *missing, fails=True)
+    outputs = ("--report-out", str(tmp_path / "a"), "--figures-out", str(tmp_path / "b"))
+    absent = ("--student-evaluations", str(tmp_path / "nowhere"))
+    assert "the input `student_evaluations` is gone from storage" in run(report, *absent, *outputs, fails=True)
+    assert "--comet: not JSON" in run(report, "--comet", "{'models': 1}", *outputs, fails=True)
+    assert "--measured, field `task_metric`" in run(gate, "--measured", "{}", "--tracking-uri", store, fails=True)
+    empty = '{"task_metric": "chrf"}'
+    assert "no score `chrf`" in run(gate, "--measured", empty, "--tracking-uri", store, fails=True)
+    missing = ("--student", str(tmp_path / "nowhere"), "--measured", empty, "--promote", "true")
+    assert "the input `student` is gone from storage" in run(register_model, *missing, fails=True)
     monkeypatch.delenv("KFP_RUN_ID")
     assert "KFP_RUN_ID" in run(finish, "--status", '{"state": "FAILED"}', "--tracking-uri", store, fails=True)
     assert "field `state`" in run(finish, "--status", "{}", "--tracking-uri", store, fails=True)
@@ -231,40 +289,33 @@ def test_the_end_of_a_run_is_told_with_its_figures(store: str, tmp_path: Path, m
         # KFP 2.17 gives its exit handler this word also after a success.
         status, failed = ("--status", '{"state": "RUNNING", "error": {}}'), ("--status", '{"state": "FAILED"}')
         tracked = ("--run-name", "demo", "--tracking-uri", store, "--experiment", EXPERIMENT)
-        io = ("--executor-input", executor_input(tmp_path))
-        assert "the channel was notified" in run(finish, *status, *tracked, *io)
+        assert "the channel was notified" in run(finish, *status, *tracked)
         # Not even a store that can never work keeps the message back; a channel that refuses fails no pipeline.
-        run(finish, *failed, "--run-name", "demo", "--tracking-uri", "file:///nowhere", *io, fails=True)
-        assert "notified" not in run(finish, *failed, "--run-name", "demo", *io)
+        run(finish, *failed, "--run-name", "demo", "--tracking-uri", "file:///nowhere", fails=True)
+        assert "notified" not in run(finish, *failed, "--run-name", "demo")
         server.shutdown()
     link = "<https://kubeflow.example/pipeline/#/runs/details/run-1|Kubeflow>"
     assert messages[0] == f"*demo* succeeded\n• chrf of the student: 32.3 (before 18)\n{link}"
     assert messages[1:] == [f"*demo* failed\n{link}"] * 2
 
 
-def comet(**found: Any) -> str:
-    return json.dumps({"models": {}, "comparisons": {}, "missing": "", "seconds": 1.0, **found})
-
-
 def test_comet_decides_where_it_comes_first(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "first")
-    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT, "--executor-input", executor_input(tmp_path))
-    task = ("--task-config", '{"metrics": ["comet", "chrf"]}', "--student-after", scores(30.0))
-    score = {"score": 75.3, "low": 74.0, "high": 76.0, "signature": "comet|m"}
-    judged = ("--comet", comet(models={"student_after": score}))
-    run(gate, *task, *judged, *tracking)
-    assert parameters(tmp_path) == {"promote": "true", "reason": "first champion of this name, with comet 75.30"}
-    (tmp_path / "student").mkdir()
-    student = ("--student", str(tmp_path / "student"), "--scores", scores(30.0))
-    metadata = executor_input(tmp_path, {"weights_sha256": "a" * 64})
-    run(register_model, *student, *judged, "--promote", "true", *tracking[:4], "--executor-input", metadata)
+    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
+    found = measured(75.3, metric="comet")
+    assert run_in(tmp_path, gate, "--measured", found, *tracking) == {
+        "promote": "true",
+        "reason": "first champion of this name, with comet 75.30",
+    }
+    folder = student(tmp_path / "student", 1)
+    registered = ("--student", str(folder), "--measured", found, "--promote", "true")
+    run_in(tmp_path, register_model, *registered, *tracking)
     monkeypatch.setenv("KFP_RUN_ID", "second")
-    worse = ("--comet", comet(models={"student_after": {**score, "score": 75.0}, "champion": score}))
-    rival = ("--champion", champion_with(store, ""))
-    run(gate, *task, *worse, *rival, *tracking)
-    assert parameters(tmp_path)["reason"].startswith("comet 75.00 against 75.30 of the champion")
-    run(gate, *task, "--comet", comet(missing="no network, it's down"), *tracking)
-    decided = parameters(tmp_path)
+    worse = measured(75.0, champion_with(store, "", comet=75.3), metric="comet")
+    reason = run_in(tmp_path, gate, "--measured", worse, *tracking)["reason"]
+    assert reason.startswith("comet 75.00 against 75.30 of the champion")
+    missing = json.dumps({"task_metric": "comet", "student": {"chrf": 30.0}, "comet_missing": "no network, it's down"})
+    decided = run_in(tmp_path, gate, "--measured", missing, *tracking)
     assert decided["promote"] == "false"
     assert "COMET, is missing" in decided["reason"]
 
