@@ -292,7 +292,8 @@ class Summary(Section):
         distillation and the teacher too.
         """
         found = dict(self.models.get("student_after", {}))
-        for role, name in (("student_before", "before"), ("teacher", "teacher")):
+        others: dict[Role, str] = {"student_before": "before", "teacher": "teacher"}
+        for role, name in others.items():
             if (score := self.models.get(role, {}).get(self.task_metric)) is not None:
                 found[f"{self.task_metric}_{name}"] = score
         if (gap := self.gap()) is not None:
