@@ -1,4 +1,4 @@
-"""Kubeflow Pipelines' REST API, made safe to repeat.
+"""Kubeflow Pipelines' REST API, made safe to use.
 
 This is `kfp_server_api`, the client that `kfp.Client` wraps, and not `kfp.Client` itself, which is of no use where
 nobody watches: it prints from every call, writes into the home folder, sets no timeouts, waits for ever for a run that
@@ -7,7 +7,7 @@ was cancelled, and reads the login page that an expired session gets as an empty
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import socket
 import time
@@ -17,99 +17,58 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import kfp_server_api
-import urllib3
 from kfp_server_api.exceptions import ApiException
-from kfp_server_api.rest import RESTClientObject
-from typing_extensions import override
 
+from pipelines.submitting import transport
 from pipelines.submitting.credentials import Credentials
+from pipelines.submitting.filters import best_named, exactly_named, name_filter
+from pipelines.submitting.transport import FAILURES, TIMEOUT_SECONDS
+from pipelines.submitting.versions import Version, read_version
 from skd_lib.errors import SkdError
 from skd_lib.uris import shown
 
-TIMEOUT_SECONDS = (10, 60)  # to connect, and for an answer
-RETRIES = 7
-TRANSIENT = frozenset({429, 500, 502, 503, 504})
 CREATE_ATTEMPTS = 4
-_UNREADABLE = "Failed to parse"  # the generated client's words
 PAGE_SIZE = 100
-LIVE = frozenset({None, "RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "CANCELING", "PAUSED"})
-
 MAX_PAGES = 1000
-ODD_ANSWERS = (TypeError, ValueError, AttributeError, KeyError, RecursionError)
-"""What the generated client raises on an answer of another shape than the API's."""
+LIVE = frozenset({None, "RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "CANCELING", "PAUSED"})
 KNOCKS = (0.0, 1.0, 2.0)
 """Seconds before each attempt to connect, where a person waits."""
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Unsettled(SkdError):
     """The server did not say whether it did what it was asked; it may still do it."""
 
 
-class _Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
-    """The generated client's transport, with timeouts, credentials that are renewed, and no login pages."""
-
-    def __init__(self, configuration: Any, credentials: Credentials) -> None:
-        super().__init__(configuration)
-        self._credentials = credentials
-
-    @override
-    def request(self, method: str, url: str, headers: Any = None, _request_timeout: Any = None, **options: Any) -> Any:
-        try:
-            return self._once(method, url, headers, renew=False, **options)
-        except ApiException as error:
-            if error.status != 401:
-                raise
-            return self._once(method, url, headers, renew=True, **options)
-
-    def _once(self, method: str, url: str, headers: Any, *, renew: bool, **options: Any) -> Any:
-        sent = {**(headers or {}), **self._credentials.headers(renew=renew)}
-        try:
-            response = super().request(method, url, headers=sent, _request_timeout=TIMEOUT_SECONDS, **options)
-        except ApiException as error:
-            if error.status is not None and 300 <= error.status < 400:
-                raise _not_logged_in("redirected to a login page") from error
-            error.body = error.body or b""  # `ApiClient` decodes it, and fails on None, which a TLS error has
-            raise
-        if "json" not in response.getheader("content-type", ""):
-            raise _not_logged_in("the answer is a web page, as of a login")
-        return response
-
-
-def _not_logged_in(reason: str) -> ApiException:
-    error = ApiException(status=401, reason=reason)
-    error.body = b""
-    return error
-
-
 class KubeflowPipelines:
     """The API of one Kubeflow Pipelines server. Safe to use from several threads.
 
-    Reading is repeated while the server is away, for about two minutes. So is creating, which first looks whether what
-    it makes is there already: the answer to a request that succeeded may have got lost.
+    Reading is repeated while the server is away, for about a minute. Creating is repeated where that cannot make two:
+    where the server keeps names unique (experiments, pipelines, versions), and where the request did not reach it.
+    Of runs and recurring runs it may have made one that it does not list, so that these are only looked for.
 
     Args:
         host: URL of the API server, e.g. `https://kubeflow.example.com/pipeline`.
         credentials: Who we are.
         namespace: Profile in a multi-user installation; empty in a single-user one.
         backoff: Seconds before the first repetition; each further one takes twice as long.
+        notice: Is told what a person who waits should know.
     """
 
-    def __init__(self, host: str, credentials: Credentials, namespace: str = "", backoff: float = 0.5) -> None:
-        self.host, self.namespace, self._backoff = shown(host.rstrip("/")), namespace, backoff
-        configuration = kfp_server_api.Configuration(host=host.rstrip("/"))
-        # Of HTTP methods only those are repeated that change nothing; a redirection is a login page.
-        configuration.retries = urllib3.Retry(
-            total=RETRIES,
-            redirect=False,
-            status_forcelist=TRANSIENT,
-            allowed_methods=["GET"],
-            backoff_factor=backoff,
-            raise_on_status=False,
-        )
-        client = kfp_server_api.ApiClient(configuration)
-        client.rest_client = _Transport(configuration, credentials)
+    def __init__(
+        self,
+        host: str,
+        credentials: Credentials,
+        namespace: str = "",
+        backoff: float = 1.0,
+        notice: Callable[[str], None] = log.warning,
+    ) -> None:
+        self.host, self.namespace, self.notice = shown(host.rstrip("/")), namespace, notice
+        self._backoff = backoff
+        self._client = client = transport.make_client(host.rstrip("/"), credentials, backoff, notice)
         self._experiments = kfp_server_api.ExperimentServiceApi(client)
         self._pipelines = kfp_server_api.PipelineServiceApi(client)
         self._uploads = kfp_server_api.PipelineUploadServiceApi(client)
@@ -117,7 +76,7 @@ class KubeflowPipelines:
         self._recurring = kfp_server_api.RecurringRunServiceApi(client)
 
     def check_listening(self) -> None:
-        """See within seconds that there is a server; what it is asked later is repeated for minutes.
+        """See within seconds that there is a server; what it is asked later is repeated for longer.
 
         Raises:
             SkdError: nothing listens at the host.
@@ -134,54 +93,95 @@ class KubeflowPipelines:
                 failure = error
             else:
                 return
-        raise self._away(failure) from failure
+        reason = (failure and failure.strerror) or type(failure).__name__
+        raise transport.away(self.host, reason) from failure
+
+    def version(self) -> Version | None:
+        """The server's version; None where it does not say."""
+
+        def ask() -> Version | None:
+            # The generated model of this answer leaves the version out.
+            answer = self._client.call_api(
+                "/apis/v2beta1/healthz",
+                "GET",
+                header_params={"Accept": "application/json"},
+                response_type="object",
+                _return_http_data_only=True,
+            )
+            return read_version(answer)
+
+        try:
+            return self._ask(ask)
+        except SkdError as error:
+            if isinstance(error.__cause__, ApiException) and error.__cause__.status == 404:
+                return None  # a gateway that does not pass it on
+            raise
 
     def experiment(self, name: str) -> str:
         """The id of the experiment `name`, which is made where there is none."""
         body = kfp_server_api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-        list_all = self._experiments.experiment_service_list_experiments
-        made = self._get_or_create(
+        made = self._find(name) or self._create(
             "experiment_id",
-            lambda: self._named("experiment_id", list_all, "experiments", name, namespace=self.namespace),
+            lambda: self._find(name),
             lambda: self._experiments.experiment_service_create_experiment(experiment=body),
         )
+        if made.display_name != name:
+            self.notice(f"the server takes the experiment {made.display_name!r} for {name!r}: it is used")
         return str(made.experiment_id)
 
     def find_experiment(self, name: str) -> str | None:
         """The id of the experiment `name`; None if there is none."""
-        list_all = self._experiments.experiment_service_list_experiments
-        found = self._named("experiment_id", list_all, "experiments", name, namespace=self.namespace)
+        found = self._find(name)
         return str(found.experiment_id) if found else None
+
+    def _find(self, name: str) -> Any | None:
+        found = self._list(
+            "experiment_id",
+            self._experiments.experiment_service_list_experiments,
+            "experiments",
+            name_filter(name),
+            namespace=self.namespace,
+        )
+        return best_named(found, name, "display_name")
 
     def pipeline_version(self, pipeline: str, version: str, package: Path, description: str) -> Any:
         """The version `version` of the pipeline `pipeline`; both are made where they are missing.
 
         The server lets one pipeline have a name, and one version of a pipeline: of several who make it one succeeds,
-        and the others find it.
+        and the others find it. What people rename on Kubeflow's page is the display name, which is not looked at.
         """
-        list_pipelines, list_versions = (
-            self._pipelines.pipeline_service_list_pipelines,
-            self._pipelines.pipeline_service_list_pipeline_versions,
-        )
         body = kfp_server_api.V2beta1Pipeline(name=pipeline, display_name=pipeline, namespace=self.namespace or None)
-        pipeline_id = self._get_or_create(
+
+        def find_pipeline() -> Any | None:
+            call = self._pipelines.pipeline_service_list_pipelines
+            by_name = name_filter(pipeline, "name")
+            found = self._list("pipeline_id", call, "pipelines", by_name, namespace=self.namespace)
+            return best_named(found, pipeline, "name")
+
+        made = find_pipeline() or self._create(
             "pipeline_id",
-            lambda: self._named("pipeline_id", list_pipelines, "pipelines", pipeline, namespace=self.namespace),
+            find_pipeline,
             lambda: self._pipelines.pipeline_service_create_pipeline(pipeline=body),
-        ).pipeline_id
-        return self._get_or_create(
+        )
+
+        def find_version() -> Any | None:
+            call = self._pipelines.pipeline_service_list_pipeline_versions
+            by_name = name_filter(version, "name")
+            found = self._list("pipeline_version_id", call, "pipeline_versions", by_name, pipeline_id=made.pipeline_id)
+            return best_named(found, version, "name")
+
+        return find_version() or self._create(
             "pipeline_version_id",
-            lambda: self._named(
-                "pipeline_version_id", list_versions, "pipeline_versions", version, pipeline_id=pipeline_id
-            ),
+            find_version,
             lambda: self._uploads.upload_pipeline_version(
-                str(package), name=version, pipelineid=pipeline_id, description=description
+                str(package), name=version, pipelineid=made.pipeline_id, description=description
             ),
         )
 
     def runs_named(self, name: str, experiment_id: str) -> list[Any]:
-        """All runs of that name in an experiment, in the order in which they were made."""
-        runs = self._list("run_id", self._runs.run_service_list_runs, "runs", name, experiment_id=experiment_id)
+        """All runs of exactly that name in an experiment, in the order in which they were made."""
+        call = self._runs.run_service_list_runs
+        runs = exactly_named(self._list("run_id", call, "runs", name_filter(name), experiment_id=experiment_id), name)
         return sorted(runs, key=lambda run: run.created_at.timestamp() if run.created_at else 0.0)
 
     def create_run(self, run: Any, before: float = math.inf) -> Any:
@@ -195,126 +195,121 @@ class KubeflowPipelines:
             Unsettled: the run may have been made, or be made later.
             SkdError: it was not made.
         """
-        return self._create(
-            "run_id",
-            lambda: next(
-                (
-                    found
-                    for found in self.runs_named(run.display_name, run.experiment_id)
-                    if found.description == run.description
-                ),
-                None,
-            ),
-            lambda: self._runs.run_service_create_run(run=run),
-            before,
+
+        def find() -> Any | None:
+            runs = self.runs_named(run.display_name, run.experiment_id)
+            return next((found for found in runs if found.description == run.description), None)
+
+        columns = r"RUN:.metadata.annotations.pipelines\.kubeflow\.org/run_name,WORKFLOW:.metadata.name"
+        look = (
+            f"a run may have started that Kubeflow's page does not show: before you submit again, look for "
+            f"{run.display_name!r} in `{self._kubectl('workflows')} -l pipeline/runid "
+            f"-o custom-columns='{columns},PHASE:.status.phase'`, and delete its workflow"
         )
+        return self._create("run_id", find, lambda: self._runs.run_service_create_run(run=run), before, look)
 
     def run(self, run_id: str) -> Any:
         """A run as it is now, with its tasks."""
-        return self._ask(lambda **query: _known(self._runs.run_service_get_run(**query), "run_id"), run_id=run_id)
+        return self._ask(lambda: _known(self._runs.run_service_get_run(run_id=run_id), "run_id"))
 
-    def recurring_run(self, recurring: Any) -> Any:
-        """The recurring run of that name in its experiment, which is made where there is none."""
-        list_all = self._recurring.recurring_run_service_list_recurring_runs
-        return self._get_or_create(
-            "recurring_run_id",
-            lambda: self._named(
-                "recurring_run_id",
-                list_all,
-                "recurring_runs",
-                recurring.display_name,
-                experiment_id=recurring.experiment_id,
-            ),
-            lambda: self._recurring.recurring_run_service_create_recurring_run(recurring_run=recurring),
+    def recurring_runs_named(self, name: str, experiment_id: str) -> list[Any]:
+        """All recurring runs of exactly that name in an experiment."""
+        call = self._recurring.recurring_run_service_list_recurring_runs
+        found = self._list("recurring_run_id", call, "recurring_runs", name_filter(name), experiment_id=experiment_id)
+        return exactly_named(found, name)
+
+    def create_recurring_run(self, recurring: Any) -> Any:
+        """Make a recurring run; its description has to be unique, see `create_run`.
+
+        Raises:
+            Unsettled: it may have been made, or be made later.
+            SkdError: it was not made.
+        """
+
+        def find() -> Any | None:
+            named = self.recurring_runs_named(recurring.display_name, recurring.experiment_id)
+            return next((found for found in named if found.description == recurring.description), None)
+
+        look = (
+            "a schedule may have been made that Kubeflow's page does not show: before you submit again, look at "
+            f"`{self._kubectl('scheduledworkflows')}`, and delete the one that was made just now"
         )
+        create = self._recurring.recurring_run_service_create_recurring_run
+        return self._create("recurring_run_id", find, lambda: create(recurring_run=recurring), look=look)
 
-    def _get_or_create(self, key: str, find: Callable[[], T | None], create: Callable[[], T]) -> T:
-        return find() or self._create(key, find, create)
+    def recurring_run(self, recurring_run_id: str) -> Any:
+        """A recurring run as the server keeps it."""
+        call = self._recurring.recurring_run_service_get_recurring_run
+        return self._ask(lambda: _known(call(recurring_run_id=recurring_run_id), "recurring_run_id"))
 
-    def _create(self, key: str, find: Callable[[], T | None], create: Callable[[], T], before: float = math.inf) -> T:
+    def _kubectl(self, kind: str) -> str:
+        return f"kubectl get {kind} -n {self.namespace or 'kubeflow'}"
+
+    def _create(
+        self,
+        key: str,
+        find: Callable[[], T | None],
+        create: Callable[[], T],
+        before: float = math.inf,
+        look: str = "",
+    ) -> T:
+        """Create something, and find it where the answer got lost.
+
+        Args:
+            key: The field that holds its id.
+            find: Looks for it.
+            create: Asks for it.
+            before: See `create_run`.
+            look: How a person finds what may have been made; empty where names are unique, so that asking again
+                cannot make two.
+        """
         failure: Exception | None = None
         for attempt in range(CREATE_ATTEMPTS):
             if time.monotonic() + sum(TIMEOUT_SECONDS) > before:
                 break
-            try:
-                return _known(create(), key)
-            except (ApiException, urllib3.exceptions.HTTPError, *ODD_ANSWERS) as error:
-                failure = error
-            conflict = isinstance(failure, ApiException) and failure.status == 409
-            if isinstance(failure, ApiException) and not conflict and failure.status not in TRANSIENT:
-                raise self._explained(failure) from failure
-            # Whoever answers for a server may do so before the server has done what it was asked.
+            if failure is None or not look or transport.was_not_received(failure):
+                try:
+                    return _known(create(), key)
+                except FAILURES as error:
+                    failure = error
+                if transport.was_refused(failure) and not transport.is_conflict(failure):
+                    raise transport.explained(failure, self.host) from failure
+            # A gateway may answer for the server before it has done what it was asked.
             time.sleep(self._backoff * 2**attempt)
             found = find()
             if found is not None:
                 return found
-            if conflict:
-                raise self._explained(failure) from failure
+            if transport.is_conflict(failure):
+                told = transport.explained(failure, self.host)
+                raise SkdError(told.what, where=told.where, hint="there is one that we may not see") from failure
         if failure is None:
             raise SkdError("it has become too late to ask the server", where=self.host, hint="try again")
-        what = self._explained(failure)
-        hint = f"look in Kubeflow whether it was done after all; {what.hint}"
-        raise Unsettled(what.what, where=what.where, hint=hint) from failure
+        told = transport.explained(failure, self.host)
+        if look and transport.was_not_received(failure):
+            raise told from failure
+        raise Unsettled(told.what, where=told.where, hint=look or told.hint) from failure
 
-    def _named(self, key: str, call: Callable[..., Any], field: str, name: str, **query: Any) -> Any | None:
-        return next(self._list(key, call, field, name, **query), None)
+    def _list(self, key: str, call: Callable[..., Any], field: str, wanted: str, **query: Any) -> Iterator[Any]:
+        scope = {name: value for name, value in query.items() if value}
+        asked = {"filter": wanted}
 
-    def _list(self, key: str, call: Callable[..., Any], field: str, name: str, **query: Any) -> Iterator[Any]:
-        predicate = {"operation": "EQUALS", "key": "display_name", "string_value": name}
-        query = {
-            "filter": json.dumps({"predicates": [predicate]}),
-            "page_size": PAGE_SIZE,
-            **{key: value for key, value in query.items() if value},
-        }
-
-        def read_page(**asked: Any) -> tuple[list[Any], str]:
-            page = call(**asked)
+        def read_page() -> tuple[list[Any], str]:
+            page = call(page_size=PAGE_SIZE, **scope, **asked)
             return [_known(item, key) for item in getattr(page, field) or []], page.next_page_token or ""
 
-        token = ""
         for _ in range(MAX_PAGES):
-            items, token = self._ask(read_page, page_token=token, **query)
+            items, token = self._ask(read_page)
             yield from items
             if not token:
                 return
-        raise self._explained(ValueError(f"more than {MAX_PAGES} pages"))
+            asked = {"page_token": token}  # which holds the filter
+        raise transport.explained(ValueError(f"more than {MAX_PAGES} pages"), self.host)
 
-    def _ask(self, call: Callable[..., T], **query: Any) -> T:
+    def _ask(self, call: Callable[[], T]) -> T:
         try:
-            return call(**query)
-        except (ApiException, urllib3.exceptions.HTTPError, *ODD_ANSWERS) as error:
-            raise self._explained(error) from error
-
-    def _away(self, reason: object) -> SkdError:
-        said = (isinstance(reason, OSError) and reason.strerror) or type(reason).__name__
-        hint = "check --host, the network, and that the server runs"
-        return SkdError(f"cannot be reached: {said}", where=self.host, hint=hint)
-
-    def _explained(self, error: Exception) -> SkdError:
-        if isinstance(error, ODD_ANSWERS) or (isinstance(error, ApiException) and _UNREADABLE in str(error.reason)):
-            said = " ".join(str(getattr(error, "reason", error)).split())[:200]
-            hint = "check that --host is the API of Kubeflow Pipelines v2: behind the dashboard it ends in /pipeline"
-            return SkdError(f"the answer is not one of Kubeflow Pipelines: {said}", where=self.host, hint=hint)
-        if not isinstance(error, ApiException):
-            return self._away(getattr(error, "reason", None) or error)
-        said = f": {_message(error)}" if _message(error) else ""
-        match error.status:
-            case 0:
-                hint = "check that the host serves https, and that its certificate is trusted here"
-                return SkdError(f"no secure connection{said}", where=self.host, hint=hint)
-            case 401:
-                hint = "log in again and renew the token or cookie, or choose other credentials with --auth"
-                return SkdError(f"the server does not accept our credentials{said}", where=self.host, hint=hint)
-            case 403:
-                hint = "ask for a role that may create runs in this namespace (see docs/kubeflow.md)"
-                return SkdError(f"access denied{said}", where=self.host, hint=hint)
-            case 404:
-                hint = "check that --host is the API of Kubeflow Pipelines: behind the dashboard it ends in /pipeline"
-                return SkdError(f"not found{said}", where=self.host, hint=hint)
-            case status if status in TRANSIENT:
-                return SkdError(f"the server fails (HTTP {status}){said}", where=self.host, hint="try again later")
-            case status:
-                return SkdError(f"the server refuses the request (HTTP {status}){said}", where=self.host)
+            return call()
+        except FAILURES as error:
+            raise transport.explained(error, self.host) from error
 
 
 def _known(answer: T, key: str) -> T:
@@ -322,14 +317,3 @@ def _known(answer: T, key: str) -> T:
     if not getattr(answer, key, None):
         raise ValueError(f"it has no {key}")
     return answer
-
-
-def _message(error: ApiException) -> str:
-    """What the server said, without the headers that `str(error)` would show."""
-    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body
-    try:
-        answer = json.loads(body or "")
-    except ValueError:
-        return str(error.reason or "")
-    said = answer.get("message") or answer.get("error_message") if isinstance(answer, dict) else ""
-    return " ".join(str(said or error.reason or "").split())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import sys
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, CANCELLED, INTERRUPTED = 1, 3, 130
 
 # An option that `skd run` has too.
 Set = Annotated[
@@ -54,17 +53,25 @@ AuthKind = Annotated[
 ]
 Audience = Annotated[str, typer.Option(help="Audience of id-tokens: Identity-Aware Proxy's OAuth client.")]
 Namespace = Annotated[str, typer.Option(help="Profile, in a multi-user Kubeflow.", show_default="none")]
-Experiment = Annotated[
-    str, typer.Option(envvar="MLFLOW_EXPERIMENT_NAME", help="Experiment, in Kubeflow and in MLflow.")
+Experiment = Annotated[str, typer.Option(help="Experiment in Kubeflow.")]
+MlflowExperiment = Annotated[
+    str, typer.Option(help="Experiment in MLflow.", show_default="as the ConfigMap of --settings says")
 ]
-TrackingUri = Annotated[
+Settings = Annotated[
     str,
-    typer.Option(envvar="SKD_TRACKING_URI", help="MLflow tracking server, as the cluster sees it.", show_default="off"),
+    typer.Option(
+        help="ConfigMap in the run's namespace that says where MLflow and checkpoints are; it need not exist.",
+    ),
 ]
-CheckpointRoot = Annotated[
-    str, typer.Option(help="Where training keeps checkpoints: gs:// or a mounted folder.", show_default="none")
+PipelineRoot = Annotated[
+    str,
+    typer.Option(
+        envvar="SKD_PIPELINE_ROOT", help="Where Kubeflow keeps artifacts, e.g. gs://...", show_default="its own default"
+    ),
 ]
-PipelineRoot = Annotated[str, typer.Option(help="Where Kubeflow keeps artifacts.", show_default="its own default")]
+NoReuse = Annotated[
+    bool, typer.Option("--no-reuse", help="Run every step, also those whose outputs Kubeflow has in its cache.")
+]
 ServiceAccount = Annotated[
     str, typer.Option(help="Kubernetes service account of the run's pods.", show_default="Kubeflow's default")
 ]
@@ -98,13 +105,16 @@ class Server:
                 where=shown(self.host) or "--host",
                 hint="give --host https://... or set KF_PIPELINES_ENDPOINT",
             )
-        # urllib3 warns of each of its repetitions; what a person needs to know is in the error that ends them.
-        logging.getLogger("urllib3").setLevel(logging.ERROR)
-        return KubeflowPipelines(self.host, find_credentials(self.auth, self.host, self.audience), self.namespace)
+        credentials = find_credentials(self.auth, self.host, self.audience)
+        return KubeflowPipelines(self.host, credentials, self.namespace, notice=_notice)
 
     def link(self, kind: str, identifier: str) -> str:
         """The page of a run (`runs`) or a recurring run (`recurringrun`)."""
         return f"{shown(self.ui_host or self.host).rstrip('/')}/#/{kind}/details/{identifier}"
+
+
+def _notice(text: str) -> None:
+    say(f"note: {text}", err=True)
 
 
 def _is_url(host: str) -> bool:
@@ -115,11 +125,38 @@ def _is_url(host: str) -> bool:
         return False
 
 
+def check_names(name: str, experiment: str, mlflow_experiment: str, settings: str) -> None:
+    """Check what people call things, before the server is asked for anything.
+
+    Raises:
+        SkdError: a name could not be one.
+    """
+    from skd_lib.ascii_json import may_be_changed
+    from skd_lib.config.names import check_experiment, check_line, checked
+
+    if name:
+        checked("--name", check_line, name)
+    checked("--experiment", check_experiment, experiment)
+    if mlflow_experiment:
+        checked("--mlflow-experiment", check_experiment, mlflow_experiment)
+    for option, text in {"--name": name, "--experiment": experiment}.items():
+        # Kubeflow's database keeps three bytes a character; the name of a run is also an argument of its pods.
+        if max(map(ord, text), default=0) > 0xFFFF or (option == "--name" and may_be_changed(text)):
+            what = "Kubeflow cannot keep it: it holds an emoji or the like, a $, {{ or }}"
+            raise SkdError(what, where=f"{option} {text}", hint="choose another name")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", settings):
+        hint = "lower case letters, digits, dashes and dots, e.g. skd-settings"
+        raise SkdError(f"{settings!r} is not the name of a ConfigMap", where="--settings", hint=hint)
+
+
 def submit(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     changes: Set = None,
     host: Host = "",
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit code 1 if it fails.")] = False,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="Follow the run to its end; exit code 1 if it fails, 3 if it is cancelled."),
+    ] = False,
     recurring: Annotated[
         str | None, typer.Option(metavar="CRON", help='Run it on a schedule instead, e.g. "0 3 * * *" (UTC).')
     ] = None,
@@ -129,9 +166,10 @@ def submit(
     audience: Audience = "",
     namespace: Namespace = "",
     experiment: Experiment = "skd",
-    tracking_uri: TrackingUri = "",
-    checkpoint_root: CheckpointRoot = "",
+    mlflow_experiment: MlflowExperiment = "",
+    settings: Settings = "skd-settings",
     pipeline_root: PipelineRoot = "",
+    no_reuse: NoReuse = False,
     service_account: ServiceAccount = "",
     pipeline: Pipeline = None,
     ui_host: UiHost = "",
@@ -142,22 +180,20 @@ def submit(
     the run.
     """
     from pipelines.compiling import compiled_path
-    from pipelines.submitting.submit import Package, Place, Submission, with_seconds
+    from pipelines.submitting.schedules import with_seconds
+    from pipelines.submitting.submit import Package, Place, Submission
     from skd_lib.config import load_config, parse_overrides
-    from skd_lib.config.names import check_experiment, check_line, checked
 
-    if name:
-        checked("--name", check_line, name)
-    checked("--experiment", check_experiment, experiment)
+    check_names(name, experiment, mlflow_experiment, settings)
     if recurring is not None:
         with_seconds(recurring)  # before anything is uploaded
         if wait:
             raise SkdError("a recurring run has no end", where="--wait", hint="leave out --wait or --recurring")
-    settings = load_config(config, parse_overrides(changes or ()))
-    place = Place(experiment, tracking_uri, checkpoint_root, pipeline_root, service_account)
+    run_config = load_config(config, parse_overrides(changes or ()))
+    place = Place(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
     # A recurring run is found again by its name, which therefore holds no time.
-    chosen = name or (settings.name if recurring is not None else "")
-    submission = Submission.plan(settings, Package.read(pipeline or compiled_path()), place, chosen)
+    chosen = name or (run_config.name if recurring is not None else "")
+    submission = Submission.plan(run_config, Package.read(pipeline or compiled_path()), place, chosen)
     for what, value in submission.describe().items():
         say(f"{what:<12} {value}")
     server = Server(host, ui_host, auth, audience, namespace)
@@ -169,30 +205,26 @@ def submit(
     if recurring is not None:
         say(server.link("recurringrun", submission.schedule(api, recurring).recurring_run_id))
         return
-    run = api.create_run(submission.prepare(api))
+    run = submission.start(api, submission.prepare(api))
     say(server.link("runs", run.run_id))
     if wait:
         _wait(api, run.run_id, submission.package.documents[0])
 
 
-def _wait(api: KubeflowPipelines, run_id: str, spec: dict[str, object]) -> None:
-    from pipelines.graph import count_steps, read_steps
-    from pipelines.progress import PlainDisplay
-    from pipelines.submitting.follow import SUCCEEDED, failures, follow
-    from skd_lib.console import Console
+def _wait(api: KubeflowPipelines, run_id: str, spec: dict[str, Any]) -> None:
+    from pipelines.graph import read_steps
+    from pipelines.submitting.follow import ending, follow
 
-    steps = read_steps(spec)
     try:
-        # Lines, not bars: in a cluster steps run side by side.
-        run = follow(api, run_id, steps, PlainDisplay(Console(file=sys.stdout), count_steps(steps)))
+        followed = follow(api, run_id, spec, read_steps(spec), say)
     except KeyboardInterrupt as interruption:
         say("\nno longer waiting; the run goes on in the cluster", err=True)
         raise typer.Exit(INTERRUPTED) from interruption
-    if run.state == SUCCEEDED:
-        say("the run succeeded")
+    whole, *parts = ending(followed, api.namespace)
+    if followed.succeeded:
+        say("\n".join([whole, *(f"note: {part}" for part in parts)]))
         return
-    why = (run.error and run.error.message) or ""
-    say(f"error: the run ended as {run.state}{': ' if why else ''}{why}", err=True)
-    for failure in failures(run, steps):
-        say(f"- {failure}", err=True)
-    raise typer.Exit(FAILED)
+    say(whole if followed.cancelled else f"error: {whole}", err=True)
+    for part in parts:
+        say(f"- {part}", err=True)
+    raise typer.Exit(CANCELLED if followed.cancelled else FAILED)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.compiling import Documents, compiled_path
+from pipelines.compiling import Documents, compiled_path, profile_of
 from pipelines.submitting.api import KubeflowPipelines
+from pipelines.submitting.readback import recurring_differences, run_differences
+from pipelines.submitting.schedules import with_seconds
+from pipelines.submitting.versions import check_version, schedule_notice
+from skd_lib import __version__
 from skd_lib.config import FilesSource, RunConfig
 from skd_lib.data.manifest import digest
 from skd_lib.documents import parse_yaml_documents, read_text
@@ -21,7 +26,10 @@ from skd_lib.storage import is_remote
 from skd_lib.uris import holds_secret, shown
 
 SHORT_DIGEST = 12
-CRON_FIELDS = 6
+SETTINGS = "skd-settings"
+"""ConfigMap in which a namespace says where its MLflow and its checkpoints are."""
+REASON_LENGTH = 120
+"""A description fits into 255 bytes, which is all that some databases of Kubeflow keep of it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,12 @@ class Package:
 
     @property
     def version(self) -> str:
-        """The version's name in Kubeflow: it is the same where the content is, so that it is uploaded once."""
-        return f"{self.name}-{self.digest[:SHORT_DIGEST]}"
+        """The version's name in Kubeflow: the project's version, the profile, and a digest of the content.
+
+        It is the same where the content is, so that it is uploaded once.
+        """
+        profile = re.sub(r"[^a-z0-9]+", "-", profile_of(self.documents).lower()).strip("-")
+        return "-".join(part for part in (__version__, profile, self.digest[:SHORT_DIGEST]) if part)
 
 
 @dataclass(frozen=True)
@@ -70,18 +82,20 @@ class Place:
     """Where runs go.
 
     Attributes:
-        experiment: Experiment, in Kubeflow and in MLflow.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        checkpoint_root: Where training keeps checkpoints; empty: they are lost with the pod.
+        experiment: Experiment in Kubeflow.
+        mlflow_experiment: Experiment in MLflow; empty: as the ConfigMap says.
+        settings: ConfigMap in the run's namespace that says where MLflow and checkpoints are; it need not exist.
         pipeline_root: Where Kubeflow keeps artifacts; empty: its own default.
         service_account: Kubernetes service account of the run's pods; empty: its own default.
+        reuse: Whether steps may take their outputs from Kubeflow's cache.
     """
 
     experiment: str = "skd"
-    tracking_uri: str = ""
-    checkpoint_root: str = ""
+    mlflow_experiment: str = ""
+    settings: str = SETTINGS
     pipeline_root: str = ""
     service_account: str = ""
+    reuse: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,13 +116,13 @@ class Submission:
         """
         parameters = {
             **to_parameters(config),
-            "tracking_uri": place.tracking_uri,
-            "experiment": place.experiment,
-            "checkpoint_root": place.checkpoint_root,
+            "mlflow_experiment": place.mlflow_experiment,
+            "settings": place.settings,
+            "reuse": place.reuse,
         }
         known = package.documents[0]["root"].get("inputDefinitions", {}).get("parameters", {})
         problems = [
-            SkdError(f"the pipeline has no parameter `{parameter}`", where=str(package.path), hint="compile it anew")
+            SkdError(f"the pipeline has no parameter `{parameter}`", where=str(package.path), hint="compile it again")
             for parameter in sorted(parameters.keys() - known.keys())
         ]
         source = config.data.source
@@ -118,35 +132,65 @@ class Submission:
             for file in files
             if not is_remote(file) and not Path(file).is_absolute()  # an absolute path may be a mounted volume's
         ]
-        if holds_secret(place.tracking_uri):
-            what = "the tracking URI holds a password, which Kubeflow shows to all who may see the run"
-            hint = "leave it out of the URI, and put it into the Secret `skd-mlflow`, from which steps get it"
-            problems.append(SkdError(what, where=shown(place.tracking_uri), hint=hint))
+        if holds_secret(place.pipeline_root):
+            what = "it holds a password, which Kubeflow shows to all who may see the run"
+            hint = "leave it out, and give the run's service account access, or use the Secret `skd-storage`"
+            problems.append(SkdError(what, where=f"--pipeline-root {shown(place.pipeline_root)}", hint=hint))
         if problems:
             raise SkdErrors(problems)
         return cls(name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}", package, place, parameters)
 
     def describe(self) -> dict[str, str]:
         """What will be made, for a person."""
+        place = self.place
+        as_said = f"as the ConfigMap {place.settings} says, if there is one"
+        default_root = (
+            "Kubeflow's default, its own small volume unless an administrator has set another: "
+            "give --pipeline-root for models of more than a few GB"
+        )
         return {
             "run": self.name,
             "pipeline": f"{self.package.name}, version {self.package.version}",
-            "experiment": self.place.experiment,
-            "MLflow": shown(self.place.tracking_uri) or "off",
-            "checkpoints": self.place.checkpoint_root or "lost with the pod",
+            "experiment": place.experiment,
+            "MLflow": f"{as_said}{f'; experiment {place.mlflow_experiment}' if place.mlflow_experiment else ''}",
+            "checkpoints": as_said,
+            "artifacts": place.pipeline_root or default_root,
+            "cache": "used" if place.reuse else "not used: every step runs",
         }
 
     def prepare(self, api: KubeflowPipelines, reason: str = "skd submit") -> Any:
         """The run to be created, with its experiment and the pipeline's version made; `reason` is in its description.
 
         Raises:
-            SkdError: the server cannot be reached or refuses.
+            SkdError: the server is too old, cannot be reached or refuses.
         """
         import kfp_server_api
 
-        # By the last word of its description a run is known as ours, should the answer to its creation get lost.
-        origin = f"{reason}; pipeline sha256:{self.package.digest}; submission {uuid.uuid4().hex}"
-        return kfp_server_api.V2beta1Run(display_name=self.name, description=origin, **self._body(api))
+        _tell(api, check_version(api.version(), api.host))
+        return kfp_server_api.V2beta1Run(
+            display_name=self.name, description=self._description(reason), **self._body(api)
+        )
+
+    def start(self, api: KubeflowPipelines, run: Any, before: float = math.inf) -> Any:
+        """Create a run that was prepared, and see that it is what was asked for.
+
+        Raises:
+            Unsettled: see `KubeflowPipelines.create_run`.
+            SkdError: it was not made.
+        """
+        made = api.create_run(run, before)
+        try:
+            differing = run_differences(run, api.run(made.run_id))
+        except SkdError as error:  # it runs all the same
+            _tell(api, f"run {made.run_id} has started, and could not be compared with what was asked: {error.brief}")
+            return made
+        if differing:
+            _tell(
+                api,
+                f"run {made.run_id} has started, but the server changed {' and '.join(differing)}: "
+                "compare them on Kubeflow's page, and stop the run if that matters",
+            )
+        return made
 
     def schedule(self, api: KubeflowPipelines, cron: str) -> Any:
         """Make a recurring run of this name, or find the one that is there.
@@ -156,13 +200,17 @@ class Submission:
             cron: When: five fields as in crontab, or six with seconds first; UTC.
 
         Raises:
-            SkdError: there is one of this name that does something else, or the server cannot be reached or refuses.
+            Unsettled: see `KubeflowPipelines.create_recurring_run`.
+            SkdError: there is one of this name that does something else, the server keeps another than it was asked
+                for, is too old, cannot be reached or refuses.
         """
         import kfp_server_api
 
+        version = api.version()
+        _tell(api, check_version(version, api.host))
         wanted = kfp_server_api.V2beta1RecurringRun(
             display_name=self.name,
-            description=f"skd submit --recurring; pipeline sha256:{self.package.digest}",
+            description=self._description("skd submit --recurring"),
             mode=kfp_server_api.RecurringRunMode.ENABLE,
             trigger=kfp_server_api.V2beta1Trigger(
                 cron_schedule=kfp_server_api.V2beta1CronSchedule(cron=with_seconds(cron))
@@ -171,23 +219,37 @@ class Submission:
             no_catchup=True,
             **self._body(api),
         )
-        made = api.recurring_run(wanted)
-        differing = [
-            what
-            for what, ours, theirs in (
-                ("its schedule", wanted.trigger.cron_schedule.cron, made.trigger.cron_schedule.cron),
-                ("its pipeline", wanted.description, made.description),
-                ("its parameters", wanted.runtime_config.parameters, made.runtime_config.parameters),
+        there = api.recurring_runs_named(self.name, wanted.experiment_id)
+        for found in there:
+            if not recurring_differences(wanted, found):
+                return found
+        if there:
+            raise SkdError(
+                "there is a recurring run of this name that differs in "
+                f"{' and '.join(recurring_differences(wanted, there[0]))}",
+                where=self.name,
+                hint=f"delete {there[0].recurring_run_id} in Kubeflow's page first, or give another --name",
             )
-            if ours != theirs
-        ]
+        made = api.recurring_run(api.create_recurring_run(wanted).recurring_run_id)
+        differing = recurring_differences(wanted, made)
         if differing:
             raise SkdError(
-                f"there is a recurring run of this name that differs in {' and '.join(differing)}",
+                f"recurring run {made.recurring_run_id} was made, but the server changed {' and '.join(differing)}",
                 where=self.name,
-                hint=f"delete {made.recurring_run_id} in Kubeflow's page first, or give another --name",
+                hint="delete it in Kubeflow's page",
             )
+        _tell(api, schedule_notice(version))
         return made
+
+    def _description(self, reason: str) -> str:
+        """Why a run was made, and a word that only this submission has.
+
+        By that word a run is known as ours, should the answer to its creation get lost; it must not be cut off.
+        """
+        short = reason.encode("ascii", "replace").decode()
+        if len(short) > REASON_LENGTH:
+            short = f"{short[: REASON_LENGTH // 3]}...{short[3 - 2 * REASON_LENGTH // 3 :]}"
+        return f"{short}; submission {uuid.uuid4().hex}; pipeline sha256:{self.package.digest}"
 
     def _body(self, api: KubeflowPipelines) -> dict[str, Any]:
         """What single and recurring runs have in common; makes the experiment and the version where needed."""
@@ -208,46 +270,6 @@ class Submission:
         }
 
 
-_CRON = (
-    ("second", 0, 59, ()),
-    ("minute", 0, 59, ()),
-    ("hour", 0, 23, ()),
-    ("day of the month", 1, 31, ()),
-    ("month", 1, 12, ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")),
-    ("day of the week", 0, 6, ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")),
-)
-"""Of each field its name, its least and greatest value, and names of values."""
-
-
-def with_seconds(cron: str) -> str:
-    """Return a schedule as Kubeflow wants it, with six fields.
-
-    Raises:
-        SkdError: it has neither five fields nor six, or one of them is none of a schedule.
-    """
-    fields = cron.split()
-    if len(fields) == CRON_FIELDS - 1:
-        fields = ["0", *fields]
-    if len(fields) != CRON_FIELDS:
-        hint = 'e.g. "0 3 * * *" for three o\'clock every night (UTC)'
-        raise SkdError(f"a schedule has 5 fields, or 6 with seconds first, not {len(fields)}", where=cron, hint=hint)
-    for text, (name, least, greatest, names) in zip(fields, _CRON, strict=True):
-        if not all(_is_range(part, least, greatest, names) for part in text.split(",")):
-            hint = f"numbers from {least} to {greatest}, e.g. {least}, {least}-{greatest}, */{greatest // 2}, or *"
-            raise SkdError(f"`{text}` is no {name}", where=cron, hint=hint)
-    return " ".join(fields)
-
-
-def _is_range(text: str, least: int, greatest: int, names: Sequence[str]) -> bool:
-    """Whether a part of a field is `*`, a value, or `FIRST-LAST`, each maybe with `/STEP`."""
-    span, slash, step = text.partition("/")
-    if slash and not (re.fullmatch("[0-9]{1,3}", step) and int(step) > 0):
-        return False
-    if span in ("*", "?"):
-        return True
-    ends = [names.index(end.upper()) + least if end.upper() in names else _number(end) for end in span.split("-")]
-    return len(ends) <= 2 and all(least <= end <= greatest for end in ends) and ends == sorted(ends)
-
-
-def _number(text: str) -> int:
-    return int(text) if re.fullmatch("[0-9]{1,3}", text) else -1
+def _tell(api: KubeflowPipelines, notice: str) -> None:
+    if notice:
+        api.notice(notice)

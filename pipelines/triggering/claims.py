@@ -3,12 +3,15 @@
 Kubeflow Pipelines cannot create a run only if there is none, so that looking and creating are kept together by a claim:
 a lock file in a folder, which the kernel releases when its holder dies, or an object in Google Cloud Storage, which
 only one writer can create (`ifGenerationMatch=0`) and which others take over when it is `VALID_SECONDS` old.
+
+The same folder remembers runs that were started and that MLflow was not told of, for when Kubeflow has forgotten them.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -37,7 +40,7 @@ class Claim:
 
     Attributes:
         expires: When others may take it over, on this process's monotonic clock.
-        kept: In object storage it is not given back but left to expire: what was begun may not be over yet.
+        kept: It is not given back but left to expire: what was begun may not be over yet.
     """
 
     expires: float
@@ -66,8 +69,18 @@ def claim(folder: str, name: str, wait: float = WAIT_SECONDS, valid: float = VAL
             lock.acquire()
         except Timeout as error:
             raise busy from error
+        kept = Path(folder) / f"{name}.kept"
         try:
-            yield Claim(math.inf)
+            if kept.exists() and time.time() - kept.stat().st_mtime < valid:
+                raise busy
+            held = Claim(math.inf)
+            try:
+                yield held
+            finally:
+                if held.kept:
+                    kept.touch()
+                else:
+                    kept.unlink(missing_ok=True)
         finally:
             lock.release()
         return
@@ -88,6 +101,41 @@ def claim(folder: str, name: str, wait: float = WAIT_SECONDS, valid: float = VAL
     finally:
         if not held.kept:
             storage.delete_object(uri, generation)
+
+
+def remember(folder: str, name: str, run_id: str) -> None:
+    """Write down that a run was started for what is claimed as `name`.
+
+    Raises:
+        SkdError: the claims cannot be written.
+    """
+    with tempfile.NamedTemporaryFile() as empty:
+        storage.upload(Path(empty.name), f"{_started(folder, name)}/{run_id}")
+
+
+def forget(folder: str, name: str, run_id: str) -> None:
+    """Take back what `remember` has written.
+
+    Raises:
+        SkdError: the claims cannot be written.
+    """
+    storage.delete(f"{_started(folder, name)}/{run_id}")
+
+
+def remembered(folder: str, name: str) -> list[str]:
+    """Return the URIs of what `remember` has written; the last part of each is a run's id.
+
+    Raises:
+        SkdError: the claims cannot be read.
+    """
+    try:
+        return [stored.uri for stored in storage.list_objects(_started(folder, name))]
+    except storage.Missing:
+        return []
+
+
+def _started(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}.started"
 
 
 def _take(uri: str, token: bytes, valid: float) -> str | None:

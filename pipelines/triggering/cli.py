@@ -12,16 +12,18 @@ import typer
 from pipelines.submitting.cli import (
     Audience,
     AuthKind,
-    CheckpointRoot,
     Experiment,
     Host,
+    MlflowExperiment,
     Namespace,
+    NoReuse,
     Pipeline,
     PipelineRoot,
     Server,
     ServiceAccount,
-    TrackingUri,
+    Settings,
     UiHost,
+    check_names,
 )
 from pipelines.submitting.credentials import Auth
 from skd_lib.errors import SkdError
@@ -56,6 +58,14 @@ def trigger(
     attempts: Annotated[
         int, typer.Option(min=1, help="Runs on the same data that may fail before no more are started.")
     ] = 1,
+    tracking_uri: Annotated[
+        str,
+        typer.Option(
+            envvar="SKD_TRACKING_URI",
+            help="MLflow server that is asked for earlier runs on the same data; the run itself is told by --settings.",
+            show_default="none is asked",
+        ),
+    ] = "",
     listen: Annotated[
         int | None,
         typer.Option(
@@ -76,9 +86,10 @@ def trigger(
     audience: Audience = "",
     namespace: Namespace = "",
     experiment: Experiment = "skd",
-    tracking_uri: TrackingUri = "",
-    checkpoint_root: CheckpointRoot = "",
+    mlflow_experiment: MlflowExperiment = "",
+    settings: Settings = "skd-settings",
     pipeline_root: PipelineRoot = "",
+    no_reuse: NoReuse = False,
     service_account: ServiceAccount = "",
     pipeline: Pipeline = None,
     ui_host: UiHost = "",
@@ -93,15 +104,14 @@ def trigger(
     from pipelines.submitting.submit import Package, Place
     from pipelines.triggering.trigger import Trigger, reading_from
     from skd_lib.config import load_config
-    from skd_lib.config.names import check_experiment, checked
     from skd_lib.storage import is_remote
 
     if not source.strip():
         raise SkdError("must not be empty", where="SOURCE", hint="name the folder that the data is in")
     if not marker.strip() or "/" in marker or marker in (".", ".."):
         raise SkdError(f"{marker!r} is not the name of a file", where="--marker", hint="e.g. _SUCCESS")
-    checked("--experiment", check_experiment, experiment)
-    settings = load_config(config)
+    check_names("", experiment, mlflow_experiment, settings)
+    run_config = load_config(config)
     server = Server(host, ui_host, auth, audience, namespace)
     if listen is not None:
         if not is_remote(source):
@@ -112,10 +122,10 @@ def trigger(
         if push_account and not push_audience:
             raise SkdError("an account is known by its token", where="--push-account", hint="give --push-audience too")
     else:
-        reading_from(settings, source)  # a wrong config is told before the server is asked
-    place = Place(experiment, tracking_uri, checkpoint_root, pipeline_root, service_account)
+        reading_from(run_config, source)  # a wrong config is told before the server is asked
+    place = Place(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
     package = Package.read(pipeline or compiled_path())
-    bound = Trigger(settings, package, place, server.connect(), claims, marker, attempts)
+    bound = Trigger(run_config, package, place, server.connect(), claims, marker, attempts, tracking_uri)
     if listen is not None:
         from pipelines.triggering.push import PushAuth, make_server, serve
 

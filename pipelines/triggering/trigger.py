@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+import os
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pipelines.submitting.api import LIVE, KubeflowPipelines, Unsettled
+from pipelines.submitting.api import KubeflowPipelines, Unsettled
+from pipelines.submitting.states import FAILED, was_cancelled
 from pipelines.submitting.submit import SHORT_DIGEST, Package, Place, Submission
-from pipelines.triggering.claims import Claim, claim
+from pipelines.triggering.claims import Claim, claim, forget, remember, remembered
 from skd_lib import storage
 from skd_lib.config import FilesSource, HubSource, RunConfig
 from skd_lib.data.files import is_there, stored_files
 from skd_lib.data.manifest import data_fingerprint, digest
 from skd_lib.errors import SkdError
+from skd_lib.steps.options import EXPERIMENT_VARIABLE
 from skd_lib.tracking import triggered
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class Trigger:
             empty: there is only one process.
         marker: Name of the object that is written last, when a source is complete.
         attempts: How many runs of the same data may fail before no more are started.
+        tracking_uri: MLflow server that is asked for earlier runs on the same data; empty: none.
     """
 
     config: RunConfig
@@ -75,6 +79,7 @@ class Trigger:
     claims: str = ""
     marker: str = MARKER
     attempts: int = 1
+    tracking_uri: str = ""
 
     def explain(self, source: str) -> Decision:
         """Say what `fire` would do, and change nothing.
@@ -83,7 +88,7 @@ class Trigger:
             SkdError: the configuration does not read from `source`, or storage or the server cannot be asked.
         """
         submission = self._plan(source)
-        return submission if isinstance(submission, Decision) else self._look(submission.name, _Memory(self.place))
+        return submission if isinstance(submission, Decision) else self._look(submission.name, self._memory())
 
     def fire(self, source: str) -> Decision:
         """Start a run on the data at `source`, if it is complete and there is none yet.
@@ -95,7 +100,7 @@ class Trigger:
         submission = self._plan(source)
         if isinstance(submission, Decision):
             return submission
-        memory = _Memory(self.place)
+        memory = self._memory()
         decision = self._look(submission.name, memory)
         if not decision.fire:
             return decision
@@ -104,14 +109,26 @@ class Trigger:
             decision = self._look(submission.name, memory)
             if decision.fire:
                 try:
-                    made = self.api.create_run(run, before=held.expires)
+                    made = submission.start(self.api, run, before=held.expires)
                 except Unsettled:
                     held.kept = True
                     raise
                 decision = replace(decision, run_id=made.run_id)
-        if decision.fire:  # Kubeflow lists it by now: others need not wait for MLflow
-            memory.note(submission.name, decision.run_id, self.config.name)
+                self._write_down(remember, submission.name, decision.run_id)
+        # Kubeflow lists it by now: others need not wait for MLflow.
+        if decision.fire and memory.note(submission.name, decision.run_id, self.config.name):
+            self._write_down(forget, submission.name, decision.run_id)
         return decision
+
+    def _memory(self) -> _Memory:
+        return _Memory(self.tracking_uri, self.place.mlflow_experiment or default_experiment())
+
+    def _write_down(self, write: Callable[[str, str, str], None], name: str, run_id: str) -> None:
+        try:
+            if self.claims:
+                write(self.claims, name, run_id)
+        except SkdError as error:  # it runs all the same
+            log.warning("the claims were not told of run %s, which was started: %s", run_id, error.brief)
 
     def _plan(self, source: str) -> Submission | Decision:
         """The run for the data that is at `source` now, or why there cannot be one yet."""
@@ -124,8 +141,8 @@ class Trigger:
             if not (storage.exists(uri) if uri == marker else is_there(uri)):
                 return Decision(fire=False, reason=f"the data is not complete: there is no {uri}")
         submission = Submission.plan(config, self.package, self.place)
-        settings = {name: value for name, value in submission.parameters.items() if name != "config"}
-        settings["config"] = {key: value for key, value in submission.parameters["config"].items() if key != "data"}
+        # Where a run's records and artifacts go makes it no other run.
+        settings = config.model_dump(mode="json", exclude={"data"})
         identity = {"data": data_fingerprint(config.data), "pipeline": self.package.digest, "settings": settings}
         # Looked at last: what was overwritten until the fingerprint was taken is newer than the marker.
         written = _modified(marker) if data else math.inf
@@ -137,13 +154,14 @@ class Trigger:
         return replace(submission, name=f"skd-{digest(identity)[:SHORT_DIGEST]}")
 
     def _look(self, name: str, memory: _Memory) -> Decision:
-        """Decide by the runs of this name that Kubeflow lists, and by those that MLflow remembers."""
+        """Decide by the runs of this name that Kubeflow lists, and by those that MLflow and the claims remember."""
         experiment = self.api.find_experiment(self.place.experiment)
         runs = self.api.runs_named(name, experiment) if experiment else []
         for run in reversed(runs):
-            state = run.state or "PENDING"
-            if run.state in LIVE or state in {"SUCCEEDED", "CANCELED"}:
-                reason = f"there is a run for this data already, {state.lower()}"
+            state = "cancelled by a person" if was_cancelled(run) else (run.state or "PENDING").lower()
+            # What is neither known to have failed nor to have been cancelled may run, or have succeeded.
+            if was_cancelled(run) or run.state != FAILED:
+                reason = f"there is a run for this data already, {state}"
                 return Decision(fire=False, reason=reason, name=name, run_id=run.run_id)
         if len(runs) >= self.attempts:
             reason = (
@@ -151,14 +169,31 @@ class Trigger:
             )
             return Decision(fire=False, reason=reason, name=name, run_id=runs[-1].run_id)
         # A run that failed before it could tell MLflow is still open there: of what it lists, Kubeflow knows better.
-        remembered = memory.run_for(name, failed=[run.run_id for run in runs])
-        if remembered is not None:
-            known = f"{remembered.info.status.lower()}, which MLflow alone still knows: {remembered.info.run_id}"
+        failed = [run.run_id for run in runs]
+        known = memory.run_for(name, failed=failed)
+        if known is not None:
+            what = f"{triggered.how_it_ended(known).lower()}, which MLflow alone still knows: {known.info.run_id}"
             way_out = f"to run it again, delete that MLflow run or its tag {triggered.TRIGGER_TAG}"
-            reason = f"there is a run for this data already, {known}; {way_out}"
+            reason = f"there is a run for this data already, {what}; {way_out}"
+            return Decision(fire=False, reason=reason, name=name)
+        written = [uri for uri in (remembered(self.claims, name) if self.claims else []) if _run_id(uri) not in failed]
+        if written:
+            reason = (
+                f"a run for this data was started, {_run_id(written[-1])}, which Kubeflow no longer knows; "
+                f"to run it again, delete {' and '.join(written)}"
+            )
             return Decision(fire=False, reason=reason, name=name)
         reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"
         return Decision(fire=True, reason=reason, name=name)
+
+
+def _run_id(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def default_experiment() -> str:
+    """The MLflow experiment of steps that are told of no other, as this machine has it."""
+    return os.environ.get(EXPERIMENT_VARIABLE) or "skd"
 
 
 def _modified(marker: str) -> float:
@@ -177,29 +212,37 @@ class _Memory:
     is waited for once.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._store = {"tracking_uri": place.tracking_uri, "experiment": place.experiment}
-        self._asked = bool(place.tracking_uri)
+    def __init__(self, tracking_uri: str, experiment: str) -> None:
+        self._tracking_uri, self._experiment = tracking_uri, experiment
+        self._asked = bool(tracking_uri)
 
     def run_for(self, name: str, failed: Collection[str]) -> Run | None:
         """See `triggered.run_for`; None also without an answer."""
         if not self._asked:
             return None
         try:
-            return triggered.run_for(name, failed=failed, **self._store)
+            return triggered.run_for(name, failed=failed, tracking_uri=self._tracking_uri)
         except SkdError as error:
             log.warning("MLflow cannot tell of earlier runs on this data, Kubeflow alone decides: %s", error.brief)
             self._asked = False
             return None
 
-    def note(self, name: str, run_id: str, run_name: str) -> None:
-        """See `triggered.note`."""
+    def note(self, name: str, run_id: str, run_name: str) -> bool:
+        """See `triggered.note`; whether MLflow took it."""
         if not self._asked:
-            return
+            return False
         try:
-            triggered.note(name, pipeline_run_id=run_id, run_name=run_name, **self._store)
+            triggered.note(
+                name,
+                pipeline_run_id=run_id,
+                run_name=run_name,
+                tracking_uri=self._tracking_uri,
+                experiment=self._experiment,
+            )
         except SkdError as error:
             log.warning("MLflow was not told of run %s, which was started: %s", run_id, error.brief)
+            return False
+        return True
 
 
 def reading_from(config: RunConfig, source: str) -> RunConfig:

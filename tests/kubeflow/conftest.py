@@ -16,7 +16,10 @@ DEMO = Path(__file__).parents[2] / "pipelines/configs/demo.yaml"
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("KF_PIPELINES_ENDPOINT", "SKD_KFP_TOKEN", "SKD_KFP_COOKIE", "SKD_CLAIMS", "SKD_TRACKING_URI"):
+    for name in (
+        *("KF_PIPELINES_ENDPOINT", "SKD_KFP_TOKEN", "SKD_KFP_COOKIE", "SKD_CLAIMS"),
+        *("SKD_TRACKING_URI", "SKD_EXPERIMENT", "SKD_PIPELINE_ROOT"),
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "no-token"))
 

@@ -1,7 +1,16 @@
 """A Kubeflow Pipelines API server: the REST schema, checked by kfp-server-api's own models, over HTTP.
 
-It enforces what the real one does: names of experiments, pipelines and a pipeline's versions are unique (409), those of
-runs are not; unknown fields, missing references and wrong filters are refused; lists come in pages.
+It does what the real one (2.17.0) was seen to do, or does by its source:
+
+- names of experiments, pipelines and a pipeline's versions are unique, and the database (MySQL) knows no case: 409;
+  those of runs and recurring runs are not unique (storage/*_store.go);
+- people rename a pipeline's or a version's display name; its name stays (model/pipeline.go);
+- a filter is decoded from a URL twice (server/list_request_util.go, parseAPIFilter); a page token holds it;
+- a run's Workflow is made before its row in the database, whose characters have three bytes at most: then 500, and the
+  Workflow runs (resource_manager.go, CreateRun); likewise a recurring run's ScheduledWorkflow (CreateJob);
+- `[[CurrentTime]]` and the like in a parameter are replaced (template/v2_template.go, RunWorkflow);
+- a cancelled run is FAILED after CANCELING (storage/run_store.go);
+- unknown fields, missing references and wrong filters are refused; lists come in pages; healthz tells the version.
 """
 
 from __future__ import annotations
@@ -20,13 +29,14 @@ from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote_plus, urlsplit
 
 import kfp_server_api
 import yaml
 
 API = kfp_server_api.ApiClient()
 ROOT = "/apis/v2beta1"
+RUNS = f"{ROOT}/runs"
 LISTS = {
     "experiments": kfp_server_api.V2beta1ListExperimentsResponse,
     "pipelines": kfp_server_api.V2beta1ListPipelinesResponse,
@@ -44,12 +54,16 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """Answer a request wrongly: with `status`, or not at all (0); `after` having done what was asked."""
+    """Answer a request wrongly: with `status`, or not at all (0); `after` having done what was asked.
+
+    With `orphan` the Workflow of a run or a schedule was made, and the row in the database was not.
+    """
 
     method: str
     path: str
     status: int
     after: bool = False
+    orphan: bool = False
 
 
 def parse(model: str, body: bytes) -> Any:
@@ -69,6 +83,7 @@ def parse(model: str, body: bytes) -> Any:
 class FakeKfp:
     """The server's state, and how it is to behave."""
 
+    version: str = "2.17.0"
     page_size: int = 200
     tokens: set[str] | None = None
     cookies: set[str] | None = None
@@ -80,6 +95,8 @@ class FakeKfp:
     versions: list[dict[str, Any]] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
     recurring_runs: list[dict[str, Any]] = field(default_factory=list)
+    workflows: list[str] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     host: str = ""
@@ -89,6 +106,10 @@ class FakeKfp:
 
     def handle(self, method: str, path: str, query: dict[str, str], body: bytes, kind: str) -> Any:
         match method, path.removeprefix(ROOT).strip("/").split("/"):
+            case "GET", ["healthz"]:
+                return {"commit_sha": "unknown", "tag_name": self.version, "multi_user": self.multi_user}
+            case "GET", ["recurringruns", recurring_id]:
+                return next(run for run in self.recurring_runs if run["recurring_run_id"] == recurring_id)
             case "GET", ["pipelines", pipeline_id, "versions"]:
                 return self._page("pipeline_versions", self.versions, query, pipeline_id=pipeline_id)
             case "GET", ["runs", run_id]:
@@ -102,25 +123,42 @@ class FakeKfp:
                 return self._unique(self.experiments, made, "experiment_id", namespace=made.namespace)
             case "POST", ["pipelines"]:
                 made = parse("V2beta1Pipeline", body)
-                return self._unique(self.pipelines, made, "pipeline_id", namespace=made.namespace)
+                made.name = made.name or made.display_name
+                return self._unique(self.pipelines, made, "pipeline_id", "name", namespace=made.namespace)
             case "POST", ["pipelines", "upload_version"]:
                 return self._upload(query, body, kind)
             case "POST", ["runs"]:
-                return self._add(self.runs, self._checked(parse("V2beta1Run", body)), "run_id")
+                made = self._checked(parse("V2beta1Run", body))
+                self._make_workflow(made)
+                return self._add(self.runs, {**made, "state": "PENDING"}, "run_id")
             case "POST", ["recurringruns"]:
                 made = self._checked(parse("V2beta1RecurringRun", body))
                 cron = made["trigger"]["cron_schedule"]["cron"]
                 if len(cron.split()) != 6:
                     raise Refused(400, f"bad cron {cron}")
-                return self._add(self.recurring_runs, made, "recurring_run_id")
+                self._make_workflow(made)
+                return self._add(self.recurring_runs, {**made, "status": "ENABLED"}, "recurring_run_id")
         raise Refused(404, "not found")
 
-    def _unique(self, kept: list[dict[str, Any]], made: Any, key: str, **scope: Any) -> dict[str, Any]:
+    def _make_workflow(self, made: dict[str, Any]) -> None:
+        """Make it, and then fail where the database cannot hold the rest."""
+        self.workflows.append(made["display_name"])
+        if max(map(ord, json.dumps(made, ensure_ascii=False))) > 0xFFFF:
+            raise Refused(500, "Incorrect string value for column run_details.PipelineRuntimeManifest")
+        parameters = made["runtime_config"].setdefault("parameters", {})
+        for name, value in parameters.items():
+            if isinstance(value, str):
+                parameters[name] = value.replace("[[CurrentTime]]", "20260101000000")
+        made["runtime_config"]["parameters"] = {**parameters, **self.changes}
+
+    def _unique(
+        self, kept: list[dict[str, Any]], made: Any, key: str, named: str = "display_name", **scope: Any
+    ) -> dict[str, Any]:
         if self.multi_user and not made.namespace:
             raise Refused(400, "a namespace is required")
         value = API.sanitize_for_serialization(made)
-        if any(item["display_name"] == value["display_name"] and matches(item, scope) for item in kept):
-            raise Refused(409, f"{value['display_name']} already exists")
+        if any(same(item[named], value[named]) and matches(item, scope) for item in kept):
+            raise Refused(409, f"The name {value[named]} already exist. Please specify a new name")
         return self._add(kept, value, key)
 
     def _add(self, kept: list[dict[str, Any]], value: dict[str, Any], key: str) -> dict[str, Any]:
@@ -169,8 +207,13 @@ class FakeKfp:
     def _page(self, name: str, kept: list[dict[str, Any]], query: dict[str, str], **scope: Any) -> dict[str, Any]:
         if self.multi_user and name in {"experiments", "pipelines"} and "namespace" not in query:
             raise Refused(400, "a namespace is required")
-        wanted = parse("V2beta1Filter", query["filter"].encode())
-        if any(p.operation != "EQUALS" or p.key != "display_name" for p in wanted.predicates):
+        start, _, encoded = query.get("page_token", "").partition(" ")
+        encoded = encoded or query["filter"]
+        if re.search(r"%(?![0-9a-fA-F]{2})", encoded):
+            raise Refused(400, f"failed to parse valid filter from {encoded}: invalid URL escape")
+        wanted = parse("V2beta1Filter", unquote_plus(encoded).encode())
+        keys = {"display_name", "name"} if name in {"pipelines", "pipeline_versions"} else {"display_name"}
+        if any(p.operation != "EQUALS" or p.key not in keys for p in wanted.predicates):
             raise Refused(400, "unsupported filter")
         for key in ("experiment_id", "namespace"):
             if query.get(key):
@@ -178,11 +221,11 @@ class FakeKfp:
         found = [
             item
             for item in kept
-            if matches(item, scope) and all(item["display_name"] == p.string_value for p in wanted.predicates)
+            if matches(item, scope) and all(same(item[p.key], p.string_value) for p in wanted.predicates)
         ]
-        start, size = int(query.get("page_token") or 0), min(self.page_size, int(query.get("page_size") or 20))
-        more = {"next_page_token": str(start + size)} if start + size < len(found) else {}
-        page = LISTS[name](**{name: found[start : start + size]}, total_size=len(found), **more)
+        first, size = int(start or 0), min(self.page_size, int(query.get("page_size") or 20))
+        more = {"next_page_token": f"{first + size} {encoded}"} if first + size < len(found) else {}
+        page = LISTS[name](**{name: found[first : first + size]}, total_size=len(found), **more)
         return API.sanitize_for_serialization(page)
 
     def _run(self, run_id: str) -> dict[str, Any]:
@@ -202,11 +245,9 @@ def matches(item: dict[str, Any], scope: dict[str, Any]) -> bool:
     return all(item.get(key) == value for key, value in scope.items())
 
 
-def task(name: str, state: str, seconds: int = 60, **more: Any) -> dict[str, Any]:
-    """A task of a run's details."""
-    start = datetime(2026, 1, 1, tzinfo=UTC)
-    ended = {"end_time": (start + timedelta(seconds=seconds)).isoformat()} if state != "RUNNING" else {}
-    return {"display_name": name, "state": state, "start_time": start.isoformat(), **ended, **more}
+def same(one: str, other: str) -> bool:
+    """Whether the database takes two names for the same."""
+    return one.casefold() == other.casefold()
 
 
 @contextmanager
@@ -243,6 +284,8 @@ def running(fake: FakeKfp) -> Iterator[FakeKfp]:
                 fake.faults.remove(fault)
             try:
                 answer = None
+                if fault and fault.orphan:
+                    fake.workflows.append(json.loads(body)["display_name"])
                 if fault is None or fault.after:
                     answer = fake.handle(method, path, query, body, self.headers.get("Content-Type", ""))
             except Refused as refused:

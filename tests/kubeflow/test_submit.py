@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import threading
@@ -12,38 +13,44 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 from typer.testing import CliRunner
 
-from pipelines.compiling import compiled_path
-from pipelines.graph import read_steps
-from pipelines.progress import PlainDisplay
 from pipelines.submitting.api import KubeflowPipelines, Unsettled
 from pipelines.submitting.credentials import Anonymous, Auth, Secret, find_credentials
-from pipelines.submitting.follow import follow
-from pipelines.submitting.submit import Package, Place, Submission, with_seconds
+from pipelines.submitting.schedules import with_seconds
+from pipelines.submitting.submit import Package, Place, Submission
+from skd_lib import __version__
 from skd_lib.cli import app
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError, SkdErrors
+from tests.kubeflow import small
 from tests.kubeflow.conftest import DEMO
-from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault, running, task
+from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault, running
 
 RUNS = f"{ROOT}/runs"
-PACKAGE = Package.read()
 
 
 @pytest.fixture
-def submission(demo: RunConfig) -> Submission:
-    return Submission.plan(demo, PACKAGE, Place(), name="a-run")
+def package() -> Package:
+    return small.package()
+
+
+@pytest.fixture
+def submission(demo: RunConfig, package: Package) -> Submission:
+    return Submission.plan(demo, package, Place(), name="a-run")
 
 
 def skd(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
-def test_a_run_is_made_with_its_pipeline_and_parameters(kfp: FakeKfp, demo: RunConfig):
-    done = skd(
-        "submit", DEMO, "--host", kfp.host, "--tracking-uri", "http://mlflow:5000", "--experiment", "e",
+def submit(kfp: FakeKfp, *arguments: str | Path) -> Any:
+    return skd("submit", DEMO, "--host", kfp.host, "--pipeline", small.package().path, *arguments)
+
+
+def test_a_run_is_made_with_its_pipeline_and_parameters(kfp: FakeKfp, demo: RunConfig, package: Package):
+    done = submit(
+        kfp, "--experiment", "e", "--mlflow-experiment", "m", "--settings", "team-settings", "--no-reuse",
         "--pipeline-root", "gs://b/root", "--service-account", "runner", "--ui-host", "https://ui/pipeline/",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -52,34 +59,72 @@ def test_a_run_is_made_with_its_pipeline_and_parameters(kfp: FakeKfp, demo: RunC
     assert f"https://ui/pipeline/#/runs/details/{run['run_id']}\n" in done.output
     assert run["service_account"] == "runner"
     assert run["runtime_config"]["pipeline_root"] == "gs://b/root"
-    assert run["runtime_config"]["parameters"]["tracking_uri"] == "http://mlflow:5000"
-    assert run["runtime_config"]["parameters"]["teacher"] == demo.teacher
+    parameters = run["runtime_config"]["parameters"]
+    assert (parameters["mlflow_experiment"], parameters["settings"], parameters["reuse"]) == (
+        "m",
+        "team-settings",
+        False,
+    )
     assert kfp.experiments[0]["display_name"] == "e"
     (version,) = kfp.versions
-    assert version["pipeline_spec"]["pipeline_spec"] == PACKAGE.documents[0]
-    assert version["description"] == f"sha256:{PACKAGE.digest}"
+    assert version["pipeline_spec"]["pipeline_spec"] == package.documents[0]
+    assert version["description"] == f"sha256:{package.digest}"
     # Caching is the pipeline's own business: a setting at submission would override all its steps.
     assert "pipeline_spec" not in run
 
 
+def test_a_description_fits_and_its_word_is_in_it(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
+    run = submission.prepare(api, "skd trigger gs://bücket/" + "x" * 300)
+    assert len(run.description) <= 255
+    assert re.search(r"submission [0-9a-f]{32};", run.description)
+    assert run.description.isascii()
+
+
 def test_the_same_pipeline_is_uploaded_once(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
     for _ in range(2):
-        api.create_run(submission.prepare(api))
+        submission.start(api, submission.prepare(api))
     assert len(kfp.runs) == 2
     assert len(kfp.versions) == len(kfp.pipelines) == len(kfp.experiments) == 1
 
 
-def test_a_versions_name_follows_its_content_alone(tmp_path: Path):
-    text = compiled_path().read_text(encoding="utf-8")
+def test_a_versions_name_says_what_it_is(tmp_path: Path, package: Package):
+    text = package.path.read_text(encoding="utf-8")
     same, other = tmp_path / "same.yaml", tmp_path / "other.yaml"
     same.write_text("# other comment\n" + re.sub(r"sdkVersion: .*", "sdkVersion: kfp-9", text), encoding="utf-8")
-    other.write_text(text.replace("skd_lib.steps.gate", "skd_lib.steps.grate"), encoding="utf-8")
-    assert Package.read(same).version == PACKAGE.version == f"skd-distillation-{PACKAGE.digest[:12]}"
-    assert Package.read(other).version != PACKAGE.version
+    other.write_text(text.replace("skd_lib.steps.finish", "skd_lib.steps.finale"), encoding="utf-8")
+    assert Package.read(same).version == package.version == f"{__version__}-tiny-{package.digest[:12]}"
+    assert Package.read(other).version != package.version
+    without = text.replace(" Profile tiny.", "")
+    other.write_text(without, encoding="utf-8")
+    assert re.fullmatch(rf"{re.escape(__version__)}-[0-9a-f]{{12}}", Package.read(other).version)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.17.0", ""),
+        ("2.15.0", ""),
+        ("2.18.0-rc.1", "note: the server is Kubeflow Pipelines 2.18.0, newer than 2.17.0, the newest that was tried"),
+        ("unknown", "note: the server does not say its version: 2.15.0 or newer is needed"),
+    ],
+)
+def test_the_servers_version_is_looked_at(kfp: FakeKfp, version: str, said: str):
+    kfp.version = version
+    done = submit(kfp)
+    assert done.exit_code == 0, done.output
+    assert said in done.output
+    assert said or "note:" not in done.output
+
+
+def test_a_server_that_is_too_old_gets_nothing(kfp: FakeKfp):
+    kfp.version = "2.14.4"
+    done = submit(kfp)
+    assert "the server is Kubeflow Pipelines 2.14.4: 2.15.0 or newer is needed" in str(done.exception)
+    assert not [method for method, _, _ in kfp.requests if method != "GET"]
 
 
 def test_twenty_at_a_time_share_one_pipeline(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
-    in_parallel(20, lambda: api.create_run(submission.prepare(api)))
+    in_parallel(20, lambda: submission.start(api, submission.prepare(api)))
     assert len(kfp.versions) == len(kfp.pipelines) == len(kfp.experiments) == 1
     assert len({run["run_id"] for run in kfp.runs}) == 20
 
@@ -103,7 +148,7 @@ def test_a_server_that_stays_away_is_named(kfp: FakeKfp, api: KubeflowPipelines)
 
 def test_nobody_there_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipelines.submitting.api.KNOCKS", (0.0, 0.01))
-    done = skd("submit", DEMO, "--host", "http://127.0.0.1:9")
+    done = skd("submit", DEMO, "--host", "http://127.0.0.1:9", "--pipeline", small.package().path)
     assert "asking       http://127.0.0.1:9" in done.output
     assert str(done.exception).startswith("http://127.0.0.1:9: cannot be reached: Connection refused")
 
@@ -142,47 +187,143 @@ def test_an_odd_answer_is_a_sentence(answer: bytes):
 
 @pytest.mark.parametrize("after", [False, True], ids=["request lost", "answer lost"])
 @pytest.mark.parametrize("status", [504, 0])
-@pytest.mark.parametrize("path", ["experiments", "pipelines", "pipelines/upload_version", "runs"])
-def test_what_is_created_is_created_once(
+@pytest.mark.parametrize("path", ["experiments", "pipelines", "pipelines/upload_version"])
+def test_what_has_a_name_of_its_own_is_created_once(
     kfp: FakeKfp, api: KubeflowPipelines, submission: Submission, path: str, status: int, after: bool
 ):
     kfp.faults = [Fault("POST", f"{ROOT}/{path}", status, after)]
-    run = api.create_run(submission.prepare(api))
+    run = submission.start(api, submission.prepare(api))
     assert not kfp.faults
     assert [made["run_id"] for made in kfp.runs] == [run.run_id]
     assert len(kfp.versions) == len(kfp.pipelines) == len(kfp.experiments) == 1
 
 
-def test_a_run_of_the_same_name_is_not_taken_for_ours(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
-    api.create_run(submission.prepare(api))
-    kfp.faults = [Fault("POST", RUNS, 503)]
-    api.create_run(submission.prepare(api))
-    assert len(kfp.runs) == 2
+@pytest.mark.parametrize("status", [500, 503, 504, 0])
+def test_a_run_whose_answer_was_lost_is_found(
+    kfp: FakeKfp, api: KubeflowPipelines, submission: Submission, status: int
+):
+    submission.start(api, submission.prepare(api))  # one of the same name, which is not ours
+    kfp.faults = [Fault("POST", RUNS, status, after=True)]
+    run = submission.start(api, submission.prepare(api))
+    assert kfp.runs[1]["run_id"] == run.run_id
+    assert kfp.asked("POST", RUNS) == 2
 
 
-def test_it_is_said_when_a_run_may_have_been_made(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
-    run = submission.prepare(api)
-    kfp.faults = [Fault("POST", RUNS, 504)] * 9
-    with pytest.raises(Unsettled, match="look in Kubeflow whether it was done after all"):
-        api.create_run(run)
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 599, 0])
+def test_the_request_for_a_run_is_never_repeated(
+    kfp: FakeKfp, api: KubeflowPipelines, submission: Submission, status: int
+):
+    """The server makes the Workflow before its own record: each repetition is one more that nobody sees."""
+    kfp.faults = [Fault("POST", RUNS, status, orphan=True)] * 4
+    with pytest.raises(Unsettled) as caught:
+        submission.start(api, submission.prepare(api))
+    assert kfp.workflows == ["a-run"]
     assert not kfp.runs
+    assert "a run may have started that Kubeflow's page does not show: before you submit again, look for 'a-run'" in (
+        caught.value.hint
+    )
+    assert "kubectl get workflows -n kubeflow -l pipeline/runid" in caught.value.hint
+
+
+def test_a_schedule_is_never_asked_for_twice(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
+    kfp.faults = [Fault("POST", f"{ROOT}/recurringruns", 500, orphan=True)] * 4
+    with pytest.raises(Unsettled, match="kubectl get scheduledworkflows"):
+        submission.schedule(api, "0 3 * * *")
+    assert kfp.workflows == ["a-run"]
+
+
+def test_a_request_that_was_not_taken_is_repeated(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
+    kfp.faults = [Fault("POST", RUNS, 429)] * 2
+    submission.start(api, submission.prepare(api))
+    assert kfp.workflows == ["a-run"]
+    run = submission.prepare(api)
     asked = kfp.asked("POST", RUNS)
     with pytest.raises(SkdError, match="too late"):
         api.create_run(run, before=0.0)
     assert kfp.asked("POST", RUNS) == asked
 
 
+def test_a_refusal_is_none(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
+    kfp.faults = [Fault("POST", RUNS, 400)]
+    with pytest.raises(SkdError, match=r"refuses the request \(HTTP 400\)") as caught:
+        submission.start(api, submission.prepare(api))
+    assert not isinstance(caught.value, Unsettled)
+
+
+def test_what_the_server_changes_is_said(kfp: FakeKfp):
+    kfp.changes = {"settings": "another"}
+    done = submit(kfp)
+    assert f"run {kfp.runs[0]['run_id']} has started, but the server changed its parameters settings:" in done.output
+    done = submit(kfp, "--recurring", "0 3 * * *")
+    assert "was made, but the server changed its parameters settings" in str(done.exception)
+
+
+TEXT = (
+    "$$x^2$$ $(HOME) {{x}} {{= 1 + 1 }} {{pod.name}} {{workflow.status}} {{$}} {{$.inputs.parameters['config']}} "
+    "[[CurrentTime]] \"d\" 's' \\ back \n ünï 日本 \U0001f600 %s"
+)
+
+
+def test_texts_arrive_as_they_were_written(kfp: FakeKfp, tmp_path: Path):
+    values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    values["task"]["system_prompt"] = TEXT
+    file = tmp_path / "texts.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    done = skd("submit", file, "--host", kfp.host, "--pipeline", small.package().path)
+    assert done.exit_code == 0, (done.output, done.exception)
+    config = kfp.runs[0]["runtime_config"]["parameters"]["config"]
+    assert json.loads(config)["task"]["system_prompt"] == TEXT
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["exp+plus", "exp%20x", "exp 50% off", "quote\"s 'n' \\", "Übung 日本", "a&b=c#d"])
+def test_an_experiment_is_found_whatever_its_name(kfp: FakeKfp, name: str):
+    for _ in range(2):
+        done = submit(kfp, "--experiment", name)
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert [experiment["display_name"] for experiment in kfp.experiments] == [name]
+
+
+def test_a_name_that_the_database_takes_for_another_is_said(kfp: FakeKfp):
+    submit(kfp, "--experiment", "exp+plus")
+    done = submit(kfp, "--experiment", "Exp+PLUS")
+    assert "note: the server takes the experiment 'exp+plus' for 'Exp+PLUS': it is used" in done.output
+    assert len({run["experiment_id"] for run in kfp.runs}) == 1
+
+
+def test_what_was_renamed_on_the_page_is_found(kfp: FakeKfp):
+    submit(kfp)
+    kfp.pipelines[0]["display_name"] = "My pipeline"
+    kfp.versions[0]["display_name"] = "the good one"
+    done = submit(kfp)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert len(kfp.versions) == len(kfp.pipelines) == 1
+
+
+def test_a_run_is_known_by_its_exact_name(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
+    run = submission.prepare(api)
+    api.create_run(run)
+    run.display_name = "A-Run"
+    api.create_run(run)
+    assert [found.display_name for found in api.runs_named("a-run", run.experiment_id)] == ["a-run"]
+
+
 def test_all_pages_are_read(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
     kfp.page_size = 2
     run = submission.prepare(api)
-    made = [api.create_run(run).run_id for _ in range(5)]
+    made = []
+    for number in range(5):
+        run.description = str(number)
+        made.append(api.create_run(run).run_id)
     assert [found.run_id for found in api.runs_named("a-run", run.experiment_id)] == made
 
 
 def test_a_profile_is_named_in_a_multi_user_installation(submission: Submission):
     with running(FakeKfp(multi_user=True)) as kfp:
         api = KubeflowPipelines(kfp.host, Anonymous(), namespace="team")
-        api.create_run(submission.prepare(api))
+        submission.start(api, submission.prepare(api))
         assert kfp.experiments[0]["namespace"] == kfp.pipelines[0]["namespace"] == "team"
         with pytest.raises(SkdError, match=r"HTTP 400\): a namespace is required"):
             KubeflowPipelines(kfp.host, Anonymous()).find_experiment("skd")
@@ -217,7 +358,7 @@ def test_a_refused_token_is_said_and_not_shown(kfp: FakeKfp, monkeypatch: pytest
     monkeypatch.setenv("SKD_KFP_TOKEN", "s3cret")
     kfp.tokens = {"another"}
     with caplog.at_level(logging.DEBUG):
-        done = skd("submit", DEMO, "--host", kfp.host, "--auth", "id-token")
+        done = submit(kfp, "--auth", "id-token")
     assert isinstance(done.exception, SkdError)
     assert "does not accept our credentials: token expired" in str(done.exception)
     assert "renew the token" in done.exception.hint
@@ -280,67 +421,34 @@ def test_missing_credentials_are_told(auth: Auth, host: str, message: str):
         find_credentials(auth, host).headers()
 
 
-# --- following ----------------------------------------------------------------------------------------------------
-
-
-def test_a_run_is_followed_to_its_end(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission, capsys: Any):
-    kfp.course = [
-        {"state": "PENDING"},
-        {"state": "RUNNING", "run_details": {"task_details": [task("root-driver", "SUCCEEDED")]}},
-        {"state": "RUNNING", "run_details": {"task_details": [task("preflight", "RUNNING")]}},
-        {
-            "state": "SUCCEEDED",
-            "run_details": {
-                "task_details": [
-                    task("preflight", "SUCCEEDED"),
-                    task("prepare-data", "SKIPPED"),
-                    task("evaluate-2", "SUCCEEDED", 125),
-                ]
-            },
-        },
-    ]
-    run = api.create_run(submission.prepare(api))
-    steps = read_steps(PACKAGE.documents[0])
-    kfp.faults = [Fault("GET", f"{RUNS}/.*", 502)]
-    assert follow(api, run.run_id, steps, PlainDisplay(Console(), 3), poll=0.01).state == "SUCCEEDED"
-    assert capsys.readouterr().out.splitlines() == [
-        "[1/3] preflight ...",
-        "[1/3] preflight: done in 1 min 00 s",
-        "[2/3] prepare_data: unchanged, reused (took 1 min 00 s)",
-        "[3/3] evaluate-teacher ...",
-        "[3/3] evaluate-teacher: done in 2 min 05 s",
-    ]
-
-
-@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
-def test_waiting_returns_the_runs_result(kfp: FakeKfp, state: str):
-    details = task("distill", state, error={"message": "exit code 2"}, child_tasks=[{"pod_name": "skd-1"}])
-    kfp.course = [{"state": state, "error": {"message": "why"}, "run_details": {"task_details": [details]}}]
-    done = skd("submit", DEMO, "--host", kfp.host, "--wait")
-    assert done.exit_code == 1
-    assert f"error: the run ended as {state}: why\n- distill (pod skd-1): exit code 2\n" in done.output
-    kfp.course = [{"state": "SUCCEEDED"}]
-    done = skd("submit", DEMO, "--host", kfp.host, "--wait")
-    assert done.exit_code == 0
-    assert "the run succeeded" in done.output
-
-
 # --- recurring runs, plans and errors -----------------------------------------------------------------------------
 
 
 def test_a_recurring_run_is_made_once(kfp: FakeKfp, demo: RunConfig):
     for _ in range(2):
-        done = skd("submit", DEMO, "--host", kfp.host, "--recurring", "30 3 * * 1")
+        done = submit(kfp, "--recurring", "30 3 * * 1")
         assert done.exit_code == 0, done.output
     (made,) = kfp.recurring_runs
     assert f"{kfp.host}/#/recurringrun/details/{made['recurring_run_id']}\n" in done.output
     assert made["display_name"] == demo.name
     assert made["trigger"] == {"cron_schedule": {"cron": "0 30 3 * * 1"}}
     assert (made["mode"], made["max_concurrency"], made["no_catchup"]) == ("ENABLE", "1", True)
-    done = skd("submit", DEMO, "--host", kfp.host, "--recurring", "0 4 * * *")
+    assert "note:" not in done.output
+    done = submit(kfp, "--recurring", "0 4 * * *")
     assert "differs in its schedule" in str(done.exception)
+    done = submit(kfp, "--recurring", "30 3 * * 1", "--mlflow-experiment", "m")
+    assert "differs in its parameters mlflow_experiment" in str(done.exception)
+    made["mode"] = "DISABLE"
+    done = submit(kfp, "--recurring", "30 3 * * 1")
+    assert "differs in being switched off" in str(done.exception)
     assert len(kfp.recurring_runs) == 1
     assert not kfp.runs
+
+
+def test_a_version_that_may_lose_a_schedules_parameters_is_named(kfp: FakeKfp):
+    kfp.version = "2.17.1"
+    done = submit(kfp, "--recurring", "30 3 * * 1")
+    assert "note: Kubeflow Pipelines 2.17.1 may start the runs of a schedule without their parameters" in done.output
 
 
 def test_a_schedule_has_five_fields_or_six():
@@ -367,23 +475,30 @@ def test_a_schedule_has_five_fields_or_six():
             with_seconds(cron)
 
 
-def test_a_dry_run_asks_nobody(kfp: FakeKfp):
-    done = skd("submit", DEMO, "--host", kfp.host, "--dry-run")
+def test_a_dry_run_asks_nobody(kfp: FakeKfp, package: Package, monkeypatch: pytest.MonkeyPatch):
+    done = submit(kfp, "--dry-run")
     assert done.exit_code == 0
-    assert f"skd-distillation, version {PACKAGE.version}" in done.output
+    assert f"skd-small, version {package.version}" in done.output
+    assert "artifacts    Kubeflow's default, its own small volume" in done.output
+    assert "give --pipeline-root" in done.output
+    monkeypatch.setenv("SKD_PIPELINE_ROOT", "gs://b/root")
+    assert "artifacts    gs://b/root\n" in submit(kfp, "--dry-run").output
+    assert "cache        not used: every step runs\n" in submit(kfp, "--dry-run", "--no-reuse").output
     assert not kfp.requests
 
 
-def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, tmp_path: Path):
+def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, tmp_path: Path, package: Package):
     values = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     values["data"]["source"]["train"] = ["data/train.jsonl", "/mnt/train.jsonl", "gs://b/train.jsonl"]
     config = RunConfig.model_validate(values)
     with pytest.raises(SkdErrors, match=r"1 problem found:\n- data/train.jsonl: the cluster cannot read"):
-        Submission.plan(config, PACKAGE, Place())
-    documents = yaml.safe_load(yaml.safe_dump(PACKAGE.documents))
-    del documents[0]["root"]["inputDefinitions"]["parameters"]["gamma"]
-    with pytest.raises(SkdErrors, match="the pipeline has no parameter `gamma`"):
+        Submission.plan(config, package, Place())
+    documents = yaml.safe_load(yaml.safe_dump(package.documents))
+    del documents[0]["root"]["inputDefinitions"]["parameters"]["reuse"]
+    with pytest.raises(SkdErrors, match="the pipeline has no parameter `reuse`"):
         Submission.plan(demo, Package(tmp_path / "old.yaml", documents, "0"), Place())
+    with pytest.raises(SkdErrors, match=r"--pipeline-root s3://.*: it holds a password"):
+        Submission.plan(demo, package, Place(pipeline_root="s3://user:s3cret@b/root"))
 
 
 @pytest.mark.parametrize(
@@ -396,28 +511,18 @@ def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, 
         (["--host", "http://h:x"], "http://h:x: not a URL"),
         (["--name", " "], "--name: must not be blank"),
         (["--experiment", "a\nb"], "--experiment: must be one line"),
+        (["--name", "run {{pod.name}}"], "--name run {{pod.name}}: Kubeflow cannot keep it"),
+        (["--experiment", "\U0001f600"], "Kubeflow cannot keep it: it holds an emoji"),
+        (["--settings", "My settings"], "--settings: 'My settings' is not the name of a ConfigMap"),
         (["--host", "http://h", "--wait", "--recurring", "0 3 * * *"], "a recurring run has no end"),
         (["--pipeline", str(DEMO)], "not a compiled pipeline"),
         (["--pipeline", "missing.yaml"], "there is no compiled pipeline"),
     ],
 )
 def test_errors_say_what_to_do(arguments: list[str], message: str):
-    done = skd("submit", DEMO, *arguments)
+    done = skd("submit", DEMO, "--pipeline", small.package().path, *arguments)
     assert isinstance(done.exception, SkdError)
     assert message in str(done.exception)
-
-
-def test_every_step_is_known_by_its_tasks_name():
-    """The API tells of tasks by their keys in the pipeline; those are the components' by which we know the steps."""
-    spec = PACKAGE.documents[0]
-    dags = [spec["root"], *(component for component in spec["components"].values() if "dag" in component)]
-    keys = {
-        key
-        for dag in dags
-        for key, each in dag["dag"]["tasks"].items()
-        if "executorLabel" in spec["components"][each["componentRef"]["name"]]
-    }
-    assert {step.component for step in read_steps(spec)} == keys
 
 
 def in_parallel(count: int, do: Callable[[], Any]) -> list[Any]:

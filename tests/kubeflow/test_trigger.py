@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from pipelines.submitting.api import KubeflowPipelines, Unsettled
-from pipelines.submitting.submit import Package, Place
+from pipelines.submitting.submit import Place
 from pipelines.triggering import claims as claims_module
 from pipelines.triggering.claims import Busy, claim
 from pipelines.triggering.push import PushAuth, make_server, read_message, source_of
@@ -25,9 +26,10 @@ from pipelines.triggering.trigger import Decision, Trigger, reading_from
 from skd_lib import storage
 from skd_lib.config import HubSource, RunConfig, load_config
 from skd_lib.errors import SkdError
+from tests.kubeflow import small
 from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault
 from tests.kubeflow.google import ACCOUNT, Issuer
-from tests.kubeflow.test_submit import PACKAGE, in_parallel, skd
+from tests.kubeflow.test_submit import in_parallel, skd
 from tests.storage_server import Server
 
 BUCKET = "bucket"
@@ -58,7 +60,7 @@ def config(config_file: Path) -> RunConfig:
 
 @pytest.fixture
 def trigger(api: KubeflowPipelines, config: RunConfig, root: str) -> Trigger:
-    return Trigger(config, PACKAGE, Place(), api, claims=f"{root}/claims")
+    return Trigger(config, small.package(), Place(), api, claims=f"{root}/claims")
 
 
 @pytest.fixture
@@ -91,8 +93,8 @@ def test_new_data_starts_a_run_once(kfp: FakeKfp, trigger: Trigger, source: str)
     assert first == Decision(True, "there is no run for this data yet", run["display_name"], run["run_id"])
     assert second == Decision(False, "there is a run for this data already, pending", first.name, run["run_id"])
     assert first.name == trigger.explain(source).name
-    assert run["description"].startswith(f"skd trigger {source}; pipeline sha256:")
-    assert run["runtime_config"]["parameters"]["config"]["data"]["source"]["train"] == [f"{source}/train.jsonl"]
+    assert re.fullmatch(r"skd trigger .*day-1; submission \w{32}; pipeline sha256:\w{64}", run["description"])
+    assert f"{source}/train.jsonl" in json.dumps(run["runtime_config"]["parameters"])
 
 
 def test_data_in_a_folder_or_by_a_glob_is_looked_for(
@@ -132,21 +134,24 @@ def test_a_lost_answer_does_not_start_a_second_run(kfp: FakeKfp, trigger: Trigge
 
 
 def test_while_it_is_not_known_whether_a_run_was_started_nobody_starts_one(
-    kfp: FakeKfp, trigger: Trigger, source: str, emulator: Server, monkeypatch: pytest.MonkeyPatch
+    kfp: FakeKfp, trigger: Trigger, source: str, root: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(claims_module, "WAIT_SECONDS", 0.0)
-    unsettled = Trigger(trigger.config, PACKAGE, Place(), trigger.api, f"gs://{BUCKET}/{time.time_ns()}")
-    kfp.faults = [Fault("POST", f"{ROOT}/runs", 504)] * 4
+    unsettled = replace(trigger, claims=f"{root}/claims-{time.time_ns()}")
+    kfp.faults = [Fault("POST", f"{ROOT}/runs", 500, orphan=True)] * 4
     with pytest.raises(Unsettled):
         unsettled.fire(source)
+    assert len(kfp.workflows) == 1
     name = unsettled.explain(source).name
     with pytest.raises(Busy), claim(unsettled.claims, name, wait=0.0):
         pass
     with claim(unsettled.claims, name, wait=0.0, valid=0.0):
         pass
+    with claim(unsettled.claims, name, wait=0.0):
+        pass
 
 
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "PAUSED", "CANCELING", "SUCCEEDED", "CANCELED"])
+@pytest.mark.parametrize("state", ["RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "PAUSED", "SUCCEEDED"])
 def test_data_that_was_seen_to_starts_nothing(kfp: FakeKfp, trigger: Trigger, source: str, state: str):
     trigger.fire(source)
     kfp.runs[0]["state"] = state
@@ -155,8 +160,49 @@ def test_data_that_was_seen_to_starts_nothing(kfp: FakeKfp, trigger: Trigger, so
     assert len(kfp.runs) == 1
 
 
+@pytest.mark.parametrize(
+    ("state", "history"),
+    [("FAILED", ["RUNNING", "CANCELING", "FAILED"]), ("CANCELING", ["RUNNING"]), ("CANCELED", ["RUNNING", "CANCELED"])],
+)
+def test_what_a_person_stopped_is_not_started_again(
+    kfp: FakeKfp, trigger: Trigger, source: str, state: str, history: list[str]
+):
+    """A cancelled run ends as FAILED; its history tells it from one that failed by itself."""
+    first = trigger.fire(source)
+    kfp.runs[0] |= {"state": state, "state_history": [{"state": each} for each in history]}
+    decision = replace(trigger, attempts=5).fire(source)
+    assert (decision.fire, decision.run_id) == (False, first.run_id)
+    assert decision.reason == "there is a run for this data already, cancelled by a person"
+
+
+def test_what_kubeflow_forgets_the_claims_remember(kfp: FakeKfp, trigger: Trigger, source: str, root: str):
+    first = trigger.fire(source)
+    kfp.runs.clear()
+    decision = replace(trigger, attempts=5).fire(source)
+    uri = f"{root}/claims/{first.name}.started/{first.run_id}"
+    assert decision == trigger.explain(source)
+    assert decision.reason == (
+        f"a run for this data was started, {first.run_id}, which Kubeflow no longer knows; "
+        f"to run it again, delete {uri}"
+    )
+    storage.delete(uri)
+    assert trigger.fire(source).fire
+
+
+def test_places_make_no_other_run(trigger: Trigger, source: str):
+    elsewhere = replace(trigger, place=Place("skd", "another", "team-settings", "gs://b/root", "runner", reuse=False))
+    assert elsewhere.explain(source).name == trigger.explain(source).name
+
+
+def test_a_server_that_is_away_is_said_to_be_waited_for(kfp: FakeKfp, config_file: Path, source: str):
+    kfp.faults = [Fault("GET", f"{ROOT}/experiments", 503)]
+    done = skd("trigger", source, "--config", config_file, "--host", kfp.host, "--pipeline", small.package().path)
+    assert "note: the server does not answer (HTTP 503): asking again for about a minute\n" in done.output
+    assert done.exit_code == 0
+
+
 def test_a_failed_run_is_repeated_as_often_as_allowed(kfp: FakeKfp, trigger: Trigger, source: str):
-    twice = Trigger(trigger.config, PACKAGE, Place(), trigger.api, trigger.claims, attempts=2)
+    twice = Trigger(trigger.config, small.package(), Place(), trigger.api, trigger.claims, attempts=2)
     twice.fire(source)
     kfp.runs[0]["state"] = "FAILED"
     assert trigger.explain(source).reason == "1 run on this data failed: correct it, or raise --attempts"
@@ -196,8 +242,8 @@ def test_other_data_settings_or_pipeline_are_another_run(
 ):
     names = [trigger.explain(source).name]
     other = config.model_copy(update={"seed": config.seed + 1})
-    names.append(Trigger(other, PACKAGE, Place(), trigger.api).explain(source).name)
-    package = Package(PACKAGE.path, PACKAGE.documents, "0" * 64)
+    names.append(Trigger(other, small.package(), Place(), trigger.api).explain(source).name)
+    package = replace(small.package(), digest="0" * 64)
     names.append(Trigger(config, package, Place(), trigger.api).explain(source).name)
     write(f"{source}/train.jsonl", '{"source": "c", "target": "d"}\n', age=4)
     write(f"{source}/_SUCCESS")
@@ -249,7 +295,7 @@ def test_a_claim_whose_answer_was_lost_is_ours(emulator: Server, tmp_path: Path)
 
 def test_the_command_explains_and_starts(kfp: FakeKfp, config_file: Path, source: str, root: str, monkeypatch: Any):
     monkeypatch.setenv("SKD_CLAIMS", f"{root}/claims")
-    arguments = ["trigger", source, "--config", config_file, "--host", kfp.host]
+    arguments = ["trigger", source, "--config", config_file, "--host", kfp.host, "--pipeline", small.package().path]
     done = skd(*arguments, "--dry-run")
     assert done.exit_code == 0, done.output
     assert "would start: there is no run for this data yet\nrun skd-" in done.output
@@ -273,7 +319,7 @@ def test_the_command_explains_and_starts(kfp: FakeKfp, config_file: Path, source
     ],
 )
 def test_errors_say_what_to_do(config_file: Path, arguments: list[str], message: str):
-    done = skd("trigger", *arguments, "--config", config_file, "--host", "http://h")
+    done = skd("trigger", *arguments, "--config", config_file, "--host", "http://h", "--pipeline", small.package().path)
     assert isinstance(done.exception, SkdError)
     assert message in str(done.exception)
 

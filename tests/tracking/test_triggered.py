@@ -178,9 +178,7 @@ def test_what_kubeflow_forgets_is_not_run_again(
     assert not warnings(caplog)
 
 
-def test_a_forgotten_run_that_failed_may_be_repeated(
-    kfp: FakeKfp, trigger: Trigger, source: str, store: str
-) -> None:
+def test_a_forgotten_run_that_failed_may_be_repeated(kfp: FakeKfp, trigger: Trigger, source: str, store: str) -> None:
     first = trigger.fire(source)
     close(store, first.run_id, "FAILED")
     kfp.runs.clear()
