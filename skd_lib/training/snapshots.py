@@ -88,8 +88,8 @@ class SavingTrainer(Trainer):
         left_out = {name for name, weight in self.model.named_parameters() if not weight.requires_grad}
         left_out |= set(self.model.all_tied_weights_keys)
         weights = {name: weight for name, weight in self.model.state_dict().items() if name not in left_out}
-        self._copied = _fits(weights, self.optimizer.state_dict())
-        if not self._copied:
+        before, self._copied = self._copied, _fits(weights, self.optimizer.state_dict())
+        if before and not self._copied:
             log.warning("training waits while checkpoints are written: host memory has no room for a copy")
         return self._copy(weights)
 
