@@ -13,13 +13,14 @@ from skd_lib.errors import SkdError
 from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased
 from skd_lib.tracking.ending import STATE_TAG
 from skd_lib.tracking.entries import PARAM_PREFIX
-from skd_lib.tracking.locate import IMAGE_TAG, PIPELINE_RUN_TAG, TASK_TAG, children_of
+from skd_lib.tracking.locate import IMAGE_TAG, PIPELINE_RUN_TAG, TASK_TAG, children_of, get_run, search_everywhere
 from skd_lib.tracking.promotion import find_version
 from skd_lib.tracking.registry import (
     DIGEST_TAG,
     FIGURE_PREFIX,
     FINGERPRINT_TAG,
     GATE_TAG,
+    REGISTERED_BY_TAG,
     SIGNATURE_PREFIX,
     URI_TAG,
     ask_registry,
@@ -37,6 +38,7 @@ _NAMED = {
     FINGERPRINT_TAG,
     GATE_TAG,
     VERSION_PIPELINE_RUN_TAG,
+    REGISTERED_BY_TAG,
     "teacher",
     "teacher_weights_sha256",
     "teacher_fingerprint",
@@ -105,8 +107,9 @@ class Lineage(BaseModel):
         data: The prepared splits.
         code_version: Of the code that distilled.
         images: That the steps ran in.
-        pipeline_run_id: Kubeflow's run.
-        mlflow_run_id: The parent run.
+        pipeline_run_id: Kubeflow's run that trained the student.
+        registered_by: Kubeflow's run that registered it; the same, unless that took the student from the cache.
+        mlflow_run_id: The parent run of the training.
         state: How the pipeline run ended.
         steps: Its steps; those that it took from the cache come first, as another run has made them.
         figures: Its scores when it was registered.
@@ -130,6 +133,7 @@ class Lineage(BaseModel):
     code_version: str
     images: list[str] = []
     pipeline_run_id: str
+    registered_by: str = ""
     mlflow_run_id: str
     state: str = ""
     steps: list[Step] = []
@@ -216,6 +220,7 @@ def _of_version(version: ModelVersion) -> Lineage:
         data_fingerprint=tags.get(FINGERPRINT_TAG, ""),
         code_version=tags.get("code_version", ""),
         pipeline_run_id=tags.get(VERSION_PIPELINE_RUN_TAG, ""),
+        registered_by=tags.get(REGISTERED_BY_TAG, ""),
         mlflow_run_id=version.run_id or "",
         figures={
             name.removeprefix(FIGURE_PREFIX): float(value)
@@ -233,14 +238,14 @@ def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Li
     """With what the pipeline run and its steps tell."""
     if not run_id:
         return lineage.model_copy(update={"missing": ["the version names no MLflow run"]})
-    parent = _run(client, run_id)
+    parent = get_run(client, run_id)
     if parent is None:
         return lineage.model_copy(update={"missing": [f"the MLflow run {run_id} was deleted for good"]})
-    children = children_of(client, parent)
-    children = [*_reused(client, lineage, parent, children), *children]
+    children = [run for run in children_of(client, parent) if TASK_TAG in run.data.tags]
+    children = [*_reused(client, lineage, children), *children]
     steps = [_step(run) for run in children]
     prepared = next((run for run in children if run.data.tags.get(TASK_TAG) == "prepare_data"), None)
-    missing = [] if prepared else ["no step `prepare_data` in this experiment: the data was prepared elsewhere"]
+    missing = [] if prepared else ["no step `prepare_data` in this store: the data was prepared elsewhere"]
     update: dict[str, Any] = {
         "pipeline_run_id": lineage.pipeline_run_id or parent.data.tags.get(PIPELINE_RUN_TAG, ""),
         "state": parent.data.tags.get(STATE_TAG, ""),
@@ -261,8 +266,8 @@ def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Li
     return lineage.model_copy(update={**update, "missing": missing})
 
 
-def _reused(client: MlflowClient, lineage: Lineage, parent: Run, own: list[Run]) -> list[Run]:
-    """Steps whose results the run took from the cache: runs of the same experiment that made these very results."""
+def _reused(client: MlflowClient, lineage: Lineage, own: list[Run]) -> list[Run]:
+    """Steps whose results the run took from the cache: runs, in any experiment, that made these very results."""
     made = {
         "prepare_data": (FINGERPRINT_TAG, lineage.data_fingerprint),
         "teacher_sft": (DIGEST_TAG, lineage.teacher.sha256),
@@ -273,20 +278,9 @@ def _reused(client: MlflowClient, lineage: Lineage, parent: Run, own: list[Run])
     for task, (tag, value) in made.items():
         if value and task not in known:
             wanted = f"tags.`{TASK_TAG}` = '{task}' and tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'"
-            order = ["attributes.start_time DESC"]
-            found += client.search_runs([parent.info.experiment_id], wanted, order_by=order, max_results=1)
+            made_it = search_everywhere(client, wanted, order_by=["attributes.start_time DESC"], max_results=1)
+            found += sorted(made_it, key=lambda run: int(run.info.start_time))[-1:]
     return found
-
-
-def _run(client: MlflowClient, run_id: str) -> Run | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
 
 
 def _step(run: Run) -> Step:

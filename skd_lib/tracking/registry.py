@@ -19,6 +19,7 @@ from skd_lib.errors import SkdError
 from skd_lib.events import Progress
 from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased, crown
 from skd_lib.tracking.client import brief, connect, is_local_store, is_silence, unanswered
+from skd_lib.tracking.locate import get_run
 from skd_lib.uris import shown
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ FIGURE_PREFIX = "figure."
 SIGNATURE_PREFIX = "signature."
 FINGERPRINT_TAG = "data_fingerprint"
 PIPELINE_RUN_TAG = "pipeline_run_id"
+"""Holds Kubeflow's run that trained the student."""
+REGISTERED_BY_TAG = "registered_by"
+"""Holds Kubeflow's run that registered it first: another one, where that took the student from the cache."""
 GATE_TAG = "gate"
 
 
@@ -81,6 +85,9 @@ def register(
         description: Shown on the version's page.
         patience: See `ask_registry`.
 
+    Environment:
+        KFP_RUN_ID: Kubeflow's run that registers it.
+
     Returns:
         The version.
 
@@ -91,14 +98,18 @@ def register(
     lineage = {name: value for name, value in tags.items() if value}
     wanted = {**lineage, **numbers, DIGEST_TAG: weights_sha256, URI_TAG: student_uri}
 
+    registrar = os.environ.get("KFP_RUN_ID", "")
+
     def work(client: MlflowClient) -> str:
         _ensure_model(client, model_name)
         version = _find(client, model_name, weights_sha256)
         if version is None:
-            run = trained_by if _has_run(client, trained_by) else run_id if isinstance(run_id, str) else run_id()
+            trainer = get_run(client, trained_by) if trained_by else None
+            run = trained_by if trainer else run_id if isinstance(run_id, str) else run_id()
             source = _source(client, tracking_uri, student_uri, weights_sha256, run)
+            tags = wanted | ({REGISTERED_BY_TAG: registrar} if registrar else {})
             created = client.create_model_version(
-                model_name, source, run_id=run or None, tags=wanted, description=description or None
+                model_name, source, run_id=run or None, tags=tags, description=description or None
             )
             version = _find(client, model_name, weights_sha256) or str(created.version)
             if version != str(created.version):
@@ -206,20 +217,6 @@ def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:
     """The oldest version with these weights."""
     found = client.search_model_versions(f"name = {quoted(name)} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
     return str(min(int(version.version) for version in found)) if found else None
-
-
-def _has_run(client: MlflowClient, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    if not run_id:
-        return False
-    try:
-        client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-    return True
 
 
 def _source(client: MlflowClient, tracking_uri: str, student_uri: str, weights_sha256: str, run_id: str) -> Any:

@@ -33,6 +33,8 @@ def render(lineage: Lineage) -> Tree:
     for image in lineage.images or ["not told: the steps did not run in containers of this pipeline"]:
         images.add(escape(image))
     run = tree.add(f"[cyan]pipeline run[/] {escape(lineage.pipeline_run_id or 'not known')} {lineage.state}".rstrip())
+    if lineage.registered_by not in ("", lineage.pipeline_run_id):
+        run.add(escape(f"registered by a later run, {lineage.registered_by}"))
     if lineage.mlflow_run_id:
         run.add(f"MLflow run {lineage.mlflow_run_id}")
     for step in lineage.steps:

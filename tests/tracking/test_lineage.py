@@ -119,7 +119,7 @@ def test_steps_from_the_cache_are_found_in_the_run_that_made_them(
     registered_as = ("--student", str(folder), "--measured", measured(31.0), "--promote", "false")
     run_in(tmp_path, register_model, *registered_as, "--tracking-uri", store, "--experiment", EXPERIMENT)
     found = trace(tracking_uri=store, reference="skd-student/2")
-    assert found.pipeline_run_id == "run-2"
+    assert (found.pipeline_run_id, found.registered_by) == ("run-2", "run-2")
     assert [step.name for step in found.steps] == [
         *("prepare_data", "teacher_sft", "student_init"),
         *("distill", "register_model"),

@@ -49,6 +49,7 @@ def test_a_version_with_its_lineage(store: str, client: MlflowClient) -> None:
         "teacher": "org/teacher",
         "data_fingerprint": "f" * 64,
         "pipeline_run_id": "r",
+        "registered_by": "run-1",
         "figure.chrf": "30.5",
         "figure.speedup": "1.25",
         "weights_sha256": "a" * 64,

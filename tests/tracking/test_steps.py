@@ -208,8 +208,11 @@ def test_a_version_names_the_run_that_trained_it_also_after_a_cached_run(
         assert run_in(tmp_path, register_model, *registered, *tracking)["version"] == "1"
         version = client.get_model_version("skd-student", "1")
         assert version.run_id == trainer
-        assert set(version.tags) == {*("teacher", "pipeline_run_id", "weights_sha256", "weights_uri", "figure.chrf")}
+        assert set(version.tags) == {
+            *("teacher", "pipeline_run_id", "registered_by", "weights_sha256", "weights_uri", "figure.chrf")
+        }
         assert version.tags["pipeline_run_id"] == "run-1"
+        assert version.tags["registered_by"] == "run-2"
 
 
 @pytest.mark.parametrize("recorded", ["", "0" * 32])
