@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skd_lib.errors import SkdError
+from skd_lib.records import SAMPLES
 from skd_lib.report.samples import SampledSequence, read_samples
 from skd_lib.report.summary import Summary
 from skd_lib.uris import shown
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-SUMMARY, SAMPLES, PAGE = "summary.json", "samples.jsonl", "report.html"
-"""Names of the files, in a run's folder as among its MLflow artifacts."""
+SUMMARY, PAGE = "summary.json", "report.html"
+"""Names of the files, in a run's folder as among its MLflow artifacts, beside `SAMPLES`."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def main(
     """
     from skd_lib.console import Console
     from skd_lib.evaluation.predictions import paired_results
-    from skd_lib.records import read_record
+    from skd_lib.records import SAMPLES, read_record
     from skd_lib.report.answers import answer_lengths
     from skd_lib.report.drafts import read_drafts
     from skd_lib.report.lineage import lineage
@@ -59,7 +59,7 @@ def main(
     from skd_lib.report.page import render_page
     from skd_lib.report.render import render, to_markdown
     from skd_lib.report.samples import to_jsonl
-    from skd_lib.report.sources import PAGE, SAMPLES, SUMMARY
+    from skd_lib.report.sources import PAGE, SUMMARY
     from skd_lib.report.summary import Comet, Comparison, Scores, build_summary
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.gate import Rival
