@@ -18,6 +18,7 @@ from skd_lib.evaluation.evaluate import evaluate
 from skd_lib.evaluation.metrics import measure
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.loading import load_model
+from skd_lib.records import read_record, write_record
 from skd_lib.steps.evaluate import Role, main
 from tests.conftest import SaveTinyModel
 
@@ -55,6 +56,7 @@ def run(model: Path, data: Path, out: Path, **changes: Any) -> None:
 
 
 def test_outputs(model: Path, data: Path, tmp_path: Path) -> None:
+    write_record(model, lineage={"method": "skd"})
     run(model, data, tmp_path, label="skd-seed-1")
     evaluation = tmp_path / "evaluation"
     scores = json.loads((evaluation / "scores.json").read_text())
@@ -70,6 +72,8 @@ def test_outputs(model: Path, data: Path, tmp_path: Path) -> None:
     assert scores["chrf"]["score"] == pytest.approx(measured.score)
     assert scores["chrf"]["low"] <= scores["chrf"]["score"] <= scores["chrf"]["high"]
     assert scores["chrf"]["signature"] == measured.signature
+
+    assert read_record(evaluation).lineage == {"method": "skd"}
 
     # Kubeflow keeps nothing of it but where it is: parameters and metadata are stored with every node of a run.
     output = json.loads((tmp_path / "executor_output.json").read_text())
