@@ -37,17 +37,25 @@ class Nursery:
         """Exit codes of processes that train at the same time, each for itself."""
         return self._start([(each, {}) for each in options])
 
+    def run_on_machines(self, *options: dict[str, Any], **environment: str) -> list[int]:
+        """Exit codes of processes that train together, each with options of its own and on a machine of its own."""
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for rank in range(len(options))]
+        world = {**self._world(len(options)), **environment}
+        return self._start([(each, {**world, **rank}) for each, rank in zip(options, ranks, strict=True)])
+
     def run(self, options: dict[str, Any], processes: int = 1) -> list[int]:
         """Exit codes of `processes` that train together, with minus the number of a signal that killed one."""
+        if processes == 1:
+            return self._start([(options, {})])
+        world = {**self._world(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        return self._start([(options, {**world, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(processes)])
+
+    @staticmethod
+    def _world(processes: int) -> dict[str, str]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        environments: list[dict[str, str]] = [{}]
-        if processes > 1:
-            world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-            world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-            environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        return self._start([(options, environment) for environment in environments])
+        return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
 
     def _start(self, processes: list[tuple[dict[str, Any], dict[str, str]]]) -> list[int]:
         assert self._server.stdin is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from nursery import Nursery
+from safetensors.torch import load_file
 from tiny_task import run
 from transformers import AutoModelForCausalLM
 
 from skd_lib import storage
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import prepare
-from skd_lib.errors import SkdError
+from skd_lib.errors import Preempted, SkdError
 from skd_lib.steps import distill, teacher_sft
 from skd_lib.training.attempts import ALIVE
 from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints, checkpoint_key
@@ -274,3 +277,31 @@ def test_another_machine_goes_on_from_the_bucket(
     (second,) = stored(mirror)  # the first attempt has ended, and is of no more use
     assert second != first
     assert storage.exists(f"{mirror}/{second}/checkpoint-4/{MARKER}")
+
+
+def test_machines_that_share_no_disk_go_on_together(
+    bucket: str, nursery: Nursery, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each with its own dropout: the main one's checkpoint holds the random numbers of both."""
+    mirror = f"{bucket}/{tmp_path.name}"
+    emulator = {"STORAGE_EMULATOR_HOST": os.environ["STORAGE_EMULATOR_HOST"]}
+
+    def trained(name: str, **options: Any) -> list[int]:
+        training = {"max_steps": 4, "eval_steps": 2, "dropout": 0.3}
+        machines = [
+            {**models, "training": training, "checkpoints": str(tmp_path / f"{name}-{rank}"), **options}
+            for rank in range(2)
+        ]
+        return nursery.run_on_machines(*machines, **emulator)
+
+    assert trained("lost", mirror=mirror, sigterm_at_step=3) == [Preempted.exit_code] * 2
+    assert not list((tmp_path / "lost-1").glob("*/checkpoint-*"))
+    # The main machine is the same pod again, which has a newer checkpoint than the others can have.
+    (attempt,) = stored(mirror)
+    storage.delete(f"{mirror}/{attempt}/checkpoint-3")
+    weights = [str(tmp_path / f"{name}.safetensors") for name in ("resumed", "whole")]
+    assert trained("lost", mirror=mirror, weights=weights[0], figures=str(tmp_path / "figures.json")) == [0, 0]
+    assert json.loads((tmp_path / "figures.json").read_text())[0]["step"] == 3
+    assert trained("whole", weights=weights[1]) == [0, 0]
+    resumed, whole = map(load_file, weights)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
