@@ -41,6 +41,7 @@ class Seen(BaseModel):
         cancelled: A person has stopped the run.
         steps: How all steps together have ended, `SUCCEEDED` or `FAILED`; empty if it does not say.
         failed: Tasks that failed, the first one first; `distill-driver` is Kubeflow's preparation of `distill`.
+        told: One of them, and why it failed; empty up to KFP 2.17, which does not say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +50,7 @@ class Seen(BaseModel):
     cancelled: bool = False
     steps: str = ""
     failed: list[str] = []
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def _silent(steps: Sequence[Run], seen: Seen) -> str:
 
 def _by_tasks(seen: Seen) -> str:
     """The task that failed first, of those that Kubeflow's API lists."""
+    if seen.told:
+        return seen.told
     for task in seen.failed:
         step = task.removesuffix("-driver")
         if step != task:

@@ -1,8 +1,10 @@
 """What Kubeflow Pipelines' API says of a run that is ending: whether a person stopped it, and which task failed.
 
-It is asked by the run's last step, in the cluster, and may well be out of reach: nothing depends on an answer. In this
-version's record (KFP 2.15 to 2.17) each node of Argo's workflow is a task: one a step, one a driver, one a nested DAG,
-and `NAME.onExit`, whose presence says that `NAME`, which holds all steps, has ended as its state says.
+It is asked by the run's last step, in the cluster, and may well be out of reach: nothing depends on an answer.
+
+Up to KFP 2.17 (`run_details.task_details`) each node of Argo's workflow is a task: one a step, one a driver, one a
+nested DAG, and `NAME.onExit`, whose presence says that `NAME`, which holds all steps, has ended as its state says.
+Without MLMD (`tasks`, given on demand) a task has a type, and a message if it failed.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import os
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ HOST_VARIABLE = "KF_PIPELINES_ENDPOINT"
 TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - a path
 _TOKEN_FILE = "/var/run/secrets/kubeflow/pipelines/token"  # noqa: S105
 """Where Kubeflow's profiles mount a token for the API."""
+_IN_CLUSTER = ("KUBERNETES_SERVICE_HOST", "KFP_POD_NAME")
 _TIMEOUT_SECONDS = (3.0, 10.0)
 """To connect, and for an answer."""
 _DRIVER, _ON_EXIT = "-driver", ".onExit"
@@ -43,13 +47,17 @@ def ask(run_id: str) -> Seen:
     if not (run_id and host):
         return Seen()
     headers = {"Authorization": f"Bearer {token}"} if (token := _token()) else {}
-    try:
-        answer = requests.get(
-            f"{host}/apis/v2beta1/runs/{run_id}", headers=headers, timeout=_TIMEOUT_SECONDS, allow_redirects=False
-        )
+
+    def get(view: str = "") -> Any:
+        url = f"{host}/apis/v2beta1/runs/{run_id}{view}"
+        answer = requests.get(url, headers=headers, timeout=_TIMEOUT_SECONDS, allow_redirects=False)
         answer.raise_for_status()
-        return read_run(answer.json())
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # requests' are the first two; another's answer
+        return answer.json()
+
+    try:
+        run = get()
+        return read_run(get("?view=FULL") if run.get("task_count") else run)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # requests' errors are the first two
         log.info("Kubeflow's API does not tell how the run ended: %s", type(error).__name__)
         return Seen()
 
@@ -58,32 +66,55 @@ def read_run(run: Mapping[str, Any]) -> Seen:
     """Read the API's record of a run.
 
     Raises:
-        AttributeError, TypeError, ValueError: it is no such record.
+        AttributeError, KeyError, TypeError, ValueError: it is no such record.
     """
     if not run["run_id"]:
         raise ValueError("no run")
     states = {run.get("state"), *(entry.get("state") for entry in run.get("state_history") or [])}
-    tasks = (run.get("run_details") or {}).get("task_details") or []
-    named = {str(task.get("display_name")): task for task in sorted(tasks, key=lambda task: str(task.get("end_time")))}
-    ended = next((name.removesuffix(_ON_EXIT) for name in named if name.endswith(_ON_EXIT)), "")
-    steps = named[ended].get("state") if ended in named else ""
-    failed = [name for name, task in named.items() if task.get("state") == FAILED and _is_step(name)]
+    listed = run.get("tasks") or (run.get("run_details") or {}).get("task_details") or []
+    tasks = [_Task.read(entry) for entry in sorted(listed, key=lambda entry: str(entry.get("end_time")))]
+    handlers = {task.name.removesuffix(_ON_EXIT) for task in tasks if task.name.endswith(_ON_EXIT)}
+    ends = {task.state for task in tasks if task.kind == "EXIT_HANDLER" or task.name in handlers}
+    failed = [task for task in tasks if task.state == FAILED and task.is_step]
     return Seen(
         known=True,
         cancelled=bool(states & CANCELLED),
-        steps=steps if steps in (SUCCEEDED, FAILED) else "",
-        failed=failed,
+        steps=next((end for end in (FAILED, SUCCEEDED) if end in ends), ""),
+        failed=list(dict.fromkeys(task.name for task in failed)),
+        told=next((f"{task.name}: {task.message}" for task in failed if task.message), ""),
     )
 
 
-def _is_step(task: str) -> bool:
-    """Whether a task is one of our steps, maybe with a role (`evaluate-teacher`), or a driver."""
+@dataclass(frozen=True)
+class _Task:
+    """A task as the API lists it; `kind` and `message` without MLMD only."""
+
+    name: str
+    state: str
+    kind: str
+    message: str
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> _Task:
+        state = str(entry.get("state"))
+        return cls(
+            name=str(entry.get("display_name") or entry.get("name")),
+            state=SUCCEEDED if state == "CACHED" else state,
+            kind=str(entry.get("type") or ""),
+            message=str((entry.get("status_metadata") or {}).get("message") or ""),
+        )
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is one of our steps, maybe with a role (`evaluate-teacher`), or a driver."""
+        return not self.name.startswith(OWN_STEP) and (self.name.endswith(_DRIVER) or _is_named_as_a_step(self.name))
+
+
+def _is_named_as_a_step(task: str) -> bool:
     from skd_lib import steps
 
-    if task.startswith(OWN_STEP):
-        return False
     names = [module.name.replace("_", "-") for module in pkgutil.iter_modules(steps.__path__)]
-    return task.endswith(_DRIVER) or any(task == name or task.startswith(f"{name}-") for name in names)
+    return any(task == name or task.startswith(f"{name}-") for name in names)
 
 
 def _host() -> str:
@@ -91,7 +122,7 @@ def _host() -> str:
         return host.rstrip("/")
     if service := os.environ.get("ML_PIPELINE_SERVICE_HOST"):  # in the API's own namespace
         return f"http://{service}:{os.environ.get('ML_PIPELINE_SERVICE_PORT') or 8888}"
-    return "http://ml-pipeline.kubeflow:8888" if os.environ.get("KUBERNETES_SERVICE_HOST") else ""
+    return "http://ml-pipeline.kubeflow:8888" if any(map(os.environ.get, _IN_CLUSTER)) else ""
 
 
 def _token() -> str:

@@ -23,6 +23,8 @@ from skd_lib.multinode.cleanup import delete_abandoned
 from skd_lib.multinode.cluster import ROLE_HINT
 from skd_lib.multinode.manifest import train_job
 from skd_lib.steps import finish
+from skd_lib.tracking import kubeflow
+from skd_lib.tracking.ending import Seen
 from tests.multinode.fake_kubernetes import JOBS, STEP_POD, FakeKubernetes, running
 
 ROLE = Path(__file__).parents[2] / "pipelines/deploy/multinode/role.yaml"
@@ -42,6 +44,7 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """How a run's end is recorded and told."""
     received: list[str] = []
+    monkeypatch.setattr(kubeflow, "ask", lambda _: Seen())
     monkeypatch.setattr(finish, "_close", lambda *_, **__: received.append("records closed"))
 
     class Channel(BaseHTTPRequestHandler):

@@ -15,13 +15,15 @@ from skd_lib.tracking.client import connect
 from skd_lib.tracking.locate import PARENT_TAG
 
 EXPERIMENT = "skd-test"
+_CLUSTER = ("KF_PIPELINES_ENDPOINT", "KUBERNETES_SERVICE_HOST", "ML_PIPELINE_SERVICE_HOST", "KFP_POD_NAME")
+"""By which `finish` would find Kubeflow's API."""
 Runs = Callable[[], list[Run]]
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SKD_TRACKING_BUFFER", str(tmp_path / "left"))
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "RANK", "SKD_CODE_VERSION"):
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "RANK", "SKD_CODE_VERSION", *_CLUSTER):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     monkeypatch.setattr(locate, "SETTLE_SECONDS", 0.0)  # tests without competitors need not wait for them

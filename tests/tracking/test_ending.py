@@ -69,6 +69,16 @@ def ended(state: str, **tasks: str) -> dict[str, Any]:
     return record
 
 
+def without_mlmd(handler: str, message: str = "", **tasks: str) -> dict[str, Any]:
+    """The record as KFP's version without MLMD has it, of a run whose exit handler is at work."""
+    listed = [
+        {"name": name.replace("_", "-"), "state": end, "type": "RUNTIME", "status_metadata": {"message": message}}
+        for name, end in tasks.items()
+    ]
+    handled = {"name": "distillation", "state": handler, "type": "EXIT_HANDLER"}
+    return {"run_id": "run-1", "state": "RUNNING", "task_count": 2, "tasks": [*listed, handled]}
+
+
 DONE = {"preflight": "FINISHED", "distill": "FINISHED", "report": "FINISHED", "register_model": "FINISHED"}
 COMPARED = {"preflight": "FINISHED", "compare_table": "FINISHED"}
 UNKNOWN = ("", "")
@@ -160,6 +170,29 @@ CASES = {
         "a step did not start: Kubeflow's part of it (its driver) failed; see the run's page",
         UNKNOWN,
     ),
+    "driver failed without MLMD": Case(
+        "RUNNING",
+        {"preflight": "FINISHED"},
+        without_mlmd("FAILED", "no such parameter", distill="FAILED"),
+        "FAILED",
+        "distill: no such parameter",
+    ),
+    "nested DAGs cached without MLMD": Case("RUNNING", DONE, without_mlmd("CACHED", distill="CACHED"), "SUCCEEDED"),
+    "one iteration of a step failed": Case(
+        "RUNNING",
+        {"preflight": "FINISHED"},
+        {
+            **ended("FAILED"),
+            "run_details": {
+                "task_details": [
+                    {"display_name": "distill-driver", "state": "FAILED", "end_time": "1"},
+                    {"display_name": "distill-driver", "state": "SUCCEEDED", "end_time": "2"},
+                ]
+            },
+        },
+        "FAILED",
+        f"distill: {NO_DRIVER} distill-driver",
+    ),
     "API has stopped to tell tasks": Case("RUNNING", DONE, run(distill="RUNNING"), "SUCCEEDED", untracked=UNKNOWN),
 }
 STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED", "STOPPED": "KILLED"}
@@ -173,6 +206,7 @@ class Api:
     status: int = 200
     body: bytes = b""
     asked: list[tuple[str, str]] = field(default_factory=list)
+    port: int = 0
 
 
 @pytest.fixture
@@ -193,6 +227,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        answers.port = server.server_port
         monkeypatch.setenv(kubeflow.HOST_VARIABLE, f"http://127.0.0.1:{server.server_port}/")
         yield answers
         server.shutdown()
@@ -276,9 +311,13 @@ def test_the_api_is_asked_once_with_the_pods_token(
     assert api.asked == []  # where KFP's word says it all
     end("RUNNING")
     assert api.asked == [("/apis/v2beta1/runs/run-1", "Bearer abc")]
-    monkeypatch.delenv(kubeflow.HOST_VARIABLE)
+    for name in (kubeflow.HOST_VARIABLE, "KUBERNETES_SERVICE_HOST", "KFP_POD_NAME", "ML_PIPELINE_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
     assert kubeflow.ask("run-1") == Seen()  # outside of a cluster nobody is asked
     assert len(api.asked) == 1
+    monkeypatch.setenv("ML_PIPELINE_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("ML_PIPELINE_SERVICE_PORT", str(api.port))
+    assert kubeflow.ask("run-1").known
 
 
 def test_a_run_that_is_run_again_after_its_end_has_the_later_end(
