@@ -338,13 +338,18 @@ def doctor(
             envvar="MLFLOW_TRACKING_URI", help="MLflow tracking server.", show_default="sqlite:///RUNS_DIR/mlflow.db"
         ),
     ] = None,
+    kubeflow: Annotated[
+        bool, typer.Option("--kubeflow", help="Look at the cluster too: whether it tries failed steps again.")
+    ] = False,
+    namespace: Annotated[str, typer.Option(help="With --kubeflow: where Kubeflow Pipelines is.")] = "kubeflow",
 ) -> None:
     """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails."""
     from skd_lib.console import Console
     from skd_lib.doctor import Grade, examine, render
+    from skd_lib.doctor_kubeflow import examine_kubeflow
 
     uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
-    findings = examine(runs_dir, uri)
+    findings = [*examine(runs_dir, uri), *(examine_kubeflow(namespace) if kubeflow else [])]
     Console().print(render(findings))
     if any(finding.grade is Grade.FAIL for finding in findings):
         raise typer.Exit(1)
