@@ -38,7 +38,7 @@ PLACES += ["x" * 300, "é.yaml", "-", "--", "gs://", "gs://bucket/x", "s3://x", 
 OPTIONS = {
     "run": ["--runs-dir", "--set", "--tracking-uri", "--experiment", "--fresh", "--docker", "--config", "--image"],
     "compare": ["--runs-dir", "--set", "--tracking-uri", "--experiment", "--json", "--fresh"],
-    "submit": ["--set", "--host", "--tracking-uri", "--experiment", "--recurring", "--name", "--checkpoint-root"],
+    "submit": ["--set", "--host", "--settings", "--experiment", "--recurring", "--name", "--pipeline-root"],
     "report": ["--out", "--runs-dir", "--tracking-uri"],
     "trigger": ["--config", "--marker", "--max-attempts", "--json", "--tracking-uri", "--claims", "--host"],
     "specdec": [
