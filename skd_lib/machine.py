@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+_GROUP = Path("/sys/fs/cgroup")
+"""The control group of this process, as a container sees it."""
+
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and the quota of its control group."""
@@ -13,7 +16,7 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # no affinity on macOS and Windows
         cores = os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
+    quota = _GROUP / "cpu.max"
     if quota.is_file():
         limit, period = quota.read_text(encoding="ascii").split()
         if limit != "max":
@@ -24,7 +27,7 @@ def usable_cores() -> int:
 def total_memory() -> int:
     """Bytes of memory this process may use: the machine's, within the limit of its control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = _GROUP / "memory.max"
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
         total = min(total, int(text))
     return total
@@ -36,11 +39,11 @@ def free_memory() -> int:
     if not facts.is_file():  # macOS does not say
         return total_memory() // 2
     free = _kernel_facts(facts)["MemAvailable:"] * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    limit = _GROUP / "memory.max"
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        cached = _kernel_facts(group / "memory.stat").get("inactive_file", 0)  # given back when it is needed
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")) + cached)
+        used = int((_GROUP / "memory.current").read_text(encoding="ascii"))
+        cached = _kernel_facts(_GROUP / "memory.stat").get("inactive_file", 0)  # given back when it is needed
+        free = min(free, int(text) - used + cached)
     return max(free, 0)
 
 

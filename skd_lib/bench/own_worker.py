@@ -41,6 +41,7 @@ def main() -> None:
                 max_steps=request["steps"],
                 batch_size=len(request["prompts"]),
                 eval_steps=request["steps"],
+                checkpoint_minutes=100_000,  # none while it is measured
                 dropout=0,
                 precision="bf16" if request["bf16"] else "fp32",
                 gradient_checkpointing=request["checkpointing"],

@@ -2,7 +2,7 @@
 
 A retry can start while the pod before it is still dying, or is cut off from the network, and two runs can have the same
 settings. So an attempt only ever reads what others wrote. Their folders are deleted once they are of no more use and
-their owners are gone. An attempt shows that it is running by a small file that it writes again every minute.
+their owners are gone. An attempt shows that it is running by a small file that it writes again and again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from skd_lib.errors import SkdError
 
 ALIVE = "alive"
 """The file by which an attempt shows that it is running, in its folder."""
-_INTERVAL = 60.0
-_SILENT = 600.0
+_INTERVAL = 30.0
+_SILENT = 180.0
 """Seconds between two signs of life, and without one after which an attempt on another machine counts as gone."""
 _open: set[str] = set()
 """The signs of life that this very process gives."""
@@ -40,7 +40,7 @@ class Heartbeat:
     """Shows that an attempt is running, from entry to exit.
 
     After an exit by an error the signs of life are deleted. After a good one they stay: what was trained is still to
-    be saved, and the process (or, on another machine, some minutes) decides.
+    be saved, and the end of the process (seen from another machine: some minutes) decides.
 
     Args:
         folders: The attempt's folders, local ones or URIs.

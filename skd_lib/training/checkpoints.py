@@ -138,12 +138,12 @@ class Attempt:
             offers: dict[str, str] = {}
             if state.is_local_main_process:
                 for place in filter(None, [self.work.mirror, str(self.work.folder)]):
-                    offers |= dict.fromkeys(_offers(place), place)
+                    offers |= {offer: place for offer in _offers(place) if not offer.startswith(f"{self.name}/")}
             everywhere = gather_object([sorted(offers) if state.is_local_main_process else None])
             common = set.intersection(*(set(each) for each in everywhere if each is not None))
             if not common:
                 return None
-            newest = max(common, key=_order)
+            newest: str = max(common, key=_order)
             name = newest.partition("/")[2]
             copied = not state.is_local_main_process or self._copy_here(newest, offers[newest])
             # Two questions, since on a common file system all machines write the same folder.

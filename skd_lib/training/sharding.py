@@ -124,7 +124,7 @@ class ShardedTrainer(DistillationTrainer):
 
     def _trained_weights(self) -> dict[str, Tensor]:
         """Gather the weights; called by all processes."""
-        weights = get_model_state_dict(self.model, options=_WHOLE)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=_WHOLE)
         tied = self.model.all_tied_weights_keys
         return {name: weight for name, weight in weights.items() if name not in tied}
 

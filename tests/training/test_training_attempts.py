@@ -94,7 +94,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_looked_for_again(
 
 
 def test_a_process_of_this_machine_tells_whether_it_is_running(tmp_path: Path) -> None:
-    here = {"machine": attempts._machine()}
+    here: dict[str, Any] = {"machine": attempts._machine()}
     assert here["machine"]
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         started = attempts._started(other.pid)
@@ -108,15 +108,15 @@ def test_a_process_of_this_machine_tells_whether_it_is_running(tmp_path: Path) -
 
 
 def test_the_age_of_its_sign_tells_of_another_machine(tmp_path: Path) -> None:
-    sign(tmp_path / "running", age=500)
-    sign(tmp_path / "silent", age=700)
+    sign(tmp_path / "running", age=150)
+    sign(tmp_path / "silent", age=250)
     (tmp_path / "never").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / ALIVE).write_text("{")
     everyone = {path.name for path in tmp_path.iterdir()}
     assert living(str(tmp_path), everyone, own="") == {"running", "damaged"}
     # The store's clock goes before this machine's.
-    sign(tmp_path / "own", age=300)
+    sign(tmp_path / "own", age=120)
     assert living(str(tmp_path), everyone, own="own") == {"running", "silent", "damaged"}
 
 

@@ -115,5 +115,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training(
     assert not list(tmp_path.glob("*/*/complete"))
 
 
-def test_free_memory_is_within_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert 0 < machine.free_memory() <= machine.total_memory()
+def test_free_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
+    assert 10_000 < machine.free_memory() <= machine.total_memory()
+    limits = {"memory.max": "10000\n", "memory.current": "7000\n", "memory.stat": "anon 5000\ninactive_file 1500\n"}
+    for name, text in limits.items():
+        (tmp_path / name).write_text(text)
+    assert machine.free_memory() == 4500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_memory() > 10_000
