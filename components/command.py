@@ -1,27 +1,55 @@
 """The command line of a step inside its container."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kfp import dsl
 
+from skd_lib.steps.kfp_call import (
+    ARTIFACT_OPTION,
+    EXECUTOR_INPUT_OPTION,
+    INPUT_OPTION,
+    OUTPUT_FILE_OPTION,
+    PARAMETER_OPTION,
+)
 
-def run_step(step: str, image: str, arguments: Mapping[str, object]) -> dsl.ContainerSpec:
-    """The container that runs one step: `python3 -m skd_lib.steps.<step> --name value ...`.
 
-    The command starts with the literal `python3`, by which a local runner puts its own interpreter in place, and ends
-    with KFP's executor input, through which the step writes its outputs.
+def run_step(
+    step: str,
+    image: str,
+    arguments: Mapping[str, object],
+    outputs: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    lists: bool = False,
+) -> dsl.ContainerSpec:
+    """Make the container that runs one step: `python3 -m skd_lib.steps.<step> --name value ...`.
+
+    The command starts with the literal `python3`, by which a local runner puts its own interpreter in place. Behind
+    the step's own options stands where its outputs go, see `skd_lib.steps.kfp_call`.
 
     Args:
         step: Module name under `skd_lib.steps`.
         image: Image reference.
         arguments: Option names (underscores become dashes) and KFP placeholders.
+        outputs: All outputs of the component, by name, as its function gets them.
+        inputs: Input artifacts whose URI the step needs, likewise.
+        lists: Whether the step reads lists of artifacts, which only KFP's whole executor input tells.
     """
     options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value)]
-    return dsl.ContainerSpec(
-        image=image,
-        command=["python3", "-m", f"skd_lib.steps.{step}"],
-        args=[*options, "--executor-input", "{{$}}"],
-    )
+    command = ["python3", "-m", f"skd_lib.steps.{step}"]
+    if outputs is None:  # until all components are written in the new way
+        return dsl.ContainerSpec(image=image, command=command, args=[*options, "--executor-input", "{{$}}"])
+    options += [OUTPUT_FILE_OPTION, dsl.PIPELINE_TASK_EXECUTOR_OUTPUT_PATH_PLACEHOLDER]
+    for name, output in outputs.items():
+        is_parameter = isinstance(output, dsl.placeholders.OutputParameterPlaceholder)
+        option, value = (PARAMETER_OPTION, output) if is_parameter else (ARTIFACT_OPTION, output.uri)
+        options += [option, f"{name}={value}"]
+    for name, artifact in (inputs or {}).items():
+        options += [INPUT_OPTION, f"{name}={artifact.uri}"]
+    if lists:
+        options += [EXECUTOR_INPUT_OPTION, "{{$}}"]
+    return dsl.ContainerSpec(image=image, command=command, args=options)
 
 
 def on_several_gpus(command: Sequence[str], processes: int) -> list[str]:

@@ -11,63 +11,86 @@ from pathlib import Path
 import pytest
 
 from skd_lib import events
+from skd_lib.steps.kfp_call import Call, called, take_call
 from skd_lib.steps.runtime import StepIO
 
 
-def executor_input(folder: Path) -> str:
-    def artifact(name: str, uri: str, **metadata: object) -> dict[str, object]:
-        kind = {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}
-        return {"artifacts": [{"name": name, "type": kind, "uri": uri, "metadata": metadata}]}
+def words(folder: Path) -> list[str]:
+    """What follows a step's own options in a pod: KFP's launcher leaves the first placeholder as it is."""
+    return [
+        *("--seed", "3", "--kfp-output-file", "{{$.outputs.output_file}}"),
+        *("--kfp-artifact", "student=gs://bucket/a=b/student", "--kfp-artifact", "figures=gs://bucket/figures"),
+        *("--kfp-parameter", f"course={folder / 'kfp' / 'course'}", "--kfp-parameter", f"why={folder / 'kfp' / 'why'}"),
+        *("--kfp-input", "teacher=gs://bucket/t"),
+    ]
 
-    outputs = {name: artifact(name, f"gs://bucket/{name}") for name in ("student", "metrics")}
-    return json.dumps(
-        {
-            "inputs": {"artifacts": {"teacher": artifact("teacher", "gs://bucket/t", layers=30.0, loss=0.5, a="x")}},
-            "outputs": {"artifacts": outputs, "outputFile": str(folder / "kfp" / "executor_output.json")},
-        }
-    )
+
+def test_what_kfp_tells_is_taken_off_the_command_line(tmp_path: Path) -> None:
+    own, call = take_call(words(tmp_path))
+    assert own == ["--seed", "3"]
+    assert call.launched
+    assert call.output_file is None
+    assert call.artifacts == {"student": "gs://bucket/a=b/student", "figures": "gs://bucket/figures"}
+    assert call.inputs == {"teacher": "gs://bucket/t"}
+    assert take_call(call.words()) == ([], call)
+    assert take_call(["--seed", "3"]) == (["--seed", "3"], Call())
 
 
 def test_every_output_artifact_is_listed_with_its_remote_uri(tmp_path: Path) -> None:
-    io = StepIO(executor_input(tmp_path), {"student": tmp_path / "out" / "student", "metrics": tmp_path / "out" / "m"})
-    io.metadata("student", weights_sha256="abc")
+    """In a pod the executor output lies beside the artifacts, and each parameter in its own file too."""
+    paths = {"student": tmp_path / "task" / "student", "figures": tmp_path / "task" / "figures"}
+    with called(take_call(words(tmp_path))[1]):
+        io = StepIO(paths)
+    io.metrics("figures", {"chrf": 2})
     io.parameter("course", {"steps": [1, 2]})
-    written = json.loads(io.write().read_text())
+    io.parameter("why", 'no "gain"')
+    assert io.write() == tmp_path / "task" / "output_metadata.json"
+    written = json.loads((tmp_path / "task" / "output_metadata.json").read_text())
     assert {name: value["artifacts"][0]["uri"] for name, value in written["artifacts"].items()} == {
-        "student": "gs://bucket/student",
-        "metrics": "gs://bucket/metrics",
+        "student": "gs://bucket/a=b/student",
+        "figures": "gs://bucket/figures",
     }
-    assert written["artifacts"]["student"]["artifacts"][0]["metadata"] == {"weights_sha256": "abc"}
-    assert written["parameterValues"] == {"course": {"steps": [1, 2]}}
-    assert (tmp_path / "kfp" / "executor_output.json").is_file()
-
-
-def test_metadata_of_inputs_has_whole_numbers_again(tmp_path: Path) -> None:
-    io = StepIO(executor_input(tmp_path), {})
-    metadata = io.input_metadata("teacher")
-    assert metadata == {"layers": 30, "loss": 0.5, "a": "x"}
-    assert isinstance(metadata["layers"], int)
+    assert written["artifacts"]["student"]["artifacts"][0]["metadata"] == {}
+    figures = written["artifacts"]["figures"]["artifacts"][0]
+    assert (figures["metadata"], figures["type"]["schemaTitle"]) == ({"chrf": 2}, "system.Metrics")
+    assert written["parameterValues"] == {"course": {"steps": [1, 2]}, "why": 'no "gain"'}
+    assert json.loads((tmp_path / "kfp" / "course").read_text()) == {"steps": [1, 2]}
+    assert (tmp_path / "kfp" / "why").read_text() == 'no "gain"'
     assert io.input_uri("teacher", tmp_path) == "gs://bucket/t"
-    assert io.input_metadata("student") == {}
+
+
+def test_a_task_without_artifacts_has_its_parameters_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with called(take_call(words(tmp_path))[1]):
+        io = StepIO({})
+    io.parameter("why", "no gain")
+    assert io.write() is None
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("kfp"), Path("kfp/why")]
+
+
+def test_kfp_local_names_the_executor_output(tmp_path: Path) -> None:
+    file = tmp_path / "task" / "executor_output.json"
+    with called(take_call(["--kfp-output-file", str(file)])[1]):
+        assert StepIO({"student": tmp_path / "task" / "student"}).write() == file
 
 
 def test_lists_of_inputs_are_where_kfps_launcher_puts_them() -> None:
     uris = ["gs://bucket/a/b", "s3://bucket/c", "/local/d"]
-    artifacts = [{"uri": uri, "metadata": {"steps": float(number)}} for number, uri in enumerate(uris)]
-    io = StepIO(json.dumps({"inputs": {"artifacts": {"figures": {"artifacts": artifacts}}}}), {})
-    assert io.input_list("figures") == [
-        (Path("/gcs/bucket/a/b"), {"steps": 0}),
-        (Path("/s3/bucket/c"), {"steps": 1}),
-        (Path("/local/d"), {"steps": 2}),
-    ]
-    assert StepIO(None, {}).input_list("figures") == []
+    task = {"inputs": {"artifacts": {"evaluations": {"artifacts": [{"uri": uri} for uri in uris]}}}}
+    with called(take_call(["--kfp-executor-input", json.dumps(task)])[1]):
+        paths = StepIO({}).input_paths("evaluations")
+    assert paths == [Path("/gcs/bucket/a/b"), Path("/s3/bucket/c"), Path("/local/d")]
+    assert StepIO({}).input_paths("evaluations") == []
 
 
 def test_by_hand_the_output_lies_beside_the_first_artifact(tmp_path: Path) -> None:
-    io = StepIO(None, {"model": tmp_path / "model"})
+    io = StepIO({"model": tmp_path / "model"})
     path = io.write()
     assert path == tmp_path / "executor_output.json"
     assert json.loads(path.read_text())["artifacts"]["model"]["artifacts"][0]["uri"] == str(tmp_path / "model")
+    assert io.input_uri("teacher", tmp_path / "t") == str(tmp_path / "t")
 
 
 STEP = """
@@ -75,7 +98,7 @@ import sys
 from skd_lib.errors import SkdError
 from skd_lib.steps.runtime import run_step
 
-def main() -> None:
+def main(seed: int = 0) -> None:
     raise {error}
 
 run_step(main)
@@ -87,7 +110,11 @@ def run(error: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[s
     script.write_text(STEP.format(error=error))
     root = str(Path(__file__).parents[1])
     return subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, env={"PYTHONPATH": root, **env}
+        [sys.executable, str(script), *words(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": root, **env},
     )
 
 
@@ -121,11 +148,13 @@ def test_by_hand_the_traceback_is_in_a_file(tmp_path: Path) -> None:
 def test_what_kfp_cannot_hold_is_left_out_before_its_launcher_fails(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    io = StepIO(None, {"metrics": tmp_path / "metrics"})
+    io = StepIO({"metrics": tmp_path / "metrics"})
     io.metrics("metrics", {"loss": math.nan, "chrf": 1.5})
     io.metadata("metrics", reason=None)
     io.parameter("scores", {"chrf": {"score": 1.5, "low": -math.inf}, "course": [1.0, math.nan]})
-    written = io.write().read_text()
+    path = io.write()
+    assert path is not None
+    written = path.read_text()
     assert "NaN" not in written
     assert "Infinity" not in written
     output = json.loads(written)

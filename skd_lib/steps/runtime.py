@@ -1,7 +1,6 @@
 """What every step shares: its outputs in KFP's executor-output format, and how it fails.
 
-A step is a plain command line. Under Kubeflow it also gets `--executor-input '{{$}}'`, KFP's description of the
-task, from which come the artifacts' URIs and the metadata that earlier steps left on their artifacts.
+A step is a plain command line. Under Kubeflow it is also told where its outputs go, see `skd_lib.steps.kfp_call`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import typer
 
 from skd_lib import events
 from skd_lib.bugs import explained
+from skd_lib.steps.kfp_call import Call, called, current_call, take_call
+from skd_lib.steps.mounted import load_mounted
 from skd_lib.storage import write_text_atomic
 from skd_lib.terminal import VisibleFormatter, say, survive_any_encoding
 from skd_lib.uris import redacted, redacted_output
@@ -46,17 +47,22 @@ class Switch(StrEnum):
 
 
 class StepIO:
-    """The inputs' metadata and the outputs of one step.
+    """The outputs of one step, in the form KFP reads.
 
     Args:
-        executor_input: KFP's executor input as JSON; None when run by hand.
         outputs: Name and local path of each output artifact.
     """
 
-    def __init__(self, executor_input: str | None, outputs: Mapping[str, Path]) -> None:
-        self._task: dict[str, Any] = json.loads(executor_input) if executor_input else {}
+    def __init__(self, outputs: Mapping[str, Path] | str | None, of_old: Mapping[str, Path] | None = None) -> None:
+        self._task: dict[str, Any] = {}
+        self._call = current_call()
+        if of_old is not None:  # until all steps are called in the new way
+            self._task = json.loads(outputs) if isinstance(outputs, str) and outputs else {}
+            outputs, self._call = of_old, _call_of(self._task)
+        assert isinstance(outputs, Mapping)  # noqa: S101
         self.paths = dict(outputs)
-        self._metadata: dict[str, dict[str, Any]] = {name: {} for name in outputs}
+        self._metadata: dict[str, dict[str, Any]] = {name: {} for name in self.paths}
+        self._metrics: set[str] = set()
         self._parameters: dict[str, Any] = {}
         for path in self.paths.values():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +79,17 @@ class StepIO:
         artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
         return [(local_path(artifact["uri"]), artifact.get("metadata", {})) for artifact in artifacts]
 
+    def input_paths(self, name: str) -> list[Path]:
+        """Local path of each artifact of input list `name`, in order; empty when run by hand."""
+        return [local_path(uri) for uri in self._call.lists.get(name, [])]
+
     def input_uri(self, name: str, path: Path) -> str:
         """URI of input artifact `name`; the local path when run by hand."""
-        artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
-        return str(artifacts[0]["uri"]) if artifacts else str(path.resolve())
+        return self._call.inputs.get(name) or str(path.resolve())
 
     def output_uri(self, name: str) -> str:
         """URI under which output artifact `name` will be found after the step."""
-        return str(self._output_artifact(name)["uri"])
+        return self._call.artifacts.get(name) or str(self.paths[name].resolve())
 
     def metadata(self, name: str, **values: Any) -> None:
         """Add metadata to output artifact `name`."""
@@ -88,31 +97,34 @@ class StepIO:
 
     def metrics(self, name: str, values: Mapping[str, float]) -> None:
         """Fill metrics artifact `name`. KFP shows numbers only."""
+        self._metrics.add(name)
         self._metadata[name].update({key: float(value) for key, value in values.items()})
 
     def parameter(self, name: str, value: Any) -> None:
         """Set output parameter `name`."""
         self._parameters[name] = value
 
-    def write(self) -> Path:
+    def write(self) -> Path | None:
         """Write KFP's executor output: every output artifact with its URI and metadata, and the parameters.
+
+        Each parameter also goes to the file that KFP names for it, which a task without artifacts depends on.
 
         Environment:
             SKD_RESULT_URI: where another pod waits for the outputs, they are put there too. They are safe then, and
                 checkpoints may go.
 
         Returns:
-            The file: where KFP wants it, else `executor_output.json` beside the first output artifact.
+            The executor output; None where the task has none, see `Call.executor_output`.
         """
-        artifacts = {}
-        for name in self.paths:
-            artifact = self._output_artifact(name)
-            artifact["metadata"] = {**artifact.get("metadata", {}), **self._held(self._metadata[name], name)}
-            artifacts[name] = {"artifacts": [artifact]}
+        artifacts = {name: {"artifacts": [self._artifact(name)]} for name in self.paths}
         parameters = self._held(self._parameters, "")
-        wanted = self._task.get("outputs", {}).get("outputFile")
-        default = next(iter(self.paths.values())).parent if self.paths else Path.cwd()
-        path = Path(wanted) if wanted else default / "executor_output.json"
+        for name, value in parameters.items():
+            if file := self._call.parameters.get(name):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text_atomic(file, value if isinstance(value, str) else json.dumps(value))
+        path = self._call.executor_output(self.paths)
+        if path is None:
+            return None
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps({"artifacts": artifacts, "parameterValues": parameters}, indent=2))
         if result := os.environ.get(RESULT_ENV):
@@ -133,11 +145,21 @@ class StepIO:
             log.warning("left out of KFP's record%s: %s", f" of {artifact}" if artifact else "", ", ".join(left_out))
         return {name: value for name, value in held.items() if value is not None}
 
-    def _output_artifact(self, name: str) -> dict[str, Any]:
-        artifacts = self._task.get("outputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
-        return (
-            dict(artifacts[0]) if artifacts else {"name": name, "uri": str(self.paths[name].resolve()), "metadata": {}}
-        )
+    def _artifact(self, name: str) -> dict[str, Any]:
+        artifact = {"name": name, "uri": self.output_uri(name), "metadata": self._held(self._metadata[name], name)}
+        if name in self._metrics:
+            # By which the launcher without MLMD tells metrics from other artifacts.
+            artifact["type"] = {"schemaTitle": "system.Metrics", "schemaVersion": "0.0.1"}
+        return artifact
+
+
+def _call_of(task: Mapping[str, Any]) -> Call:
+    def uris(kind: str) -> dict[str, str]:
+        entries = task.get(kind, {}).get("artifacts", {}).items()
+        return {name: entry["artifacts"][0]["uri"] for name, entry in entries if entry.get("artifacts")}
+
+    file = task.get("outputs", {}).get("outputFile")
+    return Call(bool(task), Path(file) if file else None, uris("outputs"), {}, uris("inputs"))
 
 
 def _finite(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -178,14 +200,17 @@ def run_step(main: Callable[..., None]) -> None:
     started again (`Preempted`); 70 a bug of skd (`skd_lib.bugs`). KFP's launcher turns each but 0 into 1.
     """
     survive_any_encoding()
+    load_mounted()
     with redacted_output(outlive_readers=True):
         handler = logging.StreamHandler()
         handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=os.environ.get("SKD_LOG_LEVEL", "INFO"), handlers=[handler])
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
         app.command()(main)
+        words, call = take_call(sys.argv[1:])
         try:
-            app()
+            with called(call):
+                app(words)
         except Exception as error:  # noqa: BLE001 - what nobody foresaw ends as a sentence too
             told = explained(error)
             events.emit("error", message=redacted(str(told)))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
+from kfp import dsl
 from packaging.specifiers import SpecifierSet
+
+from skd_lib.steps.kfp_call import take_call
 
 ROOT = Path(__file__).parents[2] / "components"
 NAMES = sorted(folder.name for folder in ROOT.iterdir() if (folder / "component.py").is_file())
@@ -36,10 +40,27 @@ def test_every_step_has_a_component():
 def test_component_gives_its_step_the_options_it_takes(name: str):
     container = component(name).component_spec.implementation.container
     assert container.command == ["python3", "-m", f"skd_lib.steps.{name}"]
-    given, known = container.args[::2], options_of(name)
-    assert given[-1] == "--executor-input"
-    assert set(given) <= known.keys()
+    words, call = take_call([str(arg).replace("{{$}}", "{}") for arg in container.args])
+    given, known = words[::2], options_of(name)
+    assert set(given) <= known.keys() | {"--executor-input"}
     assert {option for option, required in known.items() if required} <= set(given)
+    if "--executor-input" not in given:
+        outputs = component(name).component_spec.outputs or {}
+        assert call.artifacts.keys() | call.parameters.keys() == outputs.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_placeholders_are_those_that_kfps_launcher_fills_in(name: str):
+    """`getPlaceholders` of backend/src/v2/component/launcher_v2.go, KFP 2.15 to 2.17."""
+    known = re.compile(
+        r"\{\{\$\}\}"
+        r"|\{\{\$\.(inputs|outputs)\.artifacts\['\w+'\]\.(uri|path)\}\}"
+        r"|\{\{\$\.inputs\.parameters\['\w+'\]\}\}"
+        r"|\{\{\$\.outputs\.parameters\['\w+'\]\.output_file\}\}"
+    )
+    args = [str(arg) for arg in component(name).component_spec.implementation.container.args]
+    left = [known.sub("", arg) for arg in args]
+    assert [arg for arg in left if "{{" in arg] in ([], [dsl.PIPELINE_TASK_EXECUTOR_OUTPUT_PATH_PLACEHOLDER])
 
 
 @pytest.mark.parametrize("name", NAMES)

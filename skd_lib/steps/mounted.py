@@ -1,0 +1,43 @@
+"""Secrets of a namespace, which Kubernetes mounts as files, as the environment variables by which libraries read them.
+
+As files they take a fraction of the room that variables take in Kubeflow's records of a run, which hold each pod's
+description up to six times (`pipelines.sizes`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path("/etc/skd")
+"""Holds a folder for each Secret, with a file for each key."""
+SECRETS: Mapping[str, Mapping[str, str]] = {
+    "skd-hub": {"token": "HF_TOKEN"},
+    # Not MLflow's own names, which Kubeflow's integration fills: see skd_lib/tracking/credentials.py.
+    "skd-mlflow": {"username": "SKD_MLFLOW_USERNAME", "password": "SKD_MLFLOW_PASSWORD", "token": "SKD_MLFLOW_TOKEN"},
+    # Storage that pods cannot reach by their service account: fsspec's packages read these.
+    "skd-storage": {
+        "aws-access-key-id": "AWS_ACCESS_KEY_ID",
+        "aws-secret-access-key": "AWS_SECRET_ACCESS_KEY",
+        "aws-endpoint-url": "AWS_ENDPOINT_URL",
+        "azure-account": "AZURE_STORAGE_ACCOUNT_NAME",
+        "azure-key": "AZURE_STORAGE_ACCOUNT_KEY",
+    },
+    "skd-judge": {"api-key": "SKD_JUDGE_API_KEY"},
+    "skd-notify": {"webhook-url": "SKD_NOTIFY_WEBHOOK"},
+}
+"""Environment variable by Secret and key. None has to exist."""
+
+
+def load_mounted(root: Path = ROOT) -> None:
+    """Set the variables of all Secrets that are mounted; variables that are set already stay.
+
+    Args:
+        root: Where they are mounted.
+    """
+    for name, keys in SECRETS.items():
+        for key, variable in keys.items():
+            file = root / name / key
+            if file.is_file():
+                os.environ.setdefault(variable, file.read_text(encoding="utf-8").rstrip("\r\n"))
