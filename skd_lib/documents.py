@@ -55,12 +55,24 @@ def read_text(path: Path) -> str:
             raise SkdError(f"cannot be read: it is {kind}", where=str(path), hint="name a file")
         if found.st_size > MAX_BYTES:
             raise SkdError(f"too large: {found.st_size:,} bytes, the limit is {MAX_BYTES:,}", where=str(path))
-        return path.read_text(encoding="utf-8")
+        return decoded(path.read_bytes(), where=str(path))
     except OSError as error:
         raise SkdError(f"cannot be read: {error.strerror}", where=str(path), hint="check the path") from error
+
+
+def decoded(content: bytes, *, where: str) -> str:
+    """The text of a file that a person wrote.
+
+    Raises:
+        SkdError: it is too large, or not UTF-8.
+    """
+    if len(content) > MAX_BYTES:
+        raise SkdError(f"too large: {len(content):,} bytes, the limit is {MAX_BYTES:,}", where=where)
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SkdError(
-            f"not UTF-8 text: byte {error.start + 1:,} is {error.object[error.start]:#04x}", where=str(path)
+            f"not UTF-8 text: byte {error.start + 1:,} is {error.object[error.start]:#04x}", where=where
         ) from error
 
 

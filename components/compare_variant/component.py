@@ -11,15 +11,14 @@ from components.images import TRAIN
 @dsl.container_component
 def compare_variant(
     trial: dict[str, Any],
-    config: dict[str, Any],
-    model_fingerprints: dict[str, Any],
+    config: str,
+    model_fingerprints: str,
     student: dsl.OutputPath(str),
     student_fingerprint: dsl.OutputPath(str),
     seed: dsl.OutputPath(int),
-    student_init_config: dsl.OutputPath(dict),
-    distill_config: dsl.OutputPath(dict),
+    student_init_config: dsl.OutputPath(str),
+    distill_config: dsl.OutputPath(str),
     label: dsl.OutputPath(str),
-    init_label: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:
     """Hand each step of one run of a comparison its own section of the configuration.
 
@@ -28,7 +27,7 @@ def compare_variant(
     Args:
         trial: The run: variant, seed, student init, and the fields in which it differs from `config`.
         config: The configuration that all runs start from.
-        model_fingerprints: Fingerprints of the models, from preflight, by reference.
+        model_fingerprints: Fingerprints of the models, from preflight, by reference, as JSON.
 
     Returns:
         student: Student of this run; empty where it is cut from the teacher.
@@ -37,8 +36,17 @@ def compare_variant(
         student_init_config: Section `student_init` of its configuration.
         distill_config: Section `distill` of its configuration.
         label: Name of the run in the comparison.
-        init_label: Name of its student before distillation.
     """
     return run_step(
-        "compare_variant", TRAIN, {"trial": trial, "config": config, "model_fingerprints": model_fingerprints}
+        "compare_variant",
+        TRAIN,
+        {"trial": trial, "config": config, "model_fingerprints": model_fingerprints},
+        {
+            "student": student,
+            "student_fingerprint": student_fingerprint,
+            "seed": seed,
+            "student_init_config": student_init_config,
+            "distill_config": distill_config,
+            "label": label,
+        },
     )

@@ -1,7 +1,5 @@
 """KFP component `preflight`: check a run before anything expensive starts."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -11,63 +9,68 @@ from components.images import TRAIN
 @dsl.container_component
 def preflight(
     run_name: str,
-    teacher: str,
-    student: str,
-    method: str,
-    divergence: str,
-    top_k: int,
-    gamma: int,
-    max_steps: int,
-    learning_rate: float,
-    seed: int,
-    config: dict[str, Any],
-    checkpoint_root: str,
+    config: str,
+    comparison: str,
+    data_train: str,
+    data_validation: str,
+    data_test: str,
+    model_teacher: str,
+    model_student: str,
+    task: str,
+    training_method: str,
+    training_steps: int,
+    mlflow_experiment: str,
+    reuse: bool,
     report: dsl.Output[dsl.Markdown],
-    run_config: dsl.OutputPath(dict),
-    data_config: dsl.OutputPath(dict),
-    task_config: dsl.OutputPath(dict),
-    teacher_sft_config: dsl.OutputPath(dict),
-    student_init_config: dsl.OutputPath(dict),
-    distill_config: dsl.OutputPath(dict),
-    evaluation_config: dsl.OutputPath(dict),
-    comet_config: dsl.OutputPath(dict),
-    specdec_config: dsl.OutputPath(dict),
-    registry_config: dsl.OutputPath(dict),
+    name: dsl.OutputPath(str),
+    data_config: dsl.OutputPath(str),
+    task_config: dsl.OutputPath(str),
+    teacher_sft_config: dsl.OutputPath(str),
+    student_init_config: dsl.OutputPath(str),
+    distill_config: dsl.OutputPath(str),
+    evaluation_config: dsl.OutputPath(str),
+    comet_config: dsl.OutputPath(str),
+    specdec_config: dsl.OutputPath(str),
+    registry_config: dsl.OutputPath(str),
     comet_wanted: dsl.OutputPath(str),
     trust_remote_code: dsl.OutputPath(bool),
+    teacher: dsl.OutputPath(str),
+    student: dsl.OutputPath(str),
+    seed: dsl.OutputPath(int),
     data_fingerprint: dsl.OutputPath(str),
     teacher_fingerprint: dsl.OutputPath(str),
     student_fingerprint: dsl.OutputPath(str),
-    model_fingerprints: dsl.OutputPath(dict),
-    tracking_uri: str = "",
-    experiment: str = "skd",
-    trials: list[dict] = [],  # type: ignore[type-arg]  # noqa: B006 - KFP copies it
+    model_fingerprints: dsl.OutputPath(str),
+    fresh: dsl.OutputPath(str),
+    trials: dsl.OutputPath(list),
+    run_config: dsl.OutputPath(str),
+    table_config: dsl.OutputPath(str),
+    drafts: dsl.OutputPath(bool),
 ) -> dsl.ContainerSpec:
     """Check a run before anything expensive starts.
 
     Fails within seconds with a list of everything that is wrong. It also hands each later step its own section of the
-    configuration, so that a step's cache key depends on that section alone.
+    configuration, so that a step's cache key depends on that section alone. Sections are JSON of ASCII in which texts
+    arrive as they were written; they hold only what differs from the defaults.
 
     Args:
-        run_name: Name of the run: lower case, digits and dashes.
-        teacher: Teacher: hub id, local folder, gs:// URI or wheel:// reference.
-        student: Student, likewise; empty where it is cut from the teacher.
-        method: Training method: sft, seqkd, supervised_kd, on_policy, imitkd, two_stage, skd or skd_mixed.
-        divergence: Loss: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd or adaptive_kl.
-        top_k: SKD keeps a drafted token that is among the teacher's K likeliest; -1: see `config`.
-        gamma: Tokens the student drafts per teacher call; -1: see `config`.
-        max_steps: Optimiser steps of the distillation; 0 goes by epochs.
-        learning_rate: Peak learning rate of the distillation.
-        seed: Seed of the run.
-        config: The rest of the run's configuration.
-        checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
-        trials: Runs of a comparison, each with the fields in which it differs.
+        run_name: The run's name is made of it where the configuration has none.
+        config: JSON of what differs from the defaults, or the URI of a run's YAML file.
+        comparison: JSON of a comparison without its `base`, or the URI of its YAML file; empty: a single run.
+        data_train: Training data: paths, globs or URIs, separated by commas. Here and below, empty: as `config` says.
+        data_validation: Validation data, likewise.
+        data_test: Test data, likewise.
+        model_teacher: Teacher: hub id, mounted folder, gs:// URI or wheel:// reference.
+        model_student: Student, likewise; empty also where it is cut from the teacher.
+        task: Task to start from, by name, or the URI of its YAML file.
+        training_method: How the student learns.
+        training_steps: Optimiser steps of the distillation; 0: as `config` says.
+        mlflow_experiment: MLflow experiment of the run; empty: the one of the settings.
+        reuse: Whether later steps may be taken from the cache.
 
     Returns:
         report: What was checked and what was found.
-        run_config: The whole configuration.
+        name: The run's name.
         data_config: Section `data` of the configuration.
         task_config: Section `task` of the configuration.
         teacher_sft_config: Section `teacher_sft` of the configuration.
@@ -79,30 +82,63 @@ def preflight(
         registry_config: Section `registry` of the configuration.
         comet_wanted: Whether the task asks for COMET, `true` or `false`.
         trust_remote_code: Whether code that comes with a model may run.
+        teacher: The teacher.
+        student: The student; empty where it is cut from the teacher.
+        seed: Seed of the run.
         data_fingerprint: Fingerprint of the data source; new data re-runs what depends on it.
         teacher_fingerprint: Fingerprint of the teacher's files; another teacher re-runs what depends on it.
         student_fingerprint: Fingerprint of the student's files; empty where it is cut from the teacher.
-        model_fingerprints: Fingerprints of the teacher and of all students of a comparison, by reference.
+        model_fingerprints: Fingerprints of the teacher and of all students of a comparison, by reference, as JSON.
+        fresh: The run's id where `reuse` is false, so that nothing of another run is taken; else empty.
+        trials: The trials of a comparison, each with the fields in which it differs.
+        run_config: Of a comparison, the configuration that all trials start from.
+        table_config: Of a comparison, what its table needs: reference, trials, and those left out.
+        drafts: Whether students are measured as drafts of the teacher.
     """
     return run_step(
         "preflight",
         TRAIN,
         {
             "run_name": run_name,
+            "config": config,
+            "comparison": comparison,
+            "data_train": data_train,
+            "data_validation": data_validation,
+            "data_test": data_test,
+            "model_teacher": model_teacher,
+            "model_student": model_student,
+            "task": task,
+            "training_method": training_method,
+            "training_steps": training_steps,
+            "mlflow_experiment": mlflow_experiment,
+            "reuse": reuse,
+            "report_out": report.path,
+        },
+        {
+            "report": report,
+            "name": name,
+            "data_config": data_config,
+            "task_config": task_config,
+            "teacher_sft_config": teacher_sft_config,
+            "student_init_config": student_init_config,
+            "distill_config": distill_config,
+            "evaluation_config": evaluation_config,
+            "comet_config": comet_config,
+            "specdec_config": specdec_config,
+            "registry_config": registry_config,
+            "comet_wanted": comet_wanted,
+            "trust_remote_code": trust_remote_code,
             "teacher": teacher,
             "student": student,
-            "method": method,
-            "divergence": divergence,
-            "top_k": top_k,
-            "gamma": gamma,
-            "max_steps": max_steps,
-            "learning_rate": learning_rate,
             "seed": seed,
-            "config": config,
-            "checkpoint_root": checkpoint_root,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
+            "data_fingerprint": data_fingerprint,
+            "teacher_fingerprint": teacher_fingerprint,
+            "student_fingerprint": student_fingerprint,
+            "model_fingerprints": model_fingerprints,
+            "fresh": fresh,
             "trials": trials,
-            "report_out": report.path,
+            "run_config": run_config,
+            "table_config": table_config,
+            "drafts": drafts,
         },
     )

@@ -19,7 +19,6 @@ from skd_lib.config import (
     read_yaml,
 )
 from skd_lib.config.reading import check_unset
-from skd_lib.parameters import to_struct
 
 SHARED = "the runs of a comparison share data, task, teacher and evaluation"
 OWN_SECTIONS = ("distill", "student_init", "student")
@@ -60,6 +59,10 @@ class CompareConfig(ConfigSection):
         "", description="Variant that the others are tested against; empty: the first whose method is `skd`."
     )
 
+    skip: dict[str, str] = Field(
+        {}, description="Trials that are left out, `VARIANT-seed-SEED`, each with the reason that the table gives."
+    )
+
     @field_validator("methods", "seeds")
     @classmethod
     def _distinct(cls, values: list[Any]) -> list[Any]:
@@ -93,8 +96,9 @@ def load_compare(path: Path) -> tuple[CompareConfig, RunConfig]:
         SkdError: a file is missing or is not YAML, or has a wrong, missing or unknown field.
     """
     compare = parse_section(CompareConfig, read_yaml(path), where=str(path))
-    base = load_config(path.parent / compare.base)
+    file = path.parent / compare.base
+    load_config(file)  # whose own errors name it
     where = f"{path}, field `overrides`"
     check_unset(RunConfig, compare.overrides, where=where)
-    values = apply({**to_struct(base), "name": compare.name}, compare.overrides, where=where)
+    values = apply({**read_yaml(file), "name": compare.name}, compare.overrides, where=where)
     return compare, parse_section(RunConfig, values, where=where)

@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import Field
 
 from skd_lib.compare.config import NAME, OWN_SECTIONS, SHARED, CompareConfig
-from skd_lib.config import ConfigSection, Overrides, RunConfig, apply, parse_json, parse_section
+from skd_lib.config import ConfigSection, Overrides, RunConfig, apply, parse_section
 from skd_lib.config.initial import CUTTING
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.methods import reads_setting
-from skd_lib.parameters import to_struct
+from skd_lib.parameters import short, to_struct
 
 MAX_RUNS = 500
 """Runs of one comparison. Their list travels as one argument of a command, which the kernel limits to 128 KiB."""
@@ -36,11 +36,6 @@ class Trial(ConfigSection):
         """Unique in the comparison."""
         return f"{self.variant}-seed-{self.seed}"
 
-    @property
-    def init_label(self) -> str:
-        """Of the student before distillation, which trials of one init and seed have in common."""
-        return f"{self.init}-seed-{self.seed}" if self.init else f"seed-{self.seed}"
-
     def config(self, base: RunConfig) -> RunConfig:
         """The whole configuration of this run.
 
@@ -57,20 +52,6 @@ class Trial(ConfigSection):
         if values["student_init"].get("mode") in CUTTING and "student" not in self.overrides:
             values.pop("student", None)
         return parse_section(RunConfig, values, where=where)
-
-
-def parse_trials(text: str, *, where: str) -> list[Trial]:
-    """The runs in a JSON list.
-
-    Raises:
-        SkdError: it is none, or one of them is wrong.
-    """
-    values = parse_json(text, where=where)
-    if not isinstance(values, list):
-        raise SkdError("the runs must be a list", where=where)
-    if len(values) > MAX_RUNS:
-        raise SkdError(f"{len(values):,} runs; the limit is {MAX_RUNS:,}", where=where)
-    return [parse_section(Trial, value, where=f"{where}, run {number}") for number, value in enumerate(values, 1)]
 
 
 def expand(compare: CompareConfig, base: RunConfig, *, where: str) -> list[Trial]:
@@ -178,7 +159,7 @@ def _init_overrides(compare: CompareConfig, init: str) -> Overrides:
     if not init:
         return {}
     chosen = compare.student_inits[init]
-    values = to_struct(chosen)
+    values = short(chosen)
     student = values.pop("student", None)
     return {"student_init": values} | ({"student": student} if student else {})
 

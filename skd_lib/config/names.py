@@ -6,6 +6,8 @@ by a search, whose filter has no escape for quotes.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable
 
 from skd_lib.errors import SkdError
@@ -78,6 +80,12 @@ def check_line(name: str, longest: int = 128) -> str:
     if len(name) > longest:
         raise ValueError(f"has {len(name)} characters, the limit is {longest}")
     return name
+
+
+def run_name_from(text: str) -> str:
+    """Make a run's name of any text, for example of the name that a person gave the run in Kubeflow's page."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:63].rstrip("-") or "run"
 
 
 def checked(option: str, check: Callable[[str], str], name: str) -> str:

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from skd_lib.ascii_json import ascii_json
 from skd_lib.compare.trials import Trial
-from skd_lib.config import parse_json, parse_section
-from skd_lib.parameters import from_parameters, to_struct
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.config import RunConfig, parse_json, parse_section
+from skd_lib.parameters import short
+from skd_lib.steps.runtime import StepIO, run_step
 
 
 def main(
@@ -18,24 +19,21 @@ def main(
     model_fingerprints: Annotated[
         str, typer.Option(help="Fingerprints of the models as preflight found them, as JSON: {REFERENCE: FINGERPRINT}.")
     ] = "{}",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
 ) -> None:
     """Hand each later step its own section, as `preflight` does for a single run.
 
-    Output parameters: `student`, `student_fingerprint`, `seed`, `student_init_config`, `distill_config`, `label` and
-    `init_label`.
+    Output parameters: `student`, `student_fingerprint`, `seed`, `student_init_config`, `distill_config` and `label`.
     """
     one = parse_section(Trial, trial, where="--trial")
-    settings = one.config(from_parameters(config, where="--config"))
+    settings = one.config(parse_section(RunConfig, config, where="--config"))
     known = parse_json(model_fingerprints, where="--model-fingerprints")
-    io = StepIO(executor_input, {})
+    io = StepIO({})
     io.parameter("student", settings.student or "")
     io.parameter("student_fingerprint", known.get(settings.student or "", ""))
     io.parameter("seed", settings.seed)
-    io.parameter("student_init_config", to_struct(settings.student_init))
-    io.parameter("distill_config", to_struct(settings.distill))
+    io.parameter("student_init_config", ascii_json(short(settings.student_init)))
+    io.parameter("distill_config", ascii_json(short(settings.distill)))
     io.parameter("label", one.label)
-    io.parameter("init_label", one.init_label)
     io.write()
 
 

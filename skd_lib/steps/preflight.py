@@ -2,79 +2,100 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.compare.trials import parse_trials
+from skd_lib.ascii_json import ascii_json
+from skd_lib.compare import plan as comparisons
+from skd_lib.config import RunConfig
 from skd_lib.config.names import check_experiment, checked
-from skd_lib.parameters import PLACES, from_parameters, to_parameters, to_struct
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
+from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
+from skd_lib.steps.runtime import StepIO, Switch, run_step
 from skd_lib.storage import write_text_atomic
 
+if TYPE_CHECKING:
+    from skd_lib.compare.plan import Plan
+    from skd_lib.preflight import PreflightReport
+
 SECTIONS = ("data", "task", "teacher_sft", "student_init", "distill", "evaluation", "specdec", "registry")
+SHOWN = {
+    "teacher": ("teacher",),
+    "student": ("student",),
+    "method": ("distill", "method"),
+    "divergence": ("distill", "divergence"),
+    "top_k": ("distill", "sampling", "top_k"),
+    "gamma": ("distill", "sampling", "gamma"),
+    "max_steps": ("distill", "training", "max_steps"),
+    "learning_rate": ("distill", "training", "learning_rate"),
+    "seed": ("seed",),
+}
+"""What people compare runs by in MLflow, and its place in the configuration."""
 
 
 def main(
-    config: Annotated[
-        str,
-        typer.Option(
-            help="The run's configuration, as JSON; the options named after its fields go before what it says."
-        ),
-    ],
-    checkpoint_root: Annotated[
-        str, typer.Option(help="Folder or gs:// URI for the checkpoints of training steps; it must be writable.")
-    ],
     report_out: Annotated[Path, typer.Option(help="File for the report, in Markdown.")],
+    config: Annotated[
+        str, typer.Option(help="JSON of what differs from the defaults, or the URI of a run's YAML file.")
+    ] = "{}",
+    comparison: Annotated[
+        str,
+        typer.Option(help="JSON of a comparison without its `base`, or the URI of its YAML file; empty: a single run."),
+    ] = "",
+    run_name: Annotated[str, typer.Option(help="The run's name is made of it where the configuration has none.")] = "",
+    data_train: Annotated[str, typer.Option(help="Training data: paths, globs, URIs, separated by commas.")] = "",
+    data_validation: Annotated[str, typer.Option(help="Validation data, likewise.")] = "",
+    data_test: Annotated[str, typer.Option(help="Test data, likewise.")] = "",
+    model_teacher: Annotated[str, typer.Option(help="Field `teacher`.")] = "",
+    model_student: Annotated[str, typer.Option(help="Field `student`.")] = "",
+    task: Annotated[str, typer.Option(help="Field `task.name`.")] = "",
+    training_method: Annotated[str, typer.Option(help="Field `distill.method`.")] = "",
+    training_steps: Annotated[int, typer.Option(help="Field `distill.training.max_steps`; 0: as `config` says.")] = 0,
+    mlflow_experiment: Annotated[str, typer.Option(help="Goes before --experiment where it is not empty.")] = "",
+    reuse: Annotated[Switch, typer.Option(help="false: this run takes nothing from Kubeflow's cache.")] = Switch.true,
     pipeline_root: Annotated[
         str, typer.Option(help="Folder (local or gs://) for the pipeline's artifacts; empty: not looked at.")
     ] = "",
-    trials: Annotated[
-        str, typer.Option(help="Runs of a comparison: a JSON list of what differs in each; empty list: none.")
-    ] = "[]",
     require_gpu: Annotated[bool, typer.Option(help="Fail where no GPU is visible.")] = False,
-    run_name: Annotated[str | None, typer.Option(help="Field `name`.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Field `teacher`.")] = None,
-    student: Annotated[str | None, typer.Option(help="Field `student`; empty unsets it.")] = None,
-    method: Annotated[str | None, typer.Option(help="Field `distill.method`.")] = None,
-    divergence: Annotated[str | None, typer.Option(help="Field `distill.divergence`.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Field `distill.sampling.top_k`; -1: as in --config.")] = None,
-    gamma: Annotated[int | None, typer.Option(help="Field `distill.sampling.gamma`; -1: as in --config.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Field `distill.training.max_steps`; 0 unsets it.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Field `distill.training.learning_rate`.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Field `seed`.")] = None,
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty turns tracking off.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
+    checkpoint_root: CheckpointRoot = "",
 ) -> None:
     """Check models, tokenizers, data, storage, tracking and hardware in seconds, without loading any weights."""
     from skd_lib.console import Console
     from skd_lib.preflight import run_checks
     from skd_lib.tracking.runs import step_run
 
-    checked("--experiment", check_experiment, experiment)
-    io = StepIO(executor_input, {"report": report_out})
-    run_config = from_parameters(
-        config,
-        where="--config",
-        run_name=run_name,
-        teacher=teacher,
-        student=student,
-        method=method,
-        divergence=divergence,
-        top_k=top_k,
-        gamma=gamma,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        seed=seed,
+    io = StepIO({"report": report_out})
+    form = Form(
+        config=config,
+        data_train=data_train,
+        data_validation=data_validation,
+        data_test=data_test,
+        model_teacher=model_teacher,
+        model_student=model_student,
+        task=task,
+        training_method=training_method,
+        training_steps=training_steps,
     )
+    try:
+        run_config, plan = read(form, comparison, run_name, mlflow_experiment)
+        checked("--experiment", check_experiment, experiment)
+    except SkdError as error:
+        report = _refused(error)
+        write_text_atomic(report_out, report.markdown())
+        raise SkdErrors(report.errors()) from error
     report = run_checks(
         run_config,
-        variants=[trial.config(run_config) for trial in parse_trials(trials, where="--trials")],
+        variants=[trial.config(run_config) for trial in plan.trials] if plan else (),
         checkpoint_root=checkpoint_root,
         tracking_uri=tracking_uri,
-        experiment=experiment,
+        experiment=mlflow_experiment or experiment,
         pipeline_root=pipeline_root or None,
         require_gpu=require_gpu,
     )
@@ -88,13 +109,12 @@ def main(
         step="preflight",
         # A store that has just not answered would only make the list of errors come later.
         tracking_uri=tracking_uri if report.tracking_works else "",
-        experiment=experiment,
+        experiment=mlflow_experiment or experiment,
         run_name=run_config.name,
         params=run_config.model_dump(mode="json"),
     ) as run:
         # What people compare runs by stands on the run itself, beside the headline figures that `report` adds.
-        parameters = to_parameters(run_config)
-        run.parent.log_params({name: parameters[name] for name in PLACES})
+        run.parent.log_params({name: _value(run_config, place) for name, place in SHOWN.items()})
         run.log_artifact(report_out)
         prints = {
             "teacher": report.model_fingerprints.get(run_config.teacher, ""),
@@ -103,20 +123,84 @@ def main(
         run.set_tags({"data_source_fingerprint": report.data_fingerprint})
         run.set_tags({f"{role}_fingerprint": found for role, found in prints.items() if found})
         report.raise_errors()
-    sections = {name: to_struct(getattr(run_config, name)) for name in SECTIONS}
-    # COMET's settings go to its own step alone: if one changes, the models need not answer again.
-    sections["comet"] = dict(sections["evaluation"])
-    del sections["evaluation"]["comet"]
-    for name, values in sections.items():
-        io.parameter(f"{name}_config", values)
-    io.parameter("run_config", to_struct(run_config))
-    io.parameter("comet_wanted", "true" if run_config.task.wants_comet else "false")
+    for name, value in _outputs(run_config, plan).items():
+        io.parameter(name, value)
     io.parameter("data_fingerprint", report.data_fingerprint)
     for role, found in prints.items():
         io.parameter(f"{role}_fingerprint", found)
-    io.parameter("model_fingerprints", report.model_fingerprints)
-    io.parameter("trust_remote_code", run_config.trust_remote_code)
+    io.parameter("model_fingerprints", ascii_json(report.model_fingerprints))
+    io.parameter("fresh", "" if reuse else os.environ.get("KFP_RUN_ID") or str(uuid.uuid4()))
     io.write()
+
+
+def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = "") -> tuple[RunConfig, Plan | None]:
+    """Return the configuration that a form describes, and its comparison if it has one.
+
+    Raises:
+        SkdErrors: all that is wrong, by the form's field, or the comparison's or the configuration's.
+    """
+    errors: list[SkdError] = []
+    plan = None
+    if os.environ.get("KFP_RUN_ID"):
+        errors += changed_on_the_way({**vars(form), "comparison": comparison}, ("config", "comparison"))
+    try:
+        if mlflow_experiment:
+            checked("mlflow_experiment", check_experiment, mlflow_experiment)
+    except SkdError as error:
+        errors.append(error)
+    try:
+        if comparison:
+            plan = comparisons.from_parameters(comparison, run_name=run_name, **vars(form))
+            config = plan.base
+        else:
+            where, values = read_values(form.config, "config")
+            config = fill(values, form, run_name=run_name, where=where)
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            check_reference(config.teacher, "model_teacher")
+            for run in [trial.config(config) for trial in plan.trials] if plan else [config]:
+                check_reference(run.student or "", "model_student")
+    except SkdError as error:
+        errors += error.errors if isinstance(error, SkdErrors) else [error]
+    if errors:
+        raise SkdErrors(errors)
+    return config, plan
+
+
+def _refused(error: SkdError) -> PreflightReport:
+    """The report of a run whose form cannot be read."""
+    from skd_lib.preflight.checks import Checks, PreflightReport
+
+    checks = Checks()
+    checks.failed("form", error)
+    return PreflightReport(checks.found)
+
+
+def _outputs(config: RunConfig, plan: Plan | None) -> dict[str, Any]:
+    """What later steps read: sections as JSON that arrives as it is, with only what differs from the defaults."""
+    sections = {name: short(getattr(config, name)) for name in SECTIONS}
+    # COMET's settings go to its own step alone: if one changes, the models need not answer again.
+    sections["comet"] = dict(sections["evaluation"])
+    sections["evaluation"].pop("comet", None)
+    return {
+        "name": config.name,
+        "teacher": config.teacher,
+        "student": config.student or "",
+        "seed": config.seed,
+        "trust_remote_code": config.trust_remote_code,
+        "comet_wanted": "true" if config.task.wants_comet else "false",
+        **{f"{name}_config": ascii_json(values) for name, values in sections.items()},
+        "run_config": ascii_json(short(config) if plan else {}),
+        "trials": [short(trial) for trial in plan.trials] if plan else [],
+        "table_config": ascii_json(plan.table() if plan else {}),
+        "drafts": plan.compare.drafts if plan else True,
+    }
+
+
+def _value(config: RunConfig, place: tuple[str, ...]) -> Any:
+    value: Any = config
+    for name in place:
+        value = getattr(value, name)
+    return "" if value is None else value
 
 
 if __name__ == "__main__":
