@@ -1,7 +1,5 @@
 """KFP component `comet_score`: score all models' answers with COMET."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -13,8 +11,8 @@ def comet_score(
     teacher_evaluations: dsl.Input[dsl.Artifact],
     student_evaluations: dsl.Input[dsl.Artifact],
     champion: dsl.Input[dsl.Artifact],
-    config: dict[str, Any],
-    task_config: dict[str, Any],
+    config: str,
+    task_config: str,
     seed: int,
     segments: dsl.Output[dsl.Artifact],
     scores: dsl.OutputPath(dict),

@@ -1,7 +1,5 @@
 """KFP component `distill`: train the student under the teacher."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -13,8 +11,8 @@ def distill(
     student: dsl.Input[dsl.Model],
     teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    config: dict[str, Any],
-    task_config: dict[str, Any],
+    config: str,
+    task_config: str,
     seed: int,
     checkpoint_root: str,
     distilled_student: dsl.Output[dsl.Model],

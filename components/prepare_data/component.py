@@ -1,7 +1,5 @@
 """KFP component `prepare_data`: turn the data source into train, validation and test sets."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -10,7 +8,7 @@ from components.images import TRAIN
 
 @dsl.container_component
 def prepare_data(
-    data_config: dict[str, Any],
+    data_config: str,
     data_fingerprint: str,
     seed: int,
     data: dsl.Output[dsl.Dataset],

@@ -1,7 +1,5 @@
 """KFP component `specdec_benchmark`: measure the student as draft model for the teacher, before and after."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -14,8 +12,8 @@ def specdec_benchmark(
     draft_before: dsl.Input[dsl.Model],
     draft_after: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    config: dict[str, Any],
-    task_config: dict[str, Any],
+    config: str,
+    task_config: str,
     seed: int,
     label: str,
     wanted: bool,

@@ -1,7 +1,5 @@
 """KFP component `student_init`: make the student that distillation starts from."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -14,8 +12,8 @@ def student_init(
     fingerprint: str,
     teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    config: dict[str, Any],
-    task_config: dict[str, Any],
+    config: str,
+    task_config: str,
     seed: int,
     checkpoint_root: str,
     initial_student: dsl.Output[dsl.Model],

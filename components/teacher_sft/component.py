@@ -1,7 +1,5 @@
 """KFP component `teacher_sft`: fine-tune the teacher on the task."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -12,8 +10,8 @@ from components.images import TRAIN
 def teacher_sft(
     teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    config: dict[str, Any],
-    task_config: dict[str, Any],
+    config: str,
+    task_config: str,
     seed: int,
     checkpoint_root: str,
     tuned_teacher: dsl.Output[dsl.Model],
