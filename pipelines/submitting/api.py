@@ -7,12 +7,14 @@ was cancelled, and reads the login page that an expired session gets as an empty
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -99,19 +101,9 @@ class KubeflowPipelines:
     def version(self) -> Version | None:
         """The server's version; None where it does not say."""
 
-        def ask() -> Version | None:
-            # The generated model of this answer leaves the version out.
-            answer = self._client.call_api(
-                "/apis/v2beta1/healthz",
-                "GET",
-                header_params={"Accept": "application/json"},
-                response_type="object",
-                _return_http_data_only=True,
-            )
-            return read_version(answer)
-
         try:
-            return self._ask(ask)
+            # The generated model of this answer leaves the version out.
+            return self._ask(lambda: read_version(self._get("healthz")))
         except SkdError as error:
             if isinstance(error.__cause__, ApiException) and error.__cause__.status == 404:
                 return None  # a gateway that does not pass it on
@@ -209,8 +201,21 @@ class KubeflowPipelines:
         return self._create("run_id", find, lambda: self._runs.run_service_create_run(run=run), before, look)
 
     def run(self, run_id: str) -> Any:
-        """A run as it is now, with its tasks."""
-        return self._ask(lambda: _known(self._runs.run_service_get_run(run_id=run_id), "run_id"))
+        """A run as it is now.
+
+        The version without MLMD tells of its tasks on demand, in a field that the generated model does not know: they
+        are in the attribute `tasks`, as plain values.
+        """
+
+        def read() -> Any:
+            told = self._get(f"runs/{run_id}")
+            if told.get("task_count"):
+                told = self._get(f"runs/{run_id}", view="FULL")
+            run = self._client.deserialize(SimpleNamespace(data=json.dumps(told)), "V2beta1Run")
+            run.tasks = told.get("tasks") or []
+            return _known(run, "run_id")
+
+        return self._ask(read)
 
     def recurring_runs_named(self, name: str, experiment_id: str) -> list[Any]:
         """All recurring runs of exactly that name in an experiment."""
@@ -241,6 +246,20 @@ class KubeflowPipelines:
         """A recurring run as the server keeps it."""
         call = self._recurring.recurring_run_service_get_recurring_run
         return self._ask(lambda: _known(call(recurring_run_id=recurring_run_id), "recurring_run_id"))
+
+    def _get(self, path: str, **query: str) -> dict[str, Any]:
+        """An answer as plain values, where the generated models leave something out."""
+        answer = self._client.call_api(
+            f"/apis/v2beta1/{path}",
+            "GET",
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json"},
+            response_type="object",
+            _return_http_data_only=True,
+        )
+        if not isinstance(answer, dict):
+            raise ValueError("it is no object")
+        return answer
 
     def _kubectl(self, kind: str) -> str:
         return f"kubectl get {kind} -n {self.namespace or 'kubeflow'}"

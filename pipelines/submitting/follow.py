@@ -98,7 +98,8 @@ def ending(followed: Followed, namespace: str) -> list[str]:
 
 
 def _failure(state: StepState, namespace: str) -> str:
-    log = f"; its log: `kubectl logs -n {namespace} {state.pod} -c main`" if state.pod else ""
+    log = f": {state.message}" if state.message else ""
+    log += f"; its log: `kubectl logs -n {namespace} {state.pod} -c main`" if state.pod else ""
     if state.driver:
         return f"{state.name} was not started: Kubeflow's driver for it failed{log}"
     tried = f" in attempt {state.attempts}" if state.attempts > 1 else ""

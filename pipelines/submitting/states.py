@@ -9,17 +9,19 @@ has not ended ends in the year 1 or in 1970. No task has an error or the name of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from pipelines.graph import Step
+from pipelines.graph import COMPONENT_PREFIX, Step
 from pipelines.submitting.api import LIVE
 from pipelines.submitting.nodes import Node, nodes_of
 
 SUCCEEDED, FAILED, SKIPPED, RUNNING, REUSED = "SUCCEEDED", "FAILED", "SKIPPED", "RUNNING", "REUSED"
 CANCELING, CANCELED = "CANCELING", "CANCELED"
 ENDED = frozenset({SUCCEEDED, REUSED, SKIPPED, FAILED})
+POD_KINDS = ("EXECUTOR", "DRIVER")
 POD_SECONDS = 2.0
 """No pod starts, runs and is seen to end within so little: a step that took less was reused."""
 
@@ -36,6 +38,7 @@ class StepState:
         pod: The latest attempt's, or the driver's where that failed; empty where it is not known.
         driver: It did not start, since Kubeflow's driver failed.
         loop: The loop that it is in; empty outside of loops.
+        message: What Kubeflow says of its failure; only the version without MLMD says something.
     """
 
     name: str
@@ -45,6 +48,7 @@ class StepState:
     pod: str = ""
     driver: bool = False
     loop: str = ""
+    message: str = ""
 
 
 def read_states(run: Any, spec: dict[str, Any], steps: Sequence[Step]) -> list[StepState]:
@@ -55,6 +59,8 @@ def read_states(run: Any, spec: dict[str, Any], steps: Sequence[Step]) -> list[S
         spec: The pipeline spec.
         steps: Its steps.
     """
+    if run.tasks:
+        return read_tasks(run.tasks, spec, steps)
     tasks = (run.run_details and run.run_details.task_details) or []
     nodes = nodes_of(spec, frozenset(each for task in tasks for each in _children(task)))
     known = {step.component: step for step in steps}
@@ -70,6 +76,71 @@ def read_states(run: Any, spec: dict[str, Any], steps: Sequence[Step]) -> list[S
                 latest[key] = (task, node)
     found = sorted(latest.values(), key=lambda each: (_start(each[0]), order.get(each[1].component, len(order))))
     return [_state(task, node, known.get(node.component)) for task, node in found]
+
+
+def read_tasks(tasks: Sequence[Mapping[str, Any]], spec: dict[str, Any], steps: Sequence[Step]) -> list[StepState]:
+    """Return the same from the record of the version without MLMD.
+
+    There a task says which it is (`scope_path`: `root.teacher.evaluate`), in which round of a loop its parent is, and
+    the names of its pods; a step that is reused is CACHED (backend/api/v2beta1/run.proto, branch mlmd-removal).
+    """
+    known = {step.component: step for step in steps}
+    by_id = {task.get("task_id"): task for task in tasks}
+    states = []
+    for task in sorted(tasks, key=lambda task: str(task.get("create_time"))):
+        step = known.get(_component_at(str(task.get("scope_path", "")), spec))
+        state = {"CACHED": REUSED}.get(str(task.get("state")), str(task.get("state")))
+        if step is None or state not in {*ENDED, RUNNING}:
+            continue
+        pods = {kind: [pod["name"] for pod in task.get("pods") or [] if pod.get("type") == kind] for kind in POD_KINDS}
+        begun, ended = _time(task.get("create_time")), _time(task.get("end_time"))
+        driver = state == FAILED and not pods["EXECUTOR"]
+        states.append(
+            StepState(
+                f"{step.name}{_round(_iteration(task, by_id))}",
+                state,
+                max(ended - begun, 0.0) if state in ENDED else 0.0,
+                len(pods["EXECUTOR"]),
+                next(iter((pods["EXECUTOR"] or pods["DRIVER"])[-1:]), ""),
+                driver=driver,
+                loop=step.loop,
+                message=str((task.get("status_metadata") or {}).get("message") or ""),
+            )
+        )
+    return states
+
+
+def _component_at(scope: str, spec: dict[str, Any]) -> str:
+    """The component of the task at a path; empty where there is none."""
+    component, name = spec["root"], ""
+    for key in scope.split(".")[1:]:
+        task = component.get("dag", {}).get("tasks", {}).get(key)
+        if task is None:
+            return ""
+        name = task["componentRef"]["name"]
+        component = spec["components"][name]
+    return name.removeprefix(COMPONENT_PREFIX)
+
+
+def _iteration(task: Mapping[str, Any], by_id: Mapping[Any, Mapping[str, Any]]) -> int | None:
+    """In which round of a loop a task is; None outside of loops."""
+    above: Mapping[str, Any] | None = task
+    for _ in by_id:
+        if above is None:
+            return None
+        index = (above.get("type_attributes") or {}).get("iteration_index")
+        if index is not None:
+            return int(index)
+        above = by_id.get(above.get("parent_task_id"))
+    return None
+
+
+def _time(text: Any) -> float:
+    return datetime.fromisoformat(str(text)).timestamp() if text else 0.0
+
+
+def _round(iteration: int | None) -> str:
+    return f" (iteration {iteration + 1})" if iteration is not None else ""
 
 
 def was_cancelled(run: Any) -> bool:
@@ -97,8 +168,7 @@ def _node_of(task: Any, nodes: Sequence[Node]) -> Node | None:
 
 
 def _state(task: Any, node: Node, step: Step | None) -> StepState:
-    round_ = f" (iteration {node.iteration + 1})" if node.iteration is not None else ""
-    name = f"{step.name if step else node.title}{round_}"
+    name = f"{step.name if step else node.title}{_round(node.iteration)}"
     pod = node.pods[-1] if node.pods else ""
     loop = step.loop if step else ""
     if node.driver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from skd_lib.errors import SkdError
@@ -23,13 +24,13 @@ def text(version: Version) -> str:
     return ".".join(map(str, version))
 
 
-def read_version(healthz: Any) -> Version | None:
+def read_version(healthz: Mapping[str, Any]) -> Version | None:
     """Return the version in the answer to `/apis/v2beta1/healthz`; None where it does not say.
 
     The API server calls it `tag_name`, and the page's server, which answers in its place behind the dashboard,
     `apiServerTagName`; one that was built from source says "unknown".
     """
-    said = (healthz.get("tag_name") or healthz.get("apiServerTagName")) if isinstance(healthz, dict) else None
+    said = healthz.get("tag_name") or healthz.get("apiServerTagName")
     found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", str(said or ""))
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 

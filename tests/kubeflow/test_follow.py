@@ -38,6 +38,7 @@ def record(state: str, *workflows: FakeWorkflow, history: tuple[str, ...] = ()) 
 def states_of(*workflows: FakeWorkflow) -> dict[str, StepState]:
     body = json.dumps({"run_id": "r", **record("RUNNING", *workflows)})
     run = API.deserialize(SimpleNamespace(data=body), "V2beta1Run")
+    run.tasks = []
     spec = workflows[0].spec
     return {state.name: state for state in read_states(run, spec, read_steps(spec))}
 
@@ -205,3 +206,42 @@ def test_without_a_failed_step_no_pod_is_made_up(kfp: FakeKfp, api: KubeflowPipe
     _, end = followed(kfp, api, demo, [{"state": "FAILED"}])
     assert isinstance(end, Followed)
     assert ending(end, "")[1].startswith("Kubeflow names no step that failed: look at `kubectl get pods")
+
+
+def later(scope: str, state: str, **more: Any) -> dict[str, Any]:
+    """A task as the version without MLMD tells of it."""
+    times = {"create_time": "2026-01-01T00:00:00Z", "end_time": "2026-01-01T00:02:00Z"}
+    return {
+        "task_id": scope,
+        "scope_path": f"root.exit-handler-1.{scope}",
+        "state": state,
+        "type": "RUNTIME",
+        **times,
+        **more,
+    }
+
+
+def test_the_version_without_mlmd_is_read(kfp: FakeKfp, api: KubeflowPipelines, demo: RunConfig):
+    pods = [{"name": "d", "type": "DRIVER"}, {"name": "e-1", "type": "EXECUTOR"}, {"name": "e-2", "type": "EXECUTOR"}]
+    loop = later("for-loop-3", "RUNNING", type="LOOP", type_attributes={"iteration_index": "1"})
+    tasks = [
+        later("teacher", "FAILED", type="DAG"),
+        later("teacher.import-model", "CACHED"),
+        later("teacher.evaluate", "FAILED", pods=pods, status_metadata={"message": "exit code 1"}),
+        later("students.evaluate", "FAILED", pods=pods[:1], status_metadata={"message": "no such input"}),
+        loop,
+        later("for-loop-3.evaluate", "SUCCEEDED", pods=pods[:2], parent_task_id="for-loop-3"),
+    ]
+    lines, end = followed(kfp, api, demo, [{"state": "FAILED", "task_count": 6, "tasks": tasks}], loop=True)
+    assert [line.partition("] ")[2] for line in lines] == [
+        "import_model: unchanged, reused",
+        "evaluate-teacher: FAILED after 2 min 00 s",
+        "evaluate-before: NOT STARTED, Kubeflow's driver for it failed",
+        "evaluate-trial (iteration 2): done in 2 min 00 s",
+    ]
+    assert ending(end, "")[1:] == [
+        "evaluate-teacher failed in attempt 2 after 2 min 00 s: exit code 1; "
+        "its log: `kubectl logs -n kubeflow e-2 -c main`",
+        "evaluate-before was not started: Kubeflow's driver for it failed: no such input; "
+        "its log: `kubectl logs -n kubeflow d -c main`",
+    ]
