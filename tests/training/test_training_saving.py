@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_task import run
-from transformers import PreTrainedModel
+from tiny_task import AtStep, run, saved
+from transformers import PreTrainedModel, TrainerCallback
 
 from skd_lib import machine
-from skd_lib.training.checkpoints import Attempt
+from skd_lib.errors import Preempted
+from skd_lib.training.checkpoints import MARKER, Attempt
 
 EVERY_STEP = 1e-9
 """Minutes."""
@@ -88,9 +90,9 @@ def test_without_room_for_a_copy_training_waits(
     assert "host memory has no room for a copy" in caplog.text
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_training(
-    student: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that writes checkpoints finds no space."""
     save = torch.save
 
     def full(states: Any, file: Any, *args: Any) -> None:
@@ -99,6 +101,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training(
         save(states, file, *args)
 
     monkeypatch.setattr(torch, "save", full)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(student: PreTrainedModel, tmp_path: Path) -> None:
     steps: list[int] = []
     with pytest.raises(OSError, match="No space left on device"):
         run(
@@ -113,6 +119,31 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training(
         )
     assert steps[-1] < 100
     assert not list(tmp_path.glob("*/*/complete"))
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_after_sigterm_nothing_is_claimed_that_is_not_done(student: PreTrainedModel, tmp_path: Path) -> None:
+    stop: list[TrainerCallback] = [AtStep(2, signal.SIGTERM)]
+    with pytest.raises(OSError, match="No space left on device"):
+        run(student, None, tmp_path, method="sft", callbacks=stop)
+
+
+def test_after_sigterm_nothing_is_said_before_it_is_done(
+    student: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = Attempt.commit
+
+    def watched(*args: Any) -> str:
+        assert not caplog.records
+        return commit(*args)
+
+    monkeypatch.setattr(Attempt, "commit", watched)
+    stop: list[TrainerCallback] = [AtStep(2, signal.SIGTERM)]
+    with caplog.at_level("WARNING", "skd_lib"), pytest.raises(Preempted) as told:
+        run(student, None, tmp_path, method="sft", callbacks=stop)
+    place = saved(tmp_path, 2)
+    assert str(told.value).startswith(f"stopped by SIGTERM after optimiser step 2; its checkpoint is {place}\n")
+    assert (place / MARKER).exists()
 
 
 def test_free_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
