@@ -28,6 +28,7 @@ from skd_lib.config import MultinodeConfig
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request, check_reachable
 from skd_lib.multinode.manifest import job_name, train_job
+from skd_lib.steps.kfp_call import current_call
 from skd_lib.steps.runtime import StepIO
 
 if TYPE_CHECKING:
@@ -47,17 +48,17 @@ class Work:
 
     Attributes:
         step: Module name under `skd_lib.steps`.
-        options: Values of its options, but for inputs, outputs and executor input; its config without `multinode`.
+        options: Values of its options, but for inputs and outputs; its config without `multinode`.
         inputs: Local paths of the input artifacts; options and artifacts have the same names.
         outputs: Names of the output artifacts, by option.
-        executor_input: KFP's executor input.
+        executor_input: KFP's executor input, for steps that are called in the old way.
     """
 
     step: str
     options: Mapping[str, str]
     inputs: Mapping[str, Path]
     outputs: Mapping[str, str]
-    executor_input: str | None
+    executor_input: str | None = None
 
 
 def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
@@ -116,6 +117,7 @@ def _start(
             options=dict(work.options),
             inputs=uris,
             outputs=dict(work.outputs),
+            artifacts=dict(current_call().artifacts),
             executor_input=work.executor_input or "",
         )
     )

@@ -32,7 +32,8 @@ class Request(BaseModel):
         options: Values of the step's options, without those below.
         inputs: URIs of the inputs, by option.
         outputs: Names of the outputs, by option.
-        executor_input: KFP's executor input, for the inputs' metadata and the outputs' URIs.
+        artifacts: URIs under which the outputs will be found, by name.
+        executor_input: KFP's executor input, for steps that are called in the old way.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +42,8 @@ class Request(BaseModel):
     options: dict[str, str]
     inputs: dict[str, str]
     outputs: dict[str, str]
-    executor_input: str
+    artifacts: dict[str, str] = {}
+    executor_input: str = ""
 
 
 @dataclass(frozen=True)

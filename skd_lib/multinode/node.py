@@ -28,6 +28,7 @@ import typer
 from skd_lib import storage
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request
+from skd_lib.steps.kfp_call import Call
 from skd_lib.steps.runtime import RESULT_ENV, run_step
 
 log = logging.getLogger(__name__)
@@ -67,16 +68,18 @@ def step_command(request: Request, folder: Path) -> list[str]:
         request: What the nodes are to do.
         folder: Holds the inputs, by name, under `inputs`.
     """
-    task = json.loads(request.executor_input)
-    task.setdefault("outputs", {})["outputFile"] = str(folder / EXECUTOR_OUTPUT)
+    call = Call(True, folder / EXECUTOR_OUTPUT, request.artifacts)
     options = {
         **request.options,
         **{name: str(folder / "inputs" / name) for name in request.inputs},
         **{option: str(folder / "outputs" / name) for option, name in request.outputs.items()},
-        "executor_input": json.dumps(task),
     }
+    if request.executor_input:
+        task = json.loads(request.executor_input)
+        task.setdefault("outputs", {})["outputFile"] = str(folder / EXECUTOR_OUTPUT)
+        options["executor_input"] = json.dumps(task)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    return ["-m", f"skd_lib.steps.{request.step}", *words]
+    return ["-m", f"skd_lib.steps.{request.step}", *words, *call.words()]
 
 
 class _Child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from skd_lib.multinode.cluster import Cluster
 from skd_lib.multinode.coordinate import Work, train_on_nodes
 from skd_lib.multinode.exchange import Exchange
 from skd_lib.multinode.logs import Unseen, whole_lines
+from skd_lib.multinode.node import step_command
+from skd_lib.steps.kfp_call import Call, called, take_call
 from skd_lib.steps.runtime import StepIO
 from tests.multinode.fake_kubernetes import FakeKubernetes, running
 
@@ -40,29 +43,23 @@ class Step:
 
     def __init__(self, folder: Path, root: str) -> None:
         self.folder = folder
-        kinds = {"inputs": ("student", "data"), "outputs": ("model", "metrics")}
-        artifacts = {
-            kind: {
-                name: {"artifacts": [{"name": name, "uri": f"memory://bucket/{name}", "metadata": {}}]}
-                for name in names
-            }
-            for kind, names in kinds.items()
-        }
-        task = {
-            "inputs": {"artifacts": artifacts["inputs"]},
-            "outputs": {"artifacts": artifacts["outputs"], "outputFile": str(folder / "output.json")},
-        }
-        self.io = StepIO(json.dumps(task), {"model": folder / "model", "metrics": folder / "metrics.json"})
+        self.call = Call(
+            launched=True,
+            output_file=folder / "output.json",
+            artifacts={name: f"memory://bucket/{name}" for name in ("model", "metrics")},
+            inputs={name: f"memory://bucket/{name}" for name in ("student", "data")},
+        )
         self.work = Work(
             step="distill",
             options={"checkpoint_root": root, "config": "{}"},
             inputs={"student": folder, "data": folder},
             outputs={"model_out": "model", "metrics_out": "metrics"},
-            executor_input=json.dumps(task),
         )
 
     def run(self, **settings: Any) -> dict[str, Any]:
-        train_on_nodes(self.work, MultinodeConfig(**{"nodes": 2, **settings}), self.io)
+        with called(self.call):
+            io = StepIO({"model": self.folder / "model", "metrics": self.folder / "metrics.json"})
+            train_on_nodes(self.work, MultinodeConfig(**{"nodes": 2, **settings}), io)
         written: dict[str, Any] = json.loads((self.folder / "output.json").read_text())
         return written
 
@@ -82,14 +79,20 @@ def publish(job: dict[str, Any]) -> None:
     (uri,) = job["spec"]["trainer"]["args"]
     request = Exchange(uri).request()
     assert request.inputs == {"student": "memory://bucket/student", "data": "memory://bucket/data"}
-    folder = Path(json.loads(request.executor_input)["outputs"]["outputFile"]).parent / "node"
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    (folder / "model" / "weights").write_text("trained")
-    (folder / "metrics.json").write_text("{}")
-    io = StepIO(None, {"model": folder / "model", "metrics": folder / "metrics.json"})
-    io.metadata("model", weights_sha256="abc")
-    io.parameter("course", {"steps": [1, 2]})
-    Exchange(uri).publish(io.paths, io.write())
+    with tempfile.TemporaryDirectory() as folder:
+        words, call = take_call(step_command(request, Path(folder))[2:])
+        assert words[-4:] == ["--model-out", f"{folder}/outputs/model", "--metrics-out", f"{folder}/outputs/metrics"]
+        with called(call):
+            io = StepIO({name: Path(folder) / "outputs" / name for name in ("model", "metrics")})
+        (io.paths["model"]).mkdir()
+        (io.paths["model"] / "weights").write_text("trained")
+        io.paths["metrics"].write_text("{}")
+        assert io.output_uri("model") == "memory://bucket/model"
+        io.metadata("model", weights_sha256="abc")
+        io.parameter("course", {"steps": [1, 2]})
+        written = io.write()
+        assert written is not None
+        Exchange(uri).publish(io.paths, written)
 
 
 EXCEEDED = "DeadlineExceeded"
@@ -394,7 +397,7 @@ def test_a_job_that_somebody_deletes_fails_the_step(kubernetes: FakeKubernetes, 
 def test_places_that_nodes_cannot_reach_are_refused(step: Callable[[], Step], tmp_path: Path) -> None:
     attempt = step()
     with pytest.raises(SkdError, match=r"input student is at /(.|\n)*gs:// pipeline root"):
-        train_on_nodes(attempt.work, MultinodeConfig(nodes=2), StepIO(None, {}))
+        train_on_nodes(attempt.work, MultinodeConfig(nodes=2), StepIO({}))
     local = Step(tmp_path / "local", str(tmp_path))
     with pytest.raises(SkdError, match="checkpoint_root is at /"):
         local.run()
@@ -471,6 +474,6 @@ def test_of_several_processes_in_the_steps_pod_one_asks(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     attempt = step()
-    train_on_nodes(attempt.work, MultinodeConfig(nodes=2), attempt.io)
+    train_on_nodes(attempt.work, MultinodeConfig(nodes=2), StepIO({}))
     assert kubernetes.jobs == {}
     assert not (attempt.folder / "output.json").exists()
