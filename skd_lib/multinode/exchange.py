@@ -113,5 +113,6 @@ def check_reachable(uris: Mapping[str, str]) -> None:
             raise SkdError(
                 f"{what} is at {uri or '(nowhere)'}, where the nodes of a TrainJob cannot get at it",
                 where="multinode",
-                hint="use a gs:// pipeline root and a gs:// checkpoint_root, or other object storage that is read here",
+                hint="give the run a pipeline root in gs:// (`skd submit --pipeline-root`) and the namespace a "
+                "`checkpoint-root` there (ConfigMap `skd-settings`), or other object storage that is read here",
             )

@@ -396,7 +396,7 @@ def test_a_job_that_somebody_deletes_fails_the_step(kubernetes: FakeKubernetes, 
 
 def test_places_that_nodes_cannot_reach_are_refused(step: Callable[[], Step], tmp_path: Path) -> None:
     attempt = step()
-    with pytest.raises(SkdError, match=r"input student is at /(.|\n)*gs:// pipeline root"):
+    with pytest.raises(SkdError, match=r"input student is at /(.|\n)*--pipeline-root"):
         train_on_nodes(attempt.work, MultinodeConfig(nodes=2), StepIO({}))
     local = Step(tmp_path / "local", str(tmp_path))
     with pytest.raises(SkdError, match="checkpoint_root is at /"):
