@@ -182,4 +182,4 @@ class PipelineClosing(BaseModel):
 
 def _is_own(run: Run, place: Place) -> bool:
     """Whether a run is that of the step that closes the others."""
-    return run.info.run_id == place.mlflow_run_id or run.info.run_name == OWN_STEP
+    return bool(run.info.run_name == OWN_STEP or run.info.run_id == place.mlflow_run_id)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def ask(run_id: str) -> Seen:
         run_id: The pipeline run; empty: nothing is asked.
 
     Environment:
-        KF_PIPELINES_ENDPOINT: the API's address; unset: that of the service `ml-pipeline`, in a cluster.
+        KF_PIPELINES_ENDPOINT: the API's address; unset: in a cluster that of the service `ml-pipeline`,
+            which Kubernetes or KFP's launcher, which has started this process, was told of.
         KF_PIPELINES_SA_TOKEN_PATH: file with a token for it; unset: where Kubeflow mounts one, if it does.
     """
     host = _host()
@@ -122,7 +124,26 @@ def _host() -> str:
         return host.rstrip("/")
     if service := os.environ.get("ML_PIPELINE_SERVICE_HOST"):  # in the API's own namespace
         return f"http://{service}:{os.environ.get('ML_PIPELINE_SERVICE_PORT') or 8888}"
-    return "http://ml-pipeline.kubeflow:8888" if any(map(os.environ.get, _IN_CLUSTER)) else ""
+    if not any(map(os.environ.get, _IN_CLUSTER)):
+        return ""
+    return _told_to(_launcher()) or "http://ml-pipeline.kubeflow:8888"
+
+
+def _launcher() -> list[str]:
+    """Command line of KFP's launcher, which has started this process."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def _told_to(launcher: Sequence[str]) -> str:
+    """The API's address as KFP's driver tells it to the launcher (from 2.16 on); empty if it does not."""
+    words = [part for word in launcher for part in word.split("=", 1)]
+    told = dict(pairwise(words))
+    address = told.get("--ml_pipeline_server_address", "")
+    scheme = "https" if told.get("--ml_pipeline_tls_enabled") == "true" else "http"
+    return f"{scheme}://{address}:8888" if address else ""
 
 
 def _token() -> str:

@@ -65,7 +65,7 @@ def locate(client: MlflowClient, place: Place, *, reopen: bool) -> dict[str, Run
     Args:
         client: Of the store.
         place: Where the step logs to.
-        reopen: The step is running: its runs are marked so, and the attempt as the latest.
+        reopen: The step is running: its runs are marked so, and the attempt as the latest, with no error yet.
 
     Raises:
         SkdError: the experiment was deleted.
@@ -79,6 +79,8 @@ def locate(client: MlflowClient, place: Place, *, reopen: bool) -> dict[str, Run
         step = runs["step"]
         if step.data.tags.get(ATTEMPT_TAG) != str(place.started):
             client.set_tag(step.info.run_id, ATTEMPT_TAG, str(place.started))
+            if ERROR_TAG in step.data.tags:
+                client.delete_tag(step.info.run_id, ERROR_TAG)  # of an attempt before this one
     return runs
 
 

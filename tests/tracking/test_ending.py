@@ -320,6 +320,21 @@ def test_the_api_is_asked_once_with_the_pods_token(
     assert kubeflow.ask("run-1").known
 
 
+def test_where_the_api_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kubeflow.HOST_VARIABLE, raising=False)
+    assert kubeflow._host() == ""
+    monkeypatch.setenv("KFP_POD_NAME", "finish-pod")
+    assert kubeflow._host() == "http://ml-pipeline.kubeflow:8888"
+    server = ["--ml_pipeline_server_address", "ml-pipeline.team.svc.cluster.local", "--ml_pipeline_server_port", "8887"]
+    launcher = ["launcher-v2", "--pipeline_name", "a=b", *server, "--ml_pipeline_tls_enabled=false", "--", "python3"]
+    monkeypatch.setattr(kubeflow, "_launcher", lambda: launcher)
+    assert kubeflow._host() == "http://ml-pipeline.team.svc.cluster.local:8888"
+    monkeypatch.setattr(kubeflow, "_launcher", lambda: [*launcher, "--ml_pipeline_tls_enabled=true"])
+    assert kubeflow._host() == "https://ml-pipeline.team.svc.cluster.local:8888"
+    monkeypatch.setenv("ML_PIPELINE_SERVICE_HOST", "10.0.0.1")
+    assert kubeflow._host() == "http://10.0.0.1:8888"
+
+
 def test_a_run_that_is_run_again_after_its_end_has_the_later_end(
     store: str, client: MlflowClient, api: Api, end: Callable[..., Message]
 ) -> None:

@@ -72,7 +72,7 @@ class Pipeline:
 
     def decide(self, chrf: float, champion: dict[str, Any], **registry: Any) -> tuple[str, str]:
         tracking = ("--tracking-uri", self.store, "--experiment", EXPERIMENT)
-        found = measured(chrf, champion=Rival.model_validate(champion), registry=registry)
+        found = measured(chrf, champion=Rival.model_validate(champion), **registry)
         decided = run_in(self.out, gate, "--measured", found, *tracking)
         return decided["promote"], decided["reason"]
 

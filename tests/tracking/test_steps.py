@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from skd_lib.config import MetricName
+from skd_lib.config import MetricName, RegistryConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import Prediction
 from skd_lib.models.files import weights_digest
@@ -57,10 +57,14 @@ def specdec(speedup: float) -> dict[str, Any]:
     return {**figures, "gamma": 5, "temperature": 0.0, "ties": 0, "seconds": 3.0, "tokens": 9}
 
 
-def measured(value: float, champion: Rival | None = None, *, metric: MetricName = "chrf", **changes: Any) -> str:
+def measured(value: float, champion: Rival | None = None, *, metric: MetricName = "chrf", **registry: Any) -> str:
     """What `report` hands on."""
-    found = Measured(task_metric=metric, student={metric: value}, champion=champion or Rival())
-    return json.dumps(found.to_parameter() | changes)
+    return Measured(
+        task_metric=metric,
+        student={metric: value},
+        champion=champion or Rival(),
+        registry=RegistryConfig(**registry),
+    ).to_parameter()
 
 
 def student(folder: Path, number: int, **lineage: Any) -> Path:
@@ -132,9 +136,9 @@ def test_from_figures_to_a_registered_champion(
         options = [word for name, path in inputs.items() for word in (name, str(path))]
         named = ("--run-name", "demo", "--task-config", '{"metrics": ["chrf"]}')
         found = run_in(folder, report, *options, *named, *tracking)["measured"]
-        decided = run_in(folder, gate, "--measured", json.dumps(found), *tracking)
+        decided = run_in(folder, gate, "--measured", found, *tracking)
         verdict = ("--promote", decided["promote"], "--reason", decided["reason"])
-        registered = ("--student", str(trained), "--measured", json.dumps(found))
+        registered = ("--student", str(trained), "--measured", found)
         version = run_in(folder, register_model, *registered, *verdict, *tracking)["version"]
         run(finish, "--status", '{"state": "SUCCEEDED"}', *tracking)
         return {**decided, "version": version}
