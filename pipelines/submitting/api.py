@@ -48,7 +48,7 @@ class Unsettled(SkdError):
 class KubeflowPipelines:
     """The API of one Kubeflow Pipelines server. Safe to use from several threads.
 
-    Reading is repeated while the server is away, for about a minute. Creating is repeated where that cannot make two:
+    Reading is repeated while the server is away, for a minute or two. Creating is repeated where that cannot make two:
     where the server keeps names unique (experiments, pipelines, versions), and where the request did not reach it.
     Of runs and recurring runs it may have made one that it does not list, so that these are only looked for.
 
@@ -105,8 +105,9 @@ class KubeflowPipelines:
             # The generated model of this answer leaves the version out.
             return self._ask(lambda: read_version(self._get("healthz")))
         except SkdError as error:
-            if isinstance(error.__cause__, ApiException) and error.__cause__.status == 404:
-                return None  # a gateway that does not pass it on
+            refusal = error.__cause__
+            if isinstance(refusal, ApiException) and refusal.status in (403, 404):
+                return None  # a gateway that does not pass this path on
             raise
 
     def experiment(self, name: str) -> str:

@@ -55,7 +55,7 @@ def follow(
     """Say of a run's steps when they start and end, until it has ended.
 
     Raises:
-        SkdError: the server cannot be reached for a minute, or no longer accepts our credentials; the run goes on.
+        SkdError: the server cannot be reached for long, or no longer accepts our credentials; the run goes on.
     """
     shown = _Shown(steps, say)
     cancelled = False

@@ -24,6 +24,8 @@ from skd_lib.errors import SkdError
 TIMEOUT_SECONDS = (10, 60)  # to connect, and for an answer
 READ_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Before each further attempt at a request that only reads, in units of the client's `backoff`: about a minute."""
+PATIENCE_SECONDS = 100
+"""After so long nothing is asked again: for each answer of a server that hangs `TIMEOUT_SECONDS` are waited."""
 TIMEOUT, TOO_MANY = 408, 429
 _UNREADABLE = "Failed to parse"  # the generated client's words
 
@@ -62,14 +64,17 @@ class Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
     def request(self, method: str, url: str, headers: Any = None, _request_timeout: Any = None, **options: Any) -> Any:
         if method != "GET":
             return self._authorised(method, url, headers, **options)
+        begun = time.monotonic()
         for number, pause in enumerate(READ_PAUSES):
             try:
                 return self._authorised(method, url, headers, **options)
             except (ApiException, HTTPError) as error:
                 if isinstance(error, ApiException) and not _may_pass(error.status):
                     raise
+                if time.monotonic() - begun > PATIENCE_SECONDS:
+                    raise
                 if number == 0:
-                    self._notice(f"the server does not answer ({briefly(error)}): asking again for about a minute")
+                    self._notice(f"the server does not answer ({briefly(error)}): asking again for a minute or two")
             time.sleep(pause * self._backoff)
         return self._authorised(method, url, headers, **options)
 
