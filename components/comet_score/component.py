@@ -15,7 +15,7 @@ def comet_score(
     task_config: str,
     seed: int,
     segments: dsl.Output[dsl.Artifact],
-    scores: dsl.OutputPath(dict),
+    scores: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:
     """Score all models' answers with COMET.
 

@@ -1,7 +1,5 @@
 """KFP component `compare_table`: put all trials of a comparison into one table."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -14,9 +12,9 @@ def compare_table(
     evaluations: dsl.Input[list[dsl.Artifact]],
     drafts: dsl.Input[list[dsl.Artifact]],
     teacher_evaluations: dsl.Input[dsl.Artifact],
-    config: dict[str, Any],
-    evaluation_config: dict[str, Any],
-    task_config: dict[str, Any],
+    config: str,
+    evaluation_config: str,
+    task_config: str,
     seed: int,
     report: dsl.Output[dsl.Markdown],
     figures: dsl.Output[dsl.Metrics],

@@ -1,7 +1,5 @@
 """KFP component `evaluate`: score a model's greedy answers on the test set and the held-out sets."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -13,8 +11,8 @@ def evaluate(
     model: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
     role: str,
-    config: dict[str, Any],
-    task_config: dict[str, Any],
+    config: str,
+    task_config: str,
     seed: int,
     label: str,
     evaluation: dsl.Output[dsl.Artifact],

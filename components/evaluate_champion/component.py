@@ -1,7 +1,5 @@
 """KFP component `evaluate_champion`: measure the registered champion as the new student has been."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -13,10 +11,10 @@ def evaluate_champion(
     student: dsl.Input[dsl.Model],
     teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    registry_config: dict[str, Any],
-    evaluation_config: dict[str, Any],
-    specdec_config: dict[str, Any],
-    task_config: dict[str, Any],
+    registry_config: str,
+    evaluation_config: str,
+    specdec_config: str,
+    task_config: str,
     seed: int,
     champion: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:

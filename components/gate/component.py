@@ -1,7 +1,5 @@
 """KFP component `gate`: decide whether the student becomes the champion."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -10,7 +8,7 @@ from components.images import TRAIN
 
 @dsl.container_component
 def gate(
-    measured: dict[str, Any],
+    measured: str,
     promote: dsl.OutputPath(str),
     reason: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:

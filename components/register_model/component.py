@@ -1,7 +1,5 @@
 """KFP component `register_model`: register the student in MLflow, by URI."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -11,7 +9,7 @@ from components.images import TRAIN
 @dsl.container_component
 def register_model(
     student: dsl.Input[dsl.Model],
-    measured: dict[str, Any],
+    measured: str,
     promote: str,
     reason: str,
     version: dsl.OutputPath(str),

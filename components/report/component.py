@@ -1,7 +1,5 @@
 """KFP component `report`: put the run's figures on one page."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -11,16 +9,16 @@ from components.images import TRAIN
 @dsl.container_component
 def report(
     run_name: str,
-    task_config: dict[str, Any],
-    registry_config: dict[str, Any],
+    task_config: str,
+    registry_config: str,
     teacher_evaluations: dsl.Input[dsl.Artifact],
     student_evaluations: dsl.Input[dsl.Artifact],
     drafts: dsl.Input[dsl.Artifact],
     champion: dsl.Input[dsl.Artifact],
-    comet: dict[str, Any],
+    comet: str,
     report: dsl.Output[dsl.HTML],
     figures: dsl.Output[dsl.Metrics],
-    measured: dsl.OutputPath(dict),
+    measured: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:
     """Put the run's figures on one page.
 

@@ -33,8 +33,8 @@ class TableConfig(Section):
     model_config = ConfigDict(extra="ignore")
 
     reference: str = Field("", description="The variant that the others are tested against; empty: the first.")
-    trials: list[Trial] = Field([], description="All that were run, in the order of the table.")
-    skipped: list[SkippedTrial] = Field([], description="Those left out.")
+    trials: list[Trial] = Field([], description="In the order of the table; without or with those that were skipped.")
+    skipped: list[SkippedTrial] = Field([], description="Those that were not run.")
 
 
 def collect(
@@ -65,7 +65,8 @@ def collect(
         label: measured["after"].figures() for label, measured in map(read_drafts, drafts) if "after" in measured
     }
     done = [trial for trial in table.trials if trial.label in found]
-    lost = [trial for trial in table.trials if trial.label not in found]
+    told = found.keys() | {trial.label for trial in table.skipped}
+    lost = [trial for trial in table.trials if trial.label not in told]
     results = [
         *(trial_result(trial, found[trial.label], figures.get(trial.label, {})) for trial in done),
         *(_without_model(trial, "no evaluation of its student came to the table") for trial in lost),

@@ -1,17 +1,18 @@
 """What the gate and the registry need of a run's figures, as one short parameter of the pipeline.
 
 Kubeflow keeps a parameter about a dozen times for each step that reads it, so this stays below 2 kB. What decides is
-exact; texts are cut off.
+exact; texts are cut off. It is JSON that arrives as it was sent (`skd_lib.ascii_json`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
+from skd_lib.ascii_json import ascii_json
 from skd_lib.config import MetricName, RegistryConfig, Section, parse_section
 from skd_lib.errors import SkdError
 from skd_lib.report.summary import Comet, Scores, Specdec
@@ -34,9 +35,9 @@ class Measured(Section):
     comet_missing: str = Field("", description="Why COMET is missing; empty where it is not, or was not asked for.")
     registry: RegistryConfig = RegistryConfig()
 
-    def to_parameter(self) -> dict[str, Any]:
-        """As plain JSON values, without what is at its default."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+    def to_parameter(self) -> str:
+        """As JSON, without what is at its default."""
+        return ascii_json(self.model_dump(mode="json", exclude_defaults=True))
 
 
 def measured(
@@ -54,12 +55,12 @@ def measured(
     }
     return Measured(
         task_metric=task_metric,
-        student={name: score.score for name, score in scores.items()},
+        student=_finite({name: score.score for name, score in scores.items()}),
         signatures=_short({name: score.signature for name, score in scores.items() if score.signature}),
         draft={} if draft is None else draft.figures(),
         champion=champion.model_copy(
             update={
-                "figures": {**champion.figures, **comet.figures("champion")},
+                "figures": _finite({**champion.figures, **comet.figures("champion")}),
                 **_short({"missing": champion.missing, "undrafted": champion.undrafted}),
             }
         ),
@@ -81,6 +82,10 @@ def read_champion(folder: Path) -> Rival:
         hint = "name a folder that step `evaluate_champion` wrote"
         raise SkdError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
     return parse_section(Rival, text, where=str(file))
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _short(texts: Mapping[str, str]) -> dict[str, str]:

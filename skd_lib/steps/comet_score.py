@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from skd_lib.ascii_json import ascii_json
 from skd_lib.config import EvaluationConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError
 from skd_lib.report.evaluations import PREDICTIONS, read_evaluations
@@ -45,8 +47,8 @@ def main(
     """Score every model's answers with COMET: each answer, the mean with its 95 % interval, and paired tests.
 
     Where COMET or its model is not to be had, the step succeeds all the same and says why. Output parameter `scores`:
-    {models: {ROLE: {score, low, high, signature}}, comparisons: {ROLE-ROLE: {difference, low, high, p_value}}, missing,
-    seconds}. Scores are 100 times COMET's own.
+    JSON of {models: {ROLE: {score, low, high, signature}}, comparisons: {ROLE-ROLE: {difference, low, high, p_value}},
+    missing, seconds}. Scores are 100 times COMET's own.
     """
     settings = parse_section(EvaluationConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
@@ -84,7 +86,8 @@ def main(
             log.warning("COMET is missing from this run: %s", error)
             scores["missing"] = clipped(str(error), MISSING_LENGTH)
         else:
-            scores["models"] = {role: _short(score) for role, score in result.scores.items()}
+            scored = {role: score for role, score in result.scores.items() if math.isfinite(score["score"])}
+            scores["models"] = {role: _short(score) for role, score in scored.items()}
             scores["comparisons"] = {pair: _short(test.known()) for pair, test in result.comparisons.items()}
             rows = [
                 {"id": answer.id, "role": role, "comet": value}
@@ -96,7 +99,7 @@ def main(
     for role, found in scores["models"].items():
         print(f"{role}: COMET {found['score']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
 
-    io.parameter("scores", scores)
+    io.parameter("scores", ascii_json(scores))
     io.write()
 
 

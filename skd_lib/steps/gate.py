@@ -10,6 +10,7 @@ from skd_lib.config import LOWER_IS_BETTER, parse_section
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step
 
+READ_BY_OTHERS = str.maketrans("${}", "   ")
 MEASURED_HELP = "The student and the champion as this run has measured them: JSON of step `report`."
 
 
@@ -58,11 +59,13 @@ def main(
             decision = Decision(False, "tracking is off, so there is no registry to promote in")
         run.set_tags({"promote": decision.promote, "reason": decision.reason})
         run.log_metrics(found.student)
+    # It goes on as an argument, which Kubeflow and kubelet read too, and may quote tokens of a vocabulary.
+    reason = decision.reason.translate(READ_BY_OTHERS).encode("ascii", "backslashreplace").decode()
     verdict = "promoted" if decision.promote else "not promoted"
-    print(f"{verdict}: {decision.reason}")
+    print(f"{verdict}: {reason}")
 
     io.parameter("promote", "true" if decision.promote else "false")
-    io.parameter("reason", decision.reason)
+    io.parameter("reason", reason)
     io.write()
 
 

@@ -24,20 +24,20 @@ ASKED = json.dumps({"metrics": ["chrf", "comet"]})
 
 def run(folder: Path, **options: Any) -> dict[str, Any]:
     main(**{**write_answers(folder), "segments_out": folder / "segments.jsonl", **options})
-    output: dict[str, Any] = json.loads((folder / "executor_output.json").read_text(encoding="utf-8"))
-    return output
+    output = json.loads((folder / "executor_output.json").read_text(encoding="utf-8"))
+    assert list(output["artifacts"]) == ["segments"]
+    scores: dict[str, Any] = json.loads(output["parameterValues"]["scores"])
+    return scores
 
 
 def test_nothing_is_done_unless_the_task_asks_for_it(tmp_path: Path) -> None:
-    output = run(tmp_path, task_config='{"metrics": ["chrf"]}', config='{"comet": {"model": "nobody/nothing"}}')
-    scores = output["parameterValues"]["scores"]
+    scores = run(tmp_path, task_config='{"metrics": ["chrf"]}', config='{"comet": {"model": "nobody/nothing"}}')
     assert (scores["models"], scores["comparisons"], scores["missing"]) == ({}, {}, "")
     assert (tmp_path / "segments.jsonl").read_text() == ""
-    assert list(output["artifacts"]) == ["segments"]
 
 
 def test_what_is_missing_is_said_and_the_step_succeeds(tmp_path: Path) -> None:
-    scores = run(tmp_path, task_config=ASKED)["parameterValues"]["scores"]
+    scores = run(tmp_path, task_config=ASKED)
     assert scores["models"] == {}
     assert scores["missing"].startswith("Unbabel/wmt22-comet-da: cannot reach the Hugging Face hub")
 
@@ -53,13 +53,13 @@ def test_the_scores_are_a_short_parameter(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         "skd_lib.comet.scoring._ask", lambda _, __, rows, **___: ("2.2.7", [1 / (3 + n) for n, _ in enumerate(rows)])
     )
-    scores = run(tmp_path, task_config=ASKED)["parameterValues"]["scores"]
+    scores = run(tmp_path, task_config=ASKED)
     assert set(scores["models"]) == {*ANSWERS, "champion"}
     assert len(json.dumps(scores)) < 2000
     mean = sum(json.loads(line)["comet"] for line in (tmp_path / "segments.jsonl").read_text().splitlines()[:3]) / 3
     assert scores["models"]["teacher_base"]["score"] == pytest.approx(mean, rel=1e-12)
     monkeypatch.setattr("skd_lib.comet.environment.comet_python", failing)
-    assert len(run(tmp_path, task_config=ASKED)["parameterValues"]["scores"]["missing"]) < 700
+    assert len(run(tmp_path, task_config=ASKED)["missing"]) < 700
 
 
 def failing() -> Path:
@@ -90,7 +90,7 @@ def test_as_a_command_in_a_container_without_comet(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "COMET is missing from this run: this container has no COMET" in done.stderr
     output = json.loads((tmp_path / "executor_output.json").read_text())
-    assert "images/comet" in output["parameterValues"]["scores"]["missing"]
+    assert "images/comet" in json.loads(output["parameterValues"]["scores"])["missing"]
 
 
 def test_an_interpreter_without_comet(tmp_path: Path) -> None:

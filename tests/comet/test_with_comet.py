@@ -50,7 +50,7 @@ def step(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
 
 
 def test_scores_are_comets_own(python: Path, model: Path, tmp_path: Path) -> None:
-    scores = step(tmp_path, model)["parameterValues"]["scores"]
+    scores = step(tmp_path, model)
     assert scores["missing"] == ""
     rows = [json.loads(line) for line in (tmp_path / "segments.jsonl").read_text().splitlines()]
     assert [(row["role"], row["id"]) for row in rows] == [(role, e[0]) for role in ANSWERS for e in EXAMPLES]
@@ -89,12 +89,12 @@ def test_a_pickle_with_code_is_loaded_only_by_choice(
 ) -> None:
     model = made(python, tmp_path / "poison", "poison")
     monkeypatch.chdir(tmp_path)
-    refused = step(tmp_path, model)["parameterValues"]["scores"]
+    refused = step(tmp_path, model)
     assert refused["models"] == {}
     assert "could run any code" in refused["missing"]
     assert "trust_pickle" in refused["missing"]
     assert not Path("poisoned").exists()
-    assert len(step(tmp_path, model, trust_pickle=True)["parameterValues"]["scores"]["models"]) == 4
+    assert len(step(tmp_path, model, trust_pickle=True)["models"]) == 4
     assert Path("poisoned").exists()  # or the refusal above would prove nothing
 
 
@@ -104,6 +104,6 @@ def test_a_checkpoint_that_is_none(model: Path, tmp_path: Path) -> None:
     (broken / "checkpoints" / "model.ckpt").write_bytes(b"no checkpoint")
     (broken / "hparams.yaml").write_bytes((model / "hparams.yaml").read_bytes())
     (broken / "encoder").symlink_to(model / "encoder")
-    scores = step(tmp_path, broken)["parameterValues"]["scores"]
+    scores = step(tmp_path, broken)
     assert scores["models"] == {}
     assert scores["missing"].startswith(str(broken))

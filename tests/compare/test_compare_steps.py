@@ -108,8 +108,10 @@ def test_figures_on_kubeflows_page_are_few(tmp_path: Path):
 
 
 def test_a_trial_without_an_evaluation_stands_in_the_table(tmp_path: Path):
-    table(tmp_path, [student(tmp_path, 0)], skipped=[])
-    assert "| sft | 1 | no evaluation of its student came to the table |" in (tmp_path / "report").read_text()
+    table(tmp_path, [student(tmp_path, 0)], skipped=[{**TRIALS[1], "reason": "it exploded"}])
+    page = (tmp_path / "report").read_text()
+    assert "| sft | 1 | no evaluation of its student came to the table |" in page
+    assert [line for line in page.splitlines() if line.startswith("| skd | 1 |")] == ["| skd | 1 | it exploded |"]
 
 
 def test_table_without_a_trial_or_with_a_folder_that_is_none_is_refused(tmp_path: Path):
@@ -128,14 +130,13 @@ def test_variant_hands_on_its_own_sections(tmp_path: Path, monkeypatch: pytest.M
     trial = {"variant": "a", "seed": 3.0, "init": "cut", "overrides": overrides}
     compare_variant.main(trial=json.dumps(trial), config=json.dumps(BASE))
     handed_on = json.loads((tmp_path / "executor_output.json").read_text())["parameterValues"]
-    assert {name: handed_on[name] for name in ("student", "seed", "label", "init_label")} == {
+    assert {name: handed_on[name] for name in ("student", "seed", "label")} == {
         "student": "",
         "seed": 3,
         "label": "a-seed-3",
-        "init_label": "cut-seed-3",
     }
-    assert handed_on["distill_config"]["method"] == "sft"
-    assert handed_on["student_init_config"]["keep_last"] == 2
+    assert json.loads(handed_on["distill_config"]) == {"method": "sft"}
+    assert json.loads(handed_on["student_init_config"]) == {"mode": "prune", "keep_first": 1, "keep_last": 2}
 
 
 @pytest.mark.parametrize("own", ["", "org/other"])

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from skd_lib.config import MetricName, RegistryConfig
+from skd_lib.config import MetricName, RegistryConfig, parse_section
 from skd_lib.report.measured import Measured, measured
 from skd_lib.report.summary import Comet, Course, Scores, Specdec, build_summary, rounded
 from skd_lib.tracking.gate import Rival
@@ -42,8 +42,8 @@ def test_the_parameter_is_short_and_holds_exact_figures() -> None:
     registry = RegistryConfig(model_name="m" * 60, min_improvement=0.123456789, max_slowdown=0.123456789)
     found = measured("comet", student(), draft(), rival, comet, registry)
     parameter = found.to_parameter()
-    assert len(json.dumps(parameter)) < 2000
-    read = Measured.model_validate_json(json.dumps(parameter))
+    assert len(parameter) < 2000
+    read = parse_section(Measured, parameter, where="test")
     assert read == found
     assert read.student == dict.fromkeys(METRICS, EXACT)
     assert read.champion.figures["comet"] == EXACT + 1
@@ -53,8 +53,22 @@ def test_the_parameter_is_short_and_holds_exact_figures() -> None:
 
 def test_what_is_at_its_default_is_left_out() -> None:
     found = measured("chrf", Scores(metrics={}), None, Rival(), Comet(missing="no " * 1000), RegistryConfig())
-    assert found.to_parameter().keys() == {"task_metric", "comet_missing"}
-    assert len(json.dumps(found.to_parameter())) < 250
+    parameter = found.to_parameter()
+    assert json.loads(parameter).keys() == {"task_metric", "comet_missing"}
+    assert len(parameter) < 250
+
+
+def test_it_arrives_as_it_was_written_and_without_nan() -> None:
+    """An error about a vocabulary quotes its tokens."""
+    text = "token 5 is '{{=1}}' and not '$(HOME)' or '\N{SEEDLING}'"
+    scores = Scores.model_validate({"chrf": score(math.nan), "bleu": score(1.0)})
+    registry = RegistryConfig(model_name="$$")
+    parameter = measured("chrf", scores, None, Rival(undrafted=text), Comet(), registry).to_parameter()
+    assert parameter.isascii()
+    assert "$" not in parameter
+    assert "{{" not in parameter
+    read = parse_section(Measured, parameter, where="test")
+    assert (read.champion.undrafted, read.registry.model_name, read.student) == (text, "$$", {"bleu": 1.0})
 
 
 def test_headline_figures_are_few_rounded_and_finite() -> None:
