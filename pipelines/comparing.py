@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pipelines.graph import count_steps, read_steps, unrolled
 from pipelines.local import LocalRun, RunFolder, run_pipeline
 from pipelines.progress import Display
-from skd_lib.compare.plan import OWN_PARAMETERS
-from skd_lib.compare.trials import Trial
-from skd_lib.config import RunConfig
+from skd_lib.compare.plan import Plan
 
 
 def run_comparison(
-    base: RunConfig,
-    parameters: Mapping[str, Any],
+    plan: Plan,
     folder: RunFolder,
     documents: list[dict[str, Any]],
     display: Callable[[int], Display],
@@ -31,9 +28,8 @@ def run_comparison(
     the pipeline is run once more without them, which reuses all other steps, and the table tells why they are missing.
 
     Args:
-        base: The configuration that all runs start from.
-        parameters: Of the pipeline, see `skd_lib.compare.plan`.
-        folder: The comparison's files.
+        plan: The comparison.
+        folder: Its files.
         documents: The compiled pipeline.
         display: Makes what shows the course of so many steps.
         say: Tells a person what is being done.
@@ -46,30 +42,24 @@ def run_comparison(
         SkdError: the folder is in use, or the pipeline could not be run.
         KeyboardInterrupt: the running step was stopped.
     """
-    trials = {Trial.model_validate(values).label: values for values in parameters["trials"]}
     failed: dict[str, str] = {}
     while True:
-        left = [label for label in trials if label not in failed]
-        steps = count_steps(unrolled(read_steps(documents[0]), left))
-        say(f"comparison {base.name}: {len(left)} runs, {steps} steps, files in {folder.root}")
+        left = plan.without(failed)
+        steps = count_steps(unrolled(read_steps(documents[0]), [trial.label for trial in left.trials]))
+        say(f"comparison {plan.base.name}: {len(left.trials)} runs, {steps} steps, files in {folder.root}")
         finished = run_pipeline(
-            base,
+            plan.base,
             folder,
             documents,
             display(steps),
             tracking_uri=tracking_uri,
             experiment=experiment,
             fresh=fresh and not failed,
-            further={
-                **{name: parameters[name] for name in OWN_PARAMETERS},
-                "trials": [trials[label] for label in left],
-                "failed": [{**trials[label], "reason": reason} for label, reason in failed.items()],
-            },
-            iterations=left,
+            comparison=left,
         )
         if not finished.lost:
             return finished
         failed |= {label: failure.brief for label, failure in finished.lost.items()}
-        if len(failed) == len(trials):
+        if len(failed) == len(plan.trials):
             raise next(iter(finished.lost.values()))
-        say(f"{len(failed)} of {len(trials)} runs failed: the table is made without them")
+        say(f"{len(failed)} of {len(plan.trials)} runs failed: the table is made without them")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from skd_lib.compare.config import CompareConfig, load_compare
-from skd_lib.compare.plan import to_parameters
+from skd_lib.compare.plan import plan
 from skd_lib.config import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, parse_section
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -27,8 +27,8 @@ def test_example_of_a_comparison_is_valid(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     demo = DOCS.parent / "pipelines/configs/demo.yaml"
     (tmp_path / "compare.yaml").write_text(block.replace("base: demo.yaml", f"base: {demo}"), encoding="utf-8")
-    parameters = to_parameters(*load_compare(tmp_path / "compare.yaml"), where="docs/compare.md")
-    assert len({trial["variant"] for trial in parameters["trials"]}) == (3 + 1 + 1 + 1) * 2
+    trials = plan(*load_compare(tmp_path / "compare.yaml"), where="docs/compare.md").trials
+    assert len({trial.variant for trial in trials}) == (3 + 1 + 1 + 1) * 2
     assert set(re.findall(r"^\| `(\w+)", page, flags=re.MULTILINE)) == set(CompareConfig.model_fields)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from pipelines.local import RunFolder
-from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig
+from skd_lib.ascii_json import ascii_json
+from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig, parse_section
 from skd_lib.data.examples import make_example
 from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError
@@ -25,11 +28,13 @@ from skd_lib.memory import Estimate, available_memory, estimates, model_size
 from skd_lib.methods import reads_setting, unread_settings
 from skd_lib.models.fingerprint import short
 from skd_lib.models.references import model_fingerprint
+from skd_lib.parameters import Form, to_parameters
 from skd_lib.preflight import Check, PreflightReport, dates, run_checks
 from skd_lib.preflight import data as preflight_data
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.models import Model, check_model
 from skd_lib.steps import preflight, prepare_data
+from skd_lib.steps.runtime import Switch
 from tests.conftest import CpuFlags, SaveTinyModel
 from tests.gcs_emulator import emulated
 from tests.multinode.fake_kubernetes import running
@@ -466,6 +471,7 @@ def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    values |= {"evaluation": {"batch_size": 2, "comet": {"batch_size": 4}}}
     preflight.main(
         config=json.dumps(values),
         checkpoint_root=str(tmp_path / "checkpoints"),
@@ -475,20 +481,26 @@ def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
     assert "Preflight" in capsys.readouterr().out
     assert (tmp_path / "preflight" / "report.md").read_text(encoding="utf-8").startswith("# Preflight")
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-    assert parameters["data_config"]["source"]["train"] == values["data"]["source"]["train"]
-    assert parameters["distill_config"]["method"] == "skd"
-    assert parameters["comet_wanted"] == "false"
-    assert parameters["comet_config"]["comet"]["model"] == "Unbabel/wmt22-comet-da"
-    assert "comet" not in parameters["evaluation_config"]
+    assert json.loads(parameters["data_config"]) == values["data"]
+    assert json.loads(parameters["task_config"]) == values["task"]
+    assert json.loads(parameters["comet_config"]) == {"comet": {"batch_size": 4}, "batch_size": 2}
+    assert json.loads(parameters["evaluation_config"]) == {"batch_size": 2}
+    # Only what differs from the defaults; and of a single run nothing that a comparison needs.
+    assert {parameters[f"{name}_config"] for name in ("distill", "specdec", "run", "table", "registry")} == {"{}"}
+    assert (parameters["trials"], parameters["drafts"], parameters["fresh"]) == ([], True, "")
+    assert (parameters["name"], parameters["comet_wanted"]) == ("tiny", "false")
+    assert {name: parameters[name] for name in ("teacher", "student")} == {
+        name: values[name] for name in ("teacher", "student")
+    }
     seen = {name: model_fingerprint(values[name]) for name in ("teacher", "student")}
     assert {name: parameters[f"{name}_fingerprint"] for name in seen} == seen
-    assert parameters["model_fingerprints"] == {values[name]: seen[name] for name in seen}
+    assert json.loads(parameters["model_fingerprints"]) == {values[name]: seen[name] for name in seen}
     # KFP's structured parameters cannot hold null.
     assert "null" not in json.dumps(parameters)
 
     def prepare() -> None:
         prepare_data.main(
-            data_config=json.dumps(parameters["data_config"]),
+            data_config=parameters["data_config"],
             data_out=tmp_path / "prepared" / "data",
             data_fingerprint=parameters["data_fingerprint"],
             tracking_uri=tracking,
@@ -500,7 +512,7 @@ def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
     output = _executor_output(tmp_path / "prepared")
     assert output["parameterValues"] == {"fingerprint": data.fingerprint}
     (artifact,) = output["artifacts"]["data"]["artifacts"]
-    assert artifact["metadata"]["fingerprint"] == data.fingerprint
+    assert artifact["name"] == "data"
     assert _datasets(tracking) == {"train_teacher", "train_student", "validation", "test"}
 
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
@@ -521,6 +533,94 @@ def test_a_failing_preflight_lists_everything_and_exits_with_2(values: dict[str,
     assert values["student"] in done.stderr
     assert f"{tmp_path / 'rows.jsonl'}, row 1, field `answer`: the field is missing" in done.stderr
     assert "✗" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def called(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "skd_lib.steps.preflight", "--report-out", str(tmp_path / "report.md"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def test_a_form_that_is_wrong_is_told_at_once_by_its_fields(tmp_path: Path) -> None:
+    typed = '{"task": {"prompt": "$x$ {source}"}, "distil": {}}'
+    options = [
+        "--config",
+        typed,
+        "--model-teacher",
+        "org/t",
+        "--training-method",
+        "magic",
+        "--data-test",
+        "gs://b/$(X)",
+    ]
+    done = called(tmp_path, *options, "--mlflow-experiment", " x", KFP_RUN_ID="run-1")
+    assert done.returncode == 2
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    *_, problems = done.stderr.partition("7 problems found:\n")
+    lines = problems.strip().splitlines()
+    assert len(lines) == 7  # a line each, the last of the log
+    for field in (
+        "config, field `task.prompt`",
+        "data_test",
+        "mlflow_experiment",
+        "model_student",
+        "data_train",
+        "training_method",
+        "config, field `distil`",
+    ):
+        assert any(line.startswith(f"- {field}: ") for line in lines), field
+        assert f"| form | {field}: " in report
+
+
+def test_texts_typed_by_hand_are_refused_in_a_cluster_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = Form(config='{"task": {"prompt": "$x$ {source}"}}', data_train="x", model_teacher="t", model_student="s")
+    monkeypatch.delenv("KFP_RUN_ID", raising=False)
+    assert preflight.read(form, "", "My run")[0].name == "my-run"
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    with pytest.raises(SkdError, match=r"field `task.prompt`: a text with `\$`") as error:
+        preflight.read(form, "", "")
+    assert "\\u0024" in str(error.value)
+    sent = to_parameters(RunConfig.model_validate(parsed(form)))
+    assert preflight.read(Form(**sent), "", "")[0].task.prompt == "$x$ {source}"
+
+
+def parsed(form: Form) -> dict[str, Any]:
+    source = {"type": "files", "train": [form.data_train]}
+    return {"name": "x", "teacher": "t", "student": "s", "data": {"source": source}, **json.loads(form.config)}
+
+
+def test_a_comparison_hands_on_its_trials(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    comparison = {"methods": ["sft", "skd"], "seeds": [0, 1], "drafts": True, "skip": {"sft-seed-1": "it failed"}}
+    preflight.main(
+        config=ascii_json({**values, "task": values["task"] | {"prompt": "$$x$$ {{x}} {source} \U0001f600"}}),
+        comparison=json.dumps(comparison),
+        run_name="My comparison",
+        reuse=Switch.false,
+        report_out=tmp_path / "preflight" / "report.md",
+    )
+    parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
+    trials = [f"{trial['variant']}-{trial['seed']}" for trial in parameters["trials"]]
+    assert trials == ["sft-0", "skd-0", "skd-1"]
+    table = json.loads(parameters["table_config"])
+    assert (table["reference"], table["skipped"][0]["reason"]) == ("skd", "it failed")
+    assert (parameters["drafts"], parameters["fresh"]) == (True, "run-1")
+    base = parse_section(RunConfig, parameters["run_config"], where="run_config")
+    assert base.task.prompt == "$$x$$ {{x}} {source} \U0001f600"
+    # Nothing that kubelet, Argo, KFP or its database read as their own.
+    assert re.fullmatch("[ -~]*", json.dumps(parameters, ensure_ascii=False))
+    assert not {text for text in ("$", "{{") if text in json.dumps(parameters)}
+
+
+def test_a_cluster_without_a_place_for_checkpoints_is_warned(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "checkpoints" not in {found.name for found in check(values, tmp_path, checkpoint_root="").checks}
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    found = only(check(values, tmp_path, checkpoint_root=""), "warning")
+    assert found.name == "checkpoints"
+    assert "checkpoint-root" in found.hint
 
 
 def _executor_output(folder: Path) -> dict[str, Any]:
@@ -678,9 +778,11 @@ def test_a_held_out_set_alone_may_print_the_date(
 def test_preflight_hands_on_the_date(values: dict[str, Any], tmp_path: Path, today: Callable[[str], None]) -> None:
     preflight.main(
         config=json.dumps(printing_the_date(values, tmp_path)),
+        comparison="{}",
         checkpoint_root=str(tmp_path / "checkpoints"),
         report_out=tmp_path / "preflight" / "report.md",
     )
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-    assert parameters["task_config"]["date"] == parameters["run_config"]["task"]["date"] == "2024-01-31"
-    assert "2024" not in json.dumps(parameters["data_config"])
+    task, run = (json.loads(parameters[f"{name}_config"]) for name in ("task", "run"))
+    assert task["date"] == run["task"]["date"] == "2024-01-31"
+    assert "2024" not in parameters["data_config"]

@@ -18,10 +18,8 @@ from skd_lib.uris import default_store, how_to_look
 
 if TYPE_CHECKING:
     from pipelines.local import LocalRun, RunFolder
-    from skd_lib.compare.config import CompareConfig
-    from skd_lib.config import RunConfig
+    from skd_lib.compare.plan import Plan
     from skd_lib.console import Console
-    from skd_lib.parameters import Parameters
 
 TABLES, COMPARISON, TRIALS = "comparison.md", "comparison.json", "runs.csv"
 """Files of a comparison, in its folder as among the artifacts of its MLflow run."""
@@ -54,20 +52,20 @@ def compare(
     fails does not keep the others from the table; it is tried again when the comparison is run again.
     """
     from skd_lib.compare.config import load_compare
-    from skd_lib.compare.plan import to_parameters
+    from skd_lib.compare.plan import plan, to_parameters
     from skd_lib.config.names import check_experiment, checked
     from skd_lib.console import Console
 
     checked("--experiment", check_experiment, experiment)
     settings, base = load_compare(config)
-    parameters = to_parameters(settings, base, where=str(config))
+    planned = plan(settings, base, where=str(config))
     uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
     console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
     if dry_run:
         if as_json:
-            say(json.dumps(parameters, indent=2))
+            say(json.dumps(to_parameters(settings, base), indent=2))
         else:
-            _print_plan(console, settings, base, parameters, runs_dir / settings.name)
+            _print_plan(console, planned, runs_dir / settings.name)
         return
     if as_json:
         raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
@@ -82,8 +80,7 @@ def compare(
 
         folder = RunFolder.create(runs_dir, settings.name)
         finished = run_comparison(
-            base,
-            parameters,
+            planned,
             folder,
             compile_pipeline(name="compare_methods"),
             lambda steps: display_for(console, settings.name, steps),
@@ -95,14 +92,10 @@ def compare(
         _conclude(console, finished, folder, uri)
 
 
-def _print_plan(
-    console: Console, settings: CompareConfig, base: RunConfig, parameters: Parameters, folder: Path
-) -> None:
+def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
     from rich.table import Table
 
-    from skd_lib.compare.trials import Trial
-
-    trials = [Trial.model_validate(values) for values in parameters["trials"]]
+    settings, base, trials = plan.compare, plan.base, plan.trials
     table = Table("variant", "method", "student from", "what differs", title=f"comparison {settings.name}", box=None)
     table.title_justify = "left"
     first = {trial.variant: trial for trial in reversed(trials)}
@@ -122,7 +115,7 @@ def _print_plan(
         "seeds": ", ".join(map(str, settings.seeds)),
         "runs": f"{len(trials)}: student_init, distill, evaluate{' and specdec_benchmark' * settings.drafts} of each",
         "once": "preflight, import_model, prepare_data, teacher_sft, evaluate (teacher), compare_table",
-        "against": parameters["reference"],
+        "against": plan.reference,
         "files": str(folder),
     }.items():
         say(f"{name:<8} {text}")

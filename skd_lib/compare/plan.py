@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skd_lib import parameters
@@ -38,6 +38,13 @@ class Plan:
     trials: Sequence[Trial]
     skipped: Sequence[tuple[Trial, str]]
     reference: str
+
+    def without(self, failed: Mapping[str, str]) -> Plan:
+        """The same without some trials, by label, each with the reason that the table gives."""
+        compare = self.compare.model_copy(update={"skip": {**self.compare.skip, **failed}})
+        gone = [(trial, failed[trial.label]) for trial in self.trials if trial.label in failed]
+        left = [trial for trial in self.trials if trial.label not in failed]
+        return replace(self, compare=compare, trials=left, skipped=[*self.skipped, *gone])
 
     def table(self) -> dict[str, Any]:
         """What step `compare_table` needs to know, as plain values."""

@@ -22,6 +22,7 @@ from skd_lib.preflight.surroundings import (
     check_teacher_precision,
     check_tracking_store,
     check_writable,
+    in_cluster,
 )
 
 __all__ = ["Check", "PreflightReport", "run_checks"]
@@ -68,6 +69,9 @@ def run_checks(
         checks.attempt("comet", lambda: check_comet(checks, config.evaluation.comet.model))
     usable = partial(storage.check_checkpoint_root, checkpoint_root)
     checks.attempt("checkpoints", lambda: check_writable(checks, "checkpoints", checkpoint_root, usable))
+    if not checkpoint_root and in_cluster():
+        hint = "name a gs:// URI or a mounted folder: key `checkpoint-root` of the ConfigMap that `settings` names"
+        checks.add("checkpoints", "warning", "a step that is tried again starts from its beginning", hint=hint)
     checks.attempt("artifacts", lambda: check_writable(checks, "artifacts", pipeline_root or ""))
     checks.attempt("multinode", lambda: check_multinode(checks, runs, checkpoint_root))
     checks.attempt(TRACKING, lambda: check_tracking_store(checks, tracking_uri, experiment))

@@ -41,6 +41,14 @@ class Check:
     hint: str = ""
 
 
+class Refused(SkdErrors):
+    """Everything that keeps a run from starting, a line each: people read the last lines of a step's log."""
+
+    def __str__(self) -> str:
+        lines = [f"- {error.brief}{f'; hint: {error.hint}' if error.hint else ''}" for error in self.errors]
+        return "\n".join([f"{self.what}:", *(" ".join(line.split()) for line in lines)])
+
+
 @dataclass
 class PreflightReport:
     """What `run_checks` found.
@@ -74,10 +82,10 @@ class PreflightReport:
         """Raise what must be mended, if anything.
 
         Raises:
-            SkdErrors: all of it.
+            Refused: all of it.
         """
         if errors := self.errors():
-            raise SkdErrors(errors)
+            raise Refused(errors)
 
     def table(self) -> Table:
         """The report for a terminal."""

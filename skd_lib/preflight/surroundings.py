@@ -175,4 +175,9 @@ def check_memory(checks: Checks, config: RunConfig, teacher: ModelSize, student:
 
 def _trains_elsewhere(gpu: bool) -> bool:
     """Whether this machine says nothing about the nodes that the training steps will get."""
-    return not gpu and bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+    return not gpu and in_cluster()
+
+
+def in_cluster() -> bool:
+    """Whether this is a pod."""
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))

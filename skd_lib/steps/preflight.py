@@ -12,7 +12,7 @@ import typer
 from skd_lib.ascii_json import ascii_json
 from skd_lib.compare import plan as comparisons
 from skd_lib.config import RunConfig
-from skd_lib.config.names import check_experiment, checked
+from skd_lib.config.names import check_experiment, checked, run_name_from
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
@@ -87,9 +87,17 @@ def main(
         run_config, plan = read(form, comparison, run_name, mlflow_experiment)
         checked("--experiment", check_experiment, experiment)
     except SkdError as error:
-        report = _refused(error)
+        report = _refused(error, tracking_uri, mlflow_experiment or experiment)
         write_text_atomic(report_out, report.markdown())
-        raise SkdErrors(report.errors()) from error
+        with step_run(
+            step="preflight",
+            tracking_uri=tracking_uri if report.tracking_works else "",
+            experiment=mlflow_experiment or experiment,
+            run_name=run_name_from(run_name),
+        ) as run:
+            run.log_artifact(report_out)
+            report.raise_errors()
+        raise
     report = run_checks(
         run_config,
         variants=[trial.config(run_config) for trial in plan.trials] if plan else (),
@@ -166,12 +174,14 @@ def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = ""
     return config, plan
 
 
-def _refused(error: SkdError) -> PreflightReport:
+def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightReport:
     """The report of a run whose form cannot be read."""
-    from skd_lib.preflight.checks import Checks, PreflightReport
+    from skd_lib.preflight.checks import TRACKING, Checks, PreflightReport
+    from skd_lib.preflight.surroundings import check_tracking_store
 
     checks = Checks()
     checks.failed("form", error)
+    checks.attempt(TRACKING, lambda: check_tracking_store(checks, tracking_uri, experiment))
     return PreflightReport(checks.found)
 
 

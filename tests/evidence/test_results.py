@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from skd_lib.cli import app
 from skd_lib.compare.config import load_compare
-from skd_lib.compare.plan import to_parameters
+from skd_lib.compare.plan import plan
 from skd_lib.compare.result import Comparison, TrialResult
 from skd_lib.compare.statistics import holm
 from skd_lib.errors import SkdError
@@ -175,7 +175,7 @@ def test_what_is_no_comparison_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_comparisons_can_be_planned(file: Path) -> None:
     if "base:" in file.read_text(encoding="utf-8"):
-        assert to_parameters(*load_compare(file), where=file.name)["trials"]
+        assert plan(*load_compare(file), where=file.name).trials
 
 
 def test_the_page_has_the_tables_and_plots_of_its_runs(tmp_path: Path) -> None:

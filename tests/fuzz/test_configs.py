@@ -14,6 +14,7 @@ from google.protobuf import json_format, struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skd_lib.ascii_json import ascii_json
 from skd_lib.config import (
     DataConfig,
     DistillConfig,
@@ -26,7 +27,7 @@ from skd_lib.config import (
     parse_section,
 )
 from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
-from skd_lib.parameters import from_parameters, to_parameters, to_struct
+from skd_lib.parameters import from_parameters, short, to_parameters
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.models import check_unread
 from skd_lib.rollouts import interleaving_rule
@@ -210,10 +211,9 @@ def check(folder: Path, text: str) -> None:
     parameters = to_parameters(config)
     struct = json_format.ParseDict(json.loads(json.dumps(parameters, allow_nan=False)), struct_pb2.Struct())
     again = json.loads(json_format.MessageToJson(struct))
-    scalars = {name: value for name, value in again.items() if name != "config"}
-    assert from_parameters(again["config"], **scalars) == config
+    assert from_parameters(**{**again, "training_steps": int(again["training_steps"])}) == config
     for name, section in SECTIONS.items():
-        assert parse_section(section, json.dumps(to_struct(getattr(config, name))), where=name) == getattr(config, name)
+        assert parse_section(section, ascii_json(short(getattr(config, name))), where=name) == getattr(config, name)
     # Everything that follows from the settings alone.
     check_unread(Checks(), config)
     loss_for(config.distill)
