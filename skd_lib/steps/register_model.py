@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 LINEAGE = (
     *("teacher", "teacher_fingerprint", "teacher_weights_sha256"),
     *("base_student", "base_student_fingerprint", "initial_weights_sha256", "student_init"),
-    *("method", "divergence", "beta", "alpha", "rule", "top_k", "gamma"),
-    *("data_fingerprint", "code_version", "image", "precision", "pipeline_run_id"),
+    *("method", "divergence", "beta", "alpha", "teacher_signal"),
+    *("rule", "top_k", "min_prob", "mixture", "gamma", "replaced_weight", "on_policy_fraction", "sampled_fraction"),
+    *("precision", "data_fingerprint", "code_version", "pipeline_run_id"),
 )
 """Fields of a student's record that become tags of its version; others stay in its folder."""
 
