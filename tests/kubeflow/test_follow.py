@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from pipelines.compiling import PIPELINES, compiled_path
 from pipelines.graph import read_steps
 from pipelines.submitting.api import KubeflowPipelines
 from pipelines.submitting.follow import Followed, ending, follow
 from pipelines.submitting.nodes import node_id
 from pipelines.submitting.states import StepState, read_states
-from pipelines.submitting.submit import Place, Submission
+from pipelines.submitting.submit import Package, Place, Submission
 from skd_lib.config import RunConfig
 from tests.kubeflow import small
 from tests.kubeflow.fake_argo import FakeWorkflow
@@ -74,6 +75,13 @@ def test_steps_of_equal_names_are_told_apart(wrapped: bool):
         "evaluate-after": ("FAILED", 3),
         "finish": ("SUCCEEDED", int(wrapped)),
     }
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_step_of_our_pipelines_is_known(name: str):
+    argo = FakeWorkflow(Package.read(compiled_path(name)).documents[0], wrapped=True, rounds=3)
+    found = {state.partition(" (")[0] for state in states_of(argo)}
+    assert found == {step.name for step in read_steps(argo.spec)}
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
