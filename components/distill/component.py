@@ -14,14 +14,8 @@ def distill(
     config: str,
     task_config: str,
     seed: int,
-    checkpoint_root: str,
+    label: str,
     distilled_student: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
-    samples: dsl.Output[dsl.Artifact],
-    course: dsl.OutputPath(dict),
-    tracking_uri: str = "",
-    experiment: str = "skd",
-    label: str = "",
 ) -> dsl.ContainerSpec:
     """Train the student under the teacher.
 
@@ -35,16 +29,10 @@ def distill(
         config: Section `distill` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
-        checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
         label: Tells this run of the step in MLflow from others of the same pipeline run.
 
     Returns:
-        distilled_student: The student after distillation.
-        metrics: Losses, rejection rate and timings.
-        samples: A few training sequences token by token, with what the teacher replaced: JSONL.
-        course: Losses, rejection rate and lengths by step, and where the time went.
+        distilled_student: The student after distillation, with a record of its training: curves, samples, lineage.
     """
     return run_step(
         "distill",
@@ -56,12 +44,9 @@ def distill(
             "config": config,
             "task_config": task_config,
             "seed": seed,
-            "checkpoint_root": checkpoint_root,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
             "label": label,
             "student_out": distilled_student.path,
-            "metrics_out": metrics.path,
-            "samples_out": samples.path,
         },
+        {"distilled_student": distilled_student},
+        {"student": student, "teacher": teacher, "data": data},
     )

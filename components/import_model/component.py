@@ -10,10 +10,9 @@ from components.images import TRAIN
 def import_model(
     reference: str,
     fingerprint: str,
+    trust_remote_code: bool,
+    fresh: str,
     model: dsl.Output[dsl.Model],
-    trust_remote_code: bool = False,
-    tracking_uri: str = "",
-    experiment: str = "skd",
 ) -> dsl.ContainerSpec:
     """Bring a model into the run as an artifact.
 
@@ -23,11 +22,10 @@ def import_model(
         reference: Hub id, local folder, gs:// URI or wheel:// reference.
         fingerprint: Fingerprint of the model, from preflight: part of the cache key, and what is fetched.
         trust_remote_code: Run Python code that comes with the model.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
+        fresh: Part of the cache key and of nothing else: another text has the step done again.
 
     Returns:
-        model: The model in the Hugging Face layout.
+        model: The model in the Hugging Face layout, with a record of its origin.
     """
     return run_step(
         "import_model",
@@ -36,8 +34,8 @@ def import_model(
             "model": reference,
             "fingerprint": fingerprint,
             "trust_remote_code": trust_remote_code,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
+            "fresh": fresh,
             "model_out": model.path,
         },
+        {"model": model},
     )

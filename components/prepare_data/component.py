@@ -11,10 +11,9 @@ def prepare_data(
     data_config: str,
     data_fingerprint: str,
     seed: int,
+    fresh: str,
     data: dsl.Output[dsl.Dataset],
     fingerprint: dsl.OutputPath(str),
-    tracking_uri: str = "",
-    experiment: str = "skd",
 ) -> dsl.ContainerSpec:
     """Turn the data source into train, validation and test sets.
 
@@ -24,8 +23,7 @@ def prepare_data(
         data_config: Where examples come from and how they are split (section `data`).
         data_fingerprint: Fingerprint of the source, from preflight: part of the cache key.
         seed: Seed of the splits.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
+        fresh: Part of the cache key and of nothing else: another text has the step done again.
 
     Returns:
         data: Folder with the splits as JSONL and `manifest.json`.
@@ -38,8 +36,8 @@ def prepare_data(
             "data_config": data_config,
             "data_fingerprint": data_fingerprint,
             "seed": seed,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
+            "fresh": fresh,
             "data_out": data.path,
         },
+        {"data": data, "fingerprint": fingerprint},
     )

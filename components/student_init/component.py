@@ -15,12 +15,8 @@ def student_init(
     config: str,
     task_config: str,
     seed: int,
-    checkpoint_root: str,
+    label: str,
     initial_student: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
-    tracking_uri: str = "",
-    experiment: str = "skd",
-    label: str = "",
 ) -> dsl.ContainerSpec:
     """Make the student that distillation starts from.
 
@@ -34,14 +30,10 @@ def student_init(
         config: Section `student_init` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
-        checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
         label: Tells this run of the step in MLflow from others of the same pipeline run.
 
     Returns:
-        initial_student: The student before distillation.
-        metrics: Losses and timings.
+        initial_student: The student before distillation, with a record of its making.
     """
     return run_step(
         "student_init",
@@ -54,11 +46,9 @@ def student_init(
             "config": config,
             "task_config": task_config,
             "seed": seed,
-            "checkpoint_root": checkpoint_root,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
             "label": label,
             "student_out": initial_student.path,
-            "metrics_out": metrics.path,
         },
+        {"initial_student": initial_student},
+        {"teacher": teacher, "data": data},
     )

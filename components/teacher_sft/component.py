@@ -13,11 +13,7 @@ def teacher_sft(
     config: str,
     task_config: str,
     seed: int,
-    checkpoint_root: str,
     tuned_teacher: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
-    tracking_uri: str = "",
-    experiment: str = "skd",
 ) -> dsl.ContainerSpec:
     """Fine-tune the teacher on the task.
 
@@ -30,13 +26,9 @@ def teacher_sft(
         config: Section `teacher_sft` of the configuration.
         task_config: How an example becomes a prompt and an answer is judged (section `task`).
         seed: Seed of everything random in this step.
-        checkpoint_root: Where checkpoints outlive the pod: a gs:// URI, or a folder on a volume. A retry resumes there.
-        tracking_uri: MLflow tracking server; empty turns tracking off.
-        experiment: MLflow experiment.
 
     Returns:
-        tuned_teacher: The fine-tuned teacher.
-        metrics: Losses and timings.
+        tuned_teacher: The fine-tuned teacher, with a record of its training.
     """
     return run_step(
         "teacher_sft",
@@ -47,10 +39,8 @@ def teacher_sft(
             "config": config,
             "task_config": task_config,
             "seed": seed,
-            "checkpoint_root": checkpoint_root,
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
             "teacher_out": tuned_teacher.path,
-            "metrics_out": metrics.path,
         },
+        {"tuned_teacher": tuned_teacher},
+        {"teacher": teacher, "data": data},
     )

@@ -35,23 +35,24 @@ _PACKAGES = ("skd-lib", "torch", "transformers")
 
 
 def lineage(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the student's lineage in words, and what this process runs in: image and versions.
+    """Return the student's lineage in words, with image and versions: those of its training, or else this process's.
 
     Args:
         record: The lineage in the student's record (`skd_lib.records`).
     """
     told = {name: str(record[key]) for key, name in _NAMES.items() if record.get(key) not in (None, "")}
     told |= {name: short(text) for name, text in told.items() if name in _MODEL_FINGERPRINTS}
-    if image := os.environ.get(IMAGE_VARIABLE):
-        told["image"] = image
-    return {**told, "software": ", ".join([f"Python {platform.python_version()}", *_versions()])}
+    if image := record.get("image") or os.environ.get(IMAGE_VARIABLE):
+        told["image"] = str(image)
+    return {**told, "software": str(record.get("software") or software())}
 
 
-def _versions() -> list[str]:
-    found = []
+def software() -> str:
+    """Return the versions of what this process runs on."""
+    found = [f"Python {platform.python_version()}"]
     for package in _PACKAGES:
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:  # run from a source tree, or without the extra
             continue
-    return found
+    return ", ".join(found)

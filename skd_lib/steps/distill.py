@@ -14,8 +14,10 @@ from skd_lib.errors import SkdErrors
 from skd_lib.machine import peak_memory
 from skd_lib.methods import METHODS
 from skd_lib.steps import fitting
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, LABEL_HELP, StepIO, run_step, step_name
-from skd_lib.storage import check_checkpoint_root, write_text_atomic
+from skd_lib.steps.inputs import present
+from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
+from skd_lib.steps.runtime import LABEL_HELP, StepIO, run_step, step_name
+from skd_lib.storage import check_checkpoint_root
 
 if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
@@ -26,12 +28,7 @@ def main(
     student: Annotated[Path, typer.Option(help="Folder of the student as `student_init` made it.")],
     teacher: Annotated[Path, typer.Option(help="Folder of the fine-tuned teacher; must have the student's tokenizer.")],
     data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Its train_student and validation splits are used.")],
-    checkpoint_root: Annotated[str, typer.Option(help=fitting.CHECKPOINT_HELP)],
     student_out: Annotated[Path, typer.Option(help="Folder for the distilled student.")],
-    metrics_out: Annotated[Path, typer.Option(help=fitting.METRICS_HELP)],
-    samples_out: Annotated[
-        Path, typer.Option(help="Where a few training sequences go: JSONL, see `skd_lib.report.samples`.")
-    ],
     config: Annotated[
         str,
         typer.Option(
@@ -41,10 +38,10 @@ def main(
     ] = "{}",
     task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
     seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
-    tracking_uri: Annotated[str, typer.Option(help=fitting.TRACKING_URI_HELP)] = "",
-    experiment: Annotated[str, typer.Option(help=fitting.EXPERIMENT_HELP)] = "skd",
     label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    checkpoint_root: CheckpointRoot = "",
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Train the student under the teacher, and keep the weights of the lowest validation loss.
 
@@ -54,12 +51,16 @@ def main(
     cross-entropy), `sft` (ground truth, without the teacher). A run that was killed goes on from its last checkpoint
     when it is started again. With `multinode` in the config the training is done by a TrainJob of Kubeflow Trainer.
 
-    Output parameter `course`: losses, rejection rate and lengths by step, and where the time went.
+    The model's record (`skd_lib.records`) holds its lineage, the closing figures, curves of losses, rejection rate and
+    lengths, and a few training sequences.
     """
     settings = parse_section(DistillConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
     check_checkpoint_root(checkpoint_root)
-    io = StepIO(executor_input, {"distilled_student": student_out, "metrics": metrics_out, "samples": samples_out})
+    present("student", student)
+    present("teacher", teacher)
+    present("data", data)
+    io = StepIO({"distilled_student": student_out})
     if settings.multinode is not None:
         from skd_lib.multinode.coordinate import Work, train_on_nodes
 
@@ -75,17 +76,17 @@ def main(
                 "label": label,
             },
             inputs={"student": student, "teacher": teacher, "data": data},
-            outputs={"student_out": "distilled_student", "metrics_out": "metrics", "samples_out": "samples"},
-            executor_input=executor_input,
+            outputs={"student_out": "distilled_student"},
         )
         train_on_nodes(work, settings.multinode, io)
         return
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card
-    from skd_lib.models.files import check_model_folder, load_tokenizer
+    from skd_lib.models.files import check_model_folder, load_tokenizer, weights_digest
     from skd_lib.models.special_ids import take_over_ends
     from skd_lib.models.vocabulary import check_compatible
+    from skd_lib.records import read_record, write_record
     from skd_lib.report.samples import as_text, to_jsonl
     from skd_lib.tracking.runs import step_run
 
@@ -93,14 +94,11 @@ def main(
         check_model_folder(folder)
     if problems := check_compatible(teacher, student):
         raise SkdErrors(problems)
-    known = io.input_metadata("student")
+    known, taught = read_record(student).lineage, read_record(teacher).lineage
     base = str(known.get("base_student") or io.input_uri("student", student))
-    teacher_reference = str(io.input_metadata("teacher").get("reference") or io.input_uri("teacher", teacher))
-    weights = {
-        "student": fitting.input_digest(io, "student", student),
-        "teacher": fitting.input_digest(io, "teacher", teacher),
-    }
-    metadata: dict[str, Any] = {
+    teacher_reference = str(taught.get("reference") or io.input_uri("teacher", teacher))
+    weights = {"student": weights_digest(student), "teacher": weights_digest(teacher)}
+    origin: dict[str, Any] = {
         **known,
         "base_student": base,
         "initial_weights_sha256": weights["student"],
@@ -108,7 +106,6 @@ def main(
         "teacher_weights_sha256": weights["teacher"],
         "method": settings.method,
         **_sampling_and_loss(settings),
-        "code_version": fitting.code_version(),
     }
     params = {"seed": seed, "student": base, "teacher": teacher_reference, "distill": settings.model_dump(mode="json")}
     name = step_name("distill", label)
@@ -149,22 +146,20 @@ def main(
         )
         losses = {"best validation loss": result.best_validation_loss}
         card = model_card("Distilled student", lineage, losses)
-        metadata["weights_sha256"] = fitting.save_trained(
-            result.student, tokenizer, student_out, card, result.precision
+        digest = fitting.save_trained(result.student, tokenizer, student_out, card, result.precision)
+        origin |= {"weights_sha256": digest, "precision": result.precision, "data_fingerprint": prepared.fingerprint}
+        origin |= fitting.trained_here(run)
+        fitting.log_outcome(run, figures, origin, io.output_uri("distilled_student"))
+        long = {"train_teacher": taught.get("long_prompts")}
+        long |= {name: figures[f"{fitting.LEFT_OUT}{name}"] for name in ("train_student", "validation")}
+        write_record(
+            student_out,
+            lineage={**origin, "losses": _losses(prepared, long)},
+            course=_course(result, settings.training.batch_size),
+            figures=figures,
+            samples=to_jsonl(as_text(trace, tokenizer) for trace in result.traces),
         )
-        metadata["precision"] = result.precision
-        metadata["data_fingerprint"] = prepared.fingerprint
-        fitting.write_figures(metrics_out, io, figures, run)
-        write_text_atomic(samples_out, to_jsonl(as_text(trace, tokenizer) for trace in result.traces))
-        run.set_tags({"model_uri": io.output_uri("distilled_student"), **metadata})
 
-    long = {"train_teacher": io.input_metadata("teacher").get("long_prompts")}
-    long |= {name: figures[f"{fitting.LEFT_OUT}{name}"] for name in ("train_student", "validation")}
-    metadata["losses"] = _losses(prepared, long)
-    io.metadata("distilled_student", **metadata)
-    # The report reads lineage and losses here: its input is a small file then, and no model that has to be fetched.
-    io.metadata("samples", sequences=len(result.traces), **metadata)
-    io.parameter("course", _course(result, settings.training.batch_size))
     io.write()
     checkpoints.remove()
 

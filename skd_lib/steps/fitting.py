@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from skd_lib.config import DistillConfig, Method, Precision, TaskConfig, TeacherPrecision, TrainingConfig
 from skd_lib.models.files import weights_digest
-from skd_lib.steps.runtime import StepIO
 from skd_lib.storage import checkpoint_folder, is_remote
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from skd_lib.training.run import TrainResult
 
 log = logging.getLogger(__name__)
-TRACKING_URI_HELP = "MLflow tracking URI; empty: no tracking."
-EXPERIMENT_HELP = "MLflow experiment."
 DATA_HELP = "Folder that `prepare_data` wrote."
 TASK_HELP = "Section `task` of the run's config, as JSON."
 SEED_HELP = "Seed of the order of examples, of all sampling and of dropout."
@@ -37,11 +33,6 @@ LEFT_OUT = "left_out_"
 """Figures: how many examples of a split have prompts over the limit."""
 SUMMED = ("response_tokens", "student_tokens", "teacher_tokens")
 """Figures of each step of a training of which its closing figures hold the sum, as they do of the seconds."""
-METRICS_HELP = "Where the figures go: JSON, numbers only."
-CHECKPOINT_HELP = (
-    "Folder or gs:// URI for checkpoints, on storage that outlives the process. The same work, started again, goes on "
-    "from its last one; they are removed when the step has written its model."
-)
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,8 @@ class Fit:
         distill: Divergence and sampling; None for fine-tuning.
         task: Template and limits.
         seed: Seed of everything random.
-        checkpoint_root: See `CHECKPOINT_HELP`.
+        checkpoint_root: Folder or URI for checkpoints, which are removed when the step has written its model. The same
+            work, started again, goes on from its last one if the storage outlives the process. Empty: temporary files.
         models: Folders of the models that go in, by name.
         weights: Digests of their weights.
     """
@@ -132,7 +124,7 @@ class Fit:
             run: The step's MLflow run.
 
         Returns:
-            The result, the figures for the metrics artifact, and the checkpoints, to be removed when all is written.
+            The result, its closing figures, and the checkpoints, to be removed when all is written.
 
         Raises:
             SkdError: see `skd_lib.training.run.train`.
@@ -243,7 +235,7 @@ def fine_tune(
         loaded: Called once the model's files are read.
 
     Returns:
-        Metadata for the artifact, figures, and the checkpoints, to be removed when the outputs are written; None on a
+        Lineage for the record, figures, and the checkpoints, to be removed when the outputs are written; None on a
         process that writes no outputs.
     """
     from skd_lib.models.card import Lineage, model_card
@@ -263,19 +255,31 @@ def fine_tune(
         settings=training_facts(fit.training, result),
     )
     (base_digest,) = fit.weights.values()
-    metadata = {
+    facts = {
         "weights_sha256": save_trained(result.student, tokenizer, out, model_card(title, lineage), result.precision),
         "precision": result.precision,
         "base_weights_sha256": base_digest,
         "data_fingerprint": data.fingerprint,
+    }
+    return facts, figures, checkpoints
+
+
+def trained_here(run: StepRun) -> dict[str, str]:
+    """Return what a model's record tells of the run that made the model; what is not known is empty.
+
+    Args:
+        run: The step's MLflow run.
+    """
+    from skd_lib.report.lineage import software
+    from skd_lib.tracking.locate import IMAGE_VARIABLE
+
+    return {
+        "pipeline_run_id": os.environ.get("KFP_RUN_ID", ""),
+        "mlflow_run_id": run.parent.run_id,
+        "image": os.environ.get(IMAGE_VARIABLE, ""),
+        "software": software(),
         "code_version": code_version(),
     }
-    return metadata, figures, checkpoints
-
-
-def input_digest(io: StepIO, name: str, path: Path) -> str:
-    """Digest of an input model's weights: from the artifact's metadata, else computed."""
-    return str(io.input_metadata(name).get("weights_sha256") or weights_digest(path))
 
 
 def code_version() -> str:
@@ -334,14 +338,11 @@ def save_trained(
     return weights_digest(path)
 
 
-def write_figures(path: Path, io: StepIO, figures: dict[str, float], run: StepRun) -> None:
-    """Give a step's closing figures to the metrics file, the metrics artifact and MLflow."""
-    from skd_lib.storage import write_text_atomic
-
-    write_text_atomic(path, json.dumps(figures, indent=2) + "\n")
-    io.metrics("metrics", figures)
+def log_outcome(run: StepRun, figures: Mapping[str, float], lineage: Mapping[str, Any], model_uri: str) -> None:
+    """Give a step's closing figures and its model's lineage to MLflow."""
     # In MLflow a name is a curve: a sum over all steps is not a point of it.
     run.log_metrics({f"total_{name}" if _is_sum(name) else name: value for name, value in figures.items()})
+    run.set_tags({"model_uri": model_uri, **{name: value for name, value in lineage.items() if value != ""}})
 
 
 def _is_sum(name: str) -> bool:

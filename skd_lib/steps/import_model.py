@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, FINGERPRINT_HELP, StepIO, Switch, run_step
+from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.runtime import FINGERPRINT_HELP, FRESH_HELP, StepIO, Switch, run_step
 
 
 def main(
@@ -25,11 +26,14 @@ def main(
     trust_remote_code: Annotated[
         Switch, typer.Option(help="Take Python code along that comes with the model, to be run when it is loaded.")
     ] = Switch.false,
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty turns tracking off.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    fresh: Annotated[str, typer.Option(help=FRESH_HELP)] = "",  # noqa: ARG001 - Kubeflow reads it
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
-    """Fetch a model and save it in the Hugging Face layout: config, tokenizer, safetensors weights."""
+    """Fetch a model and save it in the Hugging Face layout: config, tokenizer, safetensors weights.
+
+    Its record (`skd_lib.records`) holds the reference, the fingerprint and the digest of its weights.
+    """
     from skd_lib.models.files import describe, weights_digest
     from skd_lib.models.references import (
         LocalFolder,
@@ -38,9 +42,10 @@ def main(
         parse_reference,
         resolve_model,
     )
+    from skd_lib.records import write_record
     from skd_lib.tracking.runs import step_run
 
-    io = StepIO(executor_input, {"model": model_out})
+    io = StepIO({"model": model_out})
     code = bool(trust_remote_code)
     with step_run(
         step="import_model", tracking_uri=tracking_uri, experiment=experiment, params={"model": model}
@@ -55,8 +60,8 @@ def main(
         digest = weights_digest(model_out)
         run.log_metrics({name: float(value) for name, value in facts.items()})
         origin = {"weights_sha256": digest, "reference": model, "fingerprint": fingerprint}
+        write_record(model_out, lineage={**origin, **facts})
         run.set_tags({**origin, "model_uri": io.output_uri("model")})
-    io.metadata("model", **origin, **facts)
     io.write()
 
 

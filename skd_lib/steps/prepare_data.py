@@ -9,7 +9,8 @@ import typer
 
 from skd_lib.config import DataConfig, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, StepIO, run_step
+from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.runtime import FRESH_HELP, StepIO, run_step
 
 
 def main(
@@ -25,16 +26,16 @@ def main(
         str, typer.Option(help="Fingerprint of the source as preflight found it; empty: not compared.")
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
-    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI; empty turns tracking off.")] = "",
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "skd",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    fresh: Annotated[str, typer.Option(help=FRESH_HELP)] = "",  # noqa: ARG001 - Kubeflow reads it
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Turn a source of examples into train, validation and test splits for teacher and student."""
     from skd_lib.data.manifest import data_fingerprint as fingerprint_now
     from skd_lib.data.prepared import prepare
     from skd_lib.tracking.runs import step_run
 
-    io = StepIO(executor_input, {"data": data_out})
+    io = StepIO({"data": data_out})
     config = parse_section(DataConfig, data_config, where="--data-config")
     with step_run(
         step="prepare_data",
@@ -63,7 +64,6 @@ def main(
         print(f"dropped, {reason}: {count}")
     for name, reason in data.missing.items():
         print(f"held-out set {name} is missing: {reason}")
-    io.metadata("data", fingerprint=data.fingerprint, rows=rows, losses=data.manifest["losses"])
     io.parameter("fingerprint", data.fingerprint)
     io.write()
 

@@ -33,6 +33,10 @@ FINGERPRINT_HELP = (
     "Fingerprint of the model as preflight found it: a hub model is fetched at that commit, any other must still be "
     "the same. Empty: whatever is there now."
 )
+FRESH_HELP = (
+    "Text that is part of Kubeflow's cache key and of nothing else: with another one the step, and what depends on it, "
+    "is done again."
+)
 EXECUTOR_INPUT_HELP = "KFP's executor input (JSON); set by the pipeline, leave it out by hand."
 
 

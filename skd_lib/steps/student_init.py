@@ -12,16 +12,16 @@ import typer
 from skd_lib.config import StudentInitConfig, TaskConfig, parse_section
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps import fitting
-from skd_lib.steps.runtime import EXECUTOR_INPUT_HELP, FINGERPRINT_HELP, LABEL_HELP, StepIO, run_step, step_name
+from skd_lib.steps.inputs import present
+from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
+from skd_lib.steps.runtime import FINGERPRINT_HELP, LABEL_HELP, StepIO, run_step, step_name
 from skd_lib.storage import check_checkpoint_root
 
 
 def main(
     teacher: Annotated[Path, typer.Option(help="Folder of the fine-tuned teacher, in Hugging Face layout.")],
     data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Fine-tuning uses train_student and validation.")],
-    checkpoint_root: Annotated[str, typer.Option(help=fitting.CHECKPOINT_HELP)],
     student_out: Annotated[Path, typer.Option(help="Folder for the student.")],
-    metrics_out: Annotated[Path, typer.Option(help=fitting.METRICS_HELP)],
     student: Annotated[
         str,
         typer.Option(
@@ -33,10 +33,10 @@ def main(
     config: Annotated[str, typer.Option(help="Section `student_init` of the run's config, as JSON.")] = "{}",
     task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
     seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
-    tracking_uri: Annotated[str, typer.Option(help=fitting.TRACKING_URI_HELP)] = "",
-    experiment: Annotated[str, typer.Option(help=fitting.EXPERIMENT_HELP)] = "skd",
     label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
-    executor_input: Annotated[str | None, typer.Option(help=EXECUTOR_INPUT_HELP)] = None,
+    checkpoint_root: CheckpointRoot = "",
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "skd",
 ) -> None:
     """Make the student: a model of its own or cut from the teacher, as it is or fine-tuned on its own examples.
 
@@ -44,6 +44,8 @@ def main(
     - `sft`: the same, fine-tuned on the student's training examples.
     - `prune`: the teacher without a contiguous block of middle layers.
     - `prune_sft`: the same, fine-tuned on the student's training examples.
+
+    The model's record (`skd_lib.records`) holds its lineage and the closing figures.
     """
     settings = parse_section(StudentInitConfig, config, where="--config")
     task = parse_section(TaskConfig, task_config, where="--task-config")
@@ -54,7 +56,9 @@ def main(
         )
     if not settings.cuts and not student:
         raise SkdError(f"mode `{settings.mode}` needs a student", where="--student", hint="name a model")
-    io = StepIO(executor_input, {"initial_student": student_out, "metrics": metrics_out})
+    present("teacher", teacher)
+    present("data", data)
+    io = StepIO({"initial_student": student_out})
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.files import check_model_folder, weights_digest
@@ -66,24 +70,25 @@ def main(
         resolve_model,
     )
     from skd_lib.models.vocabulary import check_compatible
+    from skd_lib.records import read_record, write_record
     from skd_lib.steps.import_model import import_folder
     from skd_lib.tracking.runs import step_run
 
     check_model_folder(teacher)
-    teacher_reference = str(io.input_metadata("teacher").get("reference") or io.input_uri("teacher", teacher))
+    taught = read_record(teacher).lineage
+    teacher_reference = str(taught.get("reference") or io.input_uri("teacher", teacher))
     base = student
     if settings.cuts:
         base = f"{teacher_reference}, first {settings.keep_first} and last {settings.keep_last} layers"
-    metadata: dict[str, Any] = {
+    lineage: dict[str, Any] = {
         "reference": base,
         "base_student": base,
         "student_init": settings.mode,
         "teacher": teacher_reference,
-        "teacher_weights_sha256": fitting.input_digest(io, "teacher", teacher),
-        "code_version": fitting.code_version(),
+        "teacher_weights_sha256": weights_digest(teacher),
     }
-    if teacher_fingerprint := io.input_metadata("teacher").get("fingerprint"):
-        metadata["teacher_fingerprint"] = teacher_fingerprint
+    if teacher_fingerprint := taught.get("fingerprint"):
+        lineage["teacher_fingerprint"] = teacher_fingerprint
     params = {"seed": seed, "student": base, "student_init": settings.model_dump(mode="json", exclude_none=True)}
     figures: dict[str, float] = {"steps": 0}
     name = step_name("student_init", label)
@@ -100,11 +105,11 @@ def main(
             else:
                 fingerprint = fingerprint or model_fingerprint(student)
                 folder = resolve_model(student, fingerprint=fingerprint)
-                metadata["base_student_fingerprint"] = fingerprint
+                lineage["base_student_fingerprint"] = fingerprint
                 if problems := check_compatible(teacher, folder):
                     raise SkdErrors(problems)
                 digest = weights_digest(folder)
-            metadata["weights_sha256"] = digest
+            lineage["weights_sha256"] = digest
             if settings.trains:
                 prepared = PreparedData.load(data)
                 fit = fitting.Fit(
@@ -132,16 +137,16 @@ def main(
                 if tuned is None:
                     return
                 facts, trained, checkpoints = tuned
-                metadata |= facts
+                lineage |= facts
                 figures |= trained
             elif not settings.cuts:
                 # A user's own folder may be written to again; caches never change what they hold.
                 import_folder(folder, student_out, link=not isinstance(parse_reference(student), LocalFolder))
                 check_unchanged(student, fingerprint)  # nor while it was copied
-        fitting.write_figures(metrics_out, io, figures, run)
-        run.set_tags({"model_uri": io.output_uri("initial_student"), **metadata})
+        lineage |= fitting.trained_here(run)
+        write_record(student_out, lineage=lineage, figures=figures)
+        fitting.log_outcome(run, figures, lineage, io.output_uri("initial_student"))
 
-    io.metadata("initial_student", **metadata)
     io.write()
     if settings.trains:
         checkpoints.remove()

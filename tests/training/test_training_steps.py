@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +22,10 @@ from skd_lib.config import DataConfig
 from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.models.files import weights_digest
-from skd_lib.report.samples import read_samples
-from skd_lib.steps import distill, student_init, teacher_sft
+from skd_lib.records import RECORD, Record, read_record, write_record
+from skd_lib.steps import distill, import_model, student_init, teacher_sft
+from skd_lib.steps.kfp_call import Call, called
+from skd_lib.steps.runtime import run_step
 from skd_lib.training.checkpoints import MARKER
 
 ROOT = Path(__file__).parents[2]
@@ -35,43 +38,30 @@ class Save(Protocol):
 
 
 class Step:
-    """One step's arguments and what KFP would tell it."""
+    """One step's arguments, and the record that it leaves in its model's folder."""
 
-    def __init__(self, folder: Path, outputs: list[str], inputs: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        artifacts = {
-            name: {"artifacts": [{"uri": f"gs://bucket/{name}", "metadata": metadata}]}
-            for name, metadata in (inputs or {}).items()
-        }
-        wanted = {name: {"artifacts": [{"name": name, "uri": f"gs://bucket/out/{name}"}]} for name in outputs}
-        task = {
-            "inputs": {"artifacts": artifacts},
-            "outputs": {"artifacts": wanted, "outputFile": str(folder / "output.json")},
-        }
+        self.model = folder / "model"
         self.arguments: dict[str, Any] = {
             "task_config": TASK,
             "seed": 3,
             "tracking_uri": "",
             "experiment": "skd",
             "checkpoint_root": str(folder.parent / "checkpoints"),
-            "metrics_out": folder / "metrics.json",
-            "executor_input": json.dumps(task),
         }
 
     @property
-    def written(self) -> dict[str, Any]:
-        output: dict[str, Any] = json.loads((self.folder / "output.json").read_text())
-        return output
-
-    def metadata(self, name: str) -> dict[str, Any]:
-        metadata: dict[str, Any] = self.written["artifacts"][name]["artifacts"][0]["metadata"]
-        return metadata
+    def record(self) -> Record:
+        return read_record(self.model)
 
     @property
-    def figures(self) -> dict[str, float]:
-        figures: dict[str, float] = json.loads((self.folder / "metrics.json").read_text())
-        assert {name: pytest.approx(value) for name, value in self.metadata("metrics").items()} == figures
-        return figures
+    def lineage(self) -> dict[str, Any]:
+        return dict(self.record.lineage)
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        return self.record.figures
 
 
 @pytest.fixture(scope="module")
@@ -94,61 +84,69 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Save) -> 
     return save_tiny_model(tmp_path_factory.mktemp("models") / "teacher", seed=2, layers=4)
 
 
-def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_from_teacher_to_distilled_student(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo's chain: fine-tune the teacher, cut the student from it, distil; each step hands its lineage on."""
     fingerprint = PreparedData.load(data).fingerprint
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
-    tuning = Step(tmp_path / "1", ["tuned_teacher", "metrics"], {"teacher": {"reference": "org/teacher", "n": 7}})
-    tuned = tmp_path / "1" / "model"
+    imported, bucket = tmp_path / "0" / "model", "gs://bucket/out"
+    import_model.main(model=str(teacher), model_out=imported)
+    tuning = Step(tmp_path / "1")
     section = json.dumps({"training": TRAINING})
-    teacher_sft.main(teacher=teacher, data=data, teacher_out=tuned, config=section, **tuning.arguments)
-    lineage = tuning.metadata("tuned_teacher")
-    assert lineage["reference"] == "org/teacher"
-    assert lineage["n"] == 7
+    teacher_sft.main(teacher=imported, data=data, teacher_out=tuning.model, config=section, **tuning.arguments)
+    lineage = tuning.lineage
+    assert lineage["reference"] == str(teacher)
+    assert lineage["fingerprint"] == read_record(imported).lineage["fingerprint"]
     assert lineage["base_weights_sha256"] == weights_digest(teacher) != lineage["weights_sha256"]
-    assert lineage["weights_sha256"] == weights_digest(tuned)
+    assert lineage["weights_sha256"] == weights_digest(tuning.model)
     assert lineage["data_fingerprint"] == fingerprint
-    assert tuning.written["artifacts"]["tuned_teacher"]["artifacts"][0]["uri"] == "gs://bucket/out/tuned_teacher"
     assert tuning.figures["best_validation_loss"] < tuning.figures["first_validation_loss"]
 
-    cutting = Step(tmp_path / "2", ["initial_student", "metrics"], {"teacher": lineage})
-    initial = tmp_path / "2" / "model"
+    cutting = Step(tmp_path / "2")
     section = json.dumps({"mode": "prune", "keep_first": 2.0, "keep_last": 1.0})  # as KFP passes integers
-    student_init.main(student="", teacher=tuned, data=data, student_out=initial, config=section, **cutting.arguments)
-    cut = cutting.metadata("initial_student")
-    assert cut["base_student"] == "org/teacher, first 2 and last 1 layers"
+    paths = {"teacher": tuning.model, "data": data, "student_out": cutting.model}
+    student_init.main(student="", config=section, **paths, **cutting.arguments)
+    cut = cutting.lineage
+    assert cut["base_student"] == f"{teacher}, first 2 and last 1 layers"
     assert cut["student_init"] == "prune"
     assert cut["teacher_weights_sha256"] == lineage["weights_sha256"]
-    assert cut["weights_sha256"] == weights_digest(initial)
-    assert AutoModelForCausalLM.from_pretrained(initial).config.num_hidden_layers == 3
+    assert cut["teacher_fingerprint"] == lineage["fingerprint"]
+    assert cut["weights_sha256"] == weights_digest(cutting.model)
+    assert AutoModelForCausalLM.from_pretrained(cutting.model).config.num_hidden_layers == 3
 
-    training = Step(tmp_path / "3", ["distilled_student", "metrics", "samples"], {"student": cut, "teacher": lineage})
+    training = Step(tmp_path / "3")
     training.arguments["tracking_uri"] = uri
-    distilled = tmp_path / "3" / "model"
     section = json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "dropout": 0.1}})
-    samples = tmp_path / "3" / "samples"
-    paths = {"student": initial, "teacher": tuned, "data": data, "student_out": distilled, "samples_out": samples}
-    distill.main(config=section, **paths, **training.arguments)
-    final = training.metadata("distilled_student")
-    assert final["weights_sha256"] == weights_digest(distilled) != cut["weights_sha256"]
+    paths = {"student": cutting.model, "teacher": tuning.model, "data": data, "student_out": training.model}
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    monkeypatch.setenv("SKD_IMAGE", "registry/skd@sha256:1")
+    with called(Call(True, artifacts={"distilled_student": f"{bucket}/distilled_student"})):
+        distill.main(config=section, **paths, **training.arguments)
+    written = json.loads((tmp_path / "3" / "output_metadata.json").read_text())
+    entry = {"name": "distilled_student", "uri": f"{bucket}/distilled_student", "metadata": {}}
+    assert written == {"artifacts": {"distilled_student": {"artifacts": [entry]}}, "parameterValues": {}}
+    final = training.lineage
+    assert final["weights_sha256"] == weights_digest(training.model) != cut["weights_sha256"]
     assert final["initial_weights_sha256"] == cut["weights_sha256"]
-    assert (final["teacher"], final["base_student"]) == ("org/teacher", cut["base_student"])
+    assert (final["teacher"], final["base_student"]) == (str(teacher), cut["base_student"])
     assert (final["method"], final["divergence"], final["top_k"]) == ("skd", "forward_kl", 3)
     assert lineage["precision"] == final["precision"] == "fp32"
+    assert (final["pipeline_run_id"], final["image"]) == ("run-1", "registry/skd@sha256:1")
+    assert "torch " in final["software"]
     assert {"rejection_rate_first_tenth", "rejection_rate_last_tenth", "seconds_rollout"} <= set(training.figures)
     # Of the whole process, which is more than the tiny model's share of it.
     assert 0 < training.figures["estimated_memory_gib"] < training.figures["peak_memory_gib"] < 64
-    course = training.written["parameterValues"]["course"]
-    assert (course["steps"], course["validation_steps"]) == ([1, 2, 3, 4], [0, 2, 4])
-    assert len(course["rejection_rate"]) == 4
-    assert course["validation_loss"][0] == training.figures["first_validation_loss"]
-    assert course["training_steps"] == [1, 2, 3, 4]
-    assert all(0 < length <= 12 for length in course["response_length"])
-    assert set(course["seconds"]) == {"rollout", "loss", "optimiser", "validation", "checkpoint"}
-    assert course["peak_bytes"]["process"] > 10**8
-    assert {sequence.step for sequence in read_samples(samples)} == {1, 2, 4}
-    assert training.metadata("samples") == {**final, "sequences": 9}
+    course = training.record.course
+    assert (course.steps, course.validation_steps) == ((1, 2, 3, 4), (0, 2, 4))
+    assert len(course.rejection_rate) == 4
+    assert course.validation_loss[0] == pytest.approx(training.figures["first_validation_loss"], rel=1e-4)
+    assert course.training_steps == (1, 2, 3, 4)
+    assert all(0 < length <= 12 for length in course.response_length)
+    assert set(course.seconds) == {"rollout", "loss", "optimiser", "validation", "checkpoint"}
+    assert course.peak_bytes["process"] > 10**8
+    assert {sequence.step for sequence in training.record.samples()} == {1, 2, 4}
     assert final["losses"] == {
         "train": {"rows": 50, "lost": {"repeated": 1}},
         "validation": {"rows": 6, "lost": {}},
@@ -158,24 +156,23 @@ def test_from_teacher_to_distilled_student(teacher: Path, data: Path, tmp_path: 
     }
 
     # Any tool can load it, and its card says where it came from.
-    model = AutoModelForCausalLM.from_pretrained(distilled)
+    model = AutoModelForCausalLM.from_pretrained(training.model)
     assert model.config.attention_dropout == 0
     assert model.config.use_cache
-    assert AutoTokenizer.from_pretrained(distilled).chat_template
-    card = (distilled / "README.md").read_text()
-    assert all(text in card for text in ("org/teacher", fingerprint, "skd", "top_k", "| precision | fp32 |"))
+    assert AutoTokenizer.from_pretrained(training.model).chat_template
+    card = (training.model / "README.md").read_text()
+    assert all(text in card for text in (str(teacher), fingerprint, "skd", "top_k", "| precision | fp32 |"))
     assert not list((tmp_path / "checkpoints").rglob("checkpoint-*"))
-    _check_tracked(uri, final["weights_sha256"])
+    _check_tracked(uri, final)
 
 
-def _check_tracked(uri: str, digest: str) -> None:
-    from mlflow import MlflowClient
-
+def _check_tracked(uri: str, lineage: Mapping[str, Any]) -> None:
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("skd")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'distill'")
-    assert run.data.tags["weights_sha256"] == digest
+    assert run.data.tags["weights_sha256"] == lineage["weights_sha256"]
+    assert run.data.tags["mlflow.parentRunId"] == lineage["mlflow_run_id"]
     assert run.data.tags["precision"] == "fp32"
     assert run.data.params["skd/distill.sampling.top_k"] == "3"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
@@ -183,22 +180,47 @@ def _check_tracked(uri: str, digest: str) -> None:
     assert {dataset.dataset.name for dataset in run.inputs.dataset_inputs} == {"train_student", "validation"}
 
 
+def test_a_model_with_a_record_is_a_model_like_any_other(teacher: Path, tmp_path: Path) -> None:
+    """The record changes neither the digest of the weights, nor is it taken over into another run."""
+    model = tmp_path / "model"
+    import_model.main(model=str(teacher), model_out=model)
+    write_record(model, lineage={"method": "skd"}, samples="{}\n")
+    assert weights_digest(model) == weights_digest(teacher)
+    import_model.main(model=str(model), model_out=tmp_path / "again")
+    assert read_record(tmp_path / "again").lineage["reference"] == str(model)
+    assert "method" not in read_record(tmp_path / "again").lineage
+    assert {path.name for path in (tmp_path / "again" / RECORD).iterdir()} >= {"lineage.json"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+
+
 def test_a_teacher_that_is_not_to_be_tuned_is_passed_on(teacher: Path, data: Path, tmp_path: Path) -> None:
-    step = Step(tmp_path / "1", ["tuned_teacher", "metrics"])
-    out = tmp_path / "1" / "model"
-    teacher_sft.main(teacher=teacher, data=data, teacher_out=out, config='{"enabled": false}', **step.arguments)
-    assert step.metadata("tuned_teacher")["weights_sha256"] == weights_digest(out) == weights_digest(teacher)
+    step = Step(tmp_path / "1")
+    teacher_sft.main(teacher=teacher, data=data, teacher_out=step.model, config='{"enabled": false}', **step.arguments)
+    assert step.lineage["weights_sha256"] == weights_digest(step.model) == weights_digest(teacher)
     assert step.figures == {"steps": 0}
+
+
+def test_places_come_from_the_environment(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As arguments they would be part of Kubeflow's cache key."""
+    monkeypatch.setenv("SKD_CHECKPOINT_ROOT", "ftp://bucket/x")
+    words = ["--teacher", str(teacher), "--data", str(data), "--teacher-out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["teacher_sft", *words])
+    with pytest.raises(SystemExit) as caught:
+        run_step(teacher_sft.main)
+    assert caught.value.code == SkdError.exit_code
+    assert "checkpoint_root ftp://bucket/x: checkpoints cannot be kept there" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["as_is", "sft"])
 def test_a_student_of_its_own(mode: str, teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save) -> None:
     own = save_tiny_model(tmp_path / "own", seed=5, vocab_size=384)  # padded further than the teacher's
-    step = Step(tmp_path / "1", ["initial_student", "metrics"])
-    out = tmp_path / "1" / "model"
+    step = Step(tmp_path / "1")
+    out = step.model
     section = json.dumps({"mode": mode, "training": TRAINING})
     student_init.main(student=str(own), teacher=teacher, data=data, student_out=out, config=section, **step.arguments)
-    metadata = step.metadata("initial_student")
+    metadata = step.lineage
     assert metadata["base_student"] == str(own)
     assert metadata["weights_sha256"] == weights_digest(out)
     assert (weights_digest(out) == weights_digest(own)) == (mode == "as_is")
@@ -207,13 +229,16 @@ def test_a_student_of_its_own(mode: str, teacher: Path, data: Path, tmp_path: Pa
 
 def test_a_student_that_is_cut_and_fine_tuned(teacher: Path, data: Path, tmp_path: Path) -> None:
     students, steps = {}, {}
+    named = tmp_path / "teacher"
+    shutil.copytree(teacher, named)
+    write_record(named, lineage={"reference": "org/teacher"})
     for mode in ("prune", "prune_sft"):
-        steps[mode] = Step(tmp_path / mode, ["initial_student", "metrics"], {"teacher": {"reference": "org/teacher"}})
+        steps[mode] = Step(tmp_path / mode)
         students[mode] = tmp_path / mode / "model"
         section = json.dumps({"mode": mode, "keep_first": 2, "keep_last": 1, "training": TRAINING})
-        paths = {"teacher": teacher, "data": data, "student_out": students[mode]}
+        paths = {"teacher": named, "data": data, "student_out": students[mode]}
         student_init.main(student="", config=section, **paths, **steps[mode].arguments)
-    metadata, figures = steps["prune_sft"].metadata("initial_student"), steps["prune_sft"].figures
+    metadata, figures = steps["prune_sft"].lineage, steps["prune_sft"].figures
     assert AutoModelForCausalLM.from_pretrained(students["prune_sft"]).config.num_hidden_layers == 3
     assert metadata["student_init"] == "prune_sft"
     assert metadata["base_student"] == "org/teacher, first 2 and last 1 layers"
@@ -232,7 +257,7 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
     """Killed while the model was being written, the step trains no more when it is started again."""
     outputs = []
     for attempt in range(2):
-        step = Step(tmp_path / str(attempt), ["tuned_teacher", "metrics"])
+        step = Step(tmp_path / str(attempt))
         out = tmp_path / str(attempt) / "model"
         section = json.dumps({"training": TRAINING})
         arguments = {"teacher": teacher, "data": data, "teacher_out": out, "config": section, **step.arguments}
@@ -264,7 +289,7 @@ def test_a_step_that_is_told_to_go_saves_and_goes_on(teacher: Path, data: Path, 
     section = json.dumps({"training": {**TRAINING, "max_steps": 24, "eval_steps": 24}})
     outputs = []
     for name in ("stopped", "whole"):
-        step = Step(tmp_path / name / "1", ["tuned_teacher", "metrics"])
+        step = Step(tmp_path / name / "1")
         out = tmp_path / name / "1" / "model"
         arguments = {"teacher": teacher, "data": data, "teacher_out": out, "config": section, **step.arguments}
         if name == "stopped":
@@ -290,9 +315,8 @@ def test_a_step_that_is_told_to_go_saves_and_goes_on(teacher: Path, data: Path, 
 def test_what_is_wrong_is_said_before_anything_is_loaded(
     teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save
 ) -> None:
-    step = Step(tmp_path / "1", ["x", "metrics"])
+    step = Step(tmp_path / "1")
     paths = {"teacher": teacher, "data": data, "student_out": tmp_path / "out"}
-    distilling = {**paths, "samples_out": tmp_path / "samples"}
     section = '{"mode": "prune", "keep_first": 1, "keep_last": 1}'
     with pytest.raises(SkdError, match="mode `prune` cuts the student from the teacher"):
         student_init.main(student="org/model", config=section, **paths, **step.arguments)
@@ -301,11 +325,11 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     with pytest.raises(SkdError, match="mode `as_is` needs a student"):
         student_init.main(student="", **paths, **step.arguments)
     with pytest.raises(SkdError, match=r"--config, field `method`"):
-        distill.main(student=teacher, config='{"method": "kd"}', **distilling, **step.arguments)
-    with pytest.raises(SkdError, match="no such folder"):
-        distill.main(student=tmp_path / "none", **distilling, **step.arguments)
+        distill.main(student=teacher, config='{"method": "kd"}', **paths, **step.arguments)
+    with pytest.raises(SkdError, match="the input `student` is gone from storage"):
+        distill.main(student=tmp_path / "none", **paths, **step.arguments)
     with pytest.raises(SkdError, match=r"checkpoints cannot be kept there(.|\n)*gs://"):
-        distill.main(student=teacher, **distilling, **{**step.arguments, "checkpoint_root": "ftp://bucket/x"})
+        distill.main(student=teacher, **paths, **{**step.arguments, "checkpoint_root": "ftp://bucket/x"})
 
     other = save_tiny_model(tmp_path / "other", seed=5)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -313,7 +337,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     vocabulary["e"], vocabulary["f"] = vocabulary["f"], vocabulary["e"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(SkdError, match="1 problem"):
-        distill.main(student=other, **distilling, **step.arguments)
+        distill.main(student=other, **paths, **step.arguments)
 
 
 @pytest.mark.parametrize("method", ["supervised_kd", "seqkd"])
@@ -323,7 +347,7 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
     student = save_tiny_model(tmp_path / "student", seed=5)
     losses = []
     for attempt, learning_rate in enumerate((5e-3, 1e-3)):
-        step = Step(tmp_path / str(attempt), ["distilled_student", "samples", "metrics"])
+        step = Step(tmp_path / str(attempt))
         section = {
             "method": method,
             "teacher_signal": {"mode": "stored", "top_k": 8.0},
@@ -333,15 +357,14 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
             student=student,
             teacher=teacher,
             data=data,
-            student_out=tmp_path / str(attempt) / "model",
-            samples_out=tmp_path / str(attempt) / "samples",
+            student_out=step.model,
             config=json.dumps(section),
             **step.arguments,
         )
         # Another training on the same data finds what the teacher said.
         monkeypatch.setattr("skd_lib.steps.fitting.load_frozen", lambda _: pytest.fail("the teacher was loaded again"))
-        assert step.metadata("distilled_student")["method"] == method
-        assert str(step.metadata("distilled_student")["teacher_signal"]).startswith("stored")
+        assert step.lineage["method"] == method
+        assert str(step.lineage["teacher_signal"]).startswith("stored")
         losses.append((step.figures["first_validation_loss"], step.figures["best_validation_loss"]))
     assert losses[0][0] == losses[1][0] > losses[0][1]
     assert len(list((tmp_path / "checkpoints" / "teacher_signal").iterdir())) == 1
@@ -359,7 +382,8 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     command = spec["deploymentSpec"]["executors"]["exec-teacher-sft"]["container"]["command"]
     assert command[0] == "python3"
 
-    step, out, uri = Step(tmp_path / "run", ["tuned_teacher", "metrics"]), tmp_path / "run/model", tmp_path / "m.db"
+    step, uri = Step(tmp_path / "run"), tmp_path / "m.db"
+    out = step.model
     training = {**TRAINING, "max_steps": 2, "eval_steps": 2, "micro_batch_size": 1}
     arguments = {
         **step.arguments,
@@ -378,7 +402,7 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert step.metadata("tuned_teacher")["weights_sha256"] == weights_digest(out) != weights_digest(teacher)
+    assert step.lineage["weights_sha256"] == weights_digest(out) != weights_digest(teacher)
     client = MlflowClient(f"sqlite:///{uri}")
     (experiment,) = client.search_experiments(filter_string="name = 'skd'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'teacher_sft'")  # one of the two told
@@ -390,14 +414,13 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
 @pytest.mark.parametrize("precision", ["8bit", "4bit"])
 def test_quantised_teacher_trains_a_student(precision: str, data: Path, tmp_path: Path, save_tiny_model: Save) -> None:
     pytest.importorskip("bitsandbytes")
-    training = Step(tmp_path / "run", ["distilled_student", "metrics", "samples"])
+    training = Step(tmp_path / "run")
     distill.main(
         config=json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "teacher_precision": precision}}),
         student=save_tiny_model(tmp_path / "student", seed=1),
         teacher=save_tiny_model(tmp_path / "teacher", seed=2, layers=4, hidden=64),
         data=data,
-        student_out=tmp_path / "run" / "model",
-        samples_out=tmp_path / "run" / "samples",
+        student_out=training.model,
         **training.arguments,
     )
     assert training.figures["best_validation_loss"] < training.figures["first_validation_loss"]
