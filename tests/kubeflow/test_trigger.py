@@ -189,6 +189,19 @@ def test_what_kubeflow_forgets_the_claims_remember(kfp: FakeKfp, trigger: Trigge
     assert trigger.fire(source).fire
 
 
+def test_a_server_that_is_too_old_starts_nothing(kfp: FakeKfp, trigger: Trigger, source: str):
+    kfp.version = "2.14.4"
+    with pytest.raises(SkdError, match=r"Kubeflow Pipelines 2.14.4: 2.15.0 or newer is needed"):
+        trigger.fire(source)
+    assert not [method for method, _, _ in kfp.requests if method != "GET"]
+
+
+def test_what_the_server_changes_is_said(kfp: FakeKfp, trigger: Trigger, source: str, caplog: pytest.LogCaptureFixture):
+    kfp.changes = {"settings": "another"}
+    decision = trigger.fire(source)
+    assert f"run {decision.run_id} has started, but the server changed its parameters settings" in caplog.text
+
+
 def test_places_make_no_other_run(trigger: Trigger, source: str):
     elsewhere = replace(trigger, place=Place("skd", "another", "team-settings", "gs://b/root", "runner", reuse=False))
     assert elsewhere.explain(source).name == trigger.explain(source).name
