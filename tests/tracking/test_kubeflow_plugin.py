@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from skd_lib.steps.mounted import SECRETS
 from skd_lib.tracking.client import check_tracking
 from skd_lib.tracking.credentials import use_credentials
 from skd_lib.tracking.locate import children_of
@@ -240,6 +241,10 @@ def test_each_server_gets_its_own_credentials(environment: Callable[..., dict[st
     assert environment(KFP, **OURS) == OURS
     assert environment("https://other.example", KFP_MLFLOW_CONFIG="no JSON", **OURS) == OURS
     assert environment("sqlite:///a.db", **OURS) == OURS
+
+
+def test_pods_get_our_secret_under_names_of_our_own() -> None:
+    assert set(SECRETS["skd-mlflow"].values()) == {"SKD_MLFLOW_USERNAME", "SKD_MLFLOW_PASSWORD", "SKD_MLFLOW_TOKEN"}
 
 
 def test_kubeflows_token_is_not_sent_to_another_server(
