@@ -11,7 +11,7 @@ import typer
 
 from skd_lib.ascii_json import ascii_json
 from skd_lib.compare import plan as comparisons
-from skd_lib.config import RunConfig
+from skd_lib.config import FilesSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
@@ -21,7 +21,7 @@ from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
     from skd_lib.compare.plan import Plan
-    from skd_lib.preflight import PreflightReport
+    from skd_lib.preflight import Check, PreflightReport
 
 SECTIONS = ("data", "task", "teacher_sft", "student_init", "distill", "evaluation", "specdec", "registry")
 SHOWN = {
@@ -98,6 +98,7 @@ def main(
             run.log_artifact(report_out)
             report.raise_errors()
         raise
+    run_config, columns = with_columns(run_config)
     report = run_checks(
         run_config,
         variants=[trial.config(run_config) for trial in plan.trials] if plan else (),
@@ -107,6 +108,7 @@ def main(
         pipeline_root=pipeline_root or None,
         require_gpu=require_gpu,
     )
+    report.checks += columns
     if report.date:
         # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
         dated = run_config.task.model_copy(update={"date": report.date})
@@ -131,7 +133,7 @@ def main(
         run.set_tags({"data_source_fingerprint": report.data_fingerprint})
         run.set_tags({f"{role}_fingerprint": found for role, found in prints.items() if found})
         report.raise_errors()
-    for name, value in _outputs(run_config, plan).items():
+    for name, value in settings_of(run_config, plan).items():
         io.parameter(name, value)
     io.parameter("data_fingerprint", report.data_fingerprint)
     for role, found in prints.items():
@@ -174,6 +176,22 @@ def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = ""
     return config, plan
 
 
+def with_columns(config: RunConfig) -> tuple[RunConfig, list[Check]]:
+    """Name the data's columns, where they have usual names and the configuration gives none; says which."""
+    from skd_lib.data.usual_columns import find_columns
+    from skd_lib.preflight import Check
+
+    source = config.data.source
+    if not isinstance(source, FilesSource):
+        return config, []
+    columns = find_columns(source)
+    if columns == source.columns:
+        return config, []
+    data = config.data.model_copy(update={"source": source.model_copy(update={"columns": columns})})
+    what = f"input `{columns.source}`, answer `{columns.target}`: by their names, `data.source.columns` gives none"
+    return config.model_copy(update={"data": data}), [Check("columns", "ok", what)]
+
+
 def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightReport:
     """The report of a run whose form cannot be read."""
     from skd_lib.preflight.checks import TRACKING, Checks, PreflightReport
@@ -185,7 +203,7 @@ def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightRe
     return PreflightReport(checks.found)
 
 
-def _outputs(config: RunConfig, plan: Plan | None) -> dict[str, Any]:
+def settings_of(config: RunConfig, plan: Plan | None) -> dict[str, Any]:
     """What later steps read: sections as JSON that arrives as it is, with only what differs from the defaults."""
     sections = {name: short(getattr(config, name)) for name in SECTIONS}
     # COMET's settings go to its own step alone: if one changes, the models need not answer again.

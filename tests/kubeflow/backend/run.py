@@ -70,7 +70,7 @@ class Run:
         step: Step,
         *,
         version: Version = V2_17,
-        name: str = "a run",
+        run_name: str = "a run",
         namespace: str = "team",
         retries: Callable[[Spec], int] = lambda task: 0,
         cancel_at: float = math.inf,
@@ -80,7 +80,7 @@ class Run:
         platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"] if len(documents) > 1 else {}
         self.kubernetes = platform.get("executors", {})
         self.retries, self.cancel_at = retries, cancel_at
-        self.resolver = Resolver(version, {"name": name, "id": "run", "resource": "run-1"}, self.spec["components"])
+        self.resolver = Resolver(version, {"name": run_name, "id": "run", "resource": "run-1"}, self.spec["components"])
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order, self.now = itertools.count(), 0.0
         self.told: dict[str, Any] = {}
@@ -279,8 +279,11 @@ class _Dag:
             raise StepFailed(f"failed to upload output artifact {min(given.without_file)!r}")
 
     def fail(self, key: str, error: DriverError) -> None:
+        """Note that a driver failed: its task is Omitted, and has no exit task then (Argo, `executeDAGTask`; read)."""
         self.run.nodes[f"{self.place}{key}-driver"] = f"Failed: {error}"
-        self.end(key, "Failed")
+        self.phases |= {name: "Omitted" for name in self.exits if key in self.tasks[name]["dependentTasks"]}
+        self.phases[key] = "Failed"
+        self.advance()
         self.run.nodes[f"{self.place}{key}"] = "Omitted"
 
     def end(self, key: str, phase: str) -> None:

@@ -1,0 +1,81 @@
+"""What the steps of our pipelines do, as far as the backend sees it: preflight and compare_variant with their own code,
+the others as stubs. Models and data are named by their content's fingerprints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from skd_lib.ascii_json import ascii_json
+from skd_lib.compare.trials import Trial
+from skd_lib.config import RunConfig, parse_section
+from skd_lib.parameters import Form, short
+from skd_lib.steps.preflight import read, settings_of
+from tests.kubeflow.backend.run import Call, Made
+
+_FORM = set(Form.__dataclass_fields__)
+_FILL = {"STRUCT": {}, "LIST": [], "BOOLEAN": False, "NUMBER_INTEGER": 1, "NUMBER_DOUBLE": 0.5}
+
+
+@dataclass
+class Steps:
+    """The steps of a run.
+
+    Attributes:
+        run_id: KFP's id of the run.
+        content: Fingerprint of data and models by name, where it is not the name's own.
+        instead: What a task does instead: returns its outputs, or raises.
+        calls: What steps have got, in order.
+    """
+
+    run_id: str = "run-1"
+    content: dict[str, str] = field(default_factory=dict)
+    instead: dict[str, Callable[[Call], Made]] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+
+    def __call__(self, call: Call) -> Made:
+        """Run a step."""
+        self.calls.append(call)
+        if call.task in self.instead:
+            return self.instead[call.task](call)
+        declared = call.outputs.get("parameters", {})
+        filled = {name: _FILL.get(spec["parameterType"], "a-text") for name, spec in declared.items()}
+        known = {"comp-preflight": self.preflight, "comp-compare-variant": compare_variant}.get(call.component)
+        return Made({**filled, **(known(call.parameters) if known else {})})
+
+    def preflight(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Do what step preflight does, without looking at data and models."""
+        form = Form(**{name: value for name, value in given.items() if name in _FORM})
+        config, plan = read(form, given["comparison"], given["run_name"])
+        models = [config.teacher, config.student or ""]
+        models += [trial.config(config).student or "" for trial in plan.trials] if plan else []
+        prints = {name: self.content.get(name, f"of {name}") for name in models}
+        data = json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
+        return {
+            **settings_of(config, plan),
+            "data_fingerprint": self.content.get("data", data),
+            "teacher_fingerprint": prints[config.teacher],
+            "student_fingerprint": prints[config.student or ""],
+            "model_fingerprints": ascii_json(prints),
+            "fresh": "" if given["reuse"] else self.run_id,
+        }
+
+
+def compare_variant(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what step compare_variant does."""
+    trial = parse_section(Trial, _text(given["trial"]), where="trial")
+    config = trial.config(parse_section(RunConfig, _text(given["config"]), where="config"))
+    return {
+        "student": config.student or "",
+        "student_fingerprint": json.loads(_text(given["model_fingerprints"])).get(config.student or "", ""),
+        "seed": config.seed,
+        "student_init_config": ascii_json(short(config.student_init)),
+        "distill_config": ascii_json(short(config.distill)),
+        "label": trial.label,
+    }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
