@@ -134,8 +134,8 @@ def to_parameters(config: RunConfig, *, without: Collection[str] = ()) -> Parame
         form[name] = ",".join(value) if isinstance(value, list) else value
     if form["data_train"]:
         del values["data"]["source"]["type"]
-    for sections in {place[:-1] for place in PLACES.values()}:
-        _prune(values, sections)
+    for place in PLACES.values():
+        _prune(values, place[:-1])
     if "training_method" in form:  # said in any case: people compare runs by it
         form["training_method"] = config.distill.method
     return {**form, "config": ascii_json(values, compact=False)}
@@ -221,19 +221,19 @@ def fill(values: Mapping[str, Any], form: Form, *, run_name: str = "", where: st
         SkdError: all that is wrong, by the form's field or the configuration's.
     """
     filled = form.filled()
-    values = copy.deepcopy(dict(values))
+    whole: dict[str, Any] = copy.deepcopy(dict(values))
     try:
-        if "name" not in values:
-            values["name"] = run_name_from(run_name)
+        if "name" not in whole:
+            whole["name"] = run_name_from(run_name)
         for name, value in filled.items():
-            _put(values, name, value)
+            _put(whole, name, value)
     except _NoSection:  # validation says so in the user's terms
-        return parse_section(RunConfig, values, where=where)
-    missing = _missing(values)
+        return parse_section(RunConfig, whole, where=where)
+    missing = _missing(whole)
     for name in missing:  # so that all else that is wrong is found too
-        _put(values, name, "-")
+        _put(whole, name, "-")
     try:
-        config = parse_section(RunConfig, values, where=where)
+        config = parse_section(RunConfig, whole, where=where)
     except SkdErrors as error:
         raise SkdErrors([*missing.values(), *(_named(each, filled, where) for each in error.errors)]) from error
     if missing:

@@ -613,6 +613,17 @@ def test_a_comparison_hands_on_its_trials(
     assert not {text for text in ("$", "{{") if text in json.dumps(parameters)}
 
 
+def test_columns_of_usual_names_are_handed_on(values: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"question": row["source"], "answer": row["target"]} for row in ROWS]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    preflight.main(config=json.dumps(values), report_out=tmp_path / "preflight" / "report.md")
+    parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
+    assert json.loads(parameters["data_config"])["source"]["columns"] == {"source": "question", "target": "answer"}
+    report = (tmp_path / "preflight" / "report.md").read_text(encoding="utf-8")
+    assert "| columns | input `question`, answer `answer`" in report
+
+
 def test_a_cluster_without_a_place_for_checkpoints_is_warned(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
