@@ -26,7 +26,6 @@ from skd_lib.report.samples import to_jsonl
 from skd_lib.report.sources import from_mlflow
 from skd_lib.steps import finish, fitting, gate, register_model, report
 from skd_lib.steps.kfp_call import called, take_call
-from skd_lib.steps.runtime import StepIO
 from skd_lib.tracking.gate import Rival
 from skd_lib.tracking.registry import champion
 from skd_lib.tracking.runs import step_run
@@ -327,15 +326,13 @@ def test_comet_decides_where_it_comes_first(store: str, tmp_path: Path, monkeypa
     assert "COMET, is missing" in decided["reason"]
 
 
-def test_a_sum_is_no_point_of_its_curve(store: str, client: MlflowClient, children: Runs, tmp_path: Path) -> None:
+def test_a_sum_is_no_point_of_its_curve(store: str, client: MlflowClient, children: Runs) -> None:
     names = (*fitting.SUMMED, "seconds_validation")
-    metrics = tmp_path / "metrics.json"
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as step:
         for number in (0, 1, 2):
             step.log_metrics(dict.fromkeys(names, 1.0), step=number)
         figures = {**dict.fromkeys(names, 3.0), "steps": 2.0}
-        fitting.write_figures(metrics, StepIO(None, {"metrics": metrics}), figures, step)
-    assert json.loads(metrics.read_text()) == figures  # what comparisons read
+        fitting.log_outcome(step, figures, {}, "gs://bucket/student")
     (child,) = children()
     assert child.data.metrics["steps"] == 2
     for name in names:
