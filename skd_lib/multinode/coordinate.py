@@ -51,14 +51,12 @@ class Work:
         options: Values of its options, but for inputs and outputs; its config without `multinode`.
         inputs: Local paths of the input artifacts; options and artifacts have the same names.
         outputs: Names of the output artifacts, by option.
-        executor_input: KFP's executor input, for steps that are called in the old way.
     """
 
     step: str
     options: Mapping[str, str]
     inputs: Mapping[str, Path]
     outputs: Mapping[str, str]
-    executor_input: str | None = None
 
 
 def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
@@ -118,7 +116,6 @@ def _start(
             inputs=uris,
             outputs=dict(work.outputs),
             artifacts=dict(current_call().artifacts),
-            executor_input=work.executor_input or "",
         )
     )
     manifest = train_job(name, settings, cluster.own_pod(), run_id=run_id, arguments=[exchange.uri])

@@ -33,7 +33,6 @@ class Request(BaseModel):
         inputs: URIs of the inputs, by option.
         outputs: Names of the outputs, by option.
         artifacts: URIs under which the outputs will be found, by name.
-        executor_input: KFP's executor input, for steps that are called in the old way.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,8 +41,7 @@ class Request(BaseModel):
     options: dict[str, str]
     inputs: dict[str, str]
     outputs: dict[str, str]
-    artifacts: dict[str, str] = {}
-    executor_input: str = ""
+    artifacts: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ PET_MASTER_PORT.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -68,16 +67,12 @@ def step_command(request: Request, folder: Path) -> list[str]:
         request: What the nodes are to do.
         folder: Holds the inputs, by name, under `inputs`.
     """
-    call = Call(True, folder / EXECUTOR_OUTPUT, request.artifacts)
+    call = Call(True, folder / EXECUTOR_OUTPUT, request.artifacts, inputs=request.inputs)
     options = {
         **request.options,
         **{name: str(folder / "inputs" / name) for name in request.inputs},
         **{option: str(folder / "outputs" / name) for option, name in request.outputs.items()},
     }
-    if request.executor_input:
-        task = json.loads(request.executor_input)
-        task.setdefault("outputs", {})["outputFile"] = str(folder / EXECUTOR_OUTPUT)
-        options["executor_input"] = json.dumps(task)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     return ["-m", f"skd_lib.steps.{request.step}", *words, *call.words()]
 

@@ -14,6 +14,7 @@ from skd_lib.errors import SkdError
 from skd_lib.models.files import load_tokenizer, weights_digest
 from skd_lib.models.loading import load_model
 from skd_lib.models.references import model_fingerprint
+from skd_lib.records import read_record
 from skd_lib.steps import import_model
 from skd_lib.steps.import_model import import_folder, main
 from tests.conftest import SaveTinyModel
@@ -41,9 +42,8 @@ def test_step_hands_on_a_whole_model(source: Path, tmp_path: Path) -> None:
     load_tokenizer(out)
     model = load_model(out, device="cpu")
 
-    written = json.loads((tmp_path / "out" / "executor_output.json").read_text())
-    (artifact,) = written["artifacts"]["model"]["artifacts"]
-    assert artifact["metadata"] == {
+    assert (tmp_path / "out" / "executor_output.json").exists()
+    assert read_record(out).lineage == {
         "weights_sha256": weights_digest(source),
         "reference": str(source),
         "fingerprint": model_fingerprint(str(source)),

@@ -22,6 +22,8 @@ from skd_lib import storage
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.errors import Preempted
+from skd_lib.records import read_record, write_record
+from skd_lib.steps.kfp_call import Call
 from tests.gcs_emulator import emulated
 from tests.multinode.fake_kubernetes import FakeKubernetes, running
 
@@ -42,8 +44,9 @@ def bucket(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Save) -> I
     source = {"type": "files", "train": [str(folder / "rows.jsonl")]}
     settings = {"source": source, "near_duplicate_threshold": 1, "student_examples": 20, "validation_examples": 6}
     prepare(DataConfig.model_validate(settings), folder / "data", seed=0)
-    save_tiny_model(folder / "student", seed=1)
-    save_tiny_model(folder / "teacher", seed=2)
+    for seed, name in enumerate(("student", "teacher"), start=1):
+        save_tiny_model(folder / name, seed=seed)
+        write_record(folder / name, lineage={"reference": f"org/{name}"})
     with emulated("multinode"):
         for name in ("data", "student", "teacher"):
             storage.upload(folder / name, f"{BUCKET}/in/{name}")
@@ -118,32 +121,27 @@ class Nodes:
 
 def step_process(folder: Path, kubernetes: FakeKubernetes, **config: Any) -> subprocess.Popen[str]:
     """The command that the component `distill` runs in its container."""
-    folder.mkdir(exist_ok=True)
-    outputs = {"distilled_student": "student", "metrics": "metrics.json", "samples": "samples.jsonl"}
-    task = {
-        "inputs": {
-            "artifacts": {
-                name: {"artifacts": [{"uri": f"{BUCKET}/in/{name}", "metadata": {"reference": f"org/{name}"}}]}
-                for name in ("student", "teacher", "data")
-            }
-        },
-        "outputs": {
-            "artifacts": {name: {"artifacts": [{"name": name, "uri": f"{BUCKET}/out/{name}"}]} for name in outputs},
-            "outputFile": str(folder / "output.json"),
-        },
-    }
+    fetched = folder / "fetched"  # by the launcher, into a pod that does not train
+    fetched.mkdir(parents=True, exist_ok=True)
+    (fetched / "file").write_text("whole")
+    call = Call(
+        launched=True,
+        output_file=folder / "output.json",
+        artifacts={"distilled_student": f"{BUCKET}/out/distilled_student"},
+        inputs={name: f"{BUCKET}/in/{name}" for name in ("student", "teacher", "data")},
+    )
     training = {"learning_rate": 5e-3, "batch_size": 4, "micro_batch_size": 1, "dropout": 0, **config.pop("training")}
     section = {"sampling": {"top_k": 3, "adaptive_gamma": False}, "multinode": {"nodes": 2}, **config}
     options = {
-        **{name: str(folder / "none") for name in ("student", "teacher", "data")},
-        **{f"{name.removeprefix('distilled_')}_out": str(folder / path) for name, path in outputs.items()},
+        **dict.fromkeys(call.inputs, str(fetched)),
+        "student_out": str(folder / "student"),
         "config": json.dumps({**section, "training": training}),
         "task_config": TASK,
         "checkpoint_root": f"{BUCKET}/checkpoints",
         "seed": "3",
-        "executor_input": json.dumps(task),
     }
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += call.words()
     environment = {"KUBECONFIG": str(kubernetes.kubeconfig(folder)), "KFP_RUN_ID": "run-1", "KFP_POD_NAME": "step-pod"}
     return subprocess.Popen(
         [sys.executable, "-m", "skd_lib.steps.distill", *words],
@@ -211,9 +209,11 @@ def test_two_nodes_train_are_terminated_and_go_on(bucket: str, kubernetes: FakeK
     assert "goes on from" in output
     written = json.loads((tmp_path / "second" / "output.json").read_text())
     (model,) = written["artifacts"]["distilled_student"]["artifacts"]
-    assert (model["uri"], model["metadata"]["teacher"]) == (f"{BUCKET}/out/distilled_student", "org/teacher")
+    assert model["uri"] == f"{BUCKET}/out/distilled_student"
+    record = read_record(tmp_path / "second" / "student")
+    assert (record.lineage["teacher"], record.lineage["pipeline_run_id"]) == ("org/teacher", "run-1")
     weights = load_file(tmp_path / "second" / "student" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
-    assert json.loads((tmp_path / "second" / "metrics.json").read_text())["steps"] == 24
+    assert record.figures["steps"] == 24
     assert storage.file_sizes(f"{BUCKET}/checkpoints") == {}
     assert kubernetes.jobs == {}

@@ -123,7 +123,7 @@ def test_torchrun_tells_what_its_processes_refuse(tmp_path: Path) -> None:
 def run_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], float]:
     """Runs a node whose processes end with a code; the seconds that it took."""
     exchange = Exchange(f"memory://bucket/{tmp_path.name}")
-    exchange.write(Request(step="distill", options={}, inputs={}, outputs={}))
+    exchange.write(Request(step="distill", options={}, inputs={}, outputs={}, artifacts={}))
     monkeypatch.setattr(node, "LAST_SECONDS", 0.4)
     popen = subprocess.Popen
 

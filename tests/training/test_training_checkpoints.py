@@ -142,7 +142,6 @@ def place(tmp_path: Path, save_tiny_model: SaveTinyModel, monkeypatch: pytest.Mo
                 data=tmp_path / "data",
                 checkpoint_root=str(tmp_path / "checkpoints"),
                 teacher_out=tmp_path / "out" / "model",
-                metrics_out=tmp_path / "out" / "metrics.json",
                 config=json.dumps({"training": TRAINING | (training or {})}),
                 task_config=json.dumps(TASK | task),
                 seed=seed,
@@ -207,8 +206,6 @@ def test_what_a_stored_teacher_said_belongs_to_its_config(
                 data=tmp_path / "data",
                 checkpoint_root=str(tmp_path / "checkpoints"),
                 student_out=tmp_path / "out" / "model",
-                metrics_out=tmp_path / "out" / "metrics.json",
-                samples_out=tmp_path / "out" / "samples",
                 config=json.dumps({"teacher_signal": {"mode": "stored"}, "method": "supervised_kd"}),
                 task_config=json.dumps(TASK),
             )
