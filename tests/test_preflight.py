@@ -583,6 +583,19 @@ def test_texts_typed_by_hand_are_refused_in_a_cluster_only(tmp_path: Path, monke
     assert preflight.read(Form(**sent), "", "")[0].task.prompt == "$x$ {source}"
 
 
+def test_models_whose_names_would_be_changed_are_refused_in_a_cluster_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KFP_RUN_ID", raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    form = Form(config='{"teacher": "/models/$(X)", "student": "/models/s"}', data_train="x")
+    assert preflight.read(form, "", "")[0].teacher == "/models/$(X)"
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(SkdError, match=r"model_teacher /models/\$\(X\): Kubeflow would change this name"):
+        preflight.read(form, "", "")
+    student = Form(config='{"student": "/models/{{x}}", "teacher": "t"}', data_train="x")
+    with pytest.raises(SkdError, match="model_student"):
+        preflight.read(student, "{}", "")
+
+
 def parsed(form: Form) -> dict[str, Any]:
     source = {"type": "files", "train": [form.data_train]}
     return {"name": "x", "teacher": "t", "student": "s", "data": {"source": source}, **json.loads(form.config)}
