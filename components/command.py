@@ -18,7 +18,7 @@ def run_step(
     step: str,
     image: str,
     arguments: Mapping[str, object],
-    outputs: Mapping[str, Any] | None = None,
+    outputs: Mapping[str, Any],
     inputs: Mapping[str, Any] | None = None,
     *,
     lists: bool = False,
@@ -38,8 +38,6 @@ def run_step(
     """
     options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value)]
     command = ["python3", "-m", f"skd_lib.steps.{step}"]
-    if outputs is None:  # until all components are written in the new way
-        return dsl.ContainerSpec(image=image, command=command, args=[*options, "--executor-input", "{{$}}"])
     options += [OUTPUT_FILE_OPTION, dsl.PIPELINE_TASK_EXECUTOR_OUTPUT_PATH_PLACEHOLDER]
     for name, output in outputs.items():
         is_parameter = isinstance(output, dsl.placeholders.OutputParameterPlaceholder)

@@ -50,7 +50,8 @@ def test_every_output_artifact_is_listed_with_its_remote_uri(tmp_path: Path) -> 
         "student": "gs://bucket/a=b/student",
         "figures": "gs://bucket/figures",
     }
-    assert written["artifacts"]["student"]["artifacts"][0]["metadata"] == {}
+    student = {"name": "student", "uri": "gs://bucket/a=b/student", "metadata": {}}
+    assert written["artifacts"]["student"]["artifacts"] == [student]
     figures = written["artifacts"]["figures"]["artifacts"][0]
     assert (figures["metadata"], figures["type"]["schemaTitle"]) == ({"chrf": 2}, "system.Metrics")
     assert written["parameterValues"] == {"course": {"steps": [1, 2]}, "why": 'no "gain"'}
@@ -150,7 +151,6 @@ def test_what_kfp_cannot_hold_is_left_out_before_its_launcher_fails(
 ) -> None:
     io = StepIO({"metrics": tmp_path / "metrics"})
     io.metrics("metrics", {"loss": math.nan, "chrf": 1.5})
-    io.metadata("metrics", reason=None)
     io.parameter("scores", {"chrf": {"score": 1.5, "low": -math.inf}, "course": [1.0, math.nan]})
     path = io.write()
     assert path is not None

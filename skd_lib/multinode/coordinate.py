@@ -233,8 +233,6 @@ def _collect(exchange: Exchange, io: StepIO) -> None:
         file = Path(folder) / EXECUTOR_OUTPUT
         exchange.fetch(io.paths, file)
         written = json.loads(file.read_text(encoding="utf-8"))
-    for artifact in io.paths:
-        io.metadata(artifact, **written["artifacts"][artifact]["artifacts"][0]["metadata"])
     for parameter, value in written["parameterValues"].items():
         io.parameter(parameter, value)
     io.write()

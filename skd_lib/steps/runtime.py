@@ -19,7 +19,7 @@ import typer
 
 from skd_lib import events
 from skd_lib.bugs import explained
-from skd_lib.steps.kfp_call import Call, called, current_call, take_call
+from skd_lib.steps.kfp_call import called, current_call, take_call
 from skd_lib.steps.mounted import load_mounted
 from skd_lib.storage import write_text_atomic
 from skd_lib.terminal import VisibleFormatter, say, survive_any_encoding
@@ -37,7 +37,6 @@ FRESH_HELP = (
     "Text that is part of Kubeflow's cache key and of nothing else: with another one the step, and what depends on it, "
     "is done again."
 )
-EXECUTOR_INPUT_HELP = "KFP's executor input (JSON); set by the pipeline, leave it out by hand."
 
 
 class Switch(StrEnum):
@@ -57,31 +56,13 @@ class StepIO:
         outputs: Name and local path of each output artifact.
     """
 
-    def __init__(self, outputs: Mapping[str, Path] | str | None, of_old: Mapping[str, Path] | None = None) -> None:
-        self._task: dict[str, Any] = {}
+    def __init__(self, outputs: Mapping[str, Path]) -> None:
         self._call = current_call()
-        if of_old is not None:  # until all steps are called in the new way
-            self._task = json.loads(outputs) if isinstance(outputs, str) and outputs else {}
-            outputs, self._call = of_old, _call_of(self._task)
-        assert isinstance(outputs, Mapping)  # noqa: S101
         self.paths = dict(outputs)
-        self._metadata: dict[str, dict[str, Any]] = {name: {} for name in self.paths}
-        self._metrics: set[str] = set()
+        self._metrics: dict[str, dict[str, float]] = {}
         self._parameters: dict[str, Any] = {}
         for path in self.paths.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-
-    def input_metadata(self, name: str) -> dict[str, Any]:
-        """Metadata an earlier step left on input artifact `name`; empty when run by hand."""
-        artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
-        metadata = artifacts[0].get("metadata", {}) if artifacts else {}
-        # KFP keeps metadata as protobuf, which has no whole numbers: 25 comes back as 25.0.
-        return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in metadata.items()}
-
-    def input_list(self, name: str) -> list[tuple[Path, dict[str, Any]]]:
-        """Local path and metadata of each artifact of input list `name`, in order; empty when run by hand."""
-        artifacts = self._task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("artifacts", [])
-        return [(local_path(artifact["uri"]), artifact.get("metadata", {})) for artifact in artifacts]
 
     def input_paths(self, name: str) -> list[Path]:
         """Local path of each artifact of input list `name`, in order; empty when run by hand."""
@@ -95,21 +76,16 @@ class StepIO:
         """URI under which output artifact `name` will be found after the step."""
         return self._call.artifacts.get(name) or str(self.paths[name].resolve())
 
-    def metadata(self, name: str, **values: Any) -> None:
-        """Add metadata to output artifact `name`."""
-        self._metadata[name].update(values)
-
     def metrics(self, name: str, values: Mapping[str, float]) -> None:
-        """Fill metrics artifact `name`. KFP shows numbers only."""
-        self._metrics.add(name)
-        self._metadata[name].update({key: float(value) for key, value in values.items()})
+        """Fill metrics artifact `name`. KFP shows numbers only, which it keeps as the artifact's metadata."""
+        self._metrics[name] = {key: float(value) for key, value in values.items()}
 
     def parameter(self, name: str, value: Any) -> None:
         """Set output parameter `name`."""
         self._parameters[name] = value
 
     def write(self) -> Path | None:
-        """Write KFP's executor output: every output artifact with its URI and metadata, and the parameters.
+        """Write KFP's executor output: every output artifact with its URI, metrics with their values, the parameters.
 
         Each parameter also goes to the file that KFP names for it, which a task without artifacts depends on.
 
@@ -150,20 +126,12 @@ class StepIO:
         return {name: value for name, value in held.items() if value is not None}
 
     def _artifact(self, name: str) -> dict[str, Any]:
-        artifact = {"name": name, "uri": self.output_uri(name), "metadata": self._held(self._metadata[name], name)}
+        values = self._held(self._metrics.get(name, {}), name)
+        artifact: dict[str, Any] = {"name": name, "uri": self.output_uri(name), "metadata": values}
         if name in self._metrics:
             # By which the launcher without MLMD tells metrics from other artifacts.
             artifact["type"] = {"schemaTitle": "system.Metrics", "schemaVersion": "0.0.1"}
         return artifact
-
-
-def _call_of(task: Mapping[str, Any]) -> Call:
-    def uris(kind: str) -> dict[str, str]:
-        entries = task.get(kind, {}).get("artifacts", {}).items()
-        return {name: entry["artifacts"][0]["uri"] for name, entry in entries if entry.get("artifacts")}
-
-    file = task.get("outputs", {}).get("outputFile")
-    return Call(bool(task), Path(file) if file else None, uris("outputs"), {}, uris("inputs"))
 
 
 def _finite(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:

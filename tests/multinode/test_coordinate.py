@@ -88,7 +88,6 @@ def publish(job: dict[str, Any]) -> None:
         (io.paths["model"] / "weights").write_text("trained")
         io.paths["metrics"].write_text("{}")
         assert io.output_uri("model") == "memory://bucket/model"
-        io.metadata("model", weights_sha256="abc")
         io.parameter("course", {"steps": [1, 2]})
         written = io.write()
         assert written is not None
@@ -144,7 +143,7 @@ def test_results_of_the_nodes_become_the_steps_own(
     assert capsys.readouterr().out.splitlines() == ["epoch 1", "epoch 2"]
     assert (attempt.folder / "model" / "weights").read_text() == "trained"
     model = written["artifacts"]["model"]["artifacts"][0]
-    assert (model["uri"], model["metadata"]) == ("memory://bucket/model", {"weights_sha256": "abc"})
+    assert model["uri"] == "memory://bucket/model"
     assert written["parameterValues"] == {"course": {"steps": [1, 2]}}
     assert kubernetes.jobs == {}  # nothing is left behind
     assert not Exchange(f"{attempt.work.options['checkpoint_root']}/multinode").is_complete()
