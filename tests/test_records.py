@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skd_lib.errors import SkdError
-from skd_lib.records import RECORD, copy_record, read_record, write_record
+from skd_lib.records import COURSE, RECORD, copy_record, read_record, write_record
 
 TOKENS = '[{"text": "a", "by": "student"}]'
 SAMPLES = f'{{"step": 1, "row": 0, "prompt": "p", "tokens": {TOKENS}}}\n'
@@ -40,3 +40,9 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / RECORD / "course.json").write_text('{"steps": ["first"]}')
     with pytest.raises(SkdError, match=r"course\.json, field `steps\.0`"):
         read_record(tmp_path)
+
+
+def test_a_curve_of_2000_points_takes_few_bytes(tmp_path: Path) -> None:
+    curve = {"steps": list(range(2000)), "rejection_rate": [step / 7 for step in range(2000)]}
+    write_record(tmp_path, lineage={}, course=curve)
+    assert (tmp_path / RECORD / COURSE).stat().st_size < 40_000

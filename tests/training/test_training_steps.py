@@ -106,7 +106,7 @@ def test_from_teacher_to_distilled_student(
 
     cutting = Step(tmp_path / "2")
     section = json.dumps({"mode": "prune", "keep_first": 2.0, "keep_last": 1.0})  # as KFP passes integers
-    paths = {"teacher": tuning.model, "data": data, "student_out": cutting.model}
+    paths: dict[str, Any] = {"teacher": tuning.model, "data": data, "student_out": cutting.model}
     student_init.main(student="", config=section, **paths, **cutting.arguments)
     cut = cutting.lineage
     assert cut["base_student"] == f"{teacher}, first 2 and last 1 layers"
@@ -236,7 +236,7 @@ def test_a_student_that_is_cut_and_fine_tuned(teacher: Path, data: Path, tmp_pat
         steps[mode] = Step(tmp_path / mode)
         students[mode] = tmp_path / mode / "model"
         section = json.dumps({"mode": mode, "keep_first": 2, "keep_last": 1, "training": TRAINING})
-        paths = {"teacher": named, "data": data, "student_out": students[mode]}
+        paths: dict[str, Any] = {"teacher": named, "data": data, "student_out": students[mode]}
         student_init.main(student="", config=section, **paths, **steps[mode].arguments)
     metadata, figures = steps["prune_sft"].lineage, steps["prune_sft"].figures
     assert AutoModelForCausalLM.from_pretrained(students["prune_sft"]).config.num_hidden_layers == 3
@@ -316,7 +316,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save
 ) -> None:
     step = Step(tmp_path / "1")
-    paths = {"teacher": teacher, "data": data, "student_out": tmp_path / "out"}
+    paths: dict[str, Any] = {"teacher": teacher, "data": data, "student_out": tmp_path / "out"}
     section = '{"mode": "prune", "keep_first": 1, "keep_last": 1}'
     with pytest.raises(SkdError, match="mode `prune` cuts the student from the teacher"):
         student_init.main(student="org/model", config=section, **paths, **step.arguments)
