@@ -5,6 +5,7 @@ The compiled file is a pure function of the definition, so that CI can tell a fo
 
 from __future__ import annotations
 
+import copy
 import importlib
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from components.images import COMET, TRAIN
+from pipelines.graph import producers
 from pipelines.lint_platform import lint_documents
 from pipelines.profiles import DEFAULT, load_profile
 from skd_lib.documents import parse_yaml_documents, read_text
@@ -23,8 +25,16 @@ from skd_lib.tracking.locate import IMAGE_VARIABLE
 PIPELINES = ("distillation", "compare_methods")
 """Each is a function of this name in the module of this name."""
 COMPILED = Path(__file__).parent / "compiled"
+PROFILE_WORD = "Profile"
+"""Comes before the profile's name at the end of a compiled pipeline's description."""
 HEADER = "# Compiled from pipelines/{name}.py by `skd compile`. Do not edit.\n"
 Documents = list[dict[str, Any]]
+
+
+def profile_of(documents: Documents) -> str:
+    """Return the name of the profile that a pipeline was compiled for; empty where it does not say."""
+    description = str(documents[0]["pipelineInfo"].get("description", ""))
+    return description.rpartition(f" {PROFILE_WORD} ")[2].rstrip(".") if f" {PROFILE_WORD} " in description else ""
 
 
 def compiled_path(name: str = "distillation") -> Path:
@@ -60,6 +70,13 @@ def compile_pipeline(
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))
         documents: Documents = parse_yaml_documents(path.read_text(encoding="utf-8"), where="compiled pipeline")
+    for component in documents[0]["components"].values():
+        _without_descriptions(component)
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            if "dependentTasks" in task:
+                task["dependentTasks"].sort()  # kfp takes them from a set
+    info = documents[0]["pipelineInfo"]
+    info["description"] = f"{info['description']} {PROFILE_WORD} {Path(profile).stem}."
     images = {TRAIN: image or TRAIN, COMET: comet_image or COMET}
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         set_image(executor["container"], images[executor["container"]["image"]])
@@ -67,6 +84,28 @@ def compile_pipeline(
     if problems:
         raise SkdErrors([SkdError(problem, where="compiled pipeline") for problem in problems])
     return documents
+
+
+def as_kept(documents: Documents) -> Documents:
+    """Return the documents without what Kubeflow fills in: that a task waits for those whose outputs it takes.
+
+    Its page draws an edge for each such line, beside the one through the output (`kfp.local` needs the lines).
+    """
+    kept = copy.deepcopy(documents)
+    for component in (kept[0]["root"], *kept[0]["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            named = [other for other in task.pop("dependentTasks", []) if other not in producers(task)]
+            if named:
+                task["dependentTasks"] = named
+    return kept
+
+
+def _without_descriptions(component: dict[str, Any]) -> None:
+    """Leave out what Kubeflow's page does not show, and its records of a run would hold several times for each step."""
+    for side in ("inputDefinitions", "outputDefinitions"):
+        for kind in ("parameters", "artifacts"):
+            for definition in component.get(side, {}).get(kind, {}).values():
+                definition.pop("description", None)
 
 
 def set_image(container: dict[str, Any], image: str) -> None:
@@ -93,7 +132,7 @@ def write_compiled(
     release: bool = False,
 ) -> None:
     """Compile and write `path`; see `compile_pipeline`."""
-    documents = compile_pipeline(image, comet_image, name=name, profile=profile, release=release)
+    documents = as_kept(compile_pipeline(image, comet_image, name=name, profile=profile, release=release))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, to_text(documents, name=name))
 
@@ -108,7 +147,7 @@ def check_compiled(path: Path, *, name: str = "distillation", profile: str = DEF
     if not path.is_file():
         raise SkdError("the compiled pipeline is missing", where=str(path), hint="run `skd compile`")
     committed: Documents = parse_yaml_documents(read_text(path), where=str(path))
-    fresh = compile_pipeline(name=name, profile=profile, release=release)
+    fresh = as_kept(compile_pipeline(name=name, profile=profile, release=release))
     differing = [
         place
         for old, new in zip(_without_version(committed), _without_version(fresh), strict=False)

@@ -1,49 +1,34 @@
 """The distillation pipeline: from a teacher, a student and data to a measured, registered student.
 
-    preflight -> import_model, prepare_data -> teacher_sft -> student_init -> distill
-        -> evaluate (teacher before and after, student before and after), specdec_benchmark, evaluate_champion
-        -> comet_score (if the task asks for it) -> report -> gate -> register_model
+    prepare -> teacher -> student -> distil -> measure -> release
     exit handler: finish
 
-Compiled by `skd compile` into `pipelines/compiled/distillation.yaml`; `skd run` runs the same definition locally.
+`pipelines.chapters` says what is in each. Compiled by `skd compile` into `pipelines/compiled/distillation.yaml`;
+`skd run` runs the same definition locally.
 """
 
-from pathlib import Path
 from typing import Any
 
 from kfp import dsl
 
-from components.comet_score.component import comet_score
 from components.distill.component import distill
-from components.evaluate.component import evaluate
-from components.evaluate_champion.component import evaluate_champion
 from components.finish.component import finish
-from components.gate.component import gate
-from components.images import TRAIN
-from components.import_model.component import import_model
-from components.preflight.component import preflight
-from components.prepare_data.component import prepare_data
-from components.register_model.component import register_model
-from components.report.component import report
-from components.specdec_benchmark.component import specdec_benchmark
 from components.student_init.component import student_init
-from components.teacher_sft.component import teacher_sft
+from pipelines import chapters
+from pipelines.places import CONFIG_MAP
 from pipelines.profiles import Profile
 from pipelines.tasks import Settler
-from skd_lib.config import load_config
-from skd_lib.parameters import to_parameters
-
-# The page in Kubeflow opens with the demo filled in: it runs as it is, and shows what each parameter looks like.
-DEMO = to_parameters(load_config(Path(__file__).parent / "configs" / "demo.yaml"))
 
 
 def distillation(profile: Profile) -> Any:
-    """The pipeline.
+    """Return the pipeline.
 
     Args:
         profile: What the steps ask of the cluster.
     """
     pool_labels, pool_taints = profile.shared_pool
+    prepare, teach = chapters.prepare(profile), chapters.teacher(profile)
+    measure, release = chapters.measure(profile), chapters.release(profile)
 
     @dsl.pipeline(
         name="skd-distillation",
@@ -51,208 +36,113 @@ def distillation(profile: Profile) -> Any:
         "as a model and as a draft for speculative decoding, and register it.",
     )
     def pipeline(
-        run_name: str = DEMO["run_name"],
-        teacher: str = DEMO["teacher"],
-        student: str = DEMO["student"],
-        method: str = DEMO["method"],
-        divergence: str = DEMO["divergence"],
-        top_k: int = DEMO["top_k"],
-        gamma: int = DEMO["gamma"],
-        max_steps: int = DEMO["max_steps"],
-        learning_rate: float = DEMO["learning_rate"],
-        seed: int = DEMO["seed"],
-        tracking_uri: str = "",
-        experiment: str = "skd",
-        checkpoint_root: str = "",
-        node_selector: dict[str, str] = pool_labels,
-        tolerations: list[dict] = pool_taints,  # type: ignore[type-arg]
-        config: dict[str, Any] = DEMO["config"],
+        config: str = "{}",
+        data_test: str = "",
+        data_train: str = "",
+        data_validation: str = "",
+        mlflow_experiment: str = "",
+        model_student: str = "",
+        model_teacher: str = "",
+        node_selector: dict = pool_labels,  # type: ignore[type-arg]
+        node_tolerations: list = pool_taints,  # type: ignore[type-arg]
+        reuse: bool = True,
+        settings: str = CONFIG_MAP,
+        task: str = "",
+        training_method: str = "",
+        training_steps: int = 0,
     ) -> None:
         """Distil a teacher into a student.
 
         Args:
-            run_name: Name of the run: lower case letters, digits and dashes.
-            teacher: Teacher: hub id (`google/gemma-7b-it`), local folder, gs:// URI or wheel:// reference.
-            student: Student, likewise, with the teacher's tokenizer. Empty where it is cut from the teacher
-                (`student_init.mode: prune` or `prune_sft`).
-            method: How the student learns: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`, `supervised_kd`,
-                `seqkd` or `sft`.
-            divergence: Distillation loss: `forward_kl`, `reverse_kl`, `jsd`, `skew_kl`, `skew_reverse_kl`, `tvd` or
-                `adaptive_kl`.
-            top_k: SKD keeps a token the student drafted if it is among the teacher's K likeliest. Smaller means more of
-                the teacher. -1: as `config` says, which may be a schedule.
-            gamma: Tokens the student drafts per teacher call. Changes speed, hardly the result. -1: as `config` says.
-            max_steps: Optimiser steps of the distillation. 0 goes by `distill.training.epochs` in `config`.
-            learning_rate: Peak learning rate of the distillation.
-            seed: Seed of the whole run.
-            tracking_uri: MLflow tracking server, e.g. `http://mlflow.mlflow:5000`. Empty turns tracking off.
-            experiment: MLflow experiment.
-            checkpoint_root: Where training keeps checkpoints, so that a retry or a new run of the same settings
-                resumes: a gs:// URI, or a folder on a volume that outlives the pods. Empty: they are lost with the pod.
+            config: What else differs from the defaults, as JSON, or the URI of a run's YAML file. A field of this form
+                that is not empty goes before what it says.
+            data_test: Test data: paths, globs or URIs of files (JSONL, CSV, Parquet, ...), separated by commas. Empty:
+                cut from the training data.
+            data_train: Training data, likewise.
+            data_validation: Validation data, likewise. Empty: cut from the training data.
+            mlflow_experiment: MLflow experiment. Empty: the one of the settings.
+            model_student: Student: hub id (`google/gemma-2b-it`), mounted folder or gs:// URI, with the teacher's
+                tokenizer. Empty where it is cut from the teacher (`student_init.mode: prune` in `config`).
+            model_teacher: Teacher, likewise.
             node_selector: Labels that nodes must have on which models are loaded, e.g. a GPU pool's; {} for any node.
-            tolerations: Taints that those nodes may have, as Kubernetes spells them:
+            node_tolerations: Taints that those nodes may have, as Kubernetes spells them:
                 `[{"key": "nvidia.com/gpu", "operator": "Exists"}]`.
-            config: The rest of the run's configuration, field by field as in the YAML files of `pipelines/configs`.
+            reuse: Whether steps that were done before, with the same data, models and settings, are taken from the
+                cache.
+            settings: The ConfigMap of the namespace that says where MLflow is and where checkpoints are kept.
+            task: What is asked: `translation`, `summarization`, `gsm8k`, `math`, `instruction`, or the URI of a task's
+                YAML file. Empty: as `config` says.
+            training_method: How the student learns: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`,
+                `supervised_kd`, `seqkd` or `sft`. Empty: as `config` says, else `skd`.
+            training_steps: Optimiser steps of the distillation. 0: as `config` says.
         """
-        tracking = {"tracking_uri": tracking_uri, "experiment": experiment}
-        settle = Settler(profile, node_selector, tolerations).settle
-        end = settle(finish(run_name=run_name, **tracking), "finish", cache=False)
-        with dsl.ExitHandler(end, name="run"):
-            checked = settle(
-                preflight(
-                    run_name=run_name,
-                    teacher=teacher,
-                    student=student,
-                    method=method,
-                    divergence=divergence,
-                    top_k=top_k,
-                    gamma=gamma,
-                    max_steps=max_steps,
-                    learning_rate=learning_rate,
-                    seed=seed,
-                    config=config,
-                    checkpoint_root=checkpoint_root,
-                    trials=[],
-                    **tracking,
-                ),
-                "preflight",
-                cache=False,
-            )
-            settings = checked.outputs
-            task_config = settings["task_config"]
-            base = settle(
-                import_model(
-                    reference=teacher,
-                    fingerprint=settings["teacher_fingerprint"],
-                    trust_remote_code=settings["trust_remote_code"],
-                    **tracking,
-                ),
-                "import_model",
-            ).outputs["model"]
-            prepared = settle(
-                prepare_data(
-                    data_config=settings["data_config"],
-                    data_fingerprint=settings["data_fingerprint"],
-                    seed=seed,
-                    **tracking,
-                ),
-                "prepare_data",
+        pool = {"settings": settings, "node_selector": node_selector, "node_tolerations": node_tolerations}
+        step = Settler(profile, **pool).step
+        run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        end = step(finish, "finish", cache=False, run_name=run_name)
+        with dsl.ExitHandler(end, name="distillation"):
+            prepared = prepare(
+                run_name=run_name,
+                config=config,
+                comparison="",
+                data_train=data_train,
+                data_validation=data_validation,
+                data_test=data_test,
+                model_teacher=model_teacher,
+                model_student=model_student,
+                task=task,
+                training_method=training_method,
+                training_steps=training_steps,
+                mlflow_experiment=mlflow_experiment,
+                reuse=reuse,
+                settings=settings,
             ).outputs
-            fingerprint = prepared["fingerprint"]
-
-            common = {"data": prepared["data"], "task_config": task_config, "seed": seed, **tracking}
-            training = {**common, "checkpoint_root": checkpoint_root}
-            tuned = settle(
-                teacher_sft(teacher=base, config=settings["teacher_sft_config"], **training), "teacher_sft"
-            ).outputs["tuned_teacher"]
-            initial = settle(
-                student_init(
-                    student=student,
-                    fingerprint=settings["student_fingerprint"],
-                    teacher=tuned,
-                    config=settings["student_init_config"],
-                    label="",
-                    **training,
-                ),
-                "student_init",
-            ).outputs["initial_student"]
-            distilled = settle(
-                distill(student=initial, teacher=tuned, config=settings["distill_config"], label="", **training),
-                "distill",
-            ).outputs
-
-            scores, answers = {}, {}
-            for role, model in {
-                "teacher_base": base,
-                "teacher": tuned,
-                "student_before": initial,
-                "student_after": distilled["distilled_student"],
-            }.items():
-                evaluated = evaluate(model=model, role=role, config=settings["evaluation_config"], label="", **common)
-                outputs = settle(evaluated, f"evaluate-{role}").outputs
-                scores[role], answers[role] = outputs["scores"], outputs["predictions"]
-            # One step for both: the teacher and the two students take turns in one process, so that timings compare.
-            measured = specdec_benchmark(
-                teacher=tuned,
-                draft_before=initial,
-                draft_after=distilled["distilled_student"],
-                config=settings["specdec_config"],
-                label="",
-                wanted=True,
+            common = {name: prepared[name] for name in ("data", "task_config", "seed")}
+            taught = teach(
+                reference=prepared["teacher"],
+                fingerprint=prepared["teacher_fingerprint"],
+                fresh=prepared["fresh"],
+                trust_remote_code=prepared["trust_remote_code"],
+                config=prepared["teacher_sft_config"],
+                evaluation_config=prepared["evaluation_config"],
                 **common,
-            )
-            drafts = settle(measured, "specdec_benchmark").outputs
-
-            # Not cached: who the champion is may have changed.
-            rival = settle(
-                evaluate_champion(
-                    student=distilled["distilled_student"],
-                    teacher=tuned,
-                    registry_config=settings["registry_config"],
-                    evaluation_config=settings["evaluation_config"],
-                    specdec_config=settings["specdec_config"],
-                    **common,
-                ),
-                "evaluate_champion",
-                cache=False,
+                **pool,
             ).outputs
-            answers["champion"] = rival["predictions"]
-
-            judged = {**answers, "config": settings["comet_config"], "task_config": task_config, "seed": seed}
-            # Not cached: that COMET could not be reached is true of this run, not of the next.
-            with dsl.If(settings["comet_wanted"] == "true", name="comet"):
-                asked = settle(comet_score(**judged), "comet_score", cache=False).outputs["scores"]
-            with dsl.Else(name="no-comet"):
-                # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
-                idle = comet_score(**judged).set_container_image(TRAIN)
-                unasked = settle(idle, "comet_score-off", cache=False).outputs["scores"]
-            comet = dsl.OneOf(asked, unasked)
-
-            table = settle(
-                report(
-                    run_name=run_name,
-                    task_config=task_config,
-                    specdec_before=drafts["before"],
-                    specdec_after=drafts["after"],
-                    distill_course=distilled["course"],
-                    comet=comet,
-                    samples=distilled["samples"],
-                    **scores,
-                    **{f"predictions_{role}": answers[role] for role in scores},
-                    **tracking,
-                ),
-                "report",
-                cache=False,
-            )
-            decision = settle(
-                gate(
-                    registry_config=settings["registry_config"],
-                    task_config=task_config,
-                    student_after=scores["student_after"],
-                    champion=rival["champion"],
-                    comet=comet,
-                    **tracking,
-                ).after(table),
-                "gate",
-                cache=False,
+            initial = step(
+                student_init,
+                "student_init",
+                title="student",
+                student=prepared["student"],
+                fingerprint=prepared["student_fingerprint"],
+                teacher=taught["teacher"],
+                config=prepared["student_init_config"],
+                label="",
+                **common,
+            ).outputs["initial_student"]
+            student = step(
+                distill,
+                "distill",
+                title="distil",
+                student=initial,
+                teacher=taught["teacher"],
+                config=prepared["distill_config"],
+                label="",
+                **common,
+            ).outputs["distilled_student"]
+            measured = measure(
+                teacher=taught["teacher"],
+                teacher_scores=taught["teacher_scores"],
+                initial_student=initial,
+                student=student,
+                run_name=prepared["name"],
+                evaluation_config=prepared["evaluation_config"],
+                comet_config=prepared["comet_config"],
+                comet_wanted=prepared["comet_wanted"],
+                specdec_config=prepared["specdec_config"],
+                registry_config=prepared["registry_config"],
+                **common,
+                **pool,
             ).outputs
-            settle(
-                register_model(
-                    student=distilled["distilled_student"],
-                    registry_config=settings["registry_config"],
-                    promote=decision["promote"],
-                    reason=decision["reason"],
-                    scores=scores["student_after"],
-                    comet=comet,
-                    specdec_after=drafts["after"],
-                    teacher=teacher,
-                    base_student=student,
-                    method=method,
-                    data_fingerprint=fingerprint,
-                    **tracking,
-                ),
-                "register_model",
-                cache=False,
-            )
+            release(student=student, measured=measured["measured"], settings=settings)
 
     return pipeline

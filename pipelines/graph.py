@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from typing import Any
 
 COMPONENT_PREFIX = "comp-"
+STEPS = "skd_lib.steps."
+"""Modules of the pipelines' steps."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Step:
     """One container step.
 
     Attributes:
-        name: Display name, unique in the pipeline: `evaluate_teacher`.
+        name: Its module with its role, unique in the pipeline: `evaluate-teacher`. On Kubeflow's page it may have
+            another.
         component: KFP's component key without its prefix, which names the step's folder in a local run: `evaluate-2`.
         command: The module it runs: `skd_lib.steps.evaluate`.
         cached: Whether its outputs are reused when nothing it depends on has changed.
@@ -77,6 +80,22 @@ def round_key(component: str, number: int) -> str:
     return f"{component}#{number}"
 
 
+def awaited(task: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that a task waits for: those it names, and those whose outputs it takes."""
+    return sorted({*task.get("dependentTasks", []), *producers(task)})
+
+
+def producers(task: Mapping[str, Any]) -> set[str]:
+    """Return the tasks whose outputs a task takes. Kubeflow waits for them, whether it names them or not.
+
+    (`addImplicitDependencies` of backend/src/v2/compiler/argocompiler/dag.go, kubeflow/pipelines 2.15 to 2.17.)
+    """
+    inputs = task.get("inputs", {})
+    sources = [*inputs.get("parameters", {}).values(), *inputs.get("artifacts", {}).values()]
+    kinds = ("taskOutputParameter", "taskOutputArtifact")
+    return {source[kind]["producerTask"] for source in sources for kind in kinds if kind in source}
+
+
 def _steps_of(
     dag: str,
     component: dict[str, Any],
@@ -87,30 +106,32 @@ def _steps_of(
 ) -> list[Step]:
     """The steps of the DAG named `dag`, which starts after the steps `before`."""
     tasks: dict[str, Any] = component["dag"]["tasks"]
-    order = TopologicalSorter({name: task.get("dependentTasks", []) for name, task in tasks.items()}).static_order()
+    order = TopologicalSorter({name: awaited(task) for name, task in tasks.items()}).static_order()
     steps: list[Step] = []
     ends: dict[str, tuple[str, ...]] = {}  # the steps with which a task ends
     for name in order:
         task = tasks[name]
         key = task["componentRef"]["name"]
         target = spec["components"][key]
-        waits_for = (*before, *(step for other in task.get("dependentTasks", []) for step in ends[other]))
+        waits_for = (*before, *(step for other in awaited(task) for step in ends[other]))
         if "dag" in target:
             # The outcomes of one choice are conditional tasks of one DAG.
             outcome = choice or (dag if "condition" in task.get("triggerPolicy", {}) else "")
             around = loop or (name if "parameterIterator" in task else "")
             inner = _steps_of(name, target, spec, waits_for, outcome, around)
-            awaited = {other for step in inner for other in step.waits_for}
-            ends[name] = tuple(step.name for step in inner if step.name not in awaited)
+            followed = {other for step in inner for other in step.waits_for}
+            ends[name] = tuple(step.name for step in inner if step.name not in followed)
             steps += inner
             continue
         container = spec["deploymentSpec"]["executors"][target["executorLabel"]].get("container", {})
-        ends[name] = (_display_name(task, name),)
+        command = container.get("command", [""])[-1]
+        step = _step_name(task.get("taskInfo", {}).get("name", name), command)
+        ends[name] = (step,)
         steps.append(
             Step(
-                name=_display_name(task, name),
+                name=step,
                 component=key.removeprefix(COMPONENT_PREFIX),
-                command=container.get("command", [""])[-1],
+                command=command,
                 cached=bool(task.get("cachingOptions", {}).get("enableCache")),
                 is_exit=any(
                     "taskFinalStatus" in value for value in task.get("inputs", {}).get("parameters", {}).values()
@@ -123,5 +144,9 @@ def _steps_of(
     return steps
 
 
-def _display_name(task: dict[str, Any], key: str) -> str:
-    return str(task.get("taskInfo", {}).get("name", key))
+def _step_name(title: str, command: str) -> str:
+    """Return a step's name: its title on Kubeflow's page, unless that is another word than its module's."""
+    if not command.startswith(STEPS):
+        return title
+    module = command.removeprefix(STEPS)
+    return title if title.partition("-")[0] == module else module

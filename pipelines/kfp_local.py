@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import json
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,9 +31,13 @@ from typing_extensions import override
 
 from pipelines.graph import COMPONENT_PREFIX, round_key
 from skd_lib.errors import SkdError
+from skd_lib.steps.kfp_call import OUTPUT_FILE_OPTION
 from skd_lib.storage import write_text_atomic
 from skd_lib.uris import redacted
 
+UNLABELLED = ("student-init",)
+"""Components of which the parameter `label` is not part of the key: it only names the step's run in MLflow, and trials
+that start from one student make it once where they run one after another."""
 HANDLER_ARGUMENTS = ("self", "image", "full_command", "pipeline_root", "runner", "env_vars")
 ROUND_ARGUMENTS = (
     *("self", "tasks", "pipeline_resource_name", "components", "executors", "io_store", "pipeline_root", "runner"),
@@ -170,8 +173,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
             self.env = env_vars or {}
 
         def run(self) -> status.Status:
-            task = json.loads(self.command[self.command.index("--executor-input") + 1])
-            folder = Path(task["outputs"]["outputFile"]).parent
+            folder = Path(self.command[self.command.index(OUTPUT_FILE_OPTION) + 1]).parent
             done = executor.execute(key_of(folder.name), self.image, self.command, self.env, folder)
             return status.Status.SUCCESS if done else status.Status.FAILURE
 
@@ -180,9 +182,20 @@ def _replaced(executor: Executor) -> Iterator[None]:
 
         _current = threading.local()
 
-        def compute_key(self, component_name: str, *args: Any, **kwargs: Any) -> str:
-            self._current.component = key_of(component_name.removeprefix(COMPONENT_PREFIX))
-            return str(super().compute_key(component_name, *args, **kwargs))
+        def compute_key(
+            self,
+            component_name: str,
+            image: str,
+            full_command: list[str],
+            arguments: dict[str, Any],
+            *args: Any,
+            **kwargs: Any,
+        ) -> str:
+            component = component_name.removeprefix(COMPONENT_PREFIX)
+            self._current.component = key_of(component)
+            if component in UNLABELLED:
+                arguments = {name: value for name, value in arguments.items() if name != "label"}
+            return str(super().compute_key(component_name, image, full_command, arguments, *args, **kwargs))
 
         def get(self, key: str) -> dict[str, Any] | None:
             outputs: dict[str, Any] | None = super().get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 PARAMETER = re.compile(r"inputs\.parameters\['([^']+)'\]")
@@ -13,7 +14,7 @@ def lint(spec: dict[str, Any]) -> list[str]:
 
     Every reference must resolve: components, executors, inputs of the enclosing DAG, outputs of producing tasks, and
     parameters named in a container's command or resources, which each task must pass even where they have a default.
-    Every image must be versioned.
+    Every image must be versioned. Every nested DAG must hold a step that is not cached.
     """
     components: dict[str, Any] = spec.get("components", {})
     executors: dict[str, Any] = spec.get("deploymentSpec", {}).get("executors", {})
@@ -21,6 +22,8 @@ def lint(spec: dict[str, Any]) -> list[str]:
     for name, component in {"root": spec.get("root", {}), **components}.items():
         if "dag" in component:
             problems += _dag(name, component, components, executors)
+            if name != "root" and all(_cached_steps(component, components)):
+                problems.append(f"{name}: all its steps are cached; KFP leaves such a DAG in state RUNNING")
         elif component.get("executorLabel") not in executors:
             problems.append(f"component {name}: executor {component.get('executorLabel')!r} does not exist")
         else:
@@ -59,6 +62,16 @@ def _dag(name: str, component: dict[str, Any], components: dict[str, Any], execu
                 if fault:
                     problems.append(f"{where}: input {input_name!r} {fault}")
     return problems
+
+
+def _cached_steps(component: dict[str, Any], components: dict[str, Any]) -> Iterator[bool]:
+    """Yield of each step of a DAG, in nested ones too, whether it is cached."""
+    for task in component["dag"].get("tasks", {}).values():
+        target = components.get(task["componentRef"]["name"], {})
+        if "dag" in target:
+            yield from _cached_steps(target, components)
+        else:
+            yield bool(task.get("cachingOptions", {}).get("enableCache"))
 
 
 def _source_fault(

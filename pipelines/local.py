@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,18 @@ from pipelines import stopping
 from pipelines.compiling import set_image
 from pipelines.containers import Containers
 from pipelines.forking import ForkServer, can_fork
-from pipelines.graph import Step, read_steps, unrolled
+from pipelines.graph import STEPS, Step, read_steps, unrolled
 from pipelines.identity import Identity, is_same, run_identity
 from pipelines.process import OnEvent, Outcome, Start, StepFailed, run_logged, watch
 from pipelines.progress import Display
 from skd_lib import events
 from skd_lib.bugs import explained
+from skd_lib.compare.plan import Plan
+from skd_lib.compare.plan import to_parameters as comparison_parameters
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError, is_full_disk
 from skd_lib.machine import usable_cores
-from skd_lib.parameters import to_parameters, to_struct
+from skd_lib.parameters import short, to_parameters, to_struct
 from skd_lib.report.sources import PAGE, SUMMARY
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.buffer import FOLDER_VARIABLE, read_place, waiting_files
@@ -297,9 +299,7 @@ def _images(spec: Mapping[str, Any]) -> list[str]:
     return [executor["container"]["image"] for executor in executors if "container" in executor]
 
 
-STEPS = "skd_lib.steps."
-"""Modules of the pipeline's steps."""
-_NO_STEP = ("doctor.py", "evidence")  # what no step imports, besides command lines
+_NO_STEP = ("doctor.py", "doctor_kubeflow.py", "evidence")  # what no step imports, besides command lines
 
 
 def source_digest() -> str:
@@ -315,8 +315,10 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def step_environment(run_id: str) -> dict[str, str]:
-    """What every step finds in its environment: the run's id, events on, and all cores, since one runs at a time.
+def step_environment(
+    run_id: str, *, tracking_uri: str = "", experiment: str = "", checkpoint_root: str = ""
+) -> dict[str, str]:
+    """What every step finds in its environment: the run's id and places, events on, and all cores: one runs at a time.
 
     Threads that spin only briefly while they wait keep a step fast beside whatever else the machine does.
     """
@@ -329,6 +331,9 @@ def step_environment(run_id: str) -> dict[str, str]:
     return {
         **{name: os.environ.get(name, value) for name, value in defaults.items()},
         "KFP_RUN_ID": run_id,
+        "SKD_TRACKING_URI": tracking_uri,
+        "SKD_EXPERIMENT": experiment,
+        "SKD_CHECKPOINT_ROOT": checkpoint_root,
         "PYTHONUNBUFFERED": "1",
         events.ENV: "1",
     }
@@ -374,8 +379,7 @@ def run_pipeline(
     tracking_uri: str,
     experiment: str,
     fresh: bool = False,
-    further: Mapping[str, Any] | None = None,
-    iterations: Sequence[str] = (),
+    comparison: Plan | None = None,
     containers: Containers | None = None,
 ) -> LocalRun:
     """Run the compiled pipeline `documents` for `config` in `folder`.
@@ -388,8 +392,7 @@ def run_pipeline(
         tracking_uri: MLflow.
         experiment: MLflow's experiment.
         fresh: Forget finished steps and checkpoints.
-        further: Parameters that the pipeline has beside the configuration's.
-        iterations: Names of the rounds of its loop.
+        comparison: The comparison whose trials the pipeline runs, which start from `config`.
         containers: Run the steps in these, not as child processes.
 
     Returns:
@@ -410,22 +413,23 @@ def run_pipeline(
         if fresh:
             folder.forget()
         local = local_pipeline(documents, containers.images if containers else None)
-        identity = run_identity(config, _images(local[0]), (further or {}).get("trials", ()))
-        settings = step_environment(folder.run_id(config, identity, fresh=fresh))
+        trials = comparison.trials if comparison else ()
+        identity = run_identity(config, _images(local[0]), map(short, trials))
+        settings = step_environment(
+            folder.run_id(config, identity, fresh=fresh),
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            checkpoint_root=str(folder.checkpoints),
+        )
         settings[FOLDER_VARIABLE] = os.environ.get(FOLDER_VARIABLE) or str(folder.records)
-        steps = {step.component: step for step in unrolled(read_steps(local[0]), iterations)}
+        steps = {step.component: step for step in unrolled(read_steps(local[0]), [trial.label for trial in trials])}
         starting: contextlib.AbstractContextManager[Start] = (
             contextlib.nullcontext(containers.starter(settings))
             if containers
             else child_processes(settings, folder.logs / "forking.log")
         )
-        arguments = {
-            **to_parameters(config),
-            **(further or {}),
-            "tracking_uri": tracking_uri,
-            "experiment": experiment,
-            "checkpoint_root": str(folder.checkpoints),
-        }
+        form = comparison_parameters(comparison.compare, config) if comparison else to_parameters(config)
+        arguments = {**form, "mlflow_experiment": experiment}
         kfp_log = folder.logs / "kfp.log"
         kfp_log.write_text("", encoding="utf-8")
         with starting as start, display:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from graphlib import TopologicalSorter
 from typing import Any
 
+from pipelines.graph import awaited
+
 Spec = Mapping[str, Any]
 Outputs = Callable[[str, Spec, Spec], Spec]
 """(component, values of its inputs, its declared outputs) -> output parameters, of which some may be missing."""
@@ -78,7 +80,7 @@ class NodeStatuses:
     def _dag(self, name: str, component: Spec, inputs: Spec, artifacts: Spec, place: str) -> dict[str, dict[str, Any]]:
         """Run a DAG; returns its outputs: parameters and artifacts by name."""
         tasks = component["dag"]["tasks"]
-        order = TopologicalSorter({key: _producers(task) & tasks.keys() for key, task in tasks.items()})
+        order = TopologicalSorter({key: awaited(task) for key, task in tasks.items()})
         made: dict[str, dict[str, dict[str, Any]]] = {}
         branches: list[tuple[int, int]] = []
         for key in order.static_order():
@@ -89,8 +91,9 @@ class NodeStatuses:
             made[key] = self._task(key, task, values, files, f"{place}.{key}")
             if name.startswith("comp-condition-branches"):
                 branches.append((before, len(self.nodes)))
-        for start, stop in sorted(sorted(branches, key=lambda branch: branch[0] - branch[1])[1:], reverse=True):
-            del self.nodes[start:stop]  # one branch of an If is taken: the largest, at the worst
+        branches.sort(key=lambda branch: len(to_json(self.nodes[slice(*branch)])))
+        for branch in sorted(branches[:-1], reverse=True):
+            del self.nodes[slice(*branch)]  # one branch of an If is taken: the largest, at the worst
         declared = component["dag"].get("outputs", {})
         found: dict[str, dict[str, Any]] = {"parameters": {}, "artifacts": {}}
         for key, chosen in declared.get("parameters", {}).items():
@@ -275,7 +278,16 @@ def _pod(container: Spec, settings: Spec, arguments: list[str], executor_input: 
                 key = pair.get("secretKey", pair.get("configMapKey"))
                 chosen = {"name": "skd-settings", "key": key, "optional": True}
                 variables.append({"name": pair["envVar"], "valueFrom": {reference: chosen}})
-    kept = {key: value for key, value in settings.items() if not key.endswith("AsEnv")}
+    kept = {key: value for key, value in settings.items() if not key.endswith(("AsEnv", "AsVolume", "Mounts"))}
+    mounted = {
+        each.get("volumeName", each.get("secretName", _TEXT)): each
+        for key, several in settings.items()
+        if key.endswith(("AsVolume", "Mounts"))
+        for each in several
+    }
+    kept["volumes"] = [
+        {"name": name, "secret": {"secretName": name, "defaultMode": 420, "optional": True}} for name in mounted
+    ]
     main = {
         "name": "main",
         "image": container["image"],
@@ -283,6 +295,7 @@ def _pod(container: Spec, settings: Spec, arguments: list[str], executor_input: 
         "args": arguments,
         "env": variables,
         "resources": container.get("resources", {}),
+        "volumeMounts": [{"name": name, "mountPath": each["mountPath"]} for name, each in mounted.items()],
     }
     return {"containers": [main], **kept}
 
@@ -319,15 +332,6 @@ def _artifact(source: Spec, inputs: Spec, made: Mapping[str, Any]) -> Any:
         return inputs[source["componentInputArtifact"]]
     producer = source["taskOutputArtifact"]
     return made[producer["producerTask"]]["artifacts"][producer["outputArtifactKey"]]
-
-
-def _producers(task: Spec) -> set[str]:
-    inputs = task.get("inputs", {})
-    sources = [*inputs.get("parameters", {}).values(), *inputs.get("artifacts", {}).values()]
-    named = {
-        s[kind]["producerTask"] for s in sources for kind in ("taskOutputParameter", "taskOutputArtifact") if kind in s
-    }
-    return named | set(task.get("dependentTasks", []))
 
 
 def _collected(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

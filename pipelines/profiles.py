@@ -33,8 +33,8 @@ KINDS: Mapping[str, Kind] = {
     "comet_score": "model",
     "comet_score-off": "small",
     "compare_variant": "small",
-    "compare_result": "small",
     "compare_table": "small",
+    "scores": "small",
     "report": "small",
     "gate": "small",
     "register_model": "small",
@@ -88,8 +88,8 @@ class Scratch(ConfigSection):
         if isinstance(values, dict) and {"kind", "storage_class"} & values.keys():
             raise ValueError(
                 "a volume made for the pod belongs to root, and Kubeflow Pipelines has no way to let the steps' user, "
-                "10001, write to it: leave out `kind` and `storage_class`, and give the nodes a boot disk that is large "
-                "enough"
+                "10001, write to it: leave out `kind` and `storage_class`, and give the nodes a boot disk that is "
+                "large enough"
             )
         return values
 

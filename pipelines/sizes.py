@@ -5,8 +5,8 @@ Argo keeps the state of a run, a node status for each step, DAG and driver, in o
 beyond `KEPT` (compressed) Argo can no longer write, and the run never ends. Both were seen, with Argo 4.0.8 and
 Kubeflow Pipelines 2.17.0, and so were these sizes of runs of an earlier pipeline:
 
-    distillation at its end         1,125 kB   computed 1,000 kB
-    comparison, 4 trials, wrapped   2,810 kB   computed 2,790 kB; compressed 326 kB, computed 340 kB
+    distillation at its end         1,125 kB   computed 1,010 kB
+    comparison, 4 trials, wrapped   2,810 kB   computed 2,820 kB; compressed 326 kB, computed 340 kB
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ import base64
 import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.node_statuses import NodeStatuses, Outputs, Spec, to_json
+from skd_lib.ascii_json import ascii_json
+from skd_lib.config import RunConfig
+from skd_lib.errors import SkdError
+
+if TYPE_CHECKING:
+    from skd_lib.compare.plan import Plan
 
 SHOWN = 1024 * 1024
 """Bytes of a run's object, as JSON, up to which Kubeflow's API and page follow its tasks."""
 KEPT = 900_000
 """Bytes of compressed nodes that leave room to Argo's 1,048,576."""
+LONGEST = {"measured": ascii_json({"figures": "x" * 1900}), "scores": ascii_json({"figures": "x" * 900})}
+"""The longest parameters that steps give at the end, by name."""
 ARGUMENT = 64 * 1024
 """Bytes of one argument that a step may get. Linux refuses 128 KiB."""
 _LESS_ALIKE = 1.25  # real runs compress worse than what is computed, by as much at the most
@@ -67,3 +75,53 @@ def measure(
     compressed = int(len(base64.b64encode(gzip.compress(text, mtime=0))) * _LESS_ALIKE)
     place, longest = max(run.arguments, key=lambda found: found[1], default=("", 0))
     return Sizes(len(run.nodes), len(text), len(text) + run.template_bytes(), compressed, longest, place, run.by_task)
+
+
+def expected(config: RunConfig, plan: Plan | None = None) -> Outputs:
+    """Return what the steps of a run give, as long as it gets.
+
+    Args:
+        config: The run's configuration.
+        plan: The comparison's, if it is one.
+    """
+    from skd_lib.compare.trials import Trial
+    from skd_lib.steps.compare_variant import outputs_of
+    from skd_lib.steps.preflight import settings_of
+
+    trials = plan.trials if plan else []
+    models = {config.teacher, config.student or "", *(trial.config(config).student or "" for trial in trials)}
+    settings = {**settings_of(config, plan), "model_fingerprints": ascii_json(dict.fromkeys(sorted(models), "x" * 64))}
+
+    def outputs(component: str, inputs: Spec, declared: Spec) -> Spec:
+        if component == "preflight":
+            return settings
+        if component == "compare-variant":
+            return outputs_of(Trial.model_validate(inputs["trial"]), config, {})
+        return {name: LONGEST[name] for name in declared.get("parameters", {}) if name in LONGEST}
+
+    return outputs
+
+
+def too_large(sizes: Sizes) -> list[SkdError]:
+    """Return why a run of this size could not work."""
+    remedy = "give long settings (prompts, lists of files) in a YAML file, and its URI as `config` or `task`"
+    problems = []
+    if sizes.argument > ARGUMENT:
+        what = f"an argument of {sizes.argument / 1000:,.0f} kB; a step's command takes {ARGUMENT / 1000:,.0f} kB"
+        problems.append(SkdError(what, where=f"step {sizes.argument_of}", hint=remedy))
+    if sizes.compressed > KEPT:
+        what = (
+            f"the run's state would take {sizes.compressed / 1000:,.0f} kB, and Argo keeps {KEPT / 1000:,.0f} kB of it"
+        )
+        problems.append(SkdError(what, where="the run", hint=f"make several comparisons, or {remedy}"))
+    return problems
+
+
+def notice(sizes: Sizes) -> str:
+    """Return a sentence on what Kubeflow will not show of a run of this size; empty where it shows all."""
+    if sizes.workflow <= SHOWN:
+        return ""
+    return (
+        f"the run's state will take {sizes.workflow / 1000:,.0f} kB; beyond {SHOWN / 1000:,.0f} kB Kubeflow's page "
+        "does not show its last steps: see MLflow, or the message at its end"
+    )

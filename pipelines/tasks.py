@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl, kubernetes
+from kfp.dsl.base_component import BaseComponent
 
 from components.command import on_several_gpus
+from pipelines.places import give_places
 from pipelines.profiles import Profile, Resources
-from pipelines.secret_variables import give_secrets
-from skd_lib.steps.finish import UI_VARIABLE
-from skd_lib.tracking.buffer import FOLDER_VARIABLE
-
-SETTINGS = "skd-settings"
-"""The ConfigMap of a namespace in which its administrators say what holds for all runs; it need not exist."""
 
 
 @dataclass(frozen=True)
@@ -23,47 +20,73 @@ class Settler:
 
     Attributes:
         profile: The machines.
-        node_selector: Pipeline parameter: labels of the nodes for steps that load models.
-        tolerations: Pipeline parameter: taints that those nodes may have.
+        settings: Pipeline parameter: name of the ConfigMap with the run's places.
+        node_selector: Pipeline parameter: labels of the nodes for steps that load models. None where no such step is.
+        node_tolerations: Pipeline parameter: taints that those nodes may have.
     """
 
     profile: Profile
-    node_selector: Any
-    tolerations: Any
+    settings: Any
+    node_selector: Any = None
+    node_tolerations: Any = None
 
-    def settle(self, task: dsl.PipelineTask, name: str, *, cache: bool = True) -> dsl.PipelineTask:
-        """Give a task its name, its caching, its resources, its secrets, and the run's id.
+    def step(
+        self,
+        component: BaseComponent,
+        name: str,
+        /,
+        *,
+        title: str = "",
+        cache: bool = True,
+        image: str = "",
+        **inputs: Any,
+    ) -> dsl.PipelineTask:
+        """Make a task with its caching, its resources, its secrets, the run's places and the run's id.
 
-        The id comes from the pod's label, not as a parameter: a parameter would be part of the cache key. So would one
-        that says where entries for MLflow are kept while it does not answer.
+        The id comes from the pod's label, not as a parameter: a parameter would be part of the cache's key.
+
+        Args:
+            component: What it runs.
+            name: Its name in `pipelines.profiles.KINDS`, with a role where a pipeline has several: `evaluate-teacher`.
+            title: What Kubeflow's page calls it, where that is not its name.
+            cache: Whether KFP may take its outputs from an earlier run.
+            image: Another image than the component's.
+            inputs: Of the component.
         """
-        task.set_display_name(name).set_caching_options(cache)
+        task = _named(component, name)(**inputs)
+        task.set_display_name(title or name).set_caching_options(cache)
+        if image:
+            task.set_container_image(image)
         resources = self.profile.resources(name)
         _request(task, resources)
         self._place(task, name, resources)
-        give_secrets(task, name)
+        give_places(task, name, self.settings)
         kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-        if "tracking_uri" in task.inputs:
-            settings = {"tracking-buffer": FOLDER_VARIABLE, "kubeflow-page": UI_VARIABLE}
-            kubernetes.use_config_map_as_env(task, SETTINGS, settings, optional=True)
         return task
 
     def _place(self, task: dsl.PipelineTask, name: str, resources: Resources) -> None:
         if self.profile.in_shared_pool(name):
             kubernetes.add_node_selector_json(task, self.node_selector)
-            kubernetes.add_toleration_json(task, self.tolerations)
+            kubernetes.add_toleration_json(task, self.node_tolerations)
             return
         for label, value in resources.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
         kubernetes.add_toleration_json(task, resources.plain_tolerations())
 
 
-def _request(task: dsl.PipelineTask, resources: Resources) -> None:
-    """Ask for a pod's resources, and say how it is tried again.
+def _named(component: BaseComponent, name: str) -> BaseComponent:
+    """Return the component by another name, after which KFP names task, component and executor.
 
-    A step that got SIGTERM has saved its work and exits with `skd_lib.errors.Preempted.exit_code`, which is retried as
-    any other code is.
+    kfp 2.17 mixes up the Kubernetes settings of executors that have one name in two nested pipelines.
     """
+    named = copy.copy(component)
+    named.component_spec = copy.copy(component.component_spec)
+    named.component_spec.name = name.replace("_", "-")
+    return named
+
+
+def _request(task: dsl.PipelineTask, resources: Resources) -> None:
+    """Ask for a pod's resources, and say how it is tried again, whatever its exit code: KFP's launcher makes all 1."""
     task.set_cpu_request(resources.cpu).set_memory_request(resources.memory).set_memory_limit(resources.memory)
     if resources.gpus:
         task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(resources.gpus)

@@ -202,15 +202,18 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
     """The table, where things are, and what to type next."""
+    from skd_lib.config import parse_section
+    from skd_lib.records import RECORD, SAMPLES
     from skd_lib.report.page import write_page
     from skd_lib.report.render import render
     from skd_lib.report.samples import read_samples
-    from skd_lib.report.sources import SAMPLES
     from skd_lib.report.summary import Summary
 
-    summary = Summary.model_validate(run.outputs["report"]["summary"]).with_seconds(run.durations())
+    figures = Path(run.outputs["report"]["figures"])
+    summary = parse_section(Summary, figures.read_text(encoding="utf-8"), where=str(figures))
+    summary = summary.with_seconds(run.durations())
     summary.write(folder.summary)
-    samples = Path(run.outputs["distill"]["samples"])
+    samples = Path(run.outputs["distill"]["distilled_student"]) / RECORD / SAMPLES
     shutil.copyfile(samples, folder.root / SAMPLES)
     write_page(folder.page, summary, read_samples(samples))
     console.print()

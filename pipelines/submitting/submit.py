@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.compiling import Documents, compiled_path, profile_of
+from pipelines.sizes import expected, measure, notice, too_large
 from pipelines.submitting.api import KubeflowPipelines
 from pipelines.submitting.readback import recurring_differences, run_differences
 from pipelines.submitting.schedules import with_seconds
@@ -106,6 +107,8 @@ class Submission:
     package: Package
     place: Place
     parameters: Mapping[str, Any]
+    notice: str = ""
+    """What the page will not show of a run of this size."""
 
     @classmethod
     def plan(cls, config: RunConfig, package: Package, place: Place, name: str = "") -> Submission:
@@ -136,9 +139,13 @@ class Submission:
             what = "it holds a password, which Kubeflow shows to all who may see the run"
             hint = "leave it out, and give the run's service account access, or use the Secret `skd-storage`"
             problems.append(SkdError(what, where=f"--pipeline-root {shown(place.pipeline_root)}", hint=hint))
+        sizes = measure(package.documents, parameters, expected(config))
+        problems += too_large(sizes)
         if problems:
             raise SkdErrors(problems)
-        return cls(name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}", package, place, parameters)
+        return cls(
+            name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}", package, place, parameters, notice(sizes)
+        )
 
     def describe(self) -> dict[str, str]:
         """What will be made, for a person."""
@@ -156,6 +163,7 @@ class Submission:
             "checkpoints": as_said,
             "artifacts": place.pipeline_root or default_root,
             "cache": "used" if place.reuse else "not used: every step runs",
+            **({"size": self.notice} if self.notice else {}),
         }
 
     def prepare(self, api: KubeflowPipelines, reason: str = "skd submit") -> Any:

@@ -1,6 +1,6 @@
 """A step for the runner's tests: real process, real KFP executor output, no models.
 
-    fake_step.py NAME BEHAVIOUR VALUE --executor-input JSON
+    fake_step.py NAME BEHAVIOUR VALUE, and KFP's own arguments
 
 Each execution adds a line to `$FAKE_STEP_JOURNAL`.
 """
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from skd_lib import events
+from skd_lib.compare.plan import from_parameters
+from skd_lib.steps.kfp_call import Call, called, take_call
 from skd_lib.steps.runtime import StepIO
 
 
@@ -25,9 +27,7 @@ def save() -> None:
     sys.exit(75)
 
 
-def main() -> None:
-    name, behaviour, value = sys.argv[1:4]
-    task = json.loads(sys.argv[5])
+def main(name: str, behaviour: str, value: str, call: Call) -> None:
     with Path(os.environ["FAKE_STEP_JOURNAL"]).open("a") as journal:
         journal.write(f"{name} {os.getpid()} {os.environ['KFP_RUN_ID']} {os.environ['OMP_NUM_THREADS']}\n")
     print(f"hello from {name}", flush=True)
@@ -53,20 +53,26 @@ def main() -> None:
     progress = events.Progress("working", 3)
     for done in (1, 2, 3):
         progress.update(done, loss=1 / done)
-    wanted = task["outputs"]
-    artifacts = {key: Path(entry["artifacts"][0]["uri"]) for key, entry in wanted.get("artifacts", {}).items()}
-    io = StepIO(sys.argv[5], artifacts)
+    artifacts = {key: Path(uri) for key, uri in call.artifacts.items()}
+    io = StepIO(artifacts)
     for path in artifacts.values():
         path.write_text(f"{name}:{value}")
-    for parameter in wanted.get("parameters", {}):
+    for parameter in call.parameters:
         io.parameter(parameter, {"value": value, "nested": [1, 2.5]})
+    if name == "expand":  # its second argument is the configuration, its third the comparison
+        form = {"data_train": "x", "model_teacher": "teacher", "model_student": "student"}
+        plan = from_parameters(value, config=behaviour, **form)
+        io.parameter("trials", plan.table()["trials"])
+        io.parameter("failed", plan.table()["skipped"])
     if name == "choose":  # its second argument is the round's item, its third the output of the step before the loop
         assert json.loads(value)["nested"] == [1, 2.5], value
-        io.parameter("behaviour", json.loads(behaviour)["overrides"]["behaviour"])
+        io.parameter("behaviour", json.loads(behaviour)["overrides"]["student"])
     if name == "gather":  # its second argument are the rounds that failed
         io.parameter("summary", {"failed": json.loads(behaviour), "values": json.loads(value)})
     io.write()
 
 
 if __name__ == "__main__":
-    main()
+    words, given = take_call(sys.argv[1:])
+    with called(given):
+        main(words[0], words[1], words[2], given)

@@ -1,48 +1,70 @@
 """A pipeline of fake steps with the shape of the real one: an exit handler around cached and uncached steps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from kfp import compiler, dsl
 
+from components.command import run_step
+
 STEP = str(Path(__file__).with_name("fake_step.py"))
+
+
+def fake_container(arguments: list[Any], outputs: Mapping[str, Any], *, lists: bool = False) -> dsl.ContainerSpec:
+    """A container whose command line ends as a real step's does."""
+    options = run_step("fake", "fake:1", {}, outputs, lists=lists).args
+    return dsl.ContainerSpec(image="fake:1", command=["python3", STEP], args=[*arguments, *options])
 
 
 @dsl.container_component
 def first(behaviour: str, value: str, model: dsl.Output[dsl.Model], result: dsl.OutputPath(dict)):
     """The first."""
-    return dsl.ContainerSpec(
-        image="fake:1",
-        command=["python3", STEP],
-        args=["first", behaviour, value, "--executor-input", "{{$}}"],
-    )
+    return fake_container(["first", behaviour, value], {"model": model, "result": result})
 
 
 @dsl.container_component
 def second(behaviour: str, config: dict[str, Any], model: dsl.Input[dsl.Model], summary: dsl.OutputPath(dict)):
     """The second."""
-    return dsl.ContainerSpec(
-        image="fake:1",
-        command=["python3", STEP],
-        args=["second", behaviour, config, "--executor-input", "{{$}}"],
-    )
+    return fake_container(["second", behaviour, config], {"summary": summary})
+
+
+@dsl.container_component
+def reads_text(behaviour: str, config: str, model: dsl.Input[dsl.Model], summary: dsl.OutputPath(dict)):
+    """The second, with a text."""
+    return fake_container(["second", behaviour, config], {"summary": summary})
+
+
+@dsl.container_component
+def expand(comparison: str, config: str, trials: dsl.OutputPath(list), failed: dsl.OutputPath(list)):
+    """The trials of a comparison, as preflight lists them."""
+    return fake_container(["expand", config, comparison], {"trials": trials, "failed": failed})
 
 
 @dsl.container_component
 def choose(item: dict[str, Any], config: dict[str, Any], behaviour: dsl.OutputPath(str)):
     """The first in a round: says how the next is to behave."""
-    return dsl.ContainerSpec(
-        image="fake:1", command=["python3", STEP], args=["choose", item, config, "--executor-input", "{{$}}"]
-    )
+    return fake_container(["choose", item, config], {"behaviour": behaviour})
+
+
+@dsl.container_component
+def gather(failed: list, values: list[dict], models: dsl.Input[list[dsl.Model]], summary: dsl.OutputPath(dict)):
+    """What comes after a loop."""
+    return fake_container(["gather", failed, values], {"summary": summary}, lists=True)
 
 
 @dsl.container_component
 def last(status: dsl.PipelineTaskFinalStatus):
     """The exit handler."""
-    return dsl.ContainerSpec(
-        image="fake:1", command=["python3", STEP], args=["last", "work", status, "--executor-input", "{{$}}"]
-    )
+    return fake_container(["last", "work", status], {})
+
+
+def compiled(pipeline: Any, folder: Path) -> list[dict[str, Any]]:
+    """The documents of a pipeline."""
+    path = folder / f"{pipeline.name}.yaml"
+    compiler.Compiler().compile(pipeline, str(path))
+    return list(yaml.safe_load_all(path.read_text()))
 
 
 def fake_pipeline(folder: Path, *, first_does: str = "work", second_does: str = "work") -> list[dict[str, Any]]:
@@ -51,32 +73,26 @@ def fake_pipeline(folder: Path, *, first_does: str = "work", second_does: str = 
     # Nothing but the parameters of the real pipeline: the runner passes those.
     @dsl.pipeline(name="fake")
     def fake(
-        run_name: str,
-        teacher: str,
-        student: str,
-        method: str,
-        divergence: str,
-        top_k: int,
-        gamma: int,
-        max_steps: int,
-        learning_rate: float,
-        seed: int,
-        tracking_uri: str,
-        experiment: str,
-        checkpoint_root: str,
-        config: dict[str, Any],
+        config: str,
+        data_train: str,
+        data_validation: str,
+        data_test: str,
+        model_teacher: str,
+        model_student: str,
+        task: str,
+        training_method: str,
+        training_steps: int,
+        mlflow_experiment: str,
     ):
         end = last().set_display_name("finish").set_caching_options(False)
         with dsl.ExitHandler(end, name="run"):
-            one = first(behaviour=first_does, value=teacher).set_display_name("make").set_retry(2, "60s")
+            one = first(behaviour=first_does, value=model_teacher).set_display_name("make").set_retry(2, "60s")
             two = second(behaviour=second_does, config=one.outputs["result"], model=one.outputs["model"])
             two.set_display_name("report").set_caching_options(False)
-            three = second(behaviour="work", config=config, model=one.outputs["model"])
+            three = reads_text(behaviour="work", config=config, model=one.outputs["model"])
             three.set_display_name("use").after(two)
 
-    path = folder / "fake.yaml"
-    compiler.Compiler().compile(fake, str(path))
-    return list(yaml.safe_load_all(path.read_text()))
+    return compiled(fake, folder)
 
 
 def choosing_pipeline(folder: Path) -> list[dict[str, Any]]:
@@ -84,80 +100,67 @@ def choosing_pipeline(folder: Path) -> list[dict[str, Any]]:
 
     @dsl.pipeline(name="choosing")
     def choosing(
-        run_name: str,
-        teacher: str,
-        student: str,
-        method: str,
-        divergence: str,
-        top_k: int,
-        gamma: int,
-        max_steps: int,
-        learning_rate: float,
-        seed: int,
-        tracking_uri: str,
-        experiment: str,
-        checkpoint_root: str,
-        config: dict[str, Any],
+        config: str,
+        data_train: str,
+        data_validation: str,
+        data_test: str,
+        model_teacher: str,
+        model_student: str,
+        task: str,
+        training_method: str,
+        training_steps: int,
+        mlflow_experiment: str,
     ):
         end = last().set_display_name("finish").set_caching_options(False)
         with dsl.ExitHandler(end, name="run"):
-            one = first(behaviour="work", value=teacher).set_display_name("make")
-            with dsl.If(student == "true", name="wanted"):
+            one = first(behaviour="work", value=model_teacher).set_display_name("make")
+            with dsl.If(model_student == "true", name="wanted"):
                 yes = first(behaviour="work", value="yes").set_display_name("choice")
             with dsl.Else(name="unwanted"):
                 no = first(behaviour="work", value="no").set_display_name("choice-off")
             chosen = dsl.OneOf(yes.outputs["result"], no.outputs["result"])
             second(behaviour="work", config=chosen, model=one.outputs["model"]).set_display_name("report")
 
-    path = folder / "choosing.yaml"
-    compiler.Compiler().compile(choosing, str(path))
-    return list(yaml.safe_load_all(path.read_text()))
-
-
-@dsl.container_component
-def gather(failed: list[dict], values: list[dict], models: dsl.Input[list[dsl.Model]], summary: dsl.OutputPath(dict)):
-    """What comes after a loop."""
-    return dsl.ContainerSpec(
-        image="fake:1", command=["python3", STEP], args=["gather", failed, values, "--executor-input", "{{$}}"]
-    )
+    return compiled(choosing, folder)
 
 
 def looping_pipeline(folder: Path) -> list[dict[str, Any]]:
     """The loop of the real comparison: a round takes its item, an output of another step, and a parameter."""
 
+    @dsl.pipeline(name="rounds")
+    def rounds(trials: list, failed: list, result: dict, value: str):
+        with dsl.ParallelFor(trials, name="rounds") as item:
+            two = choose(item=item, config=result).set_display_name("choose")
+            three = first(behaviour=two.outputs["behaviour"], value=value).set_display_name("train")
+        table = gather(
+            failed=failed,
+            values=dsl.Collected(three.outputs["result"]),
+            models=dsl.Collected(three.outputs["model"]),
+        )
+        table.set_display_name("table").set_caching_options(False)
+
     @dsl.pipeline(name="looping")
     def looping(
-        run_name: str,
-        teacher: str,
-        student: str,
-        method: str,
-        divergence: str,
-        top_k: int,
-        gamma: int,
-        max_steps: int,
-        learning_rate: float,
-        seed: int,
-        tracking_uri: str,
-        experiment: str,
-        checkpoint_root: str,
-        config: dict[str, Any],
-        trials: list[dict],
-        reference: str,
-        drafts: bool,
-        failed: list[dict],
+        comparison: str,
+        config: str,
+        data_train: str,
+        data_validation: str,
+        data_test: str,
+        model_teacher: str,
+        model_student: str,
+        task: str,
+        training_steps: int,
+        mlflow_experiment: str,
     ):
         end = last().set_display_name("finish").set_caching_options(False)
         with dsl.ExitHandler(end, name="run"):
-            one = first(behaviour="work", value=teacher).set_display_name("make")
-            with dsl.ParallelFor(trials, name="rounds") as item:
-                two = choose(item=item, config=one.outputs["result"]).set_display_name("choose")
-                three = first(behaviour=two.outputs["behaviour"], value=student).set_display_name("train")
-            gather(
-                failed=failed,
-                values=dsl.Collected(three.outputs["result"]),
-                models=dsl.Collected(three.outputs["model"]),
-            ).set_display_name("table").set_caching_options(False)
+            plan = expand(comparison=comparison, config=config).set_display_name("expand").set_caching_options(False)
+            one = first(behaviour="work", value=model_teacher).set_display_name("make").after(plan)
+            rounds(
+                trials=plan.outputs["trials"],
+                failed=plan.outputs["failed"],
+                result=one.outputs["result"],
+                value=model_student,
+            )
 
-    path = folder / "looping.yaml"
-    compiler.Compiler().compile(looping, str(path))
-    return list(yaml.safe_load_all(path.read_text()))
+    return compiled(looping, folder)

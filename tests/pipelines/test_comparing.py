@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,20 +11,21 @@ from rich.console import Console
 from pipelines.comparing import run_comparison
 from pipelines.local import LocalRun, RunFolder, StepFailed
 from pipelines.progress import PlainDisplay
+from skd_lib.compare.config import CompareConfig
+from skd_lib.compare.plan import Plan, plan
+from skd_lib.parameters import short
 from tests.pipelines.fakes import looping_pipeline
 from tests.pipelines.test_local import config, executed, journal  # noqa: F401 - a fixture
 
 
-def compare(folder: Path, behaviours: dict[str, str]) -> tuple[LocalRun, list[dict[str, Any]], str]:
-    """Run the fake comparison; a variant a behaviour of `fake_step.py`."""
-    trials = [
-        {"variant": variant, "seed": number, "overrides": {"behaviour": behaviour}}
-        for number, (variant, behaviour) in enumerate(behaviours.items())
-    ]
+def compare(folder: Path, behaviours: dict[str, str]) -> tuple[LocalRun, Plan, str]:
+    """Run the fake comparison; each variant's student is a behaviour of `fake_step.py`."""
+    variants = {variant: {"student": behaviour} for variant, behaviour in behaviours.items()}
+    wanted = CompareConfig.model_validate({"name": "fake", "base": "base.yaml", "variants": variants})
+    trials = plan(wanted, config(), where="compare.yaml")
     console = Console(file=io.StringIO(), width=200)
     finished = run_comparison(
-        config(),
-        {"trials": trials, "reference": "a", "drafts": False, "failed": []},
+        trials,
         RunFolder.create(folder / "runs", "fake"),
         looping_pipeline(folder),
         lambda steps: PlainDisplay(console, steps),
@@ -38,31 +38,39 @@ def compare(folder: Path, behaviours: dict[str, str]) -> tuple[LocalRun, list[di
 
 def test_every_round_has_its_item_and_its_results_are_gathered_in_order(tmp_path: Path, journal: Path):  # noqa: F811
     finished, _, screen = compare(tmp_path, {"a": "work", "b": "work"})
-    assert executed(journal) == ["first", "choose", "first", "choose", "gather", "last"]
+    assert executed(journal) == ["expand", "first", "choose", "first", "choose", "gather", "last"]
     # The second round trains on the same inputs as the first.
-    assert "train-b-seed-1: unchanged, reused" in screen
-    assert "[7/7] finish: done" in screen
+    assert "train-b-seed-0: unchanged, reused" in screen
+    assert "[8/8] finish: done" in screen
     summary = finished.outputs["table"]["summary"]
-    assert summary["values"] == [finished.outputs[f"train-{label}"]["result"] for label in ("a-seed-0", "b-seed-1")]
+    assert summary["values"] == [finished.outputs[f"train-{label}"]["result"] for label in ("a-seed-0", "b-seed-0")]
     assert summary["failed"] == []
 
 
 def test_a_broken_round_is_told_and_keeps_no_other_from_the_table(tmp_path: Path, journal: Path):  # noqa: F811
     finished, trials, screen = compare(tmp_path, {"a": "work", "b": "error", "c": "work"})
     rounds = ["choose", "first", "choose", "first", "choose"]
-    assert executed(journal) == ["first", *rounds, "last", "gather", "last"]  # the second time for the table alone
+    assert executed(journal) == [
+        "expand",
+        "first",
+        *rounds,
+        "last",
+        "expand",
+        "gather",
+        "last",
+    ]  # the second time for the table alone
     assert "1 of 3 runs failed: the table is made without them" in screen
     summary = finished.outputs["table"]["summary"]
-    reason = "step train-b-seed-1: the data has a hole hint: mend row 3"
-    assert summary["failed"] == [{**trials[1], "reason": reason}]
+    reason = "step train-b-seed-0: the data has a hole hint: mend row 3"
+    assert summary["failed"] == [{**short(trials.trials[1]), "reason": reason}]
     assert len(summary["values"]) == 2
-    assert "hello from first" in (tmp_path / "runs/fake/logs/train-b-seed-1.log").read_text()
+    assert "hello from first" in (tmp_path / "runs/fake/logs/train-b-seed-0.log").read_text()
 
 
 def test_another_round_is_run_alone(tmp_path: Path, journal: Path):  # noqa: F811
     compare(tmp_path, {"a": "work"})
     finished, *_ = compare(tmp_path, {"new": "error", "a": "work"})
-    assert executed(journal)[5:] == ["choose", "first", "choose", "last", "gather", "last"]
+    assert executed(journal)[6:] == ["expand", "choose", "first", "last", "expand", "gather", "last"]
     assert len(finished.outputs["table"]["summary"]["values"]) == 1
 
 

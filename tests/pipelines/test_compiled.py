@@ -17,15 +17,13 @@ from pipelines.compiling import (
     Documents,
     check_compiled,
     compiled_path,
+    profile_of,
     to_text,
     write_compiled,
 )
 from pipelines.graph import count_steps, read_steps
 from pipelines.lint_platform import lint_documents
-from skd_lib.config import load_config
 from skd_lib.errors import SkdError
-from skd_lib.parameters import from_parameters, to_parameters
-from skd_lib.steps.preflight import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 TORCH_STEPS = {"teacher_sft", "student_init", "distill", "evaluate", "evaluate_champion", "specdec_benchmark"}
@@ -42,8 +40,17 @@ def spec(documents: Documents) -> dict[str, Any]:
     return copy.deepcopy(documents[0])
 
 
-def body(spec: dict[str, Any]) -> dict[str, Any]:
-    return spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+def tasks_of(spec: dict[str, Any], component: str) -> dict[str, Any]:
+    return spec["components"][f"comp-{component}"]["dag"]["tasks"]
+
+
+def all_tasks(spec: dict[str, Any]) -> dict[str, Any]:
+    """Every container's task, by its component, which is unique."""
+    tasks = [task for part in spec["components"].values() for task in part.get("dag", {}).get("tasks", {}).values()]
+    tasks += spec["root"]["dag"]["tasks"].values()
+    named = {task["componentRef"]["name"].removeprefix("comp-"): task for task in tasks}
+    assert len(named) == len(tasks)
+    return {name: task for name, task in named.items() if "executorLabel" in spec["components"][f"comp-{name}"]}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -110,6 +117,9 @@ def test_published_image_is_pinned_by_digest(spec: dict[str, Any]):
 
 # --- the shape of the pipeline ------------------------------------------------------------------------------------
 
+UNCACHED = {"preflight", "scores-teacher", "scores-student", "evaluate_champion", "report", "gate", "register_model"}
+PLACES = {"tracking_uri", "experiment", "checkpoint_root", "mlflow_experiment", "settings", "node_selector", "run_name"}
+
 
 def test_order_of_the_steps(spec: dict[str, Any]):
     steps = read_steps(spec)
@@ -117,7 +127,8 @@ def test_order_of_the_steps(spec: dict[str, Any]):
     assert sorted(names) == sorted(
         ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill"]
         + [f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")]
-        + ["specdec_benchmark", "evaluate_champion", "report", "gate", "register_model", "finish"]
+        + ["scores-teacher", "scores-student", "specdec_benchmark", "evaluate_champion", "report", "gate"]
+        + ["register_model", "finish"]
         + COMET_STEPS
     )
     assert names[0] == "preflight"
@@ -128,60 +139,39 @@ def test_order_of_the_steps(spec: dict[str, Any]):
     assert place["report"] < place["gate"] < place["register_model"]
 
 
+def test_kubeflows_page_opens_on_the_chapters(spec: dict[str, Any]):
+    boxes = [task["taskInfo"]["name"] for task in tasks_of(spec, "exit-handler-1").values()]
+    assert sorted(boxes) == sorted(["prepare", "teacher", "student", "distil", "measure", "release"])
+    assert {task["taskInfo"]["name"] for task in spec["root"]["dag"]["tasks"].values()} == {"distillation", "finish"}
+
+
 def test_cached_are_all_steps_but_those_about_this_very_run(spec: dict[str, Any]):
-    uncached = {step.name for step in read_steps(spec) if not step.cached}
-    assert uncached == {"preflight", "evaluate_champion", "report", "gate", "register_model", "finish", *COMET_STEPS}
+    assert {step.name for step in read_steps(spec) if not step.cached} == {*UNCACHED, "finish", *COMET_STEPS}
 
 
 def test_one_of_the_two_comet_steps_runs_when_every_model_has_answered(spec: dict[str, Any]):
     steps = {step.name: step for step in read_steps(spec)}
-    evaluations = {name for name in steps if name.startswith("evaluate")}
     choices = {steps[name].choice for name in COMET_STEPS}
     assert len(choices) == 1
     assert "" not in choices
     assert [step.name for step in steps.values() if step.choice] == COMET_STEPS
-    assert all(set(steps[name].waits_for) == {"preflight", *evaluations} for name in COMET_STEPS)
+    assert all(
+        {"scores-teacher", "scores-student", "evaluate_champion"} < set(steps[name].waits_for) for name in COMET_STEPS
+    )
     assert set(COMET_STEPS) < set(steps["report"].waits_for)
     assert count_steps(list(steps.values())) == len(steps) - 1
 
 
-def test_no_cached_step_depends_on_the_runs_name_or_on_all_of_its_configuration(spec: dict[str, Any]):
-    for task in body(spec).values():
-        inherited = {
-            value.get("componentInputParameter", "").removeprefix("pipelinechannel--")
-            for value in task["inputs"]["parameters"].values()
-        }
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_cached_step_depends_on_places_or_on_the_runs_name(name: str, compile_once: Callable[..., Documents]):
+    for step, task in all_tasks(compile_once(name=name)[0]).items():
         if task.get("cachingOptions", {}).get("enableCache"):
-            assert not inherited & {"run_name", "config", "method", "divergence", "top_k", "gamma", "max_steps"}
-
-
-def test_another_k_repeats_the_distillation_and_what_needs_its_student(spec: dict[str, Any]):
-    """The inputs of a cached task are its cache key: what another K changes, and what then has other artifacts."""
-    demo = load_config(ROOT / "pipelines/configs/demo.yaml")
-    parameters = to_parameters(demo)
-    other = from_parameters(**{**parameters, "top_k": parameters["top_k"] + 1})
-    changed = {f"{name}_config" for name in SECTIONS if getattr(other, name) != getattr(demo, name)}
-    assert changed == {"distill_config"}
-    tasks, repeated = body(spec), set[str]()
-    while True:
-        found = {
-            name
-            for name, task in tasks.items()
-            for kind, key in (("parameters", "Parameter"), ("artifacts", "Artifact"))
-            for value in task["inputs"].get(kind, {}).values()
-            if (source := value.get(f"taskOutput{key}"))
-            if source["producerTask"] in repeated or source[f"output{key}Key"] in changed
-        }
-        if found == repeated:
-            break
-        repeated = found
-    cached = {name for name in tasks if tasks[name].get("cachingOptions", {}).get("enableCache")}
-    names = {tasks[name]["taskInfo"]["name"] for name in repeated & cached}
-    assert names == {"distill", "evaluate-student_after", "specdec_benchmark"}
+            assert not task["inputs"]["parameters"].keys() & PLACES, step
 
 
 def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(documents: Documents):
     spec, kubernetes = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert kubernetes.keys() == spec["deploymentSpec"]["executors"].keys()
     for label, executor in spec["deploymentSpec"]["executors"].items():
         container, settings = executor["container"], kubernetes[label]
         assert settings["fieldPathAsEnv"] == [{"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}]
@@ -190,12 +180,14 @@ def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(d
         mounts = [mount["mountPath"] for mount in settings.get("emptyDirMounts", [])]
         assert mounts == (["/dev/shm", "/tmp"] if on_gpu else ["/tmp"])  # noqa: S108
         assert ("accelerator" in container["resources"]) == on_gpu
+        assert ("nodeSelector" in settings) == on_gpu
         assert container["resources"]["resourceMemoryLimit"]
 
 
-def test_all_but_the_first_step_are_tried_again_with_a_pause(spec: dict[str, Any]):
-    tasks = {name: task for name, task in body(spec).items() if not name.startswith("condition")}
-    assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"preflight"}
+def test_steps_that_fetch_or_load_models_are_tried_again_with_a_pause(spec: dict[str, Any]):
+    tasks = all_tasks(spec)
+    small = {"scores-teacher", "scores-student", "comet-score-off", "report", "gate", "register-model", "finish"}
+    assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"preflight", *small}
     assert tasks["distill"]["retryPolicy"] == {
         "maxRetryCount": 2,
         "backoffDuration": "60s",
@@ -204,16 +196,23 @@ def test_all_but_the_first_step_are_tried_again_with_a_pause(spec: dict[str, Any
     }
 
 
-def test_every_pipeline_parameter_is_described_and_has_a_default_that_runs(spec: dict[str, Any]):
-    parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) <= 16
-    for name, definition in parameters.items():
-        assert definition.get("description"), name
-        assert "defaultValue" in definition, name
-    defaults = {name: definition["defaultValue"] for name, definition in parameters.items()}
-    for name in ("tracking_uri", "experiment", "checkpoint_root", "node_selector", "tolerations"):
-        defaults.pop(name)
-    assert from_parameters(**defaults) == load_config(ROOT / "pipelines/configs/demo.yaml")
+@pytest.mark.parametrize("name", PIPELINES)
+def test_form_asks_for_data_models_and_task_and_has_a_default_for_the_rest(
+    name: str, compile_once: Callable[..., Documents]
+):
+    parameters = compile_once(name=name)[0]["root"]["inputDefinitions"]["parameters"]
+    assert len(parameters) <= 14
+    assert {"data_train", "data_test", "data_validation", "model_teacher", "model_student", "task"} <= parameters.keys()
+    for field, definition in parameters.items():
+        assert definition.get("description"), field
+        assert "defaultValue" in definition, field
+        assert len(str(definition["defaultValue"])) < 200, field
+    assert parameters["config"]["defaultValue"] == "{}"
+
+
+def test_profile_is_named_in_the_description(documents: Documents, compile_once: Callable[..., Documents]):
+    assert profile_of(documents) == "l4"
+    assert profile_of(compile_once(profile="cpu")) == "cpu"
 
 
 # --- the lint: a pipeline that is broken in exactly one way -------------------------------------------------------
@@ -241,7 +240,7 @@ DISTILL = (*TASKS, "distill", "inputs")
         ),
         (
             _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "outputArtifactKey", value="model"),
-            "input 'teacher' comes from output 'model' of teacher-sft, which does not exist",
+            "input 'teacher' comes from output 'model' of teacher, which does not exist",
         ),
         (
             _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "producerTask", value="nobody"),
@@ -252,8 +251,25 @@ DISTILL = (*TASKS, "distill", "inputs")
             "task distill in comp-exit-handler-1: input 'seed' of comp-distill has no value",
         ),
         (
-            lambda spec: body(spec)["preflight"]["inputs"]["parameters"].pop("trials"),  # which has a default
-            "task preflight in comp-exit-handler-1: input 'trials' of comp-preflight has no value",
+            lambda spec: (
+                tasks_of(spec, "teacher")["evaluate-teacher"]["inputs"]["parameters"].pop("label"),
+                _set(
+                    "components",
+                    "comp-evaluate-teacher",
+                    "inputDefinitions",
+                    "parameters",
+                    "label",
+                    "isOptional",
+                    value=True,
+                )(spec),
+            ),
+            "task evaluate-teacher in comp-teacher: input 'label' of comp-evaluate-teacher has no value",
+        ),
+        (
+            lambda spec: [
+                task["cachingOptions"].update(enableCache=True) for task in tasks_of(spec, "students").values()
+            ],
+            "comp-students: all its steps are cached; KFP leaves such a DAG in state RUNNING",
         ),
         (_set(*TASKS, "distill", "dependentTasks", value=["nobody"]), "waits for task 'nobody', which does not exist"),
         (_set(*TASKS, "distill", "componentRef", "name", value="comp-x"), "component 'comp-x' does not exist"),
@@ -278,7 +294,7 @@ DISTILL = (*TASKS, "distill", "inputs")
         ),
     ],
 )
-def test_lint_finds(documents: Documents, change: Callable[[dict[str, Any]], None], problem: str):
+def test_lint_finds(documents: Documents, change: Callable[[dict[str, Any]], Any], problem: str):
     broken = copy.deepcopy(documents)
     change(broken[0])
     found = lint_documents(broken)

@@ -19,11 +19,9 @@ from tests.pipelines.fakes import fake_pipeline
 from tests.pipelines.test_local import journal, run  # noqa: F401 - a fixture
 
 ARGUMENTS: dict[str, Any] = {
-    **dict.fromkeys(["run_name", "teacher", "student", "method", "divergence"], "x"),
-    **dict.fromkeys(["tracking_uri", "experiment", "checkpoint_root"], ""),
-    **dict.fromkeys(["top_k", "gamma", "max_steps", "seed"], 1),
-    "learning_rate": 0.1,
-    "config": {},
+    **dict.fromkeys(["config", "data_train", "data_validation", "data_test", "model_teacher", "model_student"], "x"),
+    **dict.fromkeys(["task", "training_method", "mlflow_experiment"], ""),
+    "training_steps": 1,
 }
 
 

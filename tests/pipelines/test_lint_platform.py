@@ -48,14 +48,14 @@ def test_what_is_compiled_keeps_all_rules_even_those_of_a_release(documents: Doc
 
 def test_a_parameter_of_the_platform_that_only_an_outer_dag_has(documents: Documents):
     """As KFP compiles some setters inside of a condition: the driver looks in the inner DAG, and the run fails."""
-    inner = documents[0]["components"]["comp-condition-3"]
+    inner = documents[0]["components"]["comp-condition-2"]
     del inner["inputDefinitions"]["parameters"]["pipelinechannel--node_selector"]
-    del documents[0]["components"]["comp-condition-branches-2"]["dag"]["tasks"]["condition-3"]["inputs"]["parameters"][
+    del documents[0]["components"]["comp-condition-branches-1"]["dag"]["tasks"]["condition-2"]["inputs"]["parameters"][
         "pipelinechannel--node_selector"
     ]
     (problem,) = lint_documents(documents)
     assert problem == (
-        "platform spec of task comet-score in comp-condition-3: comes from 'pipelinechannel--node_selector', which the "
+        "platform spec of task comet-score in comp-condition-2: comes from 'pipelinechannel--node_selector', which the "
         "enclosing DAG does not have"
     )
 
@@ -115,8 +115,8 @@ def test_a_parameter_of_the_platform_that_only_an_outer_dag_has(documents: Docum
         ),
         *(
             (
-                lambda d, value=value: parameters(d)["teacher"].update(defaultValue=value),
-                r"\.root\.inputDefinitions\.parameters\.teacher\.defaultValue: looks like a secret",
+                lambda d, value=value: parameters(d)["config"].update(defaultValue=value),
+                r"\.root\.inputDefinitions\.parameters\.config\.defaultValue: looks like a secret",
             )
             for value in (
                 "hf_" + "a" * 30,

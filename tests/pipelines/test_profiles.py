@@ -100,11 +100,13 @@ def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
     profile = written(tmp_path, model=model, small={**SMALLEST["small"], "retry": {"count": 0}}, steps=steps)
     spec, platform = compile_pipeline(profile=profile)
     defaults = {name: each["defaultValue"] for name, each in spec["root"]["inputDefinitions"]["parameters"].items()}
-    assert (defaults["node_selector"], defaults["tolerations"]) == ({"pool": "gpu"}, [taint])
+    assert (defaults["node_selector"], defaults["node_tolerations"]) == ({"pool": "gpu"}, [taint])
 
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     pool = {"nodeSelectorJson": {"componentInputParameter": "pipelinechannel--node_selector"}}
-    assert pods["exec-teacher-sft"]["nodeSelector"] == pods["exec-comet-score"]["nodeSelector"] == pool
+    assert pods["exec-student-init"]["nodeSelector"] == pods["exec-comet-score"]["nodeSelector"] == pool
+    own = {"nodeSelectorJson": {"componentInputParameter": "node_selector"}}  # a nested pipeline's own parameter
+    assert pods["exec-teacher-sft"]["nodeSelector"] == own
     assert pods["exec-distill"]["nodeSelector"] == {"labels": {"pool": "big"}}
     assert pods["exec-distill"]["tolerations"] == [taint]
     assert pods["exec-distill"]["activeDeadlineSeconds"] == "5400"
@@ -118,8 +120,8 @@ def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
         *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     ]
     assert containers["exec-teacher-sft"]["command"] == ["python3", "-m", "skd_lib.steps.teacher_sft"]
+    assert "retryPolicy" not in spec["components"]["comp-judge"]["dag"]["tasks"]["report"]
     tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
-    assert "retryPolicy" not in tasks["report"]
     assert tasks["distill"]["retryPolicy"]["maxRetryCount"] == 5
 
 
@@ -128,6 +130,6 @@ def test_where_a_step_runs_is_no_part_of_its_cache_key():
     for component in spec["components"].values():
         if "executorLabel" in component:
             assert (
-                not {"node_selector", "tolerations"}
+                not {"node_selector", "node_tolerations"}
                 & component.get("inputDefinitions", {}).get("parameters", {}).keys()
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,13 @@ from pipelines import local
 from pipelines.local import RunFolder, run_pipeline
 from pipelines.process import Outcome
 from pipelines.progress import PlainDisplay
-from skd_lib.compare.trials import Trial
+from skd_lib.compare.config import CompareConfig
+from skd_lib.compare.plan import plan
 from skd_lib.config import RunConfig
 from skd_lib.models.references import model_fingerprint
-from skd_lib.parameters import to_struct
 from skd_lib.preflight import PreflightReport
 from skd_lib.steps import compare_variant, preflight
+from skd_lib.steps.kfp_call import called, take_call
 from skd_lib.steps.runtime import StepIO
 
 REAL = {"preflight": preflight.main, "compare_variant": compare_variant.main}
@@ -70,10 +70,11 @@ def run(
     monkeypatch.setattr("skd_lib.preflight.run_checks", checks)
     monkeypatch.setattr(local, "source_digest", lambda: "the same code")
 
-    def again(pipeline: str = "distillation", trials: list[Trial] | None = None) -> set[str]:
+    def again(variants: Mapping[str, Mapping[str, str]] | None = None) -> set[str]:
+        pipeline = "compare_methods" if variants else "distillation"
         documents = compile_once(name=pipeline)
         monkeypatch.setattr(local, "child_processes", lambda *_: _steps(documents[0]))
-        more = {"trials": [to_struct(trial) for trial in trials or []], "reference": "a", "drafts": True, "failed": []}
+        values = {"name": "reuse", "base": "base.yaml", "variants": variants, "drafts": True}
         finished = run_pipeline(
             config,
             RunFolder.create(tmp_path / "runs", pipeline),
@@ -81,8 +82,7 @@ def run(
             PlainDisplay(Console(file=io.StringIO()), 1),
             tracking_uri="",
             experiment="skd",
-            further=more if trials else None,
-            iterations=[trial.label for trial in trials or []],
+            comparison=plan(CompareConfig.model_validate(values), config, where="x.yaml") if variants else None,
         )
         return finished.outputs.keys() - finished.reused_steps
 
@@ -100,20 +100,20 @@ def _steps(spec: dict[str, Any]) -> Iterator[Callable[..., Outcome]]:
 
     def start(_image: str, command: list[str], _env: Mapping[str, str], _log: Path, _on_event: Any) -> Outcome:
         module, arguments = command[2], command[3:]
-        if main := REAL.get(module.rpartition(".")[2]):
-            app = typer.Typer()
-            app.command()(main)
-            app(arguments, standalone_mode=False)
+        words, call = take_call(arguments)
+        with called(call):
+            if main := REAL.get(module.rpartition(".")[2]):
+                app = typer.Typer()
+                app.command()(main)
+                app(words, standalone_mode=False)
+                return Outcome(0, "", ())
+            step = StepIO({name: Path(uri) for name, uri in call.artifacts.items()})
+            for path in step.paths.values():
+                path.touch()
+            for name, kind in kinds[module].get("parameters", {}).items():
+                step.parameter(name, NOTHING[kind["parameterType"]])
+            step.write()
             return Outcome(0, "", ())
-        given = arguments[arguments.index("--executor-input") + 1]
-        wanted = json.loads(given)["outputs"].get("artifacts", {})
-        step = StepIO(given, {name: Path(entry["artifacts"][0]["uri"]) for name, entry in wanted.items()})
-        for path in step.paths.values():
-            path.touch()
-        for name, kind in kinds[module].get("parameters", {}).items():
-            step.parameter(name, NOTHING[kind["parameterType"]])
-        step.write()
-        return Outcome(0, "", ())
 
     yield start
 
@@ -132,12 +132,22 @@ def test_a_comparison_knows_each_runs_student(run: Callable[..., set[str]], tmp_
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
-    trials = [
-        Trial(variant="a", seed=0),
-        Trial(variant="b", seed=0, init="own", overrides={"student": str(other)}),
-    ]
-    everything = run("compare_methods", trials)
+    variants = {"a": {}, "b": {"student": str(other)}}
+    everything = run(variants)
     (other / "config.json").write_text("changed")
-    again = run("compare_methods", trials)
+    again = run(variants)
     of_one = {name for name in everything if name.endswith("-a-seed-0")}
-    assert again == everything - of_one - TEACHERS_OWN - {"prepare_data"} | {"compare_variant-a-seed-0"}
+    once = {"prepare_data", "evaluate-teacher_base"}
+    assert again == everything - of_one - TEACHERS_OWN - once | {"compare_variant-a-seed-0"}
+
+
+def test_a_trial_that_comes_to_a_comparison_is_run_alone(run: Callable[..., set[str]]) -> None:
+    few = {"a": {}, "b": {"distill.sampling.top_k": 5}}
+    everything = run(few)
+    always = {"preflight", "scores-teacher", "compare_table", "finish"}
+    chosen = {name for name in everything if name.startswith("compare_variant")}
+    assert run(few) == always | chosen
+    more = run({**few, "c": {"distill.sampling.top_k": 7}})
+    new = {f"{step}-c-seed-0" for step in ("distill", "evaluate-student_after", "specdec_benchmark")}
+    # Its student starts where the others' did, which is made once.
+    assert more == always | chosen | new | {"compare_variant-c-seed-0"}

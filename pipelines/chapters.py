@@ -1,0 +1,449 @@
+"""The chapters of the pipelines: nested pipelines, each a box on Kubeflow's page that opens into its steps.
+
+    prepare   preflight -> prepare_data
+    teacher   import_model -> teacher_sft -> evaluate (before and after), scores
+    measure   students: evaluate (before and after), scores; specdec_benchmark
+                  -> judge: evaluate_champion -> comet_score (if the task asks for it) -> report
+    release   gate -> register_model
+    compare   for each trial: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark
+                  -> compare_table
+
+In every chapter one step at least is never cached: Kubeflow Pipelines leaves a nested pipeline whose steps are all
+taken from the cache in state RUNNING (seen with 2.17.0). Node pool and settings are handed on as parameters, since a
+nested pipeline sees its own parameters only.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kfp import dsl
+
+from components.comet_score.component import comet_score
+from components.compare_table.component import compare_table
+from components.compare_variant.component import compare_variant
+from components.distill.component import distill
+from components.evaluate.component import evaluate
+from components.evaluate_champion.component import evaluate_champion
+from components.gate.component import gate
+from components.images import TRAIN
+from components.import_model.component import import_model
+from components.preflight.component import preflight
+from components.prepare_data.component import prepare_data
+from components.register_model.component import register_model
+from components.report.component import report
+from components.scores.component import scores
+from components.specdec_benchmark.component import specdec_benchmark
+from components.student_init.component import student_init
+from components.teacher_sft.component import teacher_sft
+from pipelines.profiles import Profile
+from pipelines.tasks import Settler
+
+Chapter = Callable[..., dsl.PipelineTask]
+"""A nested pipeline: called within another, it is a task of that."""
+
+SETTINGS: dict[str, type] = {
+    "name": str,
+    "data_config": str,
+    "task_config": str,
+    "teacher_sft_config": str,
+    "student_init_config": str,
+    "distill_config": str,
+    "evaluation_config": str,
+    "comet_config": str,
+    "specdec_config": str,
+    "registry_config": str,
+    "comet_wanted": str,
+    "trust_remote_code": bool,
+    "teacher": str,
+    "student": str,
+    "seed": int,
+    "teacher_fingerprint": str,
+    "student_fingerprint": str,
+    "model_fingerprints": str,
+    "fresh": str,
+    "trials": list,
+    "run_config": str,
+    "table_config": str,
+    "drafts": bool,
+}
+"""What preflight finds and later chapters need, with its type."""
+
+
+def outputs(**types: Any) -> Any:
+    """Return the type of a nested pipeline's outputs, as KFP wants it declared."""
+    return NamedTuple("Outputs", list(types.items()))  # type: ignore[misc]
+
+
+Prepared = outputs(data=dsl.Dataset, **SETTINGS)
+Taught = outputs(teacher=dsl.Model, teacher_scores=dsl.Artifact)
+Evaluated = outputs(student_scores=dsl.Artifact)
+Measured = outputs(report=dsl.HTML, measured=str)
+Compared = outputs(report=dsl.Markdown)
+
+
+def prepare(profile: Profile) -> Chapter:
+    """Return the chapter that checks the run and prepares its data."""
+
+    @dsl.pipeline(name="prepare", description="Check the run before anything expensive starts, and prepare its data.")
+    def prepare(
+        run_name: str,
+        config: str,
+        comparison: str,
+        data_train: str,
+        data_validation: str,
+        data_test: str,
+        model_teacher: str,
+        model_student: str,
+        task: str,
+        training_method: str,
+        training_steps: int,
+        mlflow_experiment: str,
+        reuse: bool,
+        settings: str,
+    ) -> Prepared:
+        step = Settler(profile, settings).step
+        checked = step(
+            preflight,
+            "preflight",
+            cache=False,
+            run_name=run_name,
+            config=config,
+            comparison=comparison,
+            data_train=data_train,
+            data_validation=data_validation,
+            data_test=data_test,
+            model_teacher=model_teacher,
+            model_student=model_student,
+            task=task,
+            training_method=training_method,
+            training_steps=training_steps,
+            mlflow_experiment=mlflow_experiment,
+            reuse=reuse,
+        ).outputs
+        prepared = step(
+            prepare_data,
+            "prepare_data",
+            data_config=checked["data_config"],
+            data_fingerprint=checked["data_fingerprint"],
+            seed=checked["seed"],
+            fresh=checked["fresh"],
+        ).outputs
+        return Prepared(data=prepared["data"], **{name: checked[name] for name in SETTINGS})
+
+    return prepare  # type: ignore[no-any-return]
+
+
+def teacher(profile: Profile) -> Chapter:
+    """Return the chapter that fetches the teacher, fine-tunes it, and scores it before and after."""
+
+    @dsl.pipeline(name="teacher", description="Fetch the teacher, fine-tune it, and score it before and after.")
+    def teacher(
+        data: dsl.Input[dsl.Dataset],
+        reference: str,
+        fingerprint: str,
+        fresh: str,
+        trust_remote_code: bool,
+        config: str,
+        evaluation_config: str,
+        task_config: str,
+        seed: int,
+        settings: str,
+        node_selector: dict,  # type: ignore[type-arg]
+        node_tolerations: list,  # type: ignore[type-arg]
+    ) -> Taught:
+        step = Settler(profile, settings, node_selector, node_tolerations).step
+        base = step(
+            import_model,
+            "import_model",
+            reference=reference,
+            fingerprint=fingerprint,
+            trust_remote_code=trust_remote_code,
+            fresh=fresh,
+        ).outputs["model"]
+        common = {"data": data, "task_config": task_config, "seed": seed}
+        tuned = step(teacher_sft, "teacher_sft", teacher=base, config=config, **common).outputs["tuned_teacher"]
+        before, after = (
+            step(evaluate, f"evaluate-{role}", model=model, role=role, config=evaluation_config, label="", **common)
+            for role, model in {"teacher_base": base, "teacher": tuned}.items()
+        )
+        both = step(
+            scores,
+            "scores-teacher",
+            cache=False,
+            before=before.outputs["evaluation"],
+            after=after.outputs["evaluation"],
+        )
+        return Taught(teacher=tuned, teacher_scores=both.outputs["evaluations"])
+
+    return teacher  # type: ignore[no-any-return]
+
+
+def measure(profile: Profile) -> Chapter:
+    """Return the chapter that measures the student, as a model and as a draft, and makes the report."""
+    score_students, judge_all = _students(profile), _judge(profile)
+
+    @dsl.pipeline(name="measure", description="Measure the student before and after, as a model and as a draft.")
+    def measure(
+        data: dsl.Input[dsl.Dataset],
+        teacher: dsl.Input[dsl.Model],
+        teacher_scores: dsl.Input[dsl.Artifact],
+        initial_student: dsl.Input[dsl.Model],
+        student: dsl.Input[dsl.Model],
+        run_name: str,
+        evaluation_config: str,
+        comet_config: str,
+        comet_wanted: str,
+        specdec_config: str,
+        registry_config: str,
+        task_config: str,
+        seed: int,
+        settings: str,
+        node_selector: dict,  # type: ignore[type-arg]
+        node_tolerations: list,  # type: ignore[type-arg]
+    ) -> Measured:
+        step = Settler(profile, settings, node_selector, node_tolerations).step
+        pool = {"settings": settings, "node_selector": node_selector, "node_tolerations": node_tolerations}
+        common = {"data": data, "task_config": task_config, "seed": seed}
+        student_scores = score_students(
+            before=initial_student, after=student, config=evaluation_config, **common, **pool
+        ).outputs["student_scores"]
+        # One step for both: the teacher and the two students take turns in one process, so that timings compare.
+        drafts = step(
+            specdec_benchmark,
+            "specdec_benchmark",
+            teacher=teacher,
+            draft_before=initial_student,
+            draft_after=student,
+            config=specdec_config,
+            label="",
+            wanted=True,
+            **common,
+        ).outputs["drafts"]
+        judged = judge_all(
+            teacher=teacher,
+            student=student,
+            teacher_scores=teacher_scores,
+            student_scores=student_scores,
+            drafts=drafts,
+            run_name=run_name,
+            evaluation_config=evaluation_config,
+            comet_config=comet_config,
+            comet_wanted=comet_wanted,
+            specdec_config=specdec_config,
+            registry_config=registry_config,
+            **common,
+            **pool,
+        ).outputs
+        return Measured(report=judged["report"], measured=judged["measured"])
+
+    return measure  # type: ignore[no-any-return]
+
+
+def _students(profile: Profile) -> Chapter:
+    @dsl.pipeline(name="students", description="Score the student before and after distillation.")
+    def students(
+        data: dsl.Input[dsl.Dataset],
+        before: dsl.Input[dsl.Model],
+        after: dsl.Input[dsl.Model],
+        config: str,
+        task_config: str,
+        seed: int,
+        settings: str,
+        node_selector: dict,  # type: ignore[type-arg]
+        node_tolerations: list,  # type: ignore[type-arg]
+    ) -> Evaluated:
+        step = Settler(profile, settings, node_selector, node_tolerations).step
+        common = {"data": data, "config": config, "task_config": task_config, "seed": seed, "label": ""}
+        first, second = (
+            step(evaluate, f"evaluate-{role}", model=model, role=role, **common).outputs["evaluation"]
+            for role, model in {"student_before": before, "student_after": after}.items()
+        )
+        both = step(scores, "scores-student", cache=False, before=first, after=second)
+        return Evaluated(student_scores=both.outputs["evaluations"])
+
+    return students  # type: ignore[no-any-return]
+
+
+def _judge(profile: Profile) -> Chapter:
+    @dsl.pipeline(name="judge", description="Measure the registered champion likewise, and put all on one page.")
+    def judge(
+        data: dsl.Input[dsl.Dataset],
+        teacher: dsl.Input[dsl.Model],
+        student: dsl.Input[dsl.Model],
+        teacher_scores: dsl.Input[dsl.Artifact],
+        student_scores: dsl.Input[dsl.Artifact],
+        drafts: dsl.Input[dsl.Artifact],
+        run_name: str,
+        evaluation_config: str,
+        comet_config: str,
+        comet_wanted: str,
+        specdec_config: str,
+        registry_config: str,
+        task_config: str,
+        seed: int,
+        settings: str,
+        node_selector: dict,  # type: ignore[type-arg]
+        node_tolerations: list,  # type: ignore[type-arg]
+    ) -> Measured:
+        step = Settler(profile, settings, node_selector, node_tolerations).step
+        # Not cached: who the champion is may have changed.
+        champion = step(
+            evaluate_champion,
+            "evaluate_champion",
+            cache=False,
+            student=student,
+            teacher=teacher,
+            data=data,
+            registry_config=registry_config,
+            evaluation_config=evaluation_config,
+            specdec_config=specdec_config,
+            task_config=task_config,
+            seed=seed,
+        ).outputs["champion"]
+        judged = {
+            "teacher_evaluations": teacher_scores,
+            "student_evaluations": student_scores,
+            "champion": champion,
+            "config": comet_config,
+            "task_config": task_config,
+            "seed": seed,
+        }
+        # Not cached: that COMET could not be reached is true of this run, not of the next.
+        with dsl.If(comet_wanted == "true", name="comet"):
+            asked = step(comet_score, "comet_score", cache=False, **judged).outputs["scores"]
+        with dsl.Else(name="no-comet"):
+            # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
+            unasked = step(comet_score, "comet_score-off", cache=False, image=TRAIN, **judged).outputs["scores"]
+        page = step(
+            report,
+            "report",
+            cache=False,
+            run_name=run_name,
+            task_config=task_config,
+            registry_config=registry_config,
+            teacher_evaluations=teacher_scores,
+            student_evaluations=student_scores,
+            drafts=drafts,
+            champion=champion,
+            comet=dsl.OneOf(asked, unasked),
+        ).outputs
+        return Measured(report=page["report"], measured=page["measured"])
+
+    return judge  # type: ignore[no-any-return]
+
+
+def release(profile: Profile) -> Chapter:
+    """Return the chapter that registers the student, and makes it the champion where it is good enough."""
+
+    @dsl.pipeline(name="release", description="Register the student, as the champion where it is good enough.")
+    def release(student: dsl.Input[dsl.Model], measured: str, settings: str) -> None:
+        step = Settler(profile, settings).step
+        decision = step(gate, "gate", cache=False, measured=measured).outputs
+        step(
+            register_model,
+            "register_model",
+            cache=False,
+            student=student,
+            measured=measured,
+            promote=decision["promote"],
+            reason=decision["reason"],
+        )
+
+    return release  # type: ignore[no-any-return]
+
+
+def compare(profile: Profile) -> Chapter:
+    """Return the chapter that trains and measures a student for each trial, and puts them in one table."""
+
+    @dsl.pipeline(name="compare", description="Train and measure one student a trial, and compare them.")
+    def compare(
+        data: dsl.Input[dsl.Dataset],
+        teacher: dsl.Input[dsl.Model],
+        teacher_scores: dsl.Input[dsl.Artifact],
+        trials: list,  # type: ignore[type-arg]
+        run_name: str,
+        run_config: str,
+        model_fingerprints: str,
+        evaluation_config: str,
+        specdec_config: str,
+        table_config: str,
+        task_config: str,
+        drafts: bool,
+        seed: int,
+        settings: str,
+        node_selector: dict,  # type: ignore[type-arg]
+        node_tolerations: list,  # type: ignore[type-arg]
+    ) -> Compared:
+        step = Settler(profile, settings, node_selector, node_tolerations).step
+        common = {"data": data, "task_config": task_config}
+        with dsl.ParallelFor(trials, name="trials") as trial:
+            # Not cached: see the module's first paragraph.
+            own = step(
+                compare_variant,
+                "compare_variant",
+                cache=False,
+                trial=trial,
+                config=run_config,
+                model_fingerprints=model_fingerprints,
+            ).outputs
+            # Each trial's own label is part of the key: equal steps that run side by side make artifacts of different
+            # ids, one of which all of them would take from the cache the next time, and train again on it.
+            initial = step(
+                student_init,
+                "student_init",
+                student=own["student"],
+                fingerprint=own["student_fingerprint"],
+                teacher=teacher,
+                config=own["student_init_config"],
+                seed=own["seed"],
+                label=own["label"],
+                **common,
+            ).outputs["initial_student"]
+            student = step(
+                distill,
+                "distill",
+                student=initial,
+                teacher=teacher,
+                config=own["distill_config"],
+                seed=own["seed"],
+                label=own["label"],
+                **common,
+            ).outputs["distilled_student"]
+            answered = step(
+                evaluate,
+                "evaluate-student_after",
+                model=student,
+                role="student_after",
+                config=evaluation_config,
+                seed=seed,
+                label=own["label"],
+                **common,
+            ).outputs["evaluation"]
+            drafted = step(
+                specdec_benchmark,
+                "specdec_benchmark",
+                teacher=teacher,
+                draft_before=initial,
+                draft_after=student,
+                config=specdec_config,
+                seed=seed,
+                label=own["label"],
+                wanted=drafts,
+                **common,
+            ).outputs["drafts"]
+        table = step(
+            compare_table,
+            "compare_table",
+            cache=False,
+            run_name=run_name,
+            evaluations=dsl.Collected(answered),
+            drafts=dsl.Collected(drafted),
+            teacher_evaluations=teacher_scores,
+            config=table_config,
+            evaluation_config=evaluation_config,
+            task_config=task_config,
+            seed=seed,
+        ).outputs
+        return Compared(report=table["report"])
+
+    return compare  # type: ignore[no-any-return]
