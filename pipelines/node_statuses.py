@@ -217,7 +217,7 @@ class NodeStatuses:
 
     def _add(self, kind: str, place: str, template: str, inputs: Spec, outputs: Spec | None = None) -> None:
         identity = f"{_RUN}-{zlib.crc32(f'{kind}{place}'.encode())}"
-        node = {
+        node: dict[str, Any] = {
             "id": identity,
             "name": f"{_RUN}.{place}",
             "displayName": place.rsplit(".", 1)[-1],
@@ -235,7 +235,7 @@ class NodeStatuses:
             "outboundNodes": [identity],
         }
         if kind == "Pod":
-            node |= {"hostNodeName": "x" * 40, "taskResultSynced": True}
+            node["hostNodeName"], node["taskResultSynced"] = "x" * 40, True
         if inputs:
             node["inputs"] = {"parameters": [{"name": key, "value": value} for key, value in inputs.items()]}
         if outputs:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -25,16 +26,30 @@ def main(
     Output parameters: `student`, `student_fingerprint`, `seed`, `student_init_config`, `distill_config` and `label`.
     """
     one = parse_section(Trial, trial, where="--trial")
-    settings = one.config(parse_section(RunConfig, config, where="--config"))
-    known = parse_json(model_fingerprints, where="--model-fingerprints")
+    base = parse_section(RunConfig, config, where="--config")
     io = StepIO({})
-    io.parameter("student", settings.student or "")
-    io.parameter("student_fingerprint", known.get(settings.student or "", ""))
-    io.parameter("seed", settings.seed)
-    io.parameter("student_init_config", ascii_json(short(settings.student_init)))
-    io.parameter("distill_config", ascii_json(short(settings.distill)))
-    io.parameter("label", one.label)
+    for name, value in outputs_of(one, base, parse_json(model_fingerprints, where="--model-fingerprints")).items():
+        io.parameter(name, value)
     io.write()
+
+
+def outputs_of(trial: Trial, base: RunConfig, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the later steps of a run read.
+
+    Args:
+        trial: The run.
+        base: What all runs start from.
+        fingerprints: Of the models, by reference.
+    """
+    settings = trial.config(base)
+    return {
+        "student": settings.student or "",
+        "student_fingerprint": fingerprints.get(settings.student or "", ""),
+        "seed": settings.seed,
+        "student_init_config": ascii_json(short(settings.student_init)),
+        "distill_config": ascii_json(short(settings.distill)),
+        "label": trial.label,
+    }
 
 
 if __name__ == "__main__":

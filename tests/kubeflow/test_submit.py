@@ -21,7 +21,7 @@ from pipelines.submitting.schedules import with_seconds
 from pipelines.submitting.submit import Package, Place, Submission
 from skd_lib import __version__
 from skd_lib.cli import app
-from skd_lib.config import RunConfig
+from skd_lib.config import RunConfig, load_config
 from skd_lib.errors import SkdError, SkdErrors
 from tests.kubeflow import small
 from tests.kubeflow.conftest import DEMO
@@ -540,3 +540,11 @@ def in_parallel(count: int, do: Callable[[], Any]) -> list[Any]:
         thread.join()
     assert len(results) == count
     return results
+
+
+def test_settings_too_long_for_an_argument_are_refused() -> None:
+    """Before the server is asked for anything; otherwise the step's command cannot start."""
+    config = load_config(Path(DEMO))
+    task = config.task.model_copy(update={"prompt": "Translate: {source} " + "at once " * 9_000})
+    with pytest.raises(SkdError, match="an argument of"):
+        Submission.plan(config.model_copy(update={"task": task}), Package.read(), Place())

@@ -78,7 +78,7 @@ def test_no_step_s_output_grows_with_the_training(name: str) -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_no_long_argument(name: str) -> None:
-    more = {"comparison": comparison(16)} if name == "compare_methods" else {}
+    more: dict[str, Any] = {"comparison": comparison(16)} if name == "compare_methods" else {}
     assert sizes(name, **more).argument < ARGUMENT / 2
 
 

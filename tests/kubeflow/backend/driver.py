@@ -14,7 +14,13 @@ Spec = Mapping[str, Any]
 _PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['(.+?)'\]\}\}")
 _SELECTOR = re.compile(r'^parseJson\(string_value\)\["(.+)"\]$')
 _EQUALS = re.compile(r"^inputs\.parameter_values\['(.+?)'\] (==|!=) '(.*)'$")
-_KINDS = {"STRUCT": dict, "LIST": list, "BOOLEAN": bool, "NUMBER_INTEGER": (int, float), "NUMBER_DOUBLE": (int, float)}
+_KINDS: dict[str, Any] = {
+    "STRUCT": dict,
+    "LIST": list,
+    "BOOLEAN": bool,
+    "NUMBER_INTEGER": (int, float),
+    "NUMBER_DOUBLE": (int, float),
+}
 
 
 class DriverError(Exception):
@@ -138,7 +144,9 @@ class Resolver:
                 if name not in known and by_driver:
                     what = f'parameter "{name}" not found in executor input'
                     raise DriverError(f"failed to resolve container args: failed to resolve input parameters: {what}")
-            filled.append(_PLACEHOLDER.sub(lambda m, known=known: text(known[m[1]]) if m[1] in known else m[0], part))
+            pieces = _PLACEHOLDER.split(part)  # text, name, text, ...
+            pieces[1::2] = [text(known.get(name, f"no parameter {name}")) for name in pieces[1::2]]
+            filled.append("".join(pieces))
         return filled
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.graph import awaited
 from tests.kubeflow.backend.driver import DriverError, Resolver, triggers
 from tests.kubeflow.backend.records import Artifact, Execution, Records, cache_key
 from tests.kubeflow.backend.states import published
@@ -133,7 +134,7 @@ class _Dag:
             for key, task in self.tasks.items():
                 if key in self.phases or key in self.exits:
                     continue
-                needed = [self.phases.get(other) for other in task.get("dependentTasks", [])]
+                needed = [self.phases.get(other) for other in awaited(task)]
                 if "Failed" in self.phases.values() or self.run.cancelled:
                     self.phases[key] = "Omitted"
                 elif all(phase == "Succeeded" for phase in needed):

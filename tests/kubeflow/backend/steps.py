@@ -11,7 +11,8 @@ from typing import Any
 from skd_lib.ascii_json import ascii_json
 from skd_lib.compare.trials import Trial
 from skd_lib.config import RunConfig, parse_section
-from skd_lib.parameters import Form, short
+from skd_lib.parameters import Form
+from skd_lib.steps.compare_variant import outputs_of
 from skd_lib.steps.preflight import read, settings_of
 from tests.kubeflow.backend.run import Call, Made
 
@@ -65,17 +66,5 @@ class Steps:
 
 def compare_variant(given: Mapping[str, Any]) -> dict[str, Any]:
     """Do what step compare_variant does."""
-    trial = parse_section(Trial, _text(given["trial"]), where="trial")
-    config = trial.config(parse_section(RunConfig, _text(given["config"]), where="config"))
-    return {
-        "student": config.student or "",
-        "student_fingerprint": json.loads(_text(given["model_fingerprints"])).get(config.student or "", ""),
-        "seed": config.seed,
-        "student_init_config": ascii_json(short(config.student_init)),
-        "distill_config": ascii_json(short(config.distill)),
-        "label": trial.label,
-    }
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    base = parse_section(RunConfig, given["config"], where="config")
+    return outputs_of(Trial.model_validate(given["trial"]), base, json.loads(given["model_fingerprints"]))
