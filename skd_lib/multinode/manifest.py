@@ -79,7 +79,7 @@ def train_job(
     template = {
         # A mesh's proxy would stand between the processes, and outlive them.
         "metadata": {"labels": {"sidecar.istio.io/inject": "false"}},
-        "spec": _pod_spec(pod["spec"], settings),
+        "spec": _pod_spec(pod, settings),
     }
     if settings.trainer_version == "2.1":
         spec["podTemplateOverrides"] = [{"targetJobs": [{"name": NODE}], **template}]
@@ -140,7 +140,20 @@ def _environment(container: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _pod_spec(own: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, Any]:
+def _files(pod: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Volumes of Secrets and ConfigMaps that the step reads, and where it has them."""
+    volumes = [each for each in pod["spec"].get("volumes", []) if {"secret", "configMap"} & each.keys()]
+    mounts = [
+        mount
+        for mount in step_container(pod).get("volumeMounts", [])
+        if mount["name"] in {volume["name"] for volume in volumes}
+    ]
+    return [each for each in volumes if each["name"] in {mount["name"] for mount in mounts}], mounts
+
+
+def _pod_spec(pod: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, Any]:
+    own = pod["spec"]
+    volumes, mounts = _files(pod)
     tolerations = settings.tolerations
     if tolerations is None:
         # Those that Kubernetes adds to every pod are left to it.
@@ -157,13 +170,18 @@ def _pod_spec(own: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, An
         "nodeSelector": selector,
         "tolerations": tolerations,
         "affinity": own.get("affinity") if settings.node_selector is None else None,
-        "volumes": [{"name": _SHARED_MEMORY, "emptyDir": shared_memory}, {"name": _SCRATCH, "emptyDir": {}}],
+        "volumes": [
+            {"name": _SHARED_MEMORY, "emptyDir": shared_memory},
+            {"name": _SCRATCH, "emptyDir": {}},
+            *volumes,
+        ],
         "containers": [
             {
                 "name": NODE,
                 "volumeMounts": [
                     {"name": _SHARED_MEMORY, "mountPath": "/dev/shm"},  # noqa: S108 - a mount point in the container
                     {"name": _SCRATCH, "mountPath": "/tmp"},  # noqa: S108 - likewise
+                    *mounts,
                 ],
             }
         ],

@@ -13,7 +13,8 @@ import kubernetes.client
 import pytest
 import yaml
 
-from pipelines.secret_variables import SECRETS
+from pipelines.places import CONFIG_MAP, SETTINGS
+from skd_lib.steps.mounted import SECRETS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "pipelines/deploy"
@@ -114,14 +115,8 @@ def test_the_first_cluster_names_its_namespaces():
 
 def test_mlflow_is_where_the_steps_look_for_it():
     settings = only("ConfigMap")
-    assert (settings["metadata"]["name"], settings["metadata"]["namespace"]) == ("skd-settings", KUBEFLOW)
-    assert settings["data"].keys() == {
-        "mlflow-tracking-uri",
-        "mlflow-experiment",
-        "checkpoint-root",
-        "tracking-buffer",
-        "kubeflow-page",
-    }
+    assert (settings["metadata"]["name"], settings["metadata"]["namespace"]) == (CONFIG_MAP, KUBEFLOW)
+    assert settings["data"].keys() == SETTINGS.keys()
     service, workload = only("Service"), only("StatefulSet")
     host = f"{service['metadata']['name']}.{service['metadata']['namespace']}"
     (port,) = service["spec"]["ports"]
@@ -185,12 +180,12 @@ def test_the_steps_and_the_trigger_alone_reach_mlflow():
 
 def test_secrets_are_those_of_the_steps_and_empty():
     found = {each["metadata"]["name"]: each for each in FIRST if each["kind"] == "Secret"}
-    assert found.keys() == {secret.name for secret in SECRETS}
+    assert found.keys() == SECRETS.keys()
     texts = (DEPLOY / "first-cluster/secrets.yaml").read_text(encoding="utf-8").split("\n---\n")
-    for secret, text in zip(SECRETS, texts, strict=True):
-        assert found[secret.name].keys() == {"apiVersion", "kind", "metadata"}  # so that applying it empties none
-        assert found[secret.name]["metadata"]["namespace"] == KUBEFLOW
-        assert all(key in text for key in secret.keys)
+    for (name, keys), text in zip(SECRETS.items(), texts, strict=True):
+        assert found[name].keys() == {"apiVersion", "kind", "metadata"}  # so that applying it empties none
+        assert found[name]["metadata"]["namespace"] == KUBEFLOW
+        assert all(key in text for key in keys)
 
 
 def test_no_manifest_holds_a_secret():

@@ -32,6 +32,12 @@ STEP_POD: dict[str, Any] = {
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
             {"key": "node.kubernetes.io/not-ready", "operator": "Exists", "tolerationSeconds": 300},
         ],
+        "volumes": [
+            {"name": "skd-mlflow", "secret": {"secretName": "skd-mlflow", "optional": True}},
+            {"name": "my-minio-cred", "secret": {"secretName": "mlpipeline-minio-artifact"}},
+            {"name": "var-run-argo", "emptyDir": {}},
+            {"name": "kube-api-access-x", "projected": {"sources": []}},
+        ],
         "containers": [
             {"name": "wait", "image": "argoexec:v3"},
             {
@@ -39,8 +45,8 @@ STEP_POD: dict[str, Any] = {
                 "image": "registry/skd-train@sha256:" + "a" * 64,
                 "env": [
                     {
-                        "name": "MLFLOW_TRACKING_TOKEN",
-                        "valueFrom": {"secretKeyRef": {"name": "mlflow", "key": "token"}},
+                        "name": "SKD_TRACKING_URI",
+                        "valueFrom": {"configMapKeyRef": {"name": "skd-settings", "key": "mlflow-tracking-uri"}},
                     },
                     {"name": "SKD_LOG_LEVEL", "value": "INFO"},
                     {
@@ -49,6 +55,11 @@ STEP_POD: dict[str, Any] = {
                     },
                     {"name": "ARGO_TEMPLATE", "value": "{}"},
                     {"name": "MY_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+                ],
+                "volumeMounts": [
+                    {"name": "skd-mlflow", "mountPath": "/etc/skd/skd-mlflow"},
+                    {"name": "var-run-argo", "mountPath": "/var/run/argo"},
+                    {"name": "kube-api-access-x", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"},
                 ],
                 "resources": {
                     "limits": {"memory": "64Gi", "nvidia.com/gpu": "2"},

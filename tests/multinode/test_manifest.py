@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from skd_lib.config import DistillConfig, MultinodeConfig, TeacherSftConfig, parse_section
 from skd_lib.errors import SkdErrors
 from skd_lib.multinode.manifest import RUN_LABEL, job_name, run_label, train_job
+from skd_lib.steps.mounted import ROOT
 from tests.multinode.fake_kubernetes import STEP_POD
 
 HERE = Path(__file__).parent
@@ -76,9 +77,12 @@ def test_a_node_is_what_the_steps_pod_is() -> None:
     assert trainer["command"] == ["python3", "-m", "skd_lib.multinode.node"]
     assert trainer["args"] == ["gs://b/x"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 2)
-    # Secrets by reference; what is about the step's own pod stays out.
+    # By reference; what is about the step's own pod stays out.
     assert trainer["env"] == [
-        {"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": {"secretKeyRef": {"name": "mlflow", "key": "token"}}},
+        {
+            "name": "SKD_TRACKING_URI",
+            "valueFrom": {"configMapKeyRef": {"name": "skd-settings", "key": "mlflow-tracking-uri"}},
+        },
         {"name": "SKD_LOG_LEVEL", "value": "INFO"},
         {"name": "KFP_RUN_ID", "value": "run"},
     ]
@@ -91,10 +95,14 @@ def test_a_node_is_what_the_steps_pod_is() -> None:
     assert pod["spec"]["serviceAccountName"] == "pipeline-runner"
     assert pod["spec"]["nodeSelector"] == STEP_POD["spec"]["nodeSelector"]
     assert pod["spec"]["tolerations"] == STEP_POD["spec"]["tolerations"][:1]
-    (memory, _), (container,) = pod["spec"]["volumes"], pod["spec"]["containers"]
+    (memory, _, secret), (container,) = pod["spec"]["volumes"], pod["spec"]["containers"]
     assert memory["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert (container["name"], mounts["/dev/shm"]) == ("node", memory["name"])  # noqa: S108
+    # Of the step's volumes, the Secrets that it reads.
+    assert secret == {"name": "skd-mlflow", "secret": {"secretName": "skd-mlflow", "optional": True}}
+    assert mounts[str(ROOT / "skd-mlflow")] == "skd-mlflow"
+    assert len(mounts) == 3
     assert "env" not in container  # Trainer refuses it there
 
 
