@@ -38,3 +38,32 @@ def test_every_method_divergence_rule_and_setting_has_its_place() -> None:
     for section in (DistillConfig, InterleavedConfig):
         for field in section.model_fields.keys() - {"training"}:
             assert re.search(rf"\b{field}\b", METHODS_PAGE), field
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), *DOCS.glob("*.md"), *root.glob("components/*/README.md"), *root.glob("images/*.md")]
+    assert len(pages) > 20
+    broken = [
+        f"{page.relative_to(root)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s]+)\)", _text(page))
+        if "://" not in link and not _leads_somewhere(page, *link.partition("#")[::2])
+    ]
+    assert broken == []
+
+
+def _text(page: Path) -> str:
+    """A page without its examples, where brackets mean other things."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def _leads_somewhere(page: Path, path: str, heading: str) -> bool:
+    target = page.parent / path if path else page
+    return target.exists() and (not heading or heading in _anchors(target))
+
+
+def _anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", _text(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
