@@ -10,7 +10,7 @@ from skd_lib.steps.kfp_call import (
     EXECUTOR_INPUT_OPTION,
     INPUT_OPTION,
     OUTPUT_FILE_OPTION,
-    PARAMETER_OPTION,
+    PARAMETERS_OPTION,
 )
 
 
@@ -39,10 +39,16 @@ def run_step(
     options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value)]
     command = ["python3", "-m", f"skd_lib.steps.{step}"]
     options += [OUTPUT_FILE_OPTION, dsl.PIPELINE_TASK_EXECUTOR_OUTPUT_PATH_PLACEHOLDER]
+    parameters = {
+        name: output
+        for name, output in outputs.items()
+        if isinstance(output, dsl.placeholders.OutputParameterPlaceholder)
+    }
     for name, output in outputs.items():
-        is_parameter = isinstance(output, dsl.placeholders.OutputParameterPlaceholder)
-        option, value = (PARAMETER_OPTION, output) if is_parameter else (ARTIFACT_OPTION, output.uri)
-        options += [option, f"{name}={value}"]
+        if name not in parameters:
+            options += [ARTIFACT_OPTION, f"{name}={output.uri}"]
+    if parameters:
+        options += [PARAMETERS_OPTION, f"{','.join(parameters)}={next(iter(parameters.values()))}"]
     for name, artifact in (inputs or {}).items():
         options += [INPUT_OPTION, f"{name}={artifact.uri}"]
     if lists:

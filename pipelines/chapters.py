@@ -1,16 +1,16 @@
 """The chapters of the pipelines: nested pipelines, each a box on Kubeflow's page that opens into its steps.
 
-    prepare   preflight -> prepare_data
-    teacher   import_model -> teacher_sft -> evaluate (before and after), scores
-    measure   students: evaluate (before and after), scores; specdec_benchmark
-                  -> judge: evaluate_champion -> comet_score (if the task asks for it) -> report
+    prepare   preflight -> prepare_data -> show
+    teacher   import_model -> teacher_sft -> evaluate_both -> show
+    measure   evaluate_both, specdec_benchmark -> judge: evaluate_champion
+                  -> comet_score (if the task asks for it) -> report
     release   gate -> register_model
-    compare   for each trial: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark
+    compare   for each trial: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark -> show
                   -> compare_table
 
-In every chapter one step at least is never cached: Kubeflow Pipelines leaves a nested pipeline whose steps are all
-taken from the cache in state RUNNING (seen with 2.17.0). Node pool and settings are handed on as parameters, since a
-nested pipeline sees its own parameters only.
+The last step of each chapter, and of each round of its loop, is never cached: Kubeflow Pipelines counts a DAG's steps
+only when one of them has really run, and leaves one whose last step comes from the cache in state RUNNING (2.17.0).
+Node pool and settings are handed on as parameters, since a nested pipeline sees its own parameters only.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from components.compare_table.component import compare_table
 from components.compare_variant.component import compare_variant
 from components.distill.component import distill
 from components.evaluate.component import evaluate
+from components.evaluate_both.component import evaluate_both
 from components.evaluate_champion.component import evaluate_champion
 from components.gate.component import gate
 from components.images import TRAIN
@@ -31,7 +32,7 @@ from components.preflight.component import preflight
 from components.prepare_data.component import prepare_data
 from components.register_model.component import register_model
 from components.report.component import report
-from components.scores.component import scores
+from components.show.component import show
 from components.specdec_benchmark.component import specdec_benchmark
 from components.student_init.component import student_init
 from components.teacher_sft.component import teacher_sft
@@ -76,7 +77,6 @@ def outputs(**types: Any) -> Any:
 
 Prepared = outputs(data=dsl.Dataset, **SETTINGS)
 Taught = outputs(teacher=dsl.Model, teacher_scores=dsl.Artifact)
-Evaluated = outputs(student_scores=dsl.Artifact)
 Measured = outputs(report=dsl.HTML, measured=str)
 Compared = outputs(report=dsl.Markdown)
 
@@ -127,7 +127,9 @@ def prepare(profile: Profile) -> Chapter:
             data_fingerprint=checked["data_fingerprint"],
             seed=checked["seed"],
             fresh=checked["fresh"],
+            problems=checked["problems"],
         ).outputs
+        step(show, "show-data", cache=False, artifact=prepared["data"])
         return Prepared(data=prepared["data"], **{name: checked[name] for name in SETTINGS})
 
     return prepare  # type: ignore[no-any-return]
@@ -162,25 +164,24 @@ def teacher(profile: Profile) -> Chapter:
         ).outputs["model"]
         common = {"data": data, "task_config": task_config, "seed": seed}
         tuned = step(teacher_sft, "teacher_sft", teacher=base, config=config, **common).outputs["tuned_teacher"]
-        before, after = (
-            step(evaluate, f"evaluate-{role}", model=model, role=role, config=evaluation_config, label="", **common)
-            for role, model in {"teacher_base": base, "teacher": tuned}.items()
-        )
         both = step(
-            scores,
-            "scores-teacher",
-            cache=False,
-            before=before.outputs["evaluation"],
-            after=after.outputs["evaluation"],
-        )
-        return Taught(teacher=tuned, teacher_scores=both.outputs["evaluations"])
+            evaluate_both,
+            "evaluate_both-teacher",
+            before=base,
+            after=tuned,
+            pair="teacher",
+            config=evaluation_config,
+            **common,
+        ).outputs["evaluations"]
+        step(show, "show-teacher", cache=False, artifact=both)
+        return Taught(teacher=tuned, teacher_scores=both)
 
     return teacher  # type: ignore[no-any-return]
 
 
 def measure(profile: Profile) -> Chapter:
     """Return the chapter that measures the student, as a model and as a draft, and makes the report."""
-    score_students, judge_all = _students(profile), _judge(profile)
+    judge_all = _judge(profile)
 
     @dsl.pipeline(name="measure", description="Measure the student before and after, as a model and as a draft.")
     def measure(
@@ -204,9 +205,15 @@ def measure(profile: Profile) -> Chapter:
         step = Settler(profile, settings, node_selector, node_tolerations).step
         pool = {"settings": settings, "node_selector": node_selector, "node_tolerations": node_tolerations}
         common = {"data": data, "task_config": task_config, "seed": seed}
-        student_scores = score_students(
-            before=initial_student, after=student, config=evaluation_config, **common, **pool
-        ).outputs["student_scores"]
+        student_scores = step(
+            evaluate_both,
+            "evaluate_both-student",
+            before=initial_student,
+            after=student,
+            pair="student",
+            config=evaluation_config,
+            **common,
+        ).outputs["evaluations"]
         # One step for both: the teacher and the two students take turns in one process, so that timings compare.
         drafts = step(
             specdec_benchmark,
@@ -237,31 +244,6 @@ def measure(profile: Profile) -> Chapter:
         return Measured(report=judged["report"], measured=judged["measured"])
 
     return measure  # type: ignore[no-any-return]
-
-
-def _students(profile: Profile) -> Chapter:
-    @dsl.pipeline(name="students", description="Score the student before and after distillation.")
-    def students(
-        data: dsl.Input[dsl.Dataset],
-        before: dsl.Input[dsl.Model],
-        after: dsl.Input[dsl.Model],
-        config: str,
-        task_config: str,
-        seed: int,
-        settings: str,
-        node_selector: dict,  # type: ignore[type-arg]
-        node_tolerations: list,  # type: ignore[type-arg]
-    ) -> Evaluated:
-        step = Settler(profile, settings, node_selector, node_tolerations).step
-        common = {"data": data, "config": config, "task_config": task_config, "seed": seed, "label": ""}
-        first, second = (
-            step(evaluate, f"evaluate-{role}", model=model, role=role, **common).outputs["evaluation"]
-            for role, model in {"student_before": before, "student_after": after}.items()
-        )
-        both = step(scores, "scores-student", cache=False, before=first, after=second)
-        return Evaluated(student_scores=both.outputs["evaluations"])
-
-    return students  # type: ignore[no-any-return]
 
 
 def _judge(profile: Profile) -> Chapter:
@@ -377,7 +359,6 @@ def compare(profile: Profile) -> Chapter:
         step = Settler(profile, settings, node_selector, node_tolerations).step
         common = {"data": data, "task_config": task_config}
         with dsl.ParallelFor(trials, name="trials") as trial:
-            # Not cached: see the module's first paragraph.
             own = step(
                 compare_variant,
                 "compare_variant",
@@ -431,6 +412,7 @@ def compare(profile: Profile) -> Chapter:
                 wanted=drafts,
                 **common,
             ).outputs["drafts"]
+            step(show, "show-trial", cache=False, artifact=answered).after(drafted.task)
         table = step(
             compare_table,
             "compare_table",

@@ -24,7 +24,7 @@ SETTINGS = {
 
 Places are no parameters of steps: they would be part of the cache's key, and another place would train again.
 """
-_UNTRACKED = ("comet_score", "comet_score-off", "scores-teacher", "scores-student", "compare_variant")
+_UNTRACKED = ("comet_score", "comet_score-off", "show-data", "show-teacher", "show-trial", "compare_variant")
 _TRAINING = ("preflight", "teacher_sft", "student_init", "distill")
 
 

@@ -23,7 +23,7 @@ from skd_lib.ascii_json import ascii_json
 from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig, parse_section
 from skd_lib.data.examples import make_example
 from skd_lib.data.prepared import PreparedData
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.memory import Estimate, available_memory, estimates, model_size
 from skd_lib.methods import reads_setting, unread_settings
 from skd_lib.models.fingerprint import short
@@ -569,6 +569,20 @@ def test_a_form_that_is_wrong_is_told_at_once_by_its_fields(tmp_path: Path) -> N
     ):
         assert any(line.startswith(f"- {field}: ") for line in lines), field
         assert f"| form | {field}: " in report
+
+
+def test_on_a_cluster_the_report_is_seen_and_the_next_step_fails(tmp_path: Path) -> None:
+    """KFP shows no artifact of a step that failed."""
+    names = ("name", "data_config", "seed", "trials", "drafts", "trust_remote_code", "problems")
+    told = ("--kfp-artifact", "report=gs://b/report", "--kfp-parameters", f"{','.join(names)}={tmp_path / 'out' / 'name'}")
+    done = called(tmp_path, "--model-teacher", "org/t", *told, KFP_RUN_ID="run-1")
+    assert done.returncode == 0
+    assert "model_student: which model is the student is not said" in done.stderr
+    assert "| form | model_student: " in (tmp_path / "report.md").read_text(encoding="utf-8")
+    given = {name: (tmp_path / "out" / name).read_text() for name in names}
+    assert (given["trials"], given["seed"], given["drafts"], given["name"]) == ("[]", "0", "false", "")
+    with pytest.raises(SkdErrors, match="preflight: data_train: there are no training data"):
+        prepare_data.main(data_config="{}", data_out=tmp_path / "data", problems=given["problems"])
 
 
 def test_texts_typed_by_hand_are_refused_in_a_cluster_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

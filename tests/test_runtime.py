@@ -20,7 +20,7 @@ def words(folder: Path) -> list[str]:
     return [
         *("--seed", "3", "--kfp-output-file", "{{$.outputs.output_file}}"),
         *("--kfp-artifact", "student=gs://bucket/a=b/student", "--kfp-artifact", "figures=gs://bucket/figures"),
-        *("--kfp-parameter", f"course={folder / 'kfp' / 'course'}", "--kfp-parameter", f"why={folder / 'kfp' / 'why'}"),
+        *("--kfp-parameters", f"course,why={folder / 'kfp' / 'course'}"),
         *("--kfp-input", "teacher=gs://bucket/t"),
     ]
 

@@ -46,6 +46,7 @@ def preflight(
     run_config: dsl.OutputPath(str),
     table_config: dsl.OutputPath(str),
     drafts: dsl.OutputPath(bool),
+    problems: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:
     """Check a run before anything expensive starts.
 
@@ -94,6 +95,7 @@ def preflight(
         run_config: Of a comparison, the configuration that all trials start from.
         table_config: Of a comparison, what its table needs: reference, trials, and those left out.
         drafts: Whether students are measured as drafts of the teacher.
+        problems: What is wrong with the run, as a JSON list; the next step fails with it.
     """
     return run_step(
         "preflight",
@@ -140,5 +142,6 @@ def preflight(
             "run_config": run_config,
             "table_config": table_config,
             "drafts": drafts,
+            "problems": problems,
         },
     )

@@ -12,6 +12,7 @@ def prepare_data(
     data_fingerprint: str,
     seed: int,
     fresh: str,
+    problems: str,
     data: dsl.Output[dsl.Dataset],
     fingerprint: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:
@@ -24,6 +25,7 @@ def prepare_data(
         data_fingerprint: Fingerprint of the source, from preflight: part of the cache key.
         seed: Seed of the splits.
         fresh: Part of the cache key and of nothing else: another text has the step done again.
+        problems: What preflight found wrong; the step fails with it.
 
     Returns:
         data: Folder with the splits as JSONL and `manifest.json`.
@@ -37,6 +39,7 @@ def prepare_data(
             "data_fingerprint": data_fingerprint,
             "seed": seed,
             "fresh": fresh,
+            "problems": problems,
             "data_out": data.path,
         },
         {"data": data, "fingerprint": fingerprint},

@@ -1,4 +1,4 @@
-"""What `evaluate` finds about one model, as a folder, and the evaluations of several models in one folder.
+"""What `evaluate` finds about one model, as a folder, and the evaluations of two models in one folder.
 
 EVALUATION/scores.json         role, label and scores, those of held-out sets among them
 EVALUATION/predictions.jsonl   answers to the test set
@@ -10,8 +10,7 @@ EVALUATIONS/ROLE/              an evaluation for each role
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,31 +95,14 @@ def read_evaluation(folder: Path) -> Evaluated:
     return Evaluated(folder, found.role, found.label, found)
 
 
-def merge_evaluations(evaluations: Sequence[Evaluated], folder: Path) -> None:
-    """Copy evaluations into one folder.
-
-    Raises:
-        SkdError: two of them are of one role.
-    """
-    roles = [each.role for each in evaluations]
-    if len(set(roles)) < len(roles):
-        raise SkdError(
-            f"two evaluations have the role {max(roles, key=roles.count)}",
-            where=", ".join(str(each.folder) for each in evaluations),
-            hint="evaluate each model with a role of its own",
-        )
-    for each in evaluations:
-        shutil.copytree(each.folder, folder / each.role, dirs_exist_ok=True)
-
-
 def read_evaluations(folder: Path) -> dict[Role, Evaluated]:
-    """Read the evaluations that `merge_evaluations` put into a folder, in the order of a run.
+    """Read the evaluations of a folder, in the order of a run.
 
     Raises:
         SkdError: there is none, or one is broken.
     """
     found = {role: read_evaluation(folder / role) for role in ROLES if (folder / role).is_dir()}
     if not found:
-        hint = "name a folder that step `scores` wrote"
+        hint = "name a folder that step `evaluate_both` wrote"
         raise SkdError(f"there is no folder of a role ({', '.join(ROLES)})", where=str(folder), hint=hint)
     return found

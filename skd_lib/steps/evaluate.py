@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,9 +56,59 @@ def main(
     {SET: the same} and `missing`: {METRIC: reason}. The record of the model's training is copied along, so that later
     steps need not fetch the model.
     """
-    settings = parse_section(EvaluationConfig, config, where="--config")
-    task = parse_section(TaskConfig, task_config, where="--task-config")
     io = StepIO({"evaluation": evaluation_out})
+    request = Request.parse(config, task_config, seed, tracking_uri, experiment)
+    evaluate_model(model, data, role, evaluation_out, request, label=label, uri=io.input_uri("data", data))
+    io.write()
+
+
+@dataclass(frozen=True)
+class Request:
+    """How models are evaluated, and where their figures go.
+
+    Attributes:
+        settings: Section `evaluation`.
+        task: Section `task`.
+        seed: Of the bootstrap.
+        tracking_uri: MLflow; empty: no tracking.
+        experiment: MLflow's experiment.
+    """
+
+    settings: EvaluationConfig
+    task: TaskConfig
+    seed: int
+    tracking_uri: str
+    experiment: str
+
+    @classmethod
+    def parse(cls, config: str, task_config: str, seed: int, tracking_uri: str, experiment: str) -> Request:
+        """Read the sections from the options `--config` and `--task-config`.
+
+        Raises:
+            SkdError: a wrong, missing or unknown field.
+        """
+        settings = parse_section(EvaluationConfig, config, where="--config")
+        task = parse_section(TaskConfig, task_config, where="--task-config")
+        return cls(settings, task, seed, tracking_uri, experiment)
+
+
+def evaluate_model(
+    model: Path, data: Path, role: Role, folder: Path, request: Request, *, label: str = "", uri: str = ""
+) -> None:
+    """Evaluate one model, in an MLflow run of its own.
+
+    Args:
+        model: Folder of the model.
+        data: Folder of the prepared data.
+        role: Which model of the run it is.
+        folder: Takes scores and answers, see `skd_lib.report.evaluations`.
+        request: How.
+        label: Which trial of a comparison the model is from.
+        uri: Of the data, for MLflow.
+
+    Raises:
+        SkdError: an input is gone, or the model cannot be loaded.
+    """
     present("model", model)
     present("data", data)
 
@@ -68,12 +119,12 @@ def main(
     from skd_lib.report.evaluations import PREDICTIONS, write_evaluation
     from skd_lib.tracking.runs import step_run
 
+    settings, task, seed = request.settings, request.task, request.seed
     params = {"role": role.value, "seed": seed, "evaluation": settings.model_dump(), "task": task.model_dump()}
     name = step_name(f"evaluate-{role.value}", label)
-    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+    with step_run(step=name, tracking_uri=request.tracking_uri, experiment=request.experiment, params=params) as run:
         prepared = PreparedData.load(data)
         digest = prepared.manifest["sha256"]["test.jsonl"]
-        uri = io.input_uri("data", data)
         run.log_dataset("test", digest, uri, context="test", rows=len(prepared.test))
         for name, rows in prepared.held_out.items():
             digest = prepared.manifest["sha256"][f"held_out/{name}.jsonl"]
@@ -82,8 +133,8 @@ def main(
         result = evaluate(language_model, tokenizer, prepared.test, task, settings, seed=seed)
         further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), settings, seed=seed)
 
-        write_evaluation(evaluation_out, role.value, label, result, further)
-        copy_record(model, evaluation_out)
+        write_evaluation(folder, role.value, label, result, further)
+        copy_record(model, folder)
 
         figures = result.figures()
         for name, each in further.items():
@@ -96,12 +147,10 @@ def main(
                 **{f"signature.{name}": signature for name, signature in signatures.items()},
             }
         )
-        run.log_artifact(evaluation_out / PREDICTIONS)
+        run.log_artifact(folder / PREDICTIONS)
         run.log_table(table(result.predictions), "predictions")
         for name, each in further.items():
             run.log_table(table(each.predictions), f"held_out/{name}")
-
-    io.write()
 
 
 def held_out_sets(prepared: PreparedData, task: TaskConfig) -> dict[str, HeldOutSet]:

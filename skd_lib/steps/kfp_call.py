@@ -19,13 +19,13 @@ OUTPUT_FILE_OPTION = "--kfp-output-file"
 """File for KFP's executor output."""
 ARTIFACT_OPTION = "--kfp-artifact"
 """`NAME=URI` of an output artifact."""
-PARAMETER_OPTION = "--kfp-parameter"
-"""`NAME=FILE` of an output parameter."""
+PARAMETERS_OPTION = "--kfp-parameters"
+"""`NAME,NAME,...=FILE`: the output parameters, and the file of the first; the others are beside it, by their names."""
 INPUT_OPTION = "--kfp-input"
 """`NAME=URI` of an input artifact."""
 EXECUTOR_INPUT_OPTION = "--kfp-executor-input"
 """KFP's executor input as JSON, for steps with lists of artifacts."""
-_OPTIONS = (OUTPUT_FILE_OPTION, ARTIFACT_OPTION, PARAMETER_OPTION, INPUT_OPTION, EXECUTOR_INPUT_OPTION)
+_OPTIONS = (OUTPUT_FILE_OPTION, ARTIFACT_OPTION, PARAMETERS_OPTION, INPUT_OPTION, EXECUTOR_INPUT_OPTION)
 _BY_HAND, _IN_A_POD = "executor_output.json", "output_metadata.json"
 
 
@@ -49,6 +49,11 @@ class Call:
     inputs: Mapping[str, str] = field(default_factory=dict)
     lists: Mapping[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def in_pod(self) -> bool:
+        """Whether Kubeflow's launcher has called: it leaves the file for the executor output unsaid."""
+        return self.launched and self.output_file is None
+
     def executor_output(self, outputs: Mapping[str, Path]) -> Path | None:
         """Choose the file for the executor output.
 
@@ -68,12 +73,10 @@ class Call:
     def words(self) -> list[str]:
         """The options that tell another process the same, but for the lists."""
         pairs = [(OUTPUT_FILE_OPTION, str(self.output_file))] if self.output_file else []
-        for option, values in (
-            (ARTIFACT_OPTION, self.artifacts),
-            (PARAMETER_OPTION, self.parameters),
-            (INPUT_OPTION, self.inputs),
-        ):
+        for option, values in ((ARTIFACT_OPTION, self.artifacts), (INPUT_OPTION, self.inputs)):
             pairs += [(option, f"{name}={value}") for name, value in values.items()]
+        if self.parameters:
+            pairs.append((PARAMETERS_OPTION, f"{','.join(self.parameters)}={next(iter(self.parameters.values()))}"))
         return [word for pair in pairs for word in pair]
 
 
@@ -115,7 +118,11 @@ def take_call(words: Sequence[str]) -> tuple[list[str], Call]:
         name: [str(artifact["uri"]) for artifact in entry.get("artifacts", [])]
         for name, entry in task.get("inputs", {}).get("artifacts", {}).items()
     }
-    parameters = {name: Path(value) for name, value in _pairs(told[PARAMETER_OPTION]).items()}
+    parameters = {
+        name: Path(file).parent / name
+        for names, file in _pairs(told[PARAMETERS_OPTION]).items()
+        for name in names.split(",")
+    }
     call = Call(any(told.values()), file, _pairs(told[ARTIFACT_OPTION]), parameters, _pairs(told[INPUT_OPTION]), lists)
     return own, call
 

@@ -15,9 +15,11 @@ from skd_lib.config import FilesSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
+from skd_lib.steps.kfp_call import current_call
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, Switch, run_step
 from skd_lib.storage import write_text_atomic
+from skd_lib.terminal import say
 
 if TYPE_CHECKING:
     from skd_lib.compare.plan import Plan
@@ -36,6 +38,10 @@ SHOWN = {
     "seed": ("seed",),
 }
 """What people compare runs by in MLflow, and its place in the configuration."""
+EMPTY = {"seed": 0, "trust_remote_code": False, "drafts": False, "trials": []}
+"""Output parameters that are no texts, where there is nothing to say."""
+MOST = 1500
+"""Bytes of output parameter `problems`."""
 
 
 def main(
@@ -66,10 +72,12 @@ def main(
     experiment: Experiment = "skd",
     checkpoint_root: CheckpointRoot = "",
 ) -> None:
-    """Check models, tokenizers, data, storage, tracking and hardware in seconds, without loading any weights."""
-    from skd_lib.console import Console
-    from skd_lib.preflight import run_checks
-    from skd_lib.tracking.runs import step_run
+    """Check models, tokenizers, data, storage, tracking and hardware in seconds, without loading any weights.
+
+    On a cluster what is wrong does not fail this step but the next, which gets it as output parameter `problems`: KFP
+    shows the artifacts of a step, the report among them, only where it succeeded.
+    """
+    from skd_lib.preflight.checks import Refused
 
     io = StepIO({"report": report_out})
     form = Form(
@@ -83,6 +91,55 @@ def main(
         training_method=training_method,
         training_steps=training_steps,
     )
+    try:
+        values = examine(
+            form,
+            comparison,
+            run_name=run_name,
+            mlflow_experiment=mlflow_experiment,
+            report_out=report_out,
+            pipeline_root=pipeline_root,
+            require_gpu=require_gpu,
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            checkpoint_root=checkpoint_root,
+        )
+    except Refused as refused:
+        if not current_call().in_pod:
+            raise
+        say(f"error: {refused}", err=True)
+        values = {name: EMPTY.get(name, "") for name in current_call().parameters}
+        values["problems"] = _problems(refused)
+    for name, value in values.items():
+        io.parameter(name, value)
+    io.parameter("fresh", "" if reuse else os.environ.get("KFP_RUN_ID") or str(uuid.uuid4()))
+    io.write()
+
+
+def examine(
+    form: Form,
+    comparison: str,
+    *,
+    run_name: str,
+    mlflow_experiment: str,
+    report_out: Path,
+    pipeline_root: str,
+    require_gpu: bool,
+    tracking_uri: str,
+    experiment: str,
+    checkpoint_root: str,
+) -> dict[str, Any]:
+    """Check everything, write the report, and return what later steps read, by output parameter.
+
+    The arguments are those of `main`.
+
+    Raises:
+        Refused: all that is wrong.
+    """
+    from skd_lib.console import Console
+    from skd_lib.preflight import run_checks
+    from skd_lib.tracking.runs import step_run
+
     try:
         run_config, plan = read(form, comparison, run_name, mlflow_experiment)
         checked("--experiment", check_experiment, experiment)
@@ -133,14 +190,21 @@ def main(
         run.set_tags({"data_source_fingerprint": report.data_fingerprint})
         run.set_tags({f"{role}_fingerprint": found for role, found in prints.items() if found})
         report.raise_errors()
-    for name, value in settings_of(run_config, plan).items():
-        io.parameter(name, value)
-    io.parameter("data_fingerprint", report.data_fingerprint)
-    for role, found in prints.items():
-        io.parameter(f"{role}_fingerprint", found)
-    io.parameter("model_fingerprints", ascii_json(report.model_fingerprints))
-    io.parameter("fresh", "" if reuse else os.environ.get("KFP_RUN_ID") or str(uuid.uuid4()))
-    io.write()
+    return {
+        **settings_of(run_config, plan),
+        "problems": "",
+        "data_fingerprint": report.data_fingerprint,
+        **{f"{role}_fingerprint": found for role, found in prints.items()},
+        "model_fingerprints": ascii_json(report.model_fingerprints),
+    }
+
+
+def _problems(refused: SkdErrors) -> str:
+    """What is wrong, a line each, short enough for a parameter."""
+    lines = [error.brief for error in refused.errors]
+    while len(text := ascii_json(lines)) > MOST and len(lines) > 1:
+        lines = [*lines[:-2], "and more, see the report"]
+    return text
 
 
 def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = "") -> tuple[RunConfig, Plan | None]:

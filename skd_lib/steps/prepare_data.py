@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.config import DataConfig, parse_section
-from skd_lib.errors import SkdError
+from skd_lib.config import DataConfig, parse_json, parse_section
+from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import FRESH_HELP, StepIO, run_step
 
@@ -27,6 +27,9 @@ def main(
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
     fresh: Annotated[str, typer.Option(help=FRESH_HELP)] = "",  # noqa: ARG001 - Kubeflow reads it
+    problems: Annotated[
+        str, typer.Option(help="What preflight found wrong on a cluster, as a JSON list; empty: nothing.")
+    ] = "",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
@@ -36,6 +39,9 @@ def main(
     from skd_lib.tracking.runs import step_run
 
     io = StepIO({"data": data_out})
+    if problems:
+        lines = parse_json(problems, where="--problems")
+        raise SkdErrors([SkdError(f"preflight: {line}", hint="its report says more") for line in lines])
     config = parse_section(DataConfig, data_config, where="--data-config")
     with step_run(
         step="prepare_data",

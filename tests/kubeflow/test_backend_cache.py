@@ -54,7 +54,6 @@ def test_each_place_alone(change: dict[str, Any]) -> None:
     assert trained(again("distillation", **change)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="chapter `prepare` and the loop's body end with steps that may be cached")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_run_from_the_cache_ends_as_complete(name: str) -> None:
     """A DAG whose last step is cached stays RUNNING: the last of each is never cached."""

@@ -26,7 +26,15 @@ from pipelines.lint_platform import lint_documents
 from skd_lib.errors import SkdError
 
 ROOT = Path(__file__).parents[2]
-TORCH_STEPS = {"teacher_sft", "student_init", "distill", "evaluate", "evaluate_champion", "specdec_benchmark"}
+TORCH_STEPS = {
+    "teacher_sft",
+    "student_init",
+    "distill",
+    "evaluate",
+    "evaluate_both",
+    "evaluate_champion",
+    "specdec_benchmark",
+}
 COMET_STEPS = ["comet_score", "comet_score-off"]
 
 
@@ -117,20 +125,17 @@ def test_published_image_is_pinned_by_digest(spec: dict[str, Any]):
 
 # --- the shape of the pipeline ------------------------------------------------------------------------------------
 
-UNCACHED = {"preflight", "scores-teacher", "scores-student", "evaluate_champion", "report", "gate", "register_model"}
+UNCACHED = {"preflight", "show-data", "show-teacher", "evaluate_champion", "report", "gate", "register_model"}
 PLACES = {"tracking_uri", "experiment", "checkpoint_root", "mlflow_experiment", "settings", "node_selector", "run_name"}
 
 
 def test_order_of_the_steps(spec: dict[str, Any]):
     steps = read_steps(spec)
     names = [step.name for step in steps]
-    assert sorted(names) == sorted(
-        ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill"]
-        + [f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")]
-        + ["scores-teacher", "scores-student", "specdec_benchmark", "evaluate_champion", "report", "gate"]
-        + ["register_model", "finish"]
-        + COMET_STEPS
-    )
+    expected = ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill", *COMET_STEPS]
+    expected += ["evaluate_both-teacher", "evaluate_both-student", "show-data", "show-teacher", "specdec_benchmark"]
+    expected += ["evaluate_champion", "report", "gate", "register_model", "finish"]
+    assert sorted(names) == sorted(expected)
     assert names[0] == "preflight"
     assert names[-1] == "finish"
     assert [step.name for step in steps if step.is_exit] == ["finish"]
@@ -155,9 +160,7 @@ def test_one_of_the_two_comet_steps_runs_when_every_model_has_answered(spec: dic
     assert len(choices) == 1
     assert "" not in choices
     assert [step.name for step in steps.values() if step.choice] == COMET_STEPS
-    assert all(
-        {"scores-teacher", "scores-student", "evaluate_champion"} < set(steps[name].waits_for) for name in COMET_STEPS
-    )
+    assert all({"evaluate_both-student", "evaluate_champion"} < set(steps[name].waits_for) for name in COMET_STEPS)
     assert set(COMET_STEPS) < set(steps["report"].waits_for)
     assert count_steps(list(steps.values())) == len(steps) - 1
 
@@ -186,7 +189,7 @@ def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(d
 
 def test_steps_that_fetch_or_load_models_are_tried_again_with_a_pause(spec: dict[str, Any]):
     tasks = all_tasks(spec)
-    small = {"scores-teacher", "scores-student", "comet-score-off", "report", "gate", "register-model", "finish"}
+    small = {"show-data", "show-teacher", "comet-score-off", "report", "gate", "register-model", "finish"}
     assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"preflight", *small}
     assert tasks["distill"]["retryPolicy"] == {
         "maxRetryCount": 2,
@@ -252,24 +255,24 @@ DISTILL = (*TASKS, "distill", "inputs")
         ),
         (
             lambda spec: (
-                tasks_of(spec, "teacher")["evaluate-teacher"]["inputs"]["parameters"].pop("label"),
+                tasks_of(spec, "teacher")["evaluate-both-teacher"]["inputs"]["parameters"].pop("pair"),
                 _set(
                     "components",
-                    "comp-evaluate-teacher",
+                    "comp-evaluate-both-teacher",
                     "inputDefinitions",
                     "parameters",
-                    "label",
+                    "pair",
                     "isOptional",
                     value=True,
                 )(spec),
             ),
-            "task evaluate-teacher in comp-teacher: input 'label' of comp-evaluate-teacher has no value",
+            "task evaluate-both-teacher in comp-teacher: input 'pair' of comp-evaluate-both-teacher has no value",
         ),
         (
             lambda spec: [
-                task["cachingOptions"].update(enableCache=True) for task in tasks_of(spec, "students").values()
+                task["cachingOptions"].update(enableCache=True) for task in tasks_of(spec, "prepare").values()
             ],
-            "comp-students: all its steps are cached; KFP leaves such a DAG in state RUNNING",
+            "comp-prepare: all its steps are cached; KFP leaves such a DAG in state RUNNING",
         ),
         (_set(*TASKS, "distill", "dependentTasks", value=["nobody"]), "waits for task 'nobody', which does not exist"),
         (_set(*TASKS, "distill", "componentRef", "name", value="comp-x"), "component 'comp-x' does not exist"),

@@ -10,9 +10,9 @@ import pytest
 from pipelines.compiling import Documents
 from pipelines.graph import count_steps, read_steps, unrolled
 
-BODY = ["compare_variant", "student_init", "distill", "evaluate-student_after", "specdec_benchmark"]
-TEACHER = ["import_model", "teacher_sft", "evaluate-teacher_base", "evaluate-teacher", "scores-teacher"]
-ONCE = ["preflight", "prepare_data", *TEACHER, "compare_table", "finish"]
+BODY = ["compare_variant", "student_init", "distill", "evaluate-student_after", "specdec_benchmark", "show-trial"]
+TEACHER = ["import_model", "teacher_sft", "evaluate_both-teacher", "show-teacher"]
+ONCE = ["preflight", "prepare_data", "show-data", *TEACHER, "compare_table", "finish"]
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def test_what_all_trials_share_is_made_once(documents: Documents):
     steps = read_steps(documents[0])
     assert sorted(step.name for step in steps if not step.loop) == sorted(ONCE)
     assert sorted(step.name for step in steps if step.loop) == sorted(BODY)
-    uncached = {"preflight", "scores-teacher", "compare_variant", "compare_table", "finish"}
+    uncached = {"preflight", "show-data", "show-teacher", "show-trial", "compare_variant", "compare_table", "finish"}
     assert {step.name for step in steps if not step.cached} == uncached
     (table,) = (step for step in steps if step.name == "compare_table")
-    assert {"evaluate-student_after", "specdec_benchmark", "scores-teacher"} <= set(table.waits_for)
+    assert {"show-trial", "show-teacher"} <= set(table.waits_for)
 
 
 def test_table_is_given_files_of_each_trial(documents: Documents):
@@ -46,14 +46,14 @@ def test_rounds_of_the_loop_have_steps_of_their_own(documents: Documents):
     inside = [step for step in steps if step.loop]
     assert [step.iteration for step in inside] == ["a"] * len(BODY) + ["b"] * len(BODY)
     assert sorted(step.name for step in inside) == sorted(f"{name}-{round_}" for round_ in "ab" for name in BODY)
-    assert "distill-b" in inside[-1].waits_for
+    assert "specdec_benchmark-b" in inside[-1].waits_for
     assert not any(other.endswith("-a") for step in inside[len(BODY) :] for other in step.waits_for)
 
 
 def test_training_in_the_loop_is_retried_on_a_gpu_and_knows_its_run(documents: Documents):
     (loop,) = (part for name, part in documents[0]["components"].items() if name.startswith("comp-for-loop"))
     tasks: dict[str, Any] = loop["dag"]["tasks"]
-    assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"compare-variant"}
+    assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"compare-variant", "show-trial"}
     # Each trial's own label: equal steps side by side make artifacts of different ids, the keys of what follows.
     assert all("label" in tasks[name]["inputs"]["parameters"] for name in ("student-init", "distill"))
     executors = documents[0]["deploymentSpec"]["executors"]

@@ -38,12 +38,15 @@ WORDS = {
     "rue": "road",
 }
 STEPS = [
-    "preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill",
-    *(f"evaluate-{role}" for role in ("teacher_base", "teacher", "student_before", "student_after")),
-    "specdec_benchmark", "evaluate_champion", "comet_score-off", "report", "gate", "register_model", "finish",
+    "preflight", "prepare_data", "show-data", "import_model", "teacher_sft", "evaluate_both-teacher", "show-teacher",
+    "student_init", "distill", "evaluate_both-student", "specdec_benchmark", "evaluate_champion", "comet_score-off",
+    "report", "gate", "register_model", "finish",
 ]  # fmt: skip
-UNCACHED = {"preflight", "evaluate_champion", "comet_score-off", "report", "gate", "register_model", "finish"}
-UNTRACKED = {"comet_score-off", "finish"}
+UNCACHED = {
+    "preflight", "show-data", "show-teacher", "evaluate_champion", "comet_score-off", "report", "gate",
+    "register_model", "finish",
+}  # fmt: skip
+UNTRACKED = {"comet_score-off", "show-data", "show-teacher", "finish"}
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from skd_lib.steps.runtime import StepIO
 
 REAL = {"preflight": preflight.main, "compare_variant": compare_variant.main}
 NOTHING = {"STRING": "", "BOOLEAN": False, "NUMBER_INTEGER": 0, "STRUCT": {}, "LIST": []}
-TEACHERS_OWN = {"import_model", "teacher_sft", "evaluate-teacher"}
+TEACHERS_OWN = {"import_model", "teacher_sft", "evaluate_both-teacher"}
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_changed_model_runs_what_depends_on_it_again(run: Callable[..., set[st
     everything = run()
     (teacher / "README.md").write_text("a new card")
     (student / "model.safetensors").write_text("other weights")
-    assert run() == everything - TEACHERS_OWN - {"prepare_data", "evaluate-teacher_base"}
+    assert run() == everything - TEACHERS_OWN - {"prepare_data"}
     (teacher / "chat_template.jinja").write_text("another template")
     assert run() == everything - {"prepare_data"}
 
@@ -137,17 +137,17 @@ def test_a_comparison_knows_each_runs_student(run: Callable[..., set[str]], tmp_
     (other / "config.json").write_text("changed")
     again = run(variants)
     of_one = {name for name in everything if name.endswith("-a-seed-0")}
-    once = {"prepare_data", "evaluate-teacher_base"}
-    assert again == everything - of_one - TEACHERS_OWN - once | {"compare_variant-a-seed-0"}
+    always = {"compare_variant-a-seed-0", "show-trial-a-seed-0"}
+    assert again == everything - of_one - TEACHERS_OWN - {"prepare_data"} | always
 
 
 def test_a_trial_that_comes_to_a_comparison_is_run_alone(run: Callable[..., set[str]]) -> None:
     few = {"a": {}, "b": {"distill.sampling.top_k": 5}}
     everything = run(few)
-    always = {"preflight", "scores-teacher", "compare_table", "finish"}
-    chosen = {name for name in everything if name.startswith("compare_variant")}
+    always = {"preflight", "show-data", "show-teacher", "compare_table", "finish"}
+    chosen = {name for name in everything if name.startswith(("compare_variant", "show-trial"))}
     assert run(few) == always | chosen
     more = run({**few, "c": {"distill.sampling.top_k": 7}})
     new = {f"{step}-c-seed-0" for step in ("distill", "evaluate-student_after", "specdec_benchmark")}
     # Its student starts where the others' did, which is made once.
-    assert more == always | chosen | new | {"compare_variant-c-seed-0"}
+    assert more == always | chosen | new | {"compare_variant-c-seed-0", "show-trial-c-seed-0"}

@@ -60,6 +60,7 @@ class Steps:
             "teacher_fingerprint": prints[config.teacher],
             "student_fingerprint": prints[config.student or ""],
             "model_fingerprints": ascii_json(prints),
+            "problems": "",
             "fresh": "" if given["reuse"] else self.run_id,
         }
 

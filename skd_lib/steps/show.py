@@ -1,0 +1,61 @@
+"""Step `show`: what an artifact holds, for a person who watches the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skd_lib.errors import SkdError
+from skd_lib.steps.inputs import present
+from skd_lib.steps.runtime import StepIO, run_step
+
+
+def main(
+    artifact: Annotated[Path, typer.Option(help="Folder of step `prepare_data`, `evaluate` or `evaluate_both`.")],
+) -> None:
+    """Show what an artifact holds: how many examples, or the scores of the models that were evaluated."""
+    from skd_lib.data.manifest import NAME as MANIFEST
+    from skd_lib.report.evaluations import SCORES
+
+    present("artifact", artifact)
+    if (artifact / MANIFEST).is_file():
+        _show_data(artifact)
+    elif (artifact / SCORES).is_file() or any(artifact.glob(f"*/{SCORES}")):
+        _show_scores(artifact)
+    else:
+        raise SkdError(
+            "holds neither prepared data nor evaluations",
+            where=str(artifact),
+            hint="name a folder of step `prepare_data`, `evaluate` or `evaluate_both`",
+        )
+    StepIO({}).write()
+
+
+def _show_data(folder: Path) -> None:
+    from skd_lib.data.prepared import PreparedData
+
+    data = PreparedData.load(folder)
+    for name, rows in {"train": data.train, "validation": data.validation, "test": data.test, **data.held_out}.items():
+        print(f"{name:<12} {len(rows):,} examples")
+
+
+def _show_scores(folder: Path) -> None:
+    from skd_lib.console import Console
+    from skd_lib.report.evaluations import SCORES, read_evaluation, read_evaluations
+    from skd_lib.report.render import render
+    from skd_lib.report.summary import Course, build_summary
+
+    if (folder / SCORES).is_file():
+        one = read_evaluation(folder)
+        found = {one.role: one}
+    else:
+        found = read_evaluations(folder)
+    scores = {role: each.scores for role, each in found.items()}
+    metric = next((name for each in scores.values() for name in each.metrics), "")
+    Console().print(render(build_summary(task_metric=metric, scores=scores, specdec={}, course=Course())))
+
+
+if __name__ == "__main__":
+    run_step(main)
