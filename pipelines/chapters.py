@@ -72,7 +72,7 @@ SETTINGS: dict[str, type] = {
 
 def outputs(**types: Any) -> Any:
     """Return the type of a nested pipeline's outputs, as KFP wants it declared."""
-    return NamedTuple("Outputs", list(types.items()))  # type: ignore[misc]
+    return NamedTuple("Outputs", list(types.items()))
 
 
 Prepared = outputs(data=dsl.Dataset, **SETTINGS)
@@ -132,7 +132,7 @@ def prepare(profile: Profile) -> Chapter:
         step(show, "show-data", cache=False, artifact=prepared["data"])
         return Prepared(data=prepared["data"], **{name: checked[name] for name in SETTINGS})
 
-    return prepare  # type: ignore[no-any-return]
+    return prepare
 
 
 def teacher(profile: Profile) -> Chapter:
@@ -176,7 +176,7 @@ def teacher(profile: Profile) -> Chapter:
         step(show, "show-teacher", cache=False, artifact=both)
         return Taught(teacher=tuned, teacher_scores=both)
 
-    return teacher  # type: ignore[no-any-return]
+    return teacher
 
 
 def measure(profile: Profile) -> Chapter:
@@ -243,7 +243,7 @@ def measure(profile: Profile) -> Chapter:
         ).outputs
         return Measured(report=judged["report"], measured=judged["measured"])
 
-    return measure  # type: ignore[no-any-return]
+    return measure
 
 
 def _judge(profile: Profile) -> Chapter:
@@ -311,7 +311,7 @@ def _judge(profile: Profile) -> Chapter:
         ).outputs
         return Measured(report=page["report"], measured=page["measured"])
 
-    return judge  # type: ignore[no-any-return]
+    return judge
 
 
 def release(profile: Profile) -> Chapter:
@@ -331,7 +331,7 @@ def release(profile: Profile) -> Chapter:
             reason=decision["reason"],
         )
 
-    return release  # type: ignore[no-any-return]
+    return release
 
 
 def compare(profile: Profile) -> Chapter:
@@ -428,4 +428,4 @@ def compare(profile: Profile) -> Chapter:
         ).outputs
         return Compared(report=table["report"])
 
-    return compare  # type: ignore[no-any-return]
+    return compare
