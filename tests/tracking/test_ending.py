@@ -110,9 +110,9 @@ CASES = {
     "untracked step failed": Case(
         "FAILED",
         {"preflight": "FINISHED"},
-        ended("FAILED", scores_teacher="FAILED"),
+        ended("FAILED", show_teacher="FAILED"),
         "FAILED",
-        "scores-teacher: it failed; the reason is in its log",
+        "show-teacher: it failed; the reason is in its log",
     ),
     "step killed": Case(
         "RUNNING", {"distill": "RUNNING"}, None, "FAILED", f"distill: {DEAD}, or stopped by a person)", UNKNOWN
