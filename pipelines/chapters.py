@@ -2,8 +2,8 @@
 
     prepare   preflight -> prepare_data -> show
     teacher   import_model -> teacher_sft -> evaluate_both -> show
-    measure   evaluate_both, specdec_benchmark -> judge: evaluate_champion
-                  -> comet_score (if the task asks for it) -> report
+    measure   score: evaluate_both, specdec_benchmark, evaluate_champion -> comet_score (if the task asks for it)
+                  -> report
     release   gate -> register_model
     compare   for each trial: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark -> show
                   -> compare_table
@@ -78,6 +78,7 @@ def outputs(**types: Any) -> Any:
 Prepared = outputs(data=dsl.Dataset, **SETTINGS)
 Taught = outputs(teacher=dsl.Model, teacher_scores=dsl.Artifact)
 Measured = outputs(report=dsl.HTML, measured=str)
+Scored = outputs(student_scores=dsl.Artifact, drafts=dsl.Artifact, champion=dsl.Artifact, comet=str)
 Compared = outputs(report=dsl.Markdown)
 
 
@@ -181,7 +182,7 @@ def teacher(profile: Profile) -> Chapter:
 
 def measure(profile: Profile) -> Chapter:
     """Return the chapter that measures the student, as a model and as a draft, and makes the report."""
-    judge_all = _judge(profile)
+    score_all = _score(profile)
 
     @dsl.pipeline(name="measure", description="Measure the student before and after, as a model and as a draft.")
     def measure(
@@ -201,9 +202,64 @@ def measure(profile: Profile) -> Chapter:
         settings: str,
         node_selector: dict,  # type: ignore[type-arg]
         node_tolerations: list,  # type: ignore[type-arg]
-    ) -> Measured:
+    ) -> Measured:  # type: ignore[valid-type]
         step = Settler(profile, settings, node_selector, node_tolerations).step
-        pool = {"settings": settings, "node_selector": node_selector, "node_tolerations": node_tolerations}
+        scored = score_all(
+            data=data,
+            teacher=teacher,
+            teacher_scores=teacher_scores,
+            initial_student=initial_student,
+            student=student,
+            evaluation_config=evaluation_config,
+            comet_config=comet_config,
+            comet_wanted=comet_wanted,
+            specdec_config=specdec_config,
+            registry_config=registry_config,
+            task_config=task_config,
+            seed=seed,
+            settings=settings,
+            node_selector=node_selector,
+            node_tolerations=node_tolerations,
+        ).outputs
+        # In this very chapter: the page finds an output of a nested pipeline one level down, no further.
+        page = step(
+            report,
+            "report",
+            cache=False,
+            run_name=run_name,
+            task_config=task_config,
+            registry_config=registry_config,
+            teacher_evaluations=teacher_scores,
+            student_evaluations=scored["student_scores"],
+            drafts=scored["drafts"],
+            champion=scored["champion"],
+            comet=scored["comet"],
+        ).outputs
+        return Measured(report=page["report"], measured=page["measured"])
+
+    return measure  # type: ignore[no-any-return]
+
+
+def _score(profile: Profile) -> Chapter:
+    @dsl.pipeline(name="score", description="Score the student as a model and as a draft, and the champion likewise.")
+    def score(
+        data: dsl.Input[dsl.Dataset],
+        teacher: dsl.Input[dsl.Model],
+        teacher_scores: dsl.Input[dsl.Artifact],
+        initial_student: dsl.Input[dsl.Model],
+        student: dsl.Input[dsl.Model],
+        evaluation_config: str,
+        comet_config: str,
+        comet_wanted: str,
+        specdec_config: str,
+        registry_config: str,
+        task_config: str,
+        seed: int,
+        settings: str,
+        node_selector: dict,  # type: ignore[type-arg]
+        node_tolerations: list,  # type: ignore[type-arg]
+    ) -> Scored:  # type: ignore[valid-type]
+        step = Settler(profile, settings, node_selector, node_tolerations).step
         common = {"data": data, "task_config": task_config, "seed": seed}
         student_scores = step(
             evaluate_both,
@@ -226,48 +282,6 @@ def measure(profile: Profile) -> Chapter:
             wanted=True,
             **common,
         ).outputs["drafts"]
-        judged = judge_all(
-            teacher=teacher,
-            student=student,
-            teacher_scores=teacher_scores,
-            student_scores=student_scores,
-            drafts=drafts,
-            run_name=run_name,
-            evaluation_config=evaluation_config,
-            comet_config=comet_config,
-            comet_wanted=comet_wanted,
-            specdec_config=specdec_config,
-            registry_config=registry_config,
-            **common,
-            **pool,
-        ).outputs
-        return Measured(report=judged["report"], measured=judged["measured"])
-
-    return measure
-
-
-def _judge(profile: Profile) -> Chapter:
-    @dsl.pipeline(name="judge", description="Measure the registered champion likewise, and put all on one page.")
-    def judge(
-        data: dsl.Input[dsl.Dataset],
-        teacher: dsl.Input[dsl.Model],
-        student: dsl.Input[dsl.Model],
-        teacher_scores: dsl.Input[dsl.Artifact],
-        student_scores: dsl.Input[dsl.Artifact],
-        drafts: dsl.Input[dsl.Artifact],
-        run_name: str,
-        evaluation_config: str,
-        comet_config: str,
-        comet_wanted: str,
-        specdec_config: str,
-        registry_config: str,
-        task_config: str,
-        seed: int,
-        settings: str,
-        node_selector: dict,  # type: ignore[type-arg]
-        node_tolerations: list,  # type: ignore[type-arg]
-    ) -> Measured:
-        step = Settler(profile, settings, node_selector, node_tolerations).step
         # Not cached: who the champion is may have changed.
         champion = step(
             evaluate_champion,
@@ -275,12 +289,10 @@ def _judge(profile: Profile) -> Chapter:
             cache=False,
             student=student,
             teacher=teacher,
-            data=data,
             registry_config=registry_config,
             evaluation_config=evaluation_config,
             specdec_config=specdec_config,
-            task_config=task_config,
-            seed=seed,
+            **common,
         ).outputs["champion"]
         judged = {
             "teacher_evaluations": teacher_scores,
@@ -296,22 +308,9 @@ def _judge(profile: Profile) -> Chapter:
         with dsl.Else(name="no-comet"):
             # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
             unasked = step(comet_score, "comet_score-off", cache=False, image=TRAIN, **judged).outputs["scores"]
-        page = step(
-            report,
-            "report",
-            cache=False,
-            run_name=run_name,
-            task_config=task_config,
-            registry_config=registry_config,
-            teacher_evaluations=teacher_scores,
-            student_evaluations=student_scores,
-            drafts=drafts,
-            champion=champion,
-            comet=dsl.OneOf(asked, unasked),
-        ).outputs
-        return Measured(report=page["report"], measured=page["measured"])
+        return Scored(student_scores=student_scores, drafts=drafts, champion=champion, comet=dsl.OneOf(asked, unasked))
 
-    return judge
+    return score  # type: ignore[no-any-return]
 
 
 def release(profile: Profile) -> Chapter:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
     from skd_lib.evaluation.evaluate import HeldOutSet
     from skd_lib.evaluation.predictions import Prediction
+    from skd_lib.tracking.runs import StepRun
 
 MAX_TABLE_ROWS = 500
 MAX_TABLE_CHARACTERS = 4000
@@ -56,46 +57,60 @@ def main(
     {SET: the same} and `missing`: {METRIC: reason}. The record of the model's training is copied along, so that later
     steps need not fetch the model.
     """
+    from skd_lib.tracking.runs import step_run
+
     io = StepIO({"evaluation": evaluation_out})
-    request = Request.parse(config, task_config, seed, tracking_uri, experiment)
-    evaluate_model(model, data, role, evaluation_out, request, label=label, uri=io.input_uri("data", data))
+    request = Request.parse(config, task_config, seed)
+    name = step_name(f"evaluate-{role.value}", label)
+    params = {"role": role.value, **request.params()}
+    with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+        data_uri = io.input_uri("data", data)
+        evaluate_model(model, data, role, evaluation_out, request, run, label=label, data_uri=data_uri)
     io.write()
 
 
 @dataclass(frozen=True)
 class Request:
-    """How models are evaluated, and where their figures go.
+    """How models are evaluated.
 
     Attributes:
         settings: Section `evaluation`.
         task: Section `task`.
         seed: Of the bootstrap.
-        tracking_uri: MLflow; empty: no tracking.
-        experiment: MLflow's experiment.
     """
 
     settings: EvaluationConfig
     task: TaskConfig
     seed: int
-    tracking_uri: str
-    experiment: str
 
     @classmethod
-    def parse(cls, config: str, task_config: str, seed: int, tracking_uri: str, experiment: str) -> Request:
+    def parse(cls, config: str, task_config: str, seed: int) -> Request:
         """Read the sections from the options `--config` and `--task-config`.
 
         Raises:
             SkdError: a wrong, missing or unknown field.
         """
         settings = parse_section(EvaluationConfig, config, where="--config")
-        task = parse_section(TaskConfig, task_config, where="--task-config")
-        return cls(settings, task, seed, tracking_uri, experiment)
+        return cls(settings, parse_section(TaskConfig, task_config, where="--task-config"), seed)
+
+    def params(self) -> dict[str, Any]:
+        """What MLflow is told of it."""
+        return {"seed": self.seed, "evaluation": self.settings.model_dump(), "task": self.task.model_dump()}
 
 
 def evaluate_model(
-    model: Path, data: Path, role: Role, folder: Path, request: Request, *, label: str = "", uri: str = ""
+    model: Path,
+    data: Path,
+    role: Role,
+    folder: Path,
+    request: Request,
+    run: StepRun,
+    *,
+    label: str = "",
+    data_uri: str = "",
+    prefix: str = "",
 ) -> None:
-    """Evaluate one model, in an MLflow run of its own.
+    """Evaluate one model.
 
     Args:
         model: Folder of the model.
@@ -103,8 +118,10 @@ def evaluate_model(
         role: Which model of the run it is.
         folder: Takes scores and answers, see `skd_lib.report.evaluations`.
         request: How.
+        run: Takes the figures.
         label: Which trial of a comparison the model is from.
-        uri: Of the data, for MLflow.
+        data_uri: Of the data, for MLflow.
+        prefix: Of the names under which `run` takes them.
 
     Raises:
         SkdError: an input is gone, or the model cannot be loaded.
@@ -117,40 +134,35 @@ def evaluate_model(
     from skd_lib.evaluation.inference import load_for_inference
     from skd_lib.models.precision import resolve_precision
     from skd_lib.report.evaluations import PREDICTIONS, write_evaluation
-    from skd_lib.tracking.runs import step_run
 
     settings, task, seed = request.settings, request.task, request.seed
-    params = {"role": role.value, "seed": seed, "evaluation": settings.model_dump(), "task": task.model_dump()}
-    name = step_name(f"evaluate-{role.value}", label)
-    with step_run(step=name, tracking_uri=request.tracking_uri, experiment=request.experiment, params=params) as run:
-        prepared = PreparedData.load(data)
-        digest = prepared.manifest["sha256"]["test.jsonl"]
-        run.log_dataset("test", digest, uri, context="test", rows=len(prepared.test))
-        for name, rows in prepared.held_out.items():
-            digest = prepared.manifest["sha256"][f"held_out/{name}.jsonl"]
-            run.log_dataset(name, digest, uri, context="test", rows=len(rows))
-        language_model, tokenizer = load_for_inference(model)
-        result = evaluate(language_model, tokenizer, prepared.test, task, settings, seed=seed)
-        further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), settings, seed=seed)
+    prepared = PreparedData.load(data)
+    sets = {"test": ("test.jsonl", prepared.test)}
+    sets |= {name: (f"held_out/{name}.jsonl", rows) for name, rows in prepared.held_out.items()}
+    for name, (file, rows) in sets.items():
+        run.log_dataset(name, prepared.manifest["sha256"][file], data_uri, context="test", rows=len(rows))
+    language_model, tokenizer = load_for_inference(model)
+    result = evaluate(language_model, tokenizer, prepared.test, task, settings, seed=seed)
+    further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), settings, seed=seed)
 
-        write_evaluation(folder, role.value, label, result, further)
-        copy_record(model, folder)
+    write_evaluation(folder, role.value, label, result, further)
+    copy_record(model, folder)
 
-        figures = result.figures()
-        for name, each in further.items():
-            figures |= {f"{name}.{figure}": value for figure, value in each.figures().items()}
-        run.log_metrics(figures)
-        signatures = {name: value["signature"] for name, value in result.scores.items() if _is_score(value)}
-        run.set_tags(
-            {
-                "precision": resolve_precision("auto", language_model.device),
-                **{f"signature.{name}": signature for name, signature in signatures.items()},
-            }
-        )
-        run.log_artifact(folder / PREDICTIONS)
-        run.log_table(table(result.predictions), "predictions")
-        for name, each in further.items():
-            run.log_table(table(each.predictions), f"held_out/{name}")
+    figures = result.figures()
+    for name, each in further.items():
+        figures |= {f"{name}.{figure}": value for figure, value in each.figures().items()}
+    run.log_metrics({f"{prefix}{name}": value for name, value in figures.items()})
+    signatures = {name: value["signature"] for name, value in result.scores.items() if _is_score(value)}
+    run.set_tags(
+        {
+            "precision": resolve_precision("auto", language_model.device),
+            **{f"signature.{name}": signature for name, signature in signatures.items()},
+        }
+    )
+    run.log_artifact(folder / PREDICTIONS, prefix.rstrip(".") or None)
+    run.log_table(table(result.predictions), f"{prefix}predictions")
+    for name, each in further.items():
+        run.log_table(table(each.predictions), f"held_out/{prefix}{name}")
 
 
 def held_out_sets(prepared: PreparedData, task: TaskConfig) -> dict[str, HeldOutSet]:

@@ -47,13 +47,19 @@ def main(
     Two models in one step: each step takes some 30 kB in Kubeflow's records of a run, whose size is limited
     (`pipelines.sizes`).
     """
+    from skd_lib.tracking.runs import step_run
+
     io = StepIO({"evaluations": evaluations_out})
-    request = Request.parse(config, task_config, seed, tracking_uri, experiment)
+    request = Request.parse(config, task_config, seed)
     models = dict(zip(pair.roles, (before, after), strict=True))
     for name, folder in {"before": before, "after": after}.items():
         present(name, folder)
-    for role, model in models.items():
-        evaluate_model(model, data, role, evaluations_out / role.value, request, uri=io.input_uri("data", data))
+    uri = io.input_uri("data", data)
+    step = f"evaluate_both-{pair.value}"
+    with step_run(step=step, tracking_uri=tracking_uri, experiment=experiment, params=request.params()) as run:
+        for role, model in models.items():
+            folder, prefix = evaluations_out / role.value, f"{role.value}."
+            evaluate_model(model, data, role, folder, request, run, data_uri=uri, prefix=prefix)
     io.write()
 
 

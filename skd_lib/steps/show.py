@@ -9,7 +9,7 @@ import typer
 
 from skd_lib.errors import SkdError
 from skd_lib.steps.inputs import present
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import run_step
 
 
 def main(
@@ -30,15 +30,13 @@ def main(
             where=str(artifact),
             hint="name a folder of step `prepare_data`, `evaluate` or `evaluate_both`",
         )
-    StepIO({}).write()
 
 
 def _show_data(folder: Path) -> None:
     from skd_lib.data.prepared import PreparedData
 
-    data = PreparedData.load(folder)
-    for name, rows in {"train": data.train, "validation": data.validation, "test": data.test, **data.held_out}.items():
-        print(f"{name:<12} {len(rows):,} examples")
+    for name, rows in PreparedData.load(folder).manifest["rows"].items():
+        print(f"{name:<16} {rows:,} examples")
 
 
 def _show_scores(folder: Path) -> None:

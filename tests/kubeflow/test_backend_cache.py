@@ -81,14 +81,14 @@ def test_another_content_of_the_data() -> None:
 
 def test_another_content_of_the_student() -> None:
     result = again("distillation", content={"org/small": "other"})
-    assert {"student-init", "distill"} <= set(trained(result))
-    assert not {"import-model", "teacher-sft", "evaluate-teacher"} & set(trained(result))
+    assert {"student-init", "distill", "evaluate-both-student"} <= set(trained(result))
+    assert not {"import-model", "teacher-sft", "evaluate-both-teacher"} & set(trained(result))
 
 
 def test_another_setting_of_the_distillation() -> None:
     result = again("distillation", training_steps=7)
     assert "distill" in trained(result)
-    assert not {"teacher-sft", "student-init", "evaluate-student-before"} & set(trained(result))
+    assert not {"teacher-sft", "student-init", "evaluate-both-teacher"} & set(trained(result))
 
 
 def test_a_comparison_again_trains_nothing() -> None:

@@ -241,9 +241,9 @@ def test_another_k_is_measured_against_the_champion(workplace: Workplace, first:
     config["distill"]["sampling"] = {"top_k": 1}
     workplace.config.write_text(yaml.safe_dump(config))
     output = workplace.complete()
-    for step in ("prepare_data", "teacher_sft", "student_init", "evaluate-teacher"):
+    for step in ("prepare_data", "teacher_sft", "student_init", "evaluate_both-teacher"):
         assert f"{step}: unchanged, reused" in output
-    for step in ("distill", "evaluate-student_after", "evaluate_champion"):
+    for step in ("distill", "evaluate_both-student", "evaluate_champion"):
         assert f"{step}: done" in output
     told = (workplace.run / "logs" / "gate.log").read_text()
     score = workplace.summary()["models"]["student_after"]["chrf"]

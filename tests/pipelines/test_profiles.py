@@ -120,7 +120,7 @@ def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
         *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     ]
     assert containers["exec-teacher-sft"]["command"] == ["python3", "-m", "skd_lib.steps.teacher_sft"]
-    assert "retryPolicy" not in spec["components"]["comp-judge"]["dag"]["tasks"]["report"]
+    assert "retryPolicy" not in spec["components"]["comp-measure"]["dag"]["tasks"]["report"]
     tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     assert tasks["distill"]["retryPolicy"]["maxRetryCount"] == 5
 
