@@ -574,7 +574,12 @@ def test_a_form_that_is_wrong_is_told_at_once_by_its_fields(tmp_path: Path) -> N
 def test_on_a_cluster_the_report_is_seen_and_the_next_step_fails(tmp_path: Path) -> None:
     """KFP shows no artifact of a step that failed."""
     names = ("name", "data_config", "seed", "trials", "drafts", "trust_remote_code", "problems")
-    told = ("--kfp-artifact", "report=gs://b/report", "--kfp-parameters", f"{','.join(names)}={tmp_path / 'out' / 'name'}")
+    told = (
+        "--kfp-artifact",
+        "report=gs://b/report",
+        "--kfp-parameters",
+        f"{','.join(names)}={tmp_path / 'out' / 'name'}",
+    )
     done = called(tmp_path, "--model-teacher", "org/t", *told, KFP_RUN_ID="run-1")
     assert done.returncode == 0
     assert "model_student: which model is the student is not said" in done.stderr

@@ -286,7 +286,7 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
 
 def test_a_step_that_is_told_to_go_saves_and_goes_on(teacher: Path, data: Path, tmp_path: Path) -> None:
     """A real process, a real signal: its exit code says that it wants to be started again."""
-    section = json.dumps({"training": {**TRAINING, "max_steps": 24, "eval_steps": 24}})
+    section = json.dumps({"training": {**TRAINING, "max_steps": 72, "eval_steps": 72}})  # a second and a half
     outputs = []
     for name in ("stopped", "whole"):
         step = Step(tmp_path / name / "1")
