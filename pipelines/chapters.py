@@ -202,7 +202,7 @@ def measure(profile: Profile) -> Chapter:
         settings: str,
         node_selector: dict,  # type: ignore[type-arg]
         node_tolerations: list,  # type: ignore[type-arg]
-    ) -> Measured:  # type: ignore[valid-type]
+    ) -> Measured:
         step = Settler(profile, settings, node_selector, node_tolerations).step
         scored = score_all(
             data=data,
@@ -237,7 +237,7 @@ def measure(profile: Profile) -> Chapter:
         ).outputs
         return Measured(report=page["report"], measured=page["measured"])
 
-    return measure  # type: ignore[no-any-return]
+    return measure
 
 
 def _score(profile: Profile) -> Chapter:
@@ -258,7 +258,7 @@ def _score(profile: Profile) -> Chapter:
         settings: str,
         node_selector: dict,  # type: ignore[type-arg]
         node_tolerations: list,  # type: ignore[type-arg]
-    ) -> Scored:  # type: ignore[valid-type]
+    ) -> Scored:
         step = Settler(profile, settings, node_selector, node_tolerations).step
         common = {"data": data, "task_config": task_config, "seed": seed}
         student_scores = step(
@@ -310,7 +310,7 @@ def _score(profile: Profile) -> Chapter:
             unasked = step(comet_score, "comet_score-off", cache=False, image=TRAIN, **judged).outputs["scores"]
         return Scored(student_scores=student_scores, drafts=drafts, champion=champion, comet=dsl.OneOf(asked, unasked))
 
-    return score  # type: ignore[no-any-return]
+    return score
 
 
 def release(profile: Profile) -> Chapter:

@@ -2,8 +2,8 @@ r"""JSON that arrives in a step as it was sent, whatever its texts hold.
 
 On the way through Kubeflow a parameter's text is read by others: kubelet takes `$(HOME)` and `$$` for its own, Argo
 `{{= 1 + 1 }}`, KFP `{{$}}` and `[[CurrentTime]]`, and a database of three bytes a character refuses an emoji. In a
-*string* parameter of JSON of printable ASCII, in which `$`, `{`, `}`, `[` and `]` inside of texts are written as \u0024,
-\u007b and so on, none of them finds anything.
+*string* parameter of JSON of printable ASCII, in which `$`, `{`, `}`, `[` and `]` inside of texts are written as
+\u0024, \u007b and so on, none of them finds anything.
 """
 
 from __future__ import annotations
