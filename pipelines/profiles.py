@@ -1,7 +1,7 @@
 """What each step asks of the cluster: profiles of machines, one YAML file each, chosen when a pipeline is compiled.
 
 A profile says what the three kinds of steps need, and by step what differs. Where steps that load models run can be
-changed once more when a run starts, by the pipeline's parameters `node_selector` and `tolerations`.
+changed once more when a run starts, by the pipeline's parameters `node_selector` and `node_tolerations`.
 """
 
 from __future__ import annotations
