@@ -357,7 +357,8 @@ def compare(profile: Profile) -> Chapter:
     ) -> Compared:
         step = Settler(profile, settings, node_selector, node_tolerations).step
         common = {"data": data, "task_config": task_config}
-        with dsl.ParallelFor(trials, name="trials") as trial:
+        # Without a name: KFP 2.15 looks for the loop by its title, under which its outputs are not.
+        with dsl.ParallelFor(trials) as trial:
             own = step(
                 compare_variant,
                 "compare_variant",

@@ -59,8 +59,13 @@ def _dag(name: str, component: dict[str, Any], components: dict[str, Any], execu
             ]
             for input_name, source in bound.items():
                 fault = _source_fault(source, kind, given, tasks, components)
+                if not fault and kind == "parameters":
+                    fault = _type_fault(source, wanted.get(input_name, {}), given, tasks, components)
                 if fault:
                     problems.append(f"{where}: input {input_name!r} {fault}")
+        if "parameterIterator" in task and task.get("taskInfo", {}).get("name") != task_name:
+            # KFP 2.15 keeps a loop's outputs under its title, and looks for them by its name.
+            problems.append(f"{where}: a loop must have no name of its own")
     return problems
 
 
@@ -90,6 +95,35 @@ def _source_fault(
     outputs = components.get(producer["componentRef"]["name"], {}).get("outputDefinitions", {}).get(kind, {})
     key = produced[f"output{singular}Key"]
     return "" if key in outputs else f"comes from output {key!r} of {produced['producerTask']}, which does not exist"
+
+
+def _type_fault(
+    source: dict[str, Any],
+    wanted: dict[str, Any],
+    given: dict[str, Any],
+    tasks: dict[str, Any],
+    components: dict[str, Any],
+) -> str:
+    """A parameter that is no text needs a source of its type: KFP's driver refuses others, its compiler does not."""
+    expected = _sort(wanted)
+    if expected in ("", "STRING"):
+        return ""
+    if inherited := source.get("componentInputParameter"):
+        if "parameterExpressionSelector" in source:
+            return ""
+        found = _sort(given.get("parameters", {}).get(inherited, {}))
+    elif produced := source.get("taskOutputParameter"):
+        component = components.get(tasks[produced["producerTask"]]["componentRef"]["name"], {})
+        outputs = component.get("outputDefinitions", {}).get("parameters", {})
+        found = _sort(outputs.get(produced["outputParameterKey"], {}))
+    else:
+        return ""
+    return "" if found in ("", expected) else f"is {found}, and {expected} is expected"
+
+
+def _sort(definition: dict[str, Any]) -> str:
+    """A parameter's type; whole numbers and others are one."""
+    return str(definition.get("parameterType", "")).replace("_INTEGER", "").replace("_DOUBLE", "")
 
 
 def _container(name: str, component: dict[str, Any], executor: dict[str, Any]) -> list[str]:

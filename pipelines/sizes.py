@@ -96,7 +96,7 @@ def expected(config: RunConfig, plan: Plan | None = None) -> Outputs:
         if component == "preflight":
             return settings
         if component == "compare-variant":
-            return outputs_of(Trial.model_validate(inputs["trial"]), config, {})
+            return outputs_of(Trial.model_validate_json(inputs["trial"]), config, {})
         return {name: LONGEST[name] for name in declared.get("parameters", {}) if name in LONGEST}
 
     return outputs

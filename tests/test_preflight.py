@@ -633,7 +633,7 @@ def test_a_comparison_hands_on_its_trials(
         report_out=tmp_path / "preflight" / "report.md",
     )
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-    trials = [f"{trial['variant']}-{trial['seed']}" for trial in parameters["trials"]]
+    trials = [f"{trial['variant']}-{trial['seed']}" for trial in map(json.loads, parameters["trials"])]
     assert trials == ["sft-0", "skd-0", "skd-1"]
     table = json.loads(parameters["table_config"])
     assert (table["reference"], table["skipped"][0]["reason"]) == ("skd", "it failed")

@@ -1,7 +1,5 @@
 """KFP component `compare_variant`: the sections of the configuration that one run of a comparison has for itself."""
 
-from typing import Any
-
 from kfp import dsl
 
 from components.command import run_step
@@ -10,7 +8,7 @@ from components.images import TRAIN
 
 @dsl.container_component
 def compare_variant(
-    trial: dict[str, Any],
+    trial: str,
     config: str,
     model_fingerprints: str,
     student: dsl.OutputPath(str),

@@ -282,7 +282,7 @@ def settings_of(config: RunConfig, plan: Plan | None) -> dict[str, Any]:
         "comet_wanted": "true" if config.task.wants_comet else "false",
         **{f"{name}_config": ascii_json(values) for name, values in sections.items()},
         "run_config": ascii_json(short(config) if plan else {}),
-        "trials": [short(trial) for trial in plan.trials] if plan else [],
+        "trials": [ascii_json(short(trial)) for trial in plan.trials] if plan else [],
         "table_config": ascii_json(plan.table() if plan else {}),
         "drafts": plan.compare.drafts if plan else True,
     }

@@ -88,11 +88,13 @@ def find_ending(word: str, message: str, seen: Seen, runs: Sequence[Run] | None)
     steps = [run for run in runs or () if TASK_TAG in run.data.tags]
     reason = message if runs is None else _told(steps) or message or _silent(steps, seen)
     reason = reason or _by_tasks(seen) or _never_logged(runs or ())
-    if word == "FAILED" or seen.steps == FAILED:
+    if seen.steps == FAILED:
         return Ending(FAILED, reason)
-    # The last step needs all the others.
+    # The last step needs all the others. Up to KFP 2.16.1 the word is FAILED where a step's first attempt failed only.
     if seen.steps == SUCCEEDED or any(_has_ended(run) and run.data.tags[TASK_TAG] in _LAST_STEPS for run in steps):
         return Ending(SUCCEEDED)
+    if word == "FAILED":
+        return Ending(FAILED, reason)
     if not seen.known and _told(steps) == "" and any(run.info.status == "KILLED" for run in steps):
         return Ending(STOPPED, reason)
     if reason:

@@ -190,7 +190,7 @@ def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(d
 def test_steps_that_fetch_or_load_models_are_tried_again_with_a_pause(spec: dict[str, Any]):
     tasks = all_tasks(spec)
     small = {"show-data", "show-teacher", "comet-score-off", "report", "gate", "register-model", "finish"}
-    assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"preflight", *small}
+    assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"preflight", "prepare-data", *small}
     assert tasks["distill"]["retryPolicy"] == {
         "maxRetryCount": 2,
         "backoffDuration": "60s",
@@ -273,6 +273,16 @@ DISTILL = (*TASKS, "distill", "inputs")
                 task["cachingOptions"].update(enableCache=True) for task in tasks_of(spec, "prepare").values()
             ],
             "comp-prepare: all its steps are cached; KFP leaves such a DAG in state RUNNING",
+        ),
+        (
+            _set(
+                "components", "comp-prepare", "outputDefinitions", "parameters", "seed", "parameterType", value="STRING"
+            ),
+            "task distill in comp-exit-handler-1: input 'seed' is STRING, and NUMBER is expected",
+        ),
+        (
+            _set(*TASKS, "distill", "parameterIterator", value={"itemInput": "x"}),
+            "task distill in comp-exit-handler-1: a loop must have no name of its own",
         ),
         (_set(*TASKS, "distill", "dependentTasks", value=["nobody"]), "waits for task 'nobody', which does not exist"),
         (_set(*TASKS, "distill", "componentRef", "name", value="comp-x"), "component 'comp-x' does not exist"),

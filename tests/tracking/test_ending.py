@@ -19,7 +19,7 @@ from skd_lib.notify import Message
 from skd_lib.steps import finish
 from skd_lib.tracking import kubeflow
 from skd_lib.tracking.client import find_or_create_experiment
-from skd_lib.tracking.ending import Seen
+from skd_lib.tracking.ending import Seen, find_ending
 from skd_lib.tracking.triggered import TRIGGER_TAG, run_for
 
 from .conftest import EXPERIMENT, Runs
@@ -343,3 +343,10 @@ def test_a_run_that_is_run_again_after_its_end_has_the_later_end(
     assert end("FAILED", **where).error == f"distill: {ERROR}"
     assert end("SUCCEEDED", **where).error == ""
     assert "skd.error" not in client.get_run(parent).data.tags
+
+
+def test_a_first_attempt_that_failed_is_not_how_the_run_ended() -> None:
+    """Up to KFP 2.16.1 no later state takes away the FAILED that a first attempt left with the exit handler's DAG."""
+    assert find_ending("FAILED", "", Seen(known=True, steps="SUCCEEDED"), []).state == "SUCCEEDED"
+    assert find_ending("FAILED", "", Seen(known=True, steps="FAILED"), []).state == "FAILED"
+    assert find_ending("FAILED", "", Seen(), []).state == "FAILED"

@@ -68,4 +68,4 @@ class Steps:
 def compare_variant(given: Mapping[str, Any]) -> dict[str, Any]:
     """Do what step compare_variant does."""
     base = parse_section(RunConfig, given["config"], where="config")
-    return outputs_of(Trial.model_validate(given["trial"]), base, json.loads(given["model_fingerprints"]))
+    return outputs_of(Trial.model_validate_json(given["trial"]), base, json.loads(given["model_fingerprints"]))
