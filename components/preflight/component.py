@@ -50,9 +50,10 @@ def preflight(
 ) -> dsl.ContainerSpec:
     """Check a run before anything expensive starts.
 
-    Fails within seconds with a list of everything that is wrong. It also hands each later step its own section of the
-    configuration, so that a step's cache key depends on that section alone. Sections are JSON of ASCII in which texts
-    arrive as they were written; they hold only what differs from the defaults.
+    Lists everything that is wrong within seconds; on a cluster the next step fails with it. It also hands each
+    later step its own section of the configuration, so that a step's cache key depends on that section alone.
+    Sections are JSON of ASCII in which texts arrive as they were written; they hold only what differs from the
+    defaults.
 
     Args:
         run_name: The run's name is made of it where the configuration has none.

@@ -64,6 +64,15 @@ class Package:
         return cls(path, documents, digest(content))
 
     @property
+    def image(self) -> str:
+        """The image that the steps run in, and whether it may be another one tomorrow."""
+        executors = self.documents[0]["deploymentSpec"]["executors"].values()
+        image = next((each["container"]["image"] for each in executors if "container" in each), "")
+        return (
+            image if "@sha256:" in image else f"{image} (no digest: is it in your registry? see `skd compile --image`)"
+        )
+
+    @property
     def name(self) -> str:
         """The pipeline's name."""
         return str(self.documents[0]["pipelineInfo"]["name"])
@@ -124,16 +133,28 @@ class Submission:
             "reuse": place.reuse,
         }
         known = package.documents[0]["root"].get("inputDefinitions", {}).get("parameters", {})
-        problems = [
-            SkdError(f"the pipeline has no parameter `{parameter}`", where=str(package.path), hint="compile it again")
-            for parameter in sorted(parameters.keys() - known.keys())
-        ]
+        if "comparison" in known:
+            hint = "start it on Kubeflow's page, with the fields that `skd compare FILE --dry-run --json` prints"
+            what = "this is the pipeline of comparisons, which takes another file"
+            raise SkdError(what, where=str(package.path), hint=hint)
+        if unknown := sorted(parameters.keys() - known.keys()):
+            what = f"the pipeline has no parameter `{unknown[0]}`"
+            raise SkdError(what, where=str(package.path), hint="compile it again")
         source = config.data.source
         files = [*source.train, *source.validation, *source.test] if isinstance(source, FilesSource) else []
-        problems += [
-            SkdError("the cluster cannot read a file of this machine", where=file, hint="copy it to gs://")
+        problems = [
+            SkdError(
+                "the cluster cannot read a file of this machine", where=f"data.source: {file}", hint="copy it to gs://"
+            )
             for file in files
             if not is_remote(file) and not Path(file).is_absolute()  # an absolute path may be a mounted volume's
+        ]
+        problems += [
+            SkdError(
+                "the cluster cannot read a folder of this machine", where=f"{field}: {model}", hint="copy it to gs://"
+            )
+            for field, model in {"teacher": config.teacher, "student": config.student or ""}.items()
+            if model.startswith(("./", "../", "~"))
         ]
         if holds_secret(place.pipeline_root):
             what = "it holds a password, which Kubeflow shows to all who may see the run"
@@ -158,6 +179,7 @@ class Submission:
         return {
             "run": self.name,
             "pipeline": f"{self.package.name}, version {self.package.version}",
+            "image": self.package.image,
             "experiment": place.experiment,
             "MLflow": f"{as_said}{f'; experiment {place.mlflow_experiment}' if place.mlflow_experiment else ''}",
             "checkpoints": as_said,

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipelines.compiling import compiled_path
 from pipelines.submitting.api import KubeflowPipelines, Unsettled
 from pipelines.submitting.credentials import Anonymous, Auth, Secret, find_credentials
 from pipelines.submitting.schedules import with_seconds
@@ -491,11 +492,16 @@ def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, 
     values = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     values["data"]["source"]["train"] = ["data/train.jsonl", "/mnt/train.jsonl", "gs://b/train.jsonl"]
     config = RunConfig.model_validate(values)
-    with pytest.raises(SkdErrors, match=r"1 problem found:\n- data/train.jsonl: the cluster cannot read"):
+    with pytest.raises(SkdErrors, match=r"1 problem found:\n- data.source: data/train.jsonl: the cluster cannot read"):
         Submission.plan(config, package, Place())
+    values["teacher"], values["data"]["source"]["train"] = "./teacher", ["gs://b/train.jsonl"]
+    with pytest.raises(SkdErrors, match=r"- teacher: \./teacher: the cluster cannot read a folder of this machine"):
+        Submission.plan(RunConfig.model_validate(values), package, Place())
+    with pytest.raises(SkdError, match="this is the pipeline of comparisons"):
+        Submission.plan(demo, Package.read(compiled_path("compare_methods")), Place())
     documents = yaml.safe_load(yaml.safe_dump(package.documents))
     del documents[0]["root"]["inputDefinitions"]["parameters"]["reuse"]
-    with pytest.raises(SkdErrors, match="the pipeline has no parameter `reuse`"):
+    with pytest.raises(SkdError, match="the pipeline has no parameter `reuse`"):
         Submission.plan(demo, Package(tmp_path / "old.yaml", documents, "0"), Place())
     with pytest.raises(SkdErrors, match=r"--pipeline-root s3://.*: it holds a password"):
         Submission.plan(demo, package, Place(pipeline_root="s3://user:s3cret@b/root"))
