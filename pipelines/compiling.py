@@ -130,11 +130,12 @@ def write_compiled(
     name: str = "distillation",
     profile: str = DEFAULT,
     release: bool = False,
-) -> None:
-    """Compile and write `path`; see `compile_pipeline`."""
+) -> Documents:
+    """Compile, write `path`, and return what was compiled; see `compile_pipeline`."""
     documents = as_kept(compile_pipeline(image, comet_image, name=name, profile=profile, release=release))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, to_text(documents, name=name))
+    return documents
 
 
 def check_compiled(path: Path, *, name: str = "distillation", profile: str = DEFAULT, release: bool = False) -> None:

@@ -263,6 +263,7 @@ def compile_(
     """
     from pipelines.compiling import PIPELINES, check_compiled, compile_pipeline, compiled_path, write_compiled
     from pipelines.profiles import DEFAULT, profile_names
+    from pipelines.sizes import of_compiled
 
     if pipeline not in (None, *PIPELINES):
         raise SkdError(f"there is no pipeline {pipeline!r}", where="--pipeline", hint=f"one of {', '.join(PIPELINES)}")
@@ -284,8 +285,9 @@ def compile_(
             hint="name another file with --output",
         )
     for name, path in paths.items():
-        write_compiled(path, image, comet_image, name=name, profile=chosen, release=release)
-        say(f"wrote {_short(path)}")
+        documents = write_compiled(path, image, comet_image, name=name, profile=chosen, release=release)
+        trials = 4 if name == "compare_methods" else 1
+        say(f"wrote {_short(path)}{'; with 4 trials' if trials > 1 else ';'} {of_compiled(documents, trials)}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.compiling import PIPELINES, compiled_path
-from pipelines.sizes import ARGUMENT, KEPT, SHOWN, Sizes, expected, measure, notice, too_large
+from pipelines.sizes import ARGUMENT, KEPT, SHOWN, Sizes, expected, measure, notice, of_compiled, too_large
 from skd_lib.ascii_json import ascii_json
 from skd_lib.documents import parse_yaml_documents, read_text
 from skd_lib.parameters import Form
@@ -80,6 +80,14 @@ def test_no_step_s_output_grows_with_the_training(name: str) -> None:
 def test_no_long_argument(name: str) -> None:
     more: dict[str, Any] = {"comparison": comparison(16)} if name == "compare_methods" else {}
     assert sizes(name, **more).argument < ARGUMENT / 2
+
+
+def test_what_skd_compile_says() -> None:
+    one, four, sixteen = (
+        int(of_compiled(documents(name), trials).partition(" kB")[0].rpartition(" ")[2].replace(",", ""))
+        for name, trials in (("distillation", 1), ("compare_methods", 4), ("compare_methods", 16))
+    )
+    assert 500 < one < 1000 < four < sixteen
 
 
 def test_a_long_prompt_is_refused() -> None:
