@@ -15,7 +15,7 @@ def finish(
 
     Runs as the exit handler: KFP hands it the final status of everything before it. Cleaning up is to delete the run's
     TrainJobs that go on although the steps that made them are dead. The channel's webhook is in a Secret; without one
-    nobody is notified.
+    no message is sent.
 
     Args:
         status: KFP's final status of the run.
