@@ -14,12 +14,13 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import docker
 import requests
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest, Mount
 
 from pipelines.process import STOP_SECONDS, OnEvent, Outcome, Start, follow
@@ -110,7 +111,8 @@ class Containers:
             SkdErrors: an input is missing.
         """
         arguments = self._arguments()
-        for left in self.client.containers.list(all=True, filters={"label": f"{OWNER}={self.folder}"}):
+        owned = {"label": f"{OWNER}={self.folder}"}
+        for left in self.client.containers.list(all=True, ignore_removed=True, filters=owned):
             _remove(left)
         kept = {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}
         caches = {"SKD_CACHE": str(cache.default_cache_dir()), "HF_HOME": str(_hub_home())}
@@ -192,6 +194,10 @@ def find_image(client: docker.DockerClient, name: str) -> str:
     return str(next(iter(image.attrs.get("RepoDigests") or []), image.id))
 
 
+_REMOVED = (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT)
+"""What the engine answers for a container that is gone, and for one that is being removed ("dead or marked for removal")."""
+
+
 def run_container(
     client: docker.DockerClient, image: str, command: list[str], *, log: Path, on_event: OnEvent, **arguments: Any
 ) -> Outcome:
@@ -215,9 +221,9 @@ def run_container(
         container.start()
         sentence, tail = follow(_lines(_output(container)), log, on_event)
         return Outcome(_code(int(container.wait()["StatusCode"])), sentence, tail)
-    except NotFound:
-        return Outcome(1, "the container was removed before it was known how it ended", ())
     except APIError as error:
+        if error.status_code in _REMOVED:
+            return Outcome(1, "the container was removed before it was known how it ended", ())
         return Outcome(1, f"the container cannot be run: {error.explanation or error}", ())
     except requests.RequestException as error:
         return Outcome(1, f"the container engine does not answer any more: {error}", ())

@@ -103,7 +103,11 @@ def quick(engine: DockerClient, base_image: str, tmp_path: Path) -> Iterator[Any
         return run_container(engine, base_image, command, log=log, on_event=events.append, **settings), log, events
 
     yield run
-    assert engine.containers.list(all=True, filters={"label": f"{OWNER}={tmp_path}"}) == []
+    owned = {"label": f"{OWNER}={tmp_path}"}
+    end = time.monotonic() + 60
+    while left := engine.containers.list(all=True, ignore_removed=True, filters=owned):  # its removal may take a while
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 75, 255])
@@ -129,7 +133,7 @@ def test_container_that_somebody_kills_or_removes_has_failed(
     def intrude() -> None:
         end = time.monotonic() + 60
         while time.monotonic() < end:
-            for container in engine.containers.list(filters={"label": f"{OWNER}={tmp_path}"}):
+            for container in engine.containers.list(ignore_removed=True, filters={"label": f"{OWNER}={tmp_path}"}):
                 container.kill() if meanwhile == "kill" else container.remove(force=True)
                 return
             time.sleep(0.1)
