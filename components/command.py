@@ -5,52 +5,33 @@ from typing import Any
 
 from kfp import dsl
 
-from skd_lib.steps.kfp_call import (
-    ARTIFACT_OPTION,
-    EXECUTOR_INPUT_OPTION,
-    INPUT_OPTION,
-    OUTPUT_FILE_OPTION,
-    PARAMETERS_OPTION,
-)
+from skd_lib.steps.kfp_call import EXECUTOR_INPUT_OPTION, PARAMETERS_OPTION
 
 
 def run_step(
-    step: str,
-    image: str,
-    arguments: Mapping[str, object],
-    outputs: Mapping[str, Any],
-    inputs: Mapping[str, Any] | None = None,
-    *,
-    lists: bool = False,
+    step: str, image: str, arguments: Mapping[str, object], outputs: Mapping[str, Any], *, lists: bool = False
 ) -> dsl.ContainerSpec:
     """Make the container that runs one step: `python3 -m skd_lib.steps.<step> --name value ...`.
 
     The command starts with the literal `python3`, by which a local runner puts its own interpreter in place. Behind
-    the step's own options stands where its outputs go, see `skd_lib.steps.kfp_call`.
+    the step's own options stands where its output parameters go, see `skd_lib.steps.kfp_call`.
 
     Args:
         step: Module name under `skd_lib.steps`.
         image: Image reference.
         arguments: Option names (underscores become dashes) and KFP placeholders.
         outputs: All outputs of the component, by name, as its function gets them.
-        inputs: Input artifacts whose URI the step needs, likewise.
         lists: Whether the step reads lists of artifacts, which only KFP's whole executor input tells.
     """
     options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value)]
     command = ["python3", "-m", f"skd_lib.steps.{step}"]
-    options += [OUTPUT_FILE_OPTION, dsl.PIPELINE_TASK_EXECUTOR_OUTPUT_PATH_PLACEHOLDER]
     parameters = {
         name: output
         for name, output in outputs.items()
         if isinstance(output, dsl.placeholders.OutputParameterPlaceholder)
     }
-    for name, output in outputs.items():
-        if name not in parameters:
-            options += [ARTIFACT_OPTION, f"{name}={output.uri}"]
     if parameters:
         options += [PARAMETERS_OPTION, f"{','.join(parameters)}={next(iter(parameters.values()))}"]
-    for name, artifact in (inputs or {}).items():
-        options += [INPUT_OPTION, f"{name}={artifact.uri}"]
     if lists:
         options += [EXECUTOR_INPUT_OPTION, "{{$}}"]
     return dsl.ContainerSpec(image=image, command=command, args=options)

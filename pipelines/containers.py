@@ -20,7 +20,7 @@ from typing import Any
 
 import docker
 import requests
-from docker.errors import APIError, DockerException, ImageNotFound
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import DeviceRequest, Mount
 
 from pipelines.process import STOP_SECONDS, OnEvent, Outcome, Start, follow
@@ -194,10 +194,6 @@ def find_image(client: docker.DockerClient, name: str) -> str:
     return str(next(iter(image.attrs.get("RepoDigests") or []), image.id))
 
 
-_REMOVED = (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT)
-"""What the engine answers for a container that is gone, and for one that is being removed ("dead or marked for removal")."""
-
-
 def run_container(
     client: docker.DockerClient, image: str, command: list[str], *, log: Path, on_event: OnEvent, **arguments: Any
 ) -> Outcome:
@@ -222,7 +218,8 @@ def run_container(
         sentence, tail = follow(_lines(_output(container)), log, on_event)
         return Outcome(_code(int(container.wait()["StatusCode"])), sentence, tail)
     except APIError as error:
-        if error.status_code in _REMOVED:
+        # What the engine answers for a container that is gone, and for one that is "dead or marked for removal".
+        if isinstance(error, NotFound) or error.status_code == HTTPStatus.CONFLICT:
             return Outcome(1, "the container was removed before it was known how it ended", ())
         return Outcome(1, f"the container cannot be run: {error.explanation or error}", ())
     except requests.RequestException as error:

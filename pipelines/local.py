@@ -52,6 +52,7 @@ from skd_lib.errors import SkdError, is_full_disk
 from skd_lib.machine import usable_cores
 from skd_lib.parameters import short, to_parameters, to_struct
 from skd_lib.report.sources import PAGE, SUMMARY
+from skd_lib.steps.kfp_call import OUTPUT_FILE, OUTPUT_FILE_OPTION
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.buffer import FOLDER_VARIABLE, read_place, waiting_files
 from skd_lib.uris import redacted
@@ -288,6 +289,8 @@ def local_pipeline(documents: list[dict[str, Any]], images: Mapping[str, str] | 
         if "container" in executor:
             image = executor["container"]["image"]
             set_image(executor["container"], source if images is None else images.get(image, image))
+            options = [OUTPUT_FILE_OPTION, OUTPUT_FILE]
+            executor["container"]["args"] = [*executor["container"].get("args", []), *options]
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)

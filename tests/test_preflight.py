@@ -580,7 +580,7 @@ def test_on_a_cluster_the_report_is_seen_and_the_next_step_fails(tmp_path: Path)
         "--kfp-parameters",
         f"{','.join(names)}={tmp_path / 'out' / 'name'}",
     )
-    done = called(tmp_path, "--model-teacher", "org/t", *told, KFP_RUN_ID="run-1")
+    done = called(tmp_path, "--model-teacher", "org/t", *told, KFP_RUN_ID="run-1", KFP_POD_NAME="pod")
     assert done.returncode == 0
     assert "model_student: which model is the student is not said" in done.stderr
     assert "| form | model_student: " in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -16,19 +16,23 @@ from skd_lib.steps.runtime import StepIO
 
 
 def words(folder: Path) -> list[str]:
-    """What follows a step's own options in a pod: KFP's launcher leaves the first placeholder as it is."""
+    """A step's own options, and what follows them where no path tells of a URI."""
     return [
-        *("--seed", "3", "--kfp-output-file", "{{$.outputs.output_file}}"),
+        *("--seed", "3"),
         *("--kfp-artifact", "student=gs://bucket/a=b/student", "--kfp-artifact", "figures=gs://bucket/figures"),
         *("--kfp-parameters", f"course,why={folder / 'kfp' / 'course'}"),
         *("--kfp-input", "teacher=gs://bucket/t"),
     ]
 
 
-def test_what_kfp_tells_is_taken_off_the_command_line(tmp_path: Path) -> None:
+@pytest.fixture
+def in_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFP_POD_NAME", "step-pod")
+
+
+def test_what_kfp_says_is_taken_off_the_command_line(tmp_path: Path) -> None:
     own, call = take_call(words(tmp_path))
     assert own == ["--seed", "3"]
-    assert call.launched
     assert call.output_file is None
     assert call.artifacts == {"student": "gs://bucket/a=b/student", "figures": "gs://bucket/figures"}
     assert call.inputs == {"teacher": "gs://bucket/t"}
@@ -36,6 +40,7 @@ def test_what_kfp_tells_is_taken_off_the_command_line(tmp_path: Path) -> None:
     assert take_call(["--seed", "3"]) == (["--seed", "3"], Call())
 
 
+@pytest.mark.usefixtures("in_pod")
 def test_every_output_artifact_is_listed_with_its_remote_uri(tmp_path: Path) -> None:
     """In a pod the executor output lies beside the artifacts, and each parameter in its own file too."""
     paths = {"student": tmp_path / "task" / "student", "figures": tmp_path / "task" / "figures"}
@@ -60,6 +65,26 @@ def test_every_output_artifact_is_listed_with_its_remote_uri(tmp_path: Path) -> 
     assert io.input_uri("teacher", tmp_path) == "gs://bucket/t"
 
 
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [
+        ("/gcs/bucket/v2/run/task/student", "gs://bucket/v2/run/task/student"),
+        ("/minio/mlpipeline/a/student", "minio://mlpipeline/a/student"),
+        ("/s3/bucket/student", "s3://bucket/student"),
+        ("/home/somebody/student", "/home/somebody/student"),
+    ],
+)
+def test_the_uri_of_an_artifact_follows_from_its_path_in_a_pod(
+    monkeypatch: pytest.MonkeyPatch, path: str, uri: str
+) -> None:
+    """`LocalPathForURI` of backend/src/v2/component/launcher_v2.go, KFP 2.15 to 2.17; by hand a path is a path."""
+    assert Call().uri(Path(path)) == path
+    assert Call(output_file=Path("x")).uri(Path(path)) == path
+    monkeypatch.setenv("KFP_POD_NAME", "step-pod")
+    assert Call().uri(Path(path)) == uri
+
+
+@pytest.mark.usefixtures("in_pod")
 def test_a_task_without_artifacts_has_its_parameters_files_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,6 @@ from skd_lib.config import MultinodeConfig
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request, check_reachable
 from skd_lib.multinode.manifest import job_name, train_job
-from skd_lib.steps.kfp_call import current_call
 from skd_lib.steps.runtime import StepIO
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
     with _sigterm_raises():
         try:
             if not exchange.is_complete():
-                _start(cluster, name, settings, exchange, work, uris, run_id)
+                _start(cluster, name, settings, exchange, work, uris, run_id, io)
                 _wait(cluster, name, settings, exchange)
         except _Terminated:
             _cancel(cluster, name)
@@ -105,6 +104,7 @@ def _start(
     work: Work,
     uris: dict[str, str],
     run_id: str,
+    io: StepIO,
 ) -> None:
     """Have a job of this name that has not failed: the one that is there, or a new one."""
     if _taken_up(cluster, name):
@@ -115,7 +115,7 @@ def _start(
             options=dict(work.options),
             inputs=uris,
             outputs=dict(work.outputs),
-            artifacts=dict(current_call().artifacts),
+            artifacts={name: io.output_uri(name) for name in work.outputs.values()},
         )
     )
     manifest = train_job(name, settings, cluster.own_pod(), run_id=run_id, arguments=[exchange.uri])

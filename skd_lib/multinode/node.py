@@ -67,7 +67,7 @@ def step_command(request: Request, folder: Path) -> list[str]:
         request: What the nodes are to do.
         folder: Holds the inputs, by name, under `inputs`.
     """
-    call = Call(True, folder / EXECUTOR_OUTPUT, request.artifacts, inputs=request.inputs)
+    call = Call(folder / EXECUTOR_OUTPUT, request.artifacts, inputs=request.inputs)
     options = {
         **request.options,
         **{name: str(folder / "inputs" / name) for name in request.inputs},

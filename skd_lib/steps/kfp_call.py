@@ -1,14 +1,15 @@
-"""What KFP tells a step on its command line, in front of which the step's own options stand.
+"""What KFP tells a step on its command line, behind the step's own options, and what the step knows without it.
 
-Kubeflow's launcher fills in single placeholders: of each output artifact its URI, of each output parameter the file it
-is read from, of each input artifact its URI. The whole executor input (`{{$}}`) is larger than an argument may be, and
-only the way to lists of artifacts. `{{$.outputs.output_file}}`, the file for KFP's executor output, is filled in by
-`kfp.local`, but not by the launcher (KFP 2.14 to 2.17): see `Call.executor_output`.
+Each word of a command is kept many times in Kubeflow's records of a run (`pipelines.node_statuses`), so little is said:
+where the output parameters go, and for steps with lists of artifacts KFP's whole executor input (`{{$}}`), which is
+the only way to them. The URI of an artifact follows from its local path, and KFP's executor output lies in the folder
+of the task's artifacts. Runners on this machine, and the nodes of a TrainJob, say more.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,33 +17,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OUTPUT_FILE_OPTION = "--kfp-output-file"
-"""File for KFP's executor output."""
+OUTPUT_FILE = "{{$.outputs.output_file}}"
+"""File for KFP's executor output, which only runners on this machine fill in: KFP's launcher does not (2.14 to 2.17)."""
 ARTIFACT_OPTION = "--kfp-artifact"
-"""`NAME=URI` of an output artifact."""
+"""`NAME=URI` of an output artifact, where its path does not tell."""
 PARAMETERS_OPTION = "--kfp-parameters"
 """`NAME,NAME,...=FILE`: the output parameters, and the file of the first; the others are beside it, by their names."""
 INPUT_OPTION = "--kfp-input"
-"""`NAME=URI` of an input artifact."""
+"""`NAME=URI` of an input artifact, where its path does not tell."""
 EXECUTOR_INPUT_OPTION = "--kfp-executor-input"
 """KFP's executor input as JSON, for steps with lists of artifacts."""
+POD_VARIABLE = "KFP_POD_NAME"
+"""Environment variable that KFP gives to its pods."""
 _OPTIONS = (OUTPUT_FILE_OPTION, ARTIFACT_OPTION, PARAMETERS_OPTION, INPUT_OPTION, EXECUTOR_INPUT_OPTION)
 _BY_HAND, _IN_A_POD = "executor_output.json", "output_metadata.json"
+_SCHEMES = {"gcs": "gs", "minio": "minio", "s3": "s3"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """How KFP has called this process; empty by hand.
+    """How this process was called.
 
     Attributes:
-        launched: Whether KFP has.
-        output_file: Where the executor output goes; None where that is not told.
-        artifacts: URIs of the output artifacts, by name.
+        output_file: Where the executor output goes; None where that is not said.
+        artifacts: URIs of output artifacts, by name, where their paths do not tell.
         parameters: Files of the output parameters, by name.
-        inputs: URIs of input artifacts, by name.
+        inputs: URIs of input artifacts, likewise.
         lists: URIs of lists of input artifacts, by name.
     """
 
-    launched: bool = False
     output_file: Path | None = None
     artifacts: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, Path] = field(default_factory=dict)
@@ -51,14 +54,21 @@ class Call:
 
     @property
     def in_pod(self) -> bool:
-        """Whether Kubeflow's launcher has called: it leaves the file for the executor output unsaid."""
-        return self.launched and self.output_file is None
+        """Whether Kubeflow's launcher has called."""
+        return self.output_file is None and POD_VARIABLE in os.environ
+
+    def uri(self, path: Path) -> str:
+        """Return the URI of an artifact by its local path (`LocalPathForURI` of KFP's launcher); by hand the path."""
+        place = path.resolve()
+        if self.in_pod and len(place.parts) > 1 and place.parts[1] in _SCHEMES:
+            return f"{_SCHEMES[place.parts[1]]}://{'/'.join(place.parts[2:])}"
+        return str(place)
 
     def executor_output(self, outputs: Mapping[str, Path]) -> Path | None:
         """Choose the file for the executor output.
 
-        Where the launcher does not tell it, it reads `output_metadata.json` in the folder of the task's artifacts
-        (`provisionOutputs` of KFP's driver since 2.15). A task without artifacts has none: its parameters' files do.
+        Where it is not said, KFP's launcher reads `output_metadata.json` in the folder of the task's artifacts
+        (`provisionOutputs` of its driver since 2.15). A task without artifacts has none: its parameters' files do.
 
         Args:
             outputs: Local paths of the output artifacts.
@@ -66,12 +76,12 @@ class Call:
         if self.output_file is not None:
             return self.output_file
         folder = next(iter(outputs.values())).parent if outputs else None
-        if self.launched:
+        if self.in_pod:
             return folder / _IN_A_POD if folder else None
         return (folder or Path.cwd()) / _BY_HAND
 
     def words(self) -> list[str]:
-        """The options that tell another process the same, but for the lists."""
+        """The options that say the same to another process, but for the lists."""
         pairs = [(OUTPUT_FILE_OPTION, str(self.output_file))] if self.output_file else []
         for option, values in ((ARTIFACT_OPTION, self.artifacts), (INPUT_OPTION, self.inputs)):
             pairs += [(option, f"{name}={value}") for name, value in values.items()]
@@ -99,31 +109,31 @@ def called(call: Call) -> Iterator[None]:
 
 
 def take_call(words: Sequence[str]) -> tuple[list[str], Call]:
-    """Part a command line into the step's own words and what KFP tells it.
+    """Part a command line into the step's own words and what its caller says.
 
     Args:
         words: Without the program's name.
     """
     own: list[str] = []
-    told: dict[str, list[str]] = {option: [] for option in _OPTIONS}
+    said: dict[str, list[str]] = {option: [] for option in _OPTIONS}
     left = iter(words)
     for word in left:
-        if word in told:
-            told[word].append(next(left, ""))
+        if word in said:
+            said[word].append(next(left, ""))
         else:
             own.append(word)
-    file = next((Path(value) for value in told[OUTPUT_FILE_OPTION] if not value.startswith("{{")), None)
-    task = json.loads(next(iter(told[EXECUTOR_INPUT_OPTION]), "{}"))
+    file = next(map(Path, said[OUTPUT_FILE_OPTION]), None)
+    task = json.loads(next(iter(said[EXECUTOR_INPUT_OPTION]), "{}"))
     lists = {
         name: [str(artifact["uri"]) for artifact in entry.get("artifacts", [])]
         for name, entry in task.get("inputs", {}).get("artifacts", {}).items()
     }
     parameters = {
         name: Path(file).parent / name
-        for names, file in _pairs(told[PARAMETERS_OPTION]).items()
+        for names, file in _pairs(said[PARAMETERS_OPTION]).items()
         for name in names.split(",")
     }
-    call = Call(any(told.values()), file, _pairs(told[ARTIFACT_OPTION]), parameters, _pairs(told[INPUT_OPTION]), lists)
+    call = Call(file, _pairs(said[ARTIFACT_OPTION]), parameters, _pairs(said[INPUT_OPTION]), lists)
     return own, call
 
 

@@ -70,11 +70,11 @@ class StepIO:
 
     def input_uri(self, name: str, path: Path) -> str:
         """URI of input artifact `name`; the local path when run by hand."""
-        return self._call.inputs.get(name) or str(path.resolve())
+        return self._call.inputs.get(name) or self._call.uri(path)
 
     def output_uri(self, name: str) -> str:
         """URI under which output artifact `name` will be found after the step."""
-        return self._call.artifacts.get(name) or str(self.paths[name].resolve())
+        return self._call.artifacts.get(name) or self._call.uri(self.paths[name])
 
     def metrics(self, name: str, values: Mapping[str, float]) -> None:
         """Fill metrics artifact `name`. KFP shows numbers only, which it keeps as the artifact's metadata."""

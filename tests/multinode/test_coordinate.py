@@ -44,7 +44,6 @@ class Step:
     def __init__(self, folder: Path, root: str) -> None:
         self.folder = folder
         self.call = Call(
-            launched=True,
             output_file=folder / "output.json",
             artifacts={name: f"memory://bucket/{name}" for name in ("model", "metrics")},
             inputs={name: f"memory://bucket/{name}" for name in ("student", "data")},

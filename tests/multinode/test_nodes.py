@@ -125,7 +125,6 @@ def step_process(folder: Path, kubernetes: FakeKubernetes, **config: Any) -> sub
     fetched.mkdir(parents=True, exist_ok=True)
     (fetched / "file").write_text("whole")
     call = Call(
-        launched=True,
         output_file=folder / "output.json",
         artifacts={"distilled_student": f"{BUCKET}/out/distilled_student"},
         inputs={name: f"{BUCKET}/in/{name}" for name in ("student", "teacher", "data")},

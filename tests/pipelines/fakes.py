@@ -8,13 +8,17 @@ import yaml
 from kfp import compiler, dsl
 
 from components.command import run_step
+from skd_lib.steps.kfp_call import ARTIFACT_OPTION
 
 STEP = str(Path(__file__).with_name("fake_step.py"))
 
 
 def fake_container(arguments: list[Any], outputs: Mapping[str, Any], *, lists: bool = False) -> dsl.ContainerSpec:
     """A container whose command line ends as a real step's does."""
-    options = run_step("fake", "fake:1", {}, outputs, lists=lists).args
+    options = list(run_step("fake", "fake:1", {}, outputs, lists=lists).args)
+    for name, output in outputs.items():
+        if not isinstance(output, dsl.placeholders.OutputParameterPlaceholder):
+            options += [ARTIFACT_OPTION, f"{name}={output.path}"]
     return dsl.ContainerSpec(image="fake:1", command=["python3", STEP], args=[*arguments, *options])
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from docker.errors import NotFound
+from docker.errors import APIError, NotFound
 from kfp import components, local
 from kfp.local import cache, docker_task_handler, subprocess_task_handler
+from requests import Response
 
 from pipelines.containers import run_container
 from pipelines.kfp_local import check_kfp
@@ -63,6 +64,19 @@ def test_container_that_is_gone_before_its_exit_code_is_known_has_failed(tmp_pat
     outcome = run_container(Vanishing(), "fake:1", ["false"], log=tmp_path / "log", on_event=lambda event: None)
     assert outcome.code != 0
     assert "removed before" in outcome.explain()
+
+
+def test_container_that_is_being_removed_has_failed(tmp_path: Path):
+    """Docker 28 refuses the log of such a container by 409."""
+
+    class Going(Vanishing):
+        def logs(self, **_: Any) -> Iterator[bytes]:
+            answer = Response()
+            answer.status_code = 409
+            raise APIError("can not get logs from container which is dead or marked for removal", response=answer)
+
+    outcome = run_container(Going(), "fake:1", ["false"], log=tmp_path / "log", on_event=lambda event: None)
+    assert (outcome.code, "removed before" in outcome.explain()) == (1, True)
 
 
 def test_last_lines_of_a_container_are_kept_where_the_stream_ends_before_them(tmp_path: Path):
