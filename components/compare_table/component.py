@@ -8,14 +8,11 @@ from components.images import TRAIN
 
 @dsl.container_component
 def compare_table(
-    run_name: str,
     evaluations: dsl.Input[list[dsl.Artifact]],
     drafts: dsl.Input[list[dsl.Artifact]],
     teacher_evaluations: dsl.Input[dsl.Artifact],
     config: str,
-    evaluation_config: str,
-    task_config: str,
-    seed: int,
+    plan: str,
     report: dsl.Output[dsl.Markdown],
     figures: dsl.Output[dsl.Metrics],
     comparison: dsl.Output[dsl.Artifact],
@@ -26,14 +23,11 @@ def compare_table(
     each variant cost in tokens, steps and seconds.
 
     Args:
-        run_name: Name of the comparison.
         evaluations: Evaluation of each student, as `evaluate` wrote it, in any order.
         drafts: Each student as a draft, as `specdec_benchmark` wrote it, in any order.
-        teacher_evaluations: Evaluations of the teacher, as `scores` put them together.
-        config: The comparison: reference, trials, and those left out, each with a reason.
-        evaluation_config: Section `evaluation` of the configuration.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        seed: Seed of everything random in this step.
+        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_both` wrote it.
+        config: The run's settings that this step depends on, as JSON: `name`, `evaluation`, `task`, `seed`.
+        plan: The comparison: reference, trials, and those left out, each with a reason.
 
     Returns:
         report: The tables, as Kubeflow's page shows them.
@@ -44,12 +38,9 @@ def compare_table(
         "compare_table",
         TRAIN,
         {
-            "run_name": run_name,
             "teacher_evaluations": teacher_evaluations.path,
             "config": config,
-            "evaluation_config": evaluation_config,
-            "task_config": task_config,
-            "seed": seed,
+            "plan": plan,
             "report_out": report.path,
             "figures_out": figures.path,
             "comparison_out": comparison.path,

@@ -12,9 +12,6 @@ def evaluate(
     data: dsl.Input[dsl.Dataset],
     role: str,
     config: str,
-    task_config: str,
-    seed: int,
-    label: str,
     evaluation: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
     """Score a model's greedy answers on the test set and the held-out sets.
@@ -26,10 +23,7 @@ def evaluate(
         model: The model to score.
         data: Prepared data, as `prepare_data` wrote it.
         role: Which model it is: teacher_base, teacher, student_before or student_after.
-        config: Section `evaluation` of the configuration.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        seed: Seed of everything random in this step.
-        label: Tells this run of the step in MLflow from others of the same pipeline run; kept with the results.
+        config: The run's settings that this step depends on, as JSON: `evaluation`, `task`, `seed`, `label`.
 
     Returns:
         evaluation: Folder with scores, answers, and the record of the model's training.
@@ -42,11 +36,7 @@ def evaluate(
             "data": data.path,
             "role": role,
             "config": config,
-            "task_config": task_config,
-            "seed": seed,
-            "label": label,
             "evaluation_out": evaluation.path,
         },
         {"evaluation": evaluation},
-        {"data": data},
     )

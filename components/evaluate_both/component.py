@@ -13,8 +13,6 @@ def evaluate_both(
     data: dsl.Input[dsl.Dataset],
     pair: str,
     config: str,
-    task_config: str,
-    seed: int,
     evaluations: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
     """Score a model's greedy answers before and after training.
@@ -26,9 +24,7 @@ def evaluate_both(
         after: The model after training.
         data: Prepared data, as `prepare_data` wrote it.
         pair: Which model it is: teacher or student.
-        config: Section `evaluation` of the configuration.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        seed: Seed of everything random in this step.
+        config: The run's settings that this step depends on, as JSON: `evaluation`, `task`, `seed`.
 
     Returns:
         evaluations: Folder with both evaluations, each under the name of its role.
@@ -42,10 +38,7 @@ def evaluate_both(
             "data": data.path,
             "pair": pair,
             "config": config,
-            "task_config": task_config,
-            "seed": seed,
             "evaluations_out": evaluations.path,
         },
         {"evaluations": evaluations},
-        {"data": data},
     )

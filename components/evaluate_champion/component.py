@@ -11,11 +11,7 @@ def evaluate_champion(
     student: dsl.Input[dsl.Model],
     teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    registry_config: str,
-    evaluation_config: str,
-    specdec_config: str,
-    task_config: str,
-    seed: int,
+    config: str,
     champion: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
     """Measure the registered champion as the new student has been.
@@ -27,11 +23,8 @@ def evaluate_champion(
         student: The new student.
         teacher: The fine-tuned teacher that both draft for.
         data: Prepared data, as `prepare_data` wrote it.
-        registry_config: Section `registry` of the configuration.
-        evaluation_config: Section `evaluation` of the configuration.
-        specdec_config: Section `specdec` of the configuration, whose headline setting is measured.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        seed: Seed of everything random in this step.
+        config: The run's settings that this step depends on, as JSON: `evaluation`, `specdec` (its headline setting is
+            measured), `registry`, `task`, `seed`.
 
     Returns:
         champion: Folder with `champion.json` (version, scores, speed-ups) and, where it was measured, its answers.
@@ -43,13 +36,8 @@ def evaluate_champion(
             "student": student.path,
             "teacher": teacher.path,
             "data": data.path,
-            "registry_config": registry_config,
-            "evaluation_config": evaluation_config,
-            "specdec_config": specdec_config,
-            "task_config": task_config,
-            "seed": seed,
+            "config": config,
             "champion_out": champion.path,
         },
         {"champion": champion},
-        {"student": student, "teacher": teacher, "data": data},
     )

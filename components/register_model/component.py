@@ -1,4 +1,4 @@
-"""KFP component `register_model`: register the student in MLflow, by URI."""
+"""KFP component `register_model`: decide whether the student becomes the champion, and register it in MLflow."""
 
 from kfp import dsl
 
@@ -7,36 +7,16 @@ from components.images import TRAIN
 
 
 @dsl.container_component
-def register_model(
-    student: dsl.Input[dsl.Model],
-    measured: str,
-    promote: str,
-    reason: str,
-    version: dsl.OutputPath(str),
-) -> dsl.ContainerSpec:
-    """Register the student in MLflow, by URI.
+def register_model(student: dsl.Input[dsl.Model], measured: str) -> dsl.ContainerSpec:
+    """Register the student in MLflow, by URI, as the champion where it is good enough.
 
-    Idempotent: the same weights are registered once. Alias `challenger` always, `champion` only past the gate. Its
-    lineage names the run that trained it, also where this run took it from the cache.
+    It is where no champion exists, or where it beats the champion's task metric by the margin the section `registry`
+    asks for and is not slower as a draft than it allows, both measured by this run. Idempotent: the same weights are
+    registered once. Alias `challenger` always, `champion` only where decided so. Its lineage names the run that trained
+    it, also where this run took it from the cache.
 
     Args:
         student: The student after distillation.
-        measured: The student as measured, and section `registry`, from `report`.
-        promote: The gate's decision, `true` or `false`.
-        reason: The gate's reason.
-
-    Returns:
-        version: Version of the registered model.
+        measured: The student and the champion as measured, and section `registry`, from `report`.
     """
-    return run_step(
-        "register_model",
-        TRAIN,
-        {
-            "student": student.path,
-            "measured": measured,
-            "promote": promote,
-            "reason": reason,
-        },
-        {"version": version},
-        {"student": student},
-    )
+    return run_step("register_model", TRAIN, {"student": student.path, "measured": measured}, {})

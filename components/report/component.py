@@ -8,9 +8,7 @@ from components.images import TRAIN
 
 @dsl.container_component
 def report(
-    run_name: str,
-    task_config: str,
-    registry_config: str,
+    config: str,
     teacher_evaluations: dsl.Input[dsl.Artifact],
     student_evaluations: dsl.Input[dsl.Artifact],
     drafts: dsl.Input[dsl.Artifact],
@@ -26,27 +24,23 @@ def report(
     sequences it trained on, token by token.
 
     Args:
-        run_name: Name of the run.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        registry_config: Section `registry` of the configuration, handed on to the gate.
-        teacher_evaluations: Evaluations of the teacher, before and after fine-tuning, as `scores` put them together.
-        student_evaluations: Evaluations of the student, before and after distillation, likewise.
+        config: The run's settings that this step depends on, as JSON: `name`, `task`, `registry`.
+        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_both` wrote it.
+        student_evaluations: The student before and after distillation, likewise.
         drafts: The student as draft before and after, as `specdec_benchmark` wrote it.
         champion: The registered champion, as `evaluate_champion` wrote it.
-        comet: COMET's scores of all models, or why they are missing.
+        comet: COMET's scores of all models, or why they are missing; empty in a pipeline without `comet_score`.
 
     Returns:
         report: The page: one file that needs no network.
         figures: The headline figures, by which runs are compared; as a file, all figures as JSON.
-        measured: What the gate and the registry need.
+        measured: What the registry needs to decide.
     """
     return run_step(
         "report",
         TRAIN,
         {
-            "run_name": run_name,
-            "task_config": task_config,
-            "registry_config": registry_config,
+            "config": config,
             "teacher_evaluations": teacher_evaluations.path,
             "student_evaluations": student_evaluations.path,
             "drafts": drafts.path,

@@ -13,10 +13,6 @@ def specdec_benchmark(
     draft_after: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
     config: str,
-    task_config: str,
-    seed: int,
-    label: str,
-    wanted: bool,
     drafts: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
     """Measure the student as draft model for the teacher, before and after distillation.
@@ -30,11 +26,8 @@ def specdec_benchmark(
         draft_before: The student before distillation.
         draft_after: The student after distillation.
         data: Prepared data, as `prepare_data` wrote it.
-        config: Section `specdec` of the configuration.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        seed: Seed of everything random in this step.
-        label: Tells this run of the step in MLflow from others of the same pipeline run; kept with the results.
-        wanted: Whether to measure at all; if not, the folder holds no figures.
+        config: The run's settings that this step depends on, as JSON: `specdec`, `task`, `seed`, `label`, and whether
+            to measure at all: `drafts`.
 
     Returns:
         drafts: Folder with `before.json` and `after.json` (`skd_lib/specdec/result.py` describes them).
@@ -48,12 +41,7 @@ def specdec_benchmark(
             "draft_after": draft_after.path,
             "data": data.path,
             "config": config,
-            "task_config": task_config,
-            "seed": seed,
-            "label": label,
-            "wanted": wanted,
             "drafts_out": drafts.path,
         },
         {"drafts": drafts},
-        {"teacher": teacher, "draft_before": draft_before, "draft_after": draft_after, "data": data},
     )

@@ -20,6 +20,7 @@ class StepConfig(ConfigSection):
         fingerprint: Of the model or the data that the step fetches, as preflight found it; empty: whatever is there.
         fresh: Any text. With another one the step, and what depends on it, is not taken from the cache.
         label: Tells this run of the step in MLflow from others of the same pipeline run.
+        drafts: Whether students are measured as drafts.
     """
 
     name: str = ""
@@ -38,6 +39,7 @@ class StepConfig(ConfigSection):
     fingerprint: str = ""
     fresh: str = ""
     label: str = ""
+    drafts: bool = True
 
 
 STEP_HELP = (
