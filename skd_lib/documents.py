@@ -37,6 +37,7 @@ _OTHER_NUMBER = re.compile(r"[-+]?(0o?[0-9_]+|0[xX][0-9a-fA-F_]+|0[bB][01_]+)(\.
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _MEANINGS = {"bool": "true or false", "int": "a number", "float": "a number", "timestamp": "a date"}
 _PLAIN = {"true or false": "one of these words", "a number": "its decimal digits"}
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _SHOWN = 60
 _MERGE = object()
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
@@ -57,7 +58,9 @@ def read_text(path: Path) -> str:
             raise SkdError(f"too large: {found.st_size:,} bytes, the limit is {MAX_BYTES:,}", where=str(path))
         return decoded(path.read_bytes(), where=str(path))
     except OSError as error:
-        raise SkdError(f"cannot be read: {error.strerror}", where=str(path), hint="check the path") from error
+        # `Path` makes one slash of the two of a URI.
+        hint = "give the path of a file of this machine" if _URI.match(str(path)) else "check the path"
+        raise SkdError(f"cannot be read: {error.strerror}", where=str(path), hint=hint) from error
 
 
 def decoded(content: bytes, *, where: str) -> str:

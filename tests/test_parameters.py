@@ -266,6 +266,16 @@ def test_what_is_wrong_is_told_at_once_by_the_forms_fields(form: dict[str, Any],
         assert message in str(error.value), str(error.value)
 
 
+@pytest.mark.parametrize("field", ["config", "task", "data_train", "data_test"])
+def test_a_uri_of_another_kind_is_refused_by_the_forms_field(field: str):
+    with pytest.raises(SkdError) as error:
+        from_parameters(**(FILLED | {field: "https://user:secret@host/a.yaml"}))
+    assert str(error.value).count("https:// URIs are not read") == 1
+    assert f"{field}: " in str(error.value)
+    assert "(gs://, s3://, az://)" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
 def test_what_may_have_been_changed_on_the_way_is_refused_by_name():
     typed = {"config": '{"task": {"prompt": "$x$ {source}"}}', "data_train": "gs://b/$(X)", "task": "gsm8k"}
     told = [str(error) for error in changed_on_the_way(typed)]

@@ -10,9 +10,27 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from skd_lib.config.names import check_not_blank
 from skd_lib.config.section import ConfigSection
 from skd_lib.config.task import TaskConfig
+from skd_lib.errors import SkdError
+from skd_lib.storage import check_kind
 
 Cast = Literal["text", "label_name"]
-Location = Annotated[str, AfterValidator(check_not_blank)]
+
+
+def _check_location(uri: str) -> str:
+    try:
+        check_kind(check_not_blank(uri))
+    except SkdError as error:
+        raise ValueError(f"{error.what}, got {error.where}: {error.hint}") from error
+    return uri
+
+
+def _check_dataset(name: str) -> str:
+    if "://" in name:
+        raise ValueError("a dataset of the hub is named by its id (org/name), not by a URI; files have `type: files`")
+    return name
+
+
+Location = Annotated[str, AfterValidator(_check_location)]
 """Of data: a path or a URI."""
 PLACE = re.compile(r"{([^{}]+)}")
 """A column's place in a template."""
@@ -66,7 +84,7 @@ class HubDataset(ConfigSection):
     """A dataset of the Hugging Face hub."""
 
     type: Literal["hub"]
-    dataset: str = Field(description="Dataset id, e.g. `openai/gsm8k`.")
+    dataset: Annotated[str, AfterValidator(_check_dataset)] = Field(description="Dataset id, e.g. `openai/gsm8k`.")
     subset: str | None = None
     revision: str | None = Field(None, description="Commit or tag; pin it for reproducible runs.")
     columns: Columns = Columns()

@@ -36,6 +36,7 @@ def data_files(uri: str) -> list[str]:
         Missing: there is nothing.
         SkdError: it cannot be read, is no regular file, or a folder without data files.
     """
+    storage.check_kind(uri)
     if storage.is_remote(uri):
         return _remote(uri)
     try:
@@ -149,9 +150,6 @@ def _regular(path: str) -> str:
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError as error:
-        if "://" in path:
-            hint = "give a path, or a URI of object storage like gs://; a dataset of the hub has `type: hub`"
-            raise SkdError("nothing is read from URIs of this kind", where=path, hint=hint) from error
         raise Missing(f"cannot read: {error.strerror}", where=path, hint="check the path") from error
     except OSError as error:
         raise _unreadable(path, error) from error

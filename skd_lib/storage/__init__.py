@@ -17,6 +17,7 @@ from skd_lib.storage import fsspec_store, gcs, local
 from skd_lib.storage.errors import Missing, local_errors
 from skd_lib.storage.local import atomic_directory, atomic_file, sha256, write_text_atomic
 from skd_lib.storage.objects import StoredObject
+from skd_lib.uris import shown
 
 __all__ = [
     "GCS",
@@ -25,6 +26,7 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "check_checkpoint_root",
+    "check_kind",
     "check_writable",
     "checkpoint_folder",
     "create_object",
@@ -47,7 +49,22 @@ GCS = gcs.SCHEME
 
 def is_remote(uri: str) -> bool:
     """Whether `uri` is in object storage."""
-    return _store(uri) is not local
+    return _kind(uri) is not local
+
+
+def check_kind(uri: str) -> None:
+    """See that `uri` is of a kind that is read.
+
+    Raises:
+        SkdError: it is not, e.g. https://.
+    """
+    if "://" in uri and not is_remote(uri) and not Path(uri).exists():
+        scheme = uri.partition("://")[0]
+        hint = (
+            f"give a local path, or a URI of object storage ({GCS}, s3://, az://): download the file there first; a "
+            "dataset or a model of the Hugging Face hub has its id (org/name)"
+        )
+        raise SkdError(f"{scheme}:// URIs are not read", where=shown(uri), hint=hint)
 
 
 def exists(uri: str) -> bool:
@@ -207,6 +224,11 @@ class _Store(Protocol):
 
 
 def _store(uri: str) -> _Store:
+    check_kind(uri)
+    return _kind(uri)
+
+
+def _kind(uri: str) -> _Store:
     scheme = uri.partition("://")[0] if "://" in uri else ""
     if f"{scheme}://" == GCS:
         return gcs

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skd_lib.config import DataConfig, FilesSource
+from skd_lib.config import DataConfig, FilesSource, parse_section
 from skd_lib.data import sources
 from skd_lib.data.files import data_files
 from skd_lib.data.manifest import data_fingerprint
@@ -124,9 +124,13 @@ def test_what_is_no_file_is_refused_at_once(
 
 @pytest.mark.parametrize("uri", ["https://user:secret@host/a.jsonl", "hf://datasets/a/b.jsonl"])
 def test_a_uri_that_nothing_is_read_from_is_said_to_be_one(uri: str) -> None:
-    with pytest.raises(SkdError, match="URIs of this kind") as caught:
-        sources.load(FilesSource(train=[uri]))
-    assert "type: hub" in str(caught.value)
+    with pytest.raises(SkdError, match=":// URIs are not read") as caught:
+        data_files(uri)
+    assert "hub has its id" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SkdError, match=":// URIs are not read") as caught:
+        parse_section(FilesSource, {"train": [uri]}, where="run.yaml")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("pattern", ["*.nothing", "no/such/*.jsonl", "x" * 300])
