@@ -110,7 +110,28 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("registry.model_name", "x" * 5000, "registry.model_name", "5000 characters, the limit is 250", ""),
         ("data.source.type", "sql", "data.source.type", "unknown type 'sql'", "`files`, `hub`, `gettext`"),
         ("data.source.train", [], "data.source.train", "at least 1 item", ""),
-        ("data.source.train", "a.jsonl", "data.source.train", "valid list, got 'a.jsonl'", ""),
+        (
+            "data.source.train",
+            "gs://b/a",
+            "data.source.train",
+            "a list is wanted, got 'gs://b/a'",
+            "`train: [gs://b/a]`",
+        ),
+        ("data.source", "gs://b/a", "data.source", "a section", "`source: {type: files, train: [gs://b/a]}`"),
+        ("data.held_out", "svamp", "data.held_out", "a list is wanted", "`held_out: [{name: svamp}]`"),
+        (
+            "data.source.train",
+            ["https://h/a"],
+            "data.source.train.0",
+            "https:// URIs are not read, got https://h/a",
+            "",
+        ),
+        ("data.source", {"type": "hub", "dataset": "https://h/o/n"}, "data.source.dataset", "by its id (org/name)", ""),
+        ("task", "summarization", "task", "a section (fields with values) is wanted", "`task: {name: summarization}`"),
+        ("student_init", "prune", "student_init", "a section", "`student_init: {mode: prune}`"),
+        ("evaluation", "x", "evaluation", "a section", "`evaluation: {FIELD: x}`; fields there: batch_size, "),
+        ("specdec.gammas", 4, "specdec.gammas", "a list is wanted, got 4", "`gammas: [4]`: Draft lengths"),
+        ("data.source.columns", {"cast": "text"}, "data.source.columns.cast", "a section", "`cast: {NAME: text}`"),
         ("data", None, "data", "required", "add it"),
         ("teacher", None, "teacher", "required", "local folder"),
         ("name", "My Run", "name", "got 'My Run'", "lower case, digits and dashes"),
@@ -146,7 +167,7 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("distill.selective", {"topp": 1}, "distill.selective.topp", "unknown field", "did you mean `top`?"),
         ("distill.alpha", 1, "distill.alpha", "less than 1, got 1", "skew_kl"),
         ("distill.sampling.student.top_p", 0, "distill.sampling.student.top_p", "greater than 0", "Nucleus"),
-        ("distill", 3, "distill", "valid dictionary", ""),
+        ("distill", 3, "distill", "a section", "`distill: {FIELD: 3}`; fields there: method, "),
         ("task.prompt", "no place", "task.prompt", "must contain {source}", ""),
         ("task.metrics", ["chrf", "f1"], "task.metrics.1", "got 'f1'", ""),
         ("task.metrics", ["chrf", "chrf"], "task.metrics", "once only, got chrf, chrf", ""),
@@ -281,7 +302,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SkdError, match="No such file") as caught:
         load_config(path)
     assert caught.value.where == str(path)
-    assert caught.value.hint
+    assert caught.value.hint == "check the path"
+    with pytest.raises(SkdError, match="give the path of a file of this machine"):
+        load_config(Path("https://host/run.yaml"))
 
 
 def test_a_section_is_parsed_from_json_in_which_all_numbers_are_floats() -> None:

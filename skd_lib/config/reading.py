@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,14 @@ from skd_lib.errors import SkdError, SkdErrors
 SectionT = TypeVar("SectionT", bound=Section)
 MAX_SHOWN = 4_000
 """Characters of a wrong value, or of a field's name."""
+A_SECTION, A_LIST = "a section (fields with values)", "a list"
+_COLLECTIONS = {
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), A_SECTION),
+    **dict.fromkeys(("list_type", "tuple_type"), A_LIST),
+}
+"""What pydantic calls it where something else is there -> what people call it."""
+_PLAIN = re.compile(r"[\w./:@=-]+")
+"""What needs no quotes inside a list or mapping on one line."""
 
 
 def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT:
@@ -90,6 +99,18 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
         message = "this field is required"
         description = section.get(path[-1])
         hint = f"add it: {description}" if description else "add it"
+    elif detail["type"] in _COLLECTIONS and path:
+        kind = _COLLECTIONS[detail["type"]]
+        message = f"{kind} is wanted, got {reprlib.repr(detail['input'])}"
+        info = section_type.model_fields.get(path[-1])
+        element = section_type if detail["type"].startswith("model") else Any  # of a list or a mapping
+        annotation = info.annotation if info else element
+        form = _in_flow(annotation, kind, detail["input"])
+        hint = f"write `{form if path[-1].isdigit() else f'{path[-1]}: {form}'}`"
+        if "FIELD" in form:
+            hint = f"{hint}; fields there: {', '.join(_sections(annotation)[0].model_fields)}"
+        elif description := section.get(path[-1]):
+            hint = f"{hint}: {description}"
     elif detail["type"] in {"union_tag_not_found", "union_tag_invalid"}:
         annotation = section_type.model_fields[path[-1]].annotation
         kinds = ", ".join(f"`{tag}`" for variant in _sections(annotation) for tag in _tags(variant))
@@ -100,6 +121,41 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
         message = f"{message}, got {reprlib.repr(detail['input'])}"
         hint = section.get(path[-1], "") if path else ""
     return SkdError(_cut(message), where=f"{where}, field `{field}`" if field else where, hint=hint)
+
+
+def _in_flow(annotation: Any, kind: str, value: Any) -> str:
+    """A value as it is written where a list or a section is wanted that holds it."""
+    shown = value if isinstance(value, str) and _PLAIN.fullmatch(value) else reprlib.repr(value)
+    if value is None or isinstance(value, list | dict):
+        shown = "..."
+    sections = _sections(annotation)
+    if sections:
+        shown = _in_section(sections[0], value, shown)
+    if kind == A_LIST:
+        return f"[{shown}]"
+    if sections:
+        return f"{{NAME: {shown}}}" if _is_mapping(annotation) else shown
+    return f"{{NAME: {shown}}}"
+
+
+def _in_section(section: type[BaseModel], value: Any, shown: str) -> str:
+    """A section with the one field that a value is most likely for: one that lists it, is required, or is text."""
+    fields = {name: field for name, field in section.model_fields.items() if name != "type"}
+    lists = [name for name, field in fields.items() if value in get_args(field.annotation)]
+    required = [name for name, field in fields.items() if field.is_required()]
+    first = next(iter(fields))
+    text = [first] if isinstance(value, str | None) and fields[first].annotation in (str, str | None) else []
+    tag = section.model_fields.get("type")
+    kind = f"type: {get_args(tag.annotation)[0]}, " if tag else ""
+    for name in [*lists, *required, *text]:
+        annotation = fields[name].annotation
+        wanted = A_LIST if _is_list(annotation) else A_SECTION if _sections(annotation) else ""
+        return f"{{{kind}{name}: {_in_flow(annotation, wanted, value) if wanted else shown}}}"
+    return f"{{{kind}FIELD: {shown}}}"
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(map(_is_list, get_args(annotation)))
 
 
 def _cut(text: str) -> str:
