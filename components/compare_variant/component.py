@@ -1,4 +1,4 @@
-"""KFP component `compare_variant`: the sections of the configuration that one run of a comparison has for itself."""
+"""KFP component `compare_variant`: the parts of the configuration that one run of a comparison has for itself."""
 
 from kfp import dsl
 
@@ -11,16 +11,14 @@ def compare_variant(
     trial: str,
     config: str,
     model_fingerprints: str,
-    student: dsl.OutputPath(str),
-    student_fingerprint: dsl.OutputPath(str),
-    seed: dsl.OutputPath(int),
-    student_init_config: dsl.OutputPath(str),
-    distill_config: dsl.OutputPath(str),
-    label: dsl.OutputPath(str),
+    student_init: dsl.OutputPath(str),
+    distill: dsl.OutputPath(str),
+    evaluate: dsl.OutputPath(str),
+    specdec_benchmark: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:
-    """Hand each step of one run of a comparison its own section of the configuration.
+    """Hand each step of one run of a comparison its own part of the configuration.
 
-    As `preflight` does for a single run: a step's cache key depends on that section alone.
+    As `preflight` does for a single run: a step's cache key depends on that part alone.
 
     Args:
         trial: The run: variant, seed, student init, and the fields in which it differs from `config`.
@@ -28,23 +26,19 @@ def compare_variant(
         model_fingerprints: Fingerprints of the models, from preflight, by reference, as JSON.
 
     Returns:
-        student: Student of this run; empty where it is cut from the teacher.
-        student_fingerprint: Fingerprint of this student; empty where it is cut from the teacher.
-        seed: Seed of this run.
-        student_init_config: Section `student_init` of its configuration.
-        distill_config: Section `distill` of its configuration.
-        label: Name of the run in the comparison.
+        student_init: The `config` of that step, with this run's student, seed and label.
+        distill: The `config` of that step, likewise.
+        evaluate: The `config` of that step: as for all runs, with this run's label.
+        specdec_benchmark: The `config` of that step, likewise.
     """
     return run_step(
         "compare_variant",
         TRAIN,
         {"trial": trial, "config": config, "model_fingerprints": model_fingerprints},
         {
-            "student": student,
-            "student_fingerprint": student_fingerprint,
-            "seed": seed,
-            "student_init_config": student_init_config,
-            "distill_config": distill_config,
-            "label": label,
+            "student_init": student_init,
+            "distill": distill,
+            "evaluate": evaluate,
+            "specdec_benchmark": specdec_benchmark,
         },
     )

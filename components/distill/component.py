@@ -12,9 +12,6 @@ def distill(
     teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
     config: str,
-    task_config: str,
-    seed: int,
-    label: str,
     distilled_student: dsl.Output[dsl.Model],
 ) -> dsl.ContainerSpec:
     """Train the student under the teacher.
@@ -26,10 +23,7 @@ def distill(
         student: The student before distillation.
         teacher: The fine-tuned teacher.
         data: Prepared data, as `prepare_data` wrote it.
-        config: Section `distill` of the configuration.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        seed: Seed of everything random in this step.
-        label: Tells this run of the step in MLflow from others of the same pipeline run.
+        config: The run's settings that this step depends on, as JSON: `distill`, `task`, `seed`, `label`.
 
     Returns:
         distilled_student: The student after distillation, with a record of its training: curves, samples, lineage.
@@ -42,11 +36,7 @@ def distill(
             "teacher": teacher.path,
             "data": data.path,
             "config": config,
-            "task_config": task_config,
-            "seed": seed,
-            "label": label,
             "student_out": distilled_student.path,
         },
         {"distilled_student": distilled_student},
-        {"student": student, "teacher": teacher, "data": data},
     )

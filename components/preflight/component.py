@@ -21,39 +21,28 @@ def preflight(
     training_steps: int,
     mlflow_experiment: str,
     reuse: bool,
-    report: dsl.Output[dsl.Markdown],
-    name: dsl.OutputPath(str),
-    data_config: dsl.OutputPath(str),
-    task_config: dsl.OutputPath(str),
-    teacher_sft_config: dsl.OutputPath(str),
-    student_init_config: dsl.OutputPath(str),
-    distill_config: dsl.OutputPath(str),
-    evaluation_config: dsl.OutputPath(str),
-    comet_config: dsl.OutputPath(str),
-    specdec_config: dsl.OutputPath(str),
-    registry_config: dsl.OutputPath(str),
-    comet_wanted: dsl.OutputPath(str),
-    trust_remote_code: dsl.OutputPath(bool),
-    teacher: dsl.OutputPath(str),
-    student: dsl.OutputPath(str),
-    seed: dsl.OutputPath(int),
-    data_fingerprint: dsl.OutputPath(str),
-    teacher_fingerprint: dsl.OutputPath(str),
-    student_fingerprint: dsl.OutputPath(str),
-    model_fingerprints: dsl.OutputPath(str),
-    fresh: dsl.OutputPath(str),
+    findings: dsl.Output[dsl.Markdown],
+    prepare_data: dsl.OutputPath(str),
+    teacher_sft: dsl.OutputPath(str),
+    student_init: dsl.OutputPath(str),
+    distill: dsl.OutputPath(str),
+    evaluate: dsl.OutputPath(str),
+    specdec_benchmark: dsl.OutputPath(str),
+    evaluate_champion: dsl.OutputPath(str),
+    comet_score: dsl.OutputPath(str),
+    report: dsl.OutputPath(str),
     trials: dsl.OutputPath(list),
-    run_config: dsl.OutputPath(str),
-    table_config: dsl.OutputPath(str),
-    drafts: dsl.OutputPath(bool),
+    compare_variant: dsl.OutputPath(str),
+    model_fingerprints: dsl.OutputPath(str),
+    compare_table: dsl.OutputPath(str),
+    plan: dsl.OutputPath(str),
     problems: dsl.OutputPath(str),
 ) -> dsl.ContainerSpec:
     """Check a run before anything expensive starts.
 
-    Lists everything that is wrong within seconds; on a cluster the next step fails with it. It also hands each
-    later step its own section of the configuration, so that a step's cache key depends on that section alone.
-    Sections are JSON of ASCII in which texts arrive as they were written; they hold only what differs from the
-    defaults.
+    Lists everything that is wrong within seconds; on a cluster the next step fails with it. It also hands each later
+    step its own part of the configuration, so that a step's cache key depends on that part alone: JSON of ASCII in
+    which texts arrive as they were written, with only what differs from the defaults.
 
     Args:
         run_name: The run's name is made of it where the configuration has none.
@@ -71,31 +60,21 @@ def preflight(
         reuse: Whether later steps may be taken from the cache.
 
     Returns:
-        report: What was checked and what was found.
-        name: The run's name.
-        data_config: Section `data` of the configuration.
-        task_config: Section `task` of the configuration.
-        teacher_sft_config: Section `teacher_sft` of the configuration.
-        student_init_config: Section `student_init` of the configuration.
-        distill_config: Section `distill` of the configuration.
-        evaluation_config: Section `evaluation` of the configuration, without COMET's part.
-        comet_config: Section `evaluation` of the configuration, for COMET.
-        specdec_config: Section `specdec` of the configuration.
-        registry_config: Section `registry` of the configuration.
-        comet_wanted: Whether the task asks for COMET, `true` or `false`.
-        trust_remote_code: Whether code that comes with a model may run.
-        teacher: The teacher.
-        student: The student; empty where it is cut from the teacher.
-        seed: Seed of the run.
-        data_fingerprint: Fingerprint of the data source; new data re-runs what depends on it.
-        teacher_fingerprint: Fingerprint of the teacher's files; another teacher re-runs what depends on it.
-        student_fingerprint: Fingerprint of the student's files; empty where it is cut from the teacher.
-        model_fingerprints: Fingerprints of the teacher and of all students of a comparison, by reference, as JSON.
-        fresh: The run's id where `reuse` is false, so that nothing of another run is taken; else empty.
+        findings: What was checked and what was found.
+        prepare_data: Its `config`. The fingerprint of the data is in it, so that new data re-run what depends on them.
+        teacher_sft: Its `config`, likewise, with the fingerprint of the teacher's files.
+        student_init: Its `config`, likewise, with the fingerprint of the student's files. Empty in a comparison.
+        distill: Its `config`. Empty in a comparison.
+        evaluate: The `config` of `evaluate` and `evaluate_both`.
+        specdec_benchmark: Its `config`. Empty in a comparison.
+        evaluate_champion: Its `config`. Empty in a comparison.
+        comet_score: Its `config`. Empty in a comparison.
+        report: Its `config`. Empty in a comparison.
         trials: The trials of a comparison, each with the fields in which it differs.
-        run_config: Of a comparison, the configuration that all trials start from.
-        table_config: Of a comparison, what its table needs: reference, trials, and those left out.
-        drafts: Whether students are measured as drafts of the teacher.
+        compare_variant: The configuration that all trials of a comparison start from; empty for a single run.
+        model_fingerprints: Of a comparison, fingerprints of the teacher and of all students, by reference, as JSON.
+        compare_table: Its `config`; empty for a single run.
+        plan: Of a comparison, what its table needs: reference, trials, and those left out.
         problems: What is wrong with the run, as a JSON list; the next step fails with it.
     """
     return run_step(
@@ -115,34 +94,24 @@ def preflight(
             "training_steps": training_steps,
             "mlflow_experiment": mlflow_experiment,
             "reuse": reuse,
-            "report_out": report.path,
+            "report_out": findings.path,
         },
         {
+            "findings": findings,
+            "prepare_data": prepare_data,
+            "teacher_sft": teacher_sft,
+            "student_init": student_init,
+            "distill": distill,
+            "evaluate": evaluate,
+            "specdec_benchmark": specdec_benchmark,
+            "evaluate_champion": evaluate_champion,
+            "comet_score": comet_score,
             "report": report,
-            "name": name,
-            "data_config": data_config,
-            "task_config": task_config,
-            "teacher_sft_config": teacher_sft_config,
-            "student_init_config": student_init_config,
-            "distill_config": distill_config,
-            "evaluation_config": evaluation_config,
-            "comet_config": comet_config,
-            "specdec_config": specdec_config,
-            "registry_config": registry_config,
-            "comet_wanted": comet_wanted,
-            "trust_remote_code": trust_remote_code,
-            "teacher": teacher,
-            "student": student,
-            "seed": seed,
-            "data_fingerprint": data_fingerprint,
-            "teacher_fingerprint": teacher_fingerprint,
-            "student_fingerprint": student_fingerprint,
-            "model_fingerprints": model_fingerprints,
-            "fresh": fresh,
             "trials": trials,
-            "run_config": run_config,
-            "table_config": table_config,
-            "drafts": drafts,
+            "compare_variant": compare_variant,
+            "model_fingerprints": model_fingerprints,
+            "compare_table": compare_table,
+            "plan": plan,
             "problems": problems,
         },
     )

