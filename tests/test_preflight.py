@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from pipelines.local import RunFolder
 from skd_lib.ascii_json import ascii_json
 from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig, parse_section
+from skd_lib.config.step import StepConfig
 from skd_lib.data.examples import make_example
 from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError, SkdErrors
@@ -466,7 +467,7 @@ def test_too_little_memory_is_a_warning(
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
+def test_preflight_hands_on_each_steps_config_and_prepare_data_uses_its_own(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
@@ -481,36 +482,35 @@ def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
     assert "Preflight" in capsys.readouterr().out
     assert (tmp_path / "preflight" / "report.md").read_text(encoding="utf-8").startswith("# Preflight")
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-    assert json.loads(parameters["data_config"]) == values["data"]
-    assert json.loads(parameters["task_config"]) == values["task"]
-    assert json.loads(parameters["comet_config"]) == {"comet": {"batch_size": 4}, "batch_size": 2}
-    assert json.loads(parameters["evaluation_config"]) == {"batch_size": 2}
-    # Only what differs from the defaults; and of a single run nothing that a comparison needs.
-    assert {parameters[f"{name}_config"] for name in ("distill", "specdec", "run", "table", "registry")} == {"{}"}
-    assert (parameters["trials"], parameters["drafts"], parameters["fresh"]) == ([], True, "")
-    assert (parameters["name"], parameters["comet_wanted"]) == ("tiny", "false")
-    assert {name: parameters[name] for name in ("teacher", "student")} == {
-        name: values[name] for name in ("teacher", "student")
-    }
     seen = {name: model_fingerprint(values[name]) for name in ("teacher", "student")}
-    assert {name: parameters[f"{name}_fingerprint"] for name in seen} == seen
-    assert json.loads(parameters["model_fingerprints"]) == {values[name]: seen[name] for name in seen}
+    prepared = {"data": values["data"], "fingerprint": json.loads(parameters["prepare_data"])["fingerprint"]}
+    task, measured = values["task"], {"batch_size": 2}
+    # Only what differs from the defaults; and of a single run nothing that a comparison needs.
+    assert {name: value and json.loads(value) for name, value in parameters.items() if name != "trials"} == {
+        "prepare_data": prepared,
+        "teacher_sft": {"teacher": values["teacher"], "fingerprint": seen["teacher"], "task": task},
+        "student_init": {"student": values["student"], "fingerprint": seen["student"], "task": task},
+        "distill": {"task": task},
+        "evaluate": {"evaluation": measured, "task": task},
+        "specdec_benchmark": {"task": task},
+        "evaluate_champion": {"evaluation": measured, "task": task},
+        "comet_score": {"evaluation": measured | {"comet": {"batch_size": 4}}, "task": task},
+        "report": {"name": "tiny", "task": task},
+        **dict.fromkeys(("compare_variant", "compare_table", "model_fingerprints", "plan", "problems"), ""),
+    }
+    assert parameters["trials"] == []
     # KFP's structured parameters cannot hold null.
     assert "null" not in json.dumps(parameters)
 
     def prepare() -> None:
         prepare_data.main(
-            data_config=parameters["data_config"],
-            data_out=tmp_path / "prepared" / "data",
-            data_fingerprint=parameters["data_fingerprint"],
-            tracking_uri=tracking,
+            config=parameters["prepare_data"], data_out=tmp_path / "prepared" / "data", tracking_uri=tracking
         )
 
     prepare()
     assert "train_teacher: 32 examples" in capsys.readouterr().out
-    data = PreparedData.load(tmp_path / "prepared" / "data")
+    assert PreparedData.load(tmp_path / "prepared" / "data").fingerprint
     output = _executor_output(tmp_path / "prepared")
-    assert output["parameterValues"] == {"fingerprint": data.fingerprint}
     (artifact,) = output["artifacts"]["data"]["artifacts"]
     assert artifact["name"] == "data"
     assert _datasets(tracking) == {"train_teacher", "train_student", "validation", "test"}
@@ -519,6 +519,15 @@ def test_preflight_hands_on_the_sections_and_prepare_data_uses_them(
         file.write(json.dumps({"source": "une ligne de plus", "target": "one more row"}) + "\n")
     with pytest.raises(SkdError, match="the data changed after preflight looked at it"):
         prepare()
+
+
+def test_data_are_prepared_only_where_the_config_says_which(tmp_path: Path) -> None:
+    with pytest.raises(SkdError, match="--config: section `data` is missing"):
+        prepare_data.main(config='{"seed": 1}', data_out=tmp_path / "data")
+
+
+def test_a_step_depends_on_fields_that_there_are() -> None:
+    assert {field for fields in preflight.DEPENDS.values() for field in fields} == StepConfig.model_fields.keys()
 
 
 def test_a_failing_preflight_lists_everything_and_exits_with_2(values: dict[str, Any], tmp_path: Path) -> None:
@@ -573,21 +582,21 @@ def test_a_form_that_is_wrong_is_told_at_once_by_its_fields(tmp_path: Path) -> N
 
 def test_on_a_cluster_the_report_is_seen_and_the_next_step_fails(tmp_path: Path) -> None:
     """KFP shows no artifact of a step that failed."""
-    names = ("name", "data_config", "seed", "trials", "drafts", "trust_remote_code", "problems")
+    names = ("prepare_data", "trials", "report", "problems")
     told = (
         "--kfp-artifact",
-        "report=gs://b/report",
+        "findings=gs://b/findings",
         "--kfp-parameters",
-        f"{','.join(names)}={tmp_path / 'out' / 'name'}",
+        f"{','.join(names)}={tmp_path / 'out' / names[0]}",
     )
     done = called(tmp_path, "--model-teacher", "org/t", *told, KFP_RUN_ID="run-1", KFP_POD_NAME="pod")
     assert done.returncode == 0
     assert "model_student: which model is the student is not said" in done.stderr
     assert "| form | model_student: " in (tmp_path / "report.md").read_text(encoding="utf-8")
     given = {name: (tmp_path / "out" / name).read_text() for name in names}
-    assert (given["trials"], given["seed"], given["drafts"], given["name"]) == ("[]", "0", "false", "")
+    assert (given["trials"], given["prepare_data"], given["report"]) == ("[]", "", "")
     with pytest.raises(SkdErrors, match="preflight: data_train: there are no training data"):
-        prepare_data.main(data_config="{}", data_out=tmp_path / "data", problems=given["problems"])
+        prepare_data.main(config=given["prepare_data"], data_out=tmp_path / "data", problems=given["problems"])
 
 
 def test_texts_typed_by_hand_are_refused_in_a_cluster_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,7 +633,7 @@ def test_a_comparison_hands_on_its_trials(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
-    comparison = {"methods": ["sft", "skd"], "seeds": [0, 1], "drafts": True, "skip": {"sft-seed-1": "it failed"}}
+    comparison = {"methods": ["sft", "skd"], "seeds": [0, 1], "drafts": False, "skip": {"sft-seed-1": "it failed"}}
     preflight.main(
         config=ascii_json({**values, "task": values["task"] | {"prompt": "$$x$$ {{x}} {source} \U0001f600"}}),
         comparison=json.dumps(comparison),
@@ -635,10 +644,14 @@ def test_a_comparison_hands_on_its_trials(
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
     trials = [f"{trial['variant']}-{trial['seed']}" for trial in map(json.loads, parameters["trials"])]
     assert trials == ["sft-0", "skd-0", "skd-1"]
-    table = json.loads(parameters["table_config"])
-    assert (table["reference"], table["skipped"][0]["reason"]) == ("skd", "it failed")
-    assert (parameters["drafts"], parameters["fresh"]) == (True, "run-1")
-    base = parse_section(RunConfig, parameters["run_config"], where="run_config")
+    plan = json.loads(parameters["plan"])
+    assert (plan["reference"], plan["skipped"][0]["reason"]) == ("skd", "it failed")
+    assert json.loads(parameters["model_fingerprints"]).keys() == {values["teacher"], values["student"]}
+    assert {json.loads(parameters[name])["fresh"] for name in ("prepare_data", "teacher_sft")} == {"run-1"}
+    of_trials = ("student_init", "distill", "specdec_benchmark")  # which compare_variant gives to each
+    assert {parameters[name] for name in (*of_trials, "evaluate_champion", "comet_score", "report")} == {""}
+    base = parse_section(StepConfig, parameters["compare_variant"], where="compare_variant")
+    assert not base.drafts
     assert base.task.prompt == "$$x$$ {{x}} {source} \U0001f600"
     # Nothing that kubelet, Argo, KFP or its database read as their own.
     assert re.fullmatch("[ -~]*", json.dumps(parameters, ensure_ascii=False))
@@ -651,7 +664,10 @@ def test_columns_of_usual_names_are_handed_on(values: dict[str, Any], tmp_path: 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     preflight.main(config=json.dumps(values), report_out=tmp_path / "preflight" / "report.md")
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-    assert json.loads(parameters["data_config"])["source"]["columns"] == {"source": "question", "target": "answer"}
+    assert json.loads(parameters["prepare_data"])["data"]["source"]["columns"] == {
+        "source": "question",
+        "target": "answer",
+    }
     report = (tmp_path / "preflight" / "report.md").read_text(encoding="utf-8")
     assert "| columns | input `question`, answer `answer`" in report
 
@@ -826,6 +842,6 @@ def test_preflight_hands_on_the_date(values: dict[str, Any], tmp_path: Path, tod
         report_out=tmp_path / "preflight" / "report.md",
     )
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-    task, run = (json.loads(parameters[f"{name}_config"]) for name in ("task", "run"))
-    assert task["date"] == run["task"]["date"] == "2024-01-31"
-    assert "2024" not in parameters["data_config"]
+    steps = ("teacher_sft", "evaluate", "compare_variant", "compare_table")
+    assert {json.loads(parameters[name])["task"]["date"] for name in steps} == {"2024-01-31"}
+    assert "2024" not in parameters["prepare_data"]

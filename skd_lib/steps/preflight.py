@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +12,9 @@ import typer
 
 from skd_lib.ascii_json import ascii_json
 from skd_lib.compare import plan as comparisons
-from skd_lib.config import FilesSource, RunConfig
+from skd_lib.config import EvaluationConfig, FilesSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
+from skd_lib.config.step import StepConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
 from skd_lib.steps.kfp_call import current_call
@@ -25,7 +27,24 @@ if TYPE_CHECKING:
     from skd_lib.compare.plan import Plan
     from skd_lib.preflight import Check, PreflightReport
 
-SECTIONS = ("data", "task", "teacher_sft", "student_init", "distill", "evaluation", "specdec", "registry")
+DEPENDS: Mapping[str, tuple[str, ...]] = {
+    "prepare_data": ("data", "seed", "fingerprint", "fresh"),
+    "teacher_sft": ("teacher", "trust_remote_code", "teacher_sft", "task", "seed", "fingerprint", "fresh"),
+    "student_init": ("student", "student_init", "task", "seed", "fingerprint", "label"),
+    "distill": ("distill", "task", "seed", "label"),
+    "evaluate": ("evaluation", "task", "seed", "label"),
+    "specdec_benchmark": ("specdec", "task", "seed", "label", "drafts"),
+    "evaluate_champion": ("evaluation", "specdec", "registry", "task", "seed"),
+    "comet_score": ("evaluation", "task", "seed"),
+    "report": ("name", "task", "registry"),
+    "compare_variant": (*RunConfig.model_fields, "drafts"),
+    "compare_table": ("name", "evaluation", "task", "seed"),
+}
+"""Step -> the fields of `StepConfig` that it depends on."""
+OF_A_COMPARISON = ("compare_variant", "compare_table")
+"""Steps that only a comparison has."""
+OF_BOTH = ("prepare_data", "teacher_sft", "evaluate")
+"""Steps that a comparison and a single run get from preflight."""
 SHOWN = {
     "teacher": ("teacher",),
     "student": ("student",),
@@ -38,8 +57,6 @@ SHOWN = {
     "seed": ("seed",),
 }
 """What people compare runs by in MLflow, and its place in the configuration."""
-EMPTY = {"seed": 0, "trust_remote_code": False, "drafts": False, "trials": []}
-"""Output parameters that are no texts, where there is nothing to say."""
 MOST = 1500
 """Bytes of output parameter `problems`."""
 
@@ -79,7 +96,7 @@ def main(
     """
     from skd_lib.preflight.checks import Refused
 
-    io = StepIO({"report": report_out})
+    io = StepIO({"findings": report_out})
     form = Form(
         config=config,
         data_train=data_train,
@@ -103,16 +120,16 @@ def main(
             tracking_uri=tracking_uri,
             experiment=experiment,
             checkpoint_root=checkpoint_root,
+            fresh="" if reuse else os.environ.get("KFP_RUN_ID") or str(uuid.uuid4()),
         )
     except Refused as refused:
         if not current_call().in_pod:
             raise
         say(f"error: {refused}", err=True)
-        values = {name: EMPTY.get(name, "") for name in current_call().parameters}
-        values["problems"] = _problems(refused)
+        nothing = dict.fromkeys(current_call().parameters, "")
+        values = {**nothing, "trials": [], "problems": _problems(refused)}
     for name, value in values.items():
         io.parameter(name, value)
-    io.parameter("fresh", "" if reuse else os.environ.get("KFP_RUN_ID") or str(uuid.uuid4()))
     io.write()
 
 
@@ -128,10 +145,11 @@ def examine(
     tracking_uri: str,
     experiment: str,
     checkpoint_root: str,
+    fresh: str,
 ) -> dict[str, Any]:
     """Check everything, write the report, and return what later steps read, by output parameter.
 
-    The arguments are those of `main`.
+    The arguments are those of `main`, and `fresh` of `StepConfig`.
 
     Raises:
         Refused: all that is wrong.
@@ -191,11 +209,8 @@ def examine(
         run.set_tags({f"{role}_fingerprint": found for role, found in prints.items() if found})
         report.raise_errors()
     return {
-        **settings_of(run_config, plan),
+        **settings_of(run_config, plan, data=report.data_fingerprint, models=report.model_fingerprints, fresh=fresh),
         "problems": "",
-        "data_fingerprint": report.data_fingerprint,
-        **{f"{role}_fingerprint": found for role, found in prints.items()},
-        "model_fingerprints": ascii_json(report.model_fingerprints),
     }
 
 
@@ -267,25 +282,52 @@ def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightRe
     return PreflightReport(checks.found)
 
 
-def settings_of(config: RunConfig, plan: Plan | None) -> dict[str, Any]:
-    """What later steps read: sections as JSON that arrives as it is, with only what differs from the defaults."""
-    sections = {name: short(getattr(config, name)) for name in SECTIONS}
-    # COMET's settings go to its own step alone: if one changes, the models need not answer again.
-    sections["comet"] = dict(sections["evaluation"])
-    sections["evaluation"].pop("comet", None)
-    return {
-        "name": config.name,
-        "teacher": config.teacher,
-        "student": config.student or "",
-        "seed": config.seed,
-        "trust_remote_code": config.trust_remote_code,
-        "comet_wanted": "true" if config.task.wants_comet else "false",
-        **{f"{name}_config": ascii_json(values) for name, values in sections.items()},
-        "run_config": ascii_json(short(config) if plan else {}),
-        "trials": [ascii_json(short(trial)) for trial in plan.trials] if plan else [],
-        "table_config": ascii_json(plan.table() if plan else {}),
-        "drafts": plan.compare.drafts if plan else True,
+def settings_of(
+    config: RunConfig, plan: Plan | None, *, data: str, models: Mapping[str, str], fresh: str = ""
+) -> dict[str, Any]:
+    """Return what later steps read, by output parameter; empty for those that a run of this kind does not have.
+
+    Args:
+        config: The run, or what all trials of a comparison start from.
+        plan: The comparison; None for a single run.
+        data: Fingerprint of the data.
+        models: Fingerprints of the models, by reference.
+        fresh: See `StepConfig`.
+    """
+    prints = {
+        "prepare_data": data,
+        "teacher_sft": models.get(config.teacher, ""),
+        "student_init": models.get(config.student or "", ""),
     }
+    drafts = plan.compare.drafts if plan else True
+    steps = {
+        step: step_config(step, config, fingerprint=prints.get(step, ""), fresh=fresh, drafts=drafts)
+        for step in DEPENDS
+        if step in OF_BOTH or (step in OF_A_COMPARISON) == bool(plan)
+    }
+    return {
+        **dict.fromkeys(DEPENDS, ""),
+        **steps,
+        "trials": [ascii_json(short(trial)) for trial in plan.trials] if plan else [],
+        "model_fingerprints": ascii_json(dict(models)) if plan else "",
+        "plan": ascii_json(plan.table()) if plan else "",
+    }
+
+
+def step_config(step: str, config: RunConfig, **found: Any) -> str:
+    """Return option `--config` of a step: what it depends on, as JSON that arrives as it is.
+
+    Args:
+        step: A key of `DEPENDS`.
+        config: The run.
+        found: Fields of `StepConfig` that a run's configuration has not; those that the step does not depend on are
+            left out.
+    """
+    values: dict[str, Any] = {**dict(config), "student": config.student or "", **found}
+    if step != "comet_score":
+        # COMET's settings go to its own step alone: if one changes, the models need not answer again.
+        values["evaluation"] = config.evaluation.model_copy(update={"comet": EvaluationConfig().comet})
+    return ascii_json(short(StepConfig(**{name: values[name] for name in DEPENDS[step] if name in values})))
 
 
 def _value(config: RunConfig, place: tuple[str, ...]) -> Any:

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.config import DataConfig, parse_json, parse_section
+from skd_lib.config import parse_json, parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import FRESH_HELP, StepIO, run_step
+from skd_lib.steps.runtime import StepIO, run_step
 
 
 def main(
-    data_config: Annotated[str, typer.Option(help="The section `data` of the run's configuration, as JSON.")],
+    config: Annotated[str, typer.Option(help=f"{STEP_HELP}: `data`, `seed`, `fingerprint`.")],
     data_out: Annotated[
         Path,
         typer.Option(
@@ -22,11 +23,6 @@ def main(
             "held_out/NAME.jsonl and manifest.json."
         ),
     ],
-    data_fingerprint: Annotated[
-        str, typer.Option(help="Fingerprint of the source as preflight found it; empty: not compared.")
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
-    fresh: Annotated[str, typer.Option(help=FRESH_HELP)] = "",  # noqa: ARG001 - Kubeflow reads it
     problems: Annotated[
         str, typer.Option(help="What preflight found wrong on a cluster, as a JSON list; empty: nothing.")
     ] = "",
@@ -34,7 +30,7 @@ def main(
     experiment: Experiment = "skd",
 ) -> None:
     """Turn a source of examples into train, validation and test splits for teacher and student."""
-    from skd_lib.data.manifest import data_fingerprint as fingerprint_now
+    from skd_lib.data.manifest import data_fingerprint
     from skd_lib.data.prepared import prepare
     from skd_lib.tracking.runs import step_run
 
@@ -42,19 +38,21 @@ def main(
     if problems:
         lines = parse_json(problems, where="--problems")
         raise SkdErrors([SkdError(f"preflight: {line}", hint="its report says more") for line in lines])
-    config = parse_section(DataConfig, data_config, where="--data-config")
+    own = parse_section(StepConfig, config, where="--config")
+    if own.data is None:
+        raise SkdError("section `data` is missing", where="--config", hint="name the data's source")
     with step_run(
         step="prepare_data",
         tracking_uri=tracking_uri,
         experiment=experiment,
-        params={"data": config.model_dump(mode="json"), "seed": seed},
+        params={"data": own.data.model_dump(mode="json"), "seed": own.seed},
     ) as run:
-        if data_fingerprint and data_fingerprint != fingerprint_now(config):
+        if own.fingerprint and own.fingerprint != data_fingerprint(own.data):
             # The fingerprint is this step's cache key: other data must never be kept under it.
             raise SkdError(
                 "the data changed after preflight looked at it", where="data.source", hint="start the run again"
             )
-        data = prepare(config, data_out, seed=seed)
+        data = prepare(own.data, data_out, seed=own.seed)
         rows, dropped = data.manifest["rows"], data.manifest["dropped"]
         source = io.output_uri("data")
         for name, count in rows.items():
@@ -70,7 +68,6 @@ def main(
         print(f"dropped, {reason}: {count}")
     for name, reason in data.missing.items():
         print(f"held-out set {name} is missing: {reason}")
-    io.parameter("fingerprint", data.fingerprint)
     io.write()
 
 

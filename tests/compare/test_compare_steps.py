@@ -47,7 +47,7 @@ def draft(folder: Path, number: int) -> Path:
     return folder / f"drafts-{number}"
 
 
-def table(folder: Path, students: Sequence[Path], drafts: Sequence[Path] = (), **config: Any) -> dict[str, Any]:
+def table(folder: Path, students: Sequence[Path], drafts: Sequence[Path] = (), **plan: Any) -> dict[str, Any]:
     """Run `compare_table` on lists of artifacts, as they come from a loop; its executor output."""
     lists = {"evaluations": students, "drafts": drafts}
     artifacts = {name: {"artifacts": [{"uri": str(path)} for path in paths]} for name, paths in lists.items()}
@@ -56,11 +56,11 @@ def table(folder: Path, students: Sequence[Path], drafts: Sequence[Path] = (), *
     with called(take_call(words)[1]):
         compare_table.main(
             **{f"{name}_out": folder / name for name in ("report", "figures", "comparison")},
-            config=json.dumps({"reference": "skd", "trials": TRIALS, "skipped": [SKIPPED], **config}),
+            plan=json.dumps({"reference": "skd", "trials": TRIALS, "skipped": [SKIPPED], **plan}),
+            config=json.dumps(
+                {"name": "test", "evaluation": {"bootstrap_samples": 100}, "task": {"metrics": ["accuracy"]}}
+            ),
             teacher_evaluations=evaluations(folder / "teachers", {"teacher": {"accuracy": SCORE}}),
-            run_name="test",
-            evaluation_config='{"bootstrap_samples": 100}',
-            task_config='{"metrics": ["accuracy"]}',
         )
     output: dict[str, Any] = json.loads((folder / "executor_output.json").read_text())
     return output
@@ -124,19 +124,26 @@ def test_table_without_a_trial_or_with_a_folder_that_is_none_is_refused(tmp_path
         table(tmp_path, [student(tmp_path, 0), student(tmp_path, 2)], trials=TRIALS[:1])
 
 
+def handed_on(trial: dict[str, object], config: dict[str, object], known: dict[str, str] | None = None):
+    """What the steps of a trial get as `config`."""
+    compare_variant.main(json.dumps(trial), json.dumps(config), json.dumps(known or {}))
+    written = json.loads(Path("executor_output.json").read_text())["parameterValues"]
+    return {step: json.loads(value) for step, value in written.items()}
+
+
 def test_variant_hands_on_its_own_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     overrides = {"distill.method": "sft", "student_init": {"mode": "prune", "keep_first": 1.0, "keep_last": 2.0}}
     trial = {"variant": "a", "seed": 3.0, "init": "cut", "overrides": overrides}
-    compare_variant.main(trial=json.dumps(trial), config=json.dumps(BASE))
-    handed_on = json.loads((tmp_path / "executor_output.json").read_text())["parameterValues"]
-    assert {name: handed_on[name] for name in ("student", "seed", "label")} == {
-        "student": "",
-        "seed": 3,
-        "label": "a-seed-3",
+    own = {"seed": 3, "label": "a-seed-3"}
+    initial = {"mode": "prune", "keep_first": 1, "keep_last": 2}
+    # All are measured alike, with the seed that they share.
+    assert handed_on(trial, {**BASE, "seed": 7, "specdec": {"gamma": 2}, "drafts": False}) == {
+        "student_init": own | {"student_init": initial},
+        "distill": own | {"distill": {"method": "sft"}},
+        "evaluate": {"seed": 7, "label": "a-seed-3"},
+        "specdec_benchmark": {"seed": 7, "label": "a-seed-3", "specdec": {"gamma": 2}, "drafts": False},
     }
-    assert json.loads(handed_on["distill_config"]) == {"method": "sft"}
-    assert json.loads(handed_on["student_init_config"]) == {"mode": "prune", "keep_first": 1, "keep_last": 2}
 
 
 @pytest.mark.parametrize("own", ["", "org/other"])
@@ -145,6 +152,5 @@ def test_variant_hands_on_its_students_fingerprint(own: str, tmp_path: Path, mon
     trial = {"variant": "a", "seed": 3, "overrides": {"student": own} if own else {}}
     known = {"org/teacher": "commit:1", "org/student": "commit:2", "org/other": "commit:3"}
     config = BASE | {"student": "org/student", "student_init": {"mode": "as_is"}}
-    compare_variant.main(trial=json.dumps(trial), config=json.dumps(config), model_fingerprints=json.dumps(known))
-    handed_on = json.loads((tmp_path / "executor_output.json").read_text())["parameterValues"]
-    assert handed_on["student_fingerprint"] == known[own or "org/student"]
+    initial = handed_on(trial, config, known)["student_init"]
+    assert (initial["student"], initial["fingerprint"]) == (own or "org/student", known[own or "org/student"])

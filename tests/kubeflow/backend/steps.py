@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from skd_lib.ascii_json import ascii_json
 from skd_lib.compare.trials import Trial
-from skd_lib.config import RunConfig, parse_section
+from skd_lib.config import parse_section
+from skd_lib.config.step import StepConfig
 from skd_lib.parameters import Form
 from skd_lib.steps.compare_variant import outputs_of
 from skd_lib.steps.preflight import read, settings_of
@@ -54,18 +54,17 @@ class Steps:
         models += [trial.config(config).student or "" for trial in plan.trials] if plan else []
         prints = {name: self.content.get(name, f"of {name}") for name in models}
         data = json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
-        return {
-            **settings_of(config, plan),
-            "data_fingerprint": self.content.get("data", data),
-            "teacher_fingerprint": prints[config.teacher],
-            "student_fingerprint": prints[config.student or ""],
-            "model_fingerprints": ascii_json(prints),
-            "problems": "",
-            "fresh": "" if given["reuse"] else self.run_id,
-        }
+        found = settings_of(
+            config,
+            plan,
+            data=self.content.get("data", data),
+            models=prints,
+            fresh="" if given["reuse"] else self.run_id,
+        )
+        return {**found, "problems": ""}
 
 
 def compare_variant(given: Mapping[str, Any]) -> dict[str, Any]:
     """Do what step compare_variant does."""
-    base = parse_section(RunConfig, given["config"], where="config")
+    base = parse_section(StepConfig, given["config"], where="config")
     return outputs_of(Trial.model_validate_json(given["trial"]), base, json.loads(given["model_fingerprints"]))
