@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.config import EvaluationConfig, TaskConfig, parse_section
+from skd_lib.config import parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
@@ -21,7 +22,7 @@ def main(
     comparison_out: Annotated[
         Path, typer.Option(help="Folder for all figures, comparison.json, and one row a trial, runs.csv.")
     ],
-    config: Annotated[
+    plan: Annotated[
         str, typer.Option(help="The comparison, as JSON: reference, trials, and those left out: skipped.")
     ] = "{}",
     evaluations: Annotated[
@@ -31,12 +32,9 @@ def main(
         list[Path] | None, typer.Option(help="By hand: each student's folder of `specdec_benchmark`; else from KFP.")
     ] = None,
     teacher_evaluations: Annotated[
-        Path | None, typer.Option(help="Evaluations of the teacher: folder of step `scores`.")
+        Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_both`.")
     ] = None,
-    run_name: Annotated[str, typer.Option(help="Name of the comparison.")] = "",
-    evaluation_config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
-    task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
@@ -47,9 +45,8 @@ def main(
     """
     from skd_lib.compare.table import TableConfig, collect
 
-    table = parse_section(TableConfig, config, where="--config")
-    settings = parse_section(EvaluationConfig, evaluation_config, where="--evaluation-config")
-    task = parse_section(TaskConfig, task_config, where="--task-config")
+    table = parse_section(TableConfig, plan, where="--plan")
+    settings = parse_section(StepConfig, config, where="--config")
     io = StepIO({"report": report_out, "figures": figures_out, "comparison": comparison_out})
     folders = evaluations or io.input_paths("evaluations")
     if not folders:
@@ -63,7 +60,7 @@ def main(
     from skd_lib.tracking.runs import step_run
 
     with step_run(
-        step="compare_table", tracking_uri=tracking_uri, experiment=experiment, run_name=run_name or None
+        step="compare_table", tracking_uri=tracking_uri, experiment=experiment, run_name=settings.name or None
     ) as run:
         results, answers = collect(
             table,
@@ -72,14 +69,14 @@ def main(
         )
         teachers = {} if teacher_evaluations is None else read_evaluations(present("teacher", teacher_evaluations))
         comparison = build_comparison(
-            name=run_name,
+            name=settings.name,
             reference=table.reference or results[0].variant,
-            metrics=task.own_metrics,
+            metrics=settings.task.own_metrics,
             trials=results,
             answers=answers,
             teacher=teachers["teacher"].scores.metrics if "teacher" in teachers else {},
-            resamples=settings.bootstrap_samples,
-            seed=seed,
+            resamples=settings.evaluation.bootstrap_samples,
+            seed=settings.seed,
         )
         texts = {"comparison.json": comparison.to_json(), "runs.csv": to_csv(comparison)}
         comparison_out.mkdir(parents=True, exist_ok=True)

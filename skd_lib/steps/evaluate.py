@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.config import DataConfig, EvaluationConfig, TaskConfig, parse_section
+from skd_lib.config import DataConfig, TaskConfig, parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.records import copy_record
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import LABEL_HELP, StepIO, run_step, step_name
+from skd_lib.steps.runtime import StepIO, run_step, step_name
 
 if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
@@ -43,10 +43,7 @@ def main(
     evaluation_out: Annotated[
         Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.evaluations`.")
     ],
-    config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
-    task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap; decoding is greedy.")] = 0,
-    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
+    config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
@@ -60,42 +57,18 @@ def main(
     from skd_lib.tracking.runs import step_run
 
     io = StepIO({"evaluation": evaluation_out})
-    request = Request.parse(config, task_config, seed)
-    name = step_name(f"evaluate-{role.value}", label)
-    params = {"role": role.value, **request.params()}
+    settings = parse_section(StepConfig, config, where="--config")
+    name = step_name(f"evaluate-{role.value}", settings.label)
+    params = {"role": role.value, **evaluation_params(settings)}
     with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         data_uri = io.input_uri("data", data)
-        evaluate_model(model, data, role, evaluation_out, request, run, label=label, data_uri=data_uri)
+        evaluate_model(model, data, role, evaluation_out, settings, run, data_uri=data_uri)
     io.write()
 
 
-@dataclass(frozen=True)
-class Request:
-    """How models are evaluated.
-
-    Attributes:
-        settings: Section `evaluation`.
-        task: Section `task`.
-        seed: Of the bootstrap.
-    """
-
-    settings: EvaluationConfig
-    task: TaskConfig
-    seed: int
-
-    @classmethod
-    def parse(cls, config: str, task_config: str, seed: int) -> Request:
-        """Read the sections from the options `--config` and `--task-config`.
-
-        Raises:
-            SkdError: a wrong, missing or unknown field.
-        """
-        settings = parse_section(EvaluationConfig, config, where="--config")
-        return cls(settings, parse_section(TaskConfig, task_config, where="--task-config"), seed)
-
-    def params(self) -> dict[str, Any]:
-        """What MLflow is told of it."""
-        return {"seed": self.seed, "evaluation": self.settings.model_dump(), "task": self.task.model_dump()}
+def evaluation_params(settings: StepConfig) -> dict[str, Any]:
+    """What MLflow is told of how models are evaluated."""
+    return settings.model_dump(include={"seed", "evaluation", "task"})
 
 
 def evaluate_model(
@@ -103,10 +76,9 @@ def evaluate_model(
     data: Path,
     role: Role,
     folder: Path,
-    request: Request,
+    settings: StepConfig,
     run: StepRun,
     *,
-    label: str = "",
     data_uri: str = "",
     prefix: str = "",
 ) -> None:
@@ -117,9 +89,9 @@ def evaluate_model(
         data: Folder of the prepared data.
         role: Which model of the run it is.
         folder: Takes scores and answers, see `skd_lib.report.evaluations`.
-        request: How.
+        settings: Its sections `evaluation` and `task`, the seed of the bootstrap, and the label, which says which trial
+            of a comparison the model is from.
         run: Takes the figures.
-        label: Which trial of a comparison the model is from.
         data_uri: Of the data, for MLflow.
         prefix: Of the names under which `run` takes them.
 
@@ -135,17 +107,17 @@ def evaluate_model(
     from skd_lib.models.precision import resolve_precision
     from skd_lib.report.evaluations import PREDICTIONS, write_evaluation
 
-    settings, task, seed = request.settings, request.task, request.seed
+    evaluation, task, seed = settings.evaluation, settings.task, settings.seed
     prepared = PreparedData.load(data)
     sets = {"test": ("test.jsonl", prepared.test)}
     sets |= {name: (f"held_out/{name}.jsonl", rows) for name, rows in prepared.held_out.items()}
     for name, (file, rows) in sets.items():
         run.log_dataset(name, prepared.manifest["sha256"][file], data_uri, context="test", rows=len(rows))
     language_model, tokenizer = load_for_inference(model)
-    result = evaluate(language_model, tokenizer, prepared.test, task, settings, seed=seed)
-    further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), settings, seed=seed)
+    result = evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed)
+    further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), evaluation, seed=seed)
 
-    write_evaluation(folder, role.value, label, result, further)
+    write_evaluation(folder, role.value, settings.label, result, further)
     copy_record(model, folder)
 
     figures = result.figures()

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.steps.evaluate import Request, Role, evaluate_model
+from skd_lib.config import parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
+from skd_lib.steps.evaluate import Role, evaluate_model, evaluation_params
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step
@@ -36,9 +38,7 @@ def main(
     ],
     pair: Annotated[Pair, typer.Option(help="Which of the run's models it is; names the results.")],
     evaluations_out: Annotated[Path, typer.Option(help="Folder for both, each under the name of its role.")],
-    config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
-    task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap; decoding is greedy.")] = 0,
+    config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
@@ -50,16 +50,16 @@ def main(
     from skd_lib.tracking.runs import step_run
 
     io = StepIO({"evaluations": evaluations_out})
-    request = Request.parse(config, task_config, seed)
+    settings = parse_section(StepConfig, config, where="--config")
     models = dict(zip(pair.roles, (before, after), strict=True))
     for name, folder in {"before": before, "after": after}.items():
         present(name, folder)
     uri = io.input_uri("data", data)
-    step = f"evaluate_both-{pair.value}"
-    with step_run(step=step, tracking_uri=tracking_uri, experiment=experiment, params=request.params()) as run:
+    step, params = f"evaluate_both-{pair.value}", evaluation_params(settings)
+    with step_run(step=step, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         for role, model in models.items():
             folder, prefix = evaluations_out / role.value, f"{role.value}."
-            evaluate_model(model, data, role, folder, request, run, data_uri=uri, prefix=prefix)
+            evaluate_model(model, data, role, folder, settings, run, data_uri=uri, prefix=prefix)
     io.write()
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_lib.config import EvaluationConfig, RegistryConfig, SpecdecConfig, TaskConfig, parse_section
+from skd_lib.config import EvaluationConfig, SpecdecConfig, TaskConfig, parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder, weights_digest
 from skd_lib.report.evaluations import PREDICTIONS
@@ -41,32 +42,26 @@ def main(
     champion_out: Annotated[
         Path, typer.Option(help="Folder for champion.json and, where it was measured, its answers: predictions.jsonl.")
     ],
-    registry_config: Annotated[str, typer.Option(help="Section `registry` of the run's config, as JSON.")] = "{}",
-    evaluation_config: Annotated[str, typer.Option(help="Section `evaluation` of the run's config, as JSON.")] = "{}",
-    specdec_config: Annotated[
-        str, typer.Option(help="Section `specdec` of the run's config, as JSON; its headline setting is measured.")
-    ] = "{}",
-    task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of sampling.")] = 0,
+    config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
     """Measure the registered champion as the new student has been: on the same data, as a draft of the same teacher.
 
-    As drafts both take turns, so that their speed-ups compare. Done at once where there is no champion (so without
-    tracking, since then there is no registry), or where it has the new student's weights. A champion whose files are
-    gone fails the step; one that cannot be measured does not: the gate says why it leaves it in place. `champion.json`
-    holds {version, is_this_student, figures, speedup, challenger_speedup, missing, undrafted}.
+    As drafts both take turns, at the headline setting of section `specdec`, so that their speed-ups compare. Done at
+    once where there is no champion (so without tracking, since then there is no registry), or where it has the new
+    student's weights. A champion whose files are gone fails the step; one that cannot be measured does not:
+    `register_model` says why it leaves it in place. `champion.json` holds {version, is_this_student, figures, speedup,
+    challenger_speedup, missing, undrafted}.
     """
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.registry import champion as registered
     from skd_lib.tracking.registry import step_patience
     from skd_lib.tracking.runs import step_run
 
-    registry = parse_section(RegistryConfig, registry_config, where="--registry-config")
-    evaluation = parse_section(EvaluationConfig, evaluation_config, where="--evaluation-config")
-    specdec = parse_section(SpecdecConfig, specdec_config, where="--specdec-config").headline()
-    task = parse_section(TaskConfig, task_config, where="--task-config")
+    settings = parse_section(StepConfig, config, where="--config")
+    evaluation, specdec = settings.evaluation, settings.specdec.headline()
+    registry, task, seed = settings.registry, settings.task, settings.seed
     io = StepIO({"champion": champion_out})
     present("data", data)
     for name, folder in {"student": student, "teacher": teacher}.items():

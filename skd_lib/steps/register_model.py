@@ -1,21 +1,23 @@
-"""Step `register_model`: the student in MLflow's registry, with its lineage."""
+"""Step `register_model`: the student in MLflow's registry, with its lineage, and as the champion if it is better."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.config import parse_section
+from skd_lib.config import LOWER_IS_BETTER, parse_section
 from skd_lib.models.files import weights_digest
-from skd_lib.steps.gate import MEASURED_HELP
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step
+
+if TYPE_CHECKING:
+    from skd_lib.report.measured import Measured
+    from skd_lib.tracking.gate import Decision
 
 log = logging.getLogger(__name__)
 LINEAGE = (
@@ -28,28 +30,20 @@ LINEAGE = (
 """Fields of a student's record that become tags of its version; others stay in its folder."""
 
 
-class Answer(StrEnum):
-    """The gate's decision, as a pipeline parameter holds it."""
-
-    yes = "true"
-    no = "false"
-
-
 def main(
     student: Annotated[Path, typer.Option(help="Folder of the student, in Hugging Face layout.")],
-    measured: Annotated[str, typer.Option(help=MEASURED_HELP)],
-    promote: Annotated[
-        Answer, typer.Option(help="Whether it becomes the champion: output of step `gate`.", case_sensitive=False)
+    measured: Annotated[
+        str, typer.Option(help="The student and the champion as this run has measured them: JSON of step `report`.")
     ],
-    reason: Annotated[str, typer.Option(help="The gate's reason.")] = "",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
-    """Register the student by URI and digest of its weights: the same weights are registered once.
+    """Register the student by URI and digest of its weights, and decide whether it becomes the champion.
 
-    It gets the alias `challenger`, and `champion` where the gate said so. Its lineage comes from the record that its
-    training left in its folder, and names the run that trained it. A registry that does not answer is waited for, for
-    `SKD_REGISTRY_WAIT` seconds. Output parameter `version`; empty without tracking.
+    The same weights are registered once. The student gets the alias `challenger`, and `champion` where there is none,
+    or where it beats the one that this run measured (`skd_lib.tracking.gate`). Its lineage comes from the record that
+    its training left in its folder, and names the run that trained it. A registry that does not answer is waited for,
+    for `SKD_REGISTRY_WAIT` seconds; without tracking there is none, and nothing is registered.
     """
     from skd_lib.records import read_record
     from skd_lib.report.measured import Measured
@@ -61,21 +55,22 @@ def main(
     io = StepIO({})
     record = read_record(present("student", student))
     digest = weights_digest(student)
-    tags = {
-        **version_tags(record.lineage),
-        **{f"{registry.SIGNATURE_PREFIX}{name}": text for name, text in found.signatures.items()},
-        registry.GATE_TAG: reason,
-    }
     uri = io.input_uri("student", student)
 
-    with step_run(
-        step="register_model",
-        tracking_uri=tracking_uri,
-        experiment=experiment,
-        params={"registry": settings.model_dump(), "promote": promote.value},
-    ) as run:
-        version = ""
+    params = {"registry": settings.model_dump()}
+    with step_run(step="register_model", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
+        decision = _decide(found, digest, tracking_uri)
+        # It may quote tokens of a vocabulary, half a surrogate pair among them, which no database takes.
+        reason = decision.reason.encode("utf-8", "backslashreplace").decode()
+        run.set_tags({"promote": decision.promote, "reason": reason})
+        run.log_metrics(found.student)
+        print(f"{'promoted' if decision.promote else 'not promoted'}: {reason}")
         if tracking_uri:
+            tags = {
+                **version_tags(record.lineage),
+                **{f"{registry.SIGNATURE_PREFIX}{name}": text for name, text in found.signatures.items()},
+                registry.GATE_TAG: reason,
+            }
             version = registry.register(
                 tracking_uri=tracking_uri,
                 model_name=settings.model_name,
@@ -83,7 +78,7 @@ def main(
                 weights_sha256=digest,
                 trained_by=record.mlflow_run_id,
                 run_id=run.parent.find,
-                promote=promote is Answer.yes,
+                promote=decision.promote,
                 figures=figures,
                 tags=tags,
                 description=_description(tags, figures, reason),
@@ -91,20 +86,54 @@ def main(
             )
             outcome = {
                 "registered_model": f"{settings.model_name}/{version}",
-                "champion": promote.value,
+                "champion": "true" if decision.promote else "false",
                 "student_uri": uri,
                 "student_weights_sha256": digest,
             }
             run.set_tags(outcome)
             run.parent.set_tags(outcome)
+            aliases = "challenger and champion" if decision.promote else "challenger"
+            print(f"registered as {settings.model_name} version {version} ({aliases})")
         else:
             log.warning("tracking is off: the student stays unregistered at %s", uri)
-    if version:
-        aliases = "challenger and champion" if promote is Answer.yes else "challenger"
-        print(f"registered as {settings.model_name} version {version} ({aliases})")
 
-    io.parameter("version", version)
     io.write()
+
+
+def _decide(found: Measured, digest: str, tracking_uri: str) -> Decision:
+    """Compare the student with the registered champion: by the task's metric, and as drafts of the same teacher.
+
+    Args:
+        found: Both as measured.
+        digest: Of the student's weights. Where it is the champion by now, an earlier attempt of this step has promoted
+            it, and this one decides as that did.
+        tracking_uri: Store of the registry; empty: there is none.
+
+    Raises:
+        SkdError: the registry does not answer, or the student has no score.
+    """
+    from skd_lib.tracking import registry
+    from skd_lib.tracking.gate import Decision, decide
+
+    settings, metric = found.registry, found.task_metric
+    if metric == "comet" and found.comet_missing:
+        return Decision(False, "the score that decides, COMET, is missing; the report says why")
+    if not tracking_uri:
+        return Decision(False, "tracking is off, so there is no registry to promote in")
+    now = registry.champion(
+        tracking_uri=tracking_uri, model_name=settings.model_name, patience=registry.step_patience()
+    )
+    if now is not None and now.version != found.champion.version and now.weights_sha256 != digest:
+        why = f"version {now.version} is the champion now, and was not when this run measured"
+        return Decision(False, f"{why}; start the run again to compare with it")
+    return decide(
+        found.student,
+        found.champion,
+        metric,
+        higher_is_better=metric not in LOWER_IS_BETTER,
+        min_improvement=settings.min_improvement,
+        max_slowdown=settings.max_slowdown,
+    )
 
 
 def version_tags(lineage: Mapping[str, Any]) -> dict[str, str]:

@@ -8,26 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_lib.config import RegistryConfig, TaskConfig, parse_section
+from skd_lib.config import parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step
 
 if TYPE_CHECKING:
     from skd_lib.report.evaluations import Evaluated
-    from skd_lib.report.summary import Role
+    from skd_lib.report.summary import Comet, Role
+
+WITHOUT_COMET = (
+    "this pipeline has no step for COMET: upload the pipeline `distillation_comet`, or run it with `skd submit`"
+)
 
 
 def main(
     report_out: Annotated[Path, typer.Option(help="Where the page goes: HTML.")],
     figures_out: Annotated[Path, typer.Option(help="Where all figures go: JSON.")],
-    run_name: Annotated[str, typer.Option(help="Name of the run.")] = "",
-    task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
-    registry_config: Annotated[
-        str, typer.Option(help="Section `registry` of the run's config, as JSON: handed on to the gate.")
-    ] = "{}",
+    config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     teacher_evaluations: Annotated[
-        Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `scores`.")
+        Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_both`.")
     ] = None,
     student_evaluations: Annotated[
         Path | None, typer.Option(help="The student before and after distillation, likewise.")
@@ -38,7 +39,10 @@ def main(
     champion: Annotated[
         Path | None, typer.Option(help="The registered champion: folder of step `evaluate_champion`.")
     ] = None,
-    comet: Annotated[str, typer.Option(help="COMET's scores of all models: JSON of step `comet_score`.")] = "{}",
+    comet: Annotated[
+        str,
+        typer.Option(help="COMET's scores of all models: JSON of step `comet_score`; empty without such a step."),
+    ] = "",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
@@ -47,7 +51,7 @@ def main(
     The headline figures (`student_after_chrf`, `speedup_after`, ...) go to the pipeline's MLflow run, so that runs can
     be compared there, with the page, the figures and the training sequences as its artifacts, from which `skd report`
     makes the page again. A few of them, rounded, are what Kubeflow's page compares runs by. Output parameter
-    `measured`: what the gate and the registry need (`skd_lib.report.measured`).
+    `measured`: what step `register_model` needs (`skd_lib.report.measured`).
     """
     from skd_lib.console import Console
     from skd_lib.evaluation.predictions import paired_results
@@ -60,14 +64,14 @@ def main(
     from skd_lib.report.render import render, to_markdown
     from skd_lib.report.samples import to_jsonl
     from skd_lib.report.sources import PAGE, SUMMARY
-    from skd_lib.report.summary import Comet, Comparison, Scores, build_summary
+    from skd_lib.report.summary import Comparison, Scores, build_summary
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.runs import step_run
 
-    task = parse_section(TaskConfig, task_config, where="--task-config")
-    registry = parse_section(RegistryConfig, registry_config, where="--registry-config")
-    judged = parse_section(Comet, comet or "{}", where="--comet")
+    settings = parse_section(StepConfig, config, where="--config")
+    task, run_name = settings.task, settings.name
+    judged = _judged(comet, wanted=task.wants_comet)
     evaluated = _evaluated({"teacher_evaluations": teacher_evaluations, "student_evaluations": student_evaluations})
     scores = {role: each.scores for role, each in evaluated.items()}
     predictions = {role: each.predictions for role, each in evaluated.items()}
@@ -106,10 +110,18 @@ def main(
     Console().print(render(summary))
 
     of_student = scores.get("student_after", Scores(metrics={}))
-    handed_on = measured(task.metrics[0], of_student, specdec.get("after"), rival, judged, registry)
+    handed_on = measured(task.metrics[0], of_student, specdec.get("after"), rival, judged, settings.registry)
     io.metrics("figures", summary.figures())
     io.parameter("measured", handed_on.to_parameter())
     io.write()
+
+
+def _judged(comet: str, *, wanted: bool) -> Comet:
+    from skd_lib.report.summary import Comet
+
+    if comet:
+        return parse_section(Comet, comet, where="--comet")
+    return Comet(missing=WITHOUT_COMET if wanted else "")
 
 
 def _evaluated(folders: dict[str, Path | None]) -> dict[Role, Evaluated]:

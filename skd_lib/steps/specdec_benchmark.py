@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.config import SpecdecConfig, TaskConfig, parse_section
+from skd_lib.config import parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.report.drafts import write_drafts
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import LABEL_HELP, StepIO, Switch, run_step, step_name
+from skd_lib.steps.runtime import StepIO, run_step, step_name
 
 
 def main(
@@ -23,13 +24,7 @@ def main(
     drafts_out: Annotated[
         Path, typer.Option(help="Folder for the figures of both: before.json and after.json, with the label.")
     ],
-    config: Annotated[str, typer.Option(help="Section `specdec` of the run's config, as JSON.")] = "{}",
-    task_config: Annotated[str, typer.Option(help="Section `task` of the run's config, as JSON.")] = "{}",
-    wanted: Annotated[
-        Switch, typer.Option(help="false: measure nothing; both files hold the label only.")
-    ] = Switch.true,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling; without effect at temperature 0.")] = 0,
-    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
+    config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
@@ -39,12 +34,12 @@ def main(
     wall-clock speed-up beside the theoretical one, for several draft lengths, batch sizes and temperatures, latencies,
     and the command that serves the pair with vLLM. At temperature 0 every answer is compared with the teacher's own,
     token by token; a difference that rounding does not explain fails the step. Both files hold {label,
-    acceptance_rate, tokens_per_teacher_call, speedup, ...}.
+    acceptance_rate, tokens_per_teacher_call, speedup, ...}; without `drafts` in the settings, the label only.
     """
-    settings = parse_section(SpecdecConfig, config, where="--config")
-    task = parse_section(TaskConfig, task_config, where="--task-config")
+    settings = parse_section(StepConfig, config, where="--config")
+    specdec, task, seed, label = settings.specdec, settings.task, settings.seed, settings.label
     io = StepIO({"drafts": drafts_out})
-    if not wanted:
+    if not settings.drafts:
         write_drafts(drafts_out, label, {})
         io.write()
         return
@@ -60,7 +55,7 @@ def main(
     from skd_lib.specdec.vllm import Served
     from skd_lib.tracking.runs import step_run
 
-    params = {"seed": seed, "specdec": settings.model_dump(), "task": task.model_dump()}
+    params = settings.model_dump(include={"seed", "specdec", "task"})
     name = step_name("specdec_benchmark", label)
     with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         prepared = PreparedData.load(data)
@@ -74,7 +69,7 @@ def main(
             },
             [example.source for example in prepared.test],
             task=task,
-            config=settings,
+            config=specdec,
             seed=seed,
             on_progress=Progress("speculative decoding").update_of,
         )

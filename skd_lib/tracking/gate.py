@@ -16,8 +16,6 @@ from pydantic import Field
 from skd_lib.config import Section
 from skd_lib.errors import SkdError
 
-_WITHOUT_QUOTES = str.maketrans({'"': None, "'": None})
-
 
 class Rival(Section):
     """The registered champion as this run has measured it; all empty where there is none."""
@@ -33,7 +31,7 @@ class Rival(Section):
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate decided, and why in one sentence (without quotes: it becomes a pipeline parameter)."""
+    """What the gate decided, and why in one sentence."""
 
     promote: bool
     reason: str
@@ -82,7 +80,7 @@ def decide(
     if math.isnan(rival):
         why = champion.missing or f"it has no {metric} on this data"
         hint = "set the alias champion by hand to replace it"
-        return Decision(False, f"{name} could not be measured; {hint}: {why}".translate(_WITHOUT_QUOTES))
+        return Decision(False, f"{name} could not be measured; {hint}: {why}")
     gain = score - rival if higher_is_better else rival - score
     better = gain > min_improvement
     needed = f"more than {min_improvement:g} better" if min_improvement else "better"
@@ -93,5 +91,5 @@ def decide(
         verdict = f"{'not ' if fast_enough else ''}more than {100 * max_slowdown:g} % slower"
         reason += f"; as draft {champion.challenger_speedup:.2f}x against {champion.speedup:.2f}x: {verdict}"
     elif champion.undrafted:
-        reason += f"; not compared as drafts: {champion.undrafted}".translate(_WITHOUT_QUOTES)
+        reason += f"; not compared as drafts: {champion.undrafted}"
     return Decision(better and fast_enough, reason)

@@ -14,7 +14,7 @@ import pytest
 
 from skd_lib.comet.environment import comet_python
 from tests.comet.answers import ANSWERS, EXAMPLES
-from tests.comet.test_comet_score_step import ASKED, run
+from tests.comet.test_comet_score_step import ASKED, logged, run, store
 
 pytestmark = [pytest.mark.comet, pytest.mark.timeout(3600)]  # making the environment is part of the first test
 
@@ -44,15 +44,15 @@ def made(python: Path, folder: Path, *options: str) -> Path:
     return folder
 
 
-def step(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
-    config = {"comet": {"model": str(model), "batch_size": 2, **settings}, "bootstrap_samples": 100}
-    return run(folder, task_config=ASKED, config=json.dumps(config))
+def step(folder: Path, model: Path, tracking_uri: str = "", **settings: Any) -> dict[str, Any]:
+    evaluation = {"comet": {"model": str(model), "batch_size": 2, **settings}, "bootstrap_samples": 100}
+    return run(folder, tracking_uri, task=ASKED, evaluation=evaluation)
 
 
 def test_scores_are_comets_own(python: Path, model: Path, tmp_path: Path) -> None:
-    scores = step(tmp_path, model)
+    scores = step(tmp_path, model, store(tmp_path))
     assert scores["missing"] == ""
-    rows = [json.loads(line) for line in (tmp_path / "segments.jsonl").read_text().splitlines()]
+    _, rows = logged(tmp_path)
     assert [(row["role"], row["id"]) for row in rows] == [(role, e[0]) for role in ANSWERS for e in EXAMPLES]
 
     texts = [

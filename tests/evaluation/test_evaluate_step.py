@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from skd_lib.config import DataConfig, EvaluationConfig, FilesSource, TaskConfig
+from skd_lib.config.step import StepConfig
 from skd_lib.data.examples import make_example
 from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import SkdError
@@ -25,6 +26,7 @@ from tests.conftest import SaveTinyModel
 VERBS = "open close save delete print share rename move copy paste undo redo find replace select"
 TASK: dict[str, Any] = {"max_new_tokens": 12, "stop": ["\n"], "metrics": ["chrf", "bleu", "rougeL"]}
 CONFIG = {"batch_size": 4, "bootstrap_samples": 100}
+SETTINGS: dict[str, Any] = {"evaluation": CONFIG, "task": TASK, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,10 @@ def prepared(folder: Path) -> Path:
 
 
 def run(model: Path, data: Path, out: Path, **changes: Any) -> None:
-    settings: dict[str, Any] = {"config": json.dumps(CONFIG), "task_config": json.dumps(TASK), "seed": 1}
-    main(model=model, data=data, role=Role.student_after, evaluation_out=out / "evaluation", **(settings | changes))
+    """Run the step with some settings changed."""
+    settings = {"role": Role.student_after, "evaluation_out": out / "evaluation"}
+    config = {name: changes.pop(name) for name in changes.keys() & StepConfig.model_fields.keys()}
+    main(model=model, data=data, config=json.dumps(SETTINGS | config), **(settings | changes))
 
 
 def test_outputs(model: Path, data: Path, tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_outputs(model: Path, data: Path, tmp_path: Path) -> None:
 def test_same_seed_same_scores(model: Path, data: Path, tmp_path: Path) -> None:
     results = []
     for name, batch_size in (("first", 3), ("second", 12)):
-        run(model, data, tmp_path / name, config=json.dumps({**CONFIG, "batch_size": batch_size}))
+        run(model, data, tmp_path / name, evaluation=CONFIG | {"batch_size": batch_size})
         scores = json.loads((tmp_path / name / "evaluation" / "scores.json").read_text())
         results.append({metric: scores[metric] for metric in TASK["metrics"]})
     assert results[0] == results[1]
@@ -131,8 +135,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
     done = command(
-        "--model", str(model), "--data", str(data), "--role", "teacher", "--config", json.dumps(CONFIG),
-        "--task-config", json.dumps(TASK), "--seed", "0", "--evaluation-out", str(tmp_path / "e"),
+        "--model", str(model), "--data", str(data), "--role", "teacher", "--config", json.dumps(SETTINGS),
+        "--evaluation-out", str(tmp_path / "e"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert '"done": 12, "total": 12' in done.stdout
@@ -142,11 +146,11 @@ def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"config": '{"batchsize": 1}'}, "--config, field `batchsize`: unknown field"),
-        ({"task_config": '{"metrics": ["rouge"]}'}, "--task-config, field `metrics.0`"),
+        ({"evaluation": {"batchsize": 1}}, "--config, field `evaluation.batchsize`: unknown field"),
+        ({"task": {"metrics": ["rouge"]}}, "--config, field `task.metrics.0`"),
         ({"data": Path("/nowhere")}, "the input `data` is gone from storage"),
         ({"model": Path("/nowhere")}, "the input `model` is gone from storage"),
-        ({"task_config": json.dumps({**TASK, "metrics": ["accuracy"]})}, "no reference holds an answer"),
+        ({"task": {**TASK, "metrics": ["accuracy"]}}, "no reference holds an answer"),
     ],
 )
 def test_mistakes_are_named(model: Path, data: Path, tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
@@ -163,7 +167,7 @@ def test_no_examples(model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> No
 def test_help_is_quick_and_complete() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for option in ("--model", "--data", "--role", "--config", "--task-config", "--seed", "--evaluation-out"):
+    for option in ("--model", "--data", "--role", "--config", "--evaluation-out"):
         assert option in done.stdout
 
 

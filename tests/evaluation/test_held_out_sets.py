@@ -52,8 +52,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMo
         data=folder / "data",
         role=Role.student_after,
         evaluation_out=out,
-        config=json.dumps({"batch_size": 4, "bootstrap_samples": 100}),
-        task_config=json.dumps(TASK),
+        config=json.dumps({"evaluation": {"batch_size": 4, "bootstrap_samples": 100}, "task": TASK}),
     )
     return out, json.loads((out / "scores.json").read_text())
 

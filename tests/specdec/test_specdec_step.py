@@ -14,7 +14,6 @@ from skd_lib.sampling.engine import Sampler
 from skd_lib.specdec.measure import measure
 from skd_lib.specdec.result import SpecdecResult
 from skd_lib.specdec.vllm import Served
-from skd_lib.steps.runtime import Switch
 from skd_lib.steps.specdec_benchmark import main
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_evaluate_step import prepared
@@ -34,22 +33,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyM
     }
 
 
-def run(folders: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
+def run(folders: dict[str, Path], out: Path, tracking_uri: str = "", **config: Any) -> dict[str, Any]:
+    settings = {"specdec": CONFIG, "task": TASK} | config
+    main(
         **folders,
-        "config": json.dumps(CONFIG),
-        "task_config": json.dumps(TASK),
-        "drafts_out": out / "drafts",
-    }
-    main(**(arguments | changes))
+        config=json.dumps(settings),
+        drafts_out=out / "drafts",
+        tracking_uri=tracking_uri,
+        experiment="tests",
+    )
     assert json.loads((out / "executor_output.json").read_text())["parameterValues"] == {}
     return {moment: json.loads((out / "drafts" / f"{moment}.json").read_text()) for moment in ("before", "after")}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -> None:
-    config = json.dumps({**CONFIG, "temperatures": [temperature]})
-    results = run(folders, tmp_path, config=config, label="skd-seed-1")
+    results = run(folders, tmp_path, specdec={**CONFIG, "temperatures": [temperature]}, label="skd-seed-1")
     for moment, values in results.items():
         assert values.pop("label") == "skd-seed-1"
         result = SpecdecResult.model_validate(values)
@@ -109,7 +108,7 @@ def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    results = run(folders, tmp_path, tracking_uri=uri, experiment="tests")
+    results = run(folders, tmp_path, tracking_uri=uri)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
@@ -124,7 +123,7 @@ def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_nothing_is_measured_where_nobody_wants_it(folders: dict[str, Path], tmp_path: Path) -> None:
-    results = run(folders, tmp_path, wanted=Switch.false, label="trial")
+    results = run(folders, tmp_path, drafts=False, label="trial")
     assert results == {"before": {"label": "trial"}, "after": {"label": "trial"}}
     assert read_drafts(tmp_path / "drafts") == ("trial", {})
 

@@ -1,4 +1,4 @@
-"""Step `evaluate_champion`, and the gate behind it, with real models in a real registry."""
+"""Step `evaluate_champion`, and the decision of `register_model` behind it, with real models in a real registry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.files import weights_digest
-from skd_lib.steps import evaluate_champion, gate
+from skd_lib.steps import evaluate_champion
 from skd_lib.tracking.gate import Rival
 from skd_lib.tracking.registry import register
 from tests.conftest import SaveTinyModel
@@ -21,7 +21,7 @@ from tests.evaluation.test_evaluate_step import prepared
 from tests.specdec.test_specdec_step import CONFIG as SPECDEC
 
 from .conftest import EXPERIMENT
-from .test_steps import measured, run_in
+from .test_steps import measured, registered
 
 TASK = {"max_new_tokens": 8, "metrics": ["chrf", "bleu"]}
 EVALUATION = {"batch_size": 4, "bootstrap_samples": 100}
@@ -48,9 +48,13 @@ class Pipeline:
         arguments: dict[str, Any] = {
             **{name: self.folders[name] for name in ("student", "teacher", "data")},
             "champion_out": self.out / "champion",
-            "evaluation_config": json.dumps(EVALUATION),
-            "specdec_config": json.dumps({**SPECDEC, "gammas": [1, 3], "sweep": "all", "batch_sizes": [4, 1]}),
-            "task_config": json.dumps(TASK),
+            "config": json.dumps(
+                {
+                    "evaluation": EVALUATION,
+                    "specdec": {**SPECDEC, "gammas": [1, 3], "sweep": "all", "batch_sizes": [4, 1]},
+                    "task": TASK,
+                }
+            ),
             "tracking_uri": self.store,
             "experiment": EXPERIMENT,
         }
@@ -70,11 +74,9 @@ class Pipeline:
             tags={},
         )
 
-    def decide(self, chrf: float, champion: dict[str, Any], **registry: Any) -> tuple[str, str]:
-        tracking = ("--tracking-uri", self.store, "--experiment", EXPERIMENT)
+    def decide(self, chrf: float, champion: dict[str, Any], **registry: Any) -> tuple[bool, str]:
         found = measured(chrf, champion=Rival.model_validate(champion), **registry)
-        decided = run_in(self.out, gate, "--measured", found, *tracking)
-        return decided["promote"], decided["reason"]
+        return registered(self.folders["student"], found, self.store)
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_without_a_champion_or_tracking_nothing_is_measured(pipeline: Pipeline) 
         champion = pipeline.measure(**changes)
         assert champion["version"] == ""
         assert [path.name for path in (pipeline.out / "champion").iterdir()] == ["champion.json"]
-    assert pipeline.decide(30.0, champion) == ("true", "first champion of this name, with chrf 30.00")
+    assert pipeline.decide(30.0, champion) == (True, "first champion of this name, with chrf 30.00")
 
 
 def test_the_champion_is_measured_on_this_data_and_beside_the_student(
@@ -108,11 +110,11 @@ def test_the_champion_is_measured_on_this_data_and_beside_the_student(
     assert found.data.metrics["challenger_speedup"] == champion["challenger_speedup"]
 
     chrf = champion["figures"]["chrf"]
-    assert pipeline.decide(chrf + 1, champion, max_slowdown=1)[0] == "true"
-    assert pipeline.decide(chrf, champion, max_slowdown=1)[0] == "false"
+    assert pipeline.decide(chrf + 1, champion, max_slowdown=1)[0]
+    assert not pipeline.decide(chrf, champion, max_slowdown=1)[0]
     slower = champion | {"challenger_speedup": 0.9 * champion["speedup"]}
     promote, reason = pipeline.decide(chrf + 1, slower)
-    assert promote == "false"
+    assert not promote
     assert "more than 5 % slower" in reason
 
 
@@ -121,7 +123,7 @@ def test_a_student_with_the_champions_weights(pipeline: Pipeline, folders: dict[
     champion = pipeline.measure()
     assert champion["is_this_student"]
     assert champion["figures"] == {}
-    assert pipeline.decide(1.0, champion)[0] == "true"
+    assert pipeline.decide(1.0, champion)[0]
 
 
 def test_a_champion_with_other_weights_stays(pipeline: Pipeline, folders: dict[str, Path]) -> None:
@@ -129,7 +131,7 @@ def test_a_champion_with_other_weights_stays(pipeline: Pipeline, folders: dict[s
     champion = pipeline.measure()
     assert "other weights than those registered" in champion["missing"]
     promote, reason = pipeline.decide(99.0, champion)
-    assert promote == "false"
+    assert not promote
     assert "could not be measured; set the alias champion by hand" in reason
 
 
@@ -173,7 +175,7 @@ def test_a_champion_that_cannot_draft_is_compared_by_score(
     assert "end-of-sequence ids" in champion["undrafted"]
     assert champion["speedup"] is None
     promote, reason = pipeline.decide(99.0, champion)
-    assert promote == "true"
+    assert promote
     assert "not compared as drafts" in reason
 
 
@@ -181,6 +183,6 @@ def test_another_version_became_champion_meanwhile(pipeline: Pipeline, folders: 
     champion = pipeline.measure()
     pipeline.register(folders["champion"])
     assert pipeline.decide(99.0, champion) == (
-        "false",
+        False,
         "version 1 is the champion now, and was not when this run measured; start the run again to compare with it",
     )

@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 from skd_lib.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.models.files import weights_digest
-from skd_lib.steps import finish, prepare_data, register_model
+from skd_lib.steps import finish, prepare_data
 from skd_lib.tracking import lineage
 from skd_lib.tracking.lineage import parse_model, trace
 from skd_lib.tracking.runs import step_run
 
 from .conftest import EXPERIMENT
-from .test_steps import measured, run, run_in, student
+from .test_steps import measured, run, student
+from .test_steps import registered as register_student
 
 IMAGE = "ghcr.io/example/skd-train@sha256:" + "a" * 64
 
@@ -59,8 +60,7 @@ def registered(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         "mlflow_run_id": trainer,
     }
     folder = student(tmp_path / "student", 1, **facts)
-    registered = ("--student", str(folder), "--measured", measured(30.0), "--reason", "first [champion]")
-    run_in(tmp_path, register_model, *registered, "--promote", "true", *tracking)
+    register_student(folder, measured(30.0), store)
     run(finish, "--status", '{"state": "SUCCEEDED"}', *tracking)
     return data
 
@@ -91,7 +91,7 @@ def test_everything_is_traced(registered: Path, store: str, client: MlflowClient
     assert {step.name: step.code_version for step in found.steps}["distill"] == "git 1234567"
     assert {step.status for step in found.steps} == {"FINISHED"}
     assert found.figures["chrf"] == 30.0
-    assert (found.gate, found.champion["by"]) == ("first [champion]", "the pipeline's gate")
+    assert (found.gate, found.champion["by"]) == ("first champion of this name, with chrf 30.00", "the pipeline's gate")
     assert found.missing == []
 
 
@@ -116,8 +116,7 @@ def test_steps_from_the_cache_are_found_in_the_run_that_made_them(
         trainer = distill.parent.run_id
     facts = {"teacher_weights_sha256": "d" * 64, "initial_weights_sha256": "e" * 64, "data_fingerprint": prepared}
     folder = student(tmp_path / "other", 2, **facts, pipeline_run_id="run-2", mlflow_run_id=trainer)
-    registered_as = ("--student", str(folder), "--measured", measured(31.0), "--promote", "false")
-    run_in(tmp_path, register_model, *registered_as, "--tracking-uri", store, "--experiment", EXPERIMENT)
+    register_student(folder, measured(31.0), store)
     found = trace(tracking_uri=store, reference="skd-student/2")
     assert (found.pipeline_run_id, found.registered_by) == ("run-2", "run-2")
     assert [step.name for step in found.steps] == [

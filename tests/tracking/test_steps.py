@@ -1,4 +1,4 @@
-"""The steps `report`, `gate`, `register_model` and `finish` as command lines, one after the other as in a pipeline."""
+"""The steps `report`, `register_model` and `finish` as command lines, one after the other as in a pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from skd_lib.report.drafts import write_drafts
 from skd_lib.report.measured import CHAMPION, Measured
 from skd_lib.report.samples import to_jsonl
 from skd_lib.report.sources import from_mlflow
-from skd_lib.steps import finish, fitting, gate, register_model, report
+from skd_lib.steps import finish, fitting, register_model, report
 from skd_lib.steps.kfp_call import called, take_call
 from skd_lib.tracking.gate import Rival
 from skd_lib.tracking.registry import champion
@@ -74,17 +74,19 @@ def student(folder: Path, number: int, **lineage: Any) -> Path:
     return folder
 
 
-def run_in(folder: Path, module: Any, *arguments: str) -> dict[str, Any]:
-    """Run a step as KFP does, on a student in a bucket; its output parameters."""
+def run_in(folder: Path, module: Any, *arguments: str) -> str:
+    """Run a step as KFP does, on a student in a bucket; what it says."""
     words = ["--kfp-output-file", str(folder / "output.json"), "--kfp-input", "student=gs://bucket/student"]
     with called(take_call(words)[1]):
-        run(module, *arguments)
-    return parameters(folder)
+        return run(module, *arguments)
 
 
-def parameters(folder: Path) -> dict[str, Any]:
-    values = json.loads((folder / "output.json").read_text(encoding="utf-8"))["parameterValues"]
-    return dict(values)
+def registered(student: Path, found: str, store: str = "") -> tuple[bool, str]:
+    """Register a student; whether it is promoted, and why."""
+    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT) if store else ()
+    said = run_in(student.parent, register_model, "--student", str(student), "--measured", found, *tracking)
+    verdict, _, reason = next(line for line in said.splitlines() if "promoted: " in line).partition(": ")
+    return verdict == "promoted", reason
 
 
 def champion_with(store: str, student_sha256: str, **figures: float) -> Rival:
@@ -104,7 +106,7 @@ def test_from_figures_to_a_registered_champion(
     answers = [Prediction("0", "s", "a cat", "a hat", 3, truncated=False, scores={"chrf": 40.0})]
     course = {"steps": [1, 2], "rejection_rate": [0.4, 0.2]}
 
-    def pipeline(run_id: str, chrf: float, weights: int) -> dict[str, Any]:
+    def pipeline(run_id: str, chrf: float, weights: int) -> tuple[bool, str]:
         monkeypatch.setenv("KFP_RUN_ID", run_id)
         folder = tmp_path / run_id
         folder.mkdir(exist_ok=True)
@@ -133,21 +135,17 @@ def test_from_figures_to_a_registered_champion(
             "--figures-out": folder / "figures",
         }
         options = [word for name, path in inputs.items() for word in (name, str(path))]
-        named = ("--run-name", "demo", "--task-config", '{"metrics": ["chrf"]}')
-        found = run_in(folder, report, *options, *named, *tracking)["measured"]
-        decided = run_in(folder, gate, "--measured", found, *tracking)
-        verdict = ("--promote", decided["promote"], "--reason", decided["reason"])
-        registered = ("--student", str(trained), "--measured", found)
-        version = run_in(folder, register_model, *registered, *verdict, *tracking)["version"]
+        settings = ("--config", '{"name": "demo", "task": {"metrics": ["chrf"]}}')
+        run_in(folder, report, *options, *settings, *tracking)
+        output = json.loads((folder / "output.json").read_text(encoding="utf-8"))
+        decided = registered(trained, output["parameterValues"]["measured"], store)
         run(finish, "--status", '{"state": "SUCCEEDED"}', *tracking)
-        return {**decided, "version": version}
+        return decided
 
-    first = pipeline("run-1", 30.0, 1)
-    assert first == {"promote": "true", "reason": "first champion of this name, with chrf 30.00", "version": "1"}
-    assert pipeline("run-1", 30.0, 1)["promote"] == "true"  # resumed
-    worse = pipeline("run-2", 29.0, 2)
-    assert (worse["promote"], worse["version"]) == ("false", "2")
-    assert pipeline("run-3", 31.0, 3)["promote"] == "true"
+    assert pipeline("run-1", 30.0, 1) == (True, "first champion of this name, with chrf 30.00")
+    assert pipeline("run-1", 30.0, 1)[0]  # resumed
+    assert not pipeline("run-2", 29.0, 2)[0]
+    assert pipeline("run-3", 31.0, 3)[0]
     assert client.get_registered_model("skd-student").aliases == {"challenger": 3, "champion": 3}
     version = client.get_model_version("skd-student", "3")
     assert version.source == "gs://bucket/student"
@@ -191,28 +189,26 @@ def test_from_figures_to_a_registered_champion(
         from_mlflow(client.create_run(parent.info.experiment_id).info.run_id, store)
     assert "&lt;b&gt;" in (tmp_path / "run-2" / "report.html").read_text(encoding="utf-8")
     output = json.loads((tmp_path / "run-2" / "output.json").read_text())
-    assert output["artifacts"] == {}  # of the last step
+    assert output == {"artifacts": {}, "parameterValues": {}}  # of the last step
 
 
 def test_a_version_names_the_run_that_trained_it_also_after_a_cached_run(
     store: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether that run registered it, or only a later one that took the student from the cache."""
-    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as distill:
         trainer = distill.parent.run_id
     facts = {"teacher": "org/teacher", "pipeline_run_id": "run-1", "mlflow_run_id": trainer}
     unknown = {"display_name": "distilled_student", "store_session_info": '{"Provider": "s3"}', "losses": {"train": {}}}
     folder = student(tmp_path / "student", 1, **facts, **unknown)
-    registered = ("--student", str(folder), "--measured", measured(30.0), "--promote", "false")
     for run_id in ("run-2", "run-3"):
         monkeypatch.setenv("KFP_RUN_ID", run_id)
-        assert run_in(tmp_path, register_model, *registered, *tracking)["version"] == "1"
+        registered(folder, measured(30.0, Rival(version="7", missing="gone")), store)
         version = client.get_model_version("skd-student", "1")
         assert version.run_id == trainer
         assert set(version.tags) == {
-            *("teacher", "pipeline_run_id", "registered_by", "weights_sha256", "weights_uri", "figure.chrf")
+            *("teacher", "pipeline_run_id", "registered_by", "weights_sha256", "weights_uri", "figure.chrf", "gate")
         }
         assert version.tags["pipeline_run_id"] == "run-1"
         assert version.tags["registered_by"] == "run-2"
@@ -223,36 +219,48 @@ def test_a_version_names_this_run_where_the_one_that_trained_it_is_not_in_the_st
     recorded: str, store: str, client: MlflowClient, parents: Runs, tmp_path: Path
 ) -> None:
     folder = student(tmp_path / "student", 1, mlflow_run_id=recorded)
-    registered = ("--student", str(folder), "--measured", measured(30.0), "--promote", "false")
-    run_in(tmp_path, register_model, *registered, "--tracking-uri", store, "--experiment", EXPERIMENT)
+    registered(folder, measured(30.0), store)
     (parent,) = parents()
     assert client.get_model_version("skd-student", "1").run_id == parent.info.run_id
 
 
 def test_a_lower_perplexity_is_the_better_one(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
-
-    def promoted(run_id: str, perplexity: float) -> str:
+    def promoted(run_id: str, perplexity: float) -> bool:
         monkeypatch.setenv("KFP_RUN_ID", run_id)
         found = measured(perplexity, champion_with(store, "", perplexity=20.0), metric="perplexity")
-        verdict = str(run_in(tmp_path, gate, "--measured", found, *tracking)["promote"])
-        folder = student(tmp_path / run_id, round(perplexity))
-        run_in(
-            tmp_path,
-            register_model,
-            *("--student", str(folder), "--measured", found, "--promote", verdict, *tracking),
-        )
-        return verdict
+        return registered(student(tmp_path / run_id, round(perplexity)), found, store)[0]
 
-    assert [promoted(f"run-{value}", value) for value in (20.0, 25.0, 15.0)] == ["true", "false", "true"]
+    assert [promoted(f"run-{value}", value) for value in (20.0, 25.0, 15.0)] == [True, False, True]
+
+
+def test_another_attempt_decides_as_the_one_that_promoted(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    """As after a pod that was lost between promotion and the end of the step."""
+    registered(student(tmp_path / "old", 1), measured(30.0), store)
+    found = measured(31.0, champion_with(store, "", chrf=30.0))
+    new = student(tmp_path / "new", 2)
+    decided = registered(new, found, store)
+    assert decided == (True, "chrf 31.00 against 30.00 of the champion (version 1): better")
+    assert registered(new, found, store) == decided
+    assert client.get_registered_model("skd-student").aliases == {"challenger": 2, "champion": 2}
+    meanwhile = registered(student(tmp_path / "other", 3), measured(40.0, Rival(version="1")), store)
+    assert meanwhile[1].startswith("version 2 is the champion now, and was not when this run measured")
+
+
+def test_the_decision_is_in_the_steps_run(store: str, children: Runs, tmp_path: Path) -> None:
+    """Whatever a reason quotes: half a surrogate pair is in no database."""
+    registered(student(tmp_path / "student", 1), measured(30.0, Rival(version="1", missing="token '\ud800'")), store)
+    (step,) = children()
+    assert (step.data.tags["kfp.task"], step.data.tags["promote"]) == ("register_model", "False")
+    assert step.data.tags["reason"].endswith(r"token '\ud800'")
+    assert step.data.tags["registered_model"] == "skd-student/1"
+    assert step.data.metrics["chrf"] == 30.0
+    assert step.data.params["skd/registry.model_name"] == "skd-student"
 
 
 def test_without_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KFP_RUN_ID")
-    assert run_in(tmp_path, gate, "--measured", measured(30.0))["promote"] == "false"
     folder = student(tmp_path / "student", 1)
-    registered = ("--student", str(folder), "--measured", measured(30.0), "--promote", "true")
-    assert run_in(tmp_path, register_model, *registered) == {"version": ""}
+    assert registered(folder, measured(30.0)) == (False, "tracking is off, so there is no registry to promote in")
     ended = run(finish, "--status", '{"state": "FAILED", "error": {"code": 9, "message": "x"}}')
     assert "a pipeline run failed\nx" in ended
 
@@ -262,10 +270,14 @@ def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest
     absent = ("--student-evaluations", str(tmp_path / "nowhere"))
     assert "the input `student_evaluations` is gone from storage" in run(report, *absent, *outputs, fails=True)
     assert "--comet: not JSON" in run(report, "--comet", "{'models': 1}", *outputs, fails=True)
-    assert "--measured, field `task_metric`" in run(gate, "--measured", "{}", "--tracking-uri", store, fails=True)
+    assert "--config, field `task.metrics.0`" in run(
+        report, "--config", '{"task": {"metrics": ["x"]}}', *outputs, fails=True
+    )
+    there = ("--student", str(student(tmp_path / "student", 1)), "--tracking-uri", store)
+    assert "--measured, field `task_metric`" in run(register_model, *there, "--measured", "{}", fails=True)
     empty = '{"task_metric": "chrf"}'
-    assert "no score `chrf`" in run(gate, "--measured", empty, "--tracking-uri", store, fails=True)
-    missing = ("--student", str(tmp_path / "nowhere"), "--measured", empty, "--promote", "true")
+    assert "no score `chrf`" in run(register_model, *there, "--measured", empty, fails=True)
+    missing = ("--student", str(tmp_path / "nowhere"), "--measured", empty)
     assert "the input `student` is gone from storage" in run(register_model, *missing, fails=True)
     monkeypatch.delenv("KFP_RUN_ID")
     assert "KFP_RUN_ID" in run(finish, "--status", '{"state": "FAILED"}', "--tracking-uri", store, fails=True)
@@ -307,23 +319,38 @@ def test_the_end_of_a_run_is_told_with_its_figures(store: str, tmp_path: Path, m
 
 def test_comet_decides_where_it_comes_first(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "first")
-    tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT)
-    found = measured(75.3, metric="comet")
-    assert run_in(tmp_path, gate, "--measured", found, *tracking) == {
-        "promote": "true",
-        "reason": "first champion of this name, with comet 75.30",
-    }
-    folder = student(tmp_path / "student", 1)
-    registered = ("--student", str(folder), "--measured", found, "--promote", "true")
-    run_in(tmp_path, register_model, *registered, *tracking)
+    first = registered(student(tmp_path / "first", 1), measured(75.3, metric="comet"), store)
+    assert first == (True, "first champion of this name, with comet 75.30")
     monkeypatch.setenv("KFP_RUN_ID", "second")
     worse = measured(75.0, champion_with(store, "", comet=75.3), metric="comet")
-    reason = run_in(tmp_path, gate, "--measured", worse, *tracking)["reason"]
-    assert reason.startswith("comet 75.00 against 75.30 of the champion")
+    second = student(tmp_path / "second", 2)
+    assert registered(second, worse, store)[1].startswith("comet 75.00 against 75.30 of the champion")
     missing = json.dumps({"task_metric": "comet", "student": {"chrf": 30.0}, "comet_missing": "no network, it's down"})
-    decided = run_in(tmp_path, gate, "--measured", missing, *tracking)
-    assert decided["promote"] == "false"
-    assert "COMET, is missing" in decided["reason"]
+    promoted, reason = registered(second, missing, store)
+    assert not promoted
+    assert "COMET, is missing" in reason
+
+
+@pytest.mark.parametrize(
+    ("metrics", "comet", "missing"),
+    [
+        (["comet", "chrf"], "", "this pipeline has no step for COMET: upload the pipeline `distillation_comet`"),
+        (["comet", "chrf"], '{"missing": "no network"}', "no network"),
+        (["chrf"], "", ""),
+    ],
+)
+def test_comet_is_missing_where_the_pipeline_has_no_step_for_it(
+    metrics: list[str], comet: str, missing: str, tmp_path: Path
+) -> None:
+    students = evaluations(tmp_path / "students", {"student_after": scores(30.0)})
+    config = json.dumps({"task": {"metrics": metrics}})
+    outputs = ("--report-out", str(tmp_path / "report"), "--figures-out", str(tmp_path / "figures"))
+    run_in(tmp_path, report, "--config", config, "--student-evaluations", str(students), "--comet", comet, *outputs)
+    told = json.loads((tmp_path / "figures").read_text(encoding="utf-8"))["missing"].get("comet", "")
+    assert told.startswith(missing)
+    handed_on = json.loads((tmp_path / "output.json").read_text())["parameterValues"]["measured"]
+    assert json.loads(handed_on).get("comet_missing", "").startswith(missing)
+    assert bool(told) == bool(missing)
 
 
 def test_a_sum_is_no_point_of_its_curve(store: str, client: MlflowClient, children: Runs) -> None:
