@@ -33,7 +33,7 @@ MISSING_LENGTH = 600
 
 def main(
     teacher_evaluations: Annotated[
-        Path, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_both`.")
+        Path, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_teacher`.")
     ],
     student_evaluations: Annotated[Path, typer.Option(help="The student before and after distillation, likewise.")],
     champion: Annotated[
@@ -63,7 +63,7 @@ def main(
         files: dict[str, Path] = {role: each.predictions for one in both for role, each in one.items()}
         if (answered := present("champion", champion) / PREDICTIONS).is_file():
             files["champion"] = answered
-        params = settings.model_dump(include={"seed", "evaluation"})
+        params = settings.model_dump(include={"seed": True, "evaluation": {"comet", "bootstrap_samples"}})
         with step_run(step="comet_score", tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
             answers = {role: read_predictions(path) for role, path in files.items()}
             try:

@@ -90,12 +90,18 @@ def connect(tracking_uri: str) -> MlflowClient:
         ) from error
 
 
+def _is_server(tracking_uri: str) -> bool:
+    return tracking_uri.startswith(("http://", "https://"))
+
+
 def _connect_to_server(tracking_uri: str) -> MlflowClient:
-    import mlflow.store.db.utils
     from mlflow import MlflowClient
 
-    mlflow.store.db.utils.MAX_RETRY_COUNT = _DATABASE_ATTEMPTS
     try:
+        if not _is_server(tracking_uri):  # else a database, which mlflow-skinny knows nothing of
+            import mlflow.store.db.utils
+
+            mlflow.store.db.utils.MAX_RETRY_COUNT = _DATABASE_ATTEMPTS
         return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     except ImportError as error:
         raise SkdError(
@@ -179,7 +185,7 @@ def check_tracking(tracking_uri: str, experiment: str = "") -> SkdError | None:
         tracking_uri: See `connect`.
         experiment: An experiment that must not be a deleted one; empty: none.
     """
-    from_server = tracking_uri.startswith(("http://", "https://"))
+    from_server = _is_server(tracking_uri)
     try:
         client = connect(tracking_uri)
         client.search_experiments(max_results=1)
@@ -197,9 +203,13 @@ def unanswered() -> tuple[type[Exception], ...]:
     """What MLflow's client raises when the store refuses a request, answers badly or does not answer."""
     from google.protobuf.json_format import ParseError  # of an answer in JSON that is not MLflow's
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, ParseError, OSError)  # requests' exceptions are OSErrors
+    of_stores = (MlflowException, ParseError, OSError)  # requests' exceptions are OSErrors
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:  # with mlflow-skinny, by which servers only are reached
+        return of_stores
+    return (*of_stores, SQLAlchemyError)
 
 
 def untaken() -> tuple[type[Exception], ...]:

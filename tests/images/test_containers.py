@@ -26,7 +26,7 @@ from tests.images.conftest import ROOT, Build
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 IMPORTS = {
     "train": "import skd_lib.steps.distill, skd_lib.steps.evaluate, skd_lib.training.run, mlflow",
-    "comet": "import skd_lib.steps.comet_score, comet",
+    "comet": "import skd_lib.steps.comet_score, comet, mlflow",
     "pipeline": "import kfp, kfp.kubernetes, pipelines.submitting.submit, pipelines.triggering.push",
 }
 WITHOUT = {"train": ("kfp",), "comet": ("kfp", "mlflow"), "pipeline": ("torch", "transformers")}

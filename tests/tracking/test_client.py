@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import sys
 import threading
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -149,3 +150,12 @@ def test_what_answers_in_the_place_of_mlflow_is_no_store(
         finally:
             server.shutdown()
     assert [read_place(Path(file)).step for file in waiting_files(str(tmp_path))] == ["distill"]
+
+
+def test_a_server_is_reached_with_mlflow_skinny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of COMET and of the pipeline have it, which comes without what opens databases."""
+    for name in ("sqlalchemy", "sqlalchemy.exc", "alembic", "alembic.migration"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "mlflow.store.db.utils")
+    assert connect("http://127.0.0.1:9").tracking_uri == "http://127.0.0.1:9"
+    assert issubclass(ConnectionError, client.unanswered())

@@ -41,7 +41,7 @@ def registered(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         "validation_examples": 5,
         "test_examples": 5,
     }
-    run(prepare_data, "--data-config", json.dumps(config), "--data-out", str(tmp_path / "data"), *tracking)
+    run(prepare_data, "--config", json.dumps({"data": config}), "--data-out", str(tmp_path / "data"), *tracking)
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as distill:
         distill.set_tags({"code_version": "git 1234567"})
         trainer = distill.parent.run_id
@@ -129,7 +129,8 @@ def test_steps_from_the_cache_are_found_in_the_run_that_made_them(
     assert found.missing == []
 
 
-def test_as_a_tree_and_as_json(registered: Path, store: str) -> None:
+def test_as_a_tree_and_as_json(registered: Path, store: str, client: MlflowClient) -> None:
+    client.set_model_version_tag("skd-student", "1", "gate", "first [champion]")
     tree = CliRunner().invoke(app, ["lineage", "skd-student", "--tracking-uri", store])
     assert tree.exit_code == 0, tree.output
     for text in ("org/teacher@main", "d" * 64, IMAGE, str(registered), "git 1234567", "first [champion]", "run-1"):
