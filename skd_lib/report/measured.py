@@ -1,4 +1,4 @@
-"""What the gate and the registry need of a run's figures, as one short parameter of the pipeline.
+"""What `register_model` needs of a run's figures, as one short parameter of the pipeline.
 
 Kubeflow keeps a parameter about a dozen times for each step that reads it, so this stays below 2 kB. What decides is
 exact; texts are cut off. It is JSON that arrives as it was sent (`skd_lib.ascii_json`).

@@ -1,4 +1,4 @@
-"""What travels from the report to the gate and the registry: short, and exact where it decides."""
+"""What travels from the report to `register_model`: short, and exact where it decides."""
 
 from __future__ import annotations
 
