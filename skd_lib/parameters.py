@@ -205,6 +205,11 @@ def read_values(text: str, field: str) -> tuple[str, dict[str, Any]]:
             raise SkdError(error.what, where=f"{field}: {error.where or text}", hint=hint) from error
     if not isinstance(values, dict):
         raise SkdError("must be a mapping of fields", where=where, hint='e.g. {"distill": {"divergence": "jsd"}}')
+    if field == "config" and "base" in values:
+        hint = "give it as `comparison` to the pipeline compare_methods"
+        raise SkdError("this is a comparison, not a run", where=where, hint=hint)
+    if field == "comparison" and "teacher" in values and "base" not in values:
+        raise SkdError("this is a run, not a comparison", where=where, hint="give it as `config`")
     return where, values
 
 

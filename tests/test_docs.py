@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from skd_lib.compare.config import CompareConfig, load_compare
-from skd_lib.compare.plan import plan
+from skd_lib.compare.plan import MOST_TRIALS_ON_A_CLUSTER, plan
 from skd_lib.config import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, parse_section
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -29,6 +29,8 @@ def test_example_of_a_comparison_is_valid(tmp_path: Path) -> None:
     (tmp_path / "compare.yaml").write_text(block.replace("base: demo.yaml", f"base: {demo}"), encoding="utf-8")
     trials = plan(*load_compare(tmp_path / "compare.yaml"), where="docs/compare.md").trials
     assert len({trial.variant for trial in trials}) == (3 + 1 + 1 + 1) * 2
+    assert len(trials) <= MOST_TRIALS_ON_A_CLUSTER
+    assert f"{MOST_TRIALS_ON_A_CLUSTER} runs" in page
     assert set(re.findall(r"^\| `(\w+)", page, flags=re.MULTILINE)) == set(CompareConfig.model_fields)
 
 

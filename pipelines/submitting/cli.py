@@ -76,7 +76,8 @@ ServiceAccount = Annotated[
     str, typer.Option(help="Kubernetes service account of the run's pods.", show_default="Kubeflow's default")
 ]
 Pipeline = Annotated[
-    Path | None, typer.Option(help="Compiled pipeline.", show_default="pipelines/compiled/distillation.yaml")
+    Path | None,
+    typer.Option(help="Compiled pipeline.", show_default="the one in pipelines/compiled for this file"),
 ]
 
 
@@ -144,13 +145,13 @@ def check_names(name: str, experiment: str, mlflow_experiment: str, settings: st
         if max(map(ord, text), default=0) > 0xFFFF or (option == "--name" and may_be_changed(text)):
             what = "Kubeflow cannot keep it: it holds an emoji or the like, a $, {{ or }}"
             raise SkdError(what, where=f"{option} {text}", hint="choose another name")
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", settings):
-        hint = "lower case letters, digits, dashes and dots, e.g. skd-settings"
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", settings):  # it is a volume's name, too
+        hint = "at most 63 lower case letters, digits and dashes, e.g. skd-settings"
         raise SkdError(f"{settings!r} is not the name of a ConfigMap", where="--settings", hint=hint)
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    config: Annotated[Path, typer.Argument(help="The YAML file of a run, or of a comparison.")],
     changes: Set = None,
     host: Host = "",
     wait: Annotated[
@@ -174,14 +175,16 @@ def submit(
     pipeline: Pipeline = None,
     ui_host: UiHost = "",
 ) -> None:
-    """Run the pipeline in Kubeflow.
+    """Run the pipeline in Kubeflow; for a comparison's file the pipeline `compare_methods`.
 
     The compiled pipeline is uploaded where the server does not have it yet. With --wait Ctrl-C ends the waiting, not
     the run.
     """
-    from pipelines.compiling import compiled_path
-    from pipelines.submitting.schedules import with_seconds
+    from pipelines.compiling import compiled_path, pipeline_for
+    from pipelines.submitting.schedules import described, with_seconds
     from pipelines.submitting.submit import Package, Place, Submission
+    from skd_lib.compare.config import is_comparison, load_compare
+    from skd_lib.compare.plan import plan
     from skd_lib.config import load_config, parse_overrides
 
     check_names(name, experiment, mlflow_experiment, settings)
@@ -189,12 +192,16 @@ def submit(
         with_seconds(recurring)  # before anything is uploaded
         if wait:
             raise SkdError("a recurring run has no end", where="--wait", hint="leave out --wait or --recurring")
-    run_config = load_config(config, parse_overrides(changes or ()))
+    overrides = parse_overrides(changes or ())
+    comparison = plan(*load_compare(config, overrides), where=str(config)) if is_comparison(config) else None
+    run_config = comparison.base if comparison else load_config(config, overrides)
+    package = Package.read(pipeline or compiled_path("compare_methods" if comparison else pipeline_for(run_config)))
     place = Place(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
     # A recurring run is found again by its name, which therefore holds no time.
     chosen = name or (run_config.name if recurring is not None else "")
-    submission = Submission.plan(run_config, Package.read(pipeline or compiled_path()), place, chosen)
-    for what, value in submission.describe().items():
+    submission = Submission.plan(run_config, package, place, chosen, comparison)
+    schedule = {} if recurring is None else {"schedule": described(recurring)}
+    for what, value in {**submission.describe(), **schedule}.items():
         say(f"{what:<12} {value}")
     server = Server(host, ui_host, auth, audience, namespace)
     if dry_run:

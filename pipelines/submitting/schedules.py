@@ -39,6 +39,16 @@ def with_seconds(cron: str) -> str:
     return " ".join(fields)
 
 
+def described(cron: str) -> str:
+    """Return a sentence on when and how a recurring run starts its runs.
+
+    Raises:
+        SkdError: see `with_seconds`.
+    """
+    names = ", ".join(name for name, *_ in _CRON)
+    return f"{with_seconds(cron)} ({names}; UTC), one run at a time; one that was missed is not made up for"
+
+
 def _is_range(text: str, least: int, greatest: int, names: Sequence[str]) -> bool:
     """Whether a part of a field is `*`, a value, or `FIRST-LAST`, each maybe with `/STEP`."""
     span, slash, step = text.partition("/")

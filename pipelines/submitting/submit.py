@@ -6,7 +6,7 @@ import math
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,18 @@ from typing import Any
 from pipelines.compiling import Documents, compiled_path, profile_of
 from pipelines.sizes import expected, measure, notice, too_large
 from pipelines.submitting.api import KubeflowPipelines
+from pipelines.submitting.reach import NEEDS_ROOT, out_of_reach, wants_nodes, wrong_root
 from pipelines.submitting.readback import recurring_differences, run_differences
 from pipelines.submitting.schedules import with_seconds
 from pipelines.submitting.versions import check_version, schedule_notice
 from skd_lib import __version__
-from skd_lib.config import FilesSource, RunConfig
+from skd_lib.compare import plan as comparisons
+from skd_lib.compare.plan import Plan, check_fits_cluster
+from skd_lib.config import RunConfig
 from skd_lib.data.manifest import digest
 from skd_lib.documents import parse_yaml_documents, read_text
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.parameters import to_parameters
-from skd_lib.storage import is_remote
-from skd_lib.uris import holds_secret, shown
 
 SHORT_DIGEST = 12
 SETTINGS = "skd-settings"
@@ -116,57 +117,48 @@ class Submission:
     package: Package
     place: Place
     parameters: Mapping[str, Any]
-    notice: str = ""
-    """What the page will not show of a run of this size."""
+    notices: Mapping[str, str] = field(default_factory=dict)
+    """What a person should know of it before it starts, by a word for what it is about."""
 
     @classmethod
-    def plan(cls, config: RunConfig, package: Package, place: Place, name: str = "") -> Submission:
-        """Settle a run of `config`, by default named after it and the time.
+    def plan(
+        cls, config: RunConfig, package: Package, place: Place, name: str = "", comparison: Plan | None = None
+    ) -> Submission:
+        """Settle a run of `config`, or of a comparison that starts from it, by default named after it and the time.
 
         Raises:
             SkdErrors: the run could not work in a cluster.
         """
         parameters = {
-            **to_parameters(config),
+            **(comparisons.to_parameters(comparison.compare, comparison.base) if comparison else to_parameters(config)),
             "mlflow_experiment": place.mlflow_experiment,
             "settings": place.settings,
             "reuse": place.reuse,
         }
         known = package.documents[0]["root"].get("inputDefinitions", {}).get("parameters", {})
-        if "comparison" in known:
-            hint = "start it on Kubeflow's page, with the fields that `skd compare FILE --dry-run --json` prints"
-            what = "this is the pipeline of comparisons, which takes another file"
-            raise SkdError(what, where=str(package.path), hint=hint)
+        if ("comparison" in known) != (comparison is not None):
+            kinds = ("a run", "a comparison") if comparison is None else ("a comparison", "a run")
+            what = f"the file is that of {kinds[0]}, and this pipeline is for {kinds[1]}"
+            raise SkdError(what, where=str(package.path), hint="leave out --pipeline, or give another one")
         if unknown := sorted(parameters.keys() - known.keys()):
             what = f"the pipeline has no parameter `{unknown[0]}`"
             raise SkdError(what, where=str(package.path), hint="compile it again")
-        source = config.data.source
-        files = [*source.train, *source.validation, *source.test] if isinstance(source, FilesSource) else []
-        problems = [
-            SkdError(
-                "the cluster cannot read a file of this machine", where=f"data.source: {file}", hint="copy it to gs://"
-            )
-            for file in files
-            if not is_remote(file) and not Path(file).is_absolute()  # an absolute path may be a mounted volume's
-        ]
-        problems += [
-            SkdError(
-                "the cluster cannot read a folder of this machine", where=f"{field}: {model}", hint="copy it to gs://"
-            )
-            for field, model in {"teacher": config.teacher, "student": config.student or ""}.items()
-            if model.startswith(("./", "../", "~"))
-        ]
-        if holds_secret(place.pipeline_root):
-            what = "it holds a password, which Kubeflow shows to all who may see the run"
-            hint = "leave it out, and give the run's service account access, or use the Secret `skd-storage`"
-            problems.append(SkdError(what, where=f"--pipeline-root {shown(place.pipeline_root)}", hint=hint))
-        sizes = measure(package.documents, parameters, expected(config))
+        if comparison:
+            check_fits_cluster(comparison, where=config.name)
+        runs = [trial.config(config) for trial in comparison.trials] if comparison else [config]
+        problems = [*out_of_reach(config, runs), *wrong_root(place.pipeline_root, runs)]
+        sizes = measure(package.documents, parameters, expected(config, comparison))
         problems += too_large(sizes)
         if problems:
             raise SkdErrors(problems)
-        return cls(
-            name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}", package, place, parameters, notice(sizes)
-        )
+        trains_elsewhere = any(wants_nodes(run) for run in runs) and not place.pipeline_root
+        said = {
+            "runs": f"{len(comparison.trials)}, see `skd compare FILE --dry-run`" if comparison else "",
+            "multinode": NEEDS_ROOT if trains_elsewhere else "",
+            "size": notice(sizes),
+        }
+        shown_name = name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        return cls(shown_name, package, place, parameters, {key: text for key, text in said.items() if text})
 
     def describe(self) -> dict[str, str]:
         """What will be made, for a person."""
@@ -185,7 +177,7 @@ class Submission:
             "checkpoints": as_said,
             "artifacts": place.pipeline_root or default_root,
             "cache": "used" if place.reuse else "not used: every step runs",
-            **({"size": self.notice} if self.notice else {}),
+            **self.notices,
         }
 
     def prepare(self, api: KubeflowPipelines, reason: str = "skd submit") -> Any:

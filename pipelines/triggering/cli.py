@@ -100,7 +100,7 @@ def trigger(
     incomplete, and none if one of that name waits, runs, has succeeded, was cancelled by a person, or has failed
     --attempts times.
     """
-    from pipelines.compiling import compiled_path
+    from pipelines.compiling import compiled_path, pipeline_for
     from pipelines.submitting.submit import Package, Place
     from pipelines.triggering.trigger import Trigger, reading_from
     from skd_lib.config import load_config
@@ -124,7 +124,7 @@ def trigger(
     else:
         reading_from(run_config, source)  # a wrong config is told before the server is asked
     place = Place(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
-    package = Package.read(pipeline or compiled_path())
+    package = Package.read(pipeline or compiled_path(pipeline_for(run_config)))
     bound = Trigger(run_config, package, place, server.connect(), claims, marker, attempts, tracking_uri)
     if listen is not None:
         from pipelines.triggering.push import PushAuth, make_server, serve

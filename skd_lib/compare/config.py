@@ -19,6 +19,7 @@ from skd_lib.config import (
     read_yaml,
 )
 from skd_lib.config.reading import check_unset
+from skd_lib.errors import SkdError
 
 SHARED = "the runs of a comparison share data, task, teacher and evaluation"
 OWN_SECTIONS = ("distill", "student_init", "student")
@@ -86,8 +87,21 @@ class CompareConfig(ConfigSection):
         return grid
 
 
-def load_compare(path: Path) -> tuple[CompareConfig, RunConfig]:
+def is_comparison(path: Path) -> bool:
+    """Whether a YAML file is a comparison's, and not a run's.
+
+    Raises:
+        SkdError: the file is missing, or is not a mapping in YAML.
+    """
+    return "base" in read_yaml(path)
+
+
+def load_compare(path: Path, overrides: Overrides | None = None) -> tuple[CompareConfig, RunConfig]:
     """Read a comparison's YAML file and the run's that it names.
+
+    Args:
+        path: The comparison's file.
+        overrides: Further fields of `base` that are others in all runs; they go before the file's.
 
     Returns:
         The comparison, and the configuration that its runs start from.
@@ -95,10 +109,16 @@ def load_compare(path: Path) -> tuple[CompareConfig, RunConfig]:
     Raises:
         SkdError: a file is missing or is not YAML, or has a wrong, missing or unknown field.
     """
-    compare = parse_section(CompareConfig, read_yaml(path), where=str(path))
+    fields = read_yaml(path)
+    if "base" not in fields and "teacher" in fields:
+        hint = "`skd run` runs it on this machine, `skd submit` in Kubeflow"
+        raise SkdError("this is the file of a run, not of a comparison", where=str(path), hint=hint)
+    compare = parse_section(CompareConfig, fields, where=str(path))
+    if overrides:
+        compare = compare.model_copy(update={"overrides": {**compare.overrides, **overrides}})
     file = path.parent / compare.base
     load_config(file)  # whose own errors name it
-    where = f"{path}, field `overrides`"
+    where = f"{path}, field `overrides`{' with --set' if overrides else ''}"
     check_unset(RunConfig, compare.overrides, where=where)
     values = apply({**read_yaml(file), "name": compare.name}, compare.overrides, where=where)
     return compare, parse_section(RunConfig, values, where=where)

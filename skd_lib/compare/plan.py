@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,9 @@ from skd_lib.parameters import Form, Parameters, fill, read_values, short
 
 _IN_CONFIG = ("base", "overrides")
 """Fields of a comparison's file that parameter `config` stands for."""
+
+MOST_TRIALS_ON_A_CLUSTER = 40
+"""Argo keeps the state of all steps of a run in one object of Kubernetes, whose size is limited: `pipelines.sizes`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,20 @@ def plan(compare: CompareConfig, base: RunConfig, *, where: str) -> Plan:
     )
 
 
+def check_fits_cluster(plan: Plan, *, where: str) -> None:
+    """See that a comparison is small enough for one run in Kubeflow.
+
+    Raises:
+        SkdError: it is not.
+    """
+    if len(plan.trials) > MOST_TRIALS_ON_A_CLUSTER:
+        raise SkdError(
+            f"{len(plan.trials)} runs; in a cluster a comparison has at most {MOST_TRIALS_ON_A_CLUSTER}",
+            where=where,
+            hint="make several comparisons of it, each with some of the variants, or use `skd compare` on one machine",
+        )
+
+
 def to_parameters(compare: CompareConfig, base: RunConfig) -> Parameters:
     """Return the form's fields for a comparison whose `overrides` are in `base` already, as `load_compare` has them."""
     values = {name: value for name, value in short(compare).items() if name not in _IN_CONFIG}
@@ -110,7 +128,11 @@ def from_parameters(comparison: str = "{}", *, run_name: str = "", **fields: Any
         run = fill(apply({**base, "name": name}, compare.overrides, where=overridden), form, where=place)
     if errors:
         raise SkdErrors(errors)
-    return plan(compare, run, where=where)
+    planned = plan(compare, run, where=where)
+    # A notebook in the cluster is a pod too, but none of the pipeline's.
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "KFP_POD_NAME" in os.environ:
+        check_fits_cluster(planned, where=where)
+    return planned
 
 
 @contextmanager

@@ -125,5 +125,9 @@ def load_config(path: Path, overrides: Overrides | None = None) -> RunConfig:
         SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.
     """
     where = f"{path} with --set" if overrides else str(path)
+    values = read_yaml(path)
+    if "base" in values:
+        hint = "`skd compare` runs it on this machine, `skd submit` in Kubeflow"
+        raise SkdError("this is the file of a comparison, not of a run", where=str(path), hint=hint)
     check_unset(RunConfig, overrides or {}, where=where)
-    return parse_section(RunConfig, apply(read_yaml(path), overrides or {}, where=where), where=where)
+    return parse_section(RunConfig, apply(values, overrides or {}, where=where), where=where)

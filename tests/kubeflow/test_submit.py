@@ -497,7 +497,7 @@ def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, 
     values["teacher"], values["data"]["source"]["train"] = "./teacher", ["gs://b/train.jsonl"]
     with pytest.raises(SkdErrors, match=r"- teacher: \./teacher: the cluster cannot read a folder of this machine"):
         Submission.plan(RunConfig.model_validate(values), package, Place())
-    with pytest.raises(SkdError, match="this is the pipeline of comparisons"):
+    with pytest.raises(SkdError, match="the file is that of a run, and this pipeline is for a comparison"):
         Submission.plan(demo, Package.read(compiled_path("compare_methods")), Place())
     documents = yaml.safe_load(yaml.safe_dump(package.documents))
     del documents[0]["root"]["inputDefinitions"]["parameters"]["reuse"]
