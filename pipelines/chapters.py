@@ -1,16 +1,17 @@
 """The chapters of the pipelines: nested pipelines, each a box on Kubeflow's page that opens into its steps.
 
     prepare   preflight -> prepare_data -> show
-    teacher   import_model -> teacher_sft -> evaluate_both -> show
-    measure   score: evaluate_both, specdec_benchmark, evaluate_champion -> comet_score (if the task asks for it)
+    measure   score: evaluate_teacher, evaluate_student, specdec_benchmark, evaluate_champion
                   -> report
-    release   gate -> register_model
-    compare   for each trial: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark -> show
+              (with COMET, judge: score -> comet_score, in the place of score)
+    compare   evaluate_teacher
+              for each trial: compare_variant -> student_init -> distill -> evaluate, specdec_benchmark -> show
                   -> compare_table
 
 The last step of each chapter, and of each round of its loop, is never cached: Kubeflow Pipelines counts a DAG's steps
 only when one of them has really run, and leaves one whose last step comes from the cache in state RUNNING (2.17.0).
-Node pool and settings are handed on as parameters, since a nested pipeline sees its own parameters only.
+Node pool and settings are handed on as parameters, since a nested pipeline sees its own parameters only. Preflight
+gives each step its `config`: the part of the run's configuration that the step depends on.
 """
 
 from collections.abc import Callable
@@ -23,51 +24,20 @@ from components.compare_table.component import compare_table
 from components.compare_variant.component import compare_variant
 from components.distill.component import distill
 from components.evaluate.component import evaluate
-from components.evaluate_both.component import evaluate_both
 from components.evaluate_champion.component import evaluate_champion
-from components.gate.component import gate
-from components.images import TRAIN
-from components.import_model.component import import_model
+from components.evaluate_student.component import evaluate_student
+from components.evaluate_teacher.component import evaluate_teacher
 from components.preflight.component import preflight
 from components.prepare_data.component import prepare_data
-from components.register_model.component import register_model
 from components.report.component import report
 from components.show.component import show
 from components.specdec_benchmark.component import specdec_benchmark
 from components.student_init.component import student_init
-from components.teacher_sft.component import teacher_sft
 from pipelines.profiles import Profile
 from pipelines.tasks import Settler
 
 Chapter = Callable[..., dsl.PipelineTask]
 """A nested pipeline: called within another, it is a task of that."""
-
-SETTINGS: dict[str, type] = {
-    "name": str,
-    "data_config": str,
-    "task_config": str,
-    "teacher_sft_config": str,
-    "student_init_config": str,
-    "distill_config": str,
-    "evaluation_config": str,
-    "comet_config": str,
-    "specdec_config": str,
-    "registry_config": str,
-    "comet_wanted": str,
-    "trust_remote_code": bool,
-    "teacher": str,
-    "student": str,
-    "seed": int,
-    "teacher_fingerprint": str,
-    "student_fingerprint": str,
-    "model_fingerprints": str,
-    "fresh": str,
-    "trials": list,
-    "run_config": str,
-    "table_config": str,
-    "drafts": bool,
-}
-"""What preflight finds and later chapters need, with its type."""
 
 
 def outputs(**types: Any) -> Any:
@@ -75,15 +45,14 @@ def outputs(**types: Any) -> Any:
     return NamedTuple("Outputs", list(types.items()))
 
 
-Prepared = outputs(data=dsl.Dataset, **SETTINGS)
-Taught = outputs(teacher=dsl.Model, teacher_scores=dsl.Artifact)
-Measured = outputs(report=dsl.HTML, measured=str)
-Scored = outputs(student_scores=dsl.Artifact, drafts=dsl.Artifact, champion=dsl.Artifact, comet=str)
-Compared = outputs(report=dsl.Markdown)
+def prepare(profile: Profile, handed_on: dict[str, type]) -> Chapter:
+    """Return the chapter that checks the run and prepares its data.
 
-
-def prepare(profile: Profile) -> Chapter:
-    """Return the chapter that checks the run and prepares its data."""
+    Args:
+        profile: The machines.
+        handed_on: Outputs of preflight that later chapters need, with their types.
+    """
+    prepared_type = outputs(data=dsl.Dataset, **handed_on)
 
     @dsl.pipeline(name="prepare", description="Check the run before anything expensive starts, and prepare its data.")
     def prepare(
@@ -101,7 +70,7 @@ def prepare(profile: Profile) -> Chapter:
         mlflow_experiment: str,
         reuse: bool,
         settings: str,
-    ) -> Prepared:
+    ) -> prepared_type:
         step = Settler(profile, settings).step
         checked = step(
             preflight,
@@ -121,119 +90,70 @@ def prepare(profile: Profile) -> Chapter:
             mlflow_experiment=mlflow_experiment,
             reuse=reuse,
         ).outputs
-        prepared = step(
-            prepare_data,
-            "prepare_data",
-            data_config=checked["data_config"],
-            data_fingerprint=checked["data_fingerprint"],
-            seed=checked["seed"],
-            fresh=checked["fresh"],
-            problems=checked["problems"],
-        ).outputs
-        step(show, "show-data", cache=False, artifact=prepared["data"])
-        return Prepared(data=prepared["data"], **{name: checked[name] for name in SETTINGS})
+        data = step(prepare_data, "prepare_data", config=checked["prepare_data"], problems=checked["problems"]).outputs[
+            "data"
+        ]
+        step(show, "show-data", cache=False, artifact=data)
+        return prepared_type(data=data, **{name: checked[name] for name in handed_on})
 
     return prepare
 
 
-def teacher(profile: Profile) -> Chapter:
-    """Return the chapter that fetches the teacher, fine-tunes it, and scores it before and after."""
-
-    @dsl.pipeline(name="teacher", description="Fetch the teacher, fine-tune it, and score it before and after.")
-    def teacher(
-        data: dsl.Input[dsl.Dataset],
-        reference: str,
-        fingerprint: str,
-        fresh: str,
-        trust_remote_code: bool,
-        config: str,
-        evaluation_config: str,
-        task_config: str,
-        seed: int,
-        settings: str,
-        node_selector: dict,  # type: ignore[type-arg]
-        node_tolerations: list,  # type: ignore[type-arg]
-    ) -> Taught:
-        step = Settler(profile, settings, node_selector, node_tolerations).step
-        base = step(
-            import_model,
-            "import_model",
-            reference=reference,
-            fingerprint=fingerprint,
-            trust_remote_code=trust_remote_code,
-            fresh=fresh,
-        ).outputs["model"]
-        common = {"data": data, "task_config": task_config, "seed": seed}
-        tuned = step(teacher_sft, "teacher_sft", teacher=base, config=config, **common).outputs["tuned_teacher"]
-        both = step(
-            evaluate_both,
-            "evaluate_both-teacher",
-            before=base,
-            after=tuned,
-            pair="teacher",
-            config=evaluation_config,
-            **common,
-        ).outputs["evaluations"]
-        step(show, "show-teacher", cache=False, artifact=both)
-        return Taught(teacher=tuned, teacher_scores=both)
-
-    return teacher
+Scored = outputs(of_teacher=dsl.Artifact, of_student=dsl.Artifact, drafts=dsl.Artifact, champion=dsl.Artifact)
+Measured = outputs(report=dsl.HTML, measured=str)
 
 
-def measure(profile: Profile) -> Chapter:
-    """Return the chapter that measures the student, as a model and as a draft, and makes the report."""
-    score_all = _score(profile)
+def measure(profile: Profile, *, comet: bool) -> Chapter:
+    """Return the chapter that measures teacher and student, as models and as a draft, and makes the report.
 
-    @dsl.pipeline(name="measure", description="Measure the student before and after, as a model and as a draft.")
+    Args:
+        profile: The machines.
+        comet: Whether COMET judges the answers, in an image of its own.
+    """
+    score_all = _judge(profile) if comet else _score(profile)
+
+    @dsl.pipeline(name="measure", description="Measure teacher and student before and after, and the student as draft.")
     def measure(
         data: dsl.Input[dsl.Dataset],
         teacher: dsl.Input[dsl.Model],
-        teacher_scores: dsl.Input[dsl.Artifact],
         initial_student: dsl.Input[dsl.Model],
         student: dsl.Input[dsl.Model],
-        run_name: str,
-        evaluation_config: str,
-        comet_config: str,
-        comet_wanted: str,
+        teacher_config: str,
+        student_config: str,
         specdec_config: str,
-        registry_config: str,
-        task_config: str,
-        seed: int,
+        champion_config: str,
+        report_config: str,
         settings: str,
         node_selector: dict,  # type: ignore[type-arg]
         node_tolerations: list,  # type: ignore[type-arg]
+        comet_config: str = "",
     ) -> Measured:
         step = Settler(profile, settings, node_selector, node_tolerations).step
         scored = score_all(
             data=data,
             teacher=teacher,
-            teacher_scores=teacher_scores,
             initial_student=initial_student,
             student=student,
-            evaluation_config=evaluation_config,
-            comet_config=comet_config,
-            comet_wanted=comet_wanted,
+            teacher_config=teacher_config,
+            student_config=student_config,
             specdec_config=specdec_config,
-            registry_config=registry_config,
-            task_config=task_config,
-            seed=seed,
+            champion_config=champion_config,
             settings=settings,
             node_selector=node_selector,
             node_tolerations=node_tolerations,
+            **({"comet_config": comet_config} if comet else {}),
         ).outputs
         # In this very chapter: the page finds an output of a nested pipeline one level down, no further.
         page = step(
             report,
             "report",
             cache=False,
-            run_name=run_name,
-            task_config=task_config,
-            registry_config=registry_config,
-            teacher_evaluations=teacher_scores,
-            student_evaluations=scored["student_scores"],
+            teacher_evaluations=scored["of_teacher"],
+            student_evaluations=scored["of_student"],
             drafts=scored["drafts"],
             champion=scored["champion"],
-            comet=scored["comet"],
+            comet=scored["comet"] if comet else "",
+            config=report_config,
         ).outputs
         return Measured(report=page["report"], measured=page["measured"])
 
@@ -241,34 +161,31 @@ def measure(profile: Profile) -> Chapter:
 
 
 def _score(profile: Profile) -> Chapter:
-    @dsl.pipeline(name="score", description="Score the student as a model and as a draft, and the champion likewise.")
+    @dsl.pipeline(name="score", description="Score teacher and student, the student as a draft, and the champion.")
     def score(
         data: dsl.Input[dsl.Dataset],
         teacher: dsl.Input[dsl.Model],
-        teacher_scores: dsl.Input[dsl.Artifact],
         initial_student: dsl.Input[dsl.Model],
         student: dsl.Input[dsl.Model],
-        evaluation_config: str,
-        comet_config: str,
-        comet_wanted: str,
+        teacher_config: str,
+        student_config: str,
         specdec_config: str,
-        registry_config: str,
-        task_config: str,
-        seed: int,
+        champion_config: str,
         settings: str,
         node_selector: dict,  # type: ignore[type-arg]
         node_tolerations: list,  # type: ignore[type-arg]
     ) -> Scored:
         step = Settler(profile, settings, node_selector, node_tolerations).step
-        common = {"data": data, "task_config": task_config, "seed": seed}
-        student_scores = step(
-            evaluate_both,
-            "evaluate_both-student",
+        of_teacher = step(
+            evaluate_teacher, "evaluate_teacher", teacher=teacher, data=data, config=teacher_config
+        ).outputs["evaluations"]
+        of_student = step(
+            evaluate_student,
+            "evaluate_student",
             before=initial_student,
             after=student,
-            pair="student",
-            config=evaluation_config,
-            **common,
+            data=data,
+            config=student_config,
         ).outputs["evaluations"]
         # One step for both: the teacher and the two students take turns in one process, so that timings compare.
         drafts = step(
@@ -277,60 +194,85 @@ def _score(profile: Profile) -> Chapter:
             teacher=teacher,
             draft_before=initial_student,
             draft_after=student,
+            data=data,
             config=specdec_config,
-            label="",
-            wanted=True,
-            **common,
         ).outputs["drafts"]
-        # Not cached: who the champion is may have changed.
+        # Not cached: who the champion is may have changed. After the others, so that this chapter ends with a step that
+        # has really run (evaluate_student, from the cache, ends at once).
         champion = step(
             evaluate_champion,
             "evaluate_champion",
             cache=False,
             student=student,
             teacher=teacher,
-            registry_config=registry_config,
-            evaluation_config=evaluation_config,
-            specdec_config=specdec_config,
-            **common,
-        ).outputs["champion"]
-        judged = {
-            "teacher_evaluations": teacher_scores,
-            "student_evaluations": student_scores,
-            "champion": champion,
-            "config": comet_config,
-            "task_config": task_config,
-            "seed": seed,
-        }
-        # Not cached: that COMET could not be reached is true of this run, not of the next.
-        with dsl.If(comet_wanted == "true", name="comet"):
-            asked = step(comet_score, "comet_score", cache=False, **judged).outputs["scores"]
-        with dsl.Else(name="no-comet"):
-            # The same step with nothing to do; a cluster that runs without COMET needs no image with it.
-            unasked = step(comet_score, "comet_score-off", cache=False, image=TRAIN, **judged).outputs["scores"]
-        return Scored(student_scores=student_scores, drafts=drafts, champion=champion, comet=dsl.OneOf(asked, unasked))
+            data=data,
+            config=champion_config,
+        )
+        champion.after(of_teacher.task, drafts.task)
+        return Scored(
+            of_teacher=of_teacher, of_student=of_student, drafts=drafts, champion=champion.outputs["champion"]
+        )
 
     return score
 
 
-def release(profile: Profile) -> Chapter:
-    """Return the chapter that registers the student, and makes it the champion where it is good enough."""
+Judged = outputs(
+    of_teacher=dsl.Artifact, of_student=dsl.Artifact, drafts=dsl.Artifact, champion=dsl.Artifact, comet=str
+)
 
-    @dsl.pipeline(name="release", description="Register the student, as the champion where it is good enough.")
-    def release(student: dsl.Input[dsl.Model], measured: str, settings: str) -> None:
-        step = Settler(profile, settings).step
-        decision = step(gate, "gate", cache=False, measured=measured).outputs
-        step(
-            register_model,
-            "register_model",
-            cache=False,
+
+def _judge(profile: Profile) -> Chapter:
+    score_all = _score(profile)
+
+    @dsl.pipeline(name="judge", description="Score all models, and have COMET judge their answers.")
+    def judge(
+        data: dsl.Input[dsl.Dataset],
+        teacher: dsl.Input[dsl.Model],
+        initial_student: dsl.Input[dsl.Model],
+        student: dsl.Input[dsl.Model],
+        teacher_config: str,
+        student_config: str,
+        specdec_config: str,
+        champion_config: str,
+        comet_config: str,
+        settings: str,
+        node_selector: dict,  # type: ignore[type-arg]
+        node_tolerations: list,  # type: ignore[type-arg]
+    ) -> Judged:
+        scored = score_all(
+            data=data,
+            teacher=teacher,
+            initial_student=initial_student,
             student=student,
-            measured=measured,
-            promote=decision["promote"],
-            reason=decision["reason"],
+            teacher_config=teacher_config,
+            student_config=student_config,
+            specdec_config=specdec_config,
+            champion_config=champion_config,
+            settings=settings,
+            node_selector=node_selector,
+            node_tolerations=node_tolerations,
+        ).outputs
+        # Not cached: that COMET could not be reached is true of this run, not of the next.
+        comet = (
+            Settler(profile, settings, node_selector, node_tolerations)
+            .step(
+                comet_score,
+                "comet_score",
+                cache=False,
+                teacher_evaluations=scored["of_teacher"],
+                student_evaluations=scored["of_student"],
+                champion=scored["champion"],
+                config=comet_config,
+            )
+            .outputs["scores"]
         )
+        made = {name: scored[name] for name in ("of_teacher", "of_student", "drafts", "champion")}
+        return Judged(**made, comet=comet)
 
-    return release
+    return judge
+
+
+Compared = outputs(report=dsl.Markdown)
 
 
 def compare(profile: Profile) -> Chapter:
@@ -340,65 +282,45 @@ def compare(profile: Profile) -> Chapter:
     def compare(
         data: dsl.Input[dsl.Dataset],
         teacher: dsl.Input[dsl.Model],
-        teacher_scores: dsl.Input[dsl.Artifact],
         trials: list,  # type: ignore[type-arg]
-        run_name: str,
-        run_config: str,
+        variant_config: str,
         model_fingerprints: str,
-        evaluation_config: str,
-        specdec_config: str,
+        teacher_config: str,
         table_config: str,
-        task_config: str,
-        drafts: bool,
-        seed: int,
+        plan: str,
         settings: str,
         node_selector: dict,  # type: ignore[type-arg]
         node_tolerations: list,  # type: ignore[type-arg]
     ) -> Compared:
         step = Settler(profile, settings, node_selector, node_tolerations).step
-        common = {"data": data, "task_config": task_config}
+        of_teacher = step(
+            evaluate_teacher, "evaluate_teacher", teacher=teacher, data=data, config=teacher_config
+        ).outputs["evaluations"]
         # Without a name: KFP 2.15 looks for the loop by its title, under which its outputs are not.
         with dsl.ParallelFor(trials) as trial:
+            # Each trial's own label is part of the key: equal steps that run side by side make artifacts of different
+            # ids, one of which all of them would take from the cache the next time, and train again on it.
             own = step(
                 compare_variant,
                 "compare_variant",
                 cache=False,
                 trial=trial,
-                config=run_config,
+                config=variant_config,
                 model_fingerprints=model_fingerprints,
             ).outputs
-            # Each trial's own label is part of the key: equal steps that run side by side make artifacts of different
-            # ids, one of which all of them would take from the cache the next time, and train again on it.
             initial = step(
-                student_init,
-                "student_init",
-                student=own["student"],
-                fingerprint=own["student_fingerprint"],
-                teacher=teacher,
-                config=own["student_init_config"],
-                seed=own["seed"],
-                label=own["label"],
-                **common,
+                student_init, "student_init", teacher=teacher, data=data, config=own["student_init"]
             ).outputs["initial_student"]
             student = step(
-                distill,
-                "distill",
-                student=initial,
-                teacher=teacher,
-                config=own["distill_config"],
-                seed=own["seed"],
-                label=own["label"],
-                **common,
+                distill, "distill", student=initial, teacher=teacher, data=data, config=own["distill"]
             ).outputs["distilled_student"]
             answered = step(
                 evaluate,
                 "evaluate-student_after",
                 model=student,
+                data=data,
                 role="student_after",
-                config=evaluation_config,
-                seed=seed,
-                label=own["label"],
-                **common,
+                config=own["evaluate"],
             ).outputs["evaluation"]
             drafted = step(
                 specdec_benchmark,
@@ -406,25 +328,19 @@ def compare(profile: Profile) -> Chapter:
                 teacher=teacher,
                 draft_before=initial,
                 draft_after=student,
-                config=specdec_config,
-                seed=seed,
-                label=own["label"],
-                wanted=drafts,
-                **common,
+                data=data,
+                config=own["specdec_benchmark"],
             ).outputs["drafts"]
             step(show, "show-trial", cache=False, artifact=answered).after(drafted.task)
         table = step(
             compare_table,
             "compare_table",
             cache=False,
-            run_name=run_name,
             evaluations=dsl.Collected(answered),
             drafts=dsl.Collected(drafted),
-            teacher_evaluations=teacher_scores,
+            teacher_evaluations=of_teacher,
             config=table_config,
-            evaluation_config=evaluation_config,
-            task_config=task_config,
-            seed=seed,
+            plan=plan,
         ).outputs
         return Compared(report=table["report"])
 

@@ -3,8 +3,9 @@
     prepare -> teacher -> compare
     exit handler: finish
 
-`pipelines.chapters` says what is in each. Compiled by `skd compile` into `pipelines/compiled/compare_methods.yaml`;
-`skd compare` runs the same definition on this machine, one trial after another.
+`prepare` and `compare` are chapters (`pipelines.chapters`), `teacher` is step teacher_sft. Compiled by `skd compile`
+into `pipelines/compiled/compare_methods.yaml`; `skd compare` runs the same definition on this machine, one trial after
+another.
 """
 
 from typing import Any
@@ -12,10 +13,19 @@ from typing import Any
 from kfp import dsl
 
 from components.finish.component import finish
+from components.teacher_sft.component import teacher_sft
 from pipelines import chapters
 from pipelines.places import CONFIG_MAP
 from pipelines.profiles import Profile
 from pipelines.tasks import Settler
+
+HANDED_ON = {
+    **dict.fromkeys(
+        ("teacher_sft", "evaluate_teacher", "compare_variant", "model_fingerprints", "compare_table", "plan"), str
+    ),
+    "trials": list,
+}
+"""What preflight gives to later steps."""
 
 
 def compare_methods(profile: Profile) -> Any:
@@ -25,7 +35,7 @@ def compare_methods(profile: Profile) -> Any:
         profile: What the steps ask of the cluster.
     """
     pool_labels, pool_taints = profile.shared_pool
-    prepare, teach, compare = chapters.prepare(profile), chapters.teacher(profile), chapters.compare(profile)
+    prepare, compare = chapters.prepare(profile, HANDED_ON), chapters.compare(profile)
 
     @dsl.pipeline(
         name="skd-compare-methods",
@@ -75,7 +85,8 @@ def compare_methods(profile: Profile) -> Any:
         """
         pool = {"settings": settings, "node_selector": node_selector, "node_tolerations": node_tolerations}
         run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        end = Settler(profile, settings).step(finish, "finish", cache=False, run_name=run_name)
+        step = Settler(profile, **pool).step
+        end = step(finish, "finish", cache=False, run_name=run_name)
         with dsl.ExitHandler(end, name="comparison"):
             prepared = prepare(
                 run_name=run_name,
@@ -93,23 +104,18 @@ def compare_methods(profile: Profile) -> Any:
                 reuse=reuse,
                 settings=settings,
             ).outputs
-            common = {name: prepared[name] for name in ("data", "task_config", "seed", "evaluation_config")}
-            taught = teach(
-                reference=prepared["teacher"],
-                fingerprint=prepared["teacher_fingerprint"],
-                fresh=prepared["fresh"],
-                trust_remote_code=prepared["trust_remote_code"],
-                config=prepared["teacher_sft_config"],
-                **common,
-                **pool,
-            ).outputs
-            shared = ("trials", "run_config", "model_fingerprints", "specdec_config", "table_config", "drafts")
+            teacher = step(
+                teacher_sft, "teacher_sft", title="teacher", data=prepared["data"], config=prepared["teacher_sft"]
+            ).outputs["tuned_teacher"]
             compare(
-                teacher=taught["teacher"],
-                teacher_scores=taught["teacher_scores"],
-                run_name=prepared["name"],
-                **{name: prepared[name] for name in shared},
-                **common,
+                data=prepared["data"],
+                teacher=teacher,
+                trials=prepared["trials"],
+                variant_config=prepared["compare_variant"],
+                model_fingerprints=prepared["model_fingerprints"],
+                teacher_config=prepared["evaluate_teacher"],
+                table_config=prepared["compare_table"],
+                plan=prepared["plan"],
                 **pool,
             )
 

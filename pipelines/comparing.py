@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.graph import count_steps, read_steps, unrolled
+from pipelines.graph import read_steps, unrolled
 from pipelines.local import LocalRun, RunFolder, run_pipeline
 from pipelines.progress import Display
 from skd_lib.compare.plan import Plan
@@ -45,7 +45,7 @@ def run_comparison(
     failed: dict[str, str] = {}
     while True:
         left = plan.without(failed)
-        steps = count_steps(unrolled(read_steps(documents[0]), [trial.label for trial in left.trials]))
+        steps = len(unrolled(read_steps(documents[0]), [trial.label for trial in left.trials]))
         say(f"comparison {plan.base.name}: {len(left.trials)} runs, {steps} steps, files in {folder.root}")
         finished = run_pipeline(
             plan.base,

@@ -17,17 +17,22 @@ from components.images import COMET, TRAIN
 from pipelines.graph import producers
 from pipelines.lint_platform import lint_documents
 from pipelines.profiles import DEFAULT, load_profile
+from skd_lib.config import RunConfig
 from skd_lib.documents import parse_yaml_documents, read_text
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
 
-PIPELINES = ("distillation", "compare_methods")
-"""Each is a function of this name in the module of this name."""
+PIPELINES = {
+    "distillation": "distillation",
+    "distillation_comet": "distillation",
+    "compare_methods": "compare_methods",
+}
+"""The functions that define pipelines, and their modules."""
 COMPILED = Path(__file__).parent / "compiled"
 PROFILE_WORD = "Profile"
 """Comes before the profile's name at the end of a compiled pipeline's description."""
-HEADER = "# Compiled from pipelines/{name}.py by `skd compile`. Do not edit.\n"
+HEADER = "# Compiled from pipelines/{module}.py by `skd compile`. Do not edit.\n"
 Documents = list[dict[str, Any]]
 
 
@@ -35,6 +40,11 @@ def profile_of(documents: Documents) -> str:
     """Return the name of the profile that a pipeline was compiled for; empty where it does not say."""
     description = str(documents[0]["pipelineInfo"].get("description", ""))
     return description.rpartition(f" {PROFILE_WORD} ")[2].rstrip(".") if f" {PROFILE_WORD} " in description else ""
+
+
+def pipeline_for(config: RunConfig) -> str:
+    """Return the name of the pipeline that does a run: one with a step for COMET only where its task asks for it."""
+    return "distillation_comet" if config.task.wants_comet else "distillation"
 
 
 def compiled_path(name: str = "distillation") -> Path:
@@ -65,7 +75,7 @@ def compile_pipeline(
     """
     from kfp import compiler
 
-    pipeline = getattr(importlib.import_module(f"pipelines.{name}"), name)(load_profile(profile))
+    pipeline = getattr(importlib.import_module(f"pipelines.{PIPELINES[name]}"), name)(load_profile(profile))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))
@@ -119,7 +129,9 @@ def set_image(container: dict[str, Any], image: str) -> None:
 
 def to_text(documents: Documents, *, name: str = "distillation") -> str:
     """The documents as text, keys sorted: KFP's own header lists defaults in an order that changes between runs."""
-    return HEADER.format(name=name) + yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
+    return HEADER.format(module=PIPELINES[name]) + yaml.safe_dump_all(
+        documents, sort_keys=True, width=120, allow_unicode=True
+    )
 
 
 def write_compiled(

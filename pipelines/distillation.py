@@ -3,8 +3,9 @@
     prepare -> teacher -> student -> distil -> measure -> release
     exit handler: finish
 
-`pipelines.chapters` says what is in each. Compiled by `skd compile` into `pipelines/compiled/distillation.yaml`;
-`skd run` runs the same definition locally.
+`prepare` and `measure` are chapters (`pipelines.chapters`), the others single steps: teacher_sft, student_init,
+distill, register_model. Compiled by `skd compile` into `pipelines/compiled/distillation.yaml` and, with a step for
+COMET, `distillation_comet.yaml`; `skd run` runs the same definition locally.
 """
 
 from typing import Any
@@ -13,25 +14,42 @@ from kfp import dsl
 
 from components.distill.component import distill
 from components.finish.component import finish
+from components.register_model.component import register_model
 from components.student_init.component import student_init
+from components.teacher_sft.component import teacher_sft
 from pipelines import chapters
 from pipelines.places import CONFIG_MAP
 from pipelines.profiles import Profile
 from pipelines.tasks import Settler
 
+HANDED_ON = dict.fromkeys(
+    (
+        *("teacher_sft", "student_init", "distill"),
+        *("evaluate_teacher", "evaluate", "specdec_benchmark", "evaluate_champion", "report"),
+    ),
+    str,
+)
+"""What preflight gives to later steps: each its part of the configuration."""
 
-def distillation(profile: Profile) -> Any:
+
+def distillation_comet(profile: Profile) -> Any:
+    """Return the pipeline in which COMET, in an image of its own, judges the answers; see `distillation`."""
+    return distillation(profile, comet=True)
+
+
+def distillation(profile: Profile, *, comet: bool = False) -> Any:
     """Return the pipeline.
 
     Args:
         profile: What the steps ask of the cluster.
+        comet: Whether it has a step for COMET. One that is not needed costs image, node and room in Kubeflow's records.
     """
     pool_labels, pool_taints = profile.shared_pool
-    prepare, teach = chapters.prepare(profile), chapters.teacher(profile)
-    measure, release = chapters.measure(profile), chapters.release(profile)
+    judged = {"comet_score": str} if comet else {}
+    prepare, measure = chapters.prepare(profile, {**HANDED_ON, **judged}), chapters.measure(profile, comet=comet)
 
     @dsl.pipeline(
-        name="skd-distillation",
+        name=f"skd-distillation{'-comet' * comet}",
         description="Distil a large language model into a small one by Speculative Knowledge Distillation, measure it "
         "as a model and as a draft for speculative decoding, and register it.",
     )
@@ -97,52 +115,47 @@ def distillation(profile: Profile) -> Any:
                 reuse=reuse,
                 settings=settings,
             ).outputs
-            common = {name: prepared[name] for name in ("data", "task_config", "seed")}
-            taught = teach(
-                reference=prepared["teacher"],
-                fingerprint=prepared["teacher_fingerprint"],
-                fresh=prepared["fresh"],
-                trust_remote_code=prepared["trust_remote_code"],
-                config=prepared["teacher_sft_config"],
-                evaluation_config=prepared["evaluation_config"],
-                **common,
-                **pool,
-            ).outputs
+            data = prepared["data"]
+            teacher = step(
+                teacher_sft, "teacher_sft", title="teacher", data=data, config=prepared["teacher_sft"]
+            ).outputs["tuned_teacher"]
             initial = step(
                 student_init,
                 "student_init",
                 title="student",
-                student=prepared["student"],
-                fingerprint=prepared["student_fingerprint"],
-                teacher=taught["teacher"],
-                config=prepared["student_init_config"],
-                label="",
-                **common,
+                teacher=teacher,
+                data=data,
+                config=prepared["student_init"],
             ).outputs["initial_student"]
             student = step(
                 distill,
                 "distill",
                 title="distil",
                 student=initial,
-                teacher=taught["teacher"],
-                config=prepared["distill_config"],
-                label="",
-                **common,
+                teacher=teacher,
+                data=data,
+                config=prepared["distill"],
             ).outputs["distilled_student"]
             measured = measure(
-                teacher=taught["teacher"],
-                teacher_scores=taught["teacher_scores"],
+                data=data,
+                teacher=teacher,
                 initial_student=initial,
                 student=student,
-                run_name=prepared["name"],
-                evaluation_config=prepared["evaluation_config"],
-                comet_config=prepared["comet_config"],
-                comet_wanted=prepared["comet_wanted"],
-                specdec_config=prepared["specdec_config"],
-                registry_config=prepared["registry_config"],
-                **common,
+                teacher_config=prepared["evaluate_teacher"],
+                student_config=prepared["evaluate"],
+                specdec_config=prepared["specdec_benchmark"],
+                champion_config=prepared["evaluate_champion"],
+                report_config=prepared["report"],
+                comet_config=prepared["comet_score"] if comet else "",
                 **pool,
             ).outputs
-            release(student=student, measured=measured["measured"], settings=settings)
+            step(
+                register_model,
+                "register_model",
+                title="release",
+                cache=False,
+                student=student,
+                measured=measured["measured"],
+            )
 
     return pipeline

@@ -24,7 +24,6 @@ class Step:
         cached: Whether its outputs are reused when nothing it depends on has changed.
         is_exit: It runs at the end, whether the others succeeded or failed.
         waits_for: Names of the steps it waits for directly.
-        choice: Names the choice (If, Else) that it is an outcome of; empty if it always runs.
         loop: Names the loop (ParallelFor) whose body it is in; empty if it runs once.
         iteration: Names the round of that loop, see `unrolled`.
     """
@@ -35,20 +34,14 @@ class Step:
     cached: bool
     is_exit: bool
     waits_for: tuple[str, ...]
-    choice: str = ""
     loop: str = ""
     iteration: str = ""
 
 
 def read_steps(spec: dict[str, Any]) -> list[Step]:
     """All container steps of a pipeline spec, nested DAGs included, each after the steps it waits for."""
-    steps = _steps_of("root", spec["root"], spec)
+    steps = _steps_of(spec["root"], spec)
     return [step for step in steps if not step.is_exit] + [step for step in steps if step.is_exit]
-
-
-def count_steps(steps: list[Step]) -> int:
-    """How many steps a run has: of each choice one."""
-    return sum(not step.choice for step in steps) + len({step.choice for step in steps if step.choice})
 
 
 def unrolled(steps: list[Step], iterations: Sequence[str]) -> list[Step]:
@@ -97,14 +90,9 @@ def producers(task: Mapping[str, Any]) -> set[str]:
 
 
 def _steps_of(
-    dag: str,
-    component: dict[str, Any],
-    spec: dict[str, Any],
-    before: tuple[str, ...] = (),
-    choice: str = "",
-    loop: str = "",
+    component: dict[str, Any], spec: dict[str, Any], before: tuple[str, ...] = (), loop: str = ""
 ) -> list[Step]:
-    """The steps of the DAG named `dag`, which starts after the steps `before`."""
+    """The steps of a DAG, which starts after the steps `before`."""
     tasks: dict[str, Any] = component["dag"]["tasks"]
     order = TopologicalSorter({name: awaited(task) for name, task in tasks.items()}).static_order()
     steps: list[Step] = []
@@ -115,10 +103,8 @@ def _steps_of(
         target = spec["components"][key]
         waits_for = (*before, *(step for other in awaited(task) for step in ends[other]))
         if "dag" in target:
-            # The outcomes of one choice are conditional tasks of one DAG.
-            outcome = choice or (dag if "condition" in task.get("triggerPolicy", {}) else "")
             around = loop or (name if "parameterIterator" in task else "")
-            inner = _steps_of(name, target, spec, waits_for, outcome, around)
+            inner = _steps_of(target, spec, waits_for, around)
             followed = {other for step in inner for other in step.waits_for}
             ends[name] = tuple(step.name for step in inner if step.name not in followed)
             steps += inner
@@ -137,7 +123,6 @@ def _steps_of(
                     "taskFinalStatus" in value for value in task.get("inputs", {}).get("parameters", {}).values()
                 ),
                 waits_for=waits_for,
-                choice=choice,
                 loop=loop,
             )
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ from skd_lib.storage import write_text_atomic
 from skd_lib.uris import redacted
 
 UNLABELLED = ("student-init",)
-"""Components of which the parameter `label` is not part of the key: it only names the step's run in MLflow, and trials
+"""Components of which the label in `config` is not part of the key: it only names the step's run in MLflow, and trials
 that start from one student make it once where they run one after another."""
 HANDLER_ARGUMENTS = ("self", "image", "full_command", "pipeline_root", "runner", "env_vars")
 ROUND_ARGUMENTS = (
@@ -194,7 +195,8 @@ def _replaced(executor: Executor) -> Iterator[None]:
             component = component_name.removeprefix(COMPONENT_PREFIX)
             self._current.component = key_of(component)
             if component in UNLABELLED:
-                arguments = {name: value for name, value in arguments.items() if name != "label"}
+                config = {name: value for name, value in json.loads(arguments["config"]).items() if name != "label"}
+                arguments = {**arguments, "config": json.dumps(config)}
             return str(super().compute_key(component_name, image, full_command, arguments, *args, **kwargs))
 
         def get(self, key: str) -> dict[str, Any] | None:

@@ -82,23 +82,16 @@ class NodeStatuses:
         tasks = component["dag"]["tasks"]
         order = TopologicalSorter({key: awaited(task) for key, task in tasks.items()})
         made: dict[str, dict[str, dict[str, Any]]] = {}
-        branches: list[tuple[int, int]] = []
         for key in order.static_order():
-            task, before = tasks[key], len(self.nodes)
+            task = tasks[key]
             self.tasks[name, key] = to_json(task)
             values = {k: _parameter(v, inputs, made) for k, v in task.get("inputs", {}).get("parameters", {}).items()}
             files = {k: _artifact(v, artifacts, made) for k, v in task.get("inputs", {}).get("artifacts", {}).items()}
             made[key] = self._task(key, task, values, files, f"{place}.{key}")
-            if name.startswith("comp-condition-branches"):
-                branches.append((before, len(self.nodes)))
-        branches.sort(key=lambda branch: len(to_json(self.nodes[slice(*branch)])))
-        for branch in sorted(branches[:-1], reverse=True):
-            del self.nodes[slice(*branch)]  # one branch of an If is taken: the largest, at the worst
         declared = component["dag"].get("outputs", {})
         found: dict[str, dict[str, Any]] = {"parameters": {}, "artifacts": {}}
         for key, chosen in declared.get("parameters", {}).items():
-            selectors = chosen.get("valueFromOneof", {}).get("parameterSelectors") or [chosen["valueFromParameter"]]
-            producer = selectors[0]  # each branch of an If gives the same sort of value
+            producer = chosen["valueFromParameter"]
             found["parameters"][key] = made[producer["producerSubtask"]]["parameters"][producer["outputParameterKey"]]
         for key, chosen in declared.get("artifacts", {}).items():
             producer = chosen["artifactSelectors"][0]
@@ -271,33 +264,69 @@ def _pod(container: Spec, settings: Spec, arguments: list[str], executor_input: 
     run = ["--pipeline_name", "skd-compare-methods", "--run_id", _FOLDER[-36:], "--execution_id", "100000"]
     pod = ["--pod_name", "$(KFP_POD_NAME)", "--pod_uid", "$(KFP_POD_UID)", "--publish_logs", "true"]
     launcher = ["/kfp-launcher/launch", *run, "--executor_input", executor_input, "--component_spec", component]
-    variables: list[dict[str, Any]] = list(container.get("env", []))
-    for kind, reference in (("secretAsEnv", "secretKeyRef"), ("configMapAsEnv", "configMapKeyRef")):
-        for source in settings.get(kind, []):
-            for pair in source["keyToEnv"]:
-                key = pair.get("secretKey", pair.get("configMapKey"))
-                chosen = {"name": "skd-settings", "key": key, "optional": True}
-                variables.append({"name": pair["envVar"], "valueFrom": {reference: chosen}})
-    kept = {key: value for key, value in settings.items() if not key.endswith(("AsEnv", "AsVolume", "Mounts"))}
-    mounted = {
-        each.get("volumeName", each.get("secretName", _TEXT)): each
-        for key, several in settings.items()
-        if key.endswith(("AsVolume", "Mounts"))
-        for each in several
-    }
-    kept["volumes"] = [
-        {"name": name, "secret": {"secretName": name, "defaultMode": 420, "optional": True}} for name in mounted
-    ]
     main = {
         "name": "main",
         "image": container["image"],
         "command": [*launcher, *pod, *server, *database, "--"],
         "args": arguments,
-        "env": variables,
-        "resources": container.get("resources", {}),
-        "volumeMounts": [{"name": name, "mountPath": each["mountPath"]} for name, each in mounted.items()],
+        "env": [*container.get("env", []), *_variables(settings)],
+        "resources": _resources(container.get("resources", {})),
+        "volumeMounts": [{"name": name, "mountPath": mounted["mountPath"]} for name, mounted, _ in _volumes(settings)],
     }
+    kept: dict[str, Any] = {"volumes": [{"name": name, **source} for name, _, source in _volumes(settings)]}
+    if "nodeSelector" in settings:
+        kept["nodeSelector"] = settings["nodeSelector"].get("labels", _POOL_LABELS)
+    if "tolerations" in settings:
+        kept["tolerations"] = [
+            {k: v for k, v in each.items() if k != "tolerationJson"} or _POOL_TAINT for each in settings["tolerations"]
+        ]
+    if "activeDeadlineSeconds" in settings:
+        kept["activeDeadlineSeconds"] = int(settings["activeDeadlineSeconds"])
     return {"containers": [main], **kept}
+
+
+_POOL_LABELS = {"cloud.google.com/gke-accelerator": "nvidia-l4"}
+_POOL_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+
+
+def _variables(settings: Spec) -> list[dict[str, Any]]:
+    found = [
+        {"name": each["name"], "valueFrom": {"fieldRef": {"fieldPath": each["fieldPath"]}}}
+        for each in settings.get("fieldPathAsEnv", [])
+    ]
+    for kind, reference in (("secretAsEnv", "secretKeyRef"), ("configMapAsEnv", "configMapKeyRef")):
+        for source in settings.get(kind, []):
+            for pair in source["keyToEnv"]:
+                key = pair.get("secretKey", pair.get("configMapKey"))
+                chosen = {"name": "skd-settings", "key": key, "optional": True}
+                found.append({"name": pair["envVar"], "valueFrom": {reference: chosen}})
+    return found
+
+
+def _volumes(settings: Spec) -> list[tuple[str, Spec, Spec]]:
+    """Name, mount and source of each volume."""
+    found: list[tuple[str, Spec, Spec]] = []
+    for each in settings.get("emptyDirMounts", []):
+        source = {key: each[key] for key in ("medium", "sizeLimit") if key in each}
+        found.append((each["volumeName"], each, {"emptyDir": source}))
+    for each in settings.get("secretAsVolume", []):
+        source = {"secretName": each["secretName"], "optional": True}
+        found.append((each["secretName"], each, {"secret": source}))
+    found += [
+        ("skd-settings", each, {"configMap": {"name": "skd-settings", "optional": True}})
+        for each in settings.get("configMapAsVolume", [])
+    ]
+    return found
+
+
+def _resources(asked: Spec) -> dict[str, Any]:
+    """Requests and limits as Kubernetes spells them."""
+    requests = {"cpu": asked.get("resourceCpuRequest"), "memory": asked.get("resourceMemoryRequest")}
+    limits = {"cpu": asked.get("resourceCpuLimit"), "memory": asked.get("resourceMemoryLimit")}
+    if accelerator := asked.get("accelerator"):
+        limits[accelerator["resourceType"]] = accelerator["resourceCount"]
+    sides = {"limits": limits, "requests": requests}
+    return {side: {key: value for key, value in of.items() if value} for side, of in sides.items()}
 
 
 _PLACE = re.compile(r"\{\{\$\.inputs\.parameters\['(.+?)'\]\}\}")

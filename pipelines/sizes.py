@@ -5,8 +5,8 @@ Argo keeps the state of a run, a node status for each step, DAG and driver, in o
 beyond `KEPT` (compressed) Argo can no longer write, and the run never ends. Both were seen, with Argo 4.0.8 and
 Kubeflow Pipelines 2.17.0, and so were these sizes of runs of an earlier pipeline:
 
-    distillation at its end         1,125 kB   computed 1,010 kB
-    comparison, 4 trials, wrapped   2,810 kB   computed 2,820 kB; compressed 326 kB, computed 340 kB
+    distillation at its end         1,125 kB   computed 1,000 kB
+    comparison, 4 trials, wrapped   2,810 kB   computed 2,800 kB; compressed 326 kB, computed 340 kB
 """
 
 from __future__ import annotations
@@ -85,18 +85,22 @@ def expected(config: RunConfig, plan: Plan | None = None) -> Outputs:
         plan: The comparison's, if it is one.
     """
     from skd_lib.compare.trials import Trial
+    from skd_lib.config.step import StepConfig
     from skd_lib.steps.compare_variant import outputs_of
     from skd_lib.steps.preflight import settings_of
 
     trials = plan.trials if plan else []
     models = {config.teacher, config.student or "", *(trial.config(config).student or "" for trial in trials)}
-    settings = {**settings_of(config, plan), "model_fingerprints": ascii_json(dict.fromkeys(sorted(models), "x" * 64))}
+    digest = "x" * 64
+    settings = settings_of(config, plan, data=digest, models=dict.fromkeys(sorted(models), digest))
+    settings["problems"] = ""
 
     def outputs(component: str, inputs: Spec, declared: Spec) -> Spec:
         if component == "preflight":
             return settings
         if component == "compare-variant":
-            return outputs_of(Trial.model_validate_json(inputs["trial"]), config, {})
+            base = StepConfig.model_validate_json(inputs["config"])
+            return outputs_of(Trial.model_validate_json(inputs["trial"]), base, {})
         return {name: LONGEST[name] for name in declared.get("parameters", {}) if name in LONGEST}
 
     return outputs

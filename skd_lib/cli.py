@@ -134,13 +134,13 @@ def run(
     from pipelines.stopping import ends_told, same_command
 
     with ends_told(same_command()):
-        from pipelines.compiling import compile_pipeline
-        from pipelines.graph import count_steps, read_steps
+        from pipelines.compiling import compile_pipeline, pipeline_for
+        from pipelines.graph import read_steps
         from pipelines.local import RunFolder, run_pipeline
         from pipelines.progress import display_for
 
-        documents = compile_pipeline(image, comet_image)
-        steps = count_steps(read_steps(documents[0]))
+        documents = compile_pipeline(image, comet_image, name=pipeline_for(settings))
+        steps = len(read_steps(documents[0]))
         folder = RunFolder.create(runs_dir, settings.name)
         containers = _containers(settings, folder, image, comet_image, uri) if docker else None
         _say(
@@ -181,11 +181,11 @@ def _containers(
 def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri: str) -> None:
     from rich.table import Table
 
-    from pipelines.compiling import compile_pipeline
+    from pipelines.compiling import compile_pipeline, pipeline_for
     from pipelines.graph import read_steps
 
     table = Table("step", "runs", "after", title=f"run {config.name}", title_justify="left", box=None)
-    for step in read_steps(compile_pipeline()[0]):
+    for step in read_steps(compile_pipeline(name=pipeline_for(config))[0]):
         after = "everything" if step.is_exit else ", ".join(step.waits_for) or "-"
         table.add_row(step.name, f"python3 -m {step.command}", after)
     console.print(table)
@@ -242,7 +242,9 @@ def compile_(
     ] = None,
     pipeline: Annotated[
         str | None,
-        typer.Option(help="distillation or compare_methods.", show_default="both; with --output distillation"),
+        typer.Option(
+            help="distillation, distillation_comet or compare_methods.", show_default="all; with --output distillation"
+        ),
     ] = None,
     profile: Annotated[
         str | None,
@@ -267,7 +269,7 @@ def compile_(
 
     if pipeline not in (None, *PIPELINES):
         raise SkdError(f"there is no pipeline {pipeline!r}", where="--pipeline", hint=f"one of {', '.join(PIPELINES)}")
-    names = [pipeline] if pipeline else PIPELINES[:1] if output else PIPELINES
+    names = [pipeline] if pipeline else ["distillation"] if output else list(PIPELINES)
     paths = {name: output or compiled_path(name) for name in names}
     chosen = profile or DEFAULT
     if check:

@@ -20,7 +20,7 @@ def comet_score(
     COMET or its model is not to be had the step succeeds all the same, and says why.
 
     Args:
-        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_both` wrote it.
+        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_teacher` wrote it.
         student_evaluations: The student before and after distillation, likewise.
         champion: The registered champion, as `evaluate_champion` wrote it.
         config: The run's settings that this step depends on, as JSON: `evaluation`, `task` (without the metric `comet`

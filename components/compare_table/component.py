@@ -25,7 +25,7 @@ def compare_table(
     Args:
         evaluations: Evaluation of each student, as `evaluate` wrote it, in any order.
         drafts: Each student as a draft, as `specdec_benchmark` wrote it, in any order.
-        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_both` wrote it.
+        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_teacher` wrote it.
         config: The run's settings that this step depends on, as JSON: `name`, `evaluation`, `task`, `seed`.
         plan: The comparison: reference, trials, and those left out, each with a reason.
 

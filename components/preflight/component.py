@@ -26,6 +26,7 @@ def preflight(
     teacher_sft: dsl.OutputPath(str),
     student_init: dsl.OutputPath(str),
     distill: dsl.OutputPath(str),
+    evaluate_teacher: dsl.OutputPath(str),
     evaluate: dsl.OutputPath(str),
     specdec_benchmark: dsl.OutputPath(str),
     evaluate_champion: dsl.OutputPath(str),
@@ -65,7 +66,8 @@ def preflight(
         teacher_sft: Its `config`, likewise, with the fingerprint of the teacher's files.
         student_init: Its `config`, likewise, with the fingerprint of the student's files. Empty in a comparison.
         distill: Its `config`. Empty in a comparison.
-        evaluate: The `config` of `evaluate` and `evaluate_both`.
+        evaluate_teacher: The `config` of `evaluate_teacher`.
+        evaluate: The `config` of `evaluate_student`.
         specdec_benchmark: Its `config`. Empty in a comparison.
         evaluate_champion: Its `config`. Empty in a comparison.
         comet_score: Its `config`. Empty in a comparison.
@@ -102,6 +104,7 @@ def preflight(
             "teacher_sft": teacher_sft,
             "student_init": student_init,
             "distill": distill,
+            "evaluate_teacher": evaluate_teacher,
             "evaluate": evaluate,
             "specdec_benchmark": specdec_benchmark,
             "evaluate_champion": evaluate_champion,

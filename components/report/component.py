@@ -25,7 +25,7 @@ def report(
 
     Args:
         config: The run's settings that this step depends on, as JSON: `name`, `task`, `registry`.
-        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_both` wrote it.
+        teacher_evaluations: The teacher before and after fine-tuning, as `evaluate_teacher` wrote it.
         student_evaluations: The student before and after distillation, likewise.
         drafts: The student as draft before and after, as `specdec_benchmark` wrote it.
         champion: The registered champion, as `evaluate_champion` wrote it.

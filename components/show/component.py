@@ -13,6 +13,6 @@ def show(artifact: dsl.Input[dsl.Artifact]) -> dsl.ContainerSpec:
     The log has it: how many examples the prepared data has, or the scores of evaluated models.
 
     Args:
-        artifact: What `prepare_data`, `evaluate` or `evaluate_both` wrote.
+        artifact: What `prepare_data`, `evaluate` or `evaluate_student` wrote.
     """
     return run_step("show", TRAIN, {"artifact": artifact.path}, {})

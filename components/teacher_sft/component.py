@@ -10,7 +10,6 @@ from components.images import TRAIN
 def teacher_sft(
     data: dsl.Input[dsl.Dataset],
     config: str,
-    teacher_base: dsl.Output[dsl.Model],
     tuned_teacher: dsl.Output[dsl.Model],
 ) -> dsl.ContainerSpec:
     """Fetch the teacher and fine-tune it on the task.
@@ -25,7 +24,6 @@ def teacher_sft(
             `teacher_sft`, `task`, `seed`, `fresh`.
 
     Returns:
-        teacher_base: The teacher as it was fetched, with a record of its origin.
         tuned_teacher: The fine-tuned teacher, with a record of its training.
     """
     return run_step(
@@ -34,8 +32,7 @@ def teacher_sft(
         {
             "data": data.path,
             "config": config,
-            "base_out": teacher_base.path,
             "teacher_out": tuned_teacher.path,
         },
-        {"teacher_base": teacher_base, "tuned_teacher": tuned_teacher},
+        {"tuned_teacher": tuned_teacher},
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.graph import Step, count_steps
+from pipelines.graph import Step
 from pipelines.progress import duration
 from pipelines.submitting.api import KubeflowPipelines
 from pipelines.submitting.states import (
@@ -140,7 +140,7 @@ class _Shown:
     def _line(self, text: str, *, running: bool = False) -> None:
         """A line with how many steps are done, that one included while it runs, and how many there are as we know."""
         rounds = iterations_of(self._said.values())
-        once = count_steps([step for step in self._steps if not step.loop])
+        once = sum(not step.loop for step in self._steps)
         total = once + sum(max(rounds.get(step.loop, 1), 1) for step in self._steps if step.loop)
         done = sum(state.state in {SUCCEEDED, REUSED} for state in self._said.values())
         self._say(f"[{min(done + running, total)}/{total}] {text}")

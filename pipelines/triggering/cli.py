@@ -99,10 +99,14 @@ def trigger(
     The run is named after a fingerprint of the data, the settings and the pipeline. There is none while the data is
     incomplete, and none if one of that name waits, runs, has succeeded, was cancelled by a person, or has failed
     --attempts times.
+
+    Exit codes: 0 a run was started, or there is nothing to start (--json says which: `fire`); 2 something to correct,
+    the server does not answer, another process holds the claim, or it is not known whether a run started; 70 a bug of
+    skd. How the run ends is not waited for.
     """
     from pipelines.compiling import compiled_path, pipeline_for
     from pipelines.submitting.submit import Package, Place
-    from pipelines.triggering.trigger import Trigger, reading_from
+    from pipelines.triggering.trigger import Trigger, check_source
     from skd_lib.config import load_config
     from skd_lib.storage import is_remote
 
@@ -122,7 +126,7 @@ def trigger(
         if push_account and not push_audience:
             raise SkdError("an account is known by its token", where="--push-account", hint="give --push-audience too")
     else:
-        reading_from(run_config, source)  # a wrong config is told before the server is asked
+        check_source(run_config, source)  # before the server is asked
     place = Place(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
     package = Package.read(pipeline or compiled_path(pipeline_for(run_config)))
     bound = Trigger(run_config, package, place, server.connect(), claims, marker, attempts, tracking_uri)

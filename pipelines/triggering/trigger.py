@@ -245,6 +245,23 @@ class _Memory:
         return True
 
 
+def check_source(config: RunConfig, source: str) -> None:
+    """See that a configuration can read from a source, and that there is one: a misspelt one would wait for ever.
+
+    Raises:
+        SkdError: it reads from elsewhere, the cluster could not read it, or there is nothing.
+    """
+    files = reading_from(config, source).data.source
+    if not isinstance(files, FilesSource):
+        return
+    if not storage.is_remote(source) and "://" not in source and not os.path.isabs(source):
+        hint = "give a gs:// URI, or the absolute path of a volume that is mounted here as in the steps' pods"
+        raise SkdError("the cluster cannot read a relative path of this machine", where=f"SOURCE {source}", hint=hint)
+    if not storage.exists(source):
+        hint = "check the spelling; a folder in a bucket is there once a file is in it"
+        raise SkdError("there is no such folder", where=f"SOURCE {source}", hint=hint)
+
+
 def reading_from(config: RunConfig, source: str) -> RunConfig:
     """The configuration with `source` for `{source}` in its data files.
 

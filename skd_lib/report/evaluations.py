@@ -103,6 +103,6 @@ def read_evaluations(folder: Path) -> dict[Role, Evaluated]:
     """
     found = {role: read_evaluation(folder / role) for role in ROLES if (folder / role).is_dir()}
     if not found:
-        hint = "name a folder that step `evaluate_both` wrote"
+        hint = "name a folder that step `evaluate_student` wrote"
         raise SkdError(f"there is no folder of a role ({', '.join(ROLES)})", where=str(folder), hint=hint)
     return found

@@ -351,7 +351,7 @@ def build_summary(
     drafts = {moment: specdec[moment] for moment in MOMENTS if moment in specdec}
     seconds: dict[str, float] = {}
     for role, value in found.items():  # one step evaluates a model before and after
-        step = f"evaluate_both-{role.partition('_')[0]}"
+        step = f"evaluate_{role.partition('_')[0]}"
         seconds[step] = seconds.get(step, 0) + value.seconds
     if drafts:  # one step measures both
         seconds["specdec_benchmark"] = max(value.seconds for value in drafts.values())

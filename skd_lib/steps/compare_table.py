@@ -32,7 +32,7 @@ def main(
         list[Path] | None, typer.Option(help="By hand: each student's folder of `specdec_benchmark`; else from KFP.")
     ] = None,
     teacher_evaluations: Annotated[
-        Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_both`.")
+        Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_teacher`.")
     ] = None,
     config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",

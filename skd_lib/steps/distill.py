@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.config import DistillConfig, Schedule, TaskConfig, parse_section
+from skd_lib.config import DistillConfig, Schedule, parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdErrors
 from skd_lib.machine import peak_memory
 from skd_lib.methods import METHODS
 from skd_lib.steps import fitting
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
-from skd_lib.steps.runtime import LABEL_HELP, StepIO, run_step, step_name
+from skd_lib.steps.runtime import StepIO, run_step, step_name
 from skd_lib.storage import check_checkpoint_root
 
 if TYPE_CHECKING:
@@ -30,15 +31,8 @@ def main(
     data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Its train_student and validation splits are used.")],
     student_out: Annotated[Path, typer.Option(help="Folder for the distilled student.")],
     config: Annotated[
-        str,
-        typer.Option(
-            help="Section `distill` of the run's config, as JSON: method, divergence and their settings, sampling, "
-            "teacher_signal, training. `skd config` lists its fields."
-        ),
+        str, typer.Option(help=f"{STEP_HELP}: `distill`, `task`, `seed`, `label`. `skd config` lists their fields.")
     ] = "{}",
-    task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
-    seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
-    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
     checkpoint_root: CheckpointRoot = "",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
@@ -54,8 +48,8 @@ def main(
     The model's record (`skd_lib.records`) holds its lineage, the closing figures, curves of losses, rejection rate and
     lengths, and a few training sequences.
     """
-    settings = parse_section(DistillConfig, config, where="--config")
-    task = parse_section(TaskConfig, task_config, where="--task-config")
+    own = parse_section(StepConfig, config, where="--config")
+    settings = own.distill
     check_checkpoint_root(checkpoint_root)
     present("student", student)
     present("teacher", teacher)
@@ -68,12 +62,9 @@ def main(
             step="distill",
             options={
                 "checkpoint_root": checkpoint_root,
-                "config": settings.model_dump_json(exclude={"multinode"}),
-                "task_config": task.model_dump_json(),
-                "seed": str(seed),
+                "config": own.model_dump_json(exclude={"distill": {"multinode"}}),
                 "tracking_uri": tracking_uri,
                 "experiment": experiment,
-                "label": label,
             },
             inputs={"student": student, "teacher": teacher, "data": data},
             outputs={"student_out": "distilled_student"},
@@ -107,8 +98,13 @@ def main(
         "method": settings.method,
         **_sampling_and_loss(settings),
     }
-    params = {"seed": seed, "student": base, "teacher": teacher_reference, "distill": settings.model_dump(mode="json")}
-    name = step_name("distill", label)
+    params = {
+        "seed": own.seed,
+        "student": base,
+        "teacher": teacher_reference,
+        "distill": settings.model_dump(mode="json"),
+    }
+    name = step_name("distill", own.label)
     with step_run(
         step=name, tracking_uri=tracking_uri, experiment=experiment, params=params, checkpoint_root=checkpoint_root
     ) as run:
@@ -119,8 +115,8 @@ def main(
             split="train_student",
             training=settings.training,
             distill=settings,
-            task=task,
-            seed=seed,
+            task=own.task,
+            seed=own.seed,
             checkpoint_root=checkpoint_root,
             models={"student": student, "teacher": teacher},
             weights=weights,

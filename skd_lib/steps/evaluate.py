@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from skd_lib.evaluation.predictions import Prediction
     from skd_lib.tracking.runs import StepRun
 
+DATA_HELP = "Folder that `prepare_data` wrote; its test split and held-out sets are used."
 MAX_TABLE_ROWS = 500
 MAX_TABLE_CHARACTERS = 4000
 
@@ -36,9 +38,7 @@ class Role(StrEnum):
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model, in Hugging Face layout.")],
-    data: Annotated[
-        Path, typer.Option(help="Folder that `prepare_data` wrote; its test split and held-out sets are used.")
-    ],
+    data: Annotated[Path, typer.Option(help=DATA_HELP)],
     role: Annotated[Role, typer.Option(help="Which model of the run this is; names the results.")],
     evaluation_out: Annotated[
         Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.evaluations`.")
@@ -69,6 +69,19 @@ def main(
 def evaluation_params(settings: StepConfig) -> dict[str, Any]:
     """What MLflow is told of how models are evaluated."""
     return settings.model_dump(include={"seed", "evaluation", "task"})
+
+
+def evaluate_models(
+    models: Mapping[Role, Path], data: Path, folder: Path, settings: StepConfig, run: StepRun, *, data_uri: str
+) -> None:
+    """Evaluate several models, one after the other; the arguments are those of `evaluate_model`.
+
+    Each has a folder below `folder`, and its figures a prefix: the name of its role.
+    """
+    for role, model in models.items():
+        evaluate_model(
+            model, data, role, folder / role.value, settings, run, data_uri=data_uri, prefix=f"{role.value}."
+        )
 
 
 def evaluate_model(

@@ -1,4 +1,4 @@
-"""Secrets of a namespace, which Kubernetes mounts as files, as the environment variables by which libraries read them.
+"""Secrets and settings of a namespace, which Kubernetes mounts as files, as environment variables.
 
 As files they take a fraction of the room that variables take in Kubeflow's records of a run, which hold each pod's
 description up to six times (`pipelines.sizes`).
@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path("/etc/skd")
-"""Holds a folder for each Secret, with a file for each key."""
+"""Holds a folder for each Secret and one for the settings, with a file for each key."""
+SETTINGS_FOLDER = "settings"
+"""The folder of the ConfigMap that the pipeline's parameter `settings` names."""
+SETTINGS: Mapping[str, str] = {
+    "mlflow-tracking-uri": "SKD_TRACKING_URI",
+    "mlflow-experiment": "SKD_EXPERIMENT",
+    "checkpoint-root": "SKD_CHECKPOINT_ROOT",
+    "tracking-buffer": "SKD_TRACKING_BUFFER",
+    "kubeflow-page": "KF_PIPELINES_UI_ENDPOINT",
+}
+"""Environment variable by key of that ConfigMap."""
 SECRETS: Mapping[str, Mapping[str, str]] = {
     "skd-hub": {"token": "HF_TOKEN"},
     # Not MLflow's own names, which Kubeflow's integration fills: see skd_lib/tracking/credentials.py.
@@ -31,12 +41,12 @@ SECRETS: Mapping[str, Mapping[str, str]] = {
 
 
 def load_mounted(root: Path = ROOT) -> None:
-    """Set the variables of all Secrets that are mounted; variables that are set already stay.
+    """Set the variables of all that is mounted; variables that are set already stay.
 
     Args:
-        root: Where they are mounted.
+        root: Where it is mounted.
     """
-    for name, keys in SECRETS.items():
+    for name, keys in {**SECRETS, SETTINGS_FOLDER: SETTINGS}.items():
         for key, variable in keys.items():
             file = root / name / key
             if file.is_file():

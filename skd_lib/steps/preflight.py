@@ -32,6 +32,7 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     "teacher_sft": ("teacher", "trust_remote_code", "teacher_sft", "task", "seed", "fingerprint", "fresh"),
     "student_init": ("student", "student_init", "task", "seed", "fingerprint", "label"),
     "distill": ("distill", "task", "seed", "label"),
+    "evaluate_teacher": ("teacher", "trust_remote_code", "evaluation", "task", "seed", "fingerprint"),
     "evaluate": ("evaluation", "task", "seed", "label"),
     "specdec_benchmark": ("specdec", "task", "seed", "label", "drafts"),
     "evaluate_champion": ("evaluation", "specdec", "registry", "task", "seed"),
@@ -43,7 +44,7 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
 """Step -> the fields of `StepConfig` that it depends on."""
 OF_A_COMPARISON = ("compare_variant", "compare_table")
 """Steps that only a comparison has."""
-OF_BOTH = ("prepare_data", "teacher_sft", "evaluate")
+OF_BOTH = ("prepare_data", "teacher_sft", "evaluate_teacher")
 """Steps that a comparison and a single run get from preflight."""
 SHOWN = {
     "teacher": ("teacher",),
@@ -297,6 +298,7 @@ def settings_of(
     prints = {
         "prepare_data": data,
         "teacher_sft": models.get(config.teacher, ""),
+        "evaluate_teacher": models.get(config.teacher, ""),
         "student_init": models.get(config.student or "", ""),
     }
     drafts = plan.compare.drafts if plan else True

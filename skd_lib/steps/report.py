@@ -28,7 +28,7 @@ def main(
     figures_out: Annotated[Path, typer.Option(help="Where all figures go: JSON.")],
     config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     teacher_evaluations: Annotated[
-        Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_both`.")
+        Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_teacher`.")
     ] = None,
     student_evaluations: Annotated[
         Path | None, typer.Option(help="The student before and after distillation, likewise.")

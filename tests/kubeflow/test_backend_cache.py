@@ -12,7 +12,7 @@ from tests.kubeflow.backend import NEXT, V2_17, VERSIONS, Records, Run, Version
 from tests.kubeflow.backend.steps import Steps
 from tests.kubeflow.test_backend_runs import COMPARISON, documents, form, run
 
-TRAINING = {"import-model", "prepare-data", "teacher-sft", "student-init", "distill", "specdec-benchmark"}
+TRAINING = {"prepare-data", "teacher-sft", "student-init", "distill", "specdec-benchmark"}
 
 
 def again(name: str, *, version: Version = V2_17, content: dict[str, str] | None = None, **changes: Any) -> Run:
@@ -76,19 +76,18 @@ def test_past_the_cache(name: str) -> None:
 def test_another_content_of_the_data() -> None:
     result = again("distillation", content={"data": "other"})
     assert {"prepare-data", "teacher-sft", "distill"} <= set(trained(result))
-    assert "import-model" not in trained(result)
 
 
 def test_another_content_of_the_student() -> None:
     result = again("distillation", content={"org/small": "other"})
-    assert {"student-init", "distill", "evaluate-both-student"} <= set(trained(result))
-    assert not {"import-model", "teacher-sft", "evaluate-both-teacher"} & set(trained(result))
+    assert {"student-init", "distill", "evaluate-student"} <= set(trained(result))
+    assert not {"teacher-sft", "evaluate-teacher"} & set(trained(result))
 
 
 def test_another_setting_of_the_distillation() -> None:
     result = again("distillation", training_steps=7)
     assert "distill" in trained(result)
-    assert not {"teacher-sft", "student-init", "evaluate-both-teacher"} & set(trained(result))
+    assert not {"teacher-sft", "student-init", "evaluate-teacher"} & set(trained(result))
 
 
 def test_a_comparison_again_trains_nothing() -> None:
@@ -138,5 +137,6 @@ def _component(name: str) -> dict[str, Any]:
 def test_the_compiled_pipelines_are_what_is_tested() -> None:
     assert {document[0]["pipelineInfo"]["name"] for document in map(documents, PIPELINES)} == {
         "skd-distillation",
+        "skd-distillation-comet",
         "skd-compare-methods",
     }

@@ -49,9 +49,10 @@ def test_a_run_goes_through(name: str, version: Version) -> None:
 
     drivers = {node: phase for node, phase in result.nodes.items() if node.endswith("-driver")}
     assert (result.state, drivers) == ("SUCCEEDED", {})
-    expected = version.complete if version.states_climb else "RUNNING"  # the word of 2.15 and 2.16, whatever happened
-    assert result.told["state"] == expected
-    assert {"gate", "register-model"} & set(result.done) or "compare-table" in result.done
+    # Until 2.16 a nested pipeline's end is counted when a step beside it ends, which a distillation's last one does.
+    counted = version.states_climb or name != "compare_methods"
+    assert result.told["state"] == (version.complete if counted else "RUNNING")
+    assert {"register-model"} & set(result.done) or "compare-table" in result.done
 
 
 @pytest.mark.parametrize("name", PIPELINES)

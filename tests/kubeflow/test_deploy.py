@@ -13,8 +13,8 @@ import kubernetes.client
 import pytest
 import yaml
 
-from pipelines.places import CONFIG_MAP, SETTINGS
-from skd_lib.steps.mounted import SECRETS
+from pipelines.places import CONFIG_MAP
+from skd_lib.steps.mounted import SECRETS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "pipelines/deploy"

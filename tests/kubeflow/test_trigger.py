@@ -306,6 +306,14 @@ def test_a_claim_whose_answer_was_lost_is_ours(emulator: Server, tmp_path: Path)
     assert claims_module._take(uri, b"theirs", 600) is None
 
 
+def test_a_misspelt_source_in_a_bucket_is_an_error(kfp: FakeKfp, config_file: Path, source: str):
+    arguments = ("--config", config_file, "--host", kfp.host, "--pipeline", small.package().path)
+    assert skd("trigger", f"{source}/", *arguments, "--dry-run").exit_code == 0
+    error = skd("trigger", f"{source}x", *arguments).exception
+    assert f"SOURCE {source}x: there is no such folder" in str(error)
+    assert not kfp.runs
+
+
 def test_the_command_explains_and_starts(kfp: FakeKfp, config_file: Path, source: str, root: str, monkeypatch: Any):
     monkeypatch.setenv("SKD_CLAIMS", f"{root}/claims")
     arguments = ["trigger", source, "--config", config_file, "--host", kfp.host, "--pipeline", small.package().path]
@@ -329,6 +337,10 @@ def test_the_command_explains_and_starts(kfp: FakeKfp, config_file: Path, source
         ([""], "SOURCE: must not be empty"),
         (["data", "--marker", ""], "--marker: '' is not the name of a file"),
         (["data", "--marker", "../x"], "--marker: '../x' is not the name of a file"),
+        (["data"], "SOURCE data: the cluster cannot read a relative path of this machine\n  hint: give a gs:// URI"),
+        (["./data/"], "SOURCE ./data/: the cluster cannot read a relative path"),
+        (["/no/such/day"], "SOURCE /no/such/day: there is no such folder\n  hint: check the spelling"),
+        (["https://h/data"], "https://h/data: https:// URIs are not read"),
     ],
 )
 def test_errors_say_what_to_do(config_file: Path, arguments: list[str], message: str):

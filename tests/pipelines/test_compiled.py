@@ -17,12 +17,14 @@ from pipelines.compiling import (
     Documents,
     check_compiled,
     compiled_path,
+    pipeline_for,
     profile_of,
     to_text,
     write_compiled,
 )
-from pipelines.graph import count_steps, read_steps
+from pipelines.graph import read_steps
 from pipelines.lint_platform import lint_documents
+from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 
 ROOT = Path(__file__).parents[2]
@@ -31,11 +33,11 @@ TORCH_STEPS = {
     "student_init",
     "distill",
     "evaluate",
-    "evaluate_both",
+    "evaluate_teacher",
+    "evaluate_student",
     "evaluate_champion",
     "specdec_benchmark",
 }
-COMET_STEPS = ["comet_score", "comet_score-off"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_compilation_does_not_depend_on_hash_seeds(documents: Documents):
 
 
 def test_another_image(compile_once: Callable[..., Documents]):
-    documents = compile_once("registry.example/skd:7", "registry.example/comet:7")
+    documents = compile_once("registry.example/skd:7", "registry.example/comet:7", name="distillation_comet")
     executors = documents[0]["deploymentSpec"]["executors"]
     images = {label: executor["container"]["image"] for label, executor in executors.items()}
     assert images.pop("exec-comet-score") == "registry.example/comet:7"
@@ -112,36 +114,37 @@ def test_another_image(compile_once: Callable[..., Documents]):
         compile_once("registry.example/skd:latest")
 
 
-def test_published_image_is_pinned_by_digest(spec: dict[str, Any]):
+def test_published_image_is_pinned_by_digest(compile_once: Callable[..., Documents]):
     digest = "sha256:" + "0" * 64
     assert Image(image="r/skd", version="1", digest=digest).reference == f"r/skd@{digest}"
     assert Image(image="r/skd", version="1").reference == "r/skd:1"
     with pytest.raises(ValueError, match="digest"):
         Image(image="r/skd", version="1", digest="sha256:short")
-    images = {label: executor["container"]["image"] for label, executor in spec["deploymentSpec"]["executors"].items()}
+    executors = compile_once(name="distillation_comet")[0]["deploymentSpec"]["executors"]
+    images = {label: executor["container"]["image"] for label, executor in executors.items()}
     assert images.pop("exec-comet-score") == read_images()["comet"].reference
     assert set(images.values()) == {read_images()["train"].reference}
 
 
 # --- the shape of the pipeline ------------------------------------------------------------------------------------
 
-UNCACHED = {"preflight", "show-data", "show-teacher", "evaluate_champion", "report", "gate", "register_model"}
+UNCACHED = {"preflight", "show-data", "evaluate_champion", "report", "register_model", "finish"}
 PLACES = {"tracking_uri", "experiment", "checkpoint_root", "mlflow_experiment", "settings", "node_selector", "run_name"}
 
 
 def test_order_of_the_steps(spec: dict[str, Any]):
     steps = read_steps(spec)
     names = [step.name for step in steps]
-    expected = ["preflight", "import_model", "prepare_data", "teacher_sft", "student_init", "distill", *COMET_STEPS]
-    expected += ["evaluate_both-teacher", "evaluate_both-student", "show-data", "show-teacher", "specdec_benchmark"]
-    expected += ["evaluate_champion", "report", "gate", "register_model", "finish"]
+    expected = ["preflight", "prepare_data", "show-data", "teacher_sft", "student_init", "distill"]
+    expected += ["evaluate_teacher", "evaluate_student", "specdec_benchmark", "evaluate_champion", "report"]
+    expected += ["register_model", "finish"]
     assert sorted(names) == sorted(expected)
     assert names[0] == "preflight"
     assert names[-1] == "finish"
     assert [step.name for step in steps if step.is_exit] == ["finish"]
     place = {name: index for index, name in enumerate(names)}
     assert all(place[other] < place[step.name] for step in steps for other in step.waits_for)
-    assert place["report"] < place["gate"] < place["register_model"]
+    assert place["report"] < place["register_model"]
 
 
 def test_kubeflows_page_opens_on_the_chapters(spec: dict[str, Any]):
@@ -151,18 +154,21 @@ def test_kubeflows_page_opens_on_the_chapters(spec: dict[str, Any]):
 
 
 def test_cached_are_all_steps_but_those_about_this_very_run(spec: dict[str, Any]):
-    assert {step.name for step in read_steps(spec) if not step.cached} == {*UNCACHED, "finish", *COMET_STEPS}
+    assert {step.name for step in read_steps(spec) if not step.cached} == UNCACHED
 
 
-def test_one_of_the_two_comet_steps_runs_when_every_model_has_answered(spec: dict[str, Any]):
-    steps = {step.name: step for step in read_steps(spec)}
-    choices = {steps[name].choice for name in COMET_STEPS}
-    assert len(choices) == 1
-    assert "" not in choices
-    assert [step.name for step in steps.values() if step.choice] == COMET_STEPS
-    assert all({"evaluate_both-student", "evaluate_champion"} < set(steps[name].waits_for) for name in COMET_STEPS)
-    assert set(COMET_STEPS) < set(steps["report"].waits_for)
-    assert count_steps(list(steps.values())) == len(steps) - 1
+def test_comet_judges_when_every_model_has_answered(compile_once: Callable[..., Documents]):
+    steps = {step.name: step for step in read_steps(compile_once(name="distillation_comet")[0])}
+    assert not steps["comet_score"].cached
+    assert {"evaluate_student", "evaluate_champion"} < set(steps["comet_score"].waits_for)
+    assert "comet_score" in steps["report"].waits_for
+
+
+def test_a_run_has_comets_step_where_its_task_asks_for_it():
+    form = {"name": "x", "teacher": "org/a", "student": "org/b", "data": {"source": {"type": "files", "train": ["x"]}}}
+    plain, judged = ({**form, "task": {"metrics": metrics}} for metrics in (["chrf"], ["chrf", "comet"]))
+    assert pipeline_for(RunConfig.model_validate(plain)) == "distillation"
+    assert pipeline_for(RunConfig.model_validate(judged)) == "distillation_comet"
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -172,7 +178,8 @@ def test_no_cached_step_depends_on_places_or_on_the_runs_name(name: str, compile
             assert not task["inputs"]["parameters"].keys() & PLACES, step
 
 
-def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(documents: Documents):
+def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(compile_once: Callable[..., Documents]):
+    documents = compile_once(name="distillation_comet")
     spec, kubernetes = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert kubernetes.keys() == spec["deploymentSpec"]["executors"].keys()
     for label, executor in spec["deploymentSpec"]["executors"].items():
@@ -189,7 +196,7 @@ def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(d
 
 def test_steps_that_fetch_or_load_models_are_tried_again_with_a_pause(spec: dict[str, Any]):
     tasks = all_tasks(spec)
-    small = {"show-data", "show-teacher", "comet-score-off", "report", "gate", "register-model", "finish"}
+    small = {"show-data", "report", "register-model", "finish"}
     assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"preflight", "prepare-data", *small}
     assert tasks["distill"]["retryPolicy"] == {
         "maxRetryCount": 2,
@@ -238,12 +245,12 @@ DISTILL = (*TASKS, "distill", "inputs")
     ("change", "problem"),
     [
         (
-            _set(*DISTILL, "parameters", "seed", value={"componentInputParameter": "pipelinechannel--sed"}),
-            "task distill in comp-exit-handler-1: input 'seed' comes from 'pipelinechannel--sed', which the enclosing",
+            _set(*DISTILL, "parameters", "config", value={"componentInputParameter": "pipelinechannel--sed"}),
+            "task distill in comp-exit-handler-1: input 'config' comes from 'pipelinechannel--sed', which the enclosing",
         ),
         (
             _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "outputArtifactKey", value="model"),
-            "input 'teacher' comes from output 'model' of teacher, which does not exist",
+            "input 'teacher' comes from output 'model' of teacher-sft, which does not exist",
         ),
         (
             _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "producerTask", value="nobody"),
@@ -251,22 +258,22 @@ DISTILL = (*TASKS, "distill", "inputs")
         ),
         (
             _set(*DISTILL, "parameters", value={}),
-            "task distill in comp-exit-handler-1: input 'seed' of comp-distill has no value",
+            "task distill in comp-exit-handler-1: input 'config' of comp-distill has no value",
         ),
         (
             lambda spec: (
-                tasks_of(spec, "teacher")["evaluate-both-teacher"]["inputs"]["parameters"].pop("pair"),
+                tasks_of(spec, "score")["evaluate-teacher"]["inputs"]["parameters"].pop("config"),
                 _set(
                     "components",
-                    "comp-evaluate-both-teacher",
+                    "comp-evaluate-teacher",
                     "inputDefinitions",
                     "parameters",
-                    "pair",
+                    "config",
                     "isOptional",
                     value=True,
                 )(spec),
             ),
-            "task evaluate-both-teacher in comp-teacher: input 'pair' of comp-evaluate-both-teacher has no value",
+            "task evaluate-teacher in comp-score: input 'config' of comp-evaluate-teacher has no value",
         ),
         (
             lambda spec: [
@@ -276,9 +283,11 @@ DISTILL = (*TASKS, "distill", "inputs")
         ),
         (
             _set(
-                "components", "comp-prepare", "outputDefinitions", "parameters", "seed", "parameterType", value="STRING"
+                *("components", "comp-exit-handler-1", "inputDefinitions", "parameters"),
+                *("pipelinechannel--training_steps", "parameterType"),
+                value="STRING",
             ),
-            "task distill in comp-exit-handler-1: input 'seed' is STRING, and NUMBER is expected",
+            "task prepare in comp-exit-handler-1: input 'training_steps' is STRING, and NUMBER is expected",
         ),
         (
             _set(*TASKS, "distill", "parameterIterator", value={"itemInput": "x"}),

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from pipelines.compiling import Documents
-from pipelines.graph import count_steps, read_steps, unrolled
+from pipelines.graph import read_steps, unrolled
 
 BODY = ["compare_variant", "student_init", "distill", "evaluate-student_after", "specdec_benchmark", "show-trial"]
-TEACHER = ["import_model", "teacher_sft", "evaluate_both-teacher", "show-teacher"]
-ONCE = ["preflight", "prepare_data", "show-data", *TEACHER, "compare_table", "finish"]
+ONCE = ["preflight", "prepare_data", "show-data", "teacher_sft", "evaluate_teacher", "compare_table", "finish"]
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +23,17 @@ def test_what_all_trials_share_is_made_once(documents: Documents):
     steps = read_steps(documents[0])
     assert sorted(step.name for step in steps if not step.loop) == sorted(ONCE)
     assert sorted(step.name for step in steps if step.loop) == sorted(BODY)
-    uncached = {"preflight", "show-data", "show-teacher", "show-trial", "compare_variant", "compare_table", "finish"}
+    uncached = {"preflight", "show-data", "show-trial", "compare_variant", "compare_table", "finish"}
     assert {step.name for step in steps if not step.cached} == uncached
     (table,) = (step for step in steps if step.name == "compare_table")
-    assert {"show-trial", "show-teacher"} <= set(table.waits_for)
+    assert {"show-trial", "evaluate_teacher"} <= set(table.waits_for)
 
 
 def test_table_is_given_files_of_each_trial(documents: Documents):
     """Linux takes no argument of 128 KiB, and KFP's executor input, which is one, holds every parameter of a step."""
     table = documents[0]["components"]["comp-compare"]["dag"]["tasks"]["compare-table"]["inputs"]
     collected = {name for name, source in table["artifacts"].items() if "taskOutputArtifact" in source}
-    assert collected == {"evaluations", "drafts"}
+    assert collected == {"evaluations", "drafts", "teacher_evaluations"}
     assert [name for name, source in table["parameters"].items() if "for-loop" in str(source)] == []
 
 
@@ -42,7 +41,7 @@ def test_rounds_of_the_loop_have_steps_of_their_own(documents: Documents):
     steps = unrolled(read_steps(documents[0]), ["a", "b"])
     names = [step.name for step in steps]
     expected = len(ONCE) + 2 * len(BODY)
-    assert len(names) == len(set(names)) == len({step.component for step in steps}) == count_steps(steps) == expected
+    assert len(names) == len(set(names)) == len({step.component for step in steps}) == expected
     inside = [step for step in steps if step.loop]
     assert [step.iteration for step in inside] == ["a"] * len(BODY) + ["b"] * len(BODY)
     assert sorted(step.name for step in inside) == sorted(f"{name}-{round_}" for round_ in "ab" for name in BODY)
@@ -55,7 +54,9 @@ def test_training_in_the_loop_is_retried_on_a_gpu_and_knows_its_run(documents: D
     tasks: dict[str, Any] = loop["dag"]["tasks"]
     assert {name for name, task in tasks.items() if "retryPolicy" not in task} == {"compare-variant", "show-trial"}
     # Each trial's own label: equal steps side by side make artifacts of different ids, the keys of what follows.
-    assert all("label" in tasks[name]["inputs"]["parameters"] for name in ("student-init", "distill"))
+    for name in ("student-init", "distill"):
+        config = tasks[name]["inputs"]["parameters"]["config"]["taskOutputParameter"]
+        assert config["producerTask"] == "compare-variant"
     executors = documents[0]["deploymentSpec"]["executors"]
     assert "accelerator" in executors["exec-distill"]["container"]["resources"]
     kubernetes = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]

@@ -164,5 +164,5 @@ def test_what_lies_where_a_run_is_started_is_not_imported(tmp_path: Path, monkey
 
 def a_step(tmp_path: Path) -> Outcome:
     with local.child_processes({}, tmp_path / "log") as start:
-        command = ["python3", "-m", "skd_lib.steps.gate", "--help"]
+        command = ["python3", "-m", "skd_lib.steps.show", "--help"]
         return start("image", command, {}, tmp_path / "step.log", lambda event: None)

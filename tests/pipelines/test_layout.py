@@ -38,7 +38,7 @@ def test_no_step_is_everyone_s_neighbour(name: str) -> None:
 
 def test_the_chapters_are_the_method() -> None:
     tasks = [task.removeprefix("task.") for task in LAYERS["distillation exit-handler-1"].tasks]
-    assert set(tasks) == {"prepare", "teacher", "student-init", "distill", "measure", "release"}
+    assert set(tasks) == {"prepare", "teacher-sft", "student-init", "distill", "measure", "register-model"}
 
 
 def test_edges_through_an_artifact_do_not_count() -> None:

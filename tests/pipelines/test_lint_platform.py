@@ -18,7 +18,7 @@ Change = Callable[[Documents], object]
 
 @pytest.fixture(scope="module")
 def compiled(compile_once: Callable[..., Documents]) -> Documents:
-    return compile_once("r/train" + DIGEST, "r/comet" + DIGEST)
+    return compile_once("r/train" + DIGEST)
 
 
 @pytest.fixture
@@ -48,16 +48,13 @@ def test_what_is_compiled_keeps_all_rules_even_those_of_a_release(documents: Doc
 
 def test_a_parameter_of_the_platform_that_only_an_outer_dag_has(documents: Documents):
     """As KFP compiles some setters inside of a condition: the driver looks in the inner DAG, and the run fails."""
-    inner = documents[0]["components"]["comp-condition-2"]
-    del inner["inputDefinitions"]["parameters"]["pipelinechannel--node_selector"]
-    del documents[0]["components"]["comp-condition-branches-1"]["dag"]["tasks"]["condition-2"]["inputs"]["parameters"][
-        "pipelinechannel--node_selector"
-    ]
-    (problem,) = lint_documents(documents)
-    assert problem == (
-        "platform spec of task comet-score in comp-condition-2: comes from 'pipelinechannel--node_selector', which the "
-        "enclosing DAG does not have"
-    )
+    del documents[0]["components"]["comp-score"]["inputDefinitions"]["parameters"]["node_selector"]
+    del documents[0]["components"]["comp-measure"]["dag"]["tasks"]["score"]["inputs"]["parameters"]["node_selector"]
+    problems = lint_documents(documents)
+    assert (
+        "platform spec of task specdec-benchmark in comp-score: comes from 'node_selector', which the enclosing DAG "
+        "does not have"
+    ) in problems
 
 
 @pytest.mark.parametrize(

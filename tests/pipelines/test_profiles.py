@@ -36,9 +36,7 @@ def test_the_profiles_that_there_are():
 
 
 def test_every_step_of_the_pipelines_has_a_kind():
-    assert KINDS.keys() - {"comet_score-off"} == {
-        path.parent.name for path in FOLDER.parents[1].glob("components/*/component.py")
-    }
+    assert KINDS.keys() == {path.parent.name for path in FOLDER.parents[1].glob("components/*/component.py")}
 
 
 def test_a_step_has_its_kinds_fields_but_for_its_own(tmp_path: Path):
@@ -49,8 +47,6 @@ def test_a_step_has_its_kinds_fields_but_for_its_own(tmp_path: Path):
     assert (other.gpus, other.memory, other.retry.wait, other.node_selector) == (1, "8Gi", "60s", {})
     assert not profile.in_shared_pool("distill")
     assert profile.in_shared_pool("evaluate-teacher")
-    assert not profile.in_shared_pool("comet_score-off")
-    assert profile.resources("comet_score-off").gpus == 0
 
 
 @pytest.mark.parametrize(
@@ -104,9 +100,9 @@ def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
 
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     pool = {"nodeSelectorJson": {"componentInputParameter": "pipelinechannel--node_selector"}}
-    assert pods["exec-student-init"]["nodeSelector"] == pods["exec-comet-score"]["nodeSelector"] == pool
+    assert pods["exec-student-init"]["nodeSelector"] == pods["exec-teacher-sft"]["nodeSelector"] == pool
     own = {"nodeSelectorJson": {"componentInputParameter": "node_selector"}}  # a nested pipeline's own parameter
-    assert pods["exec-teacher-sft"]["nodeSelector"] == own
+    assert pods["exec-specdec-benchmark"]["nodeSelector"] == own
     assert pods["exec-distill"]["nodeSelector"] == {"labels": {"pool": "big"}}
     assert pods["exec-distill"]["tolerations"] == [taint]
     assert pods["exec-distill"]["activeDeadlineSeconds"] == "5400"

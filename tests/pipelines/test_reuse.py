@@ -27,7 +27,7 @@ from skd_lib.steps.runtime import StepIO
 
 REAL = {"preflight": preflight.main, "compare_variant": compare_variant.main}
 NOTHING = {"STRING": "", "BOOLEAN": False, "NUMBER_INTEGER": 0, "STRUCT": {}, "LIST": []}
-TEACHERS_OWN = {"import_model", "teacher_sft", "evaluate_both-teacher"}
+TEACHERS_OWN = {"teacher_sft", "evaluate_teacher"}
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_comparison_knows_each_runs_student(run: Callable[..., set[str]], tmp_
 def test_a_trial_that_comes_to_a_comparison_is_run_alone(run: Callable[..., set[str]]) -> None:
     few = {"a": {}, "b": {"distill.sampling.top_k": 5}}
     everything = run(few)
-    always = {"preflight", "show-data", "show-teacher", "compare_table", "finish"}
+    always = {"preflight", "show-data", "compare_table", "finish"}
     chosen = {name for name in everything if name.startswith(("compare_variant", "show-trial"))}
     assert run(few) == always | chosen
     more = run({**few, "c": {"distill.sampling.top_k": 7}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -45,12 +44,10 @@ def test_kubeflow_s_page_follows_a_distillation_to_its_end() -> None:
     assert notice(found) == ""
 
 
-@pytest.mark.xfail(strict=True, reason="some 30 kB for each of 19 steps, most of it Kubeflow's own")
 def test_distillation_is_small() -> None:
     assert sizes("distillation").nodes < 400_000
 
 
-@pytest.mark.xfail(strict=True, reason="likewise, twice")
 def test_kubeflow_s_page_follows_a_distillation_where_all_nodes_are_kept_twice() -> None:
     """As with the manifests of 2.17.0."""
     assert sizes("distillation", wrapped=True).workflow < SHOWN
@@ -73,7 +70,7 @@ def test_no_step_s_output_grows_with_the_training(name: str) -> None:
         for key, declared in spec.get("outputDefinitions", {}).get("parameters", {}).items()
         if declared["parameterType"] in ("LIST", "STRUCT") and "executorLabel" in spec
     }
-    assert lists <= {("comp-preflight", "trials"), ("comp-comet-score", "scores"), ("comp-comet-score-off", "scores")}
+    assert lists <= {("comp-preflight", "trials")}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -87,7 +84,7 @@ def test_what_skd_compile_says() -> None:
         int(of_compiled(documents(name), trials).partition(" kB")[0].rpartition(" ")[2].replace(",", ""))
         for name, trials in (("distillation", 1), ("compare_methods", 4), ("compare_methods", 16))
     )
-    assert 500 < one < 1000 < four < sixteen
+    assert 400 < one < four < 1000 < sixteen
 
 
 def test_a_long_prompt_is_refused() -> None:
@@ -112,11 +109,6 @@ def test_a_value_costs_as_often_as_it_is_stored() -> None:
     assert (wrapped - wrapped_base) // 1000 == 6 * 2 + 4
 
 
-def test_the_larger_branch_counts() -> None:
-    sizes = [measure(branches(*texts), {}).nodes for texts in itertools.permutations(("x", "x" * 1000))]
-    assert abs(sizes[0] - sizes[1]) < 100
-
-
 def tiny(value: str) -> list[dict[str, Any]]:
     """A pipeline of one step with one parameter."""
     parameter = {"runtimeValue": {"constant": value}}
@@ -132,18 +124,3 @@ def tiny(value: str) -> list[dict[str, Any]]:
             },
         }
     ]
-
-
-def branches(*values: str) -> list[dict[str, Any]]:
-    """A pipeline of one choice."""
-    (spec,) = tiny("")
-    tasks = {
-        f"branch-{i}": {
-            "componentRef": {"name": "a"},
-            "inputs": {"parameters": {"x": {"runtimeValue": {"constant": value}}}},
-        }
-        for i, value in enumerate(values)
-    }
-    spec["components"]["comp-condition-branches-1"] = {"dag": {"tasks": tasks}}
-    spec["root"] = {"dag": {"tasks": {"choice": {"componentRef": {"name": "comp-condition-branches-1"}}}}}
-    return [spec]

@@ -45,7 +45,7 @@ def test_what_is_wrong_with_a_folder_is_told(tmp_path: Path) -> None:
         main(artifact=tmp_path / "other")
     with pytest.raises(SkdError, match="name a folder that step `evaluate` wrote"):
         read_evaluation(tmp_path)
-    with pytest.raises(SkdError, match="name a folder that step `evaluate_both` wrote"):
+    with pytest.raises(SkdError, match="name a folder that step `evaluate_student` wrote"):
         read_evaluations(one)
     with pytest.raises(SkdError, match="field `role`"):
         read_evaluation(evaluation(tmp_path / "odd", "nobody", CHRF))

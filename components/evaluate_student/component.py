@@ -1,4 +1,4 @@
-"""KFP component `evaluate_both`: score a model's greedy answers before and after training."""
+"""KFP component `evaluate_student`: score the student's greedy answers before and after distillation."""
 
 from kfp import dsl
 
@@ -7,36 +7,33 @@ from components.images import TRAIN
 
 
 @dsl.container_component
-def evaluate_both(
+def evaluate_student(
     before: dsl.Input[dsl.Model],
     after: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    pair: str,
     config: str,
     evaluations: dsl.Output[dsl.Artifact],
 ) -> dsl.ContainerSpec:
-    """Score a model's greedy answers before and after training.
+    """Score the student's greedy answers before and after distillation.
 
     Does what `evaluate` does, for two models one after the other.
 
     Args:
-        before: The model before training.
-        after: The model after training.
+        before: The student before distillation.
+        after: The student after distillation.
         data: Prepared data, as `prepare_data` wrote it.
-        pair: Which model it is: teacher or student.
         config: The run's settings that this step depends on, as JSON: `evaluation`, `task`, `seed`.
 
     Returns:
         evaluations: Folder with both evaluations, each under the name of its role.
     """
     return run_step(
-        "evaluate_both",
+        "evaluate_student",
         TRAIN,
         {
             "before": before.path,
             "after": after.path,
             "data": data.path,
-            "pair": pair,
             "config": config,
             "evaluations_out": evaluations.path,
         },
