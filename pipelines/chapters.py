@@ -45,12 +45,13 @@ def outputs(**types: Any) -> Any:
     return NamedTuple("Outputs", list(types.items()))
 
 
-def prepare(profile: Profile, handed_on: dict[str, type]) -> Chapter:
+def prepare(profile: Profile, handed_on: dict[str, type], *, comet: bool = False) -> Chapter:
     """Return the chapter that checks the run and prepares its data.
 
     Args:
         profile: The machines.
         handed_on: Outputs of preflight that later chapters need, with their types.
+        comet: Whether a later chapter has a step for COMET.
     """
     prepared_type = outputs(data=dsl.Dataset, **handed_on)
 
@@ -89,6 +90,7 @@ def prepare(profile: Profile, handed_on: dict[str, type]) -> Chapter:
             training_steps=training_steps,
             mlflow_experiment=mlflow_experiment,
             reuse=reuse,
+            comet=comet,
         ).outputs
         data = step(prepare_data, "prepare_data", config=checked["prepare_data"], problems=checked["problems"]).outputs[
             "data"

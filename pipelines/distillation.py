@@ -46,7 +46,10 @@ def distillation(profile: Profile, *, comet: bool = False) -> Any:
     """
     pool_labels, pool_taints = profile.shared_pool
     judged = {"comet_score": str} if comet else {}
-    prepare, measure = chapters.prepare(profile, {**HANDED_ON, **judged}), chapters.measure(profile, comet=comet)
+    prepare, measure = (
+        chapters.prepare(profile, {**HANDED_ON, **judged}, comet=comet),
+        chapters.measure(profile, comet=comet),
+    )
 
     @dsl.pipeline(
         name=f"skd-distillation{'-comet' * comet}",

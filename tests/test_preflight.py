@@ -491,6 +491,12 @@ def test_preflight_hands_on_each_steps_config_and_prepare_data_uses_its_own(
         "teacher_sft": {"teacher": values["teacher"], "fingerprint": seen["teacher"], "task": task},
         "student_init": {"student": values["student"], "fingerprint": seen["student"], "task": task},
         "distill": {"task": task},
+        "evaluate_teacher": {
+            "teacher": values["teacher"],
+            "fingerprint": seen["teacher"],
+            "evaluation": measured,
+            "task": task,
+        },
         "evaluate": {"evaluation": measured, "task": task},
         "specdec_benchmark": {"task": task},
         "evaluate_champion": {"evaluation": measured, "task": task},
@@ -580,6 +586,21 @@ def test_a_form_that_is_wrong_is_told_at_once_by_its_fields(tmp_path: Path) -> N
         assert f"| form | {field}: " in report
 
 
+@pytest.mark.parametrize(
+    ("metrics", "level"), [(["chrf"], None), (["chrf", "comet"], "warning"), (["comet", "chrf"], "error")]
+)
+def test_a_pipeline_without_comet(metrics: list[str], level: str | None) -> None:
+    """Where COMET is to decide, the run is refused before it starts."""
+    config = '{"task": {"metrics": ' + json.dumps(metrics) + "}}"
+    form = Form(config=config, data_train="x", model_teacher="t", model_student="s")
+    run, plan = preflight.read(form, "", "run")
+    found = preflight.without_comet(run, plan)
+    assert [check.level for check in found] == ([level] if level else [])
+    assert all("skd-distillation-comet" in check.hint for check in found)
+    run, plan = preflight.read(form, '{"methods": ["skd", "sft"]}', "run")
+    assert [check.level for check in preflight.without_comet(run, plan)] == (["warning"] if level else [])
+
+
 def test_on_a_cluster_the_report_is_seen_and_the_next_step_fails(tmp_path: Path) -> None:
     """KFP shows no artifact of a step that failed."""
     names = ("prepare_data", "trials", "report", "problems")
@@ -648,7 +669,7 @@ def test_a_comparison_hands_on_its_trials(
     assert (plan["reference"], plan["skipped"][0]["reason"]) == ("skd", "it failed")
     assert json.loads(parameters["model_fingerprints"]).keys() == {values["teacher"], values["student"]}
     assert {json.loads(parameters[name])["fresh"] for name in ("prepare_data", "teacher_sft")} == {"run-1"}
-    of_trials = ("student_init", "distill", "specdec_benchmark")  # which compare_variant gives to each
+    of_trials = ("student_init", "distill", "evaluate", "specdec_benchmark")  # which compare_variant gives to each
     assert {parameters[name] for name in (*of_trials, "evaluate_champion", "comet_score", "report")} == {""}
     base = parse_section(StepConfig, parameters["compare_variant"], where="compare_variant")
     assert not base.drafts
@@ -842,6 +863,6 @@ def test_preflight_hands_on_the_date(values: dict[str, Any], tmp_path: Path, tod
         report_out=tmp_path / "preflight" / "report.md",
     )
     parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-    steps = ("teacher_sft", "evaluate", "compare_variant", "compare_table")
+    steps = ("teacher_sft", "evaluate_teacher", "compare_variant", "compare_table")
     assert {json.loads(parameters[name])["task"]["date"] for name in steps} == {"2024-01-31"}
     assert "2024" not in parameters["prepare_data"]

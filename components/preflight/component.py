@@ -21,6 +21,7 @@ def preflight(
     training_steps: int,
     mlflow_experiment: str,
     reuse: bool,
+    comet: bool,
     findings: dsl.Output[dsl.Markdown],
     prepare_data: dsl.OutputPath(str),
     teacher_sft: dsl.OutputPath(str),
@@ -59,6 +60,7 @@ def preflight(
         training_steps: Optimiser steps of the distillation; 0: as `config` says.
         mlflow_experiment: MLflow experiment of the run; empty: the one of the settings.
         reuse: Whether later steps may be taken from the cache.
+        comet: Whether the pipeline has a step for COMET.
 
     Returns:
         findings: What was checked and what was found.
@@ -96,6 +98,7 @@ def preflight(
             "training_steps": training_steps,
             "mlflow_experiment": mlflow_experiment,
             "reuse": reuse,
+            "comet": comet,
             "report_out": findings.path,
         },
         {

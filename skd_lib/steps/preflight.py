@@ -82,6 +82,7 @@ def main(
     training_steps: Annotated[int, typer.Option(help="Field `distill.training.max_steps`; 0: as `config` says.")] = 0,
     mlflow_experiment: Annotated[str, typer.Option(help="Goes before --experiment where it is not empty.")] = "",
     reuse: Annotated[Switch, typer.Option(help="false: this run takes nothing from Kubeflow's cache.")] = Switch.true,
+    comet: Annotated[Switch, typer.Option(help="Whether the pipeline has a step for COMET.")] = Switch.true,
     pipeline_root: Annotated[
         str, typer.Option(help="Folder (local or gs://) for the pipeline's artifacts; empty: not looked at.")
     ] = "",
@@ -116,6 +117,7 @@ def main(
             run_name=run_name,
             mlflow_experiment=mlflow_experiment,
             report_out=report_out,
+            comet=bool(comet),
             pipeline_root=pipeline_root,
             require_gpu=require_gpu,
             tracking_uri=tracking_uri,
@@ -141,6 +143,7 @@ def examine(
     run_name: str,
     mlflow_experiment: str,
     report_out: Path,
+    comet: bool,
     pipeline_root: str,
     require_gpu: bool,
     tracking_uri: str,
@@ -184,7 +187,7 @@ def examine(
         pipeline_root=pipeline_root or None,
         require_gpu=require_gpu,
     )
-    report.checks += columns
+    report.checks += [*columns, *([] if comet else without_comet(run_config, plan))]
     if report.date:
         # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
         dated = run_config.task.model_copy(update={"date": report.date})
@@ -270,6 +273,20 @@ def with_columns(config: RunConfig) -> tuple[RunConfig, list[Check]]:
     data = config.data.model_copy(update={"source": source.model_copy(update={"columns": columns})})
     what = f"input `{columns.source}`, answer `{columns.target}`: by their names, `data.source.columns` gives none"
     return config.model_copy(update={"data": data}), [Check("columns", "ok", what)]
+
+
+def without_comet(config: RunConfig, plan: Plan | None) -> list[Check]:
+    """Say what a pipeline without a step for COMET means for a run."""
+    from skd_lib.preflight import Check
+
+    if not config.task.wants_comet:
+        return []
+    if plan:
+        return [Check("comet", "warning", "comparisons have no scores by COMET", "task.metrics")]
+    what, hint = "this pipeline has no step for COMET", "start the pipeline skd-distillation-comet"
+    if config.task.metrics[0] != "comet":
+        return [Check("comet", "warning", what, "task.metrics", hint)]
+    return [Check("comet", "error", f"{what}, which is to decide", "task.metrics", f"{hint}, or put another first")]
 
 
 def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightReport:

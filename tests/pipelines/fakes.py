@@ -99,35 +99,6 @@ def fake_pipeline(folder: Path, *, first_does: str = "work", second_does: str = 
     return compiled(fake, folder)
 
 
-def choosing_pipeline(folder: Path) -> list[dict[str, Any]]:
-    """The choice of the real pipeline: one of two steps runs, and the next takes its result."""
-
-    @dsl.pipeline(name="choosing")
-    def choosing(
-        config: str,
-        data_train: str,
-        data_validation: str,
-        data_test: str,
-        model_teacher: str,
-        model_student: str,
-        task: str,
-        training_method: str,
-        training_steps: int,
-        mlflow_experiment: str,
-    ):
-        end = last().set_display_name("finish").set_caching_options(False)
-        with dsl.ExitHandler(end, name="run"):
-            one = first(behaviour="work", value=model_teacher).set_display_name("make")
-            with dsl.If(model_student == "true", name="wanted"):
-                yes = first(behaviour="work", value="yes").set_display_name("choice")
-            with dsl.Else(name="unwanted"):
-                no = first(behaviour="work", value="no").set_display_name("choice-off")
-            chosen = dsl.OneOf(yes.outputs["result"], no.outputs["result"])
-            second(behaviour="work", config=chosen, model=one.outputs["model"]).set_display_name("report")
-
-    return compiled(choosing, folder)
-
-
 def looping_pipeline(folder: Path) -> list[dict[str, Any]]:
     """The loop of the real comparison: a round takes its item, an output of another step, and a parameter."""
 

@@ -246,7 +246,7 @@ DISTILL = (*TASKS, "distill", "inputs")
     [
         (
             _set(*DISTILL, "parameters", "config", value={"componentInputParameter": "pipelinechannel--sed"}),
-            "task distill in comp-exit-handler-1: input 'config' comes from 'pipelinechannel--sed', which the enclosing",
+            "task distill in comp-exit-handler-1: input 'config' comes from 'pipelinechannel--sed', which the",
         ),
         (
             _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "outputArtifactKey", value="model"),

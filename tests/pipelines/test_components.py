@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from kfp import dsl
 from packaging.specifiers import SpecifierSet
 
 from skd_lib.steps.kfp_call import take_call

@@ -19,13 +19,12 @@ from rich.console import Console
 
 import skd_lib
 from pipelines import kfp_local, stopping
-from pipelines.graph import count_steps, read_steps
 from pipelines.identity import run_identity
 from pipelines.local import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
 from pipelines.progress import LiveDisplay, PlainDisplay, duration
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
-from tests.pipelines.fakes import choosing_pipeline, fake_pipeline
+from tests.pipelines.fakes import fake_pipeline
 
 PROMPT = """it's '{"a": "{source}"}' $(HOME) \\ """
 
@@ -165,19 +164,6 @@ def test_failure_then_success_goes_on_from_the_finished_step(tmp_path: Path, jou
         run(tmp_path, second_does="error")
     run(tmp_path)
     assert executed(journal) == ["first", "second", "last", "second", "second", "last"]
-
-
-@pytest.mark.parametrize(("wanted", "chosen"), [("true", "choice"), ("false", "choice-off")])
-def test_of_a_choice_one_step_runs_and_the_next_gets_its_result(
-    tmp_path: Path, journal: Path, wanted: str, chosen: str
-):
-    documents = choosing_pipeline(tmp_path)
-    finished, screen = run(tmp_path, config(student=wanted), documents=documents)
-    assert set(finished.durations()) == {"make", chosen, "report", "finish"}
-    value = "yes" if chosen == "choice" else "no"
-    assert json.loads(finished.outputs["report"]["summary"]["value"])["value"] == value
-    assert count_steps(read_steps(documents[0])) == 4
-    assert "[4/4] finish: done" in screen
 
 
 def test_link_follows_the_last_run(tmp_path: Path):

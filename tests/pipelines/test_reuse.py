@@ -107,7 +107,8 @@ def _steps(spec: dict[str, Any]) -> Iterator[Callable[..., Outcome]]:
                 app.command()(main)
                 app(words, standalone_mode=False)
                 return Outcome(0, "", ())
-            step = StepIO({name: Path(uri) for name, uri in call.artifacts.items()})
+            assert call.output_file is not None
+            step = StepIO({name: call.output_file.parent / name for name in kinds[module].get("artifacts", {})})
             for path in step.paths.values():
                 path.touch()
             for name, kind in kinds[module].get("parameters", {}).items():
