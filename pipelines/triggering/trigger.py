@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.submitting.api import KubeflowPipelines, Unsettled
@@ -155,6 +156,8 @@ class Trigger:
 
     def _look(self, name: str, memory: _Memory) -> Decision:
         """Decide by the runs of this name that Kubeflow lists, and by those that MLflow and the claims remember."""
+        # Before Kubeflow is asked: a run that is started in between is then in its list.
+        started = remembered(self.claims, name) if self.claims else []
         experiment = self.api.find_experiment(self.place.experiment)
         runs = self.api.runs_named(name, experiment) if experiment else []
         for run in reversed(runs):
@@ -176,7 +179,7 @@ class Trigger:
             way_out = f"to run it again, delete that MLflow run or its tag {triggered.TRIGGER_TAG}"
             reason = f"there is a run for this data already, {what}; {way_out}"
             return Decision(fire=False, reason=reason, name=name)
-        written = [uri for uri in (remembered(self.claims, name) if self.claims else []) if _run_id(uri) not in failed]
+        written = [uri for uri in started if _run_id(uri) not in failed]
         if written:
             reason = (
                 f"a run for this data was started, {_run_id(written[-1])}, which Kubeflow no longer knows; "
@@ -254,7 +257,7 @@ def check_source(config: RunConfig, source: str) -> None:
     files = reading_from(config, source).data.source
     if not isinstance(files, FilesSource):
         return
-    if not storage.is_remote(source) and "://" not in source and not os.path.isabs(source):
+    if not storage.is_remote(source) and "://" not in source and not Path(source).is_absolute():
         hint = "give a gs:// URI, or the absolute path of a volume that is mounted here as in the steps' pods"
         raise SkdError("the cluster cannot read a relative path of this machine", where=f"SOURCE {source}", hint=hint)
     if not storage.exists(source):
