@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig
 from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
@@ -26,7 +28,7 @@ class StepConfig(ConfigSection):
     name: str = ""
     teacher: str = ""
     student: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     trust_remote_code: bool = False
     data: DataConfig | None = None
     task: TaskConfig = TaskConfig()

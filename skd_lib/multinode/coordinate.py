@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -50,12 +50,14 @@ class Work:
         options: Values of its options, but for inputs and outputs; its config without `multinode`.
         inputs: Local paths of the input artifacts; options and artifacts have the same names.
         outputs: Names of the output artifacts, by option.
+        made: Local paths of what this pod has made for the nodes, by option.
     """
 
     step: str
     options: Mapping[str, str]
     inputs: Mapping[str, Path]
     outputs: Mapping[str, str]
+    made: Mapping[str, Path] = field(default_factory=dict)
 
 
 def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
@@ -91,7 +93,7 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
                 f"stopped by SIGTERM; the TrainJob {name} is deleted, and its nodes save a checkpoint",
                 hint="retry the step or start the run again with the same settings: it goes on from there",
             ) from None
-    _collect(exchange, io)
+    _collect(exchange, io, work)
     cluster.delete(name)
     exchange.remove()
 
@@ -113,7 +115,7 @@ def _start(
         Request(
             step=work.step,
             options=dict(work.options),
-            inputs=uris,
+            inputs={**uris, **exchange.give(work.made)},
             outputs=dict(work.outputs),
             artifacts={name: io.output_uri(name) for name in work.outputs.values()},
         )
@@ -227,11 +229,11 @@ def _cancel(cluster: Cluster, name: str) -> None:
         log.error("the TrainJob could not be deleted and goes on; `%s`: %s", command, error)
 
 
-def _collect(exchange: Exchange, io: StepIO) -> None:
+def _collect(exchange: Exchange, io: StepIO, work: Work) -> None:
     """Take the nodes' outputs as this step's own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / EXECUTOR_OUTPUT
-        exchange.fetch(io.paths, file)
+        exchange.fetch({name: io.paths[name] for name in work.outputs.values()}, file)
         written = json.loads(file.read_text(encoding="utf-8"))
     for parameter, value in written["parameterValues"].items():
         io.parameter(parameter, value)

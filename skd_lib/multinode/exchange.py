@@ -5,6 +5,7 @@ launcher will upload: neither is in reach of another pod. So the nodes fetch the
 put the outputs into a folder from which the step fetches them.
 
     CHECKPOINT_ROOT/multinode/JOB/request.json   what the nodes are to do
+    CHECKPOINT_ROOT/multinode/JOB/made/          what the step has made for them, by option
     CHECKPOINT_ROOT/multinode/JOB/result/        the outputs by name, KFP's executor output, and last the marker
 """
 
@@ -21,7 +22,7 @@ from skd_lib import storage
 from skd_lib.errors import SkdError
 
 EXECUTOR_OUTPUT = "executor_output.json"
-_REQUEST, _RESULT, _MARKER = "request.json", "result", "complete"
+_REQUEST, _MADE, _RESULT, _MARKER = "request.json", "made", "result", "complete"
 
 
 class Request(BaseModel):
@@ -60,6 +61,13 @@ class Exchange:
             file = Path(folder) / _REQUEST
             file.write_text(request.model_dump_json(), encoding="utf-8")
             storage.upload(file, f"{self.uri}/{_REQUEST}")
+
+    def give(self, made: Mapping[str, Path]) -> dict[str, str]:
+        """Put files and folders there for the nodes; returns their URIs."""
+        uris = {name: f"{self.uri}/{_MADE}/{name}" for name in made}
+        for name, path in made.items():
+            storage.upload(path, uris[name])
+        return uris
 
     def request(self) -> Request:
         """What the nodes are to do.

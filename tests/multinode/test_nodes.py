@@ -28,7 +28,7 @@ from tests.gcs_emulator import emulated
 from tests.multinode.fake_kubernetes import FakeKubernetes, running
 
 BUCKET = "gs://multinode"
-TASK = json.dumps({"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12})
+TASK = {"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12}
 
 
 class Save(Protocol):
@@ -134,10 +134,8 @@ def step_process(folder: Path, kubernetes: FakeKubernetes, **config: Any) -> sub
     options = {
         **dict.fromkeys(call.inputs, str(fetched)),
         "student_out": str(folder / "student"),
-        "config": json.dumps({**section, "training": training}),
-        "task_config": TASK,
+        "config": json.dumps({"distill": {**section, "training": training}, "task": TASK, "seed": 3}),
         "checkpoint_root": f"{BUCKET}/checkpoints",
-        "seed": "3",
     }
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += call.words()

@@ -138,13 +138,17 @@ def place(tmp_path: Path, save_tiny_model: SaveTinyModel, monkeypatch: pytest.Mo
         change(teacher)
         with pytest.raises(Stop):
             teacher_sft.main(
-                teacher=teacher,
                 data=tmp_path / "data",
                 checkpoint_root=str(tmp_path / "checkpoints"),
                 teacher_out=tmp_path / "out" / "model",
-                config=json.dumps({"training": TRAINING | (training or {})}),
-                task_config=json.dumps(TASK | task),
-                seed=seed,
+                config=json.dumps(
+                    {
+                        "teacher": str(teacher),
+                        "teacher_sft": {"training": TRAINING | (training or {})},
+                        "task": TASK | task,
+                        "seed": seed,
+                    }
+                ),
             )
         return places[-1]
 
@@ -206,8 +210,9 @@ def test_what_a_stored_teacher_said_belongs_to_its_config(
                 data=tmp_path / "data",
                 checkpoint_root=str(tmp_path / "checkpoints"),
                 student_out=tmp_path / "out" / "model",
-                config=json.dumps({"teacher_signal": {"mode": "stored"}, "method": "supervised_kd"}),
-                task_config=json.dumps(TASK),
+                config=json.dumps(
+                    {"distill": {"teacher_signal": {"mode": "stored"}, "method": "supervised_kd"}, "task": TASK}
+                ),
             )
     assert len(set(digests)) == 2
 

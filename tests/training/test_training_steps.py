@@ -15,22 +15,25 @@ from typing import Any, Protocol
 import pytest
 import torch
 from mlflow import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.models.files import weights_digest
+from skd_lib.models.importing import import_model
+from skd_lib.models.references import model_fingerprint
+from skd_lib.multinode.coordinate import Work
 from skd_lib.records import RECORD, Record, read_record, write_record
-from skd_lib.steps import distill, import_model, student_init, teacher_sft
+from skd_lib.steps import distill, student_init, teacher_sft
 from skd_lib.steps.kfp_call import Call, called
 from skd_lib.steps.runtime import run_step
 from skd_lib.training.checkpoints import MARKER
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"learning_rate": 5e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "eval_steps": 2}
-TASK = json.dumps({"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12})
+TASK = {"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12}
 
 
 class Save(Protocol):
@@ -44,8 +47,6 @@ class Step:
         self.folder = folder
         self.model = folder / "model"
         self.arguments: dict[str, Any] = {
-            "task_config": TASK,
-            "seed": 3,
             "tracking_uri": "",
             "experiment": "skd",
             "checkpoint_root": str(folder.parent / "checkpoints"),
@@ -64,18 +65,23 @@ class Step:
         return self.record.figures
 
 
+def config(**fields: Any) -> str:
+    """A step's `config`: its own fields, and the task and the seed of all of these tests."""
+    return json.dumps({"task": TASK, "seed": 3, **fields})
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     rows = [{"source": f"le fichier {n} du compte {n * 7}", "target": f"the file {n}"} for n in range(60)]
     rows += [rows[0], {"source": "une longue ligne " * 200, "target": "a long row"}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
+    settings = {
         "source": {"type": "files", "train": [str(folder / "rows.jsonl")]},
         "near_duplicate_threshold": 1,
         "student_examples": 20,
     }
-    prepare(DataConfig.model_validate(config), folder / "prepared", seed=0)
+    prepare(DataConfig.model_validate(settings), folder / "prepared", seed=0)
     return folder / "prepared"
 
 
@@ -91,23 +97,22 @@ def test_from_teacher_to_distilled_student(
     fingerprint = PreparedData.load(data).fingerprint
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
-    imported, bucket = tmp_path / "0" / "model", "gs://bucket/out"
-    import_model.main(model=str(teacher), model_out=imported)
+    bucket = "gs://bucket/out"
     tuning = Step(tmp_path / "1")
-    section = json.dumps({"training": TRAINING})
-    teacher_sft.main(teacher=imported, data=data, teacher_out=tuning.model, config=section, **tuning.arguments)
+    section = config(teacher=str(teacher), teacher_sft={"training": TRAINING})
+    teacher_sft.main(data=data, teacher_out=tuning.model, config=section, **tuning.arguments)
     lineage = tuning.lineage
     assert lineage["reference"] == str(teacher)
-    assert lineage["fingerprint"] == read_record(imported).lineage["fingerprint"]
+    assert lineage["fingerprint"] == model_fingerprint(str(teacher))
     assert lineage["base_weights_sha256"] == weights_digest(teacher) != lineage["weights_sha256"]
     assert lineage["weights_sha256"] == weights_digest(tuning.model)
     assert lineage["data_fingerprint"] == fingerprint
     assert tuning.figures["best_validation_loss"] < tuning.figures["first_validation_loss"]
 
     cutting = Step(tmp_path / "2")
-    section = json.dumps({"mode": "prune", "keep_first": 2.0, "keep_last": 1.0})  # as KFP passes integers
+    section = config(student_init={"mode": "prune", "keep_first": 2.0, "keep_last": 1.0})  # as KFP passes integers
     paths: dict[str, Any] = {"teacher": tuning.model, "data": data, "student_out": cutting.model}
-    student_init.main(student="", config=section, **paths, **cutting.arguments)
+    student_init.main(config=section, **paths, **cutting.arguments)
     cut = cutting.lineage
     assert cut["base_student"] == f"{teacher}, first 2 and last 1 layers"
     assert cut["student_init"] == "prune"
@@ -118,13 +123,13 @@ def test_from_teacher_to_distilled_student(
 
     training = Step(tmp_path / "3")
     training.arguments["tracking_uri"] = uri
-    section = json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "dropout": 0.1}})
+    section = config(distill={"sampling": {"top_k": 3}, "training": {**TRAINING, "dropout": 0.1}})
     paths = {"student": cutting.model, "teacher": tuning.model, "data": data, "student_out": training.model}
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     monkeypatch.setenv("SKD_IMAGE", "registry/skd@sha256:1")
-    with called(Call(True, artifacts={"distilled_student": f"{bucket}/distilled_student"})):
+    with called(Call(tmp_path / "output.json", artifacts={"distilled_student": f"{bucket}/distilled_student"})):
         distill.main(config=section, **paths, **training.arguments)
-    written = json.loads((tmp_path / "3" / "output_metadata.json").read_text())
+    written = json.loads((tmp_path / "output.json").read_text())
     entry = {"name": "distilled_student", "uri": f"{bucket}/distilled_student", "metadata": {}}
     assert written == {"artifacts": {"distilled_student": {"artifacts": [entry]}}, "parameterValues": {}}
     final = training.lineage
@@ -183,10 +188,10 @@ def _check_tracked(uri: str, lineage: Mapping[str, Any]) -> None:
 def test_a_model_with_a_record_is_a_model_like_any_other(teacher: Path, tmp_path: Path) -> None:
     """The record changes neither the digest of the weights, nor is it taken over into another run."""
     model = tmp_path / "model"
-    import_model.main(model=str(teacher), model_out=model)
+    import_model(str(teacher), teacher, model, fingerprint="")
     write_record(model, lineage={"method": "skd"}, samples="{}\n")
     assert weights_digest(model) == weights_digest(teacher)
-    import_model.main(model=str(model), model_out=tmp_path / "again")
+    import_model(str(model), model, tmp_path / "again", fingerprint="")
     assert read_record(tmp_path / "again").lineage["reference"] == str(model)
     assert "method" not in read_record(tmp_path / "again").lineage
     assert {path.name for path in (tmp_path / "again" / RECORD).iterdir()} >= {"lineage.json"}
@@ -195,9 +200,50 @@ def test_a_model_with_a_record_is_a_model_like_any_other(teacher: Path, tmp_path
 
 def test_a_teacher_that_is_not_to_be_tuned_is_passed_on(teacher: Path, data: Path, tmp_path: Path) -> None:
     step = Step(tmp_path / "1")
-    teacher_sft.main(teacher=teacher, data=data, teacher_out=step.model, config='{"enabled": false}', **step.arguments)
+    section = config(teacher=str(teacher), teacher_sft={"enabled": False})
+    teacher_sft.main(data=data, teacher_out=step.model, config=section, **step.arguments)
     assert step.lineage["weights_sha256"] == weights_digest(step.model) == weights_digest(teacher)
+    assert step.lineage["fingerprint"] == model_fingerprint(str(teacher))
     assert step.figures == {"steps": 0}
+
+
+def test_nodes_train_the_teacher_that_the_step_has_fetched(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is mounted in the step's pod is in none of theirs."""
+    mounted, fetched = tmp_path / "mounted", tmp_path / "node" / "fetched"
+    shutil.copytree(teacher, mounted)
+    fingerprint = model_fingerprint(str(mounted))
+    asked: list[Work] = []
+
+    def take(work: Work, *_: object) -> None:
+        shutil.copytree(work.made["fetched"], fetched)
+        asked.append(work)
+
+    monkeypatch.setattr("skd_lib.multinode.coordinate.train_on_nodes", take)
+    waiting, node = Step(tmp_path / "pod"), Step(tmp_path / "node")
+    section = {"training": TRAINING | {"max_steps": 1}, "multinode": {"nodes": 2}}
+    settings = config(teacher=str(mounted), fingerprint=fingerprint, teacher_sft=section)
+    teacher_sft.main(data=data, config=settings, teacher_out=waiting.model, **waiting.arguments)
+    shutil.rmtree(mounted)
+    (work,) = asked
+    teacher_sft.main(data=data, teacher_out=node.model, fetched=fetched, **work.options)
+    assert (node.lineage["reference"], node.lineage["fingerprint"]) == (str(mounted), fingerprint)
+    assert node.lineage["base_weights_sha256"] == weights_digest(teacher)
+    assert node.figures["steps"] == 1
+
+
+def test_a_teacher_that_is_not_finite_is_refused_before_it_is_trained(
+    data: Path, tmp_path: Path, save_tiny_model: Save
+) -> None:
+    broken = save_tiny_model(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    step = Step(tmp_path / "1")
+    with pytest.raises(SkdError, match="not finite"):
+        teacher_sft.main(data=data, config=config(teacher=str(broken)), teacher_out=step.model, **step.arguments)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_places_come_from_the_environment(
@@ -205,7 +251,8 @@ def test_places_come_from_the_environment(
 ) -> None:
     """As arguments they would be part of Kubeflow's cache key."""
     monkeypatch.setenv("SKD_CHECKPOINT_ROOT", "ftp://bucket/x")
-    words = ["--teacher", str(teacher), "--data", str(data), "--teacher-out", str(tmp_path / "out")]
+    words = ["--config", config(teacher=str(teacher)), "--data", str(data)]
+    words += ["--teacher-out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["teacher_sft", *words])
     with pytest.raises(SystemExit) as caught:
         run_step(teacher_sft.main)
@@ -218,8 +265,8 @@ def test_a_student_of_its_own(mode: str, teacher: Path, data: Path, tmp_path: Pa
     own = save_tiny_model(tmp_path / "own", seed=5, vocab_size=384)  # padded further than the teacher's
     step = Step(tmp_path / "1")
     out = step.model
-    section = json.dumps({"mode": mode, "training": TRAINING})
-    student_init.main(student=str(own), teacher=teacher, data=data, student_out=out, config=section, **step.arguments)
+    section = config(student=str(own), student_init={"mode": mode, "training": TRAINING})
+    student_init.main(teacher=teacher, data=data, student_out=out, config=section, **step.arguments)
     metadata = step.lineage
     assert metadata["base_student"] == str(own)
     assert metadata["weights_sha256"] == weights_digest(out)
@@ -235,9 +282,9 @@ def test_a_student_that_is_cut_and_fine_tuned(teacher: Path, data: Path, tmp_pat
     for mode in ("prune", "prune_sft"):
         steps[mode] = Step(tmp_path / mode)
         students[mode] = tmp_path / mode / "model"
-        section = json.dumps({"mode": mode, "keep_first": 2, "keep_last": 1, "training": TRAINING})
+        section = config(student_init={"mode": mode, "keep_first": 2, "keep_last": 1, "training": TRAINING})
         paths: dict[str, Any] = {"teacher": named, "data": data, "student_out": students[mode]}
-        student_init.main(student="", config=section, **paths, **steps[mode].arguments)
+        student_init.main(config=section, **paths, **steps[mode].arguments)
     metadata, figures = steps["prune_sft"].lineage, steps["prune_sft"].figures
     assert AutoModelForCausalLM.from_pretrained(students["prune_sft"]).config.num_hidden_layers == 3
     assert metadata["student_init"] == "prune_sft"
@@ -259,8 +306,8 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
     for attempt in range(2):
         step = Step(tmp_path / str(attempt))
         out = tmp_path / str(attempt) / "model"
-        section = json.dumps({"training": TRAINING})
-        arguments = {"teacher": teacher, "data": data, "teacher_out": out, "config": section, **step.arguments}
+        section = config(teacher=str(teacher), teacher_sft={"training": TRAINING})
+        arguments = {"data": data, "teacher_out": out, "config": section, **step.arguments}
         with monkeypatch.context() as patched:
             if attempt == 0:
 
@@ -286,12 +333,13 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
 
 def test_a_step_that_is_told_to_go_saves_and_goes_on(teacher: Path, data: Path, tmp_path: Path) -> None:
     """A real process, a real signal: its exit code says that it wants to be started again."""
-    section = json.dumps({"training": {**TRAINING, "max_steps": 72, "eval_steps": 72}})  # a second and a half
+    training = {**TRAINING, "max_steps": 72, "eval_steps": 72}  # a second and a half
+    section = config(teacher=str(teacher), teacher_sft={"training": training})
     outputs = []
     for name in ("stopped", "whole"):
         step = Step(tmp_path / name / "1")
         out = tmp_path / name / "1" / "model"
-        arguments = {"teacher": teacher, "data": data, "teacher_out": out, "config": section, **step.arguments}
+        arguments = {"data": data, "teacher_out": out, "config": section, **step.arguments}
         if name == "stopped":
             options = [text for key, value in arguments.items() for text in (f"--{key.replace('_', '-')}", str(value))]
             command = [sys.executable, "-m", "skd_lib.steps.teacher_sft", *options]
@@ -317,15 +365,16 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
 ) -> None:
     step = Step(tmp_path / "1")
     paths: dict[str, Any] = {"teacher": teacher, "data": data, "student_out": tmp_path / "out"}
-    section = '{"mode": "prune", "keep_first": 1, "keep_last": 1}'
-    with pytest.raises(SkdError, match="mode `prune` cuts the student from the teacher"):
-        student_init.main(student="org/model", config=section, **paths, **step.arguments)
-    with pytest.raises(SkdError, match="mode `prune_sft` cuts the student from the teacher"):
-        student_init.main(student="org/model", config=section.replace("prune", "prune_sft"), **paths, **step.arguments)
-    with pytest.raises(SkdError, match="mode `as_is` needs a student"):
-        student_init.main(student="", **paths, **step.arguments)
-    with pytest.raises(SkdError, match=r"--config, field `method`"):
-        distill.main(student=teacher, config='{"method": "kd"}', **paths, **step.arguments)
+    for mode in ("prune", "prune_sft"):
+        section = config(student="org/model", student_init={"mode": mode, "keep_first": 1, "keep_last": 1})
+        with pytest.raises(SkdError, match=f"field `student`: mode `{mode}` cuts the student from the teacher"):
+            student_init.main(config=section, **paths, **step.arguments)
+    with pytest.raises(SkdError, match="field `student`: mode `as_is` needs a student"):
+        student_init.main(**paths, **step.arguments)
+    with pytest.raises(SkdError, match="field `teacher`: no teacher is named"):
+        teacher_sft.main(data=data, config=config(), teacher_out=tmp_path / "out", **step.arguments)
+    with pytest.raises(SkdError, match=r"--config, field `distill.method`"):
+        distill.main(student=teacher, config='{"distill": {"method": "kd"}}', **paths, **step.arguments)
     with pytest.raises(SkdError, match="the input `student` is gone from storage"):
         distill.main(student=tmp_path / "none", **paths, **step.arguments)
     with pytest.raises(SkdError, match=r"checkpoints cannot be kept there(.|\n)*gs://"):
@@ -358,7 +407,7 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
             teacher=teacher,
             data=data,
             student_out=step.model,
-            config=json.dumps(section),
+            config=config(distill=section),
             **step.arguments,
         )
         # Another training on the same data finds what the teacher said.
@@ -387,11 +436,10 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     training = {**TRAINING, "max_steps": 2, "eval_steps": 2, "micro_batch_size": 1}
     arguments = {
         **step.arguments,
-        "teacher": teacher,
         "data": data,
         "teacher_out": out,
         "tracking_uri": f"sqlite:///{uri}",
-        "config": json.dumps({"training": training}),
+        "config": config(teacher=str(teacher), teacher_sft={"training": training}),
     }
     options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", str(ROOT))])
@@ -416,7 +464,7 @@ def test_quantised_teacher_trains_a_student(precision: str, data: Path, tmp_path
     pytest.importorskip("bitsandbytes")
     training = Step(tmp_path / "run")
     distill.main(
-        config=json.dumps({"sampling": {"top_k": 3}, "training": {**TRAINING, "teacher_precision": precision}}),
+        config=config(distill={"sampling": {"top_k": 3}, "training": {**TRAINING, "teacher_precision": precision}}),
         student=save_tiny_model(tmp_path / "student", seed=1),
         teacher=save_tiny_model(tmp_path / "teacher", seed=2, layers=4, hidden=64),
         data=data,

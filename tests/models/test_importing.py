@@ -11,12 +11,12 @@ import pytest
 from transformers import GenerationConfig
 
 from skd_lib.errors import SkdError
+from skd_lib.models import importing
 from skd_lib.models.files import load_tokenizer, weights_digest
+from skd_lib.models.importing import import_folder, import_model
 from skd_lib.models.loading import load_model
-from skd_lib.models.references import model_fingerprint
-from skd_lib.records import read_record
-from skd_lib.steps import import_model
-from skd_lib.steps.import_model import import_folder, main
+from skd_lib.models.references import model_fingerprint, resolve_model
+from skd_lib.records import RECORD, read_record
 from tests.conftest import SaveTinyModel
 
 
@@ -30,9 +30,15 @@ def source(tmp_path: Path, save_tiny_model: SaveTinyModel) -> Path:
     return folder
 
 
-def test_step_hands_on_a_whole_model(source: Path, tmp_path: Path) -> None:
+def imported(source: Path, out: Path, fingerprint: str = "") -> None:
+    """Fetch and keep a model, as step `teacher_sft` does."""
+    fingerprint = fingerprint or model_fingerprint(str(source))
+    import_model(str(source), resolve_model(str(source), fingerprint=fingerprint), out, fingerprint=fingerprint)
+
+
+def test_a_whole_model_is_kept(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "model"
-    main(model=str(source), model_out=out)
+    imported(source, out)
     assert not (out / "pytorch_model.bin").exists()
     assert not (out / "modeling.py").exists()
     assert (out / "README.md").read_text() == "# upstream card"
@@ -42,7 +48,6 @@ def test_step_hands_on_a_whole_model(source: Path, tmp_path: Path) -> None:
     load_tokenizer(out)
     model = load_model(out, device="cpu")
 
-    assert (tmp_path / "out" / "executor_output.json").exists()
     assert read_record(out).lineage == {
         "weights_sha256": weights_digest(source),
         "reference": str(source),
@@ -57,22 +62,22 @@ def test_a_folder_that_changes_is_not_imported_as_another(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = model_fingerprint(str(source))
-    main(model=str(source), model_out=tmp_path / "good" / "model", fingerprint=seen)
+    imported(source, tmp_path / "good", seen)
 
     def import_and_change(*arguments: Any, **options: Any) -> None:
         import_folder(*arguments, **options)
         (source / "generation_config.json").write_text("{}")
 
-    monkeypatch.setattr(import_model, "import_folder", import_and_change)
+    monkeypatch.setattr(importing, "import_folder", import_and_change)
     for _ in range(2):  # changed while it was copied, and before
         with pytest.raises(SkdError, match="changed after preflight looked at it"):
-            main(model=str(source), model_out=tmp_path / "bad" / "model", fingerprint=seen)
-        assert not (tmp_path / "bad" / "executor_output.json").exists()
+            imported(source, tmp_path / "bad", seen)
+        assert not (tmp_path / "bad" / RECORD).exists()
 
 
 def test_users_folder_is_copied_and_caches_are_linked(source: Path, tmp_path: Path) -> None:
     weights = "model.safetensors"
-    main(model=str(source), model_out=tmp_path / "out" / "model")
+    imported(source, tmp_path / "out" / "model")
     assert not (tmp_path / "out" / "model" / weights).samefile(source / weights)
     import_folder(source, tmp_path / "linked", link=True)
     assert (tmp_path / "linked" / weights).samefile(source / weights)
@@ -100,16 +105,19 @@ def test_code_is_taken_along_only_when_asked_for(source: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "modeling.py").is_file()
 
 
-def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "skd_lib.steps.import_model"]
+def test_a_model_that_is_not_there_is_refused_by_the_step(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    command = [sys.executable, "-m", "skd_lib.steps.teacher_sft"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     assert "wheel://" in shown
-    failed = subprocess.run(
-        [*command, "--model", str(tmp_path / "none"), "--model-out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = {
+        "data": tmp_path / "data",
+        "config": json.dumps({"teacher": str(tmp_path / "none")}),
+        "teacher-out": tmp_path / "out",
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    failed = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "no such folder" in failed.stderr
     assert "Traceback" not in failed.stderr
