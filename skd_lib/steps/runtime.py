@@ -28,15 +28,6 @@ from skd_lib.uris import redacted, redacted_output
 log = logging.getLogger(__name__)
 RESULT_ENV = "SKD_RESULT_URI"
 """Exchange folder in which another pod waits for this step's outputs (`skd_lib.multinode`)."""
-LABEL_HELP = "Tells this run of the step in MLflow from others of the same pipeline run; empty where there is one."
-FINGERPRINT_HELP = (
-    "Fingerprint of the model as preflight found it: a hub model is fetched at that commit, any other must still be "
-    "the same. Empty: whatever is there now."
-)
-FRESH_HELP = (
-    "Text that is part of Kubeflow's cache key and of nothing else: with another one the step, and what depends on it, "
-    "is done again."
-)
 
 
 class Switch(StrEnum):
