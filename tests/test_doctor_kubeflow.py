@@ -19,6 +19,18 @@ def settings(**strategy: str) -> dict[str, str]:
     return {"workflowDefaults": yaml.safe_dump({"spec": {"templateDefaults": {"retryStrategy": strategy}}})}
 
 
+def kubeconfig(server: str) -> str:
+    """One that names a cluster at this address."""
+    return yaml.safe_dump(
+        {
+            "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "users": [{"name": "u", "user": {}}],
+        }
+    )
+
+
 @pytest.mark.parametrize(
     ("data", "grade", "found"),
     [
@@ -64,20 +76,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        address = {"server": f"http://127.0.0.1:{server.server_port}"}
         file = tmp_path / "kubeconfig"
-        contexts = [{"name": "c", "context": {"cluster": "c", "user": "u"}}]
-        file.write_text(
-            yaml.safe_dump(
-                {
-                    "current-context": "c",
-                    "clusters": [{"name": "c", "cluster": address}],
-                    "contexts": contexts,
-                    "users": [{"name": "u", "user": {}}],
-                }
-            ),
-            encoding="utf-8",
-        )
+        file.write_text(kubeconfig(f"http://127.0.0.1:{server.server_port}"), encoding="utf-8")
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
         monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
         yield answer
@@ -87,14 +87,41 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 def test_the_cluster_is_asked(cluster: dict[str, object]):
     (finding,) = examine_kubeflow("kubeflow")
     assert "NOT tried again" in finding.found
-    assert examine_kubeflow("elsewhere") == []
+    (finding,) = examine_kubeflow("elsewhere")
+    assert (finding.grade, finding.found) == (Grade.WARN, f"there is no ConfigMap {CONTROLLER} in namespace elsewhere")
+    assert "--namespace" in finding.advice
     cluster["status"] = 403
-    assert examine_kubeflow("kubeflow") == []
+    (finding,) = examine_kubeflow("kubeflow")
+    assert finding.grade is Grade.WARN
+    assert "may not be read (HTTP 403)" in finding.found
+    assert "ask an administrator" in finding.advice
 
 
-def test_without_a_cluster_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
-    assert examine_kubeflow("kubeflow") == []
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "this machine knows none"),
+        ("{}", "this machine knows none"),
+        ("[1, 2", "the kubeconfig cannot be read"),
+        ("just text", "the kubeconfig cannot be read"),
+        (kubeconfig("http://127.0.0.1:9"), "cannot be reached"),
+    ],
+)
+def test_without_a_cluster_one_finding_says_what_to_do(
+    content: str | None, found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Commit 9e44b4e: a note of the package kubernetes, and no finding."""
+    file = tmp_path / "kubeconfig"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
+    monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
+    (finding,) = examine_kubeflow("kubeflow")
+    assert finding.grade is Grade.FAIL
+    assert found in finding.found
+    assert "kubectl" in finding.advice
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_command_says_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
