@@ -114,7 +114,7 @@ def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
         "teacher": base.teacher,
         "seeds": ", ".join(map(str, settings.seeds)),
         "runs": f"{len(trials)}: student_init, distill, evaluate{' and specdec_benchmark' * settings.drafts} of each",
-        "once": "preflight, import_model, prepare_data, teacher_sft, evaluate (teacher), compare_table",
+        "once": "preflight, prepare_data, teacher_sft, evaluate_teacher, compare_table",
         "against": plan.reference,
         "files": str(folder),
     }.items():
