@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DATA_HELP = "Folder that `prepare_data` wrote."
-TASK_HELP = "Section `task` of the run's config, as JSON."
-SEED_HELP = "Seed of the order of examples, of all sampling and of dropout."
 LEFT_OUT = "left_out_"
 """Figures: how many examples of a split have prompts over the limit."""
 SUMMED = ("response_tokens", "student_tokens", "teacher_tokens")
