@@ -14,7 +14,7 @@ Node pool and settings are handed on as parameters, since a nested pipeline sees
 gives each step its `config`: the part of the run's configuration that the step depends on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kfp import dsl
@@ -45,7 +45,7 @@ def outputs(**types: Any) -> Any:
     return NamedTuple("Outputs", list(types.items()))
 
 
-def prepare(profile: Profile, handed_on: dict[str, type], *, comet: bool = False) -> Chapter:
+def prepare(profile: Profile, handed_on: Mapping[str, type], *, comet: bool = False) -> Chapter:
     """Return the chapter that checks the run and prepares its data.
 
     Args:

@@ -24,7 +24,7 @@ def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]
         config: A run's configuration, or the one that all runs of a comparison start from.
         runs: Those that are trained.
     """
-    sources = [("data.source", config.data.source)]
+    sources: list[tuple[str, DataSource | HeldOutFiles | HeldOutHub]] = [("data.source", config.data.source)]
     sources += [(f"data.held_out ({each.name})", each.source) for each in config.data.held_out]
     problems = [
         # An absolute path may be a mounted volume's.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 OUTPUT_FILE_OPTION = "--kfp-output-file"
 OUTPUT_FILE = "{{$.outputs.output_file}}"
-"""File for KFP's executor output, which only runners on this machine fill in: KFP's launcher does not (2.14 to 2.17)."""
+"""File for KFP's executor output, which runners on this machine fill in; KFP's launcher does not (2.14 to 2.17)."""
 ARTIFACT_OPTION = "--kfp-artifact"
 """`NAME=URI` of an output artifact, where its path does not tell."""
 PARAMETERS_OPTION = "--kfp-parameters"
