@@ -26,6 +26,6 @@ def test_memory_that_the_papers_example_says_it_takes(monkeypatch: pytest.Monkey
         }
 
     assert f"takes {estimated()['teacher_sft']} (teacher_sft; distill takes {estimated()['distill']})" in said
-    changes = re.findall(r"--set (\S+)`", said)
-    assert changes == ["teacher_sft.training.lora.rank=16"]
-    assert f"({estimated(*changes)['teacher_sft']})" in said
+    several, one = re.findall(r"--set (\S+)`", said)
+    assert load_config(path, parse_overrides([several])).teacher_sft.training.fsdp
+    assert f"`--set {one}` ({estimated(one)['teacher_sft']})" in said
