@@ -6,6 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?:[A-Za-z0-9.\[\]:-]+/)?{_PART}(?:/{_PART})*(?::\w[\w.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?", re.ASCII
+)
+"""An image's reference, as registries take it."""
 PARAMETER = re.compile(r"inputs\.parameters\['([^']+)'\]")
 
 
@@ -14,7 +19,7 @@ def lint(spec: dict[str, Any]) -> list[str]:
 
     Every reference must resolve: components, executors, inputs of the enclosing DAG, outputs of producing tasks, and
     parameters named in a container's command or resources, which each task must pass even where they have a default.
-    Every image must be versioned. Every nested DAG must hold a step that is not cached.
+    Every image must be versioned, and is named once whatever the number of its components. Every nested DAG must hold a step that is not cached.
     """
     components: dict[str, Any] = spec.get("components", {})
     executors: dict[str, Any] = spec.get("deploymentSpec", {}).get("executors", {})
@@ -28,6 +33,26 @@ def lint(spec: dict[str, Any]) -> list[str]:
             problems.append(f"component {name}: executor {component.get('executorLabel')!r} does not exist")
         else:
             problems += _container(name, component, executors[component["executorLabel"]])
+    return problems + _images(components, executors)
+
+
+def _images(components: dict[str, Any], executors: dict[str, Any]) -> list[str]:
+    users: dict[str, list[str]] = {}
+    for name, component in components.items():
+        container = executors.get(component.get("executorLabel"), {}).get("container")
+        if container is not None:  # of an importer: no command, no image
+            users.setdefault(container["image"], []).append(name)
+    problems = []
+    for image, names in users.items():
+        version = image.rsplit("/", 1)[-1].partition(":")[2]
+        if not _IMAGE.fullmatch(image):
+            wrong = "is not the name of an image: REGISTRY/NAME:VERSION or REGISTRY/NAME@sha256:DIGEST"
+        elif "@sha256:" not in image and version in ("", "latest"):
+            wrong = "has neither version nor digest"
+        else:
+            continue
+        others = f" (and {len(names) - 1} further components)" if len(names) > 1 else ""
+        problems.append(f"component {names[0]}: image {image!r} {wrong}{others}")
     return problems
 
 
@@ -130,17 +155,11 @@ def _container(name: str, component: dict[str, Any], executor: dict[str, Any]) -
     container = executor.get("container")
     if container is None:  # an importer: no command, no image
         return []
-    problems = []
-    image = container["image"]
-    version = image.rsplit("/", 1)[-1].partition(":")[2]
-    if "@sha256:" not in image and version in ("", "latest"):
-        problems.append(f"component {name}: image {image!r} has neither version nor digest")
     known = component.get("inputDefinitions", {}).get("parameters", {})
-    problems += [
+    return [
         f"component {name}: uses parameter {parameter!r}, which it does not have"
         for parameter in sorted(_used(container) - known.keys())
     ]
-    return problems
 
 
 def _used(container: dict[str, Any]) -> set[str]:
