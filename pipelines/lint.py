@@ -19,7 +19,8 @@ def lint(spec: dict[str, Any]) -> list[str]:
 
     Every reference must resolve: components, executors, inputs of the enclosing DAG, outputs of producing tasks, and
     parameters named in a container's command or resources, which each task must pass even where they have a default.
-    Every image must be versioned, and is named once whatever the number of its components. Every nested DAG must hold a step that is not cached.
+    Every image must be versioned, and is named once whatever the number of its components. Every nested DAG must hold a
+    step that is not cached.
     """
     components: dict[str, Any] = spec.get("components", {})
     executors: dict[str, Any] = spec.get("deploymentSpec", {}).get("executors", {})

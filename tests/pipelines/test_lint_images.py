@@ -12,6 +12,7 @@ from pipelines.lint import lint
 def spec(*images: str) -> dict[str, Any]:
     """One with a component for each image."""
     return {
+        "root": {"dag": {}},
         "components": {f"comp-{number}": {"executorLabel": f"exec-{number}"} for number in range(len(images))},
         "deploymentSpec": {
             "executors": {f"exec-{number}": {"container": {"image": image}} for number, image in enumerate(images)}
