@@ -12,6 +12,7 @@ import typer
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from pipelines.submitting.versions import NEWEST, OLDEST, text
 from skd_lib.steps.kfp_call import take_call
 
 ROOT = Path(__file__).parents[2] / "components"
@@ -69,8 +70,12 @@ def test_component_is_documented(name: str):
     metadata = yaml.safe_load((ROOT / name / "metadata.yaml").read_text())
     assert metadata["name"] == name
     assert spec.description.startswith(metadata["description"])
-    for dependency in metadata["dependencies"]["kubeflow"]:
-        SpecifierSet(dependency["version"])
+    (pipelines,) = (each for each in metadata["dependencies"]["kubeflow"] if each["name"] == "Pipelines")
+    taken = SpecifierSet(pipelines["version"])
+    major, minor, _ = OLDEST
+    assert text(OLDEST) in taken
+    assert text(NEWEST) in taken
+    assert f"{major}.{minor - 1}.99" not in taken  # which `skd submit` refuses
     for described in [*(spec.inputs or {}).items(), *(spec.outputs or {}).items()]:
         assert described[1].description, described[0]
         assert f"| `{described[0]}` |" in readme
