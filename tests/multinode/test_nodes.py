@@ -22,6 +22,7 @@ from skd_lib import storage
 from skd_lib.config import DataConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.errors import Preempted
+from skd_lib.models.files import weights_digest
 from skd_lib.records import read_record, write_record
 from skd_lib.steps.kfp_call import Call
 from tests.gcs_emulator import emulated
@@ -135,13 +136,20 @@ def step_process(folder: Path, kubernetes: FakeKubernetes, **config: Any) -> sub
         **dict.fromkeys(call.inputs, str(fetched)),
         "student_out": str(folder / "student"),
         "config": json.dumps({"distill": {**section, "training": training}, "task": TASK, "seed": 3}),
-        "checkpoint_root": f"{BUCKET}/checkpoints",
     }
+    return started("distill", options, call, folder, kubernetes)
+
+
+def started(
+    step: str, options: dict[str, str], call: Call, folder: Path, kubernetes: FakeKubernetes
+) -> subprocess.Popen[str]:
+    """A step's process, as in its pod."""
+    options = {**options, "checkpoint_root": f"{BUCKET}/checkpoints"}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += call.words()
     environment = {"KUBECONFIG": str(kubernetes.kubeconfig(folder)), "KFP_RUN_ID": "run-1", "KFP_POD_NAME": "step-pod"}
     return subprocess.Popen(
-        [sys.executable, "-m", "skd_lib.steps.distill", *words],
+        [sys.executable, "-m", f"skd_lib.steps.{step}", *words],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -214,3 +222,42 @@ def test_two_nodes_train_are_terminated_and_go_on(bucket: str, kubernetes: FakeK
     assert record.figures["steps"] == 24
     assert storage.file_sizes(f"{BUCKET}/checkpoints") == {}
     assert kubernetes.jobs == {}
+
+
+@pytest.mark.slow
+def test_two_nodes_train_a_teacher_that_only_the_step_can_reach(
+    bucket: str, kubernetes: FakeKubernetes, tmp_path: Path, save_tiny_model: Save
+) -> None:
+    storage.delete(f"{BUCKET}/checkpoints")
+    mounted, data = save_tiny_model(tmp_path / "mounted", seed=2), tmp_path / "data"
+    data.mkdir()
+    (data / "file").write_text("whole")
+    nodes = Nodes(kubernetes, tmp_path / "nodes")
+
+    def away_for_them(job: dict[str, Any]) -> None:
+        mounted.rename(tmp_path / "away")
+        nodes.start(job)
+
+    kubernetes.on_create = away_for_them
+    call = Call(
+        output_file=tmp_path / "output.json",
+        artifacts={"tuned_teacher": f"{BUCKET}/out/tuned_teacher"},
+        inputs={"data": f"{BUCKET}/in/data"},
+    )
+    training = {"batch_size": 4, "micro_batch_size": 1, "max_steps": 2}
+    config = {
+        "teacher": str(mounted),
+        "teacher_sft": {"training": training, "multinode": {"nodes": 2}},
+        "task": TASK,
+    }
+    out = tmp_path / "tuned"
+    options = {"data": str(data), "teacher_out": str(out), "config": json.dumps(config)}
+    process = started("teacher_sft", options, call, tmp_path, kubernetes)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    record = read_record(out)
+    assert (record.lineage["reference"], record.figures["steps"]) == (str(mounted), 2)
+    assert record.lineage["base_weights_sha256"] == weights_digest(tmp_path / "away")
+    written = json.loads((tmp_path / "output.json").read_text())["artifacts"]
+    assert written["tuned_teacher"]["artifacts"][0]["uri"] == f"{BUCKET}/out/tuned_teacher"
+    assert storage.file_sizes(f"{BUCKET}/checkpoints") == {}
