@@ -21,7 +21,7 @@ from skd_lib.parameters import Form, Parameters, fill, read_values, short
 _IN_CONFIG = ("base", "overrides")
 """Fields of a comparison's file that parameter `config` stands for."""
 
-MOST_TRIALS_ON_A_CLUSTER = 40
+MOST_TRIALS_ON_A_CLUSTER = 24
 """Argo keeps the state of all steps of a run in one object of Kubernetes, whose size is limited: `pipelines.sizes`."""
 
 

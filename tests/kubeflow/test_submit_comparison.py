@@ -97,14 +97,15 @@ def test_a_comparison_that_is_too_large_for_a_cluster_is_refused(
     arguments = ("--host", kfp.host, "--pipeline", package().path)
     assert skd("submit", fits, *arguments, "--dry-run").exit_code == 0
     error = str(skd("submit", large, *arguments).exception)
-    assert "c: 41 runs; in a cluster a comparison has at most 40\n  hint: make several comparisons of it" in error
+    what = f"{MOST_TRIALS_ON_A_CLUSTER + 1} runs; in a cluster a comparison has at most {MOST_TRIALS_ON_A_CLUSTER}"
+    assert f"c: {what}\n  hint: make several comparisons of it" in error
     assert not kfp.requests
     form = to_parameters(*load_compare(large))
     assert len(from_parameters(**form).trials) == MOST_TRIALS_ON_A_CLUSTER + 1
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert from_parameters(**form)  # in a notebook
     monkeypatch.setenv("KFP_POD_NAME", "preflight-1")
-    with pytest.raises(SkdError, match="41 runs; in a cluster a comparison has at most 40"):
+    with pytest.raises(SkdError, match=what):
         from_parameters(**form)
     assert from_parameters(**to_parameters(*load_compare(fits)))
 
