@@ -133,7 +133,9 @@ class RegistryConfig(ConfigSection):
     """The MLflow model registry."""
 
     model_name: Annotated[str, AfterValidator(check_model_name)] = Field(
-        "skd-student", description="Name of the registered model."
+        "skd-student",
+        description="Name of the registered model. Its versions compete for one champion: give each pair of models "
+        "and each task a name of its own.",
     )
     min_improvement: float = Field(
         0.0, ge=0, description="A challenger must beat the champion's task metric by more than this."
