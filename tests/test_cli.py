@@ -140,7 +140,7 @@ def test_config_schema_is_json_schema(skd: Skd):
     assert "DistillConfig" in schema["$defs"]
     # An editor shows each field's meaning, and offers a number or a schedule.
     top_k = schema["$defs"]["InterleavedConfig"]["properties"]["top_k"]
-    assert "teacher's K likeliest" in top_k["description"]
+    assert "teacher's K most likely" in top_k["description"]
     assert {kind.get("type", "schedule") for kind in top_k["oneOf"]} == {"integer", "schedule"}
 
 

@@ -148,7 +148,7 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
             "greater than or equal to 1, got 0",
             "per teacher call",
         ),
-        ("distill.sampling.top_k", 2.5, "distill.sampling.top_k", "fractional part, got 2.5", "K likeliest"),
+        ("distill.sampling.top_k", 2.5, "distill.sampling.top_k", "fractional part, got 2.5", "K most likely"),
         ("distill.sampling.top_k", {"start": 9}, "distill.sampling.top_k.end", "required", "last optimiser step"),
         (
             "distill.sampling.gamma",
@@ -246,11 +246,11 @@ def test_a_draft_is_no_longer_than_a_response(values: dict[str, Any], what: str)
 @pytest.mark.parametrize(
     ("distill", "what"),
     [
-        ({"method": "skd"}, "cannot be stored for `skd`: its responses are written anew in every step"),
+        ({"method": "skd"}, "cannot be stored for `skd`: its responses are written again in every step"),
         ({"method": "imitkd"}, "use `mode: online`, or method `supervised_kd` or `seqkd`"),
         (
             {"method": "supervised_kd", "selective": {"top": 100}},
-            "selective.top is 100, but only the teacher's 64 likeliest tokens are stored",
+            "selective.top is 100, but only the teacher's 64 most likely tokens are stored",
         ),
     ],
 )

@@ -129,7 +129,7 @@ class Trigger:
             if self.claims:
                 write(self.claims, name, run_id)
         except SkdError as error:  # it runs all the same
-            log.warning("the claims were not told of run %s, which was started: %s", run_id, error.brief)
+            log.warning("run %s was started, but the claims do not know of it: %s", run_id, error.brief)
 
     def _plan(self, source: str) -> Submission | Decision:
         """The run for the data that is at `source` now, or why there cannot be one yet."""
@@ -243,7 +243,7 @@ class _Memory:
                 experiment=self._experiment,
             )
         except SkdError as error:
-            log.warning("MLflow was not told of run %s, which was started: %s", run_id, error.brief)
+            log.warning("run %s was started, but MLflow does not know of it: %s", run_id, error.brief)
             return False
         return True
 

@@ -50,7 +50,7 @@ class CompareConfig(ConfigSection):
         "read a field is run once. At most 5,000 combinations, and 500 runs in all.",
     )
     variants: dict[str, Overrides] = Field(
-        {}, description="Further ones beside methods x grid, by name: fields by dotted name. `{}` is `base` itself."
+        {}, description="Further ones, besides methods x grid, by name: fields by dotted name. `{}` is `base` itself."
     )
     seeds: list[int] = Field([0], min_length=1, description="Each variant is run once with each of them.")
     drafts: bool = Field(

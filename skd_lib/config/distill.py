@@ -43,14 +43,14 @@ class InterleavedConfig(ConfigSection):
 
     rule: RuleName = Field(
         "top_k",
-        description="Which drafted tokens the teacher lets stand in `skd` and `skd_mixed`. `top_k`: its K likeliest "
-        "(SKD). `min_prob`: those it gives at least that probability; its likeliest token replaces others (CA-OPD, "
+        description="Which drafted tokens the teacher lets stand in `skd` and `skd_mixed`. `top_k`: its K most likely "
+        "(SKD). `min_prob`: those it gives at least that probability; its most likely token replaces others (CA-OPD, "
         "arXiv 2609.02401). `mixture`: so that tokens are samples of (1 - g) q + g p (IPD). `lossless`: so that "
         "they are samples of the teacher.",
     )
     top_k: ScheduledCount = Field(
         25,
-        description="A drafted token is kept if it is among the teacher's K likeliest; 0 is pure teacher sampling.",
+        description="A drafted token is kept if it is among the teacher's K most likely; 0 is pure teacher sampling.",
     )
     min_prob: ScheduledShare = Field(
         Schedule[Share](start=0.5, end=0.25, shape="cosine"),
@@ -77,7 +77,7 @@ class TeacherSignalConfig(ConfigSection):
     mode: Literal["online", "stored"] = Field(
         "online",
         description="`stored`: once, before training, which then needs no teacher in memory. For `supervised_kd` its "
-        "likeliest tokens at each position are stored, for `seqkd` one response to each prompt.",
+        "most likely tokens at each position are stored, for `seqkd` one response to each prompt.",
     )
     top_k: int = Field(
         64,
@@ -95,7 +95,7 @@ class SelectiveConfig(ConfigSection):
         5,
         ge=1,
         le=2**20,
-        description="A token counts in full if the student's likeliest is among so many of the teacher's.",
+        description="A token counts in full if the student's most likely one is among so many of the teacher's.",
     )
     otherwise: float = Field(0.01, ge=0, le=1, description="Its weight in the divergence if not.")
 
@@ -172,12 +172,12 @@ class DistillConfig(ConfigSection):
         if self.method not in ("supervised_kd", "seqkd"):
             raise ValueError(
                 f"teacher_signal: what the teacher says cannot be stored for `{self.method}`: its responses are "
-                "written anew in every step, by a student that changes; use `mode: online`, or method `supervised_kd` "
+                "written again in every step, by a student that changes; use `mode: online`, or method `supervised_kd` "
                 "or `seqkd`"
             )
         if self.method == "supervised_kd" and self.selective and self.selective.top > self.teacher_signal.top_k:
             raise ValueError(
-                f"selective.top is {self.selective.top}, but only the teacher's {self.teacher_signal.top_k} likeliest "
-                "tokens are stored; raise teacher_signal.top_k"
+                f"selective.top is {self.selective.top}, but only the teacher's {self.teacher_signal.top_k} most "
+                "likely tokens are stored; raise teacher_signal.top_k"
             )
         return self

@@ -98,7 +98,7 @@ class SpecdecConfig(ConfigSection):
         5, description="Tokens drafted for each teacher call in the headline figures, before and after alike."
     )
     gammas: list[DraftLength] = Field(
-        [1, 2, 3, 4, 5, 6, 7, 8], description="Draft lengths compared; the best is reported beside the headline."
+        [1, 2, 3, 4, 5, 6, 7, 8], description="Draft lengths compared; the best is reported next to the headline."
     )
     sweep: Literal["all", "best", "none"] = Field(
         "all",

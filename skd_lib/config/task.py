@@ -22,7 +22,7 @@ class TaskConfig(ConfigSection):
 
     name: str = Field(
         "",
-        description="Task to start from; fields given beside it go before its own. One of "
+        description="Task to start from; fields that are given with it go before its own. One of "
         f"{', '.join(tasks.known_tasks())}, or a YAML file of such fields: a path or a gs:// URI.",
     )
     prompt: str = Field("{source}", description="Template of the prompt; `{source}` is replaced by the input text.")

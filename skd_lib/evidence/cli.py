@@ -62,7 +62,7 @@ def plot(
     folder: Annotated[Path, typer.Argument(help="Where runs.csv and curves.csv are, and plots go.")] = Path(
         "docs/evidence"
     ),
-    page: Annotated[Path, typer.Option(help="Page whose tables are written anew.")] = Path("docs/evidence.md"),
+    page: Annotated[Path, typer.Option(help="Page whose tables are written again.")] = Path("docs/evidence.md"),
 ) -> None:
     """Draw the plots and write the tables of a page from `runs.csv` and `curves.csv`."""
     from skd_lib.evidence.plots import draw

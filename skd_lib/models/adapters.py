@@ -112,7 +112,7 @@ def merge_lora(wrapped: Any) -> None:
         raise SkdError(f"the adapters cannot be merged: {error}", where="training.lora") from error
     if apart := difference(outputs(model), before):
         raise SkdError(
-            f"the model with merged adapters computes other logits than it did with them beside its weights ({apart})",
+            f"the model with merged adapters computes other logits than before they were merged ({apart})",
             where="training.lora",
             hint="name other layers in target_modules: a weight that several layers share cannot hold an adapter",
         )

@@ -123,7 +123,7 @@ def _start(
     manifest = train_job(name, settings, cluster.own_pod(), run_id=run_id, arguments=[exchange.uri])
     made = cluster.create(manifest)
     nodes = f"{settings.nodes} nodes of {manifest['spec']['trainer']['numProcPerNode']} processes"
-    log.info("%s the TrainJob %s: %s", "created" if made else "somebody else has created", name, nodes)
+    log.info("%s the TrainJob %s: %s", "created" if made else "another attempt has created", name, nodes)
 
 
 def _taken_up(cluster: Cluster, name: str) -> bool:
@@ -165,7 +165,7 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
         state = cluster.job(name)
         if state is None or state.phase == "deleting":
             raise SkdError(
-                "somebody has deleted the TrainJob", where=name, hint="retry the step: it goes on from its checkpoint"
+                "the TrainJob has been deleted", where=name, hint="retry the step: it goes on from its checkpoint"
             )
         if state.phase != "running":
             break

@@ -205,6 +205,6 @@ def _stored_signal(checks: Checks, config: RunConfig, examples: int) -> None:
     if signal.mode == "stored" and METHODS[config.distill.method].divergence:
         size = examples * config.task.max_new_tokens * (8 * signal.top_k + 4)
         what = (
-            f"top {signal.top_k} tokens of {examples} examples: at most {size / 2**30:.1f} GiB beside the checkpoints"
+            f"top {signal.top_k} tokens of {examples} examples: at most {size / 2**30:.1f} GiB next to the checkpoints"
         )
         checks.add("teacher_signal", "ok", what)

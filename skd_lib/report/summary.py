@@ -249,7 +249,7 @@ class Summary(Section):
     intervals: dict[Role, dict[str, tuple[float, float]]] = Field({}, description="95 % intervals of the scores.")
     cautions: dict[Role, dict[str, str]] = Field({}, description="Why an interval is not to be relied on.")
     examples: dict[Role, int] = Field({}, description="Test examples behind the scores.")
-    signatures: dict[str, str] = Field({}, description="By metric: what somebody else needs to get the same number.")
+    signatures: dict[str, str] = Field({}, description="By metric: what another person needs to get the same number.")
     held_out: dict[str, dict[Role, Scores]] = Field({}, description="Scores on further test sets.")
     missing: dict[str, str] = Field({}, description="By metric: why it could not be measured.")
     comparisons: tuple[Comparison, ...] = ()

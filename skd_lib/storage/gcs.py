@@ -272,10 +272,10 @@ class _Upload:
 
     def _overtaken(self, present: Any) -> SkdError:
         if present is None:
-            what = "somebody else deleted this object in the meantime"
+            what = "another process deleted this object in the meantime"
             hint = f"if it is wanted, upload {self.file} again"
         else:
-            what = "somebody else wrote this object in the meantime; theirs is whole and stays"
+            what = "another process wrote this object in the meantime; theirs is whole and stays"
             hint = f"look at it; to replace it, upload {self.file} again"
         return SkdError(what, where=self.uri, hint=hint)
 
@@ -354,11 +354,11 @@ def _again_if_the_session_is_lost(uri: str, attempt: int) -> Iterator[None]:
         # What the client raises where its own count of bytes and the server's differ.
         if attempt == _ATTEMPTS:
             raise ConnectionError(f"file and session are out of step: {error}") from error
-        log.warning("the session for %s kept less than it was sent, beginning anew: %s", uri, error)
+        log.warning("the session for %s kept less than it was sent, beginning again: %s", uri, error)
     except GoogleAPICallError as error:
         if error.code not in _LOST_SESSION or attempt == _ATTEMPTS:
             raise
-        log.warning("the session for %s is lost, beginning anew: %s", uri, error)
+        log.warning("the session for %s is lost, beginning again: %s", uri, error)
 
 
 def _crc32c(content: bytes) -> str:

@@ -30,7 +30,7 @@ def render(lineage: Lineage) -> Tree:
         data.add(escape(f"{split.name} ({split.use}{rows}) sha256 {split.sha256} from {split.source}"))
     _add(tree, "code", {"version": lineage.code_version})
     images = tree.add("[cyan]images[/]")
-    for image in lineage.images or ["not told: the steps did not run in containers of this pipeline"]:
+    for image in lineage.images or ["not known: the steps did not run in containers of this pipeline"]:
         images.add(escape(image))
     run = tree.add(f"[cyan]pipeline run[/] {escape(lineage.pipeline_run_id or 'not known')} {lineage.state}".rstrip())
     if lineage.registered_by not in ("", lineage.pipeline_run_id):

@@ -410,7 +410,7 @@ def test_a_job_that_somebody_deletes_fails_the_step(kubernetes: FakeKubernetes, 
         in_background(lambda: [time.sleep(0.2), kubernetes.delete(job["metadata"]["name"])])
 
     kubernetes.on_create = kubelet
-    with pytest.raises(SkdError, match="somebody has deleted the TrainJob"):
+    with pytest.raises(SkdError, match="the TrainJob has been deleted"):
         step().run()
 
 

@@ -105,7 +105,7 @@ def test_of_two_writers_one_wins_and_the_other_is_told(
         outcomes = list(pool.map(write, files))
     (told,) = [outcome for outcome in outcomes if outcome is not None]
     winner, loser = files if outcomes[0] is None else files[::-1]
-    assert "somebody else wrote this object in the meantime" in told.what
+    assert "another process wrote this object in the meantime" in told.what
     assert str(loser) in told.hint
     assert store.seen[NAME] == [*([before] if before else []), winner.read_bytes()]
     assert loser.read_bytes() == loser.name.encode() * 100
@@ -121,7 +121,7 @@ def test_a_retry_does_not_undo_what_another_has_written(store: Store, file: Path
         return "answer lost" if kind == "rewrite" and count == 1 else None
 
     store.fault = fault
-    with pytest.raises(SkdError, match="somebody else wrote this object"):
+    with pytest.raises(SkdError, match="another process wrote this object"):
         storage.upload(file, URI)
     assert store.seen[NAME] == [b"old", NEW, b"somebody else's, later"]
 
@@ -135,7 +135,7 @@ def test_what_another_does_between_two_calls_of_a_rewrite_stays(theirs: bytes | 
 
     store.rewrite_calls = 2
     store.fault = fault
-    with pytest.raises(SkdError, match=r"somebody else (wrote|deleted) this object in the meantime") as caught:
+    with pytest.raises(SkdError, match=r"another process (wrote|deleted) this object in the meantime") as caught:
         storage.upload(file, URI)
     assert ("wrote" in caught.value.what) == (theirs is not None)
     assert store.content(NAME) == theirs
@@ -156,7 +156,7 @@ def test_a_folder_that_another_has_completed_meanwhile_stays(before: str, server
                 store.put(f"model/{name}", content)
 
     store.before = complete
-    with pytest.raises(SkdError, match="somebody else wrote this object") as caught:
+    with pytest.raises(SkdError, match="another process wrote this object") as caught:
         storage.upload(written(version("new"), tmp_path / "model"), FOLDER, last=MARKER)
     assert caught.value.where == f"{FOLDER}/{MARKER}"
     assert stored(store) == theirs

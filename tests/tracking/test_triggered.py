@@ -288,7 +288,7 @@ def test_what_mlflow_refuses_to_note_runs_all_the_same(
     assert decision.fire
     assert decision.run_id == kfp.runs[0]["run_id"]
     (warning,) = warnings(caplog)
-    assert warning.startswith(f"MLflow was not told of run {decision.run_id}, which was started: ")
+    assert warning.startswith(f"run {decision.run_id} was started, but MLflow does not know of it: ")
     assert f"the MLflow experiment `{EXPERIMENT}` was deleted" in warning
 
 
