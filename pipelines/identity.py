@@ -1,4 +1,4 @@
-"""What makes a local run another one: its records in MLflow begin anew where steps do, and go on where those do."""
+"""What makes a local run another one: its records in MLflow begin again where steps do, and go on where those do."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ _FULL_TEXTS = ("No space left on device", "disk is full", "Disk quota exceeded",
 
 
 class SkdError(Exception):
-    """Something the user can mend: what was wrong, where, and what to do about it.
+    """Something the user can correct: what was wrong, where, and what to do about it.
 
     Args:
         what: One sentence saying what was wrong.
@@ -40,7 +40,7 @@ class SkdError(Exception):
 
 
 class SkdErrors(SkdError):
-    """Several problems found in one go, so that the user mends them in one go."""
+    """Several problems found in one go, so that the user corrects them in one go."""
 
     def __init__(self, errors: list[SkdError]) -> None:
         count = len(errors)

@@ -43,7 +43,7 @@ class Selective:
     """Token weights of SelecTKD (arXiv 2510.24021): full where the teacher would let the student's choice stand.
 
     Attributes:
-        top: A position counts in full if the student's likeliest token is among so many likeliest of the teacher's.
+        top: A position counts in full if the student's most likely token is among so many most likely of the teacher's.
         otherwise: Its weight if not.
     """
 

@@ -1,7 +1,7 @@
 """What the teacher says at the positions of a response, whole or in part; the loss does not care which.
 
 A dense signal is the teacher's final hidden states, and its head turns them into logits when they are needed. A sparse
-signal is the log-probabilities of its k likeliest tokens and of one bucket with all the others: a coarser distribution
+signal is the log-probabilities of its k most likely tokens and of one bucket with all others: a coarser distribution
 over k + 1 events. The student's distribution is coarsened in the same way, so that what is computed from both remains a
 divergence, 0 where the two agree, and at most the dense one (data processing inequality; `adaptive_kl`, whose two KLs
 are weighted by the distributions themselves, is not bound by it). With k = V there is no bucket, and both are equal.
@@ -39,7 +39,7 @@ class Comparison(NamedTuple):
     ids_NK: Tensor | None = None
 
     def teachers_likeliest(self, count: int) -> Tensor:
-        """(N, count) ids of the teacher's likeliest tokens, or all there are."""
+        """(N, count) ids of the teacher's most likely tokens, or all there are."""
         if self.ids_NK is None:
             return self.log_p_NE.topk(min(count, self.vocabulary)).indices
         return self.ids_NK[:, :count]  # in descending order
@@ -117,10 +117,10 @@ class DenseSignal(TeacherSignal):
 
 @dataclass(frozen=True)
 class SparseSignal(TeacherSignal):
-    """The teacher's likeliest tokens and what it gives to all the others together.
+    """The teacher's most likely tokens and what it gives to all the others together.
 
     Attributes:
-        log_p_NE: fp32 log-probabilities of the K likeliest tokens in descending order, then of all other tokens
+        log_p_NE: fp32 log-probabilities of the K most likely tokens in descending order, then of all other tokens
             together: E = K + 1. With K = V there are no others, and E = K.
         ids_NK: The K tokens.
         temperature: The teacher's logits were divided by it.
@@ -134,7 +134,7 @@ class SparseSignal(TeacherSignal):
 
     @classmethod
     def of_logits(cls, teacher_logits_NV: Tensor, k: int, *, temperature: float, vocabulary: int) -> Self:
-        """Keep the `k` likeliest of the first `vocabulary` tokens."""
+        """Keep the `k` most likely of the first `vocabulary` tokens."""
         ids_NK = teacher_logits_NV[..., :vocabulary].topk(min(k, vocabulary)).indices
         log_p_NE = _coarse_log_probs(teacher_logits_NV, ids_NK, temperature, vocabulary)
         return cls(log_p_NE, ids_NK.int(), temperature, vocabulary)

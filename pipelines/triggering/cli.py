@@ -62,7 +62,7 @@ def trigger(
         str,
         typer.Option(
             envvar="SKD_TRACKING_URI",
-            help="MLflow server that is asked for earlier runs on the same data; the run itself asks the one of --settings.",
+            help="MLflow server that is asked for earlier runs on the same data; the run asks that of --settings.",
             show_default="none is asked",
         ),
     ] = "",

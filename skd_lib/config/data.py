@@ -145,7 +145,7 @@ class HeldOutHub(HubDataset):
 
 
 class HeldOutConfig(ConfigSection):
-    """A test set beside the run's own: other data, another task, the same models."""
+    """A test set besides the run's own: other data, another task, the same models."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="Names its scores, e.g. `svamp`.")
     source: Annotated[HeldOutFiles | HeldOutHub, Field(discriminator="type")]

@@ -24,7 +24,7 @@ TeacherPrecision = Literal["auto", "bf16", "fp32", "8bit", "4bit"]
 
 
 class LoraConfig(ConfigSection):
-    """Train low-rank adapters (arXiv 2106.09685) beside frozen weights; the model that is saved has them merged in.
+    """Train low-rank adapters (arXiv 2106.09685) added to frozen weights; the model that is saved has them merged in.
 
     Gradients and optimiser states are of the adapters alone, which saves 12 bytes a frozen weight.
     """

@@ -30,7 +30,7 @@ Labels = Mapping[str, list[str]]
 
 
 class Problems:
-    """Collects what is wrong with the rows, and stops reading once there is enough to mend."""
+    """Collects what is wrong with the rows, and stops reading once there is enough to correct."""
 
     def __init__(self, limit: int = MAX_PROBLEMS) -> None:
         self._errors: list[SkdError] = []

@@ -138,7 +138,7 @@ def _bits_and_bytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig
 def _compute_as_asked(model: PreTrainedModel) -> None:
     """Let 4-bit layers compute in the dtype they were given, on every CPU.
 
-    On one with AVX512_BF16, bitsandbytes packs weights anew for a kernel that computes in bf16 whatever the dtype, and
+    On one with AVX512_BF16, bitsandbytes packs weights again for a kernel that computes in bf16 whatever the dtype, and
     that fails for a layer whose outputs are not a multiple of 32.
     """
     for module in model.modules():

@@ -33,7 +33,7 @@ WHEEL = "wheel://"
 COMMIT = "commit:"
 """Begins the fingerprint of a hub model."""
 CONVERSION = "2"
-"""Version of the GGUF conversion: raised when its results change, so that conversions in caches are made anew."""
+"""Version of the GGUF conversion: raised when its results change, so that conversions in caches are made again."""
 
 _WHEEL = re.compile(
     r"wheel://(?P<requirement>[^/?]+==[^/?]+)/(?P<member>[^?]+\.gguf)\?sha256=(?P<sha256>[0-9a-fA-F]{64})"
@@ -256,7 +256,7 @@ def _converted(
 
 
 def stored_folder(cache: Path, uri: str) -> Path:
-    """A copy of a folder in object storage, keyed by what is in it, so that overwritten objects are fetched anew.
+    """A copy of a folder in object storage, keyed by what is in it, so that overwritten objects are fetched again.
 
     Raises:
         SkdError: there is no such folder, it cannot be fetched, or it changed meanwhile.

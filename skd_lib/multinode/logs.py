@@ -158,7 +158,7 @@ class LogFollower(threading.Thread):
         except ApiException as error:
             if error.status in (401, 403):
                 raise SkdError(f"not allowed to read it: {error.reason}", where=f"log of pod {pod}") from error
-            # Everything else mends itself: the container has not started, the pod is gone, or the server is away.
+            # Everything else corrects itself: the container has not started, the pod is gone, or the server is away.
             reading.finished = over and error.status == HTTPStatus.NOT_FOUND
         except urllib3.exceptions.HTTPError as error:
             log.debug("the log of %s was cut off: %s", pod, error)

@@ -126,7 +126,7 @@ def lossless() -> AcceptanceRule:
 
 @lru_cache
 def min_prob(a: float) -> AcceptanceRule:
-    """A token stands if the teacher itself gives it at least probability `a`; else the teacher's likeliest does."""
+    """A token stands if the teacher itself gives it at least probability `a`; else the teacher's most likely does."""
 
     def accept(block: Block) -> Tensor:
         raw_BGV = torch.softmax(block.teacher_logits_BGV.float(), dim=-1)

@@ -48,7 +48,7 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
 
     Args:
         logits: (..., V) raw logits of any float dtype.
-        params: Temperature 0 gives the one-hot distribution of the argmax. Top-p keeps the smallest set of likeliest
+        params: Temperature 0 gives the one-hot distribution of the argmax. Top-p keeps the smallest set of most likely
             tokens with at least that mass; tokens as likely as its last one stay as well, so that no order among
             equals (bfloat16 logits are often equal) decides.
 

@@ -42,7 +42,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class AdaptiveGamma:
-    """A draft length chosen anew each round from the acceptance measured so far in the call.
+    """A draft length chosen again each round from the acceptance measured so far in the call.
 
     The choice is a function of the accepted and tested tokens and the rows in flight, never of a clock: a call with the
     same prompts and seeds makes the same rounds. Nothing is carried from call to call, so that a run that was

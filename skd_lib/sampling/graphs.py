@@ -149,8 +149,8 @@ class GraphedRounds:
     Args:
         play: One round, without a graph.
         models: Whose weights the graphs read. They may change in place, as an optimiser changes them; where they have
-            moved, rounds are captured anew.
-        capturing: Makes what captures; anew whenever graphs are given up.
+            moved, rounds are captured again.
+        capturing: Makes what captures; again whenever graphs are given up.
     """
 
     def __init__(self, play: Round, models: list[PreTrainedModel], capturing: Callable[[], Capture]) -> None:

@@ -345,7 +345,7 @@ def _again_if_corrupt(uri: str, attempt: int) -> Iterator[None]:
 
 @contextmanager
 def _again_if_the_session_is_lost(uri: str, attempt: int) -> Iterator[None]:
-    """Let an upload be begun anew, a few times, if the server forgot its session, or kept less than it was sent."""
+    """Let an upload be begun again, a few times, if the server forgot its session, or kept less than it was sent."""
     from google.api_core.exceptions import GoogleAPICallError
 
     try:

@@ -1,7 +1,7 @@
 """What a teacher says on fixed prompts and responses, asked once and kept in files: training then needs no teacher.
 
 Each process writes its share; the marker that all are complete comes last, so that a folder that was left half-written
-is made anew. All processes must see the same folder.
+is made again. All processes must see the same folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class StoredSignals:
-    """The teacher's likeliest tokens along the responses of some examples, read from disk as they are needed.
+    """The teacher's most likely tokens along the responses of some examples, read from disk as they are needed.
 
     Args:
         folder: A complete one in that of `store_signals`.
@@ -100,7 +100,7 @@ def store_signals(
     rows: int,
     pad_id: int,
 ) -> StoredSignals:
-    """Store the teacher's `k` likeliest tokens along the examples' responses, unless the folder has them.
+    """Store the teacher's `k` most likely tokens along the examples' responses, unless the folder has them.
 
     Args:
         folder: For these very examples, teacher and settings.
