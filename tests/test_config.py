@@ -137,6 +137,8 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("name", "My Run", "name", "got 'My Run'", "lower case, digits and dashes"),
         ("seed", 1.5, "seed", "integer", ""),
         ("seed", "one", "seed", "integer", ""),
+        ("specdec.examples", 2.6e16, "specdec", "examples: a whole number of more than 15 digits", ""),
+        ("specdec.gammas", [1, 1e15], "specdec", "gammas: a whole number of more than 15 digits", ""),
         ("seed", True, "seed", "integer, unable to parse string", ""),
         ("seed", 2**70, "seed", "less than 2147483648", ""),
         ("seed", float("inf"), "seed", "finite number", ""),
@@ -190,6 +192,8 @@ def test_a_wrong_field_is_named(path: str, value: Any, field: str, what: str, hi
 
 
 def test_a_long_wrong_value_is_shortened() -> None:
+    (error,) = errors_of(changed("data.source.train", "x" * 5000))
+    assert len(str(error)) < 300
     (error,) = errors_of(changed("seed", "x" * 10_000))
     assert len(str(error)) < 300
 

@@ -19,6 +19,8 @@ from skd_lib.errors import SkdError, SkdErrors
 SectionT = TypeVar("SectionT", bound=Section)
 MAX_SHOWN = 4_000
 """Characters of a wrong value, or of a field's name."""
+MAX_IN_HINT = 200
+"""Characters of a value that a hint writes out."""
 A_SECTION, A_LIST = "a section (fields with values)", "a list"
 _COLLECTIONS = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), A_SECTION),
@@ -125,7 +127,8 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
 
 def _in_flow(annotation: Any, kind: str, value: Any) -> str:
     """A value as it is written where a list or a section is wanted that holds it."""
-    shown = value if isinstance(value, str) and _PLAIN.fullmatch(value) else reprlib.repr(value)
+    short = isinstance(value, str) and len(value) <= MAX_IN_HINT and _PLAIN.fullmatch(value)
+    shown = str(value) if short else reprlib.repr(value)
     if value is None or isinstance(value, list | dict):
         shown = "..."
     sections = _sections(annotation)

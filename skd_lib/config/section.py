@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from skd_lib.documents import MAX_DIGITS
 
 
 class Section(BaseModel):
@@ -28,16 +31,31 @@ class ConfigSection(Section):
         if not isinstance(values, dict):
             return values
         for name, value in values.items():
-            if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+            if any(isinstance(text, str) and "\0" in text for text in _each(value)):
                 raise ValueError(f"{name}: text with the character U+0000, which no file can hold")
+            if _is_whole(cls, name) and any(
+                isinstance(each, float) and 10**MAX_DIGITS <= abs(each) < math.inf for each in _each(value)
+            ):
+                raise ValueError(f"{name}: a whole number of more than {MAX_DIGITS} digits, which JSON cannot hold")
         # As a text it is refused for its field by pydantic, which takes a bare `true` for 1.
         return {name: _no_boolean(value) if _is_number(cls, name) else value for name, value in values.items()}
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _no_boolean(value: Any) -> Any:
     if isinstance(value, list):
         return [_no_boolean(each) for each in value]
     return str(value).lower() if isinstance(value, bool) else value
+
+
+@cache
+def _is_whole(section: type[Section], name: str) -> bool:
+    field = section.model_fields.get(name)
+    kinds = set(_kinds(field.annotation)) if field else set()
+    return int in kinds and float not in kinds
 
 
 @cache
