@@ -12,8 +12,8 @@ from skd_lib.storage import is_remote
 from skd_lib.uris import holds_secret, shown
 
 NEEDS_ROOT = (
-    "needs the pipeline root and the ConfigMap's `checkpoint-root` in object storage that the nodes can read. "
-    "Kubeflow's own default (minio://) is not: give --pipeline-root gs://... unless an administrator has set another"
+    "needs the pipeline root and the ConfigMap's `checkpoint-root` in object storage that the nodes can read: for "
+    "Kubeflow's own (minio://) they need its keys, from the Secret `skd-storage`; --pipeline-root gs://... names another"
 )
 
 

@@ -131,9 +131,9 @@ def test_nodes_need_a_pipeline_root_that_they_can_read(demo: RunConfig):
     multinode = RunConfig.model_validate(
         {**demo.model_dump(exclude={"distill"}), "distill": {"multinode": MULTINODE}}
     ).distill.multinode
-    for root in ("minio://mlpipeline/v2", "/mnt/artifacts"):
+    for root in ("ftp://host/artifacts", "/mnt/artifacts"):
         with pytest.raises(SkdErrors, match=r"--pipeline-root .*: `multinode` cannot work there"):
             planned(root)
-    assert "give --pipeline-root gs://" in planned("").describe()["multinode"]
+    assert "--pipeline-root gs://" in planned("").describe()["multinode"]
     assert "multinode" not in planned("gs://b/root").describe()
     assert "multinode" not in Submission.plan(demo, small.package(), Place()).describe()
