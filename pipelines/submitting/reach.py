@@ -13,7 +13,7 @@ from skd_lib.uris import holds_secret, shown
 
 NEEDS_ROOT = (
     "needs the pipeline root and the ConfigMap's `checkpoint-root` in object storage that the nodes can read: for "
-    "Kubeflow's own (minio://) they need its keys, from the Secret `skd-storage`; --pipeline-root gs://... names another"
+    "Kubeflow's own (minio://) they need its keys, in the Secret `skd-storage`; --pipeline-root gs://... names another"
 )
 
 
