@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints/main.txt
 	@echo "creating the environment in $(VENV); the first time this takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/main.txt \
-		-e '.[training,tracking,pipelines,dev]'
+		-e '.[training,tracking,s3,pipelines,dev]'
 	@touch $@
 
 demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data (CONFIG=..., ARGS=... for another)

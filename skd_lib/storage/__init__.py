@@ -1,6 +1,6 @@
 """Files, locally and in object storage, behind one small interface.
 
-A URI is a local path, `gs://bucket/name`, or another one that fsspec knows (`s3://`, `az://`, ...; see `fsspec_store`).
+A URI is a local path, `gs://bucket/name`, or another one of `fsspec_store.PACKAGES` (`s3://`, `az://`, ...).
 In object storage a "folder" is what all names with the prefix `name/` make up.
 """
 

@@ -6,6 +6,7 @@ package and the store behind it offer; sizes are compared.
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from skd_lib.storage.transfers import in_parallel
 PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
+    "minio": "s3fs",
     "az": "adlfs",
     "abfs": "adlfs",
     "abfss": "adlfs",
@@ -32,6 +34,12 @@ PACKAGES = {
     "memory": "fsspec",
 }
 """What to install for each scheme."""
+EXTRAS = {"s3fs": "'skd-lib[s3]'"}
+"""What installs a package together with this one."""
+KUBEFLOWS_OWN = "http://minio-service.kubeflow:9000"
+"""Where `minio://` is, the storage of artifacts that Kubeflow brings along, unless AWS_ENDPOINT_URL says otherwise."""
+_RAISING = ("aiohttp", "azure", "botocore")
+"""Libraries below fsspec's packages that raise errors of their own."""
 
 
 def exists(uri: str) -> bool:
@@ -144,9 +152,12 @@ def check_writable(uri: str, probe: str) -> None:
 def _open(uri: str) -> tuple[Any, str]:
     import fsspec
 
-    scheme = uri.partition("://")[0]
-    store = fsspec.filesystem(scheme)
-    return store, str(store._strip_protocol(uri)).rstrip("/")
+    scheme, _, rest = uri.partition("://")
+    options = {}
+    if scheme == "minio":
+        scheme, options = "s3", {"endpoint_url": os.environ.get("AWS_ENDPOINT_URL") or KUBEFLOWS_OWN}
+    store = fsspec.filesystem(scheme, **options)
+    return store, str(store._strip_protocol(f"{scheme}://{rest}")).rstrip("/")
 
 
 def _find(store: Any, path: str) -> dict[str, Any]:
@@ -183,7 +194,9 @@ def _errors(uri: str) -> Iterator[None]:
     except ImportError as error:
         package = PACKAGES[scheme]
         raise SkdError(
-            f"{scheme}:// needs another package: {package}", where=uri, hint=f"pip install {package}"
+            f"{scheme}:// needs another package: {package}",
+            where=uri,
+            hint=f"pip install {EXTRAS.get(package, package)}",
         ) from error
     except FileNotFoundError as error:
         raise missing(uri) from error
@@ -191,3 +204,8 @@ def _errors(uri: str) -> Iterator[None]:
         raise SkdError(f"access denied: {error}", where=uri, hint="check the credentials of this storage") from error
     except OSError as error:
         raise SkdError(f"{scheme}:// failed: {error}", where=uri, hint="try again later") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _RAISING:
+            raise
+        hint = "check the storage's credentials and address (in a cluster the Secret `skd-access`), and the network"
+        raise SkdError(f"{scheme}:// failed: {error}", where=uri, hint=hint) from error

@@ -1,0 +1,88 @@
+"""Buckets that speak S3, Kubeflow's own among them: by which names, at which address, and what is said of failures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
+
+from skd_lib import storage
+from skd_lib.errors import SkdError
+from skd_lib.models.references import StoredFolder, parse_reference
+
+
+class Bucket(MemoryFileSystem):  # type: ignore[misc]
+    """Takes the place of s3fs, and notes with what it is made."""
+
+    protocol = ("s3", "s3a")
+    cachable = False
+    store: dict[str, Any] = {}  # noqa: RUF012 - as in the class above
+    made: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.made.append(options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(f"memory://{path.removeprefix('s3://').lstrip('/')}"))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of all file systems that are made."""
+    monkeypatch.setitem(_registry, "s3", Bucket)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setattr(Bucket, "made", [])
+    monkeypatch.setattr(Bucket, "store", {})
+    return Bucket.made
+
+
+def test_kubeflows_own_storage_is_read_and_written(made: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    uri = "minio://mlpipeline/v2/artifacts/student"
+    storage.upload(tmp_path / "model", uri)
+    assert storage.file_sizes(uri) == {"config.json": 2}
+    assert [found.uri for found in storage.list_objects(uri)] == [f"{uri}/config.json"]
+    assert (storage.download(uri, tmp_path / "copy") / "config.json").read_text() == "{}"
+    assert storage.read_bytes("s3://mlpipeline/v2/artifacts/student/config.json") == b"{}"
+    assert made[0] == {"endpoint_url": "http://minio-service.kubeflow:9000"}
+    assert made[-1] == {}
+
+
+def test_it_may_be_elsewhere(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9000")
+    assert not storage.exists("minio://mlpipeline/nothing")
+    assert made == [{"endpoint_url": "http://localhost:9000"}]
+
+
+def test_a_model_may_be_there() -> None:
+    uri = "minio://mlpipeline/v2/artifacts/student"
+    assert parse_reference(uri) == StoredFolder(uri)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "minio"])
+def test_a_missing_package_is_named_by_its_extra(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(SkdError, match=f"{scheme}:// needs another package: s3fs") as caught:
+        storage.exists(f"{scheme}://bucket/file")
+    assert caught.value.hint == "pip install 'skd-lib[s3]'"
+
+
+def test_what_the_package_raises_is_a_sentence(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without credentials botocore raises errors of its own, which are no `OSError`."""
+    exceptions = pytest.importorskip("botocore.exceptions")
+
+    def refused(*_: object, **__: object) -> None:
+        raise exceptions.NoCredentialsError
+
+    monkeypatch.setattr(Bucket, "find", refused)
+    with pytest.raises(SkdError, match="minio:// failed: Unable to locate credentials") as caught:
+        storage.file_sizes("minio://mlpipeline/v2")
+    assert "credentials" in caught.value.hint
