@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from components.images import COMET, TRAIN
-from pipelines.graph import producers
+from pipelines.graph import STEPS, producers
 from pipelines.lint_platform import lint_documents
 from pipelines.profiles import DEFAULT, load_profile
 from skd_lib.config import RunConfig
@@ -33,6 +33,8 @@ COMPILED = Path(__file__).parent / "compiled"
 PROFILE_WORD = "Profile"
 """Comes before the profile's name at the end of a compiled pipeline's description."""
 HEADER = "# Compiled from pipelines/{module}.py by `skd compile`. Do not edit.\n"
+RECORD_IMAGE = ("preflight", "teacher_sft", "student_init", "distill")
+"""Steps that record their image: in the run, and in the models that they train."""
 Documents = list[dict[str, Any]]
 
 
@@ -119,12 +121,13 @@ def _without_descriptions(component: dict[str, Any]) -> None:
 
 
 def set_image(container: dict[str, Any], image: str) -> None:
-    """Run a container in an image, and tell it which one, for the run's lineage."""
+    """Run a container in an image; name the image to the steps that record it."""
     container["image"] = image
-    container["env"] = [
-        *(variable for variable in container.get("env", []) if variable["name"] != IMAGE_VARIABLE),
-        {"name": IMAGE_VARIABLE, "value": image},
-    ]
+    if container["command"][-1].removeprefix(STEPS) in RECORD_IMAGE:
+        container["env"] = [
+            *(variable for variable in container.get("env", []) if variable["name"] != IMAGE_VARIABLE),
+            {"name": IMAGE_VARIABLE, "value": image},
+        ]
 
 
 def to_text(documents: Documents, *, name: str = "distillation") -> str:

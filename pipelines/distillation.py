@@ -21,6 +21,7 @@ from pipelines import chapters
 from pipelines.places import CONFIG_MAP
 from pipelines.profiles import Profile
 from pipelines.tasks import Settler
+from skd_lib.steps.preflight import NO_COMPARISON
 
 HANDED_ON = dict.fromkeys(
     (
@@ -52,9 +53,9 @@ def distillation(profile: Profile, *, comet: bool = False) -> Any:
     )
 
     @dsl.pipeline(
-        name=f"skd-distillation{'-comet' * comet}",
+        name="skd-distillation",  # with and without COMET: Kubeflow's cache is for each name
         description="Distil a large language model into a small one by Speculative Knowledge Distillation, measure it "
-        "as a model and as a draft for speculative decoding, and register it.",
+        f"as a model and as a draft for speculative decoding{', judge it by COMET' * comet}, and register it.",
     )
     def pipeline(
         config: str = "{}",
@@ -105,7 +106,7 @@ def distillation(profile: Profile, *, comet: bool = False) -> Any:
             prepared = prepare(
                 run_name=run_name,
                 config=config,
-                comparison="",
+                comparison=NO_COMPARISON,
                 data_train=data_train,
                 data_validation=data_validation,
                 data_test=data_test,

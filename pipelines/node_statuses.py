@@ -24,13 +24,13 @@ Outputs = Callable[[str, Spec, Spec], Spec]
 
 _FILL = {"STRUCT": {}, "LIST": [], "BOOLEAN": False, "NUMBER_INTEGER": 10**6, "NUMBER_DOUBLE": 0.123456}
 _TEXT = "x" * 64  # a fingerprint, a name
-_RUN = "skd-compare-methods-abcde"  # names of runs and pods are about as long
-_FOLDER = "minio://mlpipeline/v2/artifacts/skd-compare-methods/00000000-0000-0000-0000-000000000000"
+_ID = "00000000-0000-0000-0000-000000000000"
 _SESSION = (
     '{"Provider":"minio","Params":{"accessKeyKey":"accesskey","disableSSL":"true","endpoint":'
     '"minio-service.kubeflow:9000","fromEnv":"false","region":"minio","secretKeyKey":"secretkey",'
     '"secretName":"mlpipeline-minio-artifact"}}'
 )
+_LOGS = "executor-logs"
 _OUTPUTS = "/tmp/kfp/outputs"  # noqa: S108 - in the container
 _DRIVEN = "/tmp/outputs"  # noqa: S108 - likewise
 
@@ -51,6 +51,9 @@ class NodeStatuses:
 
     def __init__(self, documents: list[dict[str, Any]], outputs: Outputs, wrapped: bool) -> None:
         self.spec = documents[0]
+        pipeline = self.spec["pipelineInfo"]["name"]
+        self.name = f"{pipeline}-abcde"
+        self.folder = f"minio://mlpipeline/v2/artifacts/{pipeline}/{_ID}"
         platforms = documents[1] if len(documents) > 1 else {}
         deployment = platforms.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {})
         self.kubernetes = deployment.get("executors", {})
@@ -68,7 +71,7 @@ class NodeStatuses:
             name: parameters.get(name, declared.get("defaultValue"))
             for name, declared in root.get("inputDefinitions", {}).get("parameters", {}).items()
         }
-        config = {"parameterValues": given, "gcsOutputDirectory": _FOLDER}
+        config = {"parameterValues": given, "gcsOutputDirectory": self.folder}
         self._add("Retry", "", "entrypoint", {})
         self._driver(
             "root-driver", {"component": self._keep("components-root", root), "runtime-config": to_json(config)}
@@ -138,16 +141,18 @@ class NodeStatuses:
         container = self.spec["deploymentSpec"]["executors"][label]["container"]
         settings = self.kubernetes.get(label, {})
         declared = component.get("outputDefinitions", {})
-        folder = f"{_FOLDER}/{own['task-name']}/{uuid.uuid5(uuid.NAMESPACE_URL, place)}"
+        folder = f"{self.folder}/{own['task-name']}/{uuid.uuid5(uuid.NAMESPACE_URL, place)}"
         made = {
             key: [{"name": key, "uri": f"{folder}/{key}", "type": spec["artifactType"], "metadata": {}}]
             for key, spec in declared.get("artifacts", {}).items()
         }
+        # Where the server publishes the steps' logs, as the manifests of all versions have it.
+        logs = {_LOGS: [{"name": _LOGS, "uri": f"{folder}/{_LOGS}", "type": {"schemaTitle": "system.Artifact"}}]}
         executor_input = {
             "inputs": {"parameterValues": values, "artifacts": {k: {"artifacts": v} for k, v in files.items()}},
             "outputs": {
                 "parameters": {k: {"outputFile": f"{_OUTPUTS}/{k}"} for k in declared.get("parameters", {})},
-                "artifacts": {key: {"artifacts": value} for key, value in made.items()},
+                "artifacts": {key: {"artifacts": value} for key, value in {**made, **logs}.items()},
                 "outputFile": folder.replace("minio://", "/minio/") + "/output_metadata.json",
             },
         }
@@ -201,7 +206,12 @@ class NodeStatuses:
         outputs: list[dict[str, Any]] | None = None,
     ) -> None:
         """Add the node of a template, and the one of its retries around it."""
-        log = [{"name": "main-logs", "s3": {"key": f"private-artifacts/kubeflow/{_RUN}/2026/01/01/{_RUN}/main.log"}}]
+        log = [
+            {
+                "name": "main-logs",
+                "s3": {"key": f"private-artifacts/kubeflow/{self.name}/2026/01/01/{self.name}/main.log"},
+            }
+        ]
         done = {"parameters": outputs or [], "artifacts": log, "exitCode": "0"} if pod else {}
         again = self.wrapped or retried
         if again:
@@ -209,14 +219,14 @@ class NodeStatuses:
         self._add("Pod" if pod else "DAG", f"{place}(0)" if again else place, template, inputs, done)
 
     def _add(self, kind: str, place: str, template: str, inputs: Spec, outputs: Spec | None = None) -> None:
-        identity = f"{_RUN}-{zlib.crc32(f'{kind}{place}'.encode())}"
+        identity = f"{self.name}-{zlib.crc32(f'{kind}{place}'.encode())}"
         node: dict[str, Any] = {
             "id": identity,
-            "name": f"{_RUN}.{place}",
+            "name": f"{self.name}.{place}",
             "displayName": place.rsplit(".", 1)[-1],
             "type": kind,
             "templateName": template,
-            "templateScope": f"local/{_RUN}",
+            "templateScope": f"local/{self.name}",
             "phase": "Succeeded",
             "boundaryID": identity,
             "startedAt": "2026-01-01T00:00:00Z",
@@ -261,7 +271,7 @@ def _pod(container: Spec, settings: Spec, arguments: list[str], executor_input: 
         "--mlmd_server_port",
         "8080",
     ]
-    run = ["--pipeline_name", "skd-compare-methods", "--run_id", _FOLDER[-36:], "--execution_id", "100000"]
+    run = ["--pipeline_name", "skd-distillation", "--run_id", _ID, "--execution_id", "100000"]
     pod = ["--pod_name", "$(KFP_POD_NAME)", "--pod_uid", "$(KFP_POD_UID)", "--publish_logs", "true"]
     launcher = ["/kfp-launcher/launch", *run, "--executor_input", executor_input, "--component_spec", component]
     main = {
@@ -353,7 +363,12 @@ def _parameter(source: Spec, inputs: Spec, made: Mapping[str, Any]) -> Any:
     if "runtimeValue" in source:
         constant = source["runtimeValue"]["constant"]
         return _TEXT if isinstance(constant, str) and constant.startswith("{{$.") else constant
-    return {"state": "COMPLETE", "pipelineJobResourceName": _RUN, "pipelineTaskName": "exit-handler-1", "error": {}}
+    return {
+        "state": "COMPLETE",
+        "pipelineJobResourceName": f"skd-distillation-{_ID}",
+        "pipelineTaskName": "exit-handler-1",
+        "error": {},
+    }
 
 
 def _artifact(source: Spec, inputs: Spec, made: Mapping[str, Any]) -> Any:

@@ -17,7 +17,14 @@ def needs_secret(name: str, secret: str) -> bool:
     """Whether a step needs a Secret: each takes room in Kubeflow's records of the run."""
     match secret:
         case "skd-hub":
-            return name in ("preflight", "prepare_data", "teacher_sft", "student_init", "comet_score")
+            return name in (
+                "preflight",
+                "prepare_data",
+                "teacher_sft",
+                "evaluate_teacher",
+                "student_init",
+                "comet_score",
+            )
         case "skd-judge":
             return name.startswith("evaluate")
         case "skd-notify":

@@ -596,7 +596,7 @@ def test_a_pipeline_without_comet(metrics: list[str], level: str | None) -> None
     run, plan = preflight.read(form, "", "run")
     found = preflight.without_comet(run, plan)
     assert [check.level for check in found] == ([level] if level else [])
-    assert all("skd-distillation-comet" in check.hint for check in found)
+    assert all("distillation_comet" in check.hint for check in found)
     run, plan = preflight.read(form, '{"methods": ["skd", "sft"]}', "run")
     assert [check.level for check in preflight.without_comet(run, plan)] == (["warning"] if level else [])
 

@@ -12,6 +12,7 @@ import typer
 
 from pipelines.submitting.credentials import Auth
 from skd_lib.errors import SkdError
+from skd_lib.steps.mounted import VOLUMES
 from skd_lib.terminal import say
 from skd_lib.uris import shown
 
@@ -145,9 +146,10 @@ def check_names(name: str, experiment: str, mlflow_experiment: str, settings: st
         if max(map(ord, text), default=0) > 0xFFFF or (option == "--name" and may_be_changed(text)):
             what = "Kubeflow cannot keep it: it holds an emoji or the like, a $, {{ or }}"
             raise SkdError(what, where=f"{option} {text}", hint="choose another name")
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", settings):  # it is a volume's name, too
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", settings) or settings in VOLUMES:
         hint = "at most 63 lower case letters, digits and dashes, e.g. skd-settings"
-        raise SkdError(f"{settings!r} is not the name of a ConfigMap", where="--settings", hint=hint)
+        what = f"{settings!r} is no name for the ConfigMap: it is mounted as a volume of that name"
+        raise SkdError(what, where="--settings", hint=hint)
 
 
 def submit(

@@ -34,6 +34,12 @@ REASON_LENGTH = 120
 """A description fits into 255 bytes, which is all that some databases of Kubeflow keep of it."""
 
 
+NO_COMET = (
+    "this pipeline has no step for it, and no scores by it: give --pipeline a file of `skd compile --pipeline "
+    "distillation_comet`; comparisons have none"
+)
+
+
 @dataclass(frozen=True)
 class Package:
     """A compiled pipeline.
@@ -80,12 +86,18 @@ class Package:
 
     @property
     def version(self) -> str:
-        """The version's name in Kubeflow: the project's version, the profile, and a digest of the content.
+        """The version's name in Kubeflow: the project's version, the profile, COMET, and a digest of the content.
 
         It is the same where the content is, so that it is uploaded once.
         """
         profile = re.sub(r"[^a-z0-9]+", "-", profile_of(self.documents).lower()).strip("-")
-        return "-".join(part for part in (__version__, profile, self.digest[:SHORT_DIGEST]) if part)
+        comet = "comet" if self.has_comet else ""
+        return "-".join(part for part in (__version__, profile, comet, self.digest[:SHORT_DIGEST]) if part)
+
+    @property
+    def has_comet(self) -> bool:
+        """Whether a step computes COMET."""
+        return "comp-comet-score" in self.documents[0]["components"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,7 @@ class Submission:
             "runs": f"{len(comparison.trials)}, see `skd compare FILE --dry-run`" if comparison else "",
             "multinode": NEEDS_ROOT if trains_elsewhere else "",
             "size": notice(sizes),
+            "COMET": "" if package.has_comet or not config.task.wants_comet else NO_COMET,
         }
         shown_name = name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         return cls(shown_name, package, place, parameters, {key: text for key, text in said.items() if text})

@@ -116,6 +116,14 @@ class TaskConfig(ConfigSection):
         """The metrics that step `evaluate` measures itself: all but COMET."""
         return [name for name in self.metrics if name != "comet"]
 
+    def without_judgement(self) -> TaskConfig:
+        """Return this task with the metrics and the place of the answer that it would have by its name alone.
+
+        Training depends on neither.
+        """
+        usual = TaskConfig(name=self.name) if self.name in tasks.known_tasks() else TaskConfig()
+        return self.model_copy(update={"metrics": usual.metrics, "answer": usual.answer})
+
     def with_fields_of(self, other: TaskConfig) -> TaskConfig:
         """This task with the fields that were given for the other one; an empty date is none that was given."""
         given = other.model_fields_set - ({"date"} if not other.date else set())

@@ -24,6 +24,11 @@ TEXT_LENGTH = 160
 """Characters of a reason, and of a signature."""
 
 
+def longest(metrics: int) -> int:
+    """Return how many bytes the parameter takes at the most, for a task with so many metrics."""
+    return 700 + 150 * metrics
+
+
 class Measured(Section):
     """The student and the champion as this run has measured them."""
 

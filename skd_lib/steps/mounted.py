@@ -38,6 +38,8 @@ SECRETS: Mapping[str, Mapping[str, str]] = {
     "skd-notify": {"webhook-url": "SKD_NOTIFY_WEBHOOK"},
 }
 """Environment variable by Secret and key. None has to exist."""
+VOLUMES = (*SECRETS, "scratch", "shared-memory")
+"""Names of a pod's volumes. The ConfigMap's own volume has the ConfigMap's name, which must be another one."""
 
 
 def load_mounted(root: Path = ROOT) -> None:

@@ -58,6 +58,8 @@ SHOWN = {
     "seed": ("seed",),
 }
 """What people compare runs by in MLflow, and its place in the configuration."""
+NO_COMPARISON = "none"
+"""What `--comparison` is for a single run. An empty text is a comparison's form with its field cleared."""
 MOST = 1500
 """Bytes of output parameter `problems`."""
 
@@ -69,8 +71,8 @@ def main(
     ] = "{}",
     comparison: Annotated[
         str,
-        typer.Option(help="JSON of a comparison without its `base`, or the URI of its YAML file; empty: a single run."),
-    ] = "",
+        typer.Option(help="JSON of a comparison without its `base`, or the URI of its YAML file; none: a single run."),
+    ] = NO_COMPARISON,
     run_name: Annotated[str, typer.Option(help="The run's name is made of it where the configuration has none.")] = "",
     data_train: Annotated[str, typer.Option(help="Training data: paths, globs, URIs, separated by commas.")] = "",
     data_validation: Annotated[str, typer.Option(help="Validation data, likewise.")] = "",
@@ -113,7 +115,7 @@ def main(
     try:
         values = examine(
             form,
-            comparison,
+            "" if comparison == NO_COMPARISON else comparison or "{}",
             run_name=run_name,
             mlflow_experiment=mlflow_experiment,
             report_out=report_out,
@@ -283,7 +285,10 @@ def without_comet(config: RunConfig, plan: Plan | None) -> list[Check]:
         return []
     if plan:
         return [Check("comet", "warning", "comparisons have no scores by COMET", "task.metrics")]
-    what, hint = "this pipeline has no step for COMET", "start the pipeline skd-distillation-comet"
+    what, hint = (
+        "this pipeline has no step for COMET",
+        "start the pipeline's version with COMET (compiled/distillation_comet.yaml)",
+    )
     if config.task.metrics[0] != "comet":
         return [Check("comet", "warning", what, "task.metrics", hint)]
     return [Check("comet", "error", f"{what}, which is to decide", "task.metrics", f"{hint}, or put another first")]
@@ -346,6 +351,10 @@ def step_config(step: str, config: RunConfig, **found: Any) -> str:
     if step != "comet_score":
         # COMET's settings go to its own step alone: if one changes, the models need not answer again.
         values["evaluation"] = config.evaluation.model_copy(update={"comet": EvaluationConfig().comet})
+    if step in ("teacher_sft", "student_init", "distill"):
+        values["task"] = config.task.without_judgement()
+    elif step in ("evaluate_teacher", "evaluate"):
+        values["task"] = config.task.model_copy(update={"metrics": config.task.own_metrics or config.task.metrics})
     return ascii_json(short(StepConfig(**{name: values[name] for name in DEPENDS[step] if name in values})))
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from skd_lib.report.summary import Comet, Role
 
 WITHOUT_COMET = (
-    "this pipeline has no step for COMET: upload the pipeline `distillation_comet`, or run it with `skd submit`"
+    "this pipeline has no step for COMET: start its version with COMET (compiled/distillation_comet.yaml), which takes "
+    "all that is done from the cache"
 )
 
 

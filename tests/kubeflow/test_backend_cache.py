@@ -137,6 +137,5 @@ def _component(name: str) -> dict[str, Any]:
 def test_the_compiled_pipelines_are_what_is_tested() -> None:
     assert {document[0]["pipelineInfo"]["name"] for document in map(documents, PIPELINES)} == {
         "skd-distillation",
-        "skd-distillation-comet",
         "skd-compare-methods",
     }

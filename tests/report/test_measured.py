@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from skd_lib.config import MetricName, RegistryConfig, parse_section
-from skd_lib.report.measured import Measured, measured
+from skd_lib.report.measured import Measured, longest, measured
 from skd_lib.report.summary import Comet, Course, Scores, Specdec, build_summary, rounded
 from skd_lib.tracking.gate import Rival
 
@@ -30,6 +30,17 @@ def draft() -> Specdec:
     return Specdec(acceptance_rate=EXACT / 100, tokens_per_teacher_call=EXACT / 10, speedup=EXACT / 20)
 
 
+@pytest.mark.parametrize("count", range(1, len(METRICS) + 1))
+def test_the_longest_parameter(count: int) -> None:
+    names = METRICS[:count]
+    scores = Scores.model_validate({name: score(EXACT) for name in names if name != "comet"} | {"examples": 500})
+    comet = Comet.model_validate({"models": {"student_after": score(EXACT)} if "comet" in names else {}})
+    rival = Rival(version="123", figures=dict.fromkeys(names, EXACT), speedup=EXACT, undrafted="why not? " * 1000)
+    registry = RegistryConfig(model_name="m" * 60, min_improvement=0.123456789, max_slowdown=0.123456789)
+    length = len(measured(names[0], scores, draft(), rival, comet, registry).to_parameter())
+    assert 0.6 * longest(count) < length < longest(count)
+
+
 def test_the_parameter_is_short_and_holds_exact_figures() -> None:
     comet = Comet.model_validate({"models": {"student_after": score(EXACT), "champion": score(EXACT + 1)}})
     rival = Rival(
@@ -42,7 +53,7 @@ def test_the_parameter_is_short_and_holds_exact_figures() -> None:
     registry = RegistryConfig(model_name="m" * 60, min_improvement=0.123456789, max_slowdown=0.123456789)
     found = measured("comet", student(), draft(), rival, comet, registry)
     parameter = found.to_parameter()
-    assert len(parameter) < 2000
+    assert len(parameter) < longest(len(METRICS)) < 2100
     read = parse_section(Measured, parameter, where="test")
     assert read == found
     assert read.student == dict.fromkeys(METRICS, EXACT)

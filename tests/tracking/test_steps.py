@@ -334,7 +334,7 @@ def test_comet_decides_where_it_comes_first(store: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("metrics", "comet", "missing"),
     [
-        (["comet", "chrf"], "", "this pipeline has no step for COMET: upload the pipeline `distillation_comet`"),
+        (["comet", "chrf"], "", "this pipeline has no step for COMET: start its version with COMET"),
         (["comet", "chrf"], '{"missing": "no network"}', "no network"),
         (["chrf"], "", ""),
     ],

@@ -13,7 +13,7 @@ from skd_lib.config import parse_section
 from skd_lib.config.step import StepConfig
 from skd_lib.parameters import Form
 from skd_lib.steps.compare_variant import outputs_of
-from skd_lib.steps.preflight import read, settings_of
+from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of
 from tests.kubeflow.backend.run import Call, Made
 
 _FORM = set(Form.__dataclass_fields__)
@@ -49,7 +49,9 @@ class Steps:
     def preflight(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Do what step preflight does, without looking at data and models."""
         form = Form(**{name: value for name, value in given.items() if name in _FORM})
-        config, plan = read(form, given["comparison"], given["run_name"])
+        config, plan = read(
+            form, "" if given["comparison"] == NO_COMPARISON else given["comparison"] or "{}", given["run_name"]
+        )
         models = [config.teacher, config.student or ""]
         models += [trial.config(config).student or "" for trial in plan.trials] if plan else []
         prints = {name: self.content.get(name, f"of {name}") for name in models}
