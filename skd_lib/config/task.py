@@ -119,7 +119,7 @@ class TaskConfig(ConfigSection):
     def without_judgement(self) -> TaskConfig:
         """Return this task with the metrics and the place of the answer that it would have by its name alone.
 
-        Training depends on neither.
+        Training and drafting depend on neither.
         """
         usual = TaskConfig(name=self.name) if self.name in tasks.known_tasks() else TaskConfig()
         return self.model_copy(update={"metrics": usual.metrics, "answer": usual.answer})

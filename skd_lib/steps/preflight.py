@@ -187,6 +187,7 @@ def examine(
         tracking_uri=tracking_uri,
         experiment=mlflow_experiment or experiment,
         pipeline_root=pipeline_root or None,
+        artifacts=current_call().uri(report_out),
         require_gpu=require_gpu,
     )
     report.checks += [*columns, *([] if comet else without_comet(run_config, plan))]
@@ -351,7 +352,7 @@ def step_config(step: str, config: RunConfig, **found: Any) -> str:
     if step != "comet_score":
         # COMET's settings go to its own step alone: if one changes, the models need not answer again.
         values["evaluation"] = config.evaluation.model_copy(update={"comet": EvaluationConfig().comet})
-    if step in ("teacher_sft", "student_init", "distill"):
+    if step in ("teacher_sft", "student_init", "distill", "specdec_benchmark"):
         values["task"] = config.task.without_judgement()
     elif step in ("evaluate_teacher", "evaluate"):
         values["task"] = config.task.model_copy(update={"metrics": config.task.own_metrics or config.task.metrics})

@@ -90,6 +90,16 @@ def test_another_setting_of_the_distillation() -> None:
     assert not {"teacher-sft", "student-init", "evaluate-teacher"} & set(trained(result))
 
 
+def test_comet_afterwards_trains_nothing() -> None:
+    """Kubeflow's cache is for each pipeline's name; training does not depend on the metrics."""
+    records = Records()
+    run("distillation", records=records)
+    config = '{"task": {"metrics": ["chrf", "bleu", "comet"]}}'
+    result = run("distillation_comet", Steps(run_id="run-2"), records, given=form("distillation_comet", config=config))
+    assert trained(result) == []
+    assert "comet-score" in result.ran()
+
+
 def test_a_comparison_again_trains_nothing() -> None:
     """Commit 9e44b4e: equal inits side by side are other artifacts, and two of four students were trained again."""
     assert trained(again("compare_methods")) == []

@@ -72,6 +72,12 @@ def test_node_pool_and_settings_reach_the_steps(name: str) -> None:
     assert set(result.pods["finish"]["config_maps"]) == {"team-settings"}
 
 
+def test_a_comparison_whose_field_is_cleared_has_a_table() -> None:
+    """Kubeflow's page sends an empty text. As a single run it would train a teacher and stop."""
+    result = run("compare_methods", given=form("compare_methods", comparison=""))
+    assert "compare-table" in result.done
+
+
 FAILURES = {"fails": (fails, "FAILED"), "dies": (dies, "RUNNING")}
 
 

@@ -26,6 +26,7 @@ from pipelines.graph import read_steps
 from pipelines.lint_platform import lint_documents
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
+from skd_lib.steps.preflight import DEPENDS
 
 ROOT = Path(__file__).parents[2]
 TORCH_STEPS = {
@@ -169,6 +170,18 @@ def test_a_run_has_comets_step_where_its_task_asks_for_it():
     plain, judged = ({**form, "task": {"metrics": metrics}} for metrics in (["chrf"], ["chrf", "comet"]))
     assert pipeline_for(RunConfig.model_validate(plain)) == "distillation"
     assert pipeline_for(RunConfig.model_validate(judged)) == "distillation_comet"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_steps_that_fetch_from_the_hub_have_its_token(name: str, compile_once: Callable[..., Documents]):
+    documents = compile_once(name=name)
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    fetch = {step for step, fields in DEPENDS.items() if {"teacher", "student", "data"} & set(fields)}
+    fetch = {*fetch, "preflight", "comet_score"} - {"compare_variant"}
+    for label, settings in executors.items():
+        step = documents[0]["deploymentSpec"]["executors"][label]["container"]["command"][-1].rpartition(".")[2]
+        secrets = {each["secretName"] for each in settings.get("secretAsVolume", [])}
+        assert ("skd-hub" in secrets) == (step in fetch), step
 
 
 @pytest.mark.parametrize("name", PIPELINES)
