@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from pipelines.local import RunFolder
+from skd_lib import events
 from skd_lib.ascii_json import ascii_json
 from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig, parse_section
 from skd_lib.config.step import StepConfig
@@ -548,6 +549,24 @@ def test_a_failing_preflight_lists_everything_and_exits_with_2(values: dict[str,
     assert values["student"] in done.stderr
     assert f"{tmp_path / 'rows.jsonl'}, row 1, field `answer`: the field is missing" in done.stderr
     assert "✗" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_warnings_reach_the_person_who_started_the_run(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(events.ENV, "1")
+    values["task"]["metrics"] = ["chrf", "comet"]
+    values["evaluation"] = {"comet": {"model": str(tmp_path / "none")}}
+    preflight.main(
+        config=json.dumps(values),
+        checkpoint_root=str(tmp_path / "checkpoints"),
+        report_out=tmp_path / "report.md",
+        comet=Switch.false,
+    )
+    told = [event["message"] for line in capsys.readouterr().out.splitlines() if (event := events.parse(line))]
+    assert [message for message in told if message.startswith("task.metrics: this pipeline has no step for COMET; hint")]
+    warned = (tmp_path / "report.md").read_text(encoding="utf-8").count("| ! |")
+    assert len(told) == warned
 
 
 def called(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:

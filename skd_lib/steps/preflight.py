@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skd_lib import events
 from skd_lib.ascii_json import ascii_json
 from skd_lib.compare import plan as comparisons
 from skd_lib.config import EvaluationConfig, FilesSource, RunConfig
@@ -17,6 +18,7 @@ from skd_lib.config.names import check_experiment, checked, run_name_from
 from skd_lib.config.step import StepConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
+from skd_lib.report.untrusted import visible
 from skd_lib.steps.kfp_call import current_call
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, Switch, run_step
@@ -196,6 +198,9 @@ def examine(
         dated = run_config.task.model_copy(update={"date": report.date})
         run_config = run_config.model_copy(update={"task": dated})
     Console().print(report.table())
+    for check in report.checks:
+        if check.level == "warning":
+            events.emit("note", message=_on_one_line(check))  # the table shows it to those who read the log
     write_text_atomic(report_out, report.markdown())
     with step_run(
         step="preflight",
@@ -219,6 +224,11 @@ def examine(
         **settings_of(run_config, plan, data=report.data_fingerprint, models=report.model_fingerprints, fresh=fresh),
         "problems": "",
     }
+
+
+def _on_one_line(check: Check) -> str:
+    text = f"{check.where or check.name}: {check.what}{f'; hint: {check.hint}' if check.hint else ''}"
+    return " ".join(visible(text).split())
 
 
 def _problems(refused: SkdErrors) -> str:
