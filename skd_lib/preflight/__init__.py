@@ -10,6 +10,7 @@ from functools import partial
 
 from skd_lib import storage
 from skd_lib.config import RunConfig
+from skd_lib.preflight.champion import check_champion, check_readable
 from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
 from skd_lib.preflight.dates import check_date
@@ -35,6 +36,7 @@ def run_checks(
     tracking_uri: str,
     experiment: str = "",
     pipeline_root: str | None = None,
+    artifacts: str = "",
     require_gpu: bool = False,
     variants: Sequence[RunConfig] = (),
 ) -> PreflightReport:
@@ -46,6 +48,7 @@ def run_checks(
         tracking_uri: MLflow's tracking URI; empty: tracking is off.
         experiment: MLflow experiment; empty: not looked at.
         pipeline_root: Folder (local or gs://) for the pipeline's artifacts; None: not looked at.
+        artifacts: Where Kubeflow keeps an artifact of this run; without a scheme: not looked at.
         require_gpu: A missing GPU is an error.
         variants: Runs of a comparison, which share data, task and teacher with `config`; then `config` is none itself.
     """
@@ -75,6 +78,12 @@ def run_checks(
     checks.attempt("artifacts", lambda: check_writable(checks, "artifacts", pipeline_root or ""))
     checks.attempt("multinode", lambda: check_multinode(checks, runs, checkpoint_root))
     checks.attempt(TRACKING, lambda: check_tracking_store(checks, tracking_uri, experiment))
+    registers = bool(tracking_uri) and not variants
+    if registers and report.tracking_works:
+        checks.attempt("champion", lambda: check_champion(checks, tracking_uri, config.registry.model_name))
+    by_nodes = any(run.teacher_sft.multinode or run.distill.multinode for run in runs)
+    if registers or by_nodes:
+        checks.attempt("artifacts", lambda: check_readable(checks, artifacts, by_nodes=by_nodes))
     gpu = checks.attempt("GPU", lambda: check_gpu(checks, require_gpu)) or False
     checks.attempt("precision", lambda: check_precision(checks, runs, gpu))
     if teacher:

@@ -64,8 +64,7 @@ def check_tracking_store(checks: Checks, uri: str, experiment: str = "") -> None
         return
     from skd_lib.tracking.client import check_tracking
 
-    # A server that is down is told within seconds; what the training steps wait is theirs to decide.
-    with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="5", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
+    with impatient():
         error = check_tracking(uri, experiment)
     if error is not None:
         checks.failed(TRACKING, error)
@@ -74,7 +73,9 @@ def check_tracking_store(checks: Checks, uri: str, experiment: str = "") -> None
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def impatient() -> Iterator[None]:
+    """Notice an MLflow server that is down within seconds; how long training steps wait is theirs to decide."""
+    values = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

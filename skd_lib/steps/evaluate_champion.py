@@ -19,6 +19,7 @@ from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step
 from skd_lib.storage import write_text_atomic
+from skd_lib.tracking.champions import REMEDY
 
 if TYPE_CHECKING:
     from skd_lib.data.examples import Example
@@ -28,11 +29,7 @@ if TYPE_CHECKING:
     from skd_lib.tracking.registry import Champion
 
 log = logging.getLogger(__name__)
-MOVE = (
-    "put them back, or give the alias champion to a version that has its weights (`skd promote`, `skd rollback`); then "
-    "start the run again, which reuses all steps before this one"
-)
-"""What to do about a champion that is gone."""
+MOVE = f"{REMEDY}; then start the run again, which reuses all steps before this one"
 
 
 def main(

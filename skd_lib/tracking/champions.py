@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 CHALLENGER, CHAMPION = "challenger", "champion"
 LINE_TAG = "skd.champions"
 BY_HAND = "the alias was moved by hand"
+REMEDY = (
+    "put its files back, give the alias champion to a version that has them (`skd promote`, `skd rollback`), or delete "
+    "the alias in MLflow's page"
+)
+"""What to do about a champion whose files are gone."""
 _REMEMBERED = 20
 _WHY_LENGTH = 150  # so that most of the line fits into one tag
 _SINCE = ("champion.since", "champion.by", "champion.why")
