@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +14,7 @@ import yaml
 from skd_lib.compare.config import CompareConfig, load_compare
 from skd_lib.compare.plan import MOST_TRIALS_ON_A_CLUSTER, plan
 from skd_lib.config import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, parse_section
+from skd_lib.sampling.reference import interleave
 
 DOCS = Path(__file__).parents[1] / "docs"
 METHODS_PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
@@ -20,6 +23,14 @@ METHODS_PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", METHODS_PAGE, flags=re.DOTALL))
 def test_every_example_is_valid(block: str) -> None:
     parse_section(DistillConfig, yaml.safe_load(block)["distill"], where="docs/methods.md")
+
+
+def test_the_algorithm_is_the_one_that_the_engine_is_tested_against() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", METHODS_PAGE, flags=re.DOTALL)
+    source = inspect.getsource(interleave)
+    body = source[source.index("    tokens, sources") :]
+    assert block == textwrap.dedent(body)
+    assert len(block.splitlines()) <= 30
 
 
 def test_example_of_a_comparison_is_valid(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Interleaved sampling: draft, verify, accept (Xu et al. 2025, section 3 and algorithm 1), batched.
 
 The student drafts `gamma` tokens, the teacher scores the whole block in one forward pass, an acceptance rule keeps
-a prefix, and the teacher's own token stands where the rule said no. `skd_lib.sampling.round` is that sentence; here is
-what goes on around it.
+a prefix, and the teacher's own token stands where the rule said no. `skd_lib.sampling.round` is that sentence,
+`skd_lib.sampling.reference` the same one token at a time, without speed; here is what goes on around it.
 
 Cost of a round of B rows: gamma student forwards of B tokens and one teacher forward of B x gamma tokens, each
 reading the model's weights once and B x (prompt + response so far) cached positions; the head adds

@@ -21,7 +21,7 @@ from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import STUDENT, TEACHER, Sampler, Samples
 from tests.conftest import SLIDING_WINDOW, TinyModel
-from tests.sampling.reference import interleave, pick, probabilities
+from skd_lib.sampling.reference import interleave, pick, probabilities
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3"]
 GREEDY = SamplingParams(temperature=0)

@@ -1,6 +1,7 @@
 """Interleaved sampling as the paper states it: one sequence, one token at a time, no cache, no blocks.
 
-It draws from the same uniform numbers as the engine, so that samples too can be compared token by token.
+`interleave` is what `skd_lib.sampling.engine` does fast, and for many sequences at once. The tests compare the two
+token by token: both draw from the same uniform numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from skd_lib.sampling.samples import STUDENT, TEACHER
 
 
 def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Return the distribution (vocabulary) that is sampled from: temperature, then top-p; greedy at temperature 0."""
     if params.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).double()
     probs = torch.softmax(logits / params.temperature, -1).double()
@@ -29,6 +31,7 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def pick(probs: torch.Tensor, uniform: float) -> int:
+    """Draw a token by a uniform number in [0, 1); `probs` need not add up to 1."""
     return int((probs.cumsum(-1) <= uniform * probs.sum()).sum())
 
 
@@ -46,7 +49,23 @@ def interleave(
     student_params: SamplingParams,
     teacher_params: SamplingParams,
 ) -> tuple[list[int], list[int]]:
-    """Tokens and their sources, one at a time: the student proposes, the rule decides, the teacher replaces."""
+    """Sample a response: the student proposes a token, the rule decides, the teacher replaces what it refuses.
+
+    Args:
+        student: The student.
+        teacher: The teacher, with the same vocabulary.
+        rule: `top_k`, `min_prob`, `mixture` or `lossless`; `everything` is the student alone, `nothing` the teacher.
+        parameter: Of the rule: K, the least probability, the mixture's share.
+        prompt: Token ids.
+        seed: Of the sequence.
+        max_new_tokens: Most tokens of a response.
+        eos_ids: Tokens that end it.
+        student_params: How the student is sampled from.
+        teacher_params: How the teacher is.
+
+    Returns:
+        The response's tokens, and for each whether it is the student's or the teacher's.
+    """
     tokens, sources = list(prompt), []
     uniforms = row_uniforms(seed, max_new_tokens + 16, 3).tolist()
     for draft_u, accept_u, replace_u in uniforms[:max_new_tokens]:
