@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from skd_lib.models.files import describe, weight_files, weights_digest
+from skd_lib.models.files import describe, reading, weight_files, weights_digest
+from skd_lib.models.fingerprint import MODEL_FILES
 from skd_lib.models.finite import check_finite
-from skd_lib.models.references import LocalFolder, check_unchanged, parse_reference
+from skd_lib.models.references import (
+    LocalFolder,
+    check_unchanged,
+    model_fingerprint,
+    parse_reference,
+    resolve_model,
+)
 from skd_lib.models.skeleton import check_weights, skeleton
-from skd_lib.models.special_ids import stored_generation_config, without_sampling_defaults
+from skd_lib.models.special_ids import GENERATION, stored_generation_config, without_sampling_defaults
 from skd_lib.records import write_record
 from skd_lib.storage import atomic_directory
 
 
-def import_model(reference: str, source: Path, target: Path, *, fingerprint: str, code: bool = False) -> None:
-    """Take over what a model needs, as `import_folder` does.
-
-    Its record (`skd_lib.records`) holds the reference, the fingerprint, the digest of its weights and its size.
+def fetch_model(reference: str, fingerprint: str = "", *, code: bool = False) -> tuple[Path, str]:
+    """Make a model available.
 
     Args:
         reference: What names it.
-        source: The folder that `resolve_model` made available.
+        fingerprint: What `model_fingerprint` said; empty: whatever is there now.
+        code: Fetch `*.py`, too.
+
+    Returns:
+        A folder that must not be written to, and the model's fingerprint.
+
+    Raises:
+        SkdError: see `resolve_model`.
+    """
+    known = fingerprint or model_fingerprint(reference)
+    return resolve_model(reference, fingerprint=known, trust_remote_code=code), known
+
+
+def import_model(reference: str, source: Path, target: Path, *, fingerprint: str, code: bool = False) -> dict[str, Any]:
+    """Take over what a model needs, as `import_folder` does, and write its record (`skd_lib.records`).
+
+    Args:
+        reference: What names it.
+        source: The folder that `fetch_model` made available.
         target: The new folder; replaced if it is there.
-        fingerprint: What `model_fingerprint` said.
+        fingerprint: What `fetch_model` said.
         code: Take `*.py` along.
+
+    Returns:
+        The record's lineage, see `origin_of`.
 
     Raises:
         SkdError: the weights are not those that the config wants, or not finite; or the model has changed.
@@ -35,7 +62,9 @@ def import_model(reference: str, source: Path, target: Path, *, fingerprint: str
     own_folder = isinstance(parse_reference(reference), LocalFolder)
     import_folder(source, target, link=not own_folder, code=code)
     check_unchanged(reference, fingerprint)  # nor while it was copied
-    write_record(target, lineage=origin_of(reference, target, fingerprint))
+    origin = origin_of(reference, target, fingerprint)
+    write_record(target, lineage=origin)
+    return origin
 
 
 def origin_of(reference: str, folder: Path, fingerprint: str) -> dict[str, Any]:
@@ -89,3 +118,29 @@ def _take(file: Path, to: Path, link: bool) -> None:
             link = False
     if not link:
         shutil.copyfile(file, to)
+
+
+def same_model(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same model: greedy answers of one are those of the other.
+
+    Their weights, configs, tokenizers and templates are compared byte for byte, up to the first that differs; of the
+    generation configs, the special ids. Code (`*.py`) is not compared: it is not run when models are measured.
+
+    Raises:
+        SkdError: a file cannot be read.
+    """
+    names = _measured_files(one)
+    if names != _measured_files(other) or _special_ids(one) != _special_ids(other):
+        return False
+    with reading(one):
+        return all(filecmp.cmp(one / name, other / name, shallow=False) for name in sorted(names))
+
+
+def _measured_files(folder: Path) -> set[str]:
+    patterns = [pattern for pattern in MODEL_FILES if pattern not in ("*.safetensors", "*.py")]
+    settings = {file for pattern in patterns for file in folder.glob(pattern) if file.name != GENERATION}
+    return {file.relative_to(folder).as_posix() for file in settings.union(weight_files(folder))}
+
+
+def _special_ids(folder: Path) -> dict[str, Any]:
+    return without_sampling_defaults(stored_generation_config(folder)).to_diff_dict()

@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,14 +50,15 @@ class Work:
         options: Values of its options, but for inputs and outputs; its config without `multinode`.
         inputs: Local paths of the input artifacts; options and artifacts have the same names.
         outputs: Names of the output artifacts, by option.
-        made: Local paths of what this pod has made for the nodes, by option.
+        made: What this pod makes for the nodes, by option: each function writes it to the path that it is given. It is
+            called when a job is started, so not where one is taken up or its result is there.
     """
 
     step: str
     options: Mapping[str, str]
     inputs: Mapping[str, Path]
     outputs: Mapping[str, str]
-    made: Mapping[str, Path] = field(default_factory=dict)
+    made: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
 
 
 def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
@@ -115,7 +116,7 @@ def _start(
         Request(
             step=work.step,
             options=dict(work.options),
-            inputs={**uris, **exchange.give(work.made)},
+            inputs={**uris, **_give(exchange, work)},
             outputs=dict(work.outputs),
             artifacts={name: io.output_uri(name) for name in work.outputs.values()},
         )
@@ -124,6 +125,15 @@ def _start(
     made = cluster.create(manifest)
     nodes = f"{settings.nodes} nodes of {manifest['spec']['trainer']['numProcPerNode']} processes"
     log.info("%s the TrainJob %s: %s", "created" if made else "another attempt has created", name, nodes)
+
+
+def _give(exchange: Exchange, work: Work) -> dict[str, str]:
+    """Make what this pod makes for the nodes, and put it where they find it; URIs by option."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {option: Path(folder) / option for option in work.made}
+        for option, make in work.made.items():
+            make(paths[option])
+        return exchange.give(paths)
 
 
 def _taken_up(cluster: Cluster, name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -55,8 +54,7 @@ def main(
         _train_on_nodes(own, settings.multinode, data, options, io)
         return
 
-    from skd_lib.models.files import weights_digest
-    from skd_lib.models.importing import check_whole, import_model, origin_of
+    from skd_lib.models.importing import check_whole, fetch_model, import_model, origin_of
     from skd_lib.models.references import check_unchanged
     from skd_lib.records import read_record, write_record
     from skd_lib.tracking.runs import step_run
@@ -69,20 +67,23 @@ def main(
         params=params,
         checkpoint_root=checkpoint_root,
     ) as run:
-        folder, fingerprint = (fetched, "") if fetched else _fetch(own)
+        if fetched:
+            folder, fingerprint = fetched, str(read_record(fetched).lineage.get("fingerprint", ""))
+        else:
+            folder, fingerprint = fetch_model(own.teacher, own.fingerprint, code=own.trust_remote_code)
         figures: dict[str, float] = {"steps": 0}
         if not settings.enabled:
             if not fitting.is_main_process():
                 return
-            import_model(own.teacher, folder, teacher_out, fingerprint=fingerprint, code=own.trust_remote_code)
-            lineage = dict(read_record(teacher_out).lineage)
+            lineage = import_model(
+                own.teacher, folder, teacher_out, fingerprint=fingerprint, code=own.trust_remote_code
+            )
         else:
             from skd_lib.data.prepared import PreparedData
 
-            lineage = dict(read_record(fetched).lineage) if fetched else {}
             if not fetched and fitting.is_main_process():
                 check_whole(folder)
-                lineage = origin_of(own.teacher, folder, fingerprint)
+            lineage = origin_of(own.teacher, folder, fingerprint)
             prepared = PreparedData.load(data)
             fit = fitting.Fit(
                 step="teacher_sft",
@@ -94,7 +95,7 @@ def main(
                 seed=own.seed,
                 checkpoint_root=checkpoint_root,
                 models={"teacher": folder},
-                weights={"teacher": weights_digest(folder)},
+                weights={"teacher": lineage["weights_sha256"]},
             )
             tuned = fitting.fine_tune(
                 fit,
@@ -123,31 +124,22 @@ def _train_on_nodes(
     own: StepConfig, multinode: MultinodeConfig, data: Path, options: dict[str, str], io: StepIO
 ) -> None:
     """Do the step's work on several nodes; they get the teacher from here: a mounted folder is in none of theirs."""
-    from skd_lib.models.importing import import_model
     from skd_lib.multinode.coordinate import Work, train_on_nodes
 
-    with TemporaryDirectory() as scratch:
-        teacher = Path(scratch) / "teacher"
-        if fitting.is_main_process():
-            folder, fingerprint = _fetch(own)
-            import_model(own.teacher, folder, teacher, fingerprint=fingerprint, code=own.trust_remote_code)
-        work = Work(
-            step="teacher_sft",
-            options={**options, "config": own.model_dump_json(exclude={"teacher_sft": {"multinode"}})},
-            inputs={"data": data},
-            outputs={"teacher_out": "tuned_teacher"},
-            made={"fetched": teacher},
-        )
-        train_on_nodes(work, multinode, io)
+    def fetch(target: Path) -> None:
+        from skd_lib.models.importing import fetch_model, import_model
 
+        folder, fingerprint = fetch_model(own.teacher, own.fingerprint, code=own.trust_remote_code)
+        import_model(own.teacher, folder, target, fingerprint=fingerprint, code=own.trust_remote_code)
 
-def _fetch(own: StepConfig) -> tuple[Path, str]:
-    """Make the teacher available; returns a folder that must not be written to, and its fingerprint."""
-    from skd_lib.models.references import model_fingerprint, resolve_model
-
-    fingerprint = own.fingerprint or model_fingerprint(own.teacher)
-    folder = resolve_model(own.teacher, fingerprint=fingerprint, trust_remote_code=own.trust_remote_code)
-    return folder, fingerprint
+    work = Work(
+        step="teacher_sft",
+        options={**options, "config": own.model_dump_json(exclude={"teacher_sft": {"multinode"}})},
+        inputs={"data": data},
+        outputs={"teacher_out": "tuned_teacher"},
+        made={"fetched": fetch},
+    )
+    train_on_nodes(work, multinode, io)
 
 
 if __name__ == "__main__":

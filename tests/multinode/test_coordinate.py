@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import tempfile
 import threading
@@ -18,7 +20,7 @@ from kubernetes.client import ApiClient, Configuration
 
 from skd_lib import storage
 from skd_lib.config import MultinodeConfig
-from skd_lib.errors import SkdError
+from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode import coordinate
 from skd_lib.multinode.cluster import Cluster
 from skd_lib.multinode.coordinate import Work, train_on_nodes
@@ -79,7 +81,8 @@ def publish(job: dict[str, Any]) -> None:
     """What the first node does at its end."""
     (uri,) = job["spec"]["trainer"]["args"]
     request = Exchange(uri).request()
-    assert request.inputs == {"student": "memory://bucket/student", "data": "memory://bucket/data"}
+    inputs = {"student": "memory://bucket/student", "data": "memory://bucket/data"}
+    assert request.inputs.items() >= inputs.items()
     with tempfile.TemporaryDirectory() as folder:
         words, call = take_call(step_command(request, Path(folder))[2:])
         assert words[-4:] == ["--model-out", f"{folder}/outputs/model", "--metrics-out", f"{folder}/outputs/metrics"]
@@ -152,10 +155,12 @@ def test_results_of_the_nodes_become_the_steps_own(
 
 def test_nodes_get_what_the_step_has_made(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
     attempt, found = step(), list[str]()
-    made = attempt.folder / "made"
-    made.mkdir(parents=True)
-    (made / "weights").write_text("whole")
-    attempt.work = replace(attempt.work, made={"fetched": made})
+
+    def fetch(target: Path) -> None:
+        target.mkdir()
+        (target / "weights").write_text("whole")
+
+    attempt.work = replace(attempt.work, made={"fetched": fetch})
 
     def node(job: dict[str, Any]) -> None:
         request = Exchange(job["spec"]["trainer"]["args"][0]).request()
@@ -168,6 +173,61 @@ def test_nodes_get_what_the_step_has_made(kubernetes: FakeKubernetes, step: Call
     with pytest.raises(SkdError, match="the TrainJob has failed"):
         attempt.run()
     assert found == ["whole"]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_nothing_is_made_for_a_job_that_is_there_or_whose_result_is(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], ended: bool
+) -> None:
+    made: list[int] = []
+
+    def attempt(number: int) -> Step:
+        one = step()
+
+        def fetch(target: Path) -> None:
+            made.append(number)
+            target.write_text("whole")
+
+        one.work = replace(one.work, made={"fetched": fetch})
+        return one
+
+    if ended:
+        completes(kubernetes)
+    with lost_pod("_collect" if ended else "time.sleep"), pytest.raises(ConnectionAbortedError):
+        attempt(1).run()
+    if ended:
+        kubernetes.jobs.clear()
+    else:
+        (job,) = kubernetes.jobs.values()
+        in_background(lambda: work(kubernetes, job))
+    attempt(2).run()
+    assert made == [1]
+
+
+def test_nothing_is_made_where_nodes_cannot_reach_it(step: Callable[[], Step], tmp_path: Path) -> None:
+    local = Step(tmp_path / "local", str(tmp_path))
+    local.work = replace(local.work, made={"fetched": lambda _: pytest.fail("made")})
+    with pytest.raises(SkdError, match="checkpoint_root is at /"):
+        local.run()
+
+
+def test_a_cancel_ends_what_is_made_for_the_nodes(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
+    attempt, kept = step(), list[Path]()
+
+    def fetch(target: Path) -> None:
+        target.write_text("half")
+        kept.append(target)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail("went on")
+
+    attempt.work = replace(attempt.work, made={"fetched": fetch})
+    with pytest.raises(Preempted):
+        attempt.run()
+    assert kubernetes.jobs == {}
+    assert any(request.startswith("DELETE") for request in kubernetes.requests)
+    assert not any(request.startswith("POST") for request in kubernetes.requests)
+    assert not kept[0].exists()
 
 
 def test_a_retried_step_takes_up_the_job_that_is_there(kubernetes: FakeKubernetes, step: Callable[[], Step]) -> None:
