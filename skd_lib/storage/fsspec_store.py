@@ -107,7 +107,6 @@ def list_objects(uri: str) -> list[StoredObject]:
     """The object, or else those in the folder."""
     with _errors(uri):
         store, path = _open(uri)
-        store.invalidate_cache()
         found = {path: store.info(path)} if store.isfile(path) else _find(store, path)
         if not found:
             raise missing(uri)
@@ -157,6 +156,7 @@ def _open(uri: str) -> tuple[Any, str]:
     if scheme == "minio":
         scheme, options = "s3", {"endpoint_url": os.environ.get("AWS_ENDPOINT_URL") or KUBEFLOWS_OWN}
     store = fsspec.filesystem(scheme, **options)
+    store.invalidate_cache()  # of listings: other processes write here, too, and are waited for
     return store, str(store._strip_protocol(f"{scheme}://{rest}")).rstrip("/")
 
 

@@ -116,8 +116,10 @@ def _check_usable(version: ModelVersion, model: str, tracking_uri: str) -> None:
             hint="promote a version that has the tag `weights_sha256`",
         )
     weights = version.tags.get(URI_TAG, "")
-    # A path of another machine cannot be looked at from here; behind a server it may be one.
-    visible = storage.is_remote(weights) or is_local_store(tracking_uri) or Path(weights).exists()
+    # A path of another machine cannot be looked at from here; behind a server it may be one. Kubeflow's own storage is
+    # seen from inside the cluster alone, and people move aliases from their own machines.
+    remote = storage.is_remote(weights) and not weights.startswith("minio://")
+    visible = remote or (is_local_store(tracking_uri) and "://" not in weights) or Path(weights).exists()
     if visible and not storage.exists(weights):
         raise SkdError(
             f"its weights are gone: there is nothing at {weights}", where=where, hint="promote another version"

@@ -86,3 +86,12 @@ def test_what_the_package_raises_is_a_sentence(made: list[dict[str, Any]], monke
     with pytest.raises(SkdError, match="minio:// failed: Unable to locate credentials") as caught:
         storage.file_sizes("minio://mlpipeline/v2")
     assert "credentials" in caught.value.hint
+
+
+def test_what_others_write_is_seen(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs looks for an object in the last listing of its folder first, if it has one."""
+    asked: list[str] = []
+    monkeypatch.setattr(Bucket, "invalidate_cache", lambda *_: asked.append("forget"))
+    monkeypatch.setattr(Bucket, "exists", lambda *_, **__: asked.append("exists"))
+    storage.exists("s3://bucket/marker")
+    assert asked == ["forget", "exists"]
