@@ -44,6 +44,12 @@ def profile_of(documents: Documents) -> str:
     return description.rpartition(f" {PROFILE_WORD} ")[2].rstrip(".") if f" {PROFILE_WORD} " in description else ""
 
 
+def images_of(documents: Documents) -> list[str]:
+    """Return the images that a pipeline's steps run in, each once."""
+    executors = documents[0]["deploymentSpec"]["executors"].values()
+    return list(dict.fromkeys(each["container"]["image"] for each in executors if "container" in each))
+
+
 def pipeline_for(config: RunConfig) -> str:
     """Return the name of the pipeline that does a run: one with a step for COMET only where its task asks for it."""
     return "distillation_comet" if config.task.wants_comet else "distillation"

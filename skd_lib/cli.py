@@ -46,13 +46,28 @@ app.add_typer(tracking.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(config, name="config")
 
+
+def _named(option: typer.CallbackParam, image: str | None) -> str | None:
+    """Refuse an empty name, e.g. of a shell's variable that is not set: the published image would be taken."""
+    if image is not None and not image.strip():
+        hint = "name an image, or leave the option out for the published one"
+        raise SkdError("no image is named", where=option.opts[0], hint=hint)
+    return image
+
+
 Image = Annotated[
     str | None,
-    typer.Option(envvar="SKD_IMAGE", help="Run every step but COMET's in this image, not in the published one."),
+    typer.Option(
+        envvar="SKD_IMAGE",
+        help="Run every step but COMET's in this image, not in the published one.",
+        callback=_named,
+    ),
 ]
 CometImage = Annotated[
     str | None,
-    typer.Option(envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one."),
+    typer.Option(
+        envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one.", callback=_named
+    ),
 ]
 
 
@@ -90,6 +105,7 @@ def _options(
 
 @app.command()
 def run(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="The run's YAML file, e.g. pipelines/configs/demo.yaml.")],
     changes: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, print the plan and stop.")] = False,
@@ -125,6 +141,10 @@ def run(
     checked("--experiment", check_experiment, experiment)
     settings = load_config(config, parse_overrides(changes or ()))
     refuse_multinode(settings, where=str(config))
+    if not docker:
+        _refuse(context, "image", "comet_image", why="without --docker steps are processes, not containers")
+    elif not settings.task.wants_comet:
+        _refuse(context, "comet_image", why="the run's `task.metrics` do not name COMET")
     uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
     console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
     if dry_run:
@@ -230,8 +250,21 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
         _say(console, f"MLflow   {how_to_look(tracking_uri)}")
 
 
+def _refuse(context: typer.Context, *names: str, why: str, hint: str = "leave it out") -> None:
+    """Refuse options without effect. In the environment they may be meant for other commands.
+
+    Raises:
+        SkdError: one is on the command line.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SkdError(f"it has no effect: {why}", where=f"--{name.replace('_', '-')}", hint=hint)
+
+
 @app.command("compile")
 def compile_(
+    context: typer.Context,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if the committed file differs from its definition.")
     ] = False,
@@ -263,7 +296,14 @@ def compile_(
 
     With --check every profile is compiled and checked, too.
     """
-    from pipelines.compiling import PIPELINES, check_compiled, compile_pipeline, compiled_path, write_compiled
+    from pipelines.compiling import (
+        PIPELINES,
+        check_compiled,
+        compile_pipeline,
+        compiled_path,
+        images_of,
+        write_compiled,
+    )
     from pipelines.profiles import DEFAULT, profile_names
     from pipelines.sizes import of_compiled
 
@@ -272,7 +312,11 @@ def compile_(
     names = [pipeline] if pipeline else ["distillation"] if output else list(PIPELINES)
     paths = {name: output or compiled_path(name) for name in names}
     chosen = profile or DEFAULT
+    if not check and "distillation_comet" not in names:
+        why = f"the pipeline {names[0]} has no step for COMET"
+        _refuse(context, "comet_image", why=why, hint="give --pipeline distillation_comet, or leave it out")
     if check:
+        _refuse(context, "image", "comet_image", why="the committed pipelines name the published images")
         for name, path in paths.items():
             check_compiled(path, name=name, profile=chosen, release=release)
             say(f"{_short(path)} is up to date")
@@ -290,6 +334,7 @@ def compile_(
         documents = write_compiled(path, image, comet_image, name=name, profile=chosen, release=release)
         trials = 4 if name == "compare_methods" else 1
         say(f"wrote {_short(path)}{'; with 4 trials' if trials > 1 else ';'} {of_compiled(documents, trials)}")
+        say(f"its images: {', '.join(images_of(documents))}")
 
 
 @app.command()

@@ -95,6 +95,11 @@ def test_several_nodes_are_refused_on_one_machine(skd: Skd, tmp_path: Path):
         (["run", str(DEMO), "--runs-dir", str(DEMO)], "cannot write the run's folder"),
         (["compile", "--image", "r/skd:1"], "hint: name another file with --output"),
         (["compile", "--comet-image", "r/comet:1"], "hint: name another file with --output"),
+        (["compile", "--comet-image", "r/c:1", "--output", "x.yaml"], "hint: give --pipeline distillation_comet"),
+        (["compile", "--check", "--image", "r/skd:1"], "--image: it has no effect: the committed pipelines name"),
+        (["compile", "--image", "", "--output", "mine.yaml"], "--image: no image is named"),
+        (["run", str(DEMO), "--image", "r/skd:1", "--dry-run"], "--image: it has no effect: without --docker"),
+        (["run", str(DEMO), "--docker", "--comet-image", "c:1"], "--comet-image: it has no effect: the run's"),
         (["compile", "--profile", "a100"], "hint: name another file with --output"),
         (["compile", "--profile", "v100", "--output", "mine.yaml"], "there is no profile 'v100'"),
         (["compile", "--release", "--output", "mine.yaml"], "is not named by its digest"),
@@ -118,6 +123,7 @@ def test_compile_with_an_image_of_ones_own(skd: Skd, tmp_path: Path):
     done = skd("compile", "--image", "r/skd:1", "--output", tmp_path / "mine.yaml")
     assert done.returncode == 0, done.stderr
     assert "image: r/skd:1" in (tmp_path / "mine.yaml").read_text()
+    assert "its images: r/skd:1\n" in done.stdout
 
 
 def test_config_lists_every_field(skd: Skd):

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.compiling import Documents, compiled_path, profile_of
+from pipelines.compiling import Documents, compiled_path, images_of, profile_of
 from pipelines.sizes import expected, measure, notice, too_large
 from pipelines.submitting.api import KubeflowPipelines
 from pipelines.submitting.reach import NEEDS_ROOT, out_of_reach, wants_nodes, wrong_root
@@ -34,10 +34,9 @@ REASON_LENGTH = 120
 """A description fits into 255 bytes, which is all that some databases of Kubeflow keep of it."""
 
 
-NO_COMET = (
-    "this pipeline has no step for it, and no scores by it: give --pipeline a file of `skd compile --pipeline "
-    "distillation_comet`; comparisons have none"
-)
+NO_COMET = "this pipeline has no step for it, and no scores by it"
+NO_SCORES = "comparisons have no scores by it"
+WITH_COMET = "give --pipeline a file of `skd compile --pipeline distillation_comet`"
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,10 @@ class Package:
         return cls(path, documents, digest(content))
 
     @property
-    def image(self) -> str:
-        """The image that the steps run in, and whether it may be another one tomorrow."""
-        executors = self.documents[0]["deploymentSpec"]["executors"].values()
-        image = next((each["container"]["image"] for each in executors if "container" in each), "")
-        return (
-            image if "@sha256:" in image else f"{image} (no digest: is it in your registry? see `skd compile --image`)"
-        )
+    def images(self) -> str:
+        """The images that the steps run in, and which of them may be others tomorrow."""
+        doubt = " (no digest: is it in your registry? see `skd compile --image`)"
+        return ", ".join(f"{image}{'' if '@sha256:' in image else doubt}" for image in images_of(self.documents))
 
     @property
     def name(self) -> str:
@@ -159,6 +155,10 @@ class Submission:
             check_fits_cluster(comparison, where=config.name)
         runs = [trial.config(config) for trial in comparison.trials] if comparison else [config]
         problems = [*out_of_reach(config, runs), *wrong_root(place.pipeline_root, runs)]
+        lacks_comet = config.task.wants_comet and not package.has_comet
+        if lacks_comet and not comparison and config.task.metrics[0] == "comet":
+            what = "COMET is to decide, and this pipeline has no step for it"
+            problems.append(SkdError(what, where="task.metrics", hint=f"{WITH_COMET}, or put another metric first"))
         sizes = measure(package.documents, parameters, expected(config, comparison))
         problems += too_large(sizes)
         if problems:
@@ -168,7 +168,7 @@ class Submission:
             "runs": f"{len(comparison.trials)}, see `skd compare FILE --dry-run`" if comparison else "",
             "multinode": NEEDS_ROOT if trains_elsewhere else "",
             "size": notice(sizes),
-            "COMET": "" if package.has_comet or not config.task.wants_comet else NO_COMET,
+            "COMET": "" if not lacks_comet else NO_SCORES if comparison else f"{NO_COMET}: {WITH_COMET}",
         }
         shown_name = name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         return cls(shown_name, package, place, parameters, {key: text for key, text in said.items() if text})
@@ -184,7 +184,7 @@ class Submission:
         return {
             "run": self.name,
             "pipeline": f"{self.package.name}, version {self.package.version}",
-            "image": self.package.image,
+            "images": self.package.images,
             "experiment": place.experiment,
             "MLflow": f"{as_said}{f'; experiment {place.mlflow_experiment}' if place.mlflow_experiment else ''}",
             "checkpoints": as_said,

@@ -41,6 +41,14 @@ def submission(demo: RunConfig, package: Package) -> Submission:
     return Submission.plan(demo, package, Place(), name="a-run")
 
 
+@pytest.fixture
+def skd_plan(demo: RunConfig, package: Package) -> Callable[..., Submission]:
+    def plan(config: RunConfig = demo, package: Package = package) -> Submission:
+        return Submission.plan(config, package, Place(), name="a-run")
+
+    return plan
+
+
 def skd(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
@@ -72,6 +80,24 @@ def test_a_run_is_made_with_its_pipeline_and_parameters(kfp: FakeKfp, demo: RunC
     assert version["description"] == f"sha256:{package.digest}"
     # Caching is the pipeline's own business: a setting at submission would override all its steps.
     assert "pipeline_spec" not in run
+
+
+def test_every_image_is_told(skd_plan: Callable[..., Submission], tmp_path: Path, package: Package):
+    other = tmp_path / "other.yaml"
+    text = package.path.read_text(encoding="utf-8")
+    other.write_text(text.replace(f"image: {small.IMAGE}", "image: r/other:1", 1), encoding="utf-8")
+    told = skd_plan(package=Package.read(other)).describe()["images"].split(", ")
+    assert sorted(told) == [small.IMAGE, "r/other:1 (no digest: is it in your registry? see `skd compile --image`)"]
+
+
+def test_comet_needs_a_step_where_it_decides(skd_plan: Callable[..., Submission], demo: RunConfig):
+    def asking(*metrics: str) -> RunConfig:
+        return demo.model_copy(update={"task": demo.task.model_copy(update={"metrics": list(metrics)})})
+
+    with pytest.raises(SkdErrors, match=r"task\.metrics: COMET is to decide, and this pipeline has no step for it"):
+        skd_plan(asking("comet", "chrf"))
+    assert "skd compile --pipeline distillation_comet" in skd_plan(asking("chrf", "comet")).notices["COMET"]
+    assert "COMET" not in skd_plan(asking("chrf")).notices
 
 
 def test_a_description_fits_and_its_word_is_in_it(kfp: FakeKfp, api: KubeflowPipelines, submission: Submission):
