@@ -143,4 +143,5 @@ def _measured_files(folder: Path) -> set[str]:
 
 
 def _special_ids(folder: Path) -> dict[str, Any]:
-    return without_sampling_defaults(stored_generation_config(folder)).to_diff_dict()
+    ids: dict[str, Any] = without_sampling_defaults(stored_generation_config(folder)).to_diff_dict()
+    return ids

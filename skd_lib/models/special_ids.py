@@ -11,7 +11,7 @@ from skd_lib.models.files import load_config, load_tokenizer, reading, reason
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 
 
 def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ def stored_generation_config(path: Path) -> GenerationConfig | None:
     from transformers import GenerationConfig
 
     with reading(path):
-        if not (path / _GENERATION).is_file():
+        if not (path / GENERATION).is_file():
             return None
     try:
         config = GenerationConfig.from_pretrained(path, local_files_only=True)
@@ -110,7 +110,7 @@ def stored_generation_config(path: Path) -> GenerationConfig | None:
             _ids(value)
     except Exception as error:  # whatever a broken file makes its class do
         raise SkdError(
-            f"cannot read its {_GENERATION}: {reason(error)}",
+            f"cannot read its {GENERATION}: {reason(error)}",
             where=str(path),
             hint="fetch the file again; without it, special ids are those of tokenizer and config.json",
         ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,17 +13,18 @@ import typer
 
 from skd_lib.config import DataConfig, TaskConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
-from skd_lib.records import copy_record
+from skd_lib.records import copy_record, write_record
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step, step_name
 
 if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
-    from skd_lib.evaluation.evaluate import HeldOutSet
+    from skd_lib.evaluation.evaluate import Evaluation, HeldOutSet
     from skd_lib.evaluation.predictions import Prediction
     from skd_lib.tracking.runs import StepRun
 
+log = logging.getLogger(__name__)
 DATA_HELP = "Folder that `prepare_data` wrote; its test split and held-out sets are used."
 MAX_TABLE_ROWS = 500
 MAX_TABLE_CHARACTERS = 4000
@@ -34,6 +37,23 @@ class Role(StrEnum):
     teacher = "teacher"
     student_before = "student_before"
     student_after = "student_after"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is found about one model: on the test set, and on each held-out set by its name."""
+
+    test: Evaluation
+    held_out: Mapping[str, Evaluation]
+
+    def figures(self) -> dict[str, float]:
+        """The numbers alone, those of a held-out set as SET.FIGURE."""
+        further = {
+            f"{name}.{figure}": value
+            for name, each in self.held_out.items()
+            for figure, value in each.figures().items()
+        }
+        return self.test.figures() | further
 
 
 def main(
@@ -61,8 +81,9 @@ def main(
     name = step_name(f"evaluate-{role.value}", settings.label)
     params = {"role": role.value, **evaluation_params(settings)}
     with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
-        data_uri = io.input_uri("data", data)
-        evaluate_model(model, data, role, evaluation_out, settings, run, data_uri=data_uri)
+        measured = measure(model, data, settings, run, data_uri=io.input_uri("data", data))
+        write(measured, role, evaluation_out, settings.label, run)
+        copy_record(model, evaluation_out)
     io.write()
 
 
@@ -72,41 +93,54 @@ def evaluation_params(settings: StepConfig) -> dict[str, Any]:
 
 
 def evaluate_models(
-    models: Mapping[Role, Path], data: Path, folder: Path, settings: StepConfig, run: StepRun, *, data_uri: str
-) -> None:
-    """Evaluate several models, one after the other; the arguments are those of `evaluate_model`.
-
-    Each has a folder below `folder`, and its figures a prefix: the name of its role.
-    """
-    for role, model in models.items():
-        evaluate_model(
-            model, data, role, folder / role.value, settings, run, data_uri=data_uri, prefix=f"{role.value}."
-        )
-
-
-def evaluate_model(
-    model: Path,
+    models: Mapping[Role, Path],
     data: Path,
-    role: Role,
     folder: Path,
     settings: StepConfig,
     run: StepRun,
     *,
-    data_uri: str = "",
-    prefix: str = "",
+    data_uri: str,
+    origins: Mapping[Role, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Evaluate one model.
+    """Evaluate several models, one after the other; what is the same model as an earlier one is not measured again.
 
     Args:
-        model: Folder of the model.
+        models: Their folders.
+        data: See `measure`.
+        folder: Gets a folder for each role.
+        settings: See `measure`; and the label, which says which trial of a comparison the models are from.
+        run: Takes the figures, with the name of the role as prefix.
+        data_uri: See `measure`.
+        origins: The lineage of models that no step has made, for their evaluation's record.
+
+    Raises:
+        SkdError: an input is gone, or a model cannot be loaded.
+    """
+    from skd_lib.models.importing import same_model
+
+    found: dict[Path, Measured] = {}
+    for role, model in models.items():
+        twin = next((earlier for earlier in found if same_model(earlier, model)), model)
+        if twin in found:
+            log.info("%s is the same model as the one before, and is not measured again", role.value)
+        else:
+            found[twin] = measure(model, data, settings, run, data_uri=data_uri)
+        write(found[twin], role, folder / role.value, settings.label, run, prefix=f"{role.value}.")
+        if origins and role in origins:
+            write_record(folder / role.value, lineage=origins[role])
+        else:
+            copy_record(model, folder / role.value)
+
+
+def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data_uri: str) -> Measured:
+    """Let a model answer the test set and the held-out sets, and score the answers.
+
+    Args:
+        model: Its folder.
         data: Folder of the prepared data.
-        role: Which model of the run it is.
-        folder: Takes scores and answers, see `skd_lib.report.evaluations`.
-        settings: Its sections `evaluation` and `task`, the seed of the bootstrap, and the label, which says which trial
-            of a comparison the model is from.
-        run: Takes the figures.
+        settings: Its sections `evaluation` and `task`, and the seed of the bootstrap.
+        run: MLflow's; is given the data's name and digest.
         data_uri: Of the data, for MLflow.
-        prefix: Of the names under which `run` takes them.
 
     Raises:
         SkdError: an input is gone, or the model cannot be loaded.
@@ -117,8 +151,6 @@ def evaluate_model(
     from skd_lib.data.prepared import PreparedData
     from skd_lib.evaluation.evaluate import evaluate, evaluate_held_out
     from skd_lib.evaluation.inference import load_for_inference
-    from skd_lib.models.precision import resolve_precision
-    from skd_lib.report.evaluations import PREDICTIONS, write_evaluation
 
     evaluation, task, seed = settings.evaluation, settings.task, settings.seed
     prepared = PreparedData.load(data)
@@ -127,26 +159,39 @@ def evaluate_model(
     for name, (file, rows) in sets.items():
         run.log_dataset(name, prepared.manifest["sha256"][file], data_uri, context="test", rows=len(rows))
     language_model, tokenizer = load_for_inference(model)
-    result = evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed)
-    further = evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), evaluation, seed=seed)
+    return Measured(
+        evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed),
+        evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), evaluation, seed=seed),
+    )
 
-    write_evaluation(folder, role.value, settings.label, result, further)
-    copy_record(model, folder)
 
-    figures = result.figures()
-    for name, each in further.items():
-        figures |= {f"{name}.{figure}": value for figure, value in each.figures().items()}
-    run.log_metrics({f"{prefix}{name}": value for name, value in figures.items()})
-    signatures = {name: value["signature"] for name, value in result.scores.items() if _is_score(value)}
+def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun, *, prefix: str = "") -> None:
+    """Write a model's evaluation, all but the record of its training, and give MLflow the figures.
+
+    Args:
+        measured: What was found.
+        role: Which model of the run it is.
+        folder: Takes scores and answers, see `skd_lib.report.evaluations`.
+        label: Which trial of a comparison the model is from.
+        run: Takes the figures.
+        prefix: Of the names under which `run` takes them.
+    """
+    from skd_lib.models.loading import default_device
+    from skd_lib.models.precision import resolve_precision
+    from skd_lib.report.evaluations import PREDICTIONS, write_evaluation
+
+    write_evaluation(folder, role.value, label, measured.test, measured.held_out)
+    run.log_metrics({f"{prefix}{name}": value for name, value in measured.figures().items()})
+    scores = {name: value for name, value in measured.test.scores.items() if _is_score(value)}
     run.set_tags(
         {
-            "precision": resolve_precision("auto", language_model.device),
-            **{f"signature.{name}": signature for name, signature in signatures.items()},
+            "precision": resolve_precision("auto", default_device()),
+            **{f"signature.{name}": value["signature"] for name, value in scores.items()},
         }
     )
     run.log_artifact(folder / PREDICTIONS, prefix.rstrip(".") or None)
-    run.log_table(table(result.predictions), f"{prefix}predictions")
-    for name, each in further.items():
+    run.log_table(table(measured.test.predictions), f"{prefix}predictions")
+    for name, each in measured.held_out.items():
         run.log_table(table(each.predictions), f"held_out/{prefix}{name}")
 
 

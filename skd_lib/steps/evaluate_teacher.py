@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -28,10 +27,10 @@ def main(
     """Evaluate the teacher before and after fine-tuning, as step `evaluate` does for one model.
 
     The teacher before fine-tuning is fetched once more: as an artifact it would be kept, and handed from step to step,
-    for this step alone.
+    for this step alone. It is measured where it is; sampling defaults that come with it have no say.
     """
-    from skd_lib.models.importing import import_model
-    from skd_lib.models.references import model_fingerprint, resolve_model
+    from skd_lib.models.importing import check_whole, fetch_model, origin_of
+    from skd_lib.models.references import check_unchanged
     from skd_lib.tracking.runs import step_run
 
     io = StepIO({"evaluations": evaluations_out})
@@ -40,21 +39,25 @@ def main(
         hint = 'e.g. {"teacher": "google/gemma-7b-it"}'
         raise SkdError("the teacher before fine-tuning is not named", where="--config, field `teacher`", hint=hint)
     present("teacher", teacher)
-    with (
-        TemporaryDirectory() as scratch,
-        step_run(
-            step="evaluate_teacher",
-            tracking_uri=tracking_uri,
-            experiment=experiment,
-            params={"teacher": settings.teacher, **evaluation_params(settings)},
-        ) as run,
-    ):
-        code, base = settings.trust_remote_code, Path(scratch) / "teacher"
-        fingerprint = settings.fingerprint or model_fingerprint(settings.teacher)
-        source = resolve_model(settings.teacher, fingerprint=fingerprint, trust_remote_code=code)
-        import_model(settings.teacher, source, base, fingerprint=fingerprint, code=code)
-        models = {Role.teacher_base: base, Role.teacher: teacher}
-        evaluate_models(models, data, evaluations_out, settings, run, data_uri=io.input_uri("data", data))
+    present("data", data)
+    with step_run(
+        step="evaluate_teacher",
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        params={"teacher": settings.teacher, **evaluation_params(settings)},
+    ) as run:
+        base, fingerprint = fetch_model(settings.teacher, settings.fingerprint, code=settings.trust_remote_code)
+        check_whole(base)
+        evaluate_models(
+            {Role.teacher_base: base, Role.teacher: teacher},
+            data,
+            evaluations_out,
+            settings,
+            run,
+            data_uri=io.input_uri("data", data),
+            origins={Role.teacher_base: origin_of(settings.teacher, base, fingerprint)},
+        )
+        check_unchanged(settings.teacher, fingerprint)  # nor while it was measured
     io.write()
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from skd_lib.errors import SkdError
+from skd_lib.evaluation import evaluate, inference
 from skd_lib.evaluation.predictions import read_predictions
-from skd_lib.records import read_record, write_record
+from skd_lib.models.importing import import_model
+from skd_lib.models.references import model_fingerprint
+from skd_lib.records import RECORD, read_record, write_record
 from skd_lib.report.evaluations import read_evaluations
 from skd_lib.steps import evaluate_student, evaluate_teacher
+from skd_lib.tracking.runs import RunLog
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_evaluate_step import prepared
 
@@ -37,6 +43,47 @@ def after(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of the models that answer, in their order."""
+    folders: list[Path] = []
+    load = inference.load_for_inference
+
+    def watched(path: Path) -> Any:
+        folders.append(path)
+        return load(path)
+
+    monkeypatch.setattr(inference, "load_for_inference", watched)
+    return folders
+
+
+@pytest.fixture
+def generations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers each generation makes."""
+    counts: list[int] = []
+    generate = evaluate.generate
+
+    def watched(model: Any, tokenizer: Any, sources: list[str], *rest: Any, **options: Any) -> Any:
+        counts.append(len(sources))
+        return generate(model, tokenizer, sources, *rest, **options)
+
+    monkeypatch.setattr(evaluate, "generate", watched)
+    return counts
+
+
+def with_sampling_defaults(folder: Path) -> Path:
+    """As hub models come."""
+    defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0}
+    config = GenerationConfig.from_pretrained(folder)
+    config.update(**defaults)
+    config.save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
 
 def answers(folder: Path) -> dict[str, list[str]]:
@@ -67,12 +114,66 @@ def test_both_students_are_in_one_folder_and_one_run(
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= set(found)
 
 
-def test_the_teacher_before_fine_tuning_is_fetched(before: Path, after: Path, data: Path, tmp_path: Path) -> None:
-    config = json.dumps({**SETTINGS, "teacher": str(before)})
-    evaluate_teacher.main(after, data, tmp_path / "teachers", config)
+def test_the_teacher_before_fine_tuning_is_measured_where_it_is(
+    before: Path, after: Path, data: Path, tmp_path: Path, loaded: list[Path]
+) -> None:
+    """Its folder may have a record of its own, of another run, and sampling defaults."""
+    source = with_sampling_defaults(shutil.copytree(before, tmp_path / "source"))
+    write_record(source, lineage={"method": "of another run"}, figures={"steps": 1}, samples="{}\n")
+    evaluate_teacher.main(after, data, tmp_path / "teachers", json.dumps({**SETTINGS, "teacher": str(source)}))
+    assert loaded == [source, after]
     evaluate_student.main(before, after, data, tmp_path / "students", json.dumps(SETTINGS))
     assert list(answers(tmp_path / "teachers")) == ["teacher_base", "teacher"]
     assert list(answers(tmp_path / "teachers").values()) == list(answers(tmp_path / "students").values())
+    import_model(str(source), source, tmp_path / "imported", fingerprint=model_fingerprint(str(source)))
+    assert contents(tmp_path / "teachers" / "teacher_base" / RECORD) == contents(tmp_path / "imported" / RECORD)
+
+
+def test_a_teacher_that_changes_while_it_is_measured(
+    before: Path, after: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(before, tmp_path / "source")
+    generate = evaluate.generate
+
+    def and_change(*arguments: Any, **options: Any) -> Any:
+        (source / "config.json").write_text((source / "config.json").read_text() + "\n")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "generate", and_change)
+    with pytest.raises(SkdError, match="changed after preflight looked at it"):
+        evaluate_teacher.main(after, data, tmp_path / "out", json.dumps({**SETTINGS, "teacher": str(source)}))
+    assert not (tmp_path / "executor_output.json").exists()
+
+
+def test_a_teacher_that_is_passed_on_is_measured_once(
+    before: Path, data: Path, tmp_path: Path, generations: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `enabled: false` in section `teacher_sft`, which takes over special ids, and no sampling defaults."""
+    source = with_sampling_defaults(shutil.copytree(before, tmp_path / "source"))
+    teacher = tmp_path / "teacher"
+    lineage = import_model(str(source), source, teacher, fingerprint=model_fingerprint(str(source)))
+    write_record(teacher, lineage=lineage, figures={"steps": 0})
+    metrics: dict[str, float] = {}
+    monkeypatch.setattr(RunLog, "log_metrics", lambda _, values: metrics.update(values))
+    out = tmp_path / "evaluations"
+    evaluate_teacher.main(teacher, data, out, json.dumps({**SETTINGS, "teacher": str(source)}))
+    assert len(generations) == 1
+    base, tuned = (contents(out / role) for role in ("teacher_base", "teacher"))
+    assert tuned["scores.json"] == base["scores.json"].replace("teacher_base", "teacher")
+    assert tuned["predictions.jsonl"] == base["predictions.jsonl"]
+    assert read_record(out / "teacher").figures == {"steps": 0}
+    assert read_record(out / "teacher").lineage == read_record(out / "teacher_base").lineage == lineage
+    assert metrics["teacher.chrf"] == metrics["teacher_base.chrf"]
+
+
+@pytest.mark.parametrize(("trained", "times"), [(False, 1), (True, 2)])
+def test_a_student_that_training_has_not_changed_is_measured_once(
+    trained: bool, times: int, before: Path, after: Path, data: Path, tmp_path: Path, generations: list[int]
+) -> None:
+    unchanged = shutil.copytree(before, tmp_path / "unchanged")
+    evaluate_student.main(before, after if trained else unchanged, data, tmp_path / "out", json.dumps(SETTINGS))
+    assert len(generations) == times
+    assert list(answers(tmp_path / "out")) == ["student_before", "student_after"]
 
 
 @pytest.mark.parametrize(

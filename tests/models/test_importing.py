@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from skd_lib.errors import SkdError
 from skd_lib.models import importing
 from skd_lib.models.files import load_tokenizer, weights_digest
-from skd_lib.models.importing import import_folder, import_model
+from skd_lib.models.importing import import_folder, import_model, same_model
 from skd_lib.models.loading import load_model
 from skd_lib.models.references import model_fingerprint, resolve_model
 from skd_lib.records import RECORD, read_record
@@ -103,6 +103,27 @@ def test_without_hard_links_it_copies(source: Path, tmp_path: Path, monkeypatch:
 def test_code_is_taken_along_only_when_asked_for(source: Path, tmp_path: Path) -> None:
     import_folder(source, tmp_path / "out", link=True, code=True)
     assert (tmp_path / "out" / "modeling.py").is_file()
+
+
+def test_an_imported_model_is_the_same_model(source: Path, tmp_path: Path) -> None:
+    import_folder(source, tmp_path / "out", link=True)
+    assert same_model(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_a_model_that_differs_in_one_file_is_another(source: Path, tmp_path: Path, file: str) -> None:
+    import_folder(source, tmp_path / "out", link=False)
+    other = tmp_path / "out" / file
+    if file == "generation_config.json":
+        other.write_text(other.read_text().replace("3", "4"))
+    elif file == "model.safetensors":
+        content = other.read_bytes()
+        other.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        other.write_text((other.read_text() if other.exists() else "") + " ")
+    assert not same_model(source, tmp_path / "out")
 
 
 def test_a_model_that_is_not_there_is_refused_by_the_step(tmp_path: Path) -> None:
