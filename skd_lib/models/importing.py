@@ -42,7 +42,9 @@ def fetch_model(reference: str, fingerprint: str = "", *, code: bool = False) ->
     return resolve_model(reference, fingerprint=known, trust_remote_code=code), known
 
 
-def import_model(reference: str, source: Path, target: Path, *, fingerprint: str, code: bool = False) -> dict[str, Any]:
+def import_model(
+    reference: str, source: Path, target: Path, *, fingerprint: str, code: bool = False, borrow: bool = False
+) -> dict[str, Any]:
     """Take over what a model needs, as `import_folder` does, and write its record (`skd_lib.records`).
 
     Args:
@@ -51,6 +53,7 @@ def import_model(reference: str, source: Path, target: Path, *, fingerprint: str
         target: The new folder; replaced if it is there.
         fingerprint: What `fetch_model` said.
         code: Take `*.py` along.
+        borrow: See `import_folder`.
 
     Returns:
         The record's lineage, see `origin_of`.
@@ -60,7 +63,7 @@ def import_model(reference: str, source: Path, target: Path, *, fingerprint: str
     """
     # A user's own folder may be written to again; caches never change what they hold.
     own_folder = isinstance(parse_reference(reference), LocalFolder)
-    import_folder(source, target, link=not own_folder, code=code)
+    import_folder(source, target, link=not own_folder, code=code, borrow=borrow)
     check_unchanged(reference, fingerprint)  # nor while it was copied
     origin = origin_of(reference, target, fingerprint)
     write_record(target, lineage=origin)
@@ -84,7 +87,7 @@ def check_whole(folder: Path) -> None:
     check_finite(folder, model._keys_to_ignore_on_load_unexpected or ())
 
 
-def import_folder(source: Path, target: Path, *, link: bool, code: bool = False) -> None:
+def import_folder(source: Path, target: Path, *, link: bool, code: bool = False, borrow: bool = False) -> None:
     """Take over what a model needs: config, tokenizer, safetensors weights, card and licence.
 
     The generation config keeps its special ids only: sampling defaults of a hub model have no say in this pipeline.
@@ -94,6 +97,8 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False)
         target: The new folder; replaced if it is there.
         link: Share the weights' bytes with `source` by hard links where the file system can.
         code: Take `*.py` along.
+        borrow: Make symbolic links to the weights instead. For a folder that is only read, while `source` is there: a
+            copy would take memory where temporary files are kept in memory.
 
     Raises:
         SkdError: the weights are not those that the config wants, or not finite.
@@ -104,7 +109,10 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False)
             for file in source.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
         for file in weight_files(source):
-            _take(file, folder / file.name, link)
+            if borrow:
+                (folder / file.name).symlink_to(file.resolve())
+            else:
+                _take(file, folder / file.name, link)
         if (stored := stored_generation_config(folder)) is not None:
             without_sampling_defaults(stored).save_pretrained(folder)
         check_whole(folder)

@@ -130,7 +130,8 @@ def _train_on_nodes(
         from skd_lib.models.importing import fetch_model, import_model
 
         folder, fingerprint = fetch_model(own.teacher, own.fingerprint, code=own.trust_remote_code)
-        import_model(own.teacher, folder, target, fingerprint=fingerprint, code=own.trust_remote_code)
+        code = own.trust_remote_code
+        import_model(own.teacher, folder, target, fingerprint=fingerprint, code=code, borrow=True)
 
     work = Work(
         step="teacher_sft",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.models import importing
 from skd_lib.models.files import load_tokenizer, weights_digest
@@ -89,6 +90,14 @@ def test_links_in_the_hubs_cache_become_files(source: Path, tmp_path: Path) -> N
     import_folder(source, tmp_path / "out", link=True)
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == blob.read_bytes()
+
+
+def test_borrowed_weights_are_uploaded_as_files(source: Path, tmp_path: Path) -> None:
+    import_folder(source, tmp_path / "out", link=False, borrow=True)
+    assert (tmp_path / "out" / "model.safetensors").samefile(source / "model.safetensors")
+    storage.upload(tmp_path / "out", f"memory://bucket/{tmp_path.name}")
+    stored = storage.read_bytes(f"memory://bucket/{tmp_path.name}/model.safetensors")
+    assert stored == (source / "model.safetensors").read_bytes()
 
 
 def test_without_hard_links_it_copies(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,9 @@ def test_nodes_train_the_teacher_that_the_step_has_fetched(
     asked: list[Work] = []
 
     def take(work: Work, *_: object) -> None:
-        work.made["fetched"](fetched)
+        work.made["fetched"](tmp_path / "made")
+        assert (tmp_path / "made" / "model.safetensors").samefile(mounted / "model.safetensors")
+        shutil.copytree(tmp_path / "made", fetched)  # as an upload does, with what links point to
         asked.append(work)
 
     monkeypatch.setattr("skd_lib.multinode.coordinate.train_on_nodes", take)
