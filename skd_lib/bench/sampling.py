@@ -114,7 +114,6 @@ class Result:
             ("everything", "generate"),
             ("top_k", "token-by-token"),
             ("top_k adaptive", "token-by-token"),
-            ("top_k compiled", "top_k"),
             ("top_k adaptive", "published shape"),
             ("lossless, 1 row", "assisted"),
             ("lossless adaptive, 1 row", "assisted"),
@@ -149,14 +148,13 @@ WAYS = (
     "published shape",
     "top_k",
     "top_k adaptive",
-    "top_k compiled",
     "lossless",
     "lossless adaptive",
     "assisted",
     "lossless, 1 row",
     "lossless adaptive, 1 row",
 )
-"""All ways to sample, by name; what is compiled, on CUDA only."""
+"""All ways to sample, by name."""
 
 
 def bench_sampling(
@@ -265,9 +263,7 @@ def _contenders(
     plain, narrow = SamplingParams(), SamplingParams(top_p=settings.student_top_p)
     one, batch = prompts[:1], len(prompts)
 
-    def engine(
-        name: str, rule: AcceptanceRule, rows: list[list[int]], gamma: int | AdaptiveGamma, *, fuse: bool = False
-    ) -> _Contender:
+    def engine(name: str, rule: AcceptanceRule, rows: list[list[int]], gamma: int | AdaptiveGamma) -> _Contender:
         sampler = Sampler(
             student=student,
             teacher=teacher if rule.asks_teacher else None,
@@ -279,7 +275,6 @@ def _contenders(
             student_params=plain if rule.name == "lossless" else narrow,
             # SKD's loss reads them; the other ways have no use for them.
             keep_teacher_states=rule.name.startswith("top_k"),
-            fuse=fuse,
         )
         seeds = [settings.seed + row for row in range(len(rows))]
         eager = replace(sampler, graphs=False)
@@ -288,7 +283,6 @@ def _contenders(
         )
 
     adaptive = AdaptiveGamma(gamma)
-    compiled = [engine("top_k compiled", top_k(k), prompts, gamma, fuse=True)] if student.device.type == "cuda" else []
     return [
         _Contender("generate", batch, lambda: baselines.generate(student, prompts, new_tokens, narrow)),
         engine("everything", everything(), prompts, gamma),
@@ -304,7 +298,6 @@ def _contenders(
         ),
         engine("top_k", top_k(k), prompts, gamma),
         engine("top_k adaptive", top_k(k), prompts, adaptive),
-        *compiled,
         engine("lossless", lossless(), prompts, gamma),
         engine("lossless adaptive", lossless(), prompts, adaptive),
         _Contender(

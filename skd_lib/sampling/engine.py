@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,8 +71,6 @@ class Sampler:
         vocabulary: Token ids at and above it have probability 0; None takes the smaller of the two heads, since
             padded vocabularies of one family differ in size.
         graphs: Replay rounds as CUDA graphs, on a GPU and for models whose rounds can be captured.
-        fuse: Compile the small kernels of these graphs, which takes some seconds once a process. What it gains has
-            not been measured.
         stop: Called with a row's response so far after each round; True ends the row.
     """
 
@@ -89,7 +87,6 @@ class Sampler:
     keep_teacher_states: bool = False
     vocabulary: int | None = None
     graphs: bool = True
-    fuse: bool = False
     stop: Callable[[list[int]], bool] | None = None
     _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
@@ -350,8 +347,7 @@ class Sampler:
     def _graphs(self) -> GraphedRounds | None:
         if not (self.graphs and GraphedRounds.serve(self._models)):
             return None
-        capturing = partial(CudaGraphs, self._models, fuse=self.fuse)
-        return GraphedRounds(self._interleaving.round, self._models, capturing)
+        return GraphedRounds(self._interleaving.round, self._models, CudaGraphs)
 
     def _draft_length(self, counts: SamplingStatistics, rows: int) -> int:
         if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:

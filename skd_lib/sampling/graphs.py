@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skd_lib.sampling.cache import keeps_rows, stretches
-from skd_lib.sampling.fusing import fused
 from skd_lib.sampling.round import Verdict
 from skd_lib.sampling.state import CACHES, PER_ROW, Rows
 
@@ -110,14 +109,9 @@ class CudaGraphs:
 
     A pool is gone with the last of its graphs, and its name cannot be used again: graphs that are given up are to be
     followed by those of a new object.
-
-    Args:
-        models: Played in the rounds.
-        fuse: Compile their norms and rotary positions (`skd_lib.sampling.fusing`).
     """
 
-    def __init__(self, models: list[PreTrainedModel], *, fuse: bool) -> None:
-        self._models = models if fuse else []
+    def __init__(self) -> None:
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def __call__(self, play: Callable[[], Verdict]) -> tuple[Callable[[], object], Verdict]:
@@ -125,15 +119,14 @@ class CudaGraphs:
         current, stream = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(current)
-        with fused(self._models):
-            with torch.cuda.stream(stream):
-                play()
-            current.wait_stream(stream)
-            try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                    verdict = play()
-            finally:
-                torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
+        with torch.cuda.stream(stream):
+            play()
+        current.wait_stream(stream)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                verdict = play()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
         return graph.replay, verdict
 
 

@@ -224,16 +224,3 @@ def test_the_benchmarks_floor_is_captured(tiny_model: TinyModel) -> None:
     floor()
     torch.cuda.synchronize()
     assert by_python == []
-
-
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_compiled_norms_and_rotations_give_the_same_samples(
-    tiny_model: TinyModel, arch: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    models = on_gpu(pair(tiny_model, arch))
-    s = sampler(models, top_k(6), gamma=3, max_new_tokens=20, keep_teacher_states=True, fuse=True)
-    plain = replace(s, graphs=False)
-    with no_warnings(caplog):
-        for prompts in (MANY, LONG):
-            assert_same(s.sample(prompts, SEEDS), plain.sample(prompts, SEEDS))
-    assert captured(s) > 0
