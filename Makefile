@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONFIG ?= pipelines/configs/demo.yaml
-CHECKED := skd_lib components pipelines tests
+CHECKED := skd_lib components pipelines docs tests
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo bench test test-gpu test-comet test-images lock lint format types compile compile-check doctor clean

@@ -302,7 +302,7 @@ def _images(spec: Mapping[str, Any]) -> list[str]:
     return [executor["container"]["image"] for executor in executors if "container" in executor]
 
 
-_NO_STEP = ("doctor.py", "doctor_kubeflow.py", "evidence")  # what no step imports, besides command lines
+_NO_STEP = ("doctor.py", "doctor_kubeflow.py")  # what no step imports, besides command lines
 
 
 def source_digest() -> str:

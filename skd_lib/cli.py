@@ -17,14 +17,12 @@ from pipelines.submitting.cli import Set, submit
 from pipelines.triggering.cli import trigger
 from skd_lib import __version__
 from skd_lib.bench.cli import bench
-from skd_lib.bugs import explained
 from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
-from skd_lib.evidence.cli import evidence
 from skd_lib.specdec.cli import specdec
-from skd_lib.terminal import say, survive_any_encoding
+from skd_lib.terminal import run_command, say
 from skd_lib.tracking import cli as tracking
-from skd_lib.uris import default_store, how_to_look, redacted_output, shown, sqlite_file
+from skd_lib.uris import default_store, how_to_look, shown, sqlite_file
 
 if TYPE_CHECKING:
     from pipelines.containers import Containers
@@ -40,7 +38,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
-app.add_typer(evidence, name="evidence")
 app.add_typer(images, name="images")
 app.add_typer(tracking.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
@@ -78,14 +75,7 @@ def main() -> None:
     its details in the file that the message names; 75 stopped by SIGTERM or SIGHUP, run again to go on;
     130 interrupted.
     """
-    survive_any_encoding()
-    with redacted_output():
-        try:
-            app()
-        except Exception as error:  # noqa: BLE001 - what nobody foresaw ends as a sentence too
-            told = explained(error)
-            say(f"error: {told}", err=True)
-            sys.exit(told.exit_code)
+    run_command(app)
 
 
 def _show_version(wanted: bool) -> None:

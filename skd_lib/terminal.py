@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
 import typer
 from typing_extensions import override
 
+from skd_lib.bugs import explained
 from skd_lib.report.untrusted import visible
+from skd_lib.uris import redacted_output
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -21,6 +24,18 @@ def survive_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command line; an error ends the process with a sentence and an exit code, not with a traceback."""
+    survive_any_encoding()
+    with redacted_output():
+        try:
+            command()
+        except Exception as error:  # noqa: BLE001 - what nobody foresaw ends as a sentence too
+            told = explained(error)
+            say(f"error: {told}", err=True)
+            sys.exit(told.exit_code)
 
 
 class VisibleFormatter(logging.Formatter):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import get_args
@@ -64,6 +66,21 @@ def test_links_between_the_pages_lead_somewhere() -> None:
         if "://" not in link and not _leads_somewhere(page, *link.partition("#")[::2])
     ]
     assert broken == []
+
+
+SCRIPTS = re.compile(r"python ((?:docs|images)/[\w/]+\.py)((?: (?!-)[a-z]+)?)\b")
+COMMANDS = {
+    found
+    for page in [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md"), *DOCS.parent.glob("images/*.md")]
+    for found in SCRIPTS.findall(page.read_text(encoding="utf-8"))
+}
+
+
+@pytest.mark.parametrize(("script", "command"), sorted(COMMANDS))
+def test_the_scripts_that_pages_name_run_by_their_path(script: str, command: str) -> None:
+    arguments = [sys.executable, script, *command.split(), "--help"]
+    done = subprocess.run(arguments, cwd=DOCS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _text(page: Path) -> str:

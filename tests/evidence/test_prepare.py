@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from skd_lib.cli import app
+from evidence import app
+from prepare import CONTEXT, prepare
+from pretraining import TASK, pretrain
+from problems import ProblemSpace, distinct
 from skd_lib.config import load_config
 from skd_lib.data.examples import make_example, read_jsonl
 from skd_lib.data.tokenize import decode_answer, encode, encode_prompt
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.answers import extract_answer
-from skd_lib.evidence.models import EOS, SIZES, forward_cost, random_model, tokenizer_for
-from skd_lib.evidence.prepare import CONTEXT, prepare
-from skd_lib.evidence.pretraining import TASK, pretrain
-from skd_lib.evidence.problems import ProblemSpace, distinct
 from skd_lib.models.files import describe, weights_digest
 from skd_lib.models.loading import load_model
+from tiny_models import EOS, SIZES, forward_cost, random_model, tokenizer_for
 
 CONFIGS = Path(__file__).parents[2] / "pipelines/configs/evidence"
 SPACE = ProblemSpace()
@@ -95,11 +95,11 @@ def test_pre_training_teaches_the_form() -> None:
 
 def test_the_command_says_what_it_wrote_and_what_is_wrong(tmp_path: Path) -> None:
     few = ["--train", "5", "--validation", "2", "--test", "2", "--pretraining", "0"]
-    done = CliRunner().invoke(app, ["evidence", "prepare", str(tmp_path), *few])
+    done = CliRunner().invoke(app, ["prepare", str(tmp_path), *few])
     assert done.exit_code == 0
     assert f"{tmp_path}/student" in done.output
     (tmp_path / "file").touch()
-    refused = CliRunner().invoke(app, ["evidence", "prepare", str(tmp_path / "file"), *few])
+    refused = CliRunner().invoke(app, ["prepare", str(tmp_path / "file"), *few])
     assert isinstance(refused.exception, SkdError)
 
 

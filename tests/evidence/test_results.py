@@ -13,18 +13,18 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from skd_lib.cli import app
+from analysis import FR_EN, FR_EN_EQUAL, METHODS, RULES, variants_of
+from evidence import app
+from page import with_tables
+from plots import draw
+from records import collect, read_curves, read_runs
 from skd_lib.compare.config import load_compare
 from skd_lib.compare.plan import plan
 from skd_lib.compare.result import Comparison, TrialResult
 from skd_lib.compare.statistics import holm
 from skd_lib.errors import SkdError
-from skd_lib.evidence.analysis import FR_EN, FR_EN_EQUAL, METHODS, RULES, variants_of
-from skd_lib.evidence.models import forward_cost
-from skd_lib.evidence.plots import draw
-from skd_lib.evidence.records import collect, read_curves, read_runs
-from skd_lib.evidence.tables import with_tables
 from skd_lib.report.summary import Course, Score, Scores
+from tiny_models import forward_cost
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIGS = Path(__file__).parents[2] / "pipelines/configs/evidence"
@@ -156,7 +156,7 @@ def test_commands_make_the_same_files_again(folder: Path, tmp_path: Path) -> Non
     page.write_text(f"<!-- table {RULES} -->\n<!-- end -->\n", encoding="utf-8")
     contents = []
     for _ in range(2):
-        done = CliRunner().invoke(app, ["evidence", "plot", str(folder), "--page", str(page)])
+        done = CliRunner().invoke(app, ["plot", str(folder), "--page", str(page)])
         assert done.exit_code == 0, done.output
         contents.append({file.name: file.read_bytes() for file in folder.glob("*.svg")})
     assert contents[0] == contents[1]
@@ -184,7 +184,7 @@ def test_the_page_has_the_tables_and_plots_of_its_runs(tmp_path: Path) -> None:
     again = shutil.copytree(DOCS / "evidence", tmp_path / "evidence", ignore=shutil.ignore_patterns("*.svg"))
     copy = tmp_path / "page.md"
     copy.write_text(page, encoding="utf-8")
-    assert CliRunner().invoke(app, ["evidence", "plot", str(again), "--page", str(copy)]).exit_code == 0
+    assert CliRunner().invoke(app, ["plot", str(again), "--page", str(copy)]).exit_code == 0
     names = {file.name for file in again.glob("*.svg")}
     assert names == {file.name for file in (DOCS / "evidence").glob("*.svg")}
     assert names >= set(re.findall(r"\(evidence/([\w-]+\.svg)\)", page))

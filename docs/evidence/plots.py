@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skd_lib.evidence.analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, RULES, Variant, variants_of
-from skd_lib.evidence.records import SCORE, Curve, Run
+from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, RULES, Variant, variants_of
+from records import SCORE, Curve, Run
 from skd_lib.storage import atomic_file
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from records import SCORE, Run
 from skd_lib.compare.statistics import holm, t_interval
-from skd_lib.evidence.models import forward_cost
-from skd_lib.evidence.records import SCORE, Run
+from tiny_models import forward_cost
 
 METHODS, RULES, EQUAL = "evidence-methods", "evidence-rules", "evidence-equal"
 FR_EN, FR_EN_EQUAL = "evidence-fr-en-cpu", "evidence-fr-en-equal-cpu"

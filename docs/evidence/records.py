@@ -182,7 +182,7 @@ def _csv(header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def _rows(file: Path, columns: set[str]) -> list[dict[str, str]]:
-    hint = "make it: `skd evidence collect`"
+    hint = "make it: `python docs/evidence/evidence.py collect`"
     try:
         reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
     except OSError as error:

@@ -1,22 +1,39 @@
-"""`skd evidence`: the controlled experiment of docs/evidence.md, from the command line."""
+"""The controlled experiment of docs/evidence.md: its data and models, its plots and tables.
+
+    python docs/evidence/evidence.py --help
+
+Run it at the root of the source tree, with the Python of `make install`.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
+from page import with_tables
+from plots import draw
+from prepare import prepare as write_start
+from problems import ProblemSpace
+from records import collect as write_records
+from records import read_curves, read_runs
+from skd_lib.storage import write_text_atomic
+from skd_lib.terminal import run_command
 
-evidence = typer.Typer(
+FOLDER = Path("docs/evidence")
+
+app = typer.Typer(
     help="The controlled experiment of docs/evidence.md: its data and models, its plots and tables.",
     no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 
 
-@evidence.command()
+@app.command()
 def prepare(
     folder: Annotated[Path, typer.Argument(help="Where problems and models go.")] = Path("runs/arithmetic-data"),
     train: Annotated[int, typer.Option(min=1, help="Training problems.")] = 20_000,
@@ -33,45 +50,35 @@ def prepare(
 
     `pipelines/configs/evidence/arithmetic.yaml` starts from what this writes with its defaults.
     """
-    import logging
-
-    from skd_lib.evidence.prepare import prepare as write
-    from skd_lib.evidence.problems import ProblemSpace
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # minutes of pre-training
     space = ProblemSpace(largest=largest)
     sizes = {"train": train, "validation": validation, "test": test}
-    for path in write(folder, space=space, **sizes, pretraining=pretraining, seed=seed):
+    for path in write_start(folder, space=space, **sizes, pretraining=pretraining, seed=seed):
         typer.echo(path)
 
 
-@evidence.command()
+@app.command()
 def collect(
     comparisons: Annotated[list[Path], typer.Argument(help="Folders of `skd compare`, e.g. runs/evidence-methods.")],
-    folder: Annotated[Path, typer.Option("--out", help="Where runs.csv and curves.csv go.")] = Path("docs/evidence"),
+    folder: Annotated[Path, typer.Option("--out", help="Where runs.csv and curves.csv go.")] = FOLDER,
 ) -> None:
     """Put the runs of comparisons into two CSV files. Other comparisons that these hold stay."""
-    from skd_lib.evidence.records import collect as write
-
-    for path in write([each / "comparison.json" for each in comparisons], folder):
+    for path in write_records([each / "comparison.json" for each in comparisons], folder):
         typer.echo(path)
 
 
-@evidence.command()
+@app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="Where runs.csv and curves.csv are, and plots go.")] = Path(
-        "docs/evidence"
-    ),
+    folder: Annotated[Path, typer.Argument(help="Where runs.csv and curves.csv are, and plots go.")] = FOLDER,
     page: Annotated[Path, typer.Option(help="Page whose tables are written again.")] = Path("docs/evidence.md"),
 ) -> None:
     """Draw the plots and write the tables of a page from `runs.csv` and `curves.csv`."""
-    from skd_lib.evidence.plots import draw
-    from skd_lib.evidence.records import read_curves, read_runs
-    from skd_lib.evidence.tables import with_tables
-    from skd_lib.storage import write_text_atomic
-
     runs, curves = read_runs(folder), read_curves(folder)
     for path in draw(runs, curves, folder):
         typer.echo(path)
     write_text_atomic(page, with_tables(page.read_text(encoding="utf-8"), runs))
     typer.echo(page)
+
+
+if __name__ == "__main__":
+    run_command(app)

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Sequence
 
+from analysis import Mean, Variant, variants_of
+from records import SCORE, Run
 from skd_lib.errors import SkdError
-from skd_lib.evidence.analysis import Mean, Variant, variants_of
-from skd_lib.evidence.records import SCORE, Run
 
 _TABLE = re.compile(r"<!-- table (?P<name>[a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 SIGNIFICANT = 0.05

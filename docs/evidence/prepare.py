@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from problems import ProblemSpace, distinct
 from skd_lib.data.examples import make_example, write_jsonl
 from skd_lib.errors import SkdError
-from skd_lib.evidence.problems import ProblemSpace, distinct
 
 CONTEXT = 64
 """Tokens that the models can see; the longest problem and its solution have fewer than 50."""
@@ -34,9 +34,9 @@ def prepare(
     Raises:
         SkdError: there are not so many problems, or the folder cannot be written.
     """
-    from skd_lib.evidence.models import SIZES, random_model, tokenizer_for
-    from skd_lib.evidence.pretraining import pretrain
+    from pretraining import pretrain
     from skd_lib.models.loading import save_model
+    from tiny_models import SIZES, random_model, tokenizer_for
 
     counts = {"test": test, "validation": validation, "train": train}
     problems = distinct(space, sum(counts.values()), seed)

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from problems import ProblemSpace, distinct
 from skd_lib.config import TaskConfig, TrainingConfig
 from skd_lib.data.examples import make_example
-from skd_lib.evidence.problems import ProblemSpace, distinct
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

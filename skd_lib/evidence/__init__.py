@@ -1,1 +1,0 @@
-"""The controlled experiment of docs/evidence.md: problems made here, models of random weights, tables and figures."""
