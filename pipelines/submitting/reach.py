@@ -34,11 +34,22 @@ def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]
         if not is_remote(file) and not Path(file).is_absolute()
     ]
     models = [("teacher", config.teacher), *(("student", run.student or "") for run in runs)]
+    hint = "copy it to gs://; if a model of the hub is meant, start this where nothing of that name lies"
     return problems + [
-        SkdError("the cluster cannot read a folder of this machine", where=f"{field}: {model}", hint="copy it to gs://")
+        SkdError("the cluster cannot read a folder of this machine", where=f"{field}: {model}", hint=hint)
         for field, model in dict.fromkeys(models)
-        if model.startswith(("./", "../", "~"))
+        if model.startswith(("./", "../", "~")) or _lies_here(model)
     ]
+
+
+def _lies_here(model: str) -> bool:
+    """Whether a run on this machine would take a file or folder of this name, which may look like a hub id."""
+    if not model or "://" in model or Path(model).is_absolute():
+        return False
+    try:
+        return model.endswith(".gguf") or Path(model).exists()
+    except OSError:  # no name that a file could have
+        return False
 
 
 def _files(source: DataSource | HeldOutFiles | HeldOutHub) -> list[str]:

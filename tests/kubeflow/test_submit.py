@@ -514,7 +514,9 @@ def test_a_dry_run_asks_nobody(kfp: FakeKfp, package: Package, monkeypatch: pyte
     assert not kfp.requests
 
 
-def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, tmp_path: Path, package: Package):
+def test_what_could_not_work_is_told_before(
+    demo: RunConfig, config_file: Path, tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
+):
     values = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     values["data"]["source"]["train"] = ["data/train.jsonl", "/mnt/train.jsonl", "gs://b/train.jsonl"]
     config = RunConfig.model_validate(values)
@@ -522,6 +524,11 @@ def test_what_could_not_work_is_told_before(demo: RunConfig, config_file: Path, 
         Submission.plan(config, package, Place())
     values["teacher"], values["data"]["source"]["train"] = "./teacher", ["gs://b/train.jsonl"]
     with pytest.raises(SkdErrors, match=r"- teacher: \./teacher: the cluster cannot read a folder of this machine"):
+        Submission.plan(RunConfig.model_validate(values), package, Place())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    values["teacher"] = "teacher"
+    with pytest.raises(SkdErrors, match=r"- teacher: teacher: the cluster cannot read a folder of this machine"):
         Submission.plan(RunConfig.model_validate(values), package, Place())
     with pytest.raises(SkdError, match="the file is that of a run, and this pipeline is for a comparison"):
         Submission.plan(demo, Package.read(compiled_path("compare_methods")), Place())
