@@ -32,7 +32,6 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from skd_lib.bench import baselines
-from skd_lib.bench.floor import Forward, bare, copy_bandwidth, recorded, seconds_to_read_weights
 from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_for, timed
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
@@ -40,6 +39,7 @@ from skd_lib.models.heads import vocabulary_size
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
+from skd_lib.sampling.timing import Forward, bare, copy_bandwidth, recorded, seconds_to_read_weights
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma import GemmaConfig
 from transformers.models.llama import LlamaConfig
@@ -136,6 +139,34 @@ def machine_figures(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "load_before": os.getloadavg(),
     }
+
+
+def k_for(top_k: int | None, teacher: str) -> int | None:
+    """SKD's K: the paper's for models whose ranks mean something; None, for random weights, sets it by acceptance."""
+    return 25 if top_k is None and not teacher.startswith(RANDOM) else top_k
+
+
+ResultT = TypeVar("ResultT")
+
+
+def with_progress(measure: Callable[[Callable[[int, int], None]], ResultT]) -> ResultT:
+    """Measure under a progress bar, which the function gets to call with what is done and what there is to do."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+        return measure(lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def show(tables: Sequence[Table], figures: str, output: Path) -> None:
+    """Print the tables, and write all figures to a file.
+
+    Raises:
+        SkdError: the file cannot be written.
+    """
+    console = Console()
+    for table in tables:
+        console.print(table)
+    write(figures, output)
+    console.print(f"{output}: all figures", markup=False, highlight=False, soft_wrap=True)
 
 
 def write(text: str, path: Path) -> None:

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from skd_lib.bench.floor import Forward, bare
+from skd_lib.sampling.timing import Forward, bare
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:

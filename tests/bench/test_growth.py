@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from skd_lib.bench.growth import AXES, OWN_K
+from benchmark import app
+from growth import AXES, OWN_K
 from skd_lib.bench.setup import SHAPES
-from skd_lib.cli import app
 from tests.conftest import CONFIGS
 
 
@@ -24,7 +24,7 @@ def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_axis_is_walked(tmp_path: Path) -> None:
     options = ["--teacher", "random:tiny", "--student", "random:tiny-2-layers", "--dtype", "float32", "--device", "cpu"]
     options += ["--batch-size", "4", "--new-tokens", "16", "--output", str(tmp_path / "growth.json")]
-    done = CliRunner(env={"COLUMNS": "90"}).invoke(app, ["bench", "growth", *options])
+    done = CliRunner(env={"COLUMNS": "90"}).invoke(app, ["growth", *options])
     assert done.exit_code == 0, done.output
     points = json.loads((tmp_path / "growth.json").read_text())["points"]
     walked = {axis: [p["value"] for p in points if p["axis"] == axis] for axis in AXES}

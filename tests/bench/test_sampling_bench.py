@@ -11,7 +11,6 @@ import torch
 from typer.testing import CliRunner
 
 from skd_lib.bench import baselines
-from skd_lib.bench.floor import bare, recorded, seconds_to_read_weights
 from skd_lib.bench.sampling import bench_sampling, render
 from skd_lib.bench.setup import Settings
 from skd_lib.cli import app
@@ -20,6 +19,7 @@ from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
 from skd_lib.sampling.acceptance import lossless, nothing, top_k
 from skd_lib.sampling.drafting import weights_read
+from skd_lib.sampling.timing import bare, recorded, seconds_to_read_weights
 from tests.conftest import SaveTinyModel, TinyModel
 from tests.sampling.test_engine import GREEDY, PROMPTS, VOCABULARY, pair, rows, sampler
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmark import app
 from skd_lib.bench.setup import Settings
-from skd_lib.bench.training import OURS, PHASES, TRAINERS, TRL, Result, Row, bench_training
-from skd_lib.cli import app
-from skd_lib.environments import read_constraints
 from skd_lib.errors import SkdError
 from tests.conftest import SaveTinyModel
+from training import OURS, PHASES, TRAINERS, TRL_PINS, Result, Row, bench_training
 
 SIZE = ["--batch-size", "3", "--prompt-tokens", "8", "--new-tokens", "6", "--device", "cpu"]
 
@@ -28,7 +27,7 @@ def pair(save_tiny_model: SaveTinyModel, tmp_path: Path) -> tuple[str, str]:
 
 def measured(pair: tuple[str, str], output: Path, *options: str) -> tuple[dict[str, Any], str]:
     teacher, student = pair
-    command = ["bench", "training", "--teacher", teacher, "--student", student, *SIZE, *options]
+    command = ["training", "--teacher", teacher, "--student", student, *SIZE, *options]
     done = CliRunner(env={"COLUMNS": "100"}).invoke(app, [*command, "--output", str(output)])
     assert done.exit_code == 0, done.output
     values: dict[str, Any] = json.loads(output.read_text())
@@ -66,7 +65,7 @@ def test_without_trl_ours_are_measured_alone_and_it_is_said_why(
 def test_with_trl(pair: tuple[str, str], tmp_path: Path) -> None:
     values, printed = measured(pair, tmp_path / "bench.json", "--repeats", "1")
     assert [row["name"] for row in values["rows"]] == [*OURS, *TRAINERS]
-    assert f"trl=={values['trl']}" in read_constraints(TRL).splitlines()
+    assert f"trl=={values['trl']}" in TRL_PINS.read_text().splitlines()
     assert [(ratio["ours"], ratio["theirs"]) for ratio in values["ratios"]] == [
         (ours, theirs) for ours in OURS for theirs in TRAINERS
     ]

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from skd_lib.bench.floor import bare, recorded
 from skd_lib.config import SamplingParams
 from skd_lib.models.heads import decoder
 from skd_lib.models.loading import avoid_cudnn_attention
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, Samples
+from skd_lib.sampling.timing import bare, recorded
 from tests.conftest import TinyModel
 from tests.sampling.test_architectures import with_lora
 from tests.sampling.test_engine import (

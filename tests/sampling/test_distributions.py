@@ -20,8 +20,8 @@ from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, mi
 from skd_lib.sampling.distributions import _by_bisection, draw, warp
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
-from tests.conftest import TinyModel
 from skd_lib.sampling.reference import probabilities
+from tests.conftest import TinyModel
 
 VOCABULARY, LENGTH, SAMPLES = 5, 3, 4000
 STUDENT = SamplingParams(temperature=1.2, top_p=0.9)

@@ -20,8 +20,8 @@ from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, mi
 from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import STUDENT, TEACHER, Sampler, Samples
-from tests.conftest import SLIDING_WINDOW, TinyModel
 from skd_lib.sampling.reference import interleave, pick, probabilities
+from tests.conftest import SLIDING_WINDOW, TinyModel
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3"]
 GREEDY = SamplingParams(temperature=0)

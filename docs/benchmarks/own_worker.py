@@ -1,6 +1,6 @@
 """Optimiser steps of this library, one at a time, for whoever compares them with those of others.
 
-    python -m skd_lib.bench.own_worker request.json
+    python own_worker.py request.json
 
 The request is that of `trl_worker`, with a `method` instead of a trainer, and `gamma`, `top_k` and `checkpointing`.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from skd_lib.bench.trl_worker import Finished, TakeTurns, load, take_over_stdout
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
 from skd_lib.data.tokenize import TokenizedExample
 from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.run import train
+from trl_worker import Finished, TakeTurns, load, take_over_stdout
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The speed of a training step: ours and TRL's, on the same models, prompts and lengths, in one run.
 
-Each trainer runs in a process of its own, TRL's in TRL's environment (`skd_lib.bench.trl_worker`), and all make their
+Each trainer runs in a process of its own, TRL's in TRL's environment (`trl_worker.py`), and all make their
 optimiser steps in turns, one at a time, so that a machine that is busy for a while slows all of them. A step is all
 that a trainer does from one step to the next: data, responses, loss, backward pass, optimiser, logging. The first step
 of each warms up and is not counted; figures are medians, ratios those of steps side by side.
@@ -28,10 +28,9 @@ import torch
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from skd_lib.bench import trl_worker
 from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_for
 from skd_lib.cache import default_cache_dir
-from skd_lib.environments import Tool, make_environment, read_constraints
+from skd_lib.environments import Tool, make_environment
 from skd_lib.errors import SkdError
 from skd_lib.memory import GIB
 from skd_lib.models.heads import vocabulary_size
@@ -39,6 +38,8 @@ from skd_lib.models.loading import default_device
 from skd_lib.models.precision import compute_dtype
 
 TRL = Tool("trl", "TRL", "trl")
+HERE = Path(__file__).resolve().parent
+TRL_PINS = HERE.parents[1] / "constraints/trl.txt"
 OURS = ("on_policy", "skd")
 TRAINERS = ("GKDTrainer", "DistillationTrainer")
 """TRL's on-policy trainers: the one that is best known, and the one that TRL recommends in its place."""
@@ -161,14 +162,14 @@ def bench_training(
     trl_python, trl, without_trl = _find_trl(trl_python)
     with TemporaryDirectory(prefix="skd-bench-") as scratch:
         request, machine = _prepare(settings, beta, Path(scratch), compared=trl_python is not None)
-        own_command = [sys.executable, "-m", "skd_lib.bench.own_worker"]
+        own_command = [sys.executable, str(HERE / "own_worker.py")]
         trainers = [
             _Trainer(name, own_command, request | {"method": name, "checkpointing": gradient_checkpointing})
             for name in OURS
         ]
         if trl_python is not None:
             # -I: no module of this environment may get into TRL's.
-            trl_command = [str(trl_python), "-I", trl_worker.__file__]
+            trl_command = [str(trl_python), "-I", str(HERE / "trl_worker.py")]
             trainers += [_Trainer(name, trl_command, request | {"trainer": name}) for name in TRAINERS]
         total, done = len(trainers) * (1 + settings.repeats), 0
 
@@ -245,7 +246,7 @@ class _Trainer:
 def _find_trl(given: Path | None) -> tuple[Path | None, str, str]:
     """The interpreter that has TRL, and TRL's version; or None, and why."""
     try:
-        python = given or make_environment(TRL, read_constraints(TRL), default_cache_dir())
+        python = given or make_environment(TRL, TRL_PINS.read_text(encoding="utf-8"), default_cache_dir())
     except SkdError as error:
         return None, "", error.brief
     return python, _trl_version(python), ""

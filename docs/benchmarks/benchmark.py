@@ -1,0 +1,147 @@
+"""The benchmarks of docs/benchmarks.md that are not a command of `skd`: how sampling grows, and a training step.
+
+    python docs/benchmarks/benchmark.py --help
+
+Run it at the root of the source tree, with the Python of `make install`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skd_lib.bench.cli import (
+    Acceptance,
+    BatchSize,
+    Device,
+    Dtype,
+    Gamma,
+    NewTokens,
+    Output,
+    PromptTokens,
+    Repeats,
+    Seed,
+    Student,
+    Teacher,
+    TopK,
+)
+from skd_lib.bench.setup import Settings, k_for, show, with_progress
+from skd_lib.terminal import run_command
+
+app = typer.Typer(
+    help="The benchmarks of docs/benchmarks.md that are not a command of `skd`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.command("growth")
+def growth(
+    teacher: Teacher = "random:smollm2-135m",
+    student: Student = "random:smollm2-135m-22-layers",
+    batch_size: BatchSize = 8,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 16,
+    gamma: Gamma = 5,
+    repeats: Repeats = 1,
+    acceptance: Acceptance = 0.8,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Seed = 0,
+    output: Output = Path("runs/bench-growth.json"),
+) -> None:
+    """Measure how interleaved sampling grows with batch, prompt length, draft length, acceptance and K.
+
+    One is changed at a time; the options say where the others stay. Acceptance is set by K, so weights are random.
+    """
+    from growth import bench_growth, render
+
+    settings = Settings(
+        teacher=teacher,
+        student=student,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        repeats=repeats,
+        acceptance=acceptance,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    result = with_progress(lambda progress: bench_growth(settings, progress))
+    show([render(result)], result.to_json(), output)
+
+
+@app.command("training")
+def training(
+    teacher: Teacher = "random:smollm2-135m",
+    student: Student = "random:smollm2-135m-22-layers",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of an optimiser step.")] = 8,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 48,
+    gamma: Gamma = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each trainer; figures are medians.")] = 3,
+    top_k: TopK = None,
+    acceptance: Acceptance = 0.8,
+    beta: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the divergence (GKD): 0 is the forward KL, 1 the reverse KL.")
+    ] = 0.5,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Ours compute activations again (TRL's would sample without a cache)."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the teacher.", show_default="bfloat16 where precision auto is bf16")
+    ] = None,
+    device: Device = None,
+    seed: Seed = 0,
+    trl_python: Annotated[
+        Path | None, typer.Option(help="Python that has TRL.", show_default="an environment that is made and kept")
+    ] = None,
+    one_at_a_time: Annotated[
+        bool, typer.Option("--one-at-a-time", help="Start a trainer when the one before has ended: less memory.")
+    ] = False,
+    output: Output = Path("runs/bench-training.json"),
+) -> None:
+    """Measure an optimiser step of on_policy and of skd against TRL's on-policy trainers.
+
+    TRL runs in an environment of its own, pinned by constraints/trl.txt; without one, ours are measured alone.
+    """
+    from training import bench_training, render, teacher_dtype
+
+    settings = Settings(
+        teacher=teacher,
+        student=student,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        repeats=repeats,
+        top_k=k_for(top_k, teacher),
+        acceptance=acceptance,
+        dtype=dtype or teacher_dtype(device),
+        device=device,
+        seed=seed,
+    )
+    result = with_progress(
+        lambda progress: bench_training(
+            settings,
+            beta=beta,
+            gradient_checkpointing=gradient_checkpointing,
+            trl_python=trl_python,
+            one_at_a_time=one_at_a_time,
+            on_progress=progress,
+        )
+    )
+    show(render(result), result.to_json(), output)
+
+
+if __name__ == "__main__":
+    run_command(app)
