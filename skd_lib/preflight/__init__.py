@@ -39,6 +39,7 @@ def run_checks(
     artifacts: str = "",
     require_gpu: bool = False,
     variants: Sequence[RunConfig] = (),
+    comet: bool = True,
 ) -> PreflightReport:
     """Look at everything a run needs. Nothing is raised for what is wrong: it is all in the report.
 
@@ -51,6 +52,7 @@ def run_checks(
         artifacts: Where Kubeflow keeps an artifact of this run; without a scheme: not looked at.
         require_gpu: A missing GPU is an error.
         variants: Runs of a comparison, which share data, task and teacher with `config`; then `config` is none itself.
+        comet: Whether the pipeline has a step for COMET; its model is not looked at otherwise.
     """
     checks = Checks()
     teacher = checks.attempt("teacher", lambda: check_model(checks, "teacher", config.teacher, config))
@@ -68,7 +70,7 @@ def run_checks(
     report.model_fingerprints = {model.reference: model.fingerprint for model in models}
     report.date = checks.attempt("date", lambda: check_date(checks, models, config, checkpoint_root)) or ""
     report.data_fingerprint = checks.attempt("data", lambda: check_data(checks, config, models, runs)) or ""
-    if config.task.wants_comet:
+    if comet and config.task.wants_comet:
         checks.attempt("comet", lambda: check_comet(checks, config.evaluation.comet.model))
     usable = partial(storage.check_checkpoint_root, checkpoint_root)
     checks.attempt("checkpoints", lambda: check_writable(checks, "checkpoints", checkpoint_root, usable))

@@ -191,6 +191,7 @@ def examine(
         pipeline_root=pipeline_root or None,
         artifacts=current_call().uri(report_out),
         require_gpu=require_gpu,
+        comet=comet,
     )
     report.checks += [*columns, *([] if comet else without_comet(run_config, plan))]
     if report.date:
