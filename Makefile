@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONFIG ?= pipelines/configs/demo.yaml
-CHECKED := skd_lib components pipelines docs tests
+CHECKED := skd_lib components pipelines docs images tests
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo bench test test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
@@ -42,7 +42,7 @@ test-images: $(STAMP) ## Build the images and run the pipeline in them; needs do
 	$(BIN)/python -m pytest -m 'docker or not docker' tests/images $(ARGS)
 
 lock: $(STAMP) ## Lock again what the images install, after a change to pyproject.toml or the constraints
-	$(BIN)/skd images lock
+	$(BIN)/python images/tools/image_tools.py lock
 
 lint: $(STAMP) ## Check style, image files and workflows
 	$(BIN)/ruff check $(CHECKED)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
-from pipelines.images.cli import images
 from pipelines.submitting.cli import Set, submit
 from pipelines.triggering.cli import trigger
 from skd_lib import __version__
@@ -38,7 +37,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
-app.add_typer(images, name="images")
 app.add_typer(tracking.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(config, name="config")

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import pytest
 from docker import DockerClient
 
+from locks import locked_versions
 from pipelines.containers import connect
-from pipelines.images.locks import locked_versions
 from skd_lib import __version__
 from skd_lib.errors import SkdError
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from components.images import read_images
-from pipelines.images.locks import LOCKS, OWN_INDEX, locked_versions
+from locks import LOCKS, OWN_INDEX, locked_versions
 from skd_lib import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_dockerfile_says_the_packages_version_and_has_no_entry_point(image: str)
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_lock_has_all_that_is_asked_for_by_hash_in_the_constraints_versions(name: str):
-    """Fails where `skd images lock` was forgotten after a change of pyproject.toml or the constraints."""
+    """Fails where `make lock` was forgotten after a change of pyproject.toml or the constraints."""
     spec, locked = LOCKS[name], locked_versions(lock(name))
     extras = PROJECT["project"]["optional-dependencies"]
     asked = [

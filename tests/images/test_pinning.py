@@ -1,4 +1,4 @@
-"""`skd images pin` against a real registry, and against one that wants to know who asks."""
+"""`image_tools.py pin` against a real registry, and against one that wants to know who asks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
 from components.images import Image, read_images
-from pipelines.images.pins import pin
-from pipelines.images.registry import registry_digest
-from skd_lib.cli import app
+from image_tools import app
+from pins import pin
+from registry import registry_digest
 from skd_lib.errors import SkdError
 
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -44,8 +44,8 @@ comet:
 OLD = "sha256:" + "0" * 64
 
 
-def skd_images(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["images", *map(str, arguments)])
+def image_tools(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
     return result.exit_code, str(result.exception) if isinstance(result.exception, SkdError) else result.output
 
 
@@ -86,26 +86,26 @@ def digests_file(registry: str, tmp_path: Path) -> Path:
 
 def test_pin_writes_the_registrys_digests_and_check_tells_when_they_move(registry: str, digests_file: Path):
     train, comet = push(registry, "team/skd-train", "0.1.0"), push(registry, "team/skd-comet", "0.1.0", index=True)
-    code, said = skd_images("pin", "--check", "--file", digests_file)
+    code, said = image_tools("pin", "--check", "--file", digests_file)
     assert code != 0
     assert "pinned is nothing" in said
     assert f"pinned is {OLD}, the registry has {comet}" in said
 
-    code, said = skd_images("pin", "--file", digests_file)
+    code, said = image_tools("pin", "--file", digests_file)
     assert code == 0, said
     assert "skd compile" in said
     expected = FILE.format(host=registry, old=comet).replace('digest: ""', f'digest: "{train}"')
     assert digests_file.read_text() == expected  # comments and all
-    assert skd_images("pin", "--check", "--file", digests_file)[0] == 0
-    assert f"@{train}" in skd_images("show", "--file", digests_file)[1]
-    assert "as before" in skd_images("pin", "train", "--file", digests_file)[1]
+    assert image_tools("pin", "--check", "--file", digests_file)[0] == 0
+    assert f"@{train}" in image_tools("show", "--file", digests_file)[1]
+    assert "as before" in image_tools("pin", "train", "--file", digests_file)[1]
 
 
 def test_missing_images_are_all_named_and_nothing_is_written(registry: str, tmp_path: Path):
     path = tmp_path / "digests.yaml"
     path.write_text(FILE.format(host=registry, old="").replace("0.1.0", "9.9.9"))
     before = path.read_text()
-    code, said = skd_images("pin", "--file", path)
+    code, said = image_tools("pin", "--file", path)
     assert code != 0
     for name in ("skd-train:9.9.9", "skd-comet:9.9.9"):
         assert f"{name}: the registry has no such image" in said
@@ -113,7 +113,7 @@ def test_missing_images_are_all_named_and_nothing_is_written(registry: str, tmp_
 
 
 def test_unknown_image_and_unreachable_registry(tmp_path: Path):
-    assert "there is no image 'trian'" in skd_images("lock", "trian")[1]
+    assert "there is no image 'trian'" in image_tools("lock", "trian")[1]
     with pytest.raises(SkdError, match="cannot be reached"):
         registry_digest(Image(image="127.0.0.1:9/team/x", version="1", digest=""))
 

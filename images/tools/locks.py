@@ -20,7 +20,7 @@ from skd_lib.storage import write_text_atomic
 
 OWN_INDEX = re.compile(r"torch|triton|(nvidia|cuda)-.+")
 """Packages that come from torch's index."""
-HEADER = "# Locked by `skd images lock`. Do not edit.\n"
+HEADER = "# Locked by `make lock`. Do not edit.\n"
 
 
 @dataclass(frozen=True)

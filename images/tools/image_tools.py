@@ -1,4 +1,9 @@
-"""`skd images`: the images' digests and locked dependencies, from the command line."""
+"""The images' digests and locked dependencies: `images/digests.yaml` and the files `requirements.txt`.
+
+    python images/tools/image_tools.py --help
+
+Needs the extra `pipelines` and, for `pin`, python-dxf.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +12,46 @@ from typing import Annotated
 
 import typer
 
+from components.images import IN_SOURCE_TREE, read_images
+from locks import LOCKS, locked_versions, write_lock
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.terminal import run_command
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
-images = typer.Typer(help="The pipelines' images: digests, locks.", no_args_is_help=True, rich_markup_mode="markdown")
+app = typer.Typer(
+    help="The pipelines' images: digests, locks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Images, e.g. train.", show_default="all")]
-File = Annotated[Path | None, typer.Option(help="The file.", show_default="images/digests.yaml of the source tree")]
+File = Annotated[Path, typer.Option(help="The file.", show_default="images/digests.yaml of the source tree")]
 
 
-@images.command()
-def show(file: File = None) -> None:
+@app.command()
+def show(file: File = IN_SOURCE_TREE) -> None:
     """Print which image each pod would pull. The registry is not asked."""
-    from components.images import IN_SOURCE_TREE, read_images
-
-    for name, image in read_images(file or IN_SOURCE_TREE).items():
+    for name, image in read_images(file).items():
         typer.echo(f"{name:<9} {image.version:<9} {image.reference}{'' if image.digest else '  (not pinned)'}")
 
 
-@images.command()
+@app.command()
 def pin(
     names: Names = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if a pinned digest is not the registry's.")
     ] = False,
-    file: File = None,
+    file: File = IN_SOURCE_TREE,
 ) -> None:
     """Ask the registries for the digests of the images' version tags, and write them to the file.
 
     Compiled pipelines name the images by these digests: compile them afterwards. A registry that wants to know who asks
     gets the credentials of `docker login`.
     """
-    from components.images import IN_SOURCE_TREE
-    from pipelines.images import pins
+    import pins  # the registry's client is needed here alone
 
-    path = file or IN_SOURCE_TREE
-    known = pins.load(path)
+    known = pins.load(file)
     chosen = {name: known[name] for name in _known(names, list(known))}
     digests = pins.look_up(chosen)
     if check:
@@ -51,24 +59,22 @@ def pin(
             raise SkdErrors(wrong)
         typer.echo(f"{', '.join(chosen)}: pinned to what the registry has")
         return
-    changed = pins.pin(path, digests)
+    changed = pins.pin(file, digests)
     for name, image in chosen.items():
         typer.echo(
             f"{name:<9} {image.image}:{image.version}  {digests[name]}{'' if name in changed else '  (as before)'}"
         )
     if changed:
-        typer.echo(f"wrote {path}: run `skd compile` next, and commit both")
+        typer.echo(f"wrote {file}: run `skd compile` next, and commit both")
 
 
-@images.command()
+@app.command()
 def lock(
     names: Annotated[
         list[str] | None, typer.Argument(help="train, comet, pipeline; build: what builds them.", show_default="all")
     ] = None,
 ) -> None:
     """Lock what the images install, with hashes, from pyproject.toml and the constraints. Nothing is installed."""
-    from pipelines.images.locks import LOCKS, locked_versions, write_lock
-
     for name in _known(names, list(LOCKS)):
         path = write_lock(LOCKS[name])
         typer.echo(f"wrote {path}: {len(locked_versions(path.read_text(encoding='utf-8')))} packages")
@@ -77,5 +83,9 @@ def lock(
 def _known(names: list[str] | None, known: list[str]) -> list[str]:
     for name in names or []:
         if name not in known:
-            raise SkdError(f"there is no image {name!r}", where="skd images", hint=f"one of {', '.join(known)}")
+            raise SkdError(f"there is no image {name!r}", where="NAMES", hint=f"one of {', '.join(known)}")
     return names or known
+
+
+if __name__ == "__main__":
+    run_command(app)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from components.images import IN_SOURCE_TREE, Image, parse_images
-from pipelines.images.registry import registry_digest
+from registry import registry_digest
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
 
@@ -15,10 +15,10 @@ def load(path: Path = IN_SOURCE_TREE) -> dict[str, Image]:
     """The images of a source tree.
 
     Raises:
-        SkdError: there is none here; a wheel has only a copy of the file, for reading.
+        SkdError: there is no such file.
     """
     if not path.is_file():
-        raise SkdError("there is no such file", where=str(path), hint="run this in the project's source tree")
+        raise SkdError("there is no such file", where=str(path), hint="name images/digests.yaml of a source tree")
     return parse_images(path.read_text(encoding="utf-8"))
 
 
@@ -70,7 +70,7 @@ def differences(images: dict[str, Image], digests: dict[str, str]) -> list[SkdEr
         SkdError(
             f"pinned is {image.digest or 'nothing'}, the registry has {digests[name]}",
             where=f"{image.image}:{image.version}",
-            hint="run `skd images pin`, then `skd compile`",
+            hint="run `python images/tools/image_tools.py pin`, then `skd compile`",
         )
         for name, image in images.items()
         if name in digests and image.digest != digests[name]
