@@ -302,6 +302,8 @@ def _images(spec: Mapping[str, Any]) -> list[str]:
     return [executor["container"]["image"] for executor in executors if "container" in executor]
 
 
+CODE_VERSION = "SKD_CODE_VERSION"
+"""Variable that says which code a step runs; images have it from their build."""
 _NO_STEP = ("doctor.py", "doctor_kubeflow.py")  # what no step imports, besides command lines
 
 
@@ -355,7 +357,8 @@ def child_processes(settings: Mapping[str, str], log: Path) -> Iterator[Start]:
     library = str(Path(skd_lib.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")]))
     # Not what lies where the run was started: people have folders named `pipelines` and files named `datasets.py`.
-    ours = {**os.environ, **settings, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    code = {CODE_VERSION: f"{skd_lib.__version__}, sources {source_digest()[:16]}"}
+    ours = {**code, **os.environ, **settings, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     with contextlib.ExitStack() as stack:
 
         @functools.cache

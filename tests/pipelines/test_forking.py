@@ -16,7 +16,7 @@ import pytest
 from pipelines import forking, local
 from pipelines.forking import ForkServer, can_fork
 from pipelines.process import Outcome, watch
-from skd_lib import events
+from skd_lib import __version__, events
 from tests.pipelines.test_local import is_alive, wait_until
 
 ROOT = str(Path(__file__).parents[2])
@@ -160,6 +160,19 @@ def test_what_lies_where_a_run_is_started_is_not_imported(tmp_path: Path, monkey
         (tmp_path / name).write_text("raise RuntimeError('the wrong one')")
     assert a_step(tmp_path).code == 0
     assert "the wrong one" not in (tmp_path / "log").read_text()
+
+
+def test_a_step_knows_which_sources_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def known() -> str:
+        with local.child_processes({}, tmp_path / "log") as start:
+            command = ["python3", "-c", "import os; print(os.environ['SKD_CODE_VERSION'])"]
+            assert start("image", command, {}, tmp_path / "step.log", lambda event: None).code == 0
+        return (tmp_path / "step.log").read_text().splitlines()[-1]
+
+    monkeypatch.delenv("SKD_CODE_VERSION", raising=False)
+    assert known() == f"{__version__}, sources {local.source_digest()[:16]}"
+    monkeypatch.setenv("SKD_CODE_VERSION", "git 1234567")
+    assert known() == "git 1234567"
 
 
 def a_step(tmp_path: Path) -> Outcome:
