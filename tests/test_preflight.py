@@ -653,6 +653,28 @@ def test_texts_typed_by_hand_are_refused_in_a_cluster_only(tmp_path: Path, monke
     assert preflight.read(Form(**sent), "", "")[0].task.prompt == "$x$ {source}"
 
 
+def test_later_runs_reuse_what_a_run_past_the_cache_made(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFP_RUN_ID", "run-2")
+
+    def fresh(reuse: Switch, **changes: Any) -> set[str]:
+        preflight.main(
+            config=ascii_json(values | changes),
+            reuse=reuse,
+            checkpoint_root=str(tmp_path / "roots"),
+            report_out=tmp_path / "preflight" / "report.md",
+        )
+        parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
+        return {json.loads(parameters[name]).get("fresh", "") for name in ("prepare_data", "teacher_sft")}
+
+    with pytest.raises(SkdErrors):
+        fresh(Switch.false, teacher="/nowhere")
+    assert fresh(Switch.true) == {""}  # a run that is refused makes nothing
+    assert fresh(Switch.false) == fresh(Switch.true) == {"run-2"}
+    assert fresh(Switch.true, seed=5) == {""}  # other data
+
+
 def test_models_whose_names_would_be_changed_are_refused_in_a_cluster_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KFP_RUN_ID", raising=False)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)

@@ -20,7 +20,8 @@ class StepConfig(ConfigSection):
 
     Attributes:
         fingerprint: Of the model or the data that the step fetches, as preflight found it; empty: whatever is there.
-        fresh: Any text. With another one the step, and what depends on it, is not taken from the cache.
+        fresh: Any text. With another one the step, and what depends on it, is not taken from the cache; see
+            `skd_lib.preflight.reuse`.
         label: Tells this run of the step in MLflow from others of the same pipeline run.
         drafts: Whether students are measured as drafts.
     """

@@ -29,6 +29,7 @@ def present(name: str, path: Path) -> Path:
             f"the input `{name}` is gone from storage: nothing is there",
             where=str(path),
             hint="if a lifecycle rule of the bucket deletes old files, run again without the cache, which makes it "
-            "again: `reuse` false in the form, or `skd submit --no-reuse`; by hand, check the path",
+            "again: `reuse` false in the form, or `skd submit --no-reuse` (in later runs too, if the namespace has no "
+            "`checkpoint-root`); by hand, check the path",
         )
     return path

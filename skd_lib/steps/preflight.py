@@ -164,6 +164,7 @@ def examine(
     """
     from skd_lib.console import Console
     from skd_lib.preflight import run_checks
+    from skd_lib.preflight.reuse import reuse_from
     from skd_lib.tracking.runs import step_run
 
     try:
@@ -194,6 +195,10 @@ def examine(
         comet=comet,
     )
     report.checks += [*columns, *([] if comet else without_comet(run_config, plan))]
+    if not report.errors():
+        preparation = step_config("prepare_data", run_config, fingerprint=report.data_fingerprint)
+        fresh, noted = reuse_from(checkpoint_root, preparation, fresh)
+        report.checks += noted
     if report.date:
         # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
         dated = run_config.task.model_copy(update={"date": report.date})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +72,19 @@ def test_past_the_cache(name: str) -> None:
     assert set(trained(result)) == {
         task for task in result.done if task in TRAINING or task.startswith("evaluate-")
     } - {"evaluate-champion"}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_was_made_past_the_cache_is_taken_from_then_on(name: str, tmp_path: Path) -> None:
+    """Otherwise the third run takes the first one's artifacts, whose files may be deleted."""
+    records, results = Records(), []
+    for number, reuse in enumerate((True, False, True, True)):
+        steps = Steps(run_id=f"run-{number}", checkpoint_root=str(tmp_path))
+        results.append(run(name, steps, records, given=form(name, reuse=reuse)))
+    made = [result.done["prepare-data"][0].artifacts for result in results]
+    assert made[0] != made[1] == made[2] == made[3]
+    assert trained(results[1])
+    assert trained(results[2]) == trained(results[3]) == []
 
 
 def test_another_content_of_the_data() -> None:

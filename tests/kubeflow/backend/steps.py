@@ -12,8 +12,9 @@ from skd_lib.compare.trials import Trial
 from skd_lib.config import parse_section
 from skd_lib.config.step import StepConfig
 from skd_lib.parameters import Form
+from skd_lib.preflight.reuse import reuse_from
 from skd_lib.steps.compare_variant import outputs_of
-from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of
+from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of, step_config
 from tests.kubeflow.backend.run import Call, Made
 
 _FORM = set(Form.__dataclass_fields__)
@@ -27,12 +28,14 @@ class Steps:
     Attributes:
         run_id: KFP's id of the run.
         content: Fingerprint of data and models by name, where it is not the name's own.
+        checkpoint_root: Where preflight keeps what later runs need to know.
         instead: What a task does instead: returns its outputs, or raises.
         calls: What steps have got, in order.
     """
 
     run_id: str = "run-1"
     content: dict[str, str] = field(default_factory=dict)
+    checkpoint_root: str = ""
     instead: dict[str, Callable[[Call], Made]] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
 
@@ -55,13 +58,15 @@ class Steps:
         models = [config.teacher, config.student or ""]
         models += [trial.config(config).student or "" for trial in plan.trials] if plan else []
         prints = {name: self.content.get(name, f"of {name}") for name in models}
-        data = json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
+        data = self.content.get("data", json.dumps(config.data.model_dump(mode="json"), sort_keys=True))
+        preparation = step_config("prepare_data", config, fingerprint=data)
+        fresh, _ = reuse_from(self.checkpoint_root, preparation, "" if given["reuse"] else self.run_id)
         found = settings_of(
             config,
             plan,
-            data=self.content.get("data", data),
+            data=data,
             models=prints,
-            fresh="" if given["reuse"] else self.run_id,
+            fresh=fresh,
         )
         return {**found, "problems": ""}
 
