@@ -28,7 +28,7 @@ def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]
     sources += [(f"data.held_out ({each.name})", each.source) for each in config.data.held_out]
     problems = [
         # An absolute path may be a mounted volume's.
-        SkdError("the cluster cannot read a file of this machine", where=f"{place}: {file}", hint="copy it to gs://")
+        SkdError("the cluster cannot read a file of this machine", where=f"{place}: {file}", hint=_remedy(file))
         for place, source in sources
         for file in _files(source)
         if not is_remote(file) and not Path(file).is_absolute()
@@ -40,6 +40,14 @@ def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]
         for field, model in dict.fromkeys(models)
         if model.startswith(("./", "../", "~")) or _lies_here(model)
     ]
+
+
+def _remedy(file: str) -> str:
+    if "{source}" in file:
+        return (
+            "`{source}` is for `skd trigger`, which puts the folder of new data there: write where the data are"
+        )
+    return "copy it to gs://"
 
 
 def _lies_here(model: str) -> bool:

@@ -522,6 +522,9 @@ def test_what_could_not_work_is_told_before(
     config = RunConfig.model_validate(values)
     with pytest.raises(SkdErrors, match=r"1 problem found:\n- data.source: data/train.jsonl: the cluster cannot read"):
         Submission.plan(config, package, Place())
+    values["data"]["source"]["train"] = ["{source}/train.jsonl"]
+    with pytest.raises(SkdErrors, match=r"hint: `\{source\}` is for `skd trigger`"):
+        Submission.plan(RunConfig.model_validate(values), package, Place())
     values["teacher"], values["data"]["source"]["train"] = "./teacher", ["gs://b/train.jsonl"]
     with pytest.raises(SkdErrors, match=r"- teacher: \./teacher: the cluster cannot read a folder of this machine"):
         Submission.plan(RunConfig.model_validate(values), package, Place())
