@@ -14,7 +14,7 @@ from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased
 from skd_lib.tracking.ending import STATE_TAG
 from skd_lib.tracking.entries import PARAM_PREFIX
 from skd_lib.tracking.locate import IMAGE_TAG, PIPELINE_RUN_TAG, TASK_TAG, children_of, get_run, search_everywhere
-from skd_lib.tracking.promotion import find_version
+from skd_lib.tracking.promotion import find_version, registered_model, versions_of
 from skd_lib.tracking.registry import (
     DIGEST_TAG,
     FIGURE_PREFIX,
@@ -187,10 +187,17 @@ def _find(client: MlflowClient, name: str, version: str, alias: str) -> ModelVer
     if not version:
         found = next((found for each in wanted if (found := aliased(client, name, each))), None)
         if found is None:
-            find_version(client, name, "")  # tells whether there is no such model, or which versions there are
-        else:
-            version = str(found.version)
+            raise _no_alias(client, name, alias)
+        version = str(found.version)
     return find_version(client, name, version)
+
+
+def _no_alias(client: MlflowClient, name: str, alias: str) -> SkdError:
+    aliases = registered_model(client, name).aliases
+    given = ", ".join(f"`{each}` (version {version})" for each, version in sorted(aliases.items())) or "none"
+    what = f"no alias `{alias}`" if alias else f"neither alias `{CHAMPION}` nor `{CHALLENGER}`"
+    versions = ", ".join(versions_of(client, name)) or "none"
+    return SkdError(what, where=name, hint=f"its aliases are: {given}; its versions: {versions} (write {name}/VERSION)")
 
 
 def _of_version(version: ModelVersion) -> Lineage:

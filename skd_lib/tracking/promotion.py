@@ -14,7 +14,7 @@ from skd_lib.tracking.registry import DIGEST_TAG, URI_TAG, ask_registry, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,33 @@ def find_version(client: MlflowClient, model: str, version: str) -> ModelVersion
     Raises:
         SkdError: there is none; the hint names those there are.
     """
-    from mlflow.exceptions import MlflowException
-
-    present = {str(found.version) for found in client.search_model_versions(f"name = {quoted(model)}")}
+    present = versions_of(client, model)
     if version in present:
         return client.get_model_version(model, version)  # which tells its aliases; a search does not
+    registered_model(client, model)
+    raise SkdError(f"no version {version}", where=model, hint=f"its versions are: {', '.join(present) or 'none'}")
+
+
+def versions_of(client: MlflowClient, model: str) -> list[str]:
+    """Return the versions of a registered model; none if there is no such model."""
+    return sorted({str(found.version) for found in client.search_model_versions(f"name = {quoted(model)}")}, key=int)
+
+
+def registered_model(client: MlflowClient, model: str) -> RegisteredModel:
+    """Return a registered model.
+
+    Raises:
+        SkdError: there is none of this name; the hint names those there are.
+    """
+    from mlflow.exceptions import MlflowException
+
     try:
-        client.get_registered_model(model)
+        return client.get_registered_model(model)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         names = ", ".join(found.name for found in client.search_registered_models()) or "none"
         raise SkdError("no such registered model", where=model, hint=f"registered are: {names}") from error
-    versions = ", ".join(sorted(present, key=int)) or "none"
-    raise SkdError(f"no version {version}", where=model, hint=f"its versions are: {versions}")
 
 
 def _promote(client: MlflowClient, tracking_uri: str, model: str, version: str, by: str, why: str) -> Move:

@@ -144,9 +144,13 @@ def test_what_cannot_be_traced_is_told(store: str, client: MlflowClient) -> None
     client.create_model_version("bare", "gs://bucket/x", run_id=None)
     found = trace(tracking_uri=store, reference="bare/1")
     assert found.missing == ["the version names no MLflow run"]
-    with pytest.raises(SkdError, match="no version") as caught:
-        trace(tracking_uri=store, reference="bare")  # neither alias
-    assert caught.value.hint == "its versions are: 1"
+    with pytest.raises(SkdError, match="neither alias `champion` nor `challenger`") as caught:
+        trace(tracking_uri=store, reference="bare")
+    assert caught.value.hint == "its aliases are: none; its versions: 1 (write bare/VERSION)"
+    client.set_registered_model_alias("bare", "good", "1")
+    with pytest.raises(SkdError, match="no alias `best`") as caught:
+        trace(tracking_uri=store, reference="bare@best")
+    assert caught.value.hint.startswith("its aliases are: `good` (version 1); its versions: 1")
     with pytest.raises(SkdError, match="no such registered model"):
         trace(tracking_uri=store, reference="nobody@champion")
     tree = CliRunner().invoke(app, ["lineage", "bare/1", "--tracking-uri", store])
