@@ -275,8 +275,11 @@ def _hub_revision(source: HubDataset) -> str:
 @contextmanager
 def _hub_errors(where: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
+    from huggingface_hub import errors
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    # The base error of the hub's HTTP library, as in `skd_lib.models.references`.
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -291,7 +294,7 @@ def _hub_errors(where: str) -> Iterator[None]:
         raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
     except SkdError:
         raise
-    except OSError as error:
+    except (OSError, http_error) as error:
         hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
         raise SkdError(f"cannot reach the dataset on the hub: {_first_line(error)}", where=where, hint=hint) from error
     except Exception as error:  # whatever the library's readers raise for files that it cannot read

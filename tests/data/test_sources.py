@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import polib
 import pytest
 
@@ -121,6 +123,16 @@ def test_a_dataset_that_cannot_be_reached_is_named() -> None:
         sources.load(HubSource(type="hub", dataset="nobody/no-such-dataset"))
     assert "nobody/no-such-dataset" in str(caught.value)
     assert "data.source" in caught.value.hint
+
+
+def test_a_hub_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise httpx2.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", away)
+    with pytest.raises(SkdError, match="cannot reach the dataset on the hub: ") as caught:
+        sources.identify(HubSource(type="hub", dataset="nobody/no-such-dataset"))
+    assert "check the network" in caught.value.hint
 
 
 def test_a_pinned_commit_identifies_a_dataset_without_the_network() -> None:
