@@ -139,7 +139,7 @@ def share(part: float, kind: str) -> Markup:
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose both."""
     if high <= low:
-        low, high = (0.0, high) if high > 0 else (low - 1.0, low + 1.0)
+        low, high = (0.0, high or 1.0) if high >= 0 else (low - 1.0, low + 1.0)
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))

@@ -31,7 +31,8 @@ def test_ticks_enclose_the_values_in_round_steps(low: float, high: float) -> Non
 def test_ticks_of_usual_values() -> None:
     assert nice_ticks(0, 0.21) == [0, 0.1, 0.2, 0.3]
     assert nice_ticks(0.61, 1.92) == [0.5, 1, 1.5, 2]
-    assert nice_ticks(0, 0) == [-1, -0.5, 0, 0.5, 1]
+    assert nice_ticks(0, 0) == [0, 0.5, 1]  # shares that are all 0 %
+    assert nice_ticks(-1, -1) == [-2, -1.5, -1, -0.5, 0]
     assert nice_ticks(3, 3) == [0, 1, 2, 3]
 
 
