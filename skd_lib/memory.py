@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skd_lib import machine
@@ -17,7 +16,6 @@ from skd_lib.config import (
     TeacherPrecision,
     TrainingConfig,
 )
-from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 
 if TYPE_CHECKING:
@@ -102,23 +100,7 @@ class Estimate:
         return f"{self.step}: {self.total / GIB:.1f} GiB" + (f" ({parts})" if parts else "")
 
 
-def model_size(folder: Path, *, trust_remote_code: bool = False) -> ModelSize:
-    """The size of a model from its config alone: its weights are not read, and need not be there.
-
-    Raises:
-        SkdError: the config is of no causal language model.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        return config_size(config, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        hint = "use a decoder-only language model that transformers knows"
-        raise SkdError(f"not a causal language model: {error}", where=str(folder), hint=hint) from error
-
-
-def config_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
+def config_size(config: Any) -> ModelSize:
     """The size of the model that a transformers config describes.
 
     Raises:
@@ -128,7 +110,7 @@ def config_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return skeleton_size(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        return skeleton_size(AutoModelForCausalLM.from_config(config))
 
 
 def skeleton_size(model: PreTrainedModel) -> ModelSize:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from pipelines.local import RunFolder
 from skd_lib import events
@@ -26,7 +26,7 @@ from skd_lib.config.step import StepConfig
 from skd_lib.data.examples import make_example
 from skd_lib.data.prepared import PreparedData
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.memory import Estimate, available_memory, estimates, model_size
+from skd_lib.memory import Estimate, available_memory, config_size, estimates
 from skd_lib.methods import reads_setting, unread_settings
 from skd_lib.models.fingerprint import short
 from skd_lib.models.references import model_fingerprint
@@ -353,7 +353,7 @@ def test_the_stored_teacher_signal_is_estimated(values: dict[str, Any], tmp_path
 
 
 def test_a_models_size_is_that_of_the_model(models: tuple[Path, Path], tiny_model: Any) -> None:
-    size = model_size(models[0])
+    size = config_size(AutoConfig.from_pretrained(models[0]))
     assert size.parameters == sum(parameter.numel() for parameter in tiny_model(layers=4).parameters())
     assert (size.layers, size.hidden, size.vocabulary) == (4, 32, 320)
     assert size.cache == 2 * 2 * 8
@@ -362,7 +362,7 @@ def test_a_models_size_is_that_of_the_model(models: tuple[Path, Path], tiny_mode
 
 
 def test_the_estimate_grows_with_what_costs_memory(values: dict[str, Any], models: tuple[Path, Path]) -> None:
-    teacher, student = (model_size(path) for path in models)
+    teacher, student = (config_size(AutoConfig.from_pretrained(path)) for path in models)
 
     def largest(**changes: Any) -> dict[str, Estimate]:
         config = RunConfig.model_validate(values | changes)

@@ -20,7 +20,6 @@ class Lineage:
         teacher: The model it learnt from; empty if none.
         data_fingerprint: Fingerprint of the data it was trained on; empty if none.
         code_version: Version of this library.
-        run: Id of the pipeline run; empty when made by hand.
         settings: Settings worth knowing (steps, learning rate, K, gamma).
     """
 
@@ -29,7 +28,6 @@ class Lineage:
     teacher: str = ""
     data_fingerprint: str = ""
     code_version: str = __version__
-    run: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -52,7 +50,6 @@ def model_card(name: str, lineage: Lineage, metrics: Mapping[str, float] | None 
         "Started from": lineage.base,
         "Teacher": lineage.teacher,
         "Data fingerprint": lineage.data_fingerprint,
-        "Pipeline run": lineage.run,
     }
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",

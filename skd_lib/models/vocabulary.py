@@ -173,11 +173,6 @@ def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> No
             )
 
 
-def common_vocab_size(teacher: Path | PreTrainedModel, student: Path | PreTrainedModel) -> int:
-    """Number of ids that both models have a row for; the ids beyond it belong to one of them only."""
-    return min(vocabulary_size(teacher), vocabulary_size(student))
-
-
 def vocabulary_size(model: Path | PreTrainedModel, *, trust_remote_code: bool = False) -> int:
     """Rows of a model's embedding, padding rows included, as its config says."""
     config = load_config(model, trust_remote_code=trust_remote_code) if isinstance(model, Path) else model.config

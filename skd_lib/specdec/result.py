@@ -113,8 +113,9 @@ class VllmExport(Section):
     """The pair in vLLM."""
 
     command: str = Field(description="A line for a shell.")
-    compatible: bool = Field(description="Whether both models meet the conditions that can be checked here.")
-    reasons: list[str] = Field(description="What stands in the way; empty if nothing does.")
+    reasons: list[str] = Field(
+        description="Which of vLLM's conditions, as far as they can be checked here, are not met; empty if all are."
+    )
 
 
 class SpecdecResult(Section):

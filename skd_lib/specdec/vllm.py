@@ -63,8 +63,7 @@ def export(teacher: Served, draft: Served, gamma: int) -> VllmExport:
         draft: The model that drafts.
         gamma: Tokens drafted for each teacher call.
     """
-    reasons = incompatibilities(teacher, draft)
-    return VllmExport(command=serve_command(teacher, draft, gamma), compatible=not reasons, reasons=reasons)
+    return VllmExport(command=serve_command(teacher, draft, gamma), reasons=incompatibilities(teacher, draft))
 
 
 def serve_command(teacher: Served, draft: Served, gamma: int) -> str:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from skd_lib import events, storage
 from skd_lib.errors import SkdError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 RETRY_SECONDS = 60.0
 _SHARE = 20
 """A store that lets a step wait for its silence is asked again after so many times as long: the work comes first."""
@@ -129,17 +128,6 @@ class Link:
             self._catch_up(sender)
 
         return bool(self.uri) and self._reach(send, insist=True)
-
-    def ask(self, question: Callable[[MlflowClient], T], otherwise: T) -> T:
-        """What the store says, with all that waits sent before; `otherwise` while it does not answer."""
-        answers: list[T] = []
-
-        def put(sender: Sender) -> None:
-            sender.open()
-            self._catch_up(sender)
-            answers.append(question(sender.client))
-
-        return answers[0] if self.uri and self._reach(put) else otherwise
 
     def close(self, last: Entry) -> None:
         """Send the last entry, though the store was silent just now, or leave all that waits for `replay`."""

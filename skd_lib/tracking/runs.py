@@ -86,12 +86,6 @@ class RunLog:
             values = {key: float(value) for key, value in metrics.items()}
             self._link.log(Metrics(which=self._which, values=values, step=step))
 
-    def last_step(self, key: str) -> int:
-        """The last step at which metric `key` was logged; -1 if it never was or the store does not answer."""
-        return self._link.ask(
-            lambda client: max((point.step for point in client.get_metric_history(self.run_id, key)), default=-1), -1
-        )
-
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "train", *, rows: int | None = None
     ) -> None:

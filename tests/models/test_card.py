@@ -12,7 +12,6 @@ def test_card_tells_the_lineage() -> None:
         method="skd",
         teacher="org/teacher",
         data_fingerprint="fp123",
-        run="run-1",
         settings={"top_k": 25},
     )
     card = model_card("demo student", lineage, {"chrf": 30.512345})
@@ -26,7 +25,6 @@ def test_card_tells_the_lineage() -> None:
         "| Data fingerprint | fp123 |",
         "| Method | skd |",
         f"| Made by | skd-lib {__version__} |",
-        "| Pipeline run | run-1 |",
         "| top_k | 25 |",
         "| chrf | 30.51 |",
     ):

@@ -48,7 +48,7 @@ def specdec(acceptance: float) -> Specdec:
             }
         ],
         "teacher_only_tokens_per_second": 12.5,
-        "vllm": {"command": f"vllm serve teacher {HOSTILE}", "compatible": False, "reasons": ["tokenizers differ"]},
+        "vllm": {"command": f"vllm serve teacher {HOSTILE}", "reasons": ["tokenizers differ"]},
     }
     return Specdec.model_validate(values)
 

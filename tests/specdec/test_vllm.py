@@ -30,7 +30,6 @@ def served(folder: Path) -> Served:
 
 def test_a_shell_reads_the_command_as_it_is_meant(folders: dict[str, Path]) -> None:
     pair = export(served(folders["teacher"]), served(folders["draft"]), gamma=4)
-    assert pair.compatible
     assert pair.reasons == []
     words = shlex.split(pair.command)
     assert words[:4] == ["vllm", "serve", str(folders["teacher"]), "--speculative-config"]
@@ -61,7 +60,6 @@ def test_a_draft_with_a_shorter_context_limits_the_server(folders: dict[str, Pat
 
 def test_vocabularies_of_different_size_are_refused(folders: dict[str, Path]) -> None:
     pair = export(served(folders["teacher"]), served(folders["padded"]), gamma=4)
-    assert not pair.compatible
     assert "vocab_size is 320 for the teacher and 384 for the draft" in pair.reasons[0]
     assert "resize_token_embeddings(384)" in pair.reasons[0]
 
@@ -82,7 +80,6 @@ def test_unknown_architectures_are_named(
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "architectures": ["HomemadeForCausalLM"]}))
     pair = export(served(folders["teacher"]), served(other), gamma=4)
-    assert not pair.compatible
     assert pair.reasons[0].startswith("the draft's architecture HomemadeForCausalLM is not among those")
 
 
