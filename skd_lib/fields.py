@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from dataclasses import dataclass
@@ -38,10 +39,15 @@ def _lines(path: str, field: FieldInfo) -> list[ConfigField]:
     lines = []
     for model in models:
         choice = f" ({_tag(model)})" if len(models) > 1 else ""
-        title = field.description or (model.__doc__ or "").split("\n")[0]
+        title = field.description or _summary(model)
         lines.append(ConfigField(path + choice, "section", REQUIRED if field.is_required() else "", title))
         lines += list_fields(model, f"{path}.")
     return lines
+
+
+def _summary(model: type[BaseModel]) -> str:
+    """The first paragraph of a model's docstring."""
+    return " ".join(inspect.cleandoc(model.__doc__ or "").partition("\n\n")[0].split())
 
 
 def _parts(annotation: Any) -> list[Any]:

@@ -135,6 +135,9 @@ def test_config_lists_every_field(skd: Skd):
     assert re.search(r'distill.method: sft \| seqkd \| .* \| skd_mixed = "skd"', done.stdout)
     assert 'distill.sampling.min_prob: float or {start, end, shape} = {"start": 0.5, "end": 0.25, ' in done.stdout
     assert "seed: int = 0" in done.stdout
+    assert (
+        "each split is a list of files,\n    folders and globs (`data/*.jsonl`), local or gs:// URIs.\n" in done.stdout
+    )
     assert all(
         field.path.split(".")[0] in RunConfig.model_fields or "(" in field.path for field in list_fields(RunConfig)
     )

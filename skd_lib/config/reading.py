@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -21,6 +21,7 @@ MAX_SHOWN = 4_000
 """Characters of a wrong value, or of a field's name."""
 MAX_IN_HINT = 200
 """Characters of a value that a hint writes out."""
+MAX_GUESSES = 4
 A_SECTION, A_LIST = "a section (fields with values)", "a list"
 _COLLECTIONS = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), A_SECTION),
@@ -94,8 +95,8 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
     hint = ""
     if detail["type"] == "extra_forbidden":
         message = "unknown field"
-        similar = difflib.get_close_matches(path[-1], section, n=1)
-        guess = f"did you mean `{similar[0]}`? " if similar else ""
+        similar = difflib.get_close_matches(path[-1], section, n=1) or _elsewhere(model, path, detail["input"])
+        guess = f"did you mean {', '.join(f'`{name}`' for name in similar)}? " if similar else ""
         hint = f"{guess}fields here: {', '.join(section)}"
     elif detail["type"] == "missing":
         message = "this field is required"
@@ -123,6 +124,26 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
         message = f"{message}, got {reprlib.repr(detail['input'])}"
         hint = section.get(path[-1], "") if path else ""
     return SkdError(_cut(message), where=f"{where}, field `{field}`" if field else where, hint=hint)
+
+
+def _elsewhere(model: type[BaseModel], path: list[str], value: Any) -> list[str]:
+    """Where fields of this name are: below the section that it was looked for in, else anywhere; at most four.
+
+    Of a section with one field (`training: {fsdp: true}`, `--set training.fsdp=true`) it is that field.
+    """
+    inner = [str(next(iter(value)))] if isinstance(value, dict) and len(value) == 1 else []
+    ending = "." + ".".join([path[-1], *inner])
+    found = [place for place in dict.fromkeys(_paths(model)) if f".{place}".endswith(ending)]
+    near = [place for place in found if place.startswith("".join(f"{name}." for name in path[:-1]))]
+    return (near or found)[:MAX_GUESSES]
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if not _is_list(field.annotation) and not _is_mapping(field.annotation):
+            for section in _sections(field.annotation):
+                yield from _paths(section, f"{prefix}{name}.")
 
 
 def _in_flow(annotation: Any, kind: str, value: Any) -> str:
