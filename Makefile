@@ -7,7 +7,7 @@ CONFIG ?= pipelines/configs/demo.yaml
 CHECKED := skd_lib components pipelines docs images tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
+.PHONY: help install demo bench test test-slow test-all test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,8 +29,17 @@ demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data
 bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for options)
 	$(BIN)/skd bench sampling $(ARGS)
 
-test: $(STAMP) ## Run the tests, on all cores (ARGS=... for pytest's options)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+OPTIONAL := not comet and not trl and not docker
+
+test: $(STAMP) ## Run the quick tests, on all cores (ARGS=... for pytest's options)
+	$(PYTEST) -m 'not slow and $(OPTIONAL)' $(ARGS)
+
+test-slow: $(STAMP) ## Run the tests that take longer: whole pipelines, kills, outages, fuzzing
+	$(PYTEST) -m 'slow and $(OPTIONAL)' $(ARGS)
+
+test-all: $(STAMP) ## Run all of them
+	$(PYTEST) $(ARGS)
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU (one after the other: they share it)
 	SKD_TEST_GPU=1 $(BIN)/python -m pytest tests/sampling/test_cuda.py $(ARGS)

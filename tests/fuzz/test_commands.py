@@ -108,6 +108,7 @@ def commands(draw: st.DrawFn) -> list[str]:
     return [command, *(["--dry-run"] if command in ("run", "compare", "submit", "trigger") else []), *arguments]
 
 
+@pytest.mark.slow
 @fuzz(100)
 @given(arguments=commands())
 def test_command_lines(folder: Path, arguments: list[str]) -> None:

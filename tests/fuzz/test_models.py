@@ -139,6 +139,7 @@ _FIELDS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @fuzz(110)
 @given(changes=st.lists(_FIELDS, min_size=1, max_size=2))
 @example(changes=[("tokenizer_config.json", "eos_token", "")])

@@ -17,6 +17,8 @@ from skd_lib.parameters import short
 from tests.pipelines.fakes import looping_pipeline
 from tests.pipelines.test_local import config, executed, journal  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.slow
+
 
 def compare(folder: Path, behaviours: dict[str, str]) -> tuple[LocalRun, Plan, str]:
     """Run the fake comparison; each variant's student is a behaviour of `fake_step.py`."""

@@ -281,6 +281,7 @@ def test_another_machine_goes_on_from_the_bucket(
     assert storage.exists(f"{mirror}/{second}/checkpoint-4/{MARKER}")
 
 
+@pytest.mark.slow
 def test_machines_that_share_no_disk_go_on_together(
     bucket: str, nursery: Nursery, models: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def test_gradient_accumulation_equals_one_big_batch(
             torch.testing.assert_close(first_gradients[other][name], expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bf16_is_for_computing_only(
     teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], cpu_flags: CpuFlags
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_launchers_precision_is_not_the_trainings(
     assert dtypes == {torch.float32}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(
     nursery: Nursery, student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
 ) -> None:

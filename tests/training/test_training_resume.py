@@ -114,6 +114,7 @@ KILLS = int(os.environ.get("SKD_TEST_KILLS", "3"))
 """`SKD_TEST_KILLS=10`: before a release."""
 
 
+@pytest.mark.slow
 def test_killed_several_times_anywhere_equals_uninterrupted(
     nursery: Nursery, models: dict[str, Any], tmp_path: Path
 ) -> None:
