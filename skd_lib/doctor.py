@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -26,6 +29,7 @@ WANTED_MEMORY = 8 * GIB
 WANTED_DISK = 10 * GIB
 EXTRAS = ("training", "tracking", "pipelines")
 REACH_SECONDS = 15
+SERVICE_SECONDS = 5
 
 
 class Grade(Enum):
@@ -200,11 +204,29 @@ def _package_index() -> Finding:
 
 
 def _credentials() -> Iterator[Finding]:
-    """Credentials that are only needed for gs:// and gated hub models: their absence is no fault."""
-    sources: dict[str, Callable[[], str | None]] = {"Google Cloud Storage": _google, "Hugging Face hub": _hub}
-    for what, source in sources.items():
-        found = source()
-        yield Finding(what, Grade.OK, found or "no credentials (needed only where a config names it)")
+    """Whether models and data of others can be fetched; credentials are only needed for gs:// and gated hub models."""
+    gcs = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    yield _service("Google Cloud Storage", gcs, _google())
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        yield Finding("Hugging Face hub", Grade.OK, "not asked: HF_HUB_OFFLINE switches it off")
+    else:
+        yield _service("Hugging Face hub", hub, _hub())
+
+
+def _service(what: str, url: str, credentials: str | None) -> Finding:
+    """Whether a service answers, whatever it says."""
+    held = credentials or "no credentials (needed only where a config names it)"
+    try:
+        with urllib.request.urlopen(url, timeout=SERVICE_SECONDS):  # noqa: S310 - the user's own setting
+            pass
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, no URL, no HTTP
+        reason = redacted(str(getattr(error, "reason", error)))
+        advice = "only runs that name it need it; check your network (HTTPS_PROXY is honoured)"
+        return Finding(what, Grade.WARN, f"{shown(url)} does not answer: {reason}; {held}", advice)
+    return Finding(what, Grade.OK, f"answers; {held}")
 
 
 def _google() -> str | None:

@@ -100,11 +100,18 @@ def read_controller(namespace: str) -> Mapping[str, str]:
         raise _Unread(Grade.FAIL, "this machine knows none: there is no usable kubeconfig", NO_CLUSTER) from error
     except (HTTPError, OSError) as error:
         advice = "see whether `kubectl get namespaces` answers, then run this again"
-        raise _Unread(Grade.FAIL, f"cannot be reached ({type(error).__name__})", advice) from error
+        raise _Unread(Grade.FAIL, f"cannot be reached: {_cause(error)}", advice) from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         found = "what answers is not Kubernetes, or the kubeconfig cannot be read"
         raise _Unread(Grade.FAIL, found, NO_CLUSTER) from error
     return data if isinstance(data, dict) else {}
+
+
+def _cause(error: BaseException) -> str:
+    """What the operating system said (`Connection refused`), which urllib3 wraps several times."""
+    while isinstance(inner := getattr(error, "reason", None) or error.__cause__, BaseException):
+        error = inner
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _refused(status: int, namespace: str) -> _Unread:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,23 @@ def test_tracking_server_that_is_down_is_a_failure():
     finding = doctor._tracking("http://127.0.0.1:9")
     assert finding.grade is Grade.FAIL
     assert finding.advice
+
+
+@pytest.mark.parametrize(
+    ("url", "grade", "found"),
+    [
+        ("http://127.0.0.1:9", Grade.WARN, "http://127.0.0.1:9 does not answer: [Errno 111] Connection refused; token"),
+        ("not a URL", Grade.WARN, "does not answer: unknown url type"),
+        (None, Grade.OK, "answers; token"),
+    ],
+)
+def test_a_service_is_asked_whether_it_answers(url: str | None, grade: Grade, found: str):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        finding = doctor._service("hub", url or f"http://127.0.0.1:{server.server_port}", "token")
+        server.shutdown()
+    assert finding.grade is grade
+    assert found in finding.found
 
 
 def test_unwritable_folder_is_a_failure(tmp_path: Path):

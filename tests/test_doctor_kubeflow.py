@@ -104,7 +104,8 @@ def test_the_cluster_is_asked(cluster: dict[str, object]):
         ("{}", "this machine knows none"),
         ("[1, 2", "the kubeconfig cannot be read"),
         ("just text", "the kubeconfig cannot be read"),
-        (kubeconfig("http://127.0.0.1:9"), "cannot be reached"),
+        (kubeconfig("http://127.0.0.1:9"), "cannot be reached: Connection refused"),
+        (kubeconfig("http://no-such-host.invalid"), "cannot be reached: "),
     ],
 )
 def test_without_a_cluster_one_finding_says_what_to_do(
