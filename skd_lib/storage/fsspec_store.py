@@ -207,5 +207,5 @@ def _errors(uri: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _RAISING:
             raise
-        hint = "check the storage's credentials and address (in a cluster the Secret `skd-access`), and the network"
+        hint = "check the storage's credentials and address (in a cluster the Secret `skd-storage`), and the network"
         raise SkdError(f"{scheme}:// failed: {error}", where=uri, hint=hint) from error
