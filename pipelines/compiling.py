@@ -40,7 +40,10 @@ Documents = list[dict[str, Any]]
 
 def profile_of(documents: Documents) -> str:
     """Return the name of the profile that a pipeline was compiled for; empty where it does not say."""
-    description = str(documents[0]["pipelineInfo"].get("description", ""))
+    try:
+        description = str(documents[0]["pipelineInfo"].get("description", ""))
+    except (IndexError, KeyError, TypeError, AttributeError):  # no compiled pipeline
+        return ""
     return description.rpartition(f" {PROFILE_WORD} ")[2].rstrip(".") if f" {PROFILE_WORD} " in description else ""
 
 
@@ -169,6 +172,10 @@ def check_compiled(path: Path, *, name: str = "distillation", profile: str = DEF
     if not path.is_file():
         raise SkdError("the compiled pipeline is missing", where=str(path), hint="run `skd compile`")
     committed: Documents = parse_yaml_documents(read_text(path), where=str(path))
+    fits = profile_of(committed)
+    if fits and fits != Path(profile).stem:
+        what = f"the file is compiled for profile {fits}, and not for {Path(profile).stem}"
+        raise SkdError(what, where=str(path), hint=f"check it with --profile {fits}")
     fresh = as_kept(compile_pipeline(name=name, profile=profile, release=release))
     differing = [
         place

@@ -101,6 +101,7 @@ def test_several_nodes_are_refused_on_one_machine(skd: Skd, tmp_path: Path):
         (["run", str(DEMO), "--image", "r/skd:1", "--dry-run"], "--image: it has no effect: without --docker"),
         (["run", str(DEMO), "--docker", "--comet-image", "c:1"], "--comet-image: it has no effect: the run's"),
         (["compile", "--profile", "a100"], "hint: name another file with --output"),
+        (["compile", "--check", "--profile", "cpu"], "the file is compiled for profile l4, and not for cpu"),
         (["compile", "--profile", "v100", "--output", "mine.yaml"], "there is no profile 'v100'"),
         (["compile", "--release", "--output", "mine.yaml"], "is not named by its digest"),
         (["compile", "--check", "--output", "missing.yaml"], "the compiled pipeline is missing"),

@@ -17,7 +17,9 @@ from skd_lib.uris import default_store, how_to_look
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
 if TYPE_CHECKING:
+    from pipelines.graph import Step
     from pipelines.local import LocalRun, RunFolder
+    from skd_lib.compare.config import CompareConfig
     from skd_lib.compare.plan import Plan
     from skd_lib.console import Console
 
@@ -95,6 +97,9 @@ def compare(
 def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
     from rich.table import Table
 
+    from pipelines.compiling import compile_pipeline
+    from pipelines.graph import read_steps
+
     settings, base, trials = plan.compare, plan.base, plan.trials
     table = Table("variant", "method", "student from", "what differs", title=f"comparison {settings.name}", box=None)
     table.title_justify = "left"
@@ -110,15 +115,22 @@ def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
         init = run.student_init.mode
         table.add_row(variant, run.distill.method, f"{init}: {run.student}" if run.student else init, differs)
     console.print(table)
+    steps = read_steps(compile_pipeline(name="compare_methods")[0])
+    of_each = ", ".join(f"{step.name}{_remark(step, settings)}" for step in steps if step.loop)
     for name, text in {
         "teacher": base.teacher,
         "seeds": ", ".join(map(str, settings.seeds)),
-        "runs": f"{len(trials)}: student_init, distill, evaluate{' and specdec_benchmark' * settings.drafts} of each",
-        "once": "preflight, prepare_data, teacher_sft, evaluate_teacher, compare_table",
+        "runs": f"{len(trials)}: {of_each} of each",
+        "once": ", ".join(step.name for step in steps if not step.loop),
         "against": plan.reference,
         "files": str(folder),
     }.items():
         say(f"{name:<8} {text}")
+
+
+def _remark(step: Step, settings: CompareConfig) -> str:
+    idle = step.name == "specdec_benchmark" and not settings.drafts
+    return " (measures nothing: `drafts` is not set)" if idle else ""
 
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:

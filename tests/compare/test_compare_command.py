@@ -19,7 +19,9 @@ def test_dry_run_lists_the_variants_and_does_nothing(skd: Skd, tmp_path: Path):
         "on_policy",
         "supervised_kd",
         "prune",
-        "10: student_init, distill, evaluate of each",
+        "10: compare_variant, student_init, distill, evaluate-student_after, specdec_benchmark (measures nothing: `",
+        ", show-trial of each",
+        "preflight, prepare_data, show-data, teacher_sft, evaluate_teacher, compare_table, finish",
     ):
         assert shown in done.stdout
     assert list(tmp_path.iterdir()) == []
