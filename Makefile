@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONFIG ?= pipelines/configs/demo.yaml
 CHECKED := skd_lib components pipelines docs images tests
+SCRIPTS := docs/benchmarks/*.py docs/evidence/*.py images/tools/*.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo bench test test-slow test-all test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
@@ -65,6 +66,7 @@ format: $(STAMP) ## Put style right
 
 types: $(STAMP) ## Check types
 	$(BIN)/mypy
+	$(BIN)/mypy $(SCRIPTS)
 
 compile: $(STAMP) ## Compile the pipeline to pipelines/compiled
 	$(BIN)/skd compile
