@@ -20,6 +20,7 @@ def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", lambda: CONFIGS["llama"](num_hidden_layers=3, **size))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_shapes")
 def test_every_axis_is_walked(tmp_path: Path) -> None:
     options = ["--teacher", "random:tiny", "--student", "random:tiny-2-layers", "--dtype", "float32", "--device", "cpu"]

@@ -39,6 +39,7 @@ WAYS = {
 ENGINE = [way for way in WAYS if way.startswith(("everything", "top_k", "lossless"))]
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_every_row(save_tiny_model: SaveTinyModel, tmp_path: Path) -> None:
     teacher, student = save_tiny_model(tmp_path / "teacher", layers=3), save_tiny_model(tmp_path / "student", seed=1)
     options = ["--teacher", teacher, "--student", student, "--batch-size", 3, "--prompt-tokens", 8, "--new-tokens", 6]
@@ -67,6 +68,7 @@ def test_only_some_rows(save_tiny_model: SaveTinyModel, tmp_path: Path) -> None:
     assert len(render(bench_sampling(settings, only=["top_k"]))) == 1
 
 
+@pytest.mark.slow
 def test_k_as_a_share_of_the_vocabulary_sets_the_acceptance_of_random_weights(
     save_tiny_model: SaveTinyModel, tmp_path: Path
 ) -> None:

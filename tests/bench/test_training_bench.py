@@ -43,6 +43,7 @@ def measured(pair: tuple[str, str], output: Path, *options: str) -> tuple[dict[s
     return values, done.output
 
 
+@pytest.mark.slow
 def test_without_trl_ours_are_measured_alone_and_it_is_said_why(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
