@@ -204,6 +204,7 @@ class LocalRun:
         reused_steps: Steps whose outputs came from the cache.
         failure: The first failure; later steps are not started then, but for the exit handler.
         lost: Failures in a loop, by the round's name: the other rounds go on, what comes after the loop does not.
+        outcome: What came of the run in the end (`skd_lib.events.outcome`).
     """
 
     folder: RunFolder
@@ -215,6 +216,7 @@ class LocalRun:
     reused_steps: set[str] = field(default_factory=set)
     failure: StepFailed | None = None
     lost: dict[str, StepFailed] = field(default_factory=dict)
+    outcome: str = ""
 
     def execute(
         self, component: str, image: str, command: list[str], env: Mapping[str, str], task_folder: Path
@@ -265,6 +267,8 @@ class LocalRun:
             self.display.progress(step, event)
         elif event["event"] == "note":
             self.display.note(f"{step}: {event['message']}")
+        elif event["event"] == "outcome":
+            self.outcome = event["message"]
 
     def durations(self) -> dict[str, float]:
         """Seconds of every finished step, in the pipeline's order."""

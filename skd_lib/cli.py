@@ -18,6 +18,7 @@ from skd_lib import __version__
 from skd_lib.bench.cli import bench
 from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
+from skd_lib.report.untrusted import visible
 from skd_lib.specdec.cli import specdec
 from skd_lib.terminal import run_command, say
 from skd_lib.tracking import cli as tracking
@@ -236,6 +237,8 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
         _say(console, f"{name:<8} {_short(path)}")
     if tracking_uri:
         _say(console, f"MLflow   {how_to_look(tracking_uri)}")
+    if run.outcome:
+        _say(console, visible(run.outcome))
 
 
 def _refuse(context: typer.Context, *names: str, why: str, hint: str = "leave it out") -> None:

@@ -30,6 +30,12 @@ def note(message: str) -> None:
     emit("note", message=message)
 
 
+def outcome(message: str) -> None:
+    """Tell what came of the run in the end, for the last lines that a person reads; it is printed, too."""
+    print(message)
+    emit("outcome", message=message)
+
+
 def parse(line: str) -> dict[str, Any] | None:
     """The event in a line of a step's output, or None if it is ordinary output."""
     if not line.startswith(PREFIX):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skd_lib.config import LOWER_IS_BETTER, parse_section
+from skd_lib.events import outcome
 from skd_lib.models.files import weights_digest
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
@@ -64,7 +65,7 @@ def main(
         reason = decision.reason.encode("utf-8", "backslashreplace").decode()
         run.set_tags({"promote": decision.promote, "reason": reason})
         run.log_metrics(found.student)
-        print(f"{'promoted' if decision.promote else 'not promoted'}: {reason}")
+        verdict = f"{'promoted' if decision.promote else 'not promoted'}: {reason}"
         if tracking_uri:
             tags = {
                 **version_tags(record.lineage),
@@ -84,17 +85,18 @@ def main(
                 description=_description(tags, figures, reason),
                 patience=registry.step_patience(),
             )
-            outcome = {
+            result = {
                 "registered_model": f"{settings.model_name}/{version}",
                 "champion": "true" if decision.promote else "false",
                 "student_uri": uri,
                 "student_weights_sha256": digest,
             }
-            run.set_tags(outcome)
-            run.parent.set_tags(outcome)
+            run.set_tags(result)
+            run.parent.set_tags(result)
             aliases = "challenger and champion" if decision.promote else "challenger"
-            print(f"registered as {settings.model_name} version {version} ({aliases})")
+            outcome(f"registered as {settings.model_name} version {version} ({aliases}); {verdict}")
         else:
+            outcome(f"not registered; {verdict}")
             log.warning("tracking is off: the student stays unregistered at %s", uri)
 
     io.write()

@@ -50,6 +50,8 @@ def main(name: str, behaviour: str, value: str, call: Call) -> None:
             time.sleep(0.1)
     if behaviour == "note":
         events.note(f"records go to {os.environ['SKD_TRACKING_BUFFER']}")
+    if behaviour == "outcome":
+        events.outcome("registered as m version 2 (challenger)")
     progress = events.Progress("working", 3)
     for done in (1, 2, 3):
         progress.update(done, loss=1 / done)

@@ -241,7 +241,8 @@ def test_another_k_is_measured_against_the_champion(workplace: Workplace, first:
         assert f"{step}: unchanged, reused" in output
     for step in ("distill", "evaluate_student", "evaluate_champion"):
         assert f"{step}: done" in output
-    told = (workplace.run / "logs" / "register_model.log").read_text()
+    told = output.splitlines()[-1]
+    assert told.startswith("registered as tiny-student version 2 (")
     score = workplace.summary()["models"]["student_after"]["chrf"]
     assert re.search(
         rf"promoted: chrf {score:.2f} against [\d.]+ of the champion \(version 1\): .*; as draft [\d.]+x", told

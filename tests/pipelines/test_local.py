@@ -374,6 +374,12 @@ def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
     assert "has not taken" not in screen
 
 
+def test_what_came_of_a_run_is_kept_for_its_last_line(tmp_path: Path, journal: Path):
+    finished, screen = run(tmp_path, second_does="outcome")
+    assert finished.outcome == "registered as m version 2 (challenger)"
+    assert finished.outcome not in screen
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process still runs; one that waits to be reaped does not."""
     status = Path(f"/proc/{pid}/status")

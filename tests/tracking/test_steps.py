@@ -86,7 +86,8 @@ def registered(student: Path, found: str, store: str = "") -> tuple[bool, str]:
     tracking = ("--tracking-uri", store, "--experiment", EXPERIMENT) if store else ()
     said = run_in(student.parent, register_model, "--student", str(student), "--measured", found, *tracking)
     verdict, _, reason = next(line for line in said.splitlines() if "promoted: " in line).partition(": ")
-    return verdict == "promoted", reason
+    assert verdict.startswith("registered as skd-student version " if store else "not registered; ")
+    return verdict.endswith("; promoted"), reason
 
 
 def champion_with(store: str, student_sha256: str, **figures: float) -> Rival:
