@@ -33,6 +33,11 @@ class SkdError(Exception):
         """Where and what on one line, without the hint: a reason to be kept."""
         return " ".join(f"{self.where}: {self.what}".removeprefix(": ").split())
 
+    @property
+    def line(self) -> str:
+        """All of it on one line."""
+        return " ".join(f"{self.brief}{f'; hint: {self.hint}' if self.hint else ''}".split())
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         advice = f"\n  hint: {self.hint}" if self.hint else ""

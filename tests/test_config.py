@@ -118,7 +118,7 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("registry.model_name", "a'b\"c", "registry.model_name", "both kinds of quotes", ""),
         ("registry.model_name", "x" * 5000, "registry.model_name", "5000 characters, the limit is 250", ""),
         ("data.source.type", "sql", "data.source.type", "unknown type 'sql'", "`files`, `hub`, `gettext`"),
-        ("data.source.train", [], "data.source.train", "at least 1 item", ""),
+        ("data.source.train", [], "data.source.train", "at least 1 item wanted, got []", ""),
         (
             "data.source.train",
             "gs://b/a",

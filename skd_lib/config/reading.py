@@ -121,9 +121,20 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
         message = f"unknown type {detail['ctx']['tag']!r}" if "tag" in detail["ctx"] else "this field is required"
         hint = f"one of {kinds}"
     elif detail["type"] != "value_error":
+        message = _plain_words(detail) or message
         message = f"{message}, got {reprlib.repr(detail['input'])}"
         hint = section.get(path[-1], "") if path else ""
     return SkdError(_cut(message), where=f"{where}, field `{field}`" if field else where, hint=hint)
+
+
+def _plain_words(detail: Any) -> str:
+    """How many items a list or mapping may have, without pydantic's words for it; empty for other errors."""
+    limits = {"too_short": ("at least", "min_length"), "too_long": ("at most", "max_length")}
+    if detail["type"] not in limits:
+        return ""
+    how, key = limits[detail["type"]]
+    count = detail["ctx"][key]
+    return f"{how} {count} item{'' if count == 1 else 's'} wanted"
 
 
 def _elsewhere(model: type[BaseModel], path: list[str], value: Any) -> list[str]:

@@ -45,8 +45,7 @@ class Refused(SkdErrors):
     """Everything that keeps a run from starting, a line each: people read the last lines of a step's log."""
 
     def __str__(self) -> str:
-        lines = [f"- {error.brief}{f'; hint: {error.hint}' if error.hint else ''}" for error in self.errors]
-        return "\n".join([f"{self.what}:", *(" ".join(line.split()) for line in lines)])
+        return "\n".join([f"{self.what}:", *(f"- {error.line}" for error in self.errors)])
 
 
 @dataclass

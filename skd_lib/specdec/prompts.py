@@ -30,7 +30,7 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
     try:
         prompts = read_lines(path, limit)
     except Missing as error:
-        raise SkdError(f"cannot read the prompts: {error.what}", where=str(path), hint=error.hint) from error
+        raise SkdError(error.what, where=f"prompts {path}", hint=error.hint) from error
     if not prompts:
         raise SkdError("there are no prompts in it", where=str(path), hint="write one a line")
     return prompts

@@ -71,7 +71,7 @@ def main(
             except SkdError as error:
                 # The run's other results do not depend on it: it goes on, and the report says what is missing.
                 log.warning("COMET is missing from this run: %s", error)
-                scores["missing"] = clipped(str(error), MISSING_LENGTH)
+                scores["missing"] = clipped(error.line, MISSING_LENGTH)
             else:
                 scores |= found
                 run.log_text("".join(json.dumps(row) + "\n" for row in rows), "comet.jsonl")

@@ -89,7 +89,7 @@ def main(
                 result = _answers(folder, prepared.test, task, evaluation, seed)
             except SkdError as error:
                 log.warning("the champion cannot be measured: %s", error)
-                rival = Rival(version=champion.version, missing=str(error))
+                rival = Rival(version=champion.version, missing=error.line)
             else:
                 write_predictions(champion_out / PREDICTIONS, result.predictions)
                 figures = result.figures()
@@ -180,7 +180,8 @@ def _told(rival: Rival) -> str:
         return "there is no champion"
     if rival.is_this_student:
         return f"the champion (version {rival.version}) is this very student"
-    return f"the champion (version {rival.version}): {rival.missing or rival.figures}"
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in rival.figures.items())
+    return f"the champion (version {rival.version}): {rival.missing or figures}"
 
 
 if __name__ == "__main__":

@@ -233,8 +233,7 @@ def examine(
 
 
 def _on_one_line(check: Check) -> str:
-    text = f"{check.where or check.name}: {check.what}{f'; hint: {check.hint}' if check.hint else ''}"
-    return " ".join(visible(text).split())
+    return visible(SkdError(check.what, where=check.where or check.name, hint=check.hint).line)
 
 
 def _problems(refused: SkdErrors) -> str:

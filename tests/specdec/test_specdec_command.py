@@ -97,7 +97,7 @@ def test_prompts_from_a_column(models: dict[str, Path], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ((), "no prompts to decode"),
-        (("--prompts", "nowhere.txt"), "cannot read the prompts"),
+        (("--prompts", "nowhere.txt"), "prompts nowhere.txt: cannot read: No such file"),
         (("--prompts", "PROMPTS", "--gammas", "1,x"), "field `gammas"),
         (("--prompts", "PROMPTS", "--sweep", "some"), "field `sweep`"),
         (("--prompts", "PROMPTS", "--template", "no place"), "field `prompt`"),

@@ -186,3 +186,8 @@ def test_another_version_became_champion_meanwhile(pipeline: Pipeline, folders: 
         False,
         "version 1 is the champion now, and was not when this run measured; start the run again to compare with it",
     )
+
+
+def test_the_champion_is_told_in_words() -> None:
+    told = evaluate_champion._told(Rival(version="1", figures={"chrf": 30.126, "bleu": 10.0}))
+    assert told == "the champion (version 1): chrf 30.13, bleu 10"
