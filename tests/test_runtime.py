@@ -151,6 +151,13 @@ def test_what_the_user_can_mend_is_a_sentence_and_exit_code_2(tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+def test_libraries_do_not_warn_of_what_no_step_asks_for(tmp_path: Path) -> None:
+    warn = "__import__('logging').getLogger('bitsandbytes.backends.cpu.ops').warning('no kernels')"
+    done = run(f"SkdError(str({warn}))", tmp_path)
+    assert done.returncode == 2
+    assert "no kernels" not in done.stderr
+
+
 def test_anything_else_keeps_its_traceback_in_the_log_and_tells_the_runner(tmp_path: Path) -> None:
     done = run("ValueError('unexpected')", tmp_path, SKD_EVENTS="1")
     assert done.returncode == 70

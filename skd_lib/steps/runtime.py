@@ -168,6 +168,8 @@ def run_step(main: Callable[..., None]) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=os.environ.get("SKD_LOG_LEVEL", "INFO"), handlers=[handler])
+        # peft imports bitsandbytes where it is installed, which then warns of kernels that no step has asked for.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
         app.command()(main)
         words, call = take_call(sys.argv[1:])
