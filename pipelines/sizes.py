@@ -135,8 +135,6 @@ def of_compiled(documents: list[dict[str, Any]], trials: int = 1) -> str:
         documents: The compiled pipeline.
         trials: Of a comparison.
     """
-    from skd_lib.ascii_json import ascii_json
-
     items = [ascii_json({"variant": f"skd-{number}", "seed": 0}) for number in range(trials)]
 
     def outputs(component: str, _inputs: Spec, declared: Spec) -> Spec:

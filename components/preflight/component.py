@@ -49,7 +49,7 @@ def preflight(
     Args:
         run_name: The run's name is made of it where the configuration has none.
         config: JSON of what differs from the defaults, or the URI of a run's YAML file.
-        comparison: JSON of a comparison without its `base`, or the URI of its YAML file; none: a single run.
+        comparison: JSON of a comparison without its `base`, or the URI of its YAML file; `(a single run)`: none.
         data_train: Training data: paths, globs or URIs, separated by commas. Here and below, empty: as `config` says.
         data_validation: Validation data, likewise.
         data_test: Test data, likewise.

@@ -44,9 +44,7 @@ def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]
 
 def _remedy(file: str) -> str:
     if "{source}" in file:
-        return (
-            "`{source}` is for `skd trigger`, which puts the folder of new data there: write where the data are"
-        )
+        return "`{source}` is for `skd trigger`, which puts the folder of new data there: write where the data are"
     return "copy it to gs://"
 
 

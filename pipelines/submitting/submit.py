@@ -159,7 +159,8 @@ class Submission:
         if lacks_comet and not comparison and config.task.metrics[0] == "comet":
             what = "COMET is to decide, and this pipeline has no step for it"
             problems.append(SkdError(what, where="task.metrics", hint=f"{WITH_COMET}, or put another metric first"))
-        sizes = measure(package.documents, parameters, expected(config, comparison))
+        # As with the manifests of 2.17.0: which the server has is not known here.
+        sizes = measure(package.documents, parameters, expected(config, comparison), wrapped=True)
         problems += too_large(sizes)
         if problems:
             raise SkdErrors(problems)

@@ -2,50 +2,83 @@
 
 The cache does not see that files were deleted. A run without reuse therefore gives its steps a text that no earlier run
 had (`StepConfig.fresh`), and later runs with the same data must give them the same one, to find what it made, and not
-what was made before. It is kept beside the checkpoints.
+what was made before. Step `prepare_data` keeps it beside the checkpoints when it has made its data: a run that made
+nothing leaves the note as it is. The cache is one for each pipeline and namespace, and so is the note.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from pathlib import Path
+from typing import Literal
 
-from skd_lib import storage
+from skd_lib import events, storage
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Check
 
 FOLDER = "reuse-from"
 """Folder under the root of all checkpoints, with a file for each preparation of data."""
+NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+"""Where Kubernetes says in which namespace a pod is."""
+_FRESH = re.compile(r"([0-9a-f]{32}):.+")
+"""The note's name, and the run that made what later ones take."""
 
 
-def reuse_from(checkpoint_root: str, preparation: str, new: str) -> tuple[str, list[Check]]:
+def reuse_from(
+    checkpoint_root: str, preparation: str, new: str, *, kind: Literal["run", "comparison"]
+) -> tuple[str, list[Check]]:
     """Return the text for `StepConfig.fresh`, and what is to be said about it.
 
     Args:
         checkpoint_root: Where it is kept; empty: nowhere.
         preparation: `--config` of prepare_data without it: all other steps that are cached need that step's data.
-        new: This run's own text, which is then kept; empty: the one that is kept, empty if there is none.
+        new: Names this run, which takes nothing from the cache; empty: the text that is kept, empty if there is none.
+        kind: Of the pipeline.
     """
-    if not checkpoint_root:
+    namespace = NAMESPACE.read_text(encoding="utf-8").strip() if NAMESPACE.is_file() else ""
+    name = hashlib.sha256(json.dumps([preparation, kind, namespace]).encode()).hexdigest()[:32]
+    if new and not checkpoint_root:
         hint = "give the namespace a `checkpoint-root` (ConfigMap `skd-settings`), where this run's outputs are noted"
         what = "later runs take what was made before this one again, unless they have `reuse` false, too"
-        return new, [Check("reuse", "warning", what, hint=hint)] if new else []
-    name = hashlib.sha256(preparation.encode()).hexdigest()
-    uri = f"{checkpoint_root.rstrip('/')}/{FOLDER}/{name}.json"
+        return f"{name}:{new}", [Check("reuse", "warning", what, hint=hint)]
+    if new:
+        return f"{name}:{new}", []
+    if not checkpoint_root:
+        return "", []
+    uri = _uri(checkpoint_root, name)
     try:
-        if not new:
-            return _read(uri), []
+        return _read(uri), []
+    except SkdError as error:
+        what = f"it cannot be read from which run on steps are reused: {error.what}"
+        return "", [Check("reuse", "warning", what, uri, "delete the file, or run with `reuse` false")]
+
+
+def keep(checkpoint_root: str, fresh: str) -> None:
+    """Note that later runs take what this one has made; where that fails, a warning says so.
+
+    Args:
+        checkpoint_root: Where it is kept; empty: nowhere.
+        fresh: Text that `reuse_from` has made; with another one nothing is noted.
+    """
+    found = _FRESH.fullmatch(fresh)
+    if not found or not checkpoint_root:
+        return
+    uri = _uri(checkpoint_root, found[1])
+    try:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "new.json"
-            file.write_text(json.dumps({"fresh": new}), encoding="utf-8")
+            file.write_text(json.dumps({"fresh": fresh}), encoding="utf-8")
             storage.upload(file, uri)
     except SkdError as error:
-        what = f"it cannot be {'noted' if new else 'read'} from which run on steps are reused: {error.what}"
-        hint = "give later runs `reuse` false, too" if new else "delete the file, or run with `reuse` false"
-        return new, [Check("reuse", "warning", what, uri, hint)]
-    return new, []
+        what = f"it cannot be noted from which run on steps are reused: {error.what}"
+        events.note(SkdError(what, where=uri, hint="give later runs `reuse` false, too").line)
+
+
+def _uri(checkpoint_root: str, name: str) -> str:
+    return f"{checkpoint_root.rstrip('/')}/{FOLDER}/{name}.json"
 
 
 def _read(uri: str) -> str:

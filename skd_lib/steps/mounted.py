@@ -38,8 +38,12 @@ SECRETS: Mapping[str, Mapping[str, str]] = {
     "skd-notify": {"webhook-url": "SKD_NOTIFY_WEBHOOK"},
 }
 """Environment variable by Secret and key. None has to exist."""
-VOLUMES = (*SECRETS, "scratch", "shared-memory")
-"""Names of a pod's volumes. The ConfigMap's own volume has the ConfigMap's name, which must be another one."""
+VOLUMES = (
+    *(*SECRETS, "scratch", "shared-memory"),
+    *("kfp-launcher", "ca-bundle", "custom-ca", "gcs-scratch", "s3-scratch", "minio-scratch"),
+    *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
+)
+"""Names of a pod's volumes, ours and Kubeflow's. The ConfigMap's volume has the ConfigMap's name: it must be another."""
 
 
 def load_mounted(root: Path = ROOT) -> None:

@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -60,8 +60,8 @@ SHOWN = {
     "seed": ("seed",),
 }
 """What people compare runs by in MLflow, and its place in the configuration."""
-NO_COMPARISON = "none"
-"""What `--comparison` is for a single run. An empty text is a comparison's form with its field cleared."""
+NO_COMPARISON = "(a single run)"
+"""What `--comparison` is for a single run: no text that a person types. An empty one is a comparison's, cleared."""
 MOST = 1500
 """Bytes of output parameter `problems`."""
 
@@ -73,7 +73,9 @@ def main(
     ] = "{}",
     comparison: Annotated[
         str,
-        typer.Option(help="JSON of a comparison without its `base`, or the URI of its YAML file; none: a single run."),
+        typer.Option(
+            help="JSON of a comparison without its `base`, or the URI of its YAML file; left out: a single run."
+        ),
     ] = NO_COMPARISON,
     run_name: Annotated[str, typer.Option(help="The run's name is made of it where the configuration has none.")] = "",
     data_train: Annotated[str, typer.Option(help="Training data: paths, globs, URIs, separated by commas.")] = "",
@@ -157,7 +159,7 @@ def examine(
 ) -> dict[str, Any]:
     """Check everything, write the report, and return what later steps read, by output parameter.
 
-    The arguments are those of `main`, and `fresh` of `StepConfig`.
+    The arguments are those of `main`, and `fresh` names a run that takes nothing from Kubeflow's cache.
 
     Raises:
         Refused: all that is wrong.
@@ -197,7 +199,8 @@ def examine(
     report.checks += [*columns, *([] if comet else without_comet(run_config, plan))]
     if not report.errors():
         preparation = step_config("prepare_data", run_config, fingerprint=report.data_fingerprint)
-        fresh, noted = reuse_from(checkpoint_root, preparation, fresh)
+        kind: Literal["run", "comparison"] = "comparison" if plan else "run"
+        fresh, noted = reuse_from(checkpoint_root, preparation, fresh, kind=kind)
         report.checks += noted
     if report.date:
         # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.

@@ -10,12 +10,12 @@ import typer
 from skd_lib.config import parse_json, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.steps.options import Experiment, TrackingUri
+from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step
 
 
 def main(
-    config: Annotated[str, typer.Option(help=f"{STEP_HELP}: `data`, `seed`, `fingerprint`.")],
+    config: Annotated[str, typer.Option(help=f"{STEP_HELP}: `data`, `seed`, `fingerprint`, `fresh`.")],
     data_out: Annotated[
         Path,
         typer.Option(
@@ -28,10 +28,12 @@ def main(
     ] = "",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
+    checkpoint_root: CheckpointRoot = "",
 ) -> None:
     """Turn a source of examples into train, validation and test splits for teacher and student."""
     from skd_lib.data.manifest import data_fingerprint
     from skd_lib.data.prepared import prepare
+    from skd_lib.preflight.reuse import keep
     from skd_lib.tracking.runs import step_run
 
     io = StepIO({"data": data_out})
@@ -69,6 +71,7 @@ def main(
     for name, reason in data.missing.items():
         print(f"held-out set {name} is missing: {reason}")
     io.write()
+    keep(checkpoint_root, own.fresh)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from skd_lib.compare.trials import Trial
 from skd_lib.config import parse_section
 from skd_lib.config.step import StepConfig
 from skd_lib.parameters import Form
-from skd_lib.preflight.reuse import reuse_from
+from skd_lib.preflight.reuse import keep, reuse_from
 from skd_lib.steps.compare_variant import outputs_of
 from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of, step_config
 from tests.kubeflow.backend.run import Call, Made
@@ -60,7 +60,12 @@ class Steps:
         prints = {name: self.content.get(name, f"of {name}") for name in models}
         data = self.content.get("data", json.dumps(config.data.model_dump(mode="json"), sort_keys=True))
         preparation = step_config("prepare_data", config, fingerprint=data)
-        fresh, _ = reuse_from(self.checkpoint_root, preparation, "" if given["reuse"] else self.run_id)
+        fresh, _ = reuse_from(
+            self.checkpoint_root,
+            preparation,
+            "" if given["reuse"] else self.run_id,
+            kind="comparison" if plan else "run",
+        )
         found = settings_of(
             config,
             plan,
