@@ -43,7 +43,7 @@ VOLUMES = (
     *("kfp-launcher", "ca-bundle", "custom-ca", "gcs-scratch", "s3-scratch", "minio-scratch"),
     *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
 )
-"""Names of a pod's volumes, ours and Kubeflow's. The ConfigMap's volume has the ConfigMap's name: it must be another."""
+"""Names of a pod's volumes, ours and Kubeflow's. The ConfigMap's volume has its name: it must be another."""
 
 
 def load_mounted(root: Path = ROOT) -> None:
