@@ -658,21 +658,38 @@ def test_later_runs_reuse_what_a_run_past_the_cache_made(
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "run-2")
 
-    def fresh(reuse: Switch, **changes: Any) -> set[str]:
+    root = str(tmp_path / "roots")
+
+    def fresh(reuse: Switch, comparison: str = preflight.NO_COMPARISON, **changes: Any) -> str:
         preflight.main(
             config=ascii_json(values | changes),
+            comparison=comparison,
             reuse=reuse,
-            checkpoint_root=str(tmp_path / "roots"),
+            checkpoint_root=root,
             report_out=tmp_path / "preflight" / "report.md",
         )
         parameters = _executor_output(tmp_path / "preflight")["parameterValues"]
-        return {json.loads(parameters[name]).get("fresh", "") for name in ("prepare_data", "teacher_sft")}
+        prepared, teachers = (json.loads(parameters[name]) for name in ("prepare_data", "teacher_sft"))
+        assert prepared.get("fresh") == teachers.get("fresh")
+        (tmp_path / "given").write_text(parameters["prepare_data"])
+        return str(prepared.get("fresh", ""))
+
+    def prepare() -> None:
+        config = (tmp_path / "given").read_text()
+        prepare_data.main(config=config, data_out=tmp_path / "prepared" / "data", checkpoint_root=root)
 
     with pytest.raises(SkdErrors):
         fresh(Switch.false, teacher="/nowhere")
-    assert fresh(Switch.true) == {""}  # a run that is refused makes nothing
-    assert fresh(Switch.false) == fresh(Switch.true) == {"run-2"}
-    assert fresh(Switch.true, seed=5) == {""}  # other data
+    new = fresh(Switch.false)
+    assert new.endswith(":run-2")
+    assert fresh(Switch.true) == ""  # nothing was made yet
+    fresh(Switch.false)
+    prepare()
+    assert fresh(Switch.true) == new
+    prepare()
+    assert fresh(Switch.true) == new
+    assert fresh(Switch.true, seed=5) == ""  # other data
+    assert fresh(Switch.true, "{}") == ""  # a comparison has a cache of its own
 
 
 def test_models_whose_names_would_be_changed_are_refused_in_a_cluster_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -711,7 +728,8 @@ def test_a_comparison_hands_on_its_trials(
     plan = json.loads(parameters["plan"])
     assert (plan["reference"], plan["skipped"][0]["reason"]) == ("skd", "it failed")
     assert json.loads(parameters["model_fingerprints"]).keys() == {values["teacher"], values["student"]}
-    assert {json.loads(parameters[name])["fresh"] for name in ("prepare_data", "teacher_sft")} == {"run-1"}
+    (fresh,) = {json.loads(parameters[name])["fresh"] for name in ("prepare_data", "teacher_sft")}
+    assert fresh.endswith(":run-1")
     of_trials = ("student_init", "distill", "evaluate", "specdec_benchmark")  # which compare_variant gives to each
     assert {parameters[name] for name in (*of_trials, "evaluate_champion", "comet_score", "report")} == {""}
     base = parse_section(StepConfig, parameters["compare_variant"], where="compare_variant")

@@ -11,7 +11,7 @@ import pytest
 from pipelines.compiling import PIPELINES
 from tests.kubeflow.backend import NEXT, V2_17, VERSIONS, Records, Run, Version
 from tests.kubeflow.backend.steps import Steps
-from tests.kubeflow.test_backend_runs import COMPARISON, documents, form, run
+from tests.kubeflow.test_backend_runs import COMPARISON, documents, fails, form, run
 
 TRAINING = {"prepare-data", "teacher-sft", "student-init", "distill", "specdec-benchmark"}
 
@@ -87,6 +87,16 @@ def test_what_was_made_past_the_cache_is_taken_from_then_on(name: str, tmp_path:
     assert trained(results[2]) == trained(results[3]) == []
 
 
+@pytest.mark.parametrize(("first", "later"), [("distillation", "compare_methods"), ("distillation", "distillation")])
+def test_a_run_past_the_cache_that_made_nothing_changes_nothing(first: str, later: str, tmp_path: Path) -> None:
+    """Nor does one of another pipeline: a pipeline's cache is its own."""
+    records = Records()
+    run(later, Steps(run_id="run-1", checkpoint_root=str(tmp_path)), records)
+    ends = {"prepare-data": fails} if first == later else {}
+    run(first, Steps("run-2", checkpoint_root=str(tmp_path), instead=ends), records, given=form(first, reuse=False))
+    assert trained(run(later, Steps(run_id="run-3", checkpoint_root=str(tmp_path)), records)) == []
+
+
 def test_another_content_of_the_data() -> None:
     result = again("distillation", content={"data": "other"})
     assert {"prepare-data", "teacher-sft", "distill"} <= set(trained(result))
@@ -107,11 +117,29 @@ def test_another_setting_of_the_distillation() -> None:
 def test_comet_afterwards_trains_nothing() -> None:
     """Kubeflow's cache is for each pipeline's name; training does not depend on the metrics."""
     records = Records()
-    run("distillation", records=records)
-    config = '{"task": {"metrics": ["chrf", "bleu", "comet"]}}'
+    run("distillation", records=records, given=form("distillation", config=_measured()))
+    config = _measured(metrics=["chrf", "bleu", "comet"])
     result = run("distillation_comet", Steps(run_id="run-2"), records, given=form("distillation_comet", config=config))
     assert trained(result) == []
     assert "comet-score" in result.ran()
+
+
+@pytest.mark.parametrize(("task", "own"), [({"metrics": ["bleu"]}, {}), ({}, {"answer": "boxed"})], ids=["run", "set"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_another_measure_trains_nothing(name: str, task: dict[str, Any], own: dict[str, Any]) -> None:
+    """Of the run or of one held-out set: the data is the same, and the models answer again."""
+    records = Records()
+    run(name, records=records, given=form(name, config=_measured()))
+    result = run(name, Steps(run_id="run-2"), records, given=form(name, config=_measured(own, **task)))
+    assert not TRAINING & set(trained(result))
+    assert "evaluate-teacher" in trained(result)
+
+
+def _measured(own: dict[str, Any] | None = None, **task: Any) -> str:
+    """A configuration with a held-out set, the set's own task, and the run's."""
+    source = {"type": "files", "files": ["gs://b/further.jsonl"]}
+    held_out = {"name": "further", "source": source, "task": {"max_new_tokens": 64, **(own or {})}}
+    return json.dumps({"task": task, "data": {"held_out": [held_out]}})
 
 
 def test_a_comparison_again_trains_nothing() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from skd_lib.compare.trials import Trial
 from skd_lib.config import parse_section
 from skd_lib.config.step import StepConfig
+from skd_lib.data import manifest
 from skd_lib.parameters import Form
 from skd_lib.preflight.reuse import keep, reuse_from
 from skd_lib.steps.compare_variant import outputs_of
@@ -28,7 +29,7 @@ class Steps:
     Attributes:
         run_id: KFP's id of the run.
         content: Fingerprint of data and models by name, where it is not the name's own.
-        checkpoint_root: Where preflight keeps what later runs need to know.
+        checkpoint_root: Where steps keep what later runs need to know.
         instead: What a task does instead: returns its outputs, or raises.
         calls: What steps have got, in order.
     """
@@ -46,7 +47,11 @@ class Steps:
             return self.instead[call.task](call)
         declared = call.outputs.get("parameters", {})
         filled = {name: _FILL.get(spec["parameterType"], "a-text") for name, spec in declared.items()}
-        known = {"comp-preflight": self.preflight, "comp-compare-variant": compare_variant}.get(call.component)
+        known = {
+            "comp-preflight": self.preflight,
+            "comp-prepare-data": self.prepare_data,
+            "comp-compare-variant": compare_variant,
+        }.get(call.component)
         return Made({**filled, **(known(call.parameters) if known else {})})
 
     def preflight(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +63,7 @@ class Steps:
         models = [config.teacher, config.student or ""]
         models += [trial.config(config).student or "" for trial in plan.trials] if plan else []
         prints = {name: self.content.get(name, f"of {name}") for name in models}
-        data = self.content.get("data", json.dumps(config.data.model_dump(mode="json"), sort_keys=True))
+        data = self.content.get("data", json.dumps(manifest.preparation(config.data), sort_keys=True))
         preparation = step_config("prepare_data", config, fingerprint=data)
         fresh, _ = reuse_from(
             self.checkpoint_root,
@@ -74,6 +79,11 @@ class Steps:
             fresh=fresh,
         )
         return {**found, "problems": ""}
+
+    def prepare_data(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Do what step prepare_data does when it has made its data."""
+        keep(self.checkpoint_root, parse_section(StepConfig, given["config"], where="config").fresh)
+        return {}
 
 
 def compare_variant(given: Mapping[str, Any]) -> dict[str, Any]:
