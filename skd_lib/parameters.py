@@ -80,7 +80,8 @@ def short(section: BaseModel) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in section:
         if isinstance(section, HeldOutConfig) and name == "task":  # what it leaves out is the run's, if there is one
-            values[name] = to_struct(value)
+            if value.model_fields_set:
+                values[name] = to_struct(value)
         elif name not in start or value != start[name]:
             values[name] = "" if value is None else _plain(value, short)
     return values

@@ -186,3 +186,9 @@ class DataConfig(ConfigSection):
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"every set needs a name of its own; given twice: {', '.join(sorted(repeated))}")
         return held_out
+
+    def without_tasks(self) -> DataConfig:
+        """Return what the data is prepared by: how a held-out set is asked and judged changes no row of it."""
+        return self.model_copy(
+            update={"held_out": [each.model_copy(update={"task": TaskConfig()}) for each in self.held_out]}
+        )

@@ -23,6 +23,8 @@ class StepConfig(ConfigSection):
         fresh: Any text. With another one the step, and what depends on it, is not taken from the cache; see
             `skd_lib.preflight.reuse`.
         label: Tells this run of the step in MLflow from others of the same pipeline run.
+        held_out: Whole task of each held-out set, by the set's name; for a set that is not there the manifest of the
+            data says it.
         drafts: Whether students are measured as drafts.
     """
 
@@ -33,6 +35,7 @@ class StepConfig(ConfigSection):
     trust_remote_code: bool = False
     data: DataConfig | None = None
     task: TaskConfig = TaskConfig()
+    held_out: dict[str, TaskConfig] = Field({})
     teacher_sft: TeacherSftConfig = TeacherSftConfig()
     student_init: StudentInitConfig = StudentInitConfig()
     distill: DistillConfig = DistillConfig()

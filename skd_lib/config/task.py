@@ -124,6 +124,10 @@ class TaskConfig(ConfigSection):
         usual = TaskConfig(name=self.name) if self.name in tasks.known_tasks() else TaskConfig()
         return self.model_copy(update={"metrics": usual.metrics, "answer": usual.answer})
 
+    def without_comet(self) -> TaskConfig:
+        """Return this task as step `evaluate` reads it: without COMET, unless that is its only metric."""
+        return self.model_copy(update={"metrics": self.own_metrics or self.metrics})
+
     def with_fields_of(self, other: TaskConfig) -> TaskConfig:
         """This task with the fields that were given for the other one; an empty date is none that was given."""
         given = other.model_fields_set - ({"date"} if not other.date else set())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.config import DataConfig, TaskConfig, parse_section
+from skd_lib.config import DataConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.records import copy_record, write_record
 from skd_lib.steps.inputs import present
@@ -138,7 +138,7 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
     Args:
         model: Its folder.
         data: Folder of the prepared data.
-        settings: Its sections `evaluation` and `task`, and the seed of the bootstrap.
+        settings: Its sections `evaluation`, `task` and `held_out`, and the seed of the bootstrap.
         run: MLflow's; is given the data's name and digest.
         data_uri: Of the data, for MLflow.
 
@@ -161,7 +161,7 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
     language_model, tokenizer = load_for_inference(model)
     return Measured(
         evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed),
-        evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, task), evaluation, seed=seed),
+        evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, settings), evaluation, seed=seed),
     )
 
 
@@ -195,14 +195,16 @@ def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun
         run.log_table(table(each.predictions), f"held_out/{prefix}{name}")
 
 
-def held_out_sets(prepared: PreparedData, task: TaskConfig) -> dict[str, HeldOutSet]:
-    """The held-out sets that the data was prepared with, those that are missing included."""
+def held_out_sets(prepared: PreparedData, settings: StepConfig) -> dict[str, HeldOutSet]:
+    """The held-out sets that the data was prepared with, those that are missing included, and their tasks."""
     from skd_lib.evaluation.evaluate import HeldOutSet
 
     config = DataConfig.model_validate(prepared.manifest["config"])
     return {
         each.name: HeldOutSet(
-            task.with_fields_of(each.task), prepared.held_out.get(each.name, []), prepared.missing.get(each.name, "")
+            settings.held_out.get(each.name) or settings.task.with_fields_of(each.task),
+            prepared.held_out.get(each.name, []),
+            prepared.missing.get(each.name, ""),
         )
         for each in config.held_out
     }

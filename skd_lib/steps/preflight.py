@@ -34,8 +34,8 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     "teacher_sft": ("teacher", "trust_remote_code", "teacher_sft", "task", "seed", "fingerprint", "fresh"),
     "student_init": ("student", "student_init", "task", "seed", "fingerprint", "label"),
     "distill": ("distill", "task", "seed", "label"),
-    "evaluate_teacher": ("teacher", "trust_remote_code", "evaluation", "task", "seed", "fingerprint"),
-    "evaluate": ("evaluation", "task", "seed", "label"),
+    "evaluate_teacher": ("teacher", "trust_remote_code", "evaluation", "task", "held_out", "seed", "fingerprint"),
+    "evaluate": ("evaluation", "task", "held_out", "seed", "label"),
     "specdec_benchmark": ("specdec", "task", "seed", "label", "drafts"),
     "evaluate_champion": ("evaluation", "specdec", "registry", "task", "seed"),
     "comet_score": ("evaluation", "task", "seed"),
@@ -370,10 +370,14 @@ def step_config(step: str, config: RunConfig, **found: Any) -> str:
     if step != "comet_score":
         # COMET's settings go to its own step alone: if one changes, the models need not answer again.
         values["evaluation"] = config.evaluation.model_copy(update={"comet": EvaluationConfig().comet})
+    if step == "prepare_data":
+        values["data"] = config.data.without_tasks()
     if step in ("teacher_sft", "student_init", "distill", "specdec_benchmark"):
         values["task"] = config.task.without_judgement()
     elif step in ("evaluate_teacher", "evaluate"):
-        values["task"] = config.task.model_copy(update={"metrics": config.task.own_metrics or config.task.metrics})
+        values["task"] = config.task.without_comet()
+        sets = config.data.held_out
+        values["held_out"] = {each.name: config.task.with_fields_of(each.task).without_comet() for each in sets}
     return ascii_json(short(StepConfig(**{name: values[name] for name in DEPENDS[step] if name in values})))
 
 

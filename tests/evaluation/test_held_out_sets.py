@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from skd_lib.config import DataConfig, TaskConfig
+from skd_lib.config.step import StepConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.report.evaluations import read_evaluation
-from skd_lib.steps.evaluate import MAX_TABLE_ROWS, Role, main, table
+from skd_lib.steps.evaluate import MAX_TABLE_ROWS, Role, held_out_sets, main, table
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_predictions import prediction
 
@@ -83,6 +84,16 @@ def test_answers_of_each_set_are_kept(result: tuple[Path, dict[str, Any]]) -> No
     assert words[0].reference_tokens > 0
     assert read_predictions(out / "held_out/nowhere.jsonl") == []
     assert {row.source.split()[0] for row in read_predictions(out / "predictions.jsonl")} == {"train"}
+
+
+def test_a_set_s_task_in_the_step_s_config_goes_before_the_manifest_s(tmp_path: Path) -> None:
+    sets = [held_out(name, rows(tmp_path / f"{name}.jsonl", 3), metrics=["accuracy"]) for name in ("a", "b")]
+    source = {"type": "files", "train": [rows(tmp_path / "train.jsonl", 30)]}
+    prepared = prepare(DataConfig.model_validate({"source": source, "held_out": sets}), tmp_path / "data", seed=0)
+    settings = StepConfig(task=TaskConfig(stop=["x"]), held_out={"a": TaskConfig(metrics=["rougeL"])})
+    found = held_out_sets(prepared, settings)
+    assert (found["a"].task.metrics, found["a"].task.stop) == (["rougeL"], [])
+    assert (found["b"].task.metrics, found["b"].task.stop) == (["accuracy"], ["x"])
 
 
 def test_the_report_reads_the_scores(result: tuple[Path, dict[str, Any]]) -> None:
