@@ -17,15 +17,23 @@ if TYPE_CHECKING:
 def check_champion(checks: Checks, tracking_uri: str, model_name: str) -> None:
     """Whether the files of the registered champion can be read, if there is one; they are listed, not fetched.
 
-    A registry that does not answer is not told here.
+    A registry that does not answer is not reported: steps wait for it. One that refuses would refuse them, too.
     """
     from skd_lib.tracking.champions import REMEDY
+    from skd_lib.tracking.registry import Silent
     from skd_lib.tracking.registry import champion as registered
 
     try:
         with impatient():
             champion = registered(tracking_uri=tracking_uri, model_name=model_name)
-    except SkdError:
+    except Silent:
+        return
+    except SkdError as error:
+        hint = (
+            "give the account of the run's steps (in a cluster the Secret `skd-mlflow`) the right to read and register "
+            f"the model `{model_name}`, or name another one in `registry.model_name`"
+        )
+        checks.add("champion", "error", error.what, where=error.where, hint=hint)
         return
     if champion is None:
         return

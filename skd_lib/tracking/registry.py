@@ -44,6 +44,10 @@ REGISTERED_BY_TAG = "registered_by"
 GATE_TAG = "gate"
 
 
+class Silent(SkdError):
+    """The registry does not answer now, and may do so later."""
+
+
 @dataclass(frozen=True)
 class Champion:
     """The version that has the alias `champion`, and where its weights are."""
@@ -169,7 +173,7 @@ def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClien
             times. One that refuses is not waited for.
 
     Raises:
-        SkdError: the registry refused or did not answer.
+        SkdError: the registry refused; `Silent` where it did not answer.
     """
     start = time.monotonic()
     waiting = Progress("waiting for MLflow", round(patience))
@@ -182,7 +186,7 @@ def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClien
             waited = time.monotonic() - start
             if attempt >= _ATTEMPTS and (waited >= patience or not is_silence(error)):
                 lasted = f" for {waited:.0f} seconds" if patience and is_silence(error) else ""
-                raise SkdError(
+                raise (Silent if is_silence(error) else SkdError)(
                     f"the MLflow registry refused or did not answer{lasted}: {brief(error)}",
                     where=f"registered model `{model_name}` at `{shown(tracking_uri)}`",
                     hint="check the tracking store and try again; what was registered already is found again",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import RestException
 
 from skd_lib import storage
 from skd_lib.config import RunConfig
@@ -99,6 +100,25 @@ def test_a_champion_in_storage_that_is_not_read_here(
 
 def test_a_registry_that_does_not_answer_is_another_check_s_business(look: Look) -> None:
     assert look(tracking_uri="http://localhost:9") == []
+
+
+@pytest.mark.parametrize(
+    ("code", "levels"), [("PERMISSION_DENIED", ["error"]), ("UNAUTHENTICATED", ["error"]), ("INTERNAL_ERROR", [])]
+)
+def test_a_registry_that_refuses(look: Look, monkeypatch: pytest.MonkeyPatch, code: str, levels: list[str]) -> None:
+    """Otherwise it is step evaluate_champion that is refused, after the training."""
+
+    def answers(*_: object) -> None:
+        raise RestException({"error_code": code, "message": "Permission denied"})
+
+    monkeypatch.setattr("mlflow.MlflowClient.get_model_version_by_alias", answers)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    found = look()
+    assert [check.level for check in found] == levels
+    for check in found:
+        assert "Permission denied" in check.what
+        assert "`skd-student`" in check.where
+        assert "`skd-mlflow`" in check.hint
 
 
 def test_this_run_s_artifacts_must_be_read_by_later_runs(look: Look) -> None:
