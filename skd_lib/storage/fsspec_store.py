@@ -7,18 +7,21 @@ package and the store behind it offer; sizes are compared.
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from skd_lib.errors import SkdError
 from skd_lib.storage.errors import missing
 from skd_lib.storage.local import atomic_directory, atomic_file
 from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, relative
 from skd_lib.storage.transfers import in_parallel
+from skd_lib.uris import shown
 
 PACKAGES = {
     "s3": "s3fs",
@@ -36,8 +39,11 @@ PACKAGES = {
 """What to install for each scheme."""
 EXTRAS = {"s3fs": "'skd-lib[s3]'"}
 """What installs a package together with this one."""
-KUBEFLOWS_OWN = "http://minio-service.kubeflow:9000"
-"""Where `minio://` is, the storage of artifacts that Kubeflow brings along, unless AWS_ENDPOINT_URL says otherwise."""
+KUBEFLOWS_OWN = ("http://seaweedfs.kubeflow:9000", "http://minio-service.kubeflow:9000")
+"""Where `minio://` is, the storage of artifacts that Kubeflow brings along, unless AWS_ENDPOINT_URL says otherwise.
+
+The first is Kubeflow Pipelines' since 2.16. 2.15 has a service of this name, too, but without the port.
+"""
 _RAISING = ("aiohttp", "azure", "botocore")
 """Libraries below fsspec's packages that raise errors of their own."""
 
@@ -152,12 +158,45 @@ def _open(uri: str) -> tuple[Any, str]:
     import fsspec
 
     scheme, _, rest = uri.partition("://")
-    options = {}
-    if scheme == "minio":
-        scheme, options = "s3", {"endpoint_url": os.environ.get("AWS_ENDPOINT_URL") or KUBEFLOWS_OWN}
-    store = fsspec.filesystem(scheme, **options)
+    kind = "s3" if scheme == "minio" else scheme
+    fsspec.get_filesystem_class(kind)  # a package that is missing is said before any address is looked for
+    store = fsspec.filesystem(kind, **_options(scheme))
     store.invalidate_cache()  # of listings: other processes write here, too, and are waited for
-    return store, str(store._strip_protocol(f"{scheme}://{rest}")).rstrip("/")
+    return store, str(store._strip_protocol(f"{kind}://{rest}")).rstrip("/")
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    return {"endpoint_url": _endpoint(scheme)} if scheme == "minio" else {}
+
+
+def _endpoint(scheme: str) -> str:
+    """Address of the storage, where this package knows it; else empty."""
+    if scheme not in ("minio", "s3", "s3a"):
+        return ""
+    return os.environ.get("AWS_ENDPOINT_URL") or (_kubeflows_own() if scheme == "minio" else "")
+
+
+@cache
+def _kubeflows_own() -> str:
+    known = []
+    for endpoint in KUBEFLOWS_OWN:
+        address = urlsplit(endpoint)
+        try:
+            socket.create_connection((address.hostname, address.port), timeout=2).close()
+        except socket.gaierror:
+            continue
+        except OSError:
+            known.append(endpoint)
+        else:
+            return endpoint
+    if known:
+        return known[-1]  # it is away, and may come back while it is asked again
+    hint = "in a cluster where it is elsewhere set `aws-endpoint-url` in the Secret `skd-storage`; or AWS_ENDPOINT_URL"
+    raise SkdError(
+        f"Kubeflow's own storage is not found: there is no {' and no '.join(KUBEFLOWS_OWN)}",
+        where="minio://",
+        hint=hint,
+    )
 
 
 def _find(store: Any, path: str) -> dict[str, Any]:
@@ -201,11 +240,17 @@ def _errors(uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise missing(uri) from error
     except PermissionError as error:
-        raise SkdError(f"access denied: {error}", where=uri, hint="check the credentials of this storage") from error
+        what = f"access denied{_at(scheme)}: {error}"
+        raise SkdError(what, where=uri, hint="check the credentials of this storage") from error
     except OSError as error:
-        raise SkdError(f"{scheme}:// failed: {error}", where=uri, hint="try again later") from error
+        raise SkdError(f"{scheme}:// failed{_at(scheme)}: {error}", where=uri, hint="try again later") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _RAISING:
             raise
         hint = "check the storage's credentials and address (in a cluster the Secret `skd-storage`), and the network"
-        raise SkdError(f"{scheme}:// failed: {error}", where=uri, hint=hint) from error
+        raise SkdError(f"{scheme}:// failed{_at(scheme)}: {error}", where=uri, hint=hint) from error
+
+
+def _at(scheme: str) -> str:
+    endpoint = shown(_endpoint(scheme))
+    return f" at {endpoint}" if endpoint else ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -13,6 +16,7 @@ from fsspec.registry import _registry
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.models.references import StoredFolder, parse_reference
+from skd_lib.storage import fsspec_store
 
 
 class Bucket(MemoryFileSystem):  # type: ignore[misc]
@@ -42,7 +46,27 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return Bucket.made
 
 
-def test_kubeflows_own_storage_is_read_and_written(made: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.fixture
+def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Exception | None]]:
+    """What a connection to each of a cluster's names and ports gives; those that it has not are not known."""
+    there: dict[str, Exception | None] = {}
+
+    def connect(address: tuple[str, int], timeout: float) -> Mock:
+        error = there.get("{}:{}".format(*address), socket.gaierror(-2, "Name or service not known"))
+        if error:
+            raise error
+        return Mock()
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    fsspec_store._kubeflows_own.cache_clear()
+    yield there
+    fsspec_store._kubeflows_own.cache_clear()
+
+
+def test_kubeflows_own_storage_is_read_and_written(
+    made: list[dict[str, Any]], services: dict[str, Exception | None], tmp_path: Path
+) -> None:
+    services["seaweedfs.kubeflow:9000"] = None
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     uri = "minio://mlpipeline/v2/artifacts/student"
@@ -51,14 +75,50 @@ def test_kubeflows_own_storage_is_read_and_written(made: list[dict[str, Any]], t
     assert [found.uri for found in storage.list_objects(uri)] == [f"{uri}/config.json"]
     assert (storage.download(uri, tmp_path / "copy") / "config.json").read_text() == "{}"
     assert storage.read_bytes("s3://mlpipeline/v2/artifacts/student/config.json") == b"{}"
-    assert made[0] == {"endpoint_url": "http://minio-service.kubeflow:9000"}
-    assert made[-1] == {}
+    assert made[0]["endpoint_url"] == "http://seaweedfs.kubeflow:9000"
+    assert "endpoint_url" not in made[-1]
+
+
+@pytest.mark.parametrize(
+    ("there", "endpoint"),
+    [
+        ({"seaweedfs.kubeflow:9000": None}, "http://seaweedfs.kubeflow:9000"),  # since 2.16
+        ({"minio-service.kubeflow:9000": None}, "http://minio-service.kubeflow:9000"),
+        # 2.15: the first service is there without this port
+        (
+            {"seaweedfs.kubeflow:9000": TimeoutError(), "minio-service.kubeflow:9000": None},
+            "http://minio-service.kubeflow:9000",
+        ),
+        ({"seaweedfs.kubeflow:9000": ConnectionRefusedError()}, "http://seaweedfs.kubeflow:9000"),  # away for now
+    ],
+)
+def test_kubeflows_own_storage_has_two_names(
+    made: list[dict[str, Any]],
+    services: dict[str, Exception | None],
+    there: dict[str, Exception | None],
+    endpoint: str,
+) -> None:
+    services.update(there)
+    assert not storage.exists("minio://mlpipeline/nothing")
+    assert made[0]["endpoint_url"] == endpoint
+
+
+def test_where_neither_name_is_known_both_are_named(
+    made: list[dict[str, Any]], services: dict[str, Exception | None]
+) -> None:
+    with pytest.raises(
+        SkdError, match=r"seaweedfs\.kubeflow:9000 and no http://minio-service\.kubeflow:9000"
+    ) as caught:
+        storage.exists("minio://mlpipeline/nothing")
+    assert "`aws-endpoint-url`" in caught.value.hint
+    services["minio-service.kubeflow:9000"] = None
+    assert not storage.exists("minio://mlpipeline/nothing")  # it is looked for again
 
 
 def test_it_may_be_elsewhere(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9000")
     assert not storage.exists("minio://mlpipeline/nothing")
-    assert made == [{"endpoint_url": "http://localhost:9000"}]
+    assert [options["endpoint_url"] for options in made] == ["http://localhost:9000"]
 
 
 def test_a_model_may_be_there() -> None:
@@ -83,7 +143,9 @@ def test_what_the_package_raises_is_a_sentence(made: list[dict[str, Any]], monke
         raise exceptions.NoCredentialsError
 
     monkeypatch.setattr(Bucket, "find", refused)
-    with pytest.raises(SkdError, match="minio:// failed: Unable to locate credentials") as caught:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9000")
+    words = "minio:// failed at http://localhost:9000: Unable to locate credentials"
+    with pytest.raises(SkdError, match=words) as caught:
         storage.file_sizes("minio://mlpipeline/v2")
     assert "credentials" in caught.value.hint
 
