@@ -26,7 +26,7 @@ def needs_secret(name: str, secret: str) -> bool:
                 "comet_score",
             )
         case "skd-judge":
-            return name.startswith("evaluate")
+            return name == "preflight" or name.startswith("evaluate")
         case "skd-notify":
             return name == "finish"
         case _:

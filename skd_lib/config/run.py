@@ -76,10 +76,14 @@ class RunConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _judges_are_there(self) -> RunConfig:
-        judged = [self.task, *(each.task for each in self.data.held_out)]
-        if not self.evaluation.judge.url and any("judge" in task.metrics for task in judged):
+        if self.wants_judge and not self.evaluation.judge.url:
             raise ValueError("metric `judge`: needs `evaluation.judge.url` and `evaluation.judge.model`")
         return self
+
+    @property
+    def wants_judge(self) -> bool:
+        """Whether answers to the test set, or to a held-out set, are to be graded by a judge."""
+        return any("judge" in task.metrics for task in [self.task, *(each.task for each in self.data.held_out)])
 
 
 def check_gammas(specdec: SpecdecConfig, task: TaskConfig) -> None:

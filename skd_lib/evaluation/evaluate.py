@@ -15,7 +15,7 @@ from skd_lib.config import EvaluationConfig, MetricName, TaskConfig
 from skd_lib.data.examples import Example
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import generate
-from skd_lib.evaluation.judge import grade, mean_rating
+from skd_lib.evaluation.judge import JudgeUnavailable, grade, mean_rating
 from skd_lib.evaluation.metrics import Measured, measure, scorable
 from skd_lib.evaluation.perplexity import reference_losses
 from skd_lib.evaluation.predictions import Prediction, perplexity
@@ -83,8 +83,8 @@ def evaluate(
 ) -> Evaluation:
     """Answer the examples and score the answers with every metric of the task but COMET.
 
-    A metric that cannot be had (references without answers, a judge that is down, a model that yields NaN) is told as
-    missing, as long as there is another one.
+    A metric that cannot be had (references without answers, a model that yields NaN) is told as missing, as long as
+    there is another one. A judge that is down may be up again later: without it there is no result.
 
     Args:
         model: In eval mode, on the device it is to run on.
@@ -95,6 +95,7 @@ def evaluate(
         seed: Of the bootstrap; decoding is greedy.
 
     Raises:
+        JudgeUnavailable: the judge cannot be reached or refuses.
         SkdError: no examples, no metric that could be had, or a prompt that does not fit the model.
     """
     missing = _unscorable(task, examples)  # before any work is done
@@ -118,6 +119,8 @@ def evaluate(
             continue
         try:
             measured = _measure(name, predictions, task, config)
+        except JudgeUnavailable:
+            raise
         except SkdError as error:
             missing[name] = error
             continue
@@ -151,6 +154,9 @@ def evaluate_held_out(
 
     Returns:
         By name; a set that could not be scored has no predictions, and its reason under `missing` for every metric.
+
+    Raises:
+        JudgeUnavailable: the judge cannot be reached or refuses.
     """
     results = {}
     for name, each in sets.items():
@@ -160,6 +166,8 @@ def evaluate_held_out(
             try:
                 results[name] = evaluate(model, tokenizer, each.examples, each.task, config, seed=seed)
                 continue
+            except JudgeUnavailable:
+                raise
             except SkdError as error:
                 reason = error.brief
         log.warning("held-out set %s is missing, everything else goes on: %s", name, reason)

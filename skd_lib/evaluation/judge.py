@@ -29,10 +29,30 @@ MAX_CHARACTERS = 20_000
 MAX_FAILURES = 3
 """Questions in a row that fail, each after its retries, until the judge is given up."""
 
+TRIAL = {"timeout": 15.0, "retries": 1, "max_tokens": 16}
+"""The most that is spent on seeing whether the judge answers: seconds, further tries, tokens."""
+
 _RATING = re.compile(r"\[\[\s*([0-9]{1,2}(?:\.[0-9]{1,3})?)\s*\]\]")
 _PLACES = re.compile(r"{(source|target|prediction)}")
 _BUSY = (408, 409, 429, 500, 502, 503, 504)
 log = logging.getLogger(__name__)
+
+
+class JudgeUnavailable(SkdError):
+    """The judge cannot be reached or refuses: a later try may find it, so that no result without it may be kept."""
+
+
+def check_judge(config: JudgeConfig) -> None:
+    """Ask the judge one short question, with little patience.
+
+    Raises:
+        JudgeUnavailable: it cannot be reached or refuses.
+    """
+    brief = config.model_copy(update={name: min(getattr(config, name), most) for name, most in TRIAL.items()})
+    with _session(brief) as session:
+        reply = _ask(session, brief, "Answer with OK.")
+    if isinstance(reply, JudgeUnavailable):
+        raise reply
 
 
 def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[float | None]:
@@ -46,7 +66,8 @@ def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[flo
         One a row; None where none was asked for or given.
 
     Raises:
-        SkdError: there is no judge, it cannot be reached, refuses, or gave no rating at all.
+        JudgeUnavailable: the judge cannot be reached or refuses.
+        SkdError: there is no judge, or it gave no rating at all.
     """
     where = "metric `judge`"
     if not config.url:
@@ -59,11 +80,11 @@ def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[flo
         replies = pool.map(lambda row: _ask(session, config, _fill(config.prompt, row)), asked)
         failed = 0
         for reply in replies:
-            failed = failed + 1 if isinstance(reply, SkdError) else 0
-            if isinstance(reply, SkdError) and failed == min(MAX_FAILURES, len(asked)):
+            failed = failed + 1 if isinstance(reply, JudgeUnavailable) else 0
+            if isinstance(reply, JudgeUnavailable) and failed == min(MAX_FAILURES, len(asked)):
                 pool.shutdown(cancel_futures=True)
                 raise reply
-            ratings.append(None if isinstance(reply, SkdError) else parse_rating(reply))
+            ratings.append(None if isinstance(reply, JudgeUnavailable) else parse_rating(reply))
             progress.update(len(ratings))
     unrated = ratings.count(None)
     if unrated:
@@ -104,7 +125,7 @@ def _session(config: JudgeConfig) -> requests.Session:
     return session
 
 
-def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | SkdError:
+def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | JudgeUnavailable:
     """The judge's reply, or why there is none."""
     where = f"metric `judge`, {config.url}"
     body = {
@@ -119,17 +140,19 @@ def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | S
             f"{config.url}/chat/completions", json=body, timeout=config.timeout, allow_redirects=False
         )
     except requests.RequestException as error:
-        hint = "check `evaluation.judge.url`, and that the server runs; `timeout` and `retries` say how long to wait"
-        return SkdError(f"the judge does not answer: {str(error)[:300]}", where=where, hint=hint)
+        hint = "check `evaluation.judge.url`, and that the server runs; then run the same again"
+        return JudgeUnavailable(f"the judge does not answer: {str(error)[:300]}", where=where, hint=hint)
     if response.status_code != requests.codes.ok:
-        hint = f"put the key into the environment variable {KEY}" if response.status_code in (401, 403) else ""
+        hint = "see that the server takes requests for `evaluation.judge.model`, then run the same again"
+        if response.status_code in (401, 403):
+            hint = f"put the key into the environment variable {KEY} (in a cluster: Secret `skd-judge`, key `api-key`)"
         what = f"the judge refuses: {response.status_code} {response.reason}: {response.text[:200]}"
-        return SkdError(what, where=where, hint=hint)
+        return JudgeUnavailable(what, where=where, hint=hint)
     try:
         return str(response.json()["choices"][0]["message"]["content"] or "")
     except (ValueError, LookupError, TypeError):
         hint = "`url` must be the base of an OpenAI-compatible API, e.g. http://vllm:8000/v1"
-        return SkdError(f"not a chat completion: {response.text[:200]}", where=where, hint=hint)
+        return JudgeUnavailable(f"not a chat completion: {response.text[:200]}", where=where, hint=hint)
 
 
 def _fill(template: str, row: tuple[str, str, str]) -> str:

@@ -17,6 +17,7 @@ from skd_lib.preflight.dates import check_date
 from skd_lib.preflight.models import check_adapters, check_comet, check_model, check_student, check_unread, cut_size
 from skd_lib.preflight.surroundings import (
     check_gpu,
+    check_judge,
     check_memory,
     check_multinode,
     check_precision,
@@ -72,6 +73,8 @@ def run_checks(
     report.data_fingerprint = checks.attempt("data", lambda: check_data(checks, config, models, runs)) or ""
     if comet and config.task.wants_comet:
         checks.attempt("comet", lambda: check_comet(checks, config.evaluation.comet.model))
+    if config.wants_judge:
+        checks.attempt("judge", lambda: check_judge(checks, config.evaluation.judge))
     usable = partial(storage.check_checkpoint_root, checkpoint_root)
     checks.attempt("checkpoints", lambda: check_writable(checks, "checkpoints", checkpoint_root, usable))
     if not checkpoint_root and in_cluster():

@@ -1,4 +1,4 @@
-"""Checks of what a run needs around it: storage, the cluster, MLflow, GPU, libraries, memory."""
+"""Checks of what a run needs around it: storage, the cluster, MLflow, a judge, GPU, libraries, memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from skd_lib import storage
-from skd_lib.config import Precision, RunConfig, TrainingConfig
+from skd_lib.config import JudgeConfig, Precision, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import TRACKING, Checks
@@ -86,6 +86,14 @@ def impatient() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def check_judge(checks: Checks, config: JudgeConfig) -> None:
+    """Whether the judge answers: it is asked for ratings when the models are trained already."""
+    from skd_lib.evaluation import judge
+
+    judge.check_judge(config)
+    checks.add("judge", "ok", f"{config.model} answers at {config.url}")
 
 
 def check_gpu(checks: Checks, required: bool) -> bool:

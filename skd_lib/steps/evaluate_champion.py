@@ -47,9 +47,9 @@ def main(
 
     As drafts both take turns, at the headline setting of section `specdec`, so that their speed-ups compare. Done at
     once where there is no champion (so without tracking, since then there is no registry), or where it has the new
-    student's weights. A champion whose files are gone fails the step; one that cannot be measured does not:
-    `register_model` says why it leaves it in place. `champion.json` holds {version, is_this_student, figures, speedup,
-    challenger_speedup, missing, undrafted}.
+    student's weights. A champion whose files are gone fails the step, and so does a judge that is down; a champion that
+    cannot be measured does not: `register_model` says why it leaves it in place. `champion.json` holds {version,
+    is_this_student, figures, speedup, challenger_speedup, missing, undrafted}.
     """
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.registry import champion as registered
@@ -76,6 +76,7 @@ def main(
             rival = Rival(version=champion.version, is_this_student=True)
         elif champion is not None:
             from skd_lib.data.prepared import PreparedData
+            from skd_lib.evaluation.judge import JudgeUnavailable
             from skd_lib.evaluation.predictions import write_predictions
             from skd_lib.report.summary import Scores
             from skd_lib.specdec.vllm import Served
@@ -87,6 +88,8 @@ def main(
             try:
                 check_weights(champion, folder)
                 result = _answers(folder, prepared.test, task, evaluation, seed)
+            except JudgeUnavailable:
+                raise
             except SkdError as error:
                 log.warning("the champion cannot be measured: %s", error)
                 rival = Rival(version=champion.version, missing=error.line)

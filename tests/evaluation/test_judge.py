@@ -7,17 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from skd_lib.config import EvaluationConfig, JudgeConfig, TaskConfig
+from skd_lib.config import EvaluationConfig, JudgeConfig, RunConfig, TaskConfig
 from skd_lib.data.examples import make_example
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.evaluate import evaluate
-from skd_lib.evaluation.judge import KEY, MAX_CHARACTERS, grade, mean_rating, parse_rating
+from skd_lib.evaluation.evaluate import HeldOutSet, evaluate, evaluate_held_out
+from skd_lib.evaluation.judge import KEY, MAX_CHARACTERS, JudgeUnavailable, grade, mean_rating, parse_rating
+from skd_lib.preflight import run_checks
+from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.surroundings import check_judge
 from tests.conftest import TinyModel
 
 Reply = tuple[int, str]
@@ -215,7 +219,42 @@ def test_a_wrong_judge_is_told(values: dict[str, Any], what: str) -> None:
         JudgeConfig(**values)
 
 
-def test_a_judge_is_one_more_metric_and_may_be_down(
+def test_preflight_asks_a_judge_one_short_question(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "secret-key")
+    checks = Checks()
+    check_judge(checks, judge(server, timeout=3600, retries=100))
+    ((path, headers, body),) = server.requests
+    assert (path, headers["Authorization"], body["model"]) == ("/v1/chat/completions", "Bearer secret-key", "big")
+    assert body["max_tokens"] <= 16
+    assert [found.level for found in checks.found] == ["ok"]
+
+
+@pytest.mark.parametrize("where", ["run", "held-out set"])
+def test_preflight_refuses_a_run_whose_judge_is_down(server: Server, tmp_path: Path, where: str) -> None:
+    server.answer = lambda prompt: (401, "who are you")
+    judged = {"metrics": ["chrf", "judge"]}
+    held_out = {"name": "further", "source": {"type": "files", "files": ["x.jsonl"]}, "task": judged}
+    config = RunConfig.model_validate(
+        {
+            "name": "judged",
+            "teacher": str(tmp_path / "teacher"),
+            "student": str(tmp_path / "student"),
+            "task": judged if where == "run" else {},
+            "data": {
+                "source": {"type": "files", "train": ["x.jsonl"]},
+                "held_out": [held_out] if where != "run" else [],
+            },
+            "evaluation": {"judge": judge(server)},
+        }
+    )
+    report = run_checks(config, checkpoint_root="", tracking_uri="")
+    (found,) = [check for check in report.checks if "metric `judge`" in check.where]
+    assert (found.level, len(server.requests)) == ("error", 1)
+    assert "the judge refuses: 401" in found.what
+    assert KEY in found.hint
+
+
+def test_a_judge_is_one_more_metric_and_must_not_be_down(
     server: Server, tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model, examples = tiny_model(), [make_example(f"say {n}", f"reference {n}") for n in range(4)]
@@ -227,8 +266,15 @@ def test_a_judge_is_one_more_metric_and_may_be_down(
     assert result.scores["judge"]["scored"] == 3
     assert [row.scores.get("judge") for row in result.predictions] == [4, 8, 4, None]
 
-    server.answer = lambda prompt: (503, "asleep")
+    server.answer = lambda prompt: completion("no idea")
     result = evaluate(model, tiny_tokenizer, examples, task, config)
-    assert "503" in result.scores["missing"]["judge"]
+    assert "no reply of the judge holds a rating" in result.scores["missing"]["judge"]
     assert result.scores["chrf"]["score"] >= 0
     assert "judge" not in result.figures()
+
+    server.answer = lambda prompt: (503, "asleep")
+    with pytest.raises(JudgeUnavailable, match="503") as caught:
+        evaluate(model, tiny_tokenizer, examples, task, config)
+    assert "run the same again" in caught.value.hint
+    with pytest.raises(JudgeUnavailable, match="503"):
+        evaluate_held_out(model, tiny_tokenizer, {"further": HeldOutSet(task, examples)}, config)

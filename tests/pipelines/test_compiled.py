@@ -173,7 +173,7 @@ def test_a_run_has_comets_step_where_its_task_asks_for_it():
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_steps_that_fetch_from_the_hub_have_its_token(name: str, compile_once: Callable[..., Documents]):
+def test_steps_that_use_the_hub_or_the_judge_have_its_key(name: str, compile_once: Callable[..., Documents]):
     documents = compile_once(name=name)
     executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     fetch = {step for step, fields in DEPENDS.items() if {"teacher", "student", "data"} & set(fields)}
@@ -182,6 +182,7 @@ def test_steps_that_fetch_from_the_hub_have_its_token(name: str, compile_once: C
         step = documents[0]["deploymentSpec"]["executors"][label]["container"]["command"][-1].rpartition(".")[2]
         secrets = {each["secretName"] for each in settings.get("secretAsVolume", [])}
         assert ("skd-hub" in secrets) == (step in fetch), step
+        assert ("skd-judge" in secrets) == (step == "preflight" or step.startswith("evaluate")), step
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from skd_lib.errors import SkdError
+from skd_lib.evaluation.judge import JudgeUnavailable
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.files import weights_digest
 from skd_lib.steps import evaluate_champion
@@ -133,6 +134,15 @@ def test_a_champion_with_other_weights_stays(pipeline: Pipeline, folders: dict[s
     promote, reason = pipeline.decide(99.0, champion)
     assert not promote
     assert "could not be measured; set the alias champion by hand" in reason
+
+
+def test_without_the_judge_the_step_fails(pipeline: Pipeline, folders: dict[str, Path]) -> None:
+    """Otherwise the champion would stay in place since the judge was down for a moment."""
+    pipeline.register(folders["champion"])
+    judge = {"url": "http://127.0.0.1:9/v1", "model": "big", "retries": 0}
+    config = {"evaluation": {**EVALUATION, "judge": judge}, "task": {**TASK, "metrics": ["chrf", "judge"]}}
+    with pytest.raises(JudgeUnavailable, match="does not answer"):
+        pipeline.measure(config=json.dumps(config))
 
 
 @pytest.mark.parametrize("what", ["all of it", "its weights"])
