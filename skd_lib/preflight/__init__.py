@@ -15,6 +15,7 @@ from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, d
 from skd_lib.preflight.data import check_data
 from skd_lib.preflight.dates import check_date
 from skd_lib.preflight.models import check_adapters, check_comet, check_model, check_student, check_unread, cut_size
+from skd_lib.preflight.patience import check_answers, texts
 from skd_lib.preflight.surroundings import (
     check_gpu,
     check_judge,
@@ -56,8 +57,11 @@ def run_checks(
         comet: Whether the pipeline has a step for COMET; its model is not looked at otherwise.
     """
     checks = Checks()
-    teacher = checks.attempt("teacher", lambda: check_model(checks, "teacher", config.teacher, config))
     runs = variants or [config]
+    read = [text for run in [config, *runs] for text in texts(run.model_dump(mode="json"))]
+    if not check_answers(checks, [checkpoint_root, pipeline_root or "", *read]):
+        return PreflightReport(checks.found)  # each of the others would wait for it, some of them for minutes
+    teacher = checks.attempt("teacher", lambda: check_model(checks, "teacher", config.teacher, config))
     students = [
         checks.attempt("student", partial(check_student, checks, teacher, run))
         for run in distinct(runs, lambda run: (run.student, run.student_init))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.patience import bounded
 from skd_lib.preflight.surroundings import impatient
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def check_champion(checks: Checks, tracking_uri: str, model_name: str) -> None:
     if champion is None:
         return
     try:
-        _look(champion)
+        bounded(partial(_look, champion), champion.weights_uri)
     except SkdError as error:
         what = f"the champion (version {champion.version}) cannot be compared with: {error.what}"
         hint = REMEDY if isinstance(error, storage.Missing) else f"{error.hint}; or {REMEDY}"
@@ -59,7 +61,7 @@ def check_readable(checks: Checks, uri: str, *, by_nodes: bool) -> None:
     if "://" not in uri:
         return
     try:
-        storage.file_sizes(uri)
+        bounded(partial(storage.file_sizes, uri), uri)
     except SkdError as error:
         who = "the nodes of a TrainJob" if by_nodes else "later runs, which compare with the registered student,"
         what = f"{who} cannot read this run's artifacts: {error.what}"

@@ -13,6 +13,7 @@ from skd_lib.config import JudgeConfig, Precision, RunConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import TRACKING, Checks
+from skd_lib.preflight.patience import bounded
 from skd_lib.uris import shown
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def check_writable(checks: Checks, name: str, uri: str, usable: Callable[[], obj
         return
     try:
         usable()
-        storage.check_writable(uri)
+        bounded(partial(storage.check_writable, uri), uri)
     except SkdError as error:
         checks.failed(name, error)
     else:

@@ -44,6 +44,8 @@ KUBEFLOWS_OWN = ("http://seaweedfs.kubeflow:9000", "http://minio-service.kubeflo
 
 The first is Kubeflow Pipelines' since 2.16. 2.15 has a service of this name, too, but without the port.
 """
+_BOTOCORE = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
+"""How s3fs asks: it repeats what fails by itself, so that botocore's own repetitions multiply the time of silence."""
 _RAISING = ("aiohttp", "azure", "botocore")
 """Libraries below fsspec's packages that raise errors of their own."""
 
@@ -166,7 +168,8 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    return {"endpoint_url": _endpoint(scheme)} if scheme == "minio" else {}
+    options: dict[str, Any] = {"config_kwargs": _BOTOCORE} if PACKAGES[scheme] == "s3fs" else {}
+    return options | ({"endpoint_url": _endpoint(scheme)} if scheme == "minio" else {})
 
 
 def _endpoint(scheme: str) -> str:

@@ -77,6 +77,7 @@ def test_kubeflows_own_storage_is_read_and_written(
     assert storage.read_bytes("s3://mlpipeline/v2/artifacts/student/config.json") == b"{}"
     assert made[0]["endpoint_url"] == "http://seaweedfs.kubeflow:9000"
     assert "endpoint_url" not in made[-1]
+    assert {options["config_kwargs"]["retries"]["total_max_attempts"] for options in made} == {1}
 
 
 @pytest.mark.parametrize(
