@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable
 
-import typer
 from typing_extensions import override
 
 from skd_lib.bugs import explained
@@ -16,7 +15,7 @@ from skd_lib.uris import redacted_output
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a line, or several, with control characters shown instead of obeyed."""
-    typer.echo(visible(text), err=err)
+    print(visible(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def survive_any_encoding() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from skd_lib.cli import app
+from pipelines.cli import app
 from skd_lib.doctor import Grade
 from skd_lib.doctor_kubeflow import CONTROLLER, examine_kubeflow, retries
 

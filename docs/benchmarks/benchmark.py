@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.bench.cli import (
+from pipelines.cli.bench import (
     Acceptance,
     BatchSize,
     Device,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from pipelines.cli import app
 from skd_lib.bench import baselines
 from skd_lib.bench.sampling import bench_sampling, render
 from skd_lib.bench.setup import Settings
-from skd_lib.cli import app
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder

@@ -189,7 +189,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTin
 
 
 def skd_run(folder: Path, config: str, tag: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "skd_lib.cli", "run", folder / config, "--docker", "--image", tag, "--runs-dir", folder / "runs"]
+    command = ["-m", "pipelines.cli", "run", folder / config, "--docker", "--image", tag, "--runs-dir", folder / "runs"]
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,

@@ -198,7 +198,7 @@ def test_no_manifest_holds_a_secret():
 def test_the_triggers_options_exist():
     from typer.main import get_command
 
-    from skd_lib.cli import app
+    from pipelines.cli import app
 
     (container,) = only("CronJob", manifests("base"))["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     command = get_command(app).commands["trigger"]  # type: ignore[attr-defined]

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.compiling import compiled_path
 from pipelines.submitting.api import KubeflowPipelines, Unsettled
 from pipelines.submitting.credentials import Anonymous, Auth, Secret, find_credentials
 from pipelines.submitting.schedules import with_seconds
 from pipelines.submitting.submit import Package, Place, Submission
 from skd_lib import __version__
-from skd_lib.cli import app
 from skd_lib.config import RunConfig, load_config
 from skd_lib.errors import SkdError, SkdErrors
 from tests.kubeflow import small

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.submitting.submit import Package, Place, Submission
-from skd_lib.cli import app
 from skd_lib.compare.config import load_compare
 from skd_lib.compare.plan import MOST_TRIALS_ON_A_CLUSTER, from_parameters, plan, to_parameters
 from skd_lib.config import RunConfig

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMo
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     runs = str(folder / "runs")
     done = subprocess.run(
-        [sys.executable, "-m", "skd_lib.cli", "compare", str(folder / "compare.yaml"), "--runs-dir", runs],
+        [sys.executable, "-m", "pipelines.cli", "compare", str(folder / "compare.yaml"), "--runs-dir", runs],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
         capture_output=True,

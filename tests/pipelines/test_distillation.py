@@ -64,7 +64,7 @@ class Workplace:
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "skd_lib.cli", "run", str(self.config), "--runs-dir", str(self.folder / "runs")],
+            [sys.executable, "-m", "pipelines.cli", "run", str(self.config), "--runs-dir", str(self.folder / "runs")],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
             stdout=subprocess.PIPE,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from skd_lib.cli import app
+from pipelines.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.specdec.result import SpecdecResult
 from tests.conftest import SaveTinyModel

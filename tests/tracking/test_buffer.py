@@ -18,8 +18,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from typer.testing import CliRunner
 
+from pipelines.cli import app
 from skd_lib import storage
-from skd_lib.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.steps import finish
 from skd_lib.tracking import link

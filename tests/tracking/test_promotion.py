@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from skd_lib.cli import app
+from pipelines.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.tracking import champions
 from skd_lib.tracking.champions import Reign, line

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-import skd_lib.cli
+import pipelines.cli
 from pipelines.submitting.submit import Package, Place, Submission
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdErrors
@@ -79,11 +79,11 @@ def test_commands(
     places = {"CONFIG": "run.json", "FILE": "left.jsonl", "HOST": f"ftp://bob:{PASSWORD}@127.0.0.1:9"}
     arguments = [places.get(word, word) for word in command]
     # Each message is clean by itself, and `main` cleans what it prints.
-    alone = CliRunner().invoke(skd_lib.cli.app, [*arguments, "--tracking-uri", uri])
+    alone = CliRunner().invoke(pipelines.cli.app, [*arguments, "--tracking-uri", uri])
     assert PASSWORD not in alone.output + str(alone.exception)
     monkeypatch.setattr(sys, "argv", ["skd", *arguments, "--tracking-uri", uri])
     with pytest.raises(SystemExit):
-        skd_lib.cli.main()
+        pipelines.cli.main()
     out, errors = capsys.readouterr()
     assert PASSWORD not in out + errors
     assert out + errors

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines.cli import registry
+from pipelines.cli.bench import bench
+from pipelines.cli.compare import compare
+from pipelines.cli.specdec import specdec
+
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
-from pipelines.submitting.cli import Set, submit
-from pipelines.triggering.cli import trigger
+from pipelines.cli.submit import Set, submit
+from pipelines.cli.trigger import trigger
 from skd_lib import __version__
-from skd_lib.bench.cli import bench
-from skd_lib.compare.cli import compare
 from skd_lib.errors import SkdError
 from skd_lib.report.untrusted import visible
-from skd_lib.specdec.cli import specdec
 from skd_lib.terminal import run_command, say
-from skd_lib.tracking import cli as tracking
 from skd_lib.uris import default_store, how_to_look, shown, sqlite_file
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
-app.add_typer(tracking.track, name="track")
+app.add_typer(registry.track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(config, name="config")
 
@@ -425,7 +426,7 @@ def schema() -> None:
 
 
 app.command()(specdec)
-for command in (compare, submit, trigger, tracking.promote, tracking.rollback, tracking.lineage):
+for command in (compare, submit, trigger, registry.promote, registry.rollback, registry.lineage):
     app.command()(command)
 
 
@@ -439,7 +440,3 @@ def _short(path: Path) -> str:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.submitting.cli import (
+from pipelines.cli.submit import (
     Audience,
     AuthKind,
     Experiment,
