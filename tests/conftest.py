@@ -242,7 +242,7 @@ def skd(
     compile_once: Callable[..., list[dict[str, Any]]],
 ) -> Skd:
     """Runs `skd ARGUMENTS` in this process: to start one, with all it imports, takes longer than most commands."""
-    from skd_lib import cli
+    from pipelines import cli
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
