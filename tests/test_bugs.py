@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from skd_lib import cli
+from pipelines import cli
 from skd_lib.bugs import Bug, explained
 from skd_lib.console import Console
 from skd_lib.errors import Preempted, SkdError

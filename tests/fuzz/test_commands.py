@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_lib import cli
+from pipelines import cli
 from tests.fuzz.conftest import bounded, fuzz
 from tests.fuzz.test_configs import VALID
 
