@@ -2,7 +2,7 @@
 
 kfp's own Docker runner lets the engine remove a container when it ends, and takes one that is gone before it was asked
 how it ended for a successful one (`kfp/local/docker_task_handler.py`). Here a container stays until its exit code is
-known, and one that somebody else has removed has failed.
+known, and one that was removed from outside has failed.
 """
 
 from __future__ import annotations

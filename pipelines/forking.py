@@ -172,7 +172,7 @@ def _receive_request(server: socket.socket) -> tuple[str, list[str], dict[str, s
 
 
 def _send_number(to: socket.socket, number: int) -> None:
-    with suppress(ConnectionError):  # nobody wants to know any more
+    with suppress(ConnectionError):  # the caller has ended
         to.sendall(number.to_bytes(_NUMBER, "big", signed=True))
 
 

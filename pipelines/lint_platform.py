@@ -136,7 +136,7 @@ def _gpu_steps(spec: dict[str, Any], executors: dict[str, Any]) -> list[str]:
 
 
 def _secrets(documents: list[dict[str, Any]]) -> list[str]:
-    """Secrets are named, never contained: whoever may read a pipeline or a run could read them."""
+    """Find secrets whose values are in the pipeline: all who may read a pipeline or a run could read them."""
     spec = documents[0]
     problems = [
         f"executor {label}: environment variable {variable['name']} holds its value here, not in a Secret"

@@ -1,4 +1,4 @@
-"""Optimiser steps of this library, one at a time, for whoever compares them with those of others.
+"""Run optimiser steps of this library one at a time, to be compared with those of others.
 
     python own_worker.py request.json
 
