@@ -16,7 +16,7 @@ help: ## Show this list
 install: $(STAMP) ## Create the environment in .venv
 
 # Again whenever what is to be installed has changed.
-$(STAMP): pyproject.toml constraints/main.txt
+$(STAMP): pyproject.toml setup.py constraints/main.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
 	@echo "creating the environment in $(VENV); the first time this takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -64,7 +64,9 @@ format: $(STAMP) ## Put style right
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
+# mypy does not read setup.py: skd_kfp's two folders are linked for it.
 types: $(STAMP) ## Check types
+	mkdir -p build/types/skd_kfp && ln -sfn ../../../components ../../../pipelines build/types/skd_kfp/
 	$(BIN)/mypy
 	$(BIN)/mypy $(SCRIPTS)
 

@@ -1,15 +1,12 @@
-"""Which image each component runs, read from `images/digests.yaml`."""
+"""Which image each component runs, read from `components/digests.yaml`."""
 
-from importlib.resources import files
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from skd_lib.documents import parse_yaml
+from skd_lib._core.documents import parse_yaml
 
-# A source tree keeps the file beside the Dockerfiles; a wheel carries a copy in this package.
-SOURCE_TREE = Path(__file__).resolve().parent.parent
-IN_SOURCE_TREE = SOURCE_TREE / "images" / "digests.yaml"
+DIGESTS = Path(__file__).with_name("digests.yaml")
 
 
 class Image(BaseModel):
@@ -32,10 +29,9 @@ def parse_images(text: str, *, where: str = "digests.yaml") -> dict[str, Image]:
     return TypeAdapter(dict[str, Image]).validate_python(parse_yaml(text, where=where))
 
 
-def read_images(path: Path = IN_SOURCE_TREE) -> dict[str, Image]:
-    """All images by name; those of the wheel where there is no source tree."""
-    source = path if path.is_file() else files("components").joinpath("digests.yaml")
-    return parse_images(source.read_text(encoding="utf-8"))
+def read_images(path: Path = DIGESTS) -> dict[str, Image]:
+    """All images by name."""
+    return parse_images(path.read_text(encoding="utf-8"))
 
 
 TRAIN = read_images()["train"].reference

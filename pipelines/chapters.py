@@ -19,22 +19,22 @@ from typing import Any, NamedTuple
 
 from kfp import dsl
 
-from components.comet_score.component import comet_score
-from components.compare_table.component import compare_table
-from components.compare_variant.component import compare_variant
-from components.distill.component import distill
-from components.evaluate.component import evaluate
-from components.evaluate_champion.component import evaluate_champion
-from components.evaluate_student.component import evaluate_student
-from components.evaluate_teacher.component import evaluate_teacher
-from components.preflight.component import preflight
-from components.prepare_data.component import prepare_data
-from components.report.component import report
-from components.show.component import show
-from components.specdec_benchmark.component import specdec_benchmark
-from components.student_init.component import student_init
-from pipelines.profiles import Profile
-from pipelines.tasks import Settler
+from skd_kfp.components.comet_score.component import comet_score
+from skd_kfp.components.compare_table.component import compare_table
+from skd_kfp.components.compare_variant.component import compare_variant
+from skd_kfp.components.distill.component import distill
+from skd_kfp.components.evaluate.component import evaluate
+from skd_kfp.components.evaluate_champion.component import evaluate_champion
+from skd_kfp.components.evaluate_student.component import evaluate_student
+from skd_kfp.components.evaluate_teacher.component import evaluate_teacher
+from skd_kfp.components.preflight.component import preflight
+from skd_kfp.components.prepare_data.component import prepare_data
+from skd_kfp.components.report.component import report
+from skd_kfp.components.show.component import show
+from skd_kfp.components.specdec_benchmark.component import specdec_benchmark
+from skd_kfp.components.student_init.component import student_init
+from skd_kfp.pipelines.profiles import Profile
+from skd_kfp.pipelines.task_settings import Settler
 
 Chapter = Callable[..., dsl.PipelineTask]
 """A nested pipeline: called within another, it is a task of that."""

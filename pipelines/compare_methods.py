@@ -3,21 +3,21 @@
     prepare -> teacher -> compare
     exit handler: finish
 
-`prepare` and `compare` are chapters (`pipelines.chapters`), `teacher` is step teacher_sft. Compiled by `skd compile`
-into `pipelines/compiled/compare_methods.yaml`; `skd compare` runs the same definition on this machine, one trial after
-another.
+`prepare` and `compare` are chapters (`skd_kfp.pipelines.chapters`), `teacher` is step teacher_sft. Compiled by
+`skd compile` into `pipelines/compiled/compare_methods.yaml`; `skd compare` runs the same definition on this
+machine, one trial after another.
 """
 
 from typing import Any
 
 from kfp import dsl
 
-from components.finish.component import finish
-from components.teacher_sft.component import teacher_sft
-from pipelines import chapters
-from pipelines.places import CONFIG_MAP
-from pipelines.profiles import Profile
-from pipelines.tasks import Settler
+from skd_kfp.components.finish.component import finish
+from skd_kfp.components.teacher_sft.component import teacher_sft
+from skd_kfp.pipelines import chapters
+from skd_kfp.pipelines.places import CONFIG_MAP
+from skd_kfp.pipelines.profiles import Profile
+from skd_kfp.pipelines.task_settings import Settler
 
 HANDED_ON = {
     **dict.fromkeys(

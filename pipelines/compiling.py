@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from components.images import COMET, TRAIN
-from pipelines.graph import STEPS, producers
-from pipelines.lint_platform import lint_documents
-from pipelines.profiles import DEFAULT, load_profile
+from skd_kfp.components.images import COMET, TRAIN
+from skd_kfp.pipelines.graph import STEPS, producers
+from skd_kfp.pipelines.lint_platform import lint_documents
+from skd_kfp.pipelines.profiles import DEFAULT, load_profile
+from skd_lib._core.documents import parse_yaml_documents, read_text
 from skd_lib.config import RunConfig
-from skd_lib.documents import parse_yaml_documents, read_text
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
@@ -77,16 +77,16 @@ def compile_pipeline(
         image: Runs every step but COMET's in this image instead of the published one.
         comet_image: Likewise for COMET's step.
         name: One of `PIPELINES`.
-        profile: What the steps ask of the cluster, see `pipelines.profiles.load_profile`.
-        release: Insist on what must hold of a released pipeline, see `pipelines.lint_platform`.
+        profile: What the steps ask of the cluster, see `skd_kfp.pipelines.profiles.load_profile`.
+        release: Insist on what must hold of a released pipeline, see `skd_kfp.pipelines.lint_platform`.
 
     Raises:
         SkdError: there is no such profile.
-        SkdErrors: the profile has wrong fields, or the result breaks a rule of `pipelines.lint_platform`.
+        SkdErrors: the profile has wrong fields, or the result breaks a rule of `skd_kfp.pipelines.lint_platform`.
     """
     from kfp import compiler
 
-    pipeline = getattr(importlib.import_module(f"pipelines.{PIPELINES[name]}"), name)(load_profile(profile))
+    pipeline = getattr(importlib.import_module(f"skd_kfp.pipelines.{PIPELINES[name]}"), name)(load_profile(profile))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))

@@ -3,7 +3,7 @@
     prepare -> teacher -> student -> distil -> measure -> release
     exit handler: finish
 
-`prepare` and `measure` are chapters (`pipelines.chapters`), the others single steps: teacher_sft, student_init,
+`prepare` and `measure` are chapters (`skd_kfp.pipelines.chapters`), the others single steps: teacher_sft, student_init,
 distill, register_model. Compiled by `skd compile` into `pipelines/compiled/distillation.yaml` and, with a step for
 COMET, `distillation_comet.yaml`; `skd run` runs the same definition locally.
 """
@@ -12,15 +12,15 @@ from typing import Any
 
 from kfp import dsl
 
-from components.distill.component import distill
-from components.finish.component import finish
-from components.register_model.component import register_model
-from components.student_init.component import student_init
-from components.teacher_sft.component import teacher_sft
-from pipelines import chapters
-from pipelines.places import CONFIG_MAP
-from pipelines.profiles import Profile
-from pipelines.tasks import Settler
+from skd_kfp.components.distill.component import distill
+from skd_kfp.components.finish.component import finish
+from skd_kfp.components.register_model.component import register_model
+from skd_kfp.components.student_init.component import student_init
+from skd_kfp.components.teacher_sft.component import teacher_sft
+from skd_kfp.pipelines import chapters
+from skd_kfp.pipelines.places import CONFIG_MAP
+from skd_kfp.pipelines.profiles import Profile
+from skd_kfp.pipelines.task_settings import Settler
 from skd_lib.steps.preflight import NO_COMPARISON
 
 HANDED_ON = dict.fromkeys(

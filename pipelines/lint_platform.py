@@ -1,6 +1,6 @@
 """What must hold of a compiled pipeline as a cluster gets it: both documents together, by KFP's own definitions.
 
-`pipelines.lint` has the rules about references inside of the pipeline spec.
+`skd_kfp.pipelines.lint` has the rules about references inside of the pipeline spec.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineDeploymentConfig, PipelineSpec, PlatformSpec
 
-from pipelines.lint import lint
+from skd_kfp.pipelines.lint import lint
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a mount point in the container
 _DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")

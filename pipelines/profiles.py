@@ -128,7 +128,7 @@ class Profile(ConfigSection):
     data: Resources = Field(description="Steps that fetch models and data.")
     model: Resources = Field(description="Steps that load models: training, evaluation, the benchmark.")
     steps: dict[str, dict[str, Any]] = Field(
-        {}, description="By step the fields that differ from its kind's; see `pipelines.profiles.KINDS`."
+        {}, description="By step the fields that differ from its kind's; see `skd_kfp.pipelines.profiles.KINDS`."
     )
 
     @property

@@ -144,11 +144,11 @@ def tiny_model() -> TinyModel:
 
 @pytest.fixture(scope="session")
 def compile_once() -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """`pipelines.compiling.compile_pipeline`, which compiles the same only once in all tests of this process.
+    """`skd_kfp.pipelines.compiling.compile_pipeline`, which compiles the same only once in all tests of this process.
 
     In a thread of its own: at each step KFP reads the source of every caller, and pytest's are many.
     """
-    from pipelines.compiling import compile_pipeline
+    from skd_kfp.pipelines.compiling import compile_pipeline
 
     with ThreadPoolExecutor(1) as thread:
 
@@ -242,12 +242,12 @@ def skd(
     compile_once: Callable[..., list[dict[str, Any]]],
 ) -> Skd:
     """Runs `skd ARGUMENTS` in this process: to start one, with all it imports, takes longer than most commands."""
-    from pipelines import cli
+    from skd_kfp.pipelines import cli
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("pipelines.compiling.compile_pipeline", compile_once)
+    monkeypatch.setattr("skd_kfp.pipelines.compiling.compile_pipeline", compile_once)
 
     def run(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["skd", *map(str, arguments)])

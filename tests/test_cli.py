@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from skd_lib.config import RunConfig
-from skd_lib.fields import list_fields
+from skd_lib.config.fields import list_fields
 from tests.conftest import ROOT, Done, Skd
 
 DEMO = ROOT / "pipelines/configs/demo.yaml"
@@ -25,14 +25,14 @@ def start(*arguments: str) -> Done:
 
 
 def test_version():
-    done = start("-m", "pipelines.cli", "--version")
+    done = start("-m", "skd_kfp.pipelines.cli", "--version")
     assert done.returncode == 0
     assert re.fullmatch(r"skd \d+\.\d+\.\d+\n", done.stdout)
 
 
 def test_help_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'mlflow', 'kfp', 'pandas', 'numpy'}"
-    run = "import sys, pipelines.cli\nsys.argv = ['skd', '--help']\ntry: pipelines.cli.main()\n"
+    run = "import sys, skd_kfp.pipelines.cli\nsys.argv = ['skd', '--help']\ntry: skd_kfp.pipelines.cli.main()\n"
     done = start("-c", f"{run}finally: print(sorted({heavy} & set(sys.modules)))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("[]\n")
@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_an_error_is_the_processes_exit_code():
-    done = start("-m", "pipelines.cli", "run", "missing.yaml")
+    done = start("-m", "skd_kfp.pipelines.cli", "run", "missing.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: missing.yaml: cannot be read" in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,8 +13,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from skd_lib.compare.config import CompareConfig, load_compare
-from skd_lib.compare.plan import MOST_TRIALS_ON_A_CLUSTER, plan
+from skd_lib.comparison.config import CompareConfig, load_compare
+from skd_lib.comparison.plan import MOST_TRIALS_ON_A_CLUSTER, plan
 from skd_lib.config import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, parse_section
 from skd_lib.sampling.reference import interleave
 

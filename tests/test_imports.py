@@ -13,7 +13,12 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for folder in ("skd_lib", "components") for path in (ROOT / folder).rglob("*.py"))
 COMMAND_LINES = ("skd_lib/steps/", "skd_lib/multinode/node.py")
 """Where typer may be imported: processes of their own."""
-CORE = ("skd_lib/sampling/", "skd_lib/divergences.py", "skd_lib/losses.py", "skd_lib/teacher_signals.py")
+CORE = (
+    "skd_lib/sampling/",
+    "skd_lib/distillation/divergences.py",
+    "skd_lib/distillation/loss.py",
+    "skd_lib/distillation/teacher_signal.py",
+)
 """The algorithm: for people who want nothing else."""
 CORE_NEEDS = {"torch", "transformers", "numpy", "typing_extensions", "skd_lib"}
 

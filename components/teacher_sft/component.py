@@ -2,8 +2,8 @@
 
 from kfp import dsl
 
-from components.command import run_step
-from components.images import TRAIN
+from skd_kfp.components.command import run_step
+from skd_kfp.components.images import TRAIN
 
 
 @dsl.container_component

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.bench import (
+from skd_kfp.pipelines.cli.bench import (
     Acceptance,
     BatchSize,
     Device,
@@ -27,8 +27,8 @@ from pipelines.cli.bench import (
     Teacher,
     TopK,
 )
+from skd_lib._core.terminal import run_command
 from skd_lib.bench.setup import Settings, k_for, show, with_progress
-from skd_lib.terminal import run_command
 
 app = typer.Typer(
     help="The benchmarks of docs/benchmarks.md that are not a command of `skd`.",

@@ -29,13 +29,13 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_for
-from skd_lib.cache import default_cache_dir
-from skd_lib.environments import Tool, make_environment
 from skd_lib.errors import SkdError
-from skd_lib.memory import GIB
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.loading import default_device
 from skd_lib.models.precision import compute_dtype
+from skd_lib.preflight.memory import GIB
+from skd_lib.storage.cache import default_cache_dir
+from skd_lib.storage.environments import Tool, make_environment
 
 TRL = Tool("trl", "TRL", "trl")
 HERE = Path(__file__).resolve().parent

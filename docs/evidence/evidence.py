@@ -19,8 +19,8 @@ from prepare import prepare as write_start
 from problems import ProblemSpace
 from records import collect as write_records
 from records import read_curves, read_runs
+from skd_lib._core.terminal import run_command
 from skd_lib.storage import write_text_atomic
-from skd_lib.terminal import run_command
 
 FOLDER = Path("docs/evidence")
 
@@ -48,7 +48,7 @@ def prepare(
 ) -> None:
     """Make arithmetic problems with written-out solutions, a teacher of random weights and a pre-trained student.
 
-    `pipelines/configs/evidence/arithmetic.yaml` starts from what this writes with its defaults.
+    `docs/evidence/configs/arithmetic.yaml` starts from what this writes with its defaults.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # minutes of pre-training
     space = ProblemSpace(largest=largest)

@@ -1,4 +1,4 @@
-"""The images' digests and locked dependencies: `images/digests.yaml` and the files `requirements.txt`.
+"""The images' digests and locked dependencies: `components/digests.yaml` and the files `requirements.txt`.
 
     python images/tools/image_tools.py --help
 
@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from components.images import IN_SOURCE_TREE, read_images
 from locks import LOCKS, locked_versions, write_lock
+from skd_kfp.components.images import DIGESTS, read_images
+from skd_lib._core.terminal import run_command
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.terminal import run_command
 
 app = typer.Typer(
     help="The pipelines' images: digests, locks.",
@@ -26,11 +26,11 @@ app = typer.Typer(
 )
 
 Names = Annotated[list[str] | None, typer.Argument(help="Images, e.g. train.", show_default="all")]
-File = Annotated[Path, typer.Option(help="The file.", show_default="images/digests.yaml of the source tree")]
+File = Annotated[Path, typer.Option(help="The file.", show_default="components/digests.yaml of the source tree")]
 
 
 @app.command()
-def show(file: File = IN_SOURCE_TREE) -> None:
+def show(file: File = DIGESTS) -> None:
     """Print which image each pod would pull. The registry is not asked."""
     for name, image in read_images(file).items():
         typer.echo(f"{name:<9} {image.version:<9} {image.reference}{'' if image.digest else '  (not pinned)'}")
@@ -42,7 +42,7 @@ def pin(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if a pinned digest is not the registry's.")
     ] = False,
-    file: File = IN_SOURCE_TREE,
+    file: File = DIGESTS,
 ) -> None:
     """Ask the registries for the digests of the images' version tags, and write them to the file.
 

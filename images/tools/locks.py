@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.images import SOURCE_TREE
 from skd_lib.errors import SkdError
 from skd_lib.storage import write_text_atomic
 
+ROOT = Path(__file__).resolve().parents[2]
 OWN_INDEX = re.compile(r"torch|triton|(nvidia|cuda)-.+")
 """Packages that come from torch's index."""
 HEADER = "# Locked by `make lock`. Do not edit.\n"
@@ -48,13 +48,13 @@ class Lock:
 
 LOCKS = {
     "train": Lock("images/train/requirements.txt", "constraints/main.txt", ("training", "tracking", "s3")),
-    "comet": Lock("images/comet/requirements.txt", "constraints/comet.txt", ("comet",)),
+    "comet": Lock("images/comet/requirements.txt", "skd_lib/evaluation/comet/constraints.txt", ("comet",)),
     "pipeline": Lock("images/pipeline/requirements.txt", "constraints/main.txt", ("pipelines", "trigger")),
     "build": Lock("images/build.txt", group="images"),
 }
 
 
-def write_lock(lock: Lock, root: Path = SOURCE_TREE) -> Path:
+def write_lock(lock: Lock, root: Path = ROOT) -> Path:
     """Resolve and write one lock file; nothing is installed, and only metadata is fetched.
 
     Raises:

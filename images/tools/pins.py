@@ -1,24 +1,24 @@
-"""`images/digests.yaml`: which digest each published image has, kept in step with the registry."""
+"""`components/digests.yaml`: which digest each published image has, kept in step with the registry."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from components.images import IN_SOURCE_TREE, Image, parse_images
 from registry import registry_digest
+from skd_kfp.components.images import DIGESTS, Image, parse_images
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.storage import write_text_atomic
 
 
-def load(path: Path = IN_SOURCE_TREE) -> dict[str, Image]:
+def load(path: Path = DIGESTS) -> dict[str, Image]:
     """The images of a source tree.
 
     Raises:
         SkdError: there is no such file.
     """
     if not path.is_file():
-        raise SkdError("there is no such file", where=str(path), hint="name images/digests.yaml of a source tree")
+        raise SkdError("there is no such file", where=str(path), hint="name components/digests.yaml of a source tree")
     return parse_images(path.read_text(encoding="utf-8"))
 
 

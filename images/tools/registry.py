@@ -10,7 +10,7 @@ from docker import auth as docker_auth
 from dxf import DXF
 from dxf.exceptions import DXFError
 
-from components.images import Image
+from skd_kfp.components.images import Image
 from skd_lib.errors import SkdError
 
 TIMEOUT_SECONDS = 30.0

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli import registry
-from pipelines.cli.bench import bench
-from pipelines.cli.compare import compare
-from pipelines.cli.specdec import specdec
+from skd_kfp.pipelines.cli import registry
+from skd_kfp.pipelines.cli.bench import bench
+from skd_kfp.pipelines.cli.compare import compare
+from skd_kfp.pipelines.cli.specdec import specdec
 
 # `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
-from pipelines.cli.submit import Set, submit
-from pipelines.cli.trigger import trigger
+from skd_kfp.pipelines.cli.submit import Set, submit
+from skd_kfp.pipelines.cli.trigger import trigger
 from skd_lib import __version__
+from skd_lib._core.terminal import run_command, say
+from skd_lib._core.untrusted import visible
+from skd_lib._core.uris import default_store, how_to_look, shown, sqlite_file
 from skd_lib.errors import SkdError
-from skd_lib.report.untrusted import visible
-from skd_lib.terminal import run_command, say
-from skd_lib.uris import default_store, how_to_look, shown, sqlite_file
 
 if TYPE_CHECKING:
-    from pipelines.containers import Containers
-    from pipelines.local import LocalRun, RunFolder
+    from skd_kfp.pipelines.local.containers import Containers
+    from skd_kfp.pipelines.local.runner import LocalRun, RunFolder
+    from skd_lib._core.console import Console
     from skd_lib.config import RunConfig
-    from skd_lib.console import Console
 
 app = typer.Typer(
     help="Speculative Knowledge Distillation as a Kubeflow pipeline, in a cluster or on this machine.",
@@ -124,9 +124,9 @@ def run(
     The steps are those of the cluster, as child processes or, with --docker, as containers. Running again reuses
     finished steps whose inputs have not changed, and resumes training from its last checkpoint.
     """
+    from skd_lib._core.console import Console
     from skd_lib.config import load_config, parse_overrides, refuse_multinode
     from skd_lib.config.names import check_experiment, checked
-    from skd_lib.console import Console
 
     checked("--experiment", check_experiment, experiment)
     settings = load_config(config, parse_overrides(changes or ()))
@@ -141,13 +141,13 @@ def run(
         _print_plan(console, settings, runs_dir / settings.name, uri)
         return
 
-    from pipelines.stopping import ends_told, same_command
+    from skd_kfp.pipelines.local.stopping import ends_told, same_command
 
     with ends_told(same_command()):
-        from pipelines.compiling import compile_pipeline, pipeline_for
-        from pipelines.graph import read_steps
-        from pipelines.local import RunFolder, run_pipeline
-        from pipelines.progress import display_for
+        from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
+        from skd_kfp.pipelines.graph import read_steps
+        from skd_kfp.pipelines.local.progress import display_for
+        from skd_kfp.pipelines.local.runner import RunFolder, run_pipeline
 
         documents = compile_pipeline(image, comet_image, name=pipeline_for(settings))
         steps = len(read_steps(documents[0]))
@@ -173,8 +173,8 @@ def _containers(
     config: RunConfig, folder: RunFolder, image: str | None, comet_image: str | None, tracking_uri: str
 ) -> Containers:
     """What runs the steps in their images."""
-    from components.images import COMET, TRAIN
-    from pipelines.containers import Containers, connect, find_image, inputs_of
+    from skd_kfp.components.images import COMET, TRAIN
+    from skd_kfp.pipelines.local.containers import Containers, connect, find_image, inputs_of
 
     client = connect()
     needed = [image or TRAIN, *([comet_image or COMET] if config.task.wants_comet else [])]
@@ -191,8 +191,8 @@ def _containers(
 def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri: str) -> None:
     from rich.table import Table
 
-    from pipelines.compiling import compile_pipeline, pipeline_for
-    from pipelines.graph import read_steps
+    from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
+    from skd_kfp.pipelines.graph import read_steps
 
     table = Table("step", "runs", "after", title=f"run {config.name}", title_justify="left", box=None)
     for step in read_steps(compile_pipeline(name=pipeline_for(config))[0]):
@@ -213,7 +213,7 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
     """The table, where things are, and what to type next."""
     from skd_lib.config import parse_section
-    from skd_lib.records import RECORD, SAMPLES
+    from skd_lib.models.records import RECORD, SAMPLES
     from skd_lib.report.page import write_page
     from skd_lib.report.render import render
     from skd_lib.report.samples import read_samples
@@ -288,7 +288,7 @@ def compile_(
 
     With --check every profile is compiled and checked, too.
     """
-    from pipelines.compiling import (
+    from skd_kfp.pipelines.compiling import (
         PIPELINES,
         check_compiled,
         compile_pipeline,
@@ -296,8 +296,8 @@ def compile_(
         images_of,
         write_compiled,
     )
-    from pipelines.profiles import DEFAULT, profile_names
-    from pipelines.sizes import of_compiled
+    from skd_kfp.pipelines.kubeflow.sizes import of_compiled
+    from skd_kfp.pipelines.profiles import DEFAULT, profile_names
 
     if pipeline not in (None, *PIPELINES):
         raise SkdError(f"there is no pipeline {pipeline!r}", where="--pipeline", hint=f"one of {', '.join(PIPELINES)}")
@@ -388,9 +388,9 @@ def doctor(
     namespace: Annotated[str, typer.Option(help="With --kubeflow: where Kubeflow Pipelines is.")] = "kubeflow",
 ) -> None:
     """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails."""
-    from skd_lib.console import Console
-    from skd_lib.doctor import Grade, examine, render
-    from skd_lib.doctor_kubeflow import examine_kubeflow
+    from skd_lib._core.console import Console
+    from skd_lib.preflight.cluster import examine_kubeflow
+    from skd_lib.preflight.machine import Grade, examine, render
 
     uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
     findings = [*examine(runs_dir, uri), *(examine_kubeflow(namespace) if kubeflow else [])]
@@ -405,7 +405,7 @@ def list_config(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     from skd_lib.config import RunConfig
-    from skd_lib.fields import list_fields
+    from skd_lib.config.fields import list_fields
 
     for field in list_fields(RunConfig):
         say(f"{field.path}: {field.type}{field.default}")

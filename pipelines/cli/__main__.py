@@ -1,5 +1,5 @@
-"""`python -m pipelines.cli` is `skd`."""
+"""`python -m skd_kfp.pipelines.cli` is `skd`."""
 
-from pipelines.cli import main
+from skd_kfp.pipelines.cli import main
 
 main()

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skd_lib._core.terminal import say
+from skd_lib._core.uris import default_store, how_to_look
 from skd_lib.errors import SkdError
-from skd_lib.terminal import say
-from skd_lib.uris import default_store, how_to_look
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
 if TYPE_CHECKING:
-    from pipelines.graph import Step
-    from pipelines.local import LocalRun, RunFolder
-    from skd_lib.compare.config import CompareConfig
-    from skd_lib.compare.plan import Plan
-    from skd_lib.console import Console
+    from skd_kfp.pipelines.graph import Step
+    from skd_kfp.pipelines.local.runner import LocalRun, RunFolder
+    from skd_lib._core.console import Console
+    from skd_lib.comparison.config import CompareConfig
+    from skd_lib.comparison.plan import Plan
 
 TABLES, COMPARISON, TRIALS = "comparison.md", "comparison.json", "runs.csv"
 """Files of a comparison, in its folder as among the artifacts of its MLflow run."""
@@ -53,10 +53,10 @@ def compare(
     a comparison that was stopped goes on, and one that has got another variant or seed runs that alone. A run that
     fails does not keep the others from the table; it is tried again when the comparison is run again.
     """
-    from skd_lib.compare.config import load_compare
-    from skd_lib.compare.plan import plan, to_parameters
+    from skd_lib._core.console import Console
+    from skd_lib.comparison.config import load_compare
+    from skd_lib.comparison.plan import plan, to_parameters
     from skd_lib.config.names import check_experiment, checked
-    from skd_lib.console import Console
 
     checked("--experiment", check_experiment, experiment)
     settings, base = load_compare(config)
@@ -72,13 +72,13 @@ def compare(
     if as_json:
         raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
 
-    from pipelines.stopping import ends_told, same_command
+    from skd_kfp.pipelines.local.stopping import ends_told, same_command
 
     with ends_told(same_command()):
-        from pipelines.comparing import run_comparison
-        from pipelines.compiling import compile_pipeline
-        from pipelines.local import RunFolder
-        from pipelines.progress import display_for
+        from skd_kfp.pipelines.compiling import compile_pipeline
+        from skd_kfp.pipelines.local.comparison import run_comparison
+        from skd_kfp.pipelines.local.progress import display_for
+        from skd_kfp.pipelines.local.runner import RunFolder
 
         folder = RunFolder.create(runs_dir, settings.name)
         finished = run_comparison(
@@ -97,8 +97,8 @@ def compare(
 def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
     from rich.table import Table
 
-    from pipelines.compiling import compile_pipeline
-    from pipelines.graph import read_steps
+    from skd_kfp.pipelines.compiling import compile_pipeline
+    from skd_kfp.pipelines.graph import read_steps
 
     settings, base, trials = plan.compare, plan.base, plan.trials
     table = Table("variant", "method", "student from", "what differs", title=f"comparison {settings.name}", box=None)
@@ -135,8 +135,8 @@ def _remark(step: Step, settings: CompareConfig) -> str:
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
     """The tables, where things are, and what to type next."""
-    from skd_lib.compare.render import render
-    from skd_lib.compare.result import Comparison
+    from skd_lib.comparison.render import render
+    from skd_lib.comparison.result import Comparison
     from skd_lib.config import parse_section
 
     outputs = {name: Path(uri) for name, uri in run.outputs["compare_table"].items()}

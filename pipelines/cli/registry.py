@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skd_lib._core.terminal import say
+from skd_lib._core.uris import default_store
 from skd_lib.errors import SkdError
-from skd_lib.terminal import say
-from skd_lib.uris import default_store
 
 if TYPE_CHECKING:
     from skd_lib.tracking.promotion import Move
@@ -76,7 +76,7 @@ def lineage(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Show where a registered version comes from: weights, teacher, data, settings, code, images, pipeline run."""
-    from skd_lib.console import Console
+    from skd_lib._core.console import Console
     from skd_lib.tracking.lineage import trace
     from skd_lib.tracking.render import render
 

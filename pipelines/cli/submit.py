@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 
 import typer
 
-from pipelines.submitting.credentials import Auth
+from skd_kfp.pipelines.kubeflow.auth import Auth
+from skd_lib._core.terminal import say
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
 from skd_lib.steps.mounted import VOLUMES
-from skd_lib.terminal import say
-from skd_lib.uris import shown
 
 if TYPE_CHECKING:
-    from pipelines.submitting.api import KubeflowPipelines
+    from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
@@ -98,8 +98,8 @@ class Server:
         Raises:
             SkdError: the host or the credentials are missing.
         """
-        from pipelines.submitting.api import KubeflowPipelines
-        from pipelines.submitting.credentials import find_credentials
+        from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
+        from skd_kfp.pipelines.kubeflow.auth import find_credentials
 
         if not _is_url(self.host):
             raise SkdError(
@@ -133,7 +133,7 @@ def check_names(name: str, experiment: str, mlflow_experiment: str, settings: st
     Raises:
         SkdError: a name could not be one.
     """
-    from skd_lib.ascii_json import may_be_changed
+    from skd_lib._core.ascii_json import may_be_changed
     from skd_lib.config.names import check_experiment, check_line, checked
 
     if name:
@@ -182,11 +182,11 @@ def submit(
     The compiled pipeline is uploaded where the server does not have it yet. With --wait Ctrl-C ends the waiting, not
     the run.
     """
-    from pipelines.compiling import compiled_path, pipeline_for
-    from pipelines.submitting.schedules import described, with_seconds
-    from pipelines.submitting.submit import Package, Place, Submission
-    from skd_lib.compare.config import is_comparison, load_compare
-    from skd_lib.compare.plan import plan
+    from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
+    from skd_kfp.pipelines.kubeflow.schedules import described, with_seconds
+    from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
+    from skd_lib.comparison.config import is_comparison, load_compare
+    from skd_lib.comparison.plan import plan
     from skd_lib.config import load_config, parse_overrides
 
     check_names(name, experiment, mlflow_experiment, settings)
@@ -221,8 +221,8 @@ def submit(
 
 
 def _wait(api: KubeflowPipelines, run_id: str, spec: dict[str, Any]) -> None:
-    from pipelines.graph import read_steps
-    from pipelines.submitting.follow import ending, follow
+    from skd_kfp.pipelines.graph import read_steps
+    from skd_kfp.pipelines.kubeflow.follow import ending, follow
 
     try:
         followed = follow(api, run_id, spec, read_steps(spec), say)

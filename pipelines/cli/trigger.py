@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.submit import (
+from skd_kfp.pipelines.cli.submit import (
     Audience,
     AuthKind,
     Experiment,
@@ -25,9 +25,9 @@ from pipelines.cli.submit import (
     UiHost,
     check_names,
 )
-from pipelines.submitting.credentials import Auth
+from skd_kfp.pipelines.kubeflow.auth import Auth
+from skd_lib._core.terminal import VisibleFormatter, say
 from skd_lib.errors import SkdError
-from skd_lib.terminal import VisibleFormatter, say
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
@@ -104,9 +104,9 @@ def trigger(
     the server does not answer, another process holds the claim, or it is not known whether a run started; 70 a bug of
     skd. How the run ends is not waited for.
     """
-    from pipelines.compiling import compiled_path, pipeline_for
-    from pipelines.submitting.submit import Package, Place
-    from pipelines.triggering.trigger import Trigger, check_source
+    from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
+    from skd_kfp.pipelines.kubeflow.submit import Package, Place
+    from skd_kfp.pipelines.kubeflow.trigger import Trigger, check_source
     from skd_lib.config import load_config
     from skd_lib.storage import is_remote
 
@@ -131,7 +131,7 @@ def trigger(
     package = Package.read(pipeline or compiled_path(pipeline_for(run_config)))
     bound = Trigger(run_config, package, place, server.connect(), claims, marker, attempts, tracking_uri)
     if listen is not None:
-        from pipelines.triggering.push import PushAuth, make_server, serve
+        from skd_kfp.pipelines.kubeflow.push import PushAuth, make_server, serve
 
         handler = logging.StreamHandler()
         handler.setFormatter(VisibleFormatter("%(levelname)s %(message)s"))

@@ -3,6 +3,11 @@
 Every field is documented where it is defined, a module for each part of the file.
 """
 
+from skd_lib._core.documents import parse_json
+from skd_lib.config._base import ConfigSection, Section
+from skd_lib.config._overrides import Overrides, apply, parse_overrides
+from skd_lib.config._reading import parse_section, read_yaml
+from skd_lib.config._schedule import Count, Schedule
 from skd_lib.config.data import (
     Columns,
     DataConfig,
@@ -16,13 +21,9 @@ from skd_lib.config.data import (
     HubSource,
 )
 from skd_lib.config.distill import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, SamplingParams
-from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
-from skd_lib.config.measuring import EvaluationConfig, JudgeConfig, RegistryConfig, SpecdecConfig
-from skd_lib.config.overrides import Overrides, apply, parse_overrides
-from skd_lib.config.reading import parse_section, read_yaml
+from skd_lib.config.evaluation import EvaluationConfig, JudgeConfig, RegistryConfig, SpecdecConfig
+from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.run import RunConfig, load_config, refuse_multinode
-from skd_lib.config.schedule import Count, Schedule
-from skd_lib.config.section import ConfigSection, Section
 from skd_lib.config.task import LOWER_IS_BETTER, AnswerKind, MetricName, TaskConfig
 from skd_lib.config.training import (
     DistillTrainingConfig,
@@ -32,7 +33,6 @@ from skd_lib.config.training import (
     TeacherPrecision,
     TrainingConfig,
 )
-from skd_lib.documents import parse_json
 
 __all__ = [
     "LOWER_IS_BETTER",

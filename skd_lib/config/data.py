@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from skd_lib.config._base import ConfigSection
 from skd_lib.config.names import check_not_blank
-from skd_lib.config.section import ConfigSection
 from skd_lib.config.task import TaskConfig
 from skd_lib.errors import SkdError
 from skd_lib.storage import check_kind

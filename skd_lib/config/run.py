@@ -7,14 +7,14 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from skd_lib.config._base import ConfigSection
+from skd_lib.config._overrides import Overrides, apply
+from skd_lib.config._reading import check_unset, parse_section, read_yaml
+from skd_lib.config._schedule import Schedule
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig, InterleavedConfig
-from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
-from skd_lib.config.measuring import EvaluationConfig, RegistryConfig, SpecdecConfig
-from skd_lib.config.overrides import Overrides, apply
-from skd_lib.config.reading import check_unset, parse_section, read_yaml
-from skd_lib.config.schedule import Schedule
-from skd_lib.config.section import ConfigSection
+from skd_lib.config.evaluation import EvaluationConfig, RegistryConfig, SpecdecConfig
+from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.task import TaskConfig
 from skd_lib.errors import SkdError, SkdErrors
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from skd_lib.config._base import ConfigSection
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig
-from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
-from skd_lib.config.measuring import EvaluationConfig, RegistryConfig, SpecdecConfig
-from skd_lib.config.section import ConfigSection
+from skd_lib.config.evaluation import EvaluationConfig, RegistryConfig, SpecdecConfig
+from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.task import TaskConfig
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from skd_lib import tasks
-from skd_lib.config.reading import parse_section
-from skd_lib.config.section import ConfigSection
+from skd_lib.config import tasks
+from skd_lib.config._base import ConfigSection
+from skd_lib.config._reading import parse_section
 from skd_lib.errors import SkdError
 
 MetricName = Literal["chrf", "bleu", "comet", "rougeL", "rouge1", "rouge2", "accuracy", "perplexity", "judge"]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from skd_lib.config.section import ConfigSection
+from skd_lib.config._base import ConfigSection
 
 Quantity = Annotated[
     str,

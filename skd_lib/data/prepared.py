@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from skd_lib import storage
+from skd_lib._core.untrusted import visible
 from skd_lib.config import DataConfig
 from skd_lib.data import manifest, sources
 from skd_lib.data.examples import Example, read_jsonl, write_jsonl
 from skd_lib.data.splits import complaints, make_splits
 from skd_lib.errors import SkdError
-from skd_lib.report.untrusted import visible
 
 SPLITS = ("train_teacher", "train_student", "validation", "test")
 HELD_OUT = "held_out"

@@ -11,11 +11,11 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any, NoReturn
 
+from skd_lib._core.untrusted import visible
 from skd_lib.config import Columns
 from skd_lib.config.data import PLACE, columns_of
 from skd_lib.data.examples import Example, make_example
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.report.untrusted import visible
 
 MAX_PROBLEMS = 20
 _ALIKE = 3

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from skd_lib._core.events import Progress
 from skd_lib.config import SamplingParams, TaskConfig
 from skd_lib.data.tokenize import TokenizedExample, decode_answer, encode_prompt
 from skd_lib.evaluation.inference import ending_ids
-from skd_lib.events import Progress
 from skd_lib.models.heads import embedding_rows
 from skd_lib.models.special_ids import pad_id
 from skd_lib.models.vocabulary import check_ids

@@ -16,10 +16,10 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from skd_lib._core.events import Progress
 from skd_lib.config import JudgeConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.metrics import Measured, ratio
-from skd_lib.events import Progress
 
 KEY = "SKD_JUDGE_API_KEY"
 LOWEST, HIGHEST = 1.0, 10.0

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skd_lib.batches import collate, response_states
+from skd_lib._core.events import Progress
 from skd_lib.config import TaskConfig
 from skd_lib.data.examples import Example
 from skd_lib.data.tokenize import answer_end_id, encode
-from skd_lib.events import Progress
-from skd_lib.losses import cross_entropy_sum
+from skd_lib.distillation.batch import collate, response_states
+from skd_lib.distillation.loss import cross_entropy_sum
 from skd_lib.models.heads import embedding_rows
 from skd_lib.models.special_ids import pad_id
 from skd_lib.models.vocabulary import check_ids

@@ -24,9 +24,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from skd_lib import storage
-from skd_lib.cache import default_cache_dir
-from skd_lib.machine import usable_cores
+from skd_lib._core.machine import usable_cores
 from skd_lib.storage import StoredObject
+from skd_lib.storage.cache import default_cache_dir
 from skd_lib.storage.errors import local_errors
 
 MODEL_FILES = (

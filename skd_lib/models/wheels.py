@@ -9,9 +9,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from skd_lib.cache import cached_folder, default_cache_dir
 from skd_lib.errors import SkdError
 from skd_lib.storage import sha256 as file_sha256
+from skd_lib.storage.cache import cached_folder, default_cache_dir
 
 log = logging.getLogger(__name__)
 

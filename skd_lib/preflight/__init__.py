@@ -14,9 +14,7 @@ from skd_lib.preflight.champion import check_champion, check_readable
 from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
 from skd_lib.preflight.dates import check_date
-from skd_lib.preflight.models import check_adapters, check_comet, check_model, check_student, check_unread, cut_size
-from skd_lib.preflight.patience import check_answers, texts
-from skd_lib.preflight.surroundings import (
+from skd_lib.preflight.environment import (
     check_gpu,
     check_judge,
     check_memory,
@@ -27,6 +25,8 @@ from skd_lib.preflight.surroundings import (
     check_writable,
     in_cluster,
 )
+from skd_lib.preflight.models import check_adapters, check_comet, check_model, check_student, check_unread, cut_size
+from skd_lib.preflight.patience import check_answers, texts
 
 __all__ = ["Check", "PreflightReport", "run_checks"]
 

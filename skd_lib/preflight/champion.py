@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.environment import impatient
 from skd_lib.preflight.patience import bounded
-from skd_lib.preflight.surroundings import impatient
 
 if TYPE_CHECKING:
     from skd_lib.tracking.registry import Champion

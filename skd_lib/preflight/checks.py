@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from skd_lib.bugs import explained
+from skd_lib._core.bugs import explained
+from skd_lib._core.untrusted import visible
+from skd_lib._core.uris import redacted
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.report.untrusted import visible
-from skd_lib.uris import redacted
 
 if TYPE_CHECKING:
     from rich.table import Table

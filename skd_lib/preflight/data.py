@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, TaskConfig, TrainingConfig
+from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
-from skd_lib.methods import METHODS
 from skd_lib.preflight.checks import Checks, distinct
 from skd_lib.preflight.models import Model, check_cuts, check_positions, check_reach
 from skd_lib.preflight.templates import check_rendered_rows

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skd_lib.config import LoraConfig, RunConfig, Schedule, TaskConfig
+from skd_lib.distillation.methods import METHODS, unread_settings
 from skd_lib.errors import SkdError
-from skd_lib.methods import METHODS, unread_settings
 from skd_lib.models.fingerprint import short
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.templates import check_template
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from skd_lib.data.examples import Example
-    from skd_lib.memory import ModelSize
     from skd_lib.models.vocabulary import Findings
+    from skd_lib.preflight.memory import ModelSize
 
 _TRIED = 50
 """Prompts that are tokenised to find one that is too long, the longest texts first, or one that is not."""
@@ -103,12 +103,12 @@ def check_model(checks: Checks, role: str, reference: str, config: RunConfig) ->
 
 
 def _open_model(checks: Checks, role: str, reference: str, trust_remote_code: bool) -> Model:
-    from skd_lib.memory import skeleton_size
     from skd_lib.models.files import load_tokenizer
     from skd_lib.models.references import HubModel, StoredFolder, model_fingerprint, parse_reference, resolve_model
     from skd_lib.models.skeleton import skeleton
     from skd_lib.models.special_ids import stored_generation_config
     from skd_lib.models.vocabulary import check_rows
+    from skd_lib.preflight.memory import skeleton_size
 
     far = isinstance(parse_reference(reference), HubModel | StoredFolder)
     fingerprint = model_fingerprint(reference)
@@ -315,7 +315,7 @@ def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:
 
 def check_comet(checks: Checks, reference: str) -> None:
     """A run without COMET's scores is still a run: what is wrong with its model is no error."""
-    from skd_lib.comet.checkpoint import check_reference
+    from skd_lib.evaluation.comet.checkpoint import check_reference
 
     try:
         check_reference(reference)

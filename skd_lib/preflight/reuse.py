@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from skd_lib import events, storage
+from skd_lib import storage
+from skd_lib._core import events
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Check
 

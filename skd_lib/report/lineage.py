@@ -38,7 +38,7 @@ def lineage(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the student's lineage in words, with image and versions: those of its training, or else this process's.
 
     Args:
-        record: The lineage in the student's record (`skd_lib.records`).
+        record: The lineage in the student's record (`skd_lib.models.records`).
     """
     told = {name: str(record[key]) for key, name in _NAMES.items() if record.get(key) not in (None, "")}
     told |= {name: short(text) for name, text in told.items() if name in _MODEL_FINGERPRINTS}

@@ -1,7 +1,7 @@
 """What `register_model` needs of a run's figures, as one short parameter of the pipeline.
 
 Kubeflow keeps a parameter about a dozen times for each step that reads it, so this stays below 2 kB. What decides is
-exact; texts are cut off. It is JSON that arrives as it was sent (`skd_lib.ascii_json`).
+exact; texts are cut off. It is JSON that arrives as it was sent (`skd_lib._core.ascii_json`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from skd_lib.ascii_json import ascii_json
+from skd_lib._core.ascii_json import ascii_json
 from skd_lib.config import MetricName, RegistryConfig, Section, parse_section
 from skd_lib.errors import SkdError
 from skd_lib.report.summary import Comet, Scores, Specdec

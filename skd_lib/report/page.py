@@ -16,12 +16,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from skd_lib._core.untrusted import visible
 from skd_lib.data.losses import WARN_ABOVE
 from skd_lib.report import figures, viewer, views
 from skd_lib.report.render import FEW_REPLACED, loss_rows, same_output
 from skd_lib.report.samples import SampledSequence
 from skd_lib.report.summary import Summary
-from skd_lib.report.untrusted import visible
 from skd_lib.storage import write_text_atomic
 
 _TEMPLATES = Path(__file__).parent / "templates"

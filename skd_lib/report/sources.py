@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
-from skd_lib.records import SAMPLES
+from skd_lib.models.records import SAMPLES
 from skd_lib.report.samples import SampledSequence, read_samples
 from skd_lib.report.summary import Summary
-from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 
+from skd_lib._core.documents import read_text
 from skd_lib.config import Section, parse_section
-from skd_lib.documents import read_text
 from skd_lib.storage import write_text_atomic
 
 Role = Literal["teacher_base", "teacher", "student_before", "student_after"]

@@ -8,9 +8,9 @@ from itertools import groupby
 
 from markupsafe import Markup
 
+from skd_lib._core.untrusted import clipped, visible
 from skd_lib.report.charts import bars
 from skd_lib.report.samples import SampledSequence, SampledToken
-from skd_lib.report.untrusted import clipped, visible
 
 TOKENS_SHOWN = 240
 """Of each sequence: the page stays below a megabyte."""

@@ -14,17 +14,7 @@ from skd_lib.report.curves import groups
 from skd_lib.report.figures import plain
 from skd_lib.report.render import METRIC_NAMES, ROLE_NAMES, UNSURE, WITHHELD, duration
 from skd_lib.report.render import caution_lines as report_cautions
-from skd_lib.report.summary import (
-    Comparison,
-    Course,
-    Moment,
-    Percentiles,
-    Role,
-    Score,
-    Scores,
-    Specdec,
-    Summary,
-)
+from skd_lib.report.summary import Comparison, Course, Moment, Percentiles, Role, Score, Scores, Specdec, Summary
 
 MAIN_PAIRS: tuple[tuple[Role, Role], ...] = (
     ("student_after", "student_before"),

@@ -27,17 +27,10 @@ from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.modes import evaluating
 from skd_lib.models.supported import check_supported
 from skd_lib.sampling.acceptance import AcceptanceRule
-from skd_lib.sampling.cache import (
-    RowCache,
-    TokenCache,
-    position_limit,
-    prefill_positions,
-    prefilled,
-    stretches,
-)
+from skd_lib.sampling.cache import RowCache, TokenCache, position_limit, prefill_positions, prefilled, stretches
+from skd_lib.sampling.cuda_graphs import CudaGraphs, GraphedRounds
 from skd_lib.sampling.distributions import check_params, row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
-from skd_lib.sampling.graphs import CudaGraphs, GraphedRounds
 from skd_lib.sampling.round import CHANNELS, Interleaving
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
 from skd_lib.sampling.state import Output, Room, Rows, Task

@@ -1,7 +1,7 @@
 """One round of interleaved sampling: draft, verify, accept (Xu et al. 2025, algorithm 1), batched.
 
 `Interleaving.round` is a function of the rows and their uniform numbers, of static shapes, that never asks the device
-for a value: so a GPU can replay it as one CUDA graph (`skd_lib.sampling.graphs`). What it writes besides, into the
+for a value: so a GPU can replay it as one CUDA graph (`skd_lib.sampling.cuda_graphs`). What it writes besides, into the
 caches at and after a row's last token, is written again by whatever comes next.
 """
 

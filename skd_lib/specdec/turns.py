@@ -15,19 +15,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median, quantiles
 
-from skd_lib.seeds import derived
+from skd_lib._core.seeds import derived
 from skd_lib.specdec.blocks import Acceptance
 from skd_lib.specdec.decoding import Decoder, Pass, decode
 from skd_lib.specdec.plan import Plan
-from skd_lib.specdec.result import (
-    DraftLength,
-    Forwards,
-    Latency,
-    Percentiles,
-    Setting,
-    TeacherAlone,
-    Timed,
-)
+from skd_lib.specdec.result import DraftLength, Forwards, Latency, Percentiles, Setting, TeacherAlone, Timed
 from skd_lib.specdec.theory import ForwardTimes, expected_tokens, stretched
 from skd_lib.specdec.verification import Rounding, measured_rounding, verify_greedy
 

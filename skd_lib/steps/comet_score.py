@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib.ascii_json import ascii_json
+from skd_lib._core.ascii_json import ascii_json
+from skd_lib._core.untrusted import clipped
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.report.evaluations import PREDICTIONS, read_evaluations
 from skd_lib.report.summary import rounded
-from skd_lib.report.untrusted import clipped
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step
@@ -93,9 +93,9 @@ def _scored(
     Raises:
         SkdError: COMET or its model is not to be had.
     """
-    from skd_lib.comet.checkpoint import open_checkpoint
-    from skd_lib.comet.environment import comet_python
-    from skd_lib.comet.scoring import score_models
+    from skd_lib.evaluation.comet.checkpoint import open_checkpoint
+    from skd_lib.evaluation.comet.environment import comet_python
+    from skd_lib.evaluation.comet.scoring import score_models
 
     comet = settings.evaluation.comet
     result = score_models(

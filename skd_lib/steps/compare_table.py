@@ -43,7 +43,7 @@ def main(
     Evaluations and drafts belong to the trial whose label they hold, in whatever order they come. The means go to the
     pipeline's MLflow run too, as `VARIANT/METRIC`.
     """
-    from skd_lib.compare.table import TableConfig, collect
+    from skd_lib.comparison.table import TableConfig, collect
 
     table = parse_section(TableConfig, plan, where="--plan")
     settings = parse_section(StepConfig, config, where="--config")
@@ -52,9 +52,9 @@ def main(
     if not folders:
         raise SkdError("there is no trial to compare", where="--evaluations", hint="name the folder of one or more")
 
-    from skd_lib.compare.build import build_comparison
-    from skd_lib.compare.render import render, to_csv, to_markdown
-    from skd_lib.console import Console
+    from skd_lib._core.console import Console
+    from skd_lib.comparison.build import build_comparison
+    from skd_lib.comparison.render import render, to_csv, to_markdown
     from skd_lib.report.evaluations import read_evaluations
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run

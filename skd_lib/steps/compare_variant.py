@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skd_lib.compare.trials import Trial
+from skd_lib.comparison.trials import Trial
 from skd_lib.config import RunConfig, parse_json, parse_section
 from skd_lib.config.step import StepConfig
 from skd_lib.steps.preflight import step_config

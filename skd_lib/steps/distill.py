@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skd_lib._core.machine import peak_memory
 from skd_lib.config import DistillConfig, Schedule, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
+from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdErrors
-from skd_lib.machine import peak_memory
-from skd_lib.methods import METHODS
 from skd_lib.steps import fitting
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
@@ -45,7 +45,7 @@ def main(
     cross-entropy), `sft` (ground truth, without the teacher). A run that was killed goes on from its last checkpoint
     when it is started again. With `multinode` in the config the training is done by a TrainJob of Kubeflow Trainer.
 
-    The model's record (`skd_lib.records`) holds its lineage, the closing figures, curves of losses, rejection rate and
+    The model's record (`models.records`) holds its lineage, the closing figures, curves of losses, rejection rate and
     lengths, and a few training sequences.
     """
     own = parse_section(StepConfig, config, where="--config")
@@ -75,9 +75,9 @@ def main(
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import check_model_folder, load_tokenizer, weights_digest
+    from skd_lib.models.records import read_record, write_record
     from skd_lib.models.special_ids import take_over_ends
     from skd_lib.models.vocabulary import check_compatible
-    from skd_lib.records import read_record, write_record
     from skd_lib.report.samples import as_text, to_jsonl
     from skd_lib.tracking.runs import step_run
 

@@ -13,7 +13,7 @@ import typer
 
 from skd_lib.config import DataConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
-from skd_lib.records import copy_record, write_record
+from skd_lib.models.records import copy_record, write_record
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, run_step, step_name

@@ -166,7 +166,7 @@ def _as_drafts(
     teacher: Served, drafts: dict[str, Served], inputs: list[str], task: TaskConfig, config: SpecdecConfig, seed: int
 ) -> Rival:
     """Speed-ups of both, or why there are none."""
-    from skd_lib.events import Progress
+    from skd_lib._core.events import Progress
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.specdec.measure import measure
     from skd_lib.tracking.gate import Rival

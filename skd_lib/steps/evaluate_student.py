@@ -27,7 +27,7 @@ def main(
     """Evaluate the student before and after distillation, as step `evaluate` does for one model.
 
     Two models in one step: each step takes some 30 kB in Kubeflow's records of a run, whose size is limited
-    (`pipelines.sizes`). If training has changed nothing, the model is measured once.
+    (`skd_kfp.pipelines.kubeflow.sizes`). If training has changed nothing, the model is measured once.
     """
     from skd_lib.tracking.runs import step_run
 

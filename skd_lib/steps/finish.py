@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from pydantic import ConfigDict
 
-from skd_lib import events
+from skd_lib._core import events
 from skd_lib.config import Section, parse_section
 from skd_lib.errors import SkdError
 from skd_lib.steps.options import Experiment, TrackingUri
@@ -141,7 +141,7 @@ def _tell(
     final: FinalStatus, seen: Seen, run_name: str, *, tracking_uri: str, experiment: str, pipeline_run_id: str
 ) -> None:
     """Print how the run ended, and notify a channel; an unreadable record leaves the message without its figures."""
-    from skd_lib.notify import Message, notify
+    from skd_lib.tracking.notify import Message, notify
     from skd_lib.tracking.runs import PipelineRecord, pipeline_record
 
     record = PipelineRecord()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.data.tokenize import TokenizedExample
-    from skd_lib.memory import Estimate
     from skd_lib.models.precision import Resolved
+    from skd_lib.preflight.memory import Estimate
     from skd_lib.tracking.runs import StepRun
     from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
@@ -129,10 +129,10 @@ class Fit:
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
-        from skd_lib.memory import GIB, peak_memory
         from skd_lib.models.fingerprint import settings_digest
         from skd_lib.models.special_ids import pad_id
         from skd_lib.models.vocabulary import check_ids, vocabulary_size
+        from skd_lib.preflight.memory import GIB, peak_memory
         from skd_lib.steps.storing import EarlyTeacher
         from skd_lib.training.run import train
 
@@ -195,7 +195,7 @@ class Fit:
         return result, {**result_figures(result), **left_out, **memory, "seconds": seconds}, checkpoints
 
     def _estimate(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Estimate:
-        from skd_lib.memory import config_size, estimate
+        from skd_lib.preflight.memory import config_size, estimate
 
         return estimate(
             self.step,

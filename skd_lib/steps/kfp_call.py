@@ -1,9 +1,9 @@
 """What KFP tells a step on its command line, behind the step's own options, and what the step knows without it.
 
-Each word of a command is kept many times in Kubeflow's records of a run (`pipelines.node_statuses`), so little is said:
-where the output parameters go, and for steps with lists of artifacts KFP's whole executor input (`{{$}}`), which is
-the only way to them. The URI of an artifact follows from its local path, and KFP's executor output lies in the folder
-of the task's artifacts. Runners on this machine, and the nodes of a TrainJob, say more.
+Each word of a command is kept many times in Kubeflow's records of a run (`pipelines/kubeflow/node_statuses.py`), so
+little is said: where the output parameters go, and for steps with lists of artifacts KFP's whole executor input
+(`{{$}}`), which is the only way to them. The URI of an artifact follows from its local path, and KFP's executor output
+lies in the folder of the task's artifacts. Runners on this machine, and the nodes of a TrainJob, say more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Secrets and settings of a namespace, which Kubernetes mounts as files, as environment variables.
 
 As files they take a fraction of the room that variables take in Kubeflow's records of a run, which hold each pod's
-description up to six times (`pipelines.sizes`).
+description up to six times (`skd_kfp.pipelines.kubeflow.sizes`).
 """
 
 from __future__ import annotations

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from skd_lib import events
-from skd_lib.ascii_json import ascii_json
-from skd_lib.compare import plan as comparisons
+from skd_lib._core import events
+from skd_lib._core.ascii_json import ascii_json
+from skd_lib._core.terminal import say
+from skd_lib._core.untrusted import visible
+from skd_lib.comparison import plan as comparisons
 from skd_lib.config import EvaluationConfig, FilesSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
+from skd_lib.config.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
 from skd_lib.config.step import StepConfig
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
-from skd_lib.report.untrusted import visible
 from skd_lib.steps.kfp_call import current_call
 from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
 from skd_lib.steps.runtime import StepIO, Switch, run_step
 from skd_lib.storage import write_text_atomic
-from skd_lib.terminal import say
 
 if TYPE_CHECKING:
-    from skd_lib.compare.plan import Plan
+    from skd_lib.comparison.plan import Plan
     from skd_lib.preflight import Check, PreflightReport
 
 DEPENDS: Mapping[str, tuple[str, ...]] = {
@@ -164,7 +164,7 @@ def examine(
     Raises:
         Refused: all that is wrong.
     """
-    from skd_lib.console import Console
+    from skd_lib._core.console import Console
     from skd_lib.preflight import run_checks
     from skd_lib.preflight.reuse import reuse_from
     from skd_lib.tracking.runs import step_run
@@ -316,7 +316,7 @@ def without_comet(config: RunConfig, plan: Plan | None) -> list[Check]:
 def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightReport:
     """The report of a run whose form cannot be read."""
     from skd_lib.preflight.checks import TRACKING, Checks, PreflightReport
-    from skd_lib.preflight.surroundings import check_tracking_store
+    from skd_lib.preflight.environment import check_tracking_store
 
     checks = Checks()
     checks.failed("form", error)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skd_lib._core.events import outcome
 from skd_lib.config import LOWER_IS_BETTER, parse_section
-from skd_lib.events import outcome
 from skd_lib.models.files import weights_digest
 from skd_lib.steps.inputs import present
 from skd_lib.steps.options import Experiment, TrackingUri
@@ -46,7 +46,7 @@ def main(
     its training left in its folder, and names the run that trained it. A registry that does not answer is waited for,
     for `SKD_REGISTRY_WAIT` seconds; without tracking there is none, and nothing is registered.
     """
-    from skd_lib.records import read_record
+    from skd_lib.models.records import read_record
     from skd_lib.report.measured import Measured
     from skd_lib.tracking import registry
     from skd_lib.tracking.runs import step_run

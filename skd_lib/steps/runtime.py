@@ -17,13 +17,13 @@ from typing import Any
 
 import typer
 
-from skd_lib import events
-from skd_lib.bugs import explained
+from skd_lib._core import events
+from skd_lib._core.bugs import explained
+from skd_lib._core.terminal import VisibleFormatter, say, survive_any_encoding
+from skd_lib._core.uris import redacted, redacted_output
 from skd_lib.steps.kfp_call import called, current_call, take_call
 from skd_lib.steps.mounted import load_mounted
 from skd_lib.storage import write_text_atomic
-from skd_lib.terminal import VisibleFormatter, say, survive_any_encoding
-from skd_lib.uris import redacted, redacted_output
 
 log = logging.getLogger(__name__)
 RESULT_ENV = "SKD_RESULT_URI"
@@ -160,7 +160,7 @@ def run_step(main: Callable[..., None]) -> None:
     """Run a step's typer function: set up logging, and fail with the user's sentence rather than a stack of frames.
 
     Exit codes: 0 done; 2 the user must correct something (`SkdError`); 75 stopped by SIGTERM with all work saved, to be
-    started again (`Preempted`); 70 a bug of skd (`skd_lib.bugs`). KFP's launcher turns each but 0 into 1.
+    started again (`Preempted`); 70 a bug of skd (`skd_lib._core.bugs`). KFP's launcher turns each but 0 into 1.
     """
     survive_any_encoding()
     load_mounted()

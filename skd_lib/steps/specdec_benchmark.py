@@ -47,8 +47,8 @@ def main(
     for name, folder in inputs.items():
         present(name, folder)
 
+    from skd_lib._core.events import Progress
     from skd_lib.data.prepared import PreparedData
-    from skd_lib.events import Progress
     from skd_lib.models.loading import default_device
     from skd_lib.models.precision import resolve_precision
     from skd_lib.specdec.measure import measure

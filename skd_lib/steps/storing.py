@@ -66,7 +66,7 @@ class EarlyTeacher:
             seed: Seed of the samples.
             limits: `eos_ids`, `pad_id` and `max_new_tokens`, as for `rollout_for`.
         """
-        from skd_lib.rollouts import Strategy, rollout_for
+        from skd_lib.distillation.rollouts import Strategy, rollout_for
         from skd_lib.training.stored_teacher import examples_digest, store_responses
 
         def make_strategy() -> Strategy:

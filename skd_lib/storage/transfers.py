@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import IO, Any
 
+from skd_lib._core.events import Progress
 from skd_lib.errors import SkdError
-from skd_lib.events import Progress
 
 DEADLINE_VARIABLE = "SKD_STORAGE_DEADLINE"
 """Seconds for which a request to object storage that fails is tried again."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from skd_lib import storage
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
 from skd_lib.tracking.entries import ENTRY, Entry
 from skd_lib.tracking.locate import Place
-from skd_lib.uris import shown
 
 SUFFIX = ".jsonl"
 FOLDER_VARIABLE = "SKD_TRACKING_BUFFER"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from skd_lib import events
+from skd_lib._core import events
+from skd_lib._core.uris import is_sqlite, redacted, shown, sqlite_file, sqlite_uri
 from skd_lib.errors import SkdError
 from skd_lib.tracking.credentials import use_credentials
-from skd_lib.uris import is_sqlite, redacted, shown, sqlite_file, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

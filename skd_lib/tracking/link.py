@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skd_lib import events, storage
+from skd_lib import storage
+from skd_lib._core import events
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
 from skd_lib.tracking.buffer import Buffer, read_entries, read_place, waiting_files
 from skd_lib.tracking.client import Deleted, brief, check_not_deleted, connect, store_name, unanswered, untaken
 from skd_lib.tracking.ending import PipelineClosing
 from skd_lib.tracking.entries import REFUSALS, Entry, Target
 from skd_lib.tracking.locate import ATTEMPT_TAG, Place, locate
-from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from skd_lib._core.events import Progress
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
-from skd_lib.events import Progress
 from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased, crown
 from skd_lib.tracking.client import brief, connect, is_local_store, is_silence, unanswered
 from skd_lib.tracking.locate import get_run
-from skd_lib.uris import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -30,13 +30,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from skd_lib._core.uris import redacted
 from skd_lib.tracking.client import connect, run_url, untaken
 from skd_lib.tracking.ending import STATE_TAG, PipelineClosing, Seen
 from skd_lib.tracking.entries import PARAM_PREFIX, Artifact, Closing, DatasetUse, Metrics, Params, Table, Tags
 from skd_lib.tracking.link import Link
 from skd_lib.tracking.locate import ERROR_TAG, Place, find_parent
 from skd_lib.tracking.texts import PARAM_LENGTH, TAG_LENGTH, clip
-from skd_lib.uris import redacted
 
 
 class RunLog:

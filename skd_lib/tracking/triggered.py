@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from skd_lib._core.uris import sqlite_file
 from skd_lib.errors import SkdError
 from skd_lib.tracking.client import brief, connect, store_name
 from skd_lib.tracking.ending import CANCELED, FAILED, STATE_TAG, STOPPED, SUCCEEDED
 from skd_lib.tracking.locate import PARENT_TAG, PIPELINE_RUN_TAG, Place, find_or_create_parent, search_everywhere
-from skd_lib.uris import sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skd_lib.batches import Rollout
+from skd_lib.distillation.batch import Rollout
 from skd_lib.sampling.samples import SamplingStatistics
 
 

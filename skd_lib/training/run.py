@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from skd_lib.batches import Rollout, collate, teacher_signals
 from skd_lib.config import DistillConfig, Method, TrainingConfig
+from skd_lib.distillation.batch import Rollout, collate, teacher_signals
+from skd_lib.distillation.methods import METHODS
+from skd_lib.distillation.objectives import objective_for
+from skd_lib.distillation.rollouts import rollout_for
 from skd_lib.errors import SkdError
-from skd_lib.methods import METHODS
 from skd_lib.models.adapters import add_lora, merge_lora
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.modes import evaluating
 from skd_lib.models.precision import Resolved, resolve_precision
 from skd_lib.models.supported import check_supported
-from skd_lib.rollouts import rollout_for
 from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.modes import attention_dropout
-from skd_lib.training.objectives import objective_for
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.preemption import StopOnSigterm
 from skd_lib.training.saving import Saver, TimedCheckpoints
@@ -34,13 +34,7 @@ from skd_lib.training.stored_teacher import StoredSignals
 from skd_lib.training.stream import TrainingStream
 from skd_lib.training.timing import PEAK_BYTES, SECONDS
 from skd_lib.training.traces import Replacement, Trace, TraceRecorder, recorded_steps
-from skd_lib.training.trainer import (
-    TRACES,
-    TRAINER_VALIDATION_LOSS,
-    VALIDATION_LOSS,
-    DistillationTrainer,
-    OnMetrics,
-)
+from skd_lib.training.trainer import TRACES, TRAINER_VALIDATION_LOSS, VALIDATION_LOSS, DistillationTrainer, OnMetrics
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from skd_lib.machine import free_memory
+from skd_lib._core.machine import free_memory
 from skd_lib.training.saving import Saver
 
 _RESERVE = 2**30

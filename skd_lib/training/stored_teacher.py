@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skd_lib.batches import collate, response_states
+from skd_lib._core.events import Progress
+from skd_lib.distillation.batch import collate, response_states
+from skd_lib.distillation.rollouts import Place, Strategy
+from skd_lib.distillation.teacher_signal import SparseSignal
 from skd_lib.errors import SkdError
-from skd_lib.events import Progress
 from skd_lib.models.heads import lm_logits, vocabulary_size
 from skd_lib.models.modes import evaluating
-from skd_lib.rollouts import Place, Strategy
 from skd_lib.storage import atomic_file, write_text_atomic
-from skd_lib.teacher_signals import SparseSignal
 from skd_lib.training.attempts import Heartbeat, living, new_attempt
 from skd_lib.training.checkpoints import MARKER
 

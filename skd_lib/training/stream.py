@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from skd_lib.rollouts import Place
-from skd_lib.seeds import generator
+from skd_lib._core.seeds import generator
+from skd_lib.distillation.rollouts import Place
 
 
 class TrainingStream:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skd_lib.batches import Rollout
+from skd_lib.distillation.batch import Rollout
+from skd_lib.distillation.rollouts import Place
+from skd_lib.distillation.teacher_signal import DenseSignal
 from skd_lib.models.heads import lm_logits
-from skd_lib.rollouts import Place
 from skd_lib.sampling.samples import STUDENT, TEACHER
-from skd_lib.teacher_signals import DenseSignal
 
 SEQUENCES = 3
 """Sequences kept of a recorded step."""

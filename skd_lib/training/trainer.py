@@ -1,7 +1,7 @@
 """One training loop for every method, on `transformers.Trainer`.
 
-The methods differ in where a response comes from (`skd_lib.rollouts`) and in what is minimised
-(`skd_lib.training.objectives`). Six things differ from the Trainer's own loop: the micro-batches of an optimiser
+The methods differ in where a response comes from (`skd_lib.distillation.rollouts`) and in what is minimised
+(`skd_lib.distillation.objectives`). Six things differ from the Trainer's own loop: the micro-batches of an optimiser
 step are made together, from one rollout; the loss is a sum over response tokens divided by their number in the whole
 step, over all micro-batches and processes; a step whose loss or gradient is broken leaves weights and optimiser as they
 are; validation is the same loss on ground truth, weighted by tokens; each step logs what a person needs to see of the
@@ -22,18 +22,18 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from skd_lib.batches import Rollout
+from skd_lib._core.events import Progress
 from skd_lib.config import TrainingConfig
+from skd_lib.distillation.batch import Rollout
+from skd_lib.distillation.loss import LossSums
+from skd_lib.distillation.objectives import Objective
+from skd_lib.distillation.rollouts import Strategy
 from skd_lib.errors import SkdError
-from skd_lib.events import Progress
-from skd_lib.losses import LossSums
 from skd_lib.models.modes import evaluating
-from skd_lib.rollouts import Strategy
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.cost import tokens_processed
 from skd_lib.training.health import broken_step, response_trouble, skipped_steps
 from skd_lib.training.modes import through_wrapper
-from skd_lib.training.objectives import Objective
 from skd_lib.training.saving import Saver
 from skd_lib.training.snapshots import SavingTrainer
 from skd_lib.training.stream import TrainingStream

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from skd_kfp.pipelines.cli import app
 from skd_lib.bench import baselines
 from skd_lib.bench.sampling import bench_sampling, render
 from skd_lib.bench.setup import Settings

@@ -19,7 +19,7 @@ from skd_lib.evaluation.evaluate import evaluate
 from skd_lib.evaluation.metrics import measure
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.loading import load_model
-from skd_lib.records import read_record, write_record
+from skd_lib.models.records import read_record, write_record
 from skd_lib.steps.evaluate import Role, main
 from tests.conftest import SaveTinyModel
 

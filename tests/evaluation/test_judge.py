@@ -21,7 +21,7 @@ from skd_lib.evaluation.evaluate import HeldOutSet, evaluate, evaluate_held_out
 from skd_lib.evaluation.judge import KEY, MAX_CHARACTERS, JudgeUnavailable, grade, mean_rating, parse_rating
 from skd_lib.preflight import run_checks
 from skd_lib.preflight.checks import Checks
-from skd_lib.preflight.surroundings import check_judge
+from skd_lib.preflight.environment import check_judge
 from tests.conftest import TinyModel
 
 Reply = tuple[int, str]

@@ -23,7 +23,7 @@ from skd_lib.models.files import describe, weights_digest
 from skd_lib.models.loading import load_model
 from tiny_models import EOS, SIZES, forward_cost, random_model, tokenizer_for
 
-CONFIGS = Path(__file__).parents[2] / "pipelines/configs/evidence"
+CONFIGS = Path(__file__).parents[2] / "docs/evidence/configs"
 SPACE = ProblemSpace()
 
 

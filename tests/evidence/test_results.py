@@ -18,16 +18,16 @@ from evidence import app
 from page import with_tables
 from plots import draw
 from records import collect, read_curves, read_runs
-from skd_lib.compare.config import load_compare
-from skd_lib.compare.plan import plan
-from skd_lib.compare.result import Comparison, TrialResult
-from skd_lib.compare.statistics import holm
+from skd_lib.comparison.config import load_compare
+from skd_lib.comparison.plan import plan
+from skd_lib.comparison.result import Comparison, TrialResult
+from skd_lib.comparison.statistics import holm
 from skd_lib.errors import SkdError
 from skd_lib.report.summary import Course, Score, Scores
 from tiny_models import forward_cost
 
 DOCS = Path(__file__).parents[2] / "docs"
-CONFIGS = Path(__file__).parents[2] / "pipelines/configs/evidence"
+CONFIGS = Path(__file__).parents[2] / "docs/evidence/configs"
 SCORES = {"skd-top_k-25": (50, 54, 52), "skd-top_k-5": (53, 56, 58), "min-prob": (40, 45, 41)}
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, Phase, settings
 
-from skd_lib.bugs import Bug
+from skd_lib._core.bugs import Bug
 from skd_lib.errors import SkdError, SkdErrors
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import cli
+from skd_kfp.pipelines import cli
 from tests.fuzz.conftest import bounded, fuzz
 from tests.fuzz.test_configs import VALID
 

@@ -14,7 +14,7 @@ from google.protobuf import json_format, struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_lib.ascii_json import ascii_json
+from skd_lib._core.ascii_json import ascii_json
 from skd_lib.config import (
     DataConfig,
     DistillConfig,
@@ -26,14 +26,14 @@ from skd_lib.config import (
     load_config,
     parse_section,
 )
-from skd_lib.config.initial import StudentInitConfig, TeacherSftConfig
-from skd_lib.parameters import from_parameters, short, to_parameters
+from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
+from skd_lib.config.parameters import from_parameters, short, to_parameters
+from skd_lib.distillation.objectives import loss_for
+from skd_lib.distillation.rollouts import interleaving_rule
+from skd_lib.distillation.schedules import value_at
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.models import check_unread
-from skd_lib.rollouts import interleaving_rule
 from skd_lib.sampling.distributions import check_params
-from skd_lib.schedules import value_at
-from skd_lib.training.objectives import loss_for
 from tests.fuzz.conftest import accepted, fuzz
 
 VALID: dict[str, Any] = {

@@ -19,7 +19,7 @@ import pytest
 from docker import DockerClient
 
 from locks import locked_versions
-from pipelines.containers import connect
+from skd_kfp.pipelines.local.containers import connect
 from skd_lib import __version__
 from skd_lib.errors import SkdError
 

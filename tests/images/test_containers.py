@@ -18,7 +18,7 @@ import yaml
 from docker import DockerClient
 from docker.types import Mount
 
-from pipelines.containers import OWNER, run_container
+from skd_kfp.pipelines.local.containers import OWNER, run_container
 from skd_lib import __version__
 from tests.conftest import SaveTinyModel
 from tests.images.conftest import ROOT, Build
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 IMPORTS = {
     "train": "import skd_lib.steps.distill, skd_lib.steps.evaluate, skd_lib.training.run, mlflow",
     "comet": "import skd_lib.steps.comet_score, comet, mlflow",
-    "pipeline": "import kfp, kfp.kubernetes, pipelines.submitting.submit, pipelines.triggering.push",
+    "pipeline": "import kfp, kfp.kubernetes, skd_kfp.pipelines.kubeflow.submit, skd_kfp.pipelines.kubeflow.push",
 }
 WITHOUT = {"train": ("kfp",), "comet": ("kfp", "mlflow"), "pipeline": ("torch", "transformers")}
 RESTRICTED: dict[str, Any] = {
@@ -189,7 +189,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTin
 
 
 def skd_run(folder: Path, config: str, tag: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "pipelines.cli", "run", folder / config, "--docker", "--image", tag, "--runs-dir", folder / "runs"]
+    command = [
+        "-m",
+        "skd_kfp.pipelines.cli",
+        "run",
+        folder / config,
+        "--docker",
+        "--image",
+        tag,
+        "--runs-dir",
+        folder / "runs",
+    ]
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,

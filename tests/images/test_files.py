@@ -13,8 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from components.images import read_images
 from locks import LOCKS, OWN_INDEX, locked_versions
+from skd_kfp.components.images import read_images
 from skd_lib import __version__
 
 ROOT = Path(__file__).parents[2]

@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
-from components.images import Image, read_images
 from image_tools import app
 from pins import pin
 from registry import registry_digest
+from skd_kfp.components.images import Image, read_images
 from skd_lib.errors import SkdError
 
 INDEX = "application/vnd.oci.image.index.v1+json"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.submitting.api import KubeflowPipelines
-from pipelines.submitting.credentials import Anonymous
+from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
+from skd_kfp.pipelines.kubeflow.auth import Anonymous
 from skd_lib.config import RunConfig, load_config
 from tests.kubeflow.fake_kfp import FakeKfp, running
 

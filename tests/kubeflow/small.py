@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from kfp import compiler, dsl, kubernetes
 
-from pipelines.compiling import Documents
-from pipelines.submitting.submit import Package
+from skd_kfp.pipelines.compiling import Documents
+from skd_kfp.pipelines.kubeflow.submit import Package
 from skd_lib.config import load_config
-from skd_lib.parameters import to_parameters
+from skd_lib.config.parameters import to_parameters
 
 IMAGE = "image@sha256:" + "0" * 64
 

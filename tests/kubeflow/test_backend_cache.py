@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import PIPELINES
+from skd_kfp.pipelines.compiling import PIPELINES
 from tests.kubeflow.backend import NEXT, V2_17, VERSIONS, Records, Run, Version
 from tests.kubeflow.backend.steps import Steps
 from tests.kubeflow.test_backend_runs import COMPARISON, documents, fails, form, run

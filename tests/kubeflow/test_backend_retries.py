@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import PIPELINES
+from skd_kfp.pipelines.compiling import PIPELINES
 from tests.kubeflow.backend.retries import DELETED, FAILED, REMEDY, STOCK, Attempt, Strategy, attempts
 from tests.kubeflow.test_backend_runs import documents
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import PIPELINES, compiled_path
-from skd_lib.documents import parse_yaml_documents, read_text
+from skd_kfp.pipelines.compiling import PIPELINES, compiled_path
+from skd_lib._core.documents import parse_yaml_documents, read_text
 from tests.kubeflow.backend import NEXT, V2_17, VERSIONS, Call, Made, Records, Run, StepFailed, StepKilled, Version
 from tests.kubeflow.backend.steps import Steps
 

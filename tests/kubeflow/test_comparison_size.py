@@ -6,11 +6,11 @@ import functools
 import json
 from pathlib import Path
 
-from pipelines.compiling import compiled_path
-from pipelines.sizes import ARGUMENT, KEPT, Sizes, expected, measure, too_large
-from pipelines.submitting.submit import Package
-from skd_lib.compare.config import load_compare
-from skd_lib.compare.plan import MOST_TRIALS_ON_A_CLUSTER, plan, to_parameters
+from skd_kfp.pipelines.compiling import compiled_path
+from skd_kfp.pipelines.kubeflow.sizes import ARGUMENT, KEPT, Sizes, expected, measure, too_large
+from skd_kfp.pipelines.kubeflow.submit import Package
+from skd_lib.comparison.config import load_compare
+from skd_lib.comparison.plan import MOST_TRIALS_ON_A_CLUSTER, plan, to_parameters
 
 CONFIGS = Path(__file__).parents[2] / "pipelines/configs"
 

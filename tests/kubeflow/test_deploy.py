@@ -13,7 +13,7 @@ import kubernetes.client
 import pytest
 import yaml
 
-from pipelines.places import CONFIG_MAP
+from skd_kfp.pipelines.places import CONFIG_MAP
 from skd_lib.steps.mounted import SECRETS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -198,7 +198,7 @@ def test_no_manifest_holds_a_secret():
 def test_the_triggers_options_exist():
     from typer.main import get_command
 
-    from pipelines.cli import app
+    from skd_kfp.pipelines.cli import app
 
     (container,) = only("CronJob", manifests("base"))["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     command = get_command(app).commands["trigger"]  # type: ignore[attr-defined]

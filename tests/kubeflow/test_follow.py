@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import PIPELINES, compiled_path
-from pipelines.graph import read_steps
-from pipelines.submitting.api import KubeflowPipelines
-from pipelines.submitting.follow import Followed, ending, follow
-from pipelines.submitting.nodes import node_id
-from pipelines.submitting.states import StepState, read_states
-from pipelines.submitting.submit import Package, Place, Submission
+from skd_kfp.pipelines.compiling import PIPELINES, compiled_path
+from skd_kfp.pipelines.graph import read_steps
+from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
+from skd_kfp.pipelines.kubeflow.follow import Followed, ending, follow
+from skd_kfp.pipelines.kubeflow.nodes import node_id
+from skd_kfp.pipelines.kubeflow.states import StepState, read_states
+from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
 from skd_lib.config import RunConfig
 from tests.kubeflow import small
 from tests.kubeflow.fake_argo import FakeWorkflow

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipelines.cli import app
-from pipelines.compiling import compiled_path
-from pipelines.submitting.api import KubeflowPipelines, Unsettled
-from pipelines.submitting.credentials import Anonymous, Auth, Secret, find_credentials
-from pipelines.submitting.schedules import with_seconds
-from pipelines.submitting.submit import Package, Place, Submission
+from skd_kfp.pipelines.cli import app
+from skd_kfp.pipelines.compiling import compiled_path
+from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
+from skd_kfp.pipelines.kubeflow.auth import Anonymous, Auth, Secret, find_credentials
+from skd_kfp.pipelines.kubeflow.schedules import with_seconds
+from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
 from skd_lib import __version__
 from skd_lib.config import RunConfig, load_config
 from skd_lib.errors import SkdError, SkdErrors
@@ -174,7 +174,7 @@ def test_a_server_that_stays_away_is_named(kfp: FakeKfp, api: KubeflowPipelines)
 
 
 def test_nobody_there_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipelines.submitting.api.KNOCKS", (0.0, 0.01))
+    monkeypatch.setattr("skd_kfp.pipelines.kubeflow.api.KNOCKS", (0.0, 0.01))
     done = skd("submit", DEMO, "--host", "http://127.0.0.1:9", "--pipeline", small.package().path)
     assert "asking       http://127.0.0.1:9" in done.output
     assert str(done.exception).startswith("http://127.0.0.1:9: cannot be reached: Connection refused")

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipelines.cli import app
-from pipelines.submitting.submit import Package, Place, Submission
-from skd_lib.compare.config import load_compare
-from skd_lib.compare.plan import MOST_TRIALS_ON_A_CLUSTER, from_parameters, plan, to_parameters
+from skd_kfp.pipelines.cli import app
+from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
+from skd_lib.comparison.config import load_compare
+from skd_lib.comparison.plan import MOST_TRIALS_ON_A_CLUSTER, from_parameters, plan, to_parameters
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError, SkdErrors
 from tests.kubeflow import small

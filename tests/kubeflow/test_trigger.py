@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from pipelines.submitting.api import KubeflowPipelines, Unsettled
-from pipelines.submitting.submit import Place
-from pipelines.triggering import claims as claims_module
-from pipelines.triggering.claims import Busy, claim
-from pipelines.triggering.push import PushAuth, make_server, read_message, source_of
-from pipelines.triggering.trigger import Decision, Trigger, reading_from
+from skd_kfp.pipelines.kubeflow import claims as claims_module
+from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
+from skd_kfp.pipelines.kubeflow.claims import Busy, claim
+from skd_kfp.pipelines.kubeflow.push import PushAuth, make_server, read_message, source_of
+from skd_kfp.pipelines.kubeflow.submit import Place
+from skd_kfp.pipelines.kubeflow.trigger import Decision, Trigger, reading_from
 from skd_lib import storage
 from skd_lib.config import HubSource, RunConfig, load_config
 from skd_lib.errors import SkdError
@@ -30,7 +30,7 @@ from tests.kubeflow import small
 from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault
 from tests.kubeflow.google import ACCOUNT, Issuer
 from tests.kubeflow.test_submit import in_parallel, skd
-from tests.storage_server import Server
+from tests.support.storage_server import Server
 
 BUCKET = "bucket"
 AUDIENCE = "https://trigger.example.com"
@@ -482,8 +482,8 @@ def test_a_port_that_is_taken_is_named():
 
 
 def test_stalled_senders_hold_no_more_than_some_threads(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipelines.triggering.push.MAX_THREADS", 3)
-    monkeypatch.setattr("pipelines.triggering.push.SOCKET_SECONDS", 0.5)
+    monkeypatch.setattr("skd_kfp.pipelines.kubeflow.push.MAX_THREADS", 3)
+    monkeypatch.setattr("skd_kfp.pipelines.kubeflow.push.SOCKET_SECONDS", 0.5)
     with Pushed(lambda source: Decision(False, source), "gs://b") as pushed:
         before = active_count()
         address = ("127.0.0.1", pushed.port)

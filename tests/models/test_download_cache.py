@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from skd_lib.cache import cached_folder, default_cache_dir
 from skd_lib.errors import SkdError
+from skd_lib.storage.cache import cached_folder, default_cache_dir
 
 
 def test_cache_dir_is_configured_by_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from skd_lib.models import importing
 from skd_lib.models.files import load_tokenizer, weights_digest
 from skd_lib.models.importing import import_folder, import_model, same_model
 from skd_lib.models.loading import load_model
+from skd_lib.models.records import RECORD, read_record
 from skd_lib.models.references import model_fingerprint, resolve_model
-from skd_lib.records import RECORD, read_record
 from tests.conftest import SaveTinyModel
 
 

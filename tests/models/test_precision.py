@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from skd_lib import doctor
 from skd_lib.config import DistillConfig, Precision, TaskConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.inference import load_for_inference
-from skd_lib.memory import config_size, estimate
 from skd_lib.models.precision import precision_trouble, resolve_precision
+from skd_lib.preflight import machine
+from skd_lib.preflight.memory import config_size, estimate
 from skd_lib.steps import fitting
 from tests.conftest import CpuFlags, SaveTinyModel, TinyModel
 
@@ -85,7 +85,7 @@ def test_all_parts_of_a_run_decide_alike(
     assert fitting.load_frozen(folder, "fp32").dtype == torch.float32
     assert fitting.load_frozen(folder, computing="bf16").dtype == torch.bfloat16
     assert fitting.load_trainable(folder).dtype == torch.float32
-    (found,) = (finding.found for finding in doctor._torch() if finding.what == "precision")
+    (found,) = (finding.found for finding in machine._torch() if finding.what == "precision")
     assert found == f"`auto` is {expected} here"
 
 

@@ -23,10 +23,10 @@ from skd_lib.config import DataConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.errors import Preempted
 from skd_lib.models.files import weights_digest
-from skd_lib.records import read_record, write_record
+from skd_lib.models.records import read_record, write_record
 from skd_lib.steps.kfp_call import Call
-from tests.gcs_emulator import emulated
 from tests.multinode.fake_kubernetes import FakeKubernetes, running
+from tests.support.gcs_emulator import emulated
 
 BUCKET = "gs://multinode"
 TASK = {"prompt": "translate: {source}", "max_prompt_tokens": 128, "max_new_tokens": 12}

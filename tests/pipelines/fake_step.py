@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from skd_lib import events
-from skd_lib.compare.plan import from_parameters
+from skd_lib._core import events
+from skd_lib.comparison.plan import from_parameters
 from skd_lib.steps.kfp_call import Call, called, take_call
 from skd_lib.steps.runtime import StepIO
 

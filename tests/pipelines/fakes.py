@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from kfp import compiler, dsl
 
-from components.command import run_step
+from skd_kfp.components.command import run_step
 from skd_lib.steps.kfp_call import ARTIFACT_OPTION
 
 STEP = str(Path(__file__).with_name("fake_step.py"))

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from skd_lib import events
+from skd_lib._core import events
 
 
 def main(behaviour: str) -> None:

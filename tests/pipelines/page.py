@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.compiling import PIPELINES, compiled_path
+from skd_kfp.pipelines.compiling import PIPELINES, compiled_path
+from skd_lib._core.documents import parse_yaml_documents, read_text
 from skd_lib.data.manifest import digest
-from skd_lib.documents import parse_yaml_documents, read_text
 
 Spec = Mapping[str, Any]
 DRAWN = {"sub-DAG": 308, "step": 256, "artifact": 240}

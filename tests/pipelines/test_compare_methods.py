@@ -14,7 +14,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from skd_lib.compare.result import Comparison
+from skd_lib.comparison.result import Comparison
 from tests.conftest import SaveTinyModel
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMo
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     runs = str(folder / "runs")
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "compare", str(folder / "compare.yaml"), "--runs-dir", runs],
+        [sys.executable, "-m", "skd_kfp.pipelines.cli", "compare", str(folder / "compare.yaml"), "--runs-dir", runs],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
         capture_output=True,

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipelines.comparing import run_comparison
-from pipelines.local import LocalRun, RunFolder, StepFailed
-from pipelines.progress import PlainDisplay
-from skd_lib.compare.config import CompareConfig
-from skd_lib.compare.plan import Plan, plan
-from skd_lib.parameters import short
+from skd_kfp.pipelines.local.comparison import run_comparison
+from skd_kfp.pipelines.local.progress import PlainDisplay
+from skd_kfp.pipelines.local.runner import LocalRun, RunFolder, StepFailed
+from skd_lib.comparison.config import CompareConfig
+from skd_lib.comparison.plan import Plan, plan
+from skd_lib.config.parameters import short
 from tests.pipelines.fakes import looping_pipeline
 from tests.pipelines.test_local import config, executed, journal  # noqa: F401 - a fixture
 

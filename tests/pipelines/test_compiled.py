@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from components.images import Image, read_images
-from pipelines import compiling
-from pipelines.compiling import (
+from skd_kfp.components.images import Image, read_images
+from skd_kfp.pipelines import compiling
+from skd_kfp.pipelines.compiling import (
     PIPELINES,
     Documents,
     check_compiled,
@@ -22,8 +22,8 @@ from pipelines.compiling import (
     to_text,
     write_compiled,
 )
-from pipelines.graph import read_steps
-from pipelines.lint_platform import lint_documents
+from skd_kfp.pipelines.graph import read_steps
+from skd_kfp.pipelines.lint_platform import lint_documents
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.steps.preflight import DEPENDS
@@ -92,7 +92,7 @@ def test_drift_is_found_and_named(
 
 
 def test_compilation_does_not_depend_on_hash_seeds(documents: Documents):
-    code = "from pipelines.compiling import *; print(to_text(compile_pipeline()))"
+    code = "from skd_kfp.pipelines.compiling import *; print(to_text(compile_pipeline()))"
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     done = subprocess.run(
         [sys.executable, "-c", code],

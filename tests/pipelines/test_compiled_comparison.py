@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import Documents
-from pipelines.graph import read_steps, unrolled
+from skd_kfp.pipelines.compiling import Documents
+from skd_kfp.pipelines.graph import read_steps, unrolled
 
 BODY = ["compare_variant", "student_init", "distill", "evaluate-student_after", "specdec_benchmark", "show-trial"]
 ONCE = ["preflight", "prepare_data", "show-data", "teacher_sft", "evaluate_teacher", "compare_table", "finish"]

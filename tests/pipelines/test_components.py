@@ -12,7 +12,7 @@ import typer
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from pipelines.submitting.versions import NEWEST, OLDEST, text
+from skd_kfp.pipelines.kubeflow.versions import NEWEST, OLDEST, text
 from skd_lib.steps.kfp_call import take_call
 
 ROOT = Path(__file__).parents[2] / "components"
@@ -20,7 +20,7 @@ NAMES = sorted(folder.name for folder in ROOT.iterdir() if (folder / "component.
 
 
 def component(name: str) -> Any:
-    return getattr(importlib.import_module(f"components.{name}.component"), name)
+    return getattr(importlib.import_module(f"skd_kfp.components.{name}.component"), name)
 
 
 def options_of(step: str) -> dict[str, bool]:

@@ -21,8 +21,8 @@ import yaml
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.compiling import compile_pipeline
-from pipelines.graph import read_steps
+from skd_kfp.pipelines.compiling import compile_pipeline
+from skd_kfp.pipelines.graph import read_steps
 from skd_lib.report.samples import read_samples
 from tests.conftest import SaveTinyModel
 
@@ -64,7 +64,15 @@ class Workplace:
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", "run", str(self.config), "--runs-dir", str(self.folder / "runs")],
+            [
+                sys.executable,
+                "-m",
+                "skd_kfp.pipelines.cli",
+                "run",
+                str(self.config),
+                "--runs-dir",
+                str(self.folder / "runs"),
+            ],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
             stdout=subprocess.PIPE,

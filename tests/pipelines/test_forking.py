@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from pipelines import forking, local
-from pipelines.forking import ForkServer, can_fork
-from pipelines.process import Outcome, watch
-from skd_lib import __version__, events
+from skd_kfp.pipelines.local import forking
+from skd_kfp.pipelines.local import runner as local
+from skd_kfp.pipelines.local.forking import ForkServer, can_fork
+from skd_kfp.pipelines.local.process import Outcome, watch
+from skd_lib import __version__
+from skd_lib._core import events
 from tests.pipelines.test_local import is_alive, wait_until
 
 ROOT = str(Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""Fails loudly when kfp changes what `pipelines.kfp_local` relies on."""
+"""Fails loudly when kfp changes what `skd_kfp.pipelines.local.kfp_patch` relies on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kfp import components, local
 from kfp.local import cache, docker_task_handler, subprocess_task_handler
 from requests import Response
 
-from pipelines.containers import run_container
-from pipelines.kfp_local import check_kfp
+from skd_kfp.pipelines.local.containers import run_container
+from skd_kfp.pipelines.local.kfp_patch import check_kfp
 from skd_lib.errors import SkdError
 from tests.pipelines.fakes import fake_pipeline
 from tests.pipelines.test_local import journal, run  # noqa: F401 - a fixture
@@ -46,7 +46,7 @@ def test_kfps_classes_are_back_in_place_after_a_run(tmp_path: Path, journal: Pat
 
 
 def test_kfp_still_refuses_container_components_by_itself(tmp_path: Path):
-    """The day this fails, kfp runs them itself and `pipelines.kfp_local` can go."""
+    """The day this fails, kfp runs them itself and `skd_kfp.pipelines.local.kfp_patch` can go."""
     pipeline = components.load_component_from_text(yaml.safe_dump_all(fake_pipeline(tmp_path)))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path))
     with pytest.raises(RuntimeError, match="Container Component"), pytest.warns(RuntimeWarning, match="non-Python"):
@@ -54,7 +54,7 @@ def test_kfp_still_refuses_container_components_by_itself(tmp_path: Path):
 
 
 def test_kfp_still_takes_a_failed_container_that_is_gone_for_a_successful_one():
-    """The day this fails, kfp's own Docker runner can be trusted, and `pipelines.containers` has less to do."""
+    """The day this fails, kfp's own Docker runner can be trusted, and `local.containers` has less to do."""
     assert (
         docker_task_handler.run_docker_container(client=Vanishing(), image="fake:1", command=["false"], volumes={}) == 0
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.lint import lint
+from skd_kfp.pipelines.lint import lint
 
 
 def spec(*images: str) -> dict[str, Any]:

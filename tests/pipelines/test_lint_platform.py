@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import Documents
-from pipelines.lint_platform import lint_documents
+from skd_kfp.pipelines.compiling import Documents
+from skd_kfp.pipelines.lint_platform import lint_documents
 
 DIGEST = "@sha256:" + "0" * 64
 Change = Callable[[Documents], object]

@@ -18,10 +18,11 @@ import typer
 from rich.console import Console
 
 import skd_lib
-from pipelines import kfp_local, stopping
-from pipelines.identity import run_identity
-from pipelines.local import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
-from pipelines.progress import LiveDisplay, PlainDisplay, duration
+from skd_kfp.pipelines.local import kfp_patch as kfp_local
+from skd_kfp.pipelines.local import stopping
+from skd_kfp.pipelines.local.identity import run_identity
+from skd_kfp.pipelines.local.progress import LiveDisplay, PlainDisplay, duration
+from skd_kfp.pipelines.local.runner import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from tests.pipelines.fakes import fake_pipeline
@@ -240,7 +241,7 @@ def test_ended_run_leaves_no_child(tmp_path: Path, journal: Path, number: signal
 STOPPABLE_RUN = """
 import sys, typer
 from pathlib import Path
-from pipelines.stopping import ends_told
+from skd_kfp.pipelines.local.stopping import ends_told
 from tests.pipelines.test_local import run
 try:
     with ends_told("skd run 'my run.yaml'"):

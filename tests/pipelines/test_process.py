@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.process import Outcome, run_logged
+from skd_kfp.pipelines.local.process import Outcome, run_logged
 
 
 def run(tmp_path: Path, code: str) -> tuple[Outcome, list[dict[str, Any]], str]:

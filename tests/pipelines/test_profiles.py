@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.compiling import compile_pipeline
-from pipelines.profiles import FOLDER, KINDS, load_profile, profile_names
+from skd_kfp.pipelines.compiling import compile_pipeline
+from skd_kfp.pipelines.profiles import FOLDER, KINDS, load_profile, profile_names
 from skd_lib.errors import SkdError
 
 SMALLEST: dict[str, Any] = {

@@ -12,12 +12,12 @@ import pytest
 import typer
 from rich.console import Console
 
-from pipelines import local
-from pipelines.local import RunFolder, run_pipeline
-from pipelines.process import Outcome
-from pipelines.progress import PlainDisplay
-from skd_lib.compare.config import CompareConfig
-from skd_lib.compare.plan import plan
+from skd_kfp.pipelines.local import runner
+from skd_kfp.pipelines.local.process import Outcome
+from skd_kfp.pipelines.local.progress import PlainDisplay
+from skd_kfp.pipelines.local.runner import RunFolder, run_pipeline
+from skd_lib.comparison.config import CompareConfig
+from skd_lib.comparison.plan import plan
 from skd_lib.config import RunConfig
 from skd_lib.models.references import model_fingerprint
 from skd_lib.preflight import PreflightReport
@@ -68,12 +68,12 @@ def run(
         return PreflightReport(model_fingerprints={name: model_fingerprint(name) for name in named if name})
 
     monkeypatch.setattr("skd_lib.preflight.run_checks", checks)
-    monkeypatch.setattr(local, "source_digest", lambda: "the same code")
+    monkeypatch.setattr(runner, "source_digest", lambda: "the same code")
 
     def again(variants: Mapping[str, Mapping[str, str]] | None = None) -> set[str]:
         pipeline = "compare_methods" if variants else "distillation"
         documents = compile_once(name=pipeline)
-        monkeypatch.setattr(local, "child_processes", lambda *_: _steps(documents[0]))
+        monkeypatch.setattr(runner, "child_processes", lambda *_: _steps(documents[0]))
         values = {"name": "reuse", "base": "base.yaml", "variants": variants, "drafts": True}
         finished = run_pipeline(
             config,

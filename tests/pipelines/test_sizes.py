@@ -7,11 +7,21 @@ from typing import Any
 
 import pytest
 
-from pipelines.compiling import PIPELINES, compiled_path
-from pipelines.sizes import ARGUMENT, KEPT, SHOWN, Sizes, expected, measure, notice, of_compiled, too_large
-from skd_lib.ascii_json import ascii_json
-from skd_lib.documents import parse_yaml_documents, read_text
-from skd_lib.parameters import Form
+from skd_kfp.pipelines.compiling import PIPELINES, compiled_path
+from skd_kfp.pipelines.kubeflow.sizes import (
+    ARGUMENT,
+    KEPT,
+    SHOWN,
+    Sizes,
+    expected,
+    measure,
+    notice,
+    of_compiled,
+    too_large,
+)
+from skd_lib._core.ascii_json import ascii_json
+from skd_lib._core.documents import parse_yaml_documents, read_text
+from skd_lib.config.parameters import Form
 from skd_lib.steps.preflight import read
 
 FORM = {

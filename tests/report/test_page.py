@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skd_lib._core.untrusted import clipped, visible
 from skd_lib.report.page import render_page
 from skd_lib.report.samples import SampledSequence
 from skd_lib.report.summary import Comparison, Course, Scores, Summary, build_summary
-from skd_lib.report.untrusted import clipped, visible
 from skd_lib.report.viewer import STEPS_SHOWN, TOKENS_SHOWN, percent, step_views
 from skd_lib.report.views import model_name
 

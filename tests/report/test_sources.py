@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def skd(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "report", *map(str, arguments)],
+        [sys.executable, "-m", "skd_kfp.pipelines.cli", "report", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "MLFLOW_TRACKING_URI": ""},
         capture_output=True,

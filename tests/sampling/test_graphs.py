@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skd_lib.sampling import cache
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
 from skd_lib.sampling.cache import attention_mask
+from skd_lib.sampling.cuda_graphs import GraphedRounds
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
-from skd_lib.sampling.graphs import GraphedRounds
 from skd_lib.sampling.round import Verdict
 from tests.conftest import TinyModel
 from tests.sampling.test_architectures import with_lora

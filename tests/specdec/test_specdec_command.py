@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from skd_kfp.pipelines.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.specdec.result import SpecdecResult
 from tests.conftest import SaveTinyModel

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skd_lib.storage import gcs, transfers
-from tests.storage_server import Server, Store
+from tests.support.storage_server import Server, Store
 
 from .faults import CHUNK, NAME, NEW
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from skd_lib import storage
-from tests.storage_server import Fault, Store
+from tests.support.storage_server import Fault, Store
 
 CHUNK = 256 * 1024
 LARGE = 700_000  # three chunks of a resumable upload, see `server`

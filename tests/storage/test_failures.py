@@ -9,7 +9,7 @@ import pytest
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.storage import gcs
-from tests.storage_server import Fault, Store
+from tests.support.storage_server import Fault, Store
 
 from .faults import FOLDER, NAME, NEW, URI, always, first, left_behind, nothing_goes_wrong, tree, version, written
 

@@ -15,7 +15,7 @@ import pytest
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.storage import gcs
-from tests.storage_server import Fault, Server, Store
+from tests.support.storage_server import Fault, Server, Store
 
 from .faults import (
     CHUNK,

@@ -20,7 +20,7 @@ from skd_lib.config import FilesSource
 from skd_lib.data import sources
 from skd_lib.errors import SkdError
 from skd_lib.storage.objects import relative
-from tests.gcs_emulator import emulated
+from tests.support.gcs_emulator import emulated
 
 BUCKET = "bucket"
 

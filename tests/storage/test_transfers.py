@@ -11,7 +11,7 @@ import pytest
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.storage import transfers
-from tests.storage_server import Store
+from tests.support.storage_server import Store
 
 from .faults import FOLDER, NEW, URI, first, tree, written
 

@@ -16,7 +16,7 @@ import pytest
 
 from skd_lib import storage
 from skd_lib.errors import SkdError
-from tests.storage_server import Fault, Server, Store
+from tests.support.storage_server import Fault, Server, Store
 
 from .faults import (
     FOLDER,

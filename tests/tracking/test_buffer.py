@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from skd_kfp.pipelines.cli import app
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.steps import finish

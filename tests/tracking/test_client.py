@@ -15,12 +15,12 @@ import pytest
 from mlflow.store.tracking.dbmodels.initial_models import Base
 from sqlalchemy import create_engine
 
+from skd_lib._core.uris import sqlite_file, sqlite_uri
 from skd_lib.errors import SkdError
 from skd_lib.tracking import client
 from skd_lib.tracking.buffer import FOLDER_VARIABLE, read_place, waiting_files
 from skd_lib.tracking.client import check_tracking, connect
 from skd_lib.tracking.runs import step_run
-from skd_lib.uris import sqlite_file, sqlite_uri
 
 from .conftest import EXPERIMENT
 

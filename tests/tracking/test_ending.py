@@ -14,12 +14,11 @@ import typer
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from skd_lib import notify
-from skd_lib.notify import Message
 from skd_lib.steps import finish
-from skd_lib.tracking import kubeflow
+from skd_lib.tracking import kubeflow, notify
 from skd_lib.tracking.client import find_or_create_experiment
 from skd_lib.tracking.ending import Seen, find_ending
+from skd_lib.tracking.notify import Message
 from skd_lib.tracking.triggered import TRIGGER_TAG, run_for
 
 from .conftest import EXPERIMENT, Runs

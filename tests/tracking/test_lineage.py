@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from skd_kfp.pipelines.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.models.files import weights_digest
 from skd_lib.steps import finish, prepare_data

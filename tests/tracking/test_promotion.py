@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from skd_kfp.pipelines.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.tracking import champions
 from skd_lib.tracking.champions import Reign, line

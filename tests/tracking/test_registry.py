@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from skd_lib import events
+from skd_lib._core import events
 from skd_lib.errors import SkdError
 from skd_lib.tracking import link, registry
 from skd_lib.tracking.registry import Champion, champion, register

@@ -11,14 +11,14 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-import pipelines.cli
-from pipelines.submitting.submit import Package, Place, Submission
+import skd_kfp.pipelines.cli
+from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdErrors
-from skd_lib.notify import Message
 from skd_lib.preflight.checks import Checks, PreflightReport
-from skd_lib.preflight.surroundings import check_tracking_store
+from skd_lib.preflight.environment import check_tracking_store
 from skd_lib.tracking.client import run_url
+from skd_lib.tracking.notify import Message
 from skd_lib.tracking.runs import close_pipeline_run, step_run
 from tests.kubeflow import small
 
@@ -70,7 +70,7 @@ def test_commands(
     command: list[str], uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipelines.compiling.compile_pipeline", lambda: Package.read().documents)  # takes less long
+    monkeypatch.setattr("skd_kfp.pipelines.compiling.compile_pipeline", lambda: Package.read().documents)
     (tmp_path / "run.json").write_text(json.dumps(CONFIG))
     place = {"experiment": "e", "pipeline_run_id": "r", "step": "s", "run_name": None, "mlflow_run_id": ""}
     (tmp_path / "left.jsonl").write_text(
@@ -79,11 +79,11 @@ def test_commands(
     places = {"CONFIG": "run.json", "FILE": "left.jsonl", "HOST": f"ftp://bob:{PASSWORD}@127.0.0.1:9"}
     arguments = [places.get(word, word) for word in command]
     # Each message is clean by itself, and `main` cleans what it prints.
-    alone = CliRunner().invoke(pipelines.cli.app, [*arguments, "--tracking-uri", uri])
+    alone = CliRunner().invoke(skd_kfp.pipelines.cli.app, [*arguments, "--tracking-uri", uri])
     assert PASSWORD not in alone.output + str(alone.exception)
     monkeypatch.setattr(sys, "argv", ["skd", *arguments, "--tracking-uri", uri])
     with pytest.raises(SystemExit):
-        pipelines.cli.main()
+        skd_kfp.pipelines.cli.main()
     out, errors = capsys.readouterr()
     assert PASSWORD not in out + errors
     assert out + errors

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from skd_kfp.pipelines.cli import app
 from skd_lib.tracking import link
 from skd_lib.tracking.client import check_tracking, connect
 from skd_lib.tracking.locate import children_of

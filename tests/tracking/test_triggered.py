@@ -15,10 +15,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipelines.submitting.api import KubeflowPipelines
-from pipelines.submitting.credentials import Anonymous
-from pipelines.submitting.submit import Place
-from pipelines.triggering.trigger import Trigger
+from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
+from skd_kfp.pipelines.kubeflow.auth import Anonymous
+from skd_kfp.pipelines.kubeflow.submit import Place
+from skd_kfp.pipelines.kubeflow.trigger import Trigger
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.tracking.ending import Seen

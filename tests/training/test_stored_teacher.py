@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from skd_lib.config import DistillConfig
 from skd_lib.data.tokenize import TokenizedExample
-from skd_lib.divergences import forward_kl
+from skd_lib.distillation.divergences import forward_kl
+from skd_lib.distillation.rollouts import Place, rollout_for
 from skd_lib.errors import SkdError
-from skd_lib.rollouts import Place, rollout_for
 from skd_lib.training import stored_teacher
 from skd_lib.training.checkpoints import MARKER
 from skd_lib.training.stored_teacher import StoredSignals, examples_digest, store_responses, store_signals

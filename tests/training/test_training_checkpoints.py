@@ -24,7 +24,7 @@ from skd_lib.steps import distill, teacher_sft
 from skd_lib.training.attempts import ALIVE
 from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints, checkpoint_key
 from tests.conftest import SaveTinyModel
-from tests.gcs_emulator import emulated
+from tests.support.gcs_emulator import emulated
 
 
 @pytest.fixture(scope="module")

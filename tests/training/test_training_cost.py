@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from skd_lib.batches import collate
 from skd_lib.config import DistillConfig, parse_section
 from skd_lib.data.tokenize import TokenizedExample
+from skd_lib.distillation.batch import collate
+from skd_lib.distillation.objectives import objective_for
+from skd_lib.distillation.rollouts import Place, rollout_for
 from skd_lib.models.heads import decoder
-from skd_lib.rollouts import Place, rollout_for
 from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs
 from skd_lib.sampling.engine import Sampler
 from skd_lib.training.cost import tokens_processed
-from skd_lib.training.objectives import objective_for
 from tests.conftest import TinyModel
 
 RULES = [top_k(3), top_k(0), min_prob(0.1), mixture(0.5), lossless(), everything(), nothing()]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny_task import FirstGradients, run, saved
 from transformers import PreTrainedModel
 
+from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
-from skd_lib.methods import METHODS
 from skd_lib.training.modes import attention_dropout
 from tests.conftest import CpuFlags
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from skd_lib.divergences import forward_kl
-from skd_lib.losses import DistillationLoss
-from skd_lib.teacher_signals import DenseSignal
+from skd_lib.distillation.divergences import forward_kl
+from skd_lib.distillation.loss import DistillationLoss
+from skd_lib.distillation.teacher_signal import DenseSignal
 
 POSITIONS, VOCABULARY, HIDDEN = 4 * 2048, 151_936, 896
 """Four rows of 2048 tokens under a Qwen2 0.5B student. The machine need not hold this: sizes are divided by SCALE."""

@@ -14,7 +14,7 @@ import torch
 from tiny_task import AtStep, run, saved
 from transformers import PreTrainedModel, TrainerCallback
 
-from skd_lib import machine
+from skd_lib._core import machine
 from skd_lib.errors import Preempted
 from skd_lib.training.checkpoints import MARKER, Attempt
 

@@ -23,9 +23,9 @@ from skd_lib.data.prepared import PreparedData, prepare
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.models.files import weights_digest
 from skd_lib.models.importing import import_model
+from skd_lib.models.records import RECORD, Record, read_record, write_record
 from skd_lib.models.references import model_fingerprint
 from skd_lib.multinode.coordinate import Work
-from skd_lib.records import RECORD, Record, read_record, write_record
 from skd_lib.steps import distill, student_init, teacher_sft
 from skd_lib.steps.kfp_call import Call, called
 from skd_lib.steps.runtime import run_step

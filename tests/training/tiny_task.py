@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler
 
-from skd_lib.batches import Rollout
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
-from skd_lib.losses import LossSums
-from skd_lib.methods import METHODS
+from skd_lib.distillation.batch import Rollout
+from skd_lib.distillation.loss import LossSums
+from skd_lib.distillation.methods import METHODS
 from skd_lib.training.checkpoints import Attempt, Checkpoints
 from skd_lib.training.run import TrainResult, train
 from skd_lib.training.stored_teacher import StoredSignals

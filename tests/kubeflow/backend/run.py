@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.graph import awaited
+from skd_kfp.pipelines.graph import awaited
 from tests.kubeflow.backend.driver import DriverError, Resolver, triggers
 from tests.kubeflow.backend.records import Artifact, Execution, Records, cache_key
 from tests.kubeflow.backend.states import published

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from skd_lib.compare.trials import Trial
+from skd_lib.comparison.trials import Trial
 from skd_lib.config import parse_section
+from skd_lib.config.parameters import Form
 from skd_lib.config.step import StepConfig
 from skd_lib.data import manifest
-from skd_lib.parameters import Form
 from skd_lib.preflight.reuse import keep, reuse_from
 from skd_lib.steps.compare_variant import outputs_of
 from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of, step_config

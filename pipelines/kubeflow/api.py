@@ -1,0 +1,339 @@
+"""Kubeflow Pipelines' REST API, made safe to use.
+
+This is `kfp_server_api`, the client that `kfp.Client` wraps, and not `kfp.Client` itself, which is of no use where
+nobody watches: it prints from every call, writes into the home folder, sets no timeouts, waits for ever for a run that
+was cancelled, and reads the login page that an expired session gets as an empty list.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import kfp_server_api
+from kfp_server_api.exceptions import ApiException
+
+from skd_kfp.pipelines.kubeflow import transport
+from skd_kfp.pipelines.kubeflow.auth import Credentials
+from skd_kfp.pipelines.kubeflow.filters import best_named, exactly_named, name_filter
+from skd_kfp.pipelines.kubeflow.transport import FAILURES, TIMEOUT_SECONDS
+from skd_kfp.pipelines.kubeflow.versions import Version, read_version
+from skd_lib._core.uris import shown
+from skd_lib.errors import SkdError
+
+CREATE_ATTEMPTS = 4
+PAGE_SIZE = 100
+MAX_PAGES = 1000
+LIVE = frozenset({None, "RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "CANCELING", "PAUSED"})
+KNOCKS = (0.0, 1.0, 2.0)
+"""Seconds before each attempt to connect, where a person waits."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Unsettled(SkdError):
+    """The server did not say whether it did what it was asked; it may still do it."""
+
+
+class KubeflowPipelines:
+    """The API of one Kubeflow Pipelines server. Safe to use from several threads.
+
+    Reading is repeated while the server is away, for a minute or two. Creating is repeated where that cannot make two:
+    where the server keeps names unique (experiments, pipelines, versions), and where the request did not reach it.
+    Of runs and recurring runs it may have made one that it does not list, so that these are only looked for.
+
+    Args:
+        host: URL of the API server, e.g. `https://kubeflow.example.com/pipeline`.
+        credentials: Who we are.
+        namespace: Profile in a multi-user installation; empty in a single-user one.
+        backoff: Seconds before the first repetition; each further one takes twice as long.
+        notice: Is told what a person who waits should know.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        credentials: Credentials,
+        namespace: str = "",
+        backoff: float = 1.0,
+        notice: Callable[[str], None] = log.warning,
+    ) -> None:
+        self.host, self.namespace, self.notice = shown(host.rstrip("/")), namespace, notice
+        self._backoff = backoff
+        self._client = client = transport.make_client(host.rstrip("/"), credentials, backoff, notice)
+        self._experiments = kfp_server_api.ExperimentServiceApi(client)
+        self._pipelines = kfp_server_api.PipelineServiceApi(client)
+        self._uploads = kfp_server_api.PipelineUploadServiceApi(client)
+        self._runs = kfp_server_api.RunServiceApi(client)
+        self._recurring = kfp_server_api.RecurringRunServiceApi(client)
+
+    def check_listening(self) -> None:
+        """See within seconds that there is a server; what it is asked later is repeated for longer.
+
+        Raises:
+            SkdError: nothing listens at the host.
+        """
+        url = urlsplit(self.host)
+        failure: OSError | None = None
+        for pause in KNOCKS:
+            time.sleep(pause)
+            try:
+                socket.create_connection(
+                    (url.hostname, url.port or {"http": 80}.get(url.scheme, 443)), TIMEOUT_SECONDS[0]
+                ).close()
+            except OSError as error:
+                failure = error
+            else:
+                return
+        reason = (failure and failure.strerror) or type(failure).__name__
+        raise transport.away(self.host, reason) from failure
+
+    def version(self) -> Version | None:
+        """The server's version; None where it does not say."""
+
+        try:
+            # The generated model of this answer leaves the version out.
+            return self._ask(lambda: read_version(self._get("healthz")))
+        except SkdError as error:
+            refusal = error.__cause__
+            if isinstance(refusal, ApiException) and refusal.status in (403, 404):
+                return None  # a gateway that does not pass this path on
+            raise
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment `name`, which is made where there is none."""
+        body = kfp_server_api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
+        made = self._find(name) or self._create(
+            "experiment_id",
+            lambda: self._find(name),
+            lambda: self._experiments.experiment_service_create_experiment(experiment=body),
+        )
+        if made.display_name != name:
+            self.notice(f"the server takes the experiment {made.display_name!r} for {name!r}: it is used")
+        return str(made.experiment_id)
+
+    def find_experiment(self, name: str) -> str | None:
+        """The id of the experiment `name`; None if there is none."""
+        found = self._find(name)
+        return str(found.experiment_id) if found else None
+
+    def _find(self, name: str) -> Any | None:
+        found = self._list(
+            "experiment_id",
+            self._experiments.experiment_service_list_experiments,
+            "experiments",
+            name_filter(name),
+            namespace=self.namespace,
+        )
+        return best_named(found, name, "display_name")
+
+    def pipeline_version(self, pipeline: str, version: str, package: Path, description: str) -> Any:
+        """The version `version` of the pipeline `pipeline`; both are made where they are missing.
+
+        The server lets one pipeline have a name, and one version of a pipeline: of several who make it one succeeds,
+        and the others find it. What people rename on Kubeflow's page is the display name, which is not looked at.
+        """
+        body = kfp_server_api.V2beta1Pipeline(name=pipeline, display_name=pipeline, namespace=self.namespace or None)
+
+        def find_pipeline() -> Any | None:
+            call = self._pipelines.pipeline_service_list_pipelines
+            by_name = name_filter(pipeline, "name")
+            found = self._list("pipeline_id", call, "pipelines", by_name, namespace=self.namespace)
+            return best_named(found, pipeline, "name")
+
+        made = find_pipeline() or self._create(
+            "pipeline_id",
+            find_pipeline,
+            lambda: self._pipelines.pipeline_service_create_pipeline(pipeline=body),
+        )
+
+        def find_version() -> Any | None:
+            call = self._pipelines.pipeline_service_list_pipeline_versions
+            by_name = name_filter(version, "name")
+            found = self._list("pipeline_version_id", call, "pipeline_versions", by_name, pipeline_id=made.pipeline_id)
+            return best_named(found, version, "name")
+
+        return find_version() or self._create(
+            "pipeline_version_id",
+            find_version,
+            lambda: self._uploads.upload_pipeline_version(
+                str(package), name=version, pipelineid=made.pipeline_id, description=description
+            ),
+        )
+
+    def runs_named(self, name: str, experiment_id: str) -> list[Any]:
+        """All runs of exactly that name in an experiment, in the order in which they were made."""
+        call = self._runs.run_service_list_runs
+        runs = exactly_named(self._list("run_id", call, "runs", name_filter(name), experiment_id=experiment_id), name)
+        return sorted(runs, key=lambda run: run.created_at.timestamp() if run.created_at else 0.0)
+
+    def create_run(self, run: Any, before: float = math.inf) -> Any:
+        """Start a run.
+
+        Args:
+            run: The run. Names are not unique, its description has to be: by it we tell our run from another's.
+            before: When all is to be over, on the monotonic clock: nothing is begun that might last longer.
+
+        Raises:
+            Unsettled: the run may have been made, or be made later.
+            SkdError: it was not made.
+        """
+
+        def find() -> Any | None:
+            runs = self.runs_named(run.display_name, run.experiment_id)
+            return next((found for found in runs if found.description == run.description), None)
+
+        columns = r"RUN:.metadata.annotations.pipelines\.kubeflow\.org/run_name,WORKFLOW:.metadata.name"
+        look = (
+            f"a run may have started that Kubeflow's page does not show: before you submit again, look for "
+            f"{run.display_name!r} in `{self._kubectl('workflows')} -l pipeline/runid "
+            f"-o custom-columns='{columns},PHASE:.status.phase'`, and delete its workflow"
+        )
+        return self._create("run_id", find, lambda: self._runs.run_service_create_run(run=run), before, look)
+
+    def run(self, run_id: str) -> Any:
+        """A run as it is now.
+
+        The version without MLMD tells of its tasks on demand, in a field that the generated model does not know: they
+        are in the attribute `tasks`, as plain values.
+        """
+
+        def read() -> Any:
+            told = self._get(f"runs/{run_id}")
+            if told.get("task_count"):
+                told = self._get(f"runs/{run_id}", view="FULL")
+            run = self._client.deserialize(SimpleNamespace(data=json.dumps(told)), "V2beta1Run")
+            run.tasks = told.get("tasks") or []
+            return _known(run, "run_id")
+
+        return self._ask(read)
+
+    def recurring_runs_named(self, name: str, experiment_id: str) -> list[Any]:
+        """All recurring runs of exactly that name in an experiment."""
+        call = self._recurring.recurring_run_service_list_recurring_runs
+        found = self._list("recurring_run_id", call, "recurring_runs", name_filter(name), experiment_id=experiment_id)
+        return exactly_named(found, name)
+
+    def create_recurring_run(self, recurring: Any) -> Any:
+        """Make a recurring run; its description has to be unique, see `create_run`.
+
+        Raises:
+            Unsettled: it may have been made, or be made later.
+            SkdError: it was not made.
+        """
+
+        def find() -> Any | None:
+            named = self.recurring_runs_named(recurring.display_name, recurring.experiment_id)
+            return next((found for found in named if found.description == recurring.description), None)
+
+        look = (
+            "a schedule may have been made that Kubeflow's page does not show: before you submit again, look at "
+            f"`{self._kubectl('scheduledworkflows')}`, and delete the one that was made just now"
+        )
+        create = self._recurring.recurring_run_service_create_recurring_run
+        return self._create("recurring_run_id", find, lambda: create(recurring_run=recurring), look=look)
+
+    def recurring_run(self, recurring_run_id: str) -> Any:
+        """A recurring run as the server keeps it."""
+        call = self._recurring.recurring_run_service_get_recurring_run
+        return self._ask(lambda: _known(call(recurring_run_id=recurring_run_id), "recurring_run_id"))
+
+    def _get(self, path: str, **query: str) -> dict[str, Any]:
+        """An answer as plain values, where the generated models leave something out."""
+        answer = self._client.call_api(
+            f"/apis/v2beta1/{path}",
+            "GET",
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json"},
+            response_type="object",
+            _return_http_data_only=True,
+        )
+        if not isinstance(answer, dict):
+            raise ValueError("it is no object")
+        return answer
+
+    def _kubectl(self, kind: str) -> str:
+        return f"kubectl get {kind} -n {self.namespace or 'kubeflow'}"
+
+    def _create(
+        self,
+        key: str,
+        find: Callable[[], T | None],
+        create: Callable[[], T],
+        before: float = math.inf,
+        look: str = "",
+    ) -> T:
+        """Create something, and find it where the answer got lost.
+
+        Args:
+            key: The field that holds its id.
+            find: Looks for it.
+            create: Asks for it.
+            before: See `create_run`.
+            look: How a person finds what may have been made; empty where names are unique, so that asking again
+                cannot make two.
+        """
+        failure: Exception | None = None
+        for attempt in range(CREATE_ATTEMPTS):
+            if time.monotonic() + sum(TIMEOUT_SECONDS) > before:
+                break
+            if failure is None or not look or transport.was_not_received(failure):
+                try:
+                    return _known(create(), key)
+                except FAILURES as error:
+                    failure = error
+                if transport.was_refused(failure) and not transport.is_conflict(failure):
+                    raise transport.explained(failure, self.host) from failure
+            # A gateway may answer for the server before it has done what it was asked.
+            time.sleep(self._backoff * 2**attempt)
+            found = find()
+            if found is not None:
+                return found
+            if transport.is_conflict(failure):
+                told = transport.explained(failure, self.host)
+                raise SkdError(told.what, where=told.where, hint="there is one that we may not see") from failure
+        if failure is None:
+            raise SkdError("it has become too late to ask the server", where=self.host, hint="try again")
+        told = transport.explained(failure, self.host)
+        if look and transport.was_not_received(failure):
+            raise told from failure
+        raise Unsettled(told.what, where=told.where, hint=look or told.hint) from failure
+
+    def _list(self, key: str, call: Callable[..., Any], field: str, wanted: str, **query: Any) -> Iterator[Any]:
+        scope = {name: value for name, value in query.items() if value}
+        asked = {"filter": wanted}
+
+        def read_page() -> tuple[list[Any], str]:
+            page = call(page_size=PAGE_SIZE, **scope, **asked)
+            return [_known(item, key) for item in getattr(page, field) or []], page.next_page_token or ""
+
+        for _ in range(MAX_PAGES):
+            items, token = self._ask(read_page)
+            yield from items
+            if not token:
+                return
+            asked = {"page_token": token}  # which holds the filter
+        raise transport.explained(ValueError(f"more than {MAX_PAGES} pages"), self.host)
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except FAILURES as error:
+            raise transport.explained(error, self.host) from error
+
+
+def _known(answer: T, key: str) -> T:
+    """See that what the server tells of has an id; any JSON object is read as one without."""
+    if not getattr(answer, key, None):
+        raise ValueError(f"it has no {key}")
+    return answer

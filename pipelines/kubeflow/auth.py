@@ -1,0 +1,171 @@
+"""How a client proves who it is to Kubeflow Pipelines. No secret is an option of a command or written to a log."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from typing_extensions import override
+
+from skd_lib._core.uris import shown
+from skd_lib.errors import SkdError
+
+TOKEN, COOKIE = "SKD_KFP_TOKEN", "SKD_KFP_COOKIE"
+LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
+
+
+class Auth(StrEnum):
+    """The kinds of credentials."""
+
+    AUTO = "auto"
+    NONE = "none"
+    IN_CLUSTER = "in-cluster"
+    ID_TOKEN = "id-token"  # noqa: S105 - the name of a kind
+    COOKIE = "cookie"
+
+
+class Credentials(Protocol):
+    """What is put into every request's headers."""
+
+    def headers(self, *, renew: bool = False) -> dict[str, str]:
+        """The headers; `renew` asks for new ones, since the server refused those it got.
+
+        Raises:
+            SkdError: there are none.
+        """
+
+
+class Anonymous(Credentials):
+    """No credentials: a port-forward, or a cluster without authentication."""
+
+    @override
+    def headers(self, *, renew: bool = False) -> dict[str, str]:
+        return {}
+
+
+class Secret(Credentials):
+    """A bearer token or a session cookie that somebody else made and renews.
+
+    Args:
+        read: Reads it, before every request: whoever renews it (the kubelet, a sidecar) writes it to the same file.
+        header: The header it goes into.
+        prefix: What stands before it there.
+    """
+
+    def __init__(self, read: Callable[[], str], header: str = "Authorization", prefix: str = "Bearer ") -> None:
+        self._read, self._header, self._prefix = read, header, prefix
+
+    @override
+    def headers(self, *, renew: bool = False) -> dict[str, str]:
+        return {self._header: self._prefix + self._read()}
+
+
+class IdToken(Credentials):
+    """An OpenID Connect token for `audience`, made and renewed by Google's application default credentials."""
+
+    def __init__(self, audience: str) -> None:
+        self._audience = audience
+        self._lock = threading.Lock()
+        self._credentials: Any = None
+
+    @override
+    def headers(self, *, renew: bool = False) -> dict[str, str]:
+        from google.auth.exceptions import GoogleAuthError
+        from google.auth.transport.requests import Request
+        from google.oauth2.id_token import fetch_id_token_credentials
+
+        with self._lock:
+            try:
+                if self._credentials is None:
+                    self._credentials = fetch_id_token_credentials(  # type: ignore[no-untyped-call, unused-ignore]
+                        self._audience, Request()
+                    )
+                if renew or not self._credentials.valid:
+                    self._credentials.refresh(Request())
+            except GoogleAuthError as error:
+                raise SkdError(
+                    f"Google gives no id-token: {error}",
+                    where=f"audience {self._audience}",
+                    hint="run as a service account, or put a token into the file that SKD_KFP_TOKEN_FILE names",
+                ) from error
+            return {"Authorization": f"Bearer {self._credentials.token}"}
+
+
+def find_credentials(auth: Auth, host: str, audience: str = "") -> Credentials:
+    """The credentials of this kind; `auto` takes the first that are there: in-cluster, id-token, cookie, none.
+
+    - in-cluster: the service account's token, which the kubelet projects into the pod and renews. Its file is KFP's
+      own: `KF_PIPELINES_SA_TOKEN_PATH`, or `/var/run/secrets/kubeflow/pipelines/token`.
+    - id-token: from `SKD_KFP_TOKEN` or the file `SKD_KFP_TOKEN_FILE`, else from Google for `audience` (the OAuth client
+      of Identity-Aware Proxy).
+    - cookie: Dex's session, `NAME=VALUE`, from `SKD_KFP_COOKIE` or the file `SKD_KFP_COOKIE_FILE`.
+
+    Raises:
+        SkdError: there are none of this kind, or they would go unencrypted over a network.
+    """
+    if auth is Auth.AUTO:
+        auth = _present(audience)
+    if auth in {Auth.ID_TOKEN, Auth.COOKIE}:
+        _check_encrypted(host)
+    match auth:
+        case Auth.IN_CLUSTER:
+            path = _service_account_token()
+            return Secret(lambda: _read(path))
+        case Auth.ID_TOKEN if audience and not _is_set(TOKEN):
+            return IdToken(audience)
+        case Auth.ID_TOKEN:
+            return Secret(_from_environment(TOKEN, "or name the audience with --audience"))
+        case Auth.COOKIE:
+            return Secret(_from_environment(COOKIE, "log in and copy the session cookie"), "Cookie", "")
+        case _:
+            return Anonymous()
+
+
+def _present(audience: str) -> Auth:
+    if _service_account_token().is_file():
+        return Auth.IN_CLUSTER
+    if audience or _is_set(TOKEN):
+        return Auth.ID_TOKEN
+    return Auth.COOKIE if _is_set(COOKIE) else Auth.NONE
+
+
+def _is_set(name: str) -> bool:
+    return bool(os.environ.get(name) or os.environ.get(f"{name}_FILE"))
+
+
+def _service_account_token() -> Path:
+    from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH
+
+    return Path(os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH)
+
+
+def _from_environment(name: str, advice: str) -> Callable[[], str]:
+    value, file = os.environ.get(name), os.environ.get(f"{name}_FILE")
+    if file:
+        return lambda: _read(Path(file))
+    if value:
+        return lambda: value
+    raise SkdError("there are no credentials", where=name, hint=f"set {name} or {name}_FILE; {advice}")
+
+
+def _read(path: Path) -> str:
+    try:
+        secret = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SkdError(f"cannot read the credentials: {type(error).__name__}", where=str(path)) from error
+    if not secret or not secret.isprintable():
+        raise SkdError("the file holds no credentials: one line of text is expected", where=str(path))
+    return secret
+
+
+def _check_encrypted(host: str) -> None:
+    url = urlsplit(host)
+    if url.scheme != "https" and url.hostname not in LOCAL_HOSTS:
+        raise SkdError(
+            "credentials would go unencrypted over the network", where=shown(host), hint="give an https:// host"
+        )

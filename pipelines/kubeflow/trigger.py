@@ -1,0 +1,292 @@
+"""Whether new data wants a run, and starting it once.
+
+What is decided depends on what is there now, not on what an event says: events that come twice, late or in another
+order change nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
+from skd_kfp.pipelines.kubeflow.claims import Claim, claim, forget, remember, remembered
+from skd_kfp.pipelines.kubeflow.states import FAILED, was_cancelled
+from skd_kfp.pipelines.kubeflow.submit import SHORT_DIGEST, Package, Place, Submission
+from skd_lib import storage
+from skd_lib.config import FilesSource, HubSource, RunConfig
+from skd_lib.data.files import is_there, stored_files
+from skd_lib.data.manifest import data_fingerprint, digest
+from skd_lib.errors import SkdError
+from skd_lib.steps.options import EXPERIMENT_VARIABLE
+from skd_lib.tracking import triggered
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+PLACEHOLDER = "{source}"
+MARKER = "_SUCCESS"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about a source.
+
+    Attributes:
+        fire: Whether it wants a run.
+        reason: Why, or why not.
+        name: The run's name, which is the same for the same data, settings and pipeline; empty while data is missing.
+        run_id: The run that was started, or because of which none was; empty if there is none.
+    """
+
+    fire: bool
+    reason: str
+    name: str = ""
+    run_id: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """Starts runs of one configuration.
+
+    Attributes:
+        config: The run; `{source}` in its data files stands for the source.
+        package: The compiled pipeline.
+        place: Where runs go.
+        api: The server.
+        claims: Folder or gs:// URI of the claims that keep processes from starting the same run at the same time;
+            empty: there is only one process.
+        marker: Name of the object that is written last, when a source is complete.
+        attempts: How many runs of the same data may fail before no more are started.
+        tracking_uri: MLflow server that is asked for earlier runs on the same data; empty: none.
+    """
+
+    config: RunConfig
+    package: Package
+    place: Place
+    api: KubeflowPipelines
+    claims: str = ""
+    marker: str = MARKER
+    attempts: int = 1
+    tracking_uri: str = ""
+
+    def explain(self, source: str) -> Decision:
+        """Say what `fire` would do, and change nothing.
+
+        Raises:
+            SkdError: the configuration does not read from `source`, or storage or the server cannot be asked.
+        """
+        submission = self._plan(source)
+        return submission if isinstance(submission, Decision) else self._look(submission.name, self._memory())
+
+    def fire(self, source: str) -> Decision:
+        """Start a run on the data at `source`, if it is complete and there is none yet.
+
+        Raises:
+            Busy: another process is about to start it.
+            SkdError: as `explain`, or the run cannot be started.
+        """
+        submission = self._plan(source)
+        if isinstance(submission, Decision):
+            return submission
+        memory = self._memory()
+        decision = self._look(submission.name, memory)
+        if not decision.fire:
+            return decision
+        run = submission.prepare(self.api, reason=f"skd trigger {source}")
+        with claim(self.claims, submission.name) if self.claims else nullcontext(Claim(math.inf)) as held:
+            decision = self._look(submission.name, memory)
+            if decision.fire:
+                try:
+                    made = submission.start(self.api, run, before=held.expires)
+                except Unsettled:
+                    held.kept = True
+                    raise
+                decision = replace(decision, run_id=made.run_id)
+                self._write_down(remember, submission.name, decision.run_id)
+        # Kubeflow lists it by now: others need not wait for MLflow.
+        if decision.fire and memory.note(submission.name, decision.run_id, self.config.name):
+            self._write_down(forget, submission.name, decision.run_id)
+        return decision
+
+    def _memory(self) -> _Memory:
+        return _Memory(self.tracking_uri, self.place.mlflow_experiment or default_experiment())
+
+    def _write_down(self, write: Callable[[str, str, str], None], name: str, run_id: str) -> None:
+        try:
+            if self.claims:
+                write(self.claims, name, run_id)
+        except SkdError as error:  # it runs all the same
+            log.warning("run %s was started, but the claims do not know of it: %s", run_id, error.brief)
+
+    def _plan(self, source: str) -> Submission | Decision:
+        """The run for the data that is at `source` now, or why there cannot be one yet."""
+        config = reading_from(self.config, source)
+        marker = f"{source.rstrip('/')}/{self.marker}"
+        files = config.data.source
+        # A commit of the hub is complete; of files the marker says that they are.
+        data = [*files.train, *files.validation, *files.test] if isinstance(files, FilesSource) else []
+        for uri in [marker, *data] if data else []:
+            if not (storage.exists(uri) if uri == marker else is_there(uri)):
+                return Decision(fire=False, reason=f"the data is not complete: there is no {uri}")
+        submission = Submission.plan(config, self.package, self.place)
+        # Where a run's records and artifacts go makes it no other run.
+        settings = config.model_dump(mode="json", exclude={"data"})
+        identity = {"data": data_fingerprint(config.data), "pipeline": self.package.digest, "settings": settings}
+        # Looked at last: what was overwritten until the fingerprint was taken is newer than the marker.
+        written = _modified(marker) if data else math.inf
+        for uri in data:
+            for stored in stored_files(uri):
+                if stored.modified > written:
+                    reason = f"the data is being replaced: {stored.uri} is newer than {marker}"
+                    return Decision(fire=False, reason=reason)
+        return replace(submission, name=f"skd-{digest(identity)[:SHORT_DIGEST]}")
+
+    def _look(self, name: str, memory: _Memory) -> Decision:
+        """Decide by the runs of this name that Kubeflow lists, and by those that MLflow and the claims remember."""
+        # Before Kubeflow is asked: a run that is started in between is then in its list.
+        started = remembered(self.claims, name) if self.claims else []
+        experiment = self.api.find_experiment(self.place.experiment)
+        runs = self.api.runs_named(name, experiment) if experiment else []
+        for run in reversed(runs):
+            state = "cancelled by a person" if was_cancelled(run) else (run.state or "PENDING").lower()
+            # What is neither known to have failed nor to have been cancelled may run, or have succeeded.
+            if was_cancelled(run) or run.state != FAILED:
+                reason = f"there is a run for this data already, {state}"
+                return Decision(fire=False, reason=reason, name=name, run_id=run.run_id)
+        if len(runs) >= self.attempts:
+            reason = (
+                f"{len(runs)} run{'s' if len(runs) > 1 else ''} on this data failed: correct it, or raise --attempts"
+            )
+            return Decision(fire=False, reason=reason, name=name, run_id=runs[-1].run_id)
+        # A run that failed before it could tell MLflow is still open there: of what it lists, Kubeflow knows better.
+        failed = [run.run_id for run in runs]
+        known = memory.run_for(name, failed=failed)
+        if known is not None:
+            what = f"{triggered.how_it_ended(known).lower()}, which MLflow alone still knows: {known.info.run_id}"
+            way_out = f"to run it again, delete that MLflow run or its tag {triggered.TRIGGER_TAG}"
+            reason = f"there is a run for this data already, {what}; {way_out}"
+            return Decision(fire=False, reason=reason, name=name)
+        written = [uri for uri in started if _run_id(uri) not in failed]
+        if written:
+            reason = (
+                f"a run for this data was started, {_run_id(written[-1])}, which Kubeflow no longer knows; "
+                f"to run it again, delete {' and '.join(written)}"
+            )
+            return Decision(fire=False, reason=reason, name=name)
+        reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"
+        return Decision(fire=True, reason=reason, name=name)
+
+
+def _run_id(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def default_experiment() -> str:
+    """The MLflow experiment of steps that are told of no other, as this machine has it."""
+    return os.environ.get(EXPERIMENT_VARIABLE) or "skd"
+
+
+def _modified(marker: str) -> float:
+    """When the marker was written."""
+    found = storage.list_objects(marker)
+    name = marker.rpartition("/")[2]
+    if [stored.uri.rpartition("/")[2] for stored in found] != [name]:
+        raise SkdError("the marker is a folder, not a file", where=marker, hint="write a file of that name")
+    return found[0].modified
+
+
+class _Memory:
+    """What MLflow remembers of earlier runs, where there is one; it is the second guard, and holds nothing up.
+
+    Without an answer Kubeflow and the claims decide alone. MLflow is then asked no more, so that a server that is away
+    is waited for once.
+    """
+
+    def __init__(self, tracking_uri: str, experiment: str) -> None:
+        self._tracking_uri, self._experiment = tracking_uri, experiment
+        self._asked = bool(tracking_uri)
+
+    def run_for(self, name: str, failed: Collection[str]) -> Run | None:
+        """See `triggered.run_for`; None also without an answer."""
+        if not self._asked:
+            return None
+        try:
+            return triggered.run_for(name, failed=failed, tracking_uri=self._tracking_uri)
+        except SkdError as error:
+            log.warning("MLflow cannot tell of earlier runs on this data, Kubeflow alone decides: %s", error.brief)
+            self._asked = False
+            return None
+
+    def note(self, name: str, run_id: str, run_name: str) -> bool:
+        """See `triggered.note`; whether MLflow took it."""
+        if not self._asked:
+            return False
+        try:
+            triggered.note(
+                name,
+                pipeline_run_id=run_id,
+                run_name=run_name,
+                tracking_uri=self._tracking_uri,
+                experiment=self._experiment,
+            )
+        except SkdError as error:
+            log.warning("run %s was started, but MLflow does not know of it: %s", run_id, error.brief)
+            return False
+        return True
+
+
+def check_source(config: RunConfig, source: str) -> None:
+    """See that a configuration can read from a source, and that there is one: a misspelt one would wait for ever.
+
+    Raises:
+        SkdError: it reads from elsewhere, the cluster could not read it, or there is nothing.
+    """
+    files = reading_from(config, source).data.source
+    if not isinstance(files, FilesSource):
+        return
+    if not storage.is_remote(source) and "://" not in source and not Path(source).is_absolute():
+        hint = "give a gs:// URI, or the absolute path of a volume that is mounted here as in the steps' pods"
+        raise SkdError("the cluster cannot read a relative path of this machine", where=f"SOURCE {source}", hint=hint)
+    if not storage.exists(source):
+        hint = "check the spelling; a folder in a bucket is there once a file is in it"
+        raise SkdError("there is no such folder", where=f"SOURCE {source}", hint=hint)
+
+
+def reading_from(config: RunConfig, source: str) -> RunConfig:
+    """The configuration with `source` for `{source}` in its data files.
+
+    Raises:
+        SkdError: it does not read from there.
+    """
+    files = config.data.source
+    hint = f"write {PLACEHOLDER} for the folder in data.source.train, validation and test"
+    if isinstance(files, HubSource) and files.dataset == source:
+        return config
+    if not isinstance(files, FilesSource):
+        raise SkdError(
+            "the configuration does not read its data from there",
+            where=source,
+            hint=hint if not isinstance(files, HubSource) else f"its dataset is {files.dataset}",
+        )
+    folder = source.rstrip("/")
+    splits = {
+        split: [uri.replace(PLACEHOLDER, folder) for uri in uris]
+        for split, uris in (("train", files.train), ("validation", files.validation), ("test", files.test))
+    }
+    if not any(uri == folder or uri.startswith(f"{folder}/") for uris in splits.values() for uri in uris):
+        raise SkdError("the configuration does not read its data from there", where=source, hint=hint)
+    data = config.data.model_copy(update={"source": files.model_copy(update=splits)})
+    return config.model_copy(update={"data": data})

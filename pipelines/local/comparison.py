@@ -1,0 +1,65 @@
+"""A comparison on this machine: every run, and where some fail the table without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from skd_kfp.pipelines.graph import read_steps, unrolled
+from skd_kfp.pipelines.local.progress import Display
+from skd_kfp.pipelines.local.runner import LocalRun, RunFolder, run_pipeline
+from skd_lib.comparison.plan import Plan
+
+
+def run_comparison(
+    plan: Plan,
+    folder: RunFolder,
+    documents: list[dict[str, Any]],
+    display: Callable[[int], Display],
+    *,
+    say: Callable[[str], None],
+    tracking_uri: str,
+    experiment: str,
+    fresh: bool = False,
+) -> LocalRun:
+    """Run the pipeline `compare_methods`.
+
+    kfp ends a loop as failed if one of its rounds is, and what comes after it is left out. So where rounds have failed,
+    the pipeline is run once more without them, which reuses all other steps, and the table tells why they are missing.
+
+    Args:
+        plan: The comparison.
+        folder: Its files.
+        documents: The compiled pipeline.
+        display: Makes what shows the course of so many steps.
+        say: Tells a person what is being done.
+        tracking_uri: MLflow.
+        experiment: MLflow's experiment.
+        fresh: Forget finished steps and checkpoints.
+
+    Raises:
+        StepFailed: a step that all runs need failed, or every run did.
+        SkdError: the folder is in use, or the pipeline could not be run.
+        KeyboardInterrupt: the running step was stopped.
+    """
+    failed: dict[str, str] = {}
+    while True:
+        left = plan.without(failed)
+        steps = len(unrolled(read_steps(documents[0]), [trial.label for trial in left.trials]))
+        say(f"comparison {plan.base.name}: {len(left.trials)} runs, {steps} steps, files in {folder.root}")
+        finished = run_pipeline(
+            plan.base,
+            folder,
+            documents,
+            display(steps),
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            fresh=fresh and not failed,
+            comparison=left,
+        )
+        if not finished.lost:
+            return finished
+        failed |= {label: failure.brief for label, failure in finished.lost.items()}
+        if len(failed) == len(plan.trials):
+            raise next(iter(finished.lost.values()))
+        say(f"{len(failed)} of {len(plan.trials)} runs failed: the table is made without them")

@@ -1,0 +1,228 @@
+"""One step as a child process: its output goes to a log, its events to whoever watches, and it never outlives us."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeAlias
+
+from skd_lib._core import events
+from skd_lib._core.uris import redactor
+from skd_lib.errors import SkdError
+
+PR_SET_PDEATHSIG = 1
+LOGGED_PROGRESS_SECONDS = 10.0
+STOP_SECONDS = 600.0
+"""What a step is given to save its work; whoever does not want to wait sends a second signal."""
+KILL_SECONDS = 10.0
+TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child process ended.
+
+    Attributes:
+        code: Exit code; negative is the number of the signal that ended it.
+        error: The step's own error sentence, empty if it gave none.
+        tail: The last lines of its output.
+    """
+
+    code: int
+    error: str
+    tail: tuple[str, ...]
+
+    def explain(self) -> str:
+        """Why it failed, in words for a person."""
+        if self.error:
+            return self.error
+        if self.code < 0:
+            name = signal.Signals(-self.code).name
+            advice = ": the machine may have run out of memory" if name == "SIGKILL" else ""
+            return f"the process was ended by {name}{advice}"
+        return "\n".join([f"the process ended with exit code {self.code}; its last lines:", *self.tail])
+
+
+class StepFailed(SkdError):
+    """A step of a local run failed.
+
+    Attributes:
+        step: Its name.
+        log: Its whole output.
+        code: Its exit code.
+    """
+
+    def __init__(self, step: str, message: str, log: Path, code: int = 1) -> None:
+        super().__init__(message, where=f"step {step}", hint=f"its whole output is in {log}")
+        self.step = step
+        self.log = log
+        self.code = code
+
+
+OnEvent: TypeAlias = Callable[[dict[str, Any]], None]
+"""Takes an event of a step, see `skd_lib._core.events`."""
+Start: TypeAlias = Callable[[str, list[str], Mapping[str, str], Path, OnEvent], Outcome]
+"""Runs a step to its end: image, command, environment, log, and who takes its events."""
+
+
+class Child(Protocol):
+    """A running step, the first of its process group."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def stdout(self) -> IO[str] | None:
+        """Its output and errors."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, negative for a signal; raises `subprocess.TimeoutExpired`."""
+
+
+def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_event: OnEvent) -> Outcome:
+    """Run a command to its end, see `watch`; if the caller is killed, the kernel kills it.
+
+    (On Linux. Elsewhere it ends when it next writes to its closed output.)
+    """
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=dict(env),
+        start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group
+        preexec_fn=die_with_parent(os.getpid()),
+    )
+    return watch(child, log=log, on_event=on_event)
+
+
+def watch(child: Child, *, log: Path, on_event: OnEvent) -> Outcome:
+    """Wait for a child's end.
+
+    Its output goes to `log`, event lines (`events`) to `on_event`. If the caller is interrupted, the child and
+    its children are stopped before the interruption goes on; if it is interrupted again, at once.
+
+    Raises:
+        OSError: the log cannot be written; the child is stopped.
+    """
+    assert child.stdout is not None  # noqa: S101 - it is piped
+    try:
+        error, tail = follow(child.stdout, log, on_event)
+        outcome = Outcome(child.wait(), error, tail)
+    except BaseException:
+        # A child whose output nobody reads any more would wait for that, and not end.
+        reader = threading.Thread(target=_read_on, args=(child.stdout, log), daemon=True)
+        reader.start()
+        _stop(child)
+        reader.join(KILL_SECONDS)
+        raise
+    child.stdout.close()
+    return outcome
+
+
+def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tuple[str, ...]]:
+    """Read what a step says until it is silent: its text goes to `log`, its events to `on_event`.
+
+    Returns:
+        The step's own error sentence (empty if it gave none), and the last lines of its text.
+
+    Raises:
+        OSError: the log cannot be written.
+    """
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    error = ""
+    logged = 0.0
+    with log.open("ab", buffering=0) as file:
+        for line in map(redactor(), lines):
+            event = events.parse(line)
+            if event is None:
+                _write(file, line, log)
+                if line.strip():
+                    tail.append(line.rstrip())
+                continue
+            if event["event"] == "error":
+                error = str(event["message"])
+            elif event["event"] == "progress" and (
+                time.monotonic() - logged >= LOGGED_PROGRESS_SECONDS or event["done"] >= event["total"]
+            ):
+                logged = time.monotonic()
+                _write(file, f"{event['what']} {progress_text(event)}\n", log)
+            on_event(event)
+    return error, tuple(tail)
+
+
+def progress_text(event: Mapping[str, Any]) -> str:
+    """A progress event as text: `40/80 loss=1.2 rejection_rate=0.31`."""
+    figures = " ".join(f"{name}={value:.4g}" for name, value in event.get("figures", {}).items())
+    return f"{event['done']}/{event['total']} {figures}".rstrip()
+
+
+def die_with_parent(parent: int) -> Callable[[], None] | None:
+    """What the child does before it becomes the step: ask the kernel to be killed when its parent dies.
+
+    The C library is loaded here, in the parent: between fork and exec as little as possible may happen.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does with it: it stops a step
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return ask
+
+
+def _write(file: IO[bytes], text: str, path: Path) -> None:
+    """Write a text whole, or raise an error that names the file."""
+    content = text.encode()
+    try:
+        written = file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+    if written < len(content):  # the disk took a part, the next byte would not fit
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _read_on(lines: IO[str], log: Path) -> None:
+    """Read what a child says while it is stopped."""
+    with contextlib.suppress(OSError, ValueError), log.open("ab", buffering=0) as file:
+        for line in map(redactor(), lines):
+            if events.parse(line) is None:
+                with contextlib.suppress(OSError):
+                    file.write(line.encode())
+
+
+def _stop(child: Child) -> None:
+    """End the child's process group: politely; at once if it takes too long, or if this is interrupted."""
+    try:
+        _signal_group(child, signal.SIGTERM)
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        _signal_group(child, signal.SIGKILL)  # what the step has left behind, or all of it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(KILL_SECONDS)
+
+
+def _signal_group(child: Child, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)

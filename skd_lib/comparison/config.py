@@ -1,0 +1,124 @@
+"""A comparison's YAML file: a run's configuration, and what differs from run to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from skd_lib.config import (
+    ConfigSection,
+    Method,
+    Overrides,
+    RunConfig,
+    StudentInitConfig,
+    apply,
+    load_config,
+    parse_section,
+    read_yaml,
+)
+from skd_lib.config._reading import check_unset
+from skd_lib.errors import SkdError
+
+SHARED = "the runs of a comparison share data, task, teacher and evaluation"
+OWN_SECTIONS = ("distill", "student_init", "student")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+
+
+class StudentInit(StudentInitConfig):
+    """A place where students start from: section `student_init` of a run, and the student it is about."""
+
+    student: str | None = Field(None, description="Model to start from; unset: the run's.")
+
+
+class CompareConfig(ConfigSection):
+    """Methods x student inits x settings, each with every seed, on one prepared data set and one teacher."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Name of the comparison: lower case, digits and dashes."
+    )
+    base: str = Field(description="The run's YAML file that everything starts from, as seen from this file.")
+    overrides: Overrides = Field(
+        {}, description="Fields of `base` that are others in all runs, by dotted name; null unsets one."
+    )
+    methods: list[Method] = Field([], description="Methods compared; empty: the one of `base`.")
+    student_inits: dict[str, StudentInit] = Field({}, description="By name; empty: the one of `base`.")
+    grid: dict[str, list[Any]] = Field(
+        {},
+        description="Values to try by dotted field, e.g. `distill.sampling.top_k: [1, 5, 25]`. A method that does not "
+        "read a field is run once. At most 5,000 combinations, and 500 runs in all.",
+    )
+    variants: dict[str, Overrides] = Field(
+        {}, description="Further ones, besides methods x grid, by name: fields by dotted name. `{}` is `base` itself."
+    )
+    seeds: list[int] = Field([0], min_length=1, description="Each variant is run once with each of them.")
+    drafts: bool = Field(
+        False, description="Measure every student as a draft of the teacher too, as section `specdec` of `base` says."
+    )
+    reference: str = Field(
+        "", description="Variant that the others are tested against; empty: the first whose method is `skd`."
+    )
+
+    skip: dict[str, str] = Field(
+        {}, description="Trials that are left out, `VARIANT-seed-SEED`, each with the reason that the table gives."
+    )
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _distinct(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"every one may be there once only, got {values}")
+        return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_in_range(cls, seeds: list[int]) -> list[int]:
+        if any(not 0 <= seed < 2**31 for seed in seeds):
+            raise ValueError(f"every one must be from 0 to 2147483647, got {seeds}")
+        return seeds
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_has_values(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for path, values in grid.items():
+            if not values:
+                raise ValueError(f"{path}: no values to try")
+        return grid
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a YAML file is a comparison's, and not a run's.
+
+    Raises:
+        SkdError: the file is missing, or is not a mapping in YAML.
+    """
+    return "base" in read_yaml(path)
+
+
+def load_compare(path: Path, overrides: Overrides | None = None) -> tuple[CompareConfig, RunConfig]:
+    """Read a comparison's YAML file and the run's that it names.
+
+    Args:
+        path: The comparison's file.
+        overrides: Further fields of `base` that are others in all runs; they go before the file's.
+
+    Returns:
+        The comparison, and the configuration that its runs start from.
+
+    Raises:
+        SkdError: a file is missing or is not YAML, or has a wrong, missing or unknown field.
+    """
+    fields = read_yaml(path)
+    if "base" not in fields and "teacher" in fields:
+        hint = "`skd run` runs it on this machine, `skd submit` in Kubeflow"
+        raise SkdError("this is the file of a run, not of a comparison", where=str(path), hint=hint)
+    compare = parse_section(CompareConfig, fields, where=str(path))
+    if overrides:
+        compare = compare.model_copy(update={"overrides": {**compare.overrides, **overrides}})
+    file = path.parent / compare.base
+    load_config(file)  # whose own errors name it
+    where = f"{path}, field `overrides`{' with --set' if overrides else ''}"
+    check_unset(RunConfig, compare.overrides, where=where)
+    values = apply({**read_yaml(file), "name": compare.name}, compare.overrides, where=where)
+    return compare, parse_section(RunConfig, values, where=where)

@@ -1,0 +1,214 @@
+"""The losses of a batch, computed on the head's side without ever holding all the logits.
+
+From the final hidden states at response positions, in chunks: the gradient of a chunk is taken as soon as its loss is
+known, and its logits are thrown away. So memory does not grow with sequence length times vocabulary, and no logits are
+computed twice (the idea of Liger's fused losses, arXiv 2410.10989). Reductions are in fp32; a head that scales or caps
+its logits does so here too (`skd_lib.models.heads`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from skd_lib.distillation.divergences import Divergence
+from skd_lib.distillation.teacher_signal import Comparison, DenseSignal, TeacherSignal
+from skd_lib.models.heads import lm_logits, vocabulary_size
+from skd_lib.preflight.memory import loss_chunk
+
+
+class LossSums(NamedTuple):
+    """Sums over N response positions.
+
+    Attributes:
+        loss: With its graph; divide it by the response tokens of the optimiser step.
+        entropies: In nats, detached: `student`, and `teacher` where there is one. Of a sparse teacher signal, over
+            its events.
+    """
+
+    loss: Tensor
+    entropies: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Selective:
+    """Token weights of SelecTKD (arXiv 2510.24021): full where the teacher would let the student's choice stand.
+
+    Attributes:
+        top: A position counts in full if the student's most likely token is among so many most likely of the teacher's.
+        otherwise: Its weight if not.
+    """
+
+    top: int = 5
+    otherwise: float = 0.01
+
+    def weights(self, compared: Comparison, student_logits_NV: Tensor) -> Tensor:
+        """(N,) weights, without gradient."""
+        choice_N1 = student_logits_NV.detach()[..., : compared.vocabulary].argmax(-1, keepdim=True)
+        trusted_N = (compared.teachers_likeliest(self.top) == choice_N1).any(-1)
+        return torch.where(trusted_N, 1.0, self.otherwise)
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """What is summed over the response tokens of a rollout.
+
+    Attributes:
+        divergence: From the teacher, at every token.
+        temperature: Divides both logits in the divergence; the entropies are those of the divided logits.
+        squared: Multiply the divergence by the temperature's square (Hinton et al. 2015, arXiv 1503.02531), so that
+            its gradient keeps its size.
+        selective: Weights of the divergence's terms; None: all 1.
+        replaced_weight: Weight of the cross-entropy added at tokens that the teacher wrote.
+    """
+
+    divergence: Divergence
+    temperature: float = 1.0
+    squared: bool = False
+    selective: Selective | None = None
+    replaced_weight: float = 0.0
+
+    def __call__(
+        self,
+        student: PreTrainedModel,
+        student_states_NH: Tensor,
+        signal: TeacherSignal,
+        targets_N: Tensor,
+        by_teacher_N: Tensor,
+        chunk: int | None = None,
+    ) -> LossSums:
+        """The sum over N response positions.
+
+        Args:
+            student: Its head makes the student's logits; gradients flow to the states and to the head.
+            student_states_NH: Student states that predict the N response tokens.
+            signal: What the teacher says at the same positions.
+            targets_N: The response tokens.
+            by_teacher_N: Which of them the teacher wrote.
+            chunk: Positions whose logits are held at once; by default see `skd_lib.preflight.memory.loss_chunk`.
+
+        Returns:
+            Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
+        """
+        models = [student, signal.teacher] if isinstance(signal, DenseSignal) else [student]
+        size = chunk or _chunk_size(student_states_NH, *models)
+        given = zip(torch.split(targets_N, size), torch.split(by_teacher_N, size), signal.split(size), strict=True)
+        return _sum_over_chunks(self._of_chunk, student, student_states_NH, size, given)
+
+    def _of_chunk(
+        self,
+        student: PreTrainedModel,
+        student_states_NH: Tensor,
+        targets_N: Tensor,
+        by_teacher_N: Tensor,
+        signal: TeacherSignal,
+    ) -> LossSums:
+        logits_NV = lm_logits(student, student_states_NH)
+        compared = signal.compare(logits_NV, self.temperature)
+        loss_N = self.divergence.of_log_probs(compared.log_p_NE, compared.log_q_NE)
+        if self.squared:
+            loss_N = loss_N * self.temperature**2
+        if self.selective is not None:
+            loss_N = loss_N * self.selective.weights(compared, logits_NV)
+        loss = loss_N.sum()
+        if self.replaced_weight:
+            replaced = F.cross_entropy(logits_NV[by_teacher_N].float(), targets_N[by_teacher_N], reduction="sum")
+            loss = loss + self.replaced_weight * replaced
+        entropies = {"student": _entropy_sum(compared.log_q_NE), "teacher": _entropy_sum(compared.log_p_NE)}
+        return LossSums(loss, entropies)
+
+
+def cross_entropy_sum(
+    student: PreTrainedModel, student_states_NH: Tensor, targets_N: Tensor, chunk: int | None = None
+) -> LossSums:
+    """Sum of the cross-entropy over response positions, from final hidden states.
+
+    Args:
+        student: Its head makes the logits.
+        student_states_NH: States that predict the N response tokens.
+        targets_N: The response tokens.
+        chunk: Positions whose logits are held at once; by default see `skd_lib.preflight.memory.loss_chunk`.
+
+    Returns:
+        Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
+    """
+
+    def of_chunk(student: PreTrainedModel, student_chunk_NH: Tensor, targets_chunk_N: Tensor) -> LossSums:
+        logits_NV = lm_logits(student, student_chunk_NH)
+        log_q_NV = F.log_softmax(_precise(logits_NV), dim=-1)
+        loss = -log_q_NV.gather(-1, targets_chunk_N.unsqueeze(-1)).sum()
+        return LossSums(loss, {"student": _entropy_sum(log_q_NV)})
+
+    size = chunk or _chunk_size(student_states_NH, student)
+    given = ((targets_chunk_N,) for targets_chunk_N in torch.split(targets_N, size))
+    return _sum_over_chunks(of_chunk, student, student_states_NH, size, given)
+
+
+def _chunk_size(states_NH: Tensor, *models: PreTrainedModel) -> int:
+    vocabulary = max(vocabulary_size(model) for model in models)
+    return loss_chunk(states_NH.shape[-1], vocabulary, gpu=states_NH.device.type != "cpu")
+
+
+def _entropy_sum(log_probs_NE: Tensor) -> Tensor:
+    detached_NE = log_probs_NE.detach()
+    probs_NE = detached_NE.exp()
+    return -(probs_NE * detached_NE.masked_fill(probs_NE == 0, 0)).sum()
+
+
+def _sum_over_chunks(
+    of_chunk: Callable[..., LossSums],
+    student: PreTrainedModel,
+    states_NH: Tensor,
+    size: int,
+    given: Iterable[tuple[Any, ...]],
+) -> LossSums:
+    """Add up `of_chunk(student, states, *given)` over chunks of `size` positions."""
+    weights = [weight for weight in student.get_output_embeddings().parameters() if weight.requires_grad]
+    wanted = torch.is_grad_enabled() and (states_NH.requires_grad or bool(weights))
+    loss = torch.zeros((), device=states_NH.device)
+    entropies: dict[str, Tensor] = {}
+    of_states: list[Tensor] = []
+    of_weights: list[Tensor] = []
+    for chunk_NH, inputs in zip(torch.split(states_NH.detach(), size), given, strict=True):
+        sums = of_chunk(student, chunk_NH.requires_grad_(wanted), *inputs)
+        loss = loss + sums.loss.detach()
+        entropies = {name: entropies.get(name, 0) + entropy for name, entropy in sums.entropies.items()}
+        if wanted:
+            gradient_NH, *gradients = torch.autograd.grad(sums.loss, [chunk_NH, *weights])
+            of_states.append(gradient_NH)
+            # Added up in fp32 whatever the head's dtype.
+            pairs = zip_longest(of_weights, gradients)
+            of_weights = [_precise(added) if total is None else total.add_(added) for total, added in pairs]
+    if wanted:
+        loss = _KnownGradient.apply(loss, [torch.cat(of_states), *of_weights], states_NH, *weights)  # type: ignore[no-untyped-call]
+    return LossSums(loss, entropies)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A number whose gradient by some tensors has been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        """The number."""
+        ctx.gradients, ctx.dtypes = gradients, [tensor.dtype for tensor in tensors]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """Its gradient times `factor`; in place, so that no second copy of the head's is made."""
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [gradient.mul_(factor).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return None, None, *scaled

@@ -1,0 +1,257 @@
+"""How much memory the training steps will take, an estimate and no promise; and how much one has taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from skd_lib._core import machine
+from skd_lib.config import (
+    DistillTrainingConfig,
+    DivergenceName,
+    Method,
+    RunConfig,
+    TaskConfig,
+    TeacherPrecision,
+    TrainingConfig,
+)
+from skd_lib.distillation.methods import METHODS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+GIB = 2**30
+_LOSS_CHUNK_GPU = 2**26
+_LOSS_CHUNK_CPU = 2**22
+"""Elements of an array of logits: 256 and 16 MiB in fp32. A GPU wants long ones. On the CPU, arrays larger than 32 MiB
+come from the kernel, page by page, each time one is made; smaller ones are used again by the C library."""
+_CROSS_ENTROPY_ARRAYS = 6
+_DIVERGENCE_ARRAYS: Mapping[DivergenceName, int] = {
+    "forward_kl": 7,
+    "reverse_kl": 7,
+    "jsd": 11,
+    "skew_kl": 10,
+    "skew_reverse_kl": 10,
+    "tvd": 7,
+    "adaptive_kl": 13,
+}
+"""fp32 arrays of a chunk's logits that forward and backward pass hold at most: measured peaks."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What decides how much memory a model takes.
+
+    Attributes:
+        parameters: Number of weights, tied ones counted once.
+        layers: Decoder layers.
+        hidden: Width of the hidden states.
+        cache: Elements that one token takes in the KV cache of one layer: keys and values of all heads.
+        vocabulary: Rows of the embedding.
+        adapted: Inputs and outputs of all linear layers but the head: an adapter of rank 1 has so many weights.
+    """
+
+    parameters: int
+    layers: int
+    hidden: int
+    cache: int
+    vocabulary: int
+    adapted: int
+
+    def pruned(self, layers: int) -> ModelSize:
+        """The size with only so many layers; the weights outside the layers are about the embedding."""
+        inside = (self.parameters - self.outside) * layers // self.layers
+        adapted = self.adapted * layers // self.layers
+        return replace(self, parameters=self.outside + inside, layers=layers, adapted=adapted)
+
+    @property
+    def outside(self) -> int:
+        """About the number of weights that are in no layer: one embedding."""
+        return min(self.vocabulary * self.hidden, self.parameters)
+
+
+def loss_chunk(hidden: int, vocabulary: int, *, gpu: bool) -> int:
+    """Positions whose logits the loss holds at once.
+
+    Each chunk adds to the head's gradient, which costs as much as a pass over `hidden` rows of logits: on the CPU,
+    where chunks are short, an eighth of that is the least, so that it stays the smaller part.
+    """
+    if gpu:
+        return max(1, _LOSS_CHUNK_GPU // vocabulary)
+    return max(1, _LOSS_CHUNK_CPU // vocabulary, min(hidden // 8, _LOSS_CHUNK_GPU // vocabulary))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one training step takes, by purpose."""
+
+    step: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All together, in bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= GIB / 20)
+        return f"{self.step}: {self.total / GIB:.1f} GiB" + (f" ({parts})" if parts else "")
+
+
+def config_size(config: Any) -> ModelSize:
+    """The size of the model that a transformers config describes.
+
+    Raises:
+        ValueError: it is no causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return skeleton_size(AutoModelForCausalLM.from_config(config))
+
+
+def skeleton_size(model: PreTrainedModel) -> ModelSize:
+    """The size of a model, which may be on the meta device."""
+    import torch
+
+    text = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        cache=_cache(text),
+        vocabulary=text.vocab_size,
+        adapted=sum(module.in_features + module.out_features for module in linear),
+    )
+
+
+def _cache(text: Any) -> int:
+    """Elements of keys and values that a layer keeps of one position; none where there is no attention (Mamba)."""
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    return 2 * int(kept) * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, device: torch.device) -> list[Estimate]:
+    """The memory of each training step of a run on a device."""
+    found = []
+    for step, used, training, size in (
+        ("teacher_sft", config.teacher_sft.enabled, config.teacher_sft.training, teacher),
+        ("student_init", config.student_init.trains, config.student_init.training, student),
+    ):
+        if used:
+            found.append(estimate(step, "sft", training, config.task, size, None, device=device))
+    distill = config.distill
+    asked = METHODS[distill.method].needs_teacher and distill.teacher_signal.mode == "online"
+    found.append(
+        estimate(
+            "distill",
+            distill.method,
+            distill.training,
+            config.task,
+            student,
+            teacher if asked else None,
+            divergence=distill.divergence,
+            device=device,
+        )
+    )
+    return found
+
+
+def estimate(
+    step: str,
+    method: Method,
+    training: TrainingConfig,
+    task: TaskConfig,
+    student: ModelSize,
+    teacher: ModelSize | None,
+    *,
+    divergence: DivergenceName = "forward_kl",
+    device: torch.device,
+) -> Estimate:
+    """The memory of one training step, on one device.
+
+    Counted, with `P` weights, `R` rows in a forward pass, `T` prompt and new tokens, `L` layers of width `H`:
+
+    - trained model: 4P fp32 master weights, 4P gradients, 8P AdamW's two moments; with adapters the last two are of
+      the adapters alone;
+    - frozen teacher: P elements of its precision; nothing where it is asked before training, and then not kept;
+    - checkpoint, on the CPU: 12P, the copy of trained weights and moments from which one is written while training goes
+      on (a GPU's is in host memory); where there is no room for it, training waits instead;
+    - activations: 17 RTHL elements without an attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, equation 1
+      without its attention term), 1 RTHL with gradient checkpointing;
+    - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for each model that writes;
+    - loss: 6 to 13 fp32 arrays of the logits of one chunk (both models' logits and log-probabilities, gradients, and
+      what the divergence keeps).
+
+    Args:
+        step: Name of the pipeline step.
+        method: How the model is trained.
+        training: Batches, adapters, checkpointing.
+        task: Longest prompt and response.
+        student: Size of the model that is trained.
+        teacher: Size of the teacher, None if there is none in memory.
+        divergence: The loss, for methods that minimise a divergence.
+        device: Where it runs.
+    """
+    from skd_lib.models.precision import compute_dtype
+
+    element, gpu = compute_dtype(training.precision, device).itemsize, device.type != "cpu"
+    length = task.max_prompt_tokens + task.max_new_tokens
+    tokens = (training.micro_batch_size or training.batch_size) * length
+    width = 1 if training.gradient_checkpointing else 17
+    adapters = 0 if training.lora is None else training.lora.rank * student.adapted
+    trained = adapters or student.parameters
+    facts = METHODS[method]
+    arrays = _DIVERGENCE_ARRAYS[divergence] if facts.divergence else _CROSS_ENTROPY_ARRAYS
+    parts = {
+        "weights": 4 * (student.parameters + adapters),
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "activations": width * tokens * student.hidden * student.layers * element,
+        "loss": arrays * 4 * min(tokens, loss_chunk(student.hidden, student.vocabulary, gpu=gpu)) * student.vocabulary,
+    }
+    if not gpu:
+        parts["checkpoint"] = 12 * trained
+    if teacher is None:
+        return Estimate(step, parts)
+    precision = training.teacher_precision if isinstance(training, DistillTrainingConfig) else "auto"
+    parts["teacher"] = _frozen(teacher, precision, element)
+    writers = [model for model, writes in ((student, facts.student_writes), (teacher, facts.teacher_writes)) if writes]
+    if writers:
+        cached = sum(model.layers * model.cache for model in writers)
+        parts["caches"] = training.batch_size * length * element * cached
+    return Estimate(step, parts)
+
+
+def _frozen(model: ModelSize, precision: TeacherPrecision, element: int) -> int:
+    """Bytes of a frozen model; quantised are the layers alone."""
+    whole = {"bf16": 2, "fp32": 4}.get(precision, element)
+    bits = {"8bit": 8, "4bit": 4}.get(precision, 8 * whole)
+    return model.outside * whole + (model.parameters - model.outside) * bits // 8
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use: on a CUDA GPU by tensors, elsewhere resident in this process since it began."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return machine.peak_memory()
+
+
+def available_memory() -> tuple[int, str]:
+    """Bytes of memory that training can use, and of what: this process's GPU, else this machine's memory, within the
+    limit of its control group."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
+    return machine.total_memory(), "this machine"

@@ -1,0 +1,94 @@
+"""Environments of their own for tools that this one cannot have: made by pip when first needed, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import subprocess
+import sys
+import venv
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from skd_lib._core import events
+from skd_lib.errors import SkdError
+from skd_lib.storage.cache import cached_folder
+
+log = logging.getLogger(__name__)
+
+_LINES_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What an environment is made for.
+
+    Attributes:
+        name: The beginning of the environment's folder.
+        title: What people call it.
+        package: Its distribution; one of the constraints pins it.
+    """
+
+    name: str
+    title: str
+    package: str
+
+
+def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
+    """A virtual environment with the pinned tool, from the cache or made now, which takes minutes.
+
+    pip does it, so that the index, mirror and certificates configured for pip apply.
+
+    Args:
+        tool: What to install.
+        constraints: pip's constraints; one of them pins the tool's package.
+        cache_dir: Holds one environment for each tool, content of `constraints` and version of Python.
+
+    Returns:
+        Its interpreter.
+
+    Raises:
+        SkdError: pip fails, or the cache cannot be written.
+    """
+    key = hashlib.sha256(f"{sys.version_info[:2]}\n{constraints}".encode()).hexdigest()[:16]
+    folder = cached_folder(cache_dir / f"{tool.name}-{key}", lambda path: _install(path, tool, constraints))
+    return _interpreter(folder)
+
+
+def _interpreter(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _install(folder: Path, tool: Tool, constraints: str) -> None:
+    pins = [line for line in constraints.splitlines() if line.strip()]
+    requirement = next(line for line in pins if line.startswith(f"{tool.package}=="))
+    log.info("making an environment with %s; this happens once and takes some minutes", requirement)
+    # The cache renames the folder when it is complete: its interpreter still works then, its scripts would not.
+    venv.create(folder)
+    file = folder / "constraints.txt"
+    # Without the pin that is asked for: where it is not to be had, pip would say no more than that two pins conflict.
+    file.write_text("\n".join(pin for pin in pins if pin != requirement), encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "--python", str(_interpreter(folder))]
+    command += ["--disable-pip-version-check", "--no-input", "install", "--progress-bar=off"]
+    command += ["--constraint", str(file), requirement]
+    progress = events.Progress(f"installing {requirement}", len(pins))
+    collected: set[str] = set()
+    tail: deque[str] = deque(maxlen=_LINES_SHOWN)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        assert pip.stdout is not None  # noqa: S101 - PIPE was asked for
+        for line in pip.stdout:
+            if line.strip():
+                tail.append(line.rstrip())
+            print(line, end="", flush=True)
+            if line.startswith(("Collecting ", "Processing ")):
+                collected.add(line.split()[1])
+                progress.update(min(len(collected), len(pins)))
+    if pip.returncode != 0:
+        said = "\n".join(f"  {line}" for line in tail)
+        raise SkdError(
+            f"pip could not install {tool.title} (exit code {pip.returncode}):\n{said}",
+            where=requirement,
+            hint="check the network and which index pip uses: `python3 -m pip config list`",
+        )
+    progress.update(len(pins))
