@@ -20,15 +20,15 @@ from skd_kfp.pipelines.cli.specdec import specdec
 from skd_kfp.pipelines.cli.submit import Set, submit
 from skd_kfp.pipelines.cli.trigger import trigger
 from skd_lib import __version__
-from skd_lib._core.terminal import run_command, say
-from skd_lib._core.untrusted import visible
+from skd_lib._core.terminal import run_command, say, visible
 from skd_lib._core.uris import default_store, how_to_look, shown, sqlite_file
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from skd_kfp.pipelines.local.containers import Containers
-    from skd_kfp.pipelines.local.runner import LocalRun, RunFolder
-    from skd_lib._core.console import Console
+    from skd_kfp.pipelines.local.folder import RunFolder
+    from skd_kfp.pipelines.local.runner import LocalRun
+    from skd_lib._core.terminal import Console
     from skd_lib.config import RunConfig
 
 app = typer.Typer(
@@ -124,7 +124,7 @@ def run(
     The steps are those of the cluster, as child processes or, with --docker, as containers. Running again reuses
     finished steps whose inputs have not changed, and resumes training from its last checkpoint.
     """
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.config import load_config, parse_overrides, refuse_multinode
     from skd_lib.config.names import check_experiment, checked
 
@@ -146,8 +146,9 @@ def run(
     with ends_told(same_command()):
         from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
         from skd_kfp.pipelines.graph import read_steps
+        from skd_kfp.pipelines.local.folder import RunFolder
         from skd_kfp.pipelines.local.progress import display_for
-        from skd_kfp.pipelines.local.runner import RunFolder, run_pipeline
+        from skd_kfp.pipelines.local.runner import run_pipeline
 
         documents = compile_pipeline(image, comet_image, name=pipeline_for(settings))
         steps = len(read_steps(documents[0]))
@@ -388,7 +389,7 @@ def doctor(
     namespace: Annotated[str, typer.Option(help="With --kubeflow: where Kubeflow Pipelines is.")] = "kubeflow",
 ) -> None:
     """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails."""
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.preflight.cluster import examine_kubeflow
     from skd_lib.preflight.machine import Grade, examine, render
 

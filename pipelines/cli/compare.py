@@ -18,8 +18,9 @@ from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from skd_kfp.pipelines.graph import Step
-    from skd_kfp.pipelines.local.runner import LocalRun, RunFolder
-    from skd_lib._core.console import Console
+    from skd_kfp.pipelines.local.folder import RunFolder
+    from skd_kfp.pipelines.local.runner import LocalRun
+    from skd_lib._core.terminal import Console
     from skd_lib.comparison.config import CompareConfig
     from skd_lib.comparison.plan import Plan
 
@@ -53,7 +54,7 @@ def compare(
     a comparison that was stopped goes on, and one that has got another variant or seed runs that alone. A run that
     fails does not keep the others from the table; it is tried again when the comparison is run again.
     """
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.comparison.config import load_compare
     from skd_lib.comparison.plan import plan, to_parameters
     from skd_lib.config.names import check_experiment, checked
@@ -77,8 +78,8 @@ def compare(
     with ends_told(same_command()):
         from skd_kfp.pipelines.compiling import compile_pipeline
         from skd_kfp.pipelines.local.comparison import run_comparison
+        from skd_kfp.pipelines.local.folder import RunFolder
         from skd_kfp.pipelines.local.progress import display_for
-        from skd_kfp.pipelines.local.runner import RunFolder
 
         folder = RunFolder.create(runs_dir, settings.name)
         finished = run_comparison(

@@ -76,7 +76,7 @@ def lineage(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Show where a registered version comes from: weights, teacher, data, settings, code, images, pipeline run."""
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.tracking.lineage import trace
     from skd_lib.tracking.render import render
 

@@ -90,7 +90,7 @@ def specdec(
 
     from rich.progress import Progress
 
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.models.references import resolve_model
     from skd_lib.specdec.prompts import prompts_of_run, read_prompts
     from skd_lib.storage import check_writable, write_text_atomic

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skd_lib import storage
-from skd_lib._core.untrusted import visible
+from skd_lib._core.terminal import visible
 from skd_lib.config import DataConfig
 from skd_lib.data import manifest, sources
 from skd_lib.data.examples import Example, read_jsonl, write_jsonl

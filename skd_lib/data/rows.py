@@ -11,7 +11,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from skd_lib._core.untrusted import visible
+from skd_lib._core.terminal import visible
 from skd_lib.config import Columns
 from skd_lib.config.data import PLACE, columns_of
 from skd_lib.data.examples import Example, make_example

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skd_lib._core.bugs import explained
-from skd_lib._core.untrusted import visible
+from skd_lib._core.terminal import visible
 from skd_lib._core.uris import redacted
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError, SkdErrors

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from skd_lib._core.untrusted import visible
+from skd_lib._core.terminal import visible
 from skd_lib.data.losses import WARN_ABOVE
 from skd_lib.report import figures, viewer, views
 from skd_lib.report.render import FEW_REPLACED, loss_rows, same_output

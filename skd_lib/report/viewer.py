@@ -8,7 +8,7 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from skd_lib._core.untrusted import clipped, visible
+from skd_lib._core.terminal import clipped, visible
 from skd_lib.report.charts import bars
 from skd_lib.report.samples import SampledSequence, SampledToken
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skd_lib._core.ascii_json import ascii_json
-from skd_lib._core.untrusted import clipped
+from skd_lib._core.terminal import clipped
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError

@@ -52,7 +52,7 @@ def main(
     if not folders:
         raise SkdError("there is no trial to compare", where="--evaluations", hint="name the folder of one or more")
 
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.comparison.build import build_comparison
     from skd_lib.comparison.render import render, to_csv, to_markdown
     from skd_lib.report.evaluations import read_evaluations

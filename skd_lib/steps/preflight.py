@@ -12,8 +12,7 @@ import typer
 
 from skd_lib._core import events
 from skd_lib._core.ascii_json import ascii_json
-from skd_lib._core.terminal import say
-from skd_lib._core.untrusted import visible
+from skd_lib._core.terminal import say, visible
 from skd_lib.comparison import plan as comparisons
 from skd_lib.config import EvaluationConfig, FilesSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
@@ -164,7 +163,7 @@ def examine(
     Raises:
         Refused: all that is wrong.
     """
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.preflight import run_checks
     from skd_lib.preflight.reuse import reuse_from
     from skd_lib.tracking.runs import step_run

@@ -54,7 +54,7 @@ def main(
     makes the page again. A few of them, rounded, are what Kubeflow's page compares runs by. Output parameter
     `measured`: what step `register_model` needs (`skd_lib.report.measured`).
     """
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.evaluation.predictions import paired_results
     from skd_lib.models.records import SAMPLES, read_record
     from skd_lib.report.answers import answer_lengths

@@ -40,7 +40,7 @@ def _show_data(folder: Path) -> None:
 
 
 def _show_scores(folder: Path) -> None:
-    from skd_lib._core.console import Console
+    from skd_lib._core.terminal import Console
     from skd_lib.report.evaluations import SCORES, read_evaluation, read_evaluations
     from skd_lib.report.render import render
     from skd_lib.report.summary import Course, build_summary

@@ -16,8 +16,7 @@ from rich.table import Table
 
 from skd_kfp.pipelines import cli
 from skd_lib._core.bugs import Bug, explained
-from skd_lib._core.console import Console
-from skd_lib._core.terminal import VisibleFormatter
+from skd_lib._core.terminal import Console, VisibleFormatter
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.preflight.checks import Checks
 

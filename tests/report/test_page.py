@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_lib._core.untrusted import clipped, visible
+from skd_lib._core.terminal import clipped, visible
 from skd_lib.report.page import render_page
 from skd_lib.report.samples import SampledSequence
 from skd_lib.report.summary import Comparison, Course, Scores, Summary, build_summary
