@@ -141,9 +141,9 @@ def run(
         _print_plan(console, settings, runs_dir / settings.name, uri)
         return
 
-    from skd_kfp.pipelines.local.stopping import ends_told, same_command
+    from skd_kfp.pipelines.local.stopping import explain_end, same_command
 
-    with ends_told(same_command()):
+    with explain_end(same_command()):
         from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
         from skd_kfp.pipelines.graph import read_steps
         from skd_kfp.pipelines.local.folder import RunFolder

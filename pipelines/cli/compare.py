@@ -73,9 +73,9 @@ def compare(
     if as_json:
         raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
 
-    from skd_kfp.pipelines.local.stopping import ends_told, same_command
+    from skd_kfp.pipelines.local.stopping import explain_end, same_command
 
-    with ends_told(same_command()):
+    with explain_end(same_command()):
         from skd_kfp.pipelines.compiling import compile_pipeline
         from skd_kfp.pipelines.local.comparison import run_comparison
         from skd_kfp.pipelines.local.folder import RunFolder

@@ -1,4 +1,4 @@
-"""A comparison on this machine: every run, and where some fail the table without them."""
+"""Run a comparison on this machine: every trial, and a table without the trials that failed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from skd_kfp.pipelines.graph import read_steps, unrolled
+from skd_kfp.pipelines.local.folder import RunFolder
 from skd_kfp.pipelines.local.progress import Display
-from skd_kfp.pipelines.local.runner import LocalRun, RunFolder, run_pipeline
+from skd_kfp.pipelines.local.runner import LocalRun, run_pipeline
 from skd_lib.comparison.plan import Plan
 
 
@@ -24,15 +25,15 @@ def run_comparison(
 ) -> LocalRun:
     """Run the pipeline `compare_methods`.
 
-    kfp ends a loop as failed if one of its rounds is, and what comes after it is left out. So where rounds have failed,
-    the pipeline is run once more without them, which reuses all other steps, and the table tells why they are missing.
+    kfp ends a loop as failed if one of its rounds failed, and leaves out what comes after it. In this case the pipeline
+    is run once more without the failed rounds: it reuses all other steps, and the table says why rounds are missing.
 
     Args:
         plan: The comparison.
         folder: Its files.
         documents: The compiled pipeline.
-        display: Makes what shows the course of so many steps.
-        say: Tells a person what is being done.
+        display: Makes the display for a number of steps.
+        say: Prints a line.
         tracking_uri: MLflow.
         experiment: MLflow's experiment.
         fresh: Forget finished steps and checkpoints.

@@ -1,8 +1,8 @@
-"""Steps in containers on this machine: the pipeline's images, used as a cluster uses them, without a cluster.
+"""Run steps in containers on this machine: in the pipeline's images, as a cluster does.
 
-kfp's own Docker runner lets the engine remove a container when it ends, and takes one that is gone before it was asked
-how it ended for a successful one (`kfp/local/docker_task_handler.py`). Here a container stays until its exit code is
-known, and one that was removed from outside has failed.
+kfp's own Docker runner lets the engine remove a container when it ends, and takes a container that is gone before its
+exit code was read for a successful one (`kfp/local/docker_task_handler.py`). Here a container stays until its exit code
+is known, and one that was removed from outside has failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from skd_lib.models.references import LocalFolder, LocalGguf, parse_reference
 from skd_lib.storage import cache, is_remote
 
 PASSED_ON = ("GOOGLE_", "HF_", "MLFLOW_", "PIP_", "SKD_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-"""Variables of this process's environment that steps in containers get, by the beginning of their names."""
+"""Prefixes of the variables that steps in containers get from this process's environment."""
 CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
 SHARED_MEMORY = "8g"
 OWNER = "skd.run"
@@ -40,11 +40,11 @@ OWNER = "skd.run"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads that is not made by it.
+    """The models, data and stores that a run reads.
 
     Attributes:
         local: Files and folders of this machine.
-        remote: What only the network has.
+        remote: Everything that needs the network.
     """
 
     local: tuple[Path, ...]
@@ -52,10 +52,10 @@ class Inputs:
 
 
 def inputs_of(config: RunConfig, tracking_uri: str) -> Inputs:
-    """Where the run's models, data and records are.
+    """Return where the run's models, data and records are.
 
     Raises:
-        SkdError: a model is named by something that is no reference.
+        SkdError: the name of a model is not a reference.
     """
     local: list[Path] = []
     remote: list[str] = []
@@ -86,12 +86,12 @@ def inputs_of(config: RunConfig, tracking_uri: str) -> Inputs:
 
 @dataclass(frozen=True)
 class Containers:
-    """Runs steps in containers.
+    """The engine, images and folders with which steps run in containers.
 
     Attributes:
         client: The engine.
-        images: What is run for an image of the pipeline, by its content, so that a rebuilt image is not taken from the
-            cache of an older one.
+        images: For each image of the pipeline its digest or id, so that a rebuilt image does not reuse the outputs of
+            an older one.
         folder: The run's folder, the only one besides `writable` that steps can write to.
         inputs: What the run reads. Without remote inputs its containers have no network.
         writable: Further folders that steps write to.
@@ -104,7 +104,7 @@ class Containers:
     writable: tuple[Path, ...] = ()
 
     def starter(self, settings: Mapping[str, str]) -> Start:
-        """Runs steps of this run; containers that a killed process left behind are removed first.
+        """Return what runs the steps; containers that a killed process left behind are removed first.
 
         Raises:
             SkdErrors: an input is missing.
@@ -125,7 +125,7 @@ class Containers:
         return start
 
     def _arguments(self) -> dict[str, Any]:
-        """Arguments of a container: as closed as a cluster's `restricted` pods, so that what fails there fails here."""
+        """Return a container's arguments: as restricted as a cluster's pods, so that what fails there fails here."""
         temporary = self.folder / ".tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         written = {self.folder, *self.writable, cache.default_cache_dir(), _hub_home(), temporary}
@@ -158,10 +158,10 @@ class Containers:
 
 
 def connect() -> docker.DockerClient:
-    """The engine that `DOCKER_HOST` names, or this machine's.
+    """Connect to the engine that `DOCKER_HOST` names, or to this machine's.
 
     Raises:
-        SkdError: none answers.
+        SkdError: no engine answers.
     """
     try:
         client = docker.from_env()
@@ -174,7 +174,7 @@ def connect() -> docker.DockerClient:
 
 
 def find_image(client: docker.DockerClient, name: str) -> str:
-    """An image by its content: its digest in a registry, or its id where it was only built here; pulled if need be.
+    """Return an image's digest in a registry, or its id if it was built here; pull the image if it is missing.
 
     Raises:
         SkdError: neither this machine nor the registry has it.
@@ -217,7 +217,7 @@ def run_container(
         sentence, tail = follow(_lines(_output(container)), log, on_event)
         return Outcome(_code(int(container.wait()["StatusCode"])), sentence, tail)
     except APIError as error:
-        # What the engine answers for a container that is gone, and for one that is "dead or marked for removal".
+        # The engine's answers for a container that is gone, and for one that is "dead or marked for removal".
         if isinstance(error, NotFound) or error.status_code == HTTPStatus.CONFLICT:
             return Outcome(1, "the container was removed before it was known how it ended", ())
         return Outcome(1, f"the container cannot be run: {error.explanation or error}", ())
@@ -232,9 +232,9 @@ def run_container(
 
 
 def _output(container: Any) -> Iterator[bytes]:
-    """Yield a container's output while it comes, and all of it.
+    """Yield all output of a container, while it runs.
 
-    A stream that follows the output may end with the container, before its last lines have come (seen with Docker 28).
+    A stream that follows the output may end before the container's last lines (seen with Docker 28).
     """
     seen = 0
     for chunk in container.logs(stream=True, follow=True):
@@ -249,18 +249,18 @@ def _output(container: Any) -> Iterator[bytes]:
 
 
 def _remove(container: Any) -> None:
-    """Remove a container that may be gone or going; what stays all the same is removed before the folder's next run."""
+    """Remove a container that may be gone already; one that stays is removed before the folder's next run."""
     with contextlib.suppress(APIError, requests.RequestException):
         container.remove(force=True)
 
 
 def _code(status: int) -> int:
-    """A container's exit status in the words of `Outcome`: 128 and a signal's number is how a signal looks there."""
+    """Return a container's exit status as `Outcome` has it: a signal, 128 + its number there, is negative here."""
     return 128 - status if status - 128 in signal.valid_signals() else status
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Whole lines of a stream of bytes, which is cut anywhere."""
+    """Yield whole lines of a stream of bytes, whose chunks end anywhere."""
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     rest = ""
     for chunk in chunks:
@@ -271,7 +271,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def _hub_home() -> Path:
-    """Where models of the Hugging Face hub are kept."""
+    """Return the folder of the Hugging Face hub's models."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME)

@@ -1,10 +1,10 @@
-"""The only place that touches what `kfp.local` does not promise.
+"""Drive `kfp.local`, with replacements for internal parts of it.
 
 `kfp.local` runs a whole pipeline on one machine (nested DAGs, conditions, loops, exit handlers, cache), but its
 subprocess runner refuses container components, and its Docker runner takes a failed container for a successful one when
-the engine has removed it before it is asked how it ended. Some parts are replaced while a pipeline runs: what runs a
-task; the cache, which tells of its hits; what runs the rounds of a loop, which go one after another here, and on after
-one has failed; and what gives a round its item, which in kfp 2.17 takes the place of every output of another step too.
+the engine has removed it before its exit code was read. Some parts are replaced while a pipeline runs: the task
+handler; the cache, which reports its hits; the loop, whose rounds run one after another here and go on after a failure;
+and what gives a round its item, which in kfp 2.17 also replaces every output of another step.
 kfp is pinned to one minor version for this reason, `check_kfp` refuses any other shape of these parts, and tests run
 pipelines through them.
 """
@@ -49,7 +49,7 @@ KEY_ARGUMENTS = ("self", "component_name", "image", "full_command", "arguments",
 
 
 class Executor(Protocol):
-    """Whoever runs the containers of a local pipeline.
+    """Runs the containers of a local pipeline.
 
     A component in a loop is named with the number of its round, see `graph.round_key`.
     """
@@ -57,17 +57,17 @@ class Executor(Protocol):
     def execute(
         self, component: str, image: str, command: list[str], env: Mapping[str, str], task_folder: Path
     ) -> bool:
-        """Run one container to its end; whether it succeeded."""
+        """Run one container to its end, and return whether it succeeded."""
 
     def reused(self, component: str, outputs: Mapping[str, Any], seconds: float) -> None:
-        """A container's outputs came from the cache; `seconds` is what the original run took."""
+        """Record that a container's outputs came from the cache; `seconds` is the time of the original run."""
 
     def seconds(self, component: str) -> float:
-        """What the container took that has just run."""
+        """Return the seconds of a container that has just run."""
 
 
 def check_kfp() -> None:
-    """Check that the parts we replace look as we know them.
+    """Check that the parts of kfp that are replaced have the known signatures.
 
     Raises:
         SkdError: another version of kfp is installed, whose local runner this project does not know.
@@ -98,8 +98,7 @@ def run_locally(
 ) -> None:
     """Run a compiled pipeline with `kfp.local`; each container is run by `executor`.
 
-    Failure is for `executor` to notice: this returns normally when a container fails. What kfp itself prints goes to
-    `log`.
+    Where a container fails, this returns normally: `executor` keeps the failure. kfp's own output goes to `log`.
 
     Args:
         documents: The pipeline spec and its Kubernetes settings.
@@ -138,7 +137,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
         return component if current_round is None else round_key(component, current_round)
 
     class Rounds(orchestrator.ParallelExecutor):
-        """Runs the rounds of a loop in order, in this very thread, so that an interruption reaches the running one."""
+        """Runs the rounds of a loop in order, in this thread, so that an interruption reaches the running step."""
 
         def execute_parallel_tasks(
             self,
@@ -179,7 +178,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
             return status.Status.SUCCESS if done else status.Status.FAILURE
 
     class Cache(cache.LocalCache):
-        """Keeps beside each entry how long the original took, and tells of hits."""
+        """Keeps with each entry the seconds of the original run, and reports hits."""
 
         _current = threading.local()
 
@@ -232,11 +231,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
 
 
 class _Chatter(io.TextIOBase):
-    """Takes what kfp prints. That a disk is full must not end a run for that.
-
-    Args:
-        path: The file.
-    """
+    """Writes what kfp prints to a file; a full disk does not end the run."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -253,7 +248,7 @@ class _Chatter(io.TextIOBase):
 
 
 def _seconds(file: Path) -> float:
-    """What a cached step took; 0 where that is not known."""
+    """Return the seconds of a cached step; 0 where they are not known."""
     try:
         return float(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -261,7 +256,7 @@ def _seconds(file: Path) -> float:
 
 
 def _with_item(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> Any:  # noqa: ARG001 - kfp's signature
-    """The task of one round of a loop: its item is a constant, its other inputs are the loop's."""
+    """Return the task of one round of a loop: its item is a constant, its other inputs are the loop's."""
     task = type(original_task_spec)()
     task.CopyFrom(original_task_spec)
     item = task.inputs.parameters[original_task_spec.parameter_iterator.item_input]
@@ -271,5 +266,5 @@ def _with_item(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> 
 
 
 def plain_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's outputs by name: parameters as they are, artifacts as their URI."""
+    """Return a task's outputs by name: parameters as they are, artifacts as their URI."""
     return {name: value.uri if isinstance(value, dsl.Artifact) else value for name, value in outputs.items()}

@@ -1,4 +1,4 @@
-"""One step as a child process: its output goes to a log, its events to whoever watches, and it never outlives us."""
+"""Run one step as a child process: its output goes to a log, its events to the display, and it ends with the runner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from skd_lib._core import events
 from skd_lib._core.uris import redactor
@@ -24,14 +24,14 @@ from skd_lib.errors import SkdError
 PR_SET_PDEATHSIG = 1
 LOGGED_PROGRESS_SECONDS = 10.0
 STOP_SECONDS = 600.0
-"""What a step is given to save its work; whoever does not want to wait sends a second signal."""
+"""Time for a step to save its work after the first signal; a second signal ends it at once."""
 KILL_SECONDS = 10.0
 TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child process ended.
+    """The end of a child process.
 
     Attributes:
         code: Exit code; negative is the number of the signal that ended it.
@@ -44,7 +44,7 @@ class Outcome:
     tail: tuple[str, ...]
 
     def explain(self) -> str:
-        """Why it failed, in words for a person."""
+        """Return why it failed, as a sentence."""
         if self.error:
             return self.error
         if self.code < 0:
@@ -71,30 +71,20 @@ class StepFailed(SkdError):
 
 
 OnEvent: TypeAlias = Callable[[dict[str, Any]], None]
-"""Takes an event of a step, see `skd_lib._core.events`."""
+"""Handles an event of a step, see `skd_lib._core.events`."""
 Start: TypeAlias = Callable[[str, list[str], Mapping[str, str], Path, OnEvent], Outcome]
-"""Runs a step to its end: image, command, environment, log, and who takes its events."""
-
-
-class Child(Protocol):
-    """A running step, the first of its process group."""
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-
-    @property
-    def stdout(self) -> IO[str] | None:
-        """Its output and errors."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, negative for a signal; raises `subprocess.TimeoutExpired`."""
+"""Runs a step to its end: image, command, environment, log, and the handler of its events."""
 
 
 def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_event: OnEvent) -> Outcome:
-    """Run a command to its end, see `watch`; if the caller is killed, the kernel kills it.
+    """Run a command to its end.
 
-    (On Linux. Elsewhere it ends when it next writes to its closed output.)
+    Its output goes to `log`, its event lines (`events`) to `on_event`. If the caller is interrupted, the child and its
+    own children are stopped before the interruption goes on, and at once after a second interruption. If the caller is
+    killed, the kernel kills the child (on Linux; elsewhere it ends when it next writes to its closed output).
+
+    Raises:
+        OSError: the log cannot be written; the child is stopped.
     """
     child = subprocess.Popen(
         command,
@@ -106,26 +96,14 @@ def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_
         errors="replace",
         env=dict(env),
         start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group
-        preexec_fn=die_with_parent(os.getpid()),
+        preexec_fn=_die_with_parent(os.getpid()),
     )
-    return watch(child, log=log, on_event=on_event)
-
-
-def watch(child: Child, *, log: Path, on_event: OnEvent) -> Outcome:
-    """Wait for a child's end.
-
-    Its output goes to `log`, event lines (`events`) to `on_event`. If the caller is interrupted, the child and
-    its children are stopped before the interruption goes on; if it is interrupted again, at once.
-
-    Raises:
-        OSError: the log cannot be written; the child is stopped.
-    """
     assert child.stdout is not None  # noqa: S101 - it is piped
     try:
         error, tail = follow(child.stdout, log, on_event)
         outcome = Outcome(child.wait(), error, tail)
     except BaseException:
-        # A child whose output nobody reads any more would wait for that, and not end.
+        # A child whose output is not read any more blocks when the pipe is full, and does not end.
         reader = threading.Thread(target=_read_on, args=(child.stdout, log), daemon=True)
         reader.start()
         _stop(child)
@@ -136,7 +114,7 @@ def watch(child: Child, *, log: Path, on_event: OnEvent) -> Outcome:
 
 
 def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tuple[str, ...]]:
-    """Read what a step says until it is silent: its text goes to `log`, its events to `on_event`.
+    """Read the output of a step to its end: its text goes to `log`, its events to `on_event`.
 
     Returns:
         The step's own error sentence (empty if it gave none), and the last lines of its text.
@@ -167,13 +145,13 @@ def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tup
 
 
 def progress_text(event: Mapping[str, Any]) -> str:
-    """A progress event as text: `40/80 loss=1.2 rejection_rate=0.31`."""
+    """Return a progress event as text: `40/80 loss=1.2 rejection_rate=0.31`."""
     figures = " ".join(f"{name}={value:.4g}" for name, value in event.get("figures", {}).items())
     return f"{event['done']}/{event['total']} {figures}".rstrip()
 
 
-def die_with_parent(parent: int) -> Callable[[], None] | None:
-    """What the child does before it becomes the step: ask the kernel to be killed when its parent dies.
+def _die_with_parent(parent: int) -> Callable[[], None] | None:
+    """Return what the child calls before it becomes the step: it asks the kernel to be killed when its parent dies.
 
     The C library is loaded here, in the parent: between fork and exec as little as possible may happen.
     """
@@ -183,7 +161,7 @@ def die_with_parent(parent: int) -> Callable[[], None] | None:
 
     def ask() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does with it: it stops a step
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent may ignore it; a step is stopped by it
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
 
@@ -202,7 +180,7 @@ def _write(file: IO[bytes], text: str, path: Path) -> None:
 
 
 def _read_on(lines: IO[str], log: Path) -> None:
-    """Read what a child says while it is stopped."""
+    """Copy the output of a child to the log while it is stopped."""
     with contextlib.suppress(OSError, ValueError), log.open("ab", buffering=0) as file:
         for line in map(redactor(), lines):
             if events.parse(line) is None:
@@ -210,19 +188,19 @@ def _read_on(lines: IO[str], log: Path) -> None:
                     file.write(line.encode())
 
 
-def _stop(child: Child) -> None:
-    """End the child's process group: politely; at once if it takes too long, or if this is interrupted."""
+def _stop(child: subprocess.Popen[str]) -> None:
+    """End the child's process group: by SIGTERM, and by SIGKILL after `STOP_SECONDS` or another interruption."""
     try:
         _signal_group(child, signal.SIGTERM)
         child.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        _signal_group(child, signal.SIGKILL)  # what the step has left behind, or all of it
+        _signal_group(child, signal.SIGKILL)  # the step, or processes that it left running
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(KILL_SECONDS)
 
 
-def _signal_group(child: Child, number: signal.Signals) -> None:
+def _signal_group(child: subprocess.Popen[str], number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, number)

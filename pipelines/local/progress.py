@@ -1,4 +1,4 @@
-"""What a person sees while a pipeline runs: live bars at a terminal, plain lines in a log."""
+"""Show the progress of a pipeline: live bars at a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN_SECONDS = 15.0
 
 
 class Display(ABC):
-    """Shows the course of a run. Used as a context manager around it."""
+    """The display of a run's progress: a context manager around the run."""
 
     def __enter__(self) -> Self:
         return self
@@ -31,32 +31,32 @@ class Display(ABC):
 
     @abstractmethod
     def started(self, step: str) -> None:
-        """A step starts."""
+        """Show that a step starts."""
 
     @abstractmethod
     def progress(self, step: str, event: Mapping[str, Any]) -> None:
-        """A step tells how far it is (`skd_lib._core.events`)."""
+        """Show a step's progress event (`skd_lib._core.events`)."""
 
     @abstractmethod
     def finished(self, step: str, seconds: float, *, reused: bool) -> None:
-        """A step has finished, or its outputs were reused."""
+        """Show that a step has finished, or that its outputs were reused."""
 
     @abstractmethod
     def failed(self, step: str, seconds: float) -> None:
-        """A step has failed."""
+        """Show that a step has failed."""
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """Something that a person should know, though the run goes on."""
+        """Show a remark; the run goes on."""
 
 
 def display_for(console: Console, title: str, total: int) -> Display:
-    """Bars where somebody watches, lines where the output goes to a file."""
+    """Return bars for a terminal, lines for a file."""
     return LiveDisplay(console, title, total) if console.is_terminal else PlainDisplay(console, total)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`."""
+    """Return seconds as text: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -68,7 +68,7 @@ def duration(seconds: float) -> str:
 
 
 def _doing(step: str, event: Mapping[str, Any]) -> str:
-    """The step, and what of it is being done where that says more."""
+    """Return the step's name, with its current activity if that has another name."""
     return step if event["what"] == step else f"{step}: {event['what']}"
 
 

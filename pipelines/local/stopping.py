@@ -1,4 +1,4 @@
-"""How a run on this machine is stopped: Ctrl-C, and SIGTERM and SIGHUP, by which schedulers and terminals do so."""
+"""Stop a run on this machine: by Ctrl-C, and by the SIGTERM and SIGHUP of schedulers and terminals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def check() -> None:
-    """Raise what a signal asked for, should the exception have got lost: Python drops one in a destructor.
+    """Raise `Stopped` if a signal has come whose exception was lost, as Python drops one in a destructor.
 
     Raises:
         Stopped: a signal came.
@@ -49,10 +49,10 @@ def check() -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `Stopped` inside where one of the signals comes, and again where another comes while it is dealt with.
+    """Raise `Stopped` in the block when a signal comes, and again when another comes during the cleanup.
 
     Ctrl-C and SIGHUP are left ignored where the shell has them ignored, as for a job in the background or `nohup`.
-    Python gives signals to the main thread alone: elsewhere nothing changes.
+    Python delivers signals to the main thread alone: in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,16 +70,16 @@ def stoppable() -> Iterator[None]:
 
 
 def same_command() -> str:
-    """Return this process's command line, to be pasted into a shell, without what would start over, and passwords."""
+    """Return this process's command line for a shell, without passwords and without `--fresh`."""
     return shlex.join(["skd", *(redacted(shown(word)) for word in sys.argv[1:] if word != "--fresh")])
 
 
 @contextmanager
-def ends_told(command: str) -> Iterator[None]:
-    """Say how a run ended that did not come to its end, and what to do.
+def explain_end(command: str) -> Iterator[None]:
+    """Print why a run stopped before its end, and what to do.
 
     Args:
-        command: That runs it again.
+        command: The command that runs it again.
 
     Raises:
         typer.Exit: with 1 after a failed step; 75 (`EX_TEMPFAIL`, "try again later") after SIGTERM or SIGHUP, to this
@@ -93,7 +93,7 @@ def ends_told(command: str) -> Iterator[None]:
         if failure.code in _STOPPED:
             say(f"Finished steps and checkpoints are kept: `{command}` goes on from there.", err=True)
             raise typer.Exit(Preempted.exit_code) from failure
-        say(f"Finished steps are kept: correct what it says and run `{command}` again to go on.", err=True)
+        say(f"Finished steps are kept: correct the cause and run `{command}` again to go on.", err=True)
         raise typer.Exit(1) from failure
     except KeyboardInterrupt as interruption:
         by = f"stopped by {interruption}" if isinstance(interruption, Stopped) else "interrupted"
@@ -105,7 +105,7 @@ def ends_told(command: str) -> Iterator[None]:
 def _stop(number: int, _frame: FrameType | None) -> None:
     if not _received:
         message = f"\n{signal.Signals(number).name}: the running step is stopped, training saves a checkpoint first; a "
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError):  # the terminal is gone
             os.write(2, f"{message}second signal ends it at once\n".encode())
     _received.append(number)
     raise Stopped(number)

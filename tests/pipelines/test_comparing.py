@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from skd_kfp.pipelines.local.comparison import run_comparison
+from skd_kfp.pipelines.local.folder import RunFolder
 from skd_kfp.pipelines.local.progress import PlainDisplay
-from skd_kfp.pipelines.local.runner import LocalRun, RunFolder, StepFailed
+from skd_kfp.pipelines.local.runner import LocalRun, StepFailed
 from skd_lib.comparison.config import CompareConfig
 from skd_lib.comparison.plan import Plan, plan
 from skd_lib.config.parameters import short

@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,9 +19,10 @@ from rich.console import Console
 import skd_lib
 from skd_kfp.pipelines.local import kfp_patch as kfp_local
 from skd_kfp.pipelines.local import stopping
-from skd_kfp.pipelines.local.identity import run_identity
+from skd_kfp.pipelines.local.folder import RunFolder
 from skd_kfp.pipelines.local.progress import LiveDisplay, PlainDisplay, duration
-from skd_kfp.pipelines.local.runner import LocalRun, RunFolder, StepFailed, local_pipeline, run_pipeline, source_digest
+from skd_kfp.pipelines.local.reuse import local_pipeline, run_identity, source_digest
+from skd_kfp.pipelines.local.runner import LocalRun, StepFailed, child_processes, run_pipeline
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from tests.pipelines.fakes import fake_pipeline
@@ -125,7 +125,8 @@ def test_run_id_lasts_while_data_models_and_code_do(tmp_path: Path):
     folder = RunFolder.create(tmp_path / "runs", "fake")
 
     def run_id(code: str = "code") -> str:
-        return folder.run_id(wanted, run_identity(wanted, [code], trials), fresh=False)
+        spec = {"deploymentSpec": {"executors": {"step": {"container": {"image": code}}}}}
+        return folder.run_id(wanted, run_identity(wanted, spec, trials), fresh=False)
 
     ids = [run_id()]
     for change in ("teacher/README.md", "teacher/config.json", "student/config.json", "other/config.json", "x.jsonl"):
@@ -204,14 +205,25 @@ def test_changed_code_changes_every_cache_key(tmp_path: Path):
     assert "retryPolicy" not in json.dumps(local)
 
 
-def test_what_is_not_in_the_digest_is_imported_by_commands_alone():
-    left_out = re.compile(r"(from|import) skd_lib\.(doctor\w*|(\w+\.)*cli)\b")
-    root = Path(skd_lib.__file__).parent
-    importers = {
-        str(file.relative_to(root)) for file in root.rglob("*.py") if left_out.search(file.read_text(encoding="utf-8"))
-    }
-    assert importers
-    assert all(Path(name).name in ("cli.py", "doctor.py", "doctor_kubeflow.py") for name in importers)
+def test_what_lies_where_a_run_is_started_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("datasets.py", "pipelines/__init__.py", "skd_lib/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise RuntimeError('the wrong one')")
+    command = ["python3", "-m", "skd_lib.steps.show", "--help"]
+    assert child_processes({})("image", command, {}, tmp_path / "log", lambda event: None).code == 0
+
+
+def test_a_step_knows_which_sources_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def known() -> str:
+        command = ["python3", "-c", "import os; print(os.environ['SKD_CODE_VERSION'])"]
+        assert child_processes({})("image", command, {}, tmp_path / "log", lambda event: None).code == 0
+        return (tmp_path / "log").read_text().splitlines()[-1]
+
+    monkeypatch.delenv("SKD_CODE_VERSION", raising=False)
+    assert known() == f"{skd_lib.__version__}, sources {source_digest()[:16]}"
+    monkeypatch.setenv("SKD_CODE_VERSION", "git 1234567")
+    assert known() == "git 1234567"
 
 
 HANGING_RUN = """
@@ -241,10 +253,10 @@ def test_ended_run_leaves_no_child(tmp_path: Path, journal: Path, number: signal
 STOPPABLE_RUN = """
 import sys, typer
 from pathlib import Path
-from skd_kfp.pipelines.local.stopping import ends_told
+from skd_kfp.pipelines.local.stopping import explain_end
 from tests.pipelines.test_local import run
 try:
-    with ends_told("skd run 'my run.yaml'"):
+    with explain_end("skd run 'my run.yaml'"):
         run(Path(sys.argv[1]), first_does=sys.argv[2])
 except typer.Exit as end:
     sys.exit(end.exit_code)
@@ -335,7 +347,7 @@ def test_a_full_disk_outside_of_steps_is_a_sentence(tmp_path: Path, journal: Pat
 
 @pytest.mark.parametrize(("step_ends_with", "code"), [(75, 75), (143, 75), (-15, 75), (2, 1), (-9, 1)])
 def test_a_step_that_was_stopped_is_to_be_started_again(step_ends_with: int, code: int):
-    with pytest.raises(typer.Exit) as end, stopping.ends_told("skd run x"):
+    with pytest.raises(typer.Exit) as end, stopping.explain_end("skd run x"):
         raise StepFailed("distill", "stopped", Path("log"), step_ends_with)
     assert end.value.exit_code == code
 

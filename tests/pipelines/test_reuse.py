@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import pytest
 import typer
 from rich.console import Console
 
-from skd_kfp.pipelines.local import runner
+from skd_kfp.pipelines.local import reuse, runner
+from skd_kfp.pipelines.local.folder import RunFolder
 from skd_kfp.pipelines.local.process import Outcome
 from skd_kfp.pipelines.local.progress import PlainDisplay
-from skd_kfp.pipelines.local.runner import RunFolder, run_pipeline
+from skd_kfp.pipelines.local.runner import run_pipeline
 from skd_lib.comparison.config import CompareConfig
 from skd_lib.comparison.plan import plan
 from skd_lib.config import RunConfig
@@ -68,12 +68,12 @@ def run(
         return PreflightReport(model_fingerprints={name: model_fingerprint(name) for name in named if name})
 
     monkeypatch.setattr("skd_lib.preflight.run_checks", checks)
-    monkeypatch.setattr(runner, "source_digest", lambda: "the same code")
+    monkeypatch.setattr(reuse, "source_digest", lambda: "the same code")
 
     def again(variants: Mapping[str, Mapping[str, str]] | None = None) -> set[str]:
         pipeline = "compare_methods" if variants else "distillation"
         documents = compile_once(name=pipeline)
-        monkeypatch.setattr(runner, "child_processes", lambda *_: _steps(documents[0]))
+        monkeypatch.setattr(runner, "child_processes", lambda _: _steps(documents[0]))
         values = {"name": "reuse", "base": "base.yaml", "variants": variants, "drafts": True}
         finished = run_pipeline(
             config,
@@ -89,8 +89,7 @@ def run(
     return again
 
 
-@contextmanager
-def _steps(spec: dict[str, Any]) -> Iterator[Callable[..., Outcome]]:
+def _steps(spec: dict[str, Any]) -> Callable[..., Outcome]:
     executors = spec["deploymentSpec"]["executors"]
     kinds = {
         executors[component["executorLabel"]]["container"]["command"][2]: component.get("outputDefinitions", {})
@@ -116,7 +115,7 @@ def _steps(spec: dict[str, Any]) -> Iterator[Callable[..., Outcome]]:
             step.write()
             return Outcome(0, "", ())
 
-    yield start
+    return start
 
 
 def test_a_changed_model_runs_what_depends_on_it_again(run: Callable[..., set[str]], models: tuple[Path, Path]) -> None:

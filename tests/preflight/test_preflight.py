@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
-from skd_kfp.pipelines.local.runner import RunFolder
+from skd_kfp.pipelines.local.folder import RunFolder
 from skd_lib._core import events
 from skd_lib._core.ascii_json import ascii_json
 from skd_lib.config import DistillConfig, DivergenceName, Method, RunConfig, parse_section
