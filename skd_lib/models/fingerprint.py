@@ -27,7 +27,7 @@ from skd_lib import storage
 from skd_lib._core.machine import usable_cores
 from skd_lib.storage import StoredObject
 from skd_lib.storage.cache import default_cache_dir
-from skd_lib.storage.errors import local_errors
+from skd_lib.storage.objects import local_errors
 
 MODEL_FILES = (
     "*.safetensors",

@@ -10,14 +10,14 @@ import tempfile
 import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Protocol
 
 from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
-from skd_lib.storage import fsspec_store, gcs, local
-from skd_lib.storage.errors import Missing, local_errors
+from skd_lib.storage import fsspec_store, local
 from skd_lib.storage.local import atomic_directory, atomic_file, sha256, write_text_atomic
-from skd_lib.storage.objects import StoredObject
+from skd_lib.storage.objects import GCS, Missing, StoredObject, local_errors
 
 __all__ = [
     "GCS",
@@ -44,16 +44,15 @@ __all__ = [
     "write_text_atomic",
 ]
 
-GCS = gcs.SCHEME
-
 
 def is_remote(uri: str) -> bool:
-    """Whether `uri` is in object storage."""
-    return _kind(uri) is not local
+    """Tell whether `uri` is in object storage."""
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    return f"{scheme}://" == GCS or scheme in fsspec_store.PACKAGES
 
 
 def check_kind(uri: str) -> None:
-    """See that `uri` is of a kind that is read.
+    """Check that `uri` is of a kind that can be read.
 
     Raises:
         SkdError: it is not, e.g. https://.
@@ -68,7 +67,7 @@ def check_kind(uri: str) -> None:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file, an object or a folder at `uri`.
+    """Tell whether there is a file, an object or a folder at `uri`.
 
     Raises:
         SkdError: the bucket cannot be asked.
@@ -86,7 +85,7 @@ def open_binary(uri: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file or an object; an object's checksum is verified.
+    """Return the whole content of a file or an object; an object's checksum is verified.
 
     Raises:
         SkdError: there is none, or it cannot be read.
@@ -112,17 +111,18 @@ def upload(path: Path, uri: str, *, last: str = "") -> None:
     """Copy a local file or folder to `uri`.
 
     Each file appears only when it is complete. A local folder appears as a whole, in place of one that is there. In
-    object storage, where there are no folders, no object of one appears before all of them have arrived, but then they
-    appear one after the other; objects under `uri` that the folder does not have are left alone.
+    object storage, where there are no folders, its objects appear one after the other; objects under `uri` that the
+    folder does not have are left alone.
 
     Args:
         path: The file or folder.
         uri: Where it will be.
-        last: A file of the folder whose object appears after all others, and disappears before they change: who sees it
-            knows that all are there (of two uploads at the same moment, one of which fails, maybe files of both).
+        last: A file of the folder whose object appears after all others, and disappears before they change: a reader
+            that finds it knows that all are there (of two uploads at the same moment, one of which fails, maybe files
+            of both).
 
     Raises:
-        SkdError: there is nothing at `path`, `uri` cannot be written, or somebody else wrote there in the meantime.
+        SkdError: there is nothing at `path`, `uri` cannot be written, or another process wrote there in the meantime.
     """
     if not path.exists():
         raise SkdError("no such file or folder", where=str(path))
@@ -130,7 +130,7 @@ def upload(path: Path, uri: str, *, last: str = "") -> None:
 
 
 def list_objects(uri: str) -> list[StoredObject]:
-    """The file or object at `uri`, or else all that are in the folder `uri`, sorted by URI.
+    """List the file or object at `uri`, or else all that are in the folder `uri`, sorted by URI.
 
     Cost: local files are read in full, for their sha256.
 
@@ -141,7 +141,7 @@ def list_objects(uri: str) -> list[StoredObject]:
 
 
 def file_sizes(uri: str) -> dict[str, int]:
-    """Bytes of each file or object in the folder `uri`, by its name relative to the folder; nothing is read.
+    """Return the bytes of each file or object in the folder `uri`, by its name in the folder; nothing is read.
 
     Raises:
         SkdError: it cannot be listed.
@@ -164,8 +164,7 @@ def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | No
     Raises:
         SkdError: it cannot be written, or is in other storage, which has no generations.
     """
-    _needs_generations(uri)
-    return gcs.create_object(uri, content, replacing=replacing)
+    return _with_generations(uri).create_object(uri, content, replacing=replacing)
 
 
 def delete_object(uri: str, generation: str) -> None:
@@ -174,8 +173,7 @@ def delete_object(uri: str, generation: str) -> None:
     Raises:
         SkdError: it cannot be deleted, or is in other storage.
     """
-    _needs_generations(uri)
-    gcs.delete_object(uri, generation)
+    _with_generations(uri).delete_object(uri, generation)
 
 
 def check_writable(uri: str) -> None:
@@ -188,7 +186,7 @@ def check_writable(uri: str) -> None:
 
 
 def check_checkpoint_root(root: str) -> None:
-    """See that training can keep checkpoints there: in a folder, in object storage, or (empty) in temporary files.
+    """Check that training can keep checkpoints there: in a folder, in object storage, or (empty) in temporary files.
 
     Raises:
         SkdError: `root` is a URI of another kind of storage.
@@ -199,18 +197,12 @@ def check_checkpoint_root(root: str) -> None:
 
 
 def checkpoint_folder(root: str) -> Path:
-    """The folder in which checkpoints are made: `root`, or one among the temporary files where that is no folder."""
+    """Return the folder in which checkpoints are made: `root`, or a temporary folder where that is no folder."""
     return Path(root) if root and not is_remote(root) else Path(tempfile.gettempdir()) / "skd-checkpoints"
 
 
-def _needs_generations(uri: str) -> None:
-    if _store(uri) is not gcs:
-        hint = "use a gs:// URI, or a local folder"
-        raise SkdError("this storage cannot write an object on a condition", where=uri, hint=hint)
-
-
 class _Store(Protocol):
-    """What each kind of storage has, as a module."""
+    """The functions that each kind of storage has, as a module."""
 
     def exists(self, uri: str) -> bool: ...
     def open_binary(self, uri: str) -> AbstractContextManager[IO[bytes]]: ...
@@ -225,11 +217,22 @@ class _Store(Protocol):
 
 def _store(uri: str) -> _Store:
     check_kind(uri)
-    return _kind(uri)
+    if uri.startswith(GCS):
+        return _gcs(uri)
+    return fsspec_store if is_remote(uri) else local
 
 
-def _kind(uri: str) -> _Store:
-    scheme = uri.partition("://")[0] if "://" in uri else ""
-    if f"{scheme}://" == GCS:
-        return gcs
-    return fsspec_store if scheme in fsspec_store.PACKAGES else local
+def _with_generations(uri: str) -> ModuleType:
+    if not uri.startswith(GCS):
+        hint = "use a gs:// URI, or a local folder"
+        raise SkdError("this storage cannot write an object on a condition", where=uri, hint=hint)
+    return _gcs(uri)
+
+
+def _gcs(uri: str) -> ModuleType:
+    try:
+        from skd_lib.storage import gcs
+    except ImportError as error:
+        hint = "pip install 'skd-lib[training]'"
+        raise SkdError("gs:// needs the package google-cloud-storage", where=uri, hint=hint) from error
+    return gcs

@@ -19,12 +19,12 @@ ENV = "SKD_CACHE"
 
 
 def default_cache_dir() -> Path:
-    """`$SKD_CACHE`, else `~/.cache/skd`."""
+    """Return `$SKD_CACHE`, else `~/.cache/skd`."""
     return Path(os.environ.get(ENV) or Path.home() / ".cache" / "skd").expanduser()
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
-    """The cache entry `folder`, made by `build` if it is not there.
+    """Return the cache entry `folder`, made by `build` if it is not there.
 
     One process builds, others that want the same entry wait for it. An entry appears only when it is complete; what
     a killed process left behind is removed by the next one.

@@ -1,4 +1,4 @@
-"""Environments of their own for tools that this one cannot have: made by pip when first needed, and kept."""
+"""Virtual environments for tools that this one cannot have: made by pip when first needed, and kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LINES_SHOWN = 6
 
 @dataclass(frozen=True)
 class Tool:
-    """What an environment is made for.
+    """The tool that an environment is made for.
 
     Attributes:
         name: The beginning of the environment's folder.
@@ -36,7 +36,7 @@ class Tool:
 
 
 def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
-    """A virtual environment with the pinned tool, from the cache or made now, which takes minutes.
+    """Return the interpreter of an environment with the pinned tool, from the cache or made now, which takes minutes.
 
     pip does it, so that the index, mirror and certificates configured for pip apply.
 

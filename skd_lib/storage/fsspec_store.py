@@ -18,9 +18,8 @@ from urllib.parse import urlsplit
 
 from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
-from skd_lib.storage.errors import missing
 from skd_lib.storage.local import atomic_directory, atomic_file
-from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, relative
+from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, missing, relative
 from skd_lib.storage.transfers import in_parallel
 
 PACKAGES = {
@@ -44,14 +43,14 @@ KUBEFLOWS_OWN = ("http://seaweedfs.kubeflow:9000", "http://minio-service.kubeflo
 
 The first is Kubeflow Pipelines' since 2.16. 2.15 has a service of this name, too, but without the port.
 """
-_BOTOCORE = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
+BOTOCORE = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
 """How s3fs asks: it repeats what fails by itself, so that botocore's own repetitions multiply the time of silence."""
 _RAISING = ("aiohttp", "azure", "botocore")
 """Libraries below fsspec's packages that raise errors of their own."""
 
 
 def exists(uri: str) -> bool:
-    """Whether there is an object or a folder."""
+    """Tell whether there is an object or a folder."""
     with _errors(uri):
         store, path = _open(uri)
         return bool(store.exists(path))
@@ -67,7 +66,7 @@ def open_binary(uri: str) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """An object's content."""
+    """Return an object's content."""
     with _errors(uri):
         store, path = _open(uri)
         content: bytes = store.cat_file(path)
@@ -112,7 +111,7 @@ def upload(path: Path, uri: str, last: str) -> None:
 
 
 def list_objects(uri: str) -> list[StoredObject]:
-    """The object, or else those in the folder."""
+    """List the object, or else those in the folder."""
     with _errors(uri):
         store, path = _open(uri)
         found = {path: store.info(path)} if store.isfile(path) else _find(store, path)
@@ -132,7 +131,7 @@ def list_objects(uri: str) -> list[StoredObject]:
 
 
 def file_sizes(uri: str) -> dict[str, int]:
-    """Bytes of each object in the folder, by its name in it."""
+    """Return the bytes of each object in the folder, by its name in it."""
     with _errors(uri):
         store, path = _open(uri)
         return {str(relative(name, path)): int(info["size"]) for name, info in _find(store, path).items()}
@@ -168,19 +167,20 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"config_kwargs": _BOTOCORE} if PACKAGES[scheme] == "s3fs" else {}
+    options: dict[str, Any] = {"config_kwargs": BOTOCORE} if PACKAGES[scheme] == "s3fs" else {}
     return options | ({"endpoint_url": _endpoint(scheme)} if scheme == "minio" else {})
 
 
 def _endpoint(scheme: str) -> str:
-    """Address of the storage, where this package knows it; else empty."""
+    """Return the address of the storage, where this package knows it; else empty."""
     if scheme not in ("minio", "s3", "s3a"):
         return ""
-    return os.environ.get("AWS_ENDPOINT_URL") or (_kubeflows_own() if scheme == "minio" else "")
+    return os.environ.get("AWS_ENDPOINT_URL") or (kubeflows_own() if scheme == "minio" else "")
 
 
 @cache
-def _kubeflows_own() -> str:
+def kubeflows_own() -> str:
+    """Return the address of the storage that Kubeflow brings along: the first that answers, else one that is away."""
     known = []
     for endpoint in KUBEFLOWS_OWN:
         address = urlsplit(endpoint)

@@ -13,12 +13,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from skd_lib.storage.errors import local_errors, missing
-from skd_lib.storage.objects import StoredObject, files_in
+from skd_lib.storage.objects import StoredObject, files_in, local_errors, missing
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or a folder."""
+    """Tell whether there is a file or a folder."""
     return Path(uri).exists()
 
 
@@ -32,7 +31,7 @@ def open_binary(uri: str) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """A file's content."""
+    """Return a file's content."""
     with local_errors(uri, "read"):
         return Path(uri).read_bytes()
 
@@ -54,7 +53,7 @@ def upload(path: Path, uri: str, last: str) -> None:
 
 
 def list_objects(uri: str) -> list[StoredObject]:
-    """The file, or those in the folder, read in full for their sha256."""
+    """List the file, or those in the folder, read in full for their sha256."""
     path = Path(uri)
     if not path.exists():
         raise missing(uri)
@@ -67,7 +66,7 @@ def list_objects(uri: str) -> list[StoredObject]:
 
 
 def file_sizes(uri: str) -> dict[str, int]:
-    """Bytes of each file in the folder, by its name in it."""
+    """Return the bytes of each file in the folder, by its name in it."""
     path, sizes = Path(uri), {}
     with local_errors(uri, "read"):
         for folder, _, names in os.walk(path):
@@ -93,14 +92,14 @@ def check_writable(uri: str, probe: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a local file."""
+    """Return the hex sha256 of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there replaces `path` if the block ends without an error.
+    """Yield a temporary path next to `path`; its content replaces `path` if the block ends without an error.
 
     Raises:
         OSError: the folder is missing, full or not writable, or a device or pipe is there, which would be lost.
@@ -129,7 +128,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which becomes `path` if the block ends without an error.
+    """Yield a temporary folder next to `path`, which becomes `path` if the block ends without an error.
 
     A folder that is at `path` already is moved aside first, since a folder cannot be renamed onto one with content:
     for a moment there is none. Of two processes that make the same folder at a time the last one wins.

@@ -1,4 +1,4 @@
-"""Several transfers at once, how long to go on trying, and how far they are."""
+"""Transfers: several at once, their deadline and their progress."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from skd_lib.errors import SkdError
 DEADLINE_VARIABLE = "SKD_STORAGE_DEADLINE"
 """Seconds for which a request to object storage that fails is tried again."""
 _DEADLINE = 600.0
-_WORKERS = 8
+WORKERS = 8
+"""Transfers that run at the same time."""
 PROGRESS_FROM = 64 * 2**20
-"""Bytes from which on a transfer tells how far it is."""
+"""Bytes from which on a transfer reports its progress."""
 
 
 def deadline() -> float:
-    """Seconds for which a failing request is tried again.
+    """Return the seconds for which a failing request is tried again.
 
     Raises:
         SkdError: the environment variable is not a number of seconds.
@@ -36,14 +37,14 @@ def deadline() -> float:
 
 
 def in_parallel(jobs: Sequence[Callable[[], None]]) -> None:
-    """Do all jobs, several at once; after the first that fails those that have not begun are left out.
+    """Run all jobs, several at once; after the first that fails those that have not begun are left out.
 
     Raises:
         Exception: what the first job that failed raised.
     """
     if not jobs:
         return
-    with ThreadPoolExecutor(min(_WORKERS, len(jobs)), thread_name_prefix="skd-storage") as pool:
+    with ThreadPoolExecutor(min(WORKERS, len(jobs)), thread_name_prefix="skd-storage") as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -55,7 +56,7 @@ def in_parallel(jobs: Sequence[Callable[[], None]]) -> None:
 
 
 class Meter:
-    """How far the transfers of one call are, together.
+    """The progress of all transfers of one call.
 
     Args:
         what: What is being done, e.g. "uploading model".
@@ -68,11 +69,11 @@ class Meter:
         self._lock = threading.Lock()
 
     def watch(self, file: IO[bytes], which: str) -> Any:
-        """The file, with its position counted at each read and write; `which` tells it from the call's other files."""
+        """Return the file with its position counted at each read and write; `which` names it among the call's files."""
         return _Watched(file, which, self)
 
     def at(self, which: str, position: int) -> None:
-        """File `which` is at `position`."""
+        """Note that file `which` is at `position`."""
         with self._lock:
             self._positions[which] = position
             if self._progress is not None:

@@ -15,7 +15,7 @@ from skd_lib.preflight import patience, run_checks
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.environment import check_writable
 from skd_lib.preflight.patience import bounded, check_answers
-from skd_lib.storage.fsspec_store import _BOTOCORE
+from skd_lib.storage.fsspec_store import BOTOCORE
 
 RUN: dict[str, Any] = {
     "name": "small",
@@ -92,6 +92,6 @@ def test_what_a_look_raises_is_raised(error: Exception) -> None:
 
 
 def test_botocore_takes_our_settings_and_repeats_nothing() -> None:
-    config = pytest.importorskip("aiobotocore.config").AioConfig(**_BOTOCORE)
+    config = pytest.importorskip("aiobotocore.config").AioConfig(**BOTOCORE)
     assert (config.connect_timeout, config.read_timeout) == (5, 20)
     assert config.retries["total_max_attempts"] == 1

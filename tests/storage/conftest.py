@@ -21,7 +21,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
     monkeypatch.setenv("SKD_STORAGE_DEADLINE", "10")
     monkeypatch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", CHUNK)
-    monkeypatch.setattr(gcs, "_CHUNK", CHUNK)
+    monkeypatch.setattr(gcs, "CHUNK_BYTES", CHUNK)
     yield server
     server.stop()
 
@@ -43,5 +43,5 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """One request after the other, so that each run asks the same, and hardly a pause."""
-    monkeypatch.setattr(transfers, "_WORKERS", 1)
-    monkeypatch.setattr(gcs, "_PAUSES", (0.001, 0.01))
+    monkeypatch.setattr(transfers, "WORKERS", 1)
+    monkeypatch.setattr(gcs, "PAUSE_SECONDS", (0.001, 0.01))

@@ -40,10 +40,6 @@ def nothing_goes_wrong(_kind: str, _count: int) -> Fault:
     return None
 
 
-def left_behind(store: Store) -> list[str]:
-    return [name for name in store.objects if name.endswith(".skd-upload")]
-
-
 def version(text: str) -> dict[str, bytes]:
     """The files of a model, all different and each in one version."""
     return {name: (f"{text} {name} ".encode() * size)[: max(size, 20)] for name, size in SIZES.items()}
@@ -73,7 +69,7 @@ def kept(store: Store) -> dict[str, bytes]:
     return {
         name.removeprefix("model/"): content
         for name, (content, _) in dict(store.objects).items()
-        if name.startswith("model/") and not name.endswith(".skd-upload")
+        if name.startswith("model/")
     }
 
 

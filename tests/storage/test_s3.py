@@ -58,12 +58,12 @@ def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Exception | 
         return Mock()
 
     monkeypatch.setattr("socket.create_connection", connect)
-    fsspec_store._kubeflows_own.cache_clear()
+    fsspec_store.kubeflows_own.cache_clear()
     yield there
-    fsspec_store._kubeflows_own.cache_clear()
+    fsspec_store.kubeflows_own.cache_clear()
 
 
-def test_kubeflows_own_storage_is_read_and_written(
+def testkubeflows_own_storage_is_read_and_written(
     made: list[dict[str, Any]], services: dict[str, Exception | None], tmp_path: Path
 ) -> None:
     services["seaweedfs.kubeflow:9000"] = None
@@ -93,7 +93,7 @@ def test_kubeflows_own_storage_is_read_and_written(
         ({"seaweedfs.kubeflow:9000": ConnectionRefusedError()}, "http://seaweedfs.kubeflow:9000"),  # away for now
     ],
 )
-def test_kubeflows_own_storage_has_two_names(
+def testkubeflows_own_storage_has_two_names(
     made: list[dict[str, Any]],
     services: dict[str, Exception | None],
     there: dict[str, Exception | None],

@@ -48,17 +48,15 @@ class Store:
     sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
     page_size: int = 1000
     """How many objects an answer lists."""
-    rewrite_calls: int = 1
-    """How many requests a rewrite takes."""
-    rewrites: dict[str, int] = field(default_factory=dict)
-    """How many more it takes, by token."""
+    checks_hashes: bool = True
+    """Whether a resumable upload is refused whose checksum is not the one that the client sends along."""
     generation: int = 1
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def clear(self) -> None:
         """Forget everything that was stored or asked; what is to go wrong, and how, stays."""
         with self.lock:
-            for kept in (self.objects, self.written, self.seen, self.sessions, self.rewrites):
+            for kept in (self.objects, self.written, self.seen, self.sessions):
                 kept.clear()
             self.requests.clear()
             self.received.clear()
@@ -182,11 +180,16 @@ class _Handler(BaseHTTPRequestHandler):
         metadata = json.loads(first.partition(b"\r\n\r\n")[2])
         if not self._unchanged(metadata["name"], query):
             return
-        self._store_new(metadata["name"], second.partition(b"\r\n\r\n")[2][:-2], metadata.get("crc32c"))
+        content = second.partition(b"\r\n\r\n")[2][:-2]
+        content = corrupted(content) if self._corrupt else content
+        self._store_new(metadata["name"], content, metadata.get("crc32c"))
 
     def _start(self, path: str, query: dict[str, str], body: bytes) -> None:
+        name = json.loads(body)["name"]
+        if not self._unchanged(name, query):
+            return
         session = str(len(self.store.sessions))
-        self.store.sessions[session] = {"name": json.loads(body)["name"], "content": b""}
+        self.store.sessions[session] = {"name": name, "content": b"", "conditions": query}
         address = f"http://{self.headers['Host']}/upload/session?id={session}"
         self._answer(200, {}, {"Location": address})
 
@@ -200,30 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
         session["content"] = session["content"][: int(start)] + (corrupted(body) if self._corrupt else body)
         if total == "*" or len(session["content"]) < int(total):
             self._answer(308, {}, {"Range": f"bytes=0-{len(session['content']) - 1}"})
-        else:
-            # Without the checksum that the client may send along: it must notice by itself.
-            self.store.put(session["name"], session["content"])
-            session["metadata"] = self._metadata(session["name"])
-            self._answer(200, session["metadata"])
-
-    def _rewrite(self, path: str, query: dict[str, str], body: bytes) -> None:
-        source, target = (unquote(part) for part in re.findall(r"/o/([^/]+)", path))
-        if not self._present(source, {"ifGenerationMatch": query.get("ifSourceGenerationMatch", "")}):
-            return
-        if not self._unchanged(target, query):
-            return
-        size = len(self.store.objects[source][0])
-        token = query.get("rewriteToken") or str(len(self.store.rewrites))
-        left = self.store.rewrites.setdefault(token, self.store.rewrite_calls) - 1
-        if left > 0:
-            self.store.rewrites[token] = left
-            done = size * (self.store.rewrite_calls - left) // self.store.rewrite_calls
-            state = {"done": False, "rewriteToken": token, "totalBytesRewritten": str(done), "objectSize": str(size)}
-        else:
-            self.store.put(target, self.store.objects[source][0])
-            state = {"done": True, "totalBytesRewritten": str(size), "objectSize": str(size)}
-            state["resource"] = self._metadata(target)
-        self._answer(200, state)
+        elif self._unchanged(session["name"], session["conditions"]):
+            claimed = (self.headers.get("X-Goog-Hash") or "").removeprefix("crc32c=")
+            session["metadata"] = self._store_new(
+                session["name"], session["content"], claimed if self.store.checks_hashes else None
+            )
 
     def _delete(self, path: str, query: dict[str, str], body: bytes) -> None:
         name = _name(path)
@@ -235,13 +219,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     # --- how it is answered ---------------------------------------------------------------------------------------
 
-    def _store_new(self, name: str, content: bytes, claimed: str | None) -> None:
-        content = corrupted(content) if self._corrupt and claimed else content
+    def _store_new(self, name: str, content: bytes, claimed: str | None) -> dict[str, Any]:
         if claimed and claimed != crc32c(content):
-            self._answer(400, {"error": {"code": 400, "message": f"Provided CRC32C {claimed} does not match"}})
-            return
+            answer = {"error": {"code": 400, "message": f"Provided CRC32C {claimed} does not match"}}
+            self._answer(400, answer)
+            return answer
         self.store.put(name, content)
-        self._answer(200, self._metadata(name))
+        metadata = self._metadata(name)
+        self._answer(200, metadata)
+        return metadata
 
     def _unchanged(self, name: str, query: dict[str, str]) -> bool:
         present = self.store.objects.get(name, (b"", 0))[1]
@@ -285,8 +271,6 @@ class _Handler(BaseHTTPRequestHandler):
 def _kind(method: str, path: str, query: dict[str, str]) -> str:
     if method == "PUT":
         return "chunk"
-    if "/rewriteTo/" in path:
-        return "rewrite"
     if method == "POST":
         return "multipart" if query.get("uploadType") == "multipart" else "start"
     if method == "DELETE":
