@@ -36,7 +36,7 @@ from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_fo
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, student_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
 from skd_lib.sampling.timing import Forward, bare, copy_bandwidth, recorded, seconds_to_read_weights
@@ -285,7 +285,7 @@ def _contenders(
     adaptive = AdaptiveGamma(gamma)
     return [
         _Contender("generate", batch, lambda: baselines.generate(student, prompts, new_tokens, narrow)),
-        engine("everything", everything(), prompts, gamma),
+        engine("everything", student_only(), prompts, gamma),
         _Contender(
             "token-by-token",
             batch,

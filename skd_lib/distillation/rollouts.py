@@ -37,7 +37,7 @@ from skd_lib.distillation.schedules import value_at
 from skd_lib.distillation.teacher_signal import DenseSignal
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import TEACHER, Sampler
 
@@ -187,8 +187,8 @@ def rollout_for(
 
     def rule_at(step: int) -> AcceptanceRule:
         if not facts.student_writes:
-            return nothing()
-        return interleaving_rule(settings, step, steps) if facts.teacher_writes else everything()
+            return teacher_only()
+        return interleaving_rule(settings, step, steps) if facts.teacher_writes else student_only()
 
     def sampler_at(step: int) -> Sampler:
         return sampler(rule_at(step), round(value_at(settings.gamma, step, steps)))

@@ -15,7 +15,7 @@ from skd_lib.evaluation.inference import ending_ids
 from skd_lib.models.heads import embedding_rows
 from skd_lib.models.special_ids import pad_id
 from skd_lib.models.vocabulary import check_ids
-from skd_lib.sampling.acceptance import everything
+from skd_lib.sampling.acceptance import student_only
 from skd_lib.sampling.engine import Sampler
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered.
+    """A model's answer.
 
     Attributes:
         text: The answer, cut before the task's first stop string.
@@ -69,7 +69,7 @@ def generate(
     sampler = Sampler(
         student=model,
         teacher=None,
-        rule=everything(),
+        rule=student_only(),
         student_params=GREEDY,
         eos_ids=ending_ids(model, tokenizer, task),
         pad_id=pad_id(tokenizer, embedding_rows(model)),
@@ -101,7 +101,7 @@ def generate(
 
 
 def stop_condition(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:
-    """Whether a response so far contains one of the strings, asked after every token; None if there are none.
+    """Return a function that finds one of the strings in a response so far; None if there are no strings.
 
     The answer is cut before the string anyway: this only spares the tokens after it.
     """

@@ -79,6 +79,11 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return min(rows, getattr(_text_config(model), "unpadded_vocab_size", None) or rows)
 
 
+def common_vocabulary(*models: PreTrainedModel | None) -> int:
+    """Return the number of token ids that all models have: padded vocabularies of one family differ in size."""
+    return min(vocabulary_size(model) for model in models if model is not None)
+
+
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of token ids that the model can be given."""
     return int(model.get_input_embeddings().weight.shape[0])

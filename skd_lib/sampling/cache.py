@@ -1,4 +1,4 @@
-"""What a model keeps of each row while it decodes, in which every row has its own length.
+"""Caches of a decoding model, in which every row has its own length.
 
 Rows of a batch accept different numbers of tokens, so one length for all would mean copying or padding. Here a
 forward pass writes at each row's own positions. Accepting tokens is advancing a row's length, rejecting them is not
@@ -10,9 +10,8 @@ with rotary positions and attention layers, full or with a sliding window, bare 
 2 x layers x kv_heads x head_dim x batch x capacity elements of the model's compute dtype.
 
 Any other decoder (absolute positions, recurrent or linear-attention layers, attention that takes no mask) gets a
-`TokenCache`, which keeps the tokens and runs the model on all of them again: right, and slower by the length of the
-sequence. What no causal decoder can do is refused
-(`skd_lib.models.supported.check_supported`).
+`TokenCache`, which keeps the tokens and runs the model on all of them again: correct, and slower by the length of the
+sequence. `skd_lib.models.supported.check_supported` refuses models that are no causal decoders.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Block:
-    """Where a forward pass writes, and how many keys it sees.
+class _Window:
+    """The positions that a forward pass writes, and the number of keys that it sees.
 
     The layers share it instead of pointing back to their cache: a cycle would keep the memory until the garbage
     collector comes round.
@@ -56,11 +55,11 @@ class RowCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
         nowhere = torch.empty(0, 0, dtype=torch.long)
-        self.block, self.config = _Block(nowhere, nowhere, 0), config
+        self.block, self.config = _Window(nowhere, nowhere, 0), config
         super().__init__(layers=[_RowLayer(self.block, capacity) for _ in range(config.num_hidden_layers)])
 
     def forward(self, model: PreTrainedModel, tokens_BT: Tensor, positions_BT: Tensor, visible: int) -> Tensor:
-        """(B, T, H) final states of a block of tokens; its keys and values are written."""
+        """Return (B, T, H) final states of a block of tokens, and write its keys and values."""
         self.block.rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
         self.block.positions_BT, self.block.visible = positions_BT, visible
         hidden: Tensor = decoder(model)(
@@ -83,7 +82,7 @@ class RowCache(Cache):
             layer.replace(torch.cat([layer.keys, more.keys]), torch.cat([layer.values, more.values]))
 
     def empty(self, batch: int, capacity: int) -> RowCache:
-        """A cache of the same kind, of other size."""
+        """Make a cache of the same kind and another size."""
         new = RowCache(self.config, capacity)
         for layer, like in zip(new.layers, self.layers, strict=True):
             layer.replace(*(x.new_zeros(batch, x.shape[1], capacity, x.shape[3]) for x in (like.keys, like.values)))
@@ -97,7 +96,7 @@ class RowCache(Cache):
             layer.values[rows, :, :width] = new.values
 
     def first(self, batch: int) -> RowCache:
-        """The first rows, in the same memory."""
+        """Return the first rows, in the same memory."""
         view = RowCache(self.config, self.layers[0].capacity)
         for layer, mine in zip(view.layers, self.layers, strict=True):
             layer.replace(mine.keys[:batch], mine.values[:batch])
@@ -109,7 +108,7 @@ class _RowLayer(CacheLayerMixin):
 
     is_sliding = False  # sliding windows are a matter of the mask: every position is kept
 
-    def __init__(self, block: _Block, capacity: int) -> None:
+    def __init__(self, block: _Window, capacity: int) -> None:
         super().__init__()
         self.block, self.capacity = block, capacity
 
@@ -156,7 +155,7 @@ class TokenCache:
         self.tokens_BC = tokens_BC
 
     def forward(self, model: PreTrainedModel, tokens_BT: Tensor, positions_BT: Tensor, visible: int) -> Tensor:
-        """(B, T, H) final states of a block of tokens, from a forward over all tokens up to it."""
+        """Return (B, T, H) final states of a block of tokens, from a forward over all tokens up to its end."""
         # The filler before a prompt of one token, at position -1, goes to the last column, where nothing is read.
         rows_B1 = torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1)
         self.tokens_BC[rows_B1, positions_BT] = tokens_BT
@@ -176,7 +175,7 @@ class TokenCache:
 
 
 def prefilled(model: PreTrainedModel, tokens_BP: Tensor, capacity: int) -> RowCache | TokenCache:
-    """A cache that holds these tokens, from position 0 on, with room for `capacity` positions."""
+    """Make a cache that holds these tokens, from position 0 on, with room for `capacity` positions."""
     if reason := _no_row_cache(model):
         _warn_once(model.config.model_type, reason)
         return TokenCache(F.pad(tokens_BP, (0, capacity - tokens_BP.shape[1])))
@@ -186,7 +185,7 @@ def prefilled(model: PreTrainedModel, tokens_BP: Tensor, capacity: int) -> RowCa
 
 
 def prefill_positions(model: PreTrainedModel, prompt: int) -> int:
-    """How many positions of a prompt of so many tokens go through the decoder before the first round.
+    """Count the positions of a prompt of `prompt` tokens that go through the decoder before the first round.
 
     All but the last, which the first round feeds; at least one, so that the cache's layers are allocated.
     """
@@ -214,7 +213,7 @@ def forward(
 
 
 def positions_read(model: PreTrainedModel, cache: RowCache | TokenCache, starts_B: Tensor, width: int) -> int | Tensor:
-    """Positions of each row that `forward` over `width` tokens takes through the decoder: one number, or (B,)."""
+    """Count the positions of each row that `forward` over `width` tokens computes: one number, or (B,)."""
     if isinstance(cache, RowCache):
         return width
     ends_B, limit = starts_B + width, _positions(model)
@@ -222,10 +221,10 @@ def positions_read(model: PreTrainedModel, cache: RowCache | TokenCache, starts_
 
 
 def position_limit(model: PreTrainedModel, block: int) -> int | None:
-    """How many tokens a row may have; None where the model does not say.
+    """Return the most tokens that a row may have; None where the model has no limit.
 
-    Some rotary positions (`dynamic`, `longrope`) are others for all rows as soon as one row is longer than the model
-    was first trained for. Up to there they are like any other.
+    Some rotary positions (`dynamic`, `longrope`) change for all rows as soon as one row is longer than the model was
+    first trained for; such a row is too long.
 
     Args:
         model: A causal language model.
@@ -242,7 +241,7 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 
 def _stretches_from(model: PreTrainedModel) -> int | None:
-    """Tokens of one row from which on the rotary positions of all rows change; None if they never do."""
+    """Return the length of a row from which on the rotary positions of all rows change; None if they never do."""
     config = model.config.get_text_config(decoder=True)
     given = getattr(config, "rope_parameters", None) or {}
     kinds = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
@@ -252,17 +251,17 @@ def _stretches_from(model: PreTrainedModel) -> int | None:
 
 
 def keeps_rows(model: PreTrainedModel) -> bool:
-    """Whether the model decodes with a `RowCache`."""
+    """Return True if the model decodes with a `RowCache`."""
     return _no_row_cache(model) is None
 
 
 def stretches(model: PreTrainedModel) -> bool:
-    """Whether its rotary positions depend on the longest row; some such models ask the device how long that is."""
+    """Return True if rotary positions depend on the longest row; some such models ask the device for its length."""
     return _stretches_from(model) is not None
 
 
 def _no_row_cache(model: PreTrainedModel) -> str | None:
-    """Why keys and values at positions that the caller names are not all that this model needs; None if they are."""
+    """Return the reason why the model needs more than keys and values at given positions; None if it does not."""
     config = model.config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or not layers <= {"full_attention", "sliding_attention"}:
@@ -284,7 +283,7 @@ def _warn_once(model_type: str, reason: str) -> None:
 
 
 def attention_mask(model: PreTrainedModel, positions_BT: Tensor, visible: int) -> Tensor | dict[str, Tensor]:
-    """(B, 1, T, visible): each query sees the keys at or before its position, within the layer's window.
+    """Make the (B, 1, T, visible) mask: a query sees the keys at or before its position, within the layer's window.
 
     A dict by layer type where the architecture mixes them; additive for eager attention (it adds the mask to the
     scores: a boolean one would be silently wrong) and on a GPU (sdpa would make it so itself, in every layer; but it

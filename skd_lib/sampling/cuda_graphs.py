@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from skd_lib.sampling.cache import keeps_rows, stretches
 from skd_lib.sampling.round import Verdict
-from skd_lib.sampling.state import CACHES, PER_ROW, Rows
+from skd_lib.sampling.samples import CACHES, PER_ROW, Rows
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +36,21 @@ Round = Callable[[Rows, Tensor, int], Verdict]
 
 @dataclass
 class StaticRows(Rows):
-    """The first rows of some that stay where they are in memory; the others wait to be used.
+    """The first of the rows that stay at their place in memory; the other rows are idle.
 
     Attributes:
-        base: All of them. Those that wait take part in a round, as rows of one token, and do no harm.
+        base: All rows. A round computes idle rows as rows of one token, and their results are discarded.
     """
 
     base: Rows
 
     @classmethod
     def of(cls, base: Rows, count: int, longest: int) -> StaticRows:
-        """The first `count` rows of `base`."""
+        """Return the first `count` rows of `base`."""
         return cls(**_first(base, count), longest=longest, base=base)
 
     def select(self, keep: Tensor) -> StaticRows:
-        """Only these rows, moved to the front."""
+        """Keep only these rows, moved to the front."""
         count = len(keep)
         for name in PER_ROW:
             getattr(self.base, name)[:count] = getattr(self, name)[keep]
@@ -62,7 +62,7 @@ class StaticRows(Rows):
         return StaticRows.of(self.base, count, self.longest)
 
     def extend(self, other: Rows) -> StaticRows:
-        """These rows, and others that were just prefilled."""
+        """Append rows that were just prefilled."""
         count = len(self.index_B)
         total = count + len(other.index_B)
         for name in PER_ROW:
@@ -73,9 +73,9 @@ class StaticRows(Rows):
         return StaticRows.of(self.base, total, max(self.longest, other.longest))
 
     def shape(self, block: int, capacity: int) -> tuple[int, int]:
-        """How many rows a round is played with, and the longest that it has room for.
+        """Return the number of rows that a round computes, and the longest row that it has room for.
 
-        As many more rows that wait as make a power of two, and all rows seen as far as the next bucket's end.
+        Idle rows fill up to a power of two, and all rows are read up to the end of the next bucket.
 
         Args:
             block: The positions that a round adds to the longest row.
@@ -85,12 +85,12 @@ class StaticRows(Rows):
         return min(1 << (len(self.index_B) - 1).bit_length(), len(self.base.index_B)), visible - block
 
     def padded(self, batch: int, longest: int) -> Rows:
-        """These rows and some that wait, in a shape that `shape` has named."""
+        """Return these rows and idle ones, in a shape that `shape` returned."""
         return Rows(**_first(self.base, batch), longest=longest)
 
 
 def allocate(like: Rows, batch: int, capacity: int) -> Rows:
-    """Rows of one token, in memory as `like`'s but for its size."""
+    """Make rows of one token, in memory like that of `like` but of another size."""
     parts: dict[str, Any] = {}
     for name in PER_ROW:
         parts[name] = getattr(like, name).new_ones(batch, *getattr(like, name).shape[1:])
@@ -132,7 +132,7 @@ class CudaGraphs:
 
 @once
 def _stream(device: int) -> Any:  # noqa: ARG001 - one for each device
-    """The stream of all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """Return the one stream of all captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
@@ -141,9 +141,9 @@ class GraphedRounds:
 
     Args:
         play: One round, without a graph.
-        models: Whose weights the graphs read. They may change in place, as an optimiser changes them; where they have
-            moved, rounds are captured again.
-        capturing: Makes what captures; again whenever graphs are given up.
+        models: The models whose weights the graphs read. Weights may change in place, as an optimiser changes them; if
+            they have moved, rounds are captured again.
+        capturing: Makes a `Capture`; called again after graphs were given up.
     """
 
     def __init__(self, play: Round, models: list[PreTrainedModel], capturing: Callable[[], Capture]) -> None:
@@ -153,7 +153,7 @@ class GraphedRounds:
 
     @staticmethod
     def serve(models: list[PreTrainedModel]) -> bool:
-        """Whether rounds of these models can be captured."""
+        """Return True if rounds of these models can be captured."""
         return all(model.device.type == "cuda" and keeps_rows(model) and not stretches(model) for model in models)
 
     def clear(self) -> None:
@@ -168,7 +168,7 @@ class GraphedRounds:
         self._capture: Capture | None = None
 
     def adopt(self, rows: Rows, batch: int, capacity: int) -> StaticRows:
-        """Rows that were just prefilled, moved to memory that stays, with room for `batch` rows."""
+        """Move rows that were just prefilled to memory that stays, with room for `batch` rows."""
         settings = (_placement(self._models), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         if settings != self._settings:
             self.clear()  # the cache's dtype may be another one, too
@@ -179,11 +179,11 @@ class GraphedRounds:
             self._size = (max(batch, self._size[0]), max(-(-capacity // BUCKET) * BUCKET, self._size[1]))
             self._base = allocate(rows, *self._size)
         for name in PER_ROW:
-            getattr(self._base, name).fill_(1)  # the last rows of the call before wait now, as rows of one token
+            getattr(self._base, name).fill_(1)  # the previous call's last rows are idle now, as rows of one token
         return StaticRows.of(self._base, 0, longest=1).extend(rows)
 
     def __call__(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
-        """As `Interleaving.round`; what it returns lasts until the next round."""
+        """Play a round, as `Interleaving.round`; what it returns lasts until the next round."""
         assert isinstance(rows, StaticRows)  # noqa: S101 - `adopt` made them
         if not self._works:
             return self._play(rows, uniforms_BSC, gamma)
@@ -213,7 +213,7 @@ class GraphedRounds:
         return Verdict(**parts)
 
     def _with_casts_of_its_own(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
-        """A round that casts the weights itself, once, under the autocast that is on.
+        """Play a round that casts the weights itself, once, under the autocast that is on.
 
         A graph must neither read a cast from before, which an optimiser step does not change, nor leave one behind.
         """
@@ -225,7 +225,7 @@ class GraphedRounds:
 
 
 def _first(rows: Rows, count: int) -> dict[str, Any]:
-    """The parts of the first rows, in the same memory."""
+    """Return the parts of the first rows, in the same memory."""
     parts: dict[str, Any] = {name: getattr(rows, name)[:count] for name in PER_ROW}
     for name in CACHES:
         cache = getattr(rows, name)
@@ -234,7 +234,7 @@ def _first(rows: Rows, count: int) -> dict[str, Any]:
 
 
 def _placement(models: list[PreTrainedModel]) -> int:
-    """Changes when any weight is at another address, or PEFT's adapters are merged, switched off or exchanged."""
+    """Hash the weights' addresses and the state of PEFT's adapters (merged, switched off, exchanged)."""
     wrapped = [module for model in models for module in model.modules() if hasattr(module, "disable_adapters")]
     adapters = [(str(getattr(m, "merged_adapters", ())), m.disable_adapters, str(m.active_adapters)) for m in wrapped]
     return hash((*adapters, *(weight.data_ptr() for model in models for weight in model.parameters())))

@@ -1,4 +1,4 @@
-"""From logits to probabilities to a token.
+"""Probabilities from logits, and a token drawn from them.
 
 A token is drawn by inverting the cumulative distribution at one uniform number. The numbers belong to a row and a
 position, not to a call, so that what a row samples does not depend on the batch it is in or on how its tokens are
@@ -30,7 +30,7 @@ _ABOVE_ALL = 0x7F800000
 
 
 def check_params(params: SamplingParams, *, where: str) -> None:
-    """Refuse a temperature or a nucleus of which there are no probabilities.
+    """Refuse a temperature or top-p that gives no probabilities.
 
     Raises:
         SkdError: the temperature is not 0 and not a number from 1e-6 on, or top-p is not above 0 and at most 1.
@@ -44,7 +44,7 @@ def check_params(params: SamplingParams, *, where: str) -> None:
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities after temperature and top-p.
+    """Return probabilities after temperature and top-p.
 
     Args:
         logits: (..., V) raw logits of any float dtype.
@@ -66,7 +66,7 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the cumulative distribution passes `uniforms`.
+    """Return the token at which the cumulative distribution passes `uniforms`.
 
     Args:
         probs: (..., V) weights, not necessarily normalised; at least one is positive.
@@ -89,13 +89,13 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def row_uniforms(seed: int, length: int, channels: int) -> Tensor:
-    """The uniform numbers of one row: (length, channels) float64 on the CPU, a function of `seed` alone."""
+    """Return the uniform numbers of one row: (length, channels) float64 on the CPU, a function of `seed` alone."""
     # numpy's generator, since torch's on the CPU reads only 32 bits of its seed.
     return torch.from_numpy(np.random.default_rng(seed % 2**64).random((length, channels)))
 
 
 def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., 1) index of the positive weight in whose share `target` falls, and how far into it."""
+    """Return the (..., 1) index of the positive weight in whose share `target` falls, and how far into it."""
     cumulative = weights.cumsum(-1)
     target = torch.minimum(target, torch.nextafter(cumulative[..., -1:], torch.zeros_like(target)))
     # NaN is beyond the last.
@@ -104,7 +104,7 @@ def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """(..., 1) the smallest probability in the nucleus."""
+    """Return the (..., 1) smallest probability in the nucleus."""
     if probs.device.type != "cpu":
         return _by_bisection(probs, top_p)
     values = probs.topk(min(_NUCLEUS_GUESS, probs.shape[-1])).values
@@ -115,7 +115,7 @@ def _least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def _by_bisection(probs: Tensor, top_p: float) -> Tensor:
-    """The same without sorting, and without asking the device how far to look.
+    """Do the same without sorting, and without asking the device how far to look.
 
     The bits of positive floats are ordered as the floats are: 31 halvings find the largest value above which, itself
     included, at least `top_p` lies.

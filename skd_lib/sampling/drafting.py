@@ -1,4 +1,4 @@
-"""How many tokens to draft for one teacher call.
+"""The number of tokens to draft for one teacher call.
 
 A drafted token that follows a rejected one is wasted, a short block wastes teacher calls. With acceptance rate `a`, a
 block of G drafted tokens yields 1 + a + ... + a^(G-1) response tokens (one more term where the teacher adds a bonus):
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from skd_lib.sampling.samples import SamplingStatistics
 
 _PRIOR_WEIGHT = 16
-"""The expected acceptance counts as much as this many tested tokens: what is measured soon outweighs it."""
+"""The expected acceptance counts as much as this many tested tokens: measured tokens soon outweigh it."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What forwards cost, in units of a teacher forward of a single token.
+    """The cost of forwards, in units of a teacher forward of a single token.
 
     Attributes:
         student: A student forward of a single token.
@@ -32,7 +32,7 @@ class Costs:
     token: float
 
     def of_block(self, gamma: int, *, rows: int, bonus: bool) -> float:
-        """Cost of drafting `gamma` tokens in each row, and scoring them (and the position after them, for a bonus)."""
+        """Return the cost of drafting `gamma` tokens in each row and scoring them (with the bonus position, if any)."""
         drafting = gamma * self.student * self._share(rows)
         return drafting + self._share(rows * (gamma + bonus))
 
@@ -51,7 +51,7 @@ class AdaptiveGamma:
     Attributes:
         maximum: The longest block.
         acceptance: Acceptance rate expected before anything is measured.
-        costs: What forwards cost; None estimates it from the models (`estimated_costs`).
+        costs: Costs of forwards; None estimates them from the models (`estimated_costs`).
     """
 
     maximum: int
@@ -59,12 +59,12 @@ class AdaptiveGamma:
     costs: Costs | None = None
 
     def choose(self, counts: SamplingStatistics, costs: Costs, *, rows: int, bonus: bool) -> int:
-        """The draft length of the next round, 1 to `maximum`.
+        """Choose the draft length of the next round, 1 to `maximum`.
 
         Args:
-            counts: Of the rounds so far.
-            costs: What forwards cost.
-            rows: In the next round.
+            counts: Statistics of the rounds so far.
+            costs: Costs of forwards.
+            rows: Rows in the next round.
             bonus: Whether the teacher adds a token after a block that was accepted whole.
         """
         expected = _PRIOR_WEIGHT * self.acceptance
@@ -81,7 +81,7 @@ class AdaptiveGamma:
 
 
 def estimated_costs(student: PreTrainedModel, teacher: PreTrainedModel) -> Costs:
-    """Costs from the number of weights that a forward reads.
+    """Estimate costs from the number of weights that a forward reads.
 
     On a GPU many tokens cost what one token costs: the time goes into reading the weights. On a CPU each adds about
     0.08 of it (a 135M-parameter teacher in bfloat16, 8 rows, 2 cores: 5 positions take 2.6 times as long as one).
@@ -90,6 +90,6 @@ def estimated_costs(student: PreTrainedModel, teacher: PreTrainedModel) -> Costs
 
 
 def weights_read(model: PreTrainedModel) -> int:
-    """All weights, but for an embedding that is not the head as well: only few of its rows are read."""
+    """Count all weights but those of an embedding that is not also the head: only few of its rows are read."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return sum(weight.numel() for weight in model.parameters() if weight is not embedding or weight is head)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.heads import common_vocabulary
 from skd_lib.models.modes import evaluating
 from skd_lib.models.supported import check_supported
 from skd_lib.sampling.acceptance import AcceptanceRule
@@ -32,8 +32,16 @@ from skd_lib.sampling.cuda_graphs import CudaGraphs, GraphedRounds
 from skd_lib.sampling.distributions import check_params, row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.round import CHANNELS, Interleaving
-from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
-from skd_lib.sampling.state import Output, Room, Rows, Task
+from skd_lib.sampling.samples import (
+    STUDENT,
+    TEACHER,
+    BatchLimit,
+    QueuedRow,
+    ResponseBuffers,
+    Rows,
+    Samples,
+    SamplingStatistics,
+)
 
 __all__ = ["STUDENT", "TEACHER", "Sampler", "Samples", "SamplingStatistics"]
 
@@ -65,6 +73,7 @@ class Sampler:
             padded vocabularies of one family differ in size.
         graphs: Replay rounds as CUDA graphs, on a GPU and for models whose rounds can be captured.
         stop: Called with a row's response so far after each round; True ends the row.
+        batch_limit: The largest batch that fits, as far as it is known.
     """
 
     student: PreTrainedModel | None
@@ -81,7 +90,7 @@ class Sampler:
     vocabulary: int | None = None
     graphs: bool = True
     stop: Callable[[list[int]], bool] | None = None
-    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
+    batch_limit: BatchLimit = field(default_factory=BatchLimit, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.rule.drafts and self.student is None:
@@ -106,7 +115,11 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Iterable[list[int]], seeds: Iterable[int], on_progress: Callable[[int], None] | None = None
+        self,
+        prompts: Iterable[list[int]],
+        seeds: Iterable[int],
+        on_progress: Callable[[int], None] | None = None,
+        on_round: Callable[[], None] | None = None,
     ) -> Samples:
         """Sample one response to each prompt; responses come in the prompts' order.
 
@@ -115,6 +128,7 @@ class Sampler:
             seeds: One a prompt. A response depends on its prompt and seed alone: not on the batch, on padding or on
                 `gamma`.
             on_progress: Called with the number of finished responses whenever it grows.
+            on_round: Called when a round has ended and its tokens are known.
 
         Raises:
             SkdError: a prompt is empty or does not fit a model's context together with its response, or not even one
@@ -127,20 +141,25 @@ class Sampler:
         cleared = 0  # rows in flight when the graphs' memory was last given back
         with evaluating(*self._models):
             while tasks := output.unfinished(prompts):
-                slots = min(self._room.slots or self.batch_size or len(tasks), len(tasks))
+                slots = min(self.batch_limit.slots or self.batch_size or len(tasks), len(tasks))
                 try:
-                    self._sample_tasks(tasks, slots, output, on_progress)
+                    self._sample_tasks(tasks, slots, output, on_progress, on_round)
                 except torch.OutOfMemoryError as error:
                     # What graphs of other shapes hold may be what is missing: as many rows once more without it.
                     if self._graphs is None or cleared == slots:
-                        self._room.shrink(slots, error)
+                        self.batch_limit.shrink(slots, error)
                     if self._graphs is not None:
                         self._graphs.clear()
                         cleared = slots
         return self._finish(output)
 
     def _sample_tasks(
-        self, tasks: Sequence[Task], slots: int, output: Output, on_progress: Callable[[int], None] | None
+        self,
+        tasks: Sequence[QueuedRow],
+        slots: int,
+        output: ResponseBuffers,
+        on_progress: Callable[[int], None] | None,
+        on_round: Callable[[], None] | None,
     ) -> None:
         """Run all rows to their ends, at most `slots` at a time."""
         capacity = max(len(task.prompt) for task in tasks) + self.max_new_tokens + self._block_width
@@ -156,13 +175,15 @@ class Sampler:
                     rows = new if self._graphs is None else self._graphs.adopt(new, slots, capacity)
             assert rows is not None  # noqa: S101 - there were waiting prompts or rows
             running = self._round(rows, output)
+            if on_round is not None:
+                on_round()
             if len(running) < len(rows.index_B):
                 if on_progress is not None:
                     on_progress(len(output.running_N) - len(waiting) - len(running))
                 rows = rows.select(torch.tensor(running, device=self._device)) if running else None
 
-    def _round(self, rows: Rows, output: Output) -> list[int]:
-        """Play a round and note its new tokens. Returns which rows go on."""
+    def _round(self, rows: Rows, output: ResponseBuffers) -> list[int]:
+        """Play a round and write its new tokens into the buffers; return the rows that go on."""
         slots_BS = self._next_slots(rows, self._block_width)
         uniforms_BSC = output.uniforms_NTC[rows.index_B.unsqueeze(1), slots_BS]
         gamma = self._draft_length(output.counts, len(rows.index_B))
@@ -209,13 +230,13 @@ class Sampler:
         written_B = rows.length_B - rows.prompt_length_B
         return written_B.unsqueeze(1) + torch.arange(width, device=self._device)
 
-    def _not_stopped(self, rows: Rows, output: Output, running: list[int]) -> list[int]:
+    def _not_stopped(self, rows: Rows, output: ResponseBuffers, running: list[int]) -> list[int]:
         assert self.stop is not None  # noqa: S101 - the caller checked
         written = (rows.length_B - rows.prompt_length_B).tolist()
         tokens = output.tokens_NT[rows.index_B].tolist()
         return [row for row in running if not self.stop(tokens[row][: written[row]])]
 
-    def _prefill(self, tasks: Sequence[Task], capacity: int) -> Rows:
+    def _prefill(self, tasks: Sequence[QueuedRow], capacity: int) -> Rows:
         """Fill both caches with all but the last known token of each row."""
         known = [task.prompt + task.response for task in tasks]
         width = max(map(len, known))
@@ -239,7 +260,7 @@ class Sampler:
         )
 
     def _prefills(self, prompts: Sequence[list[int]]) -> SamplingStatistics:
-        """What `_prefill` takes for each prompt. A row that is prefilled again, for want of memory, counts once."""
+        """Count the positions that `_prefill` feeds. A row that is prefilled again, for lack of memory, counts once."""
 
         def positions(model: PreTrainedModel | None, used: bool) -> int:
             return sum(prefill_positions(model, len(prompt)) for prompt in prompts) if model is not None and used else 0
@@ -249,7 +270,7 @@ class Sampler:
             student_positions=positions(self.student, self.rule.drafts),
         )
 
-    def _allocate(self, seeds: Sequence[int]) -> Output:
+    def _allocate(self, seeds: Sequence[int]) -> ResponseBuffers:
         count, width = len(seeds), self.max_new_tokens + self._block_width
         device = self._device
         uniforms = [row_uniforms(seed, width, CHANNELS) for seed in seeds]
@@ -259,7 +280,7 @@ class Sampler:
             hidden = self.teacher.config.get_text_config(decoder=True).hidden_size
             states = torch.zeros(count, width, hidden, dtype=self._states_dtype, device=device)
         stacked = torch.stack(uniforms) if uniforms else torch.empty(0, width, CHANNELS)
-        return Output(
+        return ResponseBuffers(
             tokens_NT=torch.full((count, width), self.pad_id, device=device),
             mask_NT=torch.zeros(count, width, dtype=torch.bool, device=device),
             source_NT=torch.zeros(count, width, dtype=torch.int8, device=device),
@@ -271,7 +292,7 @@ class Sampler:
             counts=SamplingStatistics(),
         )
 
-    def _finish(self, output: Output) -> Samples:
+    def _finish(self, output: ResponseBuffers) -> Samples:
         """Cut the buffers to the longest response."""
         width = int(output.mask_NT.sum(-1).max()) if output.mask_NT.numel() else 0
         return Samples(
@@ -313,9 +334,7 @@ class Sampler:
 
     @property
     def _vocabulary(self) -> int:
-        return self.vocabulary or min(
-            vocabulary_size(model) for model in (self.student, self.teacher) if model is not None
-        )
+        return self.vocabulary or common_vocabulary(self.student, self.teacher)
 
     @property
     def _states_dtype(self) -> torch.dtype:

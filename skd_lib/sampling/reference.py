@@ -54,7 +54,7 @@ def interleave(
     Args:
         student: The student.
         teacher: The teacher, with the same vocabulary.
-        rule: `top_k`, `min_prob`, `mixture` or `lossless`; `everything` is the student alone, `nothing` the teacher.
+        rule: `top_k`, `min_prob`, `mixture`, `lossless`, `student_only` or `teacher_only`.
         parameter: Of the rule: K, the least probability, the mixture's share.
         prompt: Token ids.
         seed: Of the sequence.
@@ -73,8 +73,8 @@ def interleave(
         q, p = probabilities(student_logits, student_params), probabilities(logits, teacher_params)
         token = pick(q, draft_u)
         accepted = {
-            "everything": True,
-            "nothing": False,
+            "student_only": True,
+            "teacher_only": False,
             "top_k": int((logits > logits[token]).sum()) < parameter,
             "min_prob": float(torch.softmax(logits, -1)[token]) >= parameter,
             "lossless": accept_u * q[token] < p[token],

@@ -19,7 +19,7 @@ from skd_lib.models.heads import lm_logits
 from skd_lib.sampling.acceptance import AcceptanceRule, Block
 from skd_lib.sampling.cache import forward, positions_read
 from skd_lib.sampling.distributions import draw, warp
-from skd_lib.sampling.state import Rows
+from skd_lib.sampling.samples import Rows
 
 CHANNELS = 3
 """Uniform numbers that a position may need, one for each decision."""
@@ -28,7 +28,7 @@ _DRAFT, _ACCEPT, _REPLACE = range(CHANNELS)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a round decided, for S tokens a row: those that it keeps come first.
+    """The result of a round, for S tokens a row: those that it keeps come first.
 
     Attributes:
         tokens_BS: Token ids.
@@ -68,7 +68,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Interleaving:
-    """Who drafts, who verifies, by which rule; see `skd_lib.sampling.engine.Sampler`."""
+    """The models, the acceptance rule and the sampling parameters of rounds; see `skd_lib.sampling.engine.Sampler`."""
 
     student: PreTrainedModel | None
     teacher: PreTrainedModel | None
@@ -84,7 +84,7 @@ class Interleaving:
         drafts_BG, student_probs_BGV, student_fed = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
         if not self.rule.asks_teacher:
             all_B = torch.full_like(rows.length_B, gamma)
-            return self._settle(rows, drafts_BG, all_B, drafts_BG, None, (student_fed, 0))
+            return self._cut_at_end(rows, drafts_BG, all_B, drafts_BG, None, (student_fed, 0))
         assert self.teacher is not None  # noqa: S101 - the rule asks it
         batch = torch.arange(len(drafts_BG), device=drafts_BG.device)
         states_BSH, teacher_fed = self._verify(rows, drafts_BG)
@@ -107,7 +107,7 @@ class Interleaving:
         is_own_BS = torch.arange(logits_BSV.shape[1], device=batch.device) == accepted_B.unsqueeze(1)
         drafts_BS = F.pad(drafts_BG, (0, logits_BSV.shape[1] - gamma), value=-1)
         tokens_BS = torch.where(is_own_BS, own_token_B.unsqueeze(1), drafts_BS)
-        return self._settle(rows, tokens_BS, accepted_B, drafts_BS, states_BSH, (student_fed, teacher_fed))
+        return self._cut_at_end(rows, tokens_BS, accepted_B, drafts_BS, states_BSH, (student_fed, teacher_fed))
 
     def _draft(self, rows: Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None, int | Tensor]:
         """Let the student write `gamma` tokens.
@@ -136,7 +136,7 @@ class Interleaving:
         return torch.stack(drafts, 1) if drafts else empty, torch.stack(probs, 1) if probs else None, fed
 
     def _verify(self, rows: Rows, drafts_BG: Tensor) -> tuple[Tensor, int | Tensor]:
-        """One teacher forward over the block.
+        """Run the teacher once over the block.
 
         Returns:
             (B, S, H) states predicting each draft, and the bonus token if any; the positions of each row that were fed.
@@ -148,7 +148,7 @@ class Interleaving:
         states_BSH = forward(self.teacher, rows.teacher_cache, fed_BS, start_B, rows.longest)
         return states_BSH, positions_read(self.teacher, rows.teacher_cache, start_B, fed_BS.shape[1])
 
-    def _settle(
+    def _cut_at_end(
         self,
         rows: Rows,
         tokens_BS: Tensor,

@@ -1,4 +1,4 @@
-"""What a sampling run cannot be faster than: its forwards alone, with nothing around them.
+"""The least time of a sampling run: that of its forwards alone, without anything around them.
 
 The engine's forwards are recorded (rows, tokens, cached positions, positions at the head) and run again on a cache
 without ragged rows: no drawing, no acceptance, no bookkeeping. On a CUDA GPU they are replayed as graphs, or their
@@ -62,7 +62,7 @@ def recorded(*models: PreTrainedModel) -> Iterator[list[Forward]]:
 
 
 def bare(forwards: Sequence[Forward]) -> Callable[[], None]:
-    """A function that makes these forwards and does nothing else; what they need is made here, before."""
+    """Return a function that runs these forwards and nothing else; their inputs are made here, before."""
     models = {id(forward.model): forward.model for forward in forwards}
     caches = {}
     for key, model in models.items():

@@ -17,7 +17,7 @@ from skd_lib.bench.setup import Settings
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
-from skd_lib.sampling.acceptance import lossless, nothing, top_k
+from skd_lib.sampling.acceptance import lossless, teacher_only, top_k
 from skd_lib.sampling.drafting import weights_read
 from skd_lib.sampling.timing import bare, recorded, seconds_to_read_weights
 from tests.conftest import SaveTinyModel, TinyModel
@@ -148,7 +148,7 @@ def test_the_floor_makes_the_same_forwards(tiny_model: TinyModel) -> None:
 def test_bare_forwards_attend_to_what_came_before(tiny_model: TinyModel) -> None:
     """Same tokens, same states as the model on the whole sequence: the floor leaves no work out."""
     model = tiny_model(seed=2, vocab_size=VOCABULARY)
-    s = sampler({"student": None, "teacher": model}, nothing(), eos_ids=(), max_new_tokens=4)
+    s = sampler({"student": None, "teacher": model}, teacher_only(), eos_ids=(), max_new_tokens=4)
     with recorded(model) as forwards:
         s.sample([[1, 5, 9]], [0])
     states: list[torch.Tensor] = []
@@ -162,6 +162,6 @@ def test_bare_forwards_attend_to_what_came_before(tiny_model: TinyModel) -> None
 def test_weights_are_read_once_a_forward(tiny_model: TinyModel) -> None:
     model = tiny_model(vocab_size=VOCABULARY)
     with recorded(model) as forwards:
-        sampler({"student": None, "teacher": model}, nothing(), eos_ids=(), max_new_tokens=4).sample(PROMPTS, range(4))
+        sampler({"student": None, "teacher": model}, teacher_only(), eos_ids=(), max_new_tokens=4).sample(PROMPTS, range(4))
     assert len(forwards) == 1 + 4
     assert seconds_to_read_weights(forwards, 1000.0) == pytest.approx(5 * 4 * weights_read(model) / 1000)

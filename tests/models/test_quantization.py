@@ -11,7 +11,7 @@ import torch
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.loading import check_quantization, load_model
-from skd_lib.sampling.acceptance import nothing
+from skd_lib.sampling.acceptance import teacher_only
 from skd_lib.sampling.engine import Sampler
 from tests.conftest import SaveTinyModel, TinyModel
 
@@ -44,7 +44,7 @@ def test_sampler_and_generate_agree(save_tiny_model: SaveTinyModel, tiny_model: 
     sampler = Sampler(
         tiny_model(seed=1),
         teacher,
-        nothing(),
+        teacher_only(),
         gamma=1,
         max_new_tokens=8,
         eos_ids=(2,),

@@ -18,7 +18,7 @@ from transformers import (
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder, lm_logits, vocabulary_size
 from skd_lib.sampling import cache
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from tests.conftest import TinyModel
 from tests.sampling.test_engine import (
@@ -68,7 +68,7 @@ def test_a_student_with_adapters_decodes_as_generate_does(tiny_model: TinyModel,
     expected = [generated(student, prompt) for prompt in PROMPTS]
     assert expected != bare
     student.train()  # dropout in the adapters is off while sampling
-    s = sampler({"student": student, "teacher": None}, everything(), student_params=GREEDY)
+    s = sampler({"student": student, "teacher": None}, student_only(), student_params=GREEDY)
     assert rows(s.sample(PROMPTS, [0] * 4)) == expected
     assert student.training
 
@@ -134,7 +134,7 @@ def test_other_architectures_take_a_slower_path(arch: str, caplog: pytest.LogCap
     assert WITHOUT_ROW_CACHE[arch][1] in warning
 
 
-@pytest.mark.parametrize("rule", [top_k(6), everything(), nothing(), lossless()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [top_k(6), student_only(), teacher_only(), lossless()], ids=lambda rule: rule.name)
 def test_a_response_may_end_where_the_models_positions_do(rule: AcceptanceRule) -> None:
     models: dict[str, Any] = {"student": other_model("gpt2", 1), "teacher": other_model("gpt2", 2)}
     s = sampler(models, rule, eos_ids=(), student_params=GREEDY, teacher_params=GREEDY)
@@ -167,13 +167,13 @@ def test_rotary_positions_that_stretch_for_the_whole_batch_are_used_up_to_there(
 def test_a_row_cache_and_a_slower_path_interleave(tiny_model: TinyModel) -> None:
     models: dict[str, Any] = {"student": other_model("gpt2", 1), "teacher": tiny_model(seed=2, vocab_size=VOCABULARY)}
     s, seeds = sampler(models, lossless(), student_params=GREEDY, teacher_params=GREEDY), [11, 12, 13, 14]
-    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "nothing", 0, s, PROMPTS, seeds)[0]
+    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "teacher_only", 0, s, PROMPTS, seeds)[0]
 
 
 def test_encoder_decoders_are_refused() -> None:
     config = AutoConfig.for_model("t5", d_model=32, d_ff=64, num_layers=2, num_heads=4, vocab_size=48)
     model = AutoModelForSeq2SeqLM.from_config(config)
-    for role, rule in (("student", everything()), ("teacher", nothing())):
+    for role, rule in (("student", student_only()), ("teacher", teacher_only())):
         with pytest.raises(SkdError, match="`t5` model: it is an encoder-decoder"):
             sampler({"student": None, "teacher": None, role: model}, rule)
 
@@ -182,4 +182,4 @@ def test_virtual_tokens_are_refused(tiny_model: TinyModel) -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     student = peft.get_peft_model(tiny_model(), config)
     with pytest.raises(SkdError, match="virtual tokens"):
-        sampler({"student": student, "teacher": None}, everything())
+        sampler({"student": student, "teacher": None}, student_only())

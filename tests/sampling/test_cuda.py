@@ -15,7 +15,7 @@ import torch
 from skd_lib.config import SamplingParams
 from skd_lib.models.heads import decoder
 from skd_lib.models.loading import avoid_cudnn_attention
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, Samples
 from skd_lib.sampling.timing import bare, recorded
@@ -95,7 +95,7 @@ def test_the_samples_are_those_of_the_cpu(tiny_model: TinyModel, rule: Acceptanc
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
-@pytest.mark.parametrize("rule", [top_k(6), lossless(), nothing()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [top_k(6), lossless(), teacher_only()], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_teacher_states_equal_a_fresh_forward(
     tiny_model: TinyModel, arch: str, rule: AcceptanceRule, dtype: torch.dtype
@@ -121,7 +121,7 @@ def assert_likeliest(model: Any, prompts: list[list[int]], samples: Samples, tol
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_bfloat16_decodes_greedily(tiny_model: TinyModel, arch: str) -> None:
     models = on_gpu(pair(tiny_model, arch), torch.bfloat16)
-    for rule, model in ((everything(), models["student"]), (nothing(), models["teacher"])):
+    for rule, model in ((student_only(), models["student"]), (teacher_only(), models["teacher"])):
         s = sampler(models, rule, student_params=GREEDY, teacher_params=GREEDY, max_new_tokens=20)
         assert_likeliest(model, LONG, s.sample(LONG, SEEDS), tolerance=0.03)
         assert captured(s) > 0
@@ -130,7 +130,7 @@ def test_bfloat16_decodes_greedily(tiny_model: TinyModel, arch: str) -> None:
 def test_an_optimiser_step_is_seen_under_autocast(tiny_model: TinyModel) -> None:
     """Weights in fp32, rounds in bf16: graphs cast the weights themselves, or they would read an old cast."""
     student = on_gpu(pair(tiny_model))["student"]
-    s = sampler({"student": student, "teacher": None}, everything(), student_params=GREEDY, max_new_tokens=20)
+    s = sampler({"student": student, "teacher": None}, student_only(), student_params=GREEDY, max_new_tokens=20)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.05)
     seen = []
     with torch.autocast("cuda", torch.bfloat16):
@@ -148,7 +148,7 @@ def test_an_optimiser_step_is_seen_under_autocast(tiny_model: TinyModel) -> None
 
 def test_adapters_are_captured_and_switched_off(tiny_model: TinyModel) -> None:
     student: Any = with_lora(tiny_model(seed=1, vocab_size=48), target_modules=["q_proj"]).to("cuda")
-    s = sampler({"student": student, "teacher": None}, everything(), max_new_tokens=20, eos_ids=())
+    s = sampler({"student": student, "teacher": None}, student_only(), max_new_tokens=20, eos_ids=())
     plain = replace(s, graphs=False)
     adapted = rows(s.sample(MANY, SEEDS))
     assert adapted == rows(plain.sample(MANY, SEEDS))
@@ -169,7 +169,7 @@ def test_adaptive_draft_lengths_and_a_second_call(tiny_model: TinyModel) -> None
 def test_models_with_other_positions_run_without_graphs(tiny_model: TinyModel) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     models = on_gpu({"student": tiny_model(seed=1, vocab_size=48, rope_parameters=rope), "teacher": None})
-    s = sampler(models, everything(), max_new_tokens=20)
+    s = sampler(models, student_only(), max_new_tokens=20)
     assert s._graphs is None
     assert len(rows(s.sample(MANY, SEEDS))) == len(MANY)
 
@@ -207,7 +207,7 @@ def test_rows_that_do_not_fit_into_the_gpu_are_halved(tiny_model: TinyModel, cap
             assert rows(s.sample(prompts, range(16))) == rows(expected)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert s._room.slots is not None
+    assert s.batch_limit.slots is not None
     assert any("out of memory while sampling 16 rows" in record.message for record in caplog.records)
 
 

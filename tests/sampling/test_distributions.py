@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.distributions import _by_bisection, draw, warp
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
@@ -75,14 +75,14 @@ def enumerate_joint(student: PreTrainedModel, teacher: PreTrainedModel, step: St
 @pytest.mark.parametrize(
     ("rule", "step"),
     [
-        (everything(), student_alone),
-        (nothing(), teacher_alone),
+        (student_only(), student_alone),
+        (teacher_only(), teacher_alone),
         (lossless(), teacher_alone),
         (top_k(2), interleaved),
         (min_prob(0.01), kept_where_likely),
         (mixture(0.3), mixed),
     ],
-    ids=["everything", "nothing", "lossless", "top_k", "min_prob", "mixture"],
+    ids=["student_only", "teacher_only", "lossless", "top_k", "min_prob", "mixture"],
 )
 @pytest.mark.parametrize("gamma", [1, 2, AdaptiveGamma(3)], ids=["1", "2", "adaptive"])
 def test_joint_distribution(

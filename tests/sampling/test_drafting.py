@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs, estimated_costs
 from skd_lib.sampling.samples import SamplingStatistics
 from tests.conftest import TinyModel
@@ -79,8 +79,8 @@ def test_before_anything_is_measured_it_expects_what_it_is_told() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [top_k(6), top_k(30), everything(), nothing(), min_prob(0.02), mixture(0.5)],
-    ids=["top_k(6)", "top_k(30)", "everything", "nothing", "min_prob", "mixture"],
+    [top_k(6), top_k(30), student_only(), teacher_only(), min_prob(0.02), mixture(0.5)],
+    ids=["top_k(6)", "top_k(30)", "student_only", "teacher_only", "min_prob", "mixture"],
 )
 @pytest.mark.parametrize("batch_size", [2, None])
 def test_samples_do_not_depend_on_adapting(tiny_model: TinyModel, rule: AcceptanceRule, batch_size: int | None) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.distributions import row_uniforms
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import STUDENT, TEACHER, Sampler, Samples
@@ -83,8 +83,8 @@ RULES = {
     "min_prob": (min_prob(0.05), 0.05),
     "mixture": (mixture(0.4), 0.4),
     "lossless": (lossless(), 0),
-    "everything": (everything(), 0),
-    "nothing": (nothing(), 0),
+    "student_only": (student_only(), 0),
+    "teacher_only": (teacher_only(), 0),
 }
 
 
@@ -159,7 +159,7 @@ def test_samples_do_not_depend_on_gamma_batch_or_refilling(tiny_model: TinyModel
 
 def test_k_equal_to_the_vocabulary_is_student_sampling(tiny_model: TinyModel) -> None:
     models, seeds = pair(tiny_model), list(range(4))
-    on_policy = sampler(models, everything()).sample(PROMPTS, seeds)
+    on_policy = sampler(models, student_only()).sample(PROMPTS, seeds)
     samples = sampler(models, top_k(VOCABULARY)).sample(PROMPTS, seeds)
     assert rows(samples) == rows(on_policy)
     assert samples.statistics.replaced == 0
@@ -168,7 +168,7 @@ def test_k_equal_to_the_vocabulary_is_student_sampling(tiny_model: TinyModel) ->
 
 def test_k_zero_is_teacher_sampling(tiny_model: TinyModel) -> None:
     models, seeds = pair(tiny_model), list(range(4))
-    by_teacher = sampler(models, nothing()).sample(PROMPTS, seeds)
+    by_teacher = sampler(models, teacher_only()).sample(PROMPTS, seeds)
     samples = sampler(models, top_k(0)).sample(PROMPTS, seeds)
     assert rows(samples) == rows(by_teacher)
     assert samples.statistics.acceptance_rate == 0
@@ -194,14 +194,14 @@ def test_the_student_draws_with_its_own_settings(tiny_model: TinyModel) -> None:
         model.generation_config.repetition_penalty = 9.0  # type: ignore[attr-defined]
     s = sampler(models, top_k(VOCABULARY), student_params=SamplingParams(temperature=3.0), teacher_params=GREEDY)
     seeds = list(range(4))
-    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "everything", 0, s, PROMPTS, seeds)[0]
+    assert rows(s.sample(PROMPTS, seeds)) == reference_rows(models, "student_only", 0, s, PROMPTS, seeds)[0]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_greedy_equals_transformers_generate(tiny_model: TinyModel, arch: str) -> None:
     model = tiny_model(arch, seed=1, vocab_size=VOCABULARY)
     prompts = [*PROMPTS, [1, *[3] * SLIDING_WINDOW, 25]]
-    s = sampler({"student": model, "teacher": None}, everything(), student_params=GREEDY, batch_size=3)
+    s = sampler({"student": model, "teacher": None}, student_only(), student_params=GREEDY, batch_size=3)
     for prompt, row in zip(prompts, rows(s.sample(prompts, [0] * 5)), strict=True):
         generated = model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=list(EOS), pad_token_id=0
@@ -212,7 +212,7 @@ def test_greedy_equals_transformers_generate(tiny_model: TinyModel, arch: str) -
 @pytest.mark.parametrize("gamma", [1, 3, 5])
 def test_greedy_lossless_equals_the_teacher(tiny_model: TinyModel, gamma: int) -> None:
     models = pair(tiny_model)
-    alone = sampler(models, nothing(), teacher_params=GREEDY).sample(PROMPTS, [0] * 4)
+    alone = sampler(models, teacher_only(), teacher_params=GREEDY).sample(PROMPTS, [0] * 4)
     s = sampler(models, lossless(), student_params=GREEDY, teacher_params=GREEDY, gamma=gamma, batch_size=3)
     samples = s.sample(PROMPTS, [0] * 4)
     assert rows(samples) == rows(alone)
@@ -232,7 +232,7 @@ def test_a_model_that_drafts_for_itself_is_always_accepted(tiny_model: TinyModel
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
-@pytest.mark.parametrize("rule", [top_k(6), lossless(), nothing()], ids=["top_k", "lossless", "nothing"])
+@pytest.mark.parametrize("rule", [top_k(6), lossless(), teacher_only()], ids=["top_k", "lossless", "teacher_only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_teacher_states_equal_a_fresh_forward(
     tiny_model: TinyModel, arch: str, rule: AcceptanceRule, dtype: torch.dtype
@@ -292,18 +292,18 @@ def test_padded_vocabularies_of_different_size(tiny_model: TinyModel) -> None:
 
 def test_dropout_is_off_while_sampling_and_back_on_after(tiny_model: TinyModel) -> None:
     models = pair(tiny_model)
-    expected = rows(sampler(models, everything()).sample(PROMPTS, [0] * 4))
+    expected = rows(sampler(models, student_only()).sample(PROMPTS, [0] * 4))
     student = tiny_model(seed=1, vocab_size=VOCABULARY, attention_dropout=0.9)
     student.train()
     student.lm_head.eval()  # type: ignore[union-attr]
-    assert rows(sampler({"student": student, "teacher": None}, everything()).sample(PROMPTS, [0] * 4)) == expected
+    assert rows(sampler({"student": student, "teacher": None}, student_only()).sample(PROMPTS, [0] * 4)) == expected
     assert student.training
     assert not student.lm_head.training  # type: ignore[union-attr]
 
 
 def test_a_stop_condition_ends_a_row(tiny_model: TinyModel) -> None:
     models = pair(tiny_model)
-    s = sampler(models, everything(), eos_ids=(), stop=lambda tokens: len(tokens) >= 5)
+    s = sampler(models, student_only(), eos_ids=(), stop=lambda tokens: len(tokens) >= 5)
     samples = s.sample(PROMPTS, [0] * 4)
     assert [len(row) for row in rows(samples)] == [5] * 4
     assert not samples.truncated_B.any()
@@ -325,7 +325,7 @@ def test_errors_name_the_prompt_and_the_way_out(tiny_model: TinyModel) -> None:
     with pytest.raises(SkdError, match="needs a student"):
         sampler({"student": None, "teacher": models["teacher"]}, top_k(3))
     with pytest.raises(SkdError, match="never asks the teacher"):
-        sampler(models, everything(), keep_teacher_states=True)
+        sampler(models, student_only(), keep_teacher_states=True)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_every_rule_combines_with_either_greedy_side(tiny_model: TinyModel, name
                         "top_k": int((teachers > teachers[token]).sum()) < parameter,
                         "min_prob": float(teachers.softmax(-1)[token]) >= parameter,
                         "lossless": p[token] > 0,
-                        "nothing": False,
+                        "teacher_only": False,
                     }.get(name, True)
                 else:
                     assert p[token] > 0

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skd_lib.sampling import cache
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.cache import attention_mask
 from skd_lib.sampling.cuda_graphs import GraphedRounds
 from skd_lib.sampling.drafting import AdaptiveGamma
@@ -27,7 +27,7 @@ from tests.sampling.test_architectures import with_lora
 from tests.sampling.test_engine import GREEDY, PROMPTS, STUDENT_SAMPLES, pair, rows, sampler
 from tests.sampling.test_memory import assert_same, memory
 
-RULES = [top_k(6), min_prob(0.05), mixture(0.4), lossless(), everything(), nothing()]
+RULES = [top_k(6), min_prob(0.05), mixture(0.4), lossless(), student_only(), teacher_only()]
 MANY = [*PROMPTS, [1, 20, 21, 22], [1, 33], [1, 9, 9]]
 SEEDS = [3, 1, 4, 1, 5, 9, 2]
 SYNCHRONISING = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._to_copy", "aten.equal"}
@@ -87,7 +87,7 @@ def test_a_second_call_captures_nothing(tiny_model: TinyModel) -> None:
 def test_weights_that_change_in_place_are_read_and_weights_that_move_are_captured_anew(tiny_model: TinyModel) -> None:
     models: dict[str, Any] = pair(tiny_model)
     graphs = Graphs()
-    plain = sampler(models, everything(), max_new_tokens=20, eos_ids=())
+    plain = sampler(models, student_only(), max_new_tokens=20, eos_ids=())
     s = graphed(plain, graphs)
     before = rows(s.sample(MANY, SEEDS))
     captured = graphs.captured
@@ -101,7 +101,7 @@ def test_weights_that_change_in_place_are_read_and_weights_that_move_are_capture
     assert graphs.captured == 2 * captured
 
 
-@pytest.mark.parametrize("rule", [everything(), top_k(6)], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [student_only(), top_k(6)], ids=lambda rule: rule.name)
 def test_rows_that_ended_together_do_no_harm_in_the_next_call(tiny_model: TinyModel, rule: AcceptanceRule) -> None:
     """They wait as rows of one token: at their full length a round would find no token of theirs to keep."""
     plain = sampler(pair(tiny_model), rule, max_new_tokens=20, eos_ids=())
@@ -146,7 +146,7 @@ def test_graphs_that_are_given_up_are_followed_by_those_of_a_new_pool(tiny_model
 def test_adapters_that_are_switched_off_are_captured_anew(tiny_model: TinyModel) -> None:
     student: Any = with_lora(tiny_model(seed=1, vocab_size=48), target_modules=["q_proj"])
     graphs = Graphs()
-    plain = sampler({"student": student, "teacher": None}, everything(), max_new_tokens=20, eos_ids=())
+    plain = sampler({"student": student, "teacher": None}, student_only(), max_new_tokens=20, eos_ids=())
     s = graphed(plain, graphs)
     adapted = rows(s.sample(MANY, SEEDS))
     captured = graphs.captured
@@ -179,7 +179,7 @@ def test_room_for_other_shapes_is_given_back_before_rows_are_halved(tiny_model: 
     with memory(models["teacher"], lambda call, batch, cache: len(storage_of(cache)) <= 8 * 2**15):
         assert rows(s.sample(MANY, SEEDS)) == rows(plain.sample(MANY, SEEDS))
         assert rows(s.sample(long, SEEDS[:1])) == rows(plain.sample(long, SEEDS[:1]))
-        assert s._room.slots is None
+        assert s.batch_limit.slots is None
 
 
 def storage_of(cache: Any) -> torch.UntypedStorage:

@@ -15,14 +15,14 @@ import torch
 
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, student_only, teacher_only, top_k
 from skd_lib.sampling.engine import Samples
 from tests.conftest import TinyModel
 from tests.sampling.test_engine import PROMPTS, pair, rows, sampler
 
 SEEDS = [3, 1, 4, 1, 5, 9]
 ROWS = [*PROMPTS, [1, 20, 21, 22], [1, 33]]
-RULES = [top_k(6), top_k(30), everything(), nothing(), lossless()]
+RULES = [top_k(6), top_k(30), student_only(), teacher_only(), lossless()]
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def test_progress_never_falls_back(tiny_model: TinyModel) -> None:
 def test_replacing_a_field_forgets_what_did_not_fit(tiny_model: TinyModel) -> None:
     """Shorter responses, or another model, may well fit."""
     models = pair(tiny_model)
-    s = sampler(models, everything())
+    s = sampler(models, student_only())
     with memory(models["student"], lambda call, batch, cache: batch <= 3):
         s.sample(ROWS, SEEDS)
     with memory(models["student"], lambda call, batch, cache: True) as batches:

@@ -17,13 +17,13 @@ from skd_lib.distillation.batch import collate
 from skd_lib.distillation.objectives import objective_for
 from skd_lib.distillation.rollouts import Place, rollout_for
 from skd_lib.models.heads import decoder
-from skd_lib.sampling.acceptance import AcceptanceRule, everything, lossless, min_prob, mixture, nothing, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs
 from skd_lib.sampling.engine import Sampler
-from skd_lib.training.cost import tokens_processed
+from skd_lib.training.figures import tokens_processed
 from tests.conftest import TinyModel
 
-RULES = [top_k(3), top_k(0), min_prob(0.1), mixture(0.5), lossless(), everything(), nothing()]
+RULES = [top_k(3), top_k(0), min_prob(0.1), mixture(0.5), lossless(), student_only(), teacher_only()]
 DRAFT_LENGTHS = [*range(1, 9), AdaptiveGamma(8, costs=Costs(student=0.1, token=0.02))]
 PROMPTS = [[5, 6, 7, 8], [5], [9, 10], [11, 12, 13]]
 EOS = tuple(range(40, 60))
