@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""The machine and the pipeline run of this process."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import os
 import sys
 from pathlib import Path
 
+RUN_ID_VARIABLE = "KFP_RUN_ID"
+POD_VARIABLE = "KFP_POD_NAME"
+"""Environment variable that Kubeflow Pipelines sets in each of its pods."""
 _GROUP = Path("/sys/fs/cgroup")
 """The control group of this process, as a container sees it."""
 
 
+def pipeline_run_id() -> str:
+    """Return the id of the pipeline run that this process belongs to; empty if it is run by hand."""
+    return os.environ.get(RUN_ID_VARIABLE, "")
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes the outputs; of several that train together one does."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its control group."""
+    """Return the cores this process may use: its affinity, and the quota of its control group."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # no affinity on macOS and Windows
@@ -25,7 +38,7 @@ def usable_cores() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory this process may use: the machine's, within the limit of its control group."""
+    """Return the bytes of memory this process may use: the machine's, within the limit of its control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _GROUP / "memory.max"
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
@@ -34,7 +47,7 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process can still take: what the machine has left, within its control group's limit."""
+    """Return the bytes of memory this process can still take, within the limit of its control group."""
     facts = Path("/proc/meminfo")
     if not facts.is_file():  # macOS does not say
         return total_memory() // 2
@@ -53,7 +66,7 @@ def _kernel_facts(file: Path) -> dict[str, int]:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has had resident."""
+    """Return the most bytes of memory that this process has had resident."""
     import resource  # Unix only
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

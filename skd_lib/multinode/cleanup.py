@@ -11,14 +11,13 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from skd_lib._core.machine import POD_VARIABLE
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from skd_lib.multinode.cluster import Cluster
 
 log = logging.getLogger(__name__)
-POD_VARIABLE = "KFP_POD_NAME"
-"""Kubeflow Pipelines sets it in each of its pods. Elsewhere there may be a KUBECONFIG, but none of this run's jobs."""
 DEADLINE_SECONDS = 60.0
 """After that nothing is asked a second time. A request takes half a minute at most."""
 
@@ -37,7 +36,7 @@ def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str
         Names of the deleted jobs.
     """
     if not run_id or not os.environ.get(POD_VARIABLE):
-        return []
+        return []  # elsewhere there may be a KUBECONFIG, but none of this run's jobs
     from skd_lib.multinode.cluster import Cluster, Refused
 
     deadline = time.monotonic() + seconds

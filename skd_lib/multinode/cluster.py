@@ -17,6 +17,7 @@ import urllib3
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
+from skd_lib._core.machine import POD_VARIABLE
 from skd_lib.errors import SkdError
 from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, RUN_LABEL, VERSION, run_label
 
@@ -105,7 +106,7 @@ class Cluster:
         Raises:
             SkdError: it cannot be read.
         """
-        name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+        name = os.environ.get(POD_VARIABLE) or os.environ.get("HOSTNAME", "")
         # Pods are read as they come: the client's models refuse what a newer cluster leaves out.
         pod = self._ask(
             f"get pod {name}",

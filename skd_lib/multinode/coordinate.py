@@ -24,14 +24,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from skd_lib._core.machine import RUN_ID_VARIABLE, pipeline_run_id
 from skd_lib.config import MultinodeConfig
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request, check_reachable
 from skd_lib.multinode.manifest import job_name, train_job
-from skd_lib.steps.runtime import StepIO
 
 if TYPE_CHECKING:
     from skd_lib.multinode.cluster import Cluster
+    from skd_lib.steps.runtime import StepIO
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 10.0
@@ -71,12 +72,12 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one of several processes on the GPUs of this pod, which are not trained on: the first one waits
-    root, run_id = work.options["checkpoint_root"].rstrip("/"), os.environ.get("KFP_RUN_ID", "")
+    root, run_id = work.options["checkpoint_root"].rstrip("/"), pipeline_run_id()
     uris = {name: io.input_uri(name, path) for name, path in work.inputs.items()}
     check_reachable({**{f"input {name}": uri for name, uri in uris.items()}, "checkpoint_root": root})
     if not run_id:
         hint = "the pipeline sets it from the pod's label `pipeline/runid`; set it by hand to any name of this run"
-        raise SkdError("the pipeline run is not known, by which the job is named", where="KFP_RUN_ID", hint=hint)
+        raise SkdError("the pipeline run is not known, by which the job is named", where=RUN_ID_VARIABLE, hint=hint)
 
     from skd_lib.multinode.cluster import Cluster
 

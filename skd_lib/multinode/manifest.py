@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from skd_lib._core.machine import RUN_ID_VARIABLE
 from skd_lib.config import MultinodeConfig
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -68,7 +69,7 @@ def train_job(
         "numNodes": settings.nodes,
         # Never left to the runtime: its `auto` counts CPU cores where it sees no GPU.
         "numProcPerNode": settings.processes_per_node or max(1, gpus(resources)),
-        "env": [*_environment(container), {"name": "KFP_RUN_ID", "value": run_id}],
+        "env": [*_environment(container), {"name": RUN_ID_VARIABLE, "value": run_id}],
     }
     if resources:
         trainer["resourcesPerNode"] = resources

@@ -27,8 +27,9 @@ import typer
 from skd_lib import storage
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request
+from skd_lib.steps.environment import RESULT_VARIABLE
 from skd_lib.steps.kfp_call import Call
-from skd_lib.steps.runtime import RESULT_ENV, run_step
+from skd_lib.steps.runtime import run_step
 
 log = logging.getLogger(__name__)
 LAST_SECONDS = 45.0
@@ -51,7 +52,7 @@ def main(exchange: Annotated[str, typer.Argument(help="URI of the job's exchange
             log.info("fetching %s from %s", name, uri)
             storage.download(uri, Path(folder) / "inputs" / name)
         command = [sys.executable, "-m", "skd_lib.multinode.launch", *step_command(request, Path(folder))]
-        code = child.run(command, {RESULT_ENV: exchange})
+        code = child.run(command, {RESULT_VARIABLE: exchange})
         if code not in (0, SkdError.exit_code):
             child.wait_for_signal(LAST_SECONDS)
     if child.was_terminated():

@@ -17,11 +17,9 @@ from skd_lib._core.terminal import clipped
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
-from skd_lib.report.evaluations import PREDICTIONS, read_evaluations
-from skd_lib.report.summary import rounded
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.report.folders import PREDICTIONS, read_evaluations
+from skd_lib.results import rounded
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
 
 if TYPE_CHECKING:
     from skd_lib.evaluation.predictions import Prediction
@@ -107,10 +105,10 @@ def _scored(
         resamples=settings.evaluation.bootstrap_samples,
         seed=settings.seed,
     )
-    finite = {role: score for role, score in result.scores.items() if math.isfinite(score["score"])}
+    finite = {role: score.flat() for role, score in result.scores.items() if math.isfinite(score.score)}
     scores = {
         "models": {role: _short(score) for role, score in finite.items()},
-        "comparisons": {pair: _short(test.known()) for pair, test in result.comparisons.items()},
+        "comparisons": {pair: _short(test.model_dump(exclude_none=True)) for pair, test in result.comparisons.items()},
     }
     rows = [
         {"id": answer.id, "role": role, "comet": value}

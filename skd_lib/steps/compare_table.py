@@ -11,9 +11,7 @@ import typer
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
 
 
 def main(
@@ -22,9 +20,6 @@ def main(
     comparison_out: Annotated[
         Path, typer.Option(help="Folder for all figures, comparison.json, and one row a trial, runs.csv.")
     ],
-    plan: Annotated[
-        str, typer.Option(help="The comparison, as JSON: reference, trials, and those left out: skipped.")
-    ] = "{}",
     evaluations: Annotated[
         list[Path] | None, typer.Option(help="By hand: each student's folder of step `evaluate`; else from KFP.")
     ] = None,
@@ -35,6 +30,9 @@ def main(
         Path | None, typer.Option(help="The teacher before and after fine-tuning: folder of step `evaluate_teacher`.")
     ] = None,
     config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
+    plan: Annotated[
+        str, typer.Option(help="The comparison, as JSON: reference, trials, and those left out: skipped.")
+    ] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
@@ -53,9 +51,9 @@ def main(
         raise SkdError("there is no trial to compare", where="--evaluations", hint="name the folder of one or more")
 
     from skd_lib._core.terminal import Console
-    from skd_lib.comparison.build import build_comparison
+    from skd_lib.comparison.table import build_comparison
     from skd_lib.comparison.render import render, to_csv, to_markdown
-    from skd_lib.report.evaluations import read_evaluations
+    from skd_lib.report.folders import read_evaluations
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run
 

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_lib._core.machine import peak_memory
+from skd_lib._core.machine import is_main_process, peak_memory
 from skd_lib.config import DistillConfig, Schedule, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdErrors
-from skd_lib.steps import fitting
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step, step_name
+from skd_lib.steps import trained_model
+from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step, step_name
+from skd_lib.steps.training_run import DATA_HELP, LEFT_OUT, TrainingRun
 from skd_lib.storage import check_checkpoint_root
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 def main(
     student: Annotated[Path, typer.Option(help="Folder of the student as `student_init` made it.")],
     teacher: Annotated[Path, typer.Option(help="Folder of the fine-tuned teacher; must have the student's tokenizer.")],
-    data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Its train_student and validation splits are used.")],
+    data: Annotated[Path, typer.Option(help=f"{DATA_HELP} Its train_student and validation splits are used.")],
     student_out: Annotated[Path, typer.Option(help="Folder for the distilled student.")],
     config: Annotated[
         str, typer.Option(help=f"{STEP_HELP}: `distill`, `task`, `seed`, `label`. `skd config` lists their fields.")
@@ -76,9 +75,9 @@ def main(
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import check_model_folder, load_tokenizer, weights_digest
     from skd_lib.models.records import read_record, write_record
+    from skd_lib.models.samples import as_text, to_jsonl
     from skd_lib.models.special_ids import take_over_ends
     from skd_lib.models.vocabulary import check_compatible
-    from skd_lib.report.samples import as_text, to_jsonl
     from skd_lib.tracking.runs import step_run
 
     for folder in (student, teacher):
@@ -109,7 +108,7 @@ def main(
         step=name, tracking_uri=tracking_uri, experiment=experiment, params=params, checkpoint_root=checkpoint_root
     ) as run:
         prepared = PreparedData.load(data)
-        fit = fitting.Fit(
+        training_run = TrainingRun(
             step="distill",
             method=settings.method,
             split="train_student",
@@ -121,33 +120,33 @@ def main(
             models={"student": student, "teacher": teacher},
             weights=weights,
         )
-        model, tokenizer = fitting.load_trainable(student), load_tokenizer(student)
+        model, tokenizer = trained_model.load_trainable(student), load_tokenizer(student)
         take_over_ends(model, tokenizer, teacher)
         load_teacher = None
         if METHODS[settings.method].needs_teacher:
             precisions = settings.training.teacher_precision, settings.training.precision
-            load_teacher = partial(fitting.load_frozen, teacher, precisions[0], computing=precisions[1])
-        result, figures, checkpoints = fit.run(
+            load_teacher = partial(trained_model.load_frozen, teacher, precisions[0], computing=precisions[1])
+        result, figures, checkpoints = training_run.run(
             model, load_teacher, tokenizer, prepared, io.input_uri("data", data), run
         )
-        if not fitting.is_main_process():
+        if not is_main_process():
             return
         lineage = Lineage(
             base=base,
             method=settings.method,
             teacher=teacher_reference,
             data_fingerprint=prepared.fingerprint,
-            code_version=fitting.code_version(),
-            settings={**_sampling_and_loss(settings), **fitting.training_facts(settings.training, result)},
+            code_version=trained_model.code_version(),
+            settings={**_sampling_and_loss(settings), **trained_model.training_facts(settings.training, result)},
         )
         losses = {"best validation loss": result.best_validation_loss}
         card = model_card("Distilled student", lineage, losses)
-        digest = fitting.save_trained(result.student, tokenizer, student_out, card, result.precision)
+        digest = trained_model.save_trained(result.student, tokenizer, student_out, card, result.precision)
         origin |= {"weights_sha256": digest, "precision": result.precision, "data_fingerprint": prepared.fingerprint}
-        origin |= fitting.trained_here(run)
-        fitting.log_outcome(run, figures, origin, io.output_uri("distilled_student"))
+        origin |= trained_model.run_facts(run)
+        trained_model.log_outcome(run, figures, origin, io.output_uri("distilled_student"))
         long = {"train_teacher": taught.get("long_prompts")}
-        long |= {name: figures[f"{fitting.LEFT_OUT}{name}"] for name in ("train_student", "validation")}
+        long |= {name: figures[f"{LEFT_OUT}{name}"] for name in ("train_student", "validation")}
         write_record(
             student_out,
             lineage={**origin, "losses": _losses(prepared, long)},
@@ -162,7 +161,7 @@ def main(
 
 def _losses(data: PreparedData, long: Mapping[str, float | None]) -> dict[str, Any]:
     """What each split lost when it was prepared, and to prompts that are too long when it was trained on."""
-    from skd_lib.data.losses import with_long_prompts
+    from skd_lib.data.splits import with_long_prompts
 
     losses: dict[str, Any] = data.manifest.get("losses", {})
     for name, count in long.items():
@@ -204,8 +203,8 @@ def _plain(setting: Any) -> Any:
 
 def _course(result: TrainResult, batch_size: int) -> dict[str, Any]:
     """The curves that the report draws, and the time and memory that the training took."""
-    from skd_lib.report.curves import thinned
-    from skd_lib.training.timing import SECONDS
+    from skd_lib.report.charts import thinned
+    from skd_lib.training.figures import SECONDS
 
     course: dict[str, Any] = {
         "seconds": {name.removeprefix(SECONDS): value for name, value in result.seconds.items()},

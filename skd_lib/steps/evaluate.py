@@ -14,9 +14,7 @@ import typer
 from skd_lib.config import DataConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.models.records import copy_record, write_record
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step, step_name
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step, step_name
 
 if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
@@ -61,7 +59,7 @@ def main(
     data: Annotated[Path, typer.Option(help=DATA_HELP)],
     role: Annotated[Role, typer.Option(help="Which model of the run this is; names the results.")],
     evaluation_out: Annotated[
-        Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.evaluations`.")
+        Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.folders`.")
     ],
     config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",
@@ -171,22 +169,21 @@ def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun
     Args:
         measured: What was found.
         role: Which model of the run it is.
-        folder: Takes scores and answers, see `skd_lib.report.evaluations`.
+        folder: Takes scores and answers, see `skd_lib.report.folders`.
         label: Which trial of a comparison the model is from.
         run: Takes the figures.
         prefix: Of the names under which `run` takes them.
     """
     from skd_lib.models.loading import default_device
     from skd_lib.models.precision import resolve_precision
-    from skd_lib.report.evaluations import PREDICTIONS, write_evaluation
+    from skd_lib.report.folders import PREDICTIONS, write_evaluation
 
     write_evaluation(folder, role.value, label, measured.test, measured.held_out)
     run.log_metrics({f"{prefix}{name}": value for name, value in measured.figures().items()})
-    scores = {name: value for name, value in measured.test.scores.items() if _is_score(value)}
     run.set_tags(
         {
             "precision": resolve_precision("auto", default_device()),
-            **{f"signature.{name}": value["signature"] for name, value in scores.items()},
+            **{f"signature.{name}": score.signature for name, score in measured.test.scores.metrics.items()},
         }
     )
     run.log_artifact(folder / PREDICTIONS, prefix.rstrip(".") or None)
@@ -223,10 +220,6 @@ def table(predictions: list[Prediction]) -> dict[str, list[Any]]:
 def _shortened(text: str) -> str:
     # Half a surrogate pair has no form in UTF-8.
     return text[:MAX_TABLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, dict) and "signature" in value
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ from skd_lib.config import EvaluationConfig, SpecdecConfig, TaskConfig, parse_se
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder, weights_digest
-from skd_lib.report.evaluations import PREDICTIONS
+from skd_lib.report.folders import PREDICTIONS
 from skd_lib.report.measured import CHAMPION
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.champions import REMEDY
 
@@ -78,7 +76,6 @@ def main(
             from skd_lib.data.prepared import PreparedData
             from skd_lib.evaluation.judge import JudgeUnavailable
             from skd_lib.evaluation.predictions import write_predictions
-            from skd_lib.report.summary import Scores
             from skd_lib.specdec.vllm import Served
 
             prepared = PreparedData.load(data)
@@ -107,8 +104,7 @@ def main(
                     specdec,
                     seed,
                 )
-                scores = Scores.model_validate(result.scores).figures()
-                rival = drafting.model_copy(update={"version": champion.version, "figures": scores})
+                rival = drafting.model_copy(update={"version": champion.version, "figures": result.scores.figures()})
         speedups = {"speedup": rival.speedup, "challenger_speedup": rival.challenger_speedup}
         figures |= {name: value for name, value in speedups.items() if value is not None}
         run.log_metrics(figures)
@@ -168,7 +164,7 @@ def _as_drafts(
     """Speed-ups of both, or why there are none."""
     from skd_lib._core.events import Progress
     from skd_lib.models.vocabulary import check_compatible
-    from skd_lib.specdec.measure import measure
+    from skd_lib.specdec.benchmark import measure
     from skd_lib.tracking.gate import Rival
 
     if unlike := check_compatible(teacher.folder, drafts["champion"].folder):

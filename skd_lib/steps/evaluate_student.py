@@ -10,9 +10,7 @@ import typer
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.steps.evaluate import DATA_HELP, Role, evaluate_models, evaluation_params
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
 
 
 def main(

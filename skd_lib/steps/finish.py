@@ -11,10 +11,10 @@ import typer
 from pydantic import ConfigDict
 
 from skd_lib._core import events
+from skd_lib._core.machine import pipeline_run_id
 from skd_lib.config import Section, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import run_step
+from skd_lib.steps.runtime import Experiment, TrackingUri, run_step
 from skd_lib.tracking.ending import SUCCESS, Seen, find_ending
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def main(
     where = {
         "tracking_uri": tracking_uri,
         "experiment": experiment,
-        "pipeline_run_id": os.environ.get("KFP_RUN_ID", ""),
+        "pipeline_run_id": pipeline_run_id(),
     }
     _clean_up(where["pipeline_run_id"])
     _resend(tracking_uri, where["pipeline_run_id"])

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from skd_lib._core.machine import POD_VARIABLE
+
 OUTPUT_FILE_OPTION = "--kfp-output-file"
 OUTPUT_FILE = "{{$.outputs.output_file}}"
 """File for KFP's executor output, which runners on this machine fill in; KFP's launcher does not (2.14 to 2.17)."""
@@ -27,11 +29,10 @@ INPUT_OPTION = "--kfp-input"
 """`NAME=URI` of an input artifact, where its path does not tell."""
 EXECUTOR_INPUT_OPTION = "--kfp-executor-input"
 """KFP's executor input as JSON, for steps with lists of artifacts."""
-POD_VARIABLE = "KFP_POD_NAME"
-"""Environment variable that KFP gives to its pods."""
 _OPTIONS = (OUTPUT_FILE_OPTION, ARTIFACT_OPTION, PARAMETERS_OPTION, INPUT_OPTION, EXECUTOR_INPUT_OPTION)
 _BY_HAND, _IN_A_POD = "executor_output.json", "output_metadata.json"
-_SCHEMES = {"gcs": "gs", "minio": "minio", "s3": "s3"}
+SCHEMES = {"gcs": "gs", "minio": "minio", "s3": "s3"}
+"""Folder in which KFP mounts a bucket -> scheme of its URIs."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Call:
     def uri(self, path: Path) -> str:
         """Return the URI of an artifact by its local path (`LocalPathForURI` of KFP's launcher); by hand the path."""
         place = path.resolve()
-        if self.in_pod and len(place.parts) > 1 and place.parts[1] in _SCHEMES:
-            return f"{_SCHEMES[place.parts[1]]}://{'/'.join(place.parts[2:])}"
+        if self.in_pod and len(place.parts) > 1 and place.parts[1] in SCHEMES:
+            return f"{SCHEMES[place.parts[1]]}://{'/'.join(place.parts[2:])}"
         return str(place)
 
     def executor_output(self, outputs: Mapping[str, Path]) -> Path | None:

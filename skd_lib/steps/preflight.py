@@ -12,6 +12,7 @@ import typer
 
 from skd_lib._core import events
 from skd_lib._core.ascii_json import ascii_json
+from skd_lib._core.machine import pipeline_run_id
 from skd_lib._core.terminal import say, visible
 from skd_lib.comparison import plan as comparisons
 from skd_lib.config import EvaluationConfig, FilesSource, RunConfig
@@ -20,8 +21,7 @@ from skd_lib.config.parameters import Form, changed_on_the_way, check_reference,
 from skd_lib.config.step import StepConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps.kfp_call import current_call
-from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, Switch, run_step
+from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, Switch, TrackingUri, run_step
 from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
@@ -67,26 +67,62 @@ MOST = 1500
 
 def main(
     report_out: Annotated[Path, typer.Option(help="File for the report, in Markdown.")],
+    run_name: Annotated[str, typer.Option(help="Name of the run where the configuration has none.")] = "",
     config: Annotated[
-        str, typer.Option(help="JSON of what differs from the defaults, or the URI of a run's YAML file.")
+        str,
+        typer.Option(
+            help="Settings that differ from the defaults, as JSON, or the URI of a run's YAML file. Others that "
+            "are not empty go before it."
+        ),
     ] = "{}",
     comparison: Annotated[
         str,
         typer.Option(
-            help="JSON of a comparison without its `base`, or the URI of its YAML file; left out: a single run."
+            help='What is compared, as JSON (`{"methods": ["skd", "sft"], "seeds": [0, 1]}`), or the URI of a '
+            "comparison's YAML file."
         ),
     ] = NO_COMPARISON,
-    run_name: Annotated[str, typer.Option(help="The run's name is made of it where the configuration has none.")] = "",
-    data_train: Annotated[str, typer.Option(help="Training data: paths, globs, URIs, separated by commas.")] = "",
-    data_validation: Annotated[str, typer.Option(help="Validation data, likewise.")] = "",
-    data_test: Annotated[str, typer.Option(help="Test data, likewise.")] = "",
-    model_teacher: Annotated[str, typer.Option(help="Field `teacher`.")] = "",
-    model_student: Annotated[str, typer.Option(help="Field `student`.")] = "",
-    task: Annotated[str, typer.Option(help="Field `task.name`.")] = "",
-    training_method: Annotated[str, typer.Option(help="Field `distill.method`.")] = "",
-    training_steps: Annotated[int, typer.Option(help="Field `distill.training.max_steps`; 0: as `config` says.")] = 0,
-    mlflow_experiment: Annotated[str, typer.Option(help="Goes before --experiment where it is not empty.")] = "",
-    reuse: Annotated[Switch, typer.Option(help="false: this run takes nothing from Kubeflow's cache.")] = Switch.true,
+    data_train: Annotated[
+        str,
+        typer.Option(
+            help="Training data: paths, globs or URIs of files (JSONL, CSV, Parquet, ...), separated by commas. "
+            "Empty: as `config` says."
+        ),
+    ] = "",
+    data_validation: Annotated[
+        str, typer.Option(help="Validation data, as `data_train`. Empty: cut from the training data.")
+    ] = "",
+    data_test: Annotated[str, typer.Option(help="Test data, as `data_train`. Empty: cut from the training data.")] = "",
+    model_teacher: Annotated[
+        str, typer.Option(help="Teacher: hub id (`google/gemma-7b-it`), mounted folder, gs:// or wheel:// URI.")
+    ] = "",
+    model_student: Annotated[
+        str,
+        typer.Option(
+            help="Student, as `model_teacher`, with the teacher's tokenizer. Empty where it is cut from the teacher "
+            "(`student_init.mode: prune` in `config`)."
+        ),
+    ] = "",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="Task: `translation`, `summarization`, `gsm8k`, `math`, `instruction`, or the URI of a task's YAML "
+            "file. Empty: as `config` says."
+        ),
+    ] = "",
+    training_method: Annotated[
+        str,
+        typer.Option(
+            help="Method of training: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`, `supervised_kd`, `seqkd` "
+            "or `sft`. Empty: as `config` says, else `skd`."
+        ),
+    ] = "",
+    training_steps: Annotated[int, typer.Option(help="Optimiser steps of each distillation. 0: as `config` says.")] = 0,
+    mlflow_experiment: Annotated[str, typer.Option(help="MLflow experiment. Empty: the one of the settings.")] = "",
+    reuse: Annotated[
+        Switch,
+        typer.Option(help="Take steps done before with the same data, models and settings from Kubeflow's cache."),
+    ] = Switch.true,
     comet: Annotated[Switch, typer.Option(help="Whether the pipeline has a step for COMET.")] = Switch.true,
     pipeline_root: Annotated[
         str, typer.Option(help="Folder (local or gs://) for the pipeline's artifacts; empty: not looked at.")
@@ -128,7 +164,7 @@ def main(
             tracking_uri=tracking_uri,
             experiment=experiment,
             checkpoint_root=checkpoint_root,
-            fresh="" if reuse else os.environ.get("KFP_RUN_ID") or str(uuid.uuid4()),
+            fresh="" if reuse else pipeline_run_id() or str(uuid.uuid4()),
         )
     except Refused as refused:
         if not current_call().in_pod:
@@ -254,7 +290,7 @@ def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = ""
     """
     errors: list[SkdError] = []
     plan = None
-    if os.environ.get("KFP_RUN_ID"):
+    if pipeline_run_id():
         errors += changed_on_the_way({**vars(form), "comparison": comparison}, ("config", "comparison"))
     try:
         if mlflow_experiment:
@@ -281,7 +317,7 @@ def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = ""
 
 def with_columns(config: RunConfig) -> tuple[RunConfig, list[Check]]:
     """Name the data's columns, where they have usual names and the configuration gives none; says which."""
-    from skd_lib.data.usual_columns import find_columns
+    from skd_lib.data.readers import find_columns
     from skd_lib.preflight import Check
 
     source = config.data.source

@@ -10,8 +10,7 @@ import typer
 from skd_lib.config import parse_json, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, run_step
 
 
 def main(
@@ -31,8 +30,7 @@ def main(
     checkpoint_root: CheckpointRoot = "",
 ) -> None:
     """Turn a source of examples into train, validation and test splits for teacher and student."""
-    from skd_lib.data.manifest import data_fingerprint
-    from skd_lib.data.prepared import prepare
+    from skd_lib.data.prepared import data_fingerprint, prepare
     from skd_lib.preflight.reuse import keep
     from skd_lib.tracking.runs import step_run
 

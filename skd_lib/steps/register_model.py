@@ -12,9 +12,7 @@ import typer
 from skd_lib._core.events import outcome
 from skd_lib.config import LOWER_IS_BETTER, parse_section
 from skd_lib.models.files import weights_digest
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
 
 if TYPE_CHECKING:
     from skd_lib.report.measured import Measured

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skd_lib._core.machine import pipeline_run_id
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
 
 if TYPE_CHECKING:
-    from skd_lib.report.evaluations import Evaluated
-    from skd_lib.report.summary import Comet, Role
+    from skd_lib.report.folders import Evaluated
+    from skd_lib.results import Comet, Role
 
 WITHOUT_COMET = (
     "this pipeline has no step for COMET: start its version with COMET (compiled/distillation_comet.yaml), which takes "
@@ -57,15 +55,14 @@ def main(
     from skd_lib._core.terminal import Console
     from skd_lib.evaluation.predictions import paired_results
     from skd_lib.models.records import SAMPLES, read_record
-    from skd_lib.report.answers import answer_lengths
-    from skd_lib.report.drafts import read_drafts
-    from skd_lib.report.lineage import lineage
+    from skd_lib.report.folders import read_drafts
     from skd_lib.report.measured import measured, read_champion
     from skd_lib.report.page import render_page
     from skd_lib.report.render import render, to_markdown
-    from skd_lib.report.samples import to_jsonl
+    from skd_lib.models.samples import to_jsonl
     from skd_lib.report.sources import PAGE, SUMMARY
-    from skd_lib.report.summary import Comparison, Scores, build_summary
+    from skd_lib.report.summary import answer_lengths, build_summary, lineage_in_words
+    from skd_lib.results import Scores
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.runs import step_run
@@ -89,12 +86,12 @@ def main(
             specdec=specdec,
             course=record.course,
             comet=judged,
-            comparisons=[Comparison.model_validate(row) for row in paired_results(dict(predictions.items()))],
+            comparisons=paired_results(predictions),
             lengths=answer_lengths(predictions),
-            lineage=lineage(record.lineage),
+            lineage=lineage_in_words(record.lineage),
             losses=record.lineage.get("losses"),
             run_name=run_name,
-            pipeline_run_id=os.environ.get("KFP_RUN_ID", ""),
+            pipeline_run_id=pipeline_run_id(),
             mlflow_run_id=run.parent.run_id,
             mlflow_url=run.parent.url,
         )
@@ -110,7 +107,7 @@ def main(
         run.parent.log_text(page, PAGE)
     Console().print(render(summary))
 
-    of_student = scores.get("student_after", Scores(metrics={}))
+    of_student = scores.get("student_after", Scores())
     handed_on = measured(task.metrics[0], of_student, specdec.get("after"), rival, judged, settings.registry)
     io.metrics("figures", summary.figures())
     io.parameter("measured", handed_on.to_parameter())
@@ -118,7 +115,7 @@ def main(
 
 
 def _judged(comet: str, *, wanted: bool) -> Comet:
-    from skd_lib.report.summary import Comet
+    from skd_lib.results import Comet
 
     if comet:
         return parse_section(Comet, comet, where="--comet")
@@ -126,7 +123,7 @@ def _judged(comet: str, *, wanted: bool) -> Comet:
 
 
 def _evaluated(folders: dict[str, Path | None]) -> dict[Role, Evaluated]:
-    from skd_lib.report.evaluations import read_evaluations
+    from skd_lib.report.folders import read_evaluations
 
     found: dict[Role, Evaluated] = {}
     for name, folder in folders.items():

@@ -1,6 +1,8 @@
-"""What every step shares: its outputs in KFP's executor-output format, and how it fails.
+"""The parts that all steps share: options, outputs in KFP's executor-output format, and the end of a step that fails.
 
-A step is a plain command line. Under Kubeflow it is also told where its outputs go, see `skd_lib.steps.kfp_call`.
+A step is a plain command line. Kubeflow also says where its outputs go, see `skd_lib.steps.kfp_call`. Where things are
+kept changes no result, so on a cluster the options of this module come from the environment: as arguments they would be
+part of Kubeflow's cache key, and another place would run everything again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,13 +23,28 @@ from skd_lib._core import events
 from skd_lib._core.bugs import explained
 from skd_lib._core.terminal import VisibleFormatter, say, survive_any_encoding
 from skd_lib._core.uris import redacted, redacted_output
+from skd_lib.errors import SkdError
+from skd_lib.steps import environment
 from skd_lib.steps.kfp_call import called, current_call, take_call
-from skd_lib.steps.mounted import load_mounted
 from skd_lib.storage import write_text_atomic
 
 log = logging.getLogger(__name__)
-RESULT_ENV = "SKD_RESULT_URI"
-"""Exchange folder in which another pod waits for this step's outputs (`skd_lib.multinode`)."""
+TrackingUri = Annotated[
+    str, typer.Option(envvar=environment.TRACKING_URI_VARIABLE, help="MLflow tracking URI; empty: no tracking.")
+]
+Experiment = Annotated[
+    str,
+    typer.Option(
+        envvar=environment.EXPERIMENT_VARIABLE, help="MLflow experiment for a pipeline run that is in none yet."
+    ),
+]
+CheckpointRoot = Annotated[
+    str,
+    typer.Option(
+        envvar=environment.CHECKPOINT_ROOT_VARIABLE,
+        help="Folder or URI of storage that outlives the pod; empty: none.",
+    ),
+]
 
 
 class Switch(StrEnum):
@@ -56,15 +73,15 @@ class StepIO:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def input_paths(self, name: str) -> list[Path]:
-        """Local path of each artifact of input list `name`, in order; empty when run by hand."""
+        """Return the local path of each artifact of input list `name`, in order; empty when run by hand."""
         return [local_path(uri) for uri in self._call.lists.get(name, [])]
 
     def input_uri(self, name: str, path: Path) -> str:
-        """URI of input artifact `name`; the local path when run by hand."""
+        """Return the URI of input artifact `name`; the local path when run by hand."""
         return self._call.inputs.get(name) or self._call.uri(path)
 
     def output_uri(self, name: str) -> str:
-        """URI under which output artifact `name` will be found after the step."""
+        """Return the URI that output artifact `name` has after the step."""
         return self._call.artifacts.get(name) or self._call.uri(self.paths[name])
 
     def metrics(self, name: str, values: Mapping[str, float]) -> None:
@@ -85,10 +102,10 @@ class StepIO:
                 checkpoints may go.
 
         Returns:
-            The executor output; None where the task has none, see `Call.executor_output`.
+            The executor output; None for a task without one, see `Call.executor_output`.
         """
         artifacts = {name: {"artifacts": [self._artifact(name)]} for name in self.paths}
-        parameters = self._held(self._parameters, "")
+        parameters = _without_gaps(self._parameters)
         for name, value in parameters.items():
             if file := self._call.parameters.get(name):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,26 +115,14 @@ class StepIO:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps({"artifacts": artifacts, "parameterValues": parameters}, indent=2))
-        if result := os.environ.get(RESULT_ENV):
+        if result := os.environ.get(environment.RESULT_VARIABLE):
             from skd_lib.multinode.exchange import Exchange
 
             Exchange(result).publish(self.paths, path)
         return path
 
-    @staticmethod
-    def _held(values: Mapping[str, Any], artifact: str) -> dict[str, Any]:
-        """Leave out what KFP cannot hold, with a warning.
-
-        KFP 2.17's launcher fails, and the step with it, on NaN and infinity anywhere and on null in metadata; a null
-        parameter ends the run in the driver of the step that reads it.
-        """
-        held, left_out = _finite(values)
-        if left_out:
-            log.warning("left out of KFP's record%s: %s", f" of {artifact}" if artifact else "", ", ".join(left_out))
-        return {name: value for name, value in held.items() if value is not None}
-
     def _artifact(self, name: str) -> dict[str, Any]:
-        values = self._held(self._metrics.get(name, {}), name)
+        values = _without_gaps(self._metrics.get(name, {}), of=name)
         artifact: dict[str, Any] = {"name": name, "uri": self.output_uri(name), "metadata": values}
         if name in self._metrics:
             # By which the launcher without MLMD tells metrics from other artifacts.
@@ -125,34 +130,65 @@ class StepIO:
         return artifact
 
 
-def _finite(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Values without numbers that are not finite, and where those stood; in a list None takes their places."""
-    held: dict[str, Any] = {}
+def _without_gaps(values: Mapping[str, Any], *, of: str = "") -> dict[str, Any]:
+    """Leave out what KFP cannot hold, with a warning.
+
+    KFP 2.17's launcher fails, and the step with it, on NaN and infinity anywhere and on null in metadata; a null
+    parameter ends the run in the driver of the step that reads it.
+    """
     left_out: list[str] = []
-    for name, value in values.items():
-        place = f"{prefix}{name}"
-        if isinstance(value, float) and not math.isfinite(value):
-            left_out.append(f"{place} ({value})")
-        elif isinstance(value, Mapping):
-            held[name], more = _finite(value, f"{place}.")
-            left_out += more
-        elif isinstance(value, list | tuple):
-            items, more = _finite({str(index): item for index, item in enumerate(value)}, f"{place}.")
-            held[name] = [items.get(str(index)) for index in range(len(value))]
-            left_out += more
-        else:
-            held[name] = value
-    return held, left_out
+    finite: dict[str, Any] = _finite(values, "", left_out)
+    if left_out:
+        log.warning("left out of KFP's record%s: %s", f" of {of}" if of else "", ", ".join(left_out))
+    return {name: value for name, value in finite.items() if value is not None}
+
+
+def _finite(value: Any, place: str, left_out: list[str]) -> Any:
+    """Return a value without the numbers that are not finite; in a list None takes their places."""
+    if isinstance(value, float) and not math.isfinite(value):
+        left_out.append(f"{place} ({value})")
+        return None
+    within = f"{place}." if place else ""
+    if isinstance(value, Mapping):
+        finite = {name: _finite(each, f"{within}{name}", left_out) for name, each in value.items()}
+        return {name: each for name, each in finite.items() if each is not None or value[name] is None}
+    if isinstance(value, list | tuple):
+        return [_finite(each, f"{within}{index}", left_out) for index, each in enumerate(value)]
+    return value
 
 
 def local_path(uri: str) -> Path:
-    """Where KFP's launcher puts an input artifact: `gs://bucket/key` at `/gcs/bucket/key`; a path is itself."""
+    """Return the path to which KFP's launcher fetches an input: `gs://bucket/key` to `/gcs/bucket/key`."""
     scheme, separator, rest = uri.partition("://")
     return Path("/", {"gs": "gcs"}.get(scheme, scheme), rest) if separator else Path(uri)
 
 
+def present(name: str, path: Path) -> Path:
+    """Return the path of an input artifact that is there; checked before anything is loaded.
+
+    KFP takes a finished step from its cache without a look at what the step wrote, and its launcher says nothing where
+    there is nothing to fetch: the next step finds no file, or an empty folder.
+
+    Args:
+        name: Name of the input in the step's signature.
+        path: Its file or folder.
+
+    Raises:
+        SkdError: nothing is there, or nothing is in it.
+    """
+    if not (any(files for _, _, files in os.walk(path)) or (path.is_file() and path.stat().st_size)):
+        raise SkdError(
+            f"the input `{name}` is gone from storage: nothing is there",
+            where=str(path),
+            hint="if a lifecycle rule of the bucket deletes old files, run again without the cache, which makes it "
+            "again: `reuse` false in the form, or `skd submit --no-reuse` (in later runs too, if the namespace has no "
+            "`checkpoint-root`); by hand, check the path",
+        )
+    return path
+
+
 def step_name(step: str, label: str) -> str:
-    """Name of a step's MLflow run."""
+    """Return the name of a step's MLflow run."""
     return f"{step}-{label}" if label else step
 
 
@@ -163,7 +199,7 @@ def run_step(main: Callable[..., None]) -> None:
     started again (`Preempted`); 70 a bug of skd (`skd_lib._core.bugs`). KFP's launcher turns each but 0 into 1.
     """
     survive_any_encoding()
-    load_mounted()
+    environment.load_mounted()
     with redacted_output(outlive_readers=True):
         handler = logging.StreamHandler()
         handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -176,8 +212,8 @@ def run_step(main: Callable[..., None]) -> None:
         try:
             with called(call):
                 app(words)
-        except Exception as error:  # noqa: BLE001 - what nobody foresaw ends as a sentence too
-            told = explained(error)
-            events.emit("error", message=redacted(str(told)))
-            say(f"error: {told}", err=True)
-            sys.exit(told.exit_code)
+        except Exception as error:  # noqa: BLE001 - unexpected errors end as a sentence too
+            reason = explained(error)
+            events.emit("error", message=redacted(str(reason)))
+            say(f"error: {reason}", err=True)
+            sys.exit(reason.exit_code)

@@ -8,16 +8,15 @@ from typing import Annotated
 import typer
 
 from skd_lib.errors import SkdError
-from skd_lib.steps.inputs import present
-from skd_lib.steps.runtime import run_step
+from skd_lib.steps.runtime import present, run_step
 
 
 def main(
     artifact: Annotated[Path, typer.Option(help="Folder of step `prepare_data`, `evaluate` or `evaluate_student`.")],
 ) -> None:
     """Show what an artifact holds: how many examples, or the scores of the models that were evaluated."""
-    from skd_lib.data.manifest import NAME as MANIFEST
-    from skd_lib.report.evaluations import SCORES
+    from skd_lib.data.prepared import MANIFEST
+    from skd_lib.report.folders import SCORES
 
     present("artifact", artifact)
     if (artifact / MANIFEST).is_file():
@@ -41,9 +40,10 @@ def _show_data(folder: Path) -> None:
 
 def _show_scores(folder: Path) -> None:
     from skd_lib._core.terminal import Console
-    from skd_lib.report.evaluations import SCORES, read_evaluation, read_evaluations
+    from skd_lib.report.folders import SCORES, read_evaluation, read_evaluations
     from skd_lib.report.render import render
-    from skd_lib.report.summary import Course, build_summary
+    from skd_lib.report.summary import build_summary
+    from skd_lib.results import Course
 
     if (folder / SCORES).is_file():
         one = read_evaluation(folder)

@@ -10,10 +10,8 @@ import typer
 
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
-from skd_lib.report.drafts import write_drafts
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step, step_name
+from skd_lib.report.folders import write_drafts
+from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step, step_name
 
 
 def main(
@@ -51,7 +49,7 @@ def main(
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.loading import default_device
     from skd_lib.models.precision import resolve_precision
-    from skd_lib.specdec.measure import measure
+    from skd_lib.specdec.benchmark import measure
     from skd_lib.specdec.vllm import Served
     from skd_lib.tracking.runs import step_run
 
@@ -75,7 +73,7 @@ def main(
         )
         outputs = {moment: result.to_dict() for moment, result in results.items()}
         figures = {
-            f"{name}_{moment}": value for moment, result in results.items() for name, value in result.figures().items()
+            f"{name}_{moment}": value for moment, result in results.items() for name, value in result.metrics().items()
         }
         write_drafts(drafts_out, label, outputs)
         run.log_metrics(figures)

@@ -12,16 +12,15 @@ import typer
 from skd_lib.config import StudentInitConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.steps import fitting
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step, step_name
+from skd_lib.steps import trained_model
+from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step, step_name
+from skd_lib.steps.training_run import DATA_HELP, TrainingRun, fine_tune
 from skd_lib.storage import check_checkpoint_root
 
 
 def main(
     teacher: Annotated[Path, typer.Option(help="Folder of the fine-tuned teacher, in Hugging Face layout.")],
-    data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Fine-tuning uses train_student and validation.")],
+    data: Annotated[Path, typer.Option(help=f"{DATA_HELP} Fine-tuning uses train_student and validation.")],
     student_out: Annotated[Path, typer.Option(help="Folder for the student.")],
     config: Annotated[
         str, typer.Option(help=f"{STEP_HELP}: `student`, `fingerprint`, `student_init`, `task`, `seed`, `label`.")
@@ -51,17 +50,10 @@ def main(
     present("data", data)
     io = StepIO({"initial_student": student_out})
 
-    from skd_lib.data.prepared import PreparedData
     from skd_lib.models.files import check_model_folder, weights_digest
-    from skd_lib.models.importing import import_folder
+    from skd_lib.models.importing import fetch_model, import_folder
     from skd_lib.models.records import read_record, write_record
-    from skd_lib.models.references import (
-        LocalFolder,
-        check_unchanged,
-        model_fingerprint,
-        parse_reference,
-        resolve_model,
-    )
+    from skd_lib.models.references import LocalFolder, check_unchanged, parse_reference
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.tracking.runs import step_run
 
@@ -94,16 +86,14 @@ def main(
                 digest = _cut(teacher, folder, settings, base)
                 figures["layers"] = (settings.keep_first or 0) + (settings.keep_last or 0)
             else:
-                fingerprint = own.fingerprint or model_fingerprint(student)
-                folder = resolve_model(student, fingerprint=fingerprint)
+                folder, fingerprint = fetch_model(student, own.fingerprint)
                 lineage["base_student_fingerprint"] = fingerprint
                 if problems := check_compatible(teacher, folder):
                     raise SkdErrors(problems)
                 digest = weights_digest(folder)
             lineage["weights_sha256"] = digest
             if settings.trains:
-                prepared = PreparedData.load(data)
-                fit = fitting.Fit(
+                training_run = TrainingRun(
                     step="student_init",
                     method="sft",
                     split="train_student",
@@ -115,12 +105,12 @@ def main(
                     models={"student": folder},
                     weights={"student": digest},
                 )
-                tuned = fitting.fine_tune(
-                    fit,
+                tuned = fine_tune(
+                    training_run,
                     student_out,
                     base=base,
                     title=f"Student, {'cut from its teacher and ' * settings.cuts}fine-tuned on the task",
-                    data=prepared,
+                    data=data,
                     data_uri=io.input_uri("data", data),
                     run=run,
                     loaded=lambda: None if settings.cuts else check_unchanged(student, fingerprint),
@@ -134,9 +124,9 @@ def main(
                 # A user's own folder may be written to again; caches never change what they hold.
                 import_folder(folder, student_out, link=not isinstance(parse_reference(student), LocalFolder))
                 check_unchanged(student, fingerprint)  # nor while it was copied
-        lineage |= fitting.trained_here(run)
+        lineage |= trained_model.run_facts(run)
         write_record(student_out, lineage=lineage, figures=figures)
-        fitting.log_outcome(run, figures, lineage, io.output_uri("initial_student"))
+        trained_model.log_outcome(run, figures, lineage, io.output_uri("initial_student"))
 
     io.write()
     if settings.trains:
@@ -144,7 +134,7 @@ def main(
 
 
 def _cut(teacher: Path, folder: Path, settings: StudentInitConfig, base: str) -> str:
-    """Save what is left of the teacher; returns the digest of its weights."""
+    """Save the layers of the teacher that are kept; returns the digest of the weights."""
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import load_tokenizer
     from skd_lib.models.loading import default_device
@@ -153,10 +143,10 @@ def _cut(teacher: Path, folder: Path, settings: StudentInitConfig, base: str) ->
 
     assert settings.keep_first is not None and settings.keep_last is not None  # noqa: S101, PT018 - validated
     precision = resolve_precision(settings.training.precision, default_device())
-    whole = fitting.load_frozen(teacher, computing=precision)
+    whole = trained_model.load_frozen(teacher, computing=precision)
     cut = prune_layers(whole, settings.keep_first, settings.keep_last)
-    lineage = Lineage(base=base, method="prune", code_version=fitting.code_version())
-    return fitting.save_trained(
+    lineage = Lineage(base=base, method="prune", code_version=trained_model.code_version())
+    return trained_model.save_trained(
         cut, load_tokenizer(teacher), folder, model_card("Student, cut from its teacher", lineage), precision
     )
 

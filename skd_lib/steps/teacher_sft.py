@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
+from skd_lib._core.machine import is_main_process
 from skd_lib.config import MultinodeConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
-from skd_lib.steps import fitting
-from skd_lib.steps.inputs import present
-from skd_lib.steps.options import CheckpointRoot, Experiment, TrackingUri
-from skd_lib.steps.runtime import StepIO, run_step
+from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step
+from skd_lib.steps.trained_model import log_outcome, run_facts
+from skd_lib.steps.training_run import DATA_HELP, LEFT_OUT, TrainingRun, fine_tune
 from skd_lib.storage import check_checkpoint_root
 
 
 def main(
-    data: Annotated[Path, typer.Option(help=f"{fitting.DATA_HELP} Its train_teacher and validation splits are used.")],
+    data: Annotated[Path, typer.Option(help=f"{DATA_HELP} Its train_teacher and validation splits are used.")],
     config: Annotated[
         str,
         typer.Option(
@@ -73,19 +73,16 @@ def main(
             folder, fingerprint = fetch_model(own.teacher, own.fingerprint, code=own.trust_remote_code)
         figures: dict[str, float] = {"steps": 0}
         if not settings.enabled:
-            if not fitting.is_main_process():
+            if not is_main_process():
                 return
             lineage = import_model(
                 own.teacher, folder, teacher_out, fingerprint=fingerprint, code=own.trust_remote_code
             )
         else:
-            from skd_lib.data.prepared import PreparedData
-
-            if not fetched and fitting.is_main_process():
+            if not fetched and is_main_process():
                 check_whole(folder)
             lineage = origin_of(own.teacher, folder, fingerprint)
-            prepared = PreparedData.load(data)
-            fit = fitting.Fit(
+            training_run = TrainingRun(
                 step="teacher_sft",
                 method="sft",
                 split="train_teacher",
@@ -97,12 +94,12 @@ def main(
                 models={"teacher": folder},
                 weights={"teacher": lineage["weights_sha256"]},
             )
-            tuned = fitting.fine_tune(
-                fit,
+            tuned = fine_tune(
+                training_run,
                 teacher_out,
                 base=own.teacher,
                 title="Teacher, fine-tuned on the task",
-                data=prepared,
+                data=data,
                 data_uri=io.input_uri("data", data),
                 run=run,
                 loaded=lambda: None if fetched else check_unchanged(own.teacher, fingerprint),
@@ -110,10 +107,10 @@ def main(
             if tuned is None:
                 return
             facts, figures, checkpoints = tuned
-            long = int(figures[f"{fitting.LEFT_OUT}train_teacher"])
-            lineage |= {"method": "sft", **facts, "long_prompts": long, **fitting.trained_here(run)}
+            long = int(figures[f"{LEFT_OUT}train_teacher"])
+            lineage |= {"method": "sft", **facts, "long_prompts": long, **run_facts(run)}
         write_record(teacher_out, lineage=lineage, figures=figures)
-        fitting.log_outcome(run, figures, lineage, io.output_uri("tuned_teacher"))
+        log_outcome(run, figures, lineage, io.output_uri("tuned_teacher"))
 
     io.write()
     if settings.enabled:

@@ -13,8 +13,8 @@ import kubernetes.client
 import pytest
 import yaml
 
-from skd_kfp.pipelines.places import CONFIG_MAP
-from skd_lib.steps.mounted import SECRETS, SETTINGS
+from skd_kfp.pipelines.task_settings import CONFIG_MAP
+from skd_lib.steps.environment import SECRETS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "pipelines/deploy"

@@ -14,7 +14,8 @@ from skd_lib.evaluation.inference import load_for_inference
 from skd_lib.models.precision import precision_trouble, resolve_precision
 from skd_lib.preflight import machine
 from skd_lib.preflight.memory import config_size, estimate
-from skd_lib.steps import fitting
+from skd_lib.steps import trained_model
+from skd_lib.steps.training_run import TrainingRun
 from tests.conftest import CpuFlags, SaveTinyModel, TinyModel
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -81,10 +82,10 @@ def test_all_parts_of_a_run_decide_alike(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[expected]
     folder = save_tiny_model(tmp_path / "model")
     assert load_for_inference(folder)[0].dtype == dtype
-    assert fitting.load_frozen(folder).dtype == dtype
-    assert fitting.load_frozen(folder, "fp32").dtype == torch.float32
-    assert fitting.load_frozen(folder, computing="bf16").dtype == torch.bfloat16
-    assert fitting.load_trainable(folder).dtype == torch.float32
+    assert trained_model.load_frozen(folder).dtype == dtype
+    assert trained_model.load_frozen(folder, "fp32").dtype == torch.float32
+    assert trained_model.load_frozen(folder, computing="bf16").dtype == torch.bfloat16
+    assert trained_model.load_trainable(folder).dtype == torch.float32
     (found,) = (finding.found for finding in machine._torch() if finding.what == "precision")
     assert found == f"`auto` is {expected} here"
 
@@ -113,7 +114,7 @@ def test_other_precision_is_other_work(cpu_flags: CpuFlags, tmp_path: Path) -> N
     def key(precision: Precision = "auto") -> Path:
         options: dict[str, Any] = {"step": "teacher_sft", "method": "sft", "split": "train_teacher", "seed": 0}
         training = TrainingConfig(precision=precision)
-        fit = fitting.Fit(
+        training_run = TrainingRun(
             **options,
             training=training,
             distill=None,
@@ -122,7 +123,7 @@ def test_other_precision_is_other_work(cpu_flags: CpuFlags, tmp_path: Path) -> N
             models={},
             weights={},
         )
-        return fit.checkpoints({}, {}).folder
+        return training_run.checkpoints({}, {}).folder
 
     cpu_flags("avx512_bf16")
     here = key()

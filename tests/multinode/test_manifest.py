@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from skd_lib.config import DistillConfig, MultinodeConfig, TeacherSftConfig, parse_section
 from skd_lib.errors import SkdErrors
 from skd_lib.multinode.manifest import RUN_LABEL, job_name, run_label, train_job
-from skd_lib.steps.mounted import ROOT
+from skd_lib.steps.environment import ROOT
 from tests.multinode.fake_kubernetes import STEP_POD
 
 HERE = Path(__file__).parent

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from skd_lib.errors import SkdError
-from skd_lib.steps.inputs import present
+from skd_lib.steps.runtime import present
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty folder", "folder of empty folders", "empty file"])

@@ -139,8 +139,8 @@ def test_nodes_read_this_run_s_artifacts_at_once(look: Look) -> None:
 def test_step_preflight_says_where_its_artifacts_are(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(kfp_call.POD_VARIABLE, "a-pod")
-    monkeypatch.setitem(kfp_call._SCHEMES, tmp_path.parts[1], "oci")  # as if /oci were a mounted bucket
+    monkeypatch.setenv("KFP_POD_NAME", "a-pod")
+    monkeypatch.setitem(kfp_call.SCHEMES, tmp_path.parts[1], "oci")  # as if /oci were a mounted bucket
     report = tmp_path / "task" / "findings"
     preflight.main(report, config=CONFIG.model_dump_json(), tracking_uri=store)
     assert f"oci://{'/'.join(report.parts[2:])}: later runs" in report.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from skd_lib.steps.mounted import SECRETS
+from skd_lib.steps.environment import SECRETS
 from skd_lib.tracking.client import check_tracking
 from skd_lib.tracking.credentials import use_credentials
 from skd_lib.tracking.locate import children_of

@@ -20,11 +20,11 @@ from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import Prediction
 from skd_lib.models.files import weights_digest
 from skd_lib.models.records import write_record
-from skd_lib.report.drafts import write_drafts
+from skd_lib.report.folders import write_drafts
 from skd_lib.report.measured import CHAMPION, Measured
-from skd_lib.report.samples import to_jsonl
+from skd_lib.models.samples import to_jsonl
 from skd_lib.report.sources import from_mlflow
-from skd_lib.steps import finish, fitting, register_model, report
+from skd_lib.steps import finish, register_model, report, trained_model
 from skd_lib.steps.kfp_call import called, take_call
 from skd_lib.tracking.gate import Rival
 from skd_lib.tracking.registry import champion
@@ -355,12 +355,12 @@ def test_comet_is_missing_where_the_pipeline_has_no_step_for_it(
 
 
 def test_a_sum_is_no_point_of_its_curve(store: str, client: MlflowClient, children: Runs) -> None:
-    names = (*fitting.SUMMED, "seconds_validation")
+    names = (*trained_model.SUMMED, "seconds_validation")
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as step:
         for number in (0, 1, 2):
             step.log_metrics(dict.fromkeys(names, 1.0), step=number)
         figures = {**dict.fromkeys(names, 3.0), "steps": 2.0}
-        fitting.log_outcome(step, figures, {}, "gs://bucket/student")
+        trained_model.log_outcome(step, figures, {}, "gs://bucket/student")
     (child,) = children()
     assert child.data.metrics["steps"] == 2
     for name in names:

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery
 from safetensors.torch import load_file
-from tiny_task import run
 from transformers import AutoModelForCausalLM
 
 from skd_lib import storage
@@ -25,6 +23,8 @@ from skd_lib.training.attempts import ALIVE
 from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints, checkpoint_key
 from tests.conftest import SaveTinyModel
 from tests.support.gcs_emulator import emulated
+from tests.training.nursery import Nursery
+from tests.training.tiny_task import run
 
 
 @pytest.fixture(scope="module")
@@ -192,13 +192,13 @@ def test_checkpoints_belong_to_all_that_the_training_reads(place: Callable[..., 
 def test_what_a_stored_teacher_said_belongs_to_its_config(
     place: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digests: list[str] = []
+    folders: list[Path] = []
 
-    def stop(_root: Path, digest: str, *_: object) -> None:
-        digests.append(digest)
+    def stop(folder: Path, *_: object, **__: object) -> None:
+        folders.append(folder)
         raise Stop
 
-    monkeypatch.setattr("skd_lib.steps.storing.EarlyTeacher", stop)
+    monkeypatch.setattr("skd_lib.training.stored_teacher.store_signals", stop)
     student, teacher = tmp_path / "original", tmp_path / "teacher"
     shutil.copytree(student, teacher)
     for change in (lambda _: None, edit("config.json", '"rms_norm_eps": ', '"rms_norm_eps": 1')):
@@ -214,7 +214,7 @@ def test_what_a_stored_teacher_said_belongs_to_its_config(
                     {"distill": {"teacher_signal": {"mode": "stored"}, "method": "supervised_kd"}, "task": TASK}
                 ),
             )
-    assert len(set(digests)) == 2
+    assert len(set(folders)) == 2
 
 
 def test_the_bucket_holds_what_the_folder_holds(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -316,7 +316,7 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
                 def die(*_: object) -> None:
                     raise OSError("disk full")
 
-                patched.setattr("skd_lib.steps.fitting.save_trained", die)
+                patched.setattr("skd_lib.steps.training_run.save_trained", die)
                 with pytest.raises(OSError, match="disk full"):
                     teacher_sft.main(**arguments)
                 (kept,) = (tmp_path / "checkpoints" / "teacher_sft").glob("*/*")
@@ -413,7 +413,9 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
             **step.arguments,
         )
         # Another training on the same data finds what the teacher said.
-        monkeypatch.setattr("skd_lib.steps.fitting.load_frozen", lambda _: pytest.fail("the teacher was loaded again"))
+        monkeypatch.setattr(
+            "skd_lib.steps.trained_model.load_frozen", lambda _: pytest.fail("the teacher was loaded again")
+        )
         assert step.lineage["method"] == method
         assert str(step.lineage["teacher_signal"]).startswith("stored")
         losses.append((step.figures["first_validation_loss"], step.figures["best_validation_loss"]))

@@ -1,17 +1,18 @@
-"""What the training steps share: data to tokens, a resumable run, and what is told about the model that comes out."""
+"""The work that the training steps share: data to tokens, stored teacher signals, and a resumable training."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from skd_lib.config import DistillConfig, Method, Precision, TaskConfig, TeacherPrecision, TrainingConfig
-from skd_lib.models.files import weights_digest
+from skd_lib._core.machine import is_main_process
+from skd_lib.config import DistillConfig, Method, TaskConfig, TrainingConfig
+from skd_lib.steps.trained_model import SUMMED, code_version, load_trainable, save_trained, training_facts
 from skd_lib.storage import checkpoint_folder, is_remote
 
 if TYPE_CHECKING:
@@ -20,27 +21,25 @@ if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
     from skd_lib.data.tokenize import TokenizedExample
     from skd_lib.models.precision import Resolved
-    from skd_lib.preflight.memory import Estimate
     from skd_lib.tracking.runs import StepRun
     from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
+    from skd_lib.training.stored_teacher import StoredSignals
 
 log = logging.getLogger(__name__)
 DATA_HELP = "Folder that `prepare_data` wrote."
 LEFT_OUT = "left_out_"
-"""Figures: how many examples of a split have prompts over the limit."""
-SUMMED = ("response_tokens", "student_tokens", "teacher_tokens")
-"""Figures of each step of a training of which its closing figures hold the sum, as they do of the seconds."""
+"""Prefix of figures: the examples of a split whose prompts are over the limit."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """One training step's settings and surroundings.
+class TrainingRun:
+    """The settings and models of one training step.
 
     Attributes:
         step: Name of the pipeline step.
-        method: How the model is trained.
-        split: Which training examples are used.
+        method: Method of distillation, or `sft`.
+        split: Training examples that are used.
         training: Optimiser, batches, steps.
         distill: Divergence and sampling; None for fine-tuning.
         task: Template and limits.
@@ -64,14 +63,14 @@ class Fit:
 
     @property
     def precision(self) -> Resolved:
-        """In which this machine trains."""
+        """The precision in which this machine trains."""
         from skd_lib.models.loading import default_device
         from skd_lib.models.precision import resolve_precision
 
         return resolve_precision(self.training.precision, default_device())
 
     def checkpoints(self, tokens: Mapping[str, Sequence[TokenizedExample]], limits: Mapping[str, Any]) -> Checkpoints:
-        """The checkpoints of this very work.
+        """Return the checkpoints of this very work.
 
         What the models read goes into the key as token ids: whatever changes a prompt or a target changes it, be it the
         data, the tokenizer, the chat template, the date in that or a limit on lengths, and nothing else does.
@@ -115,10 +114,10 @@ class Fit:
 
         Args:
             student: The model in training.
-            load_teacher: Makes the frozen teacher; None where there is nothing for it to do.
+            load_teacher: Loads the frozen teacher; None for methods without one.
             tokenizer: Both models' tokenizer.
             data: Prepared data.
-            data_uri: Where that is.
+            data_uri: URI of that.
             run: The step's MLflow run.
 
         Returns:
@@ -129,11 +128,9 @@ class Fit:
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.inference import ending_ids
-        from skd_lib.models.fingerprint import settings_digest
         from skd_lib.models.special_ids import pad_id
         from skd_lib.models.vocabulary import check_ids, vocabulary_size
-        from skd_lib.preflight.memory import GIB, peak_memory
-        from skd_lib.steps.storing import EarlyTeacher
+        from skd_lib.preflight.memory import GIB, config_size, estimate, peak_memory
         from skd_lib.training.run import train
 
         examples = {self.split: getattr(data, self.split), "validation": data.validation}
@@ -156,22 +153,15 @@ class Fit:
         if load_teacher is not None and self.distill is not None:
             if self.distill.teacher_signal.mode == "online":
                 teacher = load_teacher()
-            else:
-                early = EarlyTeacher(
-                    checkpoint_folder(self.checkpoint_root),
-                    f"{self.weights['teacher']} {settings_digest(self.models['teacher'])}",
-                    load_teacher,
-                    student,
-                    self.distill,
-                    self.precision,
+            elif method == "seqkd":
+                # The teacher's stored responses are data like any other.
+                method = "sft"
+                tokens[self.split] = self._stored_responses(
+                    self.distill, tokens[self.split], student, load_teacher, limits
                 )
-                if method == "seqkd":
-                    # What the teacher has written once is data like any other.
-                    method = "sft"
-                    tokens[self.split] = early.responses(tokens[self.split], seed=self.seed, limits=limits)
-                else:
-                    both = [*tokens[self.split], *tokens["validation"]]
-                    signals = early.signals(both, pad_id=limits["pad_id"])
+            else:
+                both = [*tokens[self.split], *tokens["validation"]]
+                signals = self._stored_signals(self.distill, both, student, load_teacher, limits["pad_id"])
         checkpoints = self.checkpoints({"train": tokens[self.split], "validation": tokens["validation"]}, limits)
         result = train(
             method=method,
@@ -189,15 +179,7 @@ class Fit:
             on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
         )
         seconds = time.monotonic() - start
-        planned = self._estimate(student, teacher)
-        memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
-        log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
-        return result, {**result_figures(result), **left_out, **memory, "seconds": seconds}, checkpoints
-
-    def _estimate(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Estimate:
-        from skd_lib.preflight.memory import config_size, estimate
-
-        return estimate(
+        planned = estimate(
             self.step,
             self.method,
             self.training,
@@ -207,28 +189,97 @@ class Fit:
             divergence="forward_kl" if self.distill is None else self.distill.divergence,
             device=student.device,
         )
+        memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
+        log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
+        return result, {**result_figures(result), **left_out, **memory, "seconds": seconds}, checkpoints
+
+    def _stored_signals(
+        self,
+        distill: DistillConfig,
+        examples: Sequence[TokenizedExample],
+        student: PreTrainedModel,
+        load_teacher: Callable[[], PreTrainedModel],
+        pad_id: int,
+    ) -> StoredSignals:
+        """Return the teacher's signal along the examples' own responses, computed unless it is stored."""
+        from skd_lib.models.heads import vocabulary_size
+        from skd_lib.training.stored_teacher import examples_digest, store_signals
+
+        settings: dict[str, Any] = {
+            "k": distill.teacher_signal.top_k,
+            "temperature": distill.temperature,
+            "vocabulary": vocabulary_size(student),
+        }
+        folder = self._teacher_folder(distill, kind="signals", examples=examples_digest(examples), **settings)
+        rows = self.training.micro_batch_size or self.training.batch_size
+        return store_signals(folder, load_teacher, examples, rows=rows, pad_id=pad_id, **settings)
+
+    def _stored_responses(
+        self,
+        distill: DistillConfig,
+        examples: Sequence[TokenizedExample],
+        student: PreTrainedModel,
+        load_teacher: Callable[[], PreTrainedModel],
+        limits: Mapping[str, Any],
+    ) -> list[TokenizedExample]:
+        """Return the examples with the teacher's responses, one to each prompt, sampled unless they are stored."""
+        from skd_lib.distillation.rollouts import Strategy, rollout_for
+        from skd_lib.models.heads import vocabulary_size
+        from skd_lib.training.stored_teacher import examples_digest, store_responses
+
+        sampled = partial(rollout_for, "seqkd", distill=distill, steps=1, seed=self.seed, **limits)
+
+        def make_strategy() -> Strategy:
+            return sampled(student=student, teacher=load_teacher())
+
+        folder = self._teacher_folder(
+            distill,
+            kind="responses",
+            examples=examples_digest(examples),
+            vocabulary=vocabulary_size(student),
+            sampling=distill.sampling.teacher.model_dump(),
+            seed=self.seed,
+            **limits,
+        )
+        return store_responses(folder, make_strategy, examples, rows=self.training.batch_size)
+
+    def _teacher_folder(self, distill: DistillConfig, **inputs: Any) -> Path:
+        """Return the folder for what the teacher computes: other runs with the same key find it, and may remove it."""
+        from skd_lib import __version__
+        from skd_lib.models.fingerprint import settings_digest
+        from skd_lib.training.checkpoints import checkpoint_key
+
+        key = checkpoint_key(
+            "teacher_signal",
+            version=__version__,
+            teacher=f"{self.weights['teacher']} {settings_digest(self.models['teacher'])}",
+            # Of the teacher's weights, and of what is computed with them.
+            precision=[distill.training.teacher_precision, self.precision],
+            **inputs,
+        )
+        return checkpoint_folder(self.checkpoint_root) / key
 
 
 def fine_tune(
-    fit: Fit,
+    training_run: TrainingRun,
     out: Path,
     *,
     base: str,
     title: str,
-    data: PreparedData,
+    data: Path,
     data_uri: str,
     run: StepRun,
-    loaded: Callable[[], None] = lambda: None,
+    loaded: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, float], Checkpoints] | None:
     """Fine-tune a model on ground truth and save it to `out`, with a card.
 
     Args:
-        fit: The training's settings, with the one model that goes in.
-        out: Where it is saved.
-        base: What the model came from, for its card.
-        title: Its card's title.
-        data: Prepared data.
-        data_uri: Where that is.
+        training_run: The training's settings, with the one model that goes in.
+        out: Folder for the model.
+        base: The model that goes in, for the card.
+        title: The card's title.
+        data: Folder of the prepared data.
+        data_uri: URI of that.
         run: The step's MLflow run.
         loaded: Called once the model's files are read.
 
@@ -236,121 +287,36 @@ def fine_tune(
         Lineage for the record, figures, and the checkpoints, to be removed when the outputs are written; None on a
         process that writes no outputs.
     """
+    from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import load_tokenizer
 
-    (folder,) = fit.models.values()
+    prepared = PreparedData.load(data)
+    (folder,) = training_run.models.values()
     model, tokenizer = load_trainable(folder), load_tokenizer(folder)
     loaded()
-    result, figures, checkpoints = fit.run(model, None, tokenizer, data, data_uri, run)
+    result, figures, checkpoints = training_run.run(model, None, tokenizer, prepared, data_uri, run)
     if not is_main_process():
         return None
     lineage = Lineage(
         base=base,
         method="sft",
-        data_fingerprint=data.fingerprint,
+        data_fingerprint=prepared.fingerprint,
         code_version=code_version(),
-        settings=training_facts(fit.training, result),
+        settings=training_facts(training_run.training, result),
     )
-    (base_digest,) = fit.weights.values()
+    (base_digest,) = training_run.weights.values()
     facts = {
         "weights_sha256": save_trained(result.student, tokenizer, out, model_card(title, lineage), result.precision),
         "precision": result.precision,
         "base_weights_sha256": base_digest,
-        "data_fingerprint": data.fingerprint,
+        "data_fingerprint": prepared.fingerprint,
     }
     return facts, figures, checkpoints
 
 
-def trained_here(run: StepRun) -> dict[str, str]:
-    """Return what a model's record tells of the run that made the model; what is not known is empty.
-
-    Args:
-        run: The step's MLflow run.
-    """
-    from skd_lib.report.lineage import software
-    from skd_lib.tracking.locate import IMAGE_VARIABLE
-
-    return {
-        "pipeline_run_id": os.environ.get("KFP_RUN_ID", ""),
-        "mlflow_run_id": run.parent.run_id,
-        "image": os.environ.get(IMAGE_VARIABLE, ""),
-        "software": software(),
-        "code_version": code_version(),
-    }
-
-
-def code_version() -> str:
-    """Version of the code that makes a model: the image's own name for it, else the package's version."""
-    from skd_lib import __version__
-
-    return os.environ.get("SKD_CODE_VERSION") or __version__
-
-
-def training_facts(training: TrainingConfig, result: TrainResult) -> dict[str, Any]:
-    """How a model was trained, for its card."""
-    unused = {"epochs"} if training.max_steps else {"max_steps"}
-    facts = training.model_dump(exclude_none=True, exclude=unused)
-    return {**facts, "precision": result.precision, "best_step": result.best_step}
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the step's outputs; of several that train together one does."""
-    return int(os.environ.get("RANK") or 0) == 0
-
-
-def load_trainable(path: Path) -> PreTrainedModel:
-    """A model with fp32 master weights on this process's device: small updates would be lost in bf16."""
-    import torch
-
-    from skd_lib.models.loading import load_model
-
-    _quiet()
-    return load_model(path, dtype=torch.float32)
-
-
-def load_frozen(path: Path, precision: TeacherPrecision = "auto", *, computing: Precision = "auto") -> PreTrainedModel:
-    """A model that is only read.
-
-    Args:
-        path: Its folder.
-        precision: Of its weights; see `DistillTrainingConfig.teacher_precision`.
-        computing: Of what is computed with it, and of its weights unless `precision` says otherwise.
-    """
-    from skd_lib.models.loading import default_device, load_model
-    from skd_lib.models.precision import DTYPES, compute_dtype
-
-    _quiet()
-    whole = DTYPES[precision] if precision in ("fp32", "bf16") else compute_dtype(computing, default_device())
-    return load_model(path, dtype=whole, quantization=precision if precision in ("8bit", "4bit") else None)
-
-
-def save_trained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str, precision: Resolved
-) -> str:
-    """Save a model in the precision of its training; returns the digest of its weights."""
-    from skd_lib.models.loading import save_model
-    from skd_lib.models.precision import DTYPES
-
-    save_model(model.to(DTYPES[precision]), tokenizer, path, card)
-    return weights_digest(path)
-
-
-def log_outcome(run: StepRun, figures: Mapping[str, float], lineage: Mapping[str, Any], model_uri: str) -> None:
-    """Give a step's closing figures and its model's lineage to MLflow."""
-    # In MLflow a name is a curve: a sum over all steps is not a point of it.
-    run.log_metrics({f"total_{name}" if _is_sum(name) else name: value for name, value in figures.items()})
-    run.set_tags({"model_uri": model_uri, **{name: value for name, value in lineage.items() if value != ""}})
-
-
-def _is_sum(name: str) -> bool:
-    from skd_lib.training.timing import SECONDS
-
-    return name in SUMMED or name.startswith(SECONDS)
-
-
 def result_figures(result: TrainResult) -> dict[str, float]:
-    """A training's closing figures, with the first and the last tenth of what the sampler did."""
+    """Return a training's closing figures, with the first and the last tenth of the sampler's."""
     figures: dict[str, float] = {
         "steps": result.steps,
         "best_step": result.best_step,
@@ -364,10 +330,3 @@ def result_figures(result: TrainResult) -> dict[str, float]:
         if course is not None:
             figures[f"{name}_first_tenth"], figures[f"{name}_last_tenth"] = course
     return figures
-
-
-def _quiet() -> None:
-    """Without transformers' progress bars: a step's log is read in a pod's log or behind a runner's own bars."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""Secrets and settings of a namespace, which Kubernetes mounts as files, as environment variables.
+"""The environment variables of a step, and the Secrets and settings that Kubernetes mounts as files for them.
 
-As files they take a fraction of the room that variables take in Kubeflow's records of a run, which hold each pod's
+As files Secrets take a fraction of the room that variables take in Kubeflow's records of a run, which hold each pod's
 description up to six times (`skd_kfp.pipelines.kubeflow.sizes`).
 """
 
@@ -10,14 +10,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+TRACKING_URI_VARIABLE = "SKD_TRACKING_URI"
+EXPERIMENT_VARIABLE = "SKD_EXPERIMENT"
+CHECKPOINT_ROOT_VARIABLE = "SKD_CHECKPOINT_ROOT"
+RESULT_VARIABLE = "SKD_RESULT_URI"
+"""Exchange folder in which another pod waits for this step's outputs (`skd_lib.multinode`)."""
 ROOT = Path("/etc/skd")
 """Holds a folder for each Secret and one for the settings, with a file for each key."""
 SETTINGS_FOLDER = "settings"
 """The folder of the ConfigMap that the pipeline's parameter `settings` names."""
 SETTINGS: Mapping[str, str] = {
-    "mlflow-tracking-uri": "SKD_TRACKING_URI",
-    "mlflow-experiment": "SKD_EXPERIMENT",
-    "checkpoint-root": "SKD_CHECKPOINT_ROOT",
+    "mlflow-tracking-uri": TRACKING_URI_VARIABLE,
+    "mlflow-experiment": EXPERIMENT_VARIABLE,
+    "checkpoint-root": CHECKPOINT_ROOT_VARIABLE,
     "tracking-buffer": "SKD_TRACKING_BUFFER",
     "kubeflow-page": "KF_PIPELINES_UI_ENDPOINT",
 }
@@ -47,11 +52,7 @@ VOLUMES = (
 
 
 def load_mounted(root: Path = ROOT) -> None:
-    """Set the variables of all that is mounted; variables that are set already stay.
-
-    Args:
-        root: Where it is mounted.
-    """
+    """Set the variables of all files that are mounted under `root`; variables that are set already stay."""
     for name, keys in {**SECRETS, SETTINGS_FOLDER: SETTINGS}.items():
         for key, variable in keys.items():
             file = root / name / key
