@@ -24,7 +24,7 @@ from skd_lib.comparison import plan as comparisons
 from skd_lib.comparison.plan import Plan, check_fits_cluster
 from skd_lib.config import RunConfig
 from skd_lib.config.parameters import to_parameters
-from skd_lib.data.manifest import digest
+from skd_lib.data.prepared import digest
 from skd_lib.errors import SkdError, SkdErrors
 
 SHORT_DIGEST = 12
@@ -97,7 +97,7 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where runs go.
 
     Attributes:
@@ -123,14 +123,14 @@ class Submission:
 
     name: str
     package: Package
-    place: Place
+    target: Target
     parameters: Mapping[str, Any]
     notices: Mapping[str, str] = field(default_factory=dict)
     """What a person should know of it before it starts, by a word for what it is about."""
 
     @classmethod
     def plan(
-        cls, config: RunConfig, package: Package, place: Place, name: str = "", comparison: Plan | None = None
+        cls, config: RunConfig, package: Package, target: Target, name: str = "", comparison: Plan | None = None
     ) -> Submission:
         """Settle a run of `config`, or of a comparison that starts from it, by default named after it and the time.
 
@@ -139,9 +139,9 @@ class Submission:
         """
         parameters = {
             **(comparisons.to_parameters(comparison.compare, comparison.base) if comparison else to_parameters(config)),
-            "mlflow_experiment": place.mlflow_experiment,
-            "settings": place.settings,
-            "reuse": place.reuse,
+            "mlflow_experiment": target.mlflow_experiment,
+            "settings": target.settings,
+            "reuse": target.reuse,
         }
         known = package.documents[0]["root"].get("inputDefinitions", {}).get("parameters", {})
         if ("comparison" in known) != (comparison is not None):
@@ -154,7 +154,7 @@ class Submission:
         if comparison:
             check_fits_cluster(comparison, where=config.name)
         runs = [trial.config(config) for trial in comparison.trials] if comparison else [config]
-        problems = [*out_of_reach(config, runs), *wrong_root(place.pipeline_root, runs)]
+        problems = [*out_of_reach(config, runs), *wrong_root(target.pipeline_root, runs)]
         lacks_comet = config.task.wants_comet and not package.has_comet
         if lacks_comet and not comparison and config.task.metrics[0] == "comet":
             what = "COMET is to decide, and this pipeline has no step for it"
@@ -164,7 +164,7 @@ class Submission:
         problems += too_large(sizes)
         if problems:
             raise SkdErrors(problems)
-        trains_elsewhere = any(wants_nodes(run) for run in runs) and not place.pipeline_root
+        trains_elsewhere = any(wants_nodes(run) for run in runs) and not target.pipeline_root
         said = {
             "runs": f"{len(comparison.trials)}, see `skd compare FILE --dry-run`" if comparison else "",
             "multinode": NEEDS_ROOT if trains_elsewhere else "",
@@ -172,12 +172,12 @@ class Submission:
             "COMET": "" if not lacks_comet else NO_SCORES if comparison else f"{NO_COMET}: {WITH_COMET}",
         }
         shown_name = name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        return cls(shown_name, package, place, parameters, {key: text for key, text in said.items() if text})
+        return cls(shown_name, package, target, parameters, {key: text for key, text in said.items() if text})
 
     def describe(self) -> dict[str, str]:
         """What will be made, for a person."""
-        place = self.place
-        as_said = f"as the ConfigMap {place.settings} says, if there is one"
+        target = self.target
+        as_said = f"as the ConfigMap {target.settings} says, if there is one"
         default_root = (
             "Kubeflow's default, its own small volume unless an administrator has set another: "
             "give --pipeline-root for models of more than a few GB"
@@ -186,11 +186,11 @@ class Submission:
             "run": self.name,
             "pipeline": f"{self.package.name}, version {self.package.version}",
             "images": self.package.images,
-            "experiment": place.experiment,
-            "MLflow": f"{as_said}{f'; experiment {place.mlflow_experiment}' if place.mlflow_experiment else ''}",
+            "experiment": target.experiment,
+            "MLflow": f"{as_said}{f'; experiment {target.mlflow_experiment}' if target.mlflow_experiment else ''}",
             "checkpoints": as_said,
-            "artifacts": place.pipeline_root or default_root,
-            "cache": "used" if place.reuse else "not used: every step runs",
+            "artifacts": target.pipeline_root or default_root,
+            "cache": "used" if target.reuse else "not used: every step runs",
             **self.notices,
         }
 
@@ -295,14 +295,14 @@ class Submission:
             self.package.name, self.package.version, self.package.path, f"sha256:{self.package.digest}"
         )
         return {
-            "experiment_id": api.experiment(self.place.experiment),
+            "experiment_id": api.experiment(self.target.experiment),
             "pipeline_version_reference": kfp_server_api.V2beta1PipelineVersionReference(
                 pipeline_id=version.pipeline_id, pipeline_version_id=version.pipeline_version_id
             ),
             "runtime_config": kfp_server_api.V2beta1RuntimeConfig(
-                parameters=dict(self.parameters), pipeline_root=self.place.pipeline_root or None
+                parameters=dict(self.parameters), pipeline_root=self.target.pipeline_root or None
             ),
-            "service_account": self.place.service_account or None,
+            "service_account": self.target.service_account or None,
         }
 
 

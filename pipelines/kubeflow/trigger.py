@@ -1,7 +1,7 @@
-"""Whether new data wants a run, and starting it once.
+"""Start one run for new data, however often and in whatever order the data is announced.
 
-What is decided depends on what is there now, not on what an event says: events that come twice, late or in another
-order change nothing.
+The decision depends on what is in storage now, not on what an event says. Three guards know of earlier runs: Kubeflow's
+list of runs, a tag in MLflow, and the claim, which also keeps processes from starting the same run at the same time.
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
-from skd_kfp.pipelines.kubeflow.claims import Claim, claim, forget, remember, remembered
+from skd_kfp.pipelines.kubeflow.claims import claim, claim_uri, remembered
 from skd_kfp.pipelines.kubeflow.states import FAILED, was_cancelled
-from skd_kfp.pipelines.kubeflow.submit import SHORT_DIGEST, Package, Place, Submission
+from skd_kfp.pipelines.kubeflow.submit import SHORT_DIGEST, Package, Submission, Target
 from skd_lib import storage
 from skd_lib.config import FilesSource, HubSource, RunConfig
 from skd_lib.data.files import is_there, stored_files
-from skd_lib.data.manifest import data_fingerprint, digest
+from skd_lib.data.prepared import data_fingerprint, digest
 from skd_lib.errors import SkdError
-from skd_lib.steps.options import EXPERIMENT_VARIABLE
+from skd_lib.steps.environment import EXPERIMENT_VARIABLE
 from skd_lib.tracking import triggered
 
 if TYPE_CHECKING:
@@ -38,13 +37,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about a source.
+    """The decision about a source.
 
     Attributes:
-        fire: Whether it wants a run.
+        fire: Whether a run is, or would be, started.
         reason: Why, or why not.
         name: The run's name, which is the same for the same data, settings and pipeline; empty while data is missing.
-        run_id: The run that was started, or because of which none was; empty if there is none.
+        run_id: The run that was started, or the earlier one; empty if there is none.
     """
 
     fire: bool
@@ -53,7 +52,7 @@ class Decision:
     run_id: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return it as JSON."""
         return asdict(self)
 
 
@@ -64,10 +63,10 @@ class Trigger:
     Attributes:
         config: The run; `{source}` in its data files stands for the source.
         package: The compiled pipeline.
-        place: Where runs go.
+        target: Where runs go.
         api: The server.
-        claims: Folder or gs:// URI of the claims that keep processes from starting the same run at the same time;
-            empty: there is only one process.
+        claims: Local folder or gs:// URI of the claims that keep processes from starting the same run at the same time;
+            empty: only the processes of this machine are kept apart.
         marker: Name of the object that is written last, when a source is complete.
         attempts: How many runs of the same data may fail before no more are started.
         tracking_uri: MLflow server that is asked for earlier runs on the same data; empty: none.
@@ -75,7 +74,7 @@ class Trigger:
 
     config: RunConfig
     package: Package
-    place: Place
+    target: Target
     api: KubeflowPipelines
     claims: str = ""
     marker: str = MARKER
@@ -89,7 +88,9 @@ class Trigger:
             SkdError: the configuration does not read from `source`, or storage or the server cannot be asked.
         """
         submission = self._plan(source)
-        return submission if isinstance(submission, Decision) else self._look(submission.name, self._memory())
+        if isinstance(submission, Decision):
+            return submission
+        return self._look(submission.name, self._memory(), remembered(self.claims, submission.name))
 
     def fire(self, source: str) -> Decision:
         """Start a run on the data at `source`, if it is complete and there is none yet.
@@ -101,51 +102,43 @@ class Trigger:
         submission = self._plan(source)
         if isinstance(submission, Decision):
             return submission
-        memory = self._memory()
-        decision = self._look(submission.name, memory)
+        name, memory = submission.name, self._memory()
+        decision = self._look(name, memory, remembered(self.claims, name))
         if not decision.fire:
             return decision
         run = submission.prepare(self.api, reason=f"skd trigger {source}")
-        with claim(self.claims, submission.name) if self.claims else nullcontext(Claim(math.inf)) as held:
-            decision = self._look(submission.name, memory)
-            if decision.fire:
-                try:
-                    made = submission.start(self.api, run, before=held.expires)
-                except Unsettled:
-                    held.kept = True
-                    raise
-                decision = replace(decision, run_id=made.run_id)
-                self._write_down(remember, submission.name, decision.run_id)
-        # Kubeflow lists it by now: others need not wait for MLflow.
-        if decision.fire and memory.note(submission.name, decision.run_id, self.config.name):
-            self._write_down(forget, submission.name, decision.run_id)
-        return decision
+        with claim(self.claims, name) as held:
+            decision = self._look(name, memory, held.run_id)
+            if not decision.fire:
+                return decision
+            try:
+                made = submission.start(self.api, run, before=held.expires)
+            except Unsettled:
+                held.kept = True
+                raise
+            held.run_id = made.run_id
+            if memory.note(name, made.run_id, self.config.name):
+                held.run_id = ""  # MLflow remembers it
+            return replace(decision, run_id=made.run_id)
 
     def _memory(self) -> _Memory:
-        return _Memory(self.tracking_uri, self.place.mlflow_experiment or default_experiment())
-
-    def _write_down(self, write: Callable[[str, str, str], None], name: str, run_id: str) -> None:
-        try:
-            if self.claims:
-                write(self.claims, name, run_id)
-        except SkdError as error:  # it runs all the same
-            log.warning("run %s was started, but the claims do not know of it: %s", run_id, error.brief)
+        return _Memory(self.tracking_uri, self.target.mlflow_experiment or default_experiment())
 
     def _plan(self, source: str) -> Submission | Decision:
-        """The run for the data that is at `source` now, or why there cannot be one yet."""
+        """Return the run for the data that is at `source` now, or why there cannot be one yet."""
         config = reading_from(self.config, source)
         marker = f"{source.rstrip('/')}/{self.marker}"
         files = config.data.source
-        # A commit of the hub is complete; of files the marker says that they are.
+        # A commit of the hub is complete; files are complete once the marker is there.
         data = [*files.train, *files.validation, *files.test] if isinstance(files, FilesSource) else []
         for uri in [marker, *data] if data else []:
             if not (storage.exists(uri) if uri == marker else is_there(uri)):
                 return Decision(fire=False, reason=f"the data is not complete: there is no {uri}")
-        submission = Submission.plan(config, self.package, self.place)
-        # Where a run's records and artifacts go makes it no other run.
+        submission = Submission.plan(config, self.package, self.target)
+        # The places of records and artifacts are not part of the identity.
         settings = config.model_dump(mode="json", exclude={"data"})
         identity = {"data": data_fingerprint(config.data), "pipeline": self.package.digest, "settings": settings}
-        # Looked at last: what was overwritten until the fingerprint was taken is newer than the marker.
+        # Read last: a file that was overwritten before the fingerprint was taken is newer than the marker.
         written = _modified(marker) if data else math.inf
         for uri in data:
             for stored in stored_files(uri):
@@ -154,24 +147,28 @@ class Trigger:
                     return Decision(fire=False, reason=reason)
         return replace(submission, name=f"skd-{digest(identity)[:SHORT_DIGEST]}")
 
-    def _look(self, name: str, memory: _Memory) -> Decision:
-        """Decide by the runs of this name that Kubeflow lists, and by those that MLflow and the claims remember."""
-        # Before Kubeflow is asked: a run that is started in between is then in its list.
-        started = remembered(self.claims, name) if self.claims else []
-        experiment = self.api.find_experiment(self.place.experiment)
+    def _look(self, name: str, memory: _Memory, started: str) -> Decision:
+        """Decide by the runs of this name that Kubeflow lists, and by those that MLflow and the claim remember.
+
+        Args:
+            name: The run's name.
+            memory: MLflow.
+            started: The run that the claim remembers, read before Kubeflow is asked: a run that is started in between
+                is then in Kubeflow's list.
+        """
+        experiment = self.api.find_experiment(self.target.experiment)
         runs = self.api.runs_named(name, experiment) if experiment else []
         for run in reversed(runs):
-            state = "cancelled by a person" if was_cancelled(run) else (run.state or "PENDING").lower()
-            # What is neither known to have failed nor to have been cancelled may run, or have succeeded.
+            # A run that is neither known to have failed nor to have been cancelled may run, or have succeeded.
             if was_cancelled(run) or run.state != FAILED:
+                state = "cancelled by a person" if was_cancelled(run) else (run.state or "PENDING").lower()
                 reason = f"there is a run for this data already, {state}"
                 return Decision(fire=False, reason=reason, name=name, run_id=run.run_id)
         if len(runs) >= self.attempts:
-            reason = (
-                f"{len(runs)} run{'s' if len(runs) > 1 else ''} on this data failed: correct it, or raise --attempts"
-            )
+            many = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+            reason = f"{many} on this data failed: correct it, or raise --attempts"
             return Decision(fire=False, reason=reason, name=name, run_id=runs[-1].run_id)
-        # A run that failed before it could tell MLflow is still open there: of what it lists, Kubeflow knows better.
+        # A run that failed before it reached MLflow is still open there: Kubeflow's list of failed runs comes first.
         failed = [run.run_id for run in runs]
         known = memory.run_for(name, failed=failed)
         if known is not None:
@@ -179,28 +176,23 @@ class Trigger:
             way_out = f"to run it again, delete that MLflow run or its tag {triggered.TRIGGER_TAG}"
             reason = f"there is a run for this data already, {what}; {way_out}"
             return Decision(fire=False, reason=reason, name=name)
-        written = [uri for uri in started if _run_id(uri) not in failed]
-        if written:
+        if started and started not in failed:
             reason = (
-                f"a run for this data was started, {_run_id(written[-1])}, which Kubeflow no longer knows; "
-                f"to run it again, delete {' and '.join(written)}"
+                f"a run for this data was started, {started}, which Kubeflow no longer knows; "
+                f"to run it again, delete {claim_uri(self.claims, name)}"
             )
             return Decision(fire=False, reason=reason, name=name)
         reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"
         return Decision(fire=True, reason=reason, name=name)
 
 
-def _run_id(uri: str) -> str:
-    return uri.rpartition("/")[2]
-
-
 def default_experiment() -> str:
-    """The MLflow experiment of steps that are told of no other, as this machine has it."""
+    """Return the MLflow experiment of steps without another setting, as this machine has it."""
     return os.environ.get(EXPERIMENT_VARIABLE) or "skd"
 
 
 def _modified(marker: str) -> float:
-    """When the marker was written."""
+    """Return when the marker was written."""
     found = storage.list_objects(marker)
     name = marker.rpartition("/")[2]
     if [stored.uri.rpartition("/")[2] for stored in found] != [name]:
@@ -209,9 +201,9 @@ def _modified(marker: str) -> float:
 
 
 class _Memory:
-    """What MLflow remembers of earlier runs, where there is one; it is the second guard, and holds nothing up.
+    """The runs that MLflow remembers.
 
-    Without an answer Kubeflow and the claims decide alone. MLflow is then asked no more, so that a server that is away
+    Without an answer Kubeflow and the claim decide alone, and MLflow is not asked again, so that a server that is away
     is waited for once.
     """
 
@@ -220,7 +212,7 @@ class _Memory:
         self._asked = bool(tracking_uri)
 
     def run_for(self, name: str, failed: Collection[str]) -> Run | None:
-        """See `triggered.run_for`; None also without an answer."""
+        """Return `triggered.run_for`; None also without an answer."""
         if not self._asked:
             return None
         try:
@@ -231,7 +223,7 @@ class _Memory:
             return None
 
     def note(self, name: str, run_id: str, run_name: str) -> bool:
-        """See `triggered.note`; whether MLflow took it."""
+        """Write the tag by `triggered.note`, and return whether MLflow took it."""
         if not self._asked:
             return False
         try:
@@ -249,7 +241,7 @@ class _Memory:
 
 
 def check_source(config: RunConfig, source: str) -> None:
-    """See that a configuration can read from a source, and that there is one: a misspelt one would wait for ever.
+    """Check that a configuration reads from a source, and that the source exists: a misspelt one would wait for ever.
 
     Raises:
         SkdError: it reads from elsewhere, the cluster could not read it, or there is nothing.
@@ -266,7 +258,7 @@ def check_source(config: RunConfig, source: str) -> None:
 
 
 def reading_from(config: RunConfig, source: str) -> RunConfig:
-    """The configuration with `source` for `{source}` in its data files.
+    """Return the configuration with `source` for `{source}` in its data files.
 
     Raises:
         SkdError: it does not read from there.

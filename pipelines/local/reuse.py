@@ -21,7 +21,7 @@ from skd_kfp.pipelines.compiling import set_image
 from skd_lib.comparison.trials import Trial
 from skd_lib.config import RunConfig
 from skd_lib.config.parameters import to_struct
-from skd_lib.data.manifest import data_fingerprint, digest
+from skd_lib.data.prepared import data_fingerprint, digest
 from skd_lib.models.references import model_fingerprint
 from skd_lib.steps.kfp_call import OUTPUT_FILE, OUTPUT_FILE_OPTION
 from skd_lib.storage.transfers import DEADLINE_VARIABLE

@@ -1,4 +1,4 @@
-"""Rows that are also in a held-out split, word for word or nearly, are dropped from the split they would leak into."""
+"""Removal of duplicates: rows of a split that are in it twice, or that a held-out split holds, exactly or nearly."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 from skd_lib.data.examples import Example
-from skd_lib.data.losses import SHOWN_PAIRS, Pair
 
 NGRAM = 5
+SHOWN_PAIRS = 3
+Pair = tuple[Example, Example]
+"""A row that was dropped, and the one it repeats or resembles."""
 QUICK_PAIRS = 500_000
 """Pairs of rows that a quick look compares: about two seconds."""
 _SPACES = re.compile(r"\s+")
@@ -23,14 +25,14 @@ _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 class Kept(NamedTuple):
-    """The rows that stay, and what was dropped.
+    """The rows that stay, and counts of those that were dropped.
 
     Attributes:
         examples: In their order.
-        exact: How many were dropped that are there word for word.
-        near: How many were dropped that are nearly there.
-        pairs: A few that were dropped, each with what it is like.
-        compared: In how many rows near copies were looked for; None if in all, among all.
+        exact: Dropped rows that are there word for word.
+        near: Dropped rows that are nearly there.
+        pairs: A few that were dropped.
+        compared: Rows that were compared for near copies; None if all, with all.
     """
 
     examples: list[Example]
@@ -41,7 +43,7 @@ class Kept(NamedTuple):
 
 
 def normalise(example: Example) -> str:
-    """Source and target as one text: Unicode NFKC, case folded, white space collapsed."""
+    """Return source and target as one text: Unicode NFKC, case folded, white space collapsed."""
     source, target = (
         _SPACES.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
         for text in (example.source, example.target)
@@ -50,12 +52,12 @@ def normalise(example: Example) -> str:
 
 
 def ngrams(text: str) -> set[str]:
-    """The character 5-grams of a text; a shorter text is one gram."""
+    """Return the character 5-grams of a text; a shorter text is one gram."""
     return {text[start : start + NGRAM] for start in range(max(1, len(text) - NGRAM + 1))}
 
 
 def numbers(text: str) -> tuple[str, ...]:
-    """The numbers of a text in their order, as digits: `1,234` is `1234`, `3,5` is `3.5`."""
+    """Return the numbers of a text in their order, as digits: `1,234` is `1234`, `3,5` is `3.5`."""
     found, sign = list[str](), ""
     for number in _NUMBER.findall(text):
         if number[0] in "-\u2212":
@@ -85,10 +87,10 @@ def drop_repeated(examples: Iterable[Example]) -> Kept:
 def drop_resembling(
     examples: Iterable[Example], held_out: Iterable[Example], threshold: float, characters: int | None = None
 ) -> Kept:
-    """Drop the rows that equal a held-out row once normalised, or nearly: with the same numbers in the same order, and
-    a Jaccard similarity of 5-grams above `threshold` (1: equal ones only).
+    """Drop the rows that a held-out row equals once normalised, or nearly.
 
-    Rows made from one form differ in little but a number, and are no duplicates.
+    Near copies have the same numbers in the same order (rows made from one form differ in little else, and are no
+    duplicates), and a Jaccard similarity of 5-grams above `threshold` (1: equal ones only).
 
     The similarity join is exact, by prefix filtering (Bayardo et al. 2007, "Scaling up all pairs similarity search").
     Grams are put in one order, rare ones first. Two sets of similarity t share at least t times the size of the
@@ -102,9 +104,9 @@ def drop_resembling(
     Args:
         examples: The rows.
         held_out: Those they must not resemble.
-        threshold: See above.
-        characters: For a quick look: near copies are looked for in the first rows only that have so many characters in
-            all, among the first held-out rows that have as many, and in fewer once `QUICK_PAIRS` were compared.
+        threshold: Lowest similarity of near copies.
+        characters: For a quick look: only the first rows with this many characters in all are compared, with the first
+            held-out rows that have as many, and fewer once `QUICK_PAIRS` were compared.
     """
     rows = [(normalise(example), example) for example in examples]
     texts: dict[str, Example] = {}
@@ -130,7 +132,7 @@ def drop_resembling(
 
 
 def _within(texts: list[str], characters: int | None) -> int:
-    """How many of the first texts have so many characters in all."""
+    """Return the number of first texts that have at most so many characters in all."""
     if characters is None:
         return len(texts)
     return sum(1 for total in accumulate(map(len, texts)) if total <= characters)
@@ -156,7 +158,7 @@ class _NearRows:
                 by_gram[gram].append(number)
 
     def find(self, text: str) -> str | None:
-        """A row that is nearly this one; `pairs` counts those that were compared."""
+        """Find a row that is nearly this one; `pairs` counts those that are compared."""
         by_gram = self._by_numbers.get(numbers(text))
         if by_gram is None:
             return None

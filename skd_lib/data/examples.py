@@ -1,4 +1,4 @@
-"""One example, and the JSONL files that hold prepared ones."""
+"""An example, and the JSONL files that hold prepared examples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Example:
         id: Names the example across splits, orders and runs: derived from its content (`make_example`).
         source: The input text.
         target: The reference answer.
-        origin: Where it came from: file and row, dataset and row, or package and catalog.
+        origin: File and row, dataset and row, or package and catalog.
     """
 
     id: str
@@ -28,9 +28,14 @@ class Example:
     target: str
     origin: str = ""
 
+    @property
+    def place(self) -> str:
+        """Return the example's origin, or its id where that is unknown, for messages."""
+        return self.origin or f"example {self.id}"
+
 
 def make_example(source: str, target: str, origin: str = "") -> Example:
-    """An example whose id is the first 16 hex digits of the sha256 of its content."""
+    """Return an example whose id is the first 16 hex digits of the sha256 of its content."""
     digest = hashlib.sha256(json.dumps([source, target]).encode()).hexdigest()
     return Example(digest[:16], source, target, origin)
 
@@ -46,7 +51,7 @@ def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """Read what `write_jsonl` wrote.
+    """Read a file of `write_jsonl`.
 
     Raises:
         SkdError: the file is missing, or a line is not an example.

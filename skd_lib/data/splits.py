@@ -1,5 +1,7 @@
-"""From what a source holds to the four splits of a run: cut, deduplicated, drawn. The same seed gives the same rows,
-in whatever order the source lists them."""
+"""Splits of a run: the rows of a source, without duplicates, shuffled, cut and drawn.
+
+The same seed gives the same rows, in whatever order the source lists them.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,81 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from skd_lib.config import DataConfig
-from skd_lib.data.dedup import drop_repeated, drop_resembling
+from skd_lib.data.dedup import SHOWN_PAIRS, Pair, drop_repeated, drop_resembling
 from skd_lib.data.examples import Example
-from skd_lib.data.losses import REFUSE_ABOVE, Loss, complaint
 from skd_lib.data.sources import SourceSplits
 from skd_lib.errors import SkdError, SkdErrors
 
 RUN_SPLITS = ("train", "validation", "test")
+WARN_ABOVE, REFUSE_ABOVE = 1 / 3, 0.9
+"""Shares of a split: losing more of it is hardly intended."""
+_SHOWN_CHARACTERS = 160
+_EXAMPLES = "\nfor example"
+
+
+@dataclass
+class Loss:
+    """The rows that one split loses before anything is trained or measured on it.
+
+    Attributes:
+        rows: The rows before.
+        reasons: Rows that are left out, by reason; estimated where `looked_at` is less than `rows`.
+        pairs: A few rows that were dropped, each with the one that stays.
+        looked_at: Rows that were compared with held-out rows; None for all.
+    """
+
+    rows: int
+    reasons: Counter[str] = field(default_factory=Counter)
+    pairs: list[Pair] = field(default_factory=list)
+    looked_at: int | None = None
+
+    @property
+    def lost(self) -> int:
+        """Return the number of rows that are left out."""
+        return sum(self.reasons.values())
+
+    @property
+    def share(self) -> float:
+        """Return the share of rows that are left out, 0 to 1."""
+        return self.lost / self.rows if self.rows else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as plain JSON values."""
+        return {"rows": self.rows, "lost": {reason: count for reason, count in self.reasons.items() if count}}
+
+    def __str__(self) -> str:
+        """Return the counts as a sentence."""
+        reasons = in_words(self.reasons) or "none"
+        about, looked = "", ""
+        if self.looked_at is not None:
+            about, looked = "about ", f" (near copies were looked for in {self.looked_at:,} rows)"
+        return f"{about}{self.lost:,} of {self.rows:,} rows ({self.share:.0%}) are left out: {reasons}{looked}"
+
+
+def in_words(reasons: Mapping[str, int]) -> str:
+    """Return counts of rows that were left out, by reason, as one line."""
+    return ", ".join(
+        f"{count:,} {reason if count == 1 else reason.replace('resembles', 'resemble')}"
+        for reason, count in reasons.items()
+        if count
+    )
+
+
+def with_long_prompts(losses: Mapping[str, Any], split: str, rows: int, count: int) -> dict[str, Any]:
+    """Return losses as `Loss.to_dict` writes them, and the rows that a training left out on top of that.
+
+    Args:
+        losses: By split.
+        split: A split that was trained on.
+        rows: Its examples.
+        count: Those of them whose prompts are over the limit.
+    """
+    known = losses.get(split, {"rows": rows, "lost": {}})
+    lost = known["lost"] | ({"with prompts over max_prompt_tokens": count} if count else {})
+    return {**losses, split: {"rows": known["rows"], "lost": lost}}
 
 
 @dataclass(frozen=True)
@@ -30,8 +97,8 @@ class Splits:
         validation: To choose checkpoints.
         test: To measure.
         held_out: Further test sets, by name.
-        losses: What was dropped, by split: `train`, `validation`, `test`, `held-out NAME`.
-        left_out: How many entries the source itself left out, by reason.
+        losses: The rows that were dropped, by split: `train`, `validation`, `test`, `held-out NAME`.
+        left_out: Entries that the source itself left out, by reason.
     """
 
     train_teacher: list[Example]
@@ -44,14 +111,14 @@ class Splits:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many rows were dropped, by split and reason."""
+        """Return the number of rows that were dropped, by split and reason."""
         of_source = {f"source: {reason}": count for reason, count in sorted(self.left_out.items())}
         return of_source | {
             f"{name}: {reason}": count for name, loss in self.losses.items() for reason, count in loss.reasons.items()
         }
 
     def named(self) -> dict[str, list[Example]]:
-        """The run's own splits by name, in the order they are written."""
+        """Return the run's own splits by name, in the order they are written."""
         return {
             "train_teacher": self.train_teacher,
             "train_student": self.train_student,
@@ -61,17 +128,12 @@ class Splits:
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
-    """In an order that depends on the seed and on each example's content only."""
+    """Return examples in an order that depends on the seed and on each example's content only."""
     return sorted(examples, key=lambda example: hashlib.sha256(f"{seed}:{example.id}".encode()).digest())
 
 
-def cut_missing(source: SourceSplits, config: DataConfig, seed: int) -> SourceSplits:
-    """Cut test and validation from train where the source has none: the configured fraction, or the configured number
-    of examples if that is less.
-
-    Raises:
-        SkdError: train is too small to be cut.
-    """
+def _cut_missing(source: SourceSplits, config: DataConfig, seed: int) -> SourceSplits:
+    """Cut test and validation from train where the source has none: a fraction, or a number of examples if less."""
     train, validation, test = shuffled(source.train, seed), source.validation, source.test
     total = len(train)
     if test is None:
@@ -84,16 +146,7 @@ def cut_missing(source: SourceSplits, config: DataConfig, seed: int) -> SourceSp
 def make_splits(
     source: SourceSplits, config: DataConfig, seed: int, held_out: Mapping[str, Sequence[Example]] | None = None
 ) -> Splits:
-    """Make the splits of a run.
-
-    A row that is in several splits, exactly or nearly (`data.near_duplicate_threshold`), stays in the held-out one:
-    test and the held-out sets win over validation, all win over train.
-
-    Args:
-        source: What the source holds.
-        config: How it is split.
-        seed: Seed of the order.
-        held_out: The sets of `config.held_out` that could be read, by name.
+    """Make the splits of a run, see `divide`.
 
     Raises:
         SkdErrors: more than nine in ten rows of a split are lost, with examples.
@@ -106,13 +159,27 @@ def make_splits(
 
 
 def complaints(losses: Mapping[str, Loss]) -> list[tuple[str, Literal["warning", "error"], SkdError]]:
-    """What is wrong with splits that lose many rows. Of a held-out set, which no run needs, none is an error."""
-    found = ((name, loss, complaint(name, loss)) for name, loss in losses.items())
+    """Return the splits that lose many rows, with the level of the problem; a held-out set is never an error."""
     return [
-        (name, "error" if loss.share > REFUSE_ABOVE and name in RUN_SPLITS else "warning", error)
-        for name, loss, error in found
-        if error
+        (name, "error" if loss.share > REFUSE_ABOVE and name in RUN_SPLITS else "warning", _complaint(name, loss))
+        for name, loss in losses.items()
+        if loss.share > WARN_ABOVE
     ]
+
+
+def _complaint(name: str, loss: Loss) -> SkdError:
+    start = f"no row is left in the split `{name}`: " if loss.lost >= loss.rows else f"split `{name}`: "
+    pairs = "".join(f"\n- {_shown(gone)}\n  is like {_shown(stays)}" for gone, stays in loss.pairs[:SHOWN_PAIRS])
+    hint = "remove what is there twice, or give splits that do not overlap"
+    if any("resembles" in reason or "held-out" in reason for reason in loss.reasons if loss.reasons[reason]):
+        hint += "; where rows that resemble each other are no copies, raise `data.near_duplicate_threshold`"
+    return SkdError(f"{start}{loss}{pairs and _EXAMPLES + pairs}", where="data.source", hint=hint)
+
+
+def _shown(example: Example) -> str:
+    text = " ".join(f"{example.source} -> {example.target}".split())
+    text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return f"[{example.origin}] {text}" if example.origin else text
 
 
 def divide(
@@ -122,12 +189,18 @@ def divide(
     held_out: Mapping[str, Sequence[Example]] | None = None,
     characters: int | None = None,
 ) -> Splits:
-    """As `make_splits`, but a split may be empty.
+    """Make the splits of a run, any of which may be empty.
+
+    A row that is in several splits, exactly or nearly (`data.near_duplicate_threshold`), stays in the held-out one:
+    test and the held-out sets win over validation, all win over train.
 
     Args:
-        source, config, seed, held_out: As there.
-        characters: For a quick look, see `drop_resembling`: how many rows are nearly held out is estimated then, and
-            only those that were found are left out.
+        source: The rows.
+        config: The fractions, limits and threshold.
+        seed: Seed of the order.
+        held_out: The sets of `config.held_out` that could be read, by name.
+        characters: For a quick look, see `drop_resembling`: the number of rows that are nearly held out is estimated
+            then, and only those that were found are left out.
 
     Raises:
         SkdError: train is too small to be cut.
@@ -158,7 +231,7 @@ def divide(
         if examples is not None
     }
     try:
-        cut = cut_missing(SourceSplits(present["train"], present.get("validation"), present.get("test")), config, seed)
+        cut = _cut_missing(SourceSplits(present["train"], present.get("validation"), present.get("test")), config, seed)
     except SkdError as error:
         repeated = losses["train"].lost
         what = f"{error.what}: {repeated:,} of {losses['train'].rows:,} repeat another" if repeated else error.what

@@ -227,6 +227,11 @@ def reason(error: BaseException) -> str:
     return (text if len(text) <= _REASON_SHOWN else f"{text[:_REASON_SHOWN]} ...") or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text; its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Say which file cannot be read.

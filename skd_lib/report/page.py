@@ -17,10 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from skd_lib._core.terminal import visible
-from skd_lib.data.losses import WARN_ABOVE
+from skd_lib.data.splits import WARN_ABOVE
+from skd_lib.models.samples import SampledSequence
 from skd_lib.report import figures, viewer, views
 from skd_lib.report.render import FEW_REPLACED, loss_rows, same_output
-from skd_lib.report.samples import SampledSequence
 from skd_lib.report.summary import Summary
 from skd_lib.storage import write_text_atomic
 
@@ -28,7 +28,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_page(summary: Summary, samples: Sequence[SampledSequence] = ()) -> str:
-    """The page as HTML.
+    """Return the page as HTML.
 
     Args:
         summary: The run's figures; what was not measured is left out.
@@ -66,7 +66,7 @@ def write_page(path: Path, summary: Summary, samples: Sequence[SampledSequence] 
 
 
 def _policy(style: Markup, script: Markup) -> str:
-    """What the browser may load and run: nothing from anywhere, and of what is in the page these two only."""
+    """Allow the browser nothing but the style sheet and the script of the page."""
     return (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -78,7 +78,7 @@ def _digest(text: str) -> str:
 
 
 def _asset(name: str) -> Markup:
-    """A file of ours that stands in the page as it is."""
+    """Read a file of ours that goes into the page unescaped."""
     return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 - written here, not by a model
 
 

@@ -11,10 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from skd_lib.data.losses import WARN_ABOVE, in_words
-from skd_lib.evaluation.significance import LEAST_EXAMPLES
-from skd_lib.report.curves import groups
-from skd_lib.report.summary import Course, Role, Specdec, Summary
+from skd_lib._core.format import duration, markdown_table
+from skd_lib.data.splits import WARN_ABOVE, in_words
+from skd_lib.evaluation.statistics import LEAST_EXAMPLES
+from skd_lib.report.charts import groups
+from skd_lib.report.summary import Summary
+from skd_lib.results import Course, Role, Specdec
 
 ROLE_NAMES: dict[Role, str] = {
     "teacher_base": "teacher base",
@@ -44,8 +46,13 @@ _SPARKLINE_WIDTH = 24
 _DRAFT_COLUMNS = ("accepted", "tokens/teacher call", "speed-up", "teacher's own output")
 
 
+def metric_name(name: str) -> str:
+    """Return a metric's name as people write it."""
+    return METRIC_NAMES.get(name, name)
+
+
 def render(summary: Summary) -> RenderableType:
-    """Everything a person wants to know at the end of a run, to be printed by a `rich` console."""
+    """Return the summary for the end of a run, to be printed by a `rich` console."""
     parts: list[RenderableType] = [_models_table(summary)]
     if summary.signatures:
         parts += [Padding(Text(line, style="dim"), (0, 2)) for line in _signature_lines(summary)] + [Text()]
@@ -61,23 +68,21 @@ def render(summary: Summary) -> RenderableType:
 
 
 def to_markdown(summary: Summary) -> str:
-    """The same as Markdown."""
+    """Return the summary as Markdown."""
     metrics = _metrics(summary)
     lines = [f"# {summary.run_name or 'Results'}", "", "## Quality on the test set", ""]
-    lines += _markdown_table(
-        ["model", *(f"{METRIC_NAMES.get(name, name)} (95 % interval)" for name in metrics), "examples"],
+    lines += markdown_table(
+        ["model", *(f"{metric_name(name)} (95 % interval)" for name in metrics), "examples"],
         [
             [ROLE_NAMES[role], *(_score(summary, role, name) for name in metrics), str(summary.examples.get(role, ""))]
             for role in summary.models
         ],
     )
-    lines += [
-        "",
-        *(f"- {line}" for line in _lines(summary)),
-    ]
+    notes = (_gap_lines, _signature_lines, caution_lines, _missing_lines)
+    lines += ["", *(f"- {line}" for part in notes for line in part(summary))]
     if summary.specdec:
         lines += ["", "## The student as draft of the teacher", ""]
-        lines += _markdown_table(
+        lines += markdown_table(
             ["distillation", *_DRAFT_COLUMNS],
             [[moment, *_draft_cells(draft)] for moment, draft in summary.specdec.items()],
         )
@@ -87,38 +92,28 @@ def to_markdown(summary: Summary) -> str:
         lines += ["", "## Course of the distillation", "", *(f"- {text.plain}" for text in course)]
     if summary.losses:
         lines += ["", "## Rows left out of the data", ""]
-        lines += _markdown_table(["split", "rows", "left out", "why"], loss_rows(summary))
+        lines += markdown_table(["split", "rows", "left out", "why"], loss_rows(summary))
     if summary.seconds:
         lines += ["", "## Time", ""]
-        lines += _markdown_table(
+        lines += markdown_table(
             ["step", "time"], [[step, duration(seconds)] for step, seconds in _rows_of_seconds(summary.seconds)]
         )
     return "\n".join(lines) + "\n"
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
-    """Values as a line of bars, from 0 to their maximum; more than `width` of them are averaged in groups."""
+    """Draw values as a line of bars, from 0 to their maximum; more than `width` of them are averaged in groups."""
     parts = groups(values, width)
     top = max((fmean(part) for part in parts), default=0.0)
     scale = (len(_BARS) - 1) / top if top > 0 else 0.0
     return "".join(_BARS[round(max(fmean(part), 0.0) * scale)] for part in parts)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 4.2 s, 3 min 05 s, 2 h 07 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _models_table(summary: Summary) -> Table:
     table = _table("Quality on the test set (95 % interval)")
     table.add_column("model", no_wrap=True)
     for name in _metrics(summary):
-        table.add_column(METRIC_NAMES.get(name, name), justify="right", no_wrap=True)
+        table.add_column(metric_name(name), justify="right", no_wrap=True)
     table.add_column("examples", justify="right", style="dim")
     for role in summary.models:
         cells = [_score(summary, role, name) for name in _metrics(summary)]
@@ -166,7 +161,7 @@ def _table(title: str) -> Table:
 
 
 def _metrics(summary: Summary) -> list[str]:
-    """The task's metric first, then the others as they were measured."""
+    """Return the task's metric, then the others as they were measured."""
     names = dict.fromkeys(name for scores in summary.models.values() for name in scores)
     return sorted(names, key=lambda name: name != summary.task_metric)
 
@@ -190,7 +185,7 @@ def _draft_cells(draft: Specdec) -> list[str]:
 
 
 def _draft_setting(summary: Summary) -> str:
-    """How it was measured; before and after are measured alike."""
+    """Describe how the drafts were measured, before and after alike."""
     draft = next(iter(summary.specdec.values()))
     setting = [] if draft.gamma is None else [f"{draft.gamma} tokens drafted a time"]
     if draft.temperature is not None:
@@ -199,7 +194,7 @@ def _draft_setting(summary: Summary) -> str:
 
 
 def same_output(draft: Specdec) -> str:
-    """Whether speculative decoding wrote what the teacher writes alone."""
+    """Say whether speculative decoding wrote what the teacher writes alone."""
     if draft.temperature:
         return "in distribution"
     return f"yes, bar {draft.ties} rounding tie{'s' if draft.ties > 1 else ''}" if draft.ties else "yes"
@@ -209,25 +204,15 @@ def _gap_lines(summary: Summary) -> list[str]:
     gap = summary.gap()
     if gap is None:
         return []
-    name = METRIC_NAMES.get(summary.task_metric, summary.task_metric)
+    name = metric_name(summary.task_metric)
     return [
         f"Distillation closed {gap.closed:.0%} of the gap to the teacher: "
         f"{name} {gap.before:.1f} -> {gap.after:.1f}, the teacher has {gap.teacher:.1f}."
     ]
 
 
-def _lines(summary: Summary) -> list[str]:
-    """What is said below the table of scores."""
-    return [
-        *_gap_lines(summary),
-        *_signature_lines(summary),
-        *caution_lines(summary),
-        *_missing_lines(summary),
-    ]
-
-
 def caution_lines(summary: Summary) -> list[str]:
-    """Why some intervals are marked, and why tests are withheld."""
+    """Explain why intervals are marked, and why tests are withheld."""
     found = dict.fromkeys(reason for cautions in summary.cautions.values() for reason in cautions.values())
     lines = [f"{UNSURE} {reason}." for reason in found]
     if any(comparison.p_value is None for comparison in summary.comparisons):
@@ -236,12 +221,11 @@ def caution_lines(summary: Summary) -> list[str]:
 
 
 def _signature_lines(summary: Summary) -> list[str]:
-    return [f"{METRIC_NAMES.get(name, name)}: {signature}" for name, signature in summary.signatures.items()]
+    return [f"{metric_name(name)}: {signature}" for name, signature in summary.signatures.items()]
 
 
 def _missing_lines(summary: Summary) -> list[str]:
-    names = {name: METRIC_NAMES.get(name, name) for name in summary.missing}
-    return [f"{names[name]} is missing: {' '.join(reason.split())}" for name, reason in summary.missing.items()]
+    return [f"{metric_name(name)} is missing: {' '.join(reason.split())}" for name, reason in summary.missing.items()]
 
 
 def _course_texts(course: Course) -> list[Text]:
@@ -269,7 +253,7 @@ def _course_texts(course: Course) -> list[Text]:
 
 
 def loss_rows(summary: Summary) -> list[list[str]]:
-    """What each split of the data lost: its name, its rows, how many are left out, and why."""
+    """Return the rows that each split of the data lost: its name, its rows, the number left out, and why."""
     return [
         [
             name,
@@ -282,7 +266,7 @@ def loss_rows(summary: Summary) -> list[list[str]]:
 
 
 def _loss_texts(summary: Summary) -> list[Text]:
-    """Splits that lost rows; yellow where it is much."""
+    """Describe the splits that lost rows; yellow where it is much."""
     return [
         Text(f"Left out of {name}: {left_out} of {rows} rows: {why}", style="yellow" if loss.share > WARN_ABOVE else "")
         for (name, rows, left_out, why), loss in zip(loss_rows(summary), summary.losses.values(), strict=True)
@@ -293,8 +277,3 @@ def _loss_texts(summary: Summary) -> list[Text]:
 def _rows_of_seconds(seconds: dict[str, float]) -> list[tuple[str, float]]:
     rows = list(seconds.items())
     return rows if "total" in seconds else [*rows, ("total", sum(seconds.values()))]
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    ruler = ["---", *("---:" for _ in header[1:])]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, ruler, *rows]]

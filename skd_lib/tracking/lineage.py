@@ -320,11 +320,11 @@ def _splits(run: Run) -> list[DataSplit]:
 
 def _manifest(client: MlflowClient, run: Run) -> dict[str, Any]:
     """What `prepare_data` wrote about the data; empty if the run has no such file."""
-    from skd_lib.data.manifest import NAME
+    from skd_lib.data.prepared import MANIFEST
 
-    if all(artifact.path != NAME for artifact in client.list_artifacts(run.info.run_id)):
+    if all(artifact.path != MANIFEST for artifact in client.list_artifacts(run.info.run_id)):
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(run.info.run_id, NAME, folder)
+        path = client.download_artifacts(run.info.run_id, MANIFEST, folder)
         manifest: dict[str, Any] = json.loads(Path(path).read_bytes())
     return manifest

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from skd_lib.config import DataConfig, FilesSource, parse_section
 from skd_lib.data import sources
 from skd_lib.data.files import data_files
-from skd_lib.data.manifest import data_fingerprint
+from skd_lib.data.prepared import data_fingerprint
 from skd_lib.errors import SkdError
 from skd_lib.specdec.prompts import read_prompts
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from skd_lib.config import Columns, DataConfig, HeldOutConfig
-from skd_lib.data.manifest import data_fingerprint
-from skd_lib.data.prepared import PreparedData, prepare
+from skd_lib.data.prepared import PreparedData, data_fingerprint, prepare
 from skd_lib.data.rows import Problems, check_rows
 from skd_lib.data.sources import load_held_out
 from skd_lib.errors import SkdError, SkdErrors

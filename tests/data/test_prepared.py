@@ -11,8 +11,7 @@ import pytest
 
 from skd_lib.config import DataConfig
 from skd_lib.data.examples import make_example, read_jsonl, write_jsonl
-from skd_lib.data.manifest import data_fingerprint
-from skd_lib.data.prepared import SPLITS, PreparedData, prepare
+from skd_lib.data.prepared import SPLITS, PreparedData, data_fingerprint, prepare
 from skd_lib.errors import SkdError
 from skd_lib.storage import sha256
 

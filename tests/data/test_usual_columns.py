@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from skd_lib.config import Columns, FilesSource
-from skd_lib.data.usual_columns import USUAL, find_columns
+from skd_lib.data.readers import USUAL_COLUMNS, find_columns
 
 
-@pytest.mark.parametrize("names", USUAL)
+@pytest.mark.parametrize("names", USUAL_COLUMNS)
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_columns_are_found_by_their_usual_names(tmp_path: Path, names: tuple[str, str], ending: str) -> None:
     row = dict.fromkeys(names, "text") | {"id": "7"}

@@ -22,7 +22,7 @@ from typing import Any
 
 from skd_kfp.pipelines.compiling import PIPELINES, compiled_path
 from skd_lib._core.documents import parse_yaml_documents, read_text
-from skd_lib.data.manifest import digest
+from skd_lib.data.prepared import digest
 
 Spec = Mapping[str, Any]
 DRAWN = {"sub-DAG": 308, "step": 256, "artifact": 240}

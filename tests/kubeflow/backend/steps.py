@@ -12,7 +12,7 @@ from skd_lib.comparison.trials import Trial
 from skd_lib.config import parse_section
 from skd_lib.config.parameters import Form
 from skd_lib.config.step import StepConfig
-from skd_lib.data import manifest
+from skd_lib.data.prepared import preparation
 from skd_lib.preflight.reuse import keep, reuse_from
 from skd_lib.steps.compare_variant import outputs_of
 from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of, step_config
@@ -63,7 +63,7 @@ class Steps:
         models = [config.teacher, config.student or ""]
         models += [trial.config(config).student or "" for trial in plan.trials] if plan else []
         prints = {name: self.content.get(name, f"of {name}") for name in models}
-        data = self.content.get("data", json.dumps(manifest.preparation(config.data), sort_keys=True))
+        data = self.content.get("data", json.dumps(preparation(config.data), sort_keys=True))
         preparation = step_config("prepare_data", config, fingerprint=data)
         fresh, _ = reuse_from(
             self.checkpoint_root,
