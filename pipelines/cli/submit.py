@@ -14,7 +14,7 @@ from skd_kfp.pipelines.kubeflow.auth import Auth
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
-from skd_lib.steps.mounted import VOLUMES
+from skd_lib.steps.environment import VOLUMES
 
 if TYPE_CHECKING:
     from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
@@ -184,7 +184,7 @@ def submit(
     """
     from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
     from skd_kfp.pipelines.kubeflow.schedules import described, with_seconds
-    from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
+    from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
     from skd_lib.comparison.config import is_comparison, load_compare
     from skd_lib.comparison.plan import plan
     from skd_lib.config import load_config, parse_overrides
@@ -198,10 +198,10 @@ def submit(
     comparison = plan(*load_compare(config, overrides), where=str(config)) if is_comparison(config) else None
     run_config = comparison.base if comparison else load_config(config, overrides)
     package = Package.read(pipeline or compiled_path("compare_methods" if comparison else pipeline_for(run_config)))
-    place = Place(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
+    target = Target(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
     # A recurring run is found again by its name, which therefore holds no time.
     chosen = name or (run_config.name if recurring is not None else "")
-    submission = Submission.plan(run_config, package, place, chosen, comparison)
+    submission = Submission.plan(run_config, package, target, chosen, comparison)
     schedule = {} if recurring is None else {"schedule": described(recurring)}
     for what, value in {**submission.describe(), **schedule}.items():
         say(f"{what:<12} {value}")

@@ -1,9 +1,8 @@
-"""`skd trigger`: a run when new data has arrived, from the command line or as a service."""
+"""`skd trigger`: start a run when new data has arrived."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +25,7 @@ from skd_kfp.pipelines.cli.submit import (
     check_names,
 )
 from skd_kfp.pipelines.kubeflow.auth import Auth
-from skd_lib._core.terminal import VisibleFormatter, say
+from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
@@ -49,7 +48,7 @@ def trigger(
         typer.Option(
             envvar="SKD_CLAIMS",
             help="Folder or gs:// URI by which processes that are triggered at the same time agree who starts the run.",
-            show_default="none: this is the only one",
+            show_default="none: only the processes of one machine agree",
         ),
     ] = "",
     marker: Annotated[
@@ -65,22 +64,6 @@ def trigger(
             help="MLflow server that is asked for earlier runs on the same data; the run asks that of --settings.",
             show_default="none is asked",
         ),
-    ] = "",
-    listen: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PORT",
-            min=1,
-            max=65535,
-            help="Serve pushes of Pub/Sub on this port instead: a run for each folder under SOURCE that is completed. "
-            "Without --push-audience only this machine is listened to.",
-        ),
-    ] = None,
-    push_audience: Annotated[
-        str, typer.Option(help="With --listen: audience of the tokens that pushes bring.", show_default="unchecked")
-    ] = "",
-    push_account: Annotated[
-        str, typer.Option(help="With --listen: service account that pushes.", show_default="any")
     ] = "",
     auth: AuthKind = Auth.AUTO,
     audience: Audience = "",
@@ -105,10 +88,9 @@ def trigger(
     skd. How the run ends is not waited for.
     """
     from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
-    from skd_kfp.pipelines.kubeflow.submit import Package, Place
+    from skd_kfp.pipelines.kubeflow.submit import Package, Target
     from skd_kfp.pipelines.kubeflow.trigger import Trigger, check_source
     from skd_lib.config import load_config
-    from skd_lib.storage import is_remote
 
     if not source.strip():
         raise SkdError("must not be empty", where="SOURCE", hint="name the folder that the data is in")
@@ -117,33 +99,10 @@ def trigger(
     check_names("", experiment, mlflow_experiment, settings)
     run_config = load_config(config)
     server = Server(host, ui_host, auth, audience, namespace)
-    if listen is not None:
-        if not is_remote(source):
-            raise SkdError("pushes tell of gs:// only", where=source, hint="give the gs:// folder that sources are in")
-        if not claims:
-            hint = "give --claims gs://..., outside SOURCE: a push may come twice at the same time"
-            raise SkdError("there is no place for claims", where="skd trigger --listen", hint=hint)
-        if push_account and not push_audience:
-            raise SkdError("an account is known by its token", where="--push-account", hint="give --push-audience too")
-    else:
-        check_source(run_config, source)  # before the server is asked
-    place = Place(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
+    check_source(run_config, source)  # before the server is asked
+    target = Target(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
     package = Package.read(pipeline or compiled_path(pipeline_for(run_config)))
-    bound = Trigger(run_config, package, place, server.connect(), claims, marker, attempts, tracking_uri)
-    if listen is not None:
-        from skd_kfp.pipelines.kubeflow.push import PushAuth, make_server, serve
-
-        handler = logging.StreamHandler()
-        handler.setFormatter(VisibleFormatter("%(levelname)s %(message)s"))
-        logging.basicConfig(level=logging.INFO, handlers=[handler])
-        pushes = PushAuth(push_audience, push_account) if push_audience else None
-        listening = make_server(
-            listen, bound.explain if dry_run else bound.fire, root=source, marker=marker, auth=pushes
-        )
-        sent_by = "tokens are checked" if pushes else "from this machine alone, since tokens are not checked"
-        say(f"listening on port {listen}, {sent_by}")
-        serve(listening)
-        return
+    bound = Trigger(run_config, package, target, server.connect(), claims, marker, attempts, tracking_uri)
     decision = bound.explain(source) if dry_run else bound.fire(source)
     if as_json:
         say(json.dumps(decision.to_dict()))

@@ -1,15 +1,13 @@
-"""Claims: of several processes that want to do the same thing, one does it at a time.
+"""Hold a claim: of several processes that want to start the run of one name, one does so at a time.
 
-Kubeflow Pipelines cannot create a run only if there is none, so that looking and creating are kept together by a claim:
-a lock file in a folder, which the kernel releases when its holder dies, or an object in Google Cloud Storage, which
-only one writer can create (`ifGenerationMatch=0`) and which others take over when it is `VALID_SECONDS` old.
-
-The same folder remembers runs that were started and that MLflow was not told of, for when Kubeflow has forgotten them.
+Kubeflow Pipelines cannot create a run only if there is none, so that looking and creating are kept together by a claim.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import random
 import tempfile
 import time
@@ -24,131 +22,127 @@ from filelock import FileLock, Timeout
 from skd_lib import storage
 from skd_lib.errors import SkdError
 
-# Far longer than the longest answer of a server that is still waited for.
 VALID_SECONDS = 900.0
+"""Age at which a claim is taken from a holder that died: far longer than the longest answer of a server."""
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2
+_STARTING = "starting "
+
+log = logging.getLogger(__name__)
 
 
 class Busy(SkdError):
-    """Somebody else has the claim, and keeps it."""
+    """Another process holds the claim."""
 
 
 @dataclass
 class Claim:
-    """A claim that is held.
+    """The right of one process to start the run of a name.
 
     Attributes:
-        expires: When others may take it over, on this process's monotonic clock.
-        kept: It is not given back but left to expire: what was begun may not be over yet.
+        expires: When others may take the claim over, on this process's monotonic clock.
+        run_id: The run that was started and that the claim remembers; empty where there is none.
+        kept: The claim is left to expire, since the run may still be starting.
     """
 
     expires: float
+    run_id: str = ""
     kept: bool = False
 
 
 @contextmanager
-def claim(folder: str, name: str, wait: float = WAIT_SECONDS, valid: float = VALID_SECONDS) -> Iterator[Claim]:
-    """Hold the claim `name` during the block.
+def claim(folder: str, name: str, wait: float | None = None, valid: float = VALID_SECONDS) -> Iterator[Claim]:
+    """Hold the claim `name` during the block; of several processes one holds it at a time.
+
+    A claim is a small file or object that a process replaces only in the generation that it has read. It holds a token
+    while a run is being started, and the run's id afterwards.
 
     Args:
-        folder: Where claims are kept, a local folder or a gs:// URI, by all who compete.
-        name: What is claimed.
+        folder: Local folder or gs:// URI of the claims. Empty: a lock of this machine, which remembers no run.
+        name: The run's name.
         wait: Seconds to wait for another holder.
-        valid: Seconds after which a claim in object storage is taken from a holder that died.
+        valid: Seconds after which the claim of a holder that died is taken over.
 
     Raises:
-        Busy: another has it all that time.
+        Busy: another process holds the claim all that time.
         SkdError: the claims cannot be read or written.
     """
-    busy = Busy("another process is at work on it", where=name, hint="try again")
-    if not storage.is_remote(folder):
-        storage.check_writable(folder)
-        lock = FileLock(Path(folder) / f"{name}.lock", timeout=wait)
+    wait = WAIT_SECONDS if wait is None else wait
+    hint = f"try again; the claim of a process that died ends after {VALID_SECONDS / 60:.0f} minutes"
+    busy = Busy("another process is at work on it", where=name, hint=hint)
+    if not folder:
+        lock = FileLock(Path(tempfile.gettempdir()) / f"skd-{os.getuid()}-{name}.lock", timeout=wait)
         try:
             lock.acquire()
         except Timeout as error:
             raise busy from error
-        kept = Path(folder) / f"{name}.kept"
         try:
-            if kept.exists() and time.time() - kept.stat().st_mtime < valid:
-                raise busy
-            held = Claim(math.inf)
-            try:
-                yield held
-            finally:
-                if held.kept:
-                    kept.touch()
-                else:
-                    kept.unlink(missing_ok=True)
+            yield Claim(math.inf)
         finally:
             lock.release()
         return
-    uri, token = f"{folder.rstrip('/')}/{name}", uuid.uuid4().hex.encode()
-    end = time.monotonic() + wait
+    if not storage.is_remote(folder):
+        storage.check_writable(folder)
+    uri, token, before = claim_uri(folder, name), f"{_STARTING}{uuid.uuid4().hex}", ""
+    start = end = time.monotonic() + wait
     while True:
-        # From before the request: the claim's age counts from when it arrives, which is later.
-        start = time.monotonic()
-        generation = _take(uri, token, valid)
-        if generation is not None:
+        generation, content, modified = _read(uri)
+        if content == token:  # the answer to our request was lost
             break
+        if not content.startswith(_STARTING) or time.time() - modified > valid:
+            # From before the request: the claim's age counts from when it arrives, which is later.
+            start, before = time.monotonic(), content
+            taken = _replace(uri, generation, token)
+            if taken is not None:
+                generation = taken
+                break
         if time.monotonic() > end:
             raise busy
-        time.sleep(POLL_SECONDS * (1 + random.random()))  # noqa: S311 - spreads those who wait
-    held = Claim(start + valid)
+        time.sleep(POLL_SECONDS * (1 + random.random()))  # noqa: S311 - spreads the waiting processes
+    held = Claim(start + valid, _run_of(before))
     try:
         yield held
     finally:
         if not held.kept:
-            storage.delete_object(uri, generation)
+            try:
+                _replace(uri, generation, held.run_id)
+            except SkdError as error:  # the run has started, or the block's own error goes on
+                log.warning("the claim %s is not given back, it expires by itself: %s", uri, error.brief)
 
 
-def remember(folder: str, name: str, run_id: str) -> None:
-    """Write down that a run was started for what is claimed as `name`.
-
-    Raises:
-        SkdError: the claims cannot be written.
-    """
-    with tempfile.NamedTemporaryFile() as empty:
-        storage.upload(Path(empty.name), f"{_started(folder, name)}/{run_id}")
+def claim_uri(folder: str, name: str) -> str:
+    """Return the file or object that is the claim of a name."""
+    return f"{folder.rstrip('/')}/{name}"
 
 
-def forget(folder: str, name: str, run_id: str) -> None:
-    """Take back what `remember` has written.
-
-    Raises:
-        SkdError: the claims cannot be written.
-    """
-    storage.delete(f"{_started(folder, name)}/{run_id}")
-
-
-def remembered(folder: str, name: str) -> list[str]:
-    """Return the URIs of what `remember` has written; the last part of each is a run's id.
+def remembered(folder: str, name: str) -> str:
+    """Return the id of the run that the claim remembers; empty where there is none.
 
     Raises:
         SkdError: the claims cannot be read.
     """
+    return _run_of(_read(claim_uri(folder, name))[1]) if folder else ""
+
+
+def _run_of(content: str) -> str:
+    return "" if content.startswith(_STARTING) else content
+
+
+def _read(uri: str) -> tuple[str, str, float]:
+    """Return a claim's generation, content and time of writing; of a missing claim two empty texts and 0."""
     try:
-        return [stored.uri for stored in storage.list_objects(_started(folder, name))]
+        stored, content = storage.list_objects(uri)[0], storage.read_bytes(uri).decode()
     except storage.Missing:
-        return []
+        return "", "", 0.0
+    return stored.generation if storage.is_remote(uri) else content, content, stored.modified
 
 
-def _started(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}.started"
-
-
-def _take(uri: str, token: bytes, valid: float) -> str | None:
-    """The generation of our claim; None if another has it, or had it a moment ago."""
-    generation = storage.create_object(uri, token)
-    if generation is not None:
-        return generation
-    try:
-        held, content = storage.list_objects(uri)[0], storage.read_bytes(uri)
-    except storage.Missing:
-        return None  # released in between
-    if content == token:  # ours: the answer to the first request was lost, and it was repeated
-        return held.generation
-    if time.time() - held.modified > valid:
-        return storage.create_object(uri, token, replacing=held.generation)
-    return None
+def _replace(uri: str, generation: str, content: str) -> str | None:
+    """Write a claim if it still has this generation, and return the new one; None if it has another."""
+    if storage.is_remote(uri):
+        return storage.create_object(uri, content.encode(), replacing=generation or "0")
+    with FileLock(f"{uri}.lock"):
+        if _read(uri)[0] != generation:
+            return None
+        storage.write_text_atomic(Path(uri), content)
+    return content

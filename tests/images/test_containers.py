@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 IMPORTS = {
     "train": "import skd_lib.steps.distill, skd_lib.steps.evaluate, skd_lib.training.run, mlflow",
     "comet": "import skd_lib.steps.comet_score, comet, mlflow",
-    "pipeline": "import kfp, kfp.kubernetes, skd_kfp.pipelines.kubeflow.submit, skd_kfp.pipelines.kubeflow.push",
+    "pipeline": "import kfp, kfp.kubernetes, skd_kfp.pipelines.kubeflow.submit, skd_kfp.pipelines.kubeflow.trigger",
 }
 WITHOUT = {"train": ("kfp",), "comet": ("kfp", "mlflow"), "pipeline": ("torch", "transformers")}
 RESTRICTED: dict[str, Any] = {

@@ -14,7 +14,7 @@ from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
 from skd_kfp.pipelines.kubeflow.follow import Followed, ending, follow
 from skd_kfp.pipelines.kubeflow.nodes import node_id
 from skd_kfp.pipelines.kubeflow.states import StepState, read_states
-from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
+from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
 from skd_lib.config import RunConfig
 from tests.kubeflow import small
 from tests.kubeflow.fake_argo import FakeWorkflow
@@ -47,7 +47,7 @@ def states_of(*workflows: FakeWorkflow) -> dict[str, StepState]:
 def followed(kfp: FakeKfp, api: KubeflowPipelines, demo: RunConfig, course: list[dict[str, Any]], loop: bool = False):
     """What is said of a run that goes so, line by line, and how it ends."""
     package = small.package(loop)
-    submission = Submission.plan(demo, package, Place(), name="a-run")
+    submission = Submission.plan(demo, package, Target(), name="a-run")
     run = submission.start(api, submission.prepare(api))
     kfp.course = course
     lines: list[str] = []

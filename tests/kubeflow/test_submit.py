@@ -20,7 +20,7 @@ from skd_kfp.pipelines.compiling import compiled_path
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
 from skd_kfp.pipelines.kubeflow.auth import Anonymous, Auth, Secret, find_credentials
 from skd_kfp.pipelines.kubeflow.schedules import with_seconds
-from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
+from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
 from skd_lib import __version__
 from skd_lib.config import RunConfig, load_config
 from skd_lib.errors import SkdError, SkdErrors
@@ -38,13 +38,13 @@ def package() -> Package:
 
 @pytest.fixture
 def submission(demo: RunConfig, package: Package) -> Submission:
-    return Submission.plan(demo, package, Place(), name="a-run")
+    return Submission.plan(demo, package, Target(), name="a-run")
 
 
 @pytest.fixture
 def skd_plan(demo: RunConfig, package: Package) -> Callable[..., Submission]:
     def plan(config: RunConfig = demo, package: Package = package) -> Submission:
-        return Submission.plan(config, package, Place(), name="a-run")
+        return Submission.plan(config, package, Target(), name="a-run")
 
     return plan
 
@@ -521,26 +521,26 @@ def test_what_could_not_work_is_told_before(
     values["data"]["source"]["train"] = ["data/train.jsonl", "/mnt/train.jsonl", "gs://b/train.jsonl"]
     config = RunConfig.model_validate(values)
     with pytest.raises(SkdErrors, match=r"1 problem found:\n- data.source: data/train.jsonl: the cluster cannot read"):
-        Submission.plan(config, package, Place())
+        Submission.plan(config, package, Target())
     values["data"]["source"]["train"] = ["{source}/train.jsonl"]
     with pytest.raises(SkdErrors, match=r"hint: `\{source\}` is for `skd trigger`"):
-        Submission.plan(RunConfig.model_validate(values), package, Place())
+        Submission.plan(RunConfig.model_validate(values), package, Target())
     values["teacher"], values["data"]["source"]["train"] = "./teacher", ["gs://b/train.jsonl"]
     with pytest.raises(SkdErrors, match=r"- teacher: \./teacher: the cluster cannot read a folder of this machine"):
-        Submission.plan(RunConfig.model_validate(values), package, Place())
+        Submission.plan(RunConfig.model_validate(values), package, Target())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teacher").mkdir()
     values["teacher"] = "teacher"
     with pytest.raises(SkdErrors, match=r"- teacher: teacher: the cluster cannot read a folder of this machine"):
-        Submission.plan(RunConfig.model_validate(values), package, Place())
+        Submission.plan(RunConfig.model_validate(values), package, Target())
     with pytest.raises(SkdError, match="the file is that of a run, and this pipeline is for a comparison"):
-        Submission.plan(demo, Package.read(compiled_path("compare_methods")), Place())
+        Submission.plan(demo, Package.read(compiled_path("compare_methods")), Target())
     documents = yaml.safe_load(yaml.safe_dump(package.documents))
     del documents[0]["root"]["inputDefinitions"]["parameters"]["reuse"]
     with pytest.raises(SkdError, match="the pipeline has no parameter `reuse`"):
-        Submission.plan(demo, Package(tmp_path / "old.yaml", documents, "0"), Place())
+        Submission.plan(demo, Package(tmp_path / "old.yaml", documents, "0"), Target())
     with pytest.raises(SkdErrors, match=r"--pipeline-root s3://.*: it holds a password"):
-        Submission.plan(demo, package, Place(pipeline_root="s3://user:s3cret@b/root"))
+        Submission.plan(demo, package, Target(pipeline_root="s3://user:s3cret@b/root"))
 
 
 @pytest.mark.parametrize(
@@ -591,4 +591,4 @@ def test_settings_too_long_for_an_argument_are_refused() -> None:
     config = load_config(Path(DEMO))
     task = config.task.model_copy(update={"prompt": "Translate: {source} " + "at once " * 9_000})
     with pytest.raises(SkdError, match="an argument of"):
-        Submission.plan(config.model_copy(update={"task": task}), Package.read(), Place())
+        Submission.plan(config.model_copy(update={"task": task}), Package.read(), Target())

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from skd_kfp.pipelines.cli import app
-from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
+from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
 from skd_lib.comparison.config import load_compare
 from skd_lib.comparison.plan import MOST_TRIALS_ON_A_CLUSTER, from_parameters, plan, to_parameters
 from skd_lib.config import RunConfig
@@ -116,7 +116,7 @@ def test_what_a_variant_or_a_held_out_set_needs_has_to_be_in_reach(demo: RunConf
     path = comparison(tmp_path / "c.yaml", student_inits=inits, overrides={"data.held_out": held_out})
     planned = plan(*load_compare(path), where="c.yaml")
     with pytest.raises(SkdErrors) as error:
-        Submission.plan(planned.base, package(), Place(), comparison=planned)
+        Submission.plan(planned.base, package(), Target(), comparison=planned)
     assert [each.brief for each in error.value.errors] == [
         "data.held_out (h): held.jsonl: the cluster cannot read a file of this machine",
         "student: ./student: the cluster cannot read a folder of this machine",
@@ -126,7 +126,8 @@ def test_what_a_variant_or_a_held_out_set_needs_has_to_be_in_reach(demo: RunConf
 def test_nodes_need_a_pipeline_root_that_they_can_read(demo: RunConfig):
     def planned(root: str) -> Submission:
         distill = demo.distill.model_copy(update={"multinode": multinode})
-        return Submission.plan(demo.model_copy(update={"distill": distill}), small.package(), Place(pipeline_root=root))
+        target = Target(pipeline_root=root)
+        return Submission.plan(demo.model_copy(update={"distill": distill}), small.package(), target)
 
     multinode = RunConfig.model_validate(
         {**demo.model_dump(exclude={"distill"}), "distill": {"multinode": MULTINODE}}
@@ -136,4 +137,4 @@ def test_nodes_need_a_pipeline_root_that_they_can_read(demo: RunConfig):
             planned(root)
     assert "--pipeline-root gs://" in planned("").describe()["multinode"]
     assert "multinode" not in planned("gs://b/root").describe()
-    assert "multinode" not in Submission.plan(demo, small.package(), Place()).describe()
+    assert "multinode" not in Submission.plan(demo, small.package(), Target()).describe()

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.client import HTTPConnection
 from pathlib import Path
-from threading import Thread, active_count
 from typing import Any
 
 import pytest
 
 from skd_kfp.pipelines.kubeflow import claims as claims_module
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
-from skd_kfp.pipelines.kubeflow.claims import Busy, claim
-from skd_kfp.pipelines.kubeflow.push import PushAuth, make_server, read_message, source_of
-from skd_kfp.pipelines.kubeflow.submit import Place
+from skd_kfp.pipelines.kubeflow.claims import Busy, claim, remembered
+from skd_kfp.pipelines.kubeflow.submit import Target
 from skd_kfp.pipelines.kubeflow.trigger import Decision, Trigger, reading_from
 from skd_lib import storage
 from skd_lib.config import HubSource, RunConfig, load_config
 from skd_lib.errors import SkdError
 from tests.kubeflow import small
 from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault
-from tests.kubeflow.google import ACCOUNT, Issuer
 from tests.kubeflow.test_submit import in_parallel, skd
 from tests.support.storage_server import Server
 
 BUCKET = "bucket"
-AUDIENCE = "https://trigger.example.com"
 
 
 @pytest.fixture
@@ -60,7 +54,7 @@ def config(config_file: Path) -> RunConfig:
 
 @pytest.fixture
 def trigger(api: KubeflowPipelines, config: RunConfig, root: str) -> Trigger:
-    return Trigger(config, small.package(), Place(), api, claims=f"{root}/claims")
+    return Trigger(config, small.package(), Target(), api, claims=f"{root}/claims")
 
 
 @pytest.fixture
@@ -116,15 +110,33 @@ def test_twenty_identical_events_start_one_run(kfp: FakeKfp, trigger: Trigger, s
     assert {decision.run_id for decision in decisions} == {kfp.runs[0]["run_id"]}
 
 
-def test_without_claims_the_same_events_race(kfp: FakeKfp, trigger: Trigger, source: str, monkeypatch: Any):
-    """The server itself does not prevent it: without this the test above would prove nothing."""
-    careless = Trigger(trigger.config, trigger.package, trigger.place, trigger.api)
-    careless.fire(source)
-    kfp.runs.clear()
-    prepare = type(trigger.api).create_run
-    monkeypatch.setattr(KubeflowPipelines, "create_run", lambda *a, **k: time.sleep(0.5) or prepare(*a, **k))
+def forget_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Kubeflow list no runs."""
+    monkeypatch.setattr(KubeflowPipelines, "runs_named", lambda *_: [])
+
+
+def test_kubeflows_list_alone_lets_twenty_events_start_one_run(kfp: FakeKfp, trigger: Trigger, source: str):
+    alone = replace(trigger, claims="")
+    decisions = in_parallel(20, lambda: alone.fire(source))
+    assert sum(decision.fire for decision in decisions) == len(kfp.runs) == 1
+
+
+def test_the_claim_alone_lets_twenty_events_start_one_run(
+    kfp: FakeKfp, trigger: Trigger, source: str, monkeypatch: pytest.MonkeyPatch
+):
+    forget_runs(monkeypatch)
+    decisions = in_parallel(20, lambda: trigger.fire(source))
+    assert sum(decision.fire for decision in decisions) == len(kfp.runs) == 1
+
+
+def test_without_any_guard_the_same_events_start_more(
+    kfp: FakeKfp, trigger: Trigger, source: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The tests above can fail."""
+    forget_runs(monkeypatch)
+    careless = replace(trigger, claims="")
     in_parallel(3, lambda: careless.fire(source))
-    assert len(kfp.runs) > 1
+    assert len(kfp.runs) == 3
 
 
 def test_a_lost_answer_does_not_start_a_second_run(kfp: FakeKfp, trigger: Trigger, source: str):
@@ -137,17 +149,16 @@ def test_while_it_is_not_known_whether_a_run_was_started_nobody_starts_one(
     kfp: FakeKfp, trigger: Trigger, source: str, root: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(claims_module, "WAIT_SECONDS", 0.0)
-    unsettled = replace(trigger, claims=f"{root}/claims-{time.time_ns()}")
     kfp.faults = [Fault("POST", f"{ROOT}/runs", 500, orphan=True)] * 4
     with pytest.raises(Unsettled):
-        unsettled.fire(source)
+        trigger.fire(source)
     assert len(kfp.workflows) == 1
-    name = unsettled.explain(source).name
-    with pytest.raises(Busy), claim(unsettled.claims, name, wait=0.0):
+    name = trigger.explain(source).name
+    with pytest.raises(Busy, match="another process is at work on it"):
+        trigger.fire(source)
+    with claim(trigger.claims, name, valid=-1.0):
         pass
-    with claim(unsettled.claims, name, wait=0.0, valid=0.0):
-        pass
-    with claim(unsettled.claims, name, wait=0.0):
+    with claim(trigger.claims, name):
         pass
 
 
@@ -179,7 +190,7 @@ def test_what_kubeflow_forgets_the_claims_remember(kfp: FakeKfp, trigger: Trigge
     first = trigger.fire(source)
     kfp.runs.clear()
     decision = replace(trigger, attempts=5).fire(source)
-    uri = f"{root}/claims/{first.name}.started/{first.run_id}"
+    uri = f"{root}/claims/{first.name}"
     assert decision == trigger.explain(source)
     assert decision.reason == (
         f"a run for this data was started, {first.run_id}, which Kubeflow no longer knows; "
@@ -202,8 +213,8 @@ def test_what_the_server_changes_is_said(kfp: FakeKfp, trigger: Trigger, source:
     assert f"run {decision.run_id} has started, but the server changed its parameters settings" in caplog.text
 
 
-def test_places_make_no_other_run(trigger: Trigger, source: str):
-    elsewhere = replace(trigger, place=Place("skd", "another", "team-settings", "gs://b/root", "runner", reuse=False))
+def test_targets_make_no_other_run(trigger: Trigger, source: str):
+    elsewhere = replace(trigger, target=Target("skd", "another", "team-settings", "gs://b/root", "runner", reuse=False))
     assert elsewhere.explain(source).name == trigger.explain(source).name
 
 
@@ -215,7 +226,7 @@ def test_a_server_that_is_away_is_said_to_be_waited_for(kfp: FakeKfp, config_fil
 
 
 def test_a_failed_run_is_repeated_as_often_as_allowed(kfp: FakeKfp, trigger: Trigger, source: str):
-    twice = Trigger(trigger.config, small.package(), Place(), trigger.api, trigger.claims, attempts=2)
+    twice = Trigger(trigger.config, small.package(), Target(), trigger.api, trigger.claims, attempts=2)
     twice.fire(source)
     kfp.runs[0]["state"] = "FAILED"
     assert trigger.explain(source).reason == "1 run on this data failed: correct it, or raise --attempts"
@@ -255,9 +266,9 @@ def test_other_data_settings_or_pipeline_are_another_run(
 ):
     names = [trigger.explain(source).name]
     other = config.model_copy(update={"seed": config.seed + 1})
-    names.append(Trigger(other, small.package(), Place(), trigger.api).explain(source).name)
+    names.append(Trigger(other, small.package(), Target(), trigger.api).explain(source).name)
     package = replace(small.package(), digest="0" * 64)
-    names.append(Trigger(config, package, Place(), trigger.api).explain(source).name)
+    names.append(Trigger(config, package, Target(), trigger.api).explain(source).name)
     write(f"{source}/train.jsonl", '{"source": "c", "target": "d"}\n', age=4)
     write(f"{source}/_SUCCESS")
     names.append(trigger.explain(source).name)
@@ -281,29 +292,53 @@ def test_a_config_has_to_read_from_the_source(config: RunConfig):
 
 def test_a_claim_of_the_dead_is_taken_over_by_one(emulator: Server, tmp_path: Path):
     folder = f"gs://{BUCKET}/{tmp_path.name}"
-    dead = storage.create_object(f"{folder}/name", b"somebody who died")
-    assert dead is not None
+    slow = claim(folder, "name")
+    held = slow.__enter__()
     with pytest.raises(Busy), claim(folder, "name", wait=0.0):
         pass
     emulator.store.written[f"{tmp_path.name}/name"] -= 3600
-    taken = in_parallel(10, lambda: claims_module._take(f"{folder}/name", os.urandom(8), 600))
-    (generation,) = {each for each in taken if each is not None}
-    # If it was not dead but slow: it deletes nothing that is another's.
-    storage.delete_object(f"{folder}/name", dead)
-    assert storage.list_objects(f"{folder}/name")[0].generation == generation
+    taken: list[str] = []
+
+    def take(run_id: str) -> None:
+        with contextlib.suppress(Busy), claim(folder, "name", wait=0.0) as ours:
+            taken.append(run_id)
+            time.sleep(0.5)
+            ours.run_id = run_id
+
+    names = iter(f"run-{number}" for number in range(10))
+    in_parallel(10, lambda: take(next(names)))
+    assert len(taken) == 1
+    # If the first holder was not dead but slow: it overwrites nothing that is another's.
+    held.run_id = "late"
+    slow.__exit__(None, None, None)
+    assert remembered(folder, "name") == taken[0]
 
 
-def test_a_claim_is_given_back_after_an_error(root: str):
+def test_a_claim_remembers_the_run_that_was_started(root: str):
+    with claim(f"{root}/claims", "name") as held:
+        assert remembered(f"{root}/claims", "name") == ""
+        held.run_id = "a"
+    with claim(f"{root}/claims", "name", wait=0.0) as held:
+        assert held.run_id == "a"
+    assert remembered(f"{root}/claims", "name") == "a"
+
+
+@pytest.mark.parametrize("folder", ["", "claims"])
+def test_a_claim_is_given_back_after_an_error(root: str, folder: str):
     for _ in range(2):
-        with pytest.raises(ValueError, match="x"), claim(f"{root}/claims", "name", wait=0.0):
+        with pytest.raises(ValueError, match="x"), claim(folder and f"{root}/{folder}", "name", wait=0.0):
             raise ValueError("x")
 
 
-def test_a_claim_whose_answer_was_lost_is_ours(emulator: Server, tmp_path: Path):
-    uri = f"gs://{BUCKET}/{tmp_path.name}/name"
-    generation = storage.create_object(uri, b"ours")
-    assert claims_module._take(uri, b"ours", 600) == generation
-    assert claims_module._take(uri, b"theirs", 600) is None
+def test_a_claim_whose_answer_was_lost_is_ours(emulator: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The storage writes it, is asked again after a lost answer, and says that another wrote it."""
+    create = storage.create_object
+    monkeypatch.setattr(storage, "create_object", lambda *a, **k: create(*a, **k) and None)
+    folder = f"gs://{BUCKET}/{tmp_path.name}"
+    with claim(folder, "name", wait=5.0) as held:
+        monkeypatch.setattr(storage, "create_object", create)
+        held.run_id = "ours"
+    assert remembered(folder, "name") == "ours"
 
 
 def test_a_misspelt_source_in_a_bucket_is_an_error(kfp: FakeKfp, config_file: Path, source: str):
@@ -331,9 +366,6 @@ def test_the_command_explains_and_starts(kfp: FakeKfp, config_file: Path, source
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data", "--listen", "8080"], "pushes tell of gs:// only"),
-        (["gs://b/data", "--listen", "8080"], "no place for claims"),
-        (["gs://b", "--listen", "1", "--claims", "gs://c", "--push-account", "a"], "give --push-audience too"),
         ([""], "SOURCE: must not be empty"),
         (["data", "--marker", ""], "--marker: '' is not the name of a file"),
         (["data", "--marker", "../x"], "--marker: '../x' is not the name of a file"),
@@ -347,178 +379,3 @@ def test_errors_say_what_to_do(config_file: Path, arguments: list[str], message:
     done = skd("trigger", *arguments, "--config", config_file, "--host", "http://h", "--pipeline", small.package().path)
     assert isinstance(done.exception, SkdError)
     assert message in str(done.exception)
-
-
-@pytest.mark.parametrize("port", ["-1", "0", "65536", "x"])
-def test_a_port_is_one(config_file: Path, port: str):
-    done = skd("trigger", "gs://b", "--listen", port, "--claims", "gs://c", "--config", config_file)
-    assert done.exit_code == 2
-    assert "--listen" in done.output
-
-
-# --- pushes of Pub/Sub --------------------------------------------------------------------------------------------
-
-
-def event(uri: str, kind: str = "OBJECT_FINALIZE", **attributes: str) -> dict[str, Any]:
-    bucket, _, name = uri.removeprefix("gs://").partition("/")
-    data = base64.b64encode(json.dumps({"kind": "storage#object", "name": name}).encode()).decode()
-    attributes = {"bucketId": bucket, "objectId": name, "eventType": kind, **attributes}
-    return {"message": {"attributes": attributes, "data": data, "messageId": "1"}, "subscription": "s"}
-
-
-class Pushed:
-    """A server that answers pushes, and what a subscription does with it."""
-
-    def __init__(self, fire: Callable[[str], Decision], root: str, auth: PushAuth | None = None) -> None:
-        self._server = make_server(0, fire, root=root, marker="_SUCCESS", auth=auth)
-        self._server.daemon_threads = True
-        self.port = self._server.server_port
-
-    def __enter__(self) -> Pushed:
-        Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def push(self, body: Any, token: str = "", method: str = "POST") -> tuple[int, Any]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        connection.request(method, "/", body if isinstance(body, bytes) else json.dumps(body), headers)
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-
-@pytest.mark.parametrize("root", ["gs"], indirect=True)
-def test_pushes_start_one_run_for_each_source(
-    kfp: FakeKfp, trigger: Trigger, root: str, source: str, write: Callable[..., None]
-):
-    write(f"{root}/data/day-2/train.jsonl", '{"source": "c", "target": "d"}\n')
-    write(f"{root}/data/day-2/_SUCCESS")
-    # The newer one first, its parts after it, and all of them again and again.
-    events = [
-        event(f"{root}/data/{name}")
-        for name in ("day-2/_SUCCESS", "day-2/train.jsonl", "day-1/_SUCCESS", "day-1/train.jsonl")
-    ]
-    with Pushed(trigger.fire, f"{root}/data") as pushed:
-        answers = in_parallel(20, lambda: [pushed.push(each) for each in events])
-    assert {status for each in answers for status, _ in each} == {200}
-    assert sum(answer["fire"] for each in answers for _, answer in each) == 2
-    assert len(kfp.runs) == len({run["display_name"] for run in kfp.runs}) == 2
-
-
-def test_only_a_completed_source_in_the_folder_counts():
-    def announced(uri: str, kind: str = "OBJECT_FINALIZE") -> str | None:
-        return source_of(read_message(json.dumps(event(uri, kind)).encode()), "gs://b/data/", "_SUCCESS")
-
-    assert announced("gs://b/data/day/_SUCCESS") == "gs://b/data/day"
-    assert announced("gs://b/data/_SUCCESS") == "gs://b/data"
-    assert announced("gs://b/data/day/part") is None
-    assert announced("gs://b/data-other/_SUCCESS") is None
-    assert announced("gs://other/data/_SUCCESS") is None
-    assert announced("gs://b/data/_SUCCESS", "OBJECT_DELETE") is None
-
-
-def test_what_is_no_push_is_refused():
-    def fail(source: str) -> Decision:
-        raise SkdError("broken", where=source)
-
-    def busy(source: str) -> Decision:
-        raise Busy("at work", where=source)
-
-    good = event("gs://b/data/_SUCCESS")
-    with Pushed(fail, "gs://b") as pushed:
-        for body in (
-            b"",
-            b"[]",
-            b"{}",
-            b"\xff",
-            b'{"message": {"attributes": []}}',
-            b'{"message": {"data": "?"}}',
-            b"[" * 900_000,
-            b'{"message": {"attributes": {"bucketId": "b", "objectId": "\\ud800/_SUCCESS"}}}',
-            b'{"message": {"attributes": {"n": ' + b"9" * 5000 + b"}}}",
-            b'{"message": NaN}',
-        ):
-            status, answer = pushed.push(body)
-            assert status == 400
-            assert len(str(answer)) < 300
-        assert pushed.push(b"x" * (1 << 20) + b"x")[0] == 413
-        assert pushed.push(good) == (500, {"error": "gs://b/data: broken"})
-        assert pushed.push(b"", method="GET") == (200, {"status": "ok"})
-    with Pushed(busy, "gs://b") as pushed:
-        assert pushed.push(good) == (503, {"error": "gs://b/data: at work"})
-
-
-def test_what_nobody_foresaw_is_answered(caplog: pytest.LogCaptureFixture):
-    def crash(source: str) -> Decision:
-        raise ZeroDivisionError(source)
-
-    with Pushed(crash, "gs://b") as pushed:
-        status, answer = pushed.push(event("gs://b/\x1b[2J/_SUCCESS"))
-    assert status == 500
-    assert answer["error"].startswith("this is a bug in skd: ZeroDivisionError")
-    assert "Traceback" not in caplog.text
-
-
-def test_without_tokens_only_this_machine_is_listened_to():
-    def bound(auth: PushAuth | None) -> Any:
-        server = make_server(0, lambda source: Decision(False, source), root="gs://b", marker="_SUCCESS", auth=auth)
-        server.server_close()
-        return server.server_address[0]
-
-    assert bound(None) == "127.0.0.1"
-    assert bound(PushAuth(AUDIENCE)) == "0.0.0.0"  # noqa: S104 - what is checked
-
-
-def test_a_port_that_is_taken_is_named():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(SkdError, match=f"--listen: cannot listen on port {port}: Address already in use"):
-            make_server(port, lambda source: Decision(False, source), root="gs://b", marker="_SUCCESS", auth=None)
-
-
-def test_stalled_senders_hold_no_more_than_some_threads(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("skd_kfp.pipelines.kubeflow.push.MAX_THREADS", 3)
-    monkeypatch.setattr("skd_kfp.pipelines.kubeflow.push.SOCKET_SECONDS", 0.5)
-    with Pushed(lambda source: Decision(False, source), "gs://b") as pushed:
-        before = active_count()
-        address = ("127.0.0.1", pushed.port)
-        stalled = [socket.create_connection(address) for _ in range(12)]
-        time.sleep(0.2)
-        assert active_count() - before <= 3
-        for connection in stalled:
-            connection.close()
-        assert pushed.push(event("gs://b/data/part"))[0] == 200
-
-
-def test_tokens_are_verified():
-    fired: list[str] = []
-
-    def fire(source: str) -> Decision:
-        fired.append(source)
-        return Decision(fire=True, reason="")
-
-    good = event("gs://b/data/_SUCCESS")
-    with Issuer() as issuer, Issuer() as stranger:
-        auth = PushAuth(AUDIENCE, ACCOUNT, issuer.url)
-        with Pushed(fire, "gs://b", auth) as pushed:
-            refused = [
-                "",
-                "no.token.atall",
-                stranger.token(AUDIENCE),
-                issuer.token("https://another.example.com"),
-                issuer.token(AUDIENCE, exp=int(time.time()) - 60, iat=int(time.time()) - 120),
-                issuer.token(AUDIENCE, iss="https://accounts.example.com"),
-                issuer.token(AUDIENCE, email="another@project.iam.gserviceaccount.com"),
-                issuer.token(AUDIENCE, email_verified=False),
-            ]
-            assert [pushed.push(good, token)[0] for token in refused] == [401] * len(refused)
-            assert not fired
-            assert pushed.push(good, issuer.token(AUDIENCE))[0] == 200
-        assert fired == ["gs://b/data"]
-    with Pushed(fire, "gs://b", auth) as pushed:  # the issuer is gone: that is no verdict on the token
-        assert pushed.push(good, "a.b.c")[0] == 503

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 import skd_kfp.pipelines.cli
-from skd_kfp.pipelines.kubeflow.submit import Package, Place, Submission
+from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdErrors
 from skd_lib.preflight.checks import Checks, PreflightReport
@@ -172,7 +172,7 @@ def test_a_notice_and_links(client: MlflowClient) -> None:
 
 def test_kubeflow_gets_no_password() -> None:
     with pytest.raises(SkdErrors) as caught:
-        Submission.plan(RunConfig.model_validate(CONFIG), small.package(), Place(pipeline_root=DEAD))
+        Submission.plan(RunConfig.model_validate(CONFIG), small.package(), Target(pipeline_root=DEAD))
     (problem,) = caught.value.errors
     assert "holds a password" in problem.what
     assert PASSWORD not in str(problem)

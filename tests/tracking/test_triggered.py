@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
 from skd_kfp.pipelines.kubeflow.auth import Anonymous
-from skd_kfp.pipelines.kubeflow.submit import Place
+from skd_kfp.pipelines.kubeflow.submit import Target
 from skd_kfp.pipelines.kubeflow.trigger import Trigger
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
@@ -131,7 +131,7 @@ def trigger(kfp: FakeKfp, store: str, tmp_path: Path) -> Trigger:
     values["data"] = {"source": {"type": "files", "train": ["{source}/train.jsonl"]}}
     api = KubeflowPipelines(kfp.host, Anonymous(), backoff=0.01)
     claims = str(tmp_path / "claims")
-    place = Place(EXPERIMENT, mlflow_experiment=EXPERIMENT)
+    place = Target(EXPERIMENT, mlflow_experiment=EXPERIMENT)
     return Trigger(RunConfig.model_validate(values), small.package(), place, api, claims=claims, tracking_uri=store)
 
 
@@ -244,6 +244,15 @@ def test_the_runs_steps_go_on_in_what_the_trigger_made(
 
 def test_events_at_the_same_time_leave_one_note(kfp: FakeKfp, trigger: Trigger, source: str, parents: Runs) -> None:
     decisions = in_parallel(8, lambda: trigger.fire(source))
+    assert sum(decision.fire for decision in decisions) == len(kfp.runs) == len(parents()) == 1
+
+
+def test_mlflows_tag_alone_lets_twenty_events_start_one_run(
+    kfp: FakeKfp, trigger: Trigger, source: str, parents: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KubeflowPipelines, "runs_named", lambda *_: [])
+    alone = replace(trigger, claims="")
+    decisions = in_parallel(20, lambda: alone.fire(source))
     assert sum(decision.fire for decision in decisions) == len(kfp.runs) == len(parents()) == 1
 
 
