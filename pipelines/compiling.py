@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from skd_kfp.components.images import COMET, TRAIN
+from skd_kfp.pipelines.compile_checks import find_problems
 from skd_kfp.pipelines.graph import STEPS, producers
-from skd_kfp.pipelines.lint_platform import lint_documents
 from skd_kfp.pipelines.profiles import DEFAULT, load_profile
 from skd_lib._core.documents import parse_yaml_documents, read_text
 from skd_lib.config import RunConfig
@@ -78,11 +78,11 @@ def compile_pipeline(
         comet_image: Likewise for COMET's step.
         name: One of `PIPELINES`.
         profile: What the steps ask of the cluster, see `skd_kfp.pipelines.profiles.load_profile`.
-        release: Insist on what must hold of a released pipeline, see `skd_kfp.pipelines.lint_platform`.
+        release: Insist on what must hold of a released pipeline, see `skd_kfp.pipelines.compile_checks`.
 
     Raises:
         SkdError: there is no such profile.
-        SkdErrors: the profile has wrong fields, or the result breaks a rule of `skd_kfp.pipelines.lint_platform`.
+        SkdErrors: the profile has wrong fields, or the result breaks a rule of `skd_kfp.pipelines.compile_checks`.
     """
     from kfp import compiler
 
@@ -101,7 +101,7 @@ def compile_pipeline(
     images = {TRAIN: image or TRAIN, COMET: comet_image or COMET}
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         set_image(executor["container"], images[executor["container"]["image"]])
-    problems = lint_documents(documents, release=release)
+    problems = find_problems(documents, release=release)
     if problems:
         raise SkdErrors([SkdError(problem, where="compiled pipeline") for problem in problems])
     return documents

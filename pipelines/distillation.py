@@ -8,6 +8,7 @@ distill, register_model. Compiled by `skd compile` into `pipelines/compiled/dist
 COMET, `distillation_comet.yaml`; `skd run` runs the same definition locally.
 """
 
+from functools import partial
 from typing import Any
 
 from kfp import dsl
@@ -18,9 +19,10 @@ from skd_kfp.components.register_model.component import register_model
 from skd_kfp.components.student_init.component import student_init
 from skd_kfp.components.teacher_sft.component import teacher_sft
 from skd_kfp.pipelines import chapters
-from skd_kfp.pipelines.places import CONFIG_MAP
+from skd_kfp.pipelines.chapters import PREPARE, select
+from skd_kfp.pipelines.parameters import POOL, form, pipeline
 from skd_kfp.pipelines.profiles import Profile
-from skd_kfp.pipelines.task_settings import Settler
+from skd_kfp.pipelines.task_settings import make_task
 from skd_lib.steps.preflight import NO_COMPARISON
 
 HANDED_ON = dict.fromkeys(
@@ -30,7 +32,7 @@ HANDED_ON = dict.fromkeys(
     ),
     str,
 )
-"""What preflight gives to later steps: each its part of the configuration."""
+"""Outputs of preflight that later steps take: each its part of the configuration."""
 
 
 def distillation_comet(profile: Profile) -> Any:
@@ -42,83 +44,25 @@ def distillation(profile: Profile, *, comet: bool = False) -> Any:
     """Return the pipeline.
 
     Args:
-        profile: What the steps ask of the cluster.
-        comet: Whether it has a step for COMET. One that is not needed costs image, node and room in Kubeflow's records.
+        profile: The machines.
+        comet: It has a step for COMET. One that is not needed costs image, node and room in Kubeflow's records.
     """
-    pool_labels, pool_taints = profile.shared_pool
     judged = {"comet_score": str} if comet else {}
-    prepare, measure = (
-        chapters.prepare(profile, {**HANDED_ON, **judged}, comet=comet),
-        chapters.measure(profile, comet=comet),
-    )
+    prepare = chapters.prepare(profile, {**HANDED_ON, **judged}, comet=comet)
+    measure = chapters.measure(profile, comet=comet)
 
-    @dsl.pipeline(
-        name="skd-distillation",  # with and without COMET: Kubeflow's cache is for each name
-        description="Distil a large language model into a small one by Speculative Knowledge Distillation, measure it "
+    @pipeline(
+        "skd-distillation",  # with and without COMET: Kubeflow's cache is for each name
+        "Distil a large language model into a small one by Speculative Knowledge Distillation, measure it "
         f"as a model and as a draft for speculative decoding{', judge it by COMET' * comet}, and register it.",
+        form(profile, comparison=False),
     )
-    def pipeline(
-        config: str = "{}",
-        data_test: str = "",
-        data_train: str = "",
-        data_validation: str = "",
-        mlflow_experiment: str = "",
-        model_student: str = "",
-        model_teacher: str = "",
-        node_selector: dict = pool_labels,  # type: ignore[type-arg]
-        node_tolerations: list = pool_taints,  # type: ignore[type-arg]
-        reuse: bool = True,
-        settings: str = CONFIG_MAP,
-        task: str = "",
-        training_method: str = "",
-        training_steps: int = 0,
-    ) -> None:
-        """Distil a teacher into a student.
-
-        Args:
-            config: What else differs from the defaults, as JSON, or the URI of a run's YAML file. A field of this form
-                that is not empty goes before what it says.
-            data_test: Test data: paths, globs or URIs of files (JSONL, CSV, Parquet, ...), separated by commas. Empty:
-                cut from the training data.
-            data_train: Training data, likewise.
-            data_validation: Validation data, likewise. Empty: cut from the training data.
-            mlflow_experiment: MLflow experiment. Empty: the one of the settings.
-            model_student: Student: hub id (`google/gemma-2b-it`), mounted folder or gs:// URI, with the teacher's
-                tokenizer. Empty where it is cut from the teacher (`student_init.mode: prune` in `config`).
-            model_teacher: Teacher, likewise.
-            node_selector: Labels that nodes must have on which models are loaded, e.g. a GPU pool's; {} for any node.
-            node_tolerations: Taints that those nodes may have, as Kubernetes spells them:
-                `[{"key": "nvidia.com/gpu", "operator": "Exists"}]`.
-            reuse: Whether steps that were done before, with the same data, models and settings, are taken from the
-                cache.
-            settings: The ConfigMap of the namespace that says where MLflow is and where checkpoints are kept.
-            task: What is asked: `translation`, `summarization`, `gsm8k`, `math`, `instruction`, or the URI of a task's
-                YAML file. Empty: as `config` says.
-            training_method: How the student learns: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`,
-                `supervised_kd`, `seqkd` or `sft`. Empty: as `config` says, else `skd`.
-            training_steps: Optimiser steps of the distillation. 0: as `config` says.
-        """
-        pool = {"settings": settings, "node_selector": node_selector, "node_tolerations": node_tolerations}
-        step = Settler(profile, **pool).step
+    def distillation(given: Any) -> None:
+        step = partial(make_task, profile, given)
         run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         end = step(finish, "finish", cache=False, run_name=run_name)
         with dsl.ExitHandler(end, name="distillation"):
-            prepared = prepare(
-                run_name=run_name,
-                config=config,
-                comparison=NO_COMPARISON,
-                data_train=data_train,
-                data_validation=data_validation,
-                data_test=data_test,
-                model_teacher=model_teacher,
-                model_student=model_student,
-                task=task,
-                training_method=training_method,
-                training_steps=training_steps,
-                mlflow_experiment=mlflow_experiment,
-                reuse=reuse,
-                settings=settings,
-            ).outputs
+            prepared = prepare(**select(given, PREPARE), run_name=run_name, comparison=NO_COMPARISON).outputs
             data = prepared["data"]
             teacher = step(
                 teacher_sft, "teacher_sft", title="teacher", data=data, config=prepared["teacher_sft"]
@@ -151,7 +95,7 @@ def distillation(profile: Profile, *, comet: bool = False) -> Any:
                 champion_config=prepared["evaluate_champion"],
                 report_config=prepared["report"],
                 comet_config=prepared["comet_score"] if comet else "",
-                **pool,
+                **select(given, POOL),
             ).outputs
             step(
                 register_model,
@@ -162,4 +106,4 @@ def distillation(profile: Profile, *, comet: bool = False) -> Any:
                 measured=measured["measured"],
             )
 
-    return pipeline
+    return distillation

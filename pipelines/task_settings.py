@@ -1,77 +1,81 @@
-"""What every task of our pipelines has."""
+"""Settings of every task of the pipelines: caching, resources, nodes, Secrets, and where records are kept."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from kfp import dsl, kubernetes
 from kfp.dsl.base_component import BaseComponent
 
-from skd_kfp.components.command import on_several_gpus
-from skd_kfp.pipelines.places import give_places
 from skd_kfp.pipelines.profiles import Profile, Resources
+from skd_lib.steps.environment import ROOT, SECRETS, SETTINGS_FOLDER
+
+CONFIG_MAP = "skd-settings"
+"""The ConfigMap of a namespace in which its administrators say what holds for its runs; it need not exist."""
+UNTRACKED = ("show-data", "show-trial", "compare_variant")
+"""Tasks that use neither MLflow nor storage of their own."""
+FETCHING = ("preflight", "prepare_data", "teacher_sft", "evaluate_teacher", "student_init", "comet_score")
+"""Tasks that load from the Hugging Face hub."""
 
 
-@dataclass(frozen=True)
-class Settler:
-    """Gives tasks what they need to run.
+def make_task(
+    profile: Profile,
+    given: Any,
+    component: BaseComponent,
+    name: str,
+    /,
+    *,
+    title: str = "",
+    cache: bool = True,
+    **inputs: Any,
+) -> dsl.PipelineTask:
+    """Make a task with its caching, its resources, its nodes, its Secrets, the run's settings and the run's id.
 
-    Attributes:
+    Settings and id are no parameters of the component: they would be part of the cache's key.
+
+    Args:
         profile: The machines.
-        settings: Pipeline parameter: name of the ConfigMap with the run's places.
-        node_selector: Pipeline parameter: labels of the nodes for steps that load models. None where no such step is.
-        node_tolerations: Pipeline parameter: taints that those nodes may have.
+        given: Parameters of the pipeline. `settings` is the name of the ConfigMap that says where records are kept;
+            `node_selector` and `node_tolerations` choose the nodes of steps that load models.
+        component: What it runs.
+        name: Its name in `profiles.KINDS`, with a role where a pipeline has several: `evaluate-teacher`.
+        title: Its name on Kubeflow's page, if another.
+        cache: KFP may take its outputs from an earlier run.
+        inputs: Of the component.
     """
-
-    profile: Profile
-    settings: Any
-    node_selector: Any = None
-    node_tolerations: Any = None
-
-    def step(
-        self,
-        component: BaseComponent,
-        name: str,
-        /,
-        *,
-        title: str = "",
-        cache: bool = True,
-        image: str = "",
-        **inputs: Any,
-    ) -> dsl.PipelineTask:
-        """Make a task with its caching, its resources, its secrets, the run's places and the run's id.
-
-        The id comes from the pod's label, not as a parameter: a parameter would be part of the cache's key.
-
-        Args:
-            component: What it runs.
-            name: Its name in `profiles.KINDS`, with a role where a pipeline has several: `evaluate-teacher`.
-            title: What Kubeflow's page calls it, where that is not its name.
-            cache: Whether KFP may take its outputs from an earlier run.
-            image: Another image than the component's.
-            inputs: Of the component.
-        """
-        task = _named(component, name)(**inputs)
-        task.set_display_name(title or name).set_caching_options(cache)
-        if image:
-            task.set_container_image(image)
-        resources = self.profile.resources(name)
-        _request(task, resources)
-        self._place(task, name, resources)
-        give_places(task, name, self.settings)
-        kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-        return task
-
-    def _place(self, task: dsl.PipelineTask, name: str, resources: Resources) -> None:
-        if self.profile.in_shared_pool(name):
-            kubernetes.add_node_selector_json(task, self.node_selector)
-            kubernetes.add_toleration_json(task, self.node_tolerations)
-            return
+    task = _named(component, name)(**inputs)
+    task.set_display_name(title or name).set_caching_options(cache)
+    resources = profile.resources(name)
+    _request(task, resources)
+    if profile.in_shared_pool(name):
+        kubernetes.add_node_selector_json(task, given.node_selector)
+        kubernetes.add_toleration_json(task, given.node_tolerations)
+    else:
         for label, value in resources.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
         kubernetes.add_toleration_json(task, resources.plain_tolerations())
+    for secret in SECRETS:
+        if _needs_secret(name, secret):
+            kubernetes.use_secret_as_volume(task, secret, str(ROOT / secret), optional=True)
+    if name not in UNTRACKED:
+        kubernetes.use_config_map_as_volume(task, given.settings, str(ROOT / SETTINGS_FOLDER), optional=True)
+    kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+    return task
+
+
+def _needs_secret(name: str, secret: str) -> bool:
+    """Tell whether a task needs a Secret: each takes room in Kubeflow's records of the run."""
+    match secret:
+        case "skd-hub":
+            return name in FETCHING
+        case "skd-judge":
+            return name == "preflight" or name.startswith("evaluate")
+        case "skd-notify":
+            return name == "finish"
+        case _:
+            return name not in UNTRACKED
 
 
 def _named(component: BaseComponent, name: str) -> BaseComponent:
@@ -86,12 +90,12 @@ def _named(component: BaseComponent, name: str) -> BaseComponent:
 
 
 def _request(task: dsl.PipelineTask, resources: Resources) -> None:
-    """Ask for a pod's resources, and say how it is tried again, whatever its exit code: KFP's launcher makes all 1."""
+    """Ask for a pod's resources, and for further attempts whatever the exit code: KFP's launcher makes all 1."""
     task.set_cpu_request(resources.cpu).set_memory_request(resources.memory).set_memory_limit(resources.memory)
     if resources.gpus:
         task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(resources.gpus)
     if resources.gpus > 1:
-        task.container_spec.command = on_several_gpus(task.container_spec.command, resources.gpus)
+        task.container_spec.command = _on_several_gpus(task.container_spec.command, resources.gpus)
     if resources.shared_memory:
         mount = "/dev/shm"  # noqa: S108 - a mount point in the container
         kubernetes.empty_dir_mount(task, "shared-memory", mount, medium="Memory", size_limit=resources.shared_memory)
@@ -103,8 +107,19 @@ def _request(task: dsl.PipelineTask, resources: Resources) -> None:
         # What KFP calls the longest pause is Argo's `maxDuration`, counted from the start of the first attempt.
         task.set_retry(retry.count, retry.wait, retry.factor, retry.within)
     if resources.timeout:
-        kubernetes.set_timeout(task, _seconds(resources.timeout))
+        seconds = int(resources.timeout[:-1]) * {"s": 1, "m": 60, "h": 3600}[resources.timeout[-1]]
+        kubernetes.set_timeout(task, seconds)
 
 
-def _seconds(duration: str) -> int:
-    return int(duration[:-1]) * {"s": 1, "m": 60, "h": 3600}[duration[-1]]
+def _on_several_gpus(command: Sequence[str], processes: int) -> list[str]:
+    """Return a step's command for several processes, one for each GPU of the pod."""
+    python, dash_m, module = command
+    options = {
+        "num_processes": str(processes),
+        "num_machines": "1",
+        "main_process_port": "0",  # any that is free
+        "mixed_precision": "no",  # set by the trainer
+        "dynamo_backend": "no",
+    }
+    launch = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return [python, dash_m, "accelerate.commands.launch", "--multi_gpu", *launch, "--module", module]

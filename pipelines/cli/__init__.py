@@ -287,8 +287,9 @@ def compile_(
 ) -> None:
     """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see.
 
-    With --check every profile is compiled and checked, too.
+    Write the READMEs of the components, too. With --check every profile is compiled and checked.
     """
+    from skd_kfp.components.build import check_readmes, write_readmes
     from skd_kfp.pipelines.compiling import (
         PIPELINES,
         check_compiled,
@@ -316,6 +317,9 @@ def compile_(
             for other in () if profile else profile_names():
                 compile_pipeline(name=name, profile=other)
                 say(f"{name} for profile {other} keeps the rules")
+        if output is None:
+            check_readmes()
+            say("the components' READMEs are up to date")
         return
     if (image or comet_image or profile) and output is None:
         raise SkdError(
@@ -328,6 +332,8 @@ def compile_(
         trials = 4 if name == "compare_methods" else 1
         say(f"wrote {_short(path)}{'; with 4 trials' if trials > 1 else ';'} {of_compiled(documents, trials)}")
         say(f"its images: {', '.join(images_of(documents))}")
+    if output is None:
+        write_readmes()
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from kfp import compiler, dsl
 
-from skd_kfp.components.command import run_step
+from skd_kfp.components.build import step_container
 from skd_lib.steps.kfp_call import ARTIFACT_OPTION
 
 STEP = str(Path(__file__).with_name("fake_step.py"))
@@ -15,7 +15,7 @@ STEP = str(Path(__file__).with_name("fake_step.py"))
 
 def fake_container(arguments: list[Any], outputs: Mapping[str, Any], *, lists: bool = False) -> dsl.ContainerSpec:
     """A container whose command line ends as a real step's does."""
-    options = list(run_step("fake", "fake:1", {}, outputs, lists=lists).args)
+    options = list(step_container("fake", "fake:1", {}, outputs, lists=lists).args)
     for name, output in outputs.items():
         if not isinstance(output, dsl.placeholders.OutputParameterPlaceholder):
             options += [ARTIFACT_OPTION, f"{name}={output.path}"]

@@ -12,6 +12,7 @@ import pytest
 
 from skd_kfp.components.images import Image, read_images
 from skd_kfp.pipelines import compiling
+from skd_kfp.pipelines.compile_checks import find_problems
 from skd_kfp.pipelines.compiling import (
     PIPELINES,
     Documents,
@@ -23,7 +24,6 @@ from skd_kfp.pipelines.compiling import (
     write_compiled,
 )
 from skd_kfp.pipelines.graph import read_steps
-from skd_kfp.pipelines.lint_platform import lint_documents
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.steps.preflight import DEPENDS
@@ -239,7 +239,7 @@ def test_profile_is_named_in_the_description(documents: Documents, compile_once:
     assert profile_of(compile_once(profile="cpu")) == "cpu"
 
 
-# --- the lint: a pipeline that is broken in exactly one way -------------------------------------------------------
+# --- the checks: a pipeline that is broken in exactly one way -------------------------------------------------------
 
 
 def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -330,8 +330,8 @@ DISTILL = (*TASKS, "distill", "inputs")
         ),
     ],
 )
-def test_lint_finds(documents: Documents, change: Callable[[dict[str, Any]], Any], problem: str):
+def test_checks_find(documents: Documents, change: Callable[[dict[str, Any]], Any], problem: str):
     broken = copy.deepcopy(documents)
     change(broken[0])
-    found = lint_documents(broken)
+    found = find_problems(broken)
     assert any(problem in each for each in found), found

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from skd_kfp.pipelines.compile_checks import find_problems
 from skd_kfp.pipelines.compiling import Documents
-from skd_kfp.pipelines.lint_platform import lint_documents
 
 DIGEST = "@sha256:" + "0" * 64
 Change = Callable[[Documents], object]
@@ -43,14 +43,14 @@ def parameters(documents: Documents) -> Any:
 
 
 def test_what_is_compiled_keeps_all_rules_even_those_of_a_release(documents: Documents):
-    assert lint_documents(documents, release=True) == []
+    assert find_problems(documents, release=True) == []
 
 
 def test_a_parameter_of_the_platform_that_only_an_outer_dag_has(documents: Documents):
     """As KFP compiles some setters inside of a condition: the driver looks in the inner DAG, and the run fails."""
     del documents[0]["components"]["comp-score"]["inputDefinitions"]["parameters"]["node_selector"]
     del documents[0]["components"]["comp-measure"]["dag"]["tasks"]["score"]["inputs"]["parameters"]["node_selector"]
-    problems = lint_documents(documents)
+    problems = find_problems(documents)
     assert (
         "platform spec of task specdec-benchmark in comp-score: comes from 'node_selector', which the enclosing DAG "
         "does not have"
@@ -130,11 +130,60 @@ def test_a_parameter_of_the_platform_that_only_an_outer_dag_has(documents: Docum
 )
 def test_broken_in_one_way(documents: Documents, change: Change, problem: str):
     change(documents)
-    (found,) = lint_documents(documents)
+    (found,) = find_problems(documents)
     assert re.search(problem, found)
 
 
 def test_a_release_names_every_image_by_its_digest(documents: Documents):
     container(documents)["image"] = "r/train:1.0"
-    assert lint_documents(documents) == []
-    assert lint_documents(documents, release=True) == ["image 'r/train:1.0' is not named by its digest"]
+    assert find_problems(documents) == []
+    assert find_problems(documents, release=True) == ["image 'r/train:1.0' is not named by its digest"]
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def images_alone(*images: str) -> Documents:
+    """A pipeline with a component for each image."""
+    spec = {
+        "root": {"dag": {}},
+        "components": {f"comp-{number}": {"executorLabel": f"exec-{number}"} for number in range(len(images))},
+        "deploymentSpec": {
+            "executors": {f"exec-{number}": {"container": {"image": image}} for number, image in enumerate(images)}
+        },
+    }
+    return [spec, {}]
+
+
+def test_a_wrong_image_is_one_problem():
+    """Commit 9e44b4e: one for each component."""
+    assert find_problems(images_alone("reg/train", "reg/train", "reg/comet:1", "reg/train")) == [
+        "component comp-0: image 'reg/train' has neither version nor digest (and 2 further components)"
+    ]
+    assert find_problems(images_alone("reg/train:latest", "reg/comet")) == [
+        "component comp-0: image 'reg/train:latest' has neither version nor digest",
+        "component comp-1: image 'reg/comet' has neither version nor digest",
+    ]
+
+
+@pytest.mark.parametrize(
+    "image", ["bad image:1", "https://reg/train:1", "reg/Train:1", "reg/train:", "reg/train@sha256:0", ""]
+)
+def test_what_is_no_image_is_said_to_be_none(image: str):
+    (problem,) = find_problems(images_alone(image, image))
+    assert f"image {image!r} is not the name of an image: REGISTRY/NAME:VERSION or" in problem
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "skd:1",
+        "localhost:5000/skd:1",
+        "[::1]:5000/skd:1",
+        "europe-docker.pkg.dev/my-project/repo/skd_train:0.1.0-rc.1",
+        "REG.example/team/skd@sha256:" + "0" * 64,
+        "reg.example/skd:1@sha256:" + "a" * 64,
+    ],
+)
+def test_images_are_taken(image: str):
+    assert find_problems(images_alone(image)) == []

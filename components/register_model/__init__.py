@@ -1,1 +1,0 @@
-"""Component `register_model`."""

@@ -1,1 +1,0 @@
-"""Component `specdec_benchmark`."""

@@ -1,1 +1,0 @@
-"""Component `student_init`."""

@@ -1,0 +1,106 @@
+"""The parameters of the pipelines: one table for the form on Kubeflow's page, and for what chapters are given.
+
+Most of them are options of step `preflight`, with their types, defaults and help.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from kfp import dsl
+
+from skd_kfp.components.build import options_of
+from skd_kfp.components.preflight.component import preflight
+from skd_kfp.pipelines.profiles import Profile
+from skd_kfp.pipelines.task_settings import CONFIG_MAP
+from skd_lib.steps.preflight import main
+
+Body = Callable[[Any], Any]
+POOL: Mapping[str, type] = {"settings": str, "node_selector": dict, "node_tolerations": list}
+"""Parameters that say where steps run, and where their records go. A chapter sees its own parameters only."""
+PREFLIGHT: Mapping[str, type] = {
+    name: option.parameter for name, option in options_of(main).items() if name in preflight.component_spec.inputs
+}
+"""Parameters of step preflight."""
+
+
+class Parameter(NamedTuple):
+    """One parameter of a pipeline: type, default and description."""
+
+    type: type
+    default: Any
+    description: str
+
+
+def form(profile: Profile, *, comparison: bool) -> dict[str, Parameter]:
+    """Return the parameters of a pipeline, by name.
+
+    Args:
+        profile: The machines.
+        comparison: The pipeline compares methods: it takes a comparison, and no single method.
+    """
+    left_out = {"run_name", "comet", "training_method" if comparison else "comparison"}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    defaults |= {"comparison": "{}", "reuse": True}
+    labels, taints = profile.shared_pool
+    return {
+        **{
+            name: Parameter(type_, defaults[name], options_of(main)[name].help)
+            for name, type_ in PREFLIGHT.items()
+            if name not in left_out
+        },
+        "node_selector": Parameter(
+            dict, labels, "Labels that nodes must have on which models are loaded, e.g. a GPU pool's; {} for any node."
+        ),
+        "node_tolerations": Parameter(
+            list,
+            taints,
+            "Taints that those nodes may have, as Kubernetes spells them: "
+            '`[{"key": "nvidia.com/gpu", "operator": "Exists"}]`.',
+        ),
+        "settings": Parameter(
+            str,
+            CONFIG_MAP,
+            "The ConfigMap of the namespace that says where MLflow is and where checkpoints are kept.",
+        ),
+    }
+
+
+def pipeline(
+    name: str, description: str, parameters: Mapping[str, Any], outputs: Any = None
+) -> Callable[[Body], Callable[..., dsl.PipelineTask]]:
+    """Return a decorator: `dsl.pipeline` with parameters from a table.
+
+    Args:
+        name: Name of the pipeline.
+        description: What Kubeflow's page says of it.
+        parameters: By name a `Parameter`, or its type alone. The decorated function gets all of them as attributes of
+            its only argument.
+        outputs: Type of its outputs, a NamedTuple; None: it has none.
+    """
+    full = {
+        key: each if isinstance(each, Parameter) else Parameter(each, inspect.Parameter.empty, "")
+        for key, each in parameters.items()
+    }
+
+    def decorate(body: Body) -> Any:
+        def called(*channels: Any) -> Any:
+            return body(SimpleNamespace(**dict(zip(full, channels, strict=True))))
+
+        described = [f"    {key}: {each.description}" for key, each in full.items() if each.description]
+        called.__doc__ = "\n".join([description, "", "Args:", *described]) if described else None
+        called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(
+                    key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=each.default, annotation=each.type
+                )
+                for key, each in full.items()
+            ],
+            return_annotation=inspect.Signature.empty if outputs is None else outputs,
+        )
+        return dsl.pipeline(name=name, description=description)(called)
+
+    return decorate
