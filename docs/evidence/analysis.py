@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from records import SCORE, Run
-from skd_lib.comparison.statistics import holm, t_interval
+from skd_lib.evaluation.statistics import holm, t_interval
 from tiny_models import forward_cost
 
 METHODS, RULES, EQUAL = "evidence-methods", "evidence-rules", "evidence-equal"

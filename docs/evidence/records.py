@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from skd_lib.comparison.result import Comparison, TrialResult
+from skd_lib.comparison.table import Comparison, TrialResult
 from skd_lib.config import parse_section
 from skd_lib.errors import SkdError
 from skd_lib.storage import write_text_atomic

@@ -217,7 +217,7 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     from skd_lib.models.records import RECORD, SAMPLES
     from skd_lib.report.page import write_page
     from skd_lib.report.render import render
-    from skd_lib.report.samples import read_samples
+    from skd_lib.models.samples import read_samples
     from skd_lib.report.summary import Summary
 
     figures = Path(run.outputs["report"]["figures"])

@@ -137,7 +137,7 @@ def _remark(step: Step, settings: CompareConfig) -> str:
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
     """The tables, where things are, and what to type next."""
     from skd_lib.comparison.render import render
-    from skd_lib.comparison.result import Comparison
+    from skd_lib.comparison.table import Comparison
     from skd_lib.config import parse_section
 
     outputs = {name: Path(uri) for name, uri in run.outputs["compare_table"].items()}

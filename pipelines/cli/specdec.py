@@ -113,7 +113,7 @@ def specdec(
         from skd_lib.data.chat import check_rendering
         from skd_lib.models.files import load_tokenizer
         from skd_lib.models.vocabulary import check_compatible
-        from skd_lib.specdec.measure import measure
+        from skd_lib.specdec.benchmark import measure
         from skd_lib.specdec.render import render
         from skd_lib.specdec.vllm import Served
 

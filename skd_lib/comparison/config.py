@@ -1,4 +1,4 @@
-"""A comparison's YAML file: a run's configuration, and what differs from run to run."""
+"""A comparison's YAML file: a run's configuration, and the settings that differ from run to run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from skd_lib.config import (
     ConfigSection,
-    Method,
+    MethodName,
     Overrides,
     RunConfig,
     StudentInitConfig,
@@ -27,7 +27,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 
 
 class StudentInit(StudentInitConfig):
-    """A place where students start from: section `student_init` of a run, and the student it is about."""
+    """A start of students: section `student_init` of a run, and the student it is about."""
 
     student: str | None = Field(None, description="Model to start from; unset: the run's.")
 
@@ -42,7 +42,7 @@ class CompareConfig(ConfigSection):
     overrides: Overrides = Field(
         {}, description="Fields of `base` that are others in all runs, by dotted name; null unsets one."
     )
-    methods: list[Method] = Field([], description="Methods compared; empty: the one of `base`.")
+    methods: list[MethodName] = Field([], description="Methods compared; empty: the one of `base`.")
     student_inits: dict[str, StudentInit] = Field({}, description="By name; empty: the one of `base`.")
     grid: dict[str, list[Any]] = Field(
         {},
@@ -68,14 +68,14 @@ class CompareConfig(ConfigSection):
     @classmethod
     def _distinct(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) < len(values):
-            raise ValueError(f"every one may be there once only, got {values}")
+            raise ValueError(f"values must be unique, got {values}")
         return values
 
     @field_validator("seeds")
     @classmethod
     def _seeds_in_range(cls, seeds: list[int]) -> list[int]:
         if any(not 0 <= seed < 2**31 for seed in seeds):
-            raise ValueError(f"every one must be from 0 to 2147483647, got {seeds}")
+            raise ValueError(f"seeds must be from 0 to 2147483647, got {seeds}")
         return seeds
 
     @field_validator("grid")
@@ -88,7 +88,7 @@ class CompareConfig(ConfigSection):
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether a YAML file is a comparison's, and not a run's.
+    """Return True for a comparison's YAML file, False for a run's.
 
     Raises:
         SkdError: the file is missing, or is not a mapping in YAML.

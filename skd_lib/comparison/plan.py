@@ -1,4 +1,4 @@
-"""A comparison as the parameters of its pipeline, and from these to the list of its trials."""
+"""The trials of a comparison, and the parameters of its pipeline."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Plan:
     reference: str
 
     def without(self, failed: Mapping[str, str]) -> Plan:
-        """The same without some trials, by label, each with the reason that the table gives."""
+        """Leave out trials, by label, each with the reason that the table gives."""
         compare = self.compare.model_copy(update={"skip": {**self.compare.skip, **failed}})
         gone = [(trial, failed[trial.label]) for trial in self.trials if trial.label in failed]
         left = [trial for trial in self.trials if trial.label not in failed]
         return replace(self, compare=compare, trials=left, skipped=[*self.skipped, *gone])
 
     def table(self) -> dict[str, Any]:
-        """What step `compare_table` needs to know, as plain values."""
+        """Return the plain values that step `compare_table` needs."""
         return {
             "reference": self.reference,
             "trials": [short(trial) for trial in self.trials],
@@ -82,11 +82,7 @@ def plan(compare: CompareConfig, base: RunConfig, *, where: str) -> Plan:
 
 
 def check_fits_cluster(plan: Plan, *, where: str) -> None:
-    """See that a comparison is small enough for one run in Kubeflow.
-
-    Raises:
-        SkdError: it is not.
-    """
+    """Raise an SkdError where a comparison is too large for one run in Kubeflow."""
     if len(plan.trials) > MOST_TRIALS_ON_A_CLUSTER:
         raise SkdError(
             f"{len(plan.trials)} runs; in a cluster a comparison has at most {MOST_TRIALS_ON_A_CLUSTER}",

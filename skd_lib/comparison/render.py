@@ -1,4 +1,4 @@
-"""A comparison for people and programs: tables in the terminal, the same as Markdown, and a CSV of every run."""
+"""A comparison as tables in the terminal, as Markdown, and as a CSV of every run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from skd_lib.comparison.result import Comparison, Estimate, Test, VariantResult
-from skd_lib.report.render import METRIC_NAMES, UNSURE, WITHHELD, duration
-from skd_lib.report.summary import Score
+from skd_lib._core.format import duration, markdown_table
+from skd_lib.comparison.table import Comparison, VariantResult, VariantScore, VariantTest
+from skd_lib.report.render import UNSURE, WITHHELD, metric_name
+from skd_lib.results import Score
 
 SIGNIFICANT = 0.05
 _COSTS = {
@@ -40,7 +41,7 @@ class Page:
 
 
 def render(comparison: Comparison) -> RenderableType:
-    """The tables, to be printed by a `rich` console."""
+    """Return the tables, to be printed by a `rich` console."""
     parts: list[RenderableType] = []
     for page in pages(comparison):
         table = Table(title=page.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -54,17 +55,16 @@ def render(comparison: Comparison) -> RenderableType:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The same as Markdown."""
+    """Return the tables as Markdown."""
     lines = [f"# {comparison.name}", ""]
     for page in pages(comparison):
-        lines += [f"## {page.title}", "", _row(page.header), _row(["---"] * len(page.header))]
-        lines += [*(_row([_escaped(cell) for cell in row]) for row in page.rows), ""]
+        lines += [f"## {page.title}", "", *markdown_table(page.header, page.rows, numbers=False), ""]
     lines += [f"- {line}" for line in notes(comparison)]
     return "\n".join(lines) + "\n"
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One row a run, failed ones too; a figure that a run does not have is empty."""
+    """Return one row a run, failed ones too; a figure that a run does not have is empty."""
     rows = [trial.flat() for trial in comparison.trials]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -75,7 +75,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def pages(comparison: Comparison) -> Iterator[Page]:
-    """A table a metric, the one that matters first; then drafts, what the runs cost, and those that failed."""
+    """Yield a table a metric, the task's first; then drafts, costs, and the runs that failed."""
     found = list(dict.fromkeys(metric for each in comparison.variants for metric in each.scores))
     for metric in sorted(found, key=lambda name: (name not in comparison.metrics, found.index(name))):
         yield _metric_page(comparison, metric)
@@ -97,7 +97,7 @@ def pages(comparison: Comparison) -> Iterator[Page]:
 
 
 def notes(comparison: Comparison) -> Iterator[str]:
-    """How the tables are to be read."""
+    """Explain how to read the tables."""
     kinds = {score.kind for each in comparison.variants for score in each.scores.values()}
     if "t over seeds" in kinds:
         yield "Intervals of several runs: 95 %, Student's t over the seeds; they are about training once more."
@@ -134,22 +134,22 @@ def _metric_page(comparison: Comparison, metric: str) -> Page:
         score = comparison.teacher[metric]
         rows.insert(0, ["(teacher)", "", _interval(score.score, score), "", "", ""])
     header = ["variant", "runs", "mean [95 %]", f"minus {comparison.reference} [95 %]", "p", "p (Holm)"]
-    return Page(METRIC_NAMES.get(metric, metric), header, rows)
+    return Page(metric_name(metric), header, rows)
 
 
 def _runs(variant: VariantResult) -> str:
     return f"{variant.runs} of {variant.runs + variant.failed}" if variant.failed else str(variant.runs)
 
 
-def _estimate(score: Estimate | None) -> str:
+def _estimate(score: VariantScore | None) -> str:
     return "" if score is None else _interval(score.mean, score)
 
 
-def _interval(value: float, score: Estimate | Score) -> str:
+def _interval(value: float, score: VariantScore | Score) -> str:
     return f"{value:.1f} [{score.low:.1f}, {score.high:.1f}]{UNSURE if score.caution else ''}"
 
 
-def _test(test: Test | None) -> list[str]:
+def _test(test: VariantTest | None) -> list[str]:
     if test is None:
         return [""] * 3
     if test.p_value is None or test.p_holm is None:
@@ -178,11 +178,3 @@ def _cost(variant: VariantResult, name: str) -> str:
     if name == "tokens_per_teacher_call":
         return f"{value:.2f}"
     return f"{value / 1000:,.1f}k" if name.endswith("_tokens") and value >= 1000 else f"{value:,.0f}"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""From a comparison's grid to the list of its runs, and from one of these to a run's configuration."""
+"""The list of a comparison's runs, made of its grid, and the configuration of each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Trial(ConfigSection):
         return f"{self.variant}-seed-{self.seed}"
 
     def config(self, base: RunConfig) -> RunConfig:
-        """The whole configuration of this run.
+        """Return the whole configuration of this run.
 
         Raises:
             SkdError: an override that the runs must share, or a wrong, missing or unknown field.
@@ -45,7 +45,9 @@ class Trial(ConfigSection):
         where = f"variant {self.variant}"
         if unset := [path for path, value in self.overrides.items() if value is None]:
             hint = "give a value, or unset it for all runs, under `overrides`"
-            raise SkdErrors([SkdError("null is no value", where=f"{where}, field `{p}`", hint=hint) for p in unset])
+            raise SkdErrors(
+                [SkdError("an override must not be null", where=f"{where}, field `{p}`", hint=hint) for p in unset]
+            )
         if shared := [path for path in self.overrides if path.split(".")[0] not in OWN_SECTIONS]:
             raise SkdErrors([_shared(path, where) for path in shared])
         values = apply({**to_struct(base), "seed": self.seed}, self.overrides, where=where)
@@ -55,7 +57,7 @@ class Trial(ConfigSection):
 
 
 def expand(compare: CompareConfig, base: RunConfig, *, where: str) -> list[Trial]:
-    """Every run of a comparison, variant by variant, each with every seed.
+    """List the runs of a comparison, variant by variant, each with every seed.
 
     Raises:
         SkdErrors: all that is wrong with a variant.
@@ -90,7 +92,7 @@ def expand(compare: CompareConfig, base: RunConfig, *, where: str) -> list[Trial
 
 
 def reference_of(compare: CompareConfig, trials: Sequence[Trial], base: RunConfig, *, where: str) -> str:
-    """The variant that the others are tested against.
+    """Return the variant that the others are tested against.
 
     Raises:
         SkdError: there is no variant of the name that was given.
@@ -122,7 +124,7 @@ def _check_combinations(compare: CompareConfig, methods: Sequence[str], where: s
 
 
 def _variants(compare: CompareConfig, base: RunConfig, where: str) -> Iterator[tuple[str, Overrides]]:
-    """Name and overrides of methods x grid, then of the further variants; without student inits."""
+    """Yield name and overrides of methods x grid, then of the further variants; without student inits."""
     methods = compare.methods or ([] if compare.variants and not compare.grid else [base.distill.method])
     _check_combinations(compare, methods, where)
     for method in methods:
@@ -136,7 +138,7 @@ def _variants(compare: CompareConfig, base: RunConfig, where: str) -> Iterator[t
 
 
 def _read(overrides: Overrides, base: RunConfig, where: str) -> Overrides:
-    """Without the settings of the distillation that the method does not read."""
+    """Leave out the settings of the distillation that the method does not read."""
     own = {path: value for path, value in overrides.items() if path.startswith("distill.")}
     values = apply(to_struct(base), own, where=where)
     distill = parse_section(RunConfig, values, where=f"{where}, field `grid`").distill
@@ -148,7 +150,7 @@ def _read(overrides: Overrides, base: RunConfig, where: str) -> Overrides:
 
 
 def _slugs(overrides: Mapping[str, Any]) -> Iterator[str]:
-    """`top_k-5` for each setting but the method."""
+    """Yield `top_k-5` for each setting but the method."""
     for path, value in overrides.items():
         if path != "distill.method":
             text = "-".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, assert_never
 
 from skd_lib import storage
+from skd_lib._core.format import first_line
 from skd_lib.config import (
     Columns,
     DataSource,
@@ -287,23 +288,19 @@ def _hub_errors(where: str) -> Iterator[None]:
         raise SkdError("the hub is switched off by HF_HUB_OFFLINE", where=where, hint=hint) from error
     except (DatasetsError, HfHubHTTPError) as error:
         hint = "check `data.source.dataset`, `subset` and `revision`; a gated dataset needs HF_TOKEN"
-        raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
+        raise SkdError(f"cannot load the dataset: {first_line(error)}", where=where, hint=hint) from error
     except ValueError as error:
         # What `datasets` raises for a subset or a split that the dataset does not have; the message lists those it has.
         hint = "check `data.source.subset` and the names of the splits"
-        raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
+        raise SkdError(f"cannot load the dataset: {first_line(error)}", where=where, hint=hint) from error
     except SkdError:
         raise
     except (OSError, http_error) as error:
         hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
-        raise SkdError(f"cannot reach the dataset on the hub: {_first_line(error)}", where=where, hint=hint) from error
+        raise SkdError(f"cannot reach the dataset on the hub: {first_line(error)}", where=where, hint=hint) from error
     except Exception as error:  # whatever the library's readers raise for files that it cannot read
         hint = "check the dataset's files, or give them as files (`data.source.type: files`)"
-        raise SkdError(f"cannot load the dataset: {_first_line(error)}", where=where, hint=hint) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise SkdError(f"cannot load the dataset: {first_line(error)}", where=where, hint=hint) from error
 
 
 # --- gettext catalogs ---------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ _LEAD = re.compile(rf"(?:[\s*\\{_CURRENCY}+\u2212:=~≈(\[`_-]|(?:{_CODES})(?![A
 
 
 def _number(whole: str) -> str:
-    """A verbose pattern of a number whose digits before the point are `whole`."""
+    """Return a verbose pattern of a number whose digits before the point are `whole`."""
     return rf"""
     (?P<value> (?:{whole}|{_DIGITS})(?:\.{_DIGITS})? | \.{_DIGITS})
     (?: [eE](?P<exponent>[-+]?[0-9]{{1,2}})
@@ -54,7 +54,7 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def predicted_answer(text: str, kind: AnswerKind) -> Value | None:
-    """The answer that a model's text gives; None if it gives none in the form that the task asks for.
+    """Return the answer that a model's text gives; None if it gives none in the form that the task asks for.
 
     Args:
         text: What the model wrote.
@@ -65,7 +65,7 @@ def predicted_answer(text: str, kind: AnswerKind) -> Value | None:
 
 
 def reference_answer(text: str, kind: AnswerKind) -> Value | None:
-    """The answer of a reference: marked in one of the ways above, or the whole text; None if it holds none."""
+    """Return the answer of a reference: marked in one of the ways above, or the whole text; None if it holds none."""
     if ANSWER_MARK in text:
         return extract_answer(text)
     if _BOX.search(text):
@@ -87,7 +87,7 @@ def extract_answer(text: str) -> Fraction | None:
 
 
 def boxed_answer(text: str) -> Value | None:
-    """What the last `\\boxed{}` (or `\\fbox{}`) holds, braces within it included; None if there is none or it is open.
+    """Return the content of the last `\\boxed{}` or `\\fbox{}`; None if there is none or it is open.
 
     The last one counts, as in MATH's own evaluation: earlier ones hold intermediate results. `\\boxed 7` holds what is
     left of its formula.
@@ -106,7 +106,7 @@ def boxed_answer(text: str) -> Value | None:
 
 
 def math_value(latex: str) -> Value | None:
-    """The value of a mathematical answer: a fraction if it is a number, else its canonical LaTeX; None if empty."""
+    """Return the value of a mathematical answer: a fraction if it is a number, else canonical LaTeX; None if empty."""
     text = canonical(latex)
     minus, rest = (True, text[1:]) if text.startswith("-") else (False, text)
     match = _NUMBER.fullmatch(rest)
@@ -117,7 +117,7 @@ def math_value(latex: str) -> Value | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text; None if there is none."""
+    """Return the last number of a text; None if there is none."""
     match = _last(_LAST, text)
     value = _value(match) if match else None
     if match is None or value is None:

@@ -1,4 +1,4 @@
-"""How well a model does a task: greedy answers, the task's metrics, and how sure the scores are."""
+"""Evaluation of a model on a task: greedy answers, the task's metrics, and intervals of the scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +18,8 @@ from skd_lib.evaluation.judge import JudgeUnavailable, grade, mean_rating
 from skd_lib.evaluation.metrics import Measured, measure, scorable
 from skd_lib.evaluation.perplexity import reference_losses
 from skd_lib.evaluation.predictions import Prediction, perplexity
-from skd_lib.evaluation.significance import scored
+from skd_lib.evaluation.statistics import scored
+from skd_lib.results import Score, Scores
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +29,19 @@ class Evaluation:
     """The result of one evaluation.
 
     Attributes:
-        scores: `{METRIC: {"score", "low", "high", "signature"}, ..., "examples", "seconds"}`; scores and their 95 %
-            intervals are 0 to 100 (`judge`: 1 to 10, `perplexity`: from 1), seconds are those of the model. A score on
-            fewer than all examples has their number as `scored`, one whose interval says little a `caution`. `missing`,
-            where there are any: metrics that could not be had, and why.
+        scores: By metric, without those of held-out sets.
         predictions: One an example, in the order of the examples.
     """
 
-    scores: dict[str, Any]
+    scores: Scores
     predictions: list[Prediction]
 
     def figures(self) -> dict[str, float]:
-        """The numbers alone, flat, as trackers and KFP's metrics want them."""
+        """Return the numbers alone, flat, for trackers and KFP's metrics."""
         figures: dict[str, float] = {}
-        for name, value in self.scores.items():
-            if isinstance(value, dict) and "score" in value:
-                figures |= {name: value["score"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
-            elif isinstance(value, int | float):
-                figures[name] = float(value)
+        for name, score in self.scores.metrics.items():
+            figures |= {name: score.score, f"{name}_low": score.low, f"{name}_high": score.high}
+        figures |= {"examples": float(self.scores.examples), "seconds": self.scores.seconds}
         if not self.predictions:
             return figures
         tokens = sum(prediction.tokens for prediction in self.predictions)
@@ -83,8 +78,8 @@ def evaluate(
 ) -> Evaluation:
     """Answer the examples and score the answers with every metric of the task but COMET.
 
-    A metric that cannot be had (references without answers, a model that yields NaN) is told as missing, as long as
-    there is another one. A judge that is down may be up again later: without it there is no result.
+    A metric that cannot be computed (references without answers, a model that yields NaN) is reported as missing, as
+    long as there is another one. A judge that is down may be up again later: without it there is no result.
 
     Args:
         model: In eval mode, on the device it is to run on.
@@ -96,7 +91,7 @@ def evaluate(
 
     Raises:
         JudgeUnavailable: the judge cannot be reached or refuses.
-        SkdError: no examples, no metric that could be had, or a prompt that does not fit the model.
+        SkdError: no examples, no metric that can be computed, or a prompt that does not fit the model.
     """
     missing = _unscorable(task, examples)  # before any work is done
     started = time.perf_counter()
@@ -113,7 +108,7 @@ def evaluate(
         ]
     seconds = time.perf_counter() - started
 
-    scores: dict[str, Any] = {}
+    scores: dict[str, Score] = {}
     for name in task.own_metrics:
         if name in missing:
             continue
@@ -126,7 +121,7 @@ def evaluate(
             continue
         scores[name] = scored(measured, resamples=config.bootstrap_samples, seed=seed)
         if len(measured.scored_N) < len(predictions):
-            scores[name]["scored"] = len(measured.scored_N)
+            scores[name] = scores[name].model_copy(update={"scored": len(measured.scored_N)})
             log.warning("%s: %d of %d examples could be scored", name, len(measured.scored_N), len(predictions))
         alone = measured.by_example()
         predictions = [
@@ -135,11 +130,11 @@ def evaluate(
         ]
     if missing and not scores:
         raise next(iter(missing.values()))
-    if missing:
-        reasons = {name: error.brief for name, error in missing.items()}
-        log.warning("metrics that could not be had: %s", reasons)
-        scores["missing"] = reasons
-    return Evaluation({**scores, "examples": len(examples), "seconds": round(seconds, 3)}, predictions)
+    reasons: dict[str, str] = {name: error.brief for name, error in missing.items()}
+    if reasons:
+        log.warning("metrics that could not be computed: %s", reasons)
+    found = Scores(metrics=scores, missing=reasons, examples=len(examples), seconds=round(seconds, 3))
+    return Evaluation(found, predictions)
 
 
 def evaluate_held_out(
@@ -171,14 +166,12 @@ def evaluate_held_out(
             except SkdError as error:
                 reason = error.brief
         log.warning("held-out set %s is missing, everything else goes on: %s", name, reason)
-        results[name] = Evaluation(
-            {"missing": dict.fromkeys(each.task.own_metrics, reason), "examples": 0, "seconds": 0.0}, []
-        )
+        results[name] = Evaluation(Scores(missing=dict.fromkeys(each.task.own_metrics, reason)), [])
     return results
 
 
 def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricName, SkdError]:
-    """The metrics that the references alone rule out.
+    """Find the metrics that the references alone rule out.
 
     Raises:
         SkdError: that is all of them, or there are no examples.

@@ -15,7 +15,7 @@ from skd_lib.models.special_ids import eos_ids
 
 
 def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer on this process's device, in what precision `auto` is there.
+    """Load a model and its tokenizer on this process's device, in the precision that `auto` is there.
 
     All models are measured alike, whatever they were trained in: scores and seconds are compared with each other.
 
@@ -28,7 +28,7 @@ def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> tuple[int, ...]:
-    """Every id that ends an answer: those the model's files name, and the one that training puts after answers.
+    """Return every id that ends an answer: those the model's files name, and the one that training puts after answers.
 
     They differ where a chat template ends turns with a token that no file lists as end of sequence.
     """

@@ -56,7 +56,7 @@ def check_judge(config: JudgeConfig) -> None:
 
 
 def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[float | None]:
-    """Ratings of answers, 1 to 10.
+    """Return ratings of answers, 1 to 10.
 
     Args:
         config: The judge; at most its `examples` rows are graded.
@@ -96,14 +96,14 @@ def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[flo
 
 
 def parse_rating(reply: str) -> float | None:
-    """The last rating in double brackets, if it is between 1 and 10."""
+    """Return the last rating in double brackets, if it is between 1 and 10."""
     found = _RATING.findall(reply)
     rating = float(found[-1]) if found else 0.0
     return rating if LOWEST <= rating <= HIGHEST else None
 
 
 def mean_rating(config: JudgeConfig, ratings: Sequence[float]) -> Measured:
-    """The mean rating, 1 to 10."""
+    """Measure the mean rating, 1 to 10."""
     prompt = hashlib.sha256(config.prompt.encode()).hexdigest()[:8]
     signature = f"judge|model:{config.model}|prompt:{prompt}|scale:1-10"
     return ratio(ratings, [1.0] * len(ratings), lambda mean: mean, signature)
@@ -126,7 +126,7 @@ def _session(config: JudgeConfig) -> requests.Session:
 
 
 def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | JudgeUnavailable:
-    """The judge's reply, or why there is none."""
+    """Return the judge's reply, or the error in its place."""
     where = f"metric `judge`, {config.url}"
     body = {
         "model": config.model,
@@ -135,7 +135,7 @@ def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | J
         "max_tokens": config.max_tokens,
     }
     try:
-        # A redirect would carry the texts, and perhaps the key, to a place nobody named.
+        # A redirect would carry the texts, and perhaps the key, to another server.
         response = session.post(
             f"{config.url}/chat/completions", json=body, timeout=config.timeout, allow_redirects=False
         )
@@ -156,7 +156,7 @@ def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | J
 
 
 def _fill(template: str, row: tuple[str, str, str]) -> str:
-    """The prompt; in one pass, so that a text which holds `{target}` is shown as it is."""
+    """Fill in the prompt; in one pass, so that a text which holds `{target}` is shown unchanged."""
     values = dict(zip(("source", "target", "prediction"), row, strict=True))
     # Half a surrogate pair has no form in UTF-8.
     texts = {name: text[:MAX_CHARACTERS].encode("utf-8", "replace").decode() for name, text in values.items()}

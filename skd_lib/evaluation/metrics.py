@@ -1,7 +1,7 @@
 """Corpus metrics, each as example statistics whose sum gives the score.
 
 A metric first counts something in every example (matched n-grams, right answers); the score is a function of the
-summed counts. Keeping both apart lets `significance` resample examples without scoring any text twice.
+summed counts. Keeping both apart lets `statistics` resample examples without scoring any text twice.
 
 chrF and BLEU are sacrebleu's own code with its default settings (Post 2018, arXiv 1804.08771), ROUGE is rouge-score's
 with its Porter stemmer, as the numbers of summarisation papers are (Lin 2004); accuracy is that of GSM8K (Cobbe et al.
@@ -39,7 +39,7 @@ class Measured:
     Attributes:
         statistics_NS: What was counted in each of the N scored examples, (N, S).
         corpus_score: The score of statistics summed over examples, (S,).
-        signature: Everything somebody else needs to get the same number.
+        signature: Everything another person needs to get the same number.
         scored_N: Positions of the N scored examples among those given; the others have nothing to be scored against.
         share: The score is the share of examples that are right, in per cent; each is right or wrong.
     """
@@ -56,7 +56,7 @@ class Measured:
         return self.corpus_score(self.statistics_NS.sum(axis=0))
 
     def by_example(self) -> dict[int, float]:
-        """The score of each scored example alone, by its position among those given."""
+        """Return the score of each scored example alone, by its position among those given."""
         rows = zip(self.scored_N, self.statistics_NS, strict=True)
         return {position: self.corpus_score(statistics_S) for position, statistics_S in rows}
 
@@ -90,7 +90,7 @@ def measure(
 
 
 def scorable(name: MetricName, targets: Sequence[str], answer: AnswerKind) -> tuple[int, ...]:
-    """Positions of the references that predictions can be scored against.
+    """Return the positions of the references that predictions can be scored against.
 
     Raises:
         SkdError: there are none.
@@ -113,7 +113,7 @@ def scorable(name: MetricName, targets: Sequence[str], answer: AnswerKind) -> tu
 def ratio(
     numerators: Sequence[float], denominators: Sequence[float], score: Callable[[float], float], signature: str
 ) -> Measured:
-    """A metric that is a function of one sum over another: a mean, a perplexity."""
+    """Measure a function of one sum over another: a mean, a perplexity."""
     statistics_NS = np.stack([np.array(numerators, np.float64), np.array(denominators, np.float64)], axis=1)
     return Measured(
         statistics_NS,
@@ -124,7 +124,7 @@ def ratio(
 
 
 def summed(measured: Sequence[Measured]) -> Measured:
-    """One metric over several models' answers to the same examples: each example's counts added up."""
+    """Add up the counts of several models' answers to each example."""
     return replace(measured[0], statistics_NS=np.sum([each.statistics_NS for each in measured], axis=0))
 
 

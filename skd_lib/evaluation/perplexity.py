@@ -1,4 +1,4 @@
-"""How likely the reference answers are to a model: no decoding, one forward pass."""
+"""The likelihood of reference answers under a model: no decoding, one forward pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from skd_lib.models.vocabulary import check_ids
 
 
 class ReferenceLoss(NamedTuple):
-    """What a reference answer costs under a model.
+    """The loss of a reference answer under a model.
 
     Attributes:
         nll: Negative log-likelihood in nats, summed over the tokens.
@@ -40,7 +40,7 @@ def reference_losses(
     *,
     batch_size: int,
 ) -> list[ReferenceLoss]:
-    """The loss of every example's reference after its prompt, in the order of the examples.
+    """Return the loss of every example's reference after its prompt, in the order of the examples.
 
     References are cut to `task.max_new_tokens`, as in training; prompts are not. Logits are made in fp32 for a chunk
     of positions at a time.

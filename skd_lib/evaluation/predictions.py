@@ -1,4 +1,4 @@
-"""One row an example: what was asked, what was expected, what the model said. Kept so that people can look."""
+"""The answers of a model, one row an example, and paired tests between models' answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 from skd_lib.config import MetricName
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.metrics import Measured, measure, ratio, summed
-from skd_lib.evaluation.significance import Comparison, paired_bootstrap
+from skd_lib.evaluation.statistics import paired_bootstrap
+from skd_lib.results import Difference, PairedTest, Role
 from skd_lib.storage import write_text_atomic
 
 
@@ -67,7 +68,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def perplexity(predictions: Sequence[Prediction]) -> Measured:
-    """Perplexity of the references, per token.
+    """Measure the perplexity of the references, per token.
 
     Raises:
         SkdError: a likelihood is missing or no finite number.
@@ -88,27 +89,13 @@ def perplexity(predictions: Sequence[Prediction]) -> Measured:
 
 
 def compare(
-    first: Sequence[Prediction], second: Sequence[Prediction], *, resamples: int = 1000, seed: int = 0
-) -> dict[MetricName, tuple[Comparison, int]]:
-    """Paired test between two models' answers to the same examples, in any order.
-
-    Returns:
-        For each metric that both were scored by: the comparison, and on how many examples it rests.
-
-    Raises:
-        SkdError: the two did not answer the same examples.
-    """
-    return compare_trainings([first], [second], resamples=resamples, seed=seed)
-
-
-def compare_trainings(
     first: Sequence[Sequence[Prediction]],
     second: Sequence[Sequence[Prediction]],
     *,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[MetricName, tuple[Comparison, int]]:
-    """Paired test between two ways of training, each seen in the answers of several models to the same examples.
+) -> dict[MetricName, tuple[Difference, int]]:
+    """Test the difference between two ways of training, each by the answers of its models to the same examples.
 
     What was counted in an example is summed over the models, and examples are resampled: the models of one way are not
     independent witnesses of an example.
@@ -120,7 +107,7 @@ def compare_trainings(
         seed: Of the bootstrap.
 
     Returns:
-        For each metric that all were scored by: the comparison, and on how many examples it rests.
+        For each metric that all were scored by: the difference, and the number of examples it rests on.
 
     Raises:
         SkdError: they did not answer the same examples.
@@ -131,21 +118,19 @@ def compare_trainings(
     targets = {prediction.id: prediction.target for prediction in first[0]}
     if any({id_: row.target for id_, row in model.items()} != targets for model in answers):
         raise SkdError("the two models answered different examples", hint="evaluate both on the same test split")
-    results: dict[MetricName, tuple[Comparison, int]] = {}
+    results: dict[MetricName, tuple[Difference, int]] = {}
     names: dict[Any, None] = dict.fromkeys(name for prediction in first[0] for name in prediction.scores)
     for name in names:
         ids = [id_ for id_ in targets if all(name in model[id_].scores for model in answers)]
         if ids:
-            measured = [_again(name, [model[id_] for id_ in ids]) for model in answers]
+            measured = [_remeasured(name, [model[id_] for id_ in ids]) for model in answers]
             pooled = summed(measured[: len(first)]), summed(measured[len(first) :])
             results[name] = paired_bootstrap(*pooled, resamples=resamples, seed=seed), len(ids)
     return results
 
 
-def paired_results(
-    predictions: Mapping[str, Path], *, resamples: int = 1000, seed: int = 0
-) -> list[dict[str, str | float]]:
-    """Paired tests between every two models of a run.
+def paired_results(predictions: Mapping[Role, Path], *, resamples: int = 1000, seed: int = 0) -> list[PairedTest]:
+    """Test the differences between every two models of a run, by each metric.
 
     Args:
         predictions: The file of each model's answers by its role, in the order of the run.
@@ -153,25 +138,23 @@ def paired_results(
         seed: Of the bootstrap.
 
     Returns:
-        One row a pair and metric: `a` (the later of the two roles), `b`, `metric`, `difference` (score of a minus score
-        of b), `low` and `high` (95 % interval of the difference), `p_value` (not where the examples are too few), `n`
-        (examples).
+        One test for each pair and metric; `a` is the later of the two roles.
 
     Raises:
         SkdError: a file cannot be read, or two models answered different examples.
     """
     answers = {role: read_predictions(path) for role, path in predictions.items()}
     return [
-        {"a": later, "b": earlier, "metric": name, **comparison.known(), "n": examples}
+        PairedTest(a=later, b=earlier, metric=name, n=examples, **difference.model_dump())
         for earlier, later in itertools.combinations(answers, 2)
-        for name, (comparison, examples) in compare(
-            answers[later], answers[earlier], resamples=resamples, seed=seed
+        for name, (difference, examples) in compare(
+            [answers[later]], [answers[earlier]], resamples=resamples, seed=seed
         ).items()
     ]
 
 
-def _again(name: MetricName, predictions: Sequence[Prediction]) -> Measured:
-    """A metric from what the rows say: texts and likelihoods, or, for a mean over examples, the scores themselves."""
+def _remeasured(name: MetricName, predictions: Sequence[Prediction]) -> Measured:
+    """Measure again from the rows: from texts and likelihoods, or, for a mean over examples, from the scores."""
     if name in ("chrf", "bleu"):
         return measure(name, [p.prediction for p in predictions], [p.target for p in predictions])
     if name == "perplexity":

@@ -1,9 +1,9 @@
-"""What a training leaves in its model's folder about itself, so that it goes wherever the model goes.
+"""The record of a training in its model's folder, so that it goes wherever the model goes.
 
     MODEL/skd_record/lineage.json   where the model came from, what its data lost, and the run that trained it
     MODEL/skd_record/course.json    curves of the training, rounded, and where its time and memory went
     MODEL/skd_record/figures.json   closing figures of the training
-    MODEL/skd_record/samples.jsonl  a few sequences that the student was trained on, see `skd_lib.report.samples`
+    MODEL/skd_record/samples.jsonl  a few sequences that the student was trained on, see `skd_lib.models.samples`
 
 Step `evaluate` copies the record into the model's evaluation, so that later steps need not fetch the model.
 """
@@ -11,19 +11,22 @@ Step `evaluate` copies the record into the model's evaluation, so that later ste
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from skd_lib._core.documents import read_text
 from skd_lib.config import parse_json, parse_section
-from skd_lib.report.samples import SampledSequence, read_samples
-from skd_lib.report.summary import Course, rounded
+from skd_lib.models.samples import SampledSequence, read_samples
+from skd_lib.results import Course, rounded
 from skd_lib.storage import write_text_atomic
 
 RECORD = "skd_record"
+_PACKAGES = ("skd-lib", "torch", "transformers")
 LINEAGE, COURSE, FIGURES, SAMPLES = "lineage.json", "course.json", "figures.json", "samples.jsonl"
 
 
@@ -105,6 +108,17 @@ def copy_record(model: Path, folder: Path) -> None:
         shutil.copytree(model / RECORD, folder / RECORD, dirs_exist_ok=True)
 
 
+def software() -> str:
+    """Return the versions of Python and the packages that this process runs on."""
+    found = [f"Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # run from a source tree, or without the extra
+            continue
+    return ", ".join(found)
+
+
 def _values(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
@@ -113,7 +127,7 @@ def _values(file: Path) -> dict[str, Any]:
 
 
 def _rounded(values: Any) -> Any:
-    """With numbers of five significant digits: a curve is looked at, and whole numbers stay as they are."""
+    """Round numbers to five significant digits, which is enough for a curve; whole numbers stay as they are."""
     if isinstance(values, float):
         return rounded(values)
     if isinstance(values, Mapping):

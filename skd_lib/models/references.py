@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 from skd_lib import storage
+from skd_lib._core.format import first_line
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder
 from skd_lib.models.fingerprint import digest, file_digest, folder_fingerprint, objects_fingerprint, short
@@ -317,12 +318,7 @@ def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str]
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, http_error, ConnectionError) as error:
         raise SkdError(
-            f"cannot reach the Hugging Face hub, and the model is not in its cache: {_first_line(error)}",
+            f"cannot reach the Hugging Face hub, and the model is not in its cache: {first_line(error)}",
             where=where,
             hint="check the network and HF_ENDPOINT, HF_HUB_OFFLINE; or download the model and name its local folder",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,16 +1,25 @@
-"""Small charts as inline SVG. Colours are the page's CSS classes, so that they follow its light and dark themes."""
+"""Small charts as inline SVG, and long series made short for them.
+
+Colours are the page's CSS classes, so that they follow its light and dark themes.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeVar
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 480, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 26
+POINTS = 400
+"""More points than a chart has room for; and a pipeline parameter has room for several curves of so many."""
 Format = Callable[[float], str]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -30,12 +39,32 @@ class Series:
     dots: bool = False
 
 
+def groups(values: Sequence[_T], count: int) -> list[Sequence[_T]]:
+    """Split values into at most `count` groups of nearly equal size, in order."""
+    count = min(count, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)] if count else [0]
+    return [values[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> tuple[list[int], list[float]]:
+    """Return at most `points` points of a curve: each the mean of its neighbours, at the last one's step."""
+    if len(values) <= points:
+        return list(steps), list(values)
+    return [group[-1] for group in groups(steps, points)], [fmean(group) for group in groups(values, points)]
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Return means over `window` neighbours, fewer at the ends."""
+    half = window // 2
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
 def line_chart(series: Sequence[Series], *, label: str, number: Format, from_zero: bool = False) -> Markup:
-    """Lines over training steps.
+    """Draw lines over training steps.
 
     Args:
         series: At least one with points.
-        label: What a person who can't see it is told.
+        label: Description for people who cannot see it.
         number: Formats the heights' ticks.
         from_zero: The heights begin at 0 rather than near the lowest value.
     """
@@ -63,11 +92,11 @@ def line_chart(series: Sequence[Series], *, label: str, number: Format, from_zer
 
 
 def bar_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, label: str, number: Format) -> Markup:
-    """Groups of bars from 0 up, each with its figure above it.
+    """Draw groups of bars from 0 up, each with its figure above it.
 
     Args:
         groups: Name of each group, and the kind (CSS class) and height of each of its bars.
-        label: What a person who can't see it is told.
+        label: Description for people who cannot see it.
         number: Formats the figures.
     """
     values = [value for _, bars in groups for _, value in bars]
@@ -100,7 +129,7 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, labe
 
 
 def interval(score: float, low: float, high: float, scale: tuple[float, float], kind: str) -> Markup:
-    """A score as a dot on its 95 % interval, on a scale that several of them share."""
+    """Draw a score as a dot on its 95 % interval, on a scale that several of them share."""
     across = _Scale(*scale, 6, 194)
     return _svg(
         200,
@@ -116,7 +145,7 @@ def interval(score: float, low: float, high: float, scale: tuple[float, float], 
 
 
 def bars(heights: Sequence[float], kind: str, *, width: int = 160, height: int = 34, stretch: bool = False) -> Markup:
-    """Bars side by side, without axes: the shape of a distribution. `stretch`: as wide as there is room."""
+    """Draw bars side by side, without axes: the shape of a distribution. `stretch`: as wide as there is room."""
     top = max(heights, default=0) or 1
     room = width / max(len(heights), 1)
     marks = [Markup('<line class="axis" x1="0" x2="{}" y1="{}" y2="{}"/>').format(width, height, height)]
@@ -131,13 +160,13 @@ def bars(heights: Sequence[float], kind: str, *, width: int = 160, height: int =
 
 
 def share(part: float, kind: str) -> Markup:
-    """A part of the whole as a horizontal bar that takes whatever width there is."""
+    """Draw a part of the whole as a horizontal bar that takes whatever width there is."""
     bar = Markup('<rect class="bar {}" width="{}" height="8" rx="1"/>').format(kind, _number(200 * min(part, 1.0)))
     return _svg(200, 8, [Markup('<rect class="track" width="200" height="8" rx="1"/>'), bar], stretch=True)
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose both."""
+    """Return about `count` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose both."""
     if high <= low:
         low, high = (0.0, high or 1.0) if high >= 0 else (low - 1.0, low + 1.0)
     raw = (high - low) / count
@@ -180,16 +209,16 @@ def _grid(up: _Scale, ticks: Sequence[float], number: Format) -> Markup:
 
 
 def _step_ticks(first: int, last: int) -> list[tuple[int, str]]:
-    """The first step, the last one and the one in the middle, and where their labels are anchored."""
+    """Return the first step, the last and the middle one, and where their labels are anchored."""
     middle = (first + last) // 2
     ticks = [(first, "start"), (middle, "middle"), (last, "end")]
     return [tick for index, tick in enumerate(ticks) if tick[0] not in {step for step, _ in ticks[:index]}]
 
 
 def _svg(width: int, height: int, marks: Sequence[Markup], label: str = "", *, stretch: bool = False) -> Markup:
-    told = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
+    spoken = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
     return Markup('<svg viewBox="0 0 {} {}" {} {}>{}</svg>').format(
-        width, height, Markup('preserveAspectRatio="none"') if stretch else "", told, Markup("").join(marks)
+        width, height, Markup('preserveAspectRatio="none"') if stretch else "", spoken, Markup("").join(marks)
     )
 
 

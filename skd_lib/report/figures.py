@@ -8,9 +8,9 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from skd_lib.report.charts import Format, Series, bar_chart, line_chart
-from skd_lib.report.curves import groups, smoothed, thinned
-from skd_lib.report.summary import Course, DraftSetting, Moment, Specdec
+from skd_lib._core.format import percent, plain
+from skd_lib.report.charts import Format, Series, bar_chart, groups, line_chart, smoothed, thinned
+from skd_lib.results import Course, Moment, Setting, Specdec
 
 _SMOOTHED_FROM = 20
 """Points from which on a noisy curve is drawn with its moving mean."""
@@ -30,7 +30,7 @@ class Figure:
 
 
 def learning_curves(course: Course) -> list[Figure]:
-    """Losses, and what the sampler did, over the training."""
+    """Draw the losses and the sampler's figures over the training."""
     sampler, training = course.steps, course.training_steps
     curves: tuple[tuple[str, str, Sequence[int], Sequence[float], Format], ...] = (
         ("Rejection rate", "Share of tested drafts the teacher replaced", sampler, course.rejection_rate, percent),
@@ -65,7 +65,7 @@ def _loss(course: Course) -> Figure:
 
 
 def draft_figures(specdec: Mapping[Moment, Specdec]) -> list[Figure]:
-    """Acceptance by position, and speed by draft length at each temperature and batch size."""
+    """Draw acceptance by position, and speed by draft length at each temperature and batch size."""
     legend = [(_MOMENT_KINDS[moment], f"{moment} distillation") for moment in specdec]
     found = []
     rates = {moment: draft.acceptance_by_position for moment, draft in specdec.items()}
@@ -94,10 +94,8 @@ def draft_figures(specdec: Mapping[Moment, Specdec]) -> list[Figure]:
     return found
 
 
-def _by_length(kind: str, setting: DraftSetting) -> list[Series]:
-    theory = [
-        (each.gamma, each.theoretical_speedup) for each in setting.lengths if each.theoretical_speedup is not None
-    ]
+def _by_length(kind: str, setting: Setting) -> list[Series]:
+    theory = [(each.gamma, each.theoretical_speedup) for each in setting.lengths]
     measured = [(each.gamma, each.timed.speedup) for each in setting.lengths if each.timed is not None]
     return [
         Series(name, [gamma for gamma, _ in points], [speedup for _, speedup in points], dots=dots)
@@ -107,18 +105,8 @@ def _by_length(kind: str, setting: DraftSetting) -> list[Series]:
 
 
 def _noisy(kind: str, steps: Sequence[int], values: Sequence[float]) -> list[Series]:
-    """A curve that jumps from step to step: its points behind, its moving mean in front."""
+    """Draw a curve that jumps from step to step: its points behind, its moving mean in front."""
     steps, values = thinned(steps, values)
     if len(values) < _SMOOTHED_FROM:
         return [Series(kind, steps, values, dots=True)]
     return [Series(f"{kind} faint", steps, values), Series(kind, steps, smoothed(values, max(3, len(values) // 10)))]
-
-
-def plain(value: float) -> str:
-    """A number with three digits that say something."""
-    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def percent(value: float) -> str:
-    """A share of 1, likewise."""
-    return f"{100 * value:.3g}%"

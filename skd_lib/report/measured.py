@@ -1,4 +1,4 @@
-"""What `register_model` needs of a run's figures, as one short parameter of the pipeline.
+"""The part of a run's figures that `register_model` needs, as one short parameter of the pipeline.
 
 Kubeflow keeps a parameter about a dozen times for each step that reads it, so this stays below 2 kB. What decides is
 exact; texts are cut off. It is JSON that arrives as it was sent (`skd_lib._core.ascii_json`).
@@ -14,8 +14,8 @@ from pydantic import Field
 
 from skd_lib._core.ascii_json import ascii_json
 from skd_lib.config import MetricName, RegistryConfig, Section, parse_section
-from skd_lib.errors import SkdError
-from skd_lib.report.summary import Comet, Scores, Specdec
+from skd_lib.report.folders import read_result
+from skd_lib.results import Comet, Scores, Specdec
 from skd_lib.tracking.gate import Rival
 
 CHAMPION = "champion.json"
@@ -25,7 +25,7 @@ TEXT_LENGTH = 160
 
 
 def longest(metrics: int) -> int:
-    """Return how many bytes the parameter takes at the most, for a task with so many metrics."""
+    """Return the most bytes that the parameter takes for a task with this many metrics."""
     return 700 + 150 * metrics
 
 
@@ -41,7 +41,7 @@ class Measured(Section):
     registry: RegistryConfig = RegistryConfig()
 
     def to_parameter(self) -> str:
-        """As JSON, without what is at its default."""
+        """Return JSON, without what is at its default."""
         return ascii_json(self.model_dump(mode="json", exclude_defaults=True))
 
 
@@ -81,12 +81,7 @@ def read_champion(folder: Path) -> Rival:
         SkdError: the folder is not one that it wrote.
     """
     file = folder / CHAMPION
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        hint = "name a folder that step `evaluate_champion` wrote"
-        raise SkdError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
-    return parse_section(Rival, text, where=str(file))
+    return parse_section(Rival, read_result(file, step="evaluate_champion"), where=str(file))
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:

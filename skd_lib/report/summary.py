@@ -1,206 +1,56 @@
-"""The figures of one run, as `summary.json` holds them.
+"""The figures of one run, as `summary.json` holds them, and how they are put together.
 
-Its first keys are fixed, for programs: `task_metric`, `models`, `specdec`, `seconds`. The others say how sure and
-how comparable the figures are, and where they came from.
+The first keys are fixed, for programs: `task_metric`, `models`, `specdec`, `seconds`. The others say how sure and how
+comparable the figures are, and what they were measured on.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, Field, FiniteFloat, model_validator
+import numpy as np
+from pydantic import Field, FiniteFloat
 
 from skd_lib._core.documents import read_text
 from skd_lib.config import Section, parse_section
+from skd_lib.evaluation.predictions import read_predictions
+from skd_lib.models.fingerprint import short
+from skd_lib.models.records import software
+from skd_lib.results import MOMENTS, ROLES, Comet, Course, Moment, PairedTest, Role, Score, Scores, Specdec, rounded
 from skd_lib.storage import write_text_atomic
+from skd_lib.tracking.locate import IMAGE_VARIABLE
 
-Role = Literal["teacher_base", "teacher", "student_before", "student_after"]
-Moment = Literal["before", "after"]
-ROLES: tuple[Role, ...] = ("teacher_base", "teacher", "student_before", "student_after")
-MOMENTS: tuple[Moment, ...] = ("before", "after")
-DRAFT_FIGURES = ("acceptance_rate", "tokens_per_teacher_call", "speedup")
-
-
-def rounded(value: float) -> float:
-    """A figure with five significant digits, which is what a page shows at most."""
-    return float(f"{value:.5g}")
-
-
-class Score(Section):
-    """One metric of one model: the score and its 95 % interval, 0 to 100, and what makes it reproducible.
-
-    `caution` says why the interval is not to be relied on; empty where it is.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    score: float
-    low: float
-    high: float
-    signature: str = ""
-    caution: str = ""
-
-
-class Scores(Section):
-    """What `evaluate` found for one model: every metric by name, the number of examples and the seconds it took."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    metrics: dict[str, Score]
-    missing: dict[str, str] = Field({}, description="Metrics that could not be computed, and why.")
-    held_out: dict[str, Scores] = Field({}, description="The same for every further test set.")
-    examples: int = 0
-    seconds: float = 0.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_flat(cls, values: Any) -> Any:
-        # The step's result is flat: metrics stand beside the counts.
-        if not isinstance(values, dict):
-            return values
-        metrics = {name: value for name, value in values.items() if isinstance(value, dict) and "score" in value}
-        return {"metrics": metrics, **{name: value for name, value in values.items() if name not in metrics}}
-
-    def figures(self) -> dict[str, float]:
-        """The scores alone."""
-        return {name: score.score for name, score in self.metrics.items()}
-
-
-class Comet(Section):
-    """What `comet_score` found: COMET's score of each model, or why there is none. Empty where nobody asked for it."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    models: dict[Role | Literal["champion"], Score] = Field(
-        {}, description="By model; scores are 100 times COMET's own."
-    )
-    missing: str = Field("", description="Why there is none, for a person.")
-
-    def figures(self, role: Role | Literal["champion"]) -> dict[str, float]:
-        """A model's score, as `Scores.figures` gives the others."""
-        return {"comet": self.models[role].score} if role in self.models else {}
-
-
-class Percentiles(Section):
-    """Of a latency, in seconds."""
-
-    model_config = ConfigDict(extra="allow")
-
-    p50: float
-    p90: float
-    p99: float
-
-
-class Latency(Section):
-    """How long a reader waits for the first token, and for each after it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    first_token: Percentiles
-    per_token: Percentiles | None = None
-
-
-class TimedDraft(Section):
-    """A draft length that was timed."""
-
-    model_config = ConfigDict(extra="allow")
-
-    speedup: float
-
-
-class DraftLength(Section):
-    """A draft length: what theory expects of it, and what was measured if it was timed."""
-
-    model_config = ConfigDict(extra="allow")
-
-    gamma: int
-    theoretical_speedup: float | None = None
-    timed: TimedDraft | None = None
-
-
-class DraftSetting(Section):
-    """One temperature and batch size."""
-
-    model_config = ConfigDict(extra="allow")
-
-    temperature: float
-    batch_size: int
-    lengths: tuple[DraftLength, ...] = ()
-
-
-class Vllm(Section):
-    """How vLLM serves the pair, and what stands in the way of it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    command: str
-    reasons: tuple[str, ...] = ()
-
-
-class Specdec(Section):
-    """What `specdec_benchmark` found for one draft model. Further figures of the benchmark are kept as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-    acceptance_rate: float = Field(description="Accepted / tested drafted tokens.")
-    tokens_per_teacher_call: float = Field(description="Response tokens for each teacher call; 1 without drafts.")
-    speedup: float = Field(description="Wall-clock, over decoding with the teacher alone.")
-    gamma: int | None = None
-    temperature: float | None = None
-    ties: int = Field(0, description="Responses that differ by ties within rounding; any other difference is an error.")
-    seconds: float = 0.0
-    acceptance_by_position: tuple[float, ...] = Field(
-        (), description="Share of the drafts at each position of a block that were accepted, given they were tested."
-    )
-    theoretical_speedup: float | None = Field(None, description="From acceptance and the models' forward times.")
-    settings: tuple[DraftSetting, ...] = Field((), description="Every temperature and batch size that was measured.")
-    latency: Latency | None = None
-    teacher_only_latency: Latency | None = None
-    vllm: Vllm | None = None
-
-    def figures(self) -> dict[str, float]:
-        """The three that matter, by name."""
-        return {name: float(getattr(self, name)) for name in DRAFT_FIGURES}
-
-
-class Course(Section):
-    """How the student's training went, one value a logged step; empty where a method has no such figure."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    steps: tuple[int, ...] = Field((), description="Those of the sampler's figures.")
-    rejection_rate: tuple[float, ...] = Field((), description="Share of tested draft tokens that the teacher replaced.")
-    tokens_per_teacher_call: tuple[float, ...] = ()
-    training_steps: tuple[int, ...] = ()
-    training_loss: tuple[float, ...] = ()
-    response_length: tuple[float, ...] = Field((), description="Mean tokens of a response trained on.")
-    validation_steps: tuple[int, ...] = ()
-    validation_loss: tuple[float, ...] = ()
-    seconds: dict[str, float] = Field({}, description="Of each phase: rollout, loss, optimiser, ...")
-    peak_bytes: dict[str, int] = Field({}, description="Most memory of the process, and of each phase on the device.")
-
-
-class Comparison(Section):
-    """A paired test between two models on the test set, by one metric."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    a: Role
-    b: Role
-    metric: str
-    difference: float = Field(description="Score of a minus score of b.")
-    low: float
-    high: float
-    p_value: float | None = Field(None, description="None where the examples are too few for a test.")
-    n: int = Field(description="Examples.")
+_BINS = 16
+"""Of a histogram of answers' lengths."""
+_LINEAGE_NAMES = {
+    "teacher": "teacher",
+    "teacher_fingerprint": "teacher fingerprint",
+    "base_student": "student",
+    "base_student_fingerprint": "student fingerprint",
+    "method": "method",
+    "divergence": "divergence",
+    "beta": "beta",
+    "top_k": "top_k",
+    "gamma": "gamma",
+    "on_policy_fraction": "on_policy_fraction",
+    "data_fingerprint": "data fingerprint",
+    "teacher_weights_sha256": "teacher weights",
+    "initial_weights_sha256": "student weights before",
+    "weights_sha256": "student weights after",
+    "precision": "precision",
+    "code_version": "code version",
+    "pipeline_run_id": "trained in pipeline run",
+}
+_MODEL_FINGERPRINTS = ("teacher fingerprint", "student fingerprint")
 
 
 class Lengths(Section):
-    """How long a model's answers to the test set are, in tokens."""
+    """The lengths of a model's answers to the test set, in tokens."""
 
     mean: float
     longest: int
@@ -210,19 +60,19 @@ class Lengths(Section):
 
 
 class Loss(Section):
-    """What one split of the data lost before anything was trained or measured on it."""
+    """The rows that one split of the data lost before anything was trained or measured on it."""
 
-    rows: int = Field(description="That there were.")
-    lost: dict[str, int] = Field({}, description="How many were left out, by reason.")
+    rows: int
+    lost: dict[str, int] = Field({}, description="Number of rows left out, by reason.")
 
     @property
     def total(self) -> int:
-        """How many were left out."""
+        """Number of rows left out."""
         return sum(self.lost.values())
 
     @property
     def share(self) -> float:
-        """Of all rows, 0 to 1."""
+        """Share of all rows, 0 to 1."""
         return self.total / self.rows if self.rows else 0.0
 
 
@@ -235,7 +85,7 @@ class Gap(NamedTuple):
 
     @property
     def closed(self) -> float:
-        """How much of the way from the untrained student to the teacher the distillation went; 1 is all of it."""
+        """Share of the way from the untrained student to the teacher that the distillation went."""
         return (self.after - self.before) / (self.teacher - self.before)
 
 
@@ -252,7 +102,7 @@ class Summary(Section):
     signatures: dict[str, str] = Field({}, description="By metric: what another person needs to get the same number.")
     held_out: dict[str, dict[Role, Scores]] = Field({}, description="Scores on further test sets.")
     missing: dict[str, str] = Field({}, description="By metric: why it could not be measured.")
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[PairedTest, ...] = ()
     lengths: dict[Role, Lengths] = Field({}, description="Of the answers to the test set.")
     course: Course = Course()
     losses: dict[str, Loss] = Field({}, description="What each split of the data lost, and why.")
@@ -263,12 +113,12 @@ class Summary(Section):
     mlflow_url: str = Field("", description="Page of the MLflow run, where there is a server.")
 
     def with_seconds(self, seconds: Mapping[str, float]) -> Summary:
-        """With steps' durations as whoever ran them measured them, which win over what the steps said themselves."""
+        """Return the summary with the durations that the runner measured, which replace those of the steps."""
         others = {step: value for step, value in self.seconds.items() if step not in seconds}
         return self.model_copy(update={"seconds": {**seconds, **others}})
 
     def gap(self) -> Gap | None:
-        """How far the student came towards the teacher, by the task's metric; None where a score is missing."""
+        """Return the gap between student and teacher by the task's metric; None where a score is missing."""
         needed: tuple[Role, ...] = ("teacher", "student_before", "student_after")
         teacher, before, after = (self.models.get(role, {}).get(self.task_metric) for role in needed)
         if teacher is None or before is None or after is None or teacher <= before:
@@ -276,7 +126,7 @@ class Summary(Section):
         return Gap(teacher, before, after)
 
     def headline(self) -> dict[str, float]:
-        """The figures by which runs are compared, flat: `student_after_chrf`, `speedup_after`, ..."""
+        """Return the figures by which runs are compared, flat: `student_after_chrf`, `speedup_after`, ..."""
         scores = {f"{role}_{metric}": score for role, found in self.models.items() for metric, score in found.items()}
         drafts = {
             f"{name}_{moment}": value
@@ -286,7 +136,7 @@ class Summary(Section):
         return {**scores, **drafts}
 
     def figures(self) -> dict[str, float]:
-        """The figures by which runs are compared on Kubeflow's page: few, rounded, under short names.
+        """Return the figures by which Kubeflow's page compares runs: few, rounded, under short names.
 
         The student's scores have the names of the metrics; by the task's metric there are the student before
         distillation and the teacher too.
@@ -303,11 +153,11 @@ class Summary(Section):
         return {name: rounded(value) for name, value in found.items() if math.isfinite(value)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; what is not known is left out."""
+        """Return plain JSON values; what is not known is left out."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def to_json(self) -> str:
-        """The content of `summary.json`."""
+        """Return the content of `summary.json`."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def write(self, path: Path) -> None:
@@ -336,7 +186,7 @@ def build_summary(
     specdec: Mapping[Moment, Specdec],
     course: Course,
     comet: Comet | None = None,
-    comparisons: Sequence[Comparison] = (),
+    comparisons: Sequence[PairedTest] = (),
     lengths: Mapping[Role, Lengths] | None = None,
     lineage: Mapping[str, str] | None = None,
     losses: Mapping[str, Any] | None = None,
@@ -393,8 +243,46 @@ def build_summary(
     )
 
 
+def answer_lengths(predictions: Mapping[Role, Path]) -> dict[Role, Lengths]:
+    """Measure the lengths of each model's answers, with histograms on one scale.
+
+    Raises:
+        SkdError: a file cannot be read.
+    """
+    found = {role: read_predictions(path) for role, path in predictions.items()}
+    longest = max((answer.tokens for answers in found.values() for answer in answers), default=0)
+    edges = np.linspace(0, max(longest, 1), min(_BINS, max(longest, 1)) + 1)
+    return {
+        role: Lengths(
+            mean=float(np.mean([answer.tokens for answer in answers])),
+            longest=max(answer.tokens for answer in answers),
+            truncated_fraction=float(np.mean([answer.truncated for answer in answers])),
+            edges=tuple(edges.tolist()),
+            counts=tuple(np.histogram([answer.tokens for answer in answers], edges)[0].tolist()),
+        )
+        for role, answers in found.items()
+        if answers
+    }
+
+
+def lineage_in_words(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the student's lineage in words, with image and versions: those of its training, or else this process's.
+
+    Args:
+        record: The lineage in the student's record (`skd_lib.models.records`).
+    """
+    words = {
+        name: short(str(record[key])) if name in _MODEL_FINGERPRINTS else str(record[key])
+        for key, name in _LINEAGE_NAMES.items()
+        if record.get(key) not in (None, "")
+    }
+    if image := record.get("image") or os.environ.get(IMAGE_VARIABLE):
+        words["image"] = str(image)
+    return {**words, "software": str(record.get("software") or software())}
+
+
 def _place(split: str) -> tuple[bool, str]:
-    """The order of splits: training first. KFP hands objects on in any order."""
+    """Return the sorting key of a split: training first. KFP hands objects on in any order."""
     return not split.startswith("train"), split
 
 

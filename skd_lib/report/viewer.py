@@ -8,9 +8,10 @@ from itertools import groupby
 
 from markupsafe import Markup
 
+from skd_lib._core.format import percent
 from skd_lib._core.terminal import clipped, visible
+from skd_lib.models.samples import SampledSequence, SampledToken
 from skd_lib.report.charts import bars
-from skd_lib.report.samples import SampledSequence, SampledToken
 
 TOKENS_SHOWN = 240
 """Of each sequence: the page stays below a megabyte."""
@@ -34,7 +35,7 @@ class SequenceView:
 
     Attributes:
         row: Its row in the batch.
-        prompt: What was asked, clipped.
+        prompt: The prompt, clipped.
         response: Its tokens as markup.
         tokens: How many it has.
         left_out: How many of them are not shown.
@@ -59,7 +60,7 @@ class StepView:
 
 
 def step_views(samples: Sequence[SampledSequence]) -> list[StepView]:
-    """The sequences by step; of many steps, evenly spread ones with the first and the last."""
+    """Group the sequences by step; of many steps, take evenly spread ones with the first and the last."""
     ordered = sorted(samples, key=lambda sequence: (sequence.step, sequence.row))
     steps = [(step, list(sequences)) for step, sequences in groupby(ordered, key=lambda sequence: sequence.step)]
     if len(steps) > STEPS_SHOWN:
@@ -68,16 +69,8 @@ def step_views(samples: Sequence[SampledSequence]) -> list[StepView]:
 
 
 def shares_chart(steps: Sequence[StepView]) -> Markup:
-    """One bar a step: the teacher's share of the tokens."""
+    """Draw one bar a step: the teacher's share of the tokens."""
     return bars([step.teacher_share for step in steps], "teacher", width=480, height=44, stretch=True)
-
-
-def percent(value: float) -> str:
-    """A probability, with as many digits as say something."""
-    if value < 0.0001:
-        return "below 0.01%"
-    digits = 0 if value >= 0.1 else 1 if value >= 0.01 else 2
-    return f"{value:.{digits}%}"
 
 
 def _step_view(step: int, sequences: Sequence[SampledSequence]) -> StepView:
@@ -115,5 +108,5 @@ def _token(token: SampledToken) -> Markup:
 
 
 def _text(text: str) -> str:
-    """A token's text: line breaks marked, and something to see where it only begins a character."""
+    """Return a token's text: line breaks marked, and a box where it only begins a character."""
     return visible(clipped(text, _TOKEN_SHOWN)).replace("\n", "↵\n") or "▯"

@@ -1,4 +1,4 @@
-"""What the page shows of a run's figures: headlines, and rows of its tables, ready to be put into the template."""
+"""The headlines and table rows of the page, ready for its template."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from skd_lib.report.charts import bars, interval, share
-from skd_lib.report.curves import groups
-from skd_lib.report.figures import plain
-from skd_lib.report.render import METRIC_NAMES, ROLE_NAMES, UNSURE, WITHHELD, duration
+from skd_lib._core.format import duration, plain
+from skd_lib.report.charts import bars, groups, interval, share
+from skd_lib.report.render import ROLE_NAMES, UNSURE, WITHHELD, metric_name
 from skd_lib.report.render import caution_lines as report_cautions
-from skd_lib.report.summary import Comparison, Course, Moment, Percentiles, Role, Score, Scores, Specdec, Summary
+from skd_lib.report.summary import Summary
+from skd_lib.results import Course, Moment, PairedTest, Percentiles, Role, Score, Scores, Specdec
 
 MAIN_PAIRS: tuple[tuple[Role, Role], ...] = (
     ("student_after", "student_before"),
@@ -22,12 +22,18 @@ MAIN_PAIRS: tuple[tuple[Role, Role], ...] = (
     ("teacher", "teacher_base"),
 )
 """Did it help, how far is the student from the teacher, and had the teacher learned the task."""
+FURTHER_FIGURES = (
+    *("batch_size", "prompts", "repeats", "tokens"),
+    *("teacher_only_tokens_per_second", "speculative_tokens_per_second"),
+    *("theoretical_speedup_iid", "best_gamma", "best_speedup"),
+)
+"""Of the benchmark, which nothing else on the page shows."""
 TIMES, TO, MINUS = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One figure that somebody in a hurry wants, and what to compare it with."""
+    """One figure for a quick look, and figures to compare it with."""
 
     label: str
     value: str
@@ -61,17 +67,12 @@ class Share:
 
 
 def kind(role: Role) -> str:
-    """The CSS class of a model: its colour."""
+    """Return the CSS class of a model: its colour."""
     return "teacher" if role.startswith("teacher") else "student"
 
 
-def metric_name(name: str) -> str:
-    """A metric as people write it."""
-    return METRIC_NAMES.get(name, name)
-
-
 def model_name(reference: str) -> str:
-    """What a headline calls a model: the file in a wheel without the digest, a folder or file without what is above it.
+    """Shorten a model's reference: a file in a wheel without the digest, a folder or file without its parents.
 
     Args:
         reference: As configured (`skd_lib.models.references`), perhaps with ", " and what was cut from it.
@@ -83,7 +84,7 @@ def model_name(reference: str) -> str:
 
 
 def headlines(summary: Summary) -> list[Headline]:
-    """The figures at the top."""
+    """Return the figures at the top."""
     found = []
     metric = summary.task_metric
     after = summary.models.get("student_after", {}).get(metric)
@@ -122,7 +123,7 @@ def headlines(summary: Summary) -> list[Headline]:
 
 
 def quality(summary: Summary) -> QualityTable:
-    """The main test set."""
+    """Return the table of the main test set."""
     scores = {
         role: Scores(
             metrics={
@@ -139,7 +140,7 @@ def quality(summary: Summary) -> QualityTable:
 
 
 def quality_table(scores: dict[Role, Scores], first: str) -> QualityTable:
-    """Models by metrics, the metric `first` first, each metric's intervals on one scale."""
+    """Return models by metrics, the metric `first` first, each metric's intervals on one scale."""
     names = sorted({name: None for found in scores.values() for name in found.metrics}, key=lambda name: name != first)
     scales = {
         name: (
@@ -168,7 +169,7 @@ def quality_table(scores: dict[Role, Scores], first: str) -> QualityTable:
 
 
 def missing(scores: Mapping[Role, Scores]) -> dict[str, str]:
-    """Metrics that some model could not be measured by, and why."""
+    """Return the metrics that are missing for some model, and why."""
     return {name: reason for found in scores.values() for name, reason in found.missing.items()}
 
 
@@ -176,14 +177,14 @@ ComparisonRow = tuple[str, str, str, str, str, int]
 """Models, metric, difference, interval, p-value, examples."""
 
 
-def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[ComparisonRow], list[ComparisonRow]]:
-    """The pairs that a distillation is about, and the others."""
+def comparison_rows(comparisons: Sequence[PairedTest]) -> tuple[list[ComparisonRow], list[ComparisonRow]]:
+    """Return the pairs that a distillation is about, and the others."""
     main = [comparison for comparison in comparisons if (comparison.a, comparison.b) in MAIN_PAIRS]
     others = [comparison for comparison in comparisons if (comparison.a, comparison.b) not in MAIN_PAIRS]
     return [_comparison_row(comparison) for comparison in main], [_comparison_row(comparison) for comparison in others]
 
 
-def _comparison_row(comparison: Comparison) -> ComparisonRow:
+def _comparison_row(comparison: PairedTest) -> ComparisonRow:
     return (
         f"{ROLE_NAMES[comparison.a]} against {ROLE_NAMES[comparison.b]}",
         metric_name(comparison.metric),
@@ -201,7 +202,7 @@ def _p_value(value: float | None) -> str:
 
 
 def caution_lines(summary: Summary) -> list[str]:
-    """Why some intervals are marked and tests withheld, held-out sets included."""
+    """Explain why intervals are marked and tests withheld, held-out sets included."""
     further = dict.fromkeys(
         f"{UNSURE} {score.caution}."
         for found in summary.held_out.values()
@@ -213,16 +214,17 @@ def caution_lines(summary: Summary) -> list[str]:
 
 
 def further_figures(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
-    """Whatever else the benchmark measured: name, and a number for each moment."""
-    extra = {moment: draft.model_extra or {} for moment, draft in specdec.items()}
-    names = {
-        name: None for values in extra.values() for name, value in values.items() if isinstance(value, int | float)
-    }
-    return [(name.replace("_", " "), [_significant(values.get(name)) for values in extra.values()]) for name in names]
+    """Return the benchmark's further figures: name, and a number for each moment."""
+    found = [(name, [getattr(draft, name) for draft in specdec.values()]) for name in FURTHER_FIGURES]
+    return [
+        (name.replace("_", " "), ["" if value is None else plain(float(value)) for value in values])
+        for name, values in found
+        if any(value is not None for value in values)
+    ]
 
 
 def latencies(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
-    """Who decodes, and the percentiles of the wait for the first token and for each after it, in milliseconds."""
+    """Return each decoder with percentiles of the wait for the first token and for each after it, in milliseconds."""
     waits = {f"with the student {moment}": draft.latency for moment, draft in specdec.items()}
     alone = [draft.teacher_only_latency for draft in specdec.values() if draft.teacher_only_latency]
     return [
@@ -233,7 +235,7 @@ def latencies(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
 
 
 def lengths(summary: Summary) -> list[tuple[Role, str, str, str, str, Markup]]:
-    """Model, mean, longest and truncated, and the histogram's shape."""
+    """Return model, mean, longest and truncated, and the histogram's shape."""
     return [
         (
             role,
@@ -248,7 +250,7 @@ def lengths(summary: Summary) -> list[tuple[Role, str, str, str, str, Markup]]:
 
 
 def step_times(seconds: dict[str, float]) -> list[Share]:
-    """Pipeline steps, and the part of the total that each took."""
+    """Return the pipeline steps, and the part of the total that each took."""
     steps = {name: value for name, value in seconds.items() if name != "total"}
     longest = max(steps.values(), default=0) or 1
     rows = [Share(name, duration(value), share(value / longest, "neutral")) for name, value in steps.items()]
@@ -256,7 +258,7 @@ def step_times(seconds: dict[str, float]) -> list[Share]:
 
 
 def phase_times(course: Course) -> list[tuple[Share, str]]:
-    """Phases of the distillation: seconds, share, and the most memory where it was measured."""
+    """Return the phases of the distillation: seconds, share, and the most memory where it was measured."""
     total = sum(course.seconds.values()) or 1
     return [
         (
@@ -268,7 +270,7 @@ def phase_times(course: Course) -> list[tuple[Share, str]]:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as people read them."""
+    """Return bytes as people read them."""
     return f"{size / 1e9:.2f} GB"
 
 
@@ -278,7 +280,3 @@ def _milliseconds(wait: Percentiles | None) -> list[str]:
 
 def _signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", MINUS)
-
-
-def _significant(value: float | None) -> str:
-    return "" if value is None else plain(float(value))

@@ -7,20 +7,104 @@ compared. Prefill is part of every pass.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from statistics import median
 
 from transformers import PreTrainedModel
 
-from skd_lib.config import SpecdecConfig
+from skd_lib.config import SamplingParams, SpecdecConfig, TaskConfig
+from skd_lib.data.tokenize import encode_prompt
 from skd_lib.errors import SkdError
-from skd_lib.specdec.plan import Plan
-from skd_lib.specdec.result import Setting, SpecdecResult
+from skd_lib.evaluation.inference import ending_ids, load_for_inference
+from skd_lib.models.heads import embedding_rows, vocabulary_size
+from skd_lib.models.special_ids import pad_id
+from skd_lib.results import Setting, Specdec
+from skd_lib.sampling.acceptance import lossless, teacher_only
+from skd_lib.sampling.cache import position_limit
+from skd_lib.sampling.engine import Sampler
 from skd_lib.specdec.theory import ForwardTimes, measure_forwards
 from skd_lib.specdec.turns import OnProgress, Passes, Turns
+from skd_lib.specdec.vllm import Served, export
+
+log = logging.getLogger(__name__)
 
 
-def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, SpecdecResult]:
+@dataclass(frozen=True)
+class Plan:
+    """The parts of a benchmark that are the same at every temperature and batch size.
+
+    Attributes:
+        teacher: The model whose output is wanted.
+        drafts: Smaller models with the same tokenizer, on the same device, by name.
+        prompts: Token ids, ragged.
+        eos_ids: Where a response ends.
+        pad_id: Fills rows after their end.
+        max_new_tokens: Length limit of a response.
+        config: What to measure.
+        seed: Every row of every turn derives its own from it.
+    """
+
+    teacher: PreTrainedModel
+    drafts: Mapping[str, PreTrainedModel]
+    prompts: Sequence[list[int]]
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    max_new_tokens: int
+    config: SpecdecConfig
+    seed: int = 0
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Number of allowed ids: the same with and without a draft, also where heads are padded differently."""
+        return min(map(vocabulary_size, (self.teacher, *self.drafts.values())))
+
+    @property
+    def gammas(self) -> list[int]:
+        """All draft lengths there are figures for."""
+        return sorted({self.config.gamma, *self.config.gammas})
+
+    @cached_property
+    def batch_sizes(self) -> list[int]:
+        """Batch sizes that the prompts can fill."""
+        fitting = [size for size in self.config.batch_sizes if size <= len(self.prompts)]
+        if len(fitting) < len(self.config.batch_sizes):
+            log.warning("%d prompts do not fill every batch of %s", len(self.prompts), self.config.batch_sizes)
+        return fitting or [len(self.prompts)]
+
+    @property
+    def first(self) -> dict[str, list[int]]:
+        """The draft lengths that are timed to begin with, for each draft model."""
+        gammas = self.gammas if self.config.sweep == "all" else [self.config.gamma]
+        return dict.fromkeys(self.drafts, gammas)
+
+    def passes(self, due: Mapping[str, list[int]]) -> int:
+        """Count the passes that these draft lengths take, the teacher's own included."""
+        return self.config.repeats * (1 + sum(map(len, due.values())))
+
+    def sampler(self, draft: PreTrainedModel | None, gamma: int, temperature: float, batch_size: int) -> Sampler:
+        """Make a sampler of the teacher with a draft model, or alone."""
+        params = SamplingParams(temperature=temperature)
+        return Sampler(
+            student=draft,
+            teacher=self.teacher,
+            rule=teacher_only() if draft is None else lossless(),
+            gamma=gamma,
+            student_params=params,
+            teacher_params=params,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
+            vocabulary=self.vocabulary,
+        )
+
+
+def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, Specdec]:
     """Decode the prompts with and without each draft model.
 
     Returns:
@@ -48,17 +132,76 @@ def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, Sp
     return {name: _result(plan.config, found, seconds) for name, found in settings.items()}
 
 
+def measure(
+    teacher: Served,
+    drafts: Mapping[str, Served],
+    inputs: Sequence[str],
+    *,
+    task: TaskConfig,
+    config: SpecdecConfig,
+    seed: int,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Specdec]:
+    """Load the models, decode with them, and add the command that serves each pair at its best draft length.
+
+    Args:
+        teacher: The model whose output is wanted.
+        drafts: Models that draft for it, by name.
+        inputs: Texts; the first `config.examples` are used whose prompts fit the models' positions.
+        task: How an input becomes a prompt, and how long a response may be.
+        config: What to measure.
+        seed: Of what is sampled.
+        on_progress: Called after each pass.
+
+    Raises:
+        SkdError: as `benchmark`, or a model cannot be loaded.
+    """
+    model, tokenizer = load_for_inference(teacher.folder)
+    loaded = {name: load_for_inference(draft.folder)[0] for name, draft in drafts.items()}
+    encoded = (encode_prompt(tokenizer, task, text) for text in inputs)
+    fitting = _fitting(encoded, (model, *loaded.values()), task, config)
+    prompts = list(islice(fitting, config.examples))
+    plan = Plan(
+        teacher=model,
+        drafts=loaded,
+        # Where none fits, the sampler says so.
+        prompts=prompts or [encode_prompt(tokenizer, task, text) for text in inputs[:1]],
+        eos_ids=ending_ids(model, tokenizer, task),
+        pad_id=pad_id(tokenizer, min(map(embedding_rows, (model, *loaded.values())))),
+        max_new_tokens=task.max_new_tokens,
+        config=config,
+        seed=seed,
+    )
+    return {
+        name: result.model_copy(update={"vllm": export(teacher, drafts[name], result.settings[0].best_gamma)})
+        for name, result in benchmark(plan, on_progress).items()
+    }
+
+
 def _forwards(plan: Plan, draft: PreTrainedModel, batch_size: int) -> ForwardTimes:
     prompt = median(map(len, plan.prompts))
     positions = int(prompt) + plan.max_new_tokens // 2  # as many as halfway through a typical response
     return measure_forwards(plan.teacher, draft, rows=batch_size, positions=positions, gammas=plan.gammas)
 
 
-def _result(config: SpecdecConfig, settings: list[Setting], seconds: float) -> SpecdecResult:
+def _fitting(
+    prompts: Iterable[list[int]], models: Iterable[PreTrainedModel], task: TaskConfig, config: SpecdecConfig
+) -> Iterator[list[int]]:
+    """Yield the prompts that fit all models with their answers, and with the longest draft beyond these."""
+    block = max(config.gamma, *config.gammas) + 1
+    limit = min((most for model in models if (most := position_limit(model, block)) is not None), default=None)
+    for number, prompt in enumerate(prompts):
+        if limit is None or len(prompt) + task.max_new_tokens <= limit:
+            yield prompt
+        else:
+            log.warning("prompt %d is left out: it has %d tokens and does not fit the models", number, len(prompt))
+
+
+def _result(config: SpecdecConfig, settings: list[Setting], seconds: float) -> Specdec:
     headline = settings[0]
     at_gamma = next(length for length in headline.lengths if length.gamma == config.gamma)
     timed = headline.timed(config.gamma)
-    return SpecdecResult(
+    return Specdec(
         acceptance_rate=timed.acceptance_rate,
         tokens_per_teacher_call=timed.tokens_per_teacher_call,
         speedup=timed.speedup,

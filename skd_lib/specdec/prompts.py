@@ -1,4 +1,4 @@
-"""Where `skd specdec` gets its prompts from."""
+"""The prompts of `skd specdec`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skd_lib.storage import Missing
 
 
 def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
-    """The first inputs of a file: the lines of a .txt file, or a column of any data file.
+    """Read the first inputs of a file: the lines of a .txt file, or a column of any data file.
 
     Args:
         path: Its ending says which format it is.
@@ -37,7 +37,7 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
 
 
 def prompts_of_run(config: RunConfig, *, limit: int) -> list[str]:
-    """The first inputs of a run's test set, as `prepare_data` makes it.
+    """Return the first inputs of a run's test set, as `prepare_data` makes it.
 
     Raises:
         SkdError: the data cannot be read, or a split of it is empty.

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from skd_lib.specdec.result import DraftLength, Latency, Percentiles, Setting, SpecdecResult
+from skd_lib.results import DraftLength, Latency, Percentiles, Setting, Specdec
 
 _SPEED_COLUMNS = ("drafted", "accepted", "tokens/call", "tokens/s", "speed-up", "theory", "paper's")
 _SPEED_CAPTION = (
@@ -18,8 +18,8 @@ _SPEED_CAPTION = (
 )
 
 
-def render(results: Mapping[str, SpecdecResult]) -> RenderableType:
-    """Tables for each draft model, by its name: speed in every setting, latency, acceptance by position."""
+def render(results: Mapping[str, Specdec]) -> RenderableType:
+    """Make tables for each draft model, by its name: speed in every setting, latency, acceptance by position."""
     parts: list[RenderableType] = []
     for name, result in results.items():
         parts += [_speed(name, setting) for setting in result.settings]
@@ -60,7 +60,7 @@ def _speed_cells(length: DraftLength) -> list[str]:
     ]
 
 
-def _latencies(name: str, result: SpecdecResult) -> Table:
+def _latencies(name: str, result: Specdec) -> Table:
     columns = ("setting", "drafted", "first token", "per token")
     table = _table(f"{name}: latency in ms", columns, "50 / 90 / 99 % of tokens take no longer")
     for setting in result.settings:
@@ -79,11 +79,12 @@ def _milliseconds(percentiles: Percentiles | None) -> str:
     return " / ".join(f"{1000 * value:.{0 if value >= 0.1 else 1}f}" for _, value in percentiles)
 
 
-def _conclusion(name: str, result: SpecdecResult) -> Text:
+def _conclusion(name: str, result: Specdec) -> Text:
+    headline = result.settings[0]
     rates = ", ".join(f"{rate:.1%}" for rate in result.acceptance_by_position)
     text = (
         f"{name}: positions of a block of {result.gamma} are accepted, once reached, in {rates}. Fastest at batch size "
-        f"{result.batch_size}: {result.best_gamma} drafted tokens, {result.best_speedup:.2f}x the teacher alone."
+        f"{headline.batch_size}: {headline.best_gamma} drafted tokens, {headline.best_speedup:.2f}x the teacher alone."
     )
     if any(setting.temperature == 0 for setting in result.settings):
         ties = f", bar {result.ties} ties within rounding" if result.ties else ""

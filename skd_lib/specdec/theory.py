@@ -1,4 +1,4 @@
-"""What speculative decoding should gain: from acceptance and the two models' measured forward times.
+"""The gain to expect of speculative decoding: from acceptance and the two models' measured forward times.
 
 Leviathan et al. 2023 (arXiv 2211.17192): with acceptance rate a, the same at every position and independent, a block
 of G drafted tokens yields (1 - a^(G+1)) / (1 - a) tokens (equation 1), and with a draft forward that takes c times as
@@ -24,7 +24,7 @@ from skd_lib.sampling.timing import Forward, bare
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Tokens of a block, given the rate at which each of its positions is accepted once those before it are."""
+    """Return the expected tokens of a block, given each position's acceptance rate given those before it."""
     total, reached = 1.0, 1.0
     for rate in acceptance:
         reached *= rate
@@ -33,7 +33,7 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
 
 
 def stretched(by_position: Sequence[float], gamma: int) -> list[float]:
-    """Rates of `gamma` positions: those that were never tested are taken to be like the last that was."""
+    """Return rates of `gamma` positions: those that were never tested are taken to be like the last that was."""
     known = list(by_position[:gamma]) or [1.0]
     return [*known, *known[-1:] * (gamma - len(known))]
 
@@ -53,16 +53,16 @@ class ForwardTimes:
     teacher: dict[int, float]
 
     def of_block(self, gamma: int) -> float:
-        """Seconds to draft `gamma` tokens and to score them and the position after them."""
+        """Return the seconds to draft `gamma` tokens and to score them and the position after them."""
         return self.draft_start + (gamma - 1) * self.draft + self.teacher[gamma + 1]
 
     def speedup(self, by_position: Sequence[float], gamma: int) -> float:
-        """Theoretical speed-up with acceptance by position and the time of the teacher's whole block."""
+        """Return the theoretical speed-up with acceptance by position and the time of the teacher's whole block."""
         tokens = expected_tokens(stretched(by_position, gamma))
         return tokens * self.teacher[1] / self.of_block(gamma)
 
     def speedup_of_paper(self, rate: float, gamma: int) -> float:
-        """Leviathan et al.'s theorem 3.8, with c = draft / teacher, each over one position."""
+        """Return the speed-up of Leviathan et al.'s theorem 3.8, with c = draft / teacher, each over one position."""
         return expected_tokens([rate] * gamma) / (gamma * self.draft / self.teacher[1] + 1)
 
 

@@ -14,14 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median, quantiles
+from typing import TYPE_CHECKING
 
 from skd_lib._core.seeds import derived
-from skd_lib.specdec.blocks import Acceptance
-from skd_lib.specdec.decoding import Decoder, Pass, decode
-from skd_lib.specdec.plan import Plan
-from skd_lib.specdec.result import DraftLength, Forwards, Latency, Percentiles, Setting, TeacherAlone, Timed
+from skd_lib.results import DraftLength, Forwards, Latency, Percentiles, Setting, TeacherAlone, Timed
+from skd_lib.sampling.engine import Sampler, SamplingStatistics
+from skd_lib.specdec.decode import Pass, count_by_position, decode
 from skd_lib.specdec.theory import ForwardTimes, expected_tokens, stretched
-from skd_lib.specdec.verification import Rounding, measured_rounding, verify_greedy
+from skd_lib.specdec.verify import Rounding, measured_rounding, verify_greedy
+
+if TYPE_CHECKING:
+    from skd_lib.specdec.benchmark import Plan
 
 OnProgress = Callable[[int, int], None]
 """Called with the passes that are done and the passes there are, as far as is known."""
@@ -36,7 +39,7 @@ class Passes:
     done: int = 0
 
     def advance(self) -> None:
-        """One more is done."""
+        """Count one more."""
         self.done += 1
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)
@@ -51,15 +54,17 @@ class _Series:
     ties: int = 0
 
     def timed(self, gamma: int) -> Timed:
-        acceptance = Acceptance.count((block for one in self.passes for row in one.blocks for block in row), gamma)
+        blocks = (block for one in self.passes for row in one.blocks for block in row)
+        tested, accepted = count_by_position(blocks, gamma)
+        counts = sum((one.statistics for one in self.passes), SamplingStatistics())
         return Timed(
             speedup=median(self.speedups),
             tokens_per_second=1 / median(one.seconds_per_token for one in self.passes),
-            acceptance_rate=acceptance.rate,
-            acceptance_by_position=acceptance.by_position,
-            tested_by_position=list(acceptance.tested),
-            tokens_per_teacher_call=acceptance.tokens_per_block,
-            tokens=acceptance.tokens,
+            acceptance_rate=counts.acceptance_rate,
+            acceptance_by_position=[of / tests for of, tests in zip(accepted, tested, strict=True) if tests],
+            tested_by_position=tested,
+            tokens_per_teacher_call=counts.tokens_per_teacher_call,
+            tokens=counts.tokens,
             latency=_latency(self.passes),
             ties=self.ties,
         )
@@ -95,21 +100,21 @@ class Turns:
     def _take_turns(self, due: Mapping[str, list[int]]) -> None:
         """Time the teacher alone and with each draft at its lengths, one after the other, `repeats` times."""
         plan = self.plan
-        alone = plan.decoder(None, 1, self.temperature, self.batch_size)
+        alone = plan.sampler(None, 1, self.temperature, self.batch_size)
         drafted = {
-            (name, gamma): plan.decoder(plan.drafts[name], gamma, self.temperature, self.batch_size)
+            (name, gamma): plan.sampler(plan.drafts[name], gamma, self.temperature, self.batch_size)
             for name, gammas in due.items()
             for gamma in gammas
         }
-        for decoder in (alone, *drafted.values()):
-            self._warm_up(decoder)
+        for sampler in (alone, *drafted.values()):
+            self._warm_up(sampler)
         series = {which: _Series() for which in drafted}
         for repeat in range(plan.config.repeats):
             seeds = [derived("specdec", plan.seed, repeat, row) for row in range(len(self.prompts))]
             reference = self._decode(alone, seeds)
             self.alone.append(reference)
-            for which, decoder in drafted.items():
-                taken = self._decode(decoder, seeds)
+            for which, sampler in drafted.items():
+                taken = self._decode(sampler, seeds)
                 series[which].passes.append(taken)
                 series[which].speedups.append(reference.seconds_per_token / taken.seconds_per_token)
                 if self.temperature == 0:
@@ -117,13 +122,13 @@ class Turns:
         for (name, gamma), found in series.items():
             self.timed[name][gamma] = found.timed(gamma)
 
-    def _warm_up(self, decoder: Decoder) -> None:
-        """A whole batch on a GPU, where kernels are chosen by shape; one prompt on a CPU, where little is prepared."""
+    def _warm_up(self, sampler: Sampler) -> None:
+        """Decode a whole batch on a GPU, where kernels are chosen by shape; one prompt on a CPU."""
         rows = self.batch_size if self.plan.teacher.device.type == "cuda" else 1
-        decode(decoder, self.prompts[:rows], [self.plan.seed] * rows, rows)
+        decode(sampler, self.prompts[:rows], [self.plan.seed] * rows, rows)
 
-    def _decode(self, decoder: Decoder, seeds: list[int]) -> Pass:
-        taken = decode(decoder, self.prompts, seeds, self.batch_size)
+    def _decode(self, sampler: Sampler, seeds: list[int]) -> Pass:
+        taken = decode(sampler, self.prompts, seeds, self.batch_size)
         self.progress.advance()
         return taken
 
@@ -141,11 +146,11 @@ class Turns:
 
     @cached_property
     def _rounding(self) -> Rounding:
-        """Measured once: at temperature 0 the teacher alone writes the same responses in every turn."""
+        """Rounding, measured once: at temperature 0 the teacher alone writes the same responses in every turn."""
         return measured_rounding(self.plan.teacher, self.prompts, self.alone[0].responses, self.plan.vocabulary)
 
     def _next(self, name: str) -> list[int]:
-        """The draft length that promises most, unless it was timed already."""
+        """Return the draft length that promises most, unless it was timed already."""
         timed, forwards = self.timed[name], self.forwards[name]
 
         def promise(gamma: int) -> float:
@@ -157,7 +162,7 @@ class Turns:
         return [] if best in timed else [best]
 
     def _basis(self, name: str, gamma: int) -> Timed:
-        """What is known of acceptance at a draft length: its own, or that of the longest blocks that were timed."""
+        """Return the measurements that tell acceptance at a draft length: its own, or those of the longest timed."""
         timed = self.timed[name]
         return timed[gamma if gamma in timed else max(timed)]
 

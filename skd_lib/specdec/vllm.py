@@ -14,7 +14,7 @@ from pathlib import Path
 
 from skd_lib.models.files import load_config, load_tokenizer
 from skd_lib.models.references import HubModel, LocalFolder, StoredFolder, parse_reference
-from skd_lib.specdec.result import VllmExport
+from skd_lib.results import Vllm
 
 ARCHITECTURES = frozenset(
     f"{family}ForCausalLM"
@@ -29,7 +29,7 @@ ARCHITECTURES = frozenset(
 
 @dataclass(frozen=True)
 class Served:
-    """A model as vLLM finds it, and where it lies here.
+    """A model as vLLM finds it, and its folder on this machine.
 
     Attributes:
         folder: Its local folder, for tokenizer and config.
@@ -43,7 +43,7 @@ class Served:
 
     @classmethod
     def from_reference(cls, ref: str, folder: Path) -> Served:
-        """The model that `ref` names and that was resolved to `folder`; vLLM reads a converted one from there."""
+        """Return the model that `ref` names, resolved to `folder`, from where vLLM reads a converted one."""
         match parse_reference(ref):
             case HubModel(repository, revision):
                 return cls(folder, repository, revision)
@@ -55,19 +55,19 @@ class Served:
                 return cls(folder, str(folder))
 
 
-def export(teacher: Served, draft: Served, gamma: int) -> VllmExport:
-    """The command for a pair, and what stands in its way.
+def export(teacher: Served, draft: Served, gamma: int) -> Vllm:
+    """Return the command that serves a pair, and vLLM's conditions that the pair does not meet.
 
     Args:
         teacher: The model that is served.
         draft: The model that drafts.
         gamma: Tokens drafted for each teacher call.
     """
-    return VllmExport(command=serve_command(teacher, draft, gamma), reasons=incompatibilities(teacher, draft))
+    return Vllm(command=serve_command(teacher, draft, gamma), reasons=incompatibilities(teacher, draft))
 
 
 def serve_command(teacher: Served, draft: Served, gamma: int) -> str:
-    """A `vllm serve` line, quoted for a POSIX shell.
+    """Return a `vllm serve` line, quoted for a POSIX shell.
 
     Where the draft's context is the shorter one, it limits the server's: vLLM lets the draft follow the teacher to any
     position, also to those its rotary embeddings were not made for.
@@ -85,7 +85,7 @@ def serve_command(teacher: Served, draft: Served, gamma: int) -> str:
 
 
 def incompatibilities(teacher: Served, draft: Served) -> list[str]:
-    """Which of vLLM's conditions for a draft model the pair does not meet, in sentences."""
+    """List vLLM's conditions for a draft model that the pair does not meet, in sentences."""
     return [
         *_unlisted_architectures(teacher, draft),
         *tokenizer_differences(teacher.folder, draft.folder),
@@ -94,7 +94,7 @@ def incompatibilities(teacher: Served, draft: Served) -> list[str]:
 
 
 def tokenizer_differences(teacher: Path, draft: Path) -> list[str]:
-    """Whether an id is the same token for both models; vLLM itself compares no more than the vocabularies' sizes."""
+    """Say where an id is another token for the draft; vLLM itself compares the vocabularies' sizes only."""
     ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (teacher, draft))
     differing = sorted(ours.items() ^ theirs.items(), key=lambda item: item[1])
     if not differing:

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from skd_lib.comparison.build import build_comparison, estimate
 from skd_lib.comparison.render import render, to_csv, to_markdown
-from skd_lib.comparison.result import Comparison, TrialResult, VariantResult
-from skd_lib.comparison.statistics import holm, t_interval
+from skd_lib.comparison.table import Comparison, TrialResult, VariantResult, build_comparison, estimate
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.predictions import Prediction, compare_trainings
-from skd_lib.report.summary import Score, Scores
+from skd_lib.evaluation.predictions import Prediction, compare
+from skd_lib.evaluation.statistics import holm, t_interval
+from skd_lib.results import Score, Scores
 
 RESAMPLES = 200
 
@@ -140,7 +139,7 @@ def _with_accuracy(variant: VariantResult) -> VariantResult:
 
 def test_pooled_test_resamples_examples_with_all_their_seeds():
     ours, theirs = [RIGHT["skd", 0], RIGHT["skd", 1]], [RIGHT["sft", 0], RIGHT["sft", 1]]
-    found, examples = compare_trainings(
+    found, examples = compare(
         [answers(right, 1) for right in ours], [answers(right, 2) for right in theirs], resamples=RESAMPLES, seed=3
     )["accuracy"]
     assert examples == 40
@@ -155,9 +154,9 @@ def test_pooled_test_resamples_examples_with_all_their_seeds():
 
 def test_pooled_test_needs_the_same_examples():
     with pytest.raises(SkdError, match="different examples"):
-        compare_trainings([answers([True])] * 2, [answers([True]), answers([True, False])])
+        compare([answers([True])] * 2, [answers([True]), answers([True, False])])
     with pytest.raises(ValueError, match="as many models"):
-        compare_trainings([answers([True])] * 2, [answers([True])])
+        compare([answers([True])] * 2, [answers([True])])
 
 
 def test_variants_have_means_tests_and_costs(comparison: Comparison):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from skd_lib.comparison.result import Comparison
+from skd_lib.comparison.table import Comparison
 from skd_lib.comparison.trials import Trial
 from skd_lib.errors import SkdError
 from skd_lib.models.records import write_record
-from skd_lib.report.drafts import write_drafts
+from skd_lib.report.folders import write_drafts
 from skd_lib.steps import compare_table, compare_variant
 from skd_lib.steps.kfp_call import called, take_call
 from tests.comparison.test_build import RIGHT, accuracy, answers

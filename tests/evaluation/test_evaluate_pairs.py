@@ -16,7 +16,7 @@ from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.importing import import_model
 from skd_lib.models.records import RECORD, read_record, write_record
 from skd_lib.models.references import model_fingerprint
-from skd_lib.report.evaluations import read_evaluations
+from skd_lib.report.folders import read_evaluations
 from skd_lib.steps import evaluate_student, evaluate_teacher
 from skd_lib.tracking.runs import RunLog
 from tests.conftest import SaveTinyModel

@@ -175,4 +175,4 @@ def test_surrogates_survive_the_whole_way(model: Path, tiny_tokenizer: PreTraine
     examples = [make_example("open \ufffd", "broken \ud800 target"), make_example("close", "the door")]
     config = EvaluationConfig(bootstrap_samples=100)
     result = evaluate(load_model(model, device="cpu"), tiny_tokenizer, examples, TaskConfig(max_new_tokens=3), config)
-    assert result.scores["examples"] == 2
+    assert result.scores.examples == 2

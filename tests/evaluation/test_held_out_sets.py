@@ -12,7 +12,7 @@ from skd_lib.config import DataConfig, TaskConfig
 from skd_lib.config.step import StepConfig
 from skd_lib.data.prepared import prepare
 from skd_lib.evaluation.predictions import read_predictions
-from skd_lib.report.evaluations import read_evaluation
+from skd_lib.report.folders import read_evaluation
 from skd_lib.steps.evaluate import MAX_TABLE_ROWS, Role, held_out_sets, main, table
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_predictions import prediction

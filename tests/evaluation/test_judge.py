@@ -262,14 +262,14 @@ def test_a_judge_is_one_more_metric_and_must_not_be_down(
     config = EvaluationConfig(bootstrap_samples=100, judge=judge(server, examples=3))
     server.answer = lambda prompt: completion("[[8]]" if "reference 1" in prompt else "[[4]]")
     result = evaluate(model, tiny_tokenizer, examples, task, config)
-    assert result.scores["judge"]["score"] == pytest.approx(16 / 3)
-    assert result.scores["judge"]["scored"] == 3
+    assert result.scores.metrics["judge"].score == pytest.approx(16 / 3)
+    assert result.scores.metrics["judge"].scored == 3
     assert [row.scores.get("judge") for row in result.predictions] == [4, 8, 4, None]
 
     server.answer = lambda prompt: completion("no idea")
     result = evaluate(model, tiny_tokenizer, examples, task, config)
-    assert "no reply of the judge holds a rating" in result.scores["missing"]["judge"]
-    assert result.scores["chrf"]["score"] >= 0
+    assert "no reply of the judge holds a rating" in result.scores.missing["judge"]
+    assert result.scores.metrics["chrf"].score >= 0
     assert "judge" not in result.figures()
 
     server.answer = lambda prompt: (503, "asleep")

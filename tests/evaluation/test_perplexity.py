@@ -48,9 +48,9 @@ def test_perplexity_is_over_all_tokens(tiny_model: TinyModel, tiny_tokenizer: Pr
     result = evaluate(model, tiny_tokenizer, EXAMPLES[:4], task, CONFIG)
     losses = reference_losses(model, tiny_tokenizer, EXAMPLES[:4], task, batch_size=4)
     wanted = math.exp(sum(loss.nll for loss in losses) / sum(loss.tokens for loss in losses))
-    score = result.scores["perplexity"]
-    assert score["score"] == pytest.approx(wanted, rel=1e-5)
-    assert score["low"] <= score["score"] <= score["high"]
+    score = result.scores.metrics["perplexity"]
+    assert score.score == pytest.approx(wanted, rel=1e-5)
+    assert score.low <= score.score <= score.high
     first = result.predictions[0]
     assert first.scores["perplexity"] == pytest.approx(math.exp(losses[0].nll / losses[0].tokens), rel=1e-5)
     assert first.reference_tokens == losses[0].tokens
@@ -64,8 +64,8 @@ def test_a_model_that_yields_nan_loses_its_perplexity_only(
         model.model.norm.weight.fill_(float("nan"))
     task = TaskConfig(max_new_tokens=4, metrics=["perplexity", "chrf"])
     result = evaluate(model, tiny_tokenizer, EXAMPLES, task, CONFIG)
-    assert "likelihood of 5 of 5 references is not a number" in result.scores["missing"]["perplexity"]
-    assert result.scores["chrf"]["score"] >= 0
+    assert "likelihood of 5 of 5 references is not a number" in result.scores.missing["perplexity"]
+    assert result.scores.metrics["chrf"].score >= 0
     assert result.predictions[0].reference_nll is None
     with pytest.raises(SkdError, match="is not a number"):
         evaluate(model, tiny_tokenizer, EXAMPLES, TaskConfig(max_new_tokens=4, metrics=["perplexity"]), CONFIG)

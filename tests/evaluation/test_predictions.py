@@ -18,6 +18,7 @@ from skd_lib.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
+from skd_lib.results import PairedTest
 
 
 def prediction(number: int, text: str, target: str = "the file has been saved", **more: Any) -> Prediction:
@@ -69,7 +70,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_models_are_compared_example_by_example() -> None:
     good, bad = answered("the file has been saved"), answered("the file")
-    result = compare(good, bad[::-1], resamples=200)
+    result = compare([good], [bad[::-1]], resamples=200)
     assert result.keys() == {"chrf", "bleu"}
     targets = [row.target for row in good]
     expected = 100 - measure("chrf", [row.prediction for row in bad], targets).score
@@ -81,7 +82,7 @@ def test_models_are_compared_example_by_example() -> None:
 def test_means_are_compared_on_the_examples_that_both_were_scored_by() -> None:
     first, second = answered("a", 4, accuracy=100.0), answered("a", 4, accuracy=0.0)
     second[1] = dataclasses.replace(second[1], scores={})
-    comparison, examples = compare(first, second)["accuracy"]
+    comparison, examples = compare([first], [second])["accuracy"]
     assert (comparison.difference, comparison.low, comparison.high, examples) == (100, 100, 100, 3)
 
 
@@ -92,7 +93,7 @@ def test_perplexities_are_compared_over_tokens() -> None:
             for n in range(20)
         ]
 
-    comparison, _ = compare(rows(1.0), rows(2.0))["perplexity"]
+    comparison, _ = compare([rows(1.0)], [rows(2.0)])["perplexity"]
     assert comparison.difference == pytest.approx(math.exp(1) - math.exp(2))
     with pytest.raises(SkdError, match="likelihood of 1 of 21 references is not a number, first of id-99"):
         perplexity([*rows(1.0), prediction(99, "", reference_tokens=3)])
@@ -101,19 +102,20 @@ def test_perplexities_are_compared_over_tokens() -> None:
 
 def test_every_two_models_of_a_run_are_compared(tmp_path: Path) -> None:
     files = {}
-    for role, text in {"teacher": "the file has been saved", "before": "no", "after": "the file"}.items():
+    answers = {"teacher": "the file has been saved", "student_before": "no", "student_after": "the file"}
+    for role, text in answers.items():
         files[role] = tmp_path / f"{role}.jsonl"
         write_predictions(files[role], answered(text))
     rows = paired_results(files, resamples=100)
-    pairs = {(row["a"], row["b"]) for row in rows}
-    assert pairs == {("before", "teacher"), ("after", "teacher"), ("after", "before")}
+    before, after = "student_before", "student_after"
+    assert {(row.a, row.b) for row in rows} == {(before, "teacher"), (after, "teacher"), (after, before)}
     assert len(rows) == 6
     for row in rows:
-        assert row.keys() == {"a", "b", "metric", "difference", "low", "high", "p_value", "n"}
-        assert row["n"] == 30
-    gain = next(row for row in rows if (row["a"], row["b"], row["metric"]) == ("after", "before", "chrf"))
-    assert 0 < float(gain["low"]) <= float(gain["difference"])
-    assert json.loads(json.dumps(rows)) == rows
+        assert row.model_dump().keys() == {"a", "b", "metric", "difference", "low", "high", "p_value", "n"}
+        assert row.n == 30
+    gain = next(row for row in rows if (row.a, row.b, row.metric) == (after, before, "chrf"))
+    assert 0 < gain.low <= gain.difference
+    assert PairedTest.model_validate_json(gain.model_dump_json()) == gain
     assert paired_results({"teacher": files["teacher"]}) == []
 
 
@@ -128,4 +130,4 @@ def test_other_examples_cannot_be_compared() -> None:
     rows = [prediction(0, "a"), prediction(1, "b")]
     for others in (rows[:1], [rows[0], prediction(2, "b")], [rows[0], prediction(1, "b", "another target")]):
         with pytest.raises(SkdError, match="different examples"):
-            compare(rows, others)
+            compare([rows], [others])

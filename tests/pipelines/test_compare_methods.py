@@ -14,7 +14,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from skd_lib.comparison.result import Comparison
+from skd_lib.comparison.table import Comparison
 from tests.conftest import SaveTinyModel
 
 ROOT = Path(__file__).parents[2]

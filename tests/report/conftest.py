@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from skd_lib.report.samples import SampledSequence
-from skd_lib.report.summary import Comparison, Course, Lengths, Scores, Specdec, Summary, build_summary
+from skd_lib.models.samples import SampledSequence
+from skd_lib.report.summary import Lengths, Summary, build_summary
+from skd_lib.results import Course, PairedTest, Scores, Specdec
 
 HOSTILE = "</span><script>parent.owned = 1</script><img src=x onerror=parent.owned=1>"
 STEPS = (1, 10, 20, 30)
@@ -26,7 +27,15 @@ def scores(chrf: float) -> Scores:
     return Scores.model_validate(flat)
 
 
+def draft_length(gamma: int, speedup: float, timed: dict[str, Any] | None) -> dict[str, Any]:
+    theory = {"theoretical_speedup": speedup, "theoretical_speedup_iid": speedup}
+    return {"gamma": gamma, "expected_tokens_per_teacher_call": 1.5, **theory, "timed": timed}
+
+
 def specdec(acceptance: float) -> Specdec:
+    rates = {"acceptance_rate": acceptance, "acceptance_by_position": [acceptance], "tested_by_position": [9]}
+    speed = {"speedup": 1.1, "tokens_per_second": 13.75, "tokens_per_teacher_call": 1 + acceptance, "tokens": 9}
+    timed = {**rates, **speed, "latency": {"first_token": WAIT}, "ties": 0}
     values: dict[str, Any] = {
         "acceptance_rate": acceptance,
         "tokens_per_teacher_call": 1 + acceptance,
@@ -41,10 +50,12 @@ def specdec(acceptance: float) -> Specdec:
             {
                 "temperature": 0.5,
                 "batch_size": 8,
-                "lengths": [
-                    {"gamma": 1, "theoretical_speedup": 1.2, "timed": {"speedup": 1.1, "tokens": 9}},
-                    {"gamma": 2, "theoretical_speedup": 1.3, "timed": None},
-                ],
+                "prompts": 16,
+                "teacher_alone": {"tokens_per_second": 12.5, "latency": {"first_token": WAIT}},
+                "forwards": {"draft_seconds": 0.1, "draft_start_seconds": 0.1, "teacher_seconds": {"1": 1, "2": 1}},
+                "lengths": [draft_length(1, 1.2, timed), draft_length(2, 1.3, None)],
+                "best_gamma": 1,
+                "best_speedup": 1.1,
             }
         ],
         "teacher_only_tokens_per_second": 12.5,
@@ -72,7 +83,7 @@ def summary() -> Summary:
             peak_bytes={"process": 2_000_000_000, "rollout": 1_500_000_000},
         ),
         comparisons=[
-            Comparison(a=a, b="student_before", metric="chrf", difference=20, low=15, high=25, p_value=0.001, n=64)
+            PairedTest(a=a, b="student_before", metric="chrf", difference=20, low=15, high=25, p_value=0.001, n=64)
             for a in ("student_after", "teacher")
         ],
         lengths={"teacher": Lengths(mean=9.5, longest=20, truncated_fraction=0.1, edges=(0, 10, 20), counts=(40, 24))},

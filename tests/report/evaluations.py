@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skd_lib.evaluation.predictions import Prediction, write_predictions
-from skd_lib.report.evaluations import PREDICTIONS, SCORES
+from skd_lib.report.folders import PREDICTIONS, SCORES
 
 
 def evaluation(

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from skd_lib.models.samples import SampledSequence
 from skd_lib.report.page import render_page
-from skd_lib.report.samples import SampledSequence
-from skd_lib.report.summary import Course, Summary, build_summary
+from skd_lib.report.summary import Summary, build_summary
+from skd_lib.results import Course
 from tests.report.conftest import STEPS
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_lib.report.charts import HEIGHT, WIDTH, Series, bar_chart, interval, line_chart, nice_ticks
-from skd_lib.report.curves import POINTS, smoothed, thinned
+from skd_lib.report.charts import (
+    HEIGHT,
+    POINTS,
+    WIDTH,
+    Series,
+    bar_chart,
+    interval,
+    line_chart,
+    nice_ticks,
+    smoothed,
+    thinned,
+)
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
 

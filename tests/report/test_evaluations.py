@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from skd_lib.errors import SkdError
-from skd_lib.report.drafts import read_drafts, write_drafts
-from skd_lib.report.evaluations import read_evaluation, read_evaluations
+from skd_lib.report.folders import read_drafts, read_evaluation, read_evaluations, write_drafts
 from skd_lib.steps.show import main
 from tests.report.evaluations import evaluation
 

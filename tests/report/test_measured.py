@@ -10,7 +10,8 @@ import pytest
 
 from skd_lib.config import MetricName, RegistryConfig, parse_section
 from skd_lib.report.measured import Measured, longest, measured
-from skd_lib.report.summary import Comet, Course, Scores, Specdec, build_summary, rounded
+from skd_lib.report.summary import build_summary
+from skd_lib.results import Comet, Course, Scores, Specdec, rounded
 from skd_lib.tracking.gate import Rival
 
 EXACT = 100 / 3

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from skd_lib.errors import SkdError
 from skd_lib.report.page import render_page
-from skd_lib.report.render import duration, render, sparkline, to_markdown
-from skd_lib.report.summary import Comet, Comparison, Course, Role, Scores, Specdec, Summary, build_summary
+from skd_lib.report.render import render, sparkline, to_markdown
+from skd_lib.report.summary import Summary, build_summary
+from skd_lib.results import Comet, Course, PairedTest, Role, Scores, Specdec
 
 
 def scores(chrf: float) -> Scores:
@@ -190,21 +191,6 @@ def test_sparkline() -> None:
     assert len(sparkline([0.1] * 7, width=5)) == 5
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.0, "0.0 s"),
-        (59.9, "59.9 s"),
-        (59.97, "1 min 00 s"),
-        (185.2, "3 min 05 s"),
-        (3599.6, "1 h 00 min"),
-        (7620.0, "2 h 07 min"),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 def test_a_file_that_is_no_summary_is_named(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"task_metric": "chrf", "modles": {}}', encoding="utf-8")
     with pytest.raises(SkdError, match="field `models`: this field is required") as caught:
@@ -234,7 +220,7 @@ def test_what_rests_on_few_examples_is_marked_and_said(summary: Summary) -> None
     few = Scores.model_validate(
         {"chrf": {"score": 30, "low": 20, "high": 40, "caution": "3 examples are too few"}, "examples": 3}
     )
-    test = Comparison(a="student_after", b="student_before", metric="chrf", difference=20, low=20, high=20, n=3)
+    test = PairedTest(a="student_after", b="student_before", metric="chrf", difference=20, low=20, high=20, n=3)
     small = build_summary(
         task_metric="chrf", scores={"student_after": few}, specdec={}, course=Course(), comparisons=[test]
     )

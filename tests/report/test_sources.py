@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from skd_lib.models.samples import SampledSequence, to_jsonl
 from skd_lib.report.page import render_page
-from skd_lib.report.samples import SampledSequence, to_jsonl
 from skd_lib.report.summary import Summary
 
 ROOT = Path(__file__).parents[2]

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams, SpecdecConfig, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.sampling.acceptance import nothing
+from skd_lib.results import Specdec
+from skd_lib.sampling.acceptance import teacher_only
 from skd_lib.sampling.engine import Sampler, Samples
-from skd_lib.specdec.benchmark import benchmark
-from skd_lib.specdec.plan import Plan
-from skd_lib.specdec.result import SpecdecResult
-from skd_lib.specdec.verification import measured_rounding, rounding, verify_greedy
+from skd_lib.specdec.benchmark import Plan, benchmark
+from skd_lib.specdec.verify import measured_rounding, rounding, verify_greedy
 from tests.conftest import TinyModel
 from tests.specdec.conftest import FakeClock
 
@@ -33,12 +32,12 @@ def prompts(count: int = 5, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (3 + 4 * row,), generator=generator).tolist() for row in range(count)]
 
 
-def run(teacher: PreTrainedModel, draft: PreTrainedModel, **changes: Any) -> SpecdecResult:
+def run(teacher: PreTrainedModel, draft: PreTrainedModel, **changes: Any) -> Specdec:
     """The benchmark of one draft model; `changes` are fields of the plan or of its configuration."""
     return run_all(teacher, {"draft": draft}, **changes)["draft"]
 
 
-def run_all(teacher: PreTrainedModel, drafts: dict[str, PreTrainedModel], **changes: Any) -> dict[str, SpecdecResult]:
+def run_all(teacher: PreTrainedModel, drafts: dict[str, PreTrainedModel], **changes: Any) -> dict[str, Specdec]:
     config: dict[str, Any] = {"gamma": 3, "gammas": [1, 3], "sweep": "none", "batch_sizes": [2], "temperatures": [0.0]}
     config["repeats"] = 1
     config |= {name: changes.pop(name) for name in list(changes) if name in SpecdecConfig.model_fields}
@@ -63,8 +62,8 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sampler, Samples]]:
     seen: list[tuple[Sampler, Samples]] = []
     sample = Sampler.sample
 
-    def watched(self: Sampler, *args: Any) -> Samples:
-        seen.append((self, sample(self, *args)))
+    def watched(self: Sampler, *args: Any, **kwargs: Any) -> Samples:
+        seen.append((self, sample(self, *args, **kwargs)))
         return seen[-1][1]
 
     monkeypatch.setattr(Sampler, "sample", watched)
@@ -110,8 +109,8 @@ def test_the_reference_is_greedy_decoding(tiny_model: TinyModel, monkeypatch: py
 def test_a_wrong_token_is_caught_and_named(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     sample = Sampler.sample
 
-    def corrupted(self: Sampler, *args: Any) -> Samples:
-        samples = sample(self, *args)
+    def corrupted(self: Sampler, *args: Any, **kwargs: Any) -> Samples:
+        samples = sample(self, *args, **kwargs)
         if self.rule.name == "lossless" and len(samples.tokens_BT) == len(prompts()):
             tokens_BT = samples.tokens_BT.clone()
             tokens_BT[row, 3] = (tokens_BT[row, 3] + 1) % VOCABULARY
@@ -202,7 +201,7 @@ class HalfPrecision:
         self.rounding = measured_rounding(self.teacher, self.prompts, self.references, VOCABULARY)
 
     def write(self, starts: list[list[int]], length: int) -> list[list[int]]:
-        settings: dict[str, Any] = {"rule": nothing(), "eos_ids": (), "pad_id": 0, "max_new_tokens": length}
+        settings: dict[str, Any] = {"rule": teacher_only(), "eos_ids": (), "pad_id": 0, "max_new_tokens": length}
         sampler = Sampler(
             student=None, teacher=self.teacher, teacher_params=SamplingParams(temperature=0.0), **settings
         )
@@ -284,13 +283,13 @@ def test_figures_fit_together(tiny_model: TinyModel) -> None:
     assert list(headline.tested_by_position) == sorted(headline.tested_by_position, reverse=True)
     assert result.latency.first_token.p50 <= result.latency.first_token.p90 <= result.latency.first_token.p99
     text = json.dumps(result.to_dict())
-    assert SpecdecResult.model_validate_json(text) == result
+    assert Specdec.model_validate_json(text) == result
     assert "null" not in text  # which a KFP parameter cannot hold
 
 
 def test_flat_figures_are_numbers(tiny_model: TinyModel) -> None:
     result = run(tiny_model(), tiny_model(seed=1), prompts=prompts(2), batch_sizes=[1, 2], eos_ids=NO_EOS)
-    figures = result.figures()
+    figures = result.metrics()
     assert all(isinstance(value, int | float) for value in figures.values())
     assert figures["speedup"] == result.speedup
     assert figures["acceptance_position_1"] == result.acceptance_by_position[0]
@@ -305,8 +304,8 @@ def test_the_speedup_is_over_the_teacher_in_the_same_turn(
     passes = itertools.count()
     sample = Sampler.sample
 
-    def timed(self: Sampler, *args: Any) -> Samples:
-        samples = sample(self, *args)
+    def timed(self: Sampler, *args: Any, **kwargs: Any) -> Samples:
+        samples = sample(self, *args, **kwargs)
         if len(samples.tokens_BT) == 5:  # not the warm-up
             clock.now += (1 if next(passes) < 2 else 3) * (2.0 if self.student is None else 1.0)
         return samples

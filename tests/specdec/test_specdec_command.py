@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from skd_kfp.pipelines.cli import app
 from skd_lib.errors import SkdError
-from skd_lib.specdec.result import SpecdecResult
+from skd_lib.results import Specdec
 from tests.conftest import SaveTinyModel
 
 QUICK = ("--gammas", "1,2", "--gamma", "2", "--sweep", "none", "--repeats", "1", "--max-new-tokens", "6")
@@ -49,7 +49,7 @@ def test_prompts_from_a_text_file(models: dict[str, Path], prompts: Path, tmp_pa
     shown = skd(*pair, "--prompts", prompts, "--temperatures", "0", "--batch-sizes", "1,3", *QUICK, "--out", out)
     written = json.loads(out.read_text(encoding="utf-8"))
     assert list(written) == ["before", "after"]
-    result = SpecdecResult.model_validate(written["after"])
+    result = Specdec.model_validate(written["after"])
     assert [(each.batch_size, each.prompts) for each in result.settings] == [(1, 3), (3, 3)]
     assert [length.gamma for length in result.settings[0].lengths] == [1, 2]
     for heading in ("before: greedy, batch size 1", "after: greedy, batch size 3", "after: latency in ms"):
@@ -77,7 +77,7 @@ def test_prompts_from_the_test_set_of_a_run(models: dict[str, Path], tmp_path: P
     path, out = tmp_path / "run.yaml", tmp_path / "out.json"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     skd(models["teacher"], models["draft"], "--config", path, "--examples", "3", "--out", out)
-    result = SpecdecResult.model_validate(json.loads(out.read_text(encoding="utf-8"))["draft"])
+    result = Specdec.model_validate(json.loads(out.read_text(encoding="utf-8"))["draft"])
     assert (result.gamma, result.batch_size, result.prompts) == (2, 2, 2)  # 3 rows hold one whole batch of 2
     assert result.tokens <= 2 * 5
 

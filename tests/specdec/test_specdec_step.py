@@ -9,10 +9,10 @@ import pytest
 
 from skd_lib.config import SpecdecConfig, TaskConfig
 from skd_lib.errors import SkdError
-from skd_lib.report.drafts import read_drafts
+from skd_lib.report.folders import read_drafts
+from skd_lib.results import Specdec
 from skd_lib.sampling.engine import Sampler
-from skd_lib.specdec.measure import measure
-from skd_lib.specdec.result import SpecdecResult
+from skd_lib.specdec.benchmark import measure
 from skd_lib.specdec.vllm import Served
 from skd_lib.steps.specdec_benchmark import main
 from tests.conftest import SaveTinyModel
@@ -51,7 +51,7 @@ def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -
     results = run(folders, tmp_path, specdec={**CONFIG, "temperatures": [temperature]}, label="skd-seed-1")
     for moment, values in results.items():
         assert values.pop("label") == "skd-seed-1"
-        result = SpecdecResult.model_validate(values)
+        result = Specdec.model_validate(values)
         assert (result.prompts, result.temperature) == (4, temperature)
         assert 0 <= result.acceptance_rate <= 1
         assert result.speedup > 0
@@ -77,7 +77,7 @@ def test_a_prompt_beyond_the_models_positions_is_left_out(folders: dict[str, Pat
     config = SpecdecConfig.model_validate({**CONFIG, "examples": 2})
     inputs = ["le fichier " * 600, "le fichier", "les fichiers", "un fichier"]
 
-    def measured(inputs: list[str]) -> SpecdecResult:
+    def measured(inputs: list[str]) -> Specdec:
         task = TaskConfig(prompt="{source}", **TASK)
         return measure(models["teacher"], {"it": models["draft_after"]}, inputs, task=task, config=config, seed=0)["it"]
 
@@ -91,8 +91,8 @@ def test_a_sampler_that_is_wrong_fails_the_step(
 ) -> None:
     sample = Sampler.sample
 
-    def wrong(self: Sampler, *args: Any) -> Any:
-        samples = sample(self, *args)
+    def wrong(self: Sampler, *args: Any, **kwargs: Any) -> Any:
+        samples = sample(self, *args, **kwargs)
         if self.rule.name == "lossless":
             samples.tokens_BT[:, 0] = (samples.tokens_BT[:, 0] + 1) % 320
         return samples

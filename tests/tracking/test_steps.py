@@ -20,9 +20,9 @@ from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import Prediction
 from skd_lib.models.files import weights_digest
 from skd_lib.models.records import write_record
+from skd_lib.models.samples import to_jsonl
 from skd_lib.report.folders import write_drafts
 from skd_lib.report.measured import CHAMPION, Measured
-from skd_lib.models.samples import to_jsonl
 from skd_lib.report.sources import from_mlflow
 from skd_lib.steps import finish, register_model, report, trained_model
 from skd_lib.steps.kfp_call import called, take_call

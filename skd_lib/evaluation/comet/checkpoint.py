@@ -1,4 +1,4 @@
-"""COMET checkpoints: how a reference becomes files that the worker loads without any network.
+"""COMET checkpoints: references, and the files that the worker loads without any network.
 
 | reference | meaning |
 |---|---|

@@ -19,7 +19,7 @@ _NEWEST_PYTHON = (3, 12)  # the last for which numpy < 2 has wheels
 
 
 def comet_python() -> Path:
-    """The interpreter that has COMET; outside a cluster the environment for it is made where there is none.
+    """Return the interpreter that has COMET; outside a cluster the environment for it is made where there is none.
 
     Raises:
         SkdError: there is none, and it cannot be made.

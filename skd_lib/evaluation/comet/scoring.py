@@ -19,7 +19,8 @@ from skd_lib.evaluation.comet import worker
 from skd_lib.evaluation.comet.checkpoint import Checkpoint
 from skd_lib.evaluation.metrics import FloatArray, Measured
 from skd_lib.evaluation.predictions import Prediction
-from skd_lib.evaluation.significance import Comparison, paired_bootstrap, scored
+from skd_lib.evaluation.statistics import paired_bootstrap, scored
+from skd_lib.results import Difference, Score
 from skd_lib.storage import sha256
 
 Row = tuple[str, str, str]
@@ -31,18 +32,17 @@ _SWITCHES = {False: "TORCH_FORCE_WEIGHTS_ONLY_LOAD", True: "TORCH_FORCE_NO_WEIGH
 
 @dataclass(frozen=True)
 class CometScores:
-    """What COMET says of several models' answers. All scores are 100 times COMET's own, like those of other metrics.
+    """COMET's scores of several models' answers. All are 100 times COMET's own, like those of other metrics.
 
     Attributes:
         segments: By model, the score of each of its answers, in their order.
-        scores: By model, `score` (their mean), `low` and `high` (its 95 % interval), `signature`, and a `caution` where
-            the interval says little.
+        scores: By model, their mean.
         comparisons: Paired tests, by `FIRST-SECOND`: the first model's score minus the second's.
     """
 
     segments: dict[str, list[float]]
-    scores: dict[str, dict[str, Any]]
-    comparisons: dict[str, Comparison]
+    scores: dict[str, Score]
+    comparisons: dict[str, Difference]
 
 
 def score_models(
@@ -81,9 +81,7 @@ def score_models(
     signature = f"comet|model:{checkpoint.reference}|sha256:{sha256(checkpoint.weights)[:16]}|version:{version}"
     segments = {model: [100 * by_row[row] for row in given] for model, given in rows.items()}
     measured = {model: _mean(values, signature) for model, values in segments.items()}
-    scores = {}
-    for model, found in measured.items():
-        scores[model] = scored(found, resamples=resamples, seed=seed)
+    scores = {model: scored(found, resamples=resamples, seed=seed) for model, found in measured.items()}
     comparisons = {
         f"{first}-{second}": paired_bootstrap(measured[first], measured[second], resamples=resamples, seed=seed)
         for first, second in _PAIRS
@@ -110,7 +108,7 @@ def _mean(values: Sequence[float], signature: str) -> Measured:
 def _ask(
     checkpoint: Checkpoint, python: Path, rows: Sequence[Row], *, batch_size: int, trust_pickle: bool
 ) -> tuple[str, list[float]]:
-    """COMET's version and its score of each row, from the worker."""
+    """Ask the worker for COMET's version and its score of each row."""
     progress = events.Progress("scoring with COMET", len(rows))
     version, scores = "", list[float]()
     with TemporaryDirectory() as scratch:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from skd_lib.evaluation.predictions import Prediction, write_predictions
-from skd_lib.report.evaluations import PREDICTIONS, SCORES
+from skd_lib.report.folders import PREDICTIONS, SCORES
 from skd_lib.report.measured import CHAMPION
 
 EXAMPLES = [("a", "ouvrir le fichier", "open the file"), ("b", "fermer la porte", "close the door"), ("c", "x", "save")]

@@ -90,7 +90,7 @@ def as_text(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> SampledSequence
 
 
 def to_jsonl(sequences: Iterable[SampledSequence]) -> str:
-    """The file's content; ASCII, so that broken text from a model is no broken file."""
+    """Return the file's content; ASCII, so that broken text from a model does not break the file."""
     return "".join(json.dumps(sequence.model_dump(mode="json", exclude_none=True)) + "\n" for sequence in sequences)
 
 
@@ -114,7 +114,7 @@ def read_samples(path: Path) -> list[SampledSequence]:
 def _token_texts(
     tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int], proposals: dict[int, int]
 ) -> tuple[list[str], dict[int, str]]:
-    """What each token adds to the text, and what each proposal would have added.
+    """Return the text that each token adds, and the text that each proposal would have added.
 
     Each is decoded behind the tokens that added the last piece of text, not behind all of them: the time is linear.
     """

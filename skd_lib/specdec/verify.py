@@ -1,4 +1,4 @@
-"""Is greedy speculative decoding's output the teacher's own? Token by token, bar ties within rounding.
+"""Check that greedy speculative decoding writes the teacher's own output, up to ties within rounding.
 
 A block of gamma + 1 positions and single positions run through different matrix kernels, whose sums round differently.
 Where the teacher's best tokens are closer than that rounding, either may come out. Such a tie is accepted only on
@@ -30,7 +30,7 @@ _RESPONSES = 4
 
 @dataclass(frozen=True)
 class Rounding:
-    """How differently two forwards over the same tokens see the distance of the two best tokens, in logits.
+    """The difference between two forwards over the same tokens in the distance of the two best logits.
 
     Attributes:
         typical: Root mean square over positions.
@@ -42,7 +42,7 @@ class Rounding:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Return how far apart two logits may be, relative to the largest at their position, to count as equal at all.
+    """Return the distance at which two logits count as equal, relative to the largest at their position.
 
     Four units in the last place for half precision (bf16: 3 %, fp16: 0.4 %); 0.01 % for fp32, whose units are far
     smaller than what a deep model's sums lose.
@@ -97,7 +97,7 @@ def verify_greedy(
         measure: Measures rounding, and is asked only where responses differ; None: on these references.
 
     Returns:
-        How many responses differ by ties within rounding.
+        The number of responses that differ by ties within rounding.
 
     Raises:
         SkdError: a response is not the teacher's; names the prompt, counted from 0, and the position. Or the ties are
@@ -120,7 +120,7 @@ def verify_greedy(
 
 @dataclass(frozen=True)
 class _Tie:
-    """Where a response leaves the reference, in logits.
+    """The place where a response leaves the reference, in logits.
 
     Attributes:
         width: Distance of the two tokens.
@@ -134,7 +134,7 @@ class _Tie:
 
 
 def _require_difference(output: list[int], reference: list[int], where: str) -> None:
-    """One response must not be the other's beginning."""
+    """Require that neither response is the other's beginning."""
     shorter = min(len(output), len(reference))
     if output[:shorter] == reference[:shorter]:
         raise SkdError(
@@ -179,7 +179,7 @@ def _require_tie(
 
 
 def _require_narrow(ties: Sequence[_Tie], responses: int, found: Rounding) -> None:
-    """A single tie may be as wide as rounding ever makes one; many are as wide, on average, as it typically does."""
+    """Require that ties are no wider than rounding makes them: one as its widest, many as its typical width."""
     square = sum(tie.width**2 for tie in ties)
     typical = max(found.typical, *(tie.unit / 4 for tie in ties))  # two logits, each rounded once
     if square > max(tie.allowed for tie in ties) ** 2 + 2 * len(ties) * typical**2:
@@ -199,7 +199,7 @@ def _logits(teacher: PreTrainedModel, prompt: list[int], response: list[int], vo
 
 
 def _stepped_logits(teacher: PreTrainedModel, prompt: list[int], response: list[int], vocabulary: int) -> Tensor:
-    """The same from a forward for each token, as the teacher alone decodes."""
+    """Return the same from a forward for each token, as the teacher alone decodes."""
     ids_1L = torch.tensor([prompt + response], device=teacher.device)
     cache = prefilled(teacher, ids_1L[:, : max(len(prompt) - 1, 1)], ids_1L.shape[1])
     states = [
@@ -210,7 +210,7 @@ def _stepped_logits(teacher: PreTrainedModel, prompt: list[int], response: list[
 
 
 def _require_end(output: list[int], eos_ids: Sequence[int], max_new_tokens: int, where: str) -> None:
-    """A response that left the reference at a tie has no reference for its end."""
+    """Require the end of a response that left the reference at a tie, where the reference has none for it."""
     ends = [at for at, token in enumerate(output) if token in eos_ids]
     end = ends[0] + 1 if ends else max_new_tokens
     if len(output) != end:

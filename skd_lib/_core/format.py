@@ -1,0 +1,48 @@
+"""Numbers, tables and errors as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def plain(value: float) -> str:
+    """Return a number with three significant digits; from 1000 on with all before the point."""
+    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """Return a share of 1 in per cent, with three significant digits; tiny ones are `below 0.01%`."""
+    return "below 0.01%" if 0 < share < 0.0001 else f"{100 * share:.3g}%"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> list[str]:
+    """Return the lines of a Markdown table.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells of any text.
+        numbers: All columns but the first are aligned to the right.
+    """
+    ruler = ["---", *("---:" if numbers else "---" for _ in header[1:])]
+    return [f"| {' | '.join(cells)} |" for cells in (header, ruler, *(map(_escaped, row) for row in rows))]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type's name where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")

@@ -1,0 +1,289 @@
+"""The figures of a run: one class for each measured thing, by which all steps write and read their JSON files.
+
+Unknown fields are ignored, so that files of other versions can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from skd_lib.config import Section
+
+Role = Literal["teacher_base", "teacher", "student_before", "student_after"]
+Moment = Literal["before", "after"]
+ROLES: tuple[Role, ...] = ("teacher_base", "teacher", "student_before", "student_after")
+MOMENTS: tuple[Moment, ...] = ("before", "after")
+DRAFT_FIGURES = ("acceptance_rate", "tokens_per_teacher_call", "speedup")
+
+Timing = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
+"""Six digits are more than any clock knows, and keep parameters of the pipeline short."""
+
+
+def rounded(value: float) -> float:
+    """Round a figure to five significant digits, which is what a page shows at most."""
+    return float(f"{value:.5g}")
+
+
+class Figures(Section):
+    """A group of figures."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Score(Figures):
+    """One metric of one model: the score, its 95 % interval, and the signature that makes it reproducible.
+
+    Scores are 0 to 100 (`judge`: 1 to 10, `perplexity`: from 1).
+    """
+
+    score: float
+    low: float
+    high: float
+    signature: str = ""
+    caution: str = Field("", description="Why the interval is not reliable; empty where it is.")
+    scored: int | None = Field(None, description="Examples that could be scored, where these are not all.")
+
+    def flat(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without empty ones."""
+        return self.model_dump(exclude_defaults=True)
+
+
+class Scores(Figures):
+    """The scores of one model by metric, on the test set and on the held-out sets."""
+
+    metrics: dict[str, Score] = Field({}, description="By name.")
+    missing: dict[str, str] = Field({}, description="Metrics that could not be computed, and why.")
+    held_out: dict[str, Scores] = Field({}, description="The same for each held-out set.")
+    examples: int = 0
+    seconds: float = Field(0.0, description="What the model took, without the metrics.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        metrics = {name: value for name, value in values.items() if isinstance(value, dict) and "score" in value}
+        return {"metrics": metrics, **{name: value for name, value in values.items() if name not in metrics}}
+
+    def flat(self) -> dict[str, Any]:
+        """Return the content of `scores.json`, in which the metrics stand next to the counts."""
+        values: dict[str, Any] = {name: score.flat() for name, score in self.metrics.items()}
+        values |= {"missing": self.missing} if self.missing else {}
+        values |= {"examples": self.examples, "seconds": self.seconds}
+        held_out = {name: each.flat() for name, each in self.held_out.items()}
+        return values | ({"held_out": held_out} if held_out else {})
+
+    def figures(self) -> dict[str, float]:
+        """Return the scores alone."""
+        return {name: score.score for name, score in self.metrics.items()}
+
+
+class Comet(Figures):
+    """COMET's score of each model, or the reason why there is none. Empty where the task does not ask for COMET."""
+
+    models: dict[Role | Literal["champion"], Score] = Field(
+        {}, description="By model; scores are 100 times COMET's own."
+    )
+    missing: str = Field("", description="Why there is none, for a person.")
+
+    def figures(self, role: Role | Literal["champion"]) -> dict[str, float]:
+        """Return a model's score, in the form of `Scores.figures`."""
+        return {"comet": self.models[role].score} if role in self.models else {}
+
+
+class Difference(Figures):
+    """Two models, or two ways of training, compared by one metric on the same examples: first score minus second."""
+
+    difference: float
+    low: float = Field(description="Of the 95 % interval of the difference.")
+    high: float
+    p_value: float | None = Field(
+        None, description="Two-sided; how often chance alone makes a difference as large. None below 20 examples."
+    )
+
+
+class PairedTest(Difference):
+    """A paired test between two models of a run: score of a minus score of b."""
+
+    a: Role
+    b: Role
+    metric: str
+    n: int = Field(description="Examples.")
+
+
+class Course(Figures):
+    """The course of a training: one value for each logged step; empty where a method has no such figure."""
+
+    steps: tuple[int, ...] = Field((), description="Those of the sampler's figures.")
+    rejection_rate: tuple[float, ...] = Field((), description="Share of tested draft tokens that the teacher replaced.")
+    tokens_per_teacher_call: tuple[float, ...] = ()
+    training_steps: tuple[int, ...] = ()
+    training_loss: tuple[float, ...] = ()
+    response_length: tuple[float, ...] = Field((), description="Mean tokens of a response trained on.")
+    validation_steps: tuple[int, ...] = ()
+    validation_loss: tuple[float, ...] = ()
+    seconds: dict[str, float] = Field({}, description="Of each phase: rollout, loss, optimiser, ...")
+    peak_bytes: dict[str, int] = Field({}, description="Most memory of the process, and of each phase on the device.")
+
+
+class Percentiles(Figures):
+    """Percentiles of a latency, in seconds."""
+
+    p50: Timing
+    p90: Timing
+    p99: Timing
+
+
+class Latency(Figures):
+    """The time that a reader waits for tokens."""
+
+    first_token: Percentiles = Field(
+        description="From the batch's start to the end of the round that wrote a response's first token: prefill, and "
+        "with a draft model a whole block."
+    )
+    per_token: Percentiles | None = Field(
+        None,
+        description="Of each token after the first round: the seconds of its round over the tokens that the round "
+        "wrote to its response. None where no response took more than one round.",
+    )
+
+
+class TeacherAlone(Figures):
+    """The teacher decoding without a draft model, over all turns of a setting."""
+
+    tokens_per_second: Timing = Field(description="Median over the turns.")
+    latency: Latency
+
+
+class Forwards(Figures):
+    """Measured seconds of bare forwards of one batch; medians."""
+
+    draft_seconds: Timing = Field(description="The draft model over one position a row.")
+    draft_start_seconds: Timing = Field(description="Over two positions a row: the first forward of a block.")
+    teacher_seconds: dict[int, Timing] = Field(description="The teacher, by positions a row: 1, and each gamma + 1.")
+
+
+class Timed(Figures):
+    """A draft length that was timed."""
+
+    speedup: Timing = Field(description="Seconds a token, teacher alone / speculative; the median over the turns.")
+    tokens_per_second: Timing = Field(description="Median over the turns.")
+    acceptance_rate: Timing = Field(description="Accepted / tested drafted tokens.")
+    acceptance_by_position: list[Timing] = Field(
+        description="Accepted / tested for each position in the block, given that all before it were accepted; ends "
+        "where no block got further. The share of blocks that get beyond a position is the product up to it."
+    )
+    tested_by_position: list[int] = Field(description="Number of tests behind each rate; gamma long.")
+    tokens_per_teacher_call: Timing = Field(
+        description="Block efficiency: response tokens for each teacher forward of a row; 1 to gamma + 1."
+    )
+    tokens: int = Field(description="Response tokens of all timed passes.")
+    latency: Latency
+    ties: int = Field(description="Responses of one pass that differ from the teacher's own by ties within rounding.")
+
+
+class DraftLength(Figures):
+    """One draft length: what theory expects of it, and what was measured if it was timed."""
+
+    gamma: int
+    expected_tokens_per_teacher_call: Timing = Field(description="From acceptance by position.")
+    theoretical_speedup: Timing = Field(
+        description="From acceptance by position and the forwards' measured times, the teacher's over gamma + 1 "
+        "positions. What it leaves out (drawing, acceptance, bookkeeping, prefill) is the engine's share."
+    )
+    theoretical_speedup_iid: Timing = Field(
+        description="Leviathan et al. 2023, theorem 3.8: one acceptance rate for all positions, and a teacher forward "
+        "that costs the same for a block as for a token."
+    )
+    timed: Timed | None = Field(None, description="None: not timed.")
+
+
+class Setting(Figures):
+    """One temperature and batch size."""
+
+    temperature: Timing
+    batch_size: int
+    prompts: int
+    teacher_alone: TeacherAlone
+    forwards: Forwards
+    lengths: list[DraftLength] = Field(description="By gamma.")
+    best_gamma: int = Field(description="Draft length with the highest speed-up among those timed.")
+    best_speedup: Timing
+
+    def timed(self, gamma: int) -> Timed:
+        """Return the measurements at a draft length that was timed."""
+        return next(length.timed for length in self.lengths if length.gamma == gamma and length.timed)
+
+
+class Vllm(Figures):
+    """The command by which vLLM serves a pair."""
+
+    command: str = Field(description="A line for a shell.")
+    reasons: list[str] = Field(
+        [], description="Which of vLLM's conditions, as far as they can be checked here, are not met; empty if all are."
+    )
+
+
+class Specdec(Figures):
+    """What a draft model saves its teacher.
+
+    Seconds are wall-clock, speed-ups are over the teacher decoding alone in the same turns. The fields at the top are
+    the headline: the first temperature and the first batch size of the configuration, at its draft length `gamma`,
+    which is the same for every draft model, so that they can be compared. `settings` has all the rest.
+    """
+
+    acceptance_rate: Timing
+    tokens_per_teacher_call: Timing
+    speedup: Timing
+    gamma: int | None = None
+    temperature: Timing | None = None
+    batch_size: int | None = None
+    prompts: int | None = None
+    repeats: int | None = None
+    ties: int = Field(0, description="Over all settings at temperature 0; any other difference there is an error.")
+    tokens: int | None = None
+    teacher_only_tokens_per_second: Timing | None = None
+    speculative_tokens_per_second: Timing | None = None
+    seconds: Timing = Field(0.0, description="Of the whole benchmark, all draft models together.")
+    acceptance_by_position: list[Timing] = Field([])
+    theoretical_speedup: Timing | None = None
+    theoretical_speedup_iid: Timing | None = None
+    best_gamma: int | None = None
+    best_speedup: Timing | None = None
+    latency: Latency | None = None
+    teacher_only_latency: Latency | None = None
+    settings: list[Setting] = Field([])
+    vllm: Vllm | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, without what is None: KFP's structured parameters cannot hold null."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def figures(self) -> dict[str, float]:
+        """Return the three headline figures, by name."""
+        return {name: float(getattr(self, name)) for name in DRAFT_FIGURES}
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers by which MLflow compares runs, flat: the headline, and the best of every setting."""
+        numbers = {name: value for name, value in self if isinstance(value, int | float)}
+        by_position = {f"acceptance_position_{at}": rate for at, rate in enumerate(self.acceptance_by_position, 1)}
+        latencies = {
+            f"{which}{name}": value
+            for which, latency in (("", self.latency), ("teacher_only_", self.teacher_only_latency))
+            for name, value in _flat(latency)
+        }
+        best = {
+            f"best_speedup_temperature_{setting.temperature:g}_batch_{setting.batch_size}": setting.best_speedup
+            for setting in self.settings
+        }
+        return {**numbers, **by_position, **latencies, **best}
+
+
+def _flat(latency: Latency | None) -> Iterator[tuple[str, float]]:
+    if latency is not None:
+        for what, percentiles in (("first_token", latency.first_token), ("per_token", latency.per_token)):
+            for name, value in percentiles or ():
+                yield f"{what}_{name}_seconds", value
