@@ -111,15 +111,15 @@ def replay(
     Several files are sent in the order in which their steps began.
     """
     from skd_lib import storage
-    from skd_lib.tracking.buffer import read_place
-    from skd_lib.tracking.link import replay as send
+    from skd_lib.tracking.outbox import read_location
+    from skd_lib.tracking.outbox import replay as send
 
     with tempfile.TemporaryDirectory() as folder:
         local = {
             file: storage.download(file, Path(folder) / str(number)) if storage.is_remote(file) else Path(file)
             for number, file in enumerate(files)
         }
-        for file, path in sorted(local.items(), key=lambda item: read_place(item[1]).started):
+        for file, path in sorted(local.items(), key=lambda item: read_location(item[1]).started):
             sent, refused = send(path, tracking_uri)
             storage.delete(file)
             say(f"{file}: {sent} entries sent" + (f", {refused} of them refused" if refused else ""))

@@ -32,7 +32,7 @@ from skd_lib.config.parameters import to_struct
 from skd_lib.errors import SkdError
 from skd_lib.report.sources import PAGE, SUMMARY
 from skd_lib.storage import write_text_atomic
-from skd_lib.tracking.buffer import waiting_files
+from skd_lib.tracking.outbox import waiting_files
 
 
 class RunFolder:

@@ -31,7 +31,7 @@ from skd_lib.comparison.plan import to_parameters as comparison_parameters
 from skd_lib.config import RunConfig
 from skd_lib.config.parameters import short, to_parameters
 from skd_lib.errors import SkdError, is_full_disk
-from skd_lib.tracking.buffer import FOLDER_VARIABLE, read_place
+from skd_lib.tracking.outbox import FOLDER_VARIABLE, read_location
 
 CODE_VERSION = "SKD_CODE_VERSION"
 """Variable that says which code a step runs; images have it from their build."""
@@ -194,7 +194,7 @@ def run_pipeline(
 
     with folder.locked():
         if folder.gather_records() and tracking_uri:
-            from skd_lib.tracking.link import resend
+            from skd_lib.tracking.outbox import resend
 
             resend(str(folder.records), tracking_uri)
         if fresh:
@@ -251,7 +251,7 @@ def _report_records(folder: RunFolder, display: Display) -> None:
         steps: list[str] = []
         for file in files:
             with contextlib.suppress(SkdError):
-                steps.append(read_place(Path(file)).step)
+                steps.append(read_location(Path(file)).step)
         named = ", ".join(sorted(set(steps))) or "a step"
         display.note(
             f"MLflow has not taken the records of {named}, which wait in {folder.records}. "

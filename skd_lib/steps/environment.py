@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, str] = {
 """Environment variable by key of that ConfigMap."""
 SECRETS: Mapping[str, Mapping[str, str]] = {
     "skd-hub": {"token": "HF_TOKEN"},
-    # Not MLflow's own names, which Kubeflow's integration fills: see skd_lib/tracking/credentials.py.
+    # Not MLflow's own names, which Kubeflow's integration fills: see `tracking.client.use_credentials`.
     "skd-mlflow": {"username": "SKD_MLFLOW_USERNAME", "password": "SKD_MLFLOW_PASSWORD", "token": "SKD_MLFLOW_TOKEN"},
     # Storage that pods cannot reach by their service account: fsspec's packages read these.
     "skd-storage": {

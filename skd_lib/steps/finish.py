@@ -102,8 +102,7 @@ def _resend(tracking_uri: str, pipeline_run_id: str) -> None:
     """Send MLflow what it did not take when the run's steps ended. Whatever happens here, the rest is done."""
     if not (tracking_uri and pipeline_run_id):
         return
-    from skd_lib.tracking.buffer import left_in
-    from skd_lib.tracking.link import resend
+    from skd_lib.tracking.outbox import left_in, resend
 
     try:
         left = resend(left_in(), tracking_uri, pipeline_run_id)

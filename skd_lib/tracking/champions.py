@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from skd_lib.tracking.texts import TAG_LENGTH, clip
+from skd_lib.tracking.client import TAG_LENGTH, clip
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

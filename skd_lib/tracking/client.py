@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from skd_lib._core import events
 from skd_lib._core.uris import is_sqlite, redacted, shown, sqlite_file, sqlite_uri
 from skd_lib.errors import SkdError
-from skd_lib.tracking.credentials import use_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,9 +32,21 @@ _ENVIRONMENT = {
 }
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _DATABASE_ATTEMPTS = 4  # in all, within seconds; MLflow's own pauses add up to minutes
-_RECORDS = ("experiments", "runs", "registered_models")
 _SIDE_FILES = ("", "-journal", "-wal", "-shm")
 _HINT = "use `sqlite:///runs/mlflow.db` on one machine, or the `http(s)://` address of a tracking server"
+_OWN = {
+    "SKD_MLFLOW_USERNAME": "MLFLOW_TRACKING_USERNAME",
+    "SKD_MLFLOW_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
+    "SKD_MLFLOW_TOKEN": "MLFLOW_TRACKING_TOKEN",
+}
+"""MLflow's variable by ours."""
+_KUBEFLOWS_MLFLOW = "KFP_MLFLOW_CONFIG"
+"""Set by KFP's integration (`EnvMLflowConfig` in backend/src/common/plugins/mlflow): JSON with its server's address."""
+
+PARAM_LENGTH = 6000
+"""Longest parameter that MLflow takes."""
+TAG_LENGTH = 5000
+"""Longest tag that older servers take; newer ones take 8000."""
 
 
 class Deleted(SkdError):
@@ -50,7 +60,7 @@ def quieten() -> None:
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of the tracking store; a sqlite file and its folder are created. A server is not contacted yet.
+    """Return a client of the tracking store; a sqlite file and its folder are created. A server is not contacted yet.
 
     Args:
         tracking_uri: `sqlite:///FILE`, the URL of a tracking server, or another database URL.
@@ -59,62 +69,88 @@ def connect(tracking_uri: str) -> MlflowClient:
         SkdError: MLflow is not installed, cannot use this URI, or the sqlite file cannot be created or opened.
         SQLAlchemyError: a database server does not answer.
     """
+    where = store_name(tracking_uri)
     _check_uri(tracking_uri)
     quieten()
     use_credentials(tracking_uri)
     try:
         from mlflow import MlflowClient
     except ImportError as error:
-        raise SkdError(
-            f"MLflow is not installed ({error})",
-            where=store_name(tracking_uri),
-            hint="install the extra `tracking`, or leave the tracking URI empty to run without tracking",
-        ) from error
+        hint = "install the extra `tracking`, or leave the tracking URI empty to run without tracking"
+        raise SkdError(f"MLflow is not installed ({error})", where=where, hint=hint) from error
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one line a retry; ours is one in all
     database = sqlite_file(tracking_uri)
     if database is None:
         return _connect_to_server(tracking_uri)
     try:
-        with _alone_with(database):
-            if _is_half_made(database):
-                _set_aside(database)
+        with _locked(database):
             if not database.exists():
                 _make(database)
             return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     except unanswered() as error:
-        raise SkdError(
-            f"MLflow cannot open the sqlite file: {brief(error)}",
-            where=store_name(tracking_uri),
-            hint=_hint(database, error),
-        ) from error
-
-
-def _is_server(tracking_uri: str) -> bool:
-    return tracking_uri.startswith(("http://", "https://"))
+        full = any(text in str(error) for text in ("disk is full", "No space left", "disk I/O error"))
+        hint = (
+            f"free some space at {database.parent} and run again; nothing half-made is left"
+            if full
+            else "if another version of MLflow made it, run `mlflow db upgrade`; else move it away, a new one is made"
+        )
+        raise SkdError(f"MLflow cannot open the sqlite file: {brief(error)}", where=where, hint=hint) from error
 
 
 def _connect_to_server(tracking_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
+    where = store_name(tracking_uri)
     try:
-        if not _is_server(tracking_uri):  # else a database, which mlflow-skinny knows nothing of
+        if not tracking_uri.startswith(("http://", "https://")):  # else a database, which mlflow-skinny does not know
             import mlflow.store.db.utils
 
             mlflow.store.db.utils.MAX_RETRY_COUNT = _DATABASE_ATTEMPTS
         return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     except ImportError as error:
-        raise SkdError(
-            f"the Python package `{error.name}`, by which this database is reached, is not installed",
-            where=store_name(tracking_uri),
-            hint=f"`pip install {error.name}`, or name another driver in the URI",
-        ) from error
+        what = f"the Python package `{error.name}`, by which this database is reached, is not installed"
+        hint = f"`pip install {error.name}`, or name another driver in the URI"
+        raise SkdError(what, where=where, hint=hint) from error
     except ValueError as error:
-        raise SkdError(f"not the URI of a store: {brief(error)}", where=store_name(tracking_uri), hint=_HINT) from error
+        raise SkdError(f"not the URI of a store: {brief(error)}", where=where, hint=_HINT) from error
+
+
+def use_credentials(tracking_uri: str) -> None:
+    """Leave in this process's environment the credentials for one server; other processes are not touched.
+
+    KFP 2.17's MLflow integration puts the credentials of its server into the variables that MLflow's client reads, and
+    its launcher, which runs in the step's container, uses them. So a Secret of ours must not fill the same variables,
+    and what they hold must not be sent to another server.
+
+    Args:
+        tracking_uri: The server.
+    """
+    own = {name: value for variable, name in _OWN.items() if (value := os.environ.get(variable))}
+    try:
+        config = json.loads(os.environ.get(_KUBEFLOWS_MLFLOW) or "{}")
+    except ValueError:
+        config = {}
+    endpoint = str(config.get("endpoint") or "") if isinstance(config, dict) else ""
+    foreign = bool(endpoint) and _server(endpoint) != _server(tracking_uri)
+    for name in (*_OWN.values(), "MLFLOW_TRACKING_AUTH") if own or foreign else ():
+        os.environ.pop(name, None)
+    if foreign:
+        os.environ.pop("MLFLOW_WORKSPACE", None)
+    os.environ.update(own)
+
+
+def _server(uri: str) -> tuple[str, str, int | None, str]:
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:  # no URL
+        return "", uri, None, ""
+    return parts.scheme, parts.hostname or "", port, parts.path.rstrip("/")
 
 
 def find_experiment(client: MlflowClient, name: str) -> Experiment | None:
-    """The experiment of a name, deleted or not; None if there is none.
+    """Return the experiment of a name, deleted or not; None if there is none.
 
     Raises:
         MlflowException: the store does not answer.
@@ -127,9 +163,9 @@ def find_experiment(client: MlflowClient, name: str) -> Experiment | None:
 
 
 def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
-    """The experiment's id; several processes may ask for a new one at once.
+    """Return the experiment's id; several processes may ask for a new one at once.
 
-    Artifacts of a sqlite store go to the folder `mlartifacts` beside its file; a server decides for itself.
+    Artifacts of a sqlite store go to the folder `mlartifacts` next to its file; a server decides for itself.
 
     Raises:
         Deleted: an experiment of that name was deleted, so that MLflow refuses to write to it.
@@ -140,10 +176,12 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
 
     experiment = find_experiment(client, name)
     if experiment is None:
+        database = sqlite_file(tracking_uri)
+        location: Any = None if database is None else (database.resolve().parent / "mlartifacts").as_uri()
         try:
             # The kind makes MLflow's page open with training runs rather than with traces of language-model calls.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            return str(client.create_experiment(name, artifact_location=_artifact_location(tracking_uri), tags=kind))
+            return str(client.create_experiment(name, artifact_location=location, tags=kind))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -170,7 +208,7 @@ def check_not_deleted(experiment: Experiment, tracking_uri: str) -> None:
 
 
 def run_url(tracking_uri: str, run: Run) -> str:
-    """Address of a run's page, without the credentials that the URI may hold; empty where the store is no server."""
+    """Return the address of a run's page, without the URI's credentials; empty where the store is no server."""
     parts = urlsplit(shown(tracking_uri))
     if parts.scheme not in ("http", "https"):
         return ""
@@ -179,13 +217,12 @@ def run_url(tracking_uri: str, run: Run) -> str:
 
 
 def check_tracking(tracking_uri: str, experiment: str = "") -> SkdError | None:
-    """What is wrong with the tracking store, for a check before the work starts; None if it answers.
+    """Return what is wrong with the tracking store, for a check before the work starts; None if it answers.
 
     Args:
         tracking_uri: See `connect`.
         experiment: An experiment that must not be a deleted one; empty: none.
     """
-    from_server = _is_server(tracking_uri)
     try:
         client = connect(tracking_uri)
         client.search_experiments(max_results=1)
@@ -194,13 +231,14 @@ def check_tracking(tracking_uri: str, experiment: str = "") -> SkdError | None:
     except SkdError as error:
         return error
     except unanswered() as error:
-        hint = "start it, or check the address, the network and the credentials" if from_server else _HINT
+        is_server = tracking_uri.startswith(("http://", "https://"))
+        hint = "start it, or check the address, the network and the credentials" if is_server else _HINT
         return SkdError(f"MLflow does not answer: {brief(error)}", where=store_name(tracking_uri), hint=hint)
     return None
 
 
 def unanswered() -> tuple[type[Exception], ...]:
-    """What MLflow's client raises when the store refuses a request, answers badly or does not answer."""
+    """Return the errors of MLflow's client where the store refuses a request, answers badly or does not answer."""
     from google.protobuf.json_format import ParseError  # of an answer in JSON that is not MLflow's
     from mlflow.exceptions import MlflowException
 
@@ -213,38 +251,40 @@ def unanswered() -> tuple[type[Exception], ...]:
 
 
 def untaken() -> tuple[type[Exception], ...]:
-    """What is raised where the store does not take a step's records now, but may do so later."""
+    """Return the errors where the store does not take a step's records now, but may do so later."""
     return (Deleted, *unanswered())
 
 
 def is_silence(error: Exception) -> bool:
-    """Whether an error says that the store cannot answer now, rather than that it refuses what it was asked."""
+    """Tell whether an error says that the store cannot answer now, rather than that it refuses the request."""
     from mlflow.exceptions import MlflowException
 
-    refused = isinstance(error, MlflowException) and error.error_code not in (
+    return not isinstance(error, MlflowException) or error.error_code in (
         "INTERNAL_ERROR",
         "TEMPORARILY_UNAVAILABLE",
         "REQUEST_LIMIT_EXCEEDED",
-        "ENDPOINT_NOT_FOUND",  # as a proxy says in the place of a server that is away
+        "ENDPOINT_NOT_FOUND",  # of a proxy in the place of a server that is away
     )
-    return not refused
 
 
 def brief(error: Exception) -> str:
-    """An error's text in one line of moderate length, from its root cause on: MLflow nests connection pools in it."""
+    """Return an error's text in one line of moderate length, from its root cause on: MLflow nests errors in it."""
     text = " ".join(redacted(str(error)).split()) or type(error).__name__
-    cause = text.rfind("Caused by ")
-    text = text[cause:] if cause >= 0 else text
-    return text if len(text) <= 300 else text[:297] + "..."
+    return clip(text[max(text.rfind("Caused by "), 0) :], 300)
+
+
+def clip(text: str, length: int) -> str:
+    """Return the text, shortened to a length."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def store_name(tracking_uri: str) -> str:
-    """A store as messages name it."""
+    """Return a store as messages name it."""
     return f"tracking URI `{shown(tracking_uri)}`"
 
 
 def is_local_store(tracking_uri: str) -> bool:
-    """Whether this process opens the store's file itself, with no server between."""
+    """Tell whether this process opens the store's file itself, with no server between."""
     return is_sqlite(tracking_uri)
 
 
@@ -268,46 +308,13 @@ def _check_uri(uri: str) -> None:
 
 
 @contextmanager
-def _alone_with(database: Path) -> Iterator[None]:
+def _locked(database: Path) -> Iterator[None]:
     """Keep other processes out: two that make the tables of one sqlite file at once both fail."""
     import fcntl
 
     with database.with_name(f"{database.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _is_half_made(database: Path) -> bool:
-    """Whether a process was ended while MLflow made the tables: they are MLflow's, and no record is in them.
-
-    (MLflow makes an experiment as soon as the tables are complete.)
-    """
-    if not database.is_file():
-        return False
-    try:
-        with closing(sqlite3.connect(database, timeout=20)) as connection:
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            # The names are constants.
-            counted = [connection.execute(f"SELECT 1 FROM {name} LIMIT 1") for name in tables & {*_RECORDS}]  # noqa: S608
-            is_empty = not any(found.fetchone() for found in counted)
-    except sqlite3.Error:  # it is another kind of file, or in use: MLflow says so
-        return False
-    return is_empty and (not tables or bool(tables & {"alembic_version", *_RECORDS}))
-
-
-def _set_aside(database: Path) -> None:
-    """Move a half-made database away, with what sqlite keeps of it in other files."""
-    number = 1
-    while (aside := database.with_name(f"{database.name}.incomplete-{number}")).exists():
-        number += 1
-    for suffix in _SIDE_FILES:
-        file = database.with_name(database.name + suffix)
-        if file.exists():
-            file.rename(aside.with_name(aside.name + suffix))
-    events.note(
-        f"{database} had no records and not all of its tables: a process was ended while it made them. It is moved to "
-        f"{aside.name}, and a new one is made"
-    )
 
 
 def _make(database: Path) -> None:
@@ -327,15 +334,3 @@ def _make(database: Path) -> None:
     finally:
         for left in files:
             left.unlink(missing_ok=True)
-
-
-def _hint(database: Path, error: Exception) -> str:
-    text = str(error)
-    if "disk is full" in text or "No space left" in text or "disk I/O error" in text:
-        return f"free some space at {database.parent} and run again; nothing half-made is left"
-    return "if another version of MLflow made it, run `mlflow db upgrade`; else move it away, a new one is made"
-
-
-def _artifact_location(tracking_uri: str) -> Any:
-    database = sqlite_file(tracking_uri)
-    return None if database is None else (database.resolve().parent / "mlartifacts").as_uri()

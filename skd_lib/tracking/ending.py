@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from skd_lib.tracking.locate import ERROR_TAG, PARENT_TAG, TASK_TAG, Place, children_of, find_parent
-from skd_lib.tracking.texts import TAG_LENGTH, clip
+from skd_lib.tracking.client import TAG_LENGTH, clip
+from skd_lib.tracking.locate import ERROR_TAG, PARENT_TAG, TASK_TAG, RunLocation, children_of, find_parent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -159,12 +159,12 @@ class PipelineClosing(BaseModel):
     error: str
     seen: Seen = Seen()
 
-    def close(self, client: MlflowClient, place: Place) -> bool:
+    def close(self, client: MlflowClient, location: RunLocation) -> bool:
         """Close the parent run and those below it that are still open; whether there was one."""
-        parent = find_parent(client, place)
+        parent = find_parent(client, location)
         if parent is None:
             return False
-        runs = [run for run in children_of(client, parent) if not _is_own(run, place)]
+        runs = [run for run in children_of(client, parent) if not _is_own(run, location)]
         ending = find_ending(self.state, self.error, self.seen, runs)
         for run in runs:
             if run.info.status == "RUNNING":
@@ -182,6 +182,6 @@ class PipelineClosing(BaseModel):
                 client.delete_tag(parent.info.run_id, tag)  # of an attempt before this one
 
 
-def _is_own(run: Run, place: Place) -> bool:
+def _is_own(run: Run, location: RunLocation) -> bool:
     """Whether a run is that of the step that closes the others."""
-    return bool(run.info.run_name == OWN_STEP or run.info.run_id == place.mlflow_run_id)
+    return bool(run.info.run_name == OWN_STEP or run.info.run_id == location.mlflow_run_id)

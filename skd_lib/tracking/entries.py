@@ -1,4 +1,4 @@
-"""What a step logs, as values that can wait on disk and be sent later, or twice: a second time changes nothing."""
+"""The records that a step logs: values that can wait on disk, and be sent later, or twice without effect."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from skd_lib.tracking.client import brief
+from skd_lib._core.uris import shown
+from skd_lib.tracking.client import TAG_LENGTH, brief, check_not_deleted, clip, connect
 from skd_lib.tracking.ending import PipelineClosing
-from skd_lib.tracking.locate import ERROR_TAG
-from skd_lib.tracking.texts import TAG_LENGTH, clip
+from skd_lib.tracking.locate import ATTEMPT_TAG, ERROR_TAG, RunLocation, locate
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # MLflow's limits (mlflow/utils/validation.py): a request beyond them is refused as a whole.
-_METRICS_PER_BATCH = 1000
-_PARAMS_PER_BATCH = 100
+_BATCH_SIZES = {"params": 100, "tags": 100, "metrics": 1000}
 _DIGEST_LENGTH = 36
 _OLDER_LENGTHS = (500, 250)
-"""What older servers take of a value."""
+"""Longest values that older servers take."""
 Kind = Literal["params", "tags", "metrics"]
 PARAM_PREFIX = "skd/"
 REFUSALS = (
@@ -39,10 +38,10 @@ REFUSALS = (
     "ENDPOINT_NOT_FOUND",  # of an older server, which does not know data sets
     "NOT_IMPLEMENTED",
 )
-"""MLflow's codes for a request that it will not take for what it says, however often it is asked."""
+"""MLflow's codes for a request whose content it refuses, however often it is asked."""
 
 
-class Target:
+class LoggedRun:
     """A run to send to, as it was before this attempt sent anything.
 
     Args:
@@ -52,17 +51,13 @@ class Target:
 
     def __init__(self, run: Run, *, superseded: bool = False) -> None:
         self.run, self.superseded = run, superseded
+        self.run_id = str(run.info.run_id)
         self.figures: dict[str, float] = dict(run.data.metrics)
         """The latest value of each metric."""
         self._steps: dict[str, frozenset[int]] = {}
 
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return str(self.run.info.run_id)
-
     def steps_before(self, client: MlflowClient, key: str) -> frozenset[int]:
-        """The steps of metric `key` that were there already."""
+        """Return the steps of metric `key` that were there already."""
         if key not in self._steps:
             history = client.get_metric_history(self.run_id, key) if key in self.run.data.metrics else []
             self._steps[key] = frozenset(metric.step for metric in history)
@@ -82,8 +77,8 @@ class Params(_Entry):
     kind: Literal["params"] = "params"
     values: dict[str, str]
 
-    def send(self, client: MlflowClient, target: Target) -> None:
-        """Send what is missing; tag what differs."""
+    def send(self, client: MlflowClient, target: LoggedRun) -> None:
+        """Send the missing ones; tag those that differ."""
         from mlflow.entities import Param, RunTag
 
         known = client.get_run(target.run_id).data.params
@@ -106,19 +101,17 @@ class Metrics(_Entry):
     values: dict[str, float]
     step: int | None
 
-    def send(self, client: MlflowClient, target: Target) -> None:
-        """Send the points that the run did not have when it was resumed, and final figures that it has not."""
+    def send(self, client: MlflowClient, target: LoggedRun) -> None:
+        """Send the points that the run did not have when it was resumed, and final figures that differ."""
         from mlflow.entities import Metric
 
-        batch = [
-            Metric(key, value, self.at, self.step or 0)
-            for key, value in self.values.items()
-            if (
-                target.figures.get(key) != value
-                if self.step is None
-                else self.step not in target.steps_before(client, key)
-            )
-        ]
+        def is_new(key: str, value: float) -> bool:
+            if self.step is None:
+                return target.figures.get(key) != value
+            return self.step not in target.steps_before(client, key)
+
+        new = {key: value for key, value in self.values.items() if is_new(key, value)}
+        batch = [Metric(key, value, self.at, self.step or 0) for key, value in new.items()]
         _send_batches(client, target.run_id, "metrics", batch)
         target.figures |= self.values
 
@@ -133,8 +126,8 @@ class DatasetUse(_Entry):
     context: str
     rows: int | None
 
-    def send(self, client: MlflowClient, target: Target) -> None:
-        """MLflow keeps a data set of the same name and digest once."""
+    def send(self, client: MlflowClient, target: LoggedRun) -> None:
+        """Send it; MLflow keeps a data set of the same name and digest once."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         profile = {"sha256": self.digest, **({} if self.rows is None else {"num_rows": self.rows})}
@@ -158,11 +151,11 @@ class Artifact(_Entry):
 
     @classmethod
     def of(cls, content: bytes, name: str, folder: str | None, which: Literal["step", "parent"]) -> Artifact:
-        """A file of this content, as artifact `folder/name`."""
+        """Return a file of this content, as artifact `folder/name`."""
         return cls(which=which, name=name, folder=folder, content=base64.b64encode(content).decode())
 
-    def send(self, client: MlflowClient, target: Target) -> None:
-        """An artifact of the same name is replaced."""
+    def send(self, client: MlflowClient, target: LoggedRun) -> None:
+        """Send it; an artifact of the same name is replaced."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / self.name
             path.write_bytes(base64.b64decode(self.content))
@@ -176,8 +169,8 @@ class Table(_Entry):
     columns: dict[str, list[Any]]
     path: str
 
-    def send(self, client: MlflowClient, target: Target) -> None:
-        """A table that is there already stays: MLflow would append to it."""
+    def send(self, client: MlflowClient, target: LoggedRun) -> None:
+        """Send it, unless it is there already: MLflow would append to it."""
         folder = self.path.rpartition("/")[0] or None
         if all(artifact.path != self.path for artifact in client.list_artifacts(target.run_id, folder)):
             client.log_table(target.run_id, self.columns, self.path)
@@ -189,12 +182,12 @@ class Tags(_Entry):
     kind: Literal["tags"] = "tags"
     values: dict[str, str]
 
-    def send(self, client: MlflowClient, target: Target) -> None:
+    def send(self, client: MlflowClient, target: LoggedRun) -> None:
         """Send them, unless a later attempt has begun: its tags stand."""
         from mlflow.entities import RunTag
 
-        batch = [] if target.superseded else [RunTag(key, value) for key, value in self.values.items()]
-        _send_batches(client, target.run_id, "tags", batch)
+        if not target.superseded:
+            _send_batches(client, target.run_id, "tags", [RunTag(key, value) for key, value in self.values.items()])
 
 
 class Closing(_Entry):
@@ -203,18 +196,64 @@ class Closing(_Entry):
     kind: Literal["closing"] = "closing"
     status: str
 
-    def send(self, client: MlflowClient, target: Target) -> None:
+    def send(self, client: MlflowClient, target: LoggedRun) -> None:
         """Give the run its status, unless a later attempt has begun."""
         if target.superseded:
             return
         if self.status == "FINISHED" and ERROR_TAG in client.get_run(target.run_id).data.tags:
-            client.delete_tag(target.run_id, ERROR_TAG)  # of an attempt before this one, which may have told it late
+            client.delete_tag(target.run_id, ERROR_TAG)  # of an earlier attempt, which may have sent it late
         client.set_terminated(target.run_id, self.status, self.at)
 
 
-RunEntry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing
-Entry = RunEntry | PipelineClosing
+Entry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing | PipelineClosing
 ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
+
+
+class Sender:
+    """Sends entries to the runs they belong to.
+
+    Args:
+        location: Where they belong.
+        running: Whether the step is running: then its runs are marked so, and this attempt is the latest.
+    """
+
+    def __init__(self, location: RunLocation, *, running: bool) -> None:
+        self.location, self._running = location, running
+        self.client: MlflowClient = connect(location.tracking_uri)
+        self.targets: dict[str, LoggedRun] = {}
+        self.refused = 0
+
+    def open(self) -> None:
+        """Find or create the runs."""
+        if not self.targets:
+            runs = locate(self.client, self.location, reopen=self._running)
+            latest = int(runs["step"].data.tags.get(ATTEMPT_TAG, 0))
+            superseded = not self._running and latest > self.location.started
+            self.targets = {which: LoggedRun(run, superseded=superseded) for which, run in runs.items()}
+
+    def send(self, entry: Entry) -> None:
+        """Send one entry; one whose content the store refuses is left out, with a warning.
+
+        Raises:
+            Deleted: the experiment was deleted, but can be restored.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if isinstance(entry, PipelineClosing):
+            entry.close(self.client, self.location)
+            return
+        self.open()
+        target = self.targets[entry.which]
+        try:
+            entry.send(self.client, target)
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            experiment = self.client.get_experiment(target.run.info.experiment_id)
+            check_not_deleted(experiment, self.location.tracking_uri)
+            self.refused += 1
+            uri = shown(self.location.tracking_uri)
+            log.warning("MLflow at %s refused a request, which is left out: %s", uri, brief(error))
 
 
 def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence[Any]) -> None:
@@ -228,12 +267,11 @@ def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence
     """
     from mlflow.exceptions import MlflowException
 
-    size = _METRICS_PER_BATCH if kind == "metrics" else _PARAMS_PER_BATCH
-    refusals: list[Exception] = []
+    size, refusals = _BATCH_SIZES[kind], []
     for start in range(0, len(items), size):
         batch = items[start : start + size]
         try:
-            _log(client, run_id, kind, batch)
+            client.log_batch(run_id, **{kind: batch})  # type: ignore[arg-type]
         except MlflowException as error:
             if error.error_code not in REFUSALS or client.get_run(run_id).info.lifecycle_stage == "deleted":
                 raise
@@ -243,38 +281,31 @@ def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence
 
 
 def _send_alone(client: MlflowClient, run_id: str, kind: Kind, item: Any) -> Exception | None:
-    """Send one parameter, tag or point, cut where that helps; the store's refusal if nothing does."""
+    """Send one parameter, tag or point, cut where that helps; return the store's refusal if nothing does."""
     from mlflow.entities import RunTag
     from mlflow.exceptions import MlflowException
 
-    refusal: Exception | None = None
-    value = "" if kind == "metrics" else item.value
-    for length in (len(value), *_OLDER_LENGTHS):
-        if length > len(value):
-            continue
-        cut = length < len(value)
+    refusals: list[Exception] = []
+    size = 0 if kind == "metrics" else len(item.value)
+    for length in (size, *(shorter for shorter in _OLDER_LENGTHS if shorter < size)):
+        sent = item if length == size else type(item)(item.key, clip(item.value, length))
         try:
-            _log(client, run_id, kind, [type(item)(item.key, clip(value, length)) if cut else item])
+            client.log_batch(run_id, **{kind: [sent]})  # type: ignore[arg-type]
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
-            refusal = refusal or error
+            refusals.append(error)
             continue
-        if cut:
-            log.warning("MLflow takes %d characters of %s, which has %d", length, item.key, len(value))
-        if cut and kind == "params":
-            whole = RunTag(f"skd.whole.{item.key.removeprefix(PARAM_PREFIX)}", clip(value, TAG_LENGTH))
-            _send_alone(client, run_id, "tags", whole)
+        if length < size:
+            log.warning("MLflow takes %d characters of %s, which has %d", length, item.key, size)
+            if kind == "params":
+                name = f"skd.whole.{item.key.removeprefix(PARAM_PREFIX)}"
+                _send_alone(client, run_id, "tags", RunTag(name, clip(item.value, TAG_LENGTH)))
         return None
-    log.warning("MLflow does not take %s, which is left out: %s", item.key, brief(refusal) if refusal else "")
-    return refusal
-
-
-def _log(client: MlflowClient, run_id: str, kind: Kind, items: Sequence[Any]) -> None:
-    parts: dict[str, Any] = {kind: items}
-    client.log_batch(run_id, **parts)
+    log.warning("MLflow does not take %s, which is left out: %s", item.key, brief(refusals[0]))
+    return refusals[0]
 
 
 def _is_kept(value: str, known: str) -> bool:
-    """Whether the store has a value, or what it takes of a long one."""
+    """Tell whether the store has a value, or the part of a long one that it takes."""
     return known == value or (len(known) >= min(_OLDER_LENGTHS) and value.startswith(known.removesuffix("...")))

@@ -1,7 +1,8 @@
-"""Which MLflow runs belong to a step: found by their tags, adopted from Kubeflow, or made."""
+"""The MLflow runs of a step: found by their tags, adopted from Kubeflow, or created."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -27,23 +28,22 @@ ATTEMPT_TAG = "skd.attempt"
 """When the latest attempt at the step began, in milliseconds: what an earlier one left behind must not undo it."""
 IMAGE_TAG = "skd.image"
 IMAGE_VARIABLE = "SKD_IMAGE"
-"""Holds the image a step runs in; the compiled pipeline sets it."""
+"""Environment variable with the image that a step runs in; the compiled pipeline sets it."""
 SETTLE_SECONDS = 1.0
-_MOST = 1000
+"""Age at which a new parent run counts as the only one."""
+PAGE_ROWS = 1000
 """Rows of one answer: MLflow's own limit for experiments."""
-_seen_in: dict[tuple[str, str], str] = {}
-"""Experiment of a pipeline run's parent, by store and pipeline run, where that is not the steps' own."""
 
 
-class Place(BaseModel):
-    """Where one attempt at a step logs to.
+class RunLocation(BaseModel):
+    """The place in MLflow that one attempt at a step logs to.
 
     Attributes:
         tracking_uri: The store, see `client.connect`.
         experiment: MLflow experiment for a parent run, where there is none yet.
         pipeline_run_id: The pipeline run.
         step: The step.
-        run_name: Name of the parent run, for whoever makes it.
+        run_name: Name of the parent run, for the step that creates it.
         mlflow_run_id: The run that Kubeflow made for this step; empty: none.
         started: When the attempt began, in milliseconds.
     """
@@ -59,78 +59,79 @@ class Place(BaseModel):
     started: int
 
 
-def locate(client: MlflowClient, place: Place, *, reopen: bool) -> dict[str, Run]:
-    """The runs `step` and `parent`, made if need be.
+def locate(client: MlflowClient, location: RunLocation, *, reopen: bool) -> dict[str, Run]:
+    """Return the runs `step` and `parent`, created if need be.
 
     Args:
         client: Of the store.
-        place: Where the step logs to.
+        location: Where the step logs to.
         reopen: The step is running: its runs are marked so, and the attempt as the latest, with no error yet.
 
     Raises:
         SkdError: the experiment was deleted.
         MlflowException: the store does not answer.
     """
-    runs = _adopt(client, place) or _find_or_create(client, place)
+    runs = _adopt(client, location) or _find_or_create(client, location)
     if reopen:
         for run in runs.values():
             if run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
         step = runs["step"]
-        if step.data.tags.get(ATTEMPT_TAG) != str(place.started):
-            client.set_tag(step.info.run_id, ATTEMPT_TAG, str(place.started))
+        if step.data.tags.get(ATTEMPT_TAG) != str(location.started):
+            client.set_tag(step.info.run_id, ATTEMPT_TAG, str(location.started))
             if ERROR_TAG in step.data.tags:
                 client.delete_tag(step.info.run_id, ERROR_TAG)  # of an attempt before this one
     return runs
 
 
-def find_parent(client: MlflowClient, place: Place) -> Run | None:
-    """The parent run of the pipeline run, in whatever experiment it is; None if there is none.
+def find_parent(client: MlflowClient, location: RunLocation) -> Run | None:
+    """Return the parent run of the pipeline run, in whatever experiment it is; None if there is none.
 
     Raises:
-        Deleted: there is none, and the place's experiment, in which it may be, was deleted.
+        Deleted: there is none, and the location's experiment, in which it may be, was deleted.
         MlflowException: the store does not answer.
     """
-    adopted = _adopted_run(client, place)
+    adopted = _adopted_run(client, location)
     if adopted is not None and PARENT_TAG in adopted.data.tags:
         return _root_of(client, adopted)
-    named = find_experiment(client, place.experiment)
-    deleted = named is not None and named.lifecycle_stage == "deleted"
-    parent = _find_parent(client, place, "" if named is None or deleted else named.experiment_id)
-    if parent is None and named is not None:
-        check_not_deleted(named, place.tracking_uri)
-    return parent
+    named, wanted = find_experiment(client, location.experiment), _of_pipeline(location)
+    first = [named.experiment_id] if named is not None and named.lifecycle_stage != "deleted" else []
+    for found in itertools.chain([client.search_runs(first, wanted)] if first else [], _pages(client, wanted)):
+        if parent := _oldest_parent(found):
+            return parent
+    if named is not None:
+        check_not_deleted(named, location.tracking_uri)
+    return None
 
 
-def find_or_create_parent(client: MlflowClient, place: Place) -> Run:
-    """The parent run of the pipeline run, in whatever experiment it is; made in the place's if there is none.
+def find_or_create_parent(client: MlflowClient, location: RunLocation) -> Run:
+    """Return the parent run of the pipeline run, in whatever experiment; created in the location's if there is none.
 
-    MLflow cannot create one only if there is none, and steps may start at once. So a parent is taken for settled at a
-    certain age only, when every competitor can be seen: then the oldest stays, and whoever made another one withdraws
-    it.
+    MLflow cannot create one only if there is none, and steps may start at once. So a parent counts only from a certain
+    age on, when every competitor can be seen: then the oldest stays, and the process that made another one deletes it.
 
     Raises:
         SkdError: the experiment was deleted.
         MlflowException: the store does not answer.
     """
-    parent = find_parent(client, place.model_copy(update={"mlflow_run_id": ""}))
+    parent = find_parent(client, location.model_copy(update={"mlflow_run_id": ""}))
     created = None
     if parent is None:
-        experiment_id = find_or_create_experiment(client, place.tracking_uri, place.experiment)
-        tags = {**_source_tags("skd pipeline"), PIPELINE_RUN_TAG: place.pipeline_run_id}
-        name = place.run_name or f"skd-{place.pipeline_run_id[:12]}"
+        experiment_id = find_or_create_experiment(client, location.tracking_uri, location.experiment)
+        tags = {**_source_tags("skd pipeline"), PIPELINE_RUN_TAG: location.pipeline_run_id}
+        name = location.run_name or f"skd-{location.pipeline_run_id[:12]}"
         parent = created = client.create_run(experiment_id, tags=tags, run_name=name)
     age = max(time.time() - parent.info.start_time / 1000, 0.0)
     if age < SETTLE_SECONDS:
         time.sleep(SETTLE_SECONDS - age)
-        parent = _oldest_parent(search_everywhere(client, _of_pipeline(place))) or parent
+        parent = _oldest_parent(search_everywhere(client, _of_pipeline(location))) or parent
     if created is not None and created.info.run_id != parent.info.run_id:
         client.delete_run(created.info.run_id)
     return parent
 
 
 def children_of(client: MlflowClient, parent: Run) -> list[Run]:
-    """The runs below the parent, oldest first.
+    """Return the runs below the parent, oldest first.
 
     Kubeflow's plugin nests its runs as deep as the pipeline: below those that are no step of ours, others are.
     """
@@ -141,7 +142,7 @@ def children_of(client: MlflowClient, parent: Run) -> list[Run]:
             run
             for above in level
             for run in client.search_runs(
-                [parent.info.experiment_id], f"tags.`{PARENT_TAG}` = '{above.info.run_id}'", max_results=_MOST
+                [parent.info.experiment_id], f"tags.`{PARENT_TAG}` = '{above.info.run_id}'", max_results=PAGE_ROWS
             )
         ]
         found += below
@@ -150,7 +151,7 @@ def children_of(client: MlflowClient, parent: Run) -> list[Run]:
 
 
 def search_everywhere(client: MlflowClient, wanted: str, **options: Any) -> list[Run]:
-    """The runs of all experiments for which a filter holds.
+    """Return the runs of all experiments for which a filter holds.
 
     Args:
         client: Of the store.
@@ -161,10 +162,10 @@ def search_everywhere(client: MlflowClient, wanted: str, **options: Any) -> list
 
 
 def _pages(client: MlflowClient, wanted: str, **options: Any) -> Iterator[list[Run]]:
-    """The runs for which a filter holds, a thousand experiments at a time, those with the latest changes first."""
+    """Yield the runs for which a filter holds, a page of experiments at a time, the last changed ones first."""
     token = None
     while True:
-        page = client.search_experiments(max_results=_MOST, order_by=["last_update_time DESC"], page_token=token)
+        page = client.search_experiments(max_results=PAGE_ROWS, order_by=["last_update_time DESC"], page_token=token)
         if page:
             yield list(client.search_runs([found.experiment_id for found in page], wanted, **options))
         token = page.token
@@ -172,55 +173,42 @@ def _pages(client: MlflowClient, wanted: str, **options: Any) -> Iterator[list[R
             return
 
 
-def _adopt(client: MlflowClient, place: Place) -> dict[str, Run] | None:
-    """The run that Kubeflow made for this step, and the root of the tree that it is in."""
+def _adopt(client: MlflowClient, location: RunLocation) -> dict[str, Run] | None:
+    """Return the run that Kubeflow made for this step, and the root of the tree that it is in."""
     from mlflow.entities import RunTag
 
-    run = _adopted_run(client, place)
+    run = _adopted_run(client, location)
     if run is None:
         return None
     if TASK_TAG not in run.data.tags:
-        tags = {**_source_tags(place.step), TASK_TAG: place.step}
+        tags = {**_source_tags(location.step), TASK_TAG: location.step}
         client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
     return {"step": run, "parent": _root_of(client, run)}
 
 
-def _find_or_create(client: MlflowClient, place: Place) -> dict[str, Run]:
-    parent = find_or_create_parent(client, place)
+def _find_or_create(client: MlflowClient, location: RunLocation) -> dict[str, Run]:
+    parent = find_or_create_parent(client, location)
     experiment_id, parent_id = parent.info.experiment_id, parent.info.run_id
     found = client.search_runs(
         [experiment_id],
-        f"tags.`{PARENT_TAG}` = '{parent_id}' and tags.`{TASK_TAG}` = '{place.step}'",
+        f"tags.`{PARENT_TAG}` = '{parent_id}' and tags.`{TASK_TAG}` = '{location.step}'",
         order_by=["attributes.start_time ASC"],
         max_results=1,
     )
     if found:
         return {"parent": parent, "step": found[0]}
     tags = {
-        **_source_tags(place.step),
+        **_source_tags(location.step),
         PARENT_TAG: parent_id,
-        TASK_TAG: place.step,
-        ATTEMPT_TAG: str(place.started),
+        TASK_TAG: location.step,
+        ATTEMPT_TAG: str(location.started),
     }
-    step = client.create_run(experiment_id, start_time=place.started, tags=tags, run_name=place.step)
+    step = client.create_run(experiment_id, start_time=location.started, tags=tags, run_name=location.step)
     return {"parent": parent, "step": step}
 
 
-def _find_parent(client: MlflowClient, place: Place, named: str) -> Run | None:
-    """Look where the parent was the last time, then in the place's experiment, at last in all."""
-    wanted, key = _of_pipeline(place), (place.tracking_uri, place.pipeline_run_id)
-    for experiment_id in dict.fromkeys(filter(None, (_seen_in.get(key), named))):
-        if parent := _oldest_parent(client.search_runs([experiment_id], wanted)):
-            return parent
-    for found in _pages(client, wanted):
-        if parent := _oldest_parent(found):
-            _seen_in[key] = parent.info.experiment_id
-            return parent
-    return None
-
-
-def _of_pipeline(place: Place) -> str:
-    return f"tags.`{PIPELINE_RUN_TAG}` = '{place.pipeline_run_id}'"
+def _of_pipeline(location: RunLocation) -> str:
+    return f"tags.`{PIPELINE_RUN_TAG}` = '{location.pipeline_run_id}'"
 
 
 def _oldest_parent(runs: Iterable[Run]) -> Run | None:
@@ -228,20 +216,20 @@ def _oldest_parent(runs: Iterable[Run]) -> Run | None:
     return min(parents, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
 
 
-def _adopted_run(client: MlflowClient, place: Place) -> Run | None:
-    """The run named in `MLFLOW_RUN_ID`; None if there is no such variable, or no such run in this store."""
-    if not place.mlflow_run_id:
+def _adopted_run(client: MlflowClient, location: RunLocation) -> Run | None:
+    """Return the run named in `MLFLOW_RUN_ID`; None without the variable, or without such a run in this store."""
+    if not location.mlflow_run_id:
         return None
-    run = get_run(client, place.mlflow_run_id)
+    run = get_run(client, location.mlflow_run_id)
     if run is None:
         log.warning(
-            "MLFLOW_RUN_ID=%s is no run of this tracking store; the step gets a run of its own", place.mlflow_run_id
+            "MLFLOW_RUN_ID=%s is no run of this tracking store; the step gets a run of its own", location.mlflow_run_id
         )
     return run
 
 
 def get_run(client: MlflowClient, run_id: str) -> Run | None:
-    """The run of an id; None if the store has none, or none that may be seen.
+    """Return the run of an id; None if the store has none, or none that may be seen.
 
     Raises:
         MlflowException: the store does not answer.
@@ -257,7 +245,7 @@ def get_run(client: MlflowClient, run_id: str) -> Run | None:
 
 
 def _root_of(client: MlflowClient, run: Run) -> Run:
-    """The root of a run's tree: Kubeflow's plugin nests a step in the runs of each DAG that it is in."""
+    """Return the root of a run's tree: Kubeflow's plugin nests a step in the runs of each DAG that it is in."""
     seen = {run.info.run_id}
     while (above := run.data.tags.get(PARENT_TAG)) and above not in seen:
         seen.add(above)
@@ -269,9 +257,10 @@ def _root_of(client: MlflowClient, run: Run) -> Run:
 
 
 def _source_tags(source: str) -> dict[str, str]:
-    told = {"mlflow.user": os.environ.get("USER"), IMAGE_TAG: os.environ.get(IMAGE_VARIABLE)}
-    return {
+    tags = {
         "mlflow.source.name": source,
         "skd.version": __version__,
-        **{name: value for name, value in told.items() if value},
+        "mlflow.user": os.environ.get("USER"),
+        IMAGE_TAG: os.environ.get(IMAGE_VARIABLE),
     }
+    return {name: value for name, value in tags.items() if value}

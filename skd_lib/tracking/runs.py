@@ -1,4 +1,4 @@
-"""MLflow runs: one parent run a pipeline run, one nested run a step.
+"""MLflow runs: one parent run for each pipeline run, one nested run for each step.
 
     with step_run(step="distill", tracking_uri=uri, experiment="skd", params={...}) as run:
         run.log_metrics({"loss": 1.0}, step=3)
@@ -31,39 +31,38 @@ from types import FrameType
 from typing import Any, Literal
 
 from skd_lib._core.uris import redacted
-from skd_lib.tracking.client import connect, run_url, untaken
+from skd_lib.tracking.client import PARAM_LENGTH, TAG_LENGTH, clip, connect, run_url, untaken
 from skd_lib.tracking.ending import STATE_TAG, PipelineClosing, Seen
 from skd_lib.tracking.entries import PARAM_PREFIX, Artifact, Closing, DatasetUse, Metrics, Params, Table, Tags
-from skd_lib.tracking.link import Link
-from skd_lib.tracking.locate import ERROR_TAG, Place, find_parent
-from skd_lib.tracking.texts import PARAM_LENGTH, TAG_LENGTH, clip
+from skd_lib.tracking.locate import ERROR_TAG, RunLocation, find_parent
+from skd_lib.tracking.outbox import Outbox
 
 
 class RunLog:
     """One MLflow run to log to. Without tracking every method does nothing."""
 
-    def __init__(self, link: Link, which: Literal["step", "parent"]) -> None:
-        self._link, self._which = link, which
+    def __init__(self, outbox: Outbox, which: Literal["step", "parent"]) -> None:
+        self._outbox, self._which = outbox, which
 
     @property
     def run_id(self) -> str:
         """The run's id; empty without tracking or while the store has not answered yet."""
-        run = self._link.runs.get(self._which)
+        run = self._outbox.runs.get(self._which)
         return str(run.info.run_id) if run is not None else ""
 
     @property
     def url(self) -> str:
         """Address of the run's page; empty where the store is no server, or has not answered yet."""
-        run = self._link.runs.get(self._which)
-        return "" if run is None else run_url(self._link.uri, run)
+        run = self._outbox.runs.get(self._which)
+        return "" if run is None else run_url(self._outbox.uri, run)
 
     def find(self) -> str:
-        """The run's id, for which a store that was silent is asked again.
+        """Return the run's id, for which a store that was silent is asked again.
 
         Raises:
             ConnectionError: it still is.
         """
-        if not self.run_id and not self._link.insist():
+        if not self.run_id and not self._outbox.insist():
             raise ConnectionError("the run of this step is not known there yet")
         return self.run_id
 
@@ -71,10 +70,10 @@ class RunLog:
         """Log parameters as `skd/NAME`; nested mappings become `skd/OUTER.INNER`.
 
         MLflow refuses a whole batch for one changed value, so only missing ones are sent. One that differs (a resumed
-        run with another configuration) keeps its first value; a warning and the tag `skd.changed.NAME` tell.
+        run with another configuration) keeps its first value; a warning and the tag `skd.changed.NAME` say so.
         """
         values = {PARAM_PREFIX + name: _param_text(value) for name, value in _flat(params)}
-        self._link.log(Params(which=self._which, values=values))
+        self._outbox.log(Params(which=self._which, values=values))
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         """Log numbers, with the step they belong to or, without one, as the run's final figures.
@@ -84,7 +83,7 @@ class RunLog:
         """
         if metrics:
             values = {key: float(value) for key, value in metrics.items()}
-            self._link.log(Metrics(which=self._which, values=values, step=step))
+            self._outbox.log(Metrics(which=self._which, values=values, step=step))
 
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "train", *, rows: int | None = None
@@ -98,7 +97,7 @@ class RunLog:
             context: What it was used for: `train`, `validation`, `test`.
             rows: Number of examples.
         """
-        self._link.log(
+        self._outbox.log(
             DatasetUse(which=self._which, name=name, digest=digest, source=source, context=context, rows=rows)
         )
 
@@ -110,13 +109,13 @@ class RunLog:
         """
         if not path.is_file():
             raise FileNotFoundError(path)
-        if self._link.uri:
-            self._link.log(Artifact.of(path.read_bytes(), path.name, folder, self._which))
+        if self._outbox.uri:
+            self._outbox.log(Artifact.of(path.read_bytes(), path.name, folder, self._which))
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a small text as the run's artifact `name`, which may hold a folder: `report/summary.json`."""
         folder, _, file = name.rpartition("/")
-        self._link.log(Artifact.of(redacted(text).encode(), file, folder or None, self._which))
+        self._outbox.log(Artifact.of(redacted(text).encode(), file, folder or None, self._which))
 
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None:
         """Keep a table that MLflow's page can show, as the run's artifact `NAME-DIGEST.json`; an empty one is left out.
@@ -126,21 +125,21 @@ class RunLog:
         """
         digest = hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest()[:8]
         if any(columns.values()):
-            self._link.log(Table(which=self._which, columns=dict(columns), path=f"{name}-{digest}.json"))
+            self._outbox.log(Table(which=self._which, columns=dict(columns), path=f"{name}-{digest}.json"))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag of the same name is replaced."""
         if tags:
             values = {key: clip(redacted(str(value)), TAG_LENGTH) for key, value in tags.items()}
-            self._link.log(Tags(which=self._which, values=values))
+            self._outbox.log(Tags(which=self._which, values=values))
 
 
 class StepRun(RunLog):
     """The run of one step, and through `parent` the run of the whole pipeline."""
 
-    def __init__(self, link: Link) -> None:
-        super().__init__(link, "step")
-        self.parent = RunLog(link, "parent")
+    def __init__(self, outbox: Outbox) -> None:
+        super().__init__(outbox, "step")
+        self.parent = RunLog(outbox, "parent")
 
 
 @contextmanager
@@ -177,9 +176,9 @@ def step_run(
         tracking_uri = ""
     pipeline_run_id = os.environ.get("KFP_RUN_ID") or str(uuid.uuid4())
     keep = f"{checkpoint_root.rstrip('/')}/tracking" if checkpoint_root else ""
-    link = Link(_place(tracking_uri, experiment, pipeline_run_id, step, run_name), keep)
-    run = StepRun(link)
-    link.open()
+    outbox = Outbox(_location(tracking_uri, experiment, pipeline_run_id, step, run_name), keep)
+    run = StepRun(outbox)
+    outbox.open()
     if params:
         run.log_params(params)
     try:
@@ -187,12 +186,12 @@ def step_run(
             yield run
     except Exception as error:
         run.set_tags({ERROR_TAG: f"{type(error).__name__}: {error}"})
-        link.close(Closing(status="FAILED"))
+        outbox.close(Closing(status="FAILED"))
         raise
     except BaseException:  # SystemExit of SIGTERM, KeyboardInterrupt
-        link.close(Closing(status="KILLED"))
+        outbox.close(Closing(status="KILLED"))
         raise
-    link.close(Closing(status="FINISHED"))
+    outbox.close(Closing(status="FINISHED"))
 
 
 def close_pipeline_run(
@@ -204,7 +203,7 @@ def close_pipeline_run(
     error: str = "",
     seen: Seen = Seen(),  # noqa: B008 - it cannot be changed
 ) -> bool:
-    """Close a pipeline's parent run, and those of its steps that died without a word (out of memory, lost node).
+    """Close a pipeline's parent run, and runs of steps that were killed before they could close them.
 
     Args:
         tracking_uri: See `client.connect`; empty: nothing to do.
@@ -212,25 +211,25 @@ def close_pipeline_run(
         pipeline_run_id: The pipeline run.
         state: KFP's final state: COMPLETE, FAILED, RUNNING, ... See `ending.find_ending`.
         error: KFP's message.
-        seen: What KFP's API says of the run.
+        seen: The answer of KFP's API.
 
     Returns:
         Whether there was a run to close and the store took the change.
     """
     if not tracking_uri:
         return False
-    place = _place(tracking_uri, experiment, pipeline_run_id, "finish")
+    location = _location(tracking_uri, experiment, pipeline_run_id, "finish")
     closing = PipelineClosing(state=state, error=redacted(error), seen=seen)
     try:
-        return closing.close(connect(tracking_uri), place)
+        return closing.close(connect(tracking_uri), location)
     except untaken() as silence:
-        Link(place).put_off(closing, silence)
+        Outbox(location).put_off(closing, silence)
         return False
 
 
 @dataclass(frozen=True)
 class PipelineRecord:
-    """What MLflow holds of a pipeline run.
+    """MLflow's record of a pipeline run.
 
     Attributes:
         url: Address of its parent run; empty if there is none.
@@ -251,7 +250,7 @@ def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str)
         return PipelineRecord()
     try:
         client = connect(tracking_uri)
-        parent = find_parent(client, _place(tracking_uri, experiment, pipeline_run_id, "finish"))
+        parent = find_parent(client, _location(tracking_uri, experiment, pipeline_run_id, "finish"))
     except untaken():
         return PipelineRecord()
     if parent is None:
@@ -262,11 +261,11 @@ def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str)
     )
 
 
-def _place(tracking_uri: str, experiment: str, pipeline_run_id: str, step: str, run_name: str | None = None) -> Place:
-    return Place(
+def _location(tracking_uri: str, experiment: str, run_id: str, step: str, run_name: str | None = None) -> RunLocation:
+    return RunLocation(
         tracking_uri=tracking_uri,
         experiment=experiment,
-        pipeline_run_id=pipeline_run_id,
+        pipeline_run_id=run_id,
         step=step,
         run_name=run_name,
         mlflow_run_id=os.environ.get("MLFLOW_RUN_ID", ""),
@@ -276,7 +275,7 @@ def _place(tracking_uri: str, experiment: str, pipeline_run_id: str, step: str, 
 
 @contextmanager
 def _terminated_as_exit() -> Iterator[None]:
-    """Let SIGTERM end the body as `SystemExit`, so that the run is closed; another handler is left in place."""
+    """Let SIGTERM end the body as `SystemExit`, so that the run is closed; another handler is left in location."""
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

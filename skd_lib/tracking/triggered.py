@@ -11,7 +11,7 @@ from skd_lib._core.uris import sqlite_file
 from skd_lib.errors import SkdError
 from skd_lib.tracking.client import brief, connect, store_name
 from skd_lib.tracking.ending import CANCELED, FAILED, STATE_TAG, STOPPED, SUCCEEDED
-from skd_lib.tracking.locate import PARENT_TAG, PIPELINE_RUN_TAG, Place, find_or_create_parent, search_everywhere
+from skd_lib.tracking.locate import PARENT_TAG, PIPELINE_RUN_TAG, RunLocation, find_or_create_parent, search_everywhere
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,7 +71,7 @@ def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, e
     Raises:
         SkdError: the store cannot be told.
     """
-    place = Place(
+    location = RunLocation(
         tracking_uri=tracking_uri,
         experiment=experiment,
         pipeline_run_id=pipeline_run_id,
@@ -81,7 +81,7 @@ def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, e
         started=int(time.time() * 1000),
     )
     with _store(tracking_uri) as client:
-        client.set_tag(find_or_create_parent(client, place).info.run_id, TRIGGER_TAG, name)
+        client.set_tag(find_or_create_parent(client, location).info.run_id, TRIGGER_TAG, name)
 
 
 @contextmanager

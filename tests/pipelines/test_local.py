@@ -20,7 +20,7 @@ import skd_lib
 from skd_kfp.pipelines.local import kfp_patch as kfp_local
 from skd_kfp.pipelines.local import stopping
 from skd_kfp.pipelines.local.folder import RunFolder
-from skd_kfp.pipelines.local.progress import LiveDisplay, PlainDisplay, duration
+from skd_kfp.pipelines.local.progress import LiveDisplay, PlainDisplay
 from skd_kfp.pipelines.local.reuse import local_pipeline, run_identity, source_digest
 from skd_kfp.pipelines.local.runner import LocalRun, StepFailed, child_processes, run_pipeline
 from skd_lib.config import RunConfig
@@ -375,7 +375,7 @@ def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
     place = {"tracking_uri": "http://m", "experiment": "e", "pipeline_run_id": "r", "step": "distill", "run_name": None}
     (earlier / "a.jsonl").write_text(json.dumps({**place, "mlflow_run_id": "", "started": 1}) + "\n")
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr("skd_lib.tracking.link.resend", lambda *call: asked.append(call))
+    monkeypatch.setattr("skd_lib.tracking.outbox.resend", lambda *call: asked.append(call))
     _, screen = run(tmp_path, second_does="note", tracking_uri="http://m", fresh=True)
     assert asked == [(str(records), "http://m")]
     assert f"MLflow has not taken the records of distill, which wait in {records}" in screen
@@ -421,11 +421,3 @@ def test_live_display_shows_steps_and_figures():
     text = screen.getvalue()
     for shown in ("prepare_data", "reused", "distill: training", "4/8", "loss 1.5", "1 min 15 s"):
         assert shown in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.44, "0.4 s"), (59.4, "59 s"), (59.7, "1 min 00 s"), (3599.7, "1 h 00 min"), (7620, "2 h 07 min")],
-)
-def test_duration(seconds: float, text: str):
-    assert duration(seconds) == text

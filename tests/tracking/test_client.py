@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import sys
 import threading
-from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,17 +16,11 @@ from sqlalchemy import create_engine
 from skd_lib._core.uris import sqlite_file, sqlite_uri
 from skd_lib.errors import SkdError
 from skd_lib.tracking import client
-from skd_lib.tracking.buffer import FOLDER_VARIABLE, read_place, waiting_files
 from skd_lib.tracking.client import check_tracking, connect
+from skd_lib.tracking.outbox import FOLDER_VARIABLE, read_location, waiting_files
 from skd_lib.tracking.runs import step_run
 
 from .conftest import EXPERIMENT
-
-
-@pytest.fixture
-def quick(empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New databases are copies of an empty one."""
-    monkeypatch.setattr(client, "_make", lambda database: shutil.copyfile(empty_store, database))
 
 
 def _half_made(path: Path) -> None:
@@ -63,41 +55,22 @@ def test_what_a_killed_process_left_under_the_other_name_is_made_again(tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
 
 
-@pytest.mark.parametrize("content", ["tables", "nothing"])
-def test_a_half_made_database_is_set_aside_with_a_message(
-    content: str, quick: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_half_made_database_of_another_process_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database = tmp_path / "mlflow.db"
-    if content == "tables":
-        _half_made(database)
-    else:
-        database.touch()
-    (tmp_path / "mlflow.db.incomplete-1").touch()
-    before = database.read_bytes()
-    assert check_tracking(f"sqlite:///{database}") is None
-    assert (tmp_path / "mlflow.db.incomplete-2").read_bytes() == before
-    assert f"{database} had no records" in caplog.text
+    monkeypatch.setattr(mlflow.store.db.utils, "MAX_RETRY_COUNT", 1)
+    _half_made(tmp_path / "mlflow.db")
+    with pytest.raises(SkdError, match="MLflow cannot open the sqlite file") as caught:
+        connect(f"sqlite:///{tmp_path}/mlflow.db")
+    assert "move it away, a new one is made" in caught.value.hint
 
 
-def test_databases_with_records_and_of_others_are_left_alone(quick: None, store: str, tmp_path: Path) -> None:
-    with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT):
-        pass
-    mine = sqlite_file(store)
-    assert mine is not None
-    with closing(sqlite3.connect(mine)) as connection, connection:
-        connection.execute("DROP TABLE trace_info")  # as in an older version of MLflow
-    other, text = tmp_path / "other.db", tmp_path / "text.db"
-    with closing(sqlite3.connect(other)) as connection, connection:
-        connection.execute("CREATE TABLE recipes (name TEXT)")
-    text.write_text("not a database, though of this name" * 50)
-    for database in (mine, other, text):
-        assert not client._is_half_made(database), database
-
-
-@pytest.mark.parametrize("name", ["feature%2Fx", "what?", "a b", "no#1", "100%", "漢"])
-def test_any_path_may_hold_a_store(name: str, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["feature%2Fx", "what?", "a b", "no#1", "100%", "漢", "100% new#2: 漢?"])
+def test_any_path_may_hold_a_store(name: str, empty_store: Path, tmp_path: Path) -> None:
     folder = tmp_path / name / "runs"
     folder.mkdir(parents=True)
+    if "new" not in name:  # MLflow takes seconds to make its tables
+        shutil.copyfile(empty_store, folder / "mlflow.db")
     uri = sqlite_uri(folder / "mlflow.db")
     assert sqlite_file(uri) == folder / "mlflow.db"
     with step_run(step="s", tracking_uri=uri, experiment=EXPERIMENT) as run:
@@ -149,7 +122,7 @@ def test_what_answers_in_the_place_of_mlflow_is_no_store(
                 run.log_metrics({"loss": 1.0}, step=1)
         finally:
             server.shutdown()
-    assert [read_place(Path(file)).step for file in waiting_files(str(tmp_path))] == ["distill"]
+    assert [read_location(Path(file)).step for file in waiting_files(str(tmp_path))] == ["distill"]
 
 
 def test_a_server_is_reached_with_mlflow_skinny(monkeypatch: pytest.MonkeyPatch) -> None:

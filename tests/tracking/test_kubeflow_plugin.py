@@ -13,8 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from skd_lib.steps.environment import SECRETS
-from skd_lib.tracking.client import check_tracking
-from skd_lib.tracking.credentials import use_credentials
+from skd_lib.tracking.client import check_tracking, use_credentials
 from skd_lib.tracking.locate import children_of
 from skd_lib.tracking.runs import close_pipeline_run, pipeline_record, step_run
 from skd_lib.tracking.triggered import note, run_for
@@ -163,7 +162,7 @@ def test_steps_find_the_run_that_preflight_made_in_the_forms_experiment(store: s
 def test_the_run_is_found_among_thousands_of_experiments(
     store: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skd_lib.tracking.locate._MOST", 2)
+    monkeypatch.setattr("skd_lib.tracking.locate.PAGE_ROWS", 2)
     experiments = [client.create_experiment(f"e{number}") for number in range(5)]
     parent = client.create_run(experiments[0], tags={"kfp.pipeline_run_id": "run-1"})
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as run:

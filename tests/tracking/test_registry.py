@@ -15,7 +15,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from skd_lib._core import events
 from skd_lib.errors import SkdError
-from skd_lib.tracking import link, registry
+from skd_lib.tracking import entries, registry
 from skd_lib.tracking.registry import Champion, champion, register
 from skd_lib.tracking.runs import step_run
 
@@ -154,7 +154,7 @@ def test_a_refusal_is_not_waited_for(store: str, clock: list[float], monkeypatch
 def test_a_version_names_its_run_though_the_store_was_silent_when_the_step_began(
     store: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connect, calls = link.connect, [0]
+    connect, calls = entries.connect, [0]
 
     def late(uri: str) -> MlflowClient:
         calls[0] += 1
@@ -162,7 +162,7 @@ def test_a_version_names_its_run_though_the_store_was_silent_when_the_step_began
             raise ConnectionError("refused")
         return connect(uri)
 
-    monkeypatch.setattr(link, "connect", late)
+    monkeypatch.setattr(entries, "connect", late)
     with step_run(step="register_model", tracking_uri=store, experiment=EXPERIMENT) as run:
         assert run.parent.run_id == ""
         version = _register(store, run_id=run.parent.find)

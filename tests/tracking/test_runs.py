@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from skd_lib.errors import SkdError
-from skd_lib.tracking import link, locate
+from skd_lib.tracking import locate, outbox
 from skd_lib.tracking.client import check_tracking, connect, find_or_create_experiment
 from skd_lib.tracking.runs import PipelineRecord, close_pipeline_run, pipeline_record, step_run
 
@@ -236,7 +236,7 @@ def test_a_server_that_is_down_costs_seconds_and_one_warning(
 def test_a_store_that_comes_back_gets_everything(
     store: str, client: MlflowClient, children: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
     silent = True
 
     def flaky(client: MlflowClient, uri: str, name: str) -> str:
@@ -349,8 +349,8 @@ def test_a_deleted_experiment_is_named_before_the_run_and_ends_no_step_of_it(
 def test_what_is_logged_while_the_experiment_is_deleted_arrives_once_it_is_restored(
     store: str, client: MlflowClient, children: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(link, "_SHARE", 0)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "SILENCE_FACTOR", 0)
     with step_run(step="s", tracking_uri=store, experiment=EXPERIMENT, params={"a": 1}) as run:
         experiment = find_or_create_experiment(client, store, EXPERIMENT)
         for step in range(6):

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from skd_kfp.pipelines.cli import app
-from skd_lib.tracking import link
+from skd_lib.tracking import outbox
 from skd_lib.tracking.client import check_tracking, connect
 from skd_lib.tracking.locate import children_of
 from skd_lib.tracking.registry import Champion, champion, register
@@ -89,7 +89,7 @@ def test_nothing_is_lost_or_doubled_when_the_server_is_killed(
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "run-outage")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(link, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.5)
     uri, left = running.uri, tmp_path / "left"
     where = {"tracking_uri": uri, "experiment": EXPERIMENT}
     with step_run(step="distill", params={"lr": 1e-3}, **where) as run:
@@ -107,7 +107,7 @@ def test_nothing_is_lost_or_doubled_when_the_server_is_killed(
                     other.log_metrics({"chrf": 30.0})
                 assert not close_pipeline_run(pipeline_run_id="run-outage", state="SUCCEEDED", **where)
                 running.start()
-                time.sleep(link.RETRY_SECONDS)
+                time.sleep(outbox.RETRY_SECONDS)
             run.log_metrics({"loss": float(step)}, step=step)
         run_id, parent_id = run.run_id, run.parent.run_id
     client = connect(uri)

@@ -22,11 +22,10 @@ from skd_kfp.pipelines.cli import app
 from skd_lib import storage
 from skd_lib.errors import SkdError
 from skd_lib.steps import finish
-from skd_lib.tracking import link
-from skd_lib.tracking.buffer import Buffer, read_place, waiting_files
+from skd_lib.tracking import outbox
 from skd_lib.tracking.entries import Artifact, Metrics, Tags
-from skd_lib.tracking.link import replay, resend
-from skd_lib.tracking.locate import Place
+from skd_lib.tracking.locate import RunLocation
+from skd_lib.tracking.outbox import OutboxFile, read_location, replay, resend, waiting_files
 from skd_lib.tracking.runs import step_run
 
 from .conftest import EXPERIMENT, Runs
@@ -75,7 +74,7 @@ def test_each_entry_arrives_once_through_any_failures(
     break_store: Callable[[Callable[[], str]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(link, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
     chance = random.Random(seed)
     break_store(lambda: chance.choice(["before", "after", "", ""]))
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT, params={"lr": 1}) as run:
@@ -218,7 +217,7 @@ def test_finish_sends_what_its_run_left_in_order_and_closes_it(
         pass
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     break_store(lambda: "")
-    monkeypatch.setattr(link, "replay", lambda path, uri: order.append(read_place(path).step) or replay(path, uri))
+    monkeypatch.setattr(outbox, "replay", lambda path, uri: order.append(read_location(path).step) or replay(path, uri))
     monkeypatch.chdir(tmp_path)  # a step by hand writes its outputs there
     for _ in range(2):  # the second time nothing is left to send
         app = typer.Typer()
@@ -235,7 +234,7 @@ def test_finish_sends_what_its_run_left_in_order_and_closes_it(
     for child in children():
         if child.info.run_name != "preflight":
             assert len(client.get_metric_history(child.info.run_id, "loss")) == 1
-    assert [read_place(file).pipeline_run_id for file in left.iterdir()] == ["another run"]
+    assert [read_location(file).pipeline_run_id for file in left.iterdir()] == ["another run"]
 
 
 def test_what_the_store_still_does_not_take_is_named_and_stays(
@@ -255,8 +254,8 @@ def test_what_the_store_still_does_not_take_is_named_and_stays(
 def test_what_an_older_server_does_not_know_is_left_out_but_a_proxys_404_is_silence(
     store: str, children: Runs, left: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(link, "_SHARE", 0)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "SILENCE_FACTOR", 0)
     away = [False]
 
     def answered(name: str, known: bool) -> None:
@@ -306,8 +305,8 @@ def test_a_silent_store_takes_a_twentieth_of_the_time_at_most(
         break_store(lambda: "")
 
 
-def _place(uri: str) -> Place:
-    return Place(
+def _place(uri: str) -> RunLocation:
+    return RunLocation(
         tracking_uri=uri,
         experiment="e",
         pipeline_run_id="it's/a run",
@@ -319,26 +318,26 @@ def _place(uri: str) -> Place:
 
 
 def test_the_file_is_private_and_holds_no_credentials(left: Path) -> None:
-    buffer = Buffer(_place("https://user:secret@mlflow.example:5000/x"))
-    buffer.append(Tags(values={"a": "b"}))
+    waiting = OutboxFile(_place("https://user:secret@mlflow.example:5000/x"))
+    waiting.append(Tags(values={"a": "b"}))
     (file,) = left.iterdir()
     assert file.stat().st_mode & 0o077 == 0
     assert "secret" not in file.read_text(encoding="utf-8")
-    assert read_place(file).tracking_uri == "https://mlflow.example:5000/x"
+    assert read_location(file).tracking_uri == "https://mlflow.example:5000/x"
 
 
 def test_memory_does_not_grow_with_what_waits(left: Path) -> None:
-    buffer = Buffer(_place("http://mlflow"))
+    waiting = OutboxFile(_place("http://mlflow"))
     tracemalloc.start()
     for number in range(100):
-        buffer.append(Artifact.of(bytes(100_000), f"{number}.bin", None, "step"))
-    assert sum(1 for _ in buffer.take()) == 100
+        waiting.append(Artifact.of(bytes(100_000), f"{number}.bin", None, "step"))
+    assert sum(1 for _ in waiting.take()) == 100
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2_000_000
     assert not list(left.iterdir())
-    buffer.append(Metrics(values={"x": 1.0}, step=None))  # a second outage begins a new file
-    assert [entry.kind for entry in buffer.take()] == ["metrics"]
+    waiting.append(Metrics(values={"x": 1.0}, step=None))  # a second outage begins a new file
+    assert [entry.kind for entry in waiting.take()] == ["metrics"]
 
 
 def test_a_disk_that_takes_nothing_does_not_end_the_step(
@@ -388,5 +387,5 @@ def test_a_training_step_leaves_its_file_with_its_checkpoints_unless_another_pla
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT, checkpoint_root=f"{checkpoints}/") as run:
         run.log_metrics({"loss": 1.0}, step=1)
     (file,) = (left if named else checkpoints / "tracking").iterdir()
-    assert read_place(file).step == "distill"
+    assert read_location(file).step == "distill"
     assert checkpoints.exists() is not named
