@@ -156,6 +156,11 @@ class GraphedRounds:
         """Return True if rounds of these models can be captured."""
         return all(model.device.type == "cuda" and keeps_rows(model) and not stretches(model) for model in models)
 
+    @property
+    def captured(self) -> int:
+        """Return the number of graphs; 0 after a capture that failed."""
+        return len(self._graphs) if self._works else 0
+
     def clear(self) -> None:
         """Give back all memory."""
         self._base: Rows | None = None

@@ -106,7 +106,7 @@ def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Return the (..., 1) smallest probability in the nucleus."""
     if probs.device.type != "cpu":
-        return _by_bisection(probs, top_p)
+        return by_bisection(probs, top_p)
     values = probs.topk(min(_NUCLEUS_GUESS, probs.shape[-1])).values
     if values.shape[-1] < probs.shape[-1] and bool((values.sum(-1) < top_p).any()):
         values = probs.sort(descending=True).values
@@ -114,7 +114,7 @@ def _least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
     return values.gather(-1, inside - 1)
 
 
-def _by_bisection(probs: Tensor, top_p: float) -> Tensor:
+def by_bisection(probs: Tensor, top_p: float) -> Tensor:
     """Do the same without sorting, and without asking the device how far to look.
 
     The bits of positive floats are ordered as the floats are: 31 halvings find the largest value above which, itself

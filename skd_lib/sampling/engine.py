@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import common_vocabulary
+from skd_lib.models.heads import check_supported, common_vocabulary
 from skd_lib.models.modes import evaluating
-from skd_lib.models.supported import check_supported
 from skd_lib.sampling.acceptance import AcceptanceRule
 from skd_lib.sampling.cache import RowCache, TokenCache, position_limit, prefill_positions, prefilled, stretches
 from skd_lib.sampling.cuda_graphs import CudaGraphs, GraphedRounds
@@ -104,13 +103,13 @@ class Sampler:
                 raise SkdError(f"`{name}` is {count}", where="sampling", hint="give it 1 or more")
         for whose, params in (("student", self.student_params), ("teacher", self.teacher_params)):
             check_params(params, where=f"sampling, {whose}")
-        for model in self._models:
+        for model in self.models:
             check_supported(model)
 
     @property
     def longest_row(self) -> int | None:
         """The most tokens that a prompt and its response may have together; None where no model has a limit."""
-        limits = (position_limit(model, self._block_width) for model in self._models)
+        limits = (position_limit(model, self._block_width) for model in self.models)
         return min((limit for limit in limits if limit is not None), default=None)
 
     @torch.no_grad()
@@ -139,17 +138,17 @@ class Sampler:
         output = self._allocate(seeds)
         output.counts += self._prefills(prompts)
         cleared = 0  # rows in flight when the graphs' memory was last given back
-        with evaluating(*self._models):
+        with evaluating(*self.models):
             while tasks := output.unfinished(prompts):
                 slots = min(self.batch_limit.slots or self.batch_size or len(tasks), len(tasks))
                 try:
                     self._sample_tasks(tasks, slots, output, on_progress, on_round)
                 except torch.OutOfMemoryError as error:
                     # What graphs of other shapes hold may be what is missing: as many rows once more without it.
-                    if self._graphs is None or cleared == slots:
+                    if self.graphed_rounds is None or cleared == slots:
                         self.batch_limit.shrink(slots, error)
-                    if self._graphs is not None:
-                        self._graphs.clear()
+                    if self.graphed_rounds is not None:
+                        self.graphed_rounds.clear()
                         cleared = slots
         return self._finish(output)
 
@@ -172,7 +171,7 @@ class Sampler:
                 if rows is not None:
                     rows = rows.extend(new)
                 else:
-                    rows = new if self._graphs is None else self._graphs.adopt(new, slots, capacity)
+                    rows = new if self.graphed_rounds is None else self.graphed_rounds.adopt(new, slots, capacity)
             assert rows is not None  # noqa: S101 - there were waiting prompts or rows
             running = self._round(rows, output)
             if on_round is not None:
@@ -187,7 +186,7 @@ class Sampler:
         slots_BS = self._next_slots(rows, self._block_width)
         uniforms_BSC = output.uniforms_NTC[rows.index_B.unsqueeze(1), slots_BS]
         gamma = self._draft_length(output.counts, len(rows.index_B))
-        verdict = (self._graphs or self._interleaving.round)(rows, uniforms_BSC, gamma)
+        verdict = (self.graphed_rounds or self.interleaving.round)(rows, uniforms_BSC, gamma)
 
         into = (rows.index_B.unsqueeze(1), slots_BS[:, : verdict.tokens_BS.shape[1]])
         kept_BS = verdict.kept_BS
@@ -312,7 +311,7 @@ class Sampler:
             if not prompt:
                 raise SkdError("the prompt has no tokens", where=f"prompt {number}", hint="give it a BOS token")
         longest = max(map(len, prompts), default=0) + self.max_new_tokens
-        for model in self._models:
+        for model in self.models:
             limit = position_limit(model, self._block_width)
             if limit is not None and longest > limit:
                 stretched = " before its rotary positions stretch" if stretches(model) else ""
@@ -323,13 +322,14 @@ class Sampler:
                 )
 
     @property
-    def _models(self) -> list[PreTrainedModel]:
+    def models(self) -> list[PreTrainedModel]:
+        """Return the models that the rule needs."""
         used = [self.student if self.rule.drafts else None, self.teacher if self.rule.asks_teacher else None]
         return [model for model in used if model is not None]
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = self._models[0].device
+        device: torch.device = self.models[0].device
         return device
 
     @property
@@ -343,7 +343,8 @@ class Sampler:
         return dtype
 
     @cached_property
-    def _interleaving(self) -> Interleaving:
+    def interleaving(self) -> Interleaving:
+        """Make the rounds, as they are without CUDA graphs."""
         return Interleaving(
             self.student,
             self.teacher,
@@ -356,10 +357,11 @@ class Sampler:
         )
 
     @cached_property
-    def _graphs(self) -> GraphedRounds | None:
-        if not (self.graphs and GraphedRounds.serve(self._models)):
+    def graphed_rounds(self) -> GraphedRounds | None:
+        """Make the rounds as CUDA graphs; None where they cannot be captured."""
+        if not (self.graphs and GraphedRounds.serve(self.models)):
             return None
-        return GraphedRounds(self._interleaving.round, self._models, CudaGraphs)
+        return GraphedRounds(self.interleaving.round, self.models, CudaGraphs)
 
     def _draft_length(self, counts: SamplingStatistics, rows: int) -> int:
         if isinstance(self.gamma, AdaptiveGamma) and self.rule.accept is not None:

@@ -50,9 +50,8 @@ def on_gpu(models: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[s
 
 def captured(s: Sampler) -> int:
     """Graphs that there are; none, if capturing had failed."""
-    assert s._graphs is not None
-    assert s._graphs._works
-    return len(s._graphs._graphs)
+    assert s.graphed_rounds is not None
+    return s.graphed_rounds.captured
 
 
 @contextmanager
@@ -170,7 +169,7 @@ def test_models_with_other_positions_run_without_graphs(tiny_model: TinyModel) -
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     models = on_gpu({"student": tiny_model(seed=1, vocab_size=48, rope_parameters=rope), "teacher": None})
     s = sampler(models, student_only(), max_new_tokens=20)
-    assert s._graphs is None
+    assert s.graphed_rounds is None
     assert len(rows(s.sample(MANY, SEEDS))) == len(MANY)
 
 
@@ -181,8 +180,8 @@ def test_memory_is_given_back(tiny_model: TinyModel) -> None:
     for _ in range(5):
         s.sample(MANY, SEEDS)
         assert captured(s) > 0
-        assert s._graphs is not None
-        s._graphs.clear()
+        assert s.graphed_rounds is not None
+        s.graphed_rounds.clear()
         gc.collect()
         torch.cuda.synchronize()
         left.append(torch.cuda.memory_allocated())

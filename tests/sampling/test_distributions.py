@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
 from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
-from skd_lib.sampling.distributions import _by_bisection, draw, warp
+from skd_lib.sampling.distributions import by_bisection, draw, warp
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
 from skd_lib.sampling.reference import probabilities
@@ -158,7 +158,7 @@ def test_the_nucleus_without_sorting_is_the_same(logits: np.ndarray) -> None:
     """What a GPU does, where asking whether the guess was wide enough would cost more than 31 halvings."""
     probs = torch.softmax(torch.from_numpy(logits), -1)
     for top_p in (0.1, 0.5, 0.9):
-        least = _by_bisection(probs, top_p)
+        least = by_bisection(probs, top_p)
         reaches, above = (torch.where(keep, probs, 0).sum(-1) for keep in (probs >= least, probs > least))
         assert (reaches >= top_p - 1e-6).all()
         assert (above < top_p + 1e-6).all()
