@@ -4,10 +4,8 @@ Every field is documented where it is defined, a module for each part of the fil
 """
 
 from skd_lib._core.documents import parse_json
-from skd_lib.config._base import ConfigSection, Section
-from skd_lib.config._overrides import Overrides, apply, parse_overrides
-from skd_lib.config._reading import parse_section, read_yaml
-from skd_lib.config._schedule import Count, Schedule
+from skd_lib.config._base import ConfigSection, Count, Schedule, Section
+from skd_lib.config._reading import Overrides, apply, parse_overrides, parse_section, read_yaml
 from skd_lib.config.data import (
     Columns,
     DataConfig,
@@ -20,7 +18,14 @@ from skd_lib.config.data import (
     HubDataset,
     HubSource,
 )
-from skd_lib.config.distill import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, SamplingParams
+from skd_lib.config.distill import (
+    DistillConfig,
+    DivergenceName,
+    InterleavedConfig,
+    MethodName,
+    RuleName,
+    SamplingParams,
+)
 from skd_lib.config.evaluation import EvaluationConfig, JudgeConfig, RegistryConfig, SpecdecConfig
 from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.run import RunConfig, load_config, refuse_multinode
@@ -56,7 +61,7 @@ __all__ = [
     "InterleavedConfig",
     "JudgeConfig",
     "LoraConfig",
-    "Method",
+    "MethodName",
     "MetricName",
     "MultinodeConfig",
     "Overrides",

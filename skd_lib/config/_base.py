@@ -1,18 +1,18 @@
-"""What all sections of a configuration are."""
+"""The base classes of all sections of a configuration, and settings that may change in the course of training."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from skd_lib._core.documents import MAX_DIGITS
 
 
 class Section(BaseModel):
-    """A part of a file that is read: of a configuration, or of results. Unknown fields are errors."""
+    """A part of a file: of a configuration, or of results. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,18 +54,54 @@ def _no_boolean(value: Any) -> Any:
 @cache
 def _is_whole(section: type[Section], name: str) -> bool:
     field = section.model_fields.get(name)
-    kinds = set(_kinds(field.annotation)) if field else set()
-    return int in kinds and float not in kinds
+    found = set(kinds(field.annotation)) if field else set()
+    return int in found and float not in found
 
 
 @cache
 def _is_number(section: type[Section], name: str) -> bool:
     field = section.model_fields.get(name)
-    kinds = set(_kinds(field.annotation)) if field else set()
-    return bool(kinds & {int, float}) and bool not in kinds
+    found = set(kinds(field.annotation)) if field else set()
+    return bool(found & {int, float}) and bool not in found
 
 
-def _kinds(annotation: Any) -> list[Any]:
-    """The annotation, or what a union, a list or `Annotated` is made of."""
+def kinds(annotation: Any) -> list[Any]:
+    """Return the annotation, or the parts of a union, a list, a mapping or `Annotated`."""
     arguments = get_args(annotation)
-    return [kind for part in arguments for kind in _kinds(part)] if arguments else [annotation]
+    return [kind for part in arguments for kind in kinds(part)] if arguments else [annotation]
+
+
+NumberT = TypeVar("NumberT")
+NUMBER, SCHEDULE = "<number>", "<schedule>"
+
+
+class Schedule(ConfigSection, Generic[NumberT]):
+    """A setting that goes from `start` at the first optimiser step to `end` at the last."""
+
+    start: NumberT = Field(description="Value at the first optimiser step.")
+    end: NumberT = Field(description="Value at the last optimiser step.")
+    shape: Literal["linear", "cosine"] = Field("linear", description="`cosine`: slow at both ends, half a wave.")
+
+    @classmethod
+    def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
+        """Name the class for people who read the JSON schema."""
+        return f"Schedule_{getattr(params[0], '__origin__', params[0]).__name__}"
+
+    def __str__(self) -> str:
+        return f"{self.start:g} to {self.end:g}, {self.shape}"
+
+
+def _number_or_schedule(value: Any) -> str:
+    return SCHEDULE if isinstance(value, dict | Schedule) else NUMBER
+
+
+_EITHER = Discriminator(_number_or_schedule)
+"""A number, or a mapping `{start, end, shape}`."""
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+DraftLength = Annotated[int, Field(ge=1, le=256)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ScheduledCount = Annotated[Annotated[Count, Tag(NUMBER)] | Annotated[Schedule[Count], Tag(SCHEDULE)], _EITHER]
+ScheduledDraftLength = Annotated[
+    Annotated[DraftLength, Tag(NUMBER)] | Annotated[Schedule[DraftLength], Tag(SCHEDULE)], _EITHER
+]
+ScheduledShare = Annotated[Annotated[Share, Tag(NUMBER)] | Annotated[Schedule[Share], Tag(SCHEDULE)], _EITHER]

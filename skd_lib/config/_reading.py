@@ -1,22 +1,27 @@
-"""From YAML and JSON to sections; what pydantic finds wrong becomes sentences that name the file and the field."""
+"""Read YAML and JSON as sections, with overrides (`--set`, the runs of a comparison) and errors that name the field.
+
+pydantic's errors become sentences that name the file and the field, and say how to correct it.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from skd_lib._core.documents import parse_json, parse_yaml, read_text
-from skd_lib.config._base import ConfigSection, Section
-from skd_lib.config._schedule import NUMBER, SCHEDULE
+from skd_lib._core.registry import NameIn
+from skd_lib.config._base import NUMBER, SCHEDULE, ConfigSection, Section, kinds
 from skd_lib.errors import SkdError, SkdErrors
 
 SectionT = TypeVar("SectionT", bound=Section)
+Overrides = dict[str, Any]
+"""Values by dotted field, e.g. `distill.sampling.top_k`. A value replaces the whole field; mappings are not merged."""
 MAX_SHOWN = 4_000
 """Characters of a wrong value, or of a field's name."""
 MAX_IN_HINT = 200
@@ -27,9 +32,9 @@ _COLLECTIONS = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), A_SECTION),
     **dict.fromkeys(("list_type", "tuple_type"), A_LIST),
 }
-"""What pydantic calls it where something else is there -> what people call it."""
+"""Pydantic's error -> the words for the value that is wanted."""
 _PLAIN = re.compile(r"[\w./:@=-]+")
-"""What needs no quotes inside a list or mapping on one line."""
+"""Text without quotes inside a list or mapping on one line."""
 
 
 def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT:
@@ -48,7 +53,7 @@ def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT
 
 
 def check_unset(model: type[Section], overrides: Mapping[str, Any], *, where: str) -> None:
-    """See that the fields that are to be unset exist: where others are validated, nothing is left of these.
+    """Check that the fields that overrides unset exist: validation sees nothing of these.
 
     Raises:
         SkdErrors: some do not.
@@ -76,7 +81,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields of a YAML file.
+    """Return the fields of a YAML file.
 
     Raises:
         SkdError: the file is missing, or is not a mapping in YAML, see `skd_lib._core.documents`.
@@ -85,6 +90,52 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SkdError("the config must be a mapping of fields", where=str(path))
     return values
+
+
+def parse_overrides(texts: Iterable[str]) -> Overrides:
+    """Read options `--set FIELD=VALUE`, with values in YAML; the last of a field counts.
+
+    Raises:
+        SkdError: one has no `=`, or its value is not YAML, see `skd_lib._core.documents`.
+    """
+    overrides: Overrides = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        where = f"--set {text}"
+        if not equals or not path.strip():
+            raise SkdError("not FIELD=VALUE", where=where, hint="e.g. --set distill.sampling.top_k=5")
+        overrides[path.strip()] = parse_yaml(value, where=where)
+    return overrides
+
+
+def apply(values: dict[str, Any], overrides: Overrides, *, where: str) -> dict[str, Any]:
+    """Return a configuration's plain values with overrides; null removes a field.
+
+    Raises:
+        SkdError: a field's name leads through a value that is no section.
+    """
+    changed = dict(values)
+    for path, value in overrides.items():
+        *sections, field = path.split(".")
+        holder = changed
+        for depth, section in enumerate(sections, 1):
+            if value is None and holder.get(section) is None:
+                break  # an empty section is not the same as none: `lora: {}` trains adapters
+            inner = holder.get(section, {})
+            if not isinstance(inner, dict):
+                raise SkdError(
+                    f"`{'.'.join(sections[:depth])}` has no fields",
+                    where=f"{where}, field `{path}`",
+                    hint="dotted names lead through sections; `skd config` lists all of them",
+                )
+            holder[section] = dict(inner)
+            holder = holder[section]
+        else:
+            if value is None:
+                holder.pop(field, None)
+            else:
+                holder[field] = value
+    return changed
 
 
 def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
@@ -128,7 +179,7 @@ def _field_error(model: type[BaseModel], detail: Any, where: str) -> SkdError:
 
 
 def _plain_words(detail: Any) -> str:
-    """How many items a list or mapping may have, without pydantic's words for it; empty for other errors."""
+    """Say how many items a list or mapping may have, in plain words; empty for other errors."""
     limits = {"too_short": ("at least", "min_length"), "too_long": ("at most", "max_length")}
     if detail["type"] not in limits:
         return ""
@@ -138,9 +189,9 @@ def _plain_words(detail: Any) -> str:
 
 
 def _elsewhere(model: type[BaseModel], path: list[str], value: Any) -> list[str]:
-    """Where fields of this name are: below the section that it was looked for in, else anywhere; at most four.
+    """Find fields of this name below the section of the error, else anywhere; at most four.
 
-    Of a section with one field (`training: {fsdp: true}`, `--set training.fsdp=true`) it is that field.
+    For a section with one field (`training: {fsdp: true}`, `--set training.fsdp=true`) it is that field.
     """
     inner = [str(next(iter(value)))] if isinstance(value, dict) and len(value) == 1 else []
     ending = "." + ".".join([path[-1], *inner])
@@ -158,7 +209,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _in_flow(annotation: Any, kind: str, value: Any) -> str:
-    """A value as it is written where a list or a section is wanted that holds it."""
+    """Write a value as the list or section that is wanted."""
     short = isinstance(value, str) and len(value) <= MAX_IN_HINT and _PLAIN.fullmatch(value)
     shown = str(value) if short else reprlib.repr(value)
     if value is None or isinstance(value, list | dict):
@@ -174,12 +225,19 @@ def _in_flow(annotation: Any, kind: str, value: Any) -> str:
 
 
 def _in_section(section: type[BaseModel], value: Any, shown: str) -> str:
-    """A section with the one field that a value is most likely for: one that lists it, is required, or is text."""
+    """Write a section with the field that a value is most likely for: one that lists it, is required, or is text."""
     fields = {name: field for name, field in section.model_fields.items() if name != "type"}
-    lists = [name for name, field in fields.items() if value in get_args(field.annotation)]
+    names = {
+        name: each.registry for name, field in fields.items() for each in field.metadata if isinstance(each, NameIn)
+    }
+    lists = [name for name, field in fields.items() if value in (*get_args(field.annotation), *names.get(name, ()))]
     required = [name for name, field in fields.items() if field.is_required()]
     first = next(iter(fields))
-    text = [first] if isinstance(value, str | None) and fields[first].annotation in (str, str | None) else []
+    text = (
+        [first]
+        if first not in names and isinstance(value, str | None) and fields[first].annotation in (str, str | None)
+        else []
+    )
     tag = section.model_fields.get("type")
     kind = f"type: {get_args(tag.annotation)[0]}, " if tag else ""
     for name in [*lists, *required, *text]:
@@ -198,7 +256,7 @@ def _cut(text: str) -> str:
 
 
 def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
-    """Follow an error's location; the path as the user wrote it, and the section that its last field is in.
+    """Return the path of an error's field as the user wrote it, and the section of its last field.
 
     In a union pydantic puts the variant's tag into the location (`source.files.train`, `top_k.<schedule>.start`): it
     leads to the variant, and is no part of the user's path.
@@ -224,9 +282,7 @@ def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[st
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
+    return [kind for kind in kinds(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def _tags(section: type[Section]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from skd_lib.config._base import ConfigSection
-from skd_lib.config._schedule import Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
+from skd_lib.config._base import Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
 from skd_lib.config.training import MULTINODE_HELP, DistillTrainingConfig, MultinodeConfig, check_processes
 
 Method = Literal["sft", "seqkd", "supervised_kd", "on_policy", "imitkd", "two_stage", "skd", "skd_mixed"]

@@ -7,8 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from skd_lib.config._base import ConfigSection
-from skd_lib.config._schedule import DraftLength
+from skd_lib.config._base import ConfigSection, DraftLength
 from skd_lib.config.distill import Temperature
 from skd_lib.config.names import check_model_name
 

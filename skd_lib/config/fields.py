@@ -1,4 +1,4 @@
-"""Every field of a configuration, as a flat list for people."""
+"""A flat list of all fields of a configuration, for people."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from skd_lib._core.registry import NameIn
+from skd_lib.config._base import kinds
 
 REQUIRED = " (required)"
 
@@ -25,15 +28,17 @@ class ConfigField:
 
 
 def list_fields(model: type[BaseModel], prefix: str = "") -> list[ConfigField]:
-    """The model's fields in order of definition, each section followed by its own fields."""
+    """Return the model's fields in order of definition, each section followed by its own fields."""
     return [line for name, field in model.model_fields.items() for line in _lines(f"{prefix}{name}", field)]
 
 
 def _lines(path: str, field: FieldInfo) -> list[ConfigField]:
-    annotation = field.annotation
-    models = [part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
-    if not models or any(part in (int, float) for part in _parts(annotation)):
-        return [ConfigField(path, type_name(annotation), _default(field), field.description or "")]
+    names = next((each for each in field.metadata if isinstance(each, NameIn)), None)
+    annotation = field.annotation if names is None else Annotated[field.annotation, names]
+    models = [part for part in kinds(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    if not models or any(part in (int, float) for part in kinds(annotation)):
+        description = names.description if names else field.description or ""
+        return [ConfigField(path, type_name(annotation), _default(field), description)]
     if get_origin(annotation) is list:
         path += "[]"
     lines = []
@@ -46,17 +51,8 @@ def _lines(path: str, field: FieldInfo) -> list[ConfigField]:
 
 
 def _summary(model: type[BaseModel]) -> str:
-    """The first paragraph of a model's docstring."""
+    """Return the first paragraph of a model's docstring."""
     return " ".join(inspect.cleandoc(model.__doc__ or "").partition("\n\n")[0].split())
-
-
-def _parts(annotation: Any) -> list[Any]:
-    """The annotation, or what a union, list or `Annotated` is made of."""
-    if get_origin(annotation) is Annotated:
-        return _parts(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType, list):
-        return [part for argument in get_args(annotation) for part in _parts(argument)]
-    return [annotation]
 
 
 def _tag(model: type[BaseModel]) -> str:
@@ -64,12 +60,13 @@ def _tag(model: type[BaseModel]) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """A type for people: `a | b` for literals, `list of str`, `int or unset`."""
+    """Write a type for people: `a | b` for literals, `list of str`, `int or unset`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(argument) for argument in arguments)
     if origin is Annotated:
-        return type_name(arguments[0])
+        names = [name for each in arguments[1:] if isinstance(each, NameIn) for name in each.registry]
+        return " | ".join(names) or type_name(arguments[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
     if origin is list:

@@ -7,10 +7,8 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from skd_lib.config._base import ConfigSection
-from skd_lib.config._overrides import Overrides, apply
-from skd_lib.config._reading import check_unset, parse_section, read_yaml
-from skd_lib.config._schedule import Schedule
+from skd_lib.config._base import ConfigSection, Schedule
+from skd_lib.config._reading import Overrides, apply, check_unset, parse_section, read_yaml
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig, InterleavedConfig
 from skd_lib.config.evaluation import EvaluationConfig, RegistryConfig, SpecdecConfig

@@ -1,4 +1,4 @@
-"""What the killed steps of a pipeline run have left behind: jobs on several nodes with nobody waiting for them.
+"""Delete the jobs that killed steps of a pipeline run have left behind.
 
 A step that gets SIGTERM deletes its job itself. One whose pod is killed at once (memory, a lost machine) cannot, and if
 it is not tried again, the run ends while the job goes on. All steps have ended when the exit handler looks.
@@ -23,17 +23,14 @@ DEADLINE_SECONDS = 60.0
 
 
 def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str]:
-    """Delete a pipeline run's jobs that have not ended; those that have are left to be looked at.
+    """Delete a pipeline run's jobs that have not ended, once all of the run's steps have; return their names.
 
-    To be called once all of the run's steps have ended. Where Kubernetes refuses or does not answer, that is logged,
-    and is no error. A deleted job's exchange folder stays, from which a retry takes a result that was ready.
+    An answer of Kubernetes that prevents it is logged, and is no error. A deleted job's exchange folder stays, from
+    which a retry takes a result that was ready.
 
     Args:
         run_id: The pipeline run.
         seconds: How long Kubernetes is asked.
-
-    Returns:
-        Names of the deleted jobs.
     """
     if not run_id or not os.environ.get(POD_VARIABLE):
         return []  # elsewhere there may be a KUBECONFIG, but none of this run's jobs
@@ -43,23 +40,21 @@ def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str
     try:
         cluster = Cluster.connect()
         jobs = cluster.jobs(run_id, patience=seconds)
-    except Refused as refused:
-        if refused.status == 404:
-            log.info("this cluster has no TrainJobs, so this run has left none")
-        elif refused.status == 403:
-            # So it is wherever nobody trains on several nodes: nothing to be warned of.
-            log.info("no TrainJobs are looked for; a run with `multinode` may have left some: %s", refused)
-        else:
-            log.warning("whether this run's TrainJobs go on is not known: %s", refused.brief)
-        return []
     except SkdError as error:
-        log.warning("whether this run's TrainJobs go on is not known: %s", error.brief)
+        status = error.status if isinstance(error, Refused) else None
+        if status == 404:
+            log.info("this cluster has no TrainJobs, so this run has left none")
+        elif status == 403:
+            # The usual answer for a namespace without training on several nodes: no reason to warn.
+            log.info("no TrainJobs are looked for; a run with `multinode` may have left some: %s", error)
+        else:
+            log.warning("whether this run's TrainJobs go on is not known: %s", error.brief)
         return []
     return _delete(cluster, [name for name, state in jobs.items() if state.phase == "running"], deadline)
 
 
 def _delete(cluster: Cluster, names: list[str], deadline: float) -> list[str]:
-    """Delete jobs one after the other, as long as Kubernetes answers; the deleted ones."""
+    """Delete jobs one after the other, as long as Kubernetes answers; return the deleted ones."""
     from skd_lib.multinode.cluster import Refused
 
     deleted = []

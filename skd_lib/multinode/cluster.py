@@ -1,4 +1,4 @@
-"""Kubernetes, as far as a `TrainJob` needs it: every request is repeated while the API server is away."""
+"""Requests to Kubernetes about a `TrainJob`, each repeated while the API server is away."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import urllib3
 from kubernetes import client, config
@@ -21,13 +22,12 @@ from skd_lib._core.machine import POD_VARIABLE
 from skd_lib.errors import SkdError
 from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, RUN_LABEL, VERSION, run_label
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TIMEOUT = (5, 30)
 """Seconds to connect, and to wait for an answer."""
 _LOG_SILENCE = 120
-"""Seconds without a line after which a log is asked for again: a connection may be dead without anybody saying so."""
+"""Seconds without a line after which a log is asked for again: a connection may be dead unnoticed."""
 _AWAY = {0, 408, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 _NO_RIGHT = re.compile(r'User "[^"]*" cannot ')
@@ -47,11 +47,11 @@ RUNTIME_HINT = (
 
 @dataclass(frozen=True)
 class JobState:
-    """How a job is.
+    """The state of a job.
 
     Attributes:
         phase: `running` until it has ended (which includes waiting and suspended), `complete`, `failed`, or `deleting`.
-        message: What Kubernetes says about that.
+        message: Kubernetes' words for that.
         age: Seconds since it was created.
     """
 
@@ -60,12 +60,27 @@ class JobState:
     age: float
 
 
+class Refused(SkdError):
+    """An answer of the API server that asking again would not change.
+
+    Attributes:
+        status: Its HTTP status.
+    """
+
+    def __init__(self, what: str, *, where: str, hint: str = "", status: int) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.status = status
+
+
 @dataclass
 class Cluster:
     """One namespace.
 
+    Every method raises `Refused` for an answer that is final, and `SkdError` where Kubernetes does not answer for
+    `patience` seconds.
+
     Attributes:
-        namespace: Where the step's pod is, and its jobs.
+        namespace: Namespace of the step's pod and its jobs.
         api: Connection.
         patience: Seconds for which the API server may be away.
     """
@@ -77,7 +92,7 @@ class Cluster:
 
     @classmethod
     def connect(cls) -> Cluster:
-        """The cluster that this pod is in, or the one of KUBECONFIG.
+        """Return the cluster that this pod is in, or the one of KUBECONFIG.
 
         Raises:
             SkdError: there is none.
@@ -101,88 +116,51 @@ class Cluster:
         return cls(namespace, client.ApiClient(settings))
 
     def own_pod(self) -> dict[str, Any]:
-        """The pod of this process.
-
-        Raises:
-            SkdError: it cannot be read.
-        """
+        """Return the pod of this process."""
         name = os.environ.get(POD_VARIABLE) or os.environ.get("HOSTNAME", "")
         # Pods are read as they come: the client's models refuse what a newer cluster leaves out.
-        pod = self._ask(
-            f"get pod {name}",
-            lambda: client.CoreV1Api(self.api).read_namespaced_pod(
-                name, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT
-            ),
-        )
+        read = client.CoreV1Api(self.api).read_namespaced_pod
+        pod = self._ask(f"get pod {name}", partial(read, name, self.namespace, _preload_content=False))
         found: dict[str, Any] = json.loads(pod.data)
         return found
 
     def job(self, name: str) -> JobState | None:
-        """How a job is; None if there is none."""
+        """Return the state of a job; None if there is none."""
+        get = self._jobs().get_namespaced_custom_object
         try:
-            found = self._ask(
-                f"get trainjob {name}",
-                lambda: self._jobs().get_namespaced_custom_object(*self._at(name), _request_timeout=_TIMEOUT),
-            )
+            return _state(self._ask(f"get trainjob {name}", partial(get, *self._at(name))))
         except Refused as refused:
             if refused.status == 404:
                 return None
             raise
-        return _state(found)
 
     def jobs(self, run_id: str, patience: float | None = None) -> dict[str, JobState]:
-        """How the jobs of a pipeline run are, by name.
+        """Return the states of a pipeline run's jobs, by name.
 
         Args:
             run_id: The pipeline run.
-            patience: Instead of the usual, in seconds.
+            patience: Seconds, instead of the usual.
 
         Raises:
             Refused: they may not be listed (403), or this cluster has no TrainJobs (404).
-            SkdError: Kubernetes does not answer.
         """
-        found = self._ask(
-            f"list trainjobs of run {run_id}",
-            lambda: self._jobs().list_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                self.namespace,
-                PLURAL,
-                label_selector=f"{RUN_LABEL}={run_label(run_id)}",
-                _request_timeout=_TIMEOUT,
-            ),
-            patience=patience,
-        )
+        selector = f"{RUN_LABEL}={run_label(run_id)}"
+        listing = partial(self._jobs().list_namespaced_custom_object, *self._at(), label_selector=selector)
+        found = self._ask(f"list trainjobs of run {run_id}", listing, patience)
         return {job["metadata"]["name"]: _state(job) for job in found["items"]}
 
     def create(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> bool:
-        """Create a job; False if there is one of its name, made by somebody at the same time or by a lost request.
+        """Create a job; False if one of its name is there, made at the same time or by a lost request.
 
         Args:
             manifest: The job.
             dry_run: Only have it checked, by Trainer too.
-
-        Raises:
-            SkdError: Kubernetes refuses it.
         """
-        name = manifest["metadata"]["name"]
-        options = {"dry_run": "All"} if dry_run else {}
+        # Strict: a field that this version of Trainer does not have would be dropped silently.
+        options = {"field_validation": "Strict", **({"dry_run": "All"} if dry_run else {})}
+        make = partial(self._jobs().create_namespaced_custom_object, *self._at(), dict(manifest), **options)
         try:
-            self._ask(
-                f"create trainjob {name}",
-                # Strict: a field that this version of Trainer does not have would be dropped without a word.
-                lambda: self._jobs().create_namespaced_custom_object(
-                    GROUP,
-                    VERSION,
-                    self.namespace,
-                    PLURAL,
-                    dict(manifest),
-                    field_validation="Strict",
-                    _request_timeout=_TIMEOUT,
-                    **options,
-                ),
-                patience=30 if dry_run else None,
-            )
+            self._ask(f"create trainjob {manifest['metadata']['name']}", make, 30 if dry_run else None)
         except Refused as refused:
             if refused.status == 409 or (dry_run and _UNASKED in refused.what):
                 return False
@@ -196,22 +174,19 @@ class Cluster:
         return True
 
     def delete(self, name: str, patience: float | None = None) -> bool:
-        """Delete a job. False if there was none.
+        """Delete a job; False if there was none.
 
         Its pods end later, in the background. While a job waits for them to be gone, Trainer starts new ones (2.1.0,
         2.2.1: its reconciler does not look at `deletionTimestamp`).
 
         Args:
             name: The job.
-            patience: Instead of the usual, in seconds.
+            patience: Seconds, instead of the usual.
         """
+        remove = self._jobs().delete_namespaced_custom_object
         try:
             self._ask(
-                f"delete trainjob {name}",
-                lambda: self._jobs().delete_namespaced_custom_object(
-                    *self._at(name), propagation_policy="Background", _request_timeout=_TIMEOUT
-                ),
-                patience=patience,
+                f"delete trainjob {name}", partial(remove, *self._at(name), propagation_policy="Background"), patience
             )
         except Refused as refused:
             if refused.status == 404:
@@ -220,19 +195,17 @@ class Cluster:
         return True
 
     def pods(self, job: str) -> list[dict[str, Any]]:
-        """The pods of a job's nodes, oldest first."""
+        """Return the pods of a job's nodes, oldest first."""
         selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
+        listing = client.CoreV1Api(self.api).list_namespaced_pod
         found = self._ask(
-            f"list pods of {job}",
-            lambda: client.CoreV1Api(self.api).list_namespaced_pod(
-                self.namespace, label_selector=selector, _preload_content=False, _request_timeout=_TIMEOUT
-            ),
+            f"list pods of {job}", partial(listing, self.namespace, label_selector=selector, _preload_content=False)
         )
         pods: list[dict[str, Any]] = json.loads(found.data)["items"]
         return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
 
     def log(self, pod: str, *, since_seconds: int | None, follow: bool) -> urllib3.HTTPResponse:
-        """A node's log, each line with its time before it; it must be read and released.
+        """Return a node's log, each line with its time before it; it must be read and released.
 
         Raises:
             ApiException: the API server has no log of it, now or at all.
@@ -254,15 +227,15 @@ class Cluster:
     def _jobs(self) -> client.CustomObjectsApi:
         return client.CustomObjectsApi(self.api)
 
-    def _at(self, name: str) -> tuple[str, str, str, str, str]:
-        return GROUP, VERSION, self.namespace, PLURAL, name
+    def _at(self, *name: str) -> tuple[str, ...]:
+        return (GROUP, VERSION, self.namespace, PLURAL, *name)
 
-    def _ask(self, what: str, request: Callable[[], T], patience: float | None = None) -> T:
-        """Make a request again and again, with growing pauses, until somebody answers."""
+    def _ask(self, what: str, request: Callable[..., Any], patience: float | None = None) -> Any:
+        """Make a request again and again, with growing pauses, until it is answered."""
         limit, begin, pause = self.patience if patience is None else patience, time.monotonic(), 0.5
         while True:
             try:
-                answer = request()
+                answer = request(_request_timeout=_TIMEOUT)
             except ApiException as error:
                 if error.status not in _AWAY:
                     raise self._refused(what, error) from error
@@ -295,18 +268,6 @@ class Cluster:
         if error.status == 401 or _NO_RIGHT.search(message):
             return Refused(f"not allowed: {message}", where=where, hint=ROLE_HINT, status=error.status)
         return Refused(f"Kubernetes refuses: {message}", where=where, status=error.status)
-
-
-class Refused(SkdError):
-    """An answer of the API server that asking again would not change.
-
-    Attributes:
-        status: Its HTTP status.
-    """
-
-    def __init__(self, what: str, *, where: str, hint: str = "", status: int) -> None:
-        super().__init__(what, where=where, hint=hint)
-        self.status = status
 
 
 def _state(job: Mapping[str, Any]) -> JobState:

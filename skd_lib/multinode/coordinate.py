@@ -1,10 +1,10 @@
-"""The step that does not train itself: it makes a `TrainJob`, waits for it, and takes its results as its own.
+"""A training step that makes a `TrainJob`, waits for it, and takes its results as its own.
 
 - An attempt after a lost pod finds the job by its name and waits for it as the first one did. A job that has failed is
   replaced, and its training goes on from the last checkpoint.
-- SIGTERM deletes the job, whoever sent it: Kubernetes does not say whether a person has ended the run or a machine is
-  taken away, and several nodes must not go on unattended. The nodes get SIGTERM in turn and save a checkpoint; the exit
-  code is that of `Preempted`, so that a retry goes on from there.
+- SIGTERM deletes the job: Kubernetes does not say whether a person has ended the run or a machine is taken away, and
+  several nodes must not go on unattended. The nodes get SIGTERM in turn and save a checkpoint; the exit code is that of
+  `Preempted`, so that a retry goes on from there.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 POLL_SECONDS = 10.0
 _ERROR = re.compile(r"^error: .*(?:\n- .*)*", re.MULTILINE)
-"""What `run_step` says of an error, without hints."""
+"""An error as `run_step` prints it, without hints."""
 _CANCEL_SECONDS = 20.0
 """For which a cancelling step asks a silent API server, if it lives so long: Kubeflow Pipelines gives it about one."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A training step, as it was called.
+    """A training step with its options.
 
     Attributes:
         step: Module name under `skd_lib.steps`.
         options: Values of its options, but for inputs and outputs; its config without `multinode`.
         inputs: Local paths of the input artifacts; options and artifacts have the same names.
         outputs: Names of the output artifacts, by option.
-        made: What this pod makes for the nodes, by option: each function writes it to the path that it is given. It is
-            called when a job is started, so not where one is taken up or its result is there.
+        made: Functions that make further inputs for the nodes, by option: each writes one to the path that it is given.
+            They are called when a new job is started.
     """
 
     step: str
@@ -63,7 +63,7 @@ class Work:
 
 
 def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
-    """Do a step's work on several nodes and write its outputs, as if it had been done here.
+    """Do a step's work on several nodes and write its outputs as the step itself would.
 
     Raises:
         SkdError: there is no cluster, the nodes could not reach the inputs, Kubernetes refuses the job, or it failed or
@@ -110,7 +110,7 @@ def _start(
     run_id: str,
     io: StepIO,
 ) -> None:
-    """Have a job of this name that has not failed: the one that is there, or a new one."""
+    """Start a job of this name, unless one is there that has not failed."""
     if _taken_up(cluster, name):
         return
     exchange.write(
@@ -129,7 +129,7 @@ def _start(
 
 
 def _give(exchange: Exchange, work: Work) -> dict[str, str]:
-    """Make what this pod makes for the nodes, and put it where they find it; URIs by option."""
+    """Make the inputs that this pod makes for the nodes, upload them, and return their URIs by option."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {option: Path(folder) / option for option in work.made}
         for option, make in work.made.items():
@@ -138,11 +138,11 @@ def _give(exchange: Exchange, work: Work) -> dict[str, str]:
 
 
 def _taken_up(cluster: Cluster, name: str) -> bool:
-    """Whether there is a job of this name that goes on or is complete; a failed one is deleted, with its pods.
+    """Return whether a job of this name goes on or is complete; a failed one is deleted, with its pods.
 
     The pods of a deleted job have the names by which those of a new one find each other.
     """
-    said = False
+    logged = False
     while True:
         state = cluster.job(name)
         if state is not None and state.phase not in ("failed", "deleting"):
@@ -153,18 +153,18 @@ def _taken_up(cluster: Cluster, name: str) -> bool:
             cluster.delete(name)
         elif not (pods := cluster.pods(name)) and state is None:
             return False
-        elif not said:
+        elif not logged:
             left = ", ".join(pod["metadata"]["name"] for pod in pods)
             log.info("waiting until the pods of the earlier TrainJob %s are gone: %s", name, left)
-            said = True
+            logged = True
         time.sleep(POLL_SECONDS)
 
 
 def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exchange) -> None:
-    """Until the job has ended, with its first node's log.
+    """Wait until the job has ended, and write its first node's log.
 
     Raises:
-        SkdError: it has failed, was deleted by somebody else, or took longer than it may.
+        SkdError: it has failed, was deleted, or took longer than it may.
     """
     from skd_lib.multinode.logs import LogFollower
 
@@ -205,7 +205,7 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
 
 
 def _trouble(pod: Mapping[str, Any]) -> str:
-    """What keeps a node from running, or ended it; empty if nothing does."""
+    """Return the reasons why a node does not run, or has ended; empty if there are none."""
     status = pod.get("status", {})
     reasons = [
         f"{each.get('reason', each['type'])}: {each.get('message', '')}".removesuffix(": ")
@@ -223,14 +223,14 @@ def _trouble(pod: Mapping[str, Any]) -> str:
 
 
 def _end(terminated: Mapping[str, Any]) -> str:
-    """How a container ended, with the error that its last lines tell, where the runtime has Kubernetes keep those."""
+    """Describe a container's end, with the error in its last lines, where the runtime has Kubernetes keep those."""
     errors = _ERROR.findall(terminated.get("message", ""))
-    told = f": {' '.join(errors[-1].split())}" if errors else ""
-    return f"{terminated.get('reason', 'ended')}, exit code {terminated['exitCode']}{told}"
+    error = f": {' '.join(errors[-1].split())}" if errors else ""
+    return f"{terminated.get('reason', 'ended')}, exit code {terminated['exitCode']}{error}"
 
 
 def _cancel(cluster: Cluster, name: str) -> None:
-    """Delete the job. If it was only about to be made, the request may be on its way still: then once more."""
+    """Delete the job; a second time if it was not there yet, since the request that makes it may be under way."""
     try:
         if not cluster.delete(name, patience=_CANCEL_SECONDS):
             time.sleep(1)
@@ -241,7 +241,7 @@ def _cancel(cluster: Cluster, name: str) -> None:
 
 
 def _collect(exchange: Exchange, io: StepIO, work: Work) -> None:
-    """Take the nodes' outputs as this step's own."""
+    """Fetch the nodes' outputs and write them as this step's own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / EXECUTOR_OUTPUT
         exchange.fetch({name: io.paths[name] for name in work.outputs.values()}, file)
@@ -257,12 +257,12 @@ def _write_line(line: str) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, wherever this process was."""
+    """SIGTERM, at any place of this process."""
 
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends whatever is being waited for; further ones change nothing."""
+    """Let SIGTERM end any waiting; further ones change nothing."""
 
     def received(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

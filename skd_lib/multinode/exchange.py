@@ -1,11 +1,11 @@
-"""What the waiting step and its nodes hand each other, in object storage under `checkpoint_root`.
+"""Inputs and results that the waiting step and its nodes exchange, in object storage under `checkpoint_root`.
 
 A step's inputs are files that Kubeflow's launcher fetched into its own pod, and its outputs are files there that the
 launcher will upload: neither is in reach of another pod. So the nodes fetch the inputs from where the launcher did, and
 put the outputs into a folder from which the step fetches them.
 
-    CHECKPOINT_ROOT/multinode/JOB/request.json   what the nodes are to do
-    CHECKPOINT_ROOT/multinode/JOB/made/          what the step has made for them, by option
+    CHECKPOINT_ROOT/multinode/JOB/request.json   the step and its options
+    CHECKPOINT_ROOT/multinode/JOB/made/          inputs that the step has made for them, by option
     CHECKPOINT_ROOT/multinode/JOB/result/        the outputs by name, KFP's executor output, and last the marker
 """
 
@@ -26,7 +26,7 @@ _REQUEST, _MADE, _RESULT, _MARKER = "request.json", "made", "result", "complete"
 
 
 class Request(BaseModel):
-    """What the nodes are to do.
+    """The work of the nodes.
 
     Attributes:
         step: Module name under `skd_lib.steps`.
@@ -47,30 +47,26 @@ class Request(BaseModel):
 
 @dataclass(frozen=True)
 class Exchange:
-    """The folder of one job.
-
-    Attributes:
-        uri: Where it is.
-    """
+    """The folder of one job, at `uri`."""
 
     uri: str
 
     def write(self, request: Request) -> None:
-        """Leave the request for the nodes."""
+        """Write the request for the nodes."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / _REQUEST
             file.write_text(request.model_dump_json(), encoding="utf-8")
             storage.upload(file, f"{self.uri}/{_REQUEST}")
 
     def give(self, made: Mapping[str, Path]) -> dict[str, str]:
-        """Put files and folders there for the nodes; returns their URIs."""
+        """Upload files and folders for the nodes, and return their URIs."""
         uris = {name: f"{self.uri}/{_MADE}/{name}" for name in made}
         for name, path in made.items():
             storage.upload(path, uris[name])
         return uris
 
     def request(self) -> Request:
-        """What the nodes are to do.
+        """Return the request.
 
         Raises:
             SkdError: there is no request, or it cannot be read.
@@ -78,16 +74,11 @@ class Exchange:
         return Request.model_validate_json(storage.read_bytes(f"{self.uri}/{_REQUEST}"))
 
     def is_complete(self) -> bool:
-        """Whether the whole result is there."""
+        """Return whether the whole result is there."""
         return storage.exists(f"{self.uri}/{_RESULT}/{_MARKER}")
 
     def publish(self, outputs: Mapping[str, Path], executor_output: Path) -> None:
-        """Put a result there, its marker last.
-
-        Args:
-            outputs: The files and folders, by output name.
-            executor_output: KFP's executor output.
-        """
+        """Upload a result: output files and folders by name, KFP's executor output, and last the marker."""
         for name, path in {**outputs, EXECUTOR_OUTPUT: executor_output}.items():
             storage.upload(path, f"{self.uri}/{_RESULT}/{name}")
         with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +87,7 @@ class Exchange:
             storage.upload(marker, f"{self.uri}/{_RESULT}/{_MARKER}")
 
     def fetch(self, outputs: Mapping[str, Path], executor_output: Path) -> None:
-        """Bring a result to the step's own paths; see `publish`."""
+        """Download a result to the step's own paths; see `publish`."""
         for name, path in {**outputs, EXECUTOR_OUTPUT: executor_output}.items():
             storage.download(f"{self.uri}/{_RESULT}/{name}", path)
 
@@ -106,10 +97,7 @@ class Exchange:
 
 
 def check_reachable(uris: Mapping[str, str]) -> None:
-    """See that other pods can get at these places.
-
-    Args:
-        uris: Places by what they are.
+    """Check that other pods can reach these URIs, given by what they hold.
 
     Raises:
         SkdError: one is a path, or in a kind of storage that cannot be read here.

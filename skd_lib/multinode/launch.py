@@ -1,8 +1,8 @@
-"""Run torchrun so that its exit code says how its processes ended.
+"""Run torchrun with an exit code that tells how its processes ended.
 
     python3 -m skd_lib.multinode.launch -m skd_lib.steps.distill ...
 
-torchrun's own is 1 whatever happened, by which Kubernetes could not tell what a step refuses from a lost machine.
+torchrun's own is always 1, by which Kubernetes could not tell refused work from a lost machine.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from skd_lib.errors import SkdError
 
 
 def exit_code(codes: list[int]) -> int:
-    """Choose the exit code of processes that have failed.
+    """Choose the exit code of processes that have failed, from theirs, oldest first; negative: a signal.
 
-    Args:
-        codes: Theirs, oldest first; negative: the signal that ended one.
-
-    Returns:
-        `SkdError.exit_code` if one of them refused what it was asked to do, else the first one's as a shell has it.
+    It is `SkdError.exit_code` if one of them refused its work, else the first one's as a shell has it.
     """
     if SkdError.exit_code in codes:
         return SkdError.exit_code
@@ -30,7 +26,7 @@ def exit_code(codes: list[int]) -> int:
 
 
 def main(words: list[str]) -> int:
-    """Run torchrun with these arguments; the exit code."""
+    """Run torchrun with these arguments, and return the exit code."""
     try:
         run.main(words)
     except ChildFailedError as error:

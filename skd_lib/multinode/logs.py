@@ -1,4 +1,4 @@
-"""The log of a job's first node, line by line in this process's output: each line once, whatever happens between."""
+"""The log of a job's first node in this process's output: each line once, through lost connections and pods."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MARGIN = 60
 
 
 class Unseen:
-    """Tells lines that were there before the connection was cut from those that were not.
+    """Filter of the lines that were read before a connection was cut.
 
     Kubernetes puts a line's time before it, in nanoseconds. Lines come in that order, and several may share one.
     """
@@ -38,11 +38,11 @@ class Unseen:
         self._last, self._count, self._again = "", 0, 0
 
     def restart(self) -> None:
-        """The log is read again, from somewhere before its last line."""
+        """Expect the log from somewhere before its last line."""
         self._again = self._count
 
     def new(self, stamped: str) -> str | None:
-        """The line without its time, or None if it was there before."""
+        """Return the line without its time, or None if it was read before."""
         stamp, _, line = stamped.partition(" ")
         stamp = _sortable(stamp)
         if stamp < self._last:
@@ -57,14 +57,14 @@ class Unseen:
 
 
 def _sortable(stamp: str) -> str:
-    """A time in RFC 3339 without its zone, which is a node's own; with all nine digits, times sort as texts."""
+    """Return a time in RFC 3339 without its zone, with all nine digits: so times of a node sort as texts."""
     found = _STAMP.fullmatch(stamp)
     whole, fraction = found.groups(default="") if found else (stamp, "")
     return f"{whole}.{fraction:0<9}"
 
 
 def whole_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The lines of a stream. A last one without its end is given only if the stream ends properly."""
+    """Yield the lines of a stream. A last one without its end is given only if the stream ends properly."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
@@ -75,11 +75,11 @@ def whole_lines(chunks: Iterable[bytes]) -> Iterator[str]:
 
 @dataclass
 class _Reading:
-    """How far the log of one pod has been read.
+    """State of reading one pod's log.
 
     Attributes:
-        unseen: Its lines so far.
-        heard: When the last one came, by the monotonic clock; None: there was none.
+        unseen: Filter of the lines so far.
+        heard: Time of the last line by the monotonic clock; None: there was none.
         finished: It was read to its end.
     """
 
@@ -89,10 +89,10 @@ class _Reading:
 
 
 class LogFollower(threading.Thread):
-    """Follows the first node's log in the background. If its pod is replaced, the next one's log follows.
+    """A thread that follows the first node's log. If its pod is replaced, the next one's log follows.
 
     Args:
-        cluster: Where the job is.
+        cluster: The job's cluster.
         job: Its name.
         write: Takes each line.
         pause: Seconds between attempts.
@@ -105,14 +105,14 @@ class LogFollower(threading.Thread):
         self._readings: defaultdict[str, _Reading] = defaultdict(_Reading)
 
     def finish(self, timeout: float = 60.0) -> None:
-        """The job has ended: read what is left, and stop."""
+        """Read the rest once the job has ended, and stop."""
         self._ended.set()
         self.join(timeout)
         if self.is_alive():
             log.warning("the rest of the log of %s does not come; `kubectl logs` has it", self._job)
 
     def run(self) -> None:
-        """Until the job has ended and its log is read."""
+        """Follow the log until the job has ended and its log is read."""
         last_tries = _LAST_TRIES
         while last_tries:
             ended = self._ended.is_set()
@@ -136,7 +136,7 @@ class LogFollower(threading.Thread):
         return first and started and not self._readings[pod["metadata"]["name"]].finished
 
     def _follow(self, pod: str, *, over: bool) -> None:
-        """Write what is new in a pod's log, until the connection ends.
+        """Write the new lines of a pod's log, until the connection ends.
 
         Args:
             pod: Its name.

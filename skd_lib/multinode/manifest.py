@@ -1,7 +1,6 @@
 """The `TrainJob` as a pure function of the step's own pod and the configuration.
 
-A node is what the step's own pod is: the same image, service account, environment and place. What differs is said in
-`MultinodeConfig`.
+A node is like the step's own pod: the same image, service account, environment and place, but for `MultinodeConfig`.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ RUN_LABEL = "skd/run-id"
 """Label of a job, by which those of a pipeline run are found."""
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _NAME_DIGITS = 16
-# The runtime sets PET_* itself and refuses them; what Kubeflow Pipelines and Argo set is about the step's own pod.
+# The runtime sets PET_* itself and refuses them; the variables of Kubeflow Pipelines and Argo are of the step's pod.
 _OWN = ("PET_", "KFP_", "ARGO_")
 _SHARED_MEMORY, _SCRATCH = "skd-shared-memory", "skd-scratch"
 
 
 def job_name(step: str, run_id: str, work: Any) -> str:
-    """Name of a step's job: the same for each attempt at the same work in the same pipeline run.
+    """Return the name of a step's job: the same for each attempt at the same work in the same pipeline run.
 
     Kubernetes makes pod names of it (`NAME-node-0-0-abcde`, at most 63 characters), so it is kept short.
 
     Args:
         step: Name of the pipeline step.
         run_id: Id of the pipeline run.
-        work: What the step is asked to do, as JSON values.
+        work: The step's options and inputs, as JSON values.
     """
     text = json.dumps([step, run_id, work], sort_keys=True)
     return f"skd-{step.replace('_', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}"
 
 
 def run_label(run_id: str) -> str:
-    """Value of `RUN_LABEL`: the run's id, as Kubeflow makes it; a digest of one that no label can hold."""
+    """Return the value of `RUN_LABEL`: the run's id, or a digest of one that no label can hold."""
     if _LABEL_VALUE.fullmatch(run_id):
         return run_id
     return hashlib.sha256(run_id.encode()).hexdigest()[: 2 * _NAME_DIGITS]
@@ -51,11 +50,11 @@ def run_label(run_id: str) -> str:
 def train_job(
     name: str, settings: MultinodeConfig, pod: Mapping[str, Any], *, run_id: str, arguments: list[str]
 ) -> dict[str, Any]:
-    """The job's manifest.
+    """Return the job's manifest.
 
     Args:
         name: See `job_name`.
-        settings: Nodes, and in what they differ from the step's own pod.
+        settings: Nodes, and their differences from the step's own pod.
         pod: That pod, as Kubernetes' API shows it.
         run_id: Id of the pipeline run, by which the nodes track.
         arguments: Of `skd_lib.multinode.node`. They must hold no `$(`, which Kubernetes would expand.
@@ -109,18 +108,18 @@ def trial_job(settings: MultinodeConfig) -> dict[str, Any]:
 
 
 def step_container(pod: Mapping[str, Any]) -> dict[str, Any]:
-    """The container of a pipeline's pod that the step runs in: Argo calls it `main`."""
+    """Return the container of a pipeline's pod that the step runs in: Argo calls it `main`."""
     containers: list[dict[str, Any]] = pod["spec"]["containers"]
     return next((each for each in containers if each["name"] == "main"), containers[0])
 
 
 def gpus(resources: Mapping[str, Any]) -> int:
-    """Accelerators among a container's limits (`nvidia.com/gpu`, `amd.com/gpu`)."""
+    """Count the accelerators among a container's limits (`nvidia.com/gpu`, `amd.com/gpu`)."""
     return sum(int(count) for name, count in resources.get("limits", {}).items() if name.endswith("/gpu"))
 
 
 def _resources(container: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, Any]:
-    """Limits and requests. Always both: without requests Trainer may start one process a node, whatever is said."""
+    """Return limits and requests, always both: without requests Trainer may start one process a node."""
     if settings.resources is None:
         given = container.get("resources", {})
         limits, requests = dict(given.get("limits", {})), dict(given.get("requests", {}))
@@ -132,7 +131,7 @@ def _resources(container: Mapping[str, Any], settings: MultinodeConfig) -> dict[
 
 
 def _environment(container: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The step's variables: values, and references to secrets and config maps. Fields of its pod are its own."""
+    """Return the step's variables, references to secrets and config maps included; not those of its pod's fields."""
     return [
         variable
         for variable in container.get("env", [])
@@ -142,7 +141,7 @@ def _environment(container: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _files(pod: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Volumes of Secrets and ConfigMaps that the step reads, and where it has them."""
+    """Return the volumes of Secrets and ConfigMaps that the step reads, and its mounts of them."""
     volumes = [each for each in pod["spec"].get("volumes", []) if {"secret", "configMap"} & each.keys()]
     mounts = [
         mount

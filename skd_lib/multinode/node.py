@@ -1,10 +1,9 @@
-"""What each node of a `TrainJob` runs: fetch the inputs, then the step's own command under torchrun.
+"""The command of each node of a `TrainJob`: fetch the inputs, then run the step's own command under torchrun.
 
     python3 -m skd_lib.multinode.node EXCHANGE_URI
 
-How many nodes and processes there are, which node this is and where the first one is, torchrun reads from the
-variables that Trainer's torch runtime sets: PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and
-PET_MASTER_PORT.
+torchrun reads the numbers of nodes and processes, this node's rank and the first one's address from the variables that
+Trainer's torch runtime sets: PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from skd_lib.steps.runtime import run_step
 
 log = logging.getLogger(__name__)
 LAST_SECONDS = 45.0
-"""A node that fails waits so long before it ends, unless it has refused what it was asked to do.
+"""Seconds that a node waits after a failure before it ends, unless it has refused its work.
 
 Most nodes fail since another one has: the exit code of that one tells Kubernetes whether starting again helps. It comes
 up to half a minute later, since torchrun ends its other processes first."""
@@ -62,12 +61,7 @@ def main(exchange: Annotated[str, typer.Argument(help="URI of the job's exchange
 
 
 def step_command(request: Request, folder: Path) -> list[str]:
-    """The step's module and its options, with inputs and outputs in `folder`.
-
-    Args:
-        request: What the nodes are to do.
-        folder: Holds the inputs, by name, under `inputs`.
-    """
+    """Return the step's module and its options, with inputs under `folder`/inputs and outputs beside them."""
     call = Call(folder / EXECUTOR_OUTPUT, request.artifacts, inputs=request.inputs)
     options = {
         **request.options,
@@ -79,18 +73,18 @@ def step_command(request: Request, folder: Path) -> list[str]:
 
 
 class _Child:
-    """A process that gets this one's SIGTERM: as the container's first process it is the only one to get it."""
+    """A process that gets this one's SIGTERM, which only the container's first process gets."""
 
     def __init__(self) -> None:
         self._terminated = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def was_terminated(self) -> bool:
-        """Whether SIGTERM came."""
+        """Return whether SIGTERM came."""
         return self._terminated
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
-        """Exit code of a command; that of one that a signal ended is 1."""
+        """Run a command, and return its exit code; 1 if a signal ended it."""
         if self.was_terminated():
             return 1
         self._process = subprocess.Popen(command, env={**os.environ, **environment})
@@ -99,7 +93,7 @@ class _Child:
         return max(self._process.wait(), 0) or int(self._process.returncode != 0)
 
     def wait_for_signal(self, seconds: float) -> None:
-        """Wait for SIGTERM, for so many seconds at most."""
+        """Wait for SIGTERM, `seconds` at most."""
         limit = time.monotonic() + seconds
         while not self._terminated and time.monotonic() < limit:
             time.sleep(0.1)
