@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from skd_lib.errors import SkdError
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -19,3 +21,25 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def attention_dropout(model: nn.Module, probability: float) -> Iterator[None]:
+    """Set attention dropout inside, for modules in training mode; the saved configuration does not have it.
+
+    Raises:
+        SkdError: the architecture has no attention dropout to set, and the probability is not 0.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    if probability and not layers:
+        raise SkdError(
+            f"{type(model).__name__} has no attention dropout to set", where="training.dropout", hint="set dropout: 0"
+        )
+    before = [layer.attention_dropout for layer in layers]
+    for layer in layers:
+        layer.attention_dropout = probability  # type: ignore[assignment]  # a float, not a module
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.attention_dropout = value

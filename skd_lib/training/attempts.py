@@ -1,8 +1,8 @@
 """Attempts at the same work, which may run at the same time; each writes to a folder of its own.
 
 A retry can start while the pod before it is still dying, or is cut off from the network, and two runs can have the same
-settings. So an attempt only ever reads what others wrote. Their folders are deleted once they are of no more use and
-their owners are gone. An attempt shows that it is running by a small file that it writes again and again.
+settings. So an attempt only reads other attempts' folders, and deletes those that are useless and whose owners have
+ended. A running attempt rewrites a small file at intervals, its sign of life.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from skd_lib import storage
 from skd_lib.errors import SkdError
 
 ALIVE = "alive"
-"""The file by which an attempt shows that it is running, in its folder."""
-_INTERVAL = 30.0
+"""Name of the sign of life in an attempt's folder."""
 _SILENT = 180.0
-"""Seconds between two signs of life, and without one after which an attempt on another machine counts as gone."""
+"""Seconds without a sign of life after which an attempt on another machine counts as ended."""
 _open: set[str] = set()
-"""The signs of life that this very process gives."""
+"""The signs of life that this process gives."""
 log = logging.getLogger(__name__)
 
 
@@ -37,17 +36,18 @@ def new_attempt() -> str:
 
 
 class Heartbeat:
-    """Shows that an attempt is running, from entry to exit.
+    """Gives signs of life of an attempt, from entry to exit.
 
-    After an exit by an error the signs of life are deleted. After a good one they stay: what was trained is still to
-    be saved, and the end of the process (seen from another machine: some minutes) decides.
+    An error deletes the signs at exit. Otherwise they stay, since the trained weights are still to be saved: the
+    attempt ends with its process (for another machine: some minutes later).
 
     Args:
         folders: The attempt's folders, local ones or URIs.
+        interval: Seconds between two signs.
     """
 
-    def __init__(self, folders: Sequence[str]) -> None:
-        self._signs = [f"{folder}/{ALIVE}" for folder in folders]
+    def __init__(self, folders: Sequence[str], interval: float = 30.0) -> None:
+        self._signs, self._interval = [f"{folder}/{ALIVE}" for folder in folders], interval
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="skd-heartbeat", daemon=True)
 
@@ -64,7 +64,7 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop."""
+        """Stop; after an error delete the signs of life."""
         self._ended.set()
         self._thread.join(5)
         _open.difference_update(self._signs)
@@ -83,24 +83,21 @@ class Heartbeat:
                 storage.upload(file, sign)
 
     def _go_on(self) -> None:
-        told = False
-        while not self._ended.wait(_INTERVAL):
+        failing = False
+        while not self._ended.wait(self._interval):
             try:
                 self._beat()
-                told = False
+                failing = False
             except (SkdError, OSError) as error:
-                if not told:
+                if not failing:
                     log.warning("the sign that this training is running could not be written: %s", error)
-                told = True
+                failing = True
 
 
 def living(place: str, attempts: Iterable[str], *, own: str) -> set[str]:
-    """Return which of the attempts in a folder are running.
+    """Return the names of the running ones of `attempts`, whose folders are in `place`.
 
-    Args:
-        place: The folder with the attempts' folders.
-        attempts: Their names.
-        own: Name of the attempt that asks: its own sign of life tells the time there.
+    The sign of life of `own`, the caller's attempt, gives the time of that file system.
 
     Raises:
         SkdError: the folder cannot be read.
@@ -123,7 +120,7 @@ def _lives(sign: str, now: float) -> bool:
                 return sign in _open
             return bool(_started(int(owner["pid"])) == owner["started"])
     except (storage.Missing, ValueError, KeyError, TypeError):
-        pass  # it is gone by now, or damaged: its age tells
+        pass  # deleted meanwhile, or damaged: its age decides
     return now - modified < _SILENT
 
 
@@ -136,7 +133,7 @@ def _modified(uri: str) -> float | None:
 
 
 def _machine() -> str:
-    """Where process numbers mean what they mean here; empty where the system does not say (macOS)."""
+    """Identify the machine and its namespace of process numbers; empty where the system does not say (macOS)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -145,7 +142,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; empty if there is none."""
+    """Return the start of a process, in the kernel's ticks; empty if there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

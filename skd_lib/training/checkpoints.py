@@ -1,10 +1,9 @@
 """Checkpoints that survive a kill at any moment, and that a restarted or re-submitted step finds again.
 
 A checkpoint is complete once it holds `MARKER`, written last, and every file that the marker lists, in its size. Older
-ones are deleted only after that. Where checkpoints belong in object storage, each is made in a local folder first and
-then copied, the marker last. What a step trains on decides the folder its checkpoints are in, so the same work finds
-them and other work does not. In it each attempt at the work has a folder of its own (`skd_lib.training.attempts`),
-which holds all that a later one needs to go on: `KEY/ATTEMPT/checkpoint-STEP`.
+ones are deleted only after that. With object storage, each is made in a local folder first and then copied, the marker
+last. The folder's name is a hash of the inputs, so the same work finds its checkpoints and other work does not. Each
+attempt (`skd_lib.training.attempts`) has a folder in it with all that a later one needs: `KEY/ATTEMPT/checkpoint-STEP`.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from skd_lib.training.attempts import Heartbeat, living, new_attempt
 MARKER = "complete"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _TRIES = 5
-"""How often the newest checkpoint is looked for, if its owner deletes it while it is read."""
+"""Number of attempts to copy the newest checkpoint, whose owner may delete it meanwhile."""
 log = logging.getLogger(__name__)
 
 
 def checkpoint_key(step: str, **inputs: Any) -> str:
-    """Where a step's checkpoints are, seen from the root of all: `step/HASH`, a hash of all that the result depends on.
+    """Return `step/HASH`, the folder of a pipeline step's checkpoints, with a hash of all that the result depends on.
 
     Args:
         step: Name of the pipeline step.
-        **inputs: JSON values: configuration sections, seed, digests of what the models read and of the models.
+        **inputs: JSON values: configuration sections, seed, digests of the data and of the models.
     """
     canonical = json.dumps({"step": step, **inputs}, sort_keys=True)
     return f"{step}/{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
@@ -50,11 +49,11 @@ def checkpoint_key(step: str, **inputs: Any) -> str:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one piece of work, by whatever attempts.
+    """The checkpoints of one piece of work, of all its attempts.
 
     Attributes:
-        folder: Where they are made; of several machines without a common file system each has its own.
-        mirror: URI of a folder in object storage for copies of them; empty: none.
+        folder: Local folder; machines without a common file system have one each.
+        mirror: URI of a folder in object storage for copies; empty: none.
     """
 
     folder: Path
@@ -83,10 +82,7 @@ class Checkpoints:
         return self.folder / max(found, key=_order) if found else None
 
     def remove(self) -> None:
-        """Delete all but those of other attempts that are running; to be called once nothing depends on them.
-
-        What cannot be deleted is told, and left.
-        """
+        """Delete all but other running attempts' checkpoints; log a warning for those that cannot be deleted."""
         for place in [str(self.folder), *filter(None, [self.mirror])]:
             try:
                 for attempt in self._begun:
@@ -101,7 +97,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a piece of work: what it takes over from earlier ones, and the checkpoints that it makes.
+    """One attempt at a piece of work: takes over the checkpoint of an earlier one, and makes its own.
 
     Attributes:
         work: The checkpoints of all attempts.
@@ -113,19 +109,19 @@ class Attempt:
 
     @property
     def folder(self) -> Path:
-        """Its folder on this machine."""
+        """Local folder of the attempt."""
         return self.work.folder / self.name
 
     @property
     def mirror(self) -> str:
-        """URI of its folder in object storage; empty: none."""
+        """URI of the attempt's folder in object storage; empty: none."""
         return f"{self.work.mirror}/{self.name}" if self.work.mirror else ""
 
     def take_over(self) -> Path | None:
         """Copy the newest usable checkpoint of any attempt, with the best one that it refers to, into its own folder.
 
-        All processes call this together. What was not written to its end is named in a warning. Of several machines
-        one may have a checkpoint whose copying failed: all go on from the newest that all can have.
+        All processes call this together; several machines take the newest checkpoint that all can read. A warning
+        names those that are incomplete.
 
         Returns:
             The copy of the newest; None if there is none.
@@ -165,17 +161,17 @@ class Attempt:
         return folder
 
     def commit(self, step: int, best_step: int, keep: int) -> str:
-        """Declare a checkpoint that is written complete, copy it, and delete what is of no more use.
+        """Declare a written checkpoint complete, copy it, and delete older ones.
 
-        A failed copy does not stop hours of training: it is told, and the next checkpoint tries again.
+        A failed copy does not stop the training: it is logged, and the next checkpoint tries again.
 
         Args:
             step: The checkpoint's optimiser step.
-            best_step: That of the checkpoint with the lowest validation loss; 0: there is none yet.
-            keep: How many of the newest are kept, besides the best.
+            best_step: Step of the checkpoint with the lowest validation loss; 0: there is none yet.
+            keep: Number of recent checkpoints to keep, in addition to the best one.
 
         Returns:
-            Where it is: in object storage, if the copy arrived there.
+            Its URI in object storage, or its path if it could not be copied there.
         """
         newest = _name(step)
         best = _name(best_step) if best_step else newest
@@ -194,7 +190,7 @@ class Attempt:
         return str(self.folder / newest)
 
     def _copy_here(self, offer: str, place: str) -> bool:
-        """Copy a checkpoint, and the best one that it refers to; returns False if its owner deleted it meanwhile."""
+        """Copy a checkpoint, and the best one that it refers to; return False if its owner deleted it meanwhile."""
         attempt, _, name = offer.partition("/")
         source = f"{place}/{attempt}"
         log.info("taking over the checkpoint %s/%s", source, name)
@@ -217,7 +213,7 @@ class Attempt:
 
 
 def _offers(place: str) -> list[str]:
-    """The usable checkpoints of all attempts in a folder, `ATTEMPT/NAME`; of the others a warning tells the trouble."""
+    """Return the usable checkpoints of all attempts in a folder, `ATTEMPT/NAME`; warn of the others."""
     sizes: dict[str, dict[str, int]] = {}
     for path, size in storage.file_sizes(place).items():
         attempt, _, file = path.partition("/")
@@ -238,7 +234,7 @@ def _order(offer: str) -> tuple[int, str]:
 
 
 def _inspect(place: str) -> dict[str, str]:
-    """The checkpoints in an attempt's folder, oldest first, and what is wrong with each; empty if nothing is."""
+    """Map an attempt's checkpoints, oldest first, to the problem of each; empty if it is usable."""
     return _problems(place, storage.file_sizes(place))
 
 
@@ -277,7 +273,7 @@ def _manifest(place: str, name: str) -> Any:
 
 
 def _link(source: Path, to: Path) -> None:
-    """Copy a local checkpoint; where the file system can, without taking room for it."""
+    """Copy a local checkpoint, by hard links where the file system has them."""
     with storage.atomic_directory(to) as folder:
         for file in [*_manifest(str(source.parent), source.name)["files"], MARKER]:
             target = folder / file
@@ -291,7 +287,7 @@ def _link(source: Path, to: Path) -> None:
 
 
 def _delete_old(place: str, best: str, keep: int) -> None:
-    """Delete an attempt's own checkpoints, but for the newest and the best."""
+    """Delete an attempt's own checkpoints except for the best and the `keep` newest."""
     found = _inspect(place)
     kept = {best, *[name for name, problem in found.items() if not problem][-keep:]}
     for name in found.keys() - kept:
@@ -301,15 +297,12 @@ def _delete_old(place: str, best: str, keep: int) -> None:
 
 
 def _delete_attempts(place: str, *, own: str = "", until: float = math.inf) -> set[str]:
-    """Delete other attempts that have ended.
+    """Delete the other attempts in a folder that have ended, and return the names of the running ones.
 
     Args:
-        place: The folder of all.
-        own: The attempt that asks.
-        until: Those that came further than this step are kept: a retry of theirs goes on from there.
-
-    Returns:
-        Which others are running.
+        place: The folder of all attempts.
+        own: The caller's attempt.
+        until: Attempts with a later step than this are kept: a retry goes on from there.
     """
     steps: dict[str, int] = {}
     for path in storage.file_sizes(place):
@@ -339,5 +332,5 @@ def _step(name: str) -> int:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where an attempt's checkpoint of an optimiser step is."""
+    """Return the folder of an optimiser step's checkpoint in an attempt's folder."""
     return folder / _name(step)

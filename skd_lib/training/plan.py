@@ -1,4 +1,4 @@
-"""How many optimiser steps a training has, and how a step's rows are divided over devices and forward passes."""
+"""The plan of a training: its optimiser steps, and the division of a step's rows over devices and forward passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skd_lib.errors import SkdError
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How many steps, and how a step's rows are divided.
+    """Optimiser steps, and the division of a step's rows.
 
     Attributes:
         steps: Optimiser steps.
@@ -25,12 +25,7 @@ class StepPlan:
 
 
 def plan_steps(training: TrainingConfig, examples: int, *, processes: int) -> StepPlan:
-    """Divide a training's work.
-
-    Args:
-        training: Its batches and its end.
-        examples: Rows to train on.
-        processes: Devices that share a step.
+    """Plan a training on `examples` rows, with `processes` devices that share each step.
 
     Raises:
         SkdError: the batch size does not divide evenly.

@@ -1,14 +1,11 @@
-"""SIGTERM, by which a machine says that it is about to go: finish the optimiser step, save, and stop.
+"""Preemption: on SIGTERM, finish the optimiser step, save a checkpoint, and stop.
 
-How much time there is depends on who sends it. `skd run`, torchrun and a node of a TrainJob get their grace period. A
-step of Kubeflow Pipelines has a second: Argo's executor, the container's first process, ends at its next poll and the
-kernel ends the rest, so that nothing but a small model is saved. What counts there are the checkpoints by time
-(`training.checkpoint_minutes`). So nothing is said before it is done: by then nobody may be listening.
+`skd run`, torchrun and a node of a TrainJob have their grace period for it. A step of Kubeflow Pipelines has about a
+second, enough for a small model only; there the checkpoints by time count (`training.checkpoint_minutes`).
 
 `transformers` has a callback for the same purpose (`enable_jit_checkpoint`). It is not used: it saves in the middle of
-an optimiser step, when the random numbers of that step are spent, so that a resumed run is another one; it stops each
-process by its own clock, so that processes that train together wait for each other for ever; and the training then
-ends as if it had been finished.
+an optimiser step, whose random numbers are spent, so that a resumed run differs; each process stops by its own clock,
+so that processes that train together deadlock; and the training then ends as if it had been finished.
 """
 
 from __future__ import annotations
@@ -30,10 +27,10 @@ from skd_lib.training.saving import Saver, on_any_process
 class StopOnSigterm(TrainerCallback):
     """Saves a checkpoint at the end of the optimiser step in which SIGTERM came, and raises `Preempted`.
 
-    Of several processes one that gets the signal is enough: they decide together, after each step.
+    Processes decide together after each step: a signal to one of them stops all.
 
     Args:
-        saver: Writes checkpoints.
+        saver: Writes the checkpoints.
     """
 
     def __init__(self, saver: Saver) -> None:
@@ -43,10 +40,7 @@ class StopOnSigterm(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM inside, in place of the process's own way; further ones change nothing.
-
-        Python gives signals to the main thread alone: elsewhere nothing is taken.
-        """
+        """Handle SIGTERM inside, where a second one changes nothing; only in the main thread, as Python demands."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -56,30 +50,18 @@ class StopOnSigterm(TrainerCallback):
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
-        """The weights have been updated; a checkpoint made now is between two steps."""
+    def on_step_end(self, args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint and for the end, between two steps."""
         self._stopping = on_any_process(self._received, args.device)
         if self._stopping:
             control.should_save = True
             control.should_training_stop = True
 
-    def on_save(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
-        """The checkpoint is being written: wait for it.
+    def on_save(self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Wait for the checkpoint, after SIGTERM.
 
         Raises:
-            Preempted: it is complete, which was what SIGTERM left to do.
+            Preempted: the checkpoint is complete.
             Exception: it could not be written.
         """
         if not self._stopping:

@@ -1,4 +1,4 @@
-"""`train`: one training run from models and examples to the best weights, resumable at any moment."""
+"""One training run, `train`: from models and examples to the best weights, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -15,32 +15,36 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from skd_lib.config import DistillConfig, Method, TrainingConfig
 from skd_lib.distillation.batch import Rollout, collate, teacher_signals
-from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.objectives import objective_for
+from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import rollout_for
 from skd_lib.errors import SkdError
 from skd_lib.models.adapters import add_lora, merge_lora
-from skd_lib.models.heads import vocabulary_size
-from skd_lib.models.modes import evaluating
+from skd_lib.models.heads import check_supported, vocabulary_size
+from skd_lib.models.modes import attention_dropout, evaluating
 from skd_lib.models.precision import Resolved, resolve_precision
-from skd_lib.models.supported import check_supported
 from skd_lib.training.checkpoints import Checkpoints
-from skd_lib.training.modes import attention_dropout
+from skd_lib.training.figures import PEAK_BYTES, SECONDS
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.preemption import StopOnSigterm
 from skd_lib.training.saving import Saver, TimedCheckpoints
 from skd_lib.training.sharding import ShardedTrainer, process_mesh, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stored_teacher import StoredSignals
-from skd_lib.training.stream import TrainingStream
-from skd_lib.training.timing import PEAK_BYTES, SECONDS
 from skd_lib.training.traces import Replacement, Trace, TraceRecorder, recorded_steps
-from skd_lib.training.trainer import TRACES, TRAINER_VALIDATION_LOSS, VALIDATION_LOSS, DistillationTrainer, OnMetrics
+from skd_lib.training.trainer import (
+    TRACES,
+    TRAINER_VALIDATION_LOSS,
+    VALIDATION_LOSS,
+    DistillationTrainer,
+    OnMetrics,
+    TrainingStream,
+)
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
 
 _VALIDATION_STATES_BYTES = 2**30
-"""The teacher's states on the validation set are kept between validations if they take no more host memory."""
+"""Most host memory for the teacher's states on the validation set, which are kept between validations if they fit."""
 _CPU = torch.device("cpu")
 _MIXED: dict[Resolved, str] = {"fp32": "no", "bf16": "bf16"}
 """Accelerate's names."""
@@ -49,19 +53,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to.
+    """The result of a training run.
 
     Attributes:
-        student: With the weights of the best checkpoint: the model that came in, or where that was sharded over
-            processes one in one piece.
-        precision: In which it was trained.
+        student: The student with the weights of the best checkpoint; one that was sharded over processes in one piece.
+        precision: The precision of the training.
         steps: Optimiser steps.
-        best_step: The step whose weights were kept.
+        best_step: The step of the best checkpoint.
         best_validation_loss: Its validation loss, the lowest.
-        first_validation_loss: That of the model as it came in.
-        history: The logged figures, each with its `step`, those from before a resume included.
+        first_validation_loss: The validation loss before training.
+        history: The logged figures, each with its `step`, including those from before a resume.
         seconds: Seconds of each phase over the whole run.
-        peak_bytes: The most memory that each phase took on this process's GPU; empty without one.
+        peak_bytes: Peak memory of each phase on this process's GPU; empty without a GPU.
         traces: A few sampled sequences, in the order of training.
     """
 
@@ -77,7 +80,7 @@ class TrainResult:
     traces: list[Trace]
 
     def course(self, figure: str) -> tuple[float, float] | None:
-        """Mean of a figure over the first and over the last tenth of the steps that logged it; None if none did."""
+        """Average a figure over the first and over the last tenth of the steps that logged it; None if none did."""
         values = [entry[figure] for entry in self.history if figure in entry]
         if not values:
             return None
@@ -85,7 +88,7 @@ class TrainResult:
         return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
     def total(self, figure: str) -> float:
-        """Sum of a figure over all steps."""
+        """Sum a figure over all steps."""
         return sum(entry.get(figure, 0.0) for entry in self.history)
 
 
@@ -108,34 +111,34 @@ def train(
     on_metrics: OnMetrics | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
-    """Train the student in place, and give it back with the weights of its lowest validation loss.
+    """Train the student in place, and return it with the weights of its lowest validation loss.
 
-    If `checkpoints` hold a complete one of the same work, training goes on from it, and on the CPU ends
-    with the same weights, bit for bit, as if it had never stopped.
+    Training goes on from a complete checkpoint of the same work in `checkpoints`, and on the CPU ends with the same
+    weights, bit for bit, as without the interruption.
 
     Args:
-        method: What is minimised, and where responses come from.
-        student: In fp32; it is trained in bf16 autocast where `training.precision` comes to bf16. With
-            `training.lora` it is frozen while adapters are trained, which are then merged into it.
-        teacher: Frozen; None where there is nothing for it to do.
+        method: The source of responses and the objective, see `skd_lib.distillation.methods`.
+        student: In fp32, trained in autocast of `training.precision`. With `training.lora` it is frozen while adapters
+            are trained, which are then merged into it.
+        teacher: Frozen; None for methods without a teacher.
         train: Training examples.
         validation: Held-out examples, for choosing the checkpoint.
         training: Optimiser, batches, steps.
         distill: Divergence and sampling; its method and training sections are not read. None for `sft`.
-        signals: What the teacher says on training and validation examples; then `supervised_kd` needs no teacher.
+        signals: The teacher's stored signals on all examples; `supervised_kd` then needs no teacher.
         seed: Decides the order of examples, all sampling and dropout.
         max_new_tokens: Longest sampled response.
         eos_ids: Ids that end a response.
-        pad_id: Fills rows up; may be one of `eos_ids`.
-        checkpoints: This run's own, see `skd_lib.training.checkpoints.checkpoint_key`.
-        name: What progress and errors call this training.
+        pad_id: Padding; may be one of `eos_ids`.
+        checkpoints: This run's checkpoints, see `skd_lib.training.checkpoints.checkpoint_key`.
+        name: Name of this training in progress and errors.
         on_metrics: Receives each step's figures.
         callbacks: More callbacks for `transformers.Trainer`.
 
     Raises:
         SkdError: no examples, a missing teacher, an uneven batch, a validation loss that is not finite, or too many
-            optimiser steps in a row whose loss was not, or exploded.
-        Preempted: SIGTERM came; a checkpoint of the step in which it came is complete.
+            broken optimiser steps in a row.
+        Preempted: SIGTERM came; the checkpoint of its step is complete.
     """
     for kind, examples in (("training", train), ("validation", validation)):
         if not examples:
@@ -209,7 +212,7 @@ class _Arguments(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """Devices of this process."""
+        """Return the number of devices of this process."""
         return min(int(super().n_gpu), 1)
 
 
@@ -221,16 +224,16 @@ def _placed(
     seed: int,
     name: str,
 ) -> tuple[PreTrainedModel, Callable[..., DistillationTrainer]]:
-    """Both models on their device, whole or sharded: the student as it is trained, and the trainer for it."""
+    """Put both models on their device, whole or sharded; return the student to train and its trainer class."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise SkdError(
-            "accelerate's own FSDP knows nothing of sampling between the steps",
+            "accelerate's FSDP does not support sampling between optimiser steps",
             where="accelerate config, use_fsdp",
             hint="launch with --multi_gpu instead of --use_fsdp, and set training.fsdp: true",
         )
     if training.fsdp and args.world_size == 1:
         hint = "start the step with torchrun --nproc-per-node N, or set fsdp: false"
-        raise SkdError("one process has nobody to share with", where=f"{name}, training.fsdp", hint=hint)
+        raise SkdError("training.fsdp needs at least two processes", where=f"{name}, training.fsdp", hint=hint)
     student.to(args.device)
     quantized = getattr(teacher, "is_quantized", False)  # such weights stay where they were loaded
     if teacher is not None:
@@ -274,7 +277,7 @@ def _arguments(training: TrainingConfig, examples: int, seed: int, student: PreT
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
-    # The Trainer would let `accelerate launch` have its own way with it.
+    # Otherwise the Trainer takes the precision of `accelerate launch`.
     args.mixed_precision = _MIXED[precision]
     plan = plan_steps(training, examples, processes=args.world_size)
     args.per_device_train_batch_size = plan.micro_batch_size
@@ -292,7 +295,7 @@ def _validation_rollouts(
     teacher: PreTrainedModel | None,
     signals: StoredSignals | None,
 ) -> list[Rollout]:
-    """Ground-truth rollouts of `rows` rows on the CPU, like lengths together, with what the teacher says if it fits."""
+    """Collate ground-truth rollouts of `rows` rows on the CPU, sorted by length, with teacher signals if they fit."""
     by_length = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.response_ids))
     rollouts = []
     for start in range(0, len(by_length), rows):

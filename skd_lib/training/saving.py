@@ -1,38 +1,46 @@
-"""When checkpoints are made, and the thread that writes them."""
+"""Checkpoints written while training goes on: their times, their copies in host memory, and the writing thread."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate.utils import gather_object, recursively_apply, reduce
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from skd_lib._core.machine import free_memory
 from skd_lib.training.checkpoints import Attempt, checkpoint_path
 
+_RESERVE = 2**30
+"""Bytes of memory that a copy leaves free."""
+_States = TypeVar("_States")
 log = logging.getLogger(__name__)
 
 
 class Saver:
     """Writes the checkpoints of an attempt, one at a time; used by the main process.
 
-    Used as a context it ends when the last one is written. An error of the thread is raised by the next call of
-    `check`, `wait` or `begin`.
+    As a context it ends when the last one is written. An error of the thread is raised by the next call of `check`,
+    `wait` or `begin`.
 
     Args:
-        attempt: Whose checkpoints.
-        keep: How many of the newest are kept, besides the best.
-        minutes: Between two of them.
+        attempt: The attempt that makes the checkpoints.
+        keep: Number of recent checkpoints to keep, in addition to the best one.
+        minutes: Time between two checkpoints.
 
     Attributes:
-        place: Where the last complete one is; empty: there is none yet.
+        place: Path or URI of the last complete checkpoint; empty before the first.
     """
 
     def __init__(self, attempt: Attempt, keep: int, minutes: float) -> None:
@@ -50,7 +58,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let the last one be written; its error is raised, or logged where another one is on its way."""
+        """Wait for the last checkpoint; its error is raised, or logged if another error ends the training."""
         try:
             self.wait()
         except Exception as trouble:
@@ -62,46 +70,34 @@ class Saver:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for the next one; not before the one before is written."""
+        """Tell if the next checkpoint is due; never while one is being written."""
         return self._writing is None and time.monotonic() - self._last >= self._seconds
 
     def check(self) -> None:
-        """See how the one that is being written comes along.
-
-        Raises:
-            Exception: it could not be written.
-        """
+        """Raise the error of a checkpoint whose writing has ended by one."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the one that is being written.
-
-        Raises:
-            Exception: it could not be written.
-        """
+        """Wait for the checkpoint that is being written, and raise its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self.place = writing.result()
 
     def begin(self, step: int) -> None:
-        """Make the folder for the checkpoint of a step, once the one before is written.
-
-        Raises:
-            Exception: the one before could not be written.
-        """
+        """Make the folder for a step's checkpoint, after `wait` for the one before."""
         self.wait()
         self._last = time.monotonic()
         self._attempt.begin(step)
 
     def write(self, step: int, best_step: int, files: Sequence[Callable[[], Any]], *, background: bool) -> None:
-        """Write the files that are missing in a checkpoint, and declare it complete.
+        """Write the files that a checkpoint still lacks, and declare it complete.
 
         Args:
             step: The checkpoint's optimiser step.
-            best_step: That of the checkpoint with the lowest validation loss; 0: there is none yet.
-            files: Each writes one or more of its files.
-            background: Whether training goes on meanwhile.
+            best_step: Step of the checkpoint with the lowest validation loss; 0: there is none yet.
+            files: Functions that write one or more files each.
+            background: Return at once, so that training goes on.
         """
 
         def work() -> str:
@@ -114,39 +110,102 @@ class Saver:
             self.wait()
 
 
-class TimedCheckpoints(TrainerCallback):
-    """Asks for a checkpoint when it is time; of several processes the main one's clock decides for all.
+class SavingTrainer(Trainer):
+    """A `transformers.Trainer` whose checkpoints are copied to host memory between two steps; the files are the same.
+
+    The small files are written at once. Weights and optimiser states are copied, and the saver's thread writes the
+    copies. If host memory has no room for copies, training waits.
 
     Args:
-        saver: Writes them.
+        saver: Writes checkpoints.
+        **options: See `transformers.Trainer`.
+    """
+
+    def __init__(self, *, saver: Saver, **options: Any) -> None:
+        super().__init__(**options)
+        self._saver = saver
+        self._files: list[Callable[[], Any]] = []
+        self._copied = True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Take the weights for a checkpoint, to be written later; called by all processes."""
+        weights = self._trained_weights()
+        if self.args.should_save:
+            self._files.append(partial(self._save, output_dir, state_dict=weights))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        step = self.state.global_step
+        if self.args.should_save:
+            self._saver.begin(step)
+        super()._save_checkpoint(*args, **kwargs)
+        files, self._files = self._files, []
+        if self.args.should_save:
+            self._saver.write(step, self.state.best_global_step or 0, files, background=self._copied)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = self._optimizer_states()
+        if self.args.should_save:
+            self._files.append(partial(torch.save, states, Path(output_dir) / OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Let the main process write all processes' files: checkpoints on other machines may be lost with them."""
+        with tempfile.TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            files = {file.name: file.read_bytes() for file in Path(own).iterdir()}
+        for each in gather_object([files]):
+            for name, content in each.items():
+                if self.args.should_save:
+                    (Path(output_dir) / name).write_bytes(content)
+
+    def _load_best_model(self) -> None:
+        if self.args.should_save:
+            self._saver.wait()
+        self.accelerator.wait_for_everyone()
+        self._load_weights_of_best()
+
+    def _load_weights_of_best(self) -> None:
+        super()._load_best_model()
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """Copy the weights that belong in a checkpoint: no frozen ones, and tied ones once."""
+        if not self.args.should_save:
+            return {}
+        left_out = {name for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        left_out |= set(self.model.all_tied_weights_keys)
+        weights = {name: weight for name, weight in self.model.state_dict().items() if name not in left_out}
+        before, self._copied = self._copied, _fits(weights, self.optimizer.state_dict())
+        if before and not self._copied:
+            log.warning("training waits while checkpoints are written: host memory has no room for a copy")
+        return self._copy(weights)
+
+    def _optimizer_states(self) -> Any:
+        return self._copy(self.optimizer.state_dict()) if self.args.should_save else {}
+
+    def _copy(self, states: _States) -> _States:
+        if not self._copied:
+            return states
+        copied: _States = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), states)
+        return copied
+
+
+class TimedCheckpoints(TrainerCallback):
+    """Asks for a checkpoint when one is due; of several processes the main one's clock decides for all.
+
+    Args:
+        saver: Writes the checkpoints.
         folder: The attempt's folder.
     """
 
     def __init__(self, saver: Saver, folder: Path) -> None:
         self._saver, self._folder = saver, folder
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
-        """After a resume: the best checkpoint was written by another attempt, maybe on another machine."""
+    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Name the best checkpoint after a resume: another attempt wrote it, perhaps on another machine."""
         self._name_best(state)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
-        """The weights have been updated; a checkpoint made now is between two steps.
-
-        Raises:
-            Exception: an earlier one could not be written.
-        """
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint between two steps, after raising the error of an earlier one."""
         due = False
         if state.is_world_process_zero:
             self._saver.check()
@@ -154,24 +213,29 @@ class TimedCheckpoints(TrainerCallback):
         if on_any_process(due, args.device):
             control.should_save = True
 
-    def on_save(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
-        """Called by the trainer after each checkpoint."""
+    def on_save(self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Name the best checkpoint after each new one."""
         self._name_best(state)
 
     def _name_best(self, state: TrainerState) -> None:
-        """On every process: the Trainer names it only where it sees the folder, and all must load it together."""
+        """Name it on every process: the Trainer does so only where it sees the folder, and all load it together."""
         if state.best_global_step:
             state.best_model_checkpoint = str(checkpoint_path(self._folder, state.best_global_step))
 
 
 def on_any_process(here: bool, device: torch.device) -> bool:
-    """Whether something is the case on one process at least; all call this together, and get the same answer."""
+    """Return True if `here` is true on one process at least; all processes call this together."""
     if PartialState().num_processes == 1:
         return here
     return bool(reduce(torch.tensor(float(here), device=device), "sum").item())
+
+
+def _fits(*states: Any) -> bool:
+    sizes: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    recursively_apply(count, states)
+    return sum(sizes) + _RESERVE <= free_memory()

@@ -1,12 +1,12 @@
 """Models sharded over processes (FSDP2), for students and teachers that do not fit on one device with all their states.
 
-Weights, gradients and optimiser states are each process's share. A training step gathers the weights of one layer after
-the other, as PyTorch's `fully_shard` does, which needs all processes to run the same layers at the same time. Sampling
-cannot promise that: how many tokens are drafted and verified depends on what is sampled. So before sampling and before
-a validation whole weights are gathered on every process, and are dropped afterwards (`gathered`).
+Each process holds a share of weights, gradients and optimiser states. A training step gathers the weights of one layer
+after the other (PyTorch's `fully_shard`), which needs all processes to run the same layers at the same time. Sampling
+cannot: the number of drafted and verified tokens depends on the samples. So before sampling and before a validation
+every process gathers whole weights, and drops them afterwards (`gathered`).
 
-The sharding is PyTorch's own and not accelerate's, which knows it on accelerators only, and cuts the head out as a
-unit of its own: the losses here run decoder and head apart, inside the forward pass of the whole.
+The sharding is PyTorch's and not accelerate's, which works on accelerators only, and makes the head a unit of its own,
+while the losses here run decoder and head apart, inside the forward pass of the whole.
 """
 
 from __future__ import annotations
@@ -35,19 +35,18 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from skd_lib.errors import SkdError
 from skd_lib.models.files import weight_files
-from skd_lib.training.modes import through_wrapper
-from skd_lib.training.trainer import DistillationTrainer
+from skd_lib.training.trainer import DistillationTrainer, through_wrapper
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def process_mesh(device: torch.device, processes: int) -> DeviceMesh:
-    """All processes in a row."""
+    """Return the mesh of all processes in a row."""
     return init_device_mesh(device.type, (processes,))
 
 
 def shard_trained(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool) -> None:
-    """Shard a model that is trained, in place: layer by layer, and what is outside of the layers.
+    """Shard a model that is trained, in place: each layer, and the rest as one unit.
 
     Args:
         model: In fp32, on its device.
@@ -62,21 +61,21 @@ def shard_trained(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool) -> No
 
 
 def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard the layers of a frozen model, in place. Its embedding and head are used on their own, and stay whole."""
+    """Shard the layers of a frozen model, in place. Its embedding and head are used apart, and stay whole."""
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 @contextmanager
 def gathered(*models: PreTrainedModel | None) -> Iterator[None]:
-    """All weights on every process inside, so that forward passes need no other process; changes nothing elsewhere."""
+    """Gather sharded models' weights on every process inside, so that forward passes need no other process."""
     shards = [
         module for model in models if model is not None for module in model.modules() if isinstance(module, FSDPModule)
     ]
     roots: list[Any] = [model for model in models if isinstance(model, FSDPModule)]
     for root in roots:
         # The first forward pass of all must be the whole model's, which then knows its layers.
-        through_wrapper(root, root, lambda _: None, None)
+        through_wrapper(root, root, lambda: None)
     for shard in shards:
         shard.set_reshard_after_forward(False, recurse=False)
         shard.unshard()
@@ -89,7 +88,7 @@ def gathered(*models: PreTrainedModel | None) -> Iterator[None]:
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A sharded model in one piece, on the main process; all call this, and the others get what they gave."""
+    """Return a sharded model in one piece on the main process, the same model on others; all call this together."""
     weights = get_model_state_dict(model, options=_WHOLE)
     if not PartialState().is_main_process:
         return model
@@ -119,7 +118,7 @@ class ShardedTrainer(DistillationTrainer):
         return gathered(self.model, self._teacher)
 
     def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
-        # What is wrapped already is left alone by accelerate, which would replicate it (DistributedDataParallel).
+        # accelerate would replicate an unwrapped model (DistributedDataParallel).
         return model if isinstance(model, _Sharded) else _Sharded(model)
 
     def _trained_weights(self) -> dict[str, Tensor]:
@@ -131,7 +130,7 @@ class ShardedTrainer(DistillationTrainer):
     def _optimizer_states(self) -> Any:
         """Gather the optimiser's states; called by all processes."""
         states = get_optimizer_state_dict(self.model, self._plain_optimizer, options=_WHOLE)
-        # What is sharded is gathered into new memory; the counters of steps are the optimiser's own.
+        # Sharded states are gathered into new memory; the step counters still belong to the optimiser.
         return recursively_apply(lambda state: state if state.dim() else state.clone(), states)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -159,7 +158,7 @@ class ShardedTrainer(DistillationTrainer):
 
 
 class _Sharded(nn.Module):
-    """Stands around a sharded model where the Trainer looks for a distributed wrapper."""
+    """Wraps a sharded model where the Trainer expects a distributed wrapper."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -184,7 +183,7 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise SkdError(
-            f"{type(model).__name__} does not say which of its modules are layers, so it cannot be sharded",
+            f"{type(model).__name__} does not name its layer classes (_no_split_modules), so it cannot be sharded",
             where="training.fsdp",
             hint="set fsdp: false",
         )

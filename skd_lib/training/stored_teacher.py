@@ -1,7 +1,7 @@
-"""What a teacher says on fixed prompts and responses, asked once and kept in files: training then needs no teacher.
+"""A teacher's signals and responses on fixed prompts, stored in files: training then needs no teacher.
 
-Each process writes its share; the marker that all are complete comes last, so that a folder that was left half-written
-is made again. All processes must see the same folder.
+Each process writes its share, and the main one a marker at the end, so that a half-written folder is made again. All
+processes must see the same folder.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from skd_lib.training.checkpoints import MARKER
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
 
-_SHARD_POSITIONS = 2**18
-"""Positions of a file: 134 MB of 64 tokens each."""
+SHARD_POSITIONS = 2**18
+"""Positions in a file: 134 MB of 64 tokens each."""
 _CHUNK_ELEMENTS = 2**26
 log = logging.getLogger(__name__)
 
 
 class StoredSignals:
-    """The teacher's most likely tokens along the responses of some examples, read from disk as they are needed.
+    """The teacher's most likely tokens along the examples' responses, read from disk when they are needed.
 
     Args:
-        folder: A complete one in that of `store_signals`.
+        folder: A complete folder in that of `store_signals`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,10 +62,10 @@ class StoredSignals:
                 start += length
 
     def along(self, example: TokenizedExample) -> SparseSignal:
-        """The signal along one example's response, on the CPU.
+        """Return the signal along one example's response, on the CPU.
 
         Raises:
-            SkdError: it is not stored.
+            SkdError: the example is not stored.
         """
         place = self._places.get(_key(example))
         if place is None:
@@ -80,7 +80,7 @@ class StoredSignals:
         return SparseSignal(log_p_NE, ids_NK, **self._settings)
 
     def attached(self, strategy: Strategy, device: torch.device) -> Strategy:
-        """A strategy that leaves responses as they are, with the stored signals added."""
+        """Add the stored signals to the rollouts of a strategy."""
 
         def with_signals(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Any:
             signals = tuple(self.along(example).to(device) for example in examples)
@@ -99,30 +99,31 @@ def store_signals(
     vocabulary: int,
     rows: int,
     pad_id: int,
+    shard_positions: int = SHARD_POSITIONS,
 ) -> StoredSignals:
     """Store the teacher's `k` most likely tokens along the examples' responses, unless the folder has them.
 
     Args:
-        folder: For these very examples, teacher and settings.
-        load_teacher: Called where there is something to store.
-        examples: Whose responses; double ones are stored once.
+        folder: Folder for exactly these examples, teacher and settings.
+        load_teacher: Called if there is something to store.
+        examples: Examples with responses; duplicates are stored once.
         k: Tokens a position.
-        temperature: Of the loss.
+        temperature: The loss's temperature.
         vocabulary: Rows of the student's head; tokens that only one of the models has do not count.
         rows: Responses in a forward pass.
-        pad_id: Fills rows up.
+        pad_id: Padding.
+        shard_positions: Fewest positions in a file, except for the last.
     """
 
     def write(own: Path, rank: int, processes: int) -> dict[str, Any]:
         distinct = {_key(example): example for example in examples}
-        # Like lengths together.
         ordered = sorted(distinct.values(), key=lambda example: len(example.prompt_ids) + len(example.response_ids))
         batches = [ordered[start : start + rows] for start in range(0, len(ordered), rows)][rank::processes]
         teacher = load_teacher()
         common = min(vocabulary, vocabulary_size(teacher))
         with evaluating(teacher), torch.no_grad():
             signals = _signals(teacher, batches, k, temperature, common, pad_id)
-            for number, shard in enumerate(_shards(signals)):
+            for number, shard in enumerate(_shards(signals, shard_positions)):
                 with atomic_file(own / f"signals-{rank:04}-{number:05}.safetensors") as temporary:
                     save_file(shard, temporary)
         return {"temperature": temperature, "vocabulary": common}
@@ -137,12 +138,12 @@ def store_responses(
     *,
     rows: int,
 ) -> list[TokenizedExample]:
-    """The examples with the teacher's responses in place of their own, sampled unless the folder has them.
+    """Replace the examples' responses by the teacher's, sampled unless the folder has them.
 
     Args:
-        folder: For these very examples, teacher and settings.
-        make_strategy: Makes the strategy that samples, called where there is something to sample.
-        examples: Whose prompts.
+        folder: Folder for exactly these examples, teacher and settings.
+        make_strategy: Makes the sampling strategy; called if there is something to sample.
+        examples: Examples with the prompts.
         rows: Prompts sampled together.
     """
 
@@ -167,22 +168,20 @@ def store_responses(
 
 
 def examples_digest(examples: Sequence[TokenizedExample]) -> str:
-    """Changes when any token of any example does, or their order."""
+    """Hash the tokens of the examples and their order."""
     return hashlib.blake2b(b"".join(map(_key, examples)), digest_size=16).hexdigest()
 
 
 def _once(folder: Path, write: Callable[[Path, int, int], dict[str, Any]]) -> Path:
-    """Let every process write its share, unless there is a complete one; what `write` returns is kept in the marker.
+    """Let every process `write` its share, unless there is a complete folder; return the complete folder.
 
-    Two trainings may do this at the same time: each attempt has a folder of its own in `folder`.
-
-    Returns:
-        The complete folder.
+    The marker holds the settings that `write` returns. Two trainings may do this at the same time: each attempt has a
+    folder of its own in `folder`.
     """
     state = PartialState()
     complete = gather_object([_complete(folder)])[0]
     if complete is not None:
-        log.info("the teacher is not asked again: %s has what it said", complete)
+        log.info("the teacher does not run again: its stored output is in %s", complete)
         return Path(complete)
     own = folder / str(gather_object([new_attempt()])[0])
     with Heartbeat([str(own)] if state.is_main_process else []):
@@ -225,12 +224,12 @@ def _signals(
         progress.update(number)
 
 
-def _shards(signals: Iterator[tuple[TokenizedExample, SparseSignal]]) -> Iterator[dict[str, Tensor]]:
-    """Tensors of one file each: the signals one after the other, with their lengths and their examples' keys."""
+def _shards(signals: Iterator[tuple[TokenizedExample, SparseSignal]], positions: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of one file after the other: the signals in a row, their lengths and their examples' keys."""
     held: list[tuple[TokenizedExample, SparseSignal]] = []
     for pair in signals:
         held.append(pair)
-        if sum(len(signal) for _, signal in held) >= _SHARD_POSITIONS:
+        if sum(len(signal) for _, signal in held) >= positions:
             yield _tensors(held)
             held = []
     if held:
@@ -248,6 +247,6 @@ def _tensors(pairs: Sequence[tuple[TokenizedExample, SparseSignal]]) -> dict[str
 
 
 def _key(example: TokenizedExample) -> bytes:
-    """Tells an example's tokens from any other's."""
+    """Hash an example's tokens."""
     tokens = json.dumps([list(example.prompt_ids), list(example.response_ids)])
     return hashlib.blake2b(tokens.encode(), digest_size=16).digest()

@@ -1,6 +1,6 @@
-"""A few training sequences as they were sampled, kept for people to look at.
+"""A few sampled training sequences, recorded for the report.
 
-Which sequences are kept follows from their places in the run alone, so that a resumed run keeps the same ones.
+Their steps and rows alone decide which sequences are recorded, so that a resumed run records the same ones.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from skd_lib.models.heads import lm_logits
 from skd_lib.sampling.samples import STUDENT, TEACHER
 
 SEQUENCES = 3
-"""Sequences kept of a recorded step."""
+"""Sequences recorded in a step."""
 MOMENTS = 24
 """Recorded steps of a run, at most."""
 _POSITIONS_AT_A_TIME = 64
-"""Logits over the whole vocabulary are made for so many positions, whatever the length of a response."""
+"""Positions whose logits over the whole vocabulary are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Replacement:
     Attributes:
         position: Index in the response.
         proposal: The token that the student had drafted.
-        rank: Of the proposal among the teacher's raw logits, from 0: SKD rejects at K and above.
-        probability: Of the proposal under the teacher as it is, before temperature and top-p.
-        own_rank: Rank of the token that the teacher put there.
+        rank: Rank of the proposal among the teacher's raw logits, from 0: SKD rejects at K and above.
+        probability: Probability of the proposal under the teacher, before temperature and top-p.
+        own_rank: Rank of the teacher's own token.
         own_probability: Its probability.
     """
 
@@ -51,12 +51,12 @@ class Trace:
     """One sampled training sequence.
 
     Attributes:
-        step: Optimiser step that trained on it, from 1.
+        step: The optimiser step, from 1.
         row: Its row in the step's global batch.
         prompt_ids: The prompt's tokens.
         token_ids: The response's tokens.
         writers: For each response token `STUDENT` or `TEACHER` (`skd_lib.sampling.samples`).
-        replacements: The drafts that did not stand.
+        replacements: The rejected drafts.
     """
 
     step: int
@@ -68,7 +68,7 @@ class Trace:
 
 
 def recorded_steps(steps: int, eval_steps: int) -> frozenset[int]:
-    """The first optimiser step and those before a validation; of many, `MOMENTS` evenly spread ones with both ends."""
+    """Return the first optimiser step and those before a validation; of many, `MOMENTS` evenly spread ones."""
     due = sorted({1, *range(eval_steps, steps + 1, eval_steps), steps})
     if len(due) <= MOMENTS:
         return frozenset(due)
@@ -77,12 +77,12 @@ def recorded_steps(steps: int, eval_steps: int) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class TraceRecorder:
-    """Takes traces from rollouts.
+    """Records traces of rollouts.
 
     Attributes:
-        vocabulary: Token ids at and above it stand for no token, and have no rank.
+        vocabulary: Size of the common vocabulary; ids from there on are no tokens, and have no rank.
         steps: Optimiser steps to record, from 1.
-        sequences: How many sequences of a step, those of the lowest rows.
+        sequences: Number of sequences in a step, those of the lowest rows.
     """
 
     vocabulary: int
@@ -91,11 +91,9 @@ class TraceRecorder:
 
     @torch.no_grad()
     def record(self, rollout: Rollout, places: Sequence[Place]) -> list[Trace]:
-        """Traces of one optimiser step's rollout; none where the step is not recorded or nothing was sampled.
+        """Record one optimiser step's rollout, whose rows are at `places`, if the step is to be recorded.
 
-        Args:
-            rollout: With rows in the order of `places`.
-            places: All of one step.
+        Rows of ground truth have no trace.
         """
         step = places[0].step + 1
         if step not in self.steps:
@@ -105,7 +103,7 @@ class TraceRecorder:
         return [self._trace(rollout.rows([row]), step, places[row].row) for row in rows]
 
     def _trace(self, rollout: Rollout, step: int, place: int) -> Trace:
-        """The trace of a rollout's only row."""
+        """Record a rollout's only row."""
         first = int(rollout.response_mask_BL[0].nonzero()[0]) + 1
         return Trace(
             step=step,
@@ -139,7 +137,7 @@ class TraceRecorder:
 
 
 def _judged(logits_RV: Tensor, tokens_R2: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks, from 0, and probabilities of two tokens at each position."""
+    """Return ranks, from 0, and probabilities of two tokens at each position."""
     chosen_R2 = logits_RV.gather(1, tokens_R2)
     ranks_R2 = (logits_RV.unsqueeze(1) > chosen_R2.unsqueeze(2)).sum(-1)
     return ranks_R2, (chosen_R2 - logits_RV.logsumexp(-1, keepdim=True)).exp()

@@ -1,20 +1,22 @@
 """One training loop for every method, on `transformers.Trainer`.
 
-The methods differ in where a response comes from (`skd_lib.distillation.rollouts`) and in what is minimised
+The methods differ in the source of responses (`skd_lib.distillation.rollouts`) and in the objective
 (`skd_lib.distillation.objectives`). Six things differ from the Trainer's own loop: the micro-batches of an optimiser
 step are made together, from one rollout; the loss is a sum over response tokens divided by their number in the whole
-step, over all micro-batches and processes; a step whose loss or gradient is broken leaves weights and optimiser as they
-are; validation is the same loss on ground truth, weighted by tokens; each step logs what a person needs to see of the
-method; and a checkpoint is copied to host memory and written while training goes on.
+step, over all micro-batches and processes; a step with a broken loss or gradient changes no weights and no optimiser
+states; validation is the same loss on ground truth, weighted by tokens; each step logs the method's figures; and a
+checkpoint is copied to host memory and written while training goes on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, astuple
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +25,24 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import PrinterCallback
 
 from skd_lib._core.events import Progress
+from skd_lib._core.seeds import generator
 from skd_lib.config import TrainingConfig
 from skd_lib.distillation.batch import Rollout
 from skd_lib.distillation.loss import LossSums
 from skd_lib.distillation.objectives import Objective
-from skd_lib.distillation.rollouts import Strategy
+from skd_lib.distillation.rollouts import Place, Strategy
 from skd_lib.errors import SkdError
 from skd_lib.models.modes import evaluating
 from skd_lib.sampling.samples import SamplingStatistics
-from skd_lib.training.cost import tokens_processed
-from skd_lib.training.health import broken_step, response_trouble, skipped_steps
-from skd_lib.training.modes import through_wrapper
-from skd_lib.training.saving import Saver
-from skd_lib.training.snapshots import SavingTrainer
-from skd_lib.training.stream import TrainingStream
-from skd_lib.training.timing import PhaseTimer
+from skd_lib.training.figures import (
+    PhaseTimer,
+    broken_step,
+    response_trouble,
+    sampling_figures,
+    skipped_steps,
+    tokens_processed,
+)
+from skd_lib.training.saving import Saver, SavingTrainer
 from skd_lib.training.traces import TraceRecorder
 
 if TYPE_CHECKING:
@@ -45,9 +50,10 @@ if TYPE_CHECKING:
 
 VALIDATION_LOSS = "validation_loss"
 TRAINER_VALIDATION_LOSS = "eval_loss"
-"""The Trainer's name for it, by which it finds the best checkpoint."""
+"""The Trainer's name for the validation loss, by which it finds the best checkpoint."""
 TRACES = "traces"
-"""Recorded sequences in the Trainer's history, which goes into every checkpoint: a resumed run has the earlier ones."""
+"""Key of the recorded sequences in the Trainer's history, which every checkpoint holds."""
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -58,20 +64,50 @@ class OnMetrics(Protocol):
         """Take the figures of `step`; step 0 is before training."""
 
 
+class TrainingStream:
+    """An endless stream of examples in seeded order: shuffled epoch after shuffled epoch, with no short batches.
+
+    A position in the stream decides its example, its optimiser step and its row. So a step has the same rows and seeds
+    however it is divided into micro-batches and processes, and a resumed run goes on exactly where it stopped.
+
+    Args:
+        examples: Number of examples in an epoch.
+        batch_size: Rows of an optimiser step, over all processes.
+        seed: The run's seed.
+    """
+
+    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def example(self, position: int) -> int:
+        """Return the index of the example at a position."""
+        epoch, offset = divmod(position, self.examples)
+        return self._order(epoch)[offset]
+
+    def place(self, position: int) -> Place:
+        """Return the optimiser step and the row of a position."""
+        return Place(*divmod(position, self.batch_size))
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order: list[int] = generator("order", self.seed, epoch).permutation(self.examples).tolist()
+        return order
+
+
 class DistillationTrainer(SavingTrainer):
     """The training loop.
 
     Args:
         model: The student.
         args: The Trainer's arguments; one "epoch" of it is the whole stream.
-        training: What makes a step a broken one, and how many may follow each other.
-        objective: What is minimised.
-        divergence: It is a divergence from the teacher, whose forward pass then counts.
+        training: Limits of broken steps.
+        objective: The loss to minimise.
+        divergence: The loss is a divergence from the teacher, whose forward pass then counts.
         strategy: Makes the responses of an optimiser step.
         examples: Training examples.
-        stream: Their order.
+        stream: The order of the examples.
         validation: Ground-truth rollouts.
-        name: What the errors and the progress call this training, e.g. "distill".
+        name: Name of this training in errors and progress, e.g. "distill".
         recorder: Keeps a few sampled sequences in the history.
         saver: Writes checkpoints.
         on_metrics: See `OnMetrics`.
@@ -100,7 +136,7 @@ class DistillationTrainer(SavingTrainer):
         super().__init__(
             model=model,
             args=args,
-            # The dataset is the stream's positions; what stands there is looked up when the rollout is made.
+            # The dataset is the stream's positions; their examples are looked up when the rollout is made.
             train_dataset=range(args.max_steps * stream.batch_size),
             eval_dataset=validation,
             data_collator=torch.tensor,
@@ -116,15 +152,15 @@ class DistillationTrainer(SavingTrainer):
         self._progress = Progress(name, args.max_steps)
         self._figures: dict[str, float] = {}
         self._response_tokens = 0
-        # Sums over this process's tokens in this optimiser step.
+        # Sums over this process's tokens in the current optimiser step.
         self._loss = torch.zeros((), device=args.device)
         self._entropies: dict[str, Tensor] = {}
-        self._told_of_lengths = False
+        self._warned_of_lengths = False
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Tensor], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Rollout]], Tensor]:
-        """All micro-batches of one optimiser step, and the response tokens of the whole step over all processes."""
+        """Return the micro-batches of one optimiser step, and the step's response tokens over all processes."""
         micro_batches = [next(epoch_iterator).tolist() for _ in range(num_batches)]
         positions = [position for micro_batch in micro_batches for position in micro_batch]
         places = [self._stream.place(position) for position in positions]
@@ -144,10 +180,10 @@ class DistillationTrainer(SavingTrainer):
         return inputs, torch.tensor(self._response_tokens, device=device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one micro-batch."""
+        """Run forward and backward of one micro-batch."""
         with self.timer("loss"):
             loss: Tensor = super().training_step(*args, **kwargs)
-        # The Trainer adds these up over steps: one broken step must not spoil the sum for ever.
+        # The Trainer adds these up over steps: one broken step must not spoil the sum.
         return torch.where(torch.isfinite(loss), loss, 0)
 
     def compute_loss(
@@ -157,25 +193,25 @@ class DistillationTrainer(SavingTrainer):
         return_outputs: bool = False,  # noqa: ARG002 - the base class's signature; only predictions need outputs
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The micro-batch's share of the optimiser step's mean loss."""
+        """Return the micro-batch's share of the optimiser step's mean loss."""
         assert num_items_in_batch is not None  # noqa: S101 - `get_batch_samples` counts them
         sums = through_wrapper(model, self.model, self._loss_sums, inputs["rollout"])
         self._loss += sums.loss.detach()
         for name, entropy in sums.entropies.items():
             self._entropies[name] = self._entropies.get(name, torch.zeros_like(entropy)) + entropy
-        # Data parallelism averages gradients over processes; the sum over all of them is wanted.
+        # Data parallelism averages gradients over processes, where their sum is needed.
         processes: int = self.accelerator.num_processes
         return sums.loss / num_items_in_batch * processes
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """The norm of the step's gradient, all of it there; a broken step's gradient is dropped, so nothing is updated.
+        """Return the norm of the step's whole gradient, after dropping the gradient of a broken step.
 
         Raises:
             SkdError: too many steps in a row were broken.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        # The same numbers on all processes, so all come to the same verdict.
+        # The same numbers on all processes, so all decide alike.
         loss = self._sum_over_processes(self._loss).item() / self._response_tokens
         history = self.state.log_history
         skipped, in_a_row = skipped_steps(history)
@@ -196,10 +232,10 @@ class DistillationTrainer(SavingTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss over the response tokens of the validation rollouts.
+        """Compute the mean loss over the response tokens of the validation rollouts.
 
         Raises:
-            SkdError: it is not a finite number.
+            SkdError: the mean is not a finite number.
         """
         sums = torch.zeros(2, dtype=torch.float64)
         with self.timer("validation"), evaluating(self.model), self._gathered():
@@ -207,10 +243,11 @@ class DistillationTrainer(SavingTrainer):
                 loss = self._loss_sums(rollout.to(self.args.device)).loss
                 sums += torch.tensor([loss.item(), rollout.tokens], dtype=torch.float64)
         total, tokens = self._sum_over_processes(sums.to(self.args.device)).tolist()
-        metrics = {TRAINER_VALIDATION_LOSS: total / max(tokens, 1)}
-        if not torch.isfinite(torch.tensor(metrics[TRAINER_VALIDATION_LOSS])):
+        mean = total / max(tokens, 1)
+        metrics = {TRAINER_VALIDATION_LOSS: mean}
+        if not math.isfinite(mean):
             raise SkdError(
-                f"the validation loss is {total / max(tokens, 1)} after optimiser step {self.state.global_step}",
+                f"the validation loss is {mean} after optimiser step {self.state.global_step}",
                 where=self._name,
                 hint="lower training.learning_rate, then run again"
                 if self.state.global_step
@@ -222,7 +259,7 @@ class DistillationTrainer(SavingTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Complete the figures of a step or of a validation, keep them in the history and pass them on."""
+        """Complete the figures of a step or of a validation, add them to the history and call `on_metrics`."""
         if TRAINER_VALIDATION_LOSS in logs:
             figures = {VALIDATION_LOSS: logs[TRAINER_VALIDATION_LOSS]}
         elif "loss" in logs:
@@ -239,19 +276,19 @@ class DistillationTrainer(SavingTrainer):
         if not self.is_world_process_zero():
             return
         if "loss" in figures:
-            self._look_at_lengths()
+            self._warn_of_lengths()
             shown = {name: figures[name] for name in ("loss", "rejection_rate") if name in figures}
             self._progress.update(self.state.global_step, **shown)
         if self._on_metrics is not None:
             self._on_metrics(self.state.global_step, figures)
 
     def _gathered(self) -> AbstractContextManager[None]:
-        """What must be around forward passes of which processes make different numbers."""
+        """Surround forward passes whose number differs between processes; sharded models need it."""
         return nullcontext()
 
-    def _look_at_lengths(self) -> None:
-        if not self._told_of_lengths and (trouble := response_trouble(self.state.log_history)):
-            self._told_of_lengths = True
+    def _warn_of_lengths(self) -> None:
+        if not self._warned_of_lengths and (trouble := response_trouble(self.state.log_history)):
+            self._warned_of_lengths = True
             log.warning("%s: at optimiser step %d %s", self._name, self.state.global_step, trouble)
 
     def _loss_sums(self, rollout: Rollout) -> LossSums:
@@ -280,27 +317,34 @@ class _OptimiserTime(TrainerCallback):
         self._running = ExitStack()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Gradients are clipped; the step comes next."""
+        """Start the clock."""
         self._running.enter_context(self._timer("optimiser"))
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The step is done."""
+        """Stop the clock."""
         self._running.close()
 
 
-def sampling_figures(statistics: SamplingStatistics) -> dict[str, float]:
-    """What to log of a sampled batch: nothing for ground truth, no rates of tests that were not made."""
-    if not statistics.sequences:
-        return {}
-    figures = {
-        "truncated_fraction": statistics.truncated_fraction,
-        "response_length_mean": statistics.tokens / statistics.sequences,
-    }
-    if statistics.tested:
-        figures |= {
-            "rejection_rate": statistics.rejection_rate,
-            "acceptance_rate": statistics.acceptance_rate,
-            "tokens_per_teacher_call": statistics.tokens_per_teacher_call,
-            "replacements_per_sequence": statistics.replacements_per_sequence,
-        }
-    return figures
+def through_wrapper(wrapped: nn.Module, model: nn.Module, function: Callable[..., T], *inputs: Any) -> T:
+    """Call `function(*inputs)` as the forward pass of `wrapped`: the model or a distributed wrapper around it.
+
+    A distributed wrapper prepares its gradient exchange in its own `forward`. The losses here run the decoder and the
+    head of the model separately, so `function` takes the place of the model's `forward` for one call.
+    """
+    own_forward = model.__dict__.get("forward")
+
+    def restore() -> None:
+        if own_forward is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = own_forward
+
+    def forward(*inputs: Any) -> T:
+        restore()  # `function` may call `model` itself
+        return function(*inputs)
+
+    model.forward = forward
+    try:
+        return cast(T, wrapped(*inputs))
+    finally:
+        restore()

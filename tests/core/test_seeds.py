@@ -6,7 +6,7 @@ import pytest
 
 from skd_lib._core.seeds import derived, generator, uniform
 from skd_lib.sampling.distributions import row_uniforms
-from skd_lib.training.stream import TrainingStream
+from skd_lib.training.trainer import TrainingStream
 
 
 @pytest.mark.parametrize("apart", [1, 2**10, 2**12, 2**20, 2**30])

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nursery import Nursery
 from transformers import PreTrainedModel
+
+from tests.training.nursery import Nursery
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,8 @@ class Nursery:
         self.log = log
         with log.open("w") as output:
             self._server = subprocess.Popen(
-                [sys.executable, __file__],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", ROOT)])},
+                [sys.executable, "-m", __name__],
+                cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -70,9 +70,8 @@ class Nursery:
 
 
 def _serve() -> None:
-    from tiny_task import main
-
     from skd_lib.errors import SkdError
+    from tests.training.tiny_task import main
 
     for line in sys.stdin:
         children = []

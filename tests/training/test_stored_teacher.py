@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_task import FirstGradients, examples, run
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from skd_lib.config import DistillConfig
@@ -16,9 +16,9 @@ from skd_lib.data.tokenize import TokenizedExample
 from skd_lib.distillation.divergences import forward_kl
 from skd_lib.distillation.rollouts import Place, rollout_for
 from skd_lib.errors import SkdError
-from skd_lib.training import stored_teacher
 from skd_lib.training.checkpoints import MARKER
 from skd_lib.training.stored_teacher import StoredSignals, examples_digest, store_responses, store_signals
+from tests.training.tiny_task import FirstGradients, examples, run
 
 ALL = [*examples(30, seed=0), *examples(9, seed=1)]
 VOCABULARY = 64
@@ -29,7 +29,7 @@ def teacher(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     return tiny_model(seed=2, vocab_size=72, hidden=48)
 
 
-def store(folder: Path, teacher: PreTrainedModel, k: int, temperature: float = 1.0) -> StoredSignals:
+def store(folder: Path, teacher: PreTrainedModel, k: int, temperature: float = 1.0, **options: int) -> StoredSignals:
     return store_signals(
         folder,
         lambda: teacher,
@@ -39,6 +39,7 @@ def store(folder: Path, teacher: PreTrainedModel, k: int, temperature: float = 1
         vocabulary=VOCABULARY,
         rows=4,
         pad_id=0,
+        **options,
     )
 
 
@@ -80,11 +81,8 @@ def test_a_few_tokens_are_enough_to_learn_from(
     assert few < more < first_loss(None, "online") * (1 + 1e-6)
 
 
-def test_each_example_gets_its_own_signal(
-    teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stored_teacher, "_SHARD_POSITIONS", 20)  # several files
-    signals = store(tmp_path / "signals", teacher, k=5, temperature=2.0)
+def test_each_example_gets_its_own_signal(teacher: PreTrainedModel, tmp_path: Path) -> None:
+    signals = store(tmp_path / "signals", teacher, k=5, temperature=2.0, shard_positions=20)  # several files
     assert len(list((tmp_path / "signals").glob("*/*.safetensors"))) > 2
     for example in ALL:
         tokens = torch.tensor([example.prompt_ids + example.response_ids])
@@ -96,7 +94,7 @@ def test_each_example_gets_its_own_signal(
         assert torch.equal(signal.ids_NK.long(), ids)
         rest = 1 - expected.exp().sum(-1)
         torch.testing.assert_close(signal.log_p_NE[:, 5].exp(), rest, rtol=1e-3, atol=1e-5)
-        assert forward_kl.of_log_probs(*signal.compare(logits * 2.0, 2.0)[:2]).abs().max() < 1e-4
+        assert forward_kl(*signal.compare(logits * 2.0, 2.0)[:2]).abs().max() < 1e-4
     with pytest.raises(SkdError, match=r"does not have this example(.|\n)*made again"):
         signals.along(TokenizedExample([1, 2], [3], "of another data set"))
 
@@ -125,17 +123,18 @@ def test_the_teacher_is_asked_once_unless_it_was_interrupted(teacher: PreTrained
 def test_two_trainings_may_ask_the_teacher_at_once(
     teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, inner = stored_teacher.save_file, []
+    inner: list[StoredSignals | None] = []
 
     def another_begins(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        save(tensors, file)
+        save_file(tensors, file)
         if not inner:
             inner.append(None)
             inner.append(store(tmp_path / "s", teacher, k=3))
 
-    monkeypatch.setattr(stored_teacher, "save_file", another_begins)
+    monkeypatch.setattr("skd_lib.training.stored_teacher.save_file", another_begins)
     outer = store(tmp_path / "s", teacher, k=3)
     for signals in (outer, inner[1]):
+        assert signals is not None
         assert len(signals.along(ALL[0])) == len(ALL[0].response_ids)
     assert len(list((tmp_path / "s").glob(f"*/{MARKER}"))) == 2
 

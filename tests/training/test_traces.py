@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_task import EOS, run
 from transformers import PreTrainedModel
 
 from skd_lib.config import InterleavedConfig, SamplingParams
 from skd_lib.sampling.samples import STUDENT, TEACHER
 from skd_lib.training.traces import MOMENTS, SEQUENCES, recorded_steps
+from tests.training.tiny_task import EOS, run
 
 WARM = SamplingParams(temperature=1.0, top_p=0.9)
 TOP_K = 3

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from skd_lib.errors import SkdError
-from skd_lib.training import attempts, checkpoints
 from skd_lib.training.attempts import ALIVE, Heartbeat, living
 from skd_lib.training.checkpoints import Attempt, Checkpoints
 
@@ -79,28 +78,34 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_looked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Checkpoints(tmp_path).attempt() as owner, Checkpoints(tmp_path).attempt() as reader:
-        old, link = written(owner, 10), checkpoints._link
+        old, link = written(owner, 10), os.link
 
         def too_late(source: Path, to: Path) -> None:
-            if source == old and old.exists():
+            if old in source.parents and old.exists():
                 written(owner, 20)
             link(source, to)
 
-        monkeypatch.setattr(checkpoints, "_link", too_late)
+        monkeypatch.setattr(os, "link", too_late)
         assert reader.take_over() == reader.folder / "checkpoint-20"
-        monkeypatch.setattr(checkpoints, "_link", lambda *_: shutil.copy(tmp_path / "nothing", tmp_path / "there"))
+        assert not old.exists()
+        monkeypatch.setattr(os, "link", lambda *_: link(tmp_path / "nothing", tmp_path / "there"))
         with pytest.raises(SkdError, match=r"deleted as soon as they are found(.|\n)*another training"):
             reader.take_over()
 
 
 def test_a_process_of_this_machine_tells_whether_it_is_running(tmp_path: Path) -> None:
-    here: dict[str, Any] = {"machine": attempts._machine()}
-    assert here["machine"]
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        started = attempts._started(other.pid)
-        sign(tmp_path / "running", age=9999, pid=other.pid, started=started, **here)
-        sign(tmp_path / "its-number-was-given-again", pid=other.pid, started="1", **here)
-        sign(tmp_path / "ended", pid=2**22 + 1, started="1", **here)
+    folder = str(tmp_path / "running")
+    script = (
+        f"from skd_lib.training.attempts import Heartbeat\nwith Heartbeat([{folder!r}]): print(flush=True), input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        given = json.loads((tmp_path / "running" / ALIVE).read_text())
+        assert given["machine"]
+        sign(tmp_path / "running", age=9999, **given)
+        sign(tmp_path / "its-number-was-given-again", **{**given, "started": "1"})
+        sign(tmp_path / "ended", **{**given, "pid": 2**22 + 1, "started": "1"})
         everyone = {path.name for path in tmp_path.iterdir()}
         assert living(str(tmp_path), everyone, own="") == {"running"}
         other.communicate(b"\n")
@@ -120,11 +125,8 @@ def test_the_age_of_its_sign_tells_of_another_machine(tmp_path: Path) -> None:
     assert living(str(tmp_path), everyone, own="own") == {"running", "silent", "damaged"}
 
 
-def test_signs_of_life_are_given_again_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(attempts, "_INTERVAL", 0.01)
-    with Heartbeat([str(tmp_path / "a")]):
+def test_signs_of_life_are_given_again_and_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Heartbeat([str(tmp_path / "a")], interval=0.01):
         for _ in range(2):
             (tmp_path / "a" / ALIVE).unlink()
             end = time.monotonic() + 10

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from skd_lib.training.health import broken_step, response_trouble, skipped_steps
+from skd_lib.training.figures import broken_step, response_trouble, skipped_steps
 
 NAN, INF = float("nan"), float("inf")
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery
 from safetensors.torch import load_file
-from tiny_task import FirstGradients, run, saved
 from transformers import PreTrainedModel
 
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
-from skd_lib.training.modes import attention_dropout
+from skd_lib.models.modes import attention_dropout
 from tests.conftest import CpuFlags
+from tests.training.nursery import Nursery
+from tests.training.tiny_task import FirstGradients, run, saved
 
 
 @pytest.fixture

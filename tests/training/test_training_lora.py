@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_task import run, saved
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skd_lib.errors import SkdError
+from tests.training.nursery import Nursery
+from tests.training.tiny_task import run, saved
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
 

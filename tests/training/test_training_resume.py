@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery
 from safetensors.torch import load_file
-from tiny_task import run
 from transformers import AutoModelForCausalLM
 
 from skd_lib.errors import Preempted
 from skd_lib.training.checkpoints import Checkpoints
-from skd_lib.training.stream import TrainingStream
+from skd_lib.training.trainer import TrainingStream
+from tests.training.nursery import Nursery
+from tests.training.tiny_task import run
 
 
 def newest(folder: Path, step: int | None = None) -> Path:

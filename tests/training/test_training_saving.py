@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_task import AtStep, run, saved
 from transformers import PreTrainedModel, TrainerCallback
 
 from skd_lib._core import machine
 from skd_lib.errors import Preempted
 from skd_lib.training.checkpoints import MARKER, Attempt
+from tests.training.tiny_task import AtStep, run, saved
 
 EVERY_STEP = 1e-9
 """Minutes."""
@@ -64,7 +64,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_without_room_for_a_copy_training_waits(
     student: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("skd_lib.training.snapshots.free_memory", lambda: 2**30)
+    monkeypatch.setattr("skd_lib.training.saving.free_memory", lambda: 2**30)
     commit, threads, step = Attempt.commit, [], 0
 
     def watched(attempt: Attempt, at: int, *args: Any) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery
 from safetensors.torch import load_file
-from tiny_task import run
 from transformers import PreTrainedModel
 
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.training.checkpoints import Checkpoints
+from tests.training.nursery import Nursery
+from tests.training.tiny_task import run
 
 
 @pytest.mark.parametrize(("method", "stopped_at"), [("skd", 1), ("supervised_kd", None)])
@@ -53,7 +53,7 @@ def test_what_cannot_be_sharded_is_an_error(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = tiny_model(vocab_size=64)
-    with pytest.raises(SkdError, match=r"training.fsdp: one process has nobody to share with(.|\n)*torchrun"):
+    with pytest.raises(SkdError, match=r"training.fsdp: training.fsdp needs at least two processes(.|\n)*torchrun"):
         run(student, None, tmp_path, method="sft", fsdp=True)
     with pytest.raises(ValueError, match="leave it off with `lora`"):
         run(student, None, tmp_path, method="sft", fsdp=True, lora={})

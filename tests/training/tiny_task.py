@@ -25,13 +25,10 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
-from skd_lib.distillation.batch import Rollout
-from skd_lib.distillation.loss import LossSums
 from skd_lib.distillation.methods import METHODS
 from skd_lib.training.checkpoints import Attempt, Checkpoints
 from skd_lib.training.run import TrainResult, train
 from skd_lib.training.stored_teacher import StoredSignals
-from skd_lib.training.trainer import DistillationTrainer
 
 EOS = 2
 
@@ -180,19 +177,23 @@ def kill_after(events: int) -> None:
     CallbackHandler.call_event = counted  # type: ignore[method-assign]
 
 
-def break_loss(step: int) -> None:
-    """Make the loss of the first micro-batch of a step not a number."""
-    loss_sums, broken = DistillationTrainer._loss_sums, False
+class BreakLoss(TrainerCallback):
+    """Makes the loss of the first micro-batch of a step not a number: its embeddings are not."""
 
-    def sometimes_broken(trainer: DistillationTrainer, rollout: Rollout) -> LossSums:
-        nonlocal broken
-        sums = loss_sums(trainer, rollout)
-        if broken or not sums.loss.requires_grad or trainer.state.global_step + 1 != step:
-            return sums
-        broken = True
-        return sums._replace(loss=sums.loss * torch.nan)
+    def __init__(self, step: int, student: PreTrainedModel) -> None:
+        self.step, self.due = step, False
+        student.get_input_embeddings().register_forward_hook(self.hook)
 
-    DistillationTrainer._loss_sums = sometimes_broken  # type: ignore[method-assign]
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.due = state.global_step + 1 == self.step
+
+    def hook(self, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not self.due or not torch.is_grad_enabled():
+            return output
+        self.due = False
+        return output * torch.nan
 
 
 def main(options: dict[str, Any]) -> None:
@@ -218,7 +219,7 @@ def main(options: dict[str, Any]) -> None:
         if "sigterm_at_step" in options:
             callbacks.append(AtStep(options["sigterm_at_step"], signal.SIGTERM, times=2))
         if "broken_step" in options:
-            break_loss(options["broken_step"])
+            callbacks.append(BreakLoss(options["broken_step"], student))
     figures: list[dict[str, float]] = []
     result = run(
         student,
