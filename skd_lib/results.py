@@ -76,6 +76,11 @@ class Scores(Figures):
         held_out = {name: each.flat() for name, each in self.held_out.items()}
         return values | ({"held_out": held_out} if held_out else {})
 
+    def by_name(self) -> dict[str, Score]:
+        """Return all scores by metric; those of a held-out set as SET.METRIC."""
+        held_out = {f"{at}.{name}": score for at, each in self.held_out.items() for name, score in each.metrics.items()}
+        return {**self.metrics, **held_out}
+
     def figures(self) -> dict[str, float]:
         """Return the scores alone."""
         return {name: score.score for name, score in self.metrics.items()}

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def duration(seconds: float) -> str:
@@ -37,6 +42,47 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numb
     """
     ruler = ["---", *("---:" if numbers else "---" for _ in header[1:])]
     return [f"| {' | '.join(cells)} |" for cells in (header, ruler, *(map(_escaped, row) for row in rows))]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table for a terminal or for Markdown.
+
+    Attributes:
+        title: Stands above it.
+        header: Names of the columns.
+        rows: Cells of any text.
+        note: Stands below it.
+        highlighted: First cells of the rows that are printed bold.
+        numbers: All columns but the first are aligned to the right.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    highlighted: Collection[str] = ()
+    numbers: bool = True
+
+    def to_markdown(self) -> list[str]:
+        """Return the lines of a section with the table."""
+        table = markdown_table(self.header, self.rows, numbers=self.numbers)
+        return [f"## {self.title}", "", *table, "", *([self.note, ""] if self.note else [])]
+
+    def to_rich(self) -> Table:
+        """Return the table for a `rich` console."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table.caption, table.caption_justify = self.note or None, "left"
+        for number, name in enumerate(self.header):
+            justify = "right" if self.numbers and number else "left"
+            table.add_column(name, justify=justify, no_wrap=not number, overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row), style="bold" if row[0] in self.highlighted else "")
+        return table
 
 
 def first_line(error: Exception) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from skd_lib._core.format import duration, markdown_table
+from skd_lib._core.format import TextTable, duration
 from skd_lib.comparison.table import Comparison, VariantResult, VariantScore, VariantTest
 from skd_lib.report.render import UNSURE, WITHHELD, metric_name
 from skd_lib.results import Score
@@ -28,28 +25,11 @@ _COSTS = {
     "teacher_tokens": "teacher tokens",
     "seconds": "time",
 }
-Rows = list[list[str]]
-
-
-@dataclass(frozen=True)
-class Page:
-    """One table."""
-
-    title: str
-    header: list[str]
-    rows: Rows
 
 
 def render(comparison: Comparison) -> RenderableType:
     """Return the tables, to be printed by a `rich` console."""
-    parts: list[RenderableType] = []
-    for page in pages(comparison):
-        table = Table(title=page.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in page.header:
-            table.add_column(name, no_wrap=name == "variant", overflow="fold")
-        for row in page.rows:
-            table.add_row(*map(Text, row))
-        parts.append(table)
+    parts: list[RenderableType] = [table.to_rich() for table in tables(comparison)]
     parts += [Padding(Text(line, style="dim"), (0, 2)) for line in notes(comparison)]
     return Group(*parts)
 
@@ -57,8 +37,7 @@ def render(comparison: Comparison) -> RenderableType:
 def to_markdown(comparison: Comparison) -> str:
     """Return the tables as Markdown."""
     lines = [f"# {comparison.name}", ""]
-    for page in pages(comparison):
-        lines += [f"## {page.title}", "", *markdown_table(page.header, page.rows, numbers=False), ""]
+    lines += [line for table in tables(comparison) for line in table.to_markdown()]
     lines += [f"- {line}" for line in notes(comparison)]
     return "\n".join(lines) + "\n"
 
@@ -74,26 +53,28 @@ def to_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def pages(comparison: Comparison) -> Iterator[Page]:
+def tables(comparison: Comparison) -> Iterator[TextTable]:
     """Yield a table a metric, the task's first; then drafts, costs, and the runs that failed."""
     found = list(dict.fromkeys(metric for each in comparison.variants for metric in each.scores))
     for metric in sorted(found, key=lambda name: (name not in comparison.metrics, found.index(name))):
-        yield _metric_page(comparison, metric)
+        yield _metric_table(comparison, metric)
     if any(each.draft for each in comparison.variants):
-        yield Page(
+        yield TextTable(
             "As draft of the teacher (means over the runs)",
             ["variant", "accepted", "tokens a teacher call", "speed-up"],
             [[each.variant, *_draft_cells(each.draft)] for each in comparison.variants if each.draft],
+            numbers=False,
         )
     costs = [name for name in _COSTS if any(name in each.costs for each in comparison.variants)]
-    yield Page(
+    yield TextTable(
         "What a run cost (means over the runs)",
         ["variant", *(_COSTS[name] for name in costs)],
         [[each.variant, *(_cost(each, name) for name in costs)] for each in comparison.variants if each.runs],
+        numbers=False,
     )
     failed = [[trial.variant, str(trial.seed), trial.reason] for trial in comparison.trials if trial.reason]
     if failed:
-        yield Page("Runs that failed", ["variant", "seed", "reason"], failed)
+        yield TextTable("Runs that failed", ["variant", "seed", "reason"], failed, numbers=False)
 
 
 def notes(comparison: Comparison) -> Iterator[str]:
@@ -125,7 +106,7 @@ def notes(comparison: Comparison) -> Iterator[str]:
     )
 
 
-def _metric_page(comparison: Comparison, metric: str) -> Page:
+def _metric_table(comparison: Comparison, metric: str) -> TextTable:
     rows = [
         [each.variant, _runs(each), _estimate(each.scores.get(metric)), *_test(each.tests.get(metric))]
         for each in comparison.variants
@@ -134,7 +115,7 @@ def _metric_page(comparison: Comparison, metric: str) -> Page:
         score = comparison.teacher[metric]
         rows.insert(0, ["(teacher)", "", _interval(score.score, score), "", "", ""])
     header = ["variant", "runs", "mean [95 %]", f"minus {comparison.reference} [95 %]", "p", "p (Holm)"]
-    return Page(metric_name(metric), header, rows)
+    return TextTable(metric_name(metric), header, rows, numbers=False)
 
 
 def _runs(variant: VariantResult) -> str:

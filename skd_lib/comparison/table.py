@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -30,6 +30,7 @@ SHOWN_VARIANTS = 24
 """On Kubeflow's page for comparing runs, where each figure is a row."""
 COSTS = ("rejection_rate", "tokens_per_teacher_call", "response_tokens", "student_tokens", "teacher_tokens", "steps")
 TRAINING_PHASES = ("seconds_rollout", "seconds_loss", "seconds_optimiser")
+_T = TypeVar("_T")
 Answers = Mapping[tuple[str, int], Sequence[Prediction]]
 """A student's answers to the test set, by variant and seed."""
 
@@ -66,19 +67,11 @@ class TrialResult(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return one row of a table."""
-        scores: dict[str, Score] = {}
-        if self.scores is not None:
-            sets = {"": self.scores, **{f"{name}.": each for name, each in self.scores.held_out.items()}}
-            scores = {f"{at}{name}": score for at, found in sets.items() for name, score in found.metrics.items()}
         row: dict[str, Any] = {"variant": self.variant, "seed": self.seed, "init": self.init, "failed": self.reason}
-        for name, score in scores.items():
+        for name, score in (self.scores.by_name() if self.scores else {}).items():
             row |= {name: score.score, f"{name}_low": score.low, f"{name}_high": score.high}
-        sampling = {
-            "rejection_rate": self.rejection_rate,
-            "tokens_per_teacher_call": self.tokens_per_teacher_call,
-        }
-        row |= {name: value for name, value in sampling.items() if value is not None}
-        return {**row, **{f"draft_{name}": value for name, value in self.draft.items()}, **self.figures}
+        sampling = self.model_dump(include={"rejection_rate", "tokens_per_teacher_call"}, exclude_none=True)
+        return {**row, **sampling, **{f"draft_{name}": value for name, value in self.draft.items()}, **self.figures}
 
 
 class VariantScore(Section):
@@ -189,13 +182,7 @@ def collect(
 
 
 def trial_result(trial: Trial, evaluated: Evaluated, draft: Mapping[str, float]) -> TrialResult:
-    """Put together the results of one trial.
-
-    Args:
-        trial: The trial.
-        evaluated: Its student's evaluation, which holds the record of its training.
-        draft: Figures of its student as a draft model; none where that was not measured.
-    """
+    """Put together the results of one trial: its student's evaluation, the training's record there, and the drafts."""
     record = read_record(evaluated.folder)
     numbers = dict(record.figures)
     rates = record.course.rejection_rate
@@ -227,14 +214,14 @@ def build_comparison(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Comparison:
-    """Put the runs together.
+    """Put all runs together, failed ones too.
 
     Args:
         name: Of the comparison.
         reference: The variant that the others are tested against.
-        metrics: The task's metrics.
-        trials: All runs, failed ones too.
-        answers: What the runs' students answered on the test set.
+        metrics: The task's.
+        trials: The runs.
+        answers: Of the runs' students to the test set.
         teacher: The teacher's scores.
         resamples: Of the paired bootstrap.
         seed: Of the paired bootstrap.
@@ -259,28 +246,26 @@ def build_comparison(
 
 
 def _variant(name: str, trials: Sequence[TrialResult], tests: Mapping[str, VariantTest]) -> VariantResult:
-    scored: dict[str, list[Score]] = {}
-    costs: dict[str, list[float]] = {}
-    drafts: dict[str, list[float]] = {}
     done = [trial for trial in trials if trial.scores is not None]
-    for trial in done:
-        assert trial.scores is not None  # noqa: S101 - see above
-        for place, found in {"": trial.scores, **trial.scores.held_out}.items():
-            for metric, score in found.metrics.items():
-                scored.setdefault(f"{place}.{metric}" if place else metric, []).append(score)
-        for cost, value in _costs(trial).items():
-            costs.setdefault(cost, []).append(value)
-        for figure, value in trial.draft.items():
-            drafts.setdefault(figure, []).append(value)
+    scores = _collected(trial.scores.by_name() for trial in done if trial.scores)
     return VariantResult(
         variant=name,
         runs=len(done),
         failed=len(trials) - len(done),
-        scores={metric: estimate(scores) for metric, scores in scored.items()},
+        scores={metric: estimate(found) for metric, found in scores.items()},
         tests=dict(tests),
-        draft={figure: float(np.mean(values)) for figure, values in drafts.items()},
-        costs={cost: float(np.mean(values)) for cost, values in costs.items()},
+        draft={figure: float(np.mean(values)) for figure, values in _collected(trial.draft for trial in done).items()},
+        costs={cost: float(np.mean(values)) for cost, values in _collected(map(_costs, done)).items()},
     )
+
+
+def _collected(rows: Iterable[Mapping[str, _T]]) -> dict[str, list[_T]]:
+    """Collect the values of each name over the rows."""
+    found: dict[str, list[_T]] = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def estimate(scores: Sequence[Score]) -> VariantScore:

@@ -43,6 +43,9 @@ class Proposal(Section):
     own_probability: float = Field(ge=0, le=1)
 
 
+_PROPOSAL = Proposal.model_fields.keys() - {"text"}
+
+
 class SampledToken(Section):
     """One response token; its text is empty where it only begins a character that a later token ends."""
 
@@ -69,14 +72,8 @@ def as_text(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> SampledSequence
     proposals = {replacement.position: replacement.proposal for replacement in trace.replacements}
     texts, proposal_texts = _token_texts(tokenizer, trace.prompt_ids[-_CONTEXT:], trace.token_ids, proposals)
     details = {
-        replacement.position: Proposal(
-            text=proposal_texts[replacement.position],
-            rank=replacement.rank,
-            probability=replacement.probability,
-            own_rank=replacement.own_rank,
-            own_probability=replacement.own_probability,
-        )
-        for replacement in trace.replacements
+        each.position: Proposal(text=proposal_texts[each.position], **{name: getattr(each, name) for name in _PROPOSAL})
+        for each in trace.replacements
     }
     return SampledSequence(
         step=trace.step,

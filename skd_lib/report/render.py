@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from skd_lib._core.format import duration, markdown_table
+from skd_lib._core.format import TextTable, duration
 from skd_lib.data.splits import WARN_ABOVE, in_words
 from skd_lib.evaluation.statistics import LEAST_EXAMPLES
 from skd_lib.report.charts import groups
@@ -41,9 +39,10 @@ UNSURE = "†"
 """Stands after an interval that is not to be relied on."""
 WITHHELD = f"withheld (under {LEAST_EXAMPLES} examples)"
 """Stands instead of a p-value."""
+LOSS_COLUMNS = ("split", "rows", "left out", "why")
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 24
-_DRAFT_COLUMNS = ("accepted", "tokens/teacher call", "speed-up", "teacher's own output")
+_DRAFT_COLUMNS = ("distillation", "accepted", "tokens/teacher call", "speed-up", "teacher's own output")
 
 
 def metric_name(name: str) -> str:
@@ -53,52 +52,32 @@ def metric_name(name: str) -> str:
 
 def render(summary: Summary) -> RenderableType:
     """Return the summary for the end of a run, to be printed by a `rich` console."""
-    parts: list[RenderableType] = [_models_table(summary)]
-    if summary.signatures:
-        parts += [Padding(Text(line, style="dim"), (0, 2)) for line in _signature_lines(summary)] + [Text()]
-    doubts = [*caution_lines(summary), *_missing_lines(summary)]
-    parts += [Padding(Text(line, style="yellow"), (0, 2)) for line in doubts]
+    parts: list[RenderableType] = [_quality_table(summary).to_rich()]
+    parts += [Text(line) for line in _gap_lines(summary)]
+    parts += [Text(line, style="dim") for line in _signature_lines(summary)]
+    parts += [Text(line, style="yellow") for line in (*caution_lines(summary), *_missing_lines(summary))]
     if summary.specdec:
-        parts.append(_specdec_table(summary))
-    parts += [Padding(line, (0, 2)) for line in _course_texts(summary.course)]
-    parts += [Padding(line, (0, 2)) for line in _loss_texts(summary)]
+        parts.append(_specdec_table(summary).to_rich())
+    parts += [*_course_texts(summary.course), *_loss_texts(summary)]
     if summary.seconds:
-        parts += [Text(), _seconds_table(summary.seconds)]
-    return Group(*parts)
+        parts += [Text(), _seconds_table(summary.seconds).to_rich()]
+    return Group(*(Padding(part, (0, 2)) if isinstance(part, Text) else part for part in parts))
 
 
 def to_markdown(summary: Summary) -> str:
     """Return the summary as Markdown."""
-    metrics = _metrics(summary)
-    lines = [f"# {summary.run_name or 'Results'}", "", "## Quality on the test set", ""]
-    lines += markdown_table(
-        ["model", *(f"{metric_name(name)} (95 % interval)" for name in metrics), "examples"],
-        [
-            [ROLE_NAMES[role], *(_score(summary, role, name) for name in metrics), str(summary.examples.get(role, ""))]
-            for role in summary.models
-        ],
-    )
+    lines = [f"# {summary.run_name or 'Results'}", "", *_quality_table(summary).to_markdown()]
     notes = (_gap_lines, _signature_lines, caution_lines, _missing_lines)
-    lines += ["", *(f"- {line}" for part in notes for line in part(summary))]
+    lines += [*(f"- {line}" for part in notes for line in part(summary)), ""]
     if summary.specdec:
-        lines += ["", "## The student as draft of the teacher", ""]
-        lines += markdown_table(
-            ["distillation", *_DRAFT_COLUMNS],
-            [[moment, *_draft_cells(draft)] for moment, draft in summary.specdec.items()],
-        )
-        lines += ["", _draft_setting(summary)]
-    course = _course_texts(summary.course)
-    if course:
-        lines += ["", "## Course of the distillation", "", *(f"- {text.plain}" for text in course)]
+        lines += _specdec_table(summary).to_markdown()
+    if course := _course_texts(summary.course):
+        lines += ["## Course of the distillation", "", *(f"- {text.plain}" for text in course), ""]
     if summary.losses:
-        lines += ["", "## Rows left out of the data", ""]
-        lines += markdown_table(["split", "rows", "left out", "why"], loss_rows(summary))
+        lines += TextTable("Rows left out of the data", LOSS_COLUMNS, loss_rows(summary)).to_markdown()
     if summary.seconds:
-        lines += ["", "## Time", ""]
-        lines += markdown_table(
-            ["step", "time"], [[step, duration(seconds)] for step, seconds in _rows_of_seconds(summary.seconds)]
-        )
-    return "\n".join(lines) + "\n"
+        lines += _seconds_table(summary.seconds).to_markdown()
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
@@ -109,55 +88,30 @@ def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
     return "".join(_BARS[round(max(fmean(part), 0.0) * scale)] for part in parts)
 
 
-def _models_table(summary: Summary) -> Table:
-    table = _table("Quality on the test set (95 % interval)")
-    table.add_column("model", no_wrap=True)
-    for name in _metrics(summary):
-        table.add_column(metric_name(name), justify="right", no_wrap=True)
-    table.add_column("examples", justify="right", style="dim")
-    for role in summary.models:
-        cells = [_score(summary, role, name) for name in _metrics(summary)]
-        style = "bold green" if role == "student_after" else ""
-        table.add_row(ROLE_NAMES[role], *cells, str(summary.examples.get(role, "")), style=style)
-    gap = _gap_lines(summary)
-    table.caption = "\n".join(gap) if gap else None
-    return table
+def _quality_table(summary: Summary) -> TextTable:
+    metrics = _metrics(summary)
+    header = ["model", *map(metric_name, metrics), "examples"]
+    rows = [
+        [ROLE_NAMES[role], *(_score(summary, role, name) for name in metrics), str(summary.examples.get(role, ""))]
+        for role in summary.models
+    ]
+    return TextTable("Quality on the test set (95 % interval)", header, rows, highlighted=["student after"])
 
 
-def _specdec_table(summary: Summary) -> Table:
-    table = _table("The student as draft of the teacher (speculative decoding)")
-    table.add_column("distillation", no_wrap=True)
-    for name in _DRAFT_COLUMNS[:-1]:
-        table.add_column(name, justify="right")
-    table.add_column(_DRAFT_COLUMNS[-1], style="dim")
-    for moment, draft in summary.specdec.items():
-        table.add_row(moment, *_draft_cells(draft), style="bold green" if moment == "after" else "")
-    table.caption = _draft_setting(summary)
-    return table
+def _specdec_table(summary: Summary) -> TextTable:
+    rows = [[moment, *_draft_cells(draft)] for moment, draft in summary.specdec.items()]
+    title = "The student as draft of the teacher (speculative decoding)"
+    return TextTable(title, _DRAFT_COLUMNS, rows, note=_draft_setting(summary), highlighted=["after"])
 
 
-def _seconds_table(seconds: dict[str, float]) -> Table:
-    table = _table("Time")
-    table.add_column("step", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("", style="cyan", no_wrap=True)
-    longest = max(seconds.values())
-    for step, value in _rows_of_seconds(seconds):
-        total = step == "total"
-        bar = "" if total or longest <= 0 else "█" * round(30 * value / longest)
-        table.add_row(step, duration(value), bar, style="bold" if total else "")
-    return table
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=True,
-    )
+def _seconds_table(seconds: dict[str, float]) -> TextTable:
+    steps = {step: value for step, value in seconds.items() if step != "total"}
+    longest = max(steps.values(), default=0.0)
+    rows = [
+        [step, duration(value), "█" * round(30 * value / longest) if longest else ""] for step, value in steps.items()
+    ]
+    rows.append(["total", duration(seconds.get("total", sum(steps.values()))), ""])
+    return TextTable("Time", ["step", "time", ""], rows, highlighted=["total"], numbers=False)
 
 
 def _metrics(summary: Summary) -> list[str]:
@@ -272,8 +226,3 @@ def _loss_texts(summary: Summary) -> list[Text]:
         for (name, rows, left_out, why), loss in zip(loss_rows(summary), summary.losses.values(), strict=True)
         if loss.total
     ]
-
-
-def _rows_of_seconds(seconds: dict[str, float]) -> list[tuple[str, float]]:
-    rows = list(seconds.items())
-    return rows if "total" in seconds else [*rows, ("total", sum(seconds.values()))]

@@ -1,4 +1,4 @@
-"""Where a finished run's figures and samples are found again: its folder, or its MLflow run."""
+"""The figures and samples of a finished run, read from its folder or its MLflow run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SUMMARY, PAGE = "summary.json", "report.html"
 
 @dataclass(frozen=True)
 class Findings:
-    """What a run's page is made of."""
+    """The content of a run's page."""
 
     summary: Summary
     samples: list[SampledSequence]
 
 
 def from_folder(folder: Path) -> Findings:
-    """Read what `skd run` left behind.
+    """Read the files of `skd run`.
 
     Raises:
         SkdError: the run has not come to its report, or a file is not what it should be.
@@ -47,7 +47,7 @@ def from_folder(folder: Path) -> Findings:
 
 
 def from_mlflow(run_id: str, tracking_uri: str) -> Findings:
-    """Fetch what the step `report` logged.
+    """Fetch the files that step `report` logged.
 
     Args:
         run_id: The pipeline's run, or the run of one of its steps.

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from skd_lib._core.format import TextTable
 from skd_lib.results import DraftLength, Latency, Percentiles, Setting, Specdec
 
 _SPEED_COLUMNS = ("drafted", "accepted", "tokens/call", "tokens/s", "speed-up", "theory", "paper's")
 _SPEED_CAPTION = (
-    "theory: from acceptance by position and the forwards' times; paper's: one rate, a block as dear as a token. "
+    "theory: from acceptance by position and the forwards' times; paper's: one rate, a block as slow as a token. "
     "What was not timed is predicted."
 )
 
@@ -22,27 +22,18 @@ def render(results: Mapping[str, Specdec]) -> RenderableType:
     """Make tables for each draft model, by its name: speed in every setting, latency, acceptance by position."""
     parts: list[RenderableType] = []
     for name, result in results.items():
-        parts += [_speed(name, setting) for setting in result.settings]
-        parts += [_latencies(name, result), _conclusion(name, result)]
+        parts += [_speed(name, setting).to_rich() for setting in result.settings]
+        parts += [_latencies(name, result).to_rich(), _conclusion(name, result)]
         if result.vllm is not None:
             parts += [Text(f"vLLM: {reason}", style="yellow") for reason in result.vllm.reasons]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
-def _table(title: str, columns: tuple[str, ...], caption: str) -> Table:
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=None)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _speed(name: str, setting: Setting) -> Table:
+def _speed(name: str, setting: Setting) -> TextTable:
+    rows = [["none", "", "1.00", f"{setting.teacher_alone.tokens_per_second:.1f}", "1.00x", "", ""]]
+    rows += map(_speed_cells, setting.lengths)
     title = f"{name}: {_how(setting)}, {setting.prompts} prompts"
-    table = _table(title, _SPEED_COLUMNS, _SPEED_CAPTION)
-    table.add_row("none", "", "1.00", f"{setting.teacher_alone.tokens_per_second:.1f}", "1.00x", "", "")
-    for length in setting.lengths:
-        table.add_row(*_speed_cells(length), style="bold" if length.gamma == setting.best_gamma else "")
-    return table
+    return TextTable(title, _SPEED_COLUMNS, rows, note=_SPEED_CAPTION, highlighted=[str(setting.best_gamma)])
 
 
 def _speed_cells(length: DraftLength) -> list[str]:
@@ -60,13 +51,13 @@ def _speed_cells(length: DraftLength) -> list[str]:
     ]
 
 
-def _latencies(name: str, result: Specdec) -> Table:
-    columns = ("setting", "drafted", "first token", "per token")
-    table = _table(f"{name}: latency in ms", columns, "50 / 90 / 99 % of tokens take no longer")
+def _latencies(name: str, result: Specdec) -> TextTable:
+    rows = []
     for setting in result.settings:
-        table.add_row(_how(setting), "none", *_latency_cells(setting.teacher_alone.latency))
-        table.add_row("", str(setting.best_gamma), *_latency_cells(setting.timed(setting.best_gamma).latency))
-    return table
+        rows.append([_how(setting), "none", *_latency_cells(setting.teacher_alone.latency)])
+        rows.append(["", str(setting.best_gamma), *_latency_cells(setting.timed(setting.best_gamma).latency)])
+    columns = ("setting", "drafted", "first token", "per token")
+    return TextTable(f"{name}: latency in ms", columns, rows, note="50 / 90 / 99 % of tokens take no longer")
 
 
 def _latency_cells(latency: Latency) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +28,10 @@ _RESPONSES = 4
 """Responses on which rounding is measured: each takes as many forwards as it has tokens."""
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """The difference between two forwards over the same tokens in the distance of the two best logits.
+class Rounding(NamedTuple):
+    """Differences between two forwards over the same tokens in the distance of the two best logits.
 
-    Attributes:
-        typical: Root mean square over positions.
-        widest: The largest of them.
+    `typical` is the root mean square over positions, `widest` the largest.
     """
 
     typical: float
@@ -54,13 +51,9 @@ def rounding(dtype: torch.dtype) -> float:
 def measured_rounding(
     teacher: PreTrainedModel, prompts: Sequence[list[int]], responses: Sequence[list[int]], vocabulary: int
 ) -> Rounding:
-    """Measure how the teacher's cached steps and one forward over all tokens differ, on the first few responses.
+    """Measure how the teacher's cached steps and one forward over all tokens differ, on its first few responses.
 
-    Args:
-        teacher: The model that wrote the responses.
-        prompts: Token ids.
-        responses: The teacher's own, one a prompt, none of them empty.
-        vocabulary: Ids at and above it were not allowed.
+    None of the responses may be empty; ids at and above `vocabulary` were not allowed.
     """
     differences = []
     for prompt, response in list(zip(prompts, responses, strict=True))[:_RESPONSES]:
@@ -118,15 +111,8 @@ def verify_greedy(
     return len(differing)
 
 
-@dataclass(frozen=True)
-class _Tie:
-    """The place where a response leaves the reference, in logits.
-
-    Attributes:
-        width: Distance of the two tokens.
-        unit: The last place of the best one.
-        allowed: What its width may be.
-    """
+class _Tie(NamedTuple):
+    """A place where a response leaves the reference, in logits: its width, the best one's last place, the limit."""
 
     width: float
     unit: float

@@ -154,7 +154,7 @@ def test_scores_by_comet_stand_beside_the_others() -> None:
     )
     assert summary.headline()["teacher_comet"] == 81.5
     assert "student_after_comet" not in summary.headline()
-    assert "| model | COMET (95 % interval) | BLEU" in to_markdown(summary)
+    assert "| model | COMET | BLEU" in to_markdown(summary)
     assert "| teacher | 81.5 [80.0, 83.0] |" in to_markdown(summary)
     assert "COMET: comet|model:m|version:2.2.7" in printed(summary, 120)
     assert summary.missing == {}
