@@ -1,4 +1,4 @@
-"""The images' digests and locked dependencies: `components/digests.yaml` and the files `requirements.txt`.
+"""The images' digests and locked dependencies: `components/digests.yaml` and the files `images/<name>.txt`.
 
     python images/tools/image_tools.py --help
 

@@ -1,4 +1,4 @@
-"""What goes into each image, locked with hashes: `images/<name>/requirements.txt`, made from `pyproject.toml`.
+"""What goes into each image, locked with hashes: `images/<name>.txt`, made from `pyproject.toml`.
 
 torch and the GPU libraries that a build of it needs come from the index the image is built for (CUDA 12, CPU, ...).
 Every index has other wheels under the same version, so they are not in the lock: the version is fixed by the
@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OWN_INDEX = re.compile(r"torch|triton|(nvidia|cuda)-.+")
 """Packages that come from torch's index."""
 HEADER = "# Locked by `make lock`. Do not edit.\n"
+TORCH = "# torch=={} is installed besides, from the index that the image is built for.\n"
+"""Line by which `images/Dockerfile` finds the version of torch."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Lock:
 
 
 LOCKS = {
-    "train": Lock("images/train/requirements.txt", "constraints/main.txt", ("training", "tracking", "s3")),
-    "comet": Lock("images/comet/requirements.txt", "skd_lib/evaluation/comet/constraints.txt", ("comet",)),
-    "pipeline": Lock("images/pipeline/requirements.txt", "constraints/main.txt", ("pipelines", "trigger")),
+    "train": Lock("images/train.txt", "constraints/main.txt", ("training", "tracking", "s3")),
+    "comet": Lock("images/comet.txt", "skd_lib/evaluation/comet/constraints.txt", ("comet",)),
+    "pipeline": Lock("images/pipeline.txt", "constraints/main.txt", ("pipelines", "trigger")),
     "build": Lock("images/build.txt", group="images"),
 }
 
@@ -60,10 +62,12 @@ def write_lock(lock: Lock, root: Path = ROOT) -> Path:
     Raises:
         SkdError: uv is missing, or the requirements cannot be met.
     """
-    elsewhere = [name for name in locked_versions(_resolve(lock, root)) if OWN_INDEX.fullmatch(name)]
+    versions = locked_versions(_resolve(lock, root))
+    elsewhere = [name for name in versions if OWN_INDEX.fullmatch(name)]
     text = _resolve(lock, root, "--generate-hashes", *_each("--no-emit-package", elsewhere))
+    torch = TORCH.format(versions["torch"]) if "torch" in versions else ""
     path = root / lock.file
-    write_text_atomic(path, HEADER + text)
+    write_text_atomic(path, HEADER + torch + text)
     return path
 
 

@@ -165,14 +165,14 @@ class Build(Protocol):
 
 @pytest.fixture(scope="session")
 def build(engine: DockerClient, base_image: str, torch_index: str) -> Build:
-    """Builds `images/NAME/Dockerfile`, once for all tests."""
+    """Builds an image, once for all tests."""
 
     @cache
     def make(name: str) -> str:
         tag = f"skd-{name}:test"
-        arguments = {"BASE_IMAGE": base_image, "TORCH_INDEX_URL": torch_index, "REVISION": "abc123"}
+        arguments = {"IMAGE": name, "BASE_IMAGE": base_image, "TORCH_INDEX_URL": torch_index, "REVISION": "abc123"}
         command = [
-            *("docker", "build", "--network", "host", "--file", f"images/{name}/Dockerfile", "--tag", tag),
+            *("docker", "build", "--network", "host", "--file", "images/Dockerfile", "--tag", tag),
             *(part for key, value in arguments.items() for part in ("--build-arg", f"{key}={value}")),
             ".",
         ]

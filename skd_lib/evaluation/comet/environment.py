@@ -29,7 +29,7 @@ def comet_python() -> Path:
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         raise SkdError(
             "this container has no COMET, and containers install nothing while they run",
-            hint="run the step in the image of images/comet",
+            hint="run the step in the image `comet`, see images/README.md",
         )
     if sys.version_info[:2] > _NEWEST_PYTHON:
         newest = ".".join(map(str, _NEWEST_PYTHON))

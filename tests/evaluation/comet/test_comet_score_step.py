@@ -121,7 +121,7 @@ def test_as_a_command_in_a_container_without_comet(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "COMET is missing from this run: this container has no COMET" in done.stderr
     assert "; hint: " in written(output)["missing"]
-    assert "images/comet" in written(output)["missing"]
+    assert "the image `comet`" in written(output)["missing"]
 
 
 def test_an_interpreter_without_comet(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_what_pip_could_not_do_is_said_and_leaves_nothing_behind(wheels: Path, t
 
 def test_a_container_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    with pytest.raises(SkdError, match=r"this container has no COMET[\s\S]*images/comet"):
+    with pytest.raises(SkdError, match=r"this container has no COMET[\s\S]*the image `comet`"):
         comet_python()
 
 
