@@ -8,7 +8,7 @@ CHECKED := skd_lib components pipelines docs images tests
 SCRIPTS := docs/benchmarks/*.py docs/evidence/*.py images/tools/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-slow test-all test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
+.PHONY: help install demo bench test test-slow test-all mutants test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ test-slow: $(STAMP) ## Run the tests that take longer: whole pipelines, kills, o
 
 test-all: $(STAMP) ## Run all of them
 	$(PYTEST) $(ARGS)
+
+mutants: $(STAMP) ## Run the sampler's tests against seeded mistakes in its code: each must be caught (minutes)
+	$(BIN)/python tests/sampling/mutants.py $(ARGS)
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU (one after the other: they share it)
 	SKD_TEST_GPU=1 $(BIN)/python -m pytest tests/sampling/test_cuda.py $(ARGS)

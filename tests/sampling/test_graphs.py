@@ -24,10 +24,17 @@ from skd_lib.sampling.engine import Sampler
 from skd_lib.sampling.round import Interleaving, Verdict
 from tests.conftest import TinyModel
 from tests.sampling.test_architectures import with_lora
-from tests.sampling.test_engine import GREEDY, PROMPTS, STUDENT_SAMPLES, pair, rows, sampler
+from tests.sampling.test_engine import ARCHITECTURES, GREEDY, PROMPTS, STUDENT_SAMPLES, pair, rows, sampler
 from tests.sampling.test_memory import assert_same, memory
 
 RULES = [top_k(6), min_prob(0.05), mixture(0.4), lossless(), student_only(), teacher_only()]
+# All rules where a cache grows and where its windows slide, as in test_engine.py.
+PAIRS = [
+    pytest.param(arch, rule, id=f"{rule.name}-{arch}")
+    for arch in ARCHITECTURES
+    for rule in RULES
+    if arch in ("llama", "gemma3") or rule is RULES[0]
+]
 MANY = [*PROMPTS, [1, 20, 21, 22], [1, 33], [1, 9, 9]]
 SEEDS = [3, 1, 4, 1, 5, 9, 2]
 SYNCHRONISING = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._to_copy", "aten.equal"}
@@ -63,8 +70,7 @@ def graphed(s: Sampler, capture: Any) -> Sampler:
     return s
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize(("arch", "rule"), [each for each in PAIRS if each.values[0] in ("llama", "gemma2", "gemma3")])
 def test_the_samples_are_those_without_graphs(tiny_model: TinyModel, arch: str, rule: AcceptanceRule) -> None:
     models = pair(tiny_model, arch)
     plain = sampler(models, rule, gamma=3, max_new_tokens=20, batch_size=3, keep_teacher_states=rule.asks_teacher)
@@ -207,8 +213,7 @@ def test_what_cannot_be_captured_runs_without_graphs(tiny_model: TinyModel, capl
     ]
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize(("arch", "rule"), PAIRS)
 def test_a_round_never_asks_the_device_for_a_value(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, arch: str, rule: AcceptanceRule
 ) -> None:

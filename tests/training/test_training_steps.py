@@ -333,6 +333,7 @@ def test_a_step_that_died_goes_on_from_its_checkpoint(
     assert not kept.parent.exists()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_told_to_go_saves_and_goes_on(teacher: Path, data: Path, tmp_path: Path) -> None:
     """A real process, a real signal: its exit code says that it wants to be started again."""
     training = {**TRAINING, "max_steps": 72, "eval_steps": 72}  # a second and a half
@@ -423,6 +424,7 @@ def test_a_teacher_that_was_asked_before_is_not_loaded(
     assert len(list((tmp_path / "checkpoints" / "teacher_signal").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     teacher: Path, data: Path, tmp_path: Path, compile_once: Callable[..., Any]
 ) -> None:
