@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import default_store
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
-    from skd_lib.tracking.promotion import Move
+    from skd_lib.tracking.gate import Move
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
 
@@ -25,13 +26,6 @@ _WIDE = 100_000
 Model = Annotated[str, typer.Argument(help="Registered model, e.g. skd-student.")]
 Why = Annotated[str, typer.Option("--why", "-m", help="The reason, kept in the registry.")]
 By = Annotated[str | None, typer.Option("--by", help="Who wants it.", show_default="the user of this machine")]
-RunsDir = Annotated[Path, typer.Option(help="Where local runs keep their files.")]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(
-        envvar="MLFLOW_TRACKING_URI", help="MLflow tracking server.", show_default="sqlite:///RUNS_DIR/mlflow.db"
-    ),
-]
 
 
 def promote(
@@ -47,10 +41,10 @@ def promote(
     The alias `champion` moves. Who, when and why stand in the tags of the version that becomes champion and of the one
     that was.
     """
-    from skd_lib.tracking import promotion
+    from skd_lib.tracking import gate
 
     uri = _store(runs_dir, tracking_uri)
-    _report(promotion.promote(tracking_uri=uri, model=model, version=str(version), by=_who(by), why=_reason(why)))
+    _report(gate.promote(tracking_uri=uri, model=model, version=str(version), by=_who(by), why=_reason(why)))
 
 
 def rollback(
@@ -61,10 +55,10 @@ def rollback(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Make the champion before the present one the champion again; a second time, the one before that."""
-    from skd_lib.tracking import promotion
+    from skd_lib.tracking import gate
 
     uri = _store(runs_dir, tracking_uri)
-    _report(promotion.rollback(tracking_uri=uri, model=model, by=_who(by), why=_reason(why)))
+    _report(gate.rollback(tracking_uri=uri, model=model, by=_who(by), why=_reason(why)))
 
 
 def lineage(
@@ -77,8 +71,7 @@ def lineage(
 ) -> None:
     """Show where a registered version comes from: weights, teacher, data, settings, code, images, pipeline run."""
     from skd_lib._core.terminal import Console
-    from skd_lib.tracking.lineage import trace
-    from skd_lib.tracking.render import render
+    from skd_lib.tracking.lineage import render, trace
 
     found = trace(tracking_uri=_store(runs_dir, tracking_uri), reference=model)
     if as_json:
@@ -90,7 +83,7 @@ def lineage(
 
 @track.callback()
 def _track() -> None:
-    """A group, though it has one command."""
+    """Keep `track` a group, although it has one command."""
 
 
 @track.command()

@@ -17,7 +17,7 @@ from skd_lib.report.folders import PREDICTIONS
 from skd_lib.report.measured import CHAMPION
 from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
 from skd_lib.storage import write_text_atomic
-from skd_lib.tracking.champions import REMEDY
+from skd_lib.tracking.gate import REMEDY
 
 if TYPE_CHECKING:
     from skd_lib.data.examples import Example
@@ -135,7 +135,7 @@ def fetch(champion: Champion) -> Path:
 
 
 def check_weights(champion: Champion, folder: Path) -> None:
-    """See that the folder holds the weights that were registered.
+    """Check that the folder holds the weights that were registered.
 
     Raises:
         SkdError: it holds others.
@@ -161,7 +161,7 @@ def _answers(
 def _as_drafts(
     teacher: Served, drafts: dict[str, Served], inputs: list[str], task: TaskConfig, config: SpecdecConfig, seed: int
 ) -> Rival:
-    """Speed-ups of both, or why there are none."""
+    """Measure the speed-ups of both, or return the reason why there are none."""
     from skd_lib._core.events import Progress
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.specdec.benchmark import measure

@@ -1,8 +1,8 @@
-"""The gate: whether a new student (the challenger) takes the champion's place.
+"""The champion: replaced by a new student (the challenger) that passes the gate, or by hand.
 
-Both are measured by the run that asks (step `evaluate_champion`): their scores on the same test set, their worth as
-drafts of the same teacher, in turns. The figures that the champion was registered with may be of other data and another
-teacher, and decide nothing.
+For the gate the run that asks measures both (step `evaluate_champion`): their scores on the same test set, and their
+speed-ups as drafts of the same teacher, in turns. The figures that the champion was registered with may be of other
+data and another teacher, and decide nothing.
 """
 
 from __future__ import annotations
@@ -10,15 +10,39 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from skd_lib import storage
 from skd_lib.config import Section
 from skd_lib.errors import SkdError
+from skd_lib.tracking.client import is_local_store
+from skd_lib.tracking.registry import (
+    BY_HAND,
+    DIGEST_TAG,
+    URI_TAG,
+    ask_registry,
+    find_version,
+    history,
+    restore_champion,
+    set_champion,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+REMEDY = (
+    "put its files back, give the alias champion to a version that has them (`skd promote`, `skd rollback`), or delete "
+    "the alias in MLflow's page"
+)
+"""What to do about a champion whose files are gone."""
 
 
 class Rival(Section):
-    """The registered champion as this run has measured it; all empty where there is none."""
+    """The registered champion as measured by this run; all empty where there is none."""
 
     version: str = Field("", description="Its version in the registry; empty: there is no champion.")
     is_this_student: bool = Field(False, description="It has the new student's very weights.")
@@ -31,7 +55,7 @@ class Rival(Section):
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate decided, and why in one sentence."""
+    """The gate's decision, and why in one sentence."""
 
     promote: bool
     reason: str
@@ -50,8 +74,7 @@ def decide(
 
     The first version is promoted, a later one if its score beats the champion's by more than `min_improvement` and its
     speed-up as a draft is at least 1 - `max_slowdown` times the champion's. A champion that cannot be measured cannot
-    be beaten: somebody has to move the alias by hand. One that cannot draft for this teacher is compared by score
-    alone.
+    be beaten: the alias has to be moved by hand. One that cannot draft for this teacher is compared by score alone.
 
     Args:
         challenger: The new student's scores, by metric.
@@ -93,3 +116,84 @@ def decide(
     elif champion.undrafted:
         reason += f"; not compared as drafts: {champion.undrafted}"
     return Decision(better and fast_enough, reason)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A move of the alias: the champion now, and the one before (empty: none)."""
+
+    model: str
+    version: str
+    before: str
+
+
+def promote(*, tracking_uri: str, model: str, version: str, by: str, why: str) -> Move:
+    """Make a version the champion.
+
+    Args:
+        tracking_uri: Store of the registry.
+        model: Registered model.
+        version: Its version.
+        by: Who wants it.
+        why: The reason; both are kept in the registry.
+
+    Raises:
+        SkdError: there is no such model or version, it is the champion already, it is no student of the pipeline, or
+            its weights are gone.
+    """
+
+    def work(client: MlflowClient) -> Move:
+        wanted = find_version(client, model, version)
+        records = history(client, model)
+        if records and records[-1].version == version and records[-1].why != BY_HAND:
+            hint = f"`skd lineage {model}` shows since when"
+            raise SkdError(f"version {version} is the champion already", where=model, hint=hint)
+        _check_usable(wanted, model, tracking_uri)
+        set_champion(client, model, version, by=by, why=why)
+        return Move(model, version, records[-1].version if records else "")
+
+    return ask_registry(tracking_uri, model, work)
+
+
+def rollback(*, tracking_uri: str, model: str, by: str, why: str) -> Move:
+    """Make the champion before the present one the champion again; a second time, the one before that.
+
+    Args:
+        tracking_uri: Store of the registry.
+        model: Registered model.
+        by: Who wants it.
+        why: The reason; both are kept in the registry.
+
+    Raises:
+        SkdError: there is no champion, none before it, or its weights are gone.
+    """
+
+    def work(client: MlflowClient) -> Move:
+        records = history(client, model)
+        if not records:
+            hint = f"make one: `skd promote {model} VERSION`"
+            raise SkdError("no champion to roll back from", where=model, hint=hint)
+        if len(records) == 1:
+            what = f"version {records[0].version} is the first champion that is known: there is none to go back to"
+            hint = f"name the version that is to be champion: `skd promote {model} VERSION`"
+            raise SkdError(what, where=model, hint=hint)
+        _check_usable(find_version(client, model, records[-2].version), model, tracking_uri)
+        restore_champion(client, model, by=by, why=why)
+        return Move(model, records[-2].version, records[-1].version)
+
+    return ask_registry(tracking_uri, model, work)
+
+
+def _check_usable(version: ModelVersion, model: str, tracking_uri: str) -> None:
+    where = f"{model} version {version.version}"
+    if DIGEST_TAG not in version.tags:
+        what = "this version is no student that the pipeline registered: the digest of its weights is not known"
+        raise SkdError(what, where=where, hint="promote a version that has the tag `weights_sha256`")
+    weights = version.tags.get(URI_TAG, "")
+    # A path of another machine cannot be looked at from here; behind a server it may be one. Kubeflow's own storage is
+    # seen from inside the cluster alone, and people move aliases from their own machines.
+    remote = storage.is_remote(weights) and not weights.startswith("minio://")
+    visible = remote or (is_local_store(tracking_uri) and "://" not in weights) or Path(weights).exists()
+    if visible and not storage.exists(weights):
+        what = f"its weights are gone: there is nothing at {weights}"
+        raise SkdError(what, where=where, hint="promote another version")

@@ -1,21 +1,25 @@
-"""From a registered version back to what made it: data, teacher, settings, images, code, the pipeline run."""
+"""The lineage of a registered version: data, teacher, settings, images, code, the pipeline run."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
+from rich.markup import escape
+from rich.tree import Tree
 
 from skd_lib.errors import SkdError
-from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased
 from skd_lib.tracking.ending import STATE_TAG
 from skd_lib.tracking.entries import PARAM_PREFIX
 from skd_lib.tracking.locate import IMAGE_TAG, PIPELINE_RUN_TAG, TASK_TAG, children_of, get_run, search_everywhere
-from skd_lib.tracking.promotion import find_version, registered_model, versions_of
 from skd_lib.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
     DIGEST_TAG,
     FIGURE_PREFIX,
     FINGERPRINT_TAG,
@@ -23,7 +27,11 @@ from skd_lib.tracking.registry import (
     REGISTERED_BY_TAG,
     SIGNATURE_PREFIX,
     URI_TAG,
+    aliased,
     ask_registry,
+    find_version,
+    registered_model,
+    versions_of,
 )
 from skd_lib.tracking.registry import PIPELINE_RUN_TAG as VERSION_PIPELINE_RUN_TAG
 
@@ -33,28 +41,15 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _NAMED = {
-    URI_TAG,
-    DIGEST_TAG,
-    FINGERPRINT_TAG,
-    GATE_TAG,
-    VERSION_PIPELINE_RUN_TAG,
-    REGISTERED_BY_TAG,
-    "teacher",
-    "teacher_weights_sha256",
-    "teacher_fingerprint",
-    "base_student",
-    "base_student_fingerprint",
-    "initial_weights_sha256",
-    "code_version",
+    *(URI_TAG, DIGEST_TAG, FINGERPRINT_TAG, GATE_TAG, VERSION_PIPELINE_RUN_TAG, REGISTERED_BY_TAG, "code_version"),
+    *("teacher", "teacher_weights_sha256", "teacher_fingerprint"),
+    *("base_student", "base_student_fingerprint", "initial_weights_sha256"),
 }
-"""Tags of a version that have a place of their own; the others are how the student was distilled."""
+"""Tags of a version with a field of their own; the others are the settings of the distillation."""
 
 
 class Weights(BaseModel):
-    """A model: where it is, the sha256 of its weights, and for one that was fetched the fingerprint of all its files.
-
-    What is not known is empty.
-    """
+    """A model, the sha256 of its weights, the fingerprint of all files that were fetched; empty where unknown."""
 
     reference: str
     sha256: str
@@ -90,30 +85,23 @@ class Step(BaseModel):
 
 
 class Lineage(BaseModel):
-    """Where a registered version comes from.
+    """The origin of a registered version.
 
     Attributes:
-        model: Registered model.
-        version: Its version.
-        aliases: Of the version.
-        registered: When, in milliseconds.
-        student: The version's own weights.
-        teacher: Whose student it is.
-        base: What the student was before.
+        registered: Time in milliseconds.
+        base: The student before the distillation.
         distillation: Method and settings.
-        data_fingerprint: Of the prepared data.
         data_source: Where the data was read, as the configuration names it.
         data_objects: Size, generation, checksum of each object that was read; or the wheel or hub revision.
         data: The prepared splits.
         code_version: Of the code that distilled.
-        images: That the steps ran in.
+        images: Images of the steps.
         pipeline_run_id: Kubeflow's run that trained the student.
         registered_by: Kubeflow's run that registered it; the same, unless that took the student from the cache.
         mlflow_run_id: The parent run of the training.
         state: How the pipeline run ended.
-        steps: Its steps; those that it took from the cache come first, as another run has made them.
+        steps: Its steps; those from the cache, which another run has made, come first.
         figures: Its scores when it was registered.
-        gate: What it said.
         champion: Since when, by whom, why; until when, by whom, why.
         missing: What could not be traced, and why.
     """
@@ -144,7 +132,7 @@ class Lineage(BaseModel):
 
 
 def parse_model(reference: str) -> tuple[str, str, str]:
-    """Name, version and alias in `MODEL`, `MODEL/VERSION` or `MODEL@ALIAS`; empty where not given.
+    """Return name, version and alias in `MODEL`, `MODEL/VERSION` or `MODEL@ALIAS`; empty where not given.
 
     Raises:
         SkdError: it is none of these.
@@ -156,14 +144,13 @@ def parse_model(reference: str) -> tuple[str, str, str]:
         if slash:
             name, version = head, tail
     if not name or (at and not alias) or (version and not version.isdigit()):
-        raise SkdError(
-            "not a registered model", where=reference, hint="write MODEL, MODEL@champion or MODEL/3 (a version)"
-        )
+        hint = "write MODEL, MODEL@champion or MODEL/3 (a version)"
+        raise SkdError("not a registered model", where=reference, hint=hint)
     return name, version, alias
 
 
 def trace(*, tracking_uri: str, reference: str) -> Lineage:
-    """The lineage of a version.
+    """Return the lineage of a version.
 
     Args:
         tracking_uri: Store of the registry and of the runs.
@@ -176,8 +163,7 @@ def trace(*, tracking_uri: str, reference: str) -> Lineage:
 
     def work(client: MlflowClient) -> Lineage:
         found = _find(client, name, version, alias)
-        lineage = _of_version(found)
-        return _with_runs(client, lineage, found.run_id)
+        return _with_runs(client, _of_version(found), found.run_id)
 
     return ask_registry(tracking_uri, name, work)
 
@@ -202,47 +188,37 @@ def _no_alias(client: MlflowClient, name: str, alias: str) -> SkdError:
 
 def _of_version(version: ModelVersion) -> Lineage:
     tags = version.tags
-    own = {
-        name: value
-        for name, value in tags.items()
-        if name not in _NAMED and not name.startswith((FIGURE_PREFIX, SIGNATURE_PREFIX, "champion."))
-    }
+
+    def prefixed(prefix: str) -> dict[str, str]:
+        return {name.removeprefix(prefix): value for name, value in tags.items() if name.startswith(prefix)}
+
+    def weights(name: str, digest: str) -> Weights:
+        fingerprint = tags.get(f"{name}_fingerprint", "")
+        return Weights(reference=tags.get(name, ""), sha256=tags.get(digest, ""), fingerprint=fingerprint)
+
+    other = (FIGURE_PREFIX, SIGNATURE_PREFIX, "champion.")
     return Lineage(
         model=version.name,
         version=str(version.version),
         aliases=list(version.aliases),
         registered=version.creation_timestamp,
         student=Weights(reference=tags.get(URI_TAG, version.source), sha256=tags.get(DIGEST_TAG, "")),
-        teacher=Weights(
-            reference=tags.get("teacher", ""),
-            sha256=tags.get("teacher_weights_sha256", ""),
-            fingerprint=tags.get("teacher_fingerprint", ""),
-        ),
-        base=Weights(
-            reference=tags.get("base_student", ""),
-            sha256=tags.get("initial_weights_sha256", ""),
-            fingerprint=tags.get("base_student_fingerprint", ""),
-        ),
-        distillation=own,
+        teacher=weights("teacher", "teacher_weights_sha256"),
+        base=weights("base_student", "initial_weights_sha256"),
+        distillation={n: value for n, value in tags.items() if n not in _NAMED and not n.startswith(other)},
         data_fingerprint=tags.get(FINGERPRINT_TAG, ""),
         code_version=tags.get("code_version", ""),
         pipeline_run_id=tags.get(VERSION_PIPELINE_RUN_TAG, ""),
         registered_by=tags.get(REGISTERED_BY_TAG, ""),
         mlflow_run_id=version.run_id or "",
-        figures={
-            name.removeprefix(FIGURE_PREFIX): float(value)
-            for name, value in tags.items()
-            if name.startswith(FIGURE_PREFIX)
-        },
+        figures={name: float(value) for name, value in prefixed(FIGURE_PREFIX).items()},
         gate=tags.get(GATE_TAG, ""),
-        champion={
-            name.removeprefix("champion."): value for name, value in tags.items() if name.startswith("champion.")
-        },
+        champion=prefixed("champion."),
     )
 
 
 def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Lineage:
-    """With what the pipeline run and its steps tell."""
+    """Add what the records of the pipeline run and its steps hold."""
     if not run_id:
         return lineage.model_copy(update={"missing": ["the version names no MLflow run"]})
     parent = get_run(client, run_id)
@@ -268,13 +244,13 @@ def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Li
         }
         objects = _manifest(client, prepared).get("source", [])
         if not objects:
-            missing.append("the manifest of the prepared data, which tells the objects' checksums")
+            missing.append("the manifest of the prepared data, which holds the objects' checksums")
         update |= {"data": _splits(prepared), "data_source": source, "data_objects": objects}
     return lineage.model_copy(update={**update, "missing": missing})
 
 
 def _reused(client: MlflowClient, lineage: Lineage, own: list[Run]) -> list[Run]:
-    """Steps whose results the run took from the cache: runs, in any experiment, that made these very results."""
+    """Return the runs, in any experiment, of steps whose results the run took from the cache."""
     made = {
         "prepare_data": (FINGERPRINT_TAG, lineage.data_fingerprint),
         "teacher_sft": (DIGEST_TAG, lineage.teacher.sha256),
@@ -319,7 +295,7 @@ def _splits(run: Run) -> list[DataSplit]:
 
 
 def _manifest(client: MlflowClient, run: Run) -> dict[str, Any]:
-    """What `prepare_data` wrote about the data; empty if the run has no such file."""
+    """Return the manifest that `prepare_data` wrote; empty if the run has no such file."""
     from skd_lib.data.prepared import MANIFEST
 
     if all(artifact.path != MANIFEST for artifact in client.list_artifacts(run.info.run_id)):
@@ -328,3 +304,52 @@ def _manifest(client: MlflowClient, run: Run) -> dict[str, Any]:
         path = client.download_artifacts(run.info.run_id, MANIFEST, folder)
         manifest: dict[str, Any] = json.loads(Path(path).read_bytes())
     return manifest
+
+
+def render(lineage: Lineage) -> Tree:
+    """Return a tree for the terminal: the version at its root, below it what made it."""
+    aliases = f" [green]{escape(', '.join(lineage.aliases))}[/]" if lineage.aliases else ""
+    registered = datetime.fromtimestamp(lineage.registered / 1000, tz=UTC).isoformat(timespec="seconds")
+    tree = Tree(f"[bold]{escape(lineage.model)}[/] version {lineage.version}{aliases}, registered {registered}")
+    _add(tree, "champion", lineage.champion)
+    for name in ("student", "teacher", "base"):
+        _add_weights(tree, name, getattr(lineage, name))
+    _add(tree, "distillation", lineage.distillation)
+    data = tree.add(f"[cyan]data[/] fingerprint {lineage.data_fingerprint or 'not known'}")
+    _add(data, "source", lineage.data_source)
+    for item in lineage.data_objects:
+        data.add(escape("object " + ", ".join(f"{key} {value}" for key, value in item.items() if value)))
+    for split in lineage.data:
+        rows = "" if split.rows is None else f", {split.rows} rows"
+        data.add(escape(f"{split.name} ({split.use}{rows}) sha256 {split.sha256} from {split.source}"))
+    _add(tree, "code", {"version": lineage.code_version})
+    images = tree.add("[cyan]images[/]")
+    for image in lineage.images or ["not known: the steps did not run in containers of this pipeline"]:
+        images.add(escape(image))
+    run = tree.add(f"[cyan]pipeline run[/] {escape(lineage.pipeline_run_id or 'not known')} {lineage.state}".rstrip())
+    if lineage.registered_by not in ("", lineage.pipeline_run_id):
+        run.add(escape(f"registered by a later run, {lineage.registered_by}"))
+    if lineage.mlflow_run_id:
+        run.add(f"MLflow run {lineage.mlflow_run_id}")
+    for step in lineage.steps:
+        run.add(escape(f"{step.name} {step.status} (MLflow run {step.run_id})"))
+    _add(tree, "figures", {name: f"{value:.4g}" for name, value in lineage.figures.items()} | {"gate": lineage.gate})
+    for reason in lineage.missing:
+        tree.add(f"[yellow]not traced[/] {escape(reason)}")
+    return tree
+
+
+def _add(tree: Tree, title: str, values: Mapping[str, Any]) -> None:
+    known = {name: value for name, value in values.items() if value not in ("", None)}
+    if known:
+        branch = tree.add(f"[cyan]{title}[/]")
+        for name, value in known.items():
+            branch.add(escape(f"{name}: {value}"))
+
+
+def _add_weights(tree: Tree, name: str, weights: Weights) -> None:
+    branch = tree.add(f"[cyan]{name}[/] {escape(weights.reference or 'not known')}")
+    if weights.sha256:
+        branch.add(f"weights sha256 {weights.sha256}")
+    if weights.fingerprint:
+        branch.add(f"fetched as {escape(weights.fingerprint)}")

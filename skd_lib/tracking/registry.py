@@ -1,8 +1,9 @@
 """The registered students: one version for each set of weights, found again by their digest.
 
 A version points at the weights by URI; the weights themselves are never sent through the tracking server. The alias
-`challenger` is the student registered last, `champion` the best one that passed the gate. What a reader needs stands in
-the version's tags: lineage, the task's scores and the figures as a draft, as they were when it was registered.
+`challenger` is the student registered last, `champion` the best one that passed the gate. A version's tags hold its
+lineage, the task's scores and the figures as a draft, as they were when it was registered. The registered model's tag
+`skd.champions` holds the history of champions, and a version's tags `champion.*` its own part of it.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from skd_lib._core.events import Progress
 from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
-from skd_lib.tracking.champions import CHALLENGER, CHAMPION, aliased, crown
-from skd_lib.tracking.client import brief, connect, is_local_store, is_silence, unanswered
+from skd_lib.tracking.client import TAG_LENGTH, brief, clip, connect, is_local_store, is_silence, unanswered
 from skd_lib.tracking.locate import get_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,6 +36,7 @@ WAIT_VARIABLE = "SKD_REGISTRY_WAIT"
 """Seconds for which a step that needs the registry waits for it, 300 unless set."""
 _LONGEST_PAUSE = 15.0
 
+CHALLENGER, CHAMPION = "challenger", "champion"
 DIGEST_TAG = "weights_sha256"
 URI_TAG = "weights_uri"
 FIGURE_PREFIX = "figure."
@@ -42,6 +47,12 @@ PIPELINE_RUN_TAG = "pipeline_run_id"
 REGISTERED_BY_TAG = "registered_by"
 """Holds Kubeflow's run that registered it first: another one, where that took the student from the cache."""
 GATE_TAG = "gate"
+HISTORY_TAG = "skd.champions"
+BY_HAND = "the alias was moved by hand"
+_REMEMBERED = 20
+_WHY_LENGTH = 150  # so that most of the history fits into one tag
+_SINCE = ("champion.since", "champion.by", "champion.why")
+_UNTIL = ("champion.until", "champion.until_by", "champion.until_why")
 
 
 class Silent(SkdError):
@@ -55,6 +66,27 @@ class Champion:
     version: str
     weights_uri: str
     weights_sha256: str
+
+
+class ChampionRecord(BaseModel):
+    """One version's time as champion.
+
+    Attributes:
+        version: Of the registered model.
+        since: ISO 8601, UTC.
+        by: Who made it champion: a person, or the pipeline.
+        why: In words.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    since: str
+    by: str
+    why: str
+
+
+_HISTORY = TypeAdapter(list[ChampionRecord])
 
 
 def register(
@@ -81,7 +113,7 @@ def register(
         model_name: Registered model; created if missing.
         student_uri: Where the weights are: `gs://...` or a local path.
         weights_sha256: Their digest.
-        run_id: MLflow run shown as the version's source; or what finds it, once the store answers.
+        run_id: MLflow run shown as the version's source; or a function that finds it, once the store answers.
         trained_by: MLflow run that trained the student, which is shown in its place if the store has it.
         promote: Whether to make it the champion.
         figures: Scores and draft figures, kept as tags `figure.NAME`.
@@ -101,7 +133,6 @@ def register(
     numbers = {FIGURE_PREFIX + name: repr(float(value)) for name, value in figures.items()}
     lineage = {name: value for name, value in tags.items() if value}
     wanted = {**lineage, **numbers, DIGEST_TAG: weights_sha256, URI_TAG: student_uri}
-
     registrar = os.environ.get("KFP_RUN_ID", "")
 
     def work(client: MlflowClient) -> str:
@@ -124,14 +155,14 @@ def register(
                 client.set_model_version_tag(model_name, version, name, value)
         client.set_registered_model_alias(model_name, CHALLENGER, version)
         if promote:
-            crown(client, model_name, version, by="the pipeline's gate", why=lineage.get(GATE_TAG, ""))
+            set_champion(client, model_name, version, by="the pipeline's gate", why=lineage.get(GATE_TAG, ""))
         return version
 
     return ask_registry(tracking_uri, model_name, work, patience)
 
 
 def champion(*, tracking_uri: str, model_name: str, patience: float = 0.0) -> Champion | None:
-    """The registered champion; None if there is none.
+    """Return the registered champion; None if there is none.
 
     Args:
         tracking_uri: Store of the registry.
@@ -143,20 +174,14 @@ def champion(*, tracking_uri: str, model_name: str, patience: float = 0.0) -> Ch
     """
 
     def work(client: MlflowClient) -> Champion | None:
-        version = aliased(client, model_name, CHAMPION)
-        if version is None:
-            return None
-        return Champion(
-            version=str(version.version),
-            weights_uri=version.tags.get(URI_TAG, ""),
-            weights_sha256=version.tags.get(DIGEST_TAG, ""),
-        )
+        found = aliased(client, model_name, CHAMPION)
+        return found and Champion(str(found.version), found.tags.get(URI_TAG, ""), found.tags.get(DIGEST_TAG, ""))
 
     return ask_registry(tracking_uri, model_name, work, patience)
 
 
 def step_patience() -> float:
-    """Seconds for which a step that cannot do without the registry waits for it."""
+    """Return the seconds for which a step that cannot do without the registry waits for it."""
     return float(os.environ.get(WAIT_VARIABLE) or 300)
 
 
@@ -199,8 +224,116 @@ def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClien
                 time.sleep(min(2.0 ** (attempt - _ATTEMPTS), _LONGEST_PAUSE, max(patience - waited, 0.0)))
 
 
-def quoted(name: str) -> str:
-    """A name as MLflow's searches want it."""
+def aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """Return the version that has an alias; None if there is no such model, or it has no such alias."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        # No such model, or a model without this alias: for the second MLflow has no code of its own.
+        no_alias = error.error_code == "INVALID_PARAMETER_VALUE" and "not found" in str(error)
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST" or no_alias:
+            return None
+        raise
+
+
+def find_version(client: MlflowClient, model: str, version: str) -> ModelVersion:
+    """Return a version of a registered model.
+
+    Raises:
+        SkdError: there is none; the hint names those there are.
+    """
+    present = versions_of(client, model)
+    if version in present:
+        return client.get_model_version(model, version)  # with its aliases, which a search leaves out
+    registered_model(client, model)
+    raise SkdError(f"no version {version}", where=model, hint=f"its versions are: {', '.join(present) or 'none'}")
+
+
+def versions_of(client: MlflowClient, model: str) -> list[str]:
+    """Return the versions of a registered model; none if there is no such model."""
+    return sorted({str(found.version) for found in client.search_model_versions(f"name = {_quoted(model)}")}, key=int)
+
+
+def registered_model(client: MlflowClient, model: str) -> RegisteredModel:
+    """Return a registered model.
+
+    Raises:
+        SkdError: there is none of this name; the hint names those there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = ", ".join(found.name for found in client.search_registered_models()) or "none"
+        raise SkdError("no such registered model", where=model, hint=f"registered are: {names}") from error
+
+
+def history(client: MlflowClient, name: str) -> list[ChampionRecord]:
+    """Return the champions one after the other, the present one last; none if the model has no champion."""
+    present = aliased(client, name, CHAMPION)
+    if present is None:
+        return []
+    records = _HISTORY.validate_json(client.get_registered_model(name).tags.get(HISTORY_TAG, "[]"))
+    if not records or records[-1].version != str(present.version):
+        records.append(ChampionRecord(version=str(present.version), since="", by="", why=BY_HAND))
+    return records
+
+
+def set_champion(client: MlflowClient, name: str, version: str, *, by: str, why: str) -> None:
+    """Make a version the champion; nothing changes if it is already.
+
+    The history is written last: if this is interrupted, the alias seems to have been moved by hand, and another call
+    completes the record.
+    """
+    records = history(client, name)
+    if records and records[-1].version == version:
+        if records[-1].why != BY_HAND:
+            return
+        records.pop()
+    record = ChampionRecord(version=version, since=_now(), by=by, why=why)
+    client.set_registered_model_alias(name, CHAMPION, version)
+    _tag_versions(client, name, record, before=records[-1].version if records else "")
+    _write_history(client, name, [*records, record])
+
+
+def restore_champion(client: MlflowClient, name: str, *, by: str, why: str) -> None:
+    """Make the champion before the present one the champion again. The alias moves last, so a retry ends there."""
+    *earlier, before, present = history(client, name)
+    record = ChampionRecord(version=before.version, since=_now(), by=by, why=why)
+    _write_history(client, name, [*earlier, record])
+    _tag_versions(client, name, record, before=present.version)
+    client.set_registered_model_alias(name, CHAMPION, record.version)
+
+
+def _write_history(client: MlflowClient, name: str, records: list[ChampionRecord]) -> None:
+    kept = [record.model_copy(update={"why": clip(record.why, _WHY_LENGTH)}) for record in records[-_REMEMBERED:]]
+    while len(text := _HISTORY.dump_json(kept).decode()) > TAG_LENGTH:
+        kept = kept[1:]
+    client.set_registered_model_tag(name, HISTORY_TAG, text)
+
+
+def _tag_versions(client: MlflowClient, name: str, record: ChampionRecord, *, before: str) -> None:
+    """Write who, when and why on the version that becomes champion and on the one before."""
+    known = client.get_model_version(name, record.version).tags
+    for tag in _UNTIL:
+        if tag in known:
+            client.delete_model_version_tag(name, record.version, tag)
+    values = [clip(text, TAG_LENGTH) for text in (record.since, record.by, record.why)]
+    for version, names in ((record.version, _SINCE), (before, _UNTIL)):
+        for tag, value in zip(names, values, strict=True) if version else ():
+            client.set_model_version_tag(name, version, tag, value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _quoted(name: str) -> str:
     quote = '"' if "'" in name else "'"
     return f"{quote}{name}{quote}"
 
@@ -218,16 +351,16 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
 
 
 def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:
-    """The oldest version with these weights."""
-    found = client.search_model_versions(f"name = {quoted(name)} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
+    """Return the oldest version with these weights."""
+    found = client.search_model_versions(f"name = {_quoted(name)} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
     return str(min(int(version.version) for version in found)) if found else None
 
 
 def _source(client: MlflowClient, tracking_uri: str, student_uri: str, weights_sha256: str, run_id: str) -> Any:
-    """What to register as the version's source.
+    """Return what to register as the version's source.
 
-    A tracking server refuses a path of this machine that is not among the run's own artifacts, with reason: nobody
-    else could read it. There the run gets a small file that says where the weights are, and the version points at it.
+    A tracking server refuses a path of this machine that is not among the run's own artifacts, since no other machine
+    could read it. There the run gets a small file that says where the weights are, and the version points at it.
     """
     remote = "://" in student_uri and not student_uri.startswith("file://")
     if remote or is_local_store(tracking_uri) or not run_id:

@@ -14,7 +14,6 @@ from skd_kfp.pipelines.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.models.files import weights_digest
 from skd_lib.steps import finish, prepare_data
-from skd_lib.tracking import lineage
 from skd_lib.tracking.lineage import parse_model, trace
 from skd_lib.tracking.runs import step_run
 
@@ -171,12 +170,20 @@ def test_what_is_no_reference(reference: str) -> None:
         parse_model(reference)
 
 
-def test_a_step_whose_run_was_adopted_from_kubeflow_keeps_its_code_version(client: MlflowClient) -> None:
+def test_a_step_whose_run_was_adopted_from_kubeflow_keeps_its_code_version(store: str, client: MlflowClient) -> None:
     experiment = client.create_experiment(EXPERIMENT)
-    for tags, version in (
+    parent = client.create_run(experiment).info.run_id
+    cases = (
         ({"code_version": "sha256:abc"}, "sha256:abc"),
         ({"skd.version": "0.1.0"}, "skd-lib 0.1.0"),
         ({"code_version": "sha256:abc", "skd.version": "0.1.0"}, "sha256:abc"),
         ({}, ""),
-    ):
-        assert lineage._step(client.create_run(experiment, tags=tags)).code_version == version
+    )
+    for number, (tags, _) in enumerate(cases):
+        client.create_run(experiment, tags={**tags, "mlflow.parentRunId": parent, "kfp.task": str(number)})
+    client.create_registered_model("student")
+    client.create_model_version("student", "gs://bucket/x", run_id=parent)
+    steps = trace(tracking_uri=store, reference="student/1").steps
+    assert {step.name: step.code_version for step in steps} == {
+        str(number): version for number, (_, version) in enumerate(cases)
+    }

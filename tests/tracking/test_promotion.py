@@ -12,9 +12,7 @@ from typer.testing import CliRunner
 
 from skd_kfp.pipelines.cli import app
 from skd_lib.errors import SkdError
-from skd_lib.tracking import champions
-from skd_lib.tracking.champions import Reign, line
-from skd_lib.tracking.registry import champion, register
+from skd_lib.tracking.registry import champion, history, register, set_champion
 
 MODEL = "skd-student"
 
@@ -66,7 +64,7 @@ def test_forth_and_back(store: str, client: MlflowClient, versions: list[Path]) 
     assert "version 2 is the champion now; before, version 1 was" in promote(store, 2, "reads better")
     assert promote(store, 3)
     assert promote(store, 1)
-    assert [reign.version for reign in line(client, MODEL)] == ["1", "2", "3", "1"]
+    assert [record.version for record in history(client, MODEL)] == ["1", "2", "3", "1"]
     tags = {number: client.get_model_version(MODEL, str(number)).tags for number in (1, 2)}
     assert (tags[2]["champion.by"], tags[2]["champion.why"]) == ("ada", "reads better")
     assert (tags[2]["champion.until_by"], tags[2]["champion.until_why"]) == ("ada", "because")
@@ -75,7 +73,7 @@ def test_forth_and_back(store: str, client: MlflowClient, versions: list[Path]) 
     assert [(rollback(store), present(store))[1] for _ in range(3)] == ["3", "2", "1"]
     back = client.get_model_version(MODEL, "2").tags
     assert back["champion.until_why"] == "it fails on names"
-    (first,) = line(client, MODEL)
+    (first,) = history(client, MODEL)
     assert (first.version, first.by, first.why) == ("1", "ada", "it fails on names")
     with pytest.raises(SkdError, match="version 1 is the first champion that is known"):
         rollback(store)
@@ -94,7 +92,7 @@ def test_the_gates_champions_are_known(store: str, client: MlflowClient, version
             figures={},
             tags={"gate": "chrf 31.00 against 30.00: better"},
         )
-    assert [(reign.version, reign.by, reign.why) for reign in line(client, MODEL)] == [
+    assert [(record.version, record.by, record.why) for record in history(client, MODEL)] == [
         ("1", "the pipeline's gate", "first champion"),
         ("2", "the pipeline's gate", "chrf 31.00 against 30.00: better"),
     ]
@@ -108,7 +106,7 @@ def test_an_alias_moved_in_mlflows_page_is_gone_on_from(store: str, client: Mlfl
     assert present(store) == "1"
     client.set_registered_model_alias(MODEL, "champion", "3")
     assert "before, version 3 was" in promote(store, 3)  # gives the move its who and why
-    assert [(reign.version, reign.by) for reign in line(client, MODEL)] == [("1", "ada"), ("3", "ada")]
+    assert [(record.version, record.by) for record in history(client, MODEL)] == [("1", "ada"), ("3", "ada")]
 
 
 @pytest.mark.parametrize("command", ["promote", "rollback"])
@@ -138,7 +136,7 @@ def test_a_move_that_is_interrupted_is_completed_by_the_next(
     else:
         rollback(store)
     assert present(store) == ("3" if command == "promote" else "1")
-    assert [reign.version for reign in line(client, MODEL)] == (["1", "2", "3"] if command == "promote" else ["1"])
+    assert [record.version for record in history(client, MODEL)] == (["1", "2", "3"] if command == "promote" else ["1"])
     assert client.get_model_version(MODEL, "2").tags["champion.until_by"] == "ada"
 
 
@@ -181,12 +179,13 @@ def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_the_line_of_champions_fits_into_a_tag(store: str, client: MlflowClient, versions: list[Path]) -> None:
-    reigns = [Reign(version=str(number), since="2026-01-01", by="ada", why='"why" ' * 100) for number in range(40)]
-    monarch = Reign(version="1", since="2026-01-02", by="b" * 300, why="last")
-    champions._write_line(client, MODEL, [*reigns, monarch])
+def test_the_history_of_champions_fits_into_a_tag(store: str, client: MlflowClient, versions: list[Path]) -> None:
+    for number in range(2, 42):
+        set_champion(client, MODEL, str(1 + number % 2), by="b" * 150, why='"why" ' * 100)
+    set_champion(client, MODEL, "3", by="b" * 300, why="last")
     assert 3000 < len(client.get_registered_model(MODEL).tags["skd.champions"]) <= 5000
-    assert line(client, MODEL)[-1] == monarch
+    last = history(client, MODEL)[-1]
+    assert (last.version, last.by, last.why) == ("3", "b" * 300, "last")
 
 
 def test_files_in_a_clusters_own_storage_are_taken_on_trust(store: str, versions: list[Path]) -> None:

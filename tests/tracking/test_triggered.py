@@ -16,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
-from skd_kfp.pipelines.kubeflow.auth import Anonymous
+from skd_kfp.pipelines.kubeflow.auth import anonymous
 from skd_kfp.pipelines.kubeflow.submit import Target
 from skd_kfp.pipelines.kubeflow.trigger import Trigger
 from skd_lib.config import RunConfig
@@ -129,7 +129,7 @@ def source(tmp_path: Path) -> str:
 def trigger(kfp: FakeKfp, store: str, tmp_path: Path) -> Trigger:
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     values["data"] = {"source": {"type": "files", "train": ["{source}/train.jsonl"]}}
-    api = KubeflowPipelines(kfp.host, Anonymous(), backoff=0.01)
+    api = KubeflowPipelines(kfp.host, anonymous, backoff=0.01)
     claims = str(tmp_path / "claims")
     place = Target(EXPERIMENT, mlflow_experiment=EXPERIMENT)
     return Trigger(RunConfig.model_validate(values), small.package(), place, api, claims=claims, tracking_uri=store)
