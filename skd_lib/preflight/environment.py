@@ -1,11 +1,12 @@
-"""Checks of what a run needs around it: storage, the cluster, MLflow, a judge, GPU, libraries, memory."""
+"""Checks of what a run needs around it: the cluster, MLflow, its champion, a judge, COMET, GPU, precision, memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skd_lib import storage
@@ -14,52 +15,33 @@ from skd_lib.config import JudgeConfig, Precision, RunConfig, TrainingConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import TRACKING, Checks
-from skd_lib.preflight.patience import bounded
+from skd_lib.preflight.storage import bounded
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from skd_lib.models.precision import Resolved
     from skd_lib.preflight.memory import ModelSize
-
-
-def check_writable(checks: Checks, name: str, uri: str, usable: Callable[[], object] = lambda: None) -> None:
-    """Whether a folder can be written, and is usable besides; nothing is looked at without a URI."""
-    if not uri:
-        return
-    try:
-        usable()
-        bounded(partial(storage.check_writable, uri), uri)
-    except SkdError as error:
-        checks.failed(name, error)
-    else:
-        checks.add(name, "ok", f"{uri} can be written")
+    from skd_lib.tracking.registry import Champion
 
 
 def check_multinode(checks: Checks, runs: Sequence[RunConfig], checkpoint_root: str) -> None:
-    """Whether this cluster will take a TrainJob from this service account."""
+    """Check that this cluster takes a TrainJob from this service account."""
     sections = [section for run in runs for section in (run.teacher_sft.multinode, run.distill.multinode) if section]
     if not sections:
         return
+    from skd_lib.multinode.cluster import Cluster
     from skd_lib.multinode.exchange import check_reachable
+    from skd_lib.multinode.manifest import trial_job
 
     checks.attempt("multinode", lambda: check_reachable({"checkpoint_root": checkpoint_root}))
-
-    def look() -> bool:
-        from skd_lib.multinode.cluster import Cluster
-        from skd_lib.multinode.manifest import trial_job
-
-        cluster = Cluster.connect()
-        for section in {section.model_dump_json(): section for section in sections}.values():
-            cluster.create(trial_job(section), dry_run=True)
-        return True
-
-    if checks.attempt("multinode", look):
-        nodes = ", ".join(sorted({str(section.nodes) for section in sections}))
-        checks.add("multinode", "ok", f"Kubernetes would take the TrainJobs; nodes asked for: {nodes}")
+    cluster = Cluster.connect()
+    for section in {section.model_dump_json(): section for section in sections}.values():
+        cluster.create(trial_job(section), dry_run=True)
+    nodes = ", ".join(sorted({str(section.nodes) for section in sections}))
+    checks.add("multinode", "ok", f"Kubernetes would take the TrainJobs; nodes asked for: {nodes}")
 
 
 def check_tracking_store(checks: Checks, uri: str, experiment: str = "") -> None:
-    """Whether MLflow answers, and takes runs of this experiment."""
+    """Check that MLflow answers, and takes runs of this experiment."""
     if not uri:
         checks.add(TRACKING, "ok", "off")
         return
@@ -68,14 +50,13 @@ def check_tracking_store(checks: Checks, uri: str, experiment: str = "") -> None
     with impatient():
         error = check_tracking(uri, experiment)
     if error is not None:
-        checks.failed(TRACKING, error)
-    else:
-        checks.add(TRACKING, "ok", f"MLflow answers at {shown(uri)}")
+        raise error
+    checks.add(TRACKING, "ok", f"MLflow answers at {shown(uri)}")
 
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """Notice an MLflow server that is down within seconds; how long training steps wait is theirs to decide."""
+    """Notice within seconds an MLflow server that is down; training steps decide for themselves how long they wait."""
     values = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -89,20 +70,84 @@ def impatient() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def check_champion(checks: Checks, tracking_uri: str, model_name: str) -> None:
+    """Check that the files of the registered champion can be read, if there is one; they are listed, not fetched.
+
+    A registry that does not answer is not reported: steps wait for it. One that refuses would refuse them, too.
+    """
+    from skd_lib.tracking.gate import REMEDY
+    from skd_lib.tracking.registry import Silent
+    from skd_lib.tracking.registry import champion as registered
+
+    try:
+        with impatient():
+            champion = registered(tracking_uri=tracking_uri, model_name=model_name)
+    except Silent:
+        return
+    except SkdError as error:
+        hint = (
+            "give the account of the run's steps (in a cluster the Secret `skd-mlflow`) the right to read and register "
+            f"the model `{model_name}`, or name another one in `registry.model_name`"
+        )
+        checks.add("champion", "error", error.what, where=error.where, hint=hint)
+        return
+    if champion is None:
+        return
+    try:
+        bounded(partial(_find_weights, champion), champion.weights_uri)
+    except SkdError as error:
+        what = f"the champion (version {champion.version}) cannot be compared with: {error.what}"
+        hint = REMEDY if isinstance(error, storage.Missing) else f"{error.hint}; or {REMEDY}"
+        where = champion.weights_uri or f"registered model `{model_name}`"
+        checks.add("champion", "error", what, where=where, hint=hint)
+    else:
+        checks.add("champion", "ok", f"version {champion.version}: its files are there")
+
+
+def _find_weights(champion: Champion) -> None:
+    from skd_lib.models.files import check_model_folder
+
+    uri = champion.weights_uri
+    if not uri:
+        raise storage.Missing("its version in the registry does not say where its weights are")
+    if not storage.is_remote(uri):
+        storage.check_kind(uri)
+        if not Path(uri).is_dir():
+            raise storage.Missing("there is no such folder")
+        return check_model_folder(Path(uri))
+    names = storage.file_sizes(uri)
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise storage.Missing("its config and weights are not there")
+    return None
+
+
 def check_judge(checks: Checks, config: JudgeConfig) -> None:
-    """Whether the judge answers: it is asked for ratings when the models are trained already."""
+    """Check that the judge answers: it is asked for ratings only when the models are trained."""
     from skd_lib.evaluation import judge
 
     judge.check_judge(config)
     checks.add("judge", "ok", f"{config.model} answers at {config.url}")
 
 
-def check_gpu(checks: Checks, required: bool) -> bool:
-    """Whether PyTorch sees a GPU here."""
+def check_comet(checks: Checks, reference: str) -> None:
+    """Check COMET's model; without it a run goes on, so that nothing here is an error."""
+    from skd_lib.evaluation.comet.checkpoint import check_reference
+
+    try:
+        check_reference(reference)
+    except SkdError as error:
+        checks.add("comet", "warning", f"no scores by COMET: {error.what}", where=error.where, hint=error.hint)
+    else:
+        checks.add("comet", "ok", reference)
+
+
+def check_gpu(checks: Checks, required: bool = False) -> bool:
+    """Return whether PyTorch sees a GPU here."""
     import torch
 
     if torch.cuda.is_available():
-        checks.add("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        checks.add("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
         return True
     if required:
         hint = "run on a machine with a GPU and a driver that fits this PyTorch (`nvidia-smi`), or do not require one"
@@ -112,18 +157,25 @@ def check_gpu(checks: Checks, required: bool) -> bool:
     return False
 
 
+def check_auto_precision(checks: Checks) -> Resolved | None:
+    """Return what precision `auto` is on this machine; None if it cannot be said."""
+    from skd_lib.models.loading import default_device
+    from skd_lib.models.precision import VARIABLE, resolve_precision
+
+    auto = checks.attempt("precision", lambda: resolve_precision("auto", default_device()))
+    if auto is not None:
+        by_variable = f", as {VARIABLE} says" if os.environ.get(VARIABLE) else ""
+        checks.add("precision", "ok", f"`auto` is {auto} here{by_variable}")
+    return auto
+
+
 def check_precision(checks: Checks, runs: Sequence[RunConfig], gpu: bool) -> None:
-    """Whether this machine can compute in the precisions that are asked for, and does so fast."""
-    if _trains_elsewhere(gpu):
+    """Check that this machine can compute in the precisions that are asked for, and does so fast."""
+    if _trains_elsewhere(gpu) or (auto := check_auto_precision(checks)) is None:
         return
     from skd_lib.models.loading import default_device
-    from skd_lib.models.precision import VARIABLE, precision_trouble, resolve_precision
+    from skd_lib.models.precision import VARIABLE, precision_trouble
 
-    device = default_device()
-    auto = checks.attempt("precision", lambda: resolve_precision("auto", device))
-    if auto is None:
-        return
-    checks.add("precision", "ok", f"`auto` is {auto} here")
     asked: list[tuple[str, Precision]] = [(f"environment variable {VARIABLE}", auto)]
     for run in runs:
         trainings: dict[str, TrainingConfig] = {"distill": run.distill.training}
@@ -134,15 +186,14 @@ def check_precision(checks: Checks, runs: Sequence[RunConfig], gpu: bool) -> Non
         asked += [(f"{step}.training.precision", training.precision) for step, training in trainings.items()]
         if METHODS[run.distill.method].needs_teacher and run.distill.training.teacher_precision == "bf16":
             asked.append(("distill.training.teacher_precision", "bf16"))
-    asked = [(where, precision) for where, precision in asked if precision == "bf16"]
-    for where, precision in dict.fromkeys(asked):
-        if trouble := checks.attempt("precision", partial(precision_trouble, precision, device)):
+    for where in dict.fromkeys(where for where, precision in asked if precision == "bf16"):
+        if trouble := checks.attempt("precision", lambda: precision_trouble("bf16", default_device())):
             hint = f"set it to fp32, or {'unset it' if VARIABLE in where else 'to auto'}"
             checks.add("precision", "warning", trouble, where=where, hint=hint)
 
 
 def check_teacher_precision(checks: Checks, run: RunConfig, teacher: Path, gpu: bool) -> None:
-    """Whether the teacher in the folder can be quantised as the run wants it."""
+    """Check that the teacher in a folder can be quantised as the run wants it."""
     precision = run.distill.training.teacher_precision
     if precision not in ("8bit", "4bit"):
         return
@@ -151,43 +202,33 @@ def check_teacher_precision(checks: Checks, run: RunConfig, teacher: Path, gpu: 
     from skd_lib.models.loading import check_quantization
 
     device = torch.device("cuda" if gpu or _trains_elsewhere(gpu) else "cpu")
-    try:
-        check_quantization(precision, teacher, device, trust_remote_code=run.trust_remote_code)
-    except SkdError as error:
-        checks.failed("teacher precision", error)
-    else:
-        checks.add("teacher precision", "ok", f"{precision}, by bitsandbytes")
+    check_quantization(precision, teacher, device, trust_remote_code=run.trust_remote_code)
+    checks.add("teacher precision", "ok", f"{precision}, by bitsandbytes")
 
 
 def check_memory(checks: Checks, config: RunConfig, teacher: ModelSize, student: ModelSize, gpu: bool) -> None:
-    """The training step that needs most memory against what there is."""
+    """Compare the training step that needs most memory with the memory there is."""
     from skd_lib.models.loading import default_device
     from skd_lib.preflight.memory import GIB, available_memory, estimates
 
-    found = checks.attempt("memory", lambda: estimates(config, teacher, student, device=default_device()))
-    if found is None:
-        return
-    largest = max(found, key=lambda estimate: estimate.total)
+    largest = max(estimates(config, teacher, student, device=default_device()), key=lambda estimate: estimate.total)
     if _trains_elsewhere(gpu):
         checks.add("memory", "ok", f"estimate for {largest}")
         return
     available, of_what = available_memory()
-    enough = largest.total <= available
-    checks.add(
-        "memory",
-        "ok" if enough else "warning",
-        f"estimate for {largest}; {of_what} has {available / GIB:.1f} GiB",
-        hint=""
-        if enough
-        else "lower training.micro_batch_size, set gradient_checkpointing, use training.lora, or take more memory",
-    )
+    what = f"estimate for {largest}; {of_what} has {available / GIB:.1f} GiB"
+    if largest.total <= available:
+        checks.add("memory", "ok", what)
+    else:
+        hint = "lower training.micro_batch_size, set gradient_checkpointing, use training.lora, or take more memory"
+        checks.add("memory", "warning", what, hint=hint)
 
 
 def _trains_elsewhere(gpu: bool) -> bool:
-    """Whether this machine says nothing about the nodes that the training steps will get."""
+    """Return whether the training steps get other nodes than this machine."""
     return not gpu and in_cluster()
 
 
 def in_cluster() -> bool:
-    """Whether this is a pod."""
+    """Return whether this is a pod."""
     return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
