@@ -25,7 +25,7 @@ from pathlib import Path
 
 # SKD_TEST_BF16=on or =off: as if the CPU had all of bf16's instructions or none, in every process.
 if os.environ.get("SKD_TEST_BF16"):
-    FLAGS = Path(__file__).parent / "cpu_flags"
+    FLAGS = Path(__file__).parent / "support" / "cpu_flags"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FLAGS), os.environ.get("PYTHONPATH")]))
     runpy.run_path(str(FLAGS / "sitecustomize.py"))
 
