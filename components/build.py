@@ -1,7 +1,7 @@
 """Make a KFP component, and its README, from the command line of a pipeline's step.
 
-The options of the step are the parameters of the component, with their types and their help. What options do not say is
-which kind of artifact a folder holds, and which parameters the step puts out: `components/<step>/component.py` does.
+The options of the step are the parameters of the component, with their types and their help. `INPUTS` says which kind
+of artifact each folder holds; `components/<step>/component.py` says what the step puts out.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from skd_kfp.components.images import TRAIN
+from skd_lib.steps.preflight import DEPENDS
 from skd_lib.errors import SkdError
 from skd_lib.steps.kfp_call import EXECUTOR_INPUT_OPTION, PARAMETERS_OPTION
-from skd_lib.steps.preflight import DEPENDS
 from skd_lib.steps.runtime import Switch
 from skd_lib.storage import write_text_atomic
 
@@ -26,6 +26,14 @@ FOLDER = Path(__file__).parent
 OUTPUT = "_out"
 """End of an option's name that says where an output artifact goes."""
 Main = Callable[..., None]
+INPUTS: Mapping[str, Any] = {
+    "data": dsl.Dataset,
+    **dict.fromkeys(("teacher", "student", "model", "before", "after", "draft_before", "draft_after"), dsl.Model),
+    **dict.fromkeys(("evaluations", "teacher_evaluations", "student_evaluations"), dsl.Artifact),
+    **dict.fromkeys(("drafts", "champion", "artifact"), dsl.Artifact),
+    "status": dsl.PipelineTaskFinalStatus,
+}
+"""Types of the options that no parameter sets, by name."""
 
 
 class Option(NamedTuple):
@@ -44,14 +52,7 @@ class Option(NamedTuple):
     @property
     def parameter(self) -> type:
         """Type of the KFP parameter that sets it."""
-        if self.type is Switch:
-            return bool
-        return self.type if self.type is int else str
-
-    @property
-    def is_folder(self) -> bool:
-        """Tells whether it names a file or folder, or several."""
-        return "Path" in str(self.type)
+        return bool if self.type is Switch else int if self.type is int else str
 
 
 def options_of(main: Main) -> dict[str, Option]:
@@ -63,7 +64,7 @@ def options_of(main: Main) -> dict[str, Option]:
 
 def component(
     main: Main,
-    artifacts: Mapping[str, Any],
+    outputs: Mapping[str, Any] | None = None,
     *,
     results: Mapping[str, tuple[type, str]] | None = None,
     by_hand: tuple[str, ...] = (),
@@ -76,40 +77,30 @@ def component(
 
     Args:
         main: Function of the step's command line.
-        artifacts: Types of the input artifacts, by option, and of the output artifacts, in the order of the options
-            `--NAME-out` that say where they go.
+        outputs: Types of the output artifacts, by name, in the order of the options `--*-out` that say where they go.
         results: Output parameters, by name: type and description.
         by_hand: Options that only a person sets.
         image: Image reference.
     """
-    step, results = main.__module__.rpartition(".")[2], results or {}
+    step, outputs, results = main.__module__.rpartition(".")[2], outputs or {}, results or {}
     options = {name: option for name, option in options_of(main).items() if not option.variable}
     places = [name for name in options if name.endswith(OUTPUT)]
-    inputs = [name for name in options if name not in (*places, *by_hand)]
-    puts_out = [name for name in artifacts if name not in options]
-    for name in inputs:
-        if name not in artifacts and options[name].is_folder:
-            raise SkdError(f"option `{name}`: which kind of artifact is it?", where=f"component {step}")
-    if len(puts_out) != len(places):
-        what = f"options --*-out: {', '.join(places) or 'none'}; output artifacts: {', '.join(puts_out) or 'none'}"
-        raise SkdError(what, where=f"component {step}", hint="give as many types as there are options")
-    outputs = dict(zip(puts_out, places, strict=True))
+    inputs = {name: _annotation(step, name, options[name]) for name in options if name not in (*places, *by_hand)}
+    if len(outputs) != len(places):
+        what = f"options --*-out: {', '.join(places) or 'none'}; outputs: {', '.join(outputs) or 'none'}"
+        raise SkdError(what, where=f"component {step}", hint="give as many outputs as there are options")
+    places_of = dict(zip(outputs, places, strict=True))
     annotations = {
-        **{name: artifacts.get(name, options[name].parameter) for name in inputs},
-        **{name: artifacts[name] for name in outputs},
+        **inputs,
+        **{name: dsl.Output[type_] for name, type_ in outputs.items()},
         **{name: dsl.OutputPath(type_) for name, (type_, _) in results.items()},
-    }
-    descriptions = {
-        **{name: options[name].help for name in inputs},
-        **{name: options[place].help for name, place in outputs.items()},
-        **{name: description for name, (_, description) in results.items()},
     }
 
     def container(*placeholders: Any) -> dsl.ContainerSpec:
         given = dict(zip(annotations, placeholders, strict=True))
         lists = [name for name in inputs if isinstance(given[name], dsl.placeholders.InputListOfArtifactsPlaceholder)]
         arguments = {name: getattr(given[name], "path", given[name]) for name in inputs if name not in lists}
-        arguments |= {place: given[name].path for name, place in outputs.items()}
+        arguments |= {place: given[name].path for name, place in places_of.items()}
         put_out = {name: given[name] for name in (*outputs, *results)}
         return step_container(step, image, arguments, put_out, lists=bool(lists))
 
@@ -121,10 +112,23 @@ def component(
         ]
     )
     made: BaseComponent = dsl.container_component(container)
-    made.component_spec.description = inspect.getdoc(main)
-    for name, spec in {**(made.component_spec.inputs or {}), **(made.component_spec.outputs or {})}.items():
-        spec.description = descriptions[name]
+    spec = made.component_spec
+    spec.description = inspect.getdoc(main)
+    for name in inputs:
+        spec.inputs[name].description = options[name].help
+    for name in (*outputs, *results):
+        spec.outputs[name].description = results[name][1] if name in results else options[places_of[name]].help
     return made
+
+
+def _annotation(step: str, name: str, option: Option) -> Any:
+    """Return how KFP wants an option's type declared."""
+    if name in INPUTS:
+        type_ = list[INPUTS[name]] if "list" in str(option.type) else INPUTS[name]  # type: ignore[misc]
+        return type_ if name == "status" else dsl.Input[type_]
+    if "Path" in str(option.type):
+        raise SkdError(f"option `{name}`: which kind of artifact is it?", where=f"component {step}", hint="see INPUTS")
+    return option.parameter
 
 
 def step_container(

@@ -21,25 +21,13 @@ DEFAULT = "l4"
 """The profile of the committed pipelines."""
 Kind = Literal["small", "data", "model"]
 KINDS: Mapping[str, Kind] = {
-    "preflight": "data",
-    "prepare_data": "data",
-    "teacher_sft": "model",
-    "student_init": "model",
-    "distill": "model",
-    "evaluate": "model",
-    "evaluate_teacher": "model",
-    "evaluate_student": "model",
-    "specdec_benchmark": "model",
-    "evaluate_champion": "model",
-    "comet_score": "model",
-    "compare_variant": "small",
-    "compare_table": "small",
-    "show": "small",
-    "report": "small",
-    "register_model": "small",
-    "finish": "small",
+    **dict.fromkeys(("preflight", "prepare_data"), "data"),
+    **dict.fromkeys(("teacher_sft", "student_init", "distill"), "model"),
+    **dict.fromkeys(("evaluate", "evaluate_teacher", "evaluate_student", "evaluate_champion"), "model"),
+    **dict.fromkeys(("specdec_benchmark", "comet_score"), "model"),
+    **dict.fromkeys(("compare_variant", "compare_table", "show", "report", "register_model", "finish"), "small"),
 }
-"""Every step's kind."""
+"""Kind of every step."""
 SEVERAL_GPUS = ("teacher_sft", "distill")
 """The steps that train on all GPUs of their pod, one process each."""
 

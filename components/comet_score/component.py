@@ -1,18 +1,11 @@
 """KFP component `comet_score`."""
 
-from kfp import dsl
-
 from skd_kfp.components.build import component
 from skd_kfp.components.images import COMET
 from skd_lib.steps.comet_score import main
 
 comet_score = component(
     main,
-    {
-        "teacher_evaluations": dsl.Input[dsl.Artifact],
-        "student_evaluations": dsl.Input[dsl.Artifact],
-        "champion": dsl.Input[dsl.Artifact],
-    },
     results={"scores": (str, "Scores and intervals by model, paired tests, and what is missing, as JSON.")},
     image=COMET,
 )

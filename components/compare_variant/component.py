@@ -5,7 +5,6 @@ from skd_lib.steps.compare_variant import main
 
 compare_variant = component(
     main,
-    {},
     results={
         "student_init": (str, "The `config` of `student_init`, with the student, the seed and the label of the trial."),
         "distill": (str, "The `config` of `distill`, likewise."),

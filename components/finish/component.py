@@ -1,8 +1,6 @@
 """KFP component `finish`."""
 
-from kfp import dsl
-
 from skd_kfp.components.build import component
 from skd_lib.steps.finish import main
 
-finish = component(main, {"status": dsl.PipelineTaskFinalStatus})
+finish = component(main)

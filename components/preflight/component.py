@@ -7,7 +7,7 @@ from skd_lib.steps.preflight import main
 
 preflight = component(
     main,
-    {"findings": dsl.Output[dsl.Markdown]},
+    {"findings": dsl.Markdown},
     results={
         "prepare_data": (str, "The `config` of `prepare_data`, with the fingerprint of the data: new data re-run it."),
         "teacher_sft": (str, "The `config` of `teacher_sft`, with the fingerprint of the teacher's files."),

@@ -7,13 +7,6 @@ from skd_lib.steps.report import main
 
 report = component(
     main,
-    {
-        "teacher_evaluations": dsl.Input[dsl.Artifact],
-        "student_evaluations": dsl.Input[dsl.Artifact],
-        "drafts": dsl.Input[dsl.Artifact],
-        "champion": dsl.Input[dsl.Artifact],
-        "report": dsl.Output[dsl.HTML],
-        "figures": dsl.Output[dsl.Metrics],
-    },
+    {"report": dsl.HTML, "figures": dsl.Metrics},
     results={"measured": (str, "Figures that the registry needs to decide, as JSON.")},
 )

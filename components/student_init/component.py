@@ -5,11 +5,4 @@ from kfp import dsl
 from skd_kfp.components.build import component
 from skd_lib.steps.student_init import main
 
-student_init = component(
-    main,
-    {
-        "teacher": dsl.Input[dsl.Model],
-        "data": dsl.Input[dsl.Dataset],
-        "initial_student": dsl.Output[dsl.Model],
-    },
-)
+student_init = component(main, {"initial_student": dsl.Model})

@@ -98,12 +98,9 @@ def main(
     """
 
 
-TYPES = {"model": dsl.Input[dsl.Model], "report": dsl.Output[dsl.HTML]}
-
-
 def test_options_become_a_component():
     spec = component(
-        main, TYPES, results={"count": (int, "Pages.")}, by_hand=("verbose",), image="r/i:1"
+        main, {"report": dsl.HTML}, results={"count": (int, "Pages.")}, by_hand=("verbose",), image="r/i:1"
     ).component_spec
     assert spec.description.startswith("Draw a page.")
     inputs = {name: (each.type, each.description) for name, each in spec.inputs.items()}
@@ -125,16 +122,14 @@ def test_options_become_a_component():
     ]
 
 
-@pytest.mark.parametrize(
-    ("types", "problem"),
-    [
-        ({"report": dsl.Output[dsl.HTML]}, r"option `model`: which kind of artifact"),
-        ({"model": dsl.Input[dsl.Model]}, r"options --\*-out: page_out; output artifacts: none"),
-    ],
-)
-def test_types_must_cover_the_options(types: dict[str, object], problem: str):
-    with pytest.raises(SkdError, match=problem):
-        component(main, types)
+def test_every_folder_has_a_type():
+    def step(book: Annotated[Path, typer.Option(help="Folder of the book.")]) -> None:
+        """Read."""
+
+    with pytest.raises(SkdError, match="option `book`: which kind of artifact is it"):
+        component(step)
+    with pytest.raises(SkdError, match=r"options --\*-out: page_out; outputs: none"):
+        component(main)
 
 
 @pytest.mark.parametrize("name", NAMES)
