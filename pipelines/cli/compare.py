@@ -1,4 +1,4 @@
-"""`skd compare`: many runs of one teacher on one data set, and what sets them apart, from the command line."""
+"""`skd compare`: train several students of one teacher on one data set, and compare them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skd_kfp.pipelines.cli.options import Local
 from skd_lib._core.terminal import say
-from skd_lib._core.uris import default_store, how_to_look
+from skd_lib._core.uris import how_to_look
 from skd_lib.errors import SkdError
 
 # Nothing heavy at the top: `skd --help` has to answer at once.
@@ -32,46 +33,33 @@ def compare(
     config: Annotated[
         Path, typer.Argument(help="The comparison's YAML file, e.g. pipelines/configs/compare-demo.yaml.")
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, list the runs and stop.")] = False,
+    local: Local,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --dry-run: the parameters of the pipeline `compare_methods`, as JSON.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget finished steps and checkpoints, start over.")] = False,
-    runs_dir: Annotated[Path, typer.Option(help="Where runs keep their files.")] = Path("runs"),
-    tracking_uri: Annotated[
-        str | None,
-        typer.Option(
-            envvar="MLFLOW_TRACKING_URI",
-            help="MLflow tracking server; empty turns tracking off.",
-            show_default="sqlite:///RUNS_DIR/mlflow.db",
-        ),
-    ] = None,
-    experiment: Annotated[str, typer.Option(envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment.")] = "skd",
 ) -> None:
     """Train by several methods, settings, student inits and seeds under one teacher, and compare the students.
 
     The pipeline `compare_methods`, run on this machine. Running again reuses every step whose inputs have not changed:
-    a comparison that was stopped goes on, and one that has got another variant or seed runs that alone. A run that
+    a comparison that was stopped goes on, and if you add a variant or a seed, only the new runs are trained. A run that
     fails does not keep the others from the table; it is tried again when the comparison is run again.
     """
     from skd_lib._core.terminal import Console
     from skd_lib.comparison.config import load_compare
     from skd_lib.comparison.plan import plan, to_parameters
-    from skd_lib.config.names import check_experiment, checked
 
-    checked("--experiment", check_experiment, experiment)
+    local.check()
     settings, base = load_compare(config)
     planned = plan(settings, base, where=str(config))
-    uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
-    console = Console(file=sys.stdout)  # this very stream: kfp's chatter is redirected from whatever is sys.stdout
-    if dry_run:
+    console = Console(file=sys.stdout)  # this very stream: kfp's own output is redirected from `sys.stdout`
+    if local.dry_run:
         if as_json:
             say(json.dumps(to_parameters(settings, base), indent=2))
         else:
-            _print_plan(console, planned, runs_dir / settings.name)
+            _print_plan(console, planned, local.runs_dir / settings.name)
         return
     if as_json:
-        raise SkdError("it prints what a dry run finds", where="--json", hint="add --dry-run")
+        raise SkdError("it prints the plan of a dry run", where="--json", hint="add --dry-run")
 
     from skd_kfp.pipelines.local.stopping import explain_end, same_command
 
@@ -81,18 +69,18 @@ def compare(
         from skd_kfp.pipelines.local.folder import RunFolder
         from skd_kfp.pipelines.local.progress import display_for
 
-        folder = RunFolder.create(runs_dir, settings.name)
+        folder = RunFolder.create(local.runs_dir, settings.name)
         finished = run_comparison(
             planned,
             folder,
             compile_pipeline(name="compare_methods"),
             lambda steps: display_for(console, settings.name, steps),
             say=say,
-            tracking_uri=uri,
-            experiment=experiment,
-            fresh=fresh,
+            tracking_uri=local.store,
+            experiment=local.experiment,
+            fresh=local.fresh,
         )
-        _conclude(console, finished, folder, uri)
+        _conclude(console, finished, folder, local.store)
 
 
 def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
@@ -135,7 +123,7 @@ def _remark(step: Step, settings: CompareConfig) -> str:
 
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
-    """The tables, where things are, and what to type next."""
+    """Print the tables, the places of the results, and the next command."""
     from skd_lib.comparison.render import render
     from skd_lib.comparison.table import Comparison
     from skd_lib.config import parse_section

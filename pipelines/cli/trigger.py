@@ -8,23 +8,7 @@ from typing import Annotated
 
 import typer
 
-from skd_kfp.pipelines.cli.submit import (
-    Audience,
-    AuthKind,
-    Experiment,
-    Host,
-    MlflowExperiment,
-    Namespace,
-    NoReuse,
-    Pipeline,
-    PipelineRoot,
-    Server,
-    ServiceAccount,
-    Settings,
-    UiHost,
-    check_names,
-)
-from skd_kfp.pipelines.kubeflow.auth import Auth
+from skd_kfp.pipelines.cli.options import Cluster
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
@@ -38,7 +22,7 @@ def trigger(
     config: Annotated[
         Path, typer.Option("--config", help="The run's YAML file; {source} in its data files stands for SOURCE.")
     ],
-    host: Host = "",
+    cluster: Cluster,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say whether a run would start, and why; start none.")
     ] = False,
@@ -65,17 +49,6 @@ def trigger(
             show_default="none is asked",
         ),
     ] = "",
-    auth: AuthKind = Auth.AUTO,
-    audience: Audience = "",
-    namespace: Namespace = "",
-    experiment: Experiment = "skd",
-    mlflow_experiment: MlflowExperiment = "",
-    settings: Settings = "skd-settings",
-    pipeline_root: PipelineRoot = "",
-    no_reuse: NoReuse = False,
-    service_account: ServiceAccount = "",
-    pipeline: Pipeline = None,
-    ui_host: UiHost = "",
 ) -> None:
     """Run the pipeline in Kubeflow if SOURCE has data that it has not run on yet.
 
@@ -88,7 +61,7 @@ def trigger(
     skd. How the run ends is not waited for.
     """
     from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
-    from skd_kfp.pipelines.kubeflow.submit import Package, Target
+    from skd_kfp.pipelines.kubeflow.submit import Package
     from skd_kfp.pipelines.kubeflow.trigger import Trigger, check_source
     from skd_lib.config import load_config
 
@@ -96,13 +69,11 @@ def trigger(
         raise SkdError("must not be empty", where="SOURCE", hint="name the folder that the data is in")
     if not marker.strip() or "/" in marker or marker in (".", ".."):
         raise SkdError(f"{marker!r} is not the name of a file", where="--marker", hint="e.g. _SUCCESS")
-    check_names("", experiment, mlflow_experiment, settings)
+    cluster.check()
     run_config = load_config(config)
-    server = Server(host, ui_host, auth, audience, namespace)
     check_source(run_config, source)  # before the server is asked
-    target = Target(experiment, mlflow_experiment, settings, pipeline_root, service_account, reuse=not no_reuse)
-    package = Package.read(pipeline or compiled_path(pipeline_for(run_config)))
-    bound = Trigger(run_config, package, target, server.connect(), claims, marker, attempts, tracking_uri)
+    package = Package.read(cluster.pipeline or compiled_path(pipeline_for(run_config)))
+    bound = Trigger(run_config, package, cluster.target, cluster.connect(), claims, marker, attempts, tracking_uri)
     decision = bound.explain(source) if dry_run else bound.fire(source)
     if as_json:
         say(json.dumps(decision.to_dict()))
@@ -112,4 +83,4 @@ def trigger(
     if decision.name:
         say(f"run {decision.name}")
     if decision.run_id:
-        say(server.link("runs", decision.run_id))
+        say(cluster.link("runs", decision.run_id))

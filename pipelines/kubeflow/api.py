@@ -1,8 +1,8 @@
-"""Kubeflow Pipelines' REST API, made safe to use.
+"""Call Kubeflow Pipelines' REST API safely.
 
-This is `kfp_server_api`, the client that `kfp.Client` wraps, and not `kfp.Client` itself, which is of no use where
-nobody watches: it prints from every call, writes into the home folder, sets no timeouts, waits for ever for a run that
-was cancelled, and reads the login page that an expired session gets as an empty list.
+This uses `kfp_server_api`, the client that `kfp.Client` wraps. `kfp.Client` itself does not serve unattended processes:
+it prints from every call, writes into the home folder, sets no timeouts, waits for ever for a cancelled run, and reads
+the login page of an expired session as an empty list.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from kfp_server_api.exceptions import ApiException
 
 from skd_kfp.pipelines.kubeflow import transport
 from skd_kfp.pipelines.kubeflow.auth import Credentials
-from skd_kfp.pipelines.kubeflow.filters import best_named, exactly_named, name_filter
+from skd_kfp.pipelines.kubeflow.checks import Version, read_version
 from skd_kfp.pipelines.kubeflow.transport import FAILURES, TIMEOUT_SECONDS
-from skd_kfp.pipelines.kubeflow.versions import Version, read_version
 from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
 
@@ -42,22 +41,22 @@ log = logging.getLogger(__name__)
 
 
 class Unsettled(SkdError):
-    """The server did not say whether it did what it was asked; it may still do it."""
+    """The server did not answer whether it created something; it may still create it."""
 
 
 class KubeflowPipelines:
     """The API of one Kubeflow Pipelines server. Safe to use from several threads.
 
-    Reading is repeated while the server is away, for a minute or two. Creating is repeated where that cannot make two:
-    where the server keeps names unique (experiments, pipelines, versions), and where the request did not reach it.
-    Of runs and recurring runs it may have made one that it does not list, so that these are only looked for.
+    Reading is repeated while the server is away, for a minute or two. Creating is repeated where it is safe:
+    where the server keeps names unique (experiments, pipelines, versions), and where the request did not arrive. The
+    server may have created a run or recurring run that it does not list yet, so these are only looked for.
 
     Args:
         host: URL of the API server, e.g. `https://kubeflow.example.com/pipeline`.
-        credentials: Who we are.
+        credentials: Our credentials.
         namespace: Profile in a multi-user installation; empty in a single-user one.
         backoff: Seconds before the first repetition; each further one takes twice as long.
-        notice: Is told what a person who waits should know.
+        notice: Prints a remark for the person who waits.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class KubeflowPipelines:
         self._recurring = kfp_server_api.RecurringRunServiceApi(client)
 
     def check_listening(self) -> None:
-        """See within seconds that there is a server; what it is asked later is repeated for longer.
+        """Check within seconds that a server listens; later requests are repeated for longer.
 
         Raises:
             SkdError: nothing listens at the host.
@@ -99,8 +98,7 @@ class KubeflowPipelines:
         raise transport.away(self.host, reason) from failure
 
     def version(self) -> Version | None:
-        """The server's version; None where it does not say."""
-
+        """Return the server's version; None where it does not say."""
         try:
             # The generated model of this answer leaves the version out.
             return self._ask(lambda: read_version(self._get("healthz")))
@@ -111,11 +109,11 @@ class KubeflowPipelines:
             raise
 
     def experiment(self, name: str) -> str:
-        """The id of the experiment `name`, which is made where there is none."""
+        """Return the id of the experiment `name`, which is created where there is none."""
         body = kfp_server_api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-        made = self._find(name) or self._create(
+        made = self._create(
             "experiment_id",
-            lambda: self._find(name),
+            lambda: self._experiment(name),
             lambda: self._experiments.experiment_service_create_experiment(experiment=body),
         )
         if made.display_name != name:
@@ -123,70 +121,53 @@ class KubeflowPipelines:
         return str(made.experiment_id)
 
     def find_experiment(self, name: str) -> str | None:
-        """The id of the experiment `name`; None if there is none."""
-        found = self._find(name)
+        """Return the id of the experiment `name`; None if there is none."""
+        found = self._experiment(name)
         return str(found.experiment_id) if found else None
 
-    def _find(self, name: str) -> Any | None:
-        found = self._list(
-            "experiment_id",
-            self._experiments.experiment_service_list_experiments,
-            "experiments",
-            name_filter(name),
-            namespace=self.namespace,
-        )
-        return best_named(found, name, "display_name")
+    def _experiment(self, name: str) -> Any | None:
+        call = self._experiments.experiment_service_list_experiments
+        return self._find(call, "experiment", name, namespace=self.namespace)
 
     def pipeline_version(self, pipeline: str, version: str, package: Path, description: str) -> Any:
-        """The version `version` of the pipeline `pipeline`; both are made where they are missing.
+        """Return the version `version` of the pipeline `pipeline`; both are created where they are missing.
 
-        The server lets one pipeline have a name, and one version of a pipeline: of several who make it one succeeds,
-        and the others find it. What people rename on Kubeflow's page is the display name, which is not looked at.
+        The server keeps the names of pipelines, and of a pipeline's versions, unique: of several who create one, one
+        succeeds and the others find it. The display name, which people may change on Kubeflow's page, is not read.
         """
+        list_pipelines = self._pipelines.pipeline_service_list_pipelines
+        list_versions = self._pipelines.pipeline_service_list_pipeline_versions
         body = kfp_server_api.V2beta1Pipeline(name=pipeline, display_name=pipeline, namespace=self.namespace or None)
-
-        def find_pipeline() -> Any | None:
-            call = self._pipelines.pipeline_service_list_pipelines
-            by_name = name_filter(pipeline, "name")
-            found = self._list("pipeline_id", call, "pipelines", by_name, namespace=self.namespace)
-            return best_named(found, pipeline, "name")
-
-        made = find_pipeline() or self._create(
+        made = self._create(
             "pipeline_id",
-            find_pipeline,
+            lambda: self._find(list_pipelines, "pipeline", pipeline, "name", namespace=self.namespace),
             lambda: self._pipelines.pipeline_service_create_pipeline(pipeline=body),
         )
-
-        def find_version() -> Any | None:
-            call = self._pipelines.pipeline_service_list_pipeline_versions
-            by_name = name_filter(version, "name")
-            found = self._list("pipeline_version_id", call, "pipeline_versions", by_name, pipeline_id=made.pipeline_id)
-            return best_named(found, version, "name")
-
-        return find_version() or self._create(
+        of = made.pipeline_id
+        return self._create(
             "pipeline_version_id",
-            find_version,
+            lambda: self._find(list_versions, "pipeline_version", version, "name", pipeline_id=of),
             lambda: self._uploads.upload_pipeline_version(
-                str(package), name=version, pipelineid=made.pipeline_id, description=description
+                str(package), name=version, pipelineid=of, description=description
             ),
         )
 
     def runs_named(self, name: str, experiment_id: str) -> list[Any]:
-        """All runs of exactly that name in an experiment, in the order in which they were made."""
-        call = self._runs.run_service_list_runs
-        runs = exactly_named(self._list("run_id", call, "runs", name_filter(name), experiment_id=experiment_id), name)
+        """Return all runs of exactly that name in an experiment, in the order of their creation."""
+        found = self._list(self._runs.run_service_list_runs, "run", name, experiment_id=experiment_id)
+        runs = [run for run in found if run.display_name == name]
         return sorted(runs, key=lambda run: run.created_at.timestamp() if run.created_at else 0.0)
 
     def create_run(self, run: Any, before: float = math.inf) -> Any:
         """Start a run.
 
         Args:
-            run: The run. Names are not unique, its description has to be: by it we tell our run from another's.
-            before: When all is to be over, on the monotonic clock: nothing is begun that might last longer.
+            run: The run. Names are not unique, so its description has to be: it distinguishes our run from others.
+            before: A deadline on the monotonic clock: no request is sent that might last longer.
 
         Raises:
-            Unsettled: the run may have been made, or be made later.
-            SkdError: it was not made.
+            Unsettled: the run may have been created, or be created later.
+            SkdError: it was not created.
         """
 
         def find() -> Any | None:
@@ -202,34 +183,34 @@ class KubeflowPipelines:
         return self._create("run_id", find, lambda: self._runs.run_service_create_run(run=run), before, look)
 
     def run(self, run_id: str) -> Any:
-        """A run as it is now.
+        """Return a run as it is now.
 
-        The version without MLMD tells of its tasks on demand, in a field that the generated model does not know: they
-        are in the attribute `tasks`, as plain values.
+        The server version without MLMD lists its tasks on demand, in a field that the generated model does not know:
+        they are in the attribute `tasks`, as plain values.
         """
 
         def read() -> Any:
-            told = self._get(f"runs/{run_id}")
-            if told.get("task_count"):
-                told = self._get(f"runs/{run_id}", view="FULL")
-            run = self._client.deserialize(SimpleNamespace(data=json.dumps(told)), "V2beta1Run")
-            run.tasks = told.get("tasks") or []
+            answer = self._get(f"runs/{run_id}")
+            if answer.get("task_count"):
+                answer = self._get(f"runs/{run_id}", view="FULL")
+            run = self._client.deserialize(SimpleNamespace(data=json.dumps(answer)), "V2beta1Run")
+            run.tasks = answer.get("tasks") or []
             return _known(run, "run_id")
 
         return self._ask(read)
 
     def recurring_runs_named(self, name: str, experiment_id: str) -> list[Any]:
-        """All recurring runs of exactly that name in an experiment."""
+        """Return all recurring runs of exactly that name in an experiment."""
         call = self._recurring.recurring_run_service_list_recurring_runs
-        found = self._list("recurring_run_id", call, "recurring_runs", name_filter(name), experiment_id=experiment_id)
-        return exactly_named(found, name)
+        found = self._list(call, "recurring_run", name, experiment_id=experiment_id)
+        return [recurring for recurring in found if recurring.display_name == name]
 
     def create_recurring_run(self, recurring: Any) -> Any:
-        """Make a recurring run; its description has to be unique, see `create_run`.
+        """Create a recurring run; its description has to be unique, see `create_run`.
 
         Raises:
-            Unsettled: it may have been made, or be made later.
-            SkdError: it was not made.
+            Unsettled: it may have been created, or be created later.
+            SkdError: it was not created.
         """
 
         def find() -> Any | None:
@@ -244,12 +225,12 @@ class KubeflowPipelines:
         return self._create("recurring_run_id", find, lambda: create(recurring_run=recurring), look=look)
 
     def recurring_run(self, recurring_run_id: str) -> Any:
-        """A recurring run as the server keeps it."""
+        """Return a recurring run as the server keeps it."""
         call = self._recurring.recurring_run_service_get_recurring_run
         return self._ask(lambda: _known(call(recurring_run_id=recurring_run_id), "recurring_run_id"))
 
     def _get(self, path: str, **query: str) -> dict[str, Any]:
-        """An answer as plain values, where the generated models leave something out."""
+        """Return an answer as plain values, where the generated models leave something out."""
         answer = self._client.call_api(
             f"/apis/v2beta1/{path}",
             "GET",
@@ -273,16 +254,18 @@ class KubeflowPipelines:
         before: float = math.inf,
         look: str = "",
     ) -> T:
-        """Create something, and find it where the answer got lost.
+        """Create something, and find it where the answer was lost.
 
         Args:
             key: The field that holds its id.
             find: Looks for it.
-            create: Asks for it.
+            create: Requests it.
             before: See `create_run`.
-            look: How a person finds what may have been made; empty where names are unique, so that asking again
-                cannot make two.
+            look: How a person finds what may have been created; empty where names are unique: it is looked for first,
+                and a repeated request cannot create two.
         """
+        if not look and (found := find()) is not None:
+            return found
         failure: Exception | None = None
         for attempt in range(CREATE_ATTEMPTS):
             if time.monotonic() + sum(TIMEOUT_SECONDS) > before:
@@ -300,22 +283,36 @@ class KubeflowPipelines:
             if found is not None:
                 return found
             if transport.is_conflict(failure):
-                told = transport.explained(failure, self.host)
-                raise SkdError(told.what, where=told.where, hint="there is one that we may not see") from failure
+                problem = transport.explained(failure, self.host)
+                raise SkdError(problem.what, where=problem.where, hint="there is one that we may not see") from failure
         if failure is None:
             raise SkdError("it has become too late to ask the server", where=self.host, hint="try again")
-        told = transport.explained(failure, self.host)
+        problem = transport.explained(failure, self.host)
         if look and transport.was_not_received(failure):
-            raise told from failure
-        raise Unsettled(told.what, where=told.where, hint=look or told.hint) from failure
+            raise problem from failure
+        raise Unsettled(problem.what, where=problem.where, hint=look or problem.hint) from failure
 
-    def _list(self, key: str, call: Callable[..., Any], field: str, wanted: str, **query: Any) -> Iterator[Any]:
-        scope = {name: value for name, value in query.items() if value}
-        asked = {"filter": wanted}
+    def _find(
+        self, call: Callable[..., Any], kind: str, name: str, key: str = "display_name", **query: str
+    ) -> Any | None:
+        """Return the item of exactly that name, else one that the server takes for it, else None.
+
+        MySQL's usual collation ignores case and accents: a list for `Exp` may hold `exp`, and then the server refuses
+        to create `Exp`.
+        """
+        found = list(self._list(call, kind, name, key, **query))
+        return next((item for item in found if getattr(item, key) == name), found[0] if found else None)
+
+    def _list(
+        self, call: Callable[..., Any], kind: str, name: str, key: str = "display_name", **query: str
+    ) -> Iterator[Any]:
+        """Yield the items of a kind whose field `key` is, for the server, `name`."""
+        scope = {field: value for field, value in query.items() if value}
+        asked = {"filter": name_filter(name, key)}
 
         def read_page() -> tuple[list[Any], str]:
             page = call(page_size=PAGE_SIZE, **scope, **asked)
-            return [_known(item, key) for item in getattr(page, field) or []], page.next_page_token or ""
+            return [_known(item, f"{kind}_id") for item in getattr(page, f"{kind}s") or []], page.next_page_token or ""
 
         for _ in range(MAX_PAGES):
             items, token = self._ask(read_page)
@@ -333,7 +330,18 @@ class KubeflowPipelines:
 
 
 def _known(answer: T, key: str) -> T:
-    """See that what the server tells of has an id; any JSON object is read as one without."""
+    """Check that an item of an answer has an id; any JSON object is read as one without."""
     if not getattr(answer, key, None):
         raise ValueError(f"it has no {key}")
     return answer
+
+
+def name_filter(name: str, key: str = "display_name") -> str:
+    """Return the filter for the items whose field `key` equals `name`.
+
+    The server decodes a filter from a URL once more than it was encoded (`parseAPIFilter` in
+    backend/src/apiserver/server/list_request_util.go): a `+` becomes a space, and a `%` that begins no code an error.
+    As escapes of JSON both arrive however often it is decoded.
+    """
+    text = json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "string_value": name}]})
+    return text.replace("+", "\\u002b").replace("%", "\\u0025")

@@ -1,4 +1,4 @@
-"""How a client proves who it is to Kubeflow Pipelines. No secret is an option of a command or written to a log."""
+"""Find the credentials for Kubeflow Pipelines. No secret is an option of a command or written to a log."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import threading
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
-
-from typing_extensions import override
 
 from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
@@ -29,75 +27,57 @@ class Auth(StrEnum):
     COOKIE = "cookie"
 
 
-class Credentials(Protocol):
-    """What is put into every request's headers."""
-
-    def headers(self, *, renew: bool = False) -> dict[str, str]:
-        """The headers; `renew` asks for new ones, since the server refused those it got.
-
-        Raises:
-            SkdError: there are none.
-        """
+Credentials: TypeAlias = Callable[[bool], dict[str, str]]
+"""Returns the headers of a request. True asks for new ones, since the server refused the last; `SkdError` if there are
+none."""
 
 
-class Anonymous(Credentials):
-    """No credentials: a port-forward, or a cluster without authentication."""
-
-    @override
-    def headers(self, *, renew: bool = False) -> dict[str, str]:
-        return {}
+def anonymous(renew: bool = False) -> dict[str, str]:
+    """Return no headers, for a port-forward or a cluster without authentication."""
+    del renew
+    return {}
 
 
-class Secret(Credentials):
-    """A bearer token or a session cookie that somebody else made and renews.
+def secret(read: Callable[[], str], header: str = "Authorization", prefix: str = "Bearer ") -> Credentials:
+    """Return the credentials of a bearer token or session cookie that something else makes and renews.
 
     Args:
-        read: Reads it, before every request: whoever renews it (the kubelet, a sidecar) writes it to the same file.
-        header: The header it goes into.
-        prefix: What stands before it there.
+        read: Reads it, before every request: the kubelet, or a sidecar, writes a renewed one to the same file.
+        header: Its header.
+        prefix: The text before it in the header.
     """
-
-    def __init__(self, read: Callable[[], str], header: str = "Authorization", prefix: str = "Bearer ") -> None:
-        self._read, self._header, self._prefix = read, header, prefix
-
-    @override
-    def headers(self, *, renew: bool = False) -> dict[str, str]:
-        return {self._header: self._prefix + self._read()}
+    return lambda _renew: {header: prefix + read()}
 
 
-class IdToken(Credentials):
-    """An OpenID Connect token for `audience`, made and renewed by Google's application default credentials."""
+def id_token(audience: str) -> Credentials:
+    """Return the credentials of OpenID Connect tokens that Google's application default credentials make and renew."""
+    lock = threading.Lock()
+    made: list[Any] = []
 
-    def __init__(self, audience: str) -> None:
-        self._audience = audience
-        self._lock = threading.Lock()
-        self._credentials: Any = None
-
-    @override
-    def headers(self, *, renew: bool = False) -> dict[str, str]:
+    def headers(renew: bool) -> dict[str, str]:
         from google.auth.exceptions import GoogleAuthError
         from google.auth.transport.requests import Request
         from google.oauth2.id_token import fetch_id_token_credentials
 
-        with self._lock:
+        with lock:
             try:
-                if self._credentials is None:
-                    self._credentials = fetch_id_token_credentials(  # type: ignore[no-untyped-call, unused-ignore]
-                        self._audience, Request()
-                    )
-                if renew or not self._credentials.valid:
-                    self._credentials.refresh(Request())
+                if not made:
+                    made.append(fetch_id_token_credentials(audience, Request()))  # type: ignore[no-untyped-call, unused-ignore]
+                if renew or not made[0].valid:
+                    made[0].refresh(Request())
             except GoogleAuthError as error:
                 raise SkdError(
                     f"Google gives no id-token: {error}",
-                    where=f"audience {self._audience}",
+                    where=f"audience {audience}",
                     hint="run as a service account, or put a token into the file that SKD_KFP_TOKEN_FILE names",
                 ) from error
-            return {"Authorization": f"Bearer {self._credentials.token}"}
+            return {"Authorization": f"Bearer {made[0].token}"}
+
+    return headers
 
 
 def find_credentials(auth: Auth, host: str, audience: str = "") -> Credentials:
-    """The credentials of this kind; `auto` takes the first that are there: in-cluster, id-token, cookie, none.
+    """Return the credentials of a kind; `auto` takes the first that exist: in-cluster, id-token, cookie, none.
 
     - in-cluster: the service account's token, which the kubelet projects into the pod and renews. Its file is KFP's
       own: `KF_PIPELINES_SA_TOKEN_PATH`, or `/var/run/secrets/kubeflow/pipelines/token`.
@@ -115,15 +95,15 @@ def find_credentials(auth: Auth, host: str, audience: str = "") -> Credentials:
     match auth:
         case Auth.IN_CLUSTER:
             path = _service_account_token()
-            return Secret(lambda: _read(path))
+            return secret(lambda: _read(path))
         case Auth.ID_TOKEN if audience and not _is_set(TOKEN):
-            return IdToken(audience)
+            return id_token(audience)
         case Auth.ID_TOKEN:
-            return Secret(_from_environment(TOKEN, "or name the audience with --audience"))
+            return secret(_from_environment(TOKEN, "or name the audience with --audience"))
         case Auth.COOKIE:
-            return Secret(_from_environment(COOKIE, "log in and copy the session cookie"), "Cookie", "")
+            return secret(_from_environment(COOKIE, "log in and copy the session cookie"), "Cookie", "")
         case _:
-            return Anonymous()
+            return anonymous
 
 
 def _present(audience: str) -> Auth:

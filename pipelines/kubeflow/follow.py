@@ -1,9 +1,10 @@
-"""Following a run in the cluster to its end."""
+"""Follow a run in the cluster to its end."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from skd_kfp.pipelines.graph import Step
@@ -21,22 +22,24 @@ from skd_kfp.pipelines.kubeflow.states import (
     read_states,
     was_cancelled,
 )
-from skd_kfp.pipelines.local.progress import duration
+from skd_lib._core.format import duration
 
 POLL_SECONDS = 10.0
 
 
+@dataclass(frozen=True)
 class Followed:
-    """A run that has ended, and how.
+    """A run that has ended.
 
     Attributes:
-        run: As the API tells of it.
+        run: The run as the API returns it.
         cancelled: A person cancelled it.
         states: Its steps.
     """
 
-    def __init__(self, run: Any, *, cancelled: bool, states: list[StepState]) -> None:
-        self.run, self.cancelled, self.states = run, cancelled, states
+    run: Any
+    cancelled: bool
+    states: list[StepState]
 
     @property
     def succeeded(self) -> bool:
@@ -52,7 +55,7 @@ def follow(
     say: Callable[[str], None],
     poll: float = POLL_SECONDS,
 ) -> Followed:
-    """Say of a run's steps when they start and end, until it has ended.
+    """Print the start and end of a run's steps until the run has ended.
 
     Raises:
         SkdError: the server cannot be reached for long, or no longer accepts our credentials; the run goes on.
@@ -77,22 +80,22 @@ def follow(
 
 
 def ending(followed: Followed, namespace: str) -> list[str]:
-    """Say how a run ended, and where to look: the first line is the whole, the others are its parts."""
+    """Return how a run ended, and where to look: a line for the run, then a line for each part of it."""
     namespace = namespace or "kubeflow"
     lost = [state.name for state in followed.states if state.state == RUNNING]
     pods = f"kubectl get pods -n {namespace} -l pipeline/runid={followed.run.run_id}"
-    untold = (
+    unknown = (
         f"Kubeflow no longer records the steps of this run, since its record has grown beyond 1 MiB; "
         f"not known to have ended: {', '.join(lost)}"
     )
     if followed.succeeded:
-        return ["the run succeeded", *([untold] if lost else [])]
+        return ["the run succeeded", *([unknown] if lost else [])]
     if followed.cancelled:
         stopped = [state.name for state in followed.states if state.state in {FAILED, RUNNING}]
         return ["the run was cancelled", *([f"stopped: {', '.join(stopped)}"] if stopped else [])]
     failed = [_failure(state, namespace) for state in followed.states if state.state == FAILED]
     if not failed:
-        failed = [f"{untold}; look at `{pods}`" if lost else f"Kubeflow names no step that failed: look at `{pods}`"]
+        failed = [f"{unknown}; look at `{pods}`" if lost else f"Kubeflow names no step that failed: look at `{pods}`"]
     why = (followed.run.error and followed.run.error.message) or ""
     return [f"the run ended as {followed.run.state}{': ' if why else ''}{why}", *failed]
 
@@ -107,7 +110,7 @@ def _failure(state: StepState, namespace: str) -> str:
 
 
 class _Shown:
-    """What has been said of each step."""
+    """Prints the changes of each step's state."""
 
     def __init__(self, steps: Sequence[Step], say: Callable[[str], None]) -> None:
         self._steps, self._say = steps, say
@@ -138,7 +141,7 @@ class _Shown:
                 self._line(f"{state.name}: FAILED after {duration(state.seconds)}", running=True)
 
     def _line(self, text: str, *, running: bool = False) -> None:
-        """A line with how many steps are done, that one included while it runs, and how many there are as we know."""
+        """Print a line with the number of finished steps, the running one included, and the number of known steps."""
         rounds = iterations_of(self._said.values())
         once = sum(not step.loop for step in self._steps)
         total = once + sum(max(rounds.get(step.loop, 1), 1) for step in self._steps if step.loop)

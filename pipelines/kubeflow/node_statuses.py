@@ -1,9 +1,9 @@
-"""The node statuses that Argo keeps of a run, built as it would keep them.
+"""Build the node statuses of a run as Argo would keep them.
 
-What a component is, what its task passes and the pod it gets are written there as JSON within JSON, several times
+A component, the arguments of its task and its pod are written there as JSON within JSON, several times
 (kubeflow/pipelines 2.17.0: backend/src/v2/compiler/argocompiler/{container,dag}.go and driver/driver.go; argo-workflows
 4.0.8: workflow/controller/operator.go). The launcher's own arguments, the folder names and the metadata of artifacts
-have the length that they have there.
+have their real lengths.
 """
 
 from __future__ import annotations
@@ -36,17 +36,16 @@ _DRIVEN = "/tmp/outputs"  # noqa: S108 - likewise
 
 
 class NodeStatuses:
-    """The nodes of a run that has gone through.
+    """The nodes of a run that has succeeded.
 
     Args:
         documents: The compiled pipeline.
-        outputs: What steps give as parameters; what it leaves out is filled in with short values.
+        outputs: The output parameters of steps; missing ones are filled in with short values.
         wrapped: Whether each node has a second one around it, for its retries.
 
     Attributes:
         nodes: As Argo writes them.
         arguments: Place and bytes of each argument of each step.
-        by_task: Bytes of a task's nodes, with its driver's.
     """
 
     def __init__(self, documents: list[dict[str, Any]], outputs: Outputs, wrapped: bool) -> None:
@@ -60,7 +59,6 @@ class NodeStatuses:
         self.outputs, self.wrapped = outputs, wrapped
         self.nodes: list[dict[str, Any]] = []
         self.arguments: list[tuple[str, int]] = []
-        self.by_task: dict[str, int] = {}
         self.stored: dict[str, str] = {}  # arguments of the workflow: components, implementations, Kubernetes' settings
         self.tasks: dict[tuple[str, str], str] = {}  # in the templates
 
@@ -81,7 +79,7 @@ class NodeStatuses:
         return self
 
     def _dag(self, name: str, component: Spec, inputs: Spec, artifacts: Spec, place: str) -> dict[str, dict[str, Any]]:
-        """Run a DAG; returns its outputs: parameters and artifacts by name."""
+        """Add the nodes of a DAG, and return its outputs: parameters and artifacts by name."""
         tasks = component["dag"]["tasks"]
         order = TopologicalSorter({key: awaited(task) for key, task in tasks.items()})
         made: dict[str, dict[str, dict[str, Any]]] = {}
@@ -106,7 +104,6 @@ class NodeStatuses:
         component = self.spec["components"][name]
         own = {"component": self._keep(f"components-{name}", component), "task": to_json(task), "task-name": key}
         own["parent-dag-id"] = "100000"
-        before = len(self.nodes)
         if iterator := task.get("parameterIterator"):
             items = iterator["items"]
             many = json.loads(items["raw"]) if "raw" in items else values.pop(items["inputParameter"])
@@ -126,13 +123,10 @@ class NodeStatuses:
         if "dag" in component:
             self._driver(f"{place}-driver", own)
             self._template(place, name, {"parent-dag-id": "100000"}, pod=False)
-            self._count(key, before)
             defaults = component.get("inputDefinitions", {}).get("parameters", {})
             filled = {k: v["defaultValue"] for k, v in defaults.items() if "defaultValue" in v} | values
             return self._dag(name, component, filled, files, place)
-        given = self._container(name, component, task, values, files, place, own)
-        self._count(key, before)
-        return given
+        return self._container(name, component, task, values, files, place, own)
 
     def _container(
         self, name: str, component: Spec, task: Spec, values: dict[str, Any], files: Spec, place: str, own: Spec
@@ -146,7 +140,7 @@ class NodeStatuses:
             key: [{"name": key, "uri": f"{folder}/{key}", "type": spec["artifactType"], "metadata": {}}]
             for key, spec in declared.get("artifacts", {}).items()
         }
-        # Where the server publishes the steps' logs, as the manifests of all versions have it.
+        # The server publishes the steps' logs there, with the manifests of all versions.
         logs = {_LOGS: [{"name": _LOGS, "uri": f"{folder}/{_LOGS}", "type": {"schemaTitle": "system.Artifact"}}]}
         executor_input = {
             "inputs": {"parameterValues": values, "artifacts": {k: {"artifacts": v} for k, v in files.items()}},
@@ -175,7 +169,7 @@ class NodeStatuses:
         pod = {"pod-spec-patch": patch, **extra}
         self._template(f"{place}.executor", f"{prefix}system-container-impl", pod, pod=True, retried=retried)
         for artifact in (artifact for several in made.values() for artifact in several):
-            # What KFP adds once an artifact exists; its name is then its number.
+            # KFP adds this once an artifact exists; its name is then its number.
             artifact["metadata"] = {"display_name": artifact["name"], "store_session_info": _SESSION}
             artifact["name"] = "100000"
         parameters = declared.get("parameters", {})
@@ -206,12 +200,8 @@ class NodeStatuses:
         outputs: list[dict[str, Any]] | None = None,
     ) -> None:
         """Add the node of a template, and the one of its retries around it."""
-        log = [
-            {
-                "name": "main-logs",
-                "s3": {"key": f"private-artifacts/kubeflow/{self.name}/2026/01/01/{self.name}/main.log"},
-            }
-        ]
+        key = f"private-artifacts/kubeflow/{self.name}/2026/01/01/{self.name}/main.log"
+        log = [{"name": "main-logs", "s3": {"key": key}}]
         done = {"parameters": outputs or [], "artifacts": log, "exitCode": "0"} if pod else {}
         again = self.wrapped or retried
         if again:
@@ -248,29 +238,18 @@ class NodeStatuses:
     def _keep(self, name: str, value: Any) -> str:
         return self.stored.setdefault(name, to_json(value))
 
-    def _count(self, key: str, before: int) -> None:
-        self.by_task[key] = self.by_task.get(key, 0) + sum(len(to_json(node).encode()) for node in self.nodes[before:])
-
     def template_bytes(self) -> int:
-        """Bytes of what is to run: the texts that nodes refer to, and the templates."""
+        """Return the bytes of the workflow itself: the texts that nodes refer to, and the templates."""
         texts = [*self.stored.values(), *self.tasks.values()]
         return sum(len(to_json(text).encode()) for text in texts) + 800 * len(self.tasks) + 12_000
 
 
 def _pod(container: Spec, settings: Spec, arguments: list[str], executor_input: str, component: str) -> dict[str, Any]:
-    """The pod's part that the driver writes."""
-    server = [
-        "--ml_pipeline_server_address",
-        "ml-pipeline.kubeflow.svc.cluster.local",
-        "--ml_pipeline_server_port",
-        "8887",
-    ]
-    database = [
-        "--mlmd_server_address",
-        "metadata-grpc-service.kubeflow.svc.cluster.local",
-        "--mlmd_server_port",
-        "8080",
-    ]
+    """Return the part of the pod that the driver writes."""
+    server = ["--ml_pipeline_server_address", "ml-pipeline.kubeflow.svc.cluster.local"]
+    server += ["--ml_pipeline_server_port", "8887"]
+    database = ["--mlmd_server_address", "metadata-grpc-service.kubeflow.svc.cluster.local"]
+    database += ["--mlmd_server_port", "8080"]
     run = ["--pipeline_name", "skd-distillation", "--run_id", _ID, "--execution_id", "100000"]
     pod = ["--pod_name", "$(KFP_POD_NAME)", "--pod_uid", "$(KFP_POD_UID)", "--publish_logs", "true"]
     launcher = ["/kfp-launcher/launch", *run, "--executor_input", executor_input, "--component_spec", component]
@@ -330,7 +309,7 @@ def _volumes(settings: Spec) -> list[tuple[str, Spec, Spec]]:
 
 
 def _resources(asked: Spec) -> dict[str, Any]:
-    """Requests and limits as Kubernetes spells them."""
+    """Return requests and limits as Kubernetes spells them."""
     requests = {"cpu": asked.get("resourceCpuRequest"), "memory": asked.get("resourceMemoryRequest")}
     limits = {"cpu": asked.get("resourceCpuLimit"), "memory": asked.get("resourceMemoryLimit")}
     if accelerator := asked.get("accelerator"):
@@ -379,7 +358,7 @@ def _artifact(source: Spec, inputs: Spec, made: Mapping[str, Any]) -> Any:
 
 
 def _collected(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Lists of what the rounds of a loop gave."""
+    """Return lists of the outputs of a loop's rounds."""
     first = rounds[0] if rounds else {"parameters": {}, "artifacts": {}}
     return {
         "parameters": {key: [given["parameters"][key] for given in rounds] for key in first["parameters"]},

@@ -1,7 +1,7 @@
-"""How large a run grows in the cluster's records, before it runs.
+"""Compute the size of a run in the cluster's records, before it runs.
 
 Argo keeps the state of a run, a node status for each step, DAG and driver, in one Kubernetes object (see
-`node_statuses`). Beyond `SHOWN` Argo compresses the nodes, and Kubeflow's page stops to follow the run;
+`node_statuses`). Beyond `SHOWN` Argo compresses the nodes, and Kubeflow's page stops following the run;
 beyond `KEPT` (compressed) Argo can no longer write, and the run never ends. Both were seen, with Argo 4.0.8 and
 Kubeflow Pipelines 2.17.0, and so were these sizes of runs of an earlier pipeline:
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,30 +30,26 @@ KEPT = 900_000
 """Bytes of compressed nodes that leave room to Argo's 1,048,576."""
 ARGUMENT = 64 * 1024
 """Bytes of one argument that a step may get. Linux refuses 128 KiB."""
-_LESS_ALIKE = 1.25  # real runs compress worse than what is computed, by as much at the most
+_LESS_ALIKE = 1.25  # the most by which a real run compresses worse than the computed one
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run takes.
+    """The sizes of a run.
 
     Attributes:
-        count: Node statuses.
         nodes: Bytes of the node statuses as JSON.
-        workflow: Bytes of the whole object: the nodes, and what is to run.
+        workflow: Bytes of the whole object: the nodes, and the workflow itself.
         compressed: Bytes of the nodes as Argo keeps them beyond `SHOWN`.
         argument: Bytes of the longest argument of a step.
-        argument_of: That step.
-        by_task: Bytes of the nodes of a task, with its driver's, by task.
+        argument_of: The step of that argument.
     """
 
-    count: int
     nodes: int
     workflow: int
     compressed: int
     argument: int
     argument_of: str
-    by_task: Mapping[str, int]
 
 
 def measure(
@@ -65,22 +60,22 @@ def measure(
     Args:
         documents: The compiled pipeline.
         parameters: Values of its parameters; the others have their defaults.
-        outputs: What steps give as parameters. Short texts and empty lists where it says nothing.
+        outputs: The output parameters of steps; short texts and empty lists for missing ones.
         wrapped: Each node has a second one around it, as with the manifests of Kubeflow Pipelines 2.17.0.
     """
     run = NodeStatuses(documents, outputs or (lambda *_: {}), wrapped).run(parameters)
     text = to_json({node["id"]: node for node in run.nodes}).encode()
     compressed = int(len(base64.b64encode(gzip.compress(text, mtime=0))) * _LESS_ALIKE)
     place, longest = max(run.arguments, key=lambda found: found[1], default=("", 0))
-    return Sizes(len(run.nodes), len(text), len(text) + run.template_bytes(), compressed, longest, place, run.by_task)
+    return Sizes(len(text), len(text) + run.template_bytes(), compressed, longest, place)
 
 
 def expected(config: RunConfig, plan: Plan | None = None) -> Outputs:
-    """Return what the steps of a run give, as long as it gets.
+    """Return the output parameters of a run's steps, at their greatest length.
 
     Args:
         config: The run's configuration.
-        plan: The comparison's, if it is one.
+        plan: The comparison, if it is one.
     """
     from skd_lib.comparison.trials import Trial
     from skd_lib.config.step import StepConfig
@@ -105,7 +100,7 @@ def expected(config: RunConfig, plan: Plan | None = None) -> Outputs:
 
 
 def _figures(declared: Spec, metrics: int) -> Spec:
-    """The parameters with figures that steps give at the end, as long as they get, among those that are declared."""
+    """Return the declared parameters that hold figures, at their greatest length."""
     from skd_lib.report.measured import longest
 
     sizes = {"measured": longest(metrics), "scores": longest(1)}
@@ -114,7 +109,7 @@ def _figures(declared: Spec, metrics: int) -> Spec:
 
 
 def too_large(sizes: Sizes) -> list[SkdError]:
-    """Return why a run of this size could not work."""
+    """Return the errors of a run that is too large to work."""
     remedy = "give long settings (prompts, lists of files) in a YAML file, and its URI as `config` or `task`"
     problems = []
     if sizes.argument > ARGUMENT:
@@ -149,7 +144,7 @@ def of_compiled(documents: list[dict[str, Any]], trials: int = 1) -> str:
 
 
 def notice(sizes: Sizes) -> str:
-    """Return a sentence on what Kubeflow will not show of a run of this size; empty where it shows all."""
+    """Return a sentence on the steps that Kubeflow will not show for a run of this size; empty where it shows all."""
     if sizes.workflow <= SHOWN:
         return ""
     return (

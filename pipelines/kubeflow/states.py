@@ -1,29 +1,40 @@
-"""What Kubeflow's record of a run says of its steps.
+"""Read the states of a run's steps from Kubeflow's record of the run.
 
 Its words mean other things than they seem to (Kubeflow Pipelines 2.17.0, `RuntimeState.ToV2` and `NodeStatuses`): a
 step that is reused is SUCCEEDED, and only the executor inside of it is SKIPPED; SKIPPED is a step whose condition does
 not hold; a step whose driver failed has no state (Argo's Omitted), and FAILED is a task `<key>-driver`; a pod that was
 deleted is FAILED as well (Argo's Error). A cancelled run ends as FAILED, with CANCELING in its history. A task that
 has not ended ends in the year 1 or in 1970. No task has an error or the name of a pod.
+
+The record names every node of Argo by its display name, which is the task's key in its DAG (so that four may be called
+`evaluate`, and every step has an `executor`), and by the ids of its children, not by its own id or parent. But the id
+of a node is the workflow's name and a hash of the node's path, and the paths follow from the pipeline: this module
+walks the paths that the pipeline allows, as far as nodes with these ids exist.
+
+Sources: backend/src/v2/compiler/argocompiler/{dag,container}.go and backend/src/common/util/workflow.go (NodeStatuses)
+of Kubeflow Pipelines 2.17.0; workflow/util/pod_name.go and workflow/controller/{dag,operator}.go of Argo 4.0.8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from skd_kfp.pipelines.graph import COMPONENT_PREFIX, Step
 from skd_kfp.pipelines.kubeflow.api import LIVE
-from skd_kfp.pipelines.kubeflow.nodes import Node, nodes_of
 
 SUCCEEDED, FAILED, SKIPPED, RUNNING, REUSED = "SUCCEEDED", "FAILED", "SKIPPED", "RUNNING", "REUSED"
 CANCELING, CANCELED = "CANCELING", "CANCELED"
 ENDED = frozenset({SUCCEEDED, REUSED, SKIPPED, FAILED})
 POD_KINDS = ("EXECUTOR", "DRIVER")
 POD_SECONDS = 2.0
-"""No pod starts, runs and is seen to end within so little: a step that took less was reused."""
+"""No pod starts, runs and ends within this time: a step that took less was reused."""
+FNV_OFFSET, FNV_PRIME, WORD = 0x811C9DC5, 0x01000193, 0xFFFFFFFF
+MAX_ATTEMPTS = 100
+MAX_ITERATIONS = 10_000
+DRIVER = "-driver"
 
 
 @dataclass(frozen=True)
@@ -33,12 +44,12 @@ class StepState:
     Attributes:
         name: The step's, with the round of a loop: `distill (iteration 2)`. Of a DAG, the DAG's.
         state: RUNNING, SUCCEEDED, REUSED, SKIPPED (its condition does not hold) or FAILED.
-        seconds: How long it took; 0 while it runs.
-        attempts: How many are known to have been made.
+        seconds: Its duration; 0 while it runs.
+        attempts: The number of known attempts.
         pod: The latest attempt's, or the driver's where that failed; empty where it is not known.
         driver: It did not start, since Kubeflow's driver failed.
-        loop: The loop that it is in; empty outside of loops.
-        message: What Kubeflow says of its failure; only the version without MLMD says something.
+        loop: Its loop; empty outside of loops.
+        message: Kubeflow's message on its failure; only the version without MLMD has one.
     """
 
     name: str
@@ -52,10 +63,10 @@ class StepState:
 
 
 def read_states(run: Any, spec: dict[str, Any], steps: Sequence[Step]) -> list[StepState]:
-    """Return the steps that a run's record tells of, in the order in which they began, each once.
+    """Return the steps in a run's record, in the order in which they began, each once.
 
     Args:
-        run: As the API tells of it.
+        run: The run as the API returns it.
         spec: The pipeline spec.
         steps: Its steps.
     """
@@ -79,10 +90,10 @@ def read_states(run: Any, spec: dict[str, Any], steps: Sequence[Step]) -> list[S
 
 
 def read_tasks(tasks: Sequence[Mapping[str, Any]], spec: dict[str, Any], steps: Sequence[Step]) -> list[StepState]:
-    """Return the same from the record of the version without MLMD.
+    """Return the steps in the record of the version without MLMD.
 
-    There a task says which it is (`scope_path`: `root.teacher.evaluate`), in which round of a loop its parent is, and
-    the names of its pods; a step that is reused is CACHED (backend/api/v2beta1/run.proto, branch mlmd-removal).
+    There a task names itself (`scope_path`: `root.teacher.evaluate`), the round of its parent's loop, and the
+    names of its pods; a step that is reused is CACHED (backend/api/v2beta1/run.proto, branch mlmd-removal).
     """
     known = {step.component: step for step in steps}
     by_id = {task.get("task_id"): task for task in tasks}
@@ -111,7 +122,7 @@ def read_tasks(tasks: Sequence[Mapping[str, Any]], spec: dict[str, Any], steps: 
 
 
 def _component_at(scope: str, spec: dict[str, Any]) -> str:
-    """The component of the task at a path; empty where there is none."""
+    """Return the component of the task at a path; empty where there is none."""
     component, name = spec["root"], ""
     for key in scope.split(".")[1:]:
         task = component.get("dag", {}).get("tasks", {}).get(key)
@@ -123,7 +134,7 @@ def _component_at(scope: str, spec: dict[str, Any]) -> str:
 
 
 def _iteration(task: Mapping[str, Any], by_id: Mapping[Any, Mapping[str, Any]]) -> int | None:
-    """In which round of a loop a task is; None outside of loops."""
+    """Return the round of a loop in which a task is; None outside of loops."""
     above: Mapping[str, Any] | None = task
     for _ in by_id:
         if above is None:
@@ -144,13 +155,13 @@ def _round(iteration: int | None) -> str:
 
 
 def was_cancelled(run: Any) -> bool:
-    """Whether a person has cancelled a run; it may still be ending."""
+    """Return whether a person has cancelled a run; it may still be ending."""
     history = {status.state for status in run.state_history or []}
     return run.state != SUCCEEDED and bool({CANCELING, CANCELED} & ({run.state} | history))
 
 
 def iterations_of(states: Iterable[StepState]) -> dict[str, int]:
-    """Return how many rounds each loop is known to have, by what has begun."""
+    """Return the number of rounds of each loop that have begun."""
     rounds: dict[str, set[str]] = {}
     for state in states:
         if state.loop:
@@ -159,7 +170,7 @@ def iterations_of(states: Iterable[StepState]) -> dict[str, int]:
 
 
 def _node_of(task: Any, nodes: Sequence[Node]) -> Node | None:
-    """The node that a task is: of that display name and with these children, or the only one of that name."""
+    """Return the node of a task: it has its display name and children, or is the only one of that name."""
     named = [node for node in nodes if node.display == task.display_name]
     children = _children(task)
     found = next((node for node in named if node.children & children), None)
@@ -182,7 +193,7 @@ def _state(task: Any, node: Node, step: Step | None) -> StepState:
 
 
 def is_live(run: Any) -> bool:
-    """Whether a run has not ended."""
+    """Return whether a run has not ended."""
     return run.state in LIVE
 
 
@@ -198,3 +209,130 @@ def _start(task: Any) -> float:
 def _seconds(task: Any) -> float:
     start = task.start_time or task.create_time
     return max(float((task.end_time - start).total_seconds()), 0.0) if start and task.end_time else 0.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a step, or of a DAG.
+
+    Attributes:
+        component: The step's component, as `skd_kfp.pipelines.graph.Step` has it; of a DAG empty.
+        title: The key of the task, or of the DAG.
+        iteration: The round of its loop; None outside of loops.
+        driver: It is Kubeflow's driver for the step or DAG, which prepares its start.
+        display: Its display name.
+        children: Ids of existing nodes that can only be children of this one.
+        tried: The number of attempts that are known to have had a pod; 0 also where that is not known.
+        pods: Names of the pods that may have existed, the latest last.
+    """
+
+    component: str
+    title: str
+    iteration: int | None
+    driver: bool
+    display: str
+    children: frozenset[str]
+    tried: int
+    pods: tuple[str, ...]
+
+
+def node_id(workflow: str, path: str) -> str:
+    """Return the id that Argo gives a node: the workflow's name and the 32-bit FNV-1a hash of the node's path."""
+    return f"{workflow}-{_hash(path)}"
+
+
+def nodes_of(spec: dict[str, Any], ids: frozenset[str]) -> list[Node]:
+    """Return the nodes of a run's steps and DAGs that exist, or may exist as leaves.
+
+    Args:
+        spec: The pipeline spec.
+        ids: Ids of all nodes that are children of another.
+    """
+    workflow = next((each.rpartition("-")[0] for each in ids), "")
+    return list(_Walk(spec, workflow, ids).run()) if workflow else []
+
+
+class _Walk:
+    def __init__(self, spec: dict[str, Any], workflow: str, ids: frozenset[str]) -> None:
+        self._spec, self._workflow, self._ids = spec, workflow, ids
+
+    def run(self) -> Iterator[Node]:
+        for entry in self._attempts(self._workflow):
+            yield self._driver(f"{entry}.root", "", "root", None)
+            yield from self._dag(f"{entry}.root", self._spec["root"], None)
+
+    def _dag(self, path: str, component: dict[str, Any], iteration: int | None) -> Iterator[Node]:
+        """Yield the nodes below the DAG at `path`."""
+        for place in self._attempts(path):
+            for key, task in component["dag"]["tasks"].items():
+                before = task.get("dependentTasks", [])
+                hook = task.get("triggerPolicy", {}).get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED"
+                holders = [f"{place}.{each}.onExit" for each in before] if hook else [place]
+                for holder in (attempt for each in holders for attempt in self._attempts(each)):
+                    yield from self._task(f"{holder}.{key}", key, task, iteration)
+
+    def _task(self, path: str, key: str, task: dict[str, Any], iteration: int | None) -> Iterator[Node]:
+        name = task["componentRef"]["name"]
+        component = self._spec["components"][name]
+        if "dag" not in component:
+            yield self._driver(path, name.removeprefix(COMPONENT_PREFIX), key, iteration)
+            yield self._step(path, name.removeprefix(COMPONENT_PREFIX), key, task, iteration)
+        elif "parameterIterator" in task:
+            for place in self._attempts(path):
+                yield self._driver(f"{place}.iteration", "", key, None)
+                for number in range(MAX_ITERATIONS):
+                    holder = f"{place}.iteration-iterations({number}:{number})"
+                    if not self._exists(holder):
+                        break
+                    for each in self._attempts(holder):
+                        yield self._driver(f"{each}.iteration-item", "", key, number)
+                        yield from self._dag(f"{each}.iteration-item", component, number)
+        else:
+            yield self._driver(path, "", key, iteration)
+            yield from self._dag(path, component, iteration)
+
+    def _step(self, path: str, component: str, key: str, task: dict[str, Any], iteration: int | None) -> Node:
+        template = f"{'retry-' if 'retryPolicy' in task else ''}system-container-impl"
+        executors = [f"{place}.executor" for place in self._attempts(path)]
+        tried = [attempt for executor in executors for attempt in self._attempts(executor)[1:]]
+        pods = [self._pod(template, attempt) for attempt in tried or executors if self._exists(attempt)]
+        children = self._known([*executors, *self._attempts(path)[1:]])
+        return Node(component, key, iteration, False, _display(path), children, len(tried), tuple(pods))
+
+    def _driver(self, path: str, component: str, key: str, iteration: int | None) -> Node:
+        """Return the driver of the step or DAG at `path`, which runs before it."""
+        driver = path + DRIVER
+        template = f"system-{'container' if component else 'dag'}-driver"
+        pods = [self._pod(template, attempt) for attempt in self._attempts(driver)[1:] or [driver]]
+        children = self._known([*self._attempts(driver)[1:], path])
+        return Node(component, key, iteration, True, _display(driver), children, 0, tuple(pods))
+
+    def _attempts(self, path: str) -> list[str]:
+        """Return the node, and its attempts where it is a Retry node: `distill`, `distill(0)`, `distill(1)`."""
+        found = [path]
+        for number in range(MAX_ATTEMPTS):
+            attempt = f"{path}({number})"
+            if not self._exists(attempt):
+                break
+            found.append(attempt)
+        return found
+
+    def _exists(self, path: str) -> bool:
+        return node_id(self._workflow, path) in self._ids
+
+    def _known(self, paths: Iterable[str]) -> frozenset[str]:
+        return frozenset(node_id(self._workflow, path) for path in paths) & self._ids
+
+    def _pod(self, template: str, path: str) -> str:
+        return f"{self._workflow}-{template}-{_hash(path)}"
+
+
+def _display(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _hash(path: str) -> int:
+    value = FNV_OFFSET
+    for byte in path.encode():
+        value = (value ^ byte) * FNV_PRIME & WORD
+    return value

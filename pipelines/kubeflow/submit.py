@@ -1,4 +1,4 @@
-"""From a configuration to a run in Kubeflow Pipelines."""
+"""Submit a configuration as a run, or as a schedule of runs, to Kubeflow Pipelines."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from typing import Any
 
 from skd_kfp.pipelines.compiling import Documents, compiled_path, images_of, profile_of
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
-from skd_kfp.pipelines.kubeflow.reach import NEEDS_ROOT, out_of_reach, wants_nodes, wrong_root
-from skd_kfp.pipelines.kubeflow.readback import recurring_differences, run_differences
-from skd_kfp.pipelines.kubeflow.schedules import with_seconds
+from skd_kfp.pipelines.kubeflow.checks import (
+    NEEDS_ROOT,
+    check_version,
+    out_of_reach,
+    schedule_notice,
+    wants_nodes,
+    with_seconds,
+    wrong_root,
+)
 from skd_kfp.pipelines.kubeflow.sizes import expected, measure, notice, too_large
-from skd_kfp.pipelines.kubeflow.versions import check_version, schedule_notice
 from skd_lib import __version__
 from skd_lib._core.documents import parse_yaml_documents, read_text
 from skd_lib.comparison import plan as comparisons
@@ -29,11 +34,9 @@ from skd_lib.errors import SkdError, SkdErrors
 
 SHORT_DIGEST = 12
 SETTINGS = "skd-settings"
-"""ConfigMap in which a namespace says where its MLflow and its checkpoints are."""
+"""ConfigMap that holds a namespace's places of MLflow and checkpoints."""
 REASON_LENGTH = 120
-"""A description fits into 255 bytes, which is all that some databases of Kubeflow keep of it."""
-
-
+"""A description fits into 255 bytes, as some databases of Kubeflow keep no more of it."""
 NO_COMET = "this pipeline has no step for it, and no scores by it"
 NO_SCORES = "comparisons have no scores by it"
 WITH_COMET = "give --pipeline a file of `skd compile --pipeline distillation_comet`"
@@ -45,8 +48,8 @@ class Package:
 
     Attributes:
         path: Its file.
-        documents: What is in it.
-        digest: Hex sha256 of that, whatever the order of its keys, its comments and the KFP version that compiled it.
+        documents: Its content.
+        digest: Hex sha256 of the content, without comments, the order of keys and the KFP version that compiled it.
     """
 
     path: Path
@@ -71,7 +74,7 @@ class Package:
 
     @property
     def images(self) -> str:
-        """The images that the steps run in, and which of them may be others tomorrow."""
+        """The images of the steps, with a remark on those that are named without a digest."""
         doubt = " (no digest: is it in your registry? see `skd compile --image`)"
         return ", ".join(f"{image}{'' if '@sha256:' in image else doubt}" for image in images_of(self.documents))
 
@@ -98,7 +101,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Target:
-    """Where runs go.
+    """The places of a run and its outputs.
 
     Attributes:
         experiment: Experiment in Kubeflow.
@@ -119,20 +122,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Submission:
-    """Everything that makes a run, settled before the server is asked for anything."""
+    """Everything about a run, decided and checked before the first request to the server."""
 
     name: str
     package: Package
     target: Target
     parameters: Mapping[str, Any]
     notices: Mapping[str, str] = field(default_factory=dict)
-    """What a person should know of it before it starts, by a word for what it is about."""
+    """Remarks for a person, by their subject."""
 
     @classmethod
     def plan(
         cls, config: RunConfig, package: Package, target: Target, name: str = "", comparison: Plan | None = None
     ) -> Submission:
-        """Settle a run of `config`, or of a comparison that starts from it, by default named after it and the time.
+        """Plan a run of `config`, or of a comparison that starts from it, by default named after it and the time.
 
         Raises:
             SkdErrors: the run could not work in a cluster.
@@ -159,7 +162,7 @@ class Submission:
         if lacks_comet and not comparison and config.task.metrics[0] == "comet":
             what = "COMET is to decide, and this pipeline has no step for it"
             problems.append(SkdError(what, where="task.metrics", hint=f"{WITH_COMET}, or put another metric first"))
-        # As with the manifests of 2.17.0: which the server has is not known here.
+        # With the manifests of 2.17.0; the server's are not known here.
         sizes = measure(package.documents, parameters, expected(config, comparison), wrapped=True)
         problems += too_large(sizes)
         if problems:
@@ -175,7 +178,7 @@ class Submission:
         return cls(shown_name, package, target, parameters, {key: text for key, text in said.items() if text})
 
     def describe(self) -> dict[str, str]:
-        """What will be made, for a person."""
+        """Return a description of the run for a person."""
         target = self.target
         as_said = f"as the ConfigMap {target.settings} says, if there is one"
         default_root = (
@@ -195,7 +198,7 @@ class Submission:
         }
 
     def prepare(self, api: KubeflowPipelines, reason: str = "skd submit") -> Any:
-        """The run to be created, with its experiment and the pipeline's version made; `reason` is in its description.
+        """Return the run to create, with `reason` in its description; creates its experiment and pipeline version.
 
         Raises:
             SkdError: the server is too old, cannot be reached or refuses.
@@ -208,16 +211,16 @@ class Submission:
         )
 
     def start(self, api: KubeflowPipelines, run: Any, before: float = math.inf) -> Any:
-        """Create a run that was prepared, and see that it is what was asked for.
+        """Create a run that was prepared, and check that the server keeps what was requested.
 
         Raises:
             Unsettled: see `KubeflowPipelines.create_run`.
-            SkdError: it was not made.
+            SkdError: it was not created.
         """
         made = api.create_run(run, before)
         try:
             differing = run_differences(run, api.run(made.run_id))
-        except SkdError as error:  # it runs all the same
+        except SkdError as error:  # it runs anyway
             _tell(api, f"run {made.run_id} has started, and could not be compared with what was asked: {error.brief}")
             return made
         if differing:
@@ -229,16 +232,16 @@ class Submission:
         return made
 
     def schedule(self, api: KubeflowPipelines, cron: str) -> Any:
-        """Make a recurring run of this name, or find the one that is there.
+        """Create a recurring run of this name, or find the existing one.
 
         Args:
             api: The server.
-            cron: When: five fields as in crontab, or six with seconds first; UTC.
+            cron: The schedule: five fields as in crontab, or six with seconds first; UTC.
 
         Raises:
             Unsettled: see `KubeflowPipelines.create_recurring_run`.
-            SkdError: there is one of this name that does something else, the server keeps another than it was asked
-                for, is too old, cannot be reached or refuses.
+            SkdError: an existing one of this name differs, or the server keeps something else, is too old, cannot be
+                reached or refuses.
         """
         import kfp_server_api
 
@@ -278,9 +281,9 @@ class Submission:
         return made
 
     def _description(self, reason: str) -> str:
-        """Why a run was made, and a word that only this submission has.
+        """Return why a run was made, and a word that only this submission has.
 
-        By that word a run is known as ours, should the answer to its creation get lost; it must not be cut off.
+        The word identifies the run as ours if the answer to its creation is lost; it must not be cut off.
         """
         short = reason.encode("ascii", "replace").decode()
         if len(short) > REASON_LENGTH:
@@ -288,7 +291,7 @@ class Submission:
         return f"{short}; submission {uuid.uuid4().hex}; pipeline sha256:{self.package.digest}"
 
     def _body(self, api: KubeflowPipelines) -> dict[str, Any]:
-        """What single and recurring runs have in common; makes the experiment and the version where needed."""
+        """Return the common part of runs and recurring runs; creates the experiment and the version where needed."""
         import kfp_server_api
 
         version = api.pipeline_version(
@@ -309,3 +312,40 @@ class Submission:
 def _tell(api: KubeflowPipelines, notice: str) -> None:
     if notice:
         api.notice(notice)
+
+
+def run_differences(wanted: Any, kept: Any) -> list[str]:
+    """Return the parts of a run that the server keeps differently, as text; its own defaults are no difference."""
+    asked, has = wanted.runtime_config, _field(kept, "runtime_config")
+    parameters: Mapping[str, Any] = _field(has, "parameters") or {}
+    changed = sorted(
+        name for name, value in asked.parameters.items() if name not in parameters or parameters[name] != value
+    )
+    version = ("pipeline_version_reference", "pipeline_version_id")
+    return [
+        *(["its pipeline"] if _field(kept, *version) != _field(wanted, *version) else []),
+        *([f"its parameters {', '.join(changed)}"] if changed else []),
+        *(
+            ["where artifacts go"]
+            if asked.pipeline_root and _field(has, "pipeline_root") != asked.pipeline_root
+            else []
+        ),
+        *(["its service account"] if wanted.service_account and kept.service_account != wanted.service_account else []),
+    ]
+
+
+def recurring_differences(wanted: Any, kept: Any) -> list[str]:
+    """Return the parts of a recurring run that the server keeps differently, as text."""
+    cron = ("trigger", "cron_schedule", "cron")
+    return [
+        *(["its schedule"] if _field(kept, *cron) != _field(wanted, *cron) else []),
+        *(["being switched off"] if kept.mode == "DISABLE" else []),
+        *run_differences(wanted, kept),
+    ]
+
+
+def _field(value: Any, *names: str) -> Any:
+    """Return a field of a field; None where one of them is missing."""
+    for name in names:
+        value = getattr(value, name, None)
+    return value

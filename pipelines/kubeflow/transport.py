@@ -1,8 +1,8 @@
-"""How requests reach Kubeflow Pipelines: timeouts, credentials that are renewed, and what is asked again.
+"""Send requests to Kubeflow Pipelines: with timeouts, credentials that are renewed, and repetitions.
 
-Only what changes nothing is asked again after an answer that may be a passing fault. The server makes a run's Workflow
-before its own record of the run (`ResourceManager.CreateRun`), so that after any failure of a creation something may
-run of which it knows nothing.
+Only a request that changes nothing is repeated after an answer that may be a passing fault. The server makes a run's
+Workflow before its own record of the run (`ResourceManager.CreateRun`), so that after any failure of a creation a
+workflow may run that it does not list.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TIMEOUT_SECONDS = (10, 60)  # to connect, and for an answer
 READ_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Before each further attempt at a request that only reads, in units of the client's `backoff`: about a minute."""
 PATIENCE_SECONDS = 100
-"""After so long nothing is asked again: for each answer of a server that hangs `TIMEOUT_SECONDS` are waited."""
+"""After this time no request is repeated: each answer of a server that hangs costs `TIMEOUT_SECONDS`."""
 TIMEOUT, TOO_MANY = 408, 429
 _UNREADABLE = "Failed to parse"  # the generated client's words
 
 ODD_ANSWERS = (TypeError, ValueError, AttributeError, KeyError, RecursionError)
-"""What the generated client raises on an answer of another shape than the API's."""
+"""Errors of the generated client on an answer of another shape than the API's."""
 FAILURES = (ApiException, HTTPError, *ODD_ANSWERS)
-"""Everything that asking the server can raise."""
+"""All errors of a request."""
 
 
 class _LoginPage(ApiException):  # type: ignore[misc, unused-ignore]
@@ -48,9 +48,9 @@ class Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
 
     Args:
         configuration: The generated client's.
-        credentials: Who we are.
+        credentials: Our credentials.
         backoff: Unit of `READ_PAUSES`, in seconds.
-        notice: Is told once for each request when the server is waited for.
+        notice: Prints a remark once for each request that waits for the server.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
         return self._authorised(method, url, headers, **options)
 
     def _authorised(self, method: str, url: str, headers: Any, **options: Any) -> Any:
-        """Ask once, or twice where the server refuses our credentials: it has then done nothing."""
+        """Send a request once, or twice where the server refuses our credentials: it has then done nothing."""
         try:
             return self._once(method, url, headers, renew=False, **options)
         except ApiException as error:
@@ -88,7 +88,7 @@ class Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
             return self._once(method, url, headers, renew=True, **options)
 
     def _once(self, method: str, url: str, headers: Any, *, renew: bool, **options: Any) -> Any:
-        sent = {**(headers or {}), **self._credentials.headers(renew=renew)}
+        sent = {**(headers or {}), **self._credentials(renew)}
         try:
             response = super().request(method, url, headers=sent, _request_timeout=TIMEOUT_SECONDS, **options)
         except ApiException as error:
@@ -102,7 +102,7 @@ class Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
 
 
 def make_client(host: str, credentials: Credentials, backoff: float, notice: Callable[[str], None]) -> Any:
-    """The generated client for a server."""
+    """Return the generated client for a server."""
     configuration = kfp_server_api.Configuration(host=host)
     client = kfp_server_api.ApiClient(configuration)
     client.rest_client = Transport(configuration, credentials, backoff, notice)
@@ -110,29 +110,29 @@ def make_client(host: str, credentials: Credentials, backoff: float, notice: Cal
 
 
 def was_not_received(error: Exception) -> bool:
-    """Whether a request that failed so cannot have been carried out."""
+    """Return whether a request with this failure cannot have been carried out."""
     if isinstance(error, ApiException):
         return bool(error.status == TOO_MANY)
     return isinstance(error, ConnectTimeoutError)  # a refused connection is one of them
 
 
 def was_refused(error: Exception) -> bool:
-    """Whether the server has answered that it does not do it."""
+    """Return whether the server has refused the request."""
     return isinstance(error, ApiException) and 400 <= (error.status or 0) < 500 and not _may_pass(error.status)
 
 
 def _may_pass(status: int | None) -> bool:
-    """Whether a status tells of a fault that may pass by itself."""
+    """Return whether a status is that of a fault that may pass by itself."""
     return status in (TIMEOUT, TOO_MANY) or (status or 0) >= 500
 
 
 def is_conflict(error: Exception) -> bool:
-    """Whether the server says that there is one of that name."""
+    """Return whether the server has something of that name already."""
     return isinstance(error, ApiException) and bool(error.status == 409)
 
 
 def briefly(error: Exception) -> str:
-    """A failure in a few words."""
+    """Return a failure in a few words."""
     if isinstance(error, ApiException):
         return f"HTTP {error.status}"
     cause = getattr(error, "__cause__", None)
@@ -140,13 +140,13 @@ def briefly(error: Exception) -> str:
 
 
 def away(host: str, reason: str) -> SkdError:
-    """The server cannot be reached."""
+    """Return the error of a server that cannot be reached."""
     hint = "check --host, the network, and that the server runs"
     return SkdError(f"cannot be reached: {reason}", where=host, hint=hint)
 
 
 def explained(error: Exception, host: str) -> SkdError:
-    """A failure as a sentence, with what to do."""
+    """Return a failure as an error that says what to do."""
     if isinstance(error, ODD_ANSWERS) or (isinstance(error, ApiException) and _UNREADABLE in str(error.reason)):
         said = " ".join(str(getattr(error, "reason", error)).split())[:200]
         hint = "check that --host is the API of Kubeflow Pipelines v2: behind the dashboard it ends in /pipeline"
@@ -174,7 +174,7 @@ def explained(error: Exception, host: str) -> SkdError:
 
 
 def _message(error: ApiException) -> str:
-    """What the server said, without the headers that `str(error)` would show."""
+    """Return the server's message, without the headers that `str(error)` would show."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body
     try:
         answer = json.loads(body or "")

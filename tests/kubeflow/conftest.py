@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
-from skd_kfp.pipelines.kubeflow.auth import Anonymous
+from skd_kfp.pipelines.kubeflow.auth import anonymous
 from skd_lib.config import RunConfig, load_config
 from tests.kubeflow.fake_kfp import FakeKfp, running
 
@@ -32,7 +32,7 @@ def kfp() -> Iterator[FakeKfp]:
 
 @pytest.fixture
 def api(kfp: FakeKfp) -> KubeflowPipelines:
-    return KubeflowPipelines(kfp.host, Anonymous(), backoff=0.01)
+    return KubeflowPipelines(kfp.host, anonymous, backoff=0.01)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,7 @@ from skd_kfp.pipelines.compiling import PIPELINES, compiled_path
 from skd_kfp.pipelines.graph import read_steps
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
 from skd_kfp.pipelines.kubeflow.follow import Followed, ending, follow
-from skd_kfp.pipelines.kubeflow.nodes import node_id
-from skd_kfp.pipelines.kubeflow.states import StepState, read_states
+from skd_kfp.pipelines.kubeflow.states import StepState, node_id, read_states
 from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
 from skd_lib.config import RunConfig
 from tests.kubeflow import small

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from skd_kfp.pipelines.cli import app
 from skd_kfp.pipelines.compiling import compiled_path
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
-from skd_kfp.pipelines.kubeflow.auth import Anonymous, Auth, Secret, find_credentials
-from skd_kfp.pipelines.kubeflow.schedules import with_seconds
+from skd_kfp.pipelines.kubeflow.auth import Auth, anonymous, find_credentials
+from skd_kfp.pipelines.kubeflow.checks import with_seconds
 from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
 from skd_lib import __version__
 from skd_lib.config import RunConfig, load_config
@@ -168,7 +168,7 @@ def test_a_server_that_stays_away_is_named(kfp: FakeKfp, api: KubeflowPipelines)
     with pytest.raises(SkdError, match=r"the server fails \(HTTP 503\): upstream error") as caught:
         api.find_experiment("none")
     assert caught.value.where == kfp.host
-    away = KubeflowPipelines("http://127.0.0.1:9", Anonymous(), backoff=0.001)
+    away = KubeflowPipelines("http://127.0.0.1:9", anonymous, backoff=0.001)
     with pytest.raises(SkdError, match="cannot be reached"):
         away.find_experiment("none")
 
@@ -202,7 +202,7 @@ def test_an_odd_answer_is_a_sentence(answer: bytes):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        api = KubeflowPipelines(f"http://127.0.0.1:{server.server_port}", Anonymous(), backoff=0.001)
+        api = KubeflowPipelines(f"http://127.0.0.1:{server.server_port}", anonymous, backoff=0.001)
         with pytest.raises(SkdError, match="the answer is not one of Kubeflow Pipelines") as caught:
             api.experiment("e")
         with pytest.raises(SkdError, match="the answer is not one of Kubeflow Pipelines"):
@@ -349,11 +349,11 @@ def test_all_pages_are_read(kfp: FakeKfp, api: KubeflowPipelines, submission: Su
 
 def test_a_profile_is_named_in_a_multi_user_installation(submission: Submission):
     with running(FakeKfp(multi_user=True)) as kfp:
-        api = KubeflowPipelines(kfp.host, Anonymous(), namespace="team")
+        api = KubeflowPipelines(kfp.host, anonymous, namespace="team")
         submission.start(api, submission.prepare(api))
         assert kfp.experiments[0]["namespace"] == kfp.pipelines[0]["namespace"] == "team"
         with pytest.raises(SkdError, match=r"HTTP 400\): a namespace is required"):
-            KubeflowPipelines(kfp.host, Anonymous()).find_experiment("skd")
+            KubeflowPipelines(kfp.host, anonymous).find_experiment("skd")
 
 
 # --- credentials --------------------------------------------------------------------------------------------------
@@ -369,13 +369,14 @@ def test_a_token_that_expires_is_read_again(kfp: FakeKfp, tmp_path: Path, monkey
     kfp.tokens = {"new"}
     asked = len(kfp.requests)
 
-    class Rotating(Secret):
-        def headers(self, *, renew: bool = False) -> dict[str, str]:
-            if renew:
-                file.write_text("new", encoding="utf-8")
-            return super().headers(renew=renew)
+    credentials = find_credentials(Auth.AUTO, kfp.host)
 
-    api = KubeflowPipelines(kfp.host, Rotating(lambda: file.read_text(encoding="utf-8").strip()))
+    def rotating(renew: bool) -> dict[str, str]:
+        if renew:
+            file.write_text("new", encoding="utf-8")
+        return credentials(renew)
+
+    api = KubeflowPipelines(kfp.host, rotating)
     api.experiment("e")
     statuses = [headers["Authorization"] for _, _, headers in kfp.requests[asked:]]
     assert statuses == ["Bearer old", "Bearer new", "Bearer new"]
@@ -402,22 +403,22 @@ def test_a_session_that_has_ended_is_not_an_empty_list(kfp: FakeKfp, monkeypatch
     with pytest.raises(SkdError, match="does not accept our credentials: redirected to a login page"):
         api.find_experiment("none")
     # Some proxies answer with the page itself.
-    page = KubeflowPipelines(f"{kfp.host}/dex/auth?", Anonymous())
+    page = KubeflowPipelines(f"{kfp.host}/dex/auth?", anonymous)
     with pytest.raises(SkdError, match="the answer is a web page"):
         page.find_experiment("none")
 
 
 def test_credentials_are_looked_for_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     host = "https://kubeflow.example.com"
-    assert find_credentials(Auth.AUTO, host).headers() == {}
+    assert find_credentials(Auth.AUTO, host)(False) == {}
     monkeypatch.setenv("SKD_KFP_COOKIE", "name=value")
-    assert find_credentials(Auth.AUTO, host).headers() == {"Cookie": "name=value"}
+    assert find_credentials(Auth.AUTO, host)(False) == {"Cookie": "name=value"}
     monkeypatch.setenv("SKD_KFP_TOKEN_FILE", str(tmp_path / "id-token"))
     (tmp_path / "id-token").write_text("id", encoding="utf-8")
-    assert find_credentials(Auth.AUTO, host).headers() == {"Authorization": "Bearer id"}
+    assert find_credentials(Auth.AUTO, host)(False) == {"Authorization": "Bearer id"}
     (tmp_path / "no-token").write_text("sa", encoding="utf-8")
-    assert find_credentials(Auth.AUTO, host).headers() == {"Authorization": "Bearer sa"}
-    assert find_credentials(Auth.NONE, host).headers() == {}
+    assert find_credentials(Auth.AUTO, host)(False) == {"Authorization": "Bearer sa"}
+    assert find_credentials(Auth.NONE, host)(False) == {}
 
 
 def test_an_id_token_is_made_for_the_audience_and_renewed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -427,10 +428,10 @@ def test_an_id_token_is_made_for_the_audience_and_renewed(monkeypatch: pytest.Mo
     with Issuer() as issuer:
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(issuer.write_key(tmp_path / "key.json")))
         credentials = find_credentials(Auth.AUTO, "https://iap.example.com", audience="client.apps")
-        first = credentials.headers()
-        assert credentials.headers() == first
+        first = credentials(False)
+        assert credentials(False) == first
         assert issuer.claims(first["Authorization"].removeprefix("Bearer "))["aud"] == "client.apps"
-        assert credentials.headers(renew=True) != first
+        assert credentials(True) != first
         assert issuer.issued == 2
 
 
@@ -445,7 +446,7 @@ def test_an_id_token_is_made_for_the_audience_and_renewed(monkeypatch: pytest.Mo
 )
 def test_missing_credentials_are_told(auth: Auth, host: str, message: str):
     with pytest.raises(SkdError, match=message):
-        find_credentials(auth, host).headers()
+        find_credentials(auth, host)(False)
 
 
 # --- recurring runs, plans and errors -----------------------------------------------------------------------------

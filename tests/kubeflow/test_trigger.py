@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -298,12 +298,16 @@ def test_a_claim_of_the_dead_is_taken_over_by_one(emulator: Server, tmp_path: Pa
         pass
     emulator.store.written[f"{tmp_path.name}/name"] -= 3600
     taken: list[str] = []
+    refused = threading.Semaphore(0)
 
     def take(run_id: str) -> None:
-        with contextlib.suppress(Busy), claim(folder, "name", wait=0.0) as ours:
-            taken.append(run_id)
-            time.sleep(0.5)
-            ours.run_id = run_id
+        try:
+            with claim(folder, "name", wait=0.0) as ours:
+                taken.append(run_id)
+                ours.run_id = run_id
+                assert all(refused.acquire(timeout=30) for _ in range(9))
+        except Busy:
+            refused.release()
 
     names = iter(f"run-{number}" for number in range(10))
     in_parallel(10, lambda: take(next(names)))
