@@ -8,14 +8,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
 
 from skd_lib.comparison.config import CompareConfig, load_compare
 from skd_lib.comparison.plan import MOST_TRIALS_ON_A_CLUSTER, plan
-from skd_lib.config import DistillConfig, DivergenceName, InterleavedConfig, Method, RuleName, parse_section
+from skd_lib.config import DistillConfig, InterleavedConfig, parse_section
+from skd_lib.distillation.divergences import DIVERGENCES
+from skd_lib.distillation.methods import METHODS
+from skd_lib.sampling.acceptance import RULES
 from skd_lib.sampling.reference import interleave
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -49,7 +51,7 @@ def test_example_of_a_comparison_is_valid(tmp_path: Path) -> None:
 
 def test_every_method_divergence_rule_and_setting_has_its_place() -> None:
     rows = set(re.findall(r"^\| `(\w+)", METHODS_PAGE, flags=re.MULTILINE))
-    assert rows >= {*get_args(Method), *get_args(DivergenceName), *get_args(RuleName)}
+    assert rows >= {*METHODS, *DIVERGENCES, *RULES}
     for section in (DistillConfig, InterleavedConfig):
         for field in section.model_fields.keys() - {"training"}:
             assert re.search(rf"\b{field}\b", METHODS_PAGE), field

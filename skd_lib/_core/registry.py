@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from typing import Protocol, TypeVar
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from skd_lib.errors import SkdError
 
@@ -50,3 +55,47 @@ class Registry(dict[str, EntryT]):
     def text(self) -> str:
         """All names with their one-line descriptions, for help texts."""
         return " ".join(f"`{name}`: {entry.text}." for name, entry in self.items())
+
+
+class NameIn:
+    """A name of a registry's entry, as the annotation of a field.
+
+    The registry is imported when it is first needed: it belongs to a layer above, and its entries may still be added.
+
+    Args:
+        module: Its module.
+        name: Its name there.
+        title: First sentence of the field's description; the entries' own follow.
+    """
+
+    def __init__(self, module: str, name: str, title: str) -> None:
+        self._module, self._name, self._title = module, name, title
+
+    @cached_property
+    def registry(self) -> Registry[Any]:
+        """The registry."""
+        registry: Registry[Any] = getattr(import_module(self._module), self._name)
+        return registry
+
+    @property
+    def description(self) -> str:
+        """The field's description."""
+        return f"{self._title} {self.registry.text}"
+
+    def check(self, name: str) -> str:
+        """Return a name that the registry has.
+
+        Raises:
+            ValueError: it does not have it.
+        """
+        try:
+            self.registry[name]
+        except SkdError as error:
+            raise ValueError(f"{error.what}: {error.hint}") from error
+        return name
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"enum": list(self.registry), "description": self.description}

@@ -6,13 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from skd_lib.config._base import ConfigSection
-from skd_lib.config._base import Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
+from skd_lib._core.registry import NameIn
+from skd_lib.config._base import ConfigSection, Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
 from skd_lib.config.training import MULTINODE_HELP, DistillTrainingConfig, MultinodeConfig, check_processes
 
-Method = Literal["sft", "seqkd", "supervised_kd", "on_policy", "imitkd", "two_stage", "skd", "skd_mixed"]
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"]
-RuleName = Literal["top_k", "min_prob", "mixture", "lossless"]
+_METHOD = NameIn("skd_lib.distillation.methods", "METHODS", "The source of responses.")
+_DIVERGENCE = NameIn("skd_lib.distillation.divergences", "DIVERGENCES", "The loss, of teacher p and student q.")
+_RULE = NameIn("skd_lib.sampling.acceptance", "RULES", "Drafted tokens t that stand in `skd` and `skd_mixed`.")
+MethodName = Annotated[str, _METHOD]
+DivergenceName = Annotated[str, _DIVERGENCE]
+RuleName = Annotated[str, _RULE]
 
 
 def _warm_or_greedy(temperature: float) -> float:
@@ -27,7 +30,7 @@ Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm_or_gre
 
 
 class SamplingParams(ConfigSection):
-    """How one model samples. Never read from a model's `generation_config`."""
+    """Sampling of one model. Never read from a model's `generation_config`."""
 
     temperature: Temperature = Field(
         1.0, description=f"Divides the logits; 0 is greedy decoding, the least other value is {LEAST_TEMPERATURE:g}."
@@ -41,13 +44,7 @@ class InterleavedConfig(ConfigSection):
     `top_k`, `gamma`, `min_prob` and `mixture` are numbers, or schedules over the training: `{start, end, shape}`.
     """
 
-    rule: RuleName = Field(
-        "top_k",
-        description="Which drafted tokens the teacher lets stand in `skd` and `skd_mixed`. `top_k`: its K most likely "
-        "(SKD). `min_prob`: those it gives at least that probability; its most likely token replaces others (CA-OPD, "
-        "arXiv 2609.02401). `mixture`: so that tokens are samples of (1 - g) q + g p (IPD). `lossless`: so that "
-        "they are samples of the teacher.",
-    )
+    rule: RuleName = "top_k"
     top_k: ScheduledCount = Field(
         25,
         description="A drafted token is kept if it is among the teacher's K most likely; 0 is pure teacher sampling.",
@@ -72,7 +69,7 @@ class InterleavedConfig(ConfigSection):
 
 
 class TeacherSignalConfig(ConfigSection):
-    """When the teacher is asked."""
+    """The time at which the teacher is asked."""
 
     mode: Literal["online", "stored"] = Field(
         "online",
@@ -95,24 +92,18 @@ class SelectiveConfig(ConfigSection):
         5,
         ge=1,
         le=2**20,
-        description="A token counts in full if the student's most likely one is among so many of the teacher's.",
+        description="A token counts in full if the student's most likely one is among the teacher's `top` most likely.",
     )
     otherwise: float = Field(0.01, ge=0, le=1, description="Its weight in the divergence if not.")
 
 
 class DistillConfig(ConfigSection):
-    """How the student is trained under the teacher.
+    """Training of the student under the teacher.
 
-    What a method or a divergence does not read is ignored, so that one file can be run with each of them.
+    A setting that the method or the divergence does not read is ignored, so that one file can be run with each of them.
     """
 
-    method: Method = Field(
-        "skd",
-        description="Where responses come from. `sft`: ground truth, no teacher. `seqkd`: the teacher, no divergence. "
-        "`supervised_kd`: ground truth. `on_policy`: the student. `imitkd`: ground truth or the student, a sequence. "
-        "`two_stage`: ground truth in the first half of the steps, then the student. `skd`: the student, corrected by "
-        "the teacher. `skd_mixed`: ground truth or as `skd`, a sequence.",
-    )
+    method: MethodName = "skd"
     divergence: DivergenceName = "forward_kl"
     beta: float = Field(
         0.5, ge=0, le=1, description="`jsd` only: weight of the teacher in the mixture (0: forward KL, 1: reverse KL)."
@@ -158,10 +149,10 @@ class DistillConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _shards_agree(self) -> DistillConfig:
-        if self.training.fsdp and self.method == "skd_mixed":
+        if self.training.fsdp and not _METHOD.registry[self.method].shardable:
             raise ValueError(
-                "training.fsdp: all processes ask a sharded teacher at once, but with `skd_mixed` only those that have "
-                "ground truth in their micro-batch would ask it; use method `skd`, or no fsdp"
+                f"training.fsdp: all processes ask a sharded teacher at once, but with `{self.method}` only those that "
+                "have ground truth in their micro-batch would ask it; use method `skd`, or no fsdp"
             )
         return self
 
@@ -169,11 +160,11 @@ class DistillConfig(ConfigSection):
     def _stored_signal_fits(self) -> DistillConfig:
         if self.teacher_signal.mode == "online" or self.method == "sft":
             return self
-        if self.method not in ("supervised_kd", "seqkd"):
+        if not _METHOD.registry[self.method].storable:
             raise ValueError(
-                f"teacher_signal: what the teacher says cannot be stored for `{self.method}`: its responses are "
-                "written again in every step, by a student that changes; use `mode: online`, or method `supervised_kd` "
-                "or `seqkd`"
+                f"teacher_signal: the teacher's signal cannot be stored for `{self.method}`: its responses are written "
+                "again in every step, by a student that changes; use `mode: online`, or method `supervised_kd` or "
+                "`seqkd`"
             )
         if self.method == "supervised_kd" and self.selective and self.selective.top > self.teacher_signal.top_k:
             raise ValueError(

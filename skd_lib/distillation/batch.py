@@ -1,4 +1,4 @@
-"""Prompts with their responses as tensors, and what both models say along them."""
+"""Prompts with their responses as tensors, and both models' states along them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Rollout:
             Made from lengths, never from token ids: a pad id equal to the EOS id hides nothing.
         by_teacher_BL: True at those of these positions whose response token the teacher wrote.
         proposals_BL: There the student's draft, where the teacher replaced it; -1 elsewhere.
-        sources: Who wrote each row's response.
-        signals: What the teacher says along each row's response, where that is known already; None where it is not.
+        sources: Writer of each row's response.
+        signals: The teacher's signal along each row's response; None where it is not known yet.
         statistics: The sampler's figures; None for ground truth.
     """
 
@@ -52,12 +52,12 @@ class Rollout:
 
     @property
     def by_teacher_N(self) -> Tensor:  # noqa: N802
-        """Which of them the teacher wrote."""
+        """True at those that the teacher wrote."""
         return self.by_teacher_BL[self.response_mask_BL]
 
     @property
     def proposals_N(self) -> Tensor:  # noqa: N802
-        """What the student had drafted in their place; -1 where nothing was replaced."""
+        """The student's drafts in their place; -1 where nothing was replaced."""
         return self.proposals_BL[self.response_mask_BL]
 
     @property
@@ -78,7 +78,7 @@ class Rollout:
         return lengths
 
     def rows(self, chosen: Sequence[int]) -> Rollout:
-        """Some of the rows, cut to the longest of them, without statistics."""
+        """Return some of the rows, cut to the longest of them, without statistics."""
         rows = torch.tensor(chosen, device=self.input_ids_BL.device)
         length = int(self._row_lengths_B[rows].max())
         return Rollout(
@@ -91,16 +91,16 @@ class Rollout:
         )
 
     def split(self, sizes: Sequence[int]) -> list[Rollout]:
-        """Micro-batches of the given numbers of rows, without statistics.
+        """Split into micro-batches of the given numbers of rows, without statistics.
 
-        Rows of like length go together, and each micro-batch is cut to its longest row: a sum over tokens does not
+        Rows of similar length go together, and each micro-batch is cut to its longest row: a sum over tokens does not
         depend on the grouping, its cost does.
         """
         order_B = self._row_lengths_B.argsort(stable=True)
         return [self.rows(rows.tolist()) for rows in torch.split(order_B, list(sizes))]
 
     def to(self, device: torch.device) -> Rollout:
-        """The same rollout on another device."""
+        """Move to a device."""
         return replace(
             self,
             input_ids_BL=self.input_ids_BL.to(device),
@@ -151,7 +151,7 @@ def collate(
 
 
 def merge(parts: Sequence[Rollout], order: Sequence[int], pad_id: int) -> Rollout:
-    """All rows of the rollouts in one; the i-th of them becomes row `order[i]`."""
+    """Merge all rows of the rollouts into one; the i-th of them becomes row `order[i]`."""
     longest = max(part.input_ids_BL.shape[1] for part in parts)
     position = sorted(range(len(order)), key=order.__getitem__)
 
@@ -172,13 +172,13 @@ def merge(parts: Sequence[Rollout], order: Sequence[int], pad_id: int) -> Rollou
 
 
 def response_states(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """(N, H) final hidden states of `model` at the positions that predict the rollout's response tokens."""
+    """Return (N, H) final hidden states of `model` at the positions that predict the rollout's response tokens."""
     hidden_BLH = decoder(model)(input_ids=rollout.input_ids_BL, use_cache=False).last_hidden_state
     return cast(Tensor, hidden_BLH[rollout.response_mask_BL])
 
 
 def teacher_signals(teacher: PreTrainedModel | None, rollout: Rollout) -> list[TeacherSignal]:
-    """What the teacher says along each row's response: what the rollout carries, and one forward for the other rows.
+    """Return the teacher's signal along each row's response: the rollout's own, and from one forward for other rows.
 
     Raises:
         SkdError: a forward is needed and there is no teacher.
@@ -187,7 +187,7 @@ def teacher_signals(teacher: PreTrainedModel | None, rollout: Rollout) -> list[T
     fresh: dict[int, TeacherSignal] = {}
     if missing:
         if teacher is None:
-            raise SkdError("the loss needs a teacher, or what it says on every response", where="distill")
+            raise SkdError("the loss needs a teacher, or its signal along every response", where="distill")
         part = rollout.rows(missing)
         with torch.no_grad():
             states_NH = response_states(teacher, part)

@@ -19,10 +19,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from skd_lib.distillation.divergences import Divergence
-from skd_lib.distillation.teacher_signal import Comparison, DenseSignal, TeacherSignal
+from skd_lib.config import DistillConfig
+from skd_lib.distillation.batch import Rollout, response_states, teacher_signals
+from skd_lib.distillation.divergences import divergence
+from skd_lib.distillation.methods import METHODS
+from skd_lib.distillation.teacher_signal import DenseSignal, SignalPair, TeacherSignal
 from skd_lib.models.heads import lm_logits, vocabulary_size
-from skd_lib.preflight.memory import loss_chunk
+
+CROSS_ENTROPY_ARRAYS = 6
+"""fp32 arrays of a chunk's logits that the cross-entropy holds at most, as `arrays` of a divergence's entry."""
+_CHUNK_GPU = 2**26
+_CHUNK_CPU = 2**22
+"""Elements of an array of logits: 256 and 16 MiB in fp32. A GPU is fast on long ones. On the CPU, arrays larger than
+32 MiB come from the kernel, page by page, each time one is made; smaller ones are used again by the C library."""
 
 
 class LossSums(NamedTuple):
@@ -43,26 +52,26 @@ class Selective:
     """Token weights of SelecTKD (arXiv 2510.24021): full where the teacher would let the student's choice stand.
 
     Attributes:
-        top: A position counts in full if the student's most likely token is among so many most likely of the teacher's.
-        otherwise: Its weight if not.
+        top: A position counts in full if the student's most likely token is among the teacher's `top` most likely.
+        otherwise: Weight of the other positions.
     """
 
     top: int = 5
     otherwise: float = 0.01
 
-    def weights(self, compared: Comparison, student_logits_NV: Tensor) -> Tensor:
-        """(N,) weights, without gradient."""
+    def weights(self, compared: SignalPair, student_logits_NV: Tensor) -> Tensor:
+        """Return (N,) weights, without gradient."""
         choice_N1 = student_logits_NV.detach()[..., : compared.vocabulary].argmax(-1, keepdim=True)
-        trusted_N = (compared.teachers_likeliest(self.top) == choice_N1).any(-1)
+        trusted_N = (compared.teacher_top(self.top) == choice_N1).any(-1)
         return torch.where(trusted_N, 1.0, self.otherwise)
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """What is summed over the response tokens of a rollout.
+    """The sum over the response tokens of a rollout.
 
     Attributes:
-        divergence: From the teacher, at every token.
+        divergence: From the teacher, at every token: a function of (log p_NE, log q_NE).
         temperature: Divides both logits in the divergence; the entropies are those of the divided logits.
         squared: Multiply the divergence by the temperature's square (Hinton et al. 2015, arXiv 1503.02531), so that
             its gradient keeps its size.
@@ -70,7 +79,7 @@ class DistillationLoss:
         replaced_weight: Weight of the cross-entropy added at tokens that the teacher wrote.
     """
 
-    divergence: Divergence
+    divergence: Callable[[Tensor, Tensor], Tensor]
     temperature: float = 1.0
     squared: bool = False
     selective: Selective | None = None
@@ -85,15 +94,15 @@ class DistillationLoss:
         by_teacher_N: Tensor,
         chunk: int | None = None,
     ) -> LossSums:
-        """The sum over N response positions.
+        """Return the sum over N response positions.
 
         Args:
             student: Its head makes the student's logits; gradients flow to the states and to the head.
             student_states_NH: Student states that predict the N response tokens.
-            signal: What the teacher says at the same positions.
+            signal: The teacher's signal at the same positions.
             targets_N: The response tokens.
-            by_teacher_N: Which of them the teacher wrote.
-            chunk: Positions whose logits are held at once; by default see `skd_lib.preflight.memory.loss_chunk`.
+            by_teacher_N: True at those that the teacher wrote.
+            chunk: Positions whose logits are held at once; by default see `loss_chunk`.
 
         Returns:
             Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
@@ -113,7 +122,7 @@ class DistillationLoss:
     ) -> LossSums:
         logits_NV = lm_logits(student, student_states_NH)
         compared = signal.compare(logits_NV, self.temperature)
-        loss_N = self.divergence.of_log_probs(compared.log_p_NE, compared.log_q_NE)
+        loss_N = self.divergence(compared.log_p_NE, compared.log_q_NE)
         if self.squared:
             loss_N = loss_N * self.temperature**2
         if self.selective is not None:
@@ -129,13 +138,13 @@ class DistillationLoss:
 def cross_entropy_sum(
     student: PreTrainedModel, student_states_NH: Tensor, targets_N: Tensor, chunk: int | None = None
 ) -> LossSums:
-    """Sum of the cross-entropy over response positions, from final hidden states.
+    """Sum the cross-entropy over response positions, from final hidden states.
 
     Args:
         student: Its head makes the logits.
         student_states_NH: States that predict the N response tokens.
         targets_N: The response tokens.
-        chunk: Positions whose logits are held at once; by default see `skd_lib.preflight.memory.loss_chunk`.
+        chunk: Positions whose logits are held at once; by default see `loss_chunk`.
 
     Returns:
         Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
@@ -150,6 +159,58 @@ def cross_entropy_sum(
     size = chunk or _chunk_size(student_states_NH, student)
     given = ((targets_chunk_N,) for targets_chunk_N in torch.split(targets_N, size))
     return _sum_over_chunks(of_chunk, student, student_states_NH, size, given)
+
+
+Objective = Callable[[PreTrainedModel, Rollout], LossSums]
+"""(student, rollout) -> sums over the rollout's response tokens, with a graph to the student's parameters."""
+
+
+def objective_for(method: str, teacher: PreTrainedModel | None, distill: DistillConfig) -> Objective:
+    """Return the objective of a method.
+
+    Args:
+        method: In `skd_lib.distillation.methods.METHODS`.
+        teacher: Frozen; None where the method asks none, or where rollouts carry its signals.
+        distill: The divergence and its options.
+    """
+    if not METHODS[method].uses_divergence:
+        return cross_entropy
+    loss = loss_for(distill)
+
+    def distillation(student: PreTrainedModel, rollout: Rollout) -> LossSums:
+        signals = teacher_signals(teacher, rollout)
+        states_NH = response_states(student, rollout)
+        return loss(student, states_NH, signals[0].concatenate(signals), rollout.targets_N, rollout.by_teacher_N)
+
+    return distillation
+
+
+def cross_entropy(student: PreTrainedModel, rollout: Rollout) -> LossSums:
+    """Return the cross-entropy of the response tokens."""
+    return cross_entropy_sum(student, response_states(student, rollout), rollout.targets_N)
+
+
+def loss_for(distill: DistillConfig) -> DistillationLoss:
+    """Return the configured loss."""
+    selective = distill.selective
+    return DistillationLoss(
+        divergence(distill.divergence, beta=distill.beta, alpha=distill.alpha),
+        temperature=distill.temperature,
+        squared=distill.temperature_squared,
+        selective=None if selective is None else Selective(selective.top, selective.otherwise),
+        replaced_weight=distill.replaced_weight,
+    )
+
+
+def loss_chunk(hidden: int, vocabulary: int, *, gpu: bool) -> int:
+    """Return the number of positions whose logits the loss holds at once.
+
+    Each chunk adds to the head's gradient, which costs as much as a pass over `hidden` rows of logits: on the CPU,
+    where chunks are short, an eighth of that is the least, so that it stays the smaller part.
+    """
+    if gpu:
+        return max(1, _CHUNK_GPU // vocabulary)
+    return max(1, _CHUNK_CPU // vocabulary, min(hidden // 8, _CHUNK_GPU // vocabulary))
 
 
 def _chunk_size(states_NH: Tensor, *models: PreTrainedModel) -> int:
@@ -188,7 +249,7 @@ def _sum_over_chunks(
             pairs = zip_longest(of_weights, gradients)
             of_weights = [_precise(added) if total is None else total.add_(added) for total, added in pairs]
     if wanted:
-        loss = _KnownGradient.apply(loss, [torch.cat(of_states), *of_weights], states_NH, *weights)  # type: ignore[no-untyped-call]
+        loss = GradientInForward.apply(loss, [torch.cat(of_states), *of_weights], states_NH, *weights)  # type: ignore[no-untyped-call]
     return LossSums(loss, entropies)
 
 
@@ -196,19 +257,19 @@ def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-class _KnownGradient(torch.autograd.Function):
-    """A number whose gradient by some tensors has been computed already."""
+class GradientInForward(torch.autograd.Function):
+    """A number whose gradient with respect to some tensors is known already."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
-        """The number."""
+        """Return the number."""
         ctx.gradients, ctx.dtypes = gradients, [tensor.dtype for tensor in tensors]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        """Its gradient times `factor`; in place, so that no second copy of the head's is made."""
+        """Return its gradient times `factor`; in place, so that no second copy of the head's is made."""
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [gradient.mul_(factor).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
         return None, None, *scaled

@@ -1,53 +1,153 @@
-"""What tells the training methods apart, for whoever loads models, estimates memory or checks a configuration."""
+"""The training methods: one entry each, from which configuration, help, docs and memory estimates are derived.
+
+All methods are one training loop. They differ in the source of responses (`skd_lib.distillation.rollouts.Responses`)
+and in the loss: a divergence from the teacher, or the response's cross-entropy. `METHODS.add` registers another one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING
 
-from skd_lib.config import DistillConfig, Method
+from skd_lib._core.registry import Registry
+from skd_lib.config import DistillConfig, InterleavedConfig
+from skd_lib.distillation.divergences import DIVERGENCES
+from skd_lib.sampling.acceptance import RULES
+
+if TYPE_CHECKING:
+    from skd_lib.distillation.rollouts import Responses, Strategy
+
+XU = "Xu et al. 2025, arXiv 2410.11325"
 
 
 @dataclass(frozen=True)
-class MethodFacts:
-    """One method.
+class MethodEntry:
+    """A method by its name in the configuration.
 
     Attributes:
+        strategy: Combines sources of responses into the method's own.
+        response: The writer of a response, for help texts and docs.
+        cost: What a step costs besides the student's forward and backward, for docs.
+        source: Where the method comes from.
         student_writes: The student writes tokens of the responses (drafts at least).
         teacher_writes: The teacher writes tokens of the responses.
-        divergence: The loss is a divergence from the teacher; else it is the response's cross-entropy.
+        uses_divergence: The loss is a divergence from the teacher; else it is the response's cross-entropy.
+        settings: Fields of `distill` that it reads, in addition to those that follow from the facts above.
+        storable: The teacher can be asked before training: no response depends on the student.
+        shardable: All processes ask the teacher in the same micro-batches, as a sharded one needs.
     """
 
-    student_writes: bool
-    teacher_writes: bool
-    divergence: bool
+    strategy: Callable[[Responses], Strategy]
+    response: str
+    cost: str = ""
+    source: str = ""
+    student_writes: bool = False
+    teacher_writes: bool = False
+    uses_divergence: bool = True
+    settings: tuple[str, ...] = ()
+    storable: bool = False
+    shardable: bool = True
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether there is anything for a teacher to do."""
-        return self.teacher_writes or self.divergence
+        """True if the method asks a teacher at all."""
+        return self.teacher_writes or self.uses_divergence
+
+    @property
+    def interleaves(self) -> bool:
+        """True if the student drafts and the teacher replaces."""
+        return self.student_writes and self.teacher_writes
+
+    @property
+    def text(self) -> str:
+        """One line for help texts."""
+        loss = (
+            "" if self.uses_divergence else "; cross-entropy" if self.needs_teacher else "; cross-entropy, no teacher"
+        )
+        return self.response + loss
 
 
-METHODS: Mapping[Method, MethodFacts] = {
-    "sft": MethodFacts(student_writes=False, teacher_writes=False, divergence=False),
-    "seqkd": MethodFacts(student_writes=False, teacher_writes=True, divergence=False),
-    "supervised_kd": MethodFacts(student_writes=False, teacher_writes=False, divergence=True),
-    "on_policy": MethodFacts(student_writes=True, teacher_writes=False, divergence=True),
-    "imitkd": MethodFacts(student_writes=True, teacher_writes=False, divergence=True),
-    "two_stage": MethodFacts(student_writes=True, teacher_writes=False, divergence=True),
-    "skd": MethodFacts(student_writes=True, teacher_writes=True, divergence=True),
-    "skd_mixed": MethodFacts(student_writes=True, teacher_writes=True, divergence=True),
-}
+METHODS = Registry(
+    "method",
+    {
+        "sft": MethodEntry(
+            lambda make: make.ground_truth(),
+            response="ground truth",
+            cost="none; no teacher is loaded",
+            uses_divergence=False,
+            storable=True,
+        ),
+        "seqkd": MethodEntry(
+            lambda make: make.by_teacher(),
+            response="the teacher's samples",
+            cost="the teacher's generation, token by token; none with `teacher_signal.mode: stored`",
+            source="Kim & Rush 2016, arXiv 1606.07947",
+            teacher_writes=True,
+            uses_divergence=False,
+            storable=True,
+        ),
+        "supervised_kd": MethodEntry(
+            lambda make: make.ground_truth(),
+            response="ground truth",
+            cost="one teacher forward; none with `teacher_signal.mode: stored`",
+            source="Hinton et al. 2015, arXiv 1503.02531",
+            storable=True,
+        ),
+        "on_policy": MethodEntry(
+            lambda make: make.in_some_steps(make.by_student(), make.distill.on_policy_fraction),
+            response="the student's samples in a share `on_policy_fraction` (lambda) of the steps, else ground truth",
+            cost="the student's generation, one teacher forward",
+            source="GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm 1",
+            student_writes=True,
+            settings=("on_policy_fraction",),
+        ),
+        "imitkd": MethodEntry(
+            lambda make: make.in_some_rows(make.by_student(), make.distill.sampled_fraction),
+            response="the student's samples in a share `sampled_fraction` of the sequences, else ground truth",
+            cost="as `on_policy`, for that share",
+            source="Lin et al. 2020, arXiv 2009.07253",
+            student_writes=True,
+            settings=("sampled_fraction",),
+        ),
+        "two_stage": MethodEntry(
+            lambda make: make.in_some_steps(make.by_student(), lambda step: float(2 * step >= make.steps)),
+            response="ground truth in the first half of the optimiser steps, the student's samples in the second",
+            cost="as `supervised_kd`, then as `on_policy`",
+            source=XU,
+            student_writes=True,
+        ),
+        "skd": MethodEntry(
+            lambda make: make.interleaved(),
+            response="the student drafts, the teacher replaces",
+            cost="drafting, and a teacher forward a block; **no** second teacher forward: the states that verified the "
+            "drafts are the loss's teacher signal",
+            source=f"{XU}, section 3, algorithm 1",
+            student_writes=True,
+            teacher_writes=True,
+        ),
+        "skd_mixed": MethodEntry(
+            lambda make: make.in_some_rows(make.interleaved(), make.distill.sampled_fraction),
+            response="as `skd` in a share `sampled_fraction` of the sequences, else ground truth",
+            cost="as `skd` for that share, one teacher forward for the ground truth",
+            source=XU,
+            student_writes=True,
+            teacher_writes=True,
+            settings=("sampled_fraction",),
+            shardable=False,  # only processes with ground truth in their micro-batch would ask it
+        ),
+    },
+)
+"""The methods of `distill.method`."""
 
-
-_PARAMETERS = ("divergence", "sampling.top_k", "sampling.gamma")
+_ALWAYS_READ = {"method", "training", "multinode", "sampling", "sampling.adaptive_gamma"}
+_PARAMETERS = {"divergence", "sampling.top_k", "sampling.gamma"}
 """The pipeline's own parameters always have a value."""
 
 
 def unread_settings(distill: DistillConfig) -> list[str]:
-    """Fields that have a value of their own, not the default, and that this method with this divergence never reads.
+    """List the fields that differ from their defaults and that this method with this divergence never reads.
 
     The pipeline's own parameters (`divergence`, `top_k`, `gamma`) are left out: they always have a value.
     """
@@ -55,39 +155,28 @@ def unread_settings(distill: DistillConfig) -> list[str]:
     return [
         path
         for path, is_read in _reads(distill).items()
-        if not is_read and path not in _PARAMETERS and _at(distill, path) != _at(default, path)
+        if not is_read
+        and path not in _PARAMETERS
+        and reduce(getattr, path.split("."), distill) != reduce(getattr, path.split("."), default)
     ]
 
 
 def reads_setting(distill: DistillConfig, path: str) -> bool:
-    """Whether this method with this divergence reads the field at `path` of section `distill`, or a field in it."""
+    """Return True if this method with this divergence reads the field at `path` of `distill`, or a field in it."""
     return all(is_read for known, is_read in _reads(distill).items() if f"{path}.".startswith(f"{known}."))
 
 
 def _reads(distill: DistillConfig) -> dict[str, bool]:
-    """The fields that not every method and divergence reads, and whether these do."""
-    facts, loss, rule = METHODS[distill.method], distill.divergence, distill.sampling.rule
-    interleaved = facts.student_writes and facts.teacher_writes
-    return {
-        "divergence": facts.divergence,
-        "beta": facts.divergence and loss == "jsd",
-        "alpha": facts.divergence and loss in ("skew_kl", "skew_reverse_kl"),
-        "temperature": facts.divergence,
-        "temperature_squared": facts.divergence,
-        "selective": facts.divergence,
-        "replaced_weight": interleaved,
-        "on_policy_fraction": distill.method == "on_policy",
-        "sampled_fraction": distill.method in ("imitkd", "skd_mixed"),
-        "teacher_signal": facts.needs_teacher,
-        "sampling.rule": interleaved,
-        "sampling.top_k": interleaved and rule == "top_k",
-        "sampling.gamma": interleaved,
-        "sampling.min_prob": interleaved and rule == "min_prob",
-        "sampling.mixture": interleaved and rule == "mixture",
-        "sampling.student": facts.student_writes,
-        "sampling.teacher": facts.teacher_writes,
-    }
-
-
-def _at(distill: DistillConfig, path: str) -> Any:
-    return reduce(getattr, path.split("."), distill)
+    """Map each field that not all methods, divergences and rules read to True if these do."""
+    method, rule = METHODS[distill.method], RULES[distill.sampling.rule]
+    read = set(method.settings)
+    if method.uses_divergence:
+        read |= {"divergence", "temperature", "temperature_squared", "selective"}
+        read |= set(DIVERGENCES[distill.divergence].settings)
+    if method.needs_teacher:
+        read.add("teacher_signal")
+    if method.interleaves:
+        read |= {"replaced_weight", *(f"sampling.{name}" for name in ("rule", "gamma", *rule.settings))}
+    read |= {f"sampling.{name}" for name in ("student", "teacher") if getattr(method, f"{name}_writes")}
+    paths = [*DistillConfig.model_fields, *(f"sampling.{name}" for name in InterleavedConfig.model_fields)]
+    return {path: path in read for path in paths if path not in _ALWAYS_READ}

@@ -1,43 +1,26 @@
-"""Where a training response comes from: one small strategy a method.
+"""Sources of training responses, of which a method's own is combined (`skd_lib.distillation.methods`).
 
 Token ids go from here to the loss as they are; nothing is decoded or tokenised again.
-
-=================  =====================================================================
-method             response
-=================  =====================================================================
-`sft`              ground truth
-`seqkd`            the teacher's samples
-`supervised_kd`    ground truth
-`on_policy`        the student's samples, in a share of the optimiser steps
-`imitkd`           the student's samples, in a share of the sequences
-`two_stage`        ground truth in the first half of the steps, then the student's samples
-`skd`              interleaved: the student drafts, the teacher replaces
-`skd_mixed`        interleaved, in a share of the sequences
-=================  =====================================================================
-
-The sequences or steps that are not sampled are ground truth.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from skd_lib._core.seeds import derived, uniform
-from skd_lib.config import DistillConfig, InterleavedConfig, Method, Schedule
+from skd_lib.config import DistillConfig, InterleavedConfig, Schedule
 from skd_lib.distillation.batch import Rollout, Source, collate, merge
 from skd_lib.distillation.methods import METHODS
-from skd_lib.distillation.schedules import value_at
 from skd_lib.distillation.teacher_signal import DenseSignal
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import vocabulary_size
-from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
+from skd_lib.models.heads import common_vocabulary
+from skd_lib.sampling.acceptance import RULES, AcceptanceRule, student_only, teacher_only
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import TEACHER, Sampler
 
@@ -45,8 +28,8 @@ if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
 
 
-class Place(NamedTuple):
-    """Where a row stands in a run: its seed and so its response depend on this alone.
+class RowKey(NamedTuple):
+    """Position of a row in a run: its seed and so its response depend on this alone.
 
     Attributes:
         step: Optimiser step, from 0.
@@ -57,83 +40,130 @@ class Place(NamedTuple):
     row: int
 
 
-Strategy = Callable[[Sequence["TokenizedExample"], Sequence[Place]], Rollout]
-"""Makes the responses to some examples' prompts; all places are of one optimiser step."""
+Strategy = Callable[[Sequence["TokenizedExample"], Sequence[RowKey]], Rollout]
+"""Makes the responses to some examples' prompts; all keys are of one optimiser step."""
+Share = float | Schedule[Any] | Callable[[int], float]
+"""A share of rows or steps: a number, a schedule, or a function of the optimiser step."""
 
 
-def ground_truth(pad_id: int, device: torch.device | str = "cpu") -> Strategy:
-    """The examples' own responses."""
+@dataclass(frozen=True)
+class Responses:
+    """Makes the sources of responses in one training; see `rollout_for` for the attributes.
 
-    def strategy(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Rollout:  # noqa: ARG001
-        prompts, responses = ([e.prompt_ids for e in examples], [e.response_ids for e in examples])
-        return collate(prompts, responses, pad_id=pad_id, source="ground_truth", device=device)
-
-    return strategy
-
-
-def sampled(sampler_at: Callable[[int], Sampler], *, source: Source, seed: int, device: torch.device) -> Strategy:
-    """Responses from the decoding engine, as it is set up at an optimiser step; with the teacher's states where it
-    keeps them."""
-
-    def strategy(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Rollout:
-        sampler = sampler_at(places[0].step)
-        prompts = [example.prompt_ids for example in examples]
-        samples = sampler.sample(prompts, seeds=[row_seed(seed, place) for place in places])
-        lengths_B = samples.mask_BT.sum(1).tolist()
-        responses = [row[:length] for row, length in zip(samples.tokens_BT.tolist(), lengths_B, strict=True)]
-        rollout = collate(prompts, responses, pad_id=sampler.pad_id, source=source, device=device)
-        by_teacher_BL, proposals_BL = rollout.by_teacher_BL.clone(), rollout.proposals_BL.clone()
-        by_teacher_BL[rollout.response_mask_BL] = (samples.source_BT[samples.mask_BT] == TEACHER).to(device)
-        proposals_BL[rollout.response_mask_BL] = samples.proposals_BT[samples.mask_BT].to(device)
-        signals = rollout.signals
-        if samples.teacher_states_BTH is not None:
-            assert sampler.teacher is not None  # noqa: S101 - it has just been asked
-            states_NH = samples.teacher_states_BTH[samples.mask_BT].to(device)
-            signals = tuple(DenseSignal(states_NH, sampler.teacher).split(lengths_B))
-        return replace(
-            rollout,
-            by_teacher_BL=by_teacher_BL,
-            proposals_BL=proposals_BL,
-            signals=signals,
-            statistics=samples.statistics,
-        )
-
-    return strategy
-
-
-Draw = Callable[[Place], float]
-"""A uniform number in [0, 1) for a row: one of its own, or one for all rows of a step."""
-
-
-def mixed(share_at: Callable[[int], float], draw: Draw, chosen: Strategy, otherwise: Strategy, pad_id: int) -> Strategy:
-    """`chosen` for a share of the rows, `otherwise` for the rest.
-
-    A row's fate depends on its place alone, not on the batch it is in. Each strategy is called once at most, with all
-    of its rows.
-
-    Args:
-        share_at: Optimiser step -> share of `chosen`.
-        draw: A row is `chosen` if its number is below the share.
-        chosen: Makes one kind of response.
-        otherwise: Makes the other.
-        pad_id: Fills rows up.
+    Attributes:
+        keep_teacher_states: Rollouts carry the teacher's states where it was asked while sampling.
     """
 
-    def strategy(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Rollout:
-        parts: list[Rollout] = []
-        order: list[int] = []
-        for make, wanted in ((chosen, True), (otherwise, False)):
-            rows = [row for row, place in enumerate(places) if (draw(place) < share_at(place.step)) == wanted]
-            if rows:
-                parts.append(make([examples[row] for row in rows], [places[row] for row in rows]))
-                order += rows
-        return parts[0] if len(parts) == 1 else merge(parts, order, pad_id)
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    distill: DistillConfig
+    steps: int
+    seed: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    max_new_tokens: int
+    keep_teacher_states: bool
 
-    return strategy
+    def ground_truth(self) -> Strategy:
+        """Take the examples' own responses."""
+
+        def strategy(examples: Sequence[TokenizedExample], keys: Sequence[RowKey]) -> Rollout:  # noqa: ARG001
+            prompts, responses = ([e.prompt_ids for e in examples], [e.response_ids for e in examples])
+            return collate(prompts, responses, pad_id=self.pad_id, source="ground_truth", device=self.student.device)
+
+        return strategy
+
+    def by_student(self) -> Strategy:
+        """Sample from the student."""
+        return self.sampled(lambda step: student_only(), "student")  # noqa: ARG005
+
+    def by_teacher(self) -> Strategy:
+        """Sample from the teacher."""
+        return self.sampled(lambda step: teacher_only(), "teacher")  # noqa: ARG005
+
+    def interleaved(self) -> Strategy:
+        """Let the student draft and the teacher replace, by the configured acceptance rule."""
+        return self.sampled(lambda step: interleaving_rule(self.distill.sampling, step, self.steps), "interleaved")
+
+    def sampled(self, rule_at: Callable[[int], AcceptanceRule], source: Source) -> Strategy:
+        """Sample by the acceptance rule of each optimiser step."""
+        settings = self.distill.sampling
+
+        @lru_cache(maxsize=1)
+        def sampler(rule: AcceptanceRule, gamma: int) -> Sampler:
+            return Sampler(
+                student=self.student if rule.drafts else None,
+                teacher=self.teacher if rule.asks_teacher else None,
+                rule=rule,
+                gamma=AdaptiveGamma(gamma) if settings.adaptive_gamma else gamma,
+                student_params=settings.student,
+                teacher_params=settings.teacher,
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+                max_new_tokens=self.max_new_tokens,
+                keep_teacher_states=self.keep_teacher_states and rule.asks_teacher,
+                # An id that only one of the two padded vocabularies has stands for no token.
+                vocabulary=common_vocabulary(self.student, self.teacher),
+            )
+
+        def strategy(examples: Sequence[TokenizedExample], keys: Sequence[RowKey]) -> Rollout:
+            step = keys[0].step
+            used = sampler(rule_at(step), round(value_at(settings.gamma, step, self.steps)))
+            prompts = [example.prompt_ids for example in examples]
+            samples = used.sample(prompts, seeds=[row_seed(self.seed, key) for key in keys])
+            device = self.student.device
+            rollout = collate(prompts, samples.responses(), pad_id=self.pad_id, source=source, device=device)
+            by_teacher_BL, proposals_BL = rollout.by_teacher_BL.clone(), rollout.proposals_BL.clone()
+            by_teacher_BL[rollout.response_mask_BL] = (samples.source_BT[samples.mask_BT] == TEACHER).to(device)
+            proposals_BL[rollout.response_mask_BL] = samples.proposals_BT[samples.mask_BT].to(device)
+            signals = rollout.signals
+            if samples.teacher_states_BTH is not None:
+                assert self.teacher is not None  # noqa: S101 - it has just been asked
+                states_NH = samples.teacher_states_BTH[samples.mask_BT].to(device)
+                signals = tuple(DenseSignal(states_NH, self.teacher).split(samples.lengths))
+            return replace(
+                rollout,
+                by_teacher_BL=by_teacher_BL,
+                proposals_BL=proposals_BL,
+                signals=signals,
+                statistics=samples.statistics,
+            )
+
+        return strategy
+
+    def in_some_rows(self, chosen: Strategy, share: Share) -> Strategy:
+        """Use `chosen` for a share of the sequences, ground truth for the others."""
+        return self._mixed(chosen, share, lambda key: row_uniform(self.seed, key))
+
+    def in_some_steps(self, chosen: Strategy, share: Share) -> Strategy:
+        """Use `chosen` in a share of the optimiser steps, ground truth in the others."""
+        return self._mixed(chosen, share, lambda key: step_uniform(self.seed, key.step))
+
+    def _mixed(self, chosen: Strategy, share: Share, draw: Callable[[RowKey], float]) -> Strategy:
+        """Use `chosen` for rows whose number is below the share, ground truth for the rest.
+
+        The choice depends on a row's key alone, not on the batch it is in. Each strategy is called once at most, with
+        all of its rows.
+        """
+        truth = self.ground_truth()
+
+        def strategy(examples: Sequence[TokenizedExample], keys: Sequence[RowKey]) -> Rollout:
+            parts: list[Rollout] = []
+            order: list[int] = []
+            step = keys[0].step
+            below = share(step) if callable(share) else value_at(share, step, self.steps)
+            for make, wanted in ((chosen, True), (truth, False)):
+                rows = [row for row, key in enumerate(keys) if (draw(key) < below) == wanted]
+                if rows:
+                    parts.append(make([examples[row] for row in rows], [keys[row] for row in rows]))
+                    order += rows
+            return parts[0] if len(parts) == 1 else merge(parts, order, self.pad_id)
+
+        return strategy
 
 
 def rollout_for(
-    method: Method,
+    method: str,
     *,
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -144,10 +174,10 @@ def rollout_for(
     pad_id: int,
     max_new_tokens: int,
 ) -> Strategy:
-    """The strategy of a method.
+    """Return the strategy of a method.
 
     Args:
-        method: See the table at the top of this module.
+        method: In `skd_lib.distillation.methods.METHODS`.
         student: The model in training.
         teacher: Needed where responses are sampled.
         distill: Its sampling section and fractions are used.
@@ -160,80 +190,45 @@ def rollout_for(
     Raises:
         SkdError: the method needs a teacher and there is none.
     """
-    facts = METHODS[method]
-    truth = ground_truth(pad_id, student.device)
-    if not (facts.student_writes or facts.teacher_writes):
-        return truth
-    if teacher is None:
+    entry = METHODS[method]
+    if teacher is None and (entry.student_writes or entry.teacher_writes):
         raise SkdError(f"method `{method}` needs a teacher", where="distill")
-    settings = distill.sampling
+    limits = (eos_ids, pad_id, max_new_tokens)
+    return entry.strategy(Responses(student, teacher, distill, steps, seed, *limits, entry.uses_divergence))
 
-    @lru_cache(maxsize=1)
-    def sampler(rule: AcceptanceRule, gamma: int) -> Sampler:
-        return Sampler(
-            student=student if rule.drafts else None,
-            teacher=teacher if rule.asks_teacher else None,
-            rule=rule,
-            gamma=AdaptiveGamma(gamma) if settings.adaptive_gamma else gamma,
-            student_params=settings.student,
-            teacher_params=settings.teacher,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            max_new_tokens=max_new_tokens,
-            keep_teacher_states=facts.divergence and rule.asks_teacher,
-            # An id that only one of the two padded vocabularies has stands for no token.
-            vocabulary=min(vocabulary_size(student), vocabulary_size(teacher)),
-        )
 
-    def rule_at(step: int) -> AcceptanceRule:
-        if not facts.student_writes:
-            return teacher_only()
-        return interleaving_rule(settings, step, steps) if facts.teacher_writes else student_only()
+def value_at(setting: float | Schedule[Any], step: int, steps: int) -> float:
+    """Return the value of a number (itself) or of a schedule at an optimiser step.
 
-    def sampler_at(step: int) -> Sampler:
-        return sampler(rule_at(step), round(value_at(settings.gamma, step, steps)))
+    It is a function of the step alone: a run that was interrupted goes on with the values it would have had.
 
-    source: Source = "student" if not facts.teacher_writes else "interleaved" if facts.student_writes else "teacher"
-    strategy = sampled(sampler_at, source=source, seed=seed, device=student.device)
-
-    def of_step(place: Place) -> float:
-        return step_uniform(seed, place.step)
-
-    def of_row(place: Place) -> float:
-        return row_uniform(seed, place)
-
-    match method:
-        case "on_policy":
-            return mixed(
-                lambda step: value_at(distill.on_policy_fraction, step, steps), of_step, strategy, truth, pad_id
-            )
-        case "two_stage":
-            return mixed(lambda step: float(2 * step >= steps), of_step, strategy, truth, pad_id)
-        case "imitkd" | "skd_mixed":
-            return mixed(lambda step: value_at(distill.sampled_fraction, step, steps), of_row, strategy, truth, pad_id)
-    return strategy
+    Args:
+        setting: From the configuration.
+        step: Optimiser step, from 0: the schedule's `start`.
+        steps: Steps of the whole training; the last one, `steps - 1`, has the schedule's `end`.
+    """
+    if not isinstance(setting, Schedule):
+        return setting
+    done = min(step / max(steps - 1, 1), 1.0)
+    share = done if setting.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return float(setting.start + (setting.end - setting.start) * share)
 
 
 def interleaving_rule(settings: InterleavedConfig, step: int, steps: int) -> AcceptanceRule:
-    """The acceptance rule of the configuration at an optimiser step.
+    """Return the acceptance rule of the configuration at an optimiser step.
 
-    Probabilities that follow a schedule are rounded, so that a long training has few values: each is a sampler of its
-    own, which on a GPU captures CUDA graphs of its own.
+    Values that follow a schedule are rounded, so that a long training has few of them: each is a sampler of its own,
+    which on a GPU captures CUDA graphs of its own.
     """
-
-    def share(setting: float | Schedule[Any]) -> float:
+    entry = RULES[settings.rule]
+    values = []
+    for name in entry.settings:
+        setting = getattr(settings, name)
         value = value_at(setting, step, steps)
-        return rounded(value) if isinstance(setting, Schedule) else value
-
-    match settings.rule:
-        case "top_k":
-            return top_k(round(value_at(settings.top_k, step, steps)))
-        case "min_prob":
-            return min_prob(share(settings.min_prob))
-        case "mixture":
-            return mixture(share(settings.mixture))
-        case "lossless":
-            return lossless()
+        if isinstance(setting, Schedule):
+            value = round(value) if isinstance(setting.start, int) else rounded(value)
+        values.append(value)
+    return entry.make(*values)
 
 
 def rounded(probability: float) -> float:
@@ -245,16 +240,16 @@ def rounded(probability: float) -> float:
     return round(probability, 1 - math.floor(math.log10(edge))) if edge > 0 else probability
 
 
-def row_seed(seed: int, place: Place) -> int:
-    """Seed of one row, 63 bits: a function of the run's seed and the row's place, so that a resumed run repeats it."""
-    return derived("row", seed, *place) >> 1
+def row_seed(seed: int, key: RowKey) -> int:
+    """Return the seed of one row, 63 bits: a function of the run's seed and the row's key."""
+    return derived("row", seed, *key) >> 1
 
 
 def step_uniform(seed: int, step: int) -> float:
-    """A uniform number in [0, 1) that belongs to an optimiser step."""
+    """Return a uniform number in [0, 1) that belongs to an optimiser step."""
     return uniform("step", seed, step)
 
 
-def row_uniform(seed: int, place: Place) -> float:
-    """A uniform number in [0, 1) that belongs to a row, and is not the one its response is sampled with."""
-    return uniform("source", seed, *place)
+def row_uniform(seed: int, key: RowKey) -> float:
+    """Return a uniform number in [0, 1) that belongs to a row, and is not the one its response is sampled with."""
+    return uniform("source", seed, *key)

@@ -1,4 +1,4 @@
-"""What the teacher says at the positions of a response, whole or in part; the loss does not care which.
+"""The teacher's signal at the positions of a response, whole or in part; the loss treats both alike.
 
 A dense signal is the teacher's final hidden states, and its head turns them into logits when they are needed. A sparse
 signal is the log-probabilities of its k most likely tokens and of one bucket with all others: a coarser distribution
@@ -12,18 +12,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skd_lib.distillation.divergences import log_probs
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import lm_logits
 
 
-class Comparison(NamedTuple):
+class SignalPair(NamedTuple):
     """Teacher and student over the same events.
 
     Attributes:
@@ -38,44 +38,52 @@ class Comparison(NamedTuple):
     vocabulary: int
     ids_NK: Tensor | None = None
 
-    def teachers_likeliest(self, count: int) -> Tensor:
-        """(N, count) ids of the teacher's most likely tokens, or all there are."""
+    def teacher_top(self, count: int) -> Tensor:
+        """Return (N, count) ids of the teacher's most likely tokens, or of all there are."""
         if self.ids_NK is None:
             return self.log_p_NE.topk(min(count, self.vocabulary)).indices
         return self.ids_NK[:, :count]  # in descending order
 
 
+@dataclass(frozen=True)
 class TeacherSignal(ABC):
-    """What the teacher says at N positions."""
+    """The teacher's signal at N positions: tensors with a row for each, and what they have in common."""
+
+    tensors: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def __len__(self) -> int:
-        """Number of positions."""
-
-    @abstractmethod
-    def compare(self, student_logits_NV: Tensor, temperature: float) -> Comparison:
-        """Teacher and student over common events, in fp32, with a graph to the student's logits.
+    def compare(self, student_logits_NV: Tensor, temperature: float) -> SignalPair:
+        """Compare teacher and student over common events, in fp32, with a graph to the student's logits.
 
         Args:
             student_logits_NV: Raw logits at all N positions.
             temperature: Divides both models' logits.
 
         Raises:
-            SkdError: the signal was made for another temperature.
+            SkdError: the signal was made for another temperature or a larger vocabulary.
         """
 
-    @abstractmethod
-    def split(self, sizes: int | Sequence[int]) -> list[Self]:
-        """Consecutive parts: of `sizes` positions each, or of so many one after the other."""
+    def __len__(self) -> int:
+        return len(getattr(self, self.tensors[0]))
 
-    @abstractmethod
+    def split(self, sizes: int | list[int]) -> list[Self]:
+        """Split into consecutive parts: of `sizes` positions each, or of the sizes of a list."""
+        return [self._with(part) for part in zip(*(torch.split(x, sizes) for x in self._rows()), strict=True)]
+
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """Move to a device."""
+        return self._with([x.to(device) for x in self._rows()])
 
     @classmethod
-    @abstractmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The signals one after the other; all are of one kind."""
+        """Concatenate signals, all of one kind."""
+        return parts[0]._with([torch.cat(rows) for rows in zip(*(part._rows() for part in parts), strict=True)])
+
+    def _rows(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.tensors]
+
+    def _with(self, rows: Sequence[Tensor]) -> Self:
+        return replace(self, **dict(zip(self.tensors, rows, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -83,41 +91,25 @@ class DenseSignal(TeacherSignal):
     """The teacher's final hidden states.
 
     Attributes:
-        states_NH: What the teacher's head reads.
-        teacher: Whose head reads it.
+        states_NH: The states, as the teacher's head reads them.
+        teacher: The model with that head.
     """
 
     states_NH: Tensor
     teacher: PreTrainedModel
+    tensors = ("states_NH",)
 
-    def __len__(self) -> int:
-        return len(self.states_NH)
-
-    def compare(self, student_logits_NV: Tensor, temperature: float) -> Comparison:
-        """See `TeacherSignal.compare`."""
+    def compare(self, student_logits_NV: Tensor, temperature: float) -> SignalPair:
+        """Compare over the tokens of the common rows, see `TeacherSignal.compare`."""
         with torch.no_grad():
             teacher_logits_NV = lm_logits(self.teacher, self.states_NH)
         log_p_NV, log_q_NV = log_probs(teacher_logits_NV, student_logits_NV, temperature)
-        return Comparison(log_p_NV, log_q_NV, log_p_NV.shape[-1])
-
-    def split(self, sizes: int | Sequence[int]) -> list[Self]:
-        """See `TeacherSignal.split`."""
-        parts = torch.split(self.states_NH, sizes if isinstance(sizes, int) else list(sizes))
-        return [replace(self, states_NH=part_NH) for part_NH in parts]
-
-    def to(self, device: torch.device | str) -> Self:
-        """See `TeacherSignal.to`."""
-        return replace(self, states_NH=self.states_NH.to(device))
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """See `TeacherSignal.concatenate`."""
-        return replace(parts[0], states_NH=torch.cat([part.states_NH for part in parts]))
+        return SignalPair(log_p_NV, log_q_NV, log_p_NV.shape[-1])
 
 
 @dataclass(frozen=True)
 class SparseSignal(TeacherSignal):
-    """The teacher's most likely tokens and what it gives to all the others together.
+    """The probabilities of the teacher's most likely tokens, and of all the others together.
 
     Attributes:
         log_p_NE: fp32 log-probabilities of the K most likely tokens in descending order, then of all other tokens
@@ -131,6 +123,7 @@ class SparseSignal(TeacherSignal):
     ids_NK: Tensor
     temperature: float
     vocabulary: int
+    tensors = ("log_p_NE", "ids_NK")
 
     @classmethod
     def of_logits(cls, teacher_logits_NV: Tensor, k: int, *, temperature: float, vocabulary: int) -> Self:
@@ -139,11 +132,8 @@ class SparseSignal(TeacherSignal):
         log_p_NE = _coarse_log_probs(teacher_logits_NV, ids_NK, temperature, vocabulary)
         return cls(log_p_NE, ids_NK.int(), temperature, vocabulary)
 
-    def __len__(self) -> int:
-        return len(self.log_p_NE)
-
-    def compare(self, student_logits_NV: Tensor, temperature: float) -> Comparison:
-        """See `TeacherSignal.compare`."""
+    def compare(self, student_logits_NV: Tensor, temperature: float) -> SignalPair:
+        """Compare over K + 1 events, see `TeacherSignal.compare`."""
         if temperature != self.temperature:
             raise SkdError(
                 f"the stored teacher signal is of temperature {self.temperature:g}, the loss wants {temperature:g}",
@@ -158,30 +148,27 @@ class SparseSignal(TeacherSignal):
             )
         ids_NK = self.ids_NK.long()
         log_q_NE = _coarse_log_probs(student_logits_NV, ids_NK, temperature, self.vocabulary)
-        return Comparison(self.log_p_NE, log_q_NE, self.vocabulary, ids_NK)
+        return SignalPair(self.log_p_NE, log_q_NE, self.vocabulary, ids_NK)
 
-    def split(self, sizes: int | Sequence[int]) -> list[Self]:
-        """See `TeacherSignal.split`."""
-        lengths = sizes if isinstance(sizes, int) else list(sizes)
-        parts = zip(torch.split(self.log_p_NE, lengths), torch.split(self.ids_NK, lengths), strict=True)
-        return [replace(self, log_p_NE=log_p_NE, ids_NK=ids_NK) for log_p_NE, ids_NK in parts]
 
-    def to(self, device: torch.device | str) -> Self:
-        """See `TeacherSignal.to`."""
-        return replace(self, log_p_NE=self.log_p_NE.to(device), ids_NK=self.ids_NK.to(device))
+def log_probs(teacher_logits_NV: Tensor, student_logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of teacher and student over their common rows, in fp32 (float64 if both inputs are).
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """See `TeacherSignal.concatenate`."""
-        return replace(
-            parts[0],
-            log_p_NE=torch.cat([part.log_p_NE for part in parts]),
-            ids_NK=torch.cat([part.ids_NK for part in parts]),
-        )
+    Padded vocabularies may differ in size: the ids that one of them lacks get probability 0. Both logits are divided by
+    the temperature, without a factor for its square.
+    """
+    rows = min(teacher_logits_NV.shape[-1], student_logits_NV.shape[-1])
+    precise = {teacher_logits_NV.dtype, student_logits_NV.dtype} == {torch.float64}
+    dtype = torch.float64 if precise else torch.float32
+    log_p_NV, log_q_NV = (
+        F.log_softmax(logits_NV[..., :rows].to(dtype) / temperature, dim=-1)
+        for logits_NV in (teacher_logits_NV, student_logits_NV)
+    )
+    return log_p_NV, log_q_NV
 
 
 def _coarse_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float, vocabulary: int) -> Tensor:
-    """Log-probabilities of the tokens `ids_NK` and, where there are others, of all others together."""
+    """Return log-probabilities of the tokens `ids_NK` and, where there are others, of all others together."""
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     rows_NV = logits_NV[..., :vocabulary].to(dtype) / temperature
     total_N1 = rows_NV.logsumexp(-1, keepdim=True)

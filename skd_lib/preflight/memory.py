@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,13 @@ from skd_lib._core import machine
 from skd_lib.config import (
     DistillTrainingConfig,
     DivergenceName,
-    Method,
+    MethodName,
     RunConfig,
     TaskConfig,
     TeacherPrecision,
     TrainingConfig,
 )
+from skd_lib.distillation.divergences import DIVERGENCES
 from skd_lib.distillation.methods import METHODS
 
 if TYPE_CHECKING:
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2**30
-_LOSS_CHUNK_GPU = 2**26
-_LOSS_CHUNK_CPU = 2**22
-"""Elements of an array of logits: 256 and 16 MiB in fp32. A GPU wants long ones. On the CPU, arrays larger than 32 MiB
-come from the kernel, page by page, each time one is made; smaller ones are used again by the C library."""
-_CROSS_ENTROPY_ARRAYS = 6
-_DIVERGENCE_ARRAYS: Mapping[DivergenceName, int] = {
-    "forward_kl": 7,
-    "reverse_kl": 7,
-    "jsd": 11,
-    "skew_kl": 10,
-    "skew_reverse_kl": 10,
-    "tvd": 7,
-    "adaptive_kl": 13,
-}
-"""fp32 arrays of a chunk's logits that forward and backward pass hold at most: measured peaks."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +55,6 @@ class ModelSize:
     def outside(self) -> int:
         """About the number of weights that are in no layer: one embedding."""
         return min(self.vocabulary * self.hidden, self.parameters)
-
-
-def loss_chunk(hidden: int, vocabulary: int, *, gpu: bool) -> int:
-    """Positions whose logits the loss holds at once.
-
-    Each chunk adds to the head's gradient, which costs as much as a pass over `hidden` rows of logits: on the CPU,
-    where chunks are short, an eighth of that is the least, so that it stays the smaller part.
-    """
-    if gpu:
-        return max(1, _LOSS_CHUNK_GPU // vocabulary)
-    return max(1, _LOSS_CHUNK_CPU // vocabulary, min(hidden // 8, _LOSS_CHUNK_GPU // vocabulary))
 
 
 @dataclass(frozen=True)
@@ -167,7 +141,7 @@ def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, devi
 
 def estimate(
     step: str,
-    method: Method,
+    method: MethodName,
     training: TrainingConfig,
     task: TaskConfig,
     student: ModelSize,
@@ -201,6 +175,7 @@ def estimate(
         divergence: The loss, for methods that minimise a divergence.
         device: Where it runs.
     """
+    from skd_lib.distillation.loss import CROSS_ENTROPY_ARRAYS, loss_chunk
     from skd_lib.models.precision import compute_dtype
 
     element, gpu = compute_dtype(training.precision, device).itemsize, device.type != "cpu"
@@ -210,7 +185,7 @@ def estimate(
     adapters = 0 if training.lora is None else training.lora.rank * student.adapted
     trained = adapters or student.parameters
     facts = METHODS[method]
-    arrays = _DIVERGENCE_ARRAYS[divergence] if facts.divergence else _CROSS_ENTROPY_ARRAYS
+    arrays = DIVERGENCES[divergence].arrays if facts.uses_divergence else CROSS_ENTROPY_ARRAYS
     parts = {
         "weights": 4 * (student.parameters + adapters),
         "gradients": 4 * trained,

@@ -12,8 +12,10 @@ import typer
 from skd_lib._core.machine import is_main_process, peak_memory
 from skd_lib.config import DistillConfig, Schedule, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
+from skd_lib.distillation.divergences import DIVERGENCES
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdErrors
+from skd_lib.sampling.acceptance import RULES
 from skd_lib.steps import trained_model
 from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step, step_name
 from skd_lib.steps.training_run import DATA_HELP, LEFT_OUT, TrainingRun
@@ -75,7 +77,7 @@ def main(
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import check_model_folder, load_tokenizer, weights_digest
     from skd_lib.models.records import read_record, write_record
-    from skd_lib.models.samples import as_text, to_jsonl
+    from skd_lib.models.records import as_text, to_jsonl
     from skd_lib.models.special_ids import take_over_ends
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.tracking.runs import step_run
@@ -160,7 +162,7 @@ def main(
 
 
 def _losses(data: PreparedData, long: Mapping[str, float | None]) -> dict[str, Any]:
-    """What each split lost when it was prepared, and to prompts that are too long when it was trained on."""
+    """Return the examples that each split lost in preparation, and to long prompts in training."""
     from skd_lib.data.splits import with_long_prompts
 
     losses: dict[str, Any] = data.manifest.get("losses", {})
@@ -171,38 +173,30 @@ def _losses(data: PreparedData, long: Mapping[str, float | None]) -> dict[str, A
 
 
 def _sampling_and_loss(settings: DistillConfig) -> dict[str, Any]:
-    """The settings that the method reads, for somebody who finds the model in a registry."""
+    """Return the settings that the method reads, for the model's card and its registered version."""
     method, sampling = METHODS[settings.method], settings.sampling
     facts: dict[str, Any] = {}
-    if method.divergence:
+    if method.uses_divergence:
         facts["divergence"] = settings.divergence
-        if settings.divergence == "jsd":
-            facts["beta"] = settings.beta
-        if settings.divergence in ("skew_kl", "skew_reverse_kl"):
-            facts["alpha"] = settings.alpha
+        facts |= {name: getattr(settings, name) for name in DIVERGENCES[settings.divergence].settings}
     if method.needs_teacher and settings.teacher_signal.mode == "stored":
-        facts["teacher_signal"] = f"stored, top {settings.teacher_signal.top_k}" if method.divergence else "stored"
-    if method.student_writes and method.teacher_writes:
+        facts["teacher_signal"] = f"stored, top {settings.teacher_signal.top_k}" if method.uses_divergence else "stored"
+    if method.interleaves:
         facts["rule"] = sampling.rule
-        if sampling.rule != "lossless":
-            facts[sampling.rule] = _plain(getattr(sampling, sampling.rule))
+        facts |= {name: _plain(getattr(sampling, name)) for name in RULES[sampling.rule].settings}
         facts["gamma"] = _plain(sampling.gamma)
         if settings.replaced_weight:
             facts["replaced_weight"] = settings.replaced_weight
-    if settings.method == "on_policy":
-        facts["on_policy_fraction"] = _plain(settings.on_policy_fraction)
-    if settings.method in ("imitkd", "skd_mixed"):
-        facts["sampled_fraction"] = _plain(settings.sampled_fraction)
-    return facts
+    return facts | {name: _plain(getattr(settings, name)) for name in method.settings}
 
 
 def _plain(setting: Any) -> Any:
-    """A number as it is, a schedule in words."""
+    """Return a number unchanged, a schedule in words."""
     return str(setting) if isinstance(setting, Schedule) else setting
 
 
 def _course(result: TrainResult, batch_size: int) -> dict[str, Any]:
-    """The curves that the report draws, and the time and memory that the training took."""
+    """Return the curves that the report draws, and the time and memory of the training."""
     from skd_lib.report.charts import thinned
     from skd_lib.training.figures import SECONDS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from skd_lib._core.machine import is_main_process
-from skd_lib.config import DistillConfig, Method, TaskConfig, TrainingConfig
+from skd_lib.config import DistillConfig, MethodName, TaskConfig, TrainingConfig
 from skd_lib.steps.trained_model import SUMMED, code_version, load_trainable, save_trained, training_facts
 from skd_lib.storage import checkpoint_folder, is_remote
 
@@ -51,7 +51,7 @@ class TrainingRun:
     """
 
     step: str
-    method: Method
+    method: MethodName
     split: Literal["train_teacher", "train_student"]
     training: TrainingConfig
     distill: DistillConfig | None
@@ -127,9 +127,10 @@ class TrainingRun:
             SkdError: see `skd_lib.training.run.train`.
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
-        from skd_lib.evaluation.inference import ending_ids
+        from skd_lib.evaluation.generate import ending_ids
+        from skd_lib.models.heads import embedding_rows
         from skd_lib.models.special_ids import pad_id
-        from skd_lib.models.vocabulary import check_ids, vocabulary_size
+        from skd_lib.models.vocabulary import check_ids
         from skd_lib.preflight.memory import GIB, config_size, estimate, peak_memory
         from skd_lib.training.run import train
 
@@ -140,7 +141,7 @@ class TrainingRun:
         end = answer_end_id(tokenizer, self.task)
         tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
         left_out = {f"{LEFT_OUT}{name}": float(len(rows) - len(tokens[name])) for name, rows in examples.items()}
-        rows = min(map(vocabulary_size, self.models.values()))
+        rows = min(map(embedding_rows, self.models.values()))
         for each in tokens.values():
             check_ids(each, rows, where=self.step)
         start = time.monotonic()

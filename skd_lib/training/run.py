@@ -8,14 +8,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from skd_lib.config import DistillConfig, Method, TrainingConfig
+from skd_lib.config import DistillConfig, MethodName, TrainingConfig
 from skd_lib.distillation.batch import Rollout, collate, teacher_signals
-from skd_lib.distillation.objectives import objective_for
+from skd_lib.distillation.loss import objective_for
 from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import rollout_for
 from skd_lib.errors import SkdError
@@ -28,9 +29,9 @@ from skd_lib.training.figures import PEAK_BYTES, SECONDS
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.preemption import StopOnSigterm
 from skd_lib.training.saving import Saver, TimedCheckpoints
-from skd_lib.training.sharding import ShardedTrainer, process_mesh, shard_frozen, shard_trained, whole_model
+from skd_lib.training.sharding import ShardedTrainer, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stored_teacher import StoredSignals
-from skd_lib.training.traces import Replacement, Trace, TraceRecorder, recorded_steps
+from skd_lib.training.traces import Trace, TraceRecorder, recorded_steps
 from skd_lib.training.trainer import (
     TRACES,
     TRAINER_VALIDATION_LOSS,
@@ -94,7 +95,7 @@ class TrainResult:
 
 def train(
     *,
-    method: Method,
+    method: MethodName,
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     train: Sequence[TokenizedExample],
@@ -176,7 +177,7 @@ def train(
             args=args,
             training=training,
             objective=objective_for(method, teacher, distill),
-            divergence=METHODS[method].divergence,
+            divergence=METHODS[method].uses_divergence,
             strategy=strategy if signals is None else signals.attached(strategy, args.device),
             examples=train,
             stream=TrainingStream(len(train), training.batch_size, seed),
@@ -184,7 +185,7 @@ def train(
                 validation,
                 args.per_device_train_batch_size,
                 pad_id,
-                teacher if METHODS[method].divergence else None,
+                teacher if METHODS[method].uses_divergence else None,
                 signals,
             ),
             name=name,
@@ -233,7 +234,7 @@ def _placed(
         )
     if training.fsdp and args.world_size == 1:
         hint = "start the step with torchrun --nproc-per-node N, or set fsdp: false"
-        raise SkdError("training.fsdp needs at least two processes", where=f"{name}, training.fsdp", hint=hint)
+        raise SkdError("sharding needs at least two processes", where=f"{name}, training.fsdp", hint=hint)
     student.to(args.device)
     quantized = getattr(teacher, "is_quantized", False)  # such weights stay where they were loaded
     if teacher is not None:
@@ -242,7 +243,7 @@ def _placed(
             teacher.to(args.device)
     if not training.fsdp:
         return student if training.lora is None else add_lora(student, training.lora, seed), DistillationTrainer
-    mesh = process_mesh(args.device, args.world_size)
+    mesh = init_device_mesh(args.device.type, (args.world_size,))
     shard_trained(student, mesh, bf16=args.bf16)
     if teacher is not None and not quantized:
         shard_frozen(teacher, mesh)
@@ -338,9 +339,5 @@ def _result(trainer: DistillationTrainer, student: PreTrainedModel) -> TrainResu
         history=history,
         seconds=seconds,
         peak_bytes=peak_bytes,
-        traces=[_trace(values) for entry in trainer.state.log_history for values in entry.get(TRACES, [])],
+        traces=[Trace.of(values) for entry in trainer.state.log_history for values in entry.get(TRACES, [])],
     )
-
-
-def _trace(values: dict[str, Any]) -> Trace:
-    return Trace(**{**values, "replacements": [Replacement(**each) for each in values["replacements"]]})

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from skd_lib._core.events import Progress
 from skd_lib.distillation.batch import collate, response_states
-from skd_lib.distillation.rollouts import Place, Strategy
+from skd_lib.distillation.rollouts import RowKey, Strategy
 from skd_lib.distillation.teacher_signal import SparseSignal
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import lm_logits, vocabulary_size
@@ -44,11 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class StoredSignals:
-    """The teacher's most likely tokens along the examples' responses, read from disk when they are needed.
-
-    Args:
-        folder: A complete folder in that of `store_signals`.
-    """
+    """The teacher's most likely tokens along the examples' responses, read from a complete folder when needed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -82,7 +78,7 @@ class StoredSignals:
     def attached(self, strategy: Strategy, device: torch.device) -> Strategy:
         """Add the stored signals to the rollouts of a strategy."""
 
-        def with_signals(examples: Sequence[TokenizedExample], places: Sequence[Place]) -> Any:
+        def with_signals(examples: Sequence[TokenizedExample], places: Sequence[RowKey]) -> Any:
             signals = tuple(self.along(example).to(device) for example in examples)
             return replace(strategy(examples, places), signals=signals)
 
@@ -112,7 +108,7 @@ def store_signals(
         vocabulary: Rows of the student's head; tokens that only one of the models has do not count.
         rows: Responses in a forward pass.
         pad_id: Padding.
-        shard_positions: Fewest positions in a file, except for the last.
+        shard_positions: Positions after which a file ends.
     """
 
     def write(own: Path, rank: int, processes: int) -> dict[str, Any]:
@@ -138,13 +134,10 @@ def store_responses(
     *,
     rows: int,
 ) -> list[TokenizedExample]:
-    """Replace the examples' responses by the teacher's, sampled unless the folder has them.
+    """Replace the examples' responses by the teacher's, `rows` sampled together, unless the folder has them.
 
-    Args:
-        folder: Folder for exactly these examples, teacher and settings.
-        make_strategy: Makes the sampling strategy; called if there is something to sample.
-        examples: Examples with the prompts.
-        rows: Prompts sampled together.
+    The folder is for exactly these examples, teacher and settings. `make_strategy` makes the sampling strategy; it is
+    called if there is something to sample.
     """
 
     def write(own: Path, rank: int, processes: int) -> dict[str, Any]:
@@ -153,7 +146,7 @@ def store_responses(
         responses: dict[int, list[int]] = {}
         for start in range(0, len(mine), rows):
             chosen = mine[start : start + rows]
-            rollout = strategy([examples[index] for index in chosen], [Place(0, index) for index in chosen])
+            rollout = strategy([examples[index] for index in chosen], [RowKey(0, index) for index in chosen])
             parts = torch.split(rollout.targets_N, rollout.lengths)
             responses |= {index: part.tolist() for index, part in zip(chosen, parts, strict=True)}
             progress.update(len(responses))

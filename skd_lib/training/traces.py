@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skd_lib.distillation.batch import Rollout
-from skd_lib.distillation.rollouts import Place
+from skd_lib.distillation.rollouts import RowKey
 from skd_lib.distillation.teacher_signal import DenseSignal
 from skd_lib.models.heads import lm_logits
 from skd_lib.sampling.samples import STUDENT, TEACHER
@@ -66,6 +67,11 @@ class Trace:
     writers: list[int]
     replacements: list[Replacement]
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Trace:
+        """Make a trace from the JSON of `dataclasses.asdict`."""
+        return cls(**{**values, "replacements": [Replacement(**each) for each in values["replacements"]]})
+
 
 def recorded_steps(steps: int, eval_steps: int) -> frozenset[int]:
     """Return the first optimiser step and those before a validation; of many, `MOMENTS` evenly spread ones."""
@@ -90,7 +96,7 @@ class TraceRecorder:
     sequences: int = SEQUENCES
 
     @torch.no_grad()
-    def record(self, rollout: Rollout, places: Sequence[Place]) -> list[Trace]:
+    def record(self, rollout: Rollout, places: Sequence[RowKey]) -> list[Trace]:
         """Record one optimiser step's rollout, whose rows are at `places`, if the step is to be recorded.
 
         Rows of ground truth have no trace.

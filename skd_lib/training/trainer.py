@@ -1,7 +1,7 @@
 """One training loop for every method, on `transformers.Trainer`.
 
 The methods differ in the source of responses (`skd_lib.distillation.rollouts`) and in the objective
-(`skd_lib.distillation.objectives`). Six things differ from the Trainer's own loop: the micro-batches of an optimiser
+(`skd_lib.distillation.loss`). Six things differ from the Trainer's own loop: the micro-batches of an optimiser
 step are made together, from one rollout; the loss is a sum over response tokens divided by their number in the whole
 step, over all micro-batches and processes; a step with a broken loss or gradient changes no weights and no optimiser
 states; validation is the same loss on ground truth, weighted by tokens; each step logs the method's figures; and a
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, astuple
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,8 @@ from skd_lib._core.events import Progress
 from skd_lib._core.seeds import generator
 from skd_lib.config import TrainingConfig
 from skd_lib.distillation.batch import Rollout
-from skd_lib.distillation.loss import LossSums
-from skd_lib.distillation.objectives import Objective
-from skd_lib.distillation.rollouts import Place, Strategy
+from skd_lib.distillation.loss import LossSums, Objective
+from skd_lib.distillation.rollouts import RowKey, Strategy
 from skd_lib.errors import SkdError
 from skd_lib.models.modes import evaluating
 from skd_lib.sampling.samples import SamplingStatistics
@@ -57,11 +56,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class OnMetrics(Protocol):
-    """Receives the figures of an optimiser step; called on the main process only."""
-
-    def __call__(self, step: int, figures: dict[str, float]) -> None:
-        """Take the figures of `step`; step 0 is before training."""
+OnMetrics = Callable[[int, dict[str, float]], None]
+"""Receives an optimiser step and its figures, on the main process only; step 0 is before training."""
 
 
 class TrainingStream:
@@ -85,9 +81,9 @@ class TrainingStream:
         epoch, offset = divmod(position, self.examples)
         return self._order(epoch)[offset]
 
-    def place(self, position: int) -> Place:
+    def place(self, position: int) -> RowKey:
         """Return the optimiser step and the row of a position."""
-        return Place(*divmod(position, self.batch_size))
+        return RowKey(*divmod(position, self.batch_size))
 
     def _shuffled(self, epoch: int) -> list[int]:
         order: list[int] = generator("order", self.seed, epoch).permutation(self.examples).tolist()
@@ -104,8 +100,8 @@ class DistillationTrainer(SavingTrainer):
         objective: The loss to minimise.
         divergence: The loss is a divergence from the teacher, whose forward pass then counts.
         strategy: Makes the responses of an optimiser step.
-        examples: Training examples.
-        stream: The order of the examples.
+        examples: Training examples, in the order of `stream`.
+        stream: The stream of the examples' positions.
         validation: Ground-truth rollouts.
         name: Name of this training in errors and progress, e.g. "distill".
         recorder: Keeps a few sampled sequences in the history.

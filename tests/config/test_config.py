@@ -151,7 +151,7 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("seed", True, "seed", "integer, unable to parse string", ""),
         ("seed", 2**70, "seed", "less than 2147483648", ""),
         ("seed", float("inf"), "seed", "finite number", ""),
-        ("distill.method", "gkd", "distill.method", "'supervised_kd'", ""),
+        ("distill.method", "gkd", "distill.method", "`supervised_kd`", ""),
         (
             "distill.sampling.gamma",
             0,
@@ -181,7 +181,7 @@ def test_a_good_file_is_loaded_with_the_papers_defaults(tmp_path: Path) -> None:
         ("distill", 3, "distill", "a section", "`distill: {FIELD: 3}`; fields there: method, "),
         ("task.prompt", "no place", "task.prompt", "must contain {source}", ""),
         ("task.metrics", ["chrf", "f1"], "task.metrics.1", "got 'f1'", ""),
-        ("task.metrics", ["chrf", "chrf"], "task.metrics", "once only, got chrf, chrf", ""),
+        ("task.metrics", ["chrf", "chrf"], "task.metrics", "must be unique, got chrf, chrf", ""),
         ("specdec.batch_sizes", [True], "specdec.batch_sizes.0", "valid integer", ""),
         ("data.source.train", ["a.jsonl", ""], "data.source.train.1", "must not be blank", ""),
         ("data.source.validation", ["\n"], "data.source.validation.0", "must not be blank", ""),

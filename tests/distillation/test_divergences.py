@@ -13,18 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
-from skd_lib.distillation.divergences import (
-    Divergence,
-    adaptive_kl,
-    divergence,
-    forward_kl,
-    jsd,
-    reverse_kl,
-    skew_kl,
-    skew_reverse_kl,
-    tvd,
-)
+from skd_lib.distillation.divergences import DIVERGENCES, divergence
 from skd_lib.errors import SkdError
+from tests.distillation.cases import Case, adaptive_kl, forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
 from tests.support.trl_jsd import TABLE
 from tests.support.trl_jsd import logits as trl_logits
 
@@ -88,7 +79,7 @@ def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
 
 @pytest.mark.parametrize("loss", ALL, ids=IDS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_equals_brute_force(loss: Divergence, temperature: float) -> None:
+def test_equals_brute_force(loss: Case, temperature: float) -> None:
     teacher, student = logits(4, 7), logits(4, 7, seed=1)
     expected = [
         brute_force(loss.name, t, s, temperature) for t, s in zip(teacher.tolist(), student.tolist(), strict=True)
@@ -108,7 +99,7 @@ def without(logits: Tensor, tokens: list[int], value: float = -math.inf) -> Tens
 
 @pytest.mark.parametrize("loss", ALL, ids=IDS)
 @pytest.mark.parametrize("gone", GONE)
-def test_logits_of_minus_infinity(loss: Divergence, gone: str) -> None:
+def test_logits_of_minus_infinity(loss: Case, gone: str) -> None:
     teacher, student = without(logits(4, 7), GONE[gone][0]), without(logits(4, 7, seed=1), GONE[gone][1])
     expected = [brute_force(loss.name, t, s, 0.7) for t, s in zip(teacher.tolist(), student.tolist(), strict=True)]
     student.requires_grad_()
@@ -159,7 +150,7 @@ def test_skew_divergences_start_at_the_kls_and_are_bounded() -> None:
         for far in (skewed(0.1)(30 * teacher, 30 * student), skewed(0.1)(30 * student, 30 * teacher)):
             assert (far <= -math.log(0.1) + 1e-12).all()
         with pytest.raises(SkdError, match=r"at least 0 and less than 1, got 1(.|\n)*the divergence is 0"):
-            skewed(1)
+            skewed(1)(teacher, student)
     # Both mix the other model into the reference, so each is the other with the models swapped.
     assert torch.equal(skew_kl(0.1)(teacher, student), skew_reverse_kl(0.1)(student, teacher))
 
@@ -179,7 +170,7 @@ def test_adaptive_kl_goes_from_forward_to_reverse_with_where_the_gap_is() -> Non
 
 
 @pytest.mark.parametrize("loss", ALL, ids=IDS)
-def test_is_0_with_0_gradient_where_the_models_agree(loss: Divergence) -> None:
+def test_is_0_with_0_gradient_where_the_models_agree(loss: Case) -> None:
     teacher = logits(3, 8)
     # A shift of all logits changes no probability; but for rounding, which the edge of |p - q| at 0 would show.
     student = (teacher + (0 if loss is tvd else 5)).requires_grad_()
@@ -192,13 +183,13 @@ def test_is_0_with_0_gradient_where_the_models_agree(loss: Divergence) -> None:
 
 # The gradient of `adaptive_kl` leaves its weights out on purpose, see above.
 @pytest.mark.parametrize("loss", [loss for loss in ALL if loss is not adaptive_kl], ids=str)
-def test_gradient(loss: Divergence) -> None:
+def test_gradient(loss: Case) -> None:
     teacher, student = logits(3, 6), logits(3, 6, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: loss(teacher, s, 0.7), (student,))
 
 
 @pytest.mark.parametrize("loss", ALL, ids=IDS)
-def test_padded_vocabularies_are_compared_on_their_common_rows(loss: Divergence) -> None:
+def test_padded_vocabularies_are_compared_on_their_common_rows(loss: Case) -> None:
     teacher, student = logits(4, 10), logits(4, 7, seed=1)
     expected = loss(teacher[:, :7], student)
     torch.testing.assert_close(loss(teacher, student), expected)
@@ -206,7 +197,7 @@ def test_padded_vocabularies_are_compared_on_their_common_rows(loss: Divergence)
 
 
 @pytest.mark.parametrize("loss", ALL, ids=IDS)
-def test_works_in_fp32_whatever_the_models_dtype(loss: Divergence) -> None:
+def test_works_in_fp32_whatever_the_models_dtype(loss: Case) -> None:
     teacher, student = logits(4, 50).bfloat16(), logits(4, 50, seed=1).bfloat16()
     actual = loss(teacher, student)
     assert actual.dtype == torch.float32
@@ -239,13 +230,15 @@ def test_properties(values: object, beta: float, temperature: float) -> None:
         assert (jsd(beta)(teacher, student) <= entropy_of_beta + 1e-9).all()
 
 
-def test_registry() -> None:
-    assert divergence("forward_kl") is forward_kl
-    assert divergence("reverse_kl", beta=0.1) is reverse_kl
-    assert divergence("jsd", beta=0.3).name == "jsd(0.3)"
-    assert divergence("skew_kl").name == "skew_kl(0.1)"
-    assert divergence("skew_reverse_kl", alpha=0.2).name == "skew_reverse_kl(0.2)"
-    assert divergence("tvd") is tvd
-    assert divergence("adaptive_kl") is adaptive_kl
+def test_divergences_by_name() -> None:
+    assert {loss.name.partition("(")[0] for loss in ALL} == DIVERGENCES.keys()
+    teacher, student = logits(5, 9), logits(5, 9, seed=1)
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    assert torch.equal(divergence("jsd", beta=0.3, alpha=0.7)(log_p, log_q), jsd(0.3)(teacher, student))
+    assert torch.equal(divergence("jsd")(log_p, log_q), jsd(0.5)(teacher, student))
+    assert torch.equal(divergence("skew_kl")(log_p, log_q), skew_kl(0.1)(teacher, student))
+    assert torch.equal(divergence("skew_reverse_kl", alpha=0.2)(log_p, log_q), skew_reverse_kl(0.2)(teacher, student))
     with pytest.raises(SkdError, match="between 0 and 1"):
-        jsd(1.5)
+        jsd(1.5)(teacher, student)
+    with pytest.raises(SkdError, match=r"unknown divergence 'forward-kl'(.|\n)*did you mean `forward_kl`"):
+        divergence("forward-kl")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skd_lib.distillation.divergences import Divergence, adaptive_kl, forward_kl, jsd, reverse_kl, skew_kl, tvd
 from skd_lib.distillation.loss import DistillationLoss, LossSums, Selective, cross_entropy_sum
 from skd_lib.distillation.teacher_signal import DenseSignal
 from skd_lib.models.heads import decoder, lm_logits
+from tests.distillation.cases import Case, adaptive_kl, forward_kl, jsd, reverse_kl, skew_kl, tvd
 
 TOKENS = torch.randint(4, 300, (1, 11), generator=torch.Generator().manual_seed(3))
 TARGETS = torch.arange(11) + 20
@@ -50,14 +50,13 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("loss", [forward_kl, reverse_kl, jsd(0.3), skew_kl(0.1), tvd, adaptive_kl], ids=str)
-def test_equals_the_divergence_of_full_logits(
-    student: PreTrainedModel, teacher: PreTrainedModel, loss: Divergence
-) -> None:
+def test_equals_the_divergence_of_full_logits(student: PreTrainedModel, teacher: PreTrainedModel, loss: Case) -> None:
     expected = loss(logits(teacher), logits(student), 2.0).sum()
-    actual = distilled(DistillationLoss(loss, temperature=2.0), student, teacher).loss
+    actual = distilled(DistillationLoss(loss.f, temperature=2.0), student, teacher).loss
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
-        distilled(DistillationLoss(loss, temperature=2.0, squared=True), student, teacher).loss, 4 * expected
+        distilled(DistillationLoss(loss.f, temperature=2.0, squared=True), student, teacher).loss,
+        4 * expected,
     )
 
 
@@ -65,13 +64,13 @@ def test_cross_entropy_is_added_at_the_tokens_that_the_teacher_wrote(
     student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
     plain, with_replaced = (
-        distilled(DistillationLoss(reverse_kl, temperature=2.0, replaced_weight=weight), student, teacher).loss
+        distilled(DistillationLoss(reverse_kl.f, temperature=2.0, replaced_weight=weight), student, teacher).loss
         for weight in (0.0, 0.3)
     )
     # At temperature 1, whatever the divergence's.
     expected = torch.nn.functional.cross_entropy(logits(student)[BY_TEACHER], TARGETS[BY_TEACHER], reduction="sum")
     torch.testing.assert_close(with_replaced - plain, 0.3 * expected)
-    loss, nothing = DistillationLoss(reverse_kl, replaced_weight=0.3), torch.zeros_like(BY_TEACHER)
+    loss, nothing = DistillationLoss(reverse_kl.f, replaced_weight=0.3), torch.zeros_like(BY_TEACHER)
     signal = DenseSignal(states(teacher), teacher)
     without = loss(student, states(student), signal, TARGETS, nothing).loss
     torch.testing.assert_close(without, reverse_kl(logits(teacher), logits(student)).sum())
@@ -85,7 +84,7 @@ def test_selective_weights(student: PreTrainedModel, teacher: PreTrainedModel, t
     ranks = (common > common.gather(1, choices[:, None])).sum(-1)
     weights = torch.where(ranks < top, 1.0, 0.01)
     assert len(set(weights.tolist())) == 2
-    loss = DistillationLoss(forward_kl, selective=Selective(top))
+    loss = DistillationLoss(forward_kl.f, selective=Selective(top))
     torch.testing.assert_close(distilled(loss, student, teacher).loss, (each * weights).sum())
 
 
@@ -94,7 +93,7 @@ def test_chunks_change_neither_value_nor_gradient(
     student: PreTrainedModel, teacher: PreTrainedModel, chunk: int
 ) -> None:
     targets = torch.arange(11) + 20
-    loss = DistillationLoss(jsd(0.3), temperature=2.0, squared=True, selective=Selective(), replaced_weight=0.7)
+    loss = DistillationLoss(jsd(0.3).f, temperature=2.0, squared=True, selective=Selective(), replaced_weight=0.7)
     rows: list[int] = []
     student.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
     for whole, parts in (
@@ -117,7 +116,7 @@ def test_chunks_change_neither_value_nor_gradient(
 
 
 def test_no_response_tokens_give_0_with_a_graph(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    loss = DistillationLoss(adaptive_kl, selective=Selective(), replaced_weight=0.5)
+    loss = DistillationLoss(adaptive_kl.f, selective=Selective(), replaced_weight=0.5)
     signal = DenseSignal(states(teacher)[:0], teacher)
     for sums in (
         loss(student, states(student)[:0], signal, TARGETS[:0], BY_TEACHER[:0]),
@@ -129,7 +128,7 @@ def test_no_response_tokens_give_0_with_a_graph(student: PreTrainedModel, teache
 
 
 def test_the_teacher_gets_no_gradient(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    distilled(DistillationLoss(forward_kl), student, teacher).loss.backward()
+    distilled(DistillationLoss(forward_kl.f), student, teacher).loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in student.parameters())
 
@@ -146,7 +145,7 @@ def test_cross_entropy_and_entropies(student: PreTrainedModel) -> None:
 
 def test_chunks_change_nothing_under_autocast(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Autocast keeps the head's bf16 copy, and its graph, from one chunk to the next."""
-    loss = DistillationLoss(jsd(0.3))
+    loss = DistillationLoss(jsd(0.3).f)
     with torch.autocast("cpu", torch.bfloat16):
         whole, parts = (gradients(student, distilled(loss, student, teacher, chunk).loss) for chunk in (11, 1))
     for part, expected in zip(parts, whole, strict=True):
@@ -155,14 +154,14 @@ def test_chunks_change_nothing_under_autocast(student: PreTrainedModel, teacher:
 
 
 @pytest.mark.parametrize("loss", [forward_kl, reverse_kl, jsd(0.3), skew_kl(0.1), tvd, adaptive_kl], ids=str)
-def test_heads_that_rule_tokens_out(tiny_model: Callable[..., PreTrainedModel], loss: Divergence) -> None:
+def test_heads_that_rule_tokens_out(tiny_model: Callable[..., PreTrainedModel], loss: Case) -> None:
     student, teacher = (tiny_model("llama", seed=seed, tie_word_embeddings=False) for seed in (1, 2))
     for model in (student, teacher):
         head = torch.nn.Linear(32, 320)
         head.weight = model.get_output_embeddings().weight
         head.bias = torch.nn.Parameter(torch.zeros(320).index_fill(0, torch.arange(300, 320), -torch.inf))
         model.set_output_embeddings(head)
-    sums = distilled(DistillationLoss(loss), student, teacher)
+    sums = distilled(DistillationLoss(loss.f), student, teacher)
     torch.testing.assert_close(sums.loss, loss(logits(teacher)[:, :300], logits(student)[:, :300]).sum())
     expected = torch.distributions.Categorical(logits=logits(teacher)[:, :300]).entropy().sum()
     torch.testing.assert_close(sums.entropies["teacher"], expected.detach())

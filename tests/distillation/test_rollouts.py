@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams
 from skd_lib.distillation.batch import Rollout, collate, response_states, teacher_signals
 from skd_lib.distillation.loss import cross_entropy_sum
-from skd_lib.distillation.rollouts import Place, interleaving_rule, rollout_for, row_seed, row_uniform, step_uniform
+from skd_lib.distillation.rollouts import RowKey, interleaving_rule, rollout_for, row_seed, row_uniform, step_uniform
 from skd_lib.distillation.teacher_signal import DenseSignal, TeacherSignal
 from skd_lib.errors import SkdError
 from skd_lib.sampling.samples import SamplingStatistics
@@ -35,7 +35,7 @@ EXAMPLES = [
     Tokens([1, 52, 62, 72, 73, 74], [83, 84, 85, 86, EOS]),
     Tokens([1, 53, 63], [87, 88, 89]),  # cut at the length limit: no EOS
 ]
-PLACES = [Place(7, row) for row in range(len(EXAMPLES))]
+KEYS = [RowKey(7, row) for row in range(len(EXAMPLES))]
 HOT = SamplingParams(temperature=1.0, top_p=0.9)
 
 
@@ -58,7 +58,7 @@ def make(
     distill: dict[str, Any] | None = None,
     rule: dict[str, Any] | None = None,
     steps: int = 10,
-    places: list[Place] = PLACES,
+    keys: list[RowKey] = KEYS,
     examples: list[Tokens] = EXAMPLES,
     adaptive_gamma: bool = True,
     **options: Any,
@@ -75,7 +75,7 @@ def make(
         steps=steps,
         **arguments,
     )
-    return strategy(examples, places)  # type: ignore[arg-type]
+    return strategy(examples, keys)  # type: ignore[arg-type]
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
@@ -135,7 +135,7 @@ def test_states_are_those_that_predict_the_targets(student: PreTrainedModel) -> 
 
 def test_padding_changes_no_state(student: PreTrainedModel) -> None:
     together = response_states(student, make("sft", student, None))
-    alone = [response_states(student, make("sft", student, None, examples=[e], places=PLACES[:1])) for e in EXAMPLES]
+    alone = [response_states(student, make("sft", student, None, examples=[e], keys=KEYS[:1])) for e in EXAMPLES]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -244,10 +244,10 @@ def test_a_rows_response_depends_on_its_place_alone(
     halves = [
         response
         for rows in (slice(0, 2), slice(2, 4))
-        for response in responses(make(method, student, teacher, examples=EXAMPLES[rows], places=PLACES[rows]))
+        for response in responses(make(method, student, teacher, examples=EXAMPLES[rows], keys=KEYS[rows]))
     ]
     assert whole == halves
-    assert whole != responses(make(method, student, teacher, places=[Place(8, row) for row in range(4)]))
+    assert whole != responses(make(method, student, teacher, keys=[RowKey(8, row) for row in range(4)]))
     assert whole != responses(make(method, student, teacher, seed=6))
 
 
@@ -276,9 +276,9 @@ def test_ids_that_one_vocabulary_lacks_are_never_sampled(
 
 def test_a_share_of_the_steps_is_on_policy(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     def source(step: int, fraction: Any) -> str:
-        places = [Place(step, row) for row in range(4)]
+        keys = [RowKey(step, row) for row in range(4)]
         share = {"on_policy_fraction": fraction}
-        rollout = make("on_policy", student, teacher, distill=share, places=places, steps=40, max_new_tokens=1)
+        rollout = make("on_policy", student, teacher, distill=share, keys=keys, steps=40, max_new_tokens=1)
         (source,) = set(rollout.sources)
         return source
 
@@ -295,7 +295,7 @@ def test_a_share_of_the_steps_is_on_policy(student: PreTrainedModel, teacher: Pr
 def test_two_stages(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     for steps, truths in ((10, 5), (7, 4), (1, 1)):
         sources = [
-            make("two_stage", student, teacher, places=[Place(step, row) for row in range(4)], steps=steps).sources
+            make("two_stage", student, teacher, keys=[RowKey(step, row) for row in range(4)], steps=steps).sources
             for step in range(steps)
         ]
         assert sources == [("ground_truth",) * 4] * truths + [("student",) * 4] * (steps - truths)
@@ -313,19 +313,19 @@ def test_seqkd_is_written_by_the_teacher(student: PreTrainedModel, teacher: PreT
 def test_rows_are_mixed_by_their_places(
     method: str, sampled: str, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
-    examples, places = EXAMPLES * 3, [Place(2, row) for row in range(12)]
-    whole = make(method, student, teacher, examples=examples, places=places)
-    chosen = [row_uniform(5, place) < 0.5 for place in places]
+    examples, keys = EXAMPLES * 3, [RowKey(2, row) for row in range(12)]
+    whole = make(method, student, teacher, examples=examples, keys=keys)
+    chosen = [row_uniform(5, place) < 0.5 for place in keys]
     assert whole.sources == tuple(sampled if is_sampled else "ground_truth" for is_sampled in chosen)
     assert {True, False} == set(chosen)
-    alone = make("skd" if method == "skd_mixed" else "on_policy", student, teacher, examples=examples, places=places)
+    alone = make("skd" if method == "skd_mixed" else "on_policy", student, teacher, examples=examples, keys=keys)
     for row, is_sampled in enumerate(chosen):
         assert responses(whole)[row] == (responses(alone)[row] if is_sampled else examples[row].response_ids)
         assert whole.input_ids_BL[row].tolist()[: len(examples[row].prompt_ids)] == examples[row].prompt_ids
         assert by_teacher(whole)[row] == (by_teacher(alone)[row] if is_sampled else [False] * whole.lengths[row])
     # Micro-batches and processes have parts of the step: each row is the same in any of them.
     for rows in (slice(0, 5), slice(5, 12)):
-        part = make(method, student, teacher, examples=examples[rows], places=places[rows])
+        part = make(method, student, teacher, examples=examples[rows], keys=keys[rows])
         assert part.sources == whole.sources[rows]
         assert responses(part) == responses(whole)[rows]
     assert whole.statistics is not None
@@ -338,8 +338,8 @@ def test_rows_are_mixed_by_their_places(
 def test_a_mixed_batch_asks_the_teacher_about_ground_truth_only(
     student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
-    examples, places = EXAMPLES * 3, [Place(2, row) for row in range(12)]
-    rollout = make("skd_mixed", student, teacher, examples=examples, places=places)
+    examples, keys = EXAMPLES * 3, [RowKey(2, row) for row in range(12)]
+    rollout = make("skd_mixed", student, teacher, examples=examples, keys=keys)
     truths = [row for row, source in enumerate(rollout.sources) if source == "ground_truth"]
     seen: list[int] = []
     teacher.get_decoder().register_forward_hook(
@@ -349,7 +349,7 @@ def test_a_mixed_batch_asks_the_teacher_about_ground_truth_only(
     assert seen == [len(truths)]
     torch.testing.assert_close(states(signals), response_states(teacher, rollout), rtol=1e-4, atol=1e-5)
     assert [signals[row] is rollout.signals[row] for row in range(12)] == [row not in truths for row in range(12)]
-    with pytest.raises(SkdError, match="needs a teacher, or what it says"):
+    with pytest.raises(SkdError, match="needs a teacher, or its signal"):
         teacher_signals(None, rollout)
 
 
@@ -362,7 +362,7 @@ def test_all_of_one_kind_is_no_mixture(student: PreTrainedModel, teacher: PreTra
 
 def test_the_rule_decides_what_stands(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     def rejected(step: int = 0, **rule: Any) -> float:
-        rollout = make("skd", student, teacher, rule=rule, places=[Place(step, row) for row in range(4)])
+        rollout = make("skd", student, teacher, rule=rule, keys=[RowKey(step, row) for row in range(4)])
         assert rollout.statistics is not None
         assert rollout.by_teacher_BL.sum() == rollout.statistics.replaced + rollout.statistics.bonus
         return rollout.statistics.rejection_rate
@@ -405,7 +405,7 @@ def test_the_draft_length_may_follow_a_schedule_and_changes_nothing(
 ) -> None:
     drafted = []
     for step in (0, 9):
-        options: dict[str, Any] = {"places": [Place(step, row) for row in range(4)], "adaptive_gamma": False}
+        options: dict[str, Any] = {"keys": [RowKey(step, row) for row in range(4)], "adaptive_gamma": False}
         scheduled = make("skd", student, teacher, rule={"gamma": {"start": 1, "end": 6}}, **options)
         assert torch.equal(scheduled.input_ids_BL, make("skd", student, teacher, **options).input_ids_BL)
         statistics = scheduled.statistics or SamplingStatistics()
@@ -420,11 +420,11 @@ def test_sampling_needs_a_teacher(student: PreTrainedModel) -> None:
 
 
 def test_seeds_are_distinct_and_stable() -> None:
-    seeds = {row_seed(seed, Place(step, row)) for seed in range(5) for step in range(20) for row in range(20)}
+    seeds = {row_seed(seed, RowKey(step, row)) for seed in range(5) for step in range(20) for row in range(20)}
     assert len(seeds) == 5 * 20 * 20
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Checkpoints of an earlier version must go on with the same rows.
-    assert row_seed(0, Place(0, 0)) == 1_267_123_373_154_733_616
+    assert row_seed(0, RowKey(0, 0)) == 1_267_123_373_154_733_616
     draws: Tensor = torch.tensor([step_uniform(0, step) for step in range(2000)])
     assert 0 <= draws.min() < 0.01
     assert 0.99 < draws.max() < 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from skd_lib.config import Schedule
-from skd_lib.distillation.schedules import value_at
+from skd_lib.distillation.rollouts import value_at
 
 
 def test_a_number_stays() -> None:

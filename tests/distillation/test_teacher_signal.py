@@ -10,19 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skd_lib.distillation.divergences import (
-    Divergence,
-    adaptive_kl,
-    forward_kl,
-    jsd,
-    reverse_kl,
-    skew_kl,
-    skew_reverse_kl,
-    tvd,
-)
 from skd_lib.distillation.loss import Selective
 from skd_lib.distillation.teacher_signal import SparseSignal
 from skd_lib.errors import SkdError
+from tests.distillation.cases import Case, adaptive_kl, forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
 
 F_DIVERGENCES = [forward_kl, reverse_kl, jsd(0.3), skew_kl(0.1), skew_reverse_kl(0.1), tvd]
 ALL = [*F_DIVERGENCES, adaptive_kl]
@@ -33,15 +24,15 @@ def logits(rows: int, columns: int = VOCABULARY, seed: int = 0) -> Tensor:
     return 3 * torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def sparse(loss: Divergence, teacher: Tensor, student: Tensor, k: int, temperature: float = 1.0) -> Tensor:
+def sparse(loss: Case, teacher: Tensor, student: Tensor, k: int, temperature: float = 1.0) -> Tensor:
     signal = SparseSignal.of_logits(teacher, k, temperature=temperature, vocabulary=VOCABULARY)
     compared = signal.compare(student, temperature)
-    return loss.of_log_probs(compared.log_p_NE, compared.log_q_NE)
+    return loss.f(compared.log_p_NE, compared.log_q_NE)
 
 
 @pytest.mark.parametrize("loss", ALL, ids=str)
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_with_all_tokens_it_is_the_dense_divergence(loss: Divergence, temperature: float) -> None:
+def test_with_all_tokens_it_is_the_dense_divergence(loss: Case, temperature: float) -> None:
     teacher, student = logits(6), logits(6, seed=1).requires_grad_()
     expected, actual = loss(teacher, student, temperature), sparse(loss, teacher, student, VOCABULARY, temperature)
     torch.testing.assert_close(actual, expected)
@@ -52,7 +43,7 @@ def test_with_all_tokens_it_is_the_dense_divergence(loss: Divergence, temperatur
 
 @pytest.mark.parametrize("loss", ALL, ids=str)
 @pytest.mark.parametrize("k", [3, 9, VOCABULARY])
-def test_logits_of_minus_infinity(loss: Divergence, k: int) -> None:
+def test_logits_of_minus_infinity(loss: Case, k: int) -> None:
     # Both lack 8 of 12 tokens: of the 9 likeliest 5 are impossible, and so are all others together.
     gone = torch.arange(4, VOCABULARY)
     teacher = logits(6).index_fill(1, gone, -torch.inf)
@@ -89,7 +80,7 @@ def test_the_more_tokens_the_closer_from_below(seed: int, temperature: float) ->
 
 
 @pytest.mark.parametrize("loss", ALL, ids=str)
-def test_it_is_0_where_the_models_agree_and_has_the_right_gradient(loss: Divergence) -> None:
+def test_it_is_0_where_the_models_agree_and_has_the_right_gradient(loss: Case) -> None:
     teacher, student = logits(3), logits(3, seed=1).requires_grad_()
     zeros = torch.zeros(3, dtype=torch.float64)
     torch.testing.assert_close(sparse(loss, teacher, teacher + 4, 3), zeros)
@@ -106,7 +97,7 @@ def test_the_bucket_keeps_its_mass_where_fp32_cannot_see_it() -> None:
     student = torch.tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     compared = signal.compare(student, 1.0)
     torch.testing.assert_close(compared.log_q_NE.exp(), torch.tensor([[0.25, 0.75]]))
-    (gradient,) = torch.autograd.grad(reverse_kl.of_log_probs(compared.log_p_NE, compared.log_q_NE).sum(), student)
+    (gradient,) = torch.autograd.grad(reverse_kl.f(compared.log_p_NE, compared.log_q_NE).sum(), student)
     assert torch.isfinite(gradient).all()
 
 

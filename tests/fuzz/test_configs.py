@@ -28,9 +28,8 @@ from skd_lib.config import (
 )
 from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
 from skd_lib.config.parameters import from_parameters, short, to_parameters
-from skd_lib.distillation.objectives import loss_for
-from skd_lib.distillation.rollouts import interleaving_rule
-from skd_lib.distillation.schedules import value_at
+from skd_lib.distillation.loss import loss_for
+from skd_lib.distillation.rollouts import interleaving_rule, value_at
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.models import check_unread
 from skd_lib.sampling.distributions import check_params

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from skd_lib.config import DistillConfig
 from skd_lib.data.tokenize import TokenizedExample
 from skd_lib.distillation.divergences import forward_kl
-from skd_lib.distillation.rollouts import Place, rollout_for
+from skd_lib.distillation.rollouts import RowKey, rollout_for
 from skd_lib.errors import SkdError
 from skd_lib.training.checkpoints import MARKER
 from skd_lib.training.stored_teacher import StoredSignals, examples_digest, store_responses, store_signals
@@ -157,6 +157,6 @@ def test_the_teachers_responses_are_sampled_once(
     assert len(made) == 2
     assert written[0] == written[1] == written[2]
     assert [example.prompt_ids for example in written[0]] == [example.prompt_ids for example in ALL]
-    direct = strategy()([ALL[4]], [Place(0, 4)])
+    direct = strategy()([ALL[4]], [RowKey(0, 4)])
     assert written[0][4].response_ids == direct.targets_N.tolist()
     assert examples_digest(written[0]) != examples_digest(ALL)  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from skd_lib.config import DistillConfig, parse_section
 from skd_lib.data.tokenize import TokenizedExample
 from skd_lib.distillation.batch import collate
-from skd_lib.distillation.objectives import objective_for
-from skd_lib.distillation.rollouts import Place, rollout_for
+from skd_lib.distillation.loss import objective_for
+from skd_lib.distillation.rollouts import RowKey, rollout_for
 from skd_lib.models.heads import decoder
 from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs
@@ -108,7 +108,7 @@ def test_a_training_step_costs_what_both_decoders_take(
     objective = objective_for(distill.method, pair["teacher"], distill)
     for row, example in enumerate(examples):  # one at a time: nothing is padded
         with positions_seen(**pair) as seen:
-            rollout = strategy([example], [Place(0, row)])
+            rollout = strategy([example], [RowKey(0, row)])
             objective(pair["student"], rollout)
         cost = tokens_processed(rollout, divergence=distill.method not in ("sft", "seqkd"))
         assert (cost.student, cost.teacher) == (seen["student"], seen["teacher"])

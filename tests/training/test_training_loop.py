@@ -76,7 +76,7 @@ def test_each_method_lowers_its_loss_and_logs_its_course(
     always |= {"response_tokens", "student_tokens", "teacher_tokens"}
     always |= {"seconds_rollout", "seconds_loss", "seconds_optimiser"}
     facts = METHODS[method]  # type: ignore[index]
-    of_teacher = {"teacher_entropy"} if facts.divergence else set()
+    of_teacher = {"teacher_entropy"} if facts.uses_divergence else set()
     of_tests = {"rejection_rate", "acceptance_rate", "tokens_per_teacher_call", "replacements_per_sequence"}
     for step, figures in steps:
         sampled = facts.student_writes or facts.teacher_writes
