@@ -13,8 +13,6 @@ from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse,
 from skd_lib._core.terminal import visible
 from skd_lib._core.uris import how_to_look, shown, sqlite_file
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
 if TYPE_CHECKING:
     from skd_kfp.pipelines.local.containers import Containers
     from skd_kfp.pipelines.local.folder import RunFolder
@@ -129,8 +127,7 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
     """Print the table, the places of the results, and the next command."""
     from skd_lib.config import parse_section
-    from skd_lib.models.records import RECORD, SAMPLES
-    from skd_lib.models.samples import read_samples
+    from skd_lib.models.records import RECORD, SAMPLES, read_samples
     from skd_lib.report.page import write_page
     from skd_lib.report.render import render
     from skd_lib.report.summary import Summary

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,12 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of one evaluation.
-
-    Attributes:
-        scores: By metric, without those of held-out sets.
-        predictions: One an example, in the order of the examples.
-    """
+    """The result of one evaluation: scores without those of held-out sets, and a prediction for each example."""
 
     scores: Scores
     predictions: list[Prediction]
@@ -44,23 +40,15 @@ class Evaluation:
         figures |= {"examples": float(self.scores.examples), "seconds": self.scores.seconds}
         if not self.predictions:
             return figures
-        tokens = sum(prediction.tokens for prediction in self.predictions)
-        truncated = sum(prediction.truncated for prediction in self.predictions)
         return figures | {
-            "tokens_per_answer": tokens / len(self.predictions),
-            "truncated_fraction": truncated / len(self.predictions),
+            "tokens_per_answer": fmean(prediction.tokens for prediction in self.predictions),
+            "truncated_fraction": fmean(prediction.truncated for prediction in self.predictions),
         }
 
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Examples and the task they belong to.
-
-    Attributes:
-        task: How they are asked and judged.
-        examples: At least one, or none with a reason.
-        missing: Why there are no examples.
-    """
+    """Examples and the task they belong to; where there are no examples, `missing` says why."""
 
     task: TaskConfig
     examples: Sequence[Example] = field(default_factory=list)

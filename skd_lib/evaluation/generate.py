@@ -1,19 +1,22 @@
-"""Greedy answers to a task's inputs, by the same engine that samples training responses."""
+"""Models loaded for measuring, and their greedy answers, by the same engine that samples training responses."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib._core.events import Progress
 from skd_lib.config import SamplingParams, TaskConfig
-from skd_lib.data.tokenize import TokenizedExample, decode_answer, encode_prompt
-from skd_lib.evaluation.inference import ending_ids
+from skd_lib.data.tokenize import TokenizedExample, answer_end_id, decode_answer, encode_prompt
+from skd_lib.models.files import load_tokenizer
 from skd_lib.models.heads import embedding_rows
-from skd_lib.models.special_ids import pad_id
+from skd_lib.models.loading import default_device, load_model
+from skd_lib.models.precision import compute_dtype
+from skd_lib.models.special_ids import eos_ids, pad_id
 from skd_lib.models.vocabulary import check_ids
 from skd_lib.sampling.acceptance import student_only
 from skd_lib.sampling.engine import Sampler
@@ -28,9 +31,9 @@ class Answer:
     """A model's answer.
 
     Attributes:
-        text: The answer, cut before the task's first stop string.
-        tokens: Tokens generated for it, EOS and the stop string included.
-        truncated: It was cut off by the task's length limit.
+        text: Cut before the task's first stop string.
+        tokens: Generated for it, EOS and the stop string included.
+        truncated: By the task's length limit.
     """
 
     text: str
@@ -91,13 +94,32 @@ def generate(
     order = sorted(fitting or range(len(prompts)), key=lambda index: len(prompts[index]))
     progress = Progress("evaluating", len(order))
     samples = sampler.sample([prompts[index] for index in order], [0] * len(order), on_progress=progress.update)
-    answers: dict[int, Answer] = {}
-    rows = zip(
-        order, samples.tokens_BT.tolist(), samples.mask_BT.sum(-1).tolist(), samples.truncated_B.tolist(), strict=True
-    )
-    for index, tokens, length, truncated in rows:
-        answers[index] = Answer(decode_answer(tokenizer, task, tokens[:length]), length, truncated)
+    answers = {
+        index: Answer(decode_answer(tokenizer, task, tokens), len(tokens), truncated)
+        for index, tokens, truncated in zip(order, samples.responses(), samples.truncated_B.tolist(), strict=True)
+    }
     return [answers.get(index, Answer("", 0, truncated=True)) for index in range(len(prompts))]
+
+
+def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer on this process's device, in the precision that `auto` is there.
+
+    All models are measured alike, whatever they were trained in: scores and seconds are compared with each other.
+
+    Raises:
+        SkdError: the folder does not hold a whole model.
+    """
+    device = default_device()
+    model = load_model(path, dtype=compute_dtype("auto", device), device=device)
+    return model, load_tokenizer(path)
+
+
+def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> tuple[int, ...]:
+    """Return every id that ends an answer: those the model's files name, and the one that training puts after answers.
+
+    They differ where a chat template ends turns with a token that no file lists as end of sequence.
+    """
+    return tuple(dict.fromkeys([*eos_ids(model, tokenizer), answer_end_id(tokenizer, task)]))
 
 
 def stop_condition(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:

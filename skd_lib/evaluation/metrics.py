@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -128,27 +127,21 @@ def summed(measured: Sequence[Measured]) -> Measured:
     return replace(measured[0], statistics_NS=np.sum([each.statistics_NS for each in measured], axis=0))
 
 
-def _chrf(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
-    from sacrebleu.metrics import CHRF
+def _sacrebleu(name: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
+    def measured(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
+        from sacrebleu import metrics
 
-    return _sacrebleu(CHRF(), predictions, targets)
+        # sacrebleu's own significance tests are made of the underscored methods (sacrebleu/significance.py).
+        metric = getattr(metrics, name)()
+        statistics_NS = np.array(metric._extract_corpus_statistics(predictions, [targets]), dtype=np.float64)
+        shown = metric._compute_score_from_stats(statistics_NS[0]).name
+        return Measured(
+            statistics_NS,
+            lambda totals_S: float(metric._compute_score_from_stats(totals_S).score),
+            f"{shown}|{metric.get_signature()}",
+        )
 
-
-def _bleu(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
-    from sacrebleu.metrics import BLEU
-
-    return _sacrebleu(BLEU(), predictions, targets)
-
-
-def _sacrebleu(metric: Any, predictions: Sequence[str], targets: Sequence[str]) -> Measured:
-    # The underscored methods are those that sacrebleu's own significance tests are made of (sacrebleu/significance.py).
-    statistics_NS = np.array(metric._extract_corpus_statistics(predictions, [targets]), dtype=np.float64)
-    name = metric._compute_score_from_stats(statistics_NS[0]).name
-    return Measured(
-        statistics_NS,
-        lambda totals_S: float(metric._compute_score_from_stats(totals_S).score),
-        f"{name}|{metric.get_signature()}",
-    )
+    return measured
 
 
 def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
@@ -176,8 +169,8 @@ def _percent(values: list[float], signature: str) -> Measured:
 
 
 _TEXT_METRICS: dict[MetricName, Callable[[Sequence[str], Sequence[str]], Measured]] = {
-    "chrf": _chrf,
-    "bleu": _bleu,
+    "chrf": _sacrebleu("CHRF"),
+    "bleu": _sacrebleu("BLEU"),
     "rouge1": _rouge("rouge1"),
     "rouge2": _rouge("rouge2"),
     "rougeL": _rouge("rougeL"),

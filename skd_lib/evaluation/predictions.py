@@ -25,11 +25,10 @@ class Prediction:
 
     Attributes:
         id, source, target: The example.
-        prediction: The answer's text.
-        tokens, truncated: As in `generate.Answer`.
+        prediction, tokens, truncated: The answer (`generate.Answer`).
         scores: The score of this example alone by each metric that it could be scored by.
-        reference_tokens: Tokens of the reference; 0 where its likelihood was not asked for.
-        reference_nll: Its negative log-likelihood in nats; None where it was not asked for, or is no finite number.
+        reference_tokens: Tokens of the reference; 0 where its likelihood was not measured.
+        reference_nll: Its negative log-likelihood in nats; None where not measured, or no finite number.
     """
 
     id: str
@@ -130,15 +129,12 @@ def compare(
 
 
 def paired_results(predictions: Mapping[Role, Path], *, resamples: int = 1000, seed: int = 0) -> list[PairedTest]:
-    """Test the differences between every two models of a run, by each metric.
+    """Test the differences between every two models of a run, by each metric; `a` is the later role of a pair.
 
     Args:
         predictions: The file of each model's answers by its role, in the order of the run.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
-
-    Returns:
-        One test for each pair and metric; `a` is the later of the two roles.
 
     Raises:
         SkdError: a file cannot be read, or two models answered different examples.

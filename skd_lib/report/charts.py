@@ -75,19 +75,15 @@ def line_chart(series: Sequence[Series], *, label: str, number: Format, from_zer
     up = _Scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
     marks = [_grid(up, ticks, number)]
     marks += [
-        Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-            _number(across(step)), HEIGHT - 8, anchor, f"{step:,}"
-        )
+        _text("tick", across(step), HEIGHT - 8, f"{step:,}", anchor)
         for step, anchor in _step_ticks(min(steps), max(steps))
     ]
     for one in series:
-        points = [
-            (_number(across(step)), _number(up(value))) for step, value in zip(one.steps, one.values, strict=True)
-        ]
-        path = " ".join(f"{x},{y}" for x, y in points)
-        marks.append(Markup('<polyline class="line {}" points="{}"/>').format(one.kind, path))
+        points = [(across(step), up(value)) for step, value in zip(one.steps, one.values, strict=True)]
+        path = " ".join(f"{_number(x)},{_number(y)}" for x, y in points)
+        marks.append(_tag("polyline", f"line {one.kind}", points=path))
         if one.dots:
-            marks += [Markup('<circle class="dot {}" cx="{}" cy="{}" r="3.5"/>').format(one.kind, *p) for p in points]
+            marks += [_tag("circle", f"dot {one.kind}", cx=x, cy=y, r=3.5) for x, y in points]
     return _svg(WIDTH, HEIGHT, marks, label)
 
 
@@ -107,62 +103,44 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, labe
     marks = [_grid(up, ticks, number)]
     for index, (name, bars) in enumerate(groups):
         middle = _LEFT + room * (index + 0.5)
-        marks.append(
-            Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                _number(middle), HEIGHT - 8, name
-            )
-        )
+        marks.append(_text("tick", middle, HEIGHT - 8, name))
         for place, (kind, value) in enumerate(bars):
-            x = middle + width * (place - len(bars) / 2)
-            marks.append(
-                Markup('<rect class="bar {}" x="{}" y="{}" width="{}" height="{}" rx="2"/>').format(
-                    kind, _number(x + 1), _number(up(value)), _number(width - 2), _number(up(0) - up(value))
-                )
-            )
+            x, y = middle + width * (place - len(bars) / 2), up(value)
+            marks.append(_tag("rect", f"bar {kind}", x=x + 1, y=y, width=width - 2, height=up(0) - y, rx=2))
             if width >= 24:
-                marks.append(
-                    Markup('<text class="figure" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                        _number(x + width / 2), _number(up(value) - 5), number(value)
-                    )
-                )
+                marks.append(_text("figure", x + width / 2, y - 5, number(value)))
     return _svg(WIDTH, HEIGHT, marks, label)
 
 
 def interval(score: float, low: float, high: float, scale: tuple[float, float], kind: str) -> Markup:
     """Draw a score as a dot on its 95 % interval, on a scale that several of them share."""
     across = _Scale(*scale, 6, 194)
-    return _svg(
-        200,
-        20,
-        [
-            Markup('<line class="axis" x1="6" x2="194" y1="10" y2="10"/>'),
-            Markup('<line class="whisker {}" x1="{}" x2="{}" y1="10" y2="10"/>').format(
-                kind, _number(across(low)), _number(across(high))
-            ),
-            Markup('<circle class="dot {}" cx="{}" cy="10" r="5"/>').format(kind, _number(across(score))),
-        ],
-    )
+    marks = [
+        _tag("line", "axis", x1=6, x2=194, y1=10, y2=10),
+        _tag("line", f"whisker {kind}", x1=across(low), x2=across(high), y1=10, y2=10),
+        _tag("circle", f"dot {kind}", cx=across(score), cy=10, r=5),
+    ]
+    return _svg(200, 20, marks)
 
 
 def bars(heights: Sequence[float], kind: str, *, width: int = 160, height: int = 34, stretch: bool = False) -> Markup:
     """Draw bars side by side, without axes: the shape of a distribution. `stretch`: as wide as there is room."""
     top = max(heights, default=0) or 1
     room = width / max(len(heights), 1)
-    marks = [Markup('<line class="axis" x1="0" x2="{}" y1="{}" y2="{}"/>').format(width, height, height)]
+    marks = [_tag("line", "axis", x1=0, x2=width, y1=height, y2=height)]
     for index, value in enumerate(heights):
         tall = max(height * value / top, 0.75 if value else 0.0)
-        marks.append(
-            Markup('<rect class="bar {}" x="{}" y="{}" width="{}" height="{}"/>').format(
-                kind, _number(index * room + 0.5), _number(height - tall), _number(room - 1), _number(tall)
-            )
-        )
+        marks.append(_tag("rect", f"bar {kind}", x=index * room + 0.5, y=height - tall, width=room - 1, height=tall))
     return _svg(width, height, marks, stretch=stretch)
 
 
 def share(part: float, kind: str) -> Markup:
     """Draw a part of the whole as a horizontal bar that takes whatever width there is."""
-    bar = Markup('<rect class="bar {}" width="{}" height="8" rx="1"/>').format(kind, _number(200 * min(part, 1.0)))
-    return _svg(200, 8, [Markup('<rect class="track" width="200" height="8" rx="1"/>'), bar], stretch=True)
+    marks = [
+        _tag("rect", name, width=width, height=8, rx=1)
+        for name, width in (("track", 200), (f"bar {kind}", 200 * min(part, 1.0)))
+    ]
+    return _svg(200, 8, marks, stretch=True)
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -191,21 +169,12 @@ class _Scale:
 
 
 def _grid(up: _Scale, ticks: Sequence[float], number: Format) -> Markup:
-    return Markup("").join(
-        Markup(
-            '<line class="{}" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
-            '<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
-        ).format(
-            "grid" if index else "axis",
-            _LEFT,
-            WIDTH - _RIGHT,
-            _LEFT - 7,
-            _number(up(tick) + 4),
-            number(tick),
-            y=_number(up(tick)),
-        )
-        for index, tick in enumerate(ticks)
-    )
+    marks = []
+    for index, tick in enumerate(ticks):
+        y = up(tick)
+        marks.append(_tag("line", "grid" if index else "axis", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
+        marks.append(_text("tick", _LEFT - 7, y + 4, number(tick), "end"))
+    return Markup("").join(marks)
 
 
 def _step_ticks(first: int, last: int) -> list[tuple[int, str]]:
@@ -220,6 +189,17 @@ def _svg(width: int, height: int, marks: Sequence[Markup], label: str = "", *, s
     return Markup('<svg viewBox="0 0 {} {}" {} {}>{}</svg>').format(
         width, height, Markup('preserveAspectRatio="none"') if stretch else "", spoken, Markup("").join(marks)
     )
+
+
+def _tag(name: str, css_class: str, **attributes: float | str) -> Markup:
+    values = ((key, _number(value) if isinstance(value, int | float) else value) for key, value in attributes.items())
+    drawn = Markup("").join(Markup(' {}="{}"').format(key, value) for key, value in values)
+    return Markup('<{} class="{}"{}/>').format(Markup(name), css_class, drawn)  # noqa: S704 - our own names
+
+
+def _text(css_class: str, x: float, y: float, text: str, anchor: str = "middle") -> Markup:
+    element = Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>')
+    return element.format(css_class, _number(x), _number(y), anchor, text)
 
 
 def _number(value: float) -> str:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from skd_lib._core.terminal import visible
 from skd_lib.data.splits import WARN_ABOVE
-from skd_lib.models.samples import SampledSequence
+from skd_lib.models.records import SampledSequence
 from skd_lib.report import figures, viewer, views
 from skd_lib.report.render import FEW_REPLACED, loss_rows, same_output
 from skd_lib.report.summary import Summary

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
-from skd_lib.models.records import SAMPLES
-from skd_lib.models.samples import SampledSequence, read_samples
+from skd_lib.models.records import SAMPLES, SampledSequence, read_samples
 from skd_lib.report.summary import Summary
 
 if TYPE_CHECKING:

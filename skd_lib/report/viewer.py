@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from skd_lib._core.format import percent
 from skd_lib._core.terminal import clipped, visible
-from skd_lib.models.samples import SampledSequence, SampledToken
+from skd_lib.models.records import SampledSequence, SampledToken
 from skd_lib.report.charts import bars
 
 TOKENS_SHOWN = 240

@@ -100,20 +100,13 @@ def headlines(summary: Summary) -> list[Headline]:
         found.append(Headline("of the gap to the teacher closed", f"{gap.closed:.0%}", [f"teacher: {gap.teacher:.1f}"]))
     first, last = summary.specdec.get("before"), summary.specdec.get("after")
     if last is not None:
-        for label, value, earlier in (
-            (
-                "of the student's drafts accepted",
-                f"{last.acceptance_rate:.1%}",
-                first and f"{first.acceptance_rate:.1%}",
-            ),
-            (
-                "tokens per teacher call",
-                f"{last.tokens_per_teacher_call:.2f}",
-                first and f"{first.tokens_per_teacher_call:.2f}",
-            ),
-            ("speed-up over the teacher alone", f"{last.speedup:.2f}{TIMES}", first and f"{first.speedup:.2f}{TIMES}"),
+        for label, text, name in (
+            ("of the student's drafts accepted", "{:.1%}", "acceptance_rate"),
+            ("tokens per teacher call", "{:.2f}", "tokens_per_teacher_call"),
+            ("speed-up over the teacher alone", f"{{:.2f}}{TIMES}", "speedup"),
         ):
-            found.append(Headline(label, value, [f"before: {earlier}"] if earlier else []))
+            earlier = [f"before: {text.format(first.figures()[name])}"] if first else []
+            found.append(Headline(label, text.format(last.figures()[name]), earlier))
     rates = summary.course.rejection_rate
     if rates:
         parts = groups(rates, 8)

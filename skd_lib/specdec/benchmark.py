@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from skd_lib.config import SamplingParams, SpecdecConfig, TaskConfig
 from skd_lib.data.tokenize import encode_prompt
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.inference import ending_ids, load_for_inference
+from skd_lib.evaluation.generate import ending_ids, load_for_inference
 from skd_lib.models.heads import embedding_rows, vocabulary_size
 from skd_lib.models.special_ids import pad_id
 from skd_lib.results import Setting, Specdec
@@ -201,26 +201,14 @@ def _result(config: SpecdecConfig, settings: list[Setting], seconds: float) -> S
     headline = settings[0]
     at_gamma = next(length for length in headline.lengths if length.gamma == config.gamma)
     timed = headline.timed(config.gamma)
-    return Specdec(
-        acceptance_rate=timed.acceptance_rate,
-        tokens_per_teacher_call=timed.tokens_per_teacher_call,
-        speedup=timed.speedup,
-        gamma=config.gamma,
-        temperature=headline.temperature,
-        batch_size=headline.batch_size,
-        prompts=headline.prompts,
-        repeats=config.repeats,
-        ties=sum(length.timed.ties for setting in settings for length in setting.lengths if length.timed),
-        tokens=timed.tokens,
-        teacher_only_tokens_per_second=headline.teacher_alone.tokens_per_second,
-        speculative_tokens_per_second=timed.tokens_per_second,
-        seconds=seconds,
-        acceptance_by_position=timed.acceptance_by_position,
-        theoretical_speedup=at_gamma.theoretical_speedup,
-        theoretical_speedup_iid=at_gamma.theoretical_speedup_iid,
-        best_gamma=headline.best_gamma,
-        best_speedup=headline.best_speedup,
-        latency=timed.latency,
-        teacher_only_latency=headline.teacher_alone.latency,
-        settings=settings,
-    )
+    same_names = {**at_gamma.model_dump(), **headline.model_dump(), **timed.model_dump()}
+    own = {
+        "repeats": config.repeats,
+        "ties": sum(length.timed.ties for setting in settings for length in setting.lengths if length.timed),
+        "teacher_only_tokens_per_second": headline.teacher_alone.tokens_per_second,
+        "speculative_tokens_per_second": timed.tokens_per_second,
+        "teacher_only_latency": headline.teacher_alone.latency,
+        "seconds": seconds,
+        "settings": settings,
+    }
+    return Specdec.model_validate(same_names | own)

@@ -74,8 +74,9 @@ def decode(sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int],
         if samples.tokens_BT.is_cuda:
             torch.cuda.synchronize(samples.tokens_BT.device)
         moments[-1] = time.perf_counter()
-        lengths = samples.mask_BT.sum(-1).tolist()
-        blocks = [split_blocks(row[:n]) for row, n in zip(samples.source_BT.tolist(), lengths, strict=True)]
+        responses = samples.responses()
+        rows = zip(samples.source_BT.tolist(), responses, strict=True)
+        blocks = [split_blocks(sources[: len(response)]) for sources, response in rows]
         if len(moments) - 1 != max(map(len, blocks)):  # rows that ran out of memory are sampled in further rounds
             raise SkdError(
                 f"a batch of {len(blocks)} rows does not fit into the device's memory",
@@ -83,7 +84,7 @@ def decode(sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int],
                 hint="lower specdec.batch_sizes, task.max_prompt_tokens or task.max_new_tokens",
             )
         result.seconds += moments[-1] - moments[0]
-        result.responses += [row[:n] for row, n in zip(samples.tokens_BT.tolist(), lengths, strict=True)]
+        result.responses += responses
         result.blocks += blocks
         result.first_token += [moments[1] - moments[0]] * len(blocks)
         result.per_token += [

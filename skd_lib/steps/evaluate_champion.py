@@ -152,7 +152,7 @@ def _answers(
     folder: Path, examples: list[Example], task: TaskConfig, config: EvaluationConfig, seed: int
 ) -> Evaluation:
     from skd_lib.evaluation.evaluate import evaluate
-    from skd_lib.evaluation.inference import load_for_inference
+    from skd_lib.evaluation.generate import load_for_inference
 
     model, tokenizer = load_for_inference(folder)
     return evaluate(model, tokenizer, examples, task, config, seed=seed)

@@ -54,12 +54,11 @@ def main(
     """
     from skd_lib._core.terminal import Console
     from skd_lib.evaluation.predictions import paired_results
-    from skd_lib.models.records import SAMPLES, read_record
+    from skd_lib.models.records import SAMPLES, read_record, to_jsonl
     from skd_lib.report.folders import read_drafts
     from skd_lib.report.measured import measured, read_champion
     from skd_lib.report.page import render_page
     from skd_lib.report.render import render, to_markdown
-    from skd_lib.models.samples import to_jsonl
     from skd_lib.report.sources import PAGE, SUMMARY
     from skd_lib.report.summary import answer_lengths, build_summary, lineage_in_words
     from skd_lib.results import Scores

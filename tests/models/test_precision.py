@@ -10,9 +10,10 @@ import torch
 
 from skd_lib.config import DistillConfig, Precision, TaskConfig, TrainingConfig
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.inference import load_for_inference
+from skd_lib.evaluation.generate import load_for_inference
 from skd_lib.models.precision import precision_trouble, resolve_precision
-from skd_lib.preflight import machine
+from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.environment import check_auto_precision
 from skd_lib.preflight.memory import config_size, estimate
 from skd_lib.steps import trained_model
 from skd_lib.steps.training_run import TrainingRun
@@ -86,8 +87,9 @@ def test_all_parts_of_a_run_decide_alike(
     assert trained_model.load_frozen(folder, "fp32").dtype == torch.float32
     assert trained_model.load_frozen(folder, computing="bf16").dtype == torch.bfloat16
     assert trained_model.load_trainable(folder).dtype == torch.float32
-    (found,) = (finding.found for finding in machine._torch() if finding.what == "precision")
-    assert found == f"`auto` is {expected} here"
+    checks = Checks()
+    assert check_auto_precision(checks) == expected
+    assert [check.what for check in checks.found] == [f"`auto` is {expected} here"]
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])

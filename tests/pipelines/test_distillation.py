@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skd_kfp.pipelines.compiling import compile_pipeline
 from skd_kfp.pipelines.graph import read_steps
-from skd_lib.models.samples import read_samples
+from skd_lib.models.records import read_samples
 from tests.conftest import SaveTinyModel
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from skd_lib.models.samples import SampledSequence
+from skd_lib.models.records import SampledSequence
 from skd_lib.report.summary import Lengths, Summary, build_summary
 from skd_lib.results import Course, PairedTest, Scores, Specdec
 

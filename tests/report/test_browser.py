@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from skd_lib.models.samples import SampledSequence
+from skd_lib.models.records import SampledSequence
 from skd_lib.report.page import render_page
 from skd_lib.report.summary import Summary, build_summary
 from skd_lib.results import Course

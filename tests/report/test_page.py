@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skd_lib._core.terminal import clipped, visible
-from skd_lib.models.samples import SampledSequence
+from skd_lib.models.records import SampledSequence
 from skd_lib.report.page import render_page
 from skd_lib.report.summary import Summary, build_summary
 from skd_lib.report.viewer import STEPS_SHOWN, TOKENS_SHOWN, step_views

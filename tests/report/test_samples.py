@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from skd_lib.errors import SkdError
-from skd_lib.models.samples import SampledSequence, as_text, read_samples, to_jsonl
+from skd_lib.models.records import SampledSequence, as_text, read_samples, to_jsonl
 from skd_lib.sampling.samples import STUDENT, TEACHER
 from skd_lib.training.traces import Replacement, Trace
 

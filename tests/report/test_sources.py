@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skd_lib.models.samples import SampledSequence, to_jsonl
+from skd_lib.models.records import SampledSequence, to_jsonl
 from skd_lib.report.page import render_page
 from skd_lib.report.summary import Summary
 

@@ -397,7 +397,7 @@ def test_no_prompts(tiny_model: TinyModel) -> None:
     ("field", "value", "message"),
     [
         ("gammas", [0, 1], "equal to 1, got 0"),
-        ("batch_sizes", [1, 1], "once only"),
+        ("batch_sizes", [1, 1], "must be unique"),
         ("batch_sizes", [], "at least 1 item"),
         ("temperatures", [-0.5], "equal to 0, got -0.5"),
         ("sweep", "some", "'all', 'best' or 'none'"),

@@ -19,8 +19,7 @@ from skd_lib.config import MetricName, RegistryConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import Prediction
 from skd_lib.models.files import weights_digest
-from skd_lib.models.records import write_record
-from skd_lib.models.samples import to_jsonl
+from skd_lib.models.records import to_jsonl, write_record
 from skd_lib.report.folders import write_drafts
 from skd_lib.report.measured import CHAMPION, Measured
 from skd_lib.report.sources import from_mlflow

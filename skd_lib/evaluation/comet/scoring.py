@@ -11,13 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from skd_lib._core import events
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.comet import worker
 from skd_lib.evaluation.comet.checkpoint import Checkpoint
-from skd_lib.evaluation.metrics import FloatArray, Measured
+from skd_lib.evaluation.metrics import ratio
 from skd_lib.evaluation.predictions import Prediction
 from skd_lib.evaluation.statistics import paired_bootstrap, scored
 from skd_lib.results import Difference, Score
@@ -35,8 +33,8 @@ class CometScores:
     """COMET's scores of several models' answers. All are 100 times COMET's own, like those of other metrics.
 
     Attributes:
-        segments: By model, the score of each of its answers, in their order.
-        scores: By model, their mean.
+        segments: Of each answer, by model.
+        scores: Their mean, by model.
         comparisons: Paired tests, by `FIRST-SECOND`: the first model's score minus the second's.
     """
 
@@ -80,7 +78,8 @@ def score_models(
     by_row = dict(zip(unique, values, strict=True))
     signature = f"comet|model:{checkpoint.reference}|sha256:{sha256(checkpoint.weights)[:16]}|version:{version}"
     segments = {model: [100 * by_row[row] for row in given] for model, given in rows.items()}
-    measured = {model: _mean(values, signature) for model, values in segments.items()}
+    ones = [1.0] * len(ids)
+    measured = {model: ratio(values, ones, lambda mean: mean, signature) for model, values in segments.items()}
     scores = {model: scored(found, resamples=resamples, seed=seed) for model, found in measured.items()}
     comparisons = {
         f"{first}-{second}": paired_bootstrap(measured[first], measured[second], resamples=resamples, seed=seed)
@@ -97,12 +96,6 @@ def _row(prediction: Prediction) -> Row:
         for text in (prediction.source, prediction.prediction, prediction.target)
     )
     return source, translation, reference
-
-
-def _mean(values: Sequence[float], signature: str) -> Measured:
-    values_N = np.array(values, dtype=np.float64)
-    statistics_NS: FloatArray = np.stack([values_N, np.ones_like(values_N)], axis=1)
-    return Measured(statistics_NS, lambda totals_S: float(totals_S[0] / totals_S[1]), signature)
 
 
 def _ask(

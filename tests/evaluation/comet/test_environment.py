@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from skd_lib.errors import SkdError
+from skd_lib.evaluation.comet import environment
 from skd_lib.evaluation.comet.environment import COMET, comet_python
 from skd_lib.storage.environments import make_environment
 
@@ -66,7 +67,9 @@ def test_too_new_a_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pins_are_those_comet_needs() -> None:
-    pins = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if "==" in line)
+    pins = dict(
+        line.split("==") for line in environment.CONSTRAINTS.read_text(encoding="utf-8").splitlines() if "==" in line
+    )
     assert pins["unbabel-comet"] == "2.2.7"
     for name, limit in {"transformers": 5, "numpy": 2, "protobuf": 5}.items():
         assert int(pins[name].split(".")[0]) < limit, name
