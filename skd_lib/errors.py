@@ -9,7 +9,7 @@ _FULL_TEXTS = ("No space left on device", "disk is full", "Disk quota exceeded",
 
 
 class SkdError(Exception):
-    """Something the user can correct: what was wrong, where, and what to do about it.
+    """An error that the user can fix: what was wrong, where, and what to do about it.
 
     Args:
         what: One sentence saying what was wrong.
@@ -30,7 +30,7 @@ class SkdError(Exception):
 
     @property
     def brief(self) -> str:
-        """Where and what on one line, without the hint: a reason to be kept."""
+        """The place and the problem on one line, without the hint: a reason to be kept."""
         return " ".join(f"{self.where}: {self.what}".removeprefix(": ").split())
 
     @property
@@ -45,7 +45,7 @@ class SkdError(Exception):
 
 
 class SkdErrors(SkdError):
-    """Several problems found in one go, so that the user corrects them in one go."""
+    """Several problems found together, so that the user corrects them together."""
 
     def __init__(self, errors: list[SkdError]) -> None:
         count = len(errors)
@@ -63,7 +63,7 @@ class SkdErrors(SkdError):
 
 
 class Preempted(SkdError):
-    """The machine is being taken away; all work until now is in a checkpoint.
+    """SIGTERM received (preemption); the work until now is saved in a checkpoint.
 
     Its exit code is BSD's `EX_TEMPFAIL`, "try again later". `skd run`, and schedulers that start it, tell a stop from a
     failure by it. Nothing under Kubeflow does: KFP's launcher, as torchrun, turns every code into 1.
@@ -73,16 +73,16 @@ class Preempted(SkdError):
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether something could not be written since a disk is full; libraries in C and Rust say so in words alone."""
+    """Return whether a write failed on a full disk; libraries in C and Rust say so in words alone."""
     return (isinstance(error, OSError) and error.errno in _FULL) or any(text in str(error) for text in _FULL_TEXTS)
 
 
 def unwritable(error: Exception, where: str = "") -> SkdError:
-    """Return the sentence for what could not be written.
+    """Return the sentence for a failed write.
 
     Args:
         error: An operating system's or a library's error.
-        where: What was to be written, if the error does not say; empty: not known.
+        where: The file or folder, if the error does not name it; empty: not known.
     """
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     place = str(getattr(error, "filename", None) or where)

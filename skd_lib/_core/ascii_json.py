@@ -1,4 +1,4 @@
-r"""JSON that arrives in a step as it was sent, whatever its texts hold.
+r"""JSON that arrives in a step unchanged, for any texts in it.
 
 On the way through Kubeflow a parameter's text is read by others: kubelet takes `$(HOME)` and `$$` for its own, Argo
 `{{= 1 + 1 }}`, KFP `{{$}}` and `[[CurrentTime]]`, and a database of three bytes a character refuses an emoji. In a
@@ -35,17 +35,17 @@ def ascii_json(value: Any, *, compact: bool = True) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text arrives unchanged without being written as JSON."""
+    """Return whether a text arrives unchanged without being written as JSON."""
     return _PLAIN.fullmatch(text) is not None and not set(text) & set("${}") and "[[" not in text
 
 
 def may_be_changed(text: str) -> bool:
-    """Whether a text that has arrived may have been sent as another one."""
+    """Return whether a text that has arrived may have been sent as another one."""
     return _CHANGED.search(text) is not None
 
 
 def changed_fields(text: str) -> list[str]:
-    """Dotted names of what may have been sent as another text in a JSON text that has arrived, keys included.
+    """Return the dotted names of values and keys in a JSON text that may have been sent as other texts.
 
     Raises:
         ValueError: it is not JSON.

@@ -1,7 +1,7 @@
-"""What a user reads when something was raised that is no `SkdError`: a sentence, never a traceback.
+"""Sentences for unexpected exceptions, in place of a traceback.
 
-The operating system's errors are about the user's machine and files. The rest is a bug of ours: its traceback is kept
-for the report of it.
+The operating system's errors are about the user's machine and files. The rest are bugs of skd, whose traceback is kept
+for a report.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ _HINTS = {
 
 
 class Bug(SkdError):
-    """Something that nobody foresaw. Its exit code is BSD's `EX_SOFTWARE`."""
+    """An unexpected exception. Its exit code is BSD's `EX_SOFTWARE`."""
 
     exit_code = 70
 
 
 def explained(error: Exception) -> SkdError:
-    """Return what to tell the user; the traceback of a bug is kept, in the log of a step or in a file.
+    """Return the error to show the user; the traceback of a bug is kept, in the log of a step or in a file.
 
-    A step whose output somebody keeps (a runner on this machine, or Kubernetes) writes it there: files of a pod are
-    gone when it ends.
+    A step with a runner, or in Kubernetes, writes it to its log: files of a pod are gone when it ends.
     """
     if isinstance(error, SkdError):
         return error
@@ -69,7 +68,7 @@ def _line(error: Exception) -> str:
 
 
 def _keep(error: Exception) -> str:
-    """Keep the traceback; returns where it is."""
+    """Keep the traceback, and return its place."""
     from skd_lib._core.uris import redacted
 
     details = redacted("".join(traceback.format_exception(error)))

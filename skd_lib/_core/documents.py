@@ -1,4 +1,4 @@
-"""Read YAML and JSON strictly: what people write has one meaning, or is an error that names the line.
+"""Read YAML and JSON strictly: a text has one meaning, or is an error that names the line.
 
 YAML is read as its core schema of version 1.2, and only where version 1.1 agrees: `010`, `1:30`, `no` and `2026-11-29`
 mean other things to other readers, so they are refused until they are quoted or written out. (Numbers like `1e-5`,
@@ -64,7 +64,7 @@ def read_text(path: Path) -> str:
 
 
 def decoded(content: bytes, *, where: str) -> str:
-    """The text of a file that a person wrote.
+    """Decode the text of a file that a person wrote.
 
     Raises:
         SkdError: it is too large, or not UTF-8.
@@ -80,7 +80,7 @@ def decoded(content: bytes, *, where: str) -> str:
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """The value of a YAML text with one document; None if it is empty.
+    """Return the value of a YAML text with one document; None if it is empty.
 
     Raises:
         SkdError: it is not YAML, has several documents, or something in it is not allowed here; names the line.
@@ -93,7 +93,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 
 def parse_yaml_documents(text: str, *, where: str) -> list[Any]:
-    """The values of all documents of a YAML text.
+    """Return the values of all documents of a YAML text.
 
     Raises:
         SkdError: as `parse_yaml`.
@@ -102,7 +102,7 @@ def parse_yaml_documents(text: str, *, where: str) -> list[Any]:
 
 
 def parse_json(text: str | bytes, *, where: str, plain: bool = True) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
         text: The text.
@@ -164,7 +164,7 @@ def _text(text: str) -> str:
 
 
 def _check(value: Any, plain: bool) -> None:
-    """Look at the depth, and at every text."""
+    """Check the depth, and every text."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[Any] = []
@@ -308,7 +308,7 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
 
 
 def _in_version_1_1(text: str) -> str:
-    """What YAML 1.1 takes a plain scalar for; empty for text."""
+    """Return the meaning of a plain scalar in YAML 1.1; empty for text."""
     resolvers = yaml.SafeLoader.yaml_implicit_resolvers
     for tag, pattern in [*resolvers.get(text[:1], []), *resolvers.get(None, [])]:
         if pattern.match(text):

@@ -1,7 +1,7 @@
-"""What a running step tells whoever watches it.
+"""Events of a running step.
 
-A person at a terminal sees log lines. A runner that starts the step sets `SKD_EVENTS=1` and gets one line a
-event instead, `::skd {json}`, which it turns into progress bars and a short error message.
+A person at a terminal sees log lines. A runner that starts the step sets `SKD_EVENTS=1` and gets one line an event
+instead, `::skd {json}`, which it turns into progress bars and a short error message.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ log = logging.getLogger(__name__)
 
 
 def emit(kind: str, **fields: Any) -> None:
-    """Write one event line to standard output, if somebody listens."""
+    """Write one event line to standard output, if a runner is watching."""
     if os.environ.get(ENV):
         print(PREFIX + json.dumps({"event": kind, **fields}), file=sys.stdout, flush=True)
 
 
 def note(message: str) -> None:
-    """Tell something that a person should know though the step goes on; it is logged as a warning, too."""
+    """Tell a person of a problem although the step goes on; it is logged as a warning, too."""
     log.warning("%s", message)
     emit("note", message=message)
 
 
 def outcome(message: str) -> None:
-    """Tell what came of the run in the end, for the last lines that a person reads; it is printed, too."""
+    """Tell the result of the run, for the last lines that a person reads; it is printed, too."""
     print(message)
     emit("outcome", message=message)
 
 
 def parse(line: str) -> dict[str, Any] | None:
-    """The event in a line of a step's output, or None if it is ordinary output."""
+    """Return the event in a line of a step's output, or None for ordinary output."""
     if not line.startswith(PREFIX):
         return None
     try:
@@ -48,11 +48,11 @@ def parse(line: str) -> dict[str, Any] | None:
 
 
 class Progress:
-    """Progress of one long piece of work; logs at most every `interval` seconds where nobody listens to events.
+    """Progress of one long piece of work; logs at most every `interval` seconds when no runner is watching.
 
     Args:
-        what: What is being done, e.g. "training".
-        total: How many units there are.
+        what: Name of the work, e.g. "training".
+        total: Number of units.
         interval: Seconds.
     """
 
@@ -70,6 +70,6 @@ class Progress:
             log.info("%s %d/%d %s", self.what, done, self.total, shown)
 
     def update_of(self, done: int, total: int) -> None:
-        """Tell that `done` units are finished, of as many as are known now."""
+        """Tell that `done` of `total` units are finished, where the total was not known before."""
         self.total = total
         self.update(done)

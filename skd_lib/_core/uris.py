@@ -1,7 +1,7 @@
-"""URIs: how one that may hold a password is shown, and the sqlite files that some of them name.
+"""URIs: forms without passwords for people, and the sqlite files that some of them name.
 
-`shown` is what messages print. `redacted` is the last line of defence, at the places where text leaves a process: error
-texts of libraries quote URIs whole.
+Messages print URIs as `shown`. `redacted` is the last line of defence, where text leaves a process: error texts of
+libraries quote URIs whole.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _SHORTEST = 4
 
 
 def shown(uri: str) -> str:
-    """Return a URI as people and records may see it: without user and password, and with tokens in its query hidden."""
+    """Return a URI for people and records: without user and password, and with tokens in its query hidden."""
     scheme, separator, rest = uri.partition("://")
-    if not separator:  # no URI; somebody may have left out the scheme
+    if not separator:  # not a URI; its scheme may have been left out
         return f"{HIDDEN}@{uri.rpartition('@')[2]}" if re.match(r"[^@/]*:[^@]*@", uri) else uri
     return _QUERY.sub(rf"\1{HIDDEN}", f"{scheme}://{_without_user(rest)}")
 
 
 def holds_secret(uri: str) -> bool:
-    """Whether a URI holds a password or a token."""
+    """Return whether a URI holds a password or a token."""
     return shown(uri) != uri
 
 
@@ -67,11 +67,11 @@ def redactor() -> Callable[[str], str]:
 
 @contextmanager
 def redacted_output(*, outlive_readers: bool = False) -> Iterator[None]:
-    """Pass what is written to standard output and errors through `redacted` inside.
+    """Pass standard output and errors through `redacted` in the body.
 
     Args:
-        outlive_readers: Drop what is written after the reader of a pipe has ended, instead of raising an error. When a
-            pod is stopped, what reads its output ends first, and the work that is left must not fail for that.
+        outlive_readers: Drop output after the reader of a pipe has ended, instead of raising an error. When a pod is
+            stopped, the reader of its output ends first, and the rest of the work must not fail for that.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, Redacted(stream, outlive_readers=outlive_readers)) for stream in before)
@@ -93,13 +93,13 @@ class Redacted:
         self._stream, self._redact, self._outlive = stream, redactor(), outlive_readers
 
     def write(self, text: str) -> int:
-        """Write a text; returns its length."""
+        """Write a text, and return its length."""
         with self._reader():
             self._stream.write(self._redact(text))
         return len(text)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Write the text that is held back."""
         with self._reader():
             self._stream.flush()
 
@@ -153,19 +153,19 @@ def default_store(runs_dir: Path) -> str:
 
 
 def how_to_look(tracking_uri: str) -> str:
-    """Return what shows a store's records: a command to be pasted into a shell, or the server's address."""
+    """Return the way to a store's records: a command to be pasted into a shell, or the server's address."""
     if is_sqlite(tracking_uri):
         return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])
     return shown(tracking_uri)
 
 
 def is_sqlite(uri: str) -> bool:
-    """Whether a URI names a sqlite file, which this process opens itself."""
+    """Return whether a URI names a sqlite file, which this process opens itself."""
     return uri.partition(":")[0].partition("+")[0] == "sqlite"
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the file that a sqlite URI names; None for one in memory, or for what is no sqlite URI."""
+    """Return the file that a sqlite URI names; None for one in memory, or for other URIs."""
     if not is_sqlite(uri):
         return None
     from sqlalchemy.engine import make_url
@@ -185,7 +185,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def _without_user(rest: str) -> str:
-    """What follows `://`, without user and password; a password may hold any character, quoted or not."""
+    """Remove user and password from the text after `://`; a password may hold any character, quoted or not."""
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     user, colon, port = authority.partition(":")
     cut_off = bool(user and colon) and not port.isdigit() and not user.startswith("[") and "@" in rest

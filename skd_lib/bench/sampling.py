@@ -93,7 +93,7 @@ class Row:
         return self.statistics.acceptance_rate if self.statistics is not None and self.statistics.tested else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dict, ratios included."""
+        """Return a plain dict, ratios included."""
         derived = ("tokens_per_second", "share_of_floor", "share_of_weight_limit", "gamma", "acceptance")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
@@ -108,7 +108,7 @@ class Result:
     rows: list[Row]
 
     def speedups(self) -> dict[str, float]:
-        """The comparisons that matter: tokens a second of one way / of the other."""
+        """Compare ways to sample: tokens a second of one / of the other."""
         speed = {row.name: row.tokens_per_second for row in self.rows}
         pairs = [
             ("everything", "generate"),
@@ -121,7 +121,7 @@ class Result:
         return {f"{ours} / {other}": speed[ours] / speed[other] for ours, other in pairs if {ours, other} <= set(speed)}
 
     def to_json(self) -> str:
-        """All of it."""
+        """Return the whole result as JSON."""
         values = {
             "settings": asdict(self.settings),
             "machine": self.machine,
@@ -228,7 +228,7 @@ def bench_sampling(
 
 
 def render(result: Result) -> list[Table]:
-    """The result for people: every way, then the comparisons."""
+    """Show the result to people: every way, then the comparisons."""
     on_cuda = any(row.share_of_weight_limit is not None for row in result.rows)
     figures = ("tokens/s", "seconds", "floor", "gamma", "accepted", *(["weights"] if on_cuda else []))
     caption = "floor: time of the bare forwards / time; weights: time to read the weights / time"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: what they run on, how they take time, and where the figures go."""
+"""The parts that all benchmarks share: models, prompts, timing, and output of the figures."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SHAPES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of a benchmark.
 
     Attributes:
         teacher: `random:` and a shape (`SHAPES`), or a reference to a model.
@@ -86,12 +86,12 @@ class Settings:
     seed: int = 0
 
     def k(self, vocabulary: int) -> int:
-        """SKD's K for models of so many tokens."""
+        """Return SKD's K for models with this vocabulary size."""
         return round(self.acceptance * vocabulary) if self.top_k is None else self.top_k
 
 
 def load_pair(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student and the teacher.
+    """Load the student and the teacher.
 
     Raises:
         SkdError: one cannot be loaded, or a shape or dtype is unknown.
@@ -108,7 +108,7 @@ def load_pair(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def prompts_for(settings: Settings, vocabulary: int) -> list[list[int]]:
-    """Random tokens, ragged: from the full length down to half of it."""
+    """Make prompts of random tokens, from the full length down to half of it."""
     generator = torch.Generator().manual_seed(settings.seed)
     longest, count = settings.prompt_tokens, settings.batch_size
     lengths = [max(longest - (longest // 2) * row // max(count - 1, 1), 1) for row in range(count)]
@@ -116,7 +116,7 @@ def prompts_for(settings: Settings, vocabulary: int) -> list[list[int]]:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, without the garbage collector's."""
+    """Return the seconds that a call takes, without the garbage collector's."""
     gc.collect()
     gc.disable()
     try:
@@ -130,7 +130,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def machine_figures(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to know to compare, and how busy the machine was before the benchmark began."""
+    """Return the facts of the machine that comparisons need, and its load before the benchmark."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
         "cpus": os.cpu_count(),
@@ -142,7 +142,7 @@ def machine_figures(device: torch.device) -> dict[str, Any]:
 
 
 def k_for(top_k: int | None, teacher: str) -> int | None:
-    """SKD's K: the paper's for models whose ranks mean something; None, for random weights, sets it by acceptance."""
+    """Return SKD's K: the paper's for real models; None, for random weights, sets it by acceptance."""
     return 25 if top_k is None and not teacher.startswith(RANDOM) else top_k
 
 
@@ -150,7 +150,7 @@ ResultT = TypeVar("ResultT")
 
 
 def with_progress(measure: Callable[[Callable[[int, int], None]], ResultT]) -> ResultT:
-    """Measure under a progress bar, which the function gets to call with what is done and what there is to do."""
+    """Measure under a progress bar, which `measure` updates with the work done and the work in all."""
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=None)
         return measure(lambda done, total: progress.update(task, completed=done, total=total))

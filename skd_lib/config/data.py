@@ -1,4 +1,4 @@
-"""Section `data`: where examples come from and how they are split."""
+"""Section `data`: the source of examples, and their splits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Columns(ConfigSection):
 
 
 def columns_of(column: str) -> list[str]:
-    """The columns that a template names, or the one column that it is."""
+    """Return the columns that a template names, or the one column that it is."""
     return PLACE.findall(column) or [column]
 
 
@@ -157,7 +157,7 @@ class HeldOutConfig(ConfigSection):
 
 
 class DataConfig(ConfigSection):
-    """Where examples come from and how they are split."""
+    """The source of examples, and their splits."""
 
     source: DataSource
     teacher_examples: int | None = Field(

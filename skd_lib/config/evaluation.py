@@ -31,7 +31,9 @@ class JudgeConfig(ConfigSection):
         "[[5]].",
         description="Template with `{source}`, `{target}` and `{prediction}`; the judge must end with [[RATING]].",
     )
-    examples: int | None = Field(None, ge=1, description="Grade the first so many examples of each set; all if unset.")
+    examples: int | None = Field(
+        None, ge=1, description="Number of examples graded, the first of each set; all if unset."
+    )
     max_tokens: int = Field(512, ge=1, le=2**20, description="Longest reply.")
     timeout: float = Field(60.0, gt=0, le=86_400, description="Seconds to wait for one reply.")
     retries: int = Field(
@@ -116,7 +118,7 @@ class SpecdecConfig(ConfigSection):
     repeats: int = Field(3, ge=1, le=1000, description="Timings are medians over this many passes.")
 
     def headline(self) -> SpecdecConfig:
-        """The same, measuring no more than the headline figures."""
+        """Return these settings with the headline figures alone."""
         only = {"gammas": [self.gamma], "sweep": "none", "batch_sizes": self.batch_sizes[:1]}
         return self.model_copy(update={**only, "temperatures": self.temperatures[:1]})
 
@@ -124,7 +126,7 @@ class SpecdecConfig(ConfigSection):
     @classmethod
     def _distinct(cls, values: list[float]) -> list[float]:
         if len(set(values)) < len(values):
-            raise ValueError(f"every one may be there once only, got {values}")
+            raise ValueError(f"values must be unique, got {values}")
         return values
 
 

@@ -1,4 +1,4 @@
-"""Sections `teacher_sft` and `student_init`: what comes before distillation."""
+"""Sections `teacher_sft` and `student_init`: the models before distillation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TeacherSftConfig(ConfigSection):
 
 
 class StudentInitConfig(ConfigSection):
-    """Where the student starts from."""
+    """The student before distillation."""
 
     mode: Literal["as_is", "sft", "prune", "prune_sft"] = Field(
         "as_is",
@@ -46,12 +46,12 @@ class StudentInitConfig(ConfigSection):
 
     @property
     def cuts(self) -> bool:
-        """Whether the student is cut from the teacher, instead of being a model of its own."""
+        """The student is cut from the teacher, instead of being a model of its own."""
         return self.mode in CUTTING
 
     @property
     def trains(self) -> bool:
-        """Whether the student is fine-tuned."""
+        """The student is fine-tuned."""
         return self.mode in ("sft", "prune_sft")
 
     @model_validator(mode="after")

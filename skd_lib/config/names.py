@@ -18,14 +18,7 @@ _RESERVED = "/:@"  # `models:/NAME/VERSION`, `models:/NAME@ALIAS`
 
 
 def check_model_name(name: str) -> str:
-    """See that a registered model may be called `name`.
-
-    Returns:
-        The name.
-
-    Raises:
-        ValueError: it may not.
-    """
+    """Return the name of a registered model, or raise ValueError if MLflow does not take it."""
     check_line(name, _MODEL_LENGTH)
     if reserved := [sign for sign in _RESERVED if sign in name]:
         raise ValueError(f"must not contain {' or '.join(_RESERVED)}, got {reserved[0]}")
@@ -37,40 +30,19 @@ def check_model_name(name: str) -> str:
 
 
 def check_not_blank(text: str) -> str:
-    """See that a text says something: a blank one is hardly meant, and as a path it is the working folder.
-
-    Returns:
-        The text.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Return the text, or raise ValueError for a blank one, which as a path would be the working folder."""
     if not text.strip():
         raise ValueError("must not be blank")
     return text
 
 
 def check_experiment(name: str) -> str:
-    """See that an MLflow experiment may be called `name`.
-
-    Returns:
-        The name.
-
-    Raises:
-        ValueError: it may not.
-    """
+    """Return the name of an MLflow experiment, or raise ValueError if MLflow does not take it."""
     return check_line(name, _EXPERIMENT_LENGTH)
 
 
 def check_line(name: str, longest: int = 128) -> str:
-    """See that a name is one line of text, neither blank nor too long.
-
-    Returns:
-        The name.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Return the name, or raise ValueError unless it is one line of text, neither blank nor too long."""
     if not name.strip():
         raise ValueError("must not be blank")
     if name != name.strip():
@@ -89,11 +61,7 @@ def run_name_from(text: str) -> str:
 
 
 def checked(option: str, check: Callable[[str], str], name: str) -> str:
-    """Return a name from the command line that passes a check of this module.
-
-    Raises:
-        SkdError: it does not; names the option.
-    """
+    """Return a name from the command line, or raise SkdError with the option if a check of this module fails."""
     try:
         return check(name)
     except ValueError as error:

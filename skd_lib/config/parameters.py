@@ -1,8 +1,8 @@
 """A run's configuration as the parameters of the pipeline, and back.
 
-Who starts a run in Kubeflow's page fills in a form: where the data are, the models, the task. All else is in the field
-`config`: JSON of what differs from the defaults, or the URI of a run's YAML file. `to_parameters` and `from_parameters`
-are inverse to each other. Sections travel on from step to step in the same short form (`short`, `parse_section`).
+Kubeflow's page shows a form to start a run: data, models, task. All else is in the field `config`: settings that differ
+from the defaults as JSON, or the URI of a run's YAML file. `to_parameters` and `from_parameters` are inverse to each
+other. Sections travel on from step to step in the same short form (`short`, `parse_section`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Form:
-    """What a person fills in to start a run. Empty, or 0: as `config` says, else the default."""
+    """The fields that a person fills in to start a run. Empty, or 0: as `config` says, else the default."""
 
     config: str = "{}"
     data_train: str = ""
@@ -51,7 +51,7 @@ class Form:
     training_steps: int = 0
 
     def filled(self) -> Parameters:
-        """The fields that say something, without `config`."""
+        """Return the fields that are filled in, without `config`."""
         values = {name: value.strip() if isinstance(value, str) else value for name, value in asdict(self).items()}
         return {name: value for name, value in values.items() if value and name != "config"}
 
@@ -60,7 +60,7 @@ class Form:
 
 
 def to_struct(section: BaseModel) -> dict[str, Any]:
-    """A section with all its fields as plain JSON values without null, which KFP's structured parameters cannot hold.
+    """Return all fields of a section as plain JSON values without null, which KFP's parameters cannot hold.
 
     Unset fields are left out; an optional text that was unset against its default becomes "".
     """
@@ -75,7 +75,7 @@ def to_struct(section: BaseModel) -> dict[str, Any]:
 
 
 def short(section: BaseModel) -> dict[str, Any]:
-    """A section as `to_struct` has it, with only what differs from what `parse_section` would fill in."""
+    """Return the fields of a section that differ from those that `parse_section` would fill in; see `to_struct`."""
     start = _start(section)
     values: dict[str, Any] = {}
     for name, value in section:
@@ -88,7 +88,7 @@ def short(section: BaseModel) -> dict[str, Any]:
 
 
 def _start(section: BaseModel) -> dict[str, Any]:
-    """What the fields are that a mapping leaves out, without those that it must not leave out."""
+    """Return the values of fields that a mapping leaves out, without those that it must not leave out."""
     if isinstance(section, TaskConfig) and section.name:
         # A task from a file has only its title left: all is spelled out, so that the file is not looked for.
         named = dict(TaskConfig(name=section.name)) if section.name in known_tasks() else {}
@@ -116,7 +116,8 @@ def _plain(value: Any, of_section: Any) -> Any:
 def to_parameters(config: RunConfig, *, without: Collection[str] = ()) -> Parameters:
     """Return the form's fields for a configuration.
 
-    What plain text cannot say (see `skd_lib._core.ascii_json`), or a list with commas in its paths, is in `config`.
+    Texts that would not arrive unchanged (see `skd_lib._core.ascii_json`), and lists with commas in their paths, are in
+    `config`.
 
     Args:
         config: The configuration.
@@ -143,7 +144,7 @@ def to_parameters(config: RunConfig, *, without: Collection[str] = ()) -> Parame
 
 
 def _prune(values: dict[str, Any], sections: Sequence[str]) -> None:
-    """Remove a section of which nothing is left, and those around it."""
+    """Remove an empty section, and empty ones around it."""
     if sections and sections[0] in values:
         _prune(values[sections[0]], sections[1:])
         if not values[sections[0]]:
@@ -151,7 +152,7 @@ def _prune(values: dict[str, Any], sections: Sequence[str]) -> None:
 
 
 def _sayable(name: str, value: Any, values: Mapping[str, Any]) -> bool:
-    """Whether a value of the configuration can stand in a field of the form."""
+    """Return whether a value of the configuration can stand in a field of the form."""
     if name.startswith("data_"):
         whole = values["data"]["source"]["type"] == "files" and value
         return bool(whole) and all(_is_form_text(each) and "," not in each for each in value)
@@ -184,7 +185,7 @@ def read_values(text: str, field: str) -> tuple[str, dict[str, Any]]:
     """Read a field of the form that holds JSON, or the URI of a YAML file.
 
     Returns:
-        What it is called in messages, and its values.
+        Its name in messages, and its values.
 
     Raises:
         SkdError: it cannot be read, or is no mapping.
@@ -248,7 +249,7 @@ def fill(values: Mapping[str, Any], form: Form, *, run_name: str = "", where: st
 
 
 class _NoSection(Exception):
-    """What should be a section is none."""
+    """A value stands in the place of a section."""
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -276,17 +277,17 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _missing(values: dict[str, Any]) -> dict[str, SkdError]:
-    """What a run cannot do without, by the form's field."""
+    """Return errors for required values that are missing, by the form's field."""
     source = values.get("data") or {}
     source = source.get("source") or {} if isinstance(source, dict) else source
     initial = values.get("student_init")
     mode = initial.get("mode") if isinstance(initial, dict) else None
     found = {}
     if not values.get("teacher"):
-        found["model_teacher"] = ("which model is the teacher is not said", "a hub id (org/name), a folder or a URI")
+        found["model_teacher"] = ("no teacher is named", "a hub id (org/name), a folder or a URI")
     if not values.get("student") and mode not in CUTTING:
         found["model_student"] = (
-            "which model is the student is not said",
+            "no student is named",
             "a hub id, a folder or a URI; or have it cut from the teacher, in `config`: "
             '{"student_init": {"mode": "prune", "keep_first": 8, "keep_last": 8}}',
         )
@@ -299,7 +300,7 @@ def _missing(values: dict[str, Any]) -> dict[str, SkdError]:
 
 
 def _named(error: SkdError, filled: Mapping[str, Any], where: str) -> SkdError:
-    """An error that names the form's field, where its value came from there."""
+    """Name the form's field in an error, if the value came from there."""
     for name in filled:
         place = f"{where}, field `{'.'.join(PLACES[name])}"
         of_task = name == "task" and error.where == f"{where}, field `task`"
@@ -310,11 +311,11 @@ def _named(error: SkdError, filled: Mapping[str, Any], where: str) -> SkdError:
 
 
 def changed_on_the_way(fields: Mapping[str, Any], documents: Sequence[str] = ("config",)) -> list[SkdError]:
-    """What a form may not have brought to a cluster as it was typed.
+    """Return errors for texts that Kubeflow may have changed between the form and the cluster.
 
     Args:
         fields: The form's fields as they arrived.
-        documents: Which of them hold JSON, or a URI.
+        documents: Those that hold JSON, or a URI.
     """
     found = []
     for name, value in fields.items():
@@ -325,7 +326,7 @@ def changed_on_the_way(fields: Mapping[str, Any], documents: Sequence[str] = ("c
             try:
                 places = [f"{name}, field `{path}`" for path in changed_fields(value)]
             except ValueError:
-                continue  # told by who reads it
+                continue  # an error where it is read
         how = REMEDY if name in documents else "give it in `config`, where JSON can write it: " + REMEDY
         what = "a text with `$`, `{{` or `}}`, which Kubeflow may have changed on the way"
         found += [SkdError(what, where=place, hint=how) for place in places]
@@ -333,7 +334,7 @@ def changed_on_the_way(fields: Mapping[str, Any], documents: Sequence[str] = ("c
 
 
 def check_reference(reference: str, where: str) -> None:
-    """See that a model's reference can be handed from step to step in a cluster.
+    """Check that a model's reference can be handed from step to step in a cluster.
 
     Raises:
         SkdError: it cannot.

@@ -1,4 +1,4 @@
-"""All of it: the configuration of one run."""
+"""The whole configuration of one run."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ class RunConfig(ConfigSection):
 
     @property
     def wants_judge(self) -> bool:
-        """Whether answers to the test set, or to a held-out set, are to be graded by a judge."""
+        """Answers to the test set, or to a held-out set, are graded by a judge."""
         return any("judge" in task.metrics for task in [self.task, *(each.task for each in self.data.held_out)])
 
 
 def check_gammas(specdec: SpecdecConfig, task: TaskConfig) -> None:
-    """See that no draft is longer than a response; the defaults do for any.
+    """Check that no draft is longer than a response; the defaults are allowed for any.
 
     Raises:
         ValueError: one is.
@@ -98,7 +98,7 @@ def check_gammas(specdec: SpecdecConfig, task: TaskConfig) -> None:
 
 
 def refuse_multinode(config: RunConfig, *, where: str) -> None:
-    """See that a run can be done by one machine.
+    """Check that a run can be done by one machine.
 
     Raises:
         SkdErrors: it asks for several; names `where` and each field.
@@ -121,7 +121,7 @@ def load_config(path: Path, overrides: Overrides | None = None) -> RunConfig:
 
     Args:
         path: The file.
-        overrides: Fields that are to be others than there.
+        overrides: Values that replace the file's.
 
     Raises:
         SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.

@@ -1,4 +1,4 @@
-"""Section `task`: how an example becomes a prompt, and how an answer is judged."""
+"""Section `task`: the prompt of an example, and the judgement of an answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AnswerKind = Literal["hash", "boxed", "marked", "last_number"]
 
 
 class TaskConfig(ConfigSection):
-    """How an example becomes a prompt, and how an answer is judged."""
+    """The prompt of an example, and the judgement of an answer."""
 
     name: str = Field(
         "",
@@ -96,7 +96,7 @@ class TaskConfig(ConfigSection):
     @classmethod
     def _metrics_are_distinct(cls, metrics: list[MetricName]) -> list[MetricName]:
         if len(set(metrics)) < len(metrics):
-            raise ValueError(f"every one may be there once only, got {', '.join(metrics)}")
+            raise ValueError(f"values must be unique, got {', '.join(metrics)}")
         return metrics
 
     @field_validator("stop")
@@ -108,7 +108,7 @@ class TaskConfig(ConfigSection):
 
     @property
     def wants_comet(self) -> bool:
-        """Whether the answers are to be scored by COMET too."""
+        """The answers are scored by COMET too."""
         return "comet" in self.metrics
 
     @property
@@ -129,7 +129,7 @@ class TaskConfig(ConfigSection):
         return self.model_copy(update={"metrics": self.own_metrics or self.metrics})
 
     def with_fields_of(self, other: TaskConfig) -> TaskConfig:
-        """This task with the fields that were given for the other one; an empty date is none that was given."""
+        """Return this task with the fields that were given for the other one; an empty date counts as not given."""
         given = other.model_fields_set - ({"date"} if not other.date else set())
         return self.model_copy(update={name: getattr(other, name) for name in given})
 

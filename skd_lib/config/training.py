@@ -61,12 +61,12 @@ class TrainingConfig(ConfigSection):
         10,
         gt=0,
         le=100_000,
-        description="A checkpoint is also made so many minutes after the last one: the most that is lost where a "
+        description="A checkpoint is also made this many minutes after the last one: the most that is lost where a "
         "machine is taken away, but for the time of a write. It is copied to host memory (12 bytes a trained weight; "
         "training waits where there is no room for that) and written while training goes on.",
     )
     keep_checkpoints: int = Field(
-        1, ge=1, le=10**6, description="So many of the newest checkpoints are kept, besides the best."
+        1, ge=1, le=10**6, description="Number of recent checkpoints to keep, in addition to the best one."
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="Attention dropout while training; always off while sampling.")
     precision: Precision = Field(
@@ -85,14 +85,14 @@ class TrainingConfig(ConfigSection):
         100,
         gt=1,
         le=1e12,
-        description="A step is skipped if its loss is more than so many times the median of the last 50 steps', as it "
-        "is if its loss or gradient is not finite.",
+        description="A step is skipped if its loss is more than this many times the median of the last 50 steps', or "
+        "if its loss or gradient is not finite.",
     )
     max_skipped_steps: int = Field(
         5,
         ge=1,
         le=10**9,
-        description="Training stops, its last good checkpoint kept, when so many steps in a row were skipped.",
+        description="Training stops, its last good checkpoint kept, when this many steps in a row were skipped.",
     )
     lora: LoraConfig | None = Field(None, description="Unset: all weights are trained.")
     fsdp: bool = Field(
@@ -128,7 +128,7 @@ class DistillTrainingConfig(TrainingConfig):
 class MultinodeConfig(ConfigSection):
     """Train on several machines, by a `TrainJob` of Kubeflow Trainer v2. Needs a cluster, and all artifacts in `gs://`.
 
-    A node is what the step's own pod is: the same image, service account, environment, resources and place.
+    A node is like the step's own pod: the same image, service account, environment, resources and place.
     """
 
     nodes: int = Field(ge=2, le=10_000, description="Machines. One machine with several GPUs needs no `multinode`.")
@@ -194,7 +194,7 @@ MULTINODE_HELP = "Train on several machines, by a TrainJob; unset: in the step's
 
 
 def check_processes(multinode: MultinodeConfig | None, training: TrainingConfig) -> None:
-    """See that each process has its share of a batch.
+    """Check that each process has its share of a batch.
 
     Raises:
         ValueError: it has not.

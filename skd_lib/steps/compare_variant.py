@@ -9,8 +9,7 @@ import typer
 
 from skd_lib.comparison.trials import Trial
 from skd_lib.config import RunConfig, parse_json, parse_section
-from skd_lib.config.step import StepConfig
-from skd_lib.steps.preflight import step_config
+from skd_lib.config.step import StepConfig, step_config
 from skd_lib.steps.runtime import StepIO, run_step
 
 

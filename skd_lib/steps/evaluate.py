@@ -29,7 +29,7 @@ MAX_TABLE_CHARACTERS = 4000
 
 
 class Role(StrEnum):
-    """Which model of the run is evaluated."""
+    """The model of the run that is evaluated."""
 
     teacher_base = "teacher_base"
     teacher = "teacher"
@@ -39,13 +39,13 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Measured:
-    """What is found about one model: on the test set, and on each held-out set by its name."""
+    """The evaluation of one model: on the test set, and on each held-out set by its name."""
 
     test: Evaluation
     held_out: Mapping[str, Evaluation]
 
     def figures(self) -> dict[str, float]:
-        """The numbers alone, those of a held-out set as SET.FIGURE."""
+        """Return the numbers alone, those of a held-out set as SET.FIGURE."""
         further = {
             f"{name}.{figure}": value
             for name, each in self.held_out.items()
@@ -58,9 +58,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of the model, in Hugging Face layout.")],
     data: Annotated[Path, typer.Option(help=DATA_HELP)],
     role: Annotated[Role, typer.Option(help="Which model of the run this is; names the results.")],
-    evaluation_out: Annotated[
-        Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.folders`.")
-    ],
+    evaluation_out: Annotated[Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.folders`.")],
     config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
@@ -86,7 +84,7 @@ def main(
 
 
 def evaluation_params(settings: StepConfig) -> dict[str, Any]:
-    """What MLflow is told of how models are evaluated."""
+    """Return the settings of an evaluation, for MLflow."""
     return settings.model_dump(include={"seed", "evaluation", "task"})
 
 
@@ -100,13 +98,13 @@ def evaluate_models(
     data_uri: str,
     origins: Mapping[Role, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Evaluate several models, one after the other; what is the same model as an earlier one is not measured again.
+    """Evaluate several models, one after the other; a model that equals an earlier one is not measured again.
 
     Args:
         models: Their folders.
         data: See `measure`.
         folder: Gets a folder for each role.
-        settings: See `measure`; and the label, which says which trial of a comparison the models are from.
+        settings: See `measure`; and the label of the models' trial in a comparison.
         run: Takes the figures, with the name of the role as prefix.
         data_uri: See `measure`.
         origins: The lineage of models that no step has made, for their evaluation's record.
@@ -148,7 +146,7 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.evaluation.evaluate import evaluate, evaluate_held_out
-    from skd_lib.evaluation.inference import load_for_inference
+    from skd_lib.evaluation.generate import load_for_inference
 
     evaluation, task, seed = settings.evaluation, settings.task, settings.seed
     prepared = PreparedData.load(data)
@@ -167,10 +165,10 @@ def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun
     """Write a model's evaluation, all but the record of its training, and give MLflow the figures.
 
     Args:
-        measured: What was found.
-        role: Which model of the run it is.
+        measured: The evaluation.
+        role: The model of the run.
         folder: Takes scores and answers, see `skd_lib.report.folders`.
-        label: Which trial of a comparison the model is from.
+        label: The model's trial in a comparison.
         run: Takes the figures.
         prefix: Of the names under which `run` takes them.
     """
@@ -193,7 +191,7 @@ def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun
 
 
 def held_out_sets(prepared: PreparedData, settings: StepConfig) -> dict[str, HeldOutSet]:
-    """The held-out sets that the data was prepared with, those that are missing included, and their tasks."""
+    """Return the held-out sets that the data was prepared with, missing ones included, and their tasks."""
     from skd_lib.evaluation.evaluate import HeldOutSet
 
     config = DataConfig.model_validate(prepared.manifest["config"])
@@ -208,7 +206,7 @@ def held_out_sets(prepared: PreparedData, settings: StepConfig) -> dict[str, Hel
 
 
 def table(predictions: list[Prediction]) -> dict[str, list[Any]]:
-    """The first rows by column, texts shortened, for people to read."""
+    """Return the first rows by column, texts shortened, for people to read."""
     rows = predictions[:MAX_TABLE_ROWS]
     texts = ("id", "source", "target", "prediction")
     columns: dict[str, list[Any]] = {name: [_shortened(getattr(row, name)) for row in rows] for name in texts}

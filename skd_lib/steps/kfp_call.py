@@ -1,9 +1,9 @@
-"""What KFP tells a step on its command line, behind the step's own options, and what the step knows without it.
+"""The words of KFP on a step's command line, behind the step's own options.
 
 Each word of a command is kept many times in Kubeflow's records of a run (`pipelines/kubeflow/node_statuses.py`), so
-little is said: where the output parameters go, and for steps with lists of artifacts KFP's whole executor input
+there are few: the files of the output parameters, and for steps with lists of artifacts KFP's whole executor input
 (`{{$}}`), which is the only way to them. The URI of an artifact follows from its local path, and KFP's executor output
-lies in the folder of the task's artifacts. Runners on this machine, and the nodes of a TrainJob, say more.
+lies in the folder of the task's artifacts. Runners on this machine, and the nodes of a TrainJob, give more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUTPUT_FILE = "{{$.outputs.output_file}}"
 ARTIFACT_OPTION = "--kfp-artifact"
 """`NAME=URI` of an output artifact, where its path does not tell."""
 PARAMETERS_OPTION = "--kfp-parameters"
-"""`NAME,NAME,...=FILE`: the output parameters, and the file of the first; the others are beside it, by their names."""
+"""`NAME,NAME,...=FILE`: the output parameters, and the file of the first; the others are in its folder."""
 INPUT_OPTION = "--kfp-input"
 """`NAME=URI` of an input artifact, where its path does not tell."""
 EXECUTOR_INPUT_OPTION = "--kfp-executor-input"
@@ -37,11 +37,11 @@ SCHEMES = {"gcs": "gs", "minio": "minio", "s3": "s3"}
 
 @dataclass(frozen=True)
 class Call:
-    """How this process was called.
+    """KFP's words to this process.
 
     Attributes:
-        output_file: Where the executor output goes; None where that is not said.
-        artifacts: URIs of output artifacts, by name, where their paths do not tell.
+        output_file: File for the executor output; None if it is not given.
+        artifacts: URIs of output artifacts, by name, if their paths do not tell.
         parameters: Files of the output parameters, by name.
         inputs: URIs of input artifacts, likewise.
         lists: URIs of lists of input artifacts, by name.
@@ -55,7 +55,7 @@ class Call:
 
     @property
     def in_pod(self) -> bool:
-        """Whether Kubeflow's launcher has called."""
+        """The caller is Kubeflow's launcher."""
         return self.output_file is None and POD_VARIABLE in os.environ
 
     def uri(self, path: Path) -> str:
@@ -68,7 +68,7 @@ class Call:
     def executor_output(self, outputs: Mapping[str, Path]) -> Path | None:
         """Choose the file for the executor output.
 
-        Where it is not said, KFP's launcher reads `output_metadata.json` in the folder of the task's artifacts
+        If none is given, KFP's launcher reads `output_metadata.json` in the folder of the task's artifacts
         (`provisionOutputs` of its driver since 2.15). A task without artifacts has none: its parameters' files do.
 
         Args:
@@ -82,7 +82,7 @@ class Call:
         return (folder or Path.cwd()) / _BY_HAND
 
     def words(self) -> list[str]:
-        """The options that say the same to another process, but for the lists."""
+        """Return the options for another process with the same call, but for the lists."""
         pairs = [(OUTPUT_FILE_OPTION, str(self.output_file))] if self.output_file else []
         for option, values in ((ARTIFACT_OPTION, self.artifacts), (INPUT_OPTION, self.inputs)):
             pairs += [(option, f"{name}={value}") for name, value in values.items()]
@@ -95,13 +95,13 @@ _current: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 def current_call() -> Call:
-    """How KFP has called this process."""
+    """Return KFP's words to this process."""
     return _current.get() or Call()
 
 
 @contextmanager
 def called(call: Call) -> Iterator[None]:
-    """Let `call` be the current one."""
+    """Make `call` the current one in the body."""
     token = _current.set(call)
     try:
         yield
@@ -110,11 +110,7 @@ def called(call: Call) -> Iterator[None]:
 
 
 def take_call(words: Sequence[str]) -> tuple[list[str], Call]:
-    """Part a command line into the step's own words and what its caller says.
-
-    Args:
-        words: Without the program's name.
-    """
+    """Split a command line, without the program's name, into the step's own words and KFP's."""
     own: list[str] = []
     said: dict[str, list[str]] = {option: [] for option in _OPTIONS}
     left = iter(words)

@@ -1,10 +1,11 @@
-"""Step `preflight`: validate the configuration, look at everything a run needs, and list all that is wrong."""
+"""Step `preflight`: validate the configuration, check everything a run needs, and list all errors."""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,10 +16,10 @@ from skd_lib._core.ascii_json import ascii_json
 from skd_lib._core.machine import pipeline_run_id
 from skd_lib._core.terminal import say, visible
 from skd_lib.comparison import plan as comparisons
-from skd_lib.config import EvaluationConfig, FilesSource, RunConfig
+from skd_lib.config import FilesSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
-from skd_lib.config.parameters import Form, changed_on_the_way, check_reference, fill, read_values, short
-from skd_lib.config.step import StepConfig
+from skd_lib.config.parameters import Form, changed_on_the_way, check_reference, from_parameters, short
+from skd_lib.config.step import DEPENDS, OF_A_COMPARISON, OF_BOTH, step_config
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps.kfp_call import current_call
 from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, Switch, TrackingUri, run_step
@@ -28,25 +29,6 @@ if TYPE_CHECKING:
     from skd_lib.comparison.plan import Plan
     from skd_lib.preflight import Check, PreflightReport
 
-DEPENDS: Mapping[str, tuple[str, ...]] = {
-    "prepare_data": ("data", "seed", "fingerprint", "fresh"),
-    "teacher_sft": ("teacher", "trust_remote_code", "teacher_sft", "task", "seed", "fingerprint", "fresh"),
-    "student_init": ("student", "student_init", "task", "seed", "fingerprint", "label"),
-    "distill": ("distill", "task", "seed", "label"),
-    "evaluate_teacher": ("teacher", "trust_remote_code", "evaluation", "task", "held_out", "seed", "fingerprint"),
-    "evaluate": ("evaluation", "task", "held_out", "seed", "label"),
-    "specdec_benchmark": ("specdec", "task", "seed", "label", "drafts"),
-    "evaluate_champion": ("evaluation", "specdec", "registry", "task", "seed"),
-    "comet_score": ("evaluation", "task", "seed"),
-    "report": ("name", "task", "registry"),
-    "compare_variant": (*RunConfig.model_fields, "drafts"),
-    "compare_table": ("name", "evaluation", "task", "seed"),
-}
-"""Step -> the fields of `StepConfig` that it depends on."""
-OF_A_COMPARISON = ("compare_variant", "compare_table")
-"""Steps that only a comparison has."""
-OF_BOTH = ("prepare_data", "teacher_sft", "evaluate_teacher")
-"""Steps that a comparison and a single run get from preflight."""
 SHOWN = {
     "teacher": ("teacher",),
     "student": ("student",),
@@ -58,9 +40,9 @@ SHOWN = {
     "learning_rate": ("distill", "training", "learning_rate"),
     "seed": ("seed",),
 }
-"""What people compare runs by in MLflow, and its place in the configuration."""
+"""Parameter of a run in MLflow, to compare runs by -> its place in the configuration."""
 NO_COMPARISON = "(a single run)"
-"""What `--comparison` is for a single run: no text that a person types. An empty one is a comparison's, cleared."""
+"""Value of `--comparison` for a single run: no text that a person types. An empty one is a comparison's, cleared."""
 MOST = 1500
 """Bytes of output parameter `problems`."""
 
@@ -137,7 +119,10 @@ def main(
     On a cluster what is wrong does not fail this step but the next, which gets it as output parameter `problems`: KFP
     shows the artifacts of a step, the report among them, only where it succeeded.
     """
-    from skd_lib.preflight.checks import Refused
+    from skd_lib._core.terminal import Console
+    from skd_lib.preflight import run_checks
+    from skd_lib.preflight.reuse import reuse_from
+    from skd_lib.tracking.runs import step_run
 
     io = StepIO({"findings": report_out})
     form = Form(
@@ -151,123 +136,91 @@ def main(
         training_method=training_method,
         training_steps=training_steps,
     )
-    try:
-        values = examine(
-            form,
-            "" if comparison == NO_COMPARISON else comparison or "{}",
-            run_name=run_name,
-            mlflow_experiment=mlflow_experiment,
-            report_out=report_out,
-            comet=bool(comet),
-            pipeline_root=pipeline_root,
-            require_gpu=require_gpu,
-            tracking_uri=tracking_uri,
-            experiment=experiment,
+    with _problems_for_the_next_step(io):
+        fresh = "" if reuse else pipeline_run_id() or str(uuid.uuid4())
+        try:
+            run_config, plan = read(
+                form, "" if comparison == NO_COMPARISON else comparison or "{}", run_name, mlflow_experiment
+            )
+            checked("--experiment", check_experiment, experiment)
+        except SkdError as error:
+            report = _refused(error, tracking_uri, mlflow_experiment or experiment)
+            write_text_atomic(report_out, report.markdown())
+            with step_run(
+                step="preflight",
+                tracking_uri=tracking_uri if report.tracking_works else "",
+                experiment=mlflow_experiment or experiment,
+                run_name=run_name_from(run_name),
+            ) as run:
+                run.log_artifact(report_out)
+                report.raise_errors()
+            raise
+        run_config, columns = with_columns(run_config)
+        report = run_checks(
+            run_config,
+            variants=[trial.config(run_config) for trial in plan.trials] if plan else (),
             checkpoint_root=checkpoint_root,
-            fresh="" if reuse else pipeline_run_id() or str(uuid.uuid4()),
+            tracking_uri=tracking_uri,
+            experiment=mlflow_experiment or experiment,
+            pipeline_root=pipeline_root or None,
+            artifacts=current_call().uri(report_out),
+            require_gpu=require_gpu,
+            comet=bool(comet),
         )
+        report.checks += [*columns, *([] if comet else without_comet(run_config, plan))]
+        if not report.errors():
+            preparation = step_config("prepare_data", run_config, fingerprint=report.data_fingerprint)
+            kind: Literal["run", "comparison"] = "comparison" if plan else "run"
+            fresh, noted = reuse_from(checkpoint_root, preparation, fresh, kind=kind)
+            report.checks += noted
+        if report.date:
+            # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
+            dated = run_config.task.model_copy(update={"date": report.date})
+            run_config = run_config.model_copy(update={"task": dated})
+        Console().print(report.table())
+        for check in report.checks:
+            if check.level == "warning":
+                events.emit("note", message=_on_one_line(check))  # the table shows it to those who read the log
+        write_text_atomic(report_out, report.markdown())
+        with step_run(
+            step="preflight",
+            # A store that has just not answered would only make the list of errors come later.
+            tracking_uri=tracking_uri if report.tracking_works else "",
+            experiment=mlflow_experiment or experiment,
+            run_name=run_config.name,
+            params=run_config.model_dump(mode="json"),
+        ) as run:
+            # What people compare runs by stands on the run itself, beside the headline figures that `report` adds.
+            run.parent.log_params({name: _value(run_config, place) for name, place in SHOWN.items()})
+            run.log_artifact(report_out)
+            found = {
+                "teacher": report.model_fingerprints.get(run_config.teacher, ""),
+                "student": report.model_fingerprints.get(run_config.student or "", ""),
+            }
+            run.set_tags({"data_source_fingerprint": report.data_fingerprint})
+            run.set_tags({f"{role}_fingerprint": print_ for role, print_ in found.items() if print_})
+            report.raise_errors()
+        prints = report.model_fingerprints
+        values = settings_of(run_config, plan, data=report.data_fingerprint, models=prints, fresh=fresh)
+        for name, value in {**values, "problems": ""}.items():
+            io.parameter(name, value)
+    io.write()
+
+
+@contextmanager
+def _problems_for_the_next_step(io: StepIO) -> Iterator[None]:
+    """On a cluster, give the errors of a run to the next step instead of raising them."""
+    from skd_lib.preflight.checks import Refused
+
+    try:
+        yield
     except Refused as refused:
         if not current_call().in_pod:
             raise
         say(f"error: {refused}", err=True)
         nothing = dict.fromkeys(current_call().parameters, "")
-        values = {**nothing, "trials": [], "problems": _problems(refused)}
-    for name, value in values.items():
-        io.parameter(name, value)
-    io.write()
-
-
-def examine(
-    form: Form,
-    comparison: str,
-    *,
-    run_name: str,
-    mlflow_experiment: str,
-    report_out: Path,
-    comet: bool,
-    pipeline_root: str,
-    require_gpu: bool,
-    tracking_uri: str,
-    experiment: str,
-    checkpoint_root: str,
-    fresh: str,
-) -> dict[str, Any]:
-    """Check everything, write the report, and return what later steps read, by output parameter.
-
-    The arguments are those of `main`, and `fresh` names a run that takes nothing from Kubeflow's cache.
-
-    Raises:
-        Refused: all that is wrong.
-    """
-    from skd_lib._core.terminal import Console
-    from skd_lib.preflight import run_checks
-    from skd_lib.preflight.reuse import reuse_from
-    from skd_lib.tracking.runs import step_run
-
-    try:
-        run_config, plan = read(form, comparison, run_name, mlflow_experiment)
-        checked("--experiment", check_experiment, experiment)
-    except SkdError as error:
-        report = _refused(error, tracking_uri, mlflow_experiment or experiment)
-        write_text_atomic(report_out, report.markdown())
-        with step_run(
-            step="preflight",
-            tracking_uri=tracking_uri if report.tracking_works else "",
-            experiment=mlflow_experiment or experiment,
-            run_name=run_name_from(run_name),
-        ) as run:
-            run.log_artifact(report_out)
-            report.raise_errors()
-        raise
-    run_config, columns = with_columns(run_config)
-    report = run_checks(
-        run_config,
-        variants=[trial.config(run_config) for trial in plan.trials] if plan else (),
-        checkpoint_root=checkpoint_root,
-        tracking_uri=tracking_uri,
-        experiment=mlflow_experiment or experiment,
-        pipeline_root=pipeline_root or None,
-        artifacts=current_call().uri(report_out),
-        require_gpu=require_gpu,
-        comet=comet,
-    )
-    report.checks += [*columns, *([] if comet else without_comet(run_config, plan))]
-    if not report.errors():
-        preparation = step_config("prepare_data", run_config, fingerprint=report.data_fingerprint)
-        kind: Literal["run", "comparison"] = "comparison" if plan else "run"
-        fresh, noted = reuse_from(checkpoint_root, preparation, fresh, kind=kind)
-        report.checks += noted
-    if report.date:
-        # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
-        dated = run_config.task.model_copy(update={"date": report.date})
-        run_config = run_config.model_copy(update={"task": dated})
-    Console().print(report.table())
-    for check in report.checks:
-        if check.level == "warning":
-            events.emit("note", message=_on_one_line(check))  # the table shows it to those who read the log
-    write_text_atomic(report_out, report.markdown())
-    with step_run(
-        step="preflight",
-        # A store that has just not answered would only make the list of errors come later.
-        tracking_uri=tracking_uri if report.tracking_works else "",
-        experiment=mlflow_experiment or experiment,
-        run_name=run_config.name,
-        params=run_config.model_dump(mode="json"),
-    ) as run:
-        # What people compare runs by stands on the run itself, beside the headline figures that `report` adds.
-        run.parent.log_params({name: _value(run_config, place) for name, place in SHOWN.items()})
-        run.log_artifact(report_out)
-        prints = {
-            "teacher": report.model_fingerprints.get(run_config.teacher, ""),
-            "student": report.model_fingerprints.get(run_config.student or "", ""),
-        }
-        run.set_tags({"data_source_fingerprint": report.data_fingerprint})
-        run.set_tags({f"{role}_fingerprint": found for role, found in prints.items() if found})
-        report.raise_errors()
-    return {
-        **settings_of(run_config, plan, data=report.data_fingerprint, models=report.model_fingerprints, fresh=fresh),
-        "problems": "",
-    }
+        for name, value in {**nothing, "trials": [], "problems": _problems(refused)}.items():
+            io.parameter(name, value)
 
 
 def _on_one_line(check: Check) -> str:
@@ -275,7 +228,7 @@ def _on_one_line(check: Check) -> str:
 
 
 def _problems(refused: SkdErrors) -> str:
-    """What is wrong, a line each, short enough for a parameter."""
+    """Write the errors, a line each, short enough for a parameter."""
     lines = [error.brief for error in refused.errors]
     while len(text := ascii_json(lines)) > MOST and len(lines) > 1:
         lines = [*lines[:-2], "and more, see the report"]
@@ -302,8 +255,7 @@ def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = ""
             plan = comparisons.from_parameters(comparison, run_name=run_name, **vars(form))
             config = plan.base
         else:
-            where, values = read_values(form.config, "config")
-            config = fill(values, form, run_name=run_name, where=where)
+            config = from_parameters(run_name=run_name, **vars(form))
         if os.environ.get("KUBERNETES_SERVICE_HOST"):
             check_reference(config.teacher, "model_teacher")
             for run in [trial.config(config) for trial in plan.trials] if plan else [config]:
@@ -316,7 +268,7 @@ def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = ""
 
 
 def with_columns(config: RunConfig) -> tuple[RunConfig, list[Check]]:
-    """Name the data's columns, where they have usual names and the configuration gives none; says which."""
+    """Name the data's columns, if they have usual names and the configuration gives none; a check says which."""
     from skd_lib.data.readers import find_columns
     from skd_lib.preflight import Check
 
@@ -332,7 +284,7 @@ def with_columns(config: RunConfig) -> tuple[RunConfig, list[Check]]:
 
 
 def without_comet(config: RunConfig, plan: Plan | None) -> list[Check]:
-    """Say what a pipeline without a step for COMET means for a run."""
+    """Warn of the scores that a pipeline without a step for COMET leaves out."""
     from skd_lib.preflight import Check
 
     if not config.task.wants_comet:
@@ -349,7 +301,7 @@ def without_comet(config: RunConfig, plan: Plan | None) -> list[Check]:
 
 
 def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightReport:
-    """The report of a run whose form cannot be read."""
+    """Return the report of a run whose form cannot be read."""
     from skd_lib.preflight.checks import TRACKING, Checks, PreflightReport
     from skd_lib.preflight.environment import check_tracking_store
 
@@ -390,30 +342,6 @@ def settings_of(
         "model_fingerprints": ascii_json(dict(models)) if plan else "",
         "plan": ascii_json(plan.table()) if plan else "",
     }
-
-
-def step_config(step: str, config: RunConfig, **found: Any) -> str:
-    """Return option `--config` of a step: what it depends on, as JSON that arrives as it is.
-
-    Args:
-        step: A key of `DEPENDS`.
-        config: The run.
-        found: Fields of `StepConfig` that a run's configuration has not; those that the step does not depend on are
-            left out.
-    """
-    values: dict[str, Any] = {**dict(config), "student": config.student or "", **found}
-    if step != "comet_score":
-        # COMET's settings go to its own step alone: if one changes, the models need not answer again.
-        values["evaluation"] = config.evaluation.model_copy(update={"comet": EvaluationConfig().comet})
-    if step == "prepare_data":
-        values["data"] = config.data.without_tasks()
-    if step in ("teacher_sft", "student_init", "distill", "specdec_benchmark"):
-        values["task"] = config.task.without_judgement()
-    elif step in ("evaluate_teacher", "evaluate"):
-        values["task"] = config.task.without_comet()
-        sets = config.data.held_out
-        values["held_out"] = {each.name: config.task.with_fields_of(each.task).without_comet() for each in sets}
-    return ascii_json(short(StepConfig(**{name: values[name] for name in DEPENDS[step] if name in values})))
 
 
 def _value(config: RunConfig, place: tuple[str, ...]) -> Any:

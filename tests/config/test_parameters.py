@@ -251,7 +251,7 @@ def test_config_may_be_a_runs_yaml_file(tmp_path: Path):
             ["model_student: student: leave it out"],
         ),
         ({"config": '{"distil": {}, "seed": "x"}', "model_teacher": "t"}, ["field `distil`: unknown", "field `seed`"]),
-        ({"config": '{"distil": {}}', "model_teacher": "t"}, ["model_student: which", "data_train: there"]),
+        ({"config": '{"distil": {}}', "model_teacher": "t"}, ["model_student: no student", "data_train: there"]),
         (FILLED | {"config": '{"distill": "skd"}'}, ["config, field `distill`"]),
         (FILLED | {"config": '{"distill": "skd"}', "training_method": "skd"}, ["config, field `distill`"]),
         (FILLED | {"config": '{"data": [1]}'}, ["config, field `data`"]),

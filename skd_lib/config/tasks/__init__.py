@@ -19,7 +19,7 @@ def known_tasks() -> tuple[str, ...]:
 
 
 def read_task(name: str) -> dict[str, Any]:
-    """The fields of a task, `name` among them.
+    """Return the fields of a task, `name` among them.
 
     Args:
         name: One of `known_tasks`, or a YAML file: a path, from where the command runs, or a gs:// URI.
