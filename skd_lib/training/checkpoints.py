@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 def checkpoint_key(step: str, **inputs: Any) -> str:
     """Return `step/HASH`, the folder of a pipeline step's checkpoints, with a hash of all that the result depends on.
 
-    Args:
-        step: Name of the pipeline step.
-        **inputs: JSON values: configuration sections, seed, digests of the data and of the models.
+    The inputs are JSON values: configuration sections, seed, digests of the data and of the models.
     """
     canonical = json.dumps({"step": step, **inputs}, sort_keys=True)
     return f"{step}/{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
@@ -76,11 +74,6 @@ class Checkpoints:
         with Heartbeat(folders):
             yield attempt
 
-    def newest(self) -> Path | None:
-        """Return the newest usable checkpoint in the folder, None if there is none."""
-        found = _offers(str(self.folder))
-        return self.folder / max(found, key=_order) if found else None
-
     def remove(self) -> None:
         """Delete all but other running attempts' checkpoints; log a warning for those that cannot be deleted."""
         for place in [str(self.folder), *filter(None, [self.mirror])]:
@@ -97,12 +90,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a piece of work: takes over the checkpoint of an earlier one, and makes its own.
-
-    Attributes:
-        work: The checkpoints of all attempts.
-        name: The attempt's name.
-    """
+    """One attempt at a piece of work: takes over the checkpoint of an earlier one, and makes its own."""
 
     work: Checkpoints
     name: str
@@ -161,14 +149,10 @@ class Attempt:
         return folder
 
     def commit(self, step: int, best_step: int, keep: int) -> str:
-        """Declare a written checkpoint complete, copy it, and delete older ones.
+        """Declare a written checkpoint complete, copy it, and delete all but the best and the `keep` newest ones.
 
-        A failed copy does not stop the training: it is logged, and the next checkpoint tries again.
-
-        Args:
-            step: The checkpoint's optimiser step.
-            best_step: Step of the checkpoint with the lowest validation loss; 0: there is none yet.
-            keep: Number of recent checkpoints to keep, in addition to the best one.
+        The best is that of `best_step`; 0: there is none yet. A failed copy does not stop the training: it is logged,
+        and the next checkpoint tries again.
 
         Returns:
             Its URI in object storage, or its path if it could not be copied there.
@@ -297,12 +281,9 @@ def _delete_old(place: str, best: str, keep: int) -> None:
 
 
 def _delete_attempts(place: str, *, own: str = "", until: float = math.inf) -> set[str]:
-    """Delete the other attempts in a folder that have ended, and return the names of the running ones.
+    """Delete the attempts in a folder that have ended, except for `own`, and return the names of the running ones.
 
-    Args:
-        place: The folder of all attempts.
-        own: The caller's attempt.
-        until: Attempts with a later step than this are kept: a retry goes on from there.
+    Attempts with a later step than `until` are kept: a retry goes on from there.
     """
     steps: dict[str, int] = {}
     for path in storage.file_sizes(place):

@@ -36,8 +36,7 @@ class PhaseTimer:
             ...
         timer.take()  # {"seconds_rollout": 1.2}
 
-    Args:
-        device: On a GPU a phase ends when the device has finished its work, not when it was queued.
+    On a GPU a phase ends when the device has finished its work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,12 +82,7 @@ class TokensProcessed(NamedTuple):
 
 
 def tokens_processed(rollout: Rollout, *, divergence: bool) -> TokensProcessed:
-    """Return the cost of one optimiser step's rollout and of its loss.
-
-    Args:
-        rollout: All rows of the step.
-        divergence: The loss is a divergence from the teacher; any other loss needs no teacher.
-    """
+    """Return the cost of one optimiser step's rollout and of its loss, which may be a divergence from the teacher."""
     sequences = rollout.sequence_lengths
     sampled = rollout.statistics or SamplingStatistics()
     asked = [whole for whole, signal in zip(sequences, rollout.signals, strict=True) if divergence and signal is None]
@@ -123,11 +117,7 @@ def skipped_steps(history: History) -> tuple[int, int]:
 def broken_step(loss: float, grad_norm: float, history: History, explosion_factor: float) -> str:
     """Return the reason why an optimiser step must be skipped; empty if there is none.
 
-    Args:
-        loss: The step's loss.
-        grad_norm: The norm of its gradient before clipping.
-        history: The logged figures of the steps before.
-        explosion_factor: Largest good loss, as a multiple of the median of the latest losses.
+    The norm is that before clipping; a loss above `explosion_factor` times the median of the latest ones is broken.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"

@@ -11,13 +11,7 @@ from skd_lib.errors import SkdError
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Optimiser steps, and the division of a step's rows.
-
-    Attributes:
-        steps: Optimiser steps.
-        micro_batch_size: Rows of a forward pass on a device.
-        accumulation: Forward passes of a device in a step.
-    """
+    """Optimiser steps, the rows of a forward pass on a device, and the forward passes of a device in a step."""
 
     steps: int
     micro_batch_size: int

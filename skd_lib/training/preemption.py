@@ -28,9 +28,6 @@ class StopOnSigterm(TrainerCallback):
     """Saves a checkpoint at the end of the optimiser step in which SIGTERM came, and raises `Preempted`.
 
     Processes decide together after each step: a signal to one of them stops all.
-
-    Args:
-        saver: Writes the checkpoints.
     """
 
     def __init__(self, saver: Saver) -> None:

@@ -91,13 +91,9 @@ class Saver:
         self._attempt.begin(step)
 
     def write(self, step: int, best_step: int, files: Sequence[Callable[[], Any]], *, background: bool) -> None:
-        """Write the files that a checkpoint still lacks, and declare it complete.
+        """Write the files that a checkpoint still lacks, declare it complete (see `Attempt.commit`).
 
-        Args:
-            step: The checkpoint's optimiser step.
-            best_step: Step of the checkpoint with the lowest validation loss; 0: there is none yet.
-            files: Functions that write one or more files each.
-            background: Return at once, so that training goes on.
+        In the background this returns at once, so that training goes on.
         """
 
         def work() -> str:
@@ -115,10 +111,6 @@ class SavingTrainer(Trainer):
 
     The small files are written at once. Weights and optimiser states are copied, and the saver's thread writes the
     copies. If host memory has no room for copies, training waits.
-
-    Args:
-        saver: Writes checkpoints.
-        **options: See `transformers.Trainer`.
     """
 
     def __init__(self, *, saver: Saver, **options: Any) -> None:
@@ -190,12 +182,7 @@ class SavingTrainer(Trainer):
 
 
 class TimedCheckpoints(TrainerCallback):
-    """Asks for a checkpoint when one is due; of several processes the main one's clock decides for all.
-
-    Args:
-        saver: Writes the checkpoints.
-        folder: The attempt's folder.
-    """
+    """Asks for a checkpoint when one is due; of several processes the main one's clock decides for all."""
 
     def __init__(self, saver: Saver, folder: Path) -> None:
         self._saver, self._folder = saver, folder

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -40,18 +40,10 @@ from skd_lib.training.trainer import DistillationTrainer, through_wrapper
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def process_mesh(device: torch.device, processes: int) -> DeviceMesh:
-    """Return the mesh of all processes in a row."""
-    return init_device_mesh(device.type, (processes,))
-
-
 def shard_trained(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool) -> None:
-    """Shard a model that is trained, in place: each layer, and the rest as one unit.
+    """Shard a model in fp32 that is trained, in place: each layer, and the rest as one unit.
 
-    Args:
-        model: In fp32, on its device.
-        mesh: See `process_mesh`.
-        bf16: Gather weights in bf16, for computing in it; gradients are added up in fp32.
+    With `bf16`, weights are gathered in it, for computing in it; gradients are added up in fp32.
     """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = policy if bf16 else MixedPrecisionPolicy()
@@ -101,13 +93,9 @@ def whole_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class ShardedTrainer(DistillationTrainer):
-    """The training loop for a student that `shard_trained` has sharded.
+    """The training loop for a student that `shard_trained` has sharded, and for a teacher that `shard_frozen` has.
 
     Checkpoints hold whole weights and optimiser states, so that another number of processes can go on from them.
-
-    Args:
-        teacher: The teacher, which `shard_frozen` has sharded; None if there is none.
-        **options: See `DistillationTrainer`.
     """
 
     def __init__(self, *, teacher: PreTrainedModel | None, **options: Any) -> None:

@@ -16,18 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from skd_lib.errors import Preempted
-from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.trainer import TrainingStream
 from tests.training.nursery import Nursery
-from tests.training.tiny_task import run
-
-
-def newest(folder: Path, step: int | None = None) -> Path:
-    """The newest complete checkpoint, which must be that of `step`."""
-    found = Checkpoints(folder).newest()
-    assert found is not None
-    assert step is None or found.name == f"checkpoint-{step}"
-    return found
+from tests.training.tiny_task import newest, run, saved
 
 
 def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[str, Any], tmp_path: Path) -> None:
@@ -64,7 +55,7 @@ def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[
     for name, tensor in students[1].state_dict().items():
         assert torch.equal(students[0].state_dict()[name], tensor), name
     last = [
-        torch.load(newest(tmp_path / folder, 8) / "optimizer.pt", weights_only=True)
+        torch.load(saved(tmp_path / folder, 8) / "optimizer.pt", weights_only=True)
         for folder in ("killed", "uninterrupted")
     ]
     for key, state in last[1]["state"].items():
@@ -151,7 +142,7 @@ def test_sigterm_saves_the_step_and_stops(
     # The signal reaches one process, twice.
     codes = nursery.run({**stopped, "sigterm_at_step": 2}, processes)
     assert codes == [Preempted.exit_code] * processes
-    assert newest(tmp_path / "stopped", 2)
+    assert newest(tmp_path / "stopped").name == "checkpoint-2"
     weights = [tmp_path / name for name in ("stopped.safetensors", "whole.safetensors")]
     assert nursery.run({**stopped, "weights": str(weights[0])}, processes) == [0] * processes
     whole = {**stopped, "checkpoints": str(tmp_path / "whole"), "weights": str(weights[1])}

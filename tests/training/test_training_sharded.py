@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from skd_lib.errors import Preempted, SkdError
-from skd_lib.training.checkpoints import Checkpoints
 from tests.training.nursery import Nursery
-from tests.training.tiny_task import run
+from tests.training.tiny_task import newest, run
 
 
 @pytest.mark.parametrize(("method", "stopped_at"), [("skd", 1), ("supervised_kd", None)])
@@ -44,8 +43,7 @@ def test_two_processes_with_shards_equal_one(
                 assert actual[figure] == pytest.approx(expected[figure], rel=1e-3), figure
     for name, tensor in weights["whole"].items():
         torch.testing.assert_close(weights["sharded"][name], tensor, rtol=1e-3, atol=1e-4)
-    newest = [Checkpoints(tmp_path / name).newest() for name in figures]
-    sharded, whole = (load_file(each / "model.safetensors") for each in newest if each is not None)
+    sharded, whole = (load_file(newest(tmp_path / name) / "model.safetensors") for name in figures)
     assert set(sharded) == set(whole)
 
 
@@ -53,7 +51,7 @@ def test_what_cannot_be_sharded_is_an_error(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = tiny_model(vocab_size=64)
-    with pytest.raises(SkdError, match=r"training.fsdp: training.fsdp needs at least two processes(.|\n)*torchrun"):
+    with pytest.raises(SkdError, match=r"training.fsdp: sharding needs at least two processes(.|\n)*torchrun"):
         run(student, None, tmp_path, method="sft", fsdp=True)
     with pytest.raises(ValueError, match="leave it off with `lora`"):
         run(student, None, tmp_path, method="sft", fsdp=True, lora={})

@@ -26,7 +26,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
 from skd_lib.distillation.methods import METHODS
-from skd_lib.training.checkpoints import Attempt, Checkpoints
+from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints
 from skd_lib.training.run import TrainResult, train
 from skd_lib.training.stored_teacher import StoredSignals
 
@@ -93,6 +93,12 @@ def saved(folder: Path, step: int) -> Path:
     """The checkpoint of a step, which one attempt has made."""
     (found,) = folder.glob(f"*/checkpoint-{step}")
     return found
+
+
+def newest(folder: Path) -> Path:
+    """The newest complete checkpoint of any attempt."""
+    complete = [marker.parent for marker in folder.glob(f"*/checkpoint-*/{MARKER}")]
+    return max(complete, key=lambda path: (int(path.name.removeprefix("checkpoint-")), path.parent.name))
 
 
 class FirstGradients(TrainerCallback):
