@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-# `skd --help` answers at once: torch, transformers, MLflow and kfp are imported by the commands that need them.
+# `skd --help` answers at once: torch, transformers, MLflow and kfp are imported inside the commands that need them.
 from skd_kfp.pipelines.cli.bench import bench
 from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_

@@ -1,8 +1,8 @@
-"""Where a chat template puts the answer: read off what it renders.
+"""Layout of a chat template: the place of the answer, found by rendering.
 
-A template is a program, and nothing is concluded from its source. A question and an answer that are made up for it are
-rendered, and the place of the answer in the text tells what is prompt and what ends an answer. So prompt and response
-together are what the template itself writes for the whole conversation.
+A template is a program, and nothing is concluded from its source. An invented question and answer are rendered, and the
+place of the answer in the text separates the prompt from what ends an answer. So prompt and response together are the
+template's own text for the whole conversation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skd_lib.errors import SkdError, SkdErrors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# With what templates change if they change anything: upper case, a line break, quotes, and signs that HTML escapes.
+# With everything that templates change: upper case, a line break, quotes, and signs that HTML escapes.
 _QUESTION = 'Question 7:\n"What" <is> 2 & 3?'
 _ANSWER = 'Answer 8:\n"It" <is> 5 & 6.'
 _SYSTEM = 'Rule 9:\n"Be" <very> kind & brief.'
@@ -31,19 +31,19 @@ _HINT = "correct the chat template, or set `task.chat_template: false` and write
 
 @dataclass(frozen=True)
 class ChatLayout:
-    """How the chat template of a tokenizer writes the conversations of a task.
+    """The form in which a tokenizer's chat template writes the conversations of a task.
 
     Attributes:
         template: The template.
         parts: Messages hold a list of parts (`{"type": "text", ...}`) instead of a string.
-        opening: What the template writes between its own generation prompt and the answer: it ends the prompt.
+        opening: Text between the template's own generation prompt and the answer: it ends the prompt.
         lead: White space that belongs to the answer: tokenizers join it to the answer's first word.
-        anchor: What the answer is tokenised behind, so that its first token is the one that it has in the rendered
-            text: SentencePiece puts a blank before any text, but not after a line break.
+        anchor: Text before the answer when it is tokenised, so that its first token is that of the rendered text:
+            SentencePiece puts a blank before any text, but not after a line break.
         tail: Text between the answer and the token that ends it.
         closing: The special tokens that follow, up to the one that ends the answer; none where the template has none.
         after: All that the template writes after an answer.
-        notes: What does not agree with the template's own text, in words.
+        notes: Differences from the template's own text, in words.
     """
 
     template: Template
@@ -57,7 +57,7 @@ class ChatLayout:
     notes: tuple[str, ...]
 
     def prompt(self, task: TaskConfig, question: str) -> str:
-        """Everything that the template writes before the answer to a question.
+        """Return everything that the template writes before the answer to a question.
 
         Raises:
             SkdError: the template refuses the messages.
@@ -66,7 +66,7 @@ class ChatLayout:
         return before.removesuffix(self.lead)
 
     def answer(self, task: TaskConfig, question: str, answer: str) -> str:
-        """The answer as the template writes it: some templates take away white space around it."""
+        """Return the answer as the template writes it: some templates remove white space around it."""
         if answer == answer.strip():
             return answer
         start = self.prompt(task, question) + self.lead
@@ -75,7 +75,7 @@ class ChatLayout:
         return written if written.strip() == answer.strip() else answer
 
     def departure(self, task: TaskConfig, question: str, answer: str) -> str:
-        """What of this very example the template writes otherwise: `question`, `answer`, or nothing (empty)."""
+        """Return the part of an example that the template changes: `question`, `answer`, or nothing (empty)."""
         prompt = self.prompt(task, question)
         if question.strip() not in prompt:
             return "question"
@@ -83,7 +83,7 @@ class ChatLayout:
         return "" if self._rendered(task, question, answer) == ours else "answer"
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-        """The answer's token ids, without those that end it; special tokens in it are tokenised as text."""
+        """Return the answer's token ids, without those that end it; special tokens in it are tokenised as text."""
         return _tokens_behind(tokenizer, self.anchor, self.lead + answer + self.tail)
 
     def _rendered(self, task: TaskConfig, question: str, answer: str) -> str:
@@ -91,7 +91,7 @@ class ChatLayout:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The tokenizer's chat template.
+    """Return the tokenizer's chat template.
 
     Raises:
         SkdError: it has none, or several and none of them is the default.
@@ -113,7 +113,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def conversation(task: TaskConfig, question: str, answer: str | None = None, *, parts: bool = False) -> list[Message]:
-    """The messages of one example; without an answer, those before it."""
+    """Return the messages of one example; without an answer, those before it."""
     system = [("system", task.system_prompt)] if task.system_prompt else []
     asked = [*system, ("user", task.prompt.replace("{source}", question))]
     said = asked if answer is None else [*asked, ("assistant", answer)]
@@ -123,7 +123,7 @@ def conversation(task: TaskConfig, question: str, answer: str | None = None, *, 
 
 
 def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
-    """See in a child process that the chat template, if the task wants one, comes to an end; once for each template.
+    """Check in a child process, once for each template, that the chat template ends, if the task wants one.
 
     Raises:
         SkdError: it does not, or the tokenizer has no chat template.
@@ -137,7 +137,7 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Non
 
 
 def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
-    """Return whether the prompts of a task are others at another time, because the chat template prints the date.
+    """Return whether the prompts of a task change with the date, because the chat template prints it.
 
     Raises:
         SkdError: the tokenizer has no chat template although the task wants one, or the template cannot be used.
@@ -151,7 +151,7 @@ def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> boo
 
 
 def chat_layout(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> ChatLayout:
-    """Find out how the tokenizer's chat template writes this task's conversations.
+    """Find the layout in which the tokenizer's chat template writes this task's conversations.
 
     Raises:
         SkdError: the tokenizer has no chat template, the template raises something, or it leaves out or changes the
@@ -221,13 +221,13 @@ def _read_layout(
     start = list(tokenizer(before.removesuffix(lead), add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for anchor in ("", "\n"):
-        taught = [*start, *_tokens_behind(tokenizer, anchor, lead + _ANSWER)[:2]]
-        if taught == whole[: len(taught)]:
+        made = [*start, *_tokens_behind(tokenizer, anchor, lead + _ANSWER)[:2]]
+        if made == whole[: len(made)]:
             break
     else:
         anchor = ""
         notes.append(
-            "the first tokens of an answer are others than where the tokenizer reads the template's whole text at once"
+            "the first tokens of an answer differ from those of the template's whole text, tokenised at once"
         )
     return ChatLayout(template, parts, opening, lead, anchor, tail, closing, after, tuple(notes))
 
@@ -254,7 +254,7 @@ def _common(first: str, second: str) -> int:
 
 
 def _misprint(what: str, string: str, text: str) -> str:
-    """What a template does to a string that its text ought to hold; empty if nothing."""
+    """Say what a template does to a string that its text must contain; empty if nothing."""
     if string in text:
         return ""
     changed = _letters(string) in _letters(text)
@@ -262,15 +262,15 @@ def _misprint(what: str, string: str, text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """Letters and digits, without case: what is left of a text that was escaped or put in another spelling."""
+    """Return letters and digits, without case: the part of a text that survives escaping and other spellings."""
     return re.sub(r"\W+", "", html.unescape(text.replace("\\n", "\n"))).casefold()
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, tuple[int, ...]]:
-    """Read what ends an answer off the text after it: text that belongs to the answer, and special tokens.
+    """Split the text after an answer into text that belongs to the answer, and the special tokens that end it.
 
     Several tokens that follow each other end it together if the last is the tokenizer's EOS or the text's end (Cohere
-    closes answer and turn); else the first does, and what comes after it is another message.
+    closes answer and turn); else the first does, and another message follows.
     """
     added = {token.content: int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items()}
     special = {str(token): tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
@@ -292,7 +292,7 @@ def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, tuple[
 
 
 def _tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:
-    """The token ids that a text has behind `anchor`; by itself if the two do not come apart."""
+    """Return the token ids of a text after `anchor`; of the text alone where a token spans both."""
 
     def ids(string: str) -> list[int]:
         return list(tokenizer(string, add_special_tokens=False, split_special_tokens=True)["input_ids"])

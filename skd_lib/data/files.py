@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a glob stands for: always in the same order, and nothing but regular files."""
+"""Files of a path, a folder or a glob: always in the same order, and regular files only."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _WILD = re.compile(r"[*?\[]")
 
 
 def ending(name: str) -> str | None:
-    """The ending that says which format a data file has, without `.gz`; None if it is no data file."""
+    """Return the ending that names a data file's format, without `.gz`; None if it is no data file."""
     name = name.lower()
     found = Path(name.removesuffix(COMPRESSED)).suffix
     return found if found in ENDINGS and not (found == ".parquet" and name.endswith(COMPRESSED)) else None
 
 
 def data_files(uri: str) -> list[str]:
-    """The files that `uri` stands for, sorted by name: itself, those in a folder, or those that match a glob.
+    """Return the files of a URI, sorted by name: itself, those in a folder, or those that match a glob.
 
-    Of a folder and of those in it, files with the ending of a data file are taken, but none whose name, or whose
+    In a folder and its subfolders, all files with the ending of a data file count, except those whose name, or whose
     folder's, begins with `.` or `_`, as Spark's and editors' do. In a glob `**` stands for any number of folders. A
     file whose own name has a `*`, `?` or `[` is that file.
 
@@ -51,7 +51,7 @@ def data_files(uri: str) -> list[str]:
 
 
 def stored_files(uri: str) -> list[StoredObject]:
-    """`data_files` with what identifies their content. Cost: local files are read in full, for their sha256.
+    """Return `data_files` with what identifies their content. Cost: local files are read in full, for their sha256.
 
     Raises:
         SkdError: see `data_files`.
@@ -67,11 +67,7 @@ def stored_files(uri: str) -> list[StoredObject]:
 
 
 def is_there(uri: str) -> bool:
-    """Whether `data_files` finds any.
-
-    Raises:
-        SkdError: it cannot be asked, or is no regular file.
-    """
+    """Return whether `data_files` finds any, and raise its other errors."""
     try:
         return bool(data_files(uri))
     except Missing:
@@ -95,7 +91,7 @@ def _remote(uri: str) -> list[str]:
 
 
 def _fixed_part(uri: str) -> str:
-    """The folder above the first part of a glob that has a wildcard; the URI itself if none has."""
+    """Return the folder above the first part of a glob that has a wildcard; the URI itself if none has."""
     scheme, _, rest = uri.rpartition("://")
     parts = rest.rstrip("/").split("/")
     fixed = next((parts[:number] for number, part in enumerate(parts) if _WILD.search(part)), parts)
@@ -122,7 +118,7 @@ def _local_glob(pattern: str) -> list[str]:
 
 
 def _walk(folder: Path, depth: int | None = None) -> Iterator[str]:
-    """All that is in a folder but folders, by its path in it, down to a depth."""
+    """Yield the files below a folder, by their path in it, down to a depth."""
 
     def refuse(error: OSError) -> None:
         raise _unreadable(str(error.filename), error) from error
@@ -140,7 +136,7 @@ def _is_data(name: str) -> bool:
 
 
 def _regular(path: str) -> str:
-    """The path of a regular file: reading a pipe or a device could wait for ever.
+    """Return the path of a regular file: reading a pipe or a device could wait for ever.
 
     Raises:
         IsADirectoryError: it is a folder.

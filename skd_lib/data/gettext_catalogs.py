@@ -19,11 +19,11 @@ _CATALOG = re.compile(r"(?:.*/)?(?P<language>[^/]+)/LC_MESSAGES/(?P<domain>[^/]+
 
 @dataclass
 class CatalogPairs:
-    """What was found in one wheel.
+    """The pairs in one wheel.
 
     Attributes:
         examples: Source: the translation (msgstr); target: the English original (msgid).
-        left_out: How many entries were left out, by reason.
+        left_out: Entries that were left out, by reason.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -33,16 +33,16 @@ class CatalogPairs:
 def read_wheel(wheel: Path, package: str, language: str, min_words: int, max_words: int | None = None) -> CatalogPairs:
     """Read every `*/LANGUAGE/LC_MESSAGES/*.po` (or `.mo`, where there is no `.po`) in a wheel.
 
-    Left out: untranslated, fuzzy, plural and obsolete entries, copies of the original, entries with fewer than
-    `min_words` or more than `max_words` words on either side, and pairs that were there already. The wheel is read as
-    a zip file: nothing in it is imported or installed.
+    Leaves out untranslated, fuzzy, plural and obsolete entries, copies of the original, entries with fewer than
+    `min_words` or more than `max_words` words (separated by white space) on either side, and repeated pairs. The wheel
+    is read as a zip file: nothing in it is imported or installed.
 
     Args:
         wheel: The wheel.
         package: Its name, for the examples' origin.
         language: Name of the catalogs' folder, e.g. `fr` or `pt_BR`.
-        min_words: Words are what white space separates.
-        max_words: None for no limit.
+        min_words: Fewest words.
+        max_words: Most words; None for no limit.
 
     Raises:
         SkdError: not a wheel, no catalog for the language, or a catalog that cannot be parsed.
@@ -91,7 +91,7 @@ def _parse(content: bytes, where: str, *, binary: bool) -> Any:
 
 
 def _unusable(entry: Any, min_words: int, max_words: int | None) -> str:
-    """Why an entry is no translation pair; empty if it is one."""
+    """Return why an entry is no translation pair; empty if it is one."""
     if entry.obsolete:
         return "obsolete"
     if getattr(entry, "fuzzy", False):  # entries of a compiled catalog do not say

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from skd_lib import storage
+from skd_lib._core.format import first_line
 from skd_lib.config import Columns, FilesSource
 from skd_lib.data.examples import Example
 from skd_lib.data.files import COMPRESSED, ENDINGS, data_files, ending
 from skd_lib.data.json_rows import MAX_ROW_BYTES, Fields, RawRow, Table, read_json_table, read_jsonl_table, text_lines
 from skd_lib.data.rows import HINT_BROKEN, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows, short
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.models.files import first_line
 
 T = TypeVar("T")
 _BATCH = 1000

@@ -1,8 +1,7 @@
-"""Conversations as a chat template renders them, and a try of it in a process that cannot run away.
+"""Rendering of conversations by a chat template, first in a child process with limits on time and memory.
 
-A chat template is a program that comes with a model. It may raise anything, or never end: before any other use it is
-rendered once in a child process with limits on time and memory. Run as a module this file is that child; so it imports
-no more than rendering needs.
+A chat template is a program that comes with a model: it may raise anything, or never end. Run as a module, this file is
+the child process; so it imports no more than rendering needs.
 """
 
 from __future__ import annotations
@@ -28,12 +27,7 @@ MAX_CHARACTERS = 1_000_000
 
 
 class Template(NamedTuple):
-    """A chat template and what it reads beside the messages.
-
-    Attributes:
-        source: Jinja.
-        variables: The tokenizer's special tokens by name, as JSON.
-    """
+    """A chat template in Jinja, and the tokenizer's special tokens by name, as JSON."""
 
     source: str
     variables: str
@@ -48,7 +42,7 @@ def render(
         template: The template.
         messages: The conversation.
         add_generation_prompt: Open an answer at the end.
-        date: The day that the template is to take for today, as YYYY-MM-DD; empty: today.
+        date: The day that is today for the template, as YYYY-MM-DD; empty: today.
 
     Raises:
         SkdError: the template raises something.
@@ -72,16 +66,11 @@ def render(
 
 @lru_cache(maxsize=64)
 def try_rendering(template: Template, conversation: str, date: str = "") -> SkdError | None:
-    """Render a conversation in a child process, with and without a generation prompt, and say what is wrong.
-
-    Args:
-        template: The template.
-        conversation: The messages, as JSON.
-        date: As for `render`.
+    """Render a conversation (messages as JSON) in a child process, with and without a generation prompt.
 
     Returns:
-        What is wrong: the template takes more than `MAX_SECONDS`, fills the memory or writes more than
-        `MAX_CHARACTERS`. None if it ends, be it with an exception, which `render` raises as well.
+        An error if the template takes more than `MAX_SECONDS`, fills the memory or writes more than `MAX_CHARACTERS`;
+        None if it ends, also with an exception, which `render` raises as well.
     """
     request = json.dumps([template, json.loads(conversation), date])
     try:
@@ -97,9 +86,8 @@ def try_rendering(template: Template, conversation: str, date: str = "") -> SkdE
         return SkdError(f"the chat template cannot be tried: {last}")
     written = int(child.stdout.split()[-1])
     if written > MAX_CHARACTERS:
-        return SkdError(
-            f"the chat template writes {written:,} characters for a conversation of two short messages", hint=_HINT
-        )
+        what = f"the chat template writes {written:,} characters for a conversation of two short messages"
+        return SkdError(what, hint=_HINT)
     return None
 
 
@@ -117,7 +105,7 @@ def _failure(what: str, messages: Sequence[Message]) -> SkdError:
 
 
 def _limit() -> None:
-    """Limit this process to `MAX_SECONDS` from here on, at which it is killed, and to a few gigabytes."""
+    """Limit this process to `MAX_SECONDS` from now on, after which it is killed, and to a few gigabytes."""
     import resource
     import signal
 

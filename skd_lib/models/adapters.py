@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): train small matrices beside frozen weights, and add them in at the end."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): small matrices are trained while the weights are frozen, and then merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skd_lib.config import LoraConfig
 from skd_lib.errors import SkdError
-from skd_lib.models.supported import difference, outputs
+from skd_lib.models.heads import difference, outputs
 
 _LINEAR = (nn.Linear, Conv1D)
 _ADAPTED = (*_LINEAR, nn.Embedding, nn.Conv1d)
@@ -20,15 +20,15 @@ _NAMES_SHOWN = 12
 
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
-    """Freeze a model and put trainable adapters beside its weights, in place.
+    """Freeze a model and add trainable adapters to its weights, in place.
 
     Args:
-        model: Its linear layers but for the head get adapters, or those that `settings` names.
-        settings: Rank, scale, dropout and place of the adapters.
-        seed: Decides the adapters' first values; they change no output until they are trained.
+        model: Its linear layers except the head get adapters, or those that `settings` names.
+        settings: Rank, scale, dropout and layers of the adapters.
+        seed: Decides the adapters' first values, which change no output before training.
 
     Returns:
-        The wrapped model (`peft.PeftModel`), which is used in place of `model`.
+        The wrapped model (`peft.PeftModel`), which replaces `model`.
 
     Raises:
         SkdError: peft is not installed, or `check_lora` finds something.
@@ -59,11 +59,11 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
 
 
 def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
-    """See that a model has the layers that adapters are asked for, and can hold them merged; weights are not read.
+    """Check that a model has the layers that adapters are asked for, and can hold them merged; weights are not read.
 
     Args:
-        model: May be on the meta device.
-        settings: Names stand for layers as in PEFT: a whole name, or its end after a dot.
+        model: The model, which may be on the meta device.
+        settings: Names of layers as in PEFT: a whole name, or its end after a dot.
 
     Raises:
         SkdError: a name is of no layer, or of one that takes no adapter; embedding or head are named and are one
@@ -100,10 +100,10 @@ def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
 
 
 def merge_lora(wrapped: Any) -> None:
-    """Add the adapters into the weights and take them away: the model inside is again what `add_lora` was given.
+    """Add the adapters to the weights and remove them: the wrapped model is then usable by itself.
 
     Raises:
-        SkdError: a merged weight is not finite, or the merged model computes something else than it did with adapters.
+        SkdError: a merged weight is not finite, or the merged model computes other logits than with adapters.
     """
     before = outputs(wrapped)
     try:
@@ -120,13 +120,13 @@ def merge_lora(wrapped: Any) -> None:
 
 
 def _takes_adapter(module: nn.Module, embedding: nn.Module) -> bool:
-    """Whether PEFT can call a layer with its adapter: not with rows looked up in a way of its own (OPT)."""
+    """Return whether PEFT can call a layer with an adapter: not an embedding with its own way to look up rows (OPT)."""
     own_lookup = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding and module is not embedding
     return isinstance(module, _ADAPTED) and not own_lookup
 
 
 def _similar(target: str, layers: dict[str, nn.Module]) -> str:
-    """The ends of layers' names, those like `target` first."""
+    """Return a hint with the ends of layers' names, those like `target` first."""
     ends = sorted({name.rpartition(".")[2] for name in layers})
     near = get_close_matches(target.rpartition(".")[2], ends, n=_NAMES_SHOWN, cutoff=0.4)
     names = [*near, *(end for end in ends if end not in near)][:_NAMES_SHOWN]

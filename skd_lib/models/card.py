@@ -1,4 +1,4 @@
-"""The model card that is saved with every model: where it came from and how it was made."""
+"""The model card that is saved with every model: its origin, settings and scores."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from skd_lib import __version__
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a model came from.
+    """The origin of a model.
 
     Attributes:
         base: The model its weights started from.
-        method: How it was trained, e.g. `sft`, `skd`, `prune`.
+        method: The training, e.g. `sft`, `skd`, `prune`.
         teacher: The model it learnt from; empty if none.
-        data_fingerprint: Fingerprint of the data it was trained on; empty if none.
+        data_fingerprint: Fingerprint of the training data; empty if none.
         code_version: Version of this library.
         settings: Settings worth knowing (steps, learning rate, K, gamma).
     """
@@ -32,13 +32,7 @@ class Lineage:
 
 
 def model_card(name: str, lineage: Lineage, metrics: Mapping[str, float] | None = None) -> str:
-    """Text of the model card, with the metadata block that the Hugging Face hub reads.
-
-    Args:
-        name: Title of the card.
-        lineage: Where the model came from.
-        metrics: Scores to show, by name.
-    """
+    """Return the text of the model card, with the metadata block of the Hugging Face hub and scores by name."""
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

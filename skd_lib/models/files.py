@@ -1,6 +1,6 @@
-"""What a model folder holds: config, tokenizer, and the headers and bytes of its safetensors files.
+"""Content of a model folder: config, tokenizer, and the headers and bytes of its safetensors files.
 
-The weights are never loaded here, nor is torch for looking at them: what is wrong with a folder is found at once.
+Neither weights nor torch are loaded here, so that errors of a folder are found at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REASON_SHOWN = 300
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file, as its header describes it."""
+    """A tensor of a safetensors file, from the file's header."""
 
     name: str
     dtype: str
@@ -46,11 +46,7 @@ class StoredTensor:
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:
-    """See that a folder holds a whole model: config, tokenizer, and weights as complete safetensors files.
-
-    Args:
-        folder: A model in the Hugging Face layout.
-        weights: False where only config and tokenizer matter.
+    """Check that a folder holds a whole model: config, tokenizer, and `weights` as complete safetensors files.
 
     Raises:
         SkdError: something is missing, cut off, or in a format that is not loaded.
@@ -74,7 +70,7 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """What the safetensors files of a folder hold, sorted by name; reads their headers only.
+    """Return the tensors in the safetensors files of a folder, sorted by name; reads headers only.
 
     Raises:
         SkdError: there are none, a shard is missing, a file is cut off or cannot be read, or a name stands in two.
@@ -102,7 +98,7 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would load from a folder; none if there are none.
+    """Return the safetensors files that transformers would load from a folder.
 
     Raises:
         SkdError: the index of a sharded model is broken or names files that are not there.
@@ -131,7 +127,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_digest(path: Path) -> str:
-    """Hex sha256 over the weights of a model folder: each tensor's name, dtype, shape and bytes, sorted by name.
+    """Return the hex sha256 over the weights of a model folder: each tensor's name, dtype, shape and bytes, sorted.
 
     The same weights have the same digest however they are cut into shards and whatever metadata the files carry.
 
@@ -147,21 +143,27 @@ def weights_digest(path: Path) -> str:
 
 
 def describe(path: Path, *, trust_remote_code: bool = False) -> dict[str, int]:
-    """Size of a stored model: `num_parameters`, `vocab_size` (rows of the embedding), `context_length` in tokens.
+    """Return a stored model's `num_parameters`, `vocab_size` (rows of the embedding) and `context_length` in tokens.
 
     Reads headers and config, and the embeddings where it must. Weights that are tied but stored twice count once.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code).get_text_config()
+    config = load_config(path, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
     tied = {_HEAD} if getattr(config, "tie_word_embeddings", False) and not has_own_head(path) else set()
     return {
         "num_parameters": sum(math.prod(tensor.shape) for tensor in stored_tensors(path) if tensor.name not in tied),
         "vocab_size": int(config.vocab_size),
-        "context_length": int(getattr(config, "max_position_embeddings", 0)),
+        "context_length": context_length(config) or 0,
     }
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the most positions that a config's model takes; None if they are not limited."""
+    limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
 def has_own_head(path: Path) -> bool:
-    """Whether the weights of a folder hold a head that is no copy of the embedding, whatever config.json says of ties.
+    """Return whether a folder's weights hold a head that is no copy of the embedding, tied in config.json or not.
 
     Transformers keeps both where they differ. Reads their bytes only if both are there.
     """
@@ -178,9 +180,7 @@ def has_own_head(path: Path) -> bool:
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the config of a model folder.
-
-    The kind of attention that it names, which this machine may not have, is left out.
+    """Load the config of a model folder, without the kind of attention it names, which this machine may not have.
 
     Raises:
         SkdError: there is none, or it is of no model that transformers knows.
@@ -222,23 +222,14 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of a library says, in one line; its type where it says nothing."""
+    """Return a library's error message on one line, or the error's type where it has none."""
     text = " ".join(str(error).split())
     return (text if len(text) <= _REASON_SHOWN else f"{text[:_REASON_SHOWN]} ...") or type(error).__name__
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text; its type where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say which file cannot be read.
-
-    Raises:
-        SkdError: in place of an `OSError`.
-    """
+    """Raise an `OSError` as an `SkdError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -250,7 +241,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _header(path: Path) -> list[StoredTensor]:
-    """The tensors of one file. Format: 8 bytes little-endian header length, JSON header, the tensors' bytes."""
+    """Return the tensors of one file. Format: 8 bytes little-endian header length, JSON header, the tensors' bytes."""
     with reading(path), path.open("rb") as file:
         size = path.stat().st_size
         prefix = file.read(8)
@@ -283,7 +274,7 @@ def _header(path: Path) -> list[StoredTensor]:
 
 
 def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
-    """The bytes of a tensor."""
+    """Yield the bytes of a tensor."""
     with reading(tensor.file), tensor.file.open("rb") as file:
         file.seek(tensor.start)
         left = tensor.end - tensor.start
@@ -296,7 +287,7 @@ def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
 
 
 def _adapter_found(folder: Path, name: str) -> SkdError:
-    """Nothing says of weights that stand with an adapter whether it is merged into them already."""
+    """Return the error for a folder with an adapter: nothing says whether it is merged into the weights already."""
     merge = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
     if not (folder / "config.json").is_file():
         return SkdError(

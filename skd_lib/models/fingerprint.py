@@ -1,4 +1,4 @@
-"""What tells a model's present content from any other: part of the cache key of every step that fetches a model.
+"""Fingerprints of a model's present content: part of the cache key of every step that fetches a model.
 
 | reference | fingerprint |
 |---|---|
@@ -47,16 +47,16 @@ _SETTLED = 5.0
 """Seconds after which a further change to a file must show in its times, on any file system."""
 _SHOWN = 12
 _WRITTEN_BY = ("transformers_version", "_name_or_path")
-"""Keys of a config that tell who wrote it, and from where."""
+"""Keys of a config that name its writer and source."""
 
 
 def digest(parts: Iterable[str]) -> str:
-    """Hex sha256 over lines of text."""
+    """Return the hex sha256 over lines of text."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Fingerprint of a model in a local folder; reads its files, big ones only when they have changed.
+    """Return the fingerprint of a model in a local folder; reads big files only when they have changed.
 
     Raises:
         SkdError: a file cannot be read.
@@ -73,12 +73,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def objects_fingerprint(uri: str, objects: Iterable[StoredObject]) -> str:
-    """Fingerprint of a model in object storage.
-
-    Args:
-        uri: Its folder.
-        objects: All that `storage.list_objects` finds there.
-    """
+    """Return the fingerprint of a model in object storage from its folder's URI and `storage.list_objects`."""
     start = f"{uri.rstrip('/')}/"
     named = {item.uri.removeprefix(start): item for item in objects}
     return "sha256:" + digest(
@@ -87,17 +82,17 @@ def objects_fingerprint(uri: str, objects: Iterable[StoredObject]) -> str:
 
 
 def matters(name: str) -> bool:
-    """Whether a file of a model's folder, named relative to it, is one of `MODEL_FILES`."""
+    """Return whether a file of a model's folder, named relative to it, is one of `MODEL_FILES`."""
     if fnmatchcase(name, _OTHER_FORMATS):
         return False
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 def file_digest(path: Path) -> str:
-    """Hex sha256 of a file.
+    """Return the hex sha256 of a file.
 
     A big file's digest is kept in the cache (`SKD_CACHE`) under the file's path, inode, size and times, so that it is
-    read again only when one of them has changed. Of a file that was written a moment ago nothing is kept: a further
+    read again only when one of them has changed; but not for a file that was written a moment ago, since a further
     change might show in none of them.
 
     Raises:
@@ -122,7 +117,7 @@ def file_digest(path: Path) -> str:
 
 
 def settings_digest(folder: Path) -> str:
-    """Hex sha256 of what decides, besides its weights, what a loaded model computes: its config and its own code.
+    """Return the hex sha256 of a model's config and own code, which besides its weights decide what it computes.
 
     Raises:
         SkdError: a file cannot be read.
@@ -136,12 +131,12 @@ def settings_digest(folder: Path) -> str:
 
 
 def short(fingerprint: str) -> str:
-    """A fingerprint for people: `commit 0123456789ab`; empty where there is none."""
+    """Return a fingerprint for people: `commit 0123456789ab`; empty where there is none."""
     kind, _, value = fingerprint.partition(":")
     return f"{kind} {value[:_SHOWN]}".strip()
 
 
 def _identity(path: Path) -> tuple[str, int, int, int, int]:
-    """Changes whenever the file does, unless it was written twice within the granularity of its times."""
+    """Return what changes whenever a file does, unless it is written twice within the granularity of its times."""
     status = path.stat()
     return str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

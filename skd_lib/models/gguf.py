@@ -1,7 +1,7 @@
-"""GGUF files, the single-file format of llama.cpp, turned into the Hugging Face layout.
+"""Conversion of GGUF files, the single-file format of llama.cpp, to the Hugging Face layout.
 
-Transformers dequantizes the weights and rebuilds the tokenizer. What it leaves undone is done here: pre-tokenizers
-it does not know, and a model that it regards as quantized and would refuse to save.
+Transformers dequantizes the weights and rebuilds the tokenizer. This module adds pre-tokenizers that it does not know,
+and saves a model that it regards as quantized and would refuse to save.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.errors import SkdError
-from skd_lib.models.files import reading, reason
+from skd_lib.models.files import context_length, reading, reason
 from skd_lib.models.loading import write_model
 from skd_lib.models.skeleton import check_loaded
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 _HINT = "use the model's safetensors repository instead of its GGUF file"
 _ROTARY = "rope_freqs.weight"
-PRE_TOKENIZER_FIELD = "tokenizer.ggml.pre"
+_PRE_TOKENIZER = "tokenizer.ggml.pre"
 
 
-def convert_gguf(file: Path, folder: Path, *, context_length: int | None = None) -> None:
+def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file into `folder`, in float32 safetensors.
 
     Memory: two copies of the float32 weights at the peak, about 8 bytes a parameter.
@@ -36,11 +36,10 @@ def convert_gguf(file: Path, folder: Path, *, context_length: int | None = None)
     Args:
         file: The `.gguf` file.
         folder: An existing folder to write into.
-        context_length: Longest input of the tokenizer; None for what the file says.
 
     Raises:
         SkdError: not a GGUF file, a piece of one, one whose architecture or tokenizer transformers cannot read, or one
-            of whose tensors transformers makes nothing.
+            with tensors that transformers ignores.
     """
     log.info("converting %s to safetensors", file.name)
     reader = _open(file)
@@ -58,32 +57,27 @@ def convert_gguf(file: Path, folder: Path, *, context_length: int | None = None)
         ) from error
     check_loaded(info, file)
     _check_used(reader, loaded, file)
-    restore_pre_tokenizer(tokenizer, _text(reader, PRE_TOKENIZER_FIELD))
+    field = reader.get_field(_PRE_TOKENIZER)
+    if field is not None and str(field.contents()) == "smollm":
+        _restore_smollm(tokenizer)
     model = _without_quantizer(loaded)
-    tokenizer.model_max_length = context_length or model.config.get_text_config().max_position_embeddings
+    tokenizer.model_max_length = context_length(model.config)
     write_model(model, tokenizer, folder)
 
 
-def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
-    """Give the tokenizer the pre-tokenizer that its GGUF file names, where transformers has not.
+def _restore_smollm(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set the pre-tokenizer `smollm`, which transformers does not: other cuts make ids that the model has never seen.
 
-    A tokenizer that cuts text in other places than the one a model was trained with gives it ids it has never seen.
-    `smollm` takes digits out one by one before anything else (SmolLM2's own `tokenizer.json`): of two spaces and a
-    digit, the spaces are one token. Transformers 5.23 leaves the digits to GPT-2's expression, which binds the last
-    space to them.
-
-    Args:
-        tokenizer: Changed in place.
-        name: The file's `tokenizer.ggml.pre`; names other than `smollm` are left as transformers has set them.
+    It splits digits one by one before anything else (SmolLM2's own `tokenizer.json`): of two spaces and a digit, the
+    spaces are one token. Transformers 5.23 leaves the digits to GPT-2's expression, which binds the last space to them.
     """
-    if name == "smollm":
-        backend = cast(Any, tokenizer).backend_tokenizer
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+    backend = cast(Any, tokenizer).backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
 
 
 def _open(file: Path) -> GGUFReader:
@@ -99,7 +93,7 @@ def _open(file: Path) -> GGUFReader:
 
 
 def _check_whole(reader: GGUFReader, file: Path) -> None:
-    """See that a file is all of its model, and that nothing in it is known to be left out by transformers."""
+    """Check that a file is all of its model, and holds nothing that transformers is known to leave out."""
     pieces = int(_number(reader, "split.count") or 1)
     if pieces > 1:
         piece, tensors = int(_number(reader, "split.no") or 0) + 1, _number(reader, "split.tensors.count")
@@ -119,10 +113,10 @@ def _check_whole(reader: GGUFReader, file: Path) -> None:
 
 
 def _check_used(reader: GGUFReader, model: PreTrainedModel, file: Path) -> None:
-    """See that transformers has dropped no tensor: what it has no name for it leaves out without a word.
+    """Check that transformers has dropped no tensor, as it does silently where it knows no name for one.
 
-    Counted are elements, since names and shapes change: the model has all of the file's, but for a head that is a copy
-    of the embedding.
+    Compares numbers of elements, since names and shapes change: the model has all of the file's, except a head that is
+    a copy of the embedding.
     """
     sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name != _ROTARY}
     if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
@@ -137,18 +131,13 @@ def _check_used(reader: GGUFReader, model: PreTrainedModel, file: Path) -> None:
         )
 
 
-def _text(reader: GGUFReader, name: str) -> str | None:
-    field = reader.get_field(name)
-    return None if field is None else str(field.contents())
-
-
 def _number(reader: GGUFReader, name: str) -> float | None:
     field = reader.get_field(name)
     return None if field is None else float(field.contents())
 
 
 def _without_quantizer(loaded: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that transformers does not regard as quantized, since it refuses to save such."""
+    """Return the same weights in a model that transformers does not regard as quantized and refuse to save."""
     config = loaded.config
     del config.quantization_config
     weights = loaded.state_dict()

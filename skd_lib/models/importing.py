@@ -1,4 +1,4 @@
-"""A model that is brought into a run: fetched, whatever names it, and kept with its record."""
+"""Import of a model into a run: fetched from its reference, checked, and copied into a folder with its record."""
 
 from __future__ import annotations
 
@@ -10,27 +10,18 @@ from typing import Any
 
 from skd_lib.models.files import describe, reading, weight_files, weights_digest
 from skd_lib.models.fingerprint import MODEL_FILES
-from skd_lib.models.finite import check_finite
 from skd_lib.models.records import write_record
 from skd_lib.models.references import LocalFolder, check_unchanged, model_fingerprint, parse_reference, resolve_model
-from skd_lib.models.skeleton import check_weights, skeleton
+from skd_lib.models.skeleton import check_finite, check_weights, skeleton
 from skd_lib.models.special_ids import GENERATION, stored_generation_config, without_sampling_defaults
 from skd_lib.storage import atomic_directory
 
 
 def fetch_model(reference: str, fingerprint: str = "", *, code: bool = False) -> tuple[Path, str]:
-    """Make a model available.
-
-    Args:
-        reference: What names it.
-        fingerprint: What `model_fingerprint` said; empty: whatever is there now.
-        code: Fetch `*.py`, too.
+    """Make a model available, with its `*.py` if `code`, see `resolve_model`.
 
     Returns:
-        A folder that must not be written to, and the model's fingerprint.
-
-    Raises:
-        SkdError: see `resolve_model`.
+        A folder that must not be written to, and the model's fingerprint: the given one, or else its present one.
     """
     known = fingerprint or model_fingerprint(reference)
     return resolve_model(reference, fingerprint=known, trust_remote_code=code), known
@@ -39,15 +30,7 @@ def fetch_model(reference: str, fingerprint: str = "", *, code: bool = False) ->
 def import_model(
     reference: str, source: Path, target: Path, *, fingerprint: str, code: bool = False, borrow: bool = False
 ) -> dict[str, Any]:
-    """Take over what a model needs, as `import_folder` does, and write its record (`skd_lib.models.records`).
-
-    Args:
-        reference: What names it.
-        source: The folder that `fetch_model` made available.
-        target: The new folder; replaced if it is there.
-        fingerprint: What `fetch_model` said.
-        code: Take `*.py` along.
-        borrow: See `import_folder`.
+    """Import the model that `fetch_model` made available, see `import_folder`, and write its record.
 
     Returns:
         The record's lineage, see `origin_of`.
@@ -65,16 +48,16 @@ def import_model(
 
 
 def origin_of(reference: str, folder: Path, fingerprint: str) -> dict[str, Any]:
-    """Return what the record of a model says of where it came from: names, digests and its size."""
+    """Return the names, digests and sizes by which a model's record says where it came from."""
     named = {"weights_sha256": weights_digest(folder), "reference": reference, "fingerprint": fingerprint}
     return {**named, **describe(folder)}
 
 
 def check_whole(folder: Path) -> None:
-    """See that a model can be used.
+    """Check that a folder's weights are those that its config wants, and finite.
 
     Raises:
-        SkdError: its weights are not those that its config wants, or not finite.
+        SkdError: they are not.
     """
     model = skeleton(folder)
     check_weights(folder, model)
@@ -82,20 +65,20 @@ def check_whole(folder: Path) -> None:
 
 
 def import_folder(source: Path, target: Path, *, link: bool, code: bool = False, borrow: bool = False) -> None:
-    """Take over what a model needs: config, tokenizer, safetensors weights, card and licence.
+    """Copy what a model needs: config, tokenizer, safetensors weights, card and licence.
 
-    The generation config keeps its special ids only: sampling defaults of a hub model have no say in this pipeline.
+    The generation config keeps its special ids only: sampling defaults of a hub model have no effect in this pipeline.
 
     Args:
         source: A model in the Hugging Face layout.
         target: The new folder; replaced if it is there.
         link: Share the weights' bytes with `source` by hard links where the file system can.
-        code: Take `*.py` along.
+        code: Copy `*.py` too.
         borrow: Make symbolic links to the weights instead. For a folder that is only read, while `source` is there: a
             copy would take memory where temporary files are kept in memory.
 
     Raises:
-        SkdError: the weights are not those that the config wants, or not finite.
+        SkdError: see `check_whole`.
     """
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", *(["*.py"] if code else [])]
     with atomic_directory(target) as folder:
@@ -106,24 +89,24 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False,
             if borrow:
                 (folder / file.name).symlink_to(file.resolve())
             else:
-                _take(file, folder / file.name, link)
+                _copy_weights(file, folder / file.name, link)
         if (stored := stored_generation_config(folder)) is not None:
             without_sampling_defaults(stored).save_pretrained(folder)
         check_whole(folder)
 
 
-def _take(file: Path, to: Path, link: bool) -> None:
+def _copy_weights(file: Path, to: Path, link: bool) -> None:
     if link:
         try:
-            os.link(file.resolve(), to)
+            return os.link(file.resolve(), to)
         except OSError:  # another file system, or one without hard links
-            link = False
-    if not link:
-        shutil.copyfile(file, to)
+            pass
+    shutil.copyfile(file, to)
+    return None
 
 
 def same_model(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same model: greedy answers of one are those of the other.
+    """Return whether two folders hold the same model: greedy answers of one are those of the other.
 
     Their weights, configs, tokenizers and templates are compared byte for byte, up to the first that differs; of the
     generation configs, the special ids. Code (`*.py`) is not compared: it is not run when models are measured.

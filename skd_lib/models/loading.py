@@ -1,4 +1,4 @@
-"""Models from and to folders in the Hugging Face layout, weights as safetensors only."""
+"""Loading and saving of models in the Hugging Face layout, weights as safetensors only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from transformers import (
 
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder, load_config, reason, stored_tensors
-from skd_lib.models.heads import embedding_rows
+from skd_lib.models.heads import check_supported, embedding_rows
 from skd_lib.models.skeleton import check_decoder_only, check_loaded, check_stored, follow_ties
 from skd_lib.models.special_ids import eos_ids, pad_id, stored_generation_config, without_sampling_defaults
-from skd_lib.models.supported import check_supported
 from skd_lib.storage import atomic_directory, write_text_atomic
 
 _EAGER_ONLY = {"gemma2"}
@@ -42,14 +41,13 @@ def load_model(
     Every weight of the model must be in the files and the other way round: a model that is partly random is an
     error, not a warning. Its decoder and head, as they are used here, must give its own logits. Where the files hold
     a head of its own although the config ties it to the embedding, the config is corrected. The generation config
-    keeps its special ids only, so that no sampling default of a hub model (top_k, repetition penalty) can leak into
-    what is sampled here.
+    keeps its special ids only, so that no sampling default of a hub model (top_k, repetition penalty) affects samples.
 
     Args:
         path: Folder in the Hugging Face layout.
         dtype: The weights are converted to it.
         device: None for `default_device()`.
-        quantization: Hold the linear layers but for the head in so many bits (bitsandbytes); they compute in `dtype`.
+        quantization: Bits in which to hold the linear layers except the head (bitsandbytes); they compute in `dtype`.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
@@ -101,12 +99,10 @@ def load_model(
 
 
 def check_quantization(quantization: str, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> None:
-    """See that a model can be quantised to `8bit` or `4bit` on a device. Its weights need not be there.
-
-    On CPUs, bitsandbytes takes each row of a 4-bit matrix for whole blocks: others come out with wrong scales.
+    """Check that a model, whose weights need not be there, can be quantised to `8bit` or `4bit` on a device.
 
     Raises:
-        SkdError: bitsandbytes is missing, or a layer's rows are no whole blocks.
+        SkdError: bitsandbytes is missing, or a layer's rows are no whole blocks: on CPUs they get wrong 4-bit scales.
     """
     where = f"teacher_precision {quantization}"
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -129,17 +125,17 @@ def check_quantization(quantization: str, path: Path, device: torch.device, *, t
 
 def _bits_and_bytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization == "8bit":
-        # It would tell of each product's cast to fp16.
+        # It would log each product's cast to fp16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _compute_as_asked(model: PreTrainedModel) -> None:
-    """Let 4-bit layers compute in the dtype they were given, on every CPU.
+    """Make 4-bit layers compute in their own dtype on every CPU.
 
-    On one with AVX512_BF16, bitsandbytes packs weights again for a kernel that computes in bf16 whatever the dtype, and
-    that fails for a layer whose outputs are not a multiple of 32.
+    On one with AVX512_BF16, bitsandbytes packs weights again for a kernel that always computes in bf16, and that fails
+    for a layer whose outputs are not a multiple of 32.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -147,13 +143,7 @@ def _compute_as_asked(model: PreTrainedModel) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str | None = None) -> None:
-    """Save model and tokenizer as a folder that appears only when it is complete; one that is there is replaced.
-
-    Args:
-        model: Saved in the dtype it has.
-        tokenizer: Saved with its chat template.
-        path: The folder.
-        card: Text of the model card (`README.md`).
+    """Save model, tokenizer and the text of the model card as a folder, which appears only when it is complete.
 
     Raises:
         OSError: the folder cannot be written.
@@ -182,7 +172,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def default_device() -> torch.device:
-    """This process's GPU if there is one (`LOCAL_RANK` says which), else the CPU."""
+    """Return this process's GPU if there is one (of the index `LOCAL_RANK`), else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -191,7 +181,7 @@ def default_device() -> torch.device:
 def avoid_cudnn_attention() -> None:
     """Keep cuDNN out of PyTorch's attention in this process.
 
-    On Hopper and later GPUs it would be first choice wherever there is a mask, and builds a plan, for tenths of a
-    second, for every shape that it has not seen; batches of text hardly ever have the same shape twice.
+    On Hopper and later GPUs it is the first choice for attention with a mask, and spends tenths of a second on a plan
+    for every new shape; batches of text hardly ever have the same shape twice.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)

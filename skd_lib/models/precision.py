@@ -1,4 +1,4 @@
-"""The precision in which models compute on this machine: the one place that decides it.
+"""Choice of the precision in which models compute on this machine, for all parts of a run.
 
 bf16 pays where a device has units that multiply matrices in it. A CPU with `avx512_bf16` alone has vector instructions
 for it, with which a training step took 0.64 times as long as in fp32 on one CPU (an AMD EPYC) and 1.6 to 1.9 times on
@@ -16,16 +16,16 @@ from skd_lib.config import Precision
 from skd_lib.errors import SkdError
 
 VARIABLE = "SKD_PRECISION"
-"""Environment variable that says what `auto` means on this machine: `fp32` or `bf16`."""
+"""Environment variable that sets the meaning of `auto` on this machine: `fp32` or `bf16`."""
 Resolved = Literal["fp32", "bf16"]
 DTYPES: dict[Resolved, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_precision(wanted: Precision, device: torch.device) -> Resolved:
-    """Return the precision that `wanted` comes to on a device.
+    """Return the precision that `wanted` means on a device.
 
-    `auto` is what `SKD_PRECISION` says, else bf16 where `multiplies_in_bf16`, else fp32. What is asked for by name is
-    kept, also where it is slow (see `precision_trouble`).
+    `auto` is the value of `SKD_PRECISION`, else bf16 where `multiplies_in_bf16`, else fp32. A precision asked for by
+    name is kept, also where it is slow (see `precision_trouble`).
 
     Raises:
         SkdError: `SKD_PRECISION` is neither `fp32` nor `bf16`, or the device cannot compute in bf16 at all.
@@ -40,11 +40,7 @@ def resolve_precision(wanted: Precision, device: torch.device) -> Resolved:
 
 
 def compute_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype of `resolve_precision`.
-
-    Raises:
-        SkdError: see `resolve_precision`.
-    """
+    """Return the dtype of `resolve_precision`, and raise its errors."""
     return DTYPES[resolve_precision(wanted, device)]
 
 
@@ -61,7 +57,7 @@ def multiplies_in_bf16(device: torch.device) -> bool:
 
 
 def precision_trouble(wanted: Precision, device: torch.device) -> str:
-    """Return why bf16 is a poor choice on a device, as a sentence; empty if it is none, or is not what `wanted` means.
+    """Return why `wanted` is a poor choice on a device, as a sentence; empty if it is none.
 
     Raises:
         SkdError: see `resolve_precision`.

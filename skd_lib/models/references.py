@@ -1,4 +1,4 @@
-"""How a configuration names a model, and how a name becomes a folder.
+"""References to models in a configuration, and how each becomes a local folder.
 
 | reference | meaning |
 |---|---|
@@ -34,7 +34,7 @@ WHEEL = "wheel://"
 COMMIT = "commit:"
 """Begins the fingerprint of a hub model."""
 CONVERSION = "2"
-"""Version of the GGUF conversion: raised when its results change, so that conversions in caches are made again."""
+"""Version of the GGUF conversion: raised when its results change, so that cached conversions are made again."""
 
 _WHEEL = re.compile(
     r"wheel://(?P<requirement>[^/?]+==[^/?]+)/(?P<member>[^?]+\.gguf)\?sha256=(?P<sha256>[0-9a-fA-F]{64})"
@@ -90,10 +90,10 @@ Reference: TypeAlias = LocalFolder | LocalGguf | HubModel | StoredFolder | Wheel
 
 
 def parse_reference(ref: str) -> Reference:
-    """What kind of reference `ref` is. Looks for local files, but at nothing else.
+    """Parse a reference; nothing but local files is asked for.
 
     Raises:
-        SkdError: it is none of the forms, or names a local path where there is nothing.
+        SkdError: it has none of the forms, or names a local path where there is nothing.
     """
     if storage.is_remote(ref):
         return StoredFolder(ref)
@@ -122,7 +122,7 @@ def parse_reference(ref: str) -> Reference:
 
 
 def model_fingerprint(ref: str) -> str:
-    """What the model that `ref` names is now, see `skd_lib.models.fingerprint`; of a hub model no weights are fetched.
+    """Return the fingerprint of a model now, see `skd_lib.models.fingerprint`; no weights of hub models are fetched.
 
     Raises:
         SkdError: there is no such model, or storage or the hub cannot be asked.
@@ -146,14 +146,10 @@ def _fingerprint(reference: Reference) -> str:
 
 
 def check_unchanged(ref: str, fingerprint: str) -> None:
-    """See that a model is still what preflight found; a hub model is, since it is fetched at its commit.
-
-    Args:
-        ref: The model.
-        fingerprint: What `model_fingerprint` said; empty: not compared.
+    """Check that a model still has the fingerprint of preflight (empty: not compared), or is fetched at a commit.
 
     Raises:
-        SkdError: it is another one.
+        SkdError: it has another one.
     """
     reference = parse_reference(ref)
     if not fingerprint or (isinstance(reference, HubModel) and fingerprint.startswith(COMMIT)):
@@ -181,18 +177,17 @@ def resolve_model(
 
     Args:
         ref: See the table at the top of this module.
-        fingerprint: What `model_fingerprint` said: a hub model is fetched at that commit, any other must still be the
-            same. Empty: whatever is there now.
+        fingerprint: Result of `model_fingerprint`: a hub model is fetched at that commit, any other must still be the
+            same. Empty: the present model.
         cache_dir: None for `default_cache_dir()`.
         trust_remote_code: Fetch the Python code that a hub model comes with, too.
-        weights: False to leave out the weights where that saves a download (hub models): enough to look at
-            tokenizer and config.
+        weights: False to leave out a hub model's weights, where tokenizer and config are enough.
 
     Returns:
         A folder that must not be written to.
 
     Raises:
-        SkdError: there is no such model, it cannot be fetched, is not one that is loaded here, or has changed.
+        SkdError: there is no such model, it cannot be fetched, is of an unknown format, or has changed.
     """
     reference = parse_reference(ref)
     if isinstance(reference, HubModel) and fingerprint.startswith(COMMIT):
@@ -237,13 +232,13 @@ def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: 
 def _converted(
     cache: Path, content: str, provide: Callable[[Path], Path], check: Callable[[], None] = lambda: None
 ) -> Path:
-    """The conversion of a GGUF file, from the cache or made now.
+    """Return the conversion of a GGUF file, from the cache or made now.
 
     Args:
         cache: The cache.
         content: Identifies the file's content.
         provide: Given a scratch folder, returns the GGUF file's path.
-        check: Raises if that was no longer the file's content.
+        check: Raises if the file's content has changed.
     """
 
     def build(folder: Path) -> None:
@@ -257,7 +252,7 @@ def _converted(
 
 
 def stored_folder(cache: Path, uri: str) -> Path:
-    """A copy of a folder in object storage, keyed by what is in it, so that overwritten objects are fetched again.
+    """Return a copy of a folder in object storage, keyed by its content, so that changed objects are fetched again.
 
     Raises:
         SkdError: there is no such folder, it cannot be fetched, or it changed meanwhile.
@@ -279,7 +274,7 @@ def stored_folder(cache: Path, uri: str) -> Path:
 
 
 def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
-    """The files of a hub repository, from the hub's own cache or fetched now.
+    """Return the files of a hub repository, from the hub's own cache or fetched now.
 
     Args:
         repository: `org/name`.

@@ -1,6 +1,6 @@
-"""A model without its weights, and whether the weights in a folder are the ones it wants.
+"""A model without its weights, and checks that the weights in a folder are the ones it wants, and finite.
 
-Transformers matches the files' names and shapes with the model's itself, on the meta device: with its prefixes,
+Transformers itself matches the files' names and shapes with the model's, on the meta device: with its prefixes,
 renamings and fused experts, as when it loads them, but from the files' headers alone.
 """
 
@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from skd_lib.errors import SkdError
-from skd_lib.models.files import StoredTensor, has_own_head, load_config, reason, stored_tensors, weight_files
-from skd_lib.models.supported import check_structure
+from skd_lib.models.files import StoredTensor, has_own_head, load_config, reading, reason, stored_tensors, weight_files
+from skd_lib.models.heads import check_structure
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,18 @@ _MASK = re.compile(r"\.(attn|attention)(\.attention)?\.(masked_)?bias$")
 """Causal masks that old versions of transformers saved with GPT-2, GPT-Neo, GPT-J and CodeGen: no weights."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+_EXPONENTS: dict[str, tuple[Any, int]] = {
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
+"""Words of a dtype's size, and the bits that are all set in infinities and NaN alone."""
+WHOLE = 1 << 27
+"""Bytes of weights up to which all are read for `check_finite`."""
+_SAMPLE = 1 << 16
+_PLACES = 4
+_LEAST = 1 << 10
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -65,7 +78,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def check_decoder_only(config: Any, folder: Path) -> None:
-    """See that a config is of no encoder-decoder, that its fields name one architecture, and that they are numbers.
+    """Check that a config is of no encoder-decoder, that its fields name one architecture, and that none is NaN.
 
     Raises:
         SkdError: it is, or they do not.
@@ -97,10 +110,10 @@ def check_decoder_only(config: Any, folder: Path) -> None:
 
 
 def follow_ties(model: PreTrainedModel) -> None:
-    """Let the config of a model say that head and embedding are two tensors where they are.
+    """Untie head and embedding in a model's config where they are two tensors.
 
-    Transformers keeps both tensors of files that hold both, whatever the config says of ties; who builds a model from
-    the config again would tie them.
+    Transformers keeps both tensors of files that hold both, whatever the config says; a model that is built from the
+    config again would tie them.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
@@ -108,24 +121,24 @@ def follow_ties(model: PreTrainedModel) -> None:
 
 
 def untie(config: Any) -> None:
-    """Let a config say that head and embedding are two tensors."""
+    """Change a config so that head and embedding are two tensors."""
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
 
 
 def check_weights(folder: Path, model: PreTrainedModel) -> str:
-    """Compare the names and shapes in a folder's weight files with a model's.
+    """Compare the names and shapes in a folder's weight files with a model's, by their headers only.
 
     Args:
-        folder: Its `*.safetensors` files are looked at, their headers only.
-        model: Of the folder's config, on the meta device.
+        folder: The model's folder.
+        model: The model of its config, on the meta device.
 
     Returns:
-        Why they were not compared; empty if they were.
+        The reason why they were not compared; empty if they were.
 
     Raises:
-        SkdError: a weight would stay random, be dropped, or be read as what it is not.
+        SkdError: a weight would stay random, be dropped, or be read as another type.
     """
     tensors = stored_tensors(folder)
     quantized = getattr(model.config, "quantization_config", None)
@@ -167,16 +180,12 @@ def check_weights(folder: Path, model: PreTrainedModel) -> str:
 
 
 def check_loaded(info: dict[str, Any], path: Path) -> None:
-    """See that every weight of a model came from its files, and every tensor of the files went into the model.
+    """Check that every weight of a model came from its files, and every tensor of the files went into the model.
 
-    Tensors that the architecture itself declares to be ignored are not in `info`.
-
-    Args:
-        info: What transformers says of loading.
-        path: The files.
+    Tensors that the architecture itself declares to be ignored are not in `info`, transformers' report of loading.
 
     Raises:
-        SkdError: there is one that did not.
+        SkdError: one did not.
     """
     found = [
         f"{len(names)} {kind}: {_examples(names)}"
@@ -196,7 +205,7 @@ def check_loaded(info: dict[str, Any], path: Path) -> None:
 
 
 def check_stored(tensors: Sequence[StoredTensor], model: PreTrainedModel, path: Path) -> None:
-    """See that no two tensors stand for one weight, and that no integers are read as weights.
+    """Check that no two tensors stand for one weight, and that no integers are read as weights.
 
     Raises:
         SkdError: there are such.
@@ -220,9 +229,67 @@ def check_stored(tensors: Sequence[StoredTensor], model: PreTrainedModel, path: 
         )
 
 
+def check_finite(folder: Path, ignored: Collection[str] = ()) -> bool:
+    """Check that the floating-point weights of a folder hold no infinity and no NaN.
+
+    Reads 128 MiB: all of a small model; of a larger one a few places of each tensor, its first and last rows included.
+
+    Args:
+        folder: The model's folder.
+        ignored: Patterns of tensors that the architecture does not load.
+
+    Returns:
+        Whether everything was read.
+
+    Raises:
+        SkdError: there are such weights, or a file cannot be read.
+    """
+    skip = re.compile("|".join(f"({pattern})" for pattern in ignored)) if ignored else None
+    tensors = [
+        tensor
+        for tensor in stored_tensors(folder)
+        if tensor.dtype in _EXPONENTS and tensor.shape and not (skip and skip.search(tensor.name))
+    ]
+    whole = sum(tensor.end - tensor.start for tensor in tensors) <= WHOLE
+    sample = min(_SAMPLE, max(_LEAST, WHOLE // (_PLACES * max(len(tensors), 1)))) if not whole else WHOLE
+    if broken := list(_broken(tensors, sample, whole=whole)):
+        raise SkdError(
+            f"{len(broken)} weights are not finite (infinity or NaN): {', '.join(broken[:_EXAMPLES_SHOWN])}",
+            where=str(folder),
+            hint="fetch the model again; a training that went wrong, or a conversion to fp16, leaves such weights",
+        )
+    return whole
+
+
+def _broken(tensors: Sequence[StoredTensor], sample: int, *, whole: bool) -> Iterator[str]:
+    for tensor in tensors:
+        words, exponent = _EXPONENTS[tensor.dtype]
+        with reading(tensor.file), tensor.file.open("rb") as file:
+            for start, length in _pieces(tensor, sample, whole=whole):
+                file.seek(start)
+                found = np.frombuffer(file.read(length), dtype=words)
+                if bool((found & words(exponent) == words(exponent)).any()):
+                    yield tensor.name
+                    break
+
+
+def _pieces(tensor: StoredTensor, sample: int, *, whole: bool) -> Iterator[tuple[int, int]]:
+    """Yield offsets and lengths of the pieces of a tensor that are read, in whole elements."""
+    size = np.dtype(_EXPONENTS[tensor.dtype][0]).itemsize
+    length = (tensor.end - tensor.start) // size * size
+    if whole or length <= _PLACES * sample:
+        for start in range(0, length, _SAMPLE * size):
+            yield tensor.start + start, min(_SAMPLE * size, length - start)
+        return
+    sample = sample // size * size
+    for place in range(_PLACES):
+        start = (length - sample) * place // (_PLACES - 1) // size * size
+        yield tensor.start + start, sample
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from saying what is raised as an error here, and from drawing bars for a moment's work."""
+    """Keep transformers from printing what is raised as an error here, and bars for a moment's work."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()

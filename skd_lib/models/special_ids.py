@@ -1,4 +1,4 @@
-"""Which token ids begin, end and fill up a sequence: tokenizer, config and generation config each name some."""
+"""Token ids that begin, end and pad a sequence: tokenizer, config and generation config each name some."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ GENERATION = "generation_config.json"
 
 
 def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a response: the tokenizer's (first), the generation config's and the config's.
+    """Return every id that ends a response: the tokenizer's (first), the generation config's and the config's.
 
     Chat models list several, e.g. Gemma's end of text and end of turn, and they are spread over these three places.
 
     Raises:
         SkdError: there is none, so no response would ever end.
     """
+    where = str(model if isinstance(model, Path) else model.name_or_path)
     if isinstance(model, Path):
         config, generation = load_config(model), stored_generation_config(model)
     else:
@@ -30,24 +31,18 @@ def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -
     try:
         found += _ids(getattr(config.get_text_config(decoder=True), "eos_token_id", None))
     except ValueError as error:
-        raise SkdError(
-            f"eos_token_id of config.json: {error}",
-            where=str(model if isinstance(model, Path) else model.name_or_path),
-            hint="correct it in config.json",
-        ) from error
+        hint = "correct it in config.json"
+        raise SkdError(f"eos_token_id of config.json: {error}", where=where, hint=hint) from error
     if not found:
-        raise SkdError(
-            "neither the tokenizer nor the model names an end-of-sequence token",
-            where=str(model if isinstance(model, Path) else model.name_or_path),
-            hint="set eos_token in tokenizer_config.json",
-        )
+        what = "neither the tokenizer nor the model names an end-of-sequence token"
+        raise SkdError(what, where=where, hint="set eos_token in tokenizer_config.json")
     return tuple(dict.fromkeys(found))
 
 
 def take_over_ends(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Path) -> None:
-    """Let a student end where its teacher does, too: it learns from responses that end there.
+    """Add the teacher's ids that end a response to a student's, which learns from responses that end so.
 
-    Ids that it has no row for are left out: no response can contain them.
+    Ids that the student has no row for are left out: no response can contain them.
 
     Raises:
         SkdError: the teacher names none.
@@ -60,12 +55,11 @@ def take_over_ends(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
-    """The id that fills up short rows: the padding token, or the end token where there is none.
+    """Return the id that pads short rows, where it is masked: the padding token, or the end token if there is none.
 
     Args:
-        tokenizer: Names them.
-        rows: Of the smallest embedding that will be given the id; a padding token beyond is none. Which id it is
-            changes nothing: it is masked.
+        tokenizer: The tokenizer.
+        rows: Of the smallest embedding that is given the id; padding tokens beyond are not used.
 
     Raises:
         SkdError: the tokenizer has neither.
@@ -81,7 +75,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
 
 
 def without_sampling_defaults(config: GenerationConfig | None) -> GenerationConfig:
-    """A generation config with the special ids of `config` and nothing else: no temperature, top_k, penalties."""
+    """Return a generation config with the special ids of `config` only: no temperature, top_k, penalties."""
     from transformers import GenerationConfig
 
     if config is None:
@@ -118,10 +112,10 @@ def stored_generation_config(path: Path) -> GenerationConfig | None:
 
 
 def _ids(value: Any) -> list[int]:
-    """Ids as a list.
+    """Return ids as a list.
 
     Raises:
-        ValueError: they are none.
+        ValueError: they are no ids.
     """
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in values):

@@ -1,4 +1,4 @@
-"""A student cut out of its teacher."""
+"""Pruning: a student that is cut out of its teacher."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 def prune_layers(model: PreTrainedModel, keep_first: int, keep_last: int) -> PreTrainedModel:
-    """A copy of `model` without a contiguous block of its middle layers.
+    """Return a copy of `model` without a contiguous block of its middle layers.
 
-    The first layers build features and the last ones turn them into predictions; those between refine, and are
-    the ones a model misses least (Men et al. 2024, arXiv 2403.03853; Gromov et al. 2024, arXiv 2403.17887).
+    The first layers build features and the last ones turn them into predictions; those between refine, and a model
+    loses least without them (Men et al. 2024, arXiv 2403.03853; Gromov et al. 2024, arXiv 2403.17887).
 
     The copy is built from the shortened config rather than by deleting modules, so that everything an architecture
     derives from a layer's position (cache index, sliding window, rotary base) is derived for the new position and
     the kept layer's type.
 
     Args:
-        model: A decoder whose layers are numbered `layers.0`, `layers.1`, ...; left as it is.
+        model: A decoder whose layers are numbered `layers.0`, `layers.1`, ...; not changed.
         keep_first: Number of layers kept from the start, at least 1.
         keep_last: Number of layers kept at the end, at least 1.
 

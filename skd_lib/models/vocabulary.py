@@ -1,13 +1,14 @@
-"""Whether teacher and student speak the same tokens.
+"""Comparison of the vocabularies of teacher and student.
 
-Distillation compares two distributions over one vocabulary, and speculative decoding hands token ids from one model
+Distillation compares two distributions over one vocabulary, and speculative decoding passes token ids from one model
 to the other: an id must mean the same in both.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from skd_lib.models.files import load_config, load_tokenizer
 from skd_lib.models.special_ids import eos_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from skd_lib.data.tokenize import TokenizedExample
 
@@ -29,11 +30,11 @@ _WAY_OUT = "choose a teacher and a student of one model family, or cut the stude
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong with one or two vocabularies.
+    """Problems of one or two vocabularies.
 
     Attributes:
-        errors: What keeps the models from being used.
-        warnings: What is to be known, and does no harm as long as no text produces the ids of `unreachable`.
+        errors: Problems that keep the models from being used.
+        warnings: Problems that do no harm as long as no text contains the ids of `unreachable`.
         unreachable: Ids that no prompt and no answer may contain, with their tokens.
     """
 
@@ -43,18 +44,16 @@ class Findings:
 
 
 def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = False) -> list[SkdError]:
-    """Compare the vocabularies of two models, see `compare`.
-
-    Returns:
-        What keeps them from being used together; empty if they fit.
+    """Return what keeps two models from being used together, see `check_rows` and `compare`; log the warnings.
 
     Raises:
         SkdError: a tokenizer or config cannot be read.
     """
     found = [
-        check_rows(role, path, trust_remote_code=trust_remote_code)
-        for role, path in (("teacher", teacher), ("student", student))
-    ] + [compare(teacher, student, trust_remote_code=trust_remote_code)]
+        check_rows("teacher", teacher, trust_remote_code=trust_remote_code),
+        check_rows("student", student, trust_remote_code=trust_remote_code),
+        compare(teacher, student, trust_remote_code=trust_remote_code),
+    ]
     for each in found:
         for warning in each.warnings:
             log.warning("%s", warning.brief)
@@ -62,21 +61,16 @@ def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = 
 
 
 def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Findings:
-    """Look for ids of a model's tokenizer that the model has no row for.
+    """Find ids of the tokenizer in a model's folder that the model, teacher or student, has no row for.
 
-    Tokens that were added to a tokenizer (for images, for padding) are no part of what it makes of a text, unless the
-    text spells them out: models for text alone leave out their rows (gemma-3-1b-it). Any other token may come up.
-
-    Args:
-        role: `teacher` or `student`.
-        path: The model's folder.
-        trust_remote_code: Run Python code that comes with the model.
+    Tokens that were added to a tokenizer (for images, for padding) are not made of any text that does not spell them
+    out: models for text alone leave out their rows (gemma-3-1b-it). Any other token may come up.
 
     Raises:
         SkdError: its tokenizer or config cannot be read.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    size = vocabulary_size(path, trust_remote_code=trust_remote_code)
+    size = _rows_in_config(path, trust_remote_code)
     beyond = {id_: token for token, id_ in sorted(tokenizer.get_vocab().items()) if id_ >= size}
     if not beyond:
         return Findings()
@@ -97,12 +91,12 @@ def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Fin
 def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) -> Findings:
     """Compare the vocabularies of two models.
 
-    Compared are the token of each id that both models have a row for, the beginning-of-sequence id (prompts start
-    with it) and the set of ids that end a response. Not compared: the sizes of the models' vocabularies, which are
-    padded differently within one family (Qwen2: 152064 rows at 7B, 151936 at 0.5B), and padding ids, which are
-    always masked. A token that was added to one of the tokenizers alone, as for padding, is a warning. So are ids that
-    end the teacher's responses and not the student's, as with an instruct teacher and a base student: responses end at
-    either's, and the student takes them over.
+    Compares the token of each id that both models have a row for, the beginning-of-sequence id (prompts start with it)
+    and the set of ids that end a response. Does not compare the sizes of the vocabularies, which are padded differently
+    within one family (Qwen2: 152064 rows at 7B, 151936 at 0.5B), nor padding ids, which are always masked. A token that
+    was added to one of the tokenizers alone, as for padding, is a warning. So are ids that end the teacher's responses
+    and not the student's, as with an instruct teacher and a base student: responses end at either's, and the student
+    gets them too.
 
     Args:
         teacher: Folder of the teacher.
@@ -114,12 +108,12 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
     """
     folders = {"teacher": teacher, "student": student}
     tokenizers = {role: load_tokenizer(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
-    sizes = {role: vocabulary_size(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
+    sizes = {role: _rows_in_config(path, trust_remote_code) for role, path in folders.items()}
     pair = f"teacher {teacher}, student {student}"
     common = min(sizes.values())
-    ours, theirs = (_tokens_by_id(tokenizers[role], common) for role in ("teacher", "student"))
+    ours, theirs = (tokens_by_id(tokenizers[role], common) for role in ("teacher", "student"))
     ends = {role: eos_ids(folders[role], tokenizers[role]) for role in folders}
-    differing = sorted(id_ for id_ in ours.keys() | theirs.keys() if ours.get(id_) != theirs.get(id_))
+    differing = differing_ids(ours, theirs)
     added = {
         id_
         for id_ in differing
@@ -153,12 +147,7 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
 
 
 def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> None:
-    """See that a model has a row for every token it will be given.
-
-    Args:
-        examples: What it will be given.
-        rows: Of the smallest embedding.
-        where: What is being done.
+    """Check that the smallest embedding has a row for every token of the examples; `where` names the step.
 
     Raises:
         SkdError: it has not.
@@ -173,18 +162,22 @@ def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> No
             )
 
 
-def vocabulary_size(model: Path | PreTrainedModel, *, trust_remote_code: bool = False) -> int:
-    """Rows of a model's embedding, padding rows included, as its config says."""
-    config = load_config(model, trust_remote_code=trust_remote_code) if isinstance(model, Path) else model.config
-    return int(config.get_text_config().vocab_size)
+def _rows_in_config(folder: Path, trust_remote_code: bool) -> int:
+    return int(load_config(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
 
 
-def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, below: int) -> dict[int, str]:
+def tokens_by_id(tokenizer: PreTrainedTokenizerBase, below: float = math.inf) -> dict[int, str]:
+    """Return the token of each id below a limit."""
     return {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ < below}
 
 
+def differing_ids(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[int]:
+    """Return the ids that are different tokens in two vocabularies, or are in one only."""
+    return sorted(id_ for id_ in ours.keys() | theirs.keys() if ours.get(id_) != theirs.get(id_))
+
+
 def _only_added(id_: int, tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase, others: dict[int, str]) -> bool:
-    """Whether an id was added to this tokenizer alone, for something that begins and ends no text."""
+    """Return whether an id was added to this tokenizer alone, and begins or ends no text."""
     used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return id_ in tokens and id_ not in others and id_ in tokenizer.added_tokens_decoder and id_ not in used
 

@@ -25,7 +25,7 @@ def fetch_wheel(requirement: str, sha256: str, cache_dir: Path | None = None) ->
     Args:
         requirement: Pinned requirement, e.g. `django==5.2.19`.
         sha256: Hex digest that the wheel must have.
-        cache_dir: Where wheels are kept; None for `default_cache_dir()`.
+        cache_dir: Folder for wheels; None for `default_cache_dir()`.
 
     Returns:
         The wheel's path in the cache.

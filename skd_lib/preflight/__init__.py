@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong with a run before it starts, found in one go and in seconds.
+"""Preflight: find everything that is known to be wrong with a run before it starts, at once and in seconds.
 
 No weights are loaded, and those of a hub model are not even fetched.
 """
@@ -10,11 +10,11 @@ from functools import partial
 
 from skd_lib import storage
 from skd_lib.config import RunConfig
-from skd_lib.preflight.champion import check_champion, check_readable
 from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
-from skd_lib.preflight.dates import check_date
 from skd_lib.preflight.environment import (
+    check_champion,
+    check_comet,
     check_gpu,
     check_judge,
     check_memory,
@@ -22,11 +22,11 @@ from skd_lib.preflight.environment import (
     check_precision,
     check_teacher_precision,
     check_tracking_store,
-    check_writable,
     in_cluster,
 )
-from skd_lib.preflight.models import check_adapters, check_comet, check_model, check_student, check_unread, cut_size
-from skd_lib.preflight.patience import check_answers, texts
+from skd_lib.preflight.models import check_adapters, check_model, check_student, check_unread, cut_size
+from skd_lib.preflight.storage_access import check_answers, check_readable, check_writable, texts
+from skd_lib.preflight.templates import check_date
 
 __all__ = ["Check", "PreflightReport", "run_checks"]
 
@@ -43,18 +43,18 @@ def run_checks(
     variants: Sequence[RunConfig] = (),
     comet: bool = True,
 ) -> PreflightReport:
-    """Look at everything a run needs. Nothing is raised for what is wrong: it is all in the report.
+    """Check everything a run needs. Nothing is raised for what is wrong: it is all in the report.
 
     Args:
         config: The run.
-        checkpoint_root: Folder (local or gs://) for the training steps' checkpoints; empty: not looked at.
+        checkpoint_root: Folder (local or gs://) for the training steps' checkpoints; empty: not checked.
         tracking_uri: MLflow's tracking URI; empty: tracking is off.
-        experiment: MLflow experiment; empty: not looked at.
-        pipeline_root: Folder (local or gs://) for the pipeline's artifacts; None: not looked at.
-        artifacts: Where Kubeflow keeps an artifact of this run; without a scheme: not looked at.
+        experiment: MLflow experiment; empty: not checked.
+        pipeline_root: Folder (local or gs://) for the pipeline's artifacts; None: not checked.
+        artifacts: URI of an artifact of this run; without a scheme: not checked.
         require_gpu: A missing GPU is an error.
-        variants: Runs of a comparison, which share data, task and teacher with `config`; then `config` is none itself.
-        comet: Whether the pipeline has a step for COMET; its model is not looked at otherwise.
+        variants: Runs of a comparison, which share data, task and teacher with `config`; then `config` is no run.
+        comet: The pipeline has a step for COMET; its model is not checked otherwise.
     """
     checks = Checks()
     runs = variants or [config]

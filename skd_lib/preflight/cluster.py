@@ -1,8 +1,8 @@
-"""`skd doctor --kubeflow`: what the cluster does to a run that its owner cannot see.
+"""`skd doctor --kubeflow`: settings of a cluster that decide about a run and that its owner cannot see.
 
-Whether a failed step is tried again is not only the pipeline's matter: the Workflow controller's ConfigMap holds a
-default for every template, which the pipeline's own strategy (that names no policy) is merged with. Each rule here was
-seen on Kubeflow Pipelines 2.17.0 with Argo 4.0.8.
+Not the pipeline alone decides whether a failed step is tried again: the Workflow controller's ConfigMap holds a default
+for every template, with which the pipeline's own strategy (that names no policy) is merged. Each rule here was seen on
+Kubeflow Pipelines 2.17.0 with Argo 4.0.8.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from skd_lib.preflight.machine import Finding, Grade
+from skd_lib.errors import SkdError
+from skd_lib.preflight.checks import Check
 
 CONTROLLER = "workflow-controller-configmap"
 SECONDS = 10
@@ -34,55 +35,48 @@ BY_POLICY: Mapping[str, str] = {
 }
 
 
-class _Unread(Exception):
-    """The cluster's settings could not be read; says why."""
-
-    def __init__(self, grade: Grade, found: str, advice: str) -> None:
-        self.finding = Finding("cluster", grade, found, advice)
+class _Unclear(SkdError):
+    """A cluster answers, and does not show its settings."""
 
 
-def examine_kubeflow(namespace: str, read: Callable[[str], Mapping[str, str]] | None = None) -> list[Finding]:
-    """Say whether Kubeflow tries failed steps again, or why that could not be seen.
+def check_retries(namespace: str, read: Callable[[str], Mapping[str, str]] | None = None) -> Check:
+    """Say whether Kubeflow tries failed steps again, or why that cannot be seen.
 
     Args:
-        namespace: Where Kubeflow Pipelines is installed.
+        namespace: The namespace of Kubeflow Pipelines.
         read: Reads the data of the ConfigMap in a namespace, by default from the cluster that kubectl would ask.
     """
     try:
-        return [retries((read or read_controller)(namespace))]
-    except _Unread as unread:
-        return [unread.finding]
+        return retries((read or read_controller)(namespace))
+    except SkdError as error:
+        return Check("cluster", "warning" if isinstance(error, _Unclear) else "error", error.what, hint=error.hint)
 
 
-def retries(data: Mapping[str, str]) -> Finding:
-    """Say what the Workflow controller's settings make of a step's retries.
-
-    Args:
-        data: The ConfigMap's.
-    """
+def retries(data: Mapping[str, str]) -> Check:
+    """Say how the data of the Workflow controller's ConfigMap affect a step's retries."""
     strategy = _strategy(data)
     policy = str(strategy.get("retryPolicy") or "OnFailure")
     limit = str(strategy.get("limit", "0"))
     found = BY_POLICY.get(policy, f"retryPolicy {policy} is unknown here")
-    if limit != "0" and policy in ("Always", "OnFailure"):
-        found = f"every level of the graph is tried again {limit} times, not only steps: attempts multiply"
-        return Finding("retries", Grade.WARN, found, REMEDY)
     good = policy in ("Always", "OnFailure")
-    return Finding("retries", Grade.OK if good else Grade.WARN, found, "" if good else REMEDY)
+    if good and limit != "0":
+        good = False
+        found = f"every level of the graph is tried again {limit} times, not only steps: attempts multiply"
+    return Check("retries", "ok" if good else "warning", found, hint="" if good else REMEDY)
 
 
 def read_controller(namespace: str) -> Mapping[str, str]:
     """Return the data of the Workflow controller's ConfigMap.
 
     Raises:
-        _Unread: there is no cluster, it cannot be reached, or it does not show the ConfigMap.
+        SkdError: there is no cluster, it cannot be reached, or it does not show the ConfigMap.
     """
     try:
         from kubernetes import client, config
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
     except ImportError as error:
-        raise _Unread(Grade.WARN, "the package kubernetes is missing", "pip install kubernetes") from error
+        raise _Unclear("the package kubernetes is missing", hint="pip install kubernetes") from error
     settings = client.Configuration()
     settings.retries = 0
     try:
@@ -95,36 +89,33 @@ def read_controller(namespace: str) -> Mapping[str, str]:
         )
         data = json.loads(answer.data).get("data")
     except ApiException as error:
-        raise _refused(error.status or 0, namespace) from error
+        name = f"ConfigMap {CONTROLLER} in namespace {namespace}"
+        if error.status == 404:
+            hint = "name the namespace of Kubeflow Pipelines with --namespace"
+            raise _Unclear(f"there is no {name}", hint=hint) from error
+        what = f"{name} may not be read (HTTP {error.status or 0}): whether steps are tried again is open"
+        hint = "ask an administrator to run this, or for the right to read it"
+        raise _Unclear(what, hint=hint) from error
     except config.ConfigException as error:
-        raise _Unread(Grade.FAIL, "this machine knows none: there is no usable kubeconfig", NO_CLUSTER) from error
+        raise SkdError("this machine knows none: there is no usable kubeconfig", hint=NO_CLUSTER) from error
     except (HTTPError, OSError) as error:
-        advice = "see whether `kubectl get namespaces` answers, then run this again"
-        raise _Unread(Grade.FAIL, f"cannot be reached: {_cause(error)}", advice) from error
+        hint = "see whether `kubectl get namespaces` answers, then run this again"
+        raise SkdError(f"cannot be reached: {_cause(error)}", hint=hint) from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        found = "what answers is not Kubernetes, or the kubeconfig cannot be read"
-        raise _Unread(Grade.FAIL, found, NO_CLUSTER) from error
+        what = "what answers is not Kubernetes, or the kubeconfig cannot be read"
+        raise SkdError(what, hint=NO_CLUSTER) from error
     return data if isinstance(data, dict) else {}
 
 
 def _cause(error: BaseException) -> str:
-    """What the operating system said (`Connection refused`), which urllib3 wraps several times."""
+    """Return the operating system's words (`Connection refused`), which urllib3 wraps several times."""
     while isinstance(inner := getattr(error, "reason", None) or error.__cause__, BaseException):
         error = inner
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _refused(status: int, namespace: str) -> _Unread:
-    name = f"ConfigMap {CONTROLLER} in namespace {namespace}"
-    if status == 404:
-        advice = "name the namespace of Kubeflow Pipelines with --namespace"
-        return _Unread(Grade.WARN, f"there is no {name}", advice)
-    advice = "ask an administrator to run this, or for the right to read it"
-    return _Unread(Grade.WARN, f"{name} may not be read (HTTP {status}): whether steps are tried again is open", advice)
-
-
 def _strategy(data: Mapping[str, str]) -> dict[str, Any]:
-    """The retry strategy that every template gets; in an older form of the ConfigMap all settings are one text."""
+    """Return the retry strategy that every template gets; an older form of the ConfigMap holds all settings in one."""
     try:
         whole = yaml.safe_load(data.get("config") or "{}")
         defaults = yaml.safe_load(data.get("workflowDefaults") or "{}") or whole["workflowDefaults"]

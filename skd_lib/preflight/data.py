@@ -1,4 +1,4 @@
-"""Checks of the data: rows, splits, lengths against the limits, and the optimiser steps they make."""
+"""Checks of the data: rows, splits, tokens and lengths against the models' limits, and the training steps they make."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, TaskConfig, TrainingConfig
+from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, Schedule, TaskConfig, TrainingConfig
+from skd_lib.data import sources
+from skd_lib.data.examples import Example
+from skd_lib.data.prepared import data_fingerprint
+from skd_lib.data.splits import REFUSE_ABOVE, RUN_SPLITS, Splits, complaints, divide
+from skd_lib.data.tokenize import encode, encode_prompt
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Checks, distinct
-from skd_lib.preflight.models import Model, check_cuts, check_positions, check_reach
+from skd_lib.preflight.models import Model
 from skd_lib.preflight.templates import check_rendered_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from skd_lib.data.examples import Example
-    from skd_lib.data.splits import Splits
 
 MAX_ROWS = 200_000
 """Rows of each data file that are checked; `prepare_data` checks all."""
@@ -29,75 +32,51 @@ NEAR_CHARACTERS = 500_000
 """Of each split, in which near duplicates are looked for: a second or two."""
 _MAX_TOKENIZED_CHARACTERS = 1_000_000
 _CHARACTERS_PER_TOKEN = 16  # more than a token has on average in any text of people
+_TRIED = 50
+"""Prompts that are tokenised to find one that is too long, the longest texts first, or one that is not."""
+_COMPARED = 2000
+"""Characters of a text that are tokenised to compare tokenizers."""
 
 
 def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Sequence[RunConfig]) -> str:
-    """Look at rows, splits, lengths and training schedules; the data's fingerprint, empty if it cannot be read."""
-    from skd_lib.data import sources
-    from skd_lib.data.manifest import data_fingerprint
-    from skd_lib.data.splits import divide
-
+    """Check rows, splits, lengths and training schedules; return the data's fingerprint, empty if it cannot be read."""
     max_rows = MAX_HUB_ROWS if isinstance(config.data.source, HubSource) else MAX_ROWS
     source = checks.attempt("data", lambda: sources.load(config.data.source, max_rows=max_rows))
     held_out = _held_out(checks, config)
     if source is None:
         return ""
-
-    def look() -> Splits:
-        return divide(source, config.data, config.seed, held_out, NEAR_CHARACTERS)
-
-    splits = checks.attempt("data", look)
+    splits = checks.attempt("data", lambda: divide(source, config.data, config.seed, held_out, NEAR_CHARACTERS))
     if splits is None:
         return ""
     some = any(len(rows) >= max_rows for rows in (source.train, source.validation or (), source.test or ()))
-    left = _rows(checks, splits, f" (of the first {max_rows:,} rows of each split or file only)" if some else "")
+    left = _check_rows(checks, splits, f" (of the first {max_rows:,} rows of each split or file only)" if some else "")
     if models:
-        _special_tokens(checks, models[-1].tokenizer, splits)
+        _check_special_tokens(checks, models[-1].tokenizer, splits)
     for student in models[1:] if models and models[0].role == "teacher" else ():
-        check_cuts(checks, models[0], student, splits.train_student)
+        _check_same_cuts(checks, models[0], student, splits.train_student)
     for model in models:
         rows = splits.train_teacher if model.role == "teacher" else splits.train_student
         check_reach(checks, model, config.task, [*rows, *splits.validation, *splits.test])
         for test_set in config.data.held_out:
             check_reach(checks, model, test_set.task, held_out.get(test_set.name, []))
     if models and models[-1].answer_end is not None:
-        _lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
+        _check_lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
         for run in distinct(runs, lambda run: (run.student, run.student_init, run.distill)):
-            teacher_and_student = [
-                model for model in models if model.role == "teacher" or model.reference == run.student
-            ]
-            check_positions(checks, run, teacher_and_student, splits.train_student, splits.test)
+            of_run = [model for model in models if model.role == "teacher" or model.reference == run.student]
+            _check_positions(checks, run, of_run, splits)
     if left:
-        _schedules(checks, config, left, runs)
+        _check_schedules(checks, config, left, runs)
     return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""
 
 
-def _rows(checks: Checks, splits: Splits, seen: str) -> int:
-    """What each split loses; how many rows train has left."""
-    from skd_lib.data.splits import RUN_SPLITS, complaints
-
-    left = {name: max(0, splits.losses[name].rows - splits.losses[name].lost) for name in RUN_SPLITS}
-    checks.add("data", "ok", f"rows: {', '.join(f'{name} {count}' for name, count in left.items())}{seen}")
-    complained = {name: (level, error) for name, level, error in complaints(splits.losses)}
-    for name, loss in splits.losses.items():
-        if name in complained:
-            level, error = complained[name]
-            checks.add(f"{name} left out", level, error.what, where=error.where, hint=error.hint)
-        elif loss.lost or loss.looked_at is not None:
-            checks.add(f"{name} left out", "ok", str(loss))
-    return left["train"]
-
-
 def _held_out(checks: Checks, config: RunConfig) -> dict[str, list[Example]]:
-    """The further test sets: a run goes on without those that cannot be read."""
-    from skd_lib.data.sources import load_held_out
-
+    """Return the held-out test sets; a run goes on without those that cannot be read."""
     found = {}
     for held_out in config.data.held_out:
         name = f"held-out {held_out.name}"
         limit = MAX_ROWS if isinstance(held_out.source, HeldOutFiles) else MAX_HUB_ROWS
         try:
-            found[held_out.name] = load_held_out(held_out, max_rows=limit)
+            found[held_out.name] = sources.load_held_out(held_out, max_rows=limit)
         except SkdError as error:
             hint = "correct it; otherwise the run goes on and reports this set as missing"
             checks.add(name, "warning", error.brief, hint=hint)
@@ -107,8 +86,22 @@ def _held_out(checks: Checks, config: RunConfig) -> dict[str, list[Example]]:
     return found
 
 
-def _special_tokens(checks: Checks, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
-    """Inputs in which a special token stands as text: the tokenizer takes it for the token, as everywhere else."""
+def _check_rows(checks: Checks, splits: Splits, seen: str) -> int:
+    """Report what each split loses, and return how many rows the training split keeps."""
+    left = {name: max(0, splits.losses[name].rows - splits.losses[name].lost) for name in RUN_SPLITS}
+    checks.add("data", "ok", f"rows: {', '.join(f'{name} {count}' for name, count in left.items())}{seen}")
+    complained = {name: (level, error) for name, level, error in complaints(splits.losses)}
+    for name, loss in splits.losses.items():
+        if name in complained:
+            level, error = complained[name]
+            checks.failed(f"{name} left out", error, level)
+        elif loss.lost or loss.looked_at is not None:
+            checks.add(f"{name} left out", "ok", str(loss))
+    return left["train"]
+
+
+def _check_special_tokens(checks: Checks, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
+    """Warn about inputs with special tokens as text: the tokenizer reads them as the tokens, here as everywhere."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     tokens = sorted({str(token) for token in (*tokenizer.all_special_tokens, *added) if str(token).strip()})
     if not tokens:
@@ -129,17 +122,56 @@ def _special_tokens(checks: Checks, tokenizer: PreTrainedTokenizerBase, splits: 
         )
 
 
-def _lengths(checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, end: int, splits: Splits) -> None:
-    """A sample of each split against the limits on prompt and answer."""
-    from skd_lib.data.losses import REFUSE_ABOVE
-    from skd_lib.data.tokenize import encode
+def _check_same_cuts(checks: Checks, teacher: Model, student: Model, examples: Sequence[Example]) -> None:
+    """Warn where both tokenizers cut a text in different ways, as they may with the same tokens."""
+    for example in examples[:_TRIED]:
+        text = example.source[:_COMPARED]
+        ours, theirs = teacher.tokenizer(text)["input_ids"], student.tokenizer(text)["input_ids"]
+        if ours != theirs:
+            place = next(i for i in range(len(text) + 2) if ours[: i + 1] != theirs[: i + 1])
+            shown = [teacher.tokenizer.convert_ids_to_tokens(ids[place : place + 3]) for ids in (ours, theirs)]
+            checks.add(
+                "tokenizers",
+                "warning",
+                f"the tokenizers cut the same text in different ways: from token {place} on the teacher's has "
+                f"{shown[0]}, the student's {shown[1]}; the teacher will read what the student's makes",
+                where=example.place,
+                hint="copy the teacher's tokenizer into the student's folder if the student was trained with it, too",
+            )
+            return
 
+
+def check_reach(checks: Checks, model: Model, task: TaskConfig, examples: Sequence[Example]) -> None:
+    """Check that no text, nor the chat template, makes an id that the models have no row for or never saw."""
+    if not model.unreachable or model.answer_end is None:
+        return
+    spelt = re.compile("|".join(re.escape(token.strip() or token) for token in model.unreachable.values()), re.I)
+    for number, example in enumerate(examples):
+        if number and not spelt.search(f"{example.source}\n{example.target}"):
+            continue
+        encoded = encode(model.tokenizer, task, example, model.answer_end)
+        reached = model.unreachable.keys() & {*encoded.prompt_ids, *encoded.response_ids}
+        if reached:
+            token = model.unreachable[min(reached)]
+            checks.add(
+                "data",
+                "error",
+                f"its prompt or answer has the token {token!r} (id {min(reached)}), which was added to a tokenizer "
+                "alone: a model has no row for it, or has never seen it",
+                where=example.place,
+                hint="leave the token out of the data and the chat template, or use models that both have it",
+            )
+            return
+
+
+def _check_lengths(
+    checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, end: int, splits: Splits
+) -> None:
+    """Compare a sample of each split with the limits on prompt and answer."""
     task = config.task
     for name, rows in (("train", splits.train_student), ("validation", splits.validation), ("test", splits.test)):
-        sample = _sample(rows, task)
-        if not sample:
-            continue
-        if not check_rendered_rows(checks, name, tokenizer, task, sample):
+        sample = sample_of(rows, task)
+        if not sample or not check_rendered_rows(checks, name, tokenizer, task, sample):
             continue
         encoded = [encode(tokenizer, task, example, end) for example in sample]
         prompts = [len(example.prompt_ids) for example in encoded]
@@ -158,8 +190,8 @@ def _lengths(checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def _sample(rows: list[Example], task: TaskConfig) -> list[Example]:
-    """The first rows, as many as are tokenised in seconds; of a text far over the limits, a piece that is over them."""
+def sample_of(rows: Sequence[Example], task: TaskConfig) -> list[Example]:
+    """Return the first rows, as many as are tokenised in seconds, each cut where it is far over the limits."""
     sample: list[Example] = []
     characters, of_the_task = 0, len(task.system_prompt) + len(task.prompt)
     for row in rows[:MAX_TOKENIZED]:
@@ -172,39 +204,92 @@ def _sample(rows: list[Example], task: TaskConfig) -> list[Example]:
     return sample
 
 
-def _schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig]) -> None:
-    """Whether batches divide, and how many optimiser steps that makes."""
+def _check_positions(checks: Checks, run: RunConfig, models: Sequence[Model], splits: Splits) -> None:
+    """Check that prompts and answers end before a model's rotary positions stretch: nothing is sampled beyond that.
+
+    Reads the longest training prompts where the method samples, and the shortest test prompts.
+
+    Args:
+        checks: Takes the findings.
+        run: The run.
+        models: Its teacher, and its student unless that is cut from the teacher.
+        splits: The data.
+    """
+    from skd_lib.sampling.cache import position_limit, stretches
+
+    task, facts, tokenizer = run.task, METHODS[run.distill.method], models[-1].tokenizer
+    for model in models:
+        sampling = position_limit(model.skeleton, _longest_block(run))
+        answering = position_limit(model.skeleton, 1)
+        if sampling is None or answering is None or not stretches(model.skeleton):
+            continue
+        if task.max_prompt_tokens + task.max_new_tokens <= sampling:
+            continue
+        found = "{} and an answer of {} tokens need {} positions, the rotary ones of the {} stretch beyond {}"
+        student_writes = facts.student_writes and (model.role == "student" or run.student_init.cuts)
+        if student_writes or (facts.teacher_writes and model.role == "teacher"):
+            for example in sorted(splits.train_student, key=lambda each: -len(each.source))[:_TRIED]:
+                length = len(encode_prompt(tokenizer, task, example.source))
+                needed = length + task.max_new_tokens
+                if length <= task.max_prompt_tokens and needed > sampling:
+                    prompt = f"its prompt of {length}"
+                    checks.add(
+                        "distill",
+                        "error",
+                        found.format(prompt, task.max_new_tokens, needed, model.role, sampling)
+                        + f": `{run.distill.method}` cannot sample it",
+                        where=example.place,
+                        hint=f"lower task.max_prompt_tokens to {max(sampling - task.max_new_tokens, 1)}: longer "
+                        "prompts are left out",
+                    )
+                    break
+        texts = sorted((example.source for example in splits.test), key=len)[:_TRIED]
+        shortest = min((len(encode_prompt(tokenizer, task, text)) for text in texts), default=0)
+        needed = shortest + task.max_new_tokens
+        if needed > answering:
+            prompt = f"the shortest test prompt of {shortest}"
+            what = found.format(prompt, task.max_new_tokens, needed, model.role, answering)
+            hint = "lower task.max_new_tokens, or shorten the prompts"
+            checks.add("evaluation", "error", f"{what}: nothing can be answered", where="task", hint=hint)
+
+
+def _longest_block(run: RunConfig) -> int:
+    """Return how many positions the sampler of a run's distillation needs beyond a row's last token."""
+    facts, sampling = METHODS[run.distill.method], run.distill.sampling
+    if not (facts.student_writes and facts.teacher_writes):
+        return 1
+    gamma = sampling.gamma
+    drafted = max(gamma.start, gamma.end) if isinstance(gamma, Schedule) else gamma
+    drafted = min(drafted, run.task.max_new_tokens) if sampling.adaptive_gamma else drafted
+    return int(drafted) + (sampling.rule == "lossless")
+
+
+def _check_schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig]) -> None:
+    """Check that batches divide, and report the optimiser steps of each training."""
     from skd_lib.training.plan import plan_steps
 
+    of_teacher, of_student = config.data.teacher_examples, config.data.student_examples
     trainings: list[tuple[str, TrainingConfig, MultinodeConfig | None, int | None]] = []
     if config.teacher_sft.enabled:
-        sft = config.teacher_sft
-        trainings.append(("teacher_sft", sft.training, sft.multinode, config.data.teacher_examples))
-    tuned = [run for run in runs if run.student_init.trains]
+        trainings.append(("teacher_sft", config.teacher_sft.training, config.teacher_sft.multinode, of_teacher))
+    tuned = distinct([run for run in runs if run.student_init.trains], lambda run: run.student_init)
+    trainings += [("student_init", run.student_init.training, None, of_student) for run in tuned]
     distilled = distinct(runs, lambda run: (run.distill.training, run.distill.multinode))
-    students: list[tuple[str, TrainingConfig, MultinodeConfig | None]] = [
-        *(("student_init", run.student_init.training, None) for run in distinct(tuned, lambda run: run.student_init)),
-        *(("distill", run.distill.training, run.distill.multinode) for run in distilled),
-    ]
-    trainings += [(*student, config.data.student_examples) for student in students]
+    trainings += [("distill", run.distill.training, run.distill.multinode, of_student) for run in distilled]
     for step, training, multinode, limit in trainings:
         examples = min(rows, limit or rows)
-        try:
-            planned = plan_steps(training, examples, processes=multinode.least_processes if multinode else 1)
-        except SkdError as error:
-            checks.failed(step, error)
-        else:
+        processes = multinode.least_processes if multinode else 1
+        planned = checks.attempt(step, partial(plan_steps, training, examples, processes=processes))
+        if planned is not None:
             checks.add(step, "ok", f"{planned.steps} optimiser steps of {training.batch_size} on {examples} examples")
     for run in distinct(runs, lambda run: (run.distill.method, run.distill.teacher_signal)):
-        _stored_signal(checks, run, min(rows, config.data.student_examples or rows))
+        _report_stored_signal(checks, run, min(rows, of_student or rows))
 
 
-def _stored_signal(checks: Checks, config: RunConfig, examples: int) -> None:
-    """How much storage the teacher's signal takes at most."""
+def _report_stored_signal(checks: Checks, config: RunConfig, examples: int) -> None:
+    """Report how much storage the teacher's signal takes at most."""
     signal = config.distill.teacher_signal
-    if signal.mode == "stored" and METHODS[config.distill.method].divergence:
-        size = examples * config.task.max_new_tokens * (8 * signal.top_k + 4)
-        what = (
-            f"top {signal.top_k} tokens of {examples} examples: at most {size / 2**30:.1f} GiB next to the checkpoints"
-        )
+    if signal.mode == "stored" and METHODS[config.distill.method].uses_divergence:
+        size = examples * config.task.max_new_tokens * (8 * signal.top_k + 4) / 2**30
+        what = f"top {signal.top_k} tokens of {examples} examples: at most {size:.1f} GiB next to the checkpoints"
         checks.add("teacher_signal", "ok", what)

@@ -11,7 +11,7 @@ with rotary positions and attention layers, full or with a sliding window, bare 
 
 Any other decoder (absolute positions, recurrent or linear-attention layers, attention that takes no mask) gets a
 `TokenCache`, which keeps the tokens and runs the model on all of them again: correct, and slower by the length of the
-sequence. `skd_lib.models.supported.check_supported` refuses models that are no causal decoders.
+sequence. `skd_lib.models.heads.check_supported` refuses models that are no causal decoders.
 """
 
 from __future__ import annotations

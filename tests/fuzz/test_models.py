@@ -23,7 +23,8 @@ from skd_lib.evaluation.generate import generate
 from skd_lib.models.files import load_tokenizer
 from skd_lib.models.special_ids import eos_ids, pad_id
 from skd_lib.preflight.checks import Checks
-from skd_lib.preflight.models import check_model, check_reach
+from skd_lib.preflight.data import check_reach
+from skd_lib.preflight.models import check_model
 from skd_lib.steps.trained_model import load_trainable
 from tests.conftest import SaveTinyModel
 from tests.fuzz.conftest import accepted, bounded, fuzz

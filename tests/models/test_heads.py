@@ -8,8 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import decoder, lm_logits, vocabulary_size
-from skd_lib.models.supported import check_supported
+from skd_lib.models.heads import check_supported, decoder, lm_logits, vocabulary_size
 from tests.conftest import CONFIGS, TinyModel
 
 TOKENS = torch.arange(4, 4 + 3 * 5).reshape(3, 5)

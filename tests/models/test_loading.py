@@ -20,12 +20,11 @@ from transformers import (
 )
 
 from skd_lib.errors import SkdError
-from skd_lib.models import finite
+from skd_lib.models import skeleton as skeleton_module
 from skd_lib.models.files import check_model_folder, describe, load_tokenizer, weights_digest
-from skd_lib.models.finite import check_finite
 from skd_lib.models.loading import load_model, save_model
 from skd_lib.models.references import resolve_model
-from skd_lib.models.skeleton import check_weights, skeleton
+from skd_lib.models.skeleton import check_finite, check_weights, skeleton
 from skd_lib.models.special_ids import eos_ids, pad_id
 from tests.conftest import CONFIGS, SaveTinyModel, TinyModel
 
@@ -386,7 +385,7 @@ def test_weights_that_are_not_finite(
 
     edit_weights(saved, edit)
     for whole in (1 << 27, 1 << 10):  # a larger model is looked at in places, its last rows among them
-        monkeypatch.setattr(finite, "_WHOLE", whole)
+        monkeypatch.setattr(skeleton_module, "WHOLE", whole)
         with pytest.raises(SkdError, match=r"1 weights are not finite .*: model\.layers\.1\.mlp\.up_proj\.weight"):
             check_finite(saved)
     check_finite(saved, [r"mlp\.up_proj"])

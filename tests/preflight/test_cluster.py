@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from skd_kfp.pipelines.cli import app
-from skd_lib.preflight.cluster import CONTROLLER, examine_kubeflow, retries
-from skd_lib.preflight.machine import Grade
+from skd_lib.preflight.checks import Level
+from skd_lib.preflight.cluster import CONTROLLER, check_retries, retries
 
 
 def settings(**strategy: str) -> dict[str, str]:
@@ -32,28 +32,28 @@ def kubeconfig(server: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("data", "grade", "found"),
+    ("data", "level", "found"),
     [
-        ({}, Grade.OK, "a step that fails, runs out of memory or is evicted is tried again; one whose pod is deleted"),
-        ({"workflowDefaults": "spec: {}"}, Grade.OK, "is tried again; one whose pod is deleted is not"),
-        (settings(limit="2", retryPolicy="OnError"), Grade.WARN, "is evicted is NOT tried again"),  # stock 2.17.0
-        (settings(limit="0", retryPolicy="Always"), Grade.OK, "a step is tried again however it failed"),
-        (settings(limit="2", retryPolicy="Always"), Grade.WARN, "every level of the graph is tried again 2 times"),
-        (settings(limit="2"), Grade.WARN, "attempts multiply"),
-        (settings(limit="0", retryPolicy="New"), Grade.WARN, "retryPolicy New is unknown here"),
-        ({"workflowDefaults": "[1, 2"}, Grade.OK, "is tried again"),
+        ({}, "ok", "a step that fails, runs out of memory or is evicted is tried again; one whose pod is deleted"),
+        ({"workflowDefaults": "spec: {}"}, "ok", "is tried again; one whose pod is deleted is not"),
+        (settings(limit="2", retryPolicy="OnError"), "warning", "is evicted is NOT tried again"),  # stock 2.17.0
+        (settings(limit="0", retryPolicy="Always"), "ok", "a step is tried again however it failed"),
+        (settings(limit="2", retryPolicy="Always"), "warning", "every level of the graph is tried again 2 times"),
+        (settings(limit="2"), "warning", "attempts multiply"),
+        (settings(limit="0", retryPolicy="New"), "warning", "retryPolicy New is unknown here"),
+        ({"workflowDefaults": "[1, 2"}, "ok", "is tried again"),
         (
             {"config": yaml.safe_dump({"workflowDefaults": yaml.safe_load(settings(limit="1")["workflowDefaults"])})},
-            Grade.WARN,
+            "warning",
             "tried again 1 times",
         ),
     ],
 )
-def test_what_the_controllers_settings_make_of_retries(data: dict[str, str], grade: Grade, found: str):
+def test_what_the_controllers_settings_make_of_retries(data: dict[str, str], level: Level, found: str):
     finding = retries(data)
-    assert finding.grade is grade
-    assert found in finding.found
-    assert ("limit: '0'" in finding.advice) == (grade is Grade.WARN)
+    assert finding.level == level
+    assert found in finding.what
+    assert ("limit: '0'" in finding.hint) == (level == "warning")
 
 
 @pytest.fixture
@@ -85,16 +85,16 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
 
 def test_the_cluster_is_asked(cluster: dict[str, object]):
-    (finding,) = examine_kubeflow("kubeflow")
-    assert "NOT tried again" in finding.found
-    (finding,) = examine_kubeflow("elsewhere")
-    assert (finding.grade, finding.found) == (Grade.WARN, f"there is no ConfigMap {CONTROLLER} in namespace elsewhere")
-    assert "--namespace" in finding.advice
+    finding = check_retries("kubeflow")
+    assert "NOT tried again" in finding.what
+    finding = check_retries("elsewhere")
+    assert (finding.level, finding.what) == ("warning", f"there is no ConfigMap {CONTROLLER} in namespace elsewhere")
+    assert "--namespace" in finding.hint
     cluster["status"] = 403
-    (finding,) = examine_kubeflow("kubeflow")
-    assert finding.grade is Grade.WARN
-    assert "may not be read (HTTP 403)" in finding.found
-    assert "ask an administrator" in finding.advice
+    finding = check_retries("kubeflow")
+    assert finding.level == "warning"
+    assert "may not be read (HTTP 403)" in finding.what
+    assert "ask an administrator" in finding.hint
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_without_a_cluster_one_finding_says_what_to_do(
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
     monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
-    (finding,) = examine_kubeflow("kubeflow")
-    assert finding.grade is Grade.FAIL
-    assert found in finding.found
-    assert "kubectl" in finding.advice
+    finding = check_retries("kubeflow")
+    assert finding.level == "error"
+    assert found in finding.what
+    assert "kubectl" in finding.hint
     assert capfd.readouterr() == ("", "")
 
 

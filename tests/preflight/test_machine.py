@@ -1,3 +1,5 @@
+"""`skd doctor`: the same checks as preflight's, where both ask for the same thing, and those of a machine alone."""
+
 from __future__ import annotations
 
 import io
@@ -7,12 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from rich.console import Console
 
 from skd_lib._core.machine import total_memory, usable_cores
-from skd_lib.preflight import machine
-from skd_lib.preflight.machine import Finding, Grade
+from skd_lib.preflight.checks import Check, Checks, Level, table
+from skd_lib.preflight.machine import check_disk, check_packages, check_service, examine
 
 
 def test_machine():
@@ -21,73 +22,81 @@ def test_machine():
 
 
 def test_report_of_this_machine(tmp_path: Path):
-    findings = machine.examine(tmp_path / "runs" / "deep", "")
-    found = {finding.what: finding for finding in findings}
-    assert {
-        "python",
-        "GPU" if "GPU" in found else "GPU 0",
-        "cores",
-        "memory",
-        "disk",
-        "MLflow",
-        "package index",
-    } <= found.keys()
-    assert found["disk"].grade in (Grade.OK, Grade.WARN)
-    assert found["MLflow"].grade is Grade.WARN
+    checks = examine(tmp_path / "runs" / "deep", "")
+    found = {check.name: check for check in checks}
+    names = {"python", "precision", "GPU", "cores", "memory", "disk", "tracking", "package index"}
+    assert names <= found.keys()
+    assert found["disk"].level in ("ok", "warning")
+    assert found["tracking"].level == "warning"
     assert not (tmp_path / "runs").exists()
     screen = io.StringIO()
-    Console(file=screen, width=200).print(machine.render(findings))
+    Console(file=screen, width=200).print(table("This machine", checks))
     assert "python" in screen.getvalue()
-    for finding in findings:
-        assert finding.grade is Grade.OK or finding.advice, finding
+    for check in checks:
+        assert check.level == "ok" or check.hint, check
 
 
 @pytest.mark.parametrize(
-    ("requirements", "grade", "found"),
+    ("requirements", "level", "found"),
     [
-        (["pydantic>=2"], Grade.OK, "pydantic 2"),
-        (["pydantic<2"], Grade.FAIL, "is outside <2"),
-        (["no-such-package-anywhere>=1"], Grade.FAIL, "no-such-package-anywhere is missing"),
+        (["pydantic>=2"], "ok", "pydantic 2"),
+        (["pydantic<2"], "error", "is outside <2"),
+        (["no-such-package-anywhere>=1"], "error", "no-such-package-anywhere is missing"),
     ],
 )
-def test_packages_against_their_ranges(requirements: list[str], grade: Grade, found: str):
-    finding = machine._group("tracking", [Requirement(text) for text in requirements])
-    assert finding.grade is grade
-    assert found in finding.found
-    assert ("[tracking]" in finding.advice) == (grade is Grade.FAIL)
+def test_packages_against_their_ranges(requirements: list[str], level: Level, found: str):
+    checks = Checks()
+    check_packages(checks, [f'{each}; extra == "tracking"' for each in requirements])
+    (check,) = [each for each in checks.found if each.name == "packages: tracking"]
+    assert check.level == level
+    assert found in check.what
+    assert ("[tracking]" in check.hint) == (level == "error")
+    check_packages(checks, requirements)
+    base = [each for each in checks.found if each.name == "packages: base"][-1]
+    assert (base.level, base.what) == (level, check.what)
 
 
-def test_tracking_server_that_is_down_is_a_failure():
-    finding = machine._tracking("http://127.0.0.1:9")
-    assert finding.grade is Grade.FAIL
-    assert finding.advice
+def test_tracking_server_that_is_down_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    (check,) = [each for each in examine(tmp_path, "http://127.0.0.1:9") if each.name == "tracking"]
+    assert check.level == "error"
+    assert "does not answer" in check.what
+    assert check.hint
 
 
 @pytest.mark.parametrize(
-    ("url", "grade", "found"),
+    ("url", "level", "found"),
     [
-        ("http://127.0.0.1:9", Grade.WARN, "http://127.0.0.1:9 does not answer: [Errno 111] Connection refused; token"),
-        ("not a URL", Grade.WARN, "does not answer: unknown url type"),
-        (None, Grade.OK, "answers; token"),
+        ("http://127.0.0.1:9", "warning", "http://127.0.0.1:9 does not answer: [Errno 111] Connection refused; token"),
+        ("not a URL", "warning", "does not answer: unknown url type"),
+        (None, "ok", "answers; token"),
     ],
 )
-def test_a_service_is_asked_whether_it_answers(url: str | None, grade: Grade, found: str):
+def test_a_service_is_asked_whether_it_answers(url: str | None, level: Level, found: str):
+    checks = Checks()
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        finding = machine._service("hub", url or f"http://127.0.0.1:{server.server_port}", "token")
+        check_service(checks, "hub", url or f"http://127.0.0.1:{server.server_port}", "token")
         server.shutdown()
-    assert finding.grade is grade
-    assert found in finding.found
+    (check,) = checks.found
+    assert check.level == level
+    assert found in check.what
 
 
 def test_unwritable_folder_is_a_failure(tmp_path: Path):
     if os.geteuid() == 0:
         pytest.skip("root can write everywhere")
     tmp_path.chmod(0o500)
-    assert machine._disk(tmp_path / "runs").grade is Grade.FAIL
+    checks = Checks()
+    check_disk(checks, tmp_path / "runs")
+    assert checks.found[0].level == "error"
 
 
-def test_advice_is_shown_beneath_what_was_found():
+def test_hints_are_shown_beneath_what_was_found():
     screen = io.StringIO()
-    Console(file=screen, width=80).print(machine.render([Finding("disk", Grade.WARN, "1 GiB", "make room")]))
-    assert screen.getvalue().split() == ["warn", "disk", "1", "GiB", "make", "room"]
+    Console(file=screen, width=80).print(table("", [Check("disk", "warning", "1 GiB", hint="make room")]))
+    lines = [line.split() for line in screen.getvalue().splitlines()]
+    place = next(number for number, words in enumerate(lines) if "disk" in words)
+    assert {"!", "disk", "1", "GiB"} <= set(lines[place])
+    assert {"hint:", "make", "room"} <= set(lines[place + 1])

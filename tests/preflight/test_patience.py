@@ -11,10 +11,9 @@ import pytest
 from skd_lib import storage
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
-from skd_lib.preflight import patience, run_checks
+from skd_lib.preflight import run_checks, storage_access
 from skd_lib.preflight.checks import Checks
-from skd_lib.preflight.environment import check_writable
-from skd_lib.preflight.patience import bounded, check_answers
+from skd_lib.preflight.storage_access import bounded, check_answers, check_writable
 from skd_lib.storage.fsspec_store import BOTOCORE
 
 RUN: dict[str, Any] = {
@@ -37,7 +36,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for name in ("exists", "file_sizes", "list_objects", "check_writable"):
         monkeypatch.setattr(storage, name, ask)
-    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    monkeypatch.setattr(storage_access, "PATIENCE", 0.1)
     yield asked
     end.set()
 
@@ -77,7 +76,7 @@ def test_any_answer_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_place_that_does_not_take_what_is_written(silent: list[str]) -> None:
     checks = Checks()
-    check_writable(checks, "checkpoints", "s3://bucket/roots")
+    checks.attempt("checkpoints", lambda: check_writable(checks, "checkpoints", "s3://bucket/roots"))
     assert [(found.level, found.where) for found in checks.found] == [("error", "s3://bucket/roots")]
 
 
