@@ -128,7 +128,7 @@ class TrainingRun:
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.generate import ending_ids
-        from skd_lib.models.heads import embedding_rows
+        from skd_lib.models.files import load_config
         from skd_lib.models.special_ids import pad_id
         from skd_lib.models.vocabulary import check_ids
         from skd_lib.preflight.memory import GIB, config_size, estimate, peak_memory
@@ -141,7 +141,7 @@ class TrainingRun:
         end = answer_end_id(tokenizer, self.task)
         tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
         left_out = {f"{LEFT_OUT}{name}": float(len(rows) - len(tokens[name])) for name, rows in examples.items()}
-        rows = min(map(embedding_rows, self.models.values()))
+        rows = min(int(load_config(path).get_text_config().vocab_size) for path in self.models.values())
         for each in tokens.values():
             check_ids(each, rows, where=self.step)
         start = time.monotonic()
