@@ -172,7 +172,7 @@ class RuleEntry:
     make: Callable[..., AcceptanceRule]
     accepts: str
     replaces: str
-    source: str
+    source: str = ""
     settings: tuple[str, ...] = ()
 
     @property
@@ -186,21 +186,21 @@ RULES = Registry(
     {
         "top_k": RuleEntry(
             top_k,
-            accepts="fewer than K tokens have a higher raw teacher logit",
+            accepts="fewer than K = `top_k` tokens have a higher raw teacher logit",
             replaces="sample p",
             source="SKD, Xu et al. 2025, arXiv 2410.11325",
             settings=("top_k",),
         ),
         "min_prob": RuleEntry(
             min_prob,
-            accepts="p(t) >= a, before temperature and top-p",
+            accepts="p(t) >= `min_prob`, before temperature and top-p",
             replaces="argmax p",
             source="CA-OPD, arXiv 2609.02401",
             settings=("min_prob",),
         ),
         "mixture": RuleEntry(
             mixture,
-            accepts="u < 1 - g + g p(t)/q(t)",
+            accepts="u < 1 - g + g p(t)/q(t), g = `mixture`",
             replaces="sample max(p - q, 0)",
             source="IPD: tokens are exact samples of (1 - g) q + g p",
             settings=("mixture",),
