@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
 bench = typer.Typer(help="Measure how fast things are on this machine.", no_args_is_help=True)
 
 Teacher = Annotated[

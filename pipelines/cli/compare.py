@@ -15,8 +15,6 @@ from skd_lib._core.terminal import say
 from skd_lib._core.uris import how_to_look
 from skd_lib.errors import SkdError
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
 if TYPE_CHECKING:
     from skd_kfp.pipelines.graph import Step
     from skd_kfp.pipelines.local.folder import RunFolder

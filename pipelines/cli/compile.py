@@ -11,8 +11,6 @@ from skd_kfp.pipelines.cli.options import CometImage, Image, refuse, short
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
 
 def compile_(
     context: typer.Context,

@@ -18,8 +18,6 @@ from skd_lib.errors import SkdError
 if TYPE_CHECKING:
     from skd_lib.tracking.gate import Move
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
 track = typer.Typer(help="What steps tell MLflow.", no_args_is_help=True, rich_markup_mode="markdown")
 
 _WIDE = 100_000

@@ -11,8 +11,6 @@ import typer
 
 from skd_lib.errors import SkdError, SkdErrors
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
 
 def specdec(
     teacher: Annotated[str, typer.Argument(help="The model whose output is wanted: a folder or another reference.")],

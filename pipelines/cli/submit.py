@@ -14,8 +14,6 @@ from skd_lib.errors import SkdError
 if TYPE_CHECKING:
     from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
 
-# Nothing heavy at the top: `skd --help` has to answer at once.
-
 FAILED, CANCELLED, INTERRUPTED = 1, 3, 130
 
 

@@ -7,6 +7,7 @@ the login page of an expired session as an empty list.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -169,18 +170,15 @@ class KubeflowPipelines:
             Unsettled: the run may have been created, or be created later.
             SkdError: it was not created.
         """
-
-        def find() -> Any | None:
-            runs = self.runs_named(run.display_name, run.experiment_id)
-            return next((found for found in runs if found.description == run.description), None)
-
         columns = r"RUN:.metadata.annotations.pipelines\.kubeflow\.org/run_name,WORKFLOW:.metadata.name"
         look = (
             f"a run may have started that Kubeflow's page does not show: before you submit again, look for "
             f"{run.display_name!r} in `{self._kubectl('workflows')} -l pipeline/runid "
             f"-o custom-columns='{columns},PHASE:.status.phase'`, and delete its workflow"
         )
-        return self._create("run_id", find, lambda: self._runs.run_service_create_run(run=run), before, look)
+        create = self._runs.run_service_create_run
+        find = functools.partial(_same, self.runs_named, run)
+        return self._create("run_id", find, lambda: create(run=run), before, look)
 
     def run(self, run_id: str) -> Any:
         """Return a run as it is now.
@@ -212,16 +210,12 @@ class KubeflowPipelines:
             Unsettled: it may have been created, or be created later.
             SkdError: it was not created.
         """
-
-        def find() -> Any | None:
-            named = self.recurring_runs_named(recurring.display_name, recurring.experiment_id)
-            return next((found for found in named if found.description == recurring.description), None)
-
         look = (
             "a schedule may have been made that Kubeflow's page does not show: before you submit again, look at "
-            f"`{self._kubectl('scheduledworkflows')}`, and delete the one that was made just now"
+            f"`{self._kubectl('scheduledworkflows')}`, and delete the newest one"
         )
         create = self._recurring.recurring_run_service_create_recurring_run
+        find = functools.partial(_same, self.recurring_runs_named, recurring)
         return self._create("recurring_run_id", find, lambda: create(recurring_run=recurring), look=look)
 
     def recurring_run(self, recurring_run_id: str) -> Any:
@@ -334,6 +328,12 @@ def _known(answer: T, key: str) -> T:
     if not getattr(answer, key, None):
         raise ValueError(f"it has no {key}")
     return answer
+
+
+def _same(named: Callable[[str, str], list[Any]], wanted: Any) -> Any | None:
+    """Return the run or recurring run with the name and description of the wanted one; None if there is none."""
+    found = named(wanted.display_name, wanted.experiment_id)
+    return next((each for each in found if each.description == wanted.description), None)
 
 
 def name_filter(name: str, key: str = "display_name") -> str:

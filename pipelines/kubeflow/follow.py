@@ -43,7 +43,7 @@ class Followed:
 
     @property
     def succeeded(self) -> bool:
-        """Whether it succeeded."""
+        """True if it succeeded."""
         return bool(self.run.state == SUCCEEDED)
 
 

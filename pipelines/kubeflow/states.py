@@ -297,7 +297,7 @@ class _Walk:
         tried = [attempt for executor in executors for attempt in self._attempts(executor)[1:]]
         pods = [self._pod(template, attempt) for attempt in tried or executors if self._exists(attempt)]
         children = self._known([*executors, *self._attempts(path)[1:]])
-        return Node(component, key, iteration, False, _display(path), children, len(tried), tuple(pods))
+        return Node(component, key, iteration, False, path.rpartition(".")[2], children, len(tried), tuple(pods))
 
     def _driver(self, path: str, component: str, key: str, iteration: int | None) -> Node:
         """Return the driver of the step or DAG at `path`, which runs before it."""
@@ -305,7 +305,7 @@ class _Walk:
         template = f"system-{'container' if component else 'dag'}-driver"
         pods = [self._pod(template, attempt) for attempt in self._attempts(driver)[1:] or [driver]]
         children = self._known([*self._attempts(driver)[1:], path])
-        return Node(component, key, iteration, True, _display(driver), children, 0, tuple(pods))
+        return Node(component, key, iteration, True, driver.rpartition(".")[2], children, 0, tuple(pods))
 
     def _attempts(self, path: str) -> list[str]:
         """Return the node, and its attempts where it is a Retry node: `distill`, `distill(0)`, `distill(1)`."""
@@ -325,10 +325,6 @@ class _Walk:
 
     def _pod(self, template: str, path: str) -> str:
         return f"{self._workflow}-{template}-{_hash(path)}"
-
-
-def _display(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 def _hash(path: str) -> int:

@@ -95,7 +95,7 @@ class Package:
 
     @property
     def has_comet(self) -> bool:
-        """Whether a step computes COMET."""
+        """True if a step computes COMET."""
         return "comp-comet-score" in self.documents[0]["components"]
 
 
@@ -322,26 +322,24 @@ def run_differences(wanted: Any, kept: Any) -> list[str]:
         name for name, value in asked.parameters.items() if name not in parameters or parameters[name] != value
     )
     version = ("pipeline_version_reference", "pipeline_version_id")
-    return [
-        *(["its pipeline"] if _field(kept, *version) != _field(wanted, *version) else []),
-        *([f"its parameters {', '.join(changed)}"] if changed else []),
-        *(
-            ["where artifacts go"]
-            if asked.pipeline_root and _field(has, "pipeline_root") != asked.pipeline_root
-            else []
-        ),
-        *(["its service account"] if wanted.service_account and kept.service_account != wanted.service_account else []),
-    ]
+    root, account = asked.pipeline_root, wanted.service_account
+    differing = {
+        "its pipeline": _field(kept, *version) != _field(wanted, *version),
+        f"its parameters {', '.join(changed)}": bool(changed),
+        "where artifacts go": bool(root) and _field(has, "pipeline_root") != root,
+        "its service account": bool(account) and kept.service_account != account,
+    }
+    return [part for part, differs in differing.items() if differs]
 
 
 def recurring_differences(wanted: Any, kept: Any) -> list[str]:
     """Return the parts of a recurring run that the server keeps differently, as text."""
     cron = ("trigger", "cron_schedule", "cron")
-    return [
-        *(["its schedule"] if _field(kept, *cron) != _field(wanted, *cron) else []),
-        *(["being switched off"] if kept.mode == "DISABLE" else []),
-        *run_differences(wanted, kept),
-    ]
+    differing = {
+        "its schedule": _field(kept, *cron) != _field(wanted, *cron),
+        "being switched off": kept.mode == "DISABLE",
+    }
+    return [part for part, differs in differing.items() if differs] + run_differences(wanted, kept)
 
 
 def _field(value: Any, *names: str) -> Any:

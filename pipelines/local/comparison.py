@@ -28,15 +28,12 @@ def run_comparison(
     kfp ends a loop as failed if one of its rounds failed, and leaves out what comes after it. In this case the pipeline
     is run once more without the failed rounds: it reuses all other steps, and the table says why rounds are missing.
 
+    The arguments that are not listed are those of `run_pipeline`.
+
     Args:
         plan: The comparison.
-        folder: Its files.
-        documents: The compiled pipeline.
         display: Makes the display for a number of steps.
         say: Prints a line.
-        tracking_uri: MLflow.
-        experiment: MLflow's experiment.
-        fresh: Forget finished steps and checkpoints.
 
     Raises:
         StepFailed: a step that all runs need failed, or every run did.

@@ -198,15 +198,8 @@ def run_container(
 ) -> Outcome:
     """Run a command in a new container to its end, and remove the container.
 
-    Its output and events are those of `process.run_logged`; if the caller is interrupted, the container is stopped.
-
-    Args:
-        client: The engine.
-        image: Name, digest or id.
-        command: What to run.
-        log: File that takes the output.
-        on_event: Takes the step's events.
-        arguments: Of docker's `containers.create`.
+    Output and events are handled as by `process.run_logged`. If the caller is interrupted, the container is stopped.
+    `arguments` are those of docker's `containers.create`.
     """
     try:
         container = client.containers.create(image, command, **arguments)

@@ -45,7 +45,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.logs, self.artifacts, self.checkpoints = root / "logs", root / "artifacts", root / "checkpoints"
-        self.records, self.cache = root / "tracking", root / ".cache"
+        self.records, self.cache, self.kfp_log = root / "tracking", root / ".cache", self.logs / "kfp.log"
         self.page, self.summary = root / PAGE, root / SUMMARY
 
     @classmethod

@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import kfp
 import yaml
@@ -36,6 +36,9 @@ from skd_lib.errors import SkdError
 from skd_lib.steps.kfp_call import OUTPUT_FILE_OPTION
 from skd_lib.storage import write_text_atomic
 
+if TYPE_CHECKING:
+    from skd_kfp.pipelines.local.runner import LocalRun
+
 UNLABELLED = ("student-init",)
 """Components of which the label in `config` is not part of the key: it only names the step's run in MLflow, and trials
 that start from one student make it once where they run one after another."""
@@ -48,38 +51,20 @@ ITEM_ARGUMENTS = ("original_task_spec", "loop_item", "loop_task_name")
 KEY_ARGUMENTS = ("self", "component_name", "image", "full_command", "arguments", "env_vars", "custom_cache_key")
 
 
-class Executor(Protocol):
-    """Runs the containers of a local pipeline.
-
-    A component in a loop is named with the number of its round, see `graph.round_key`.
-    """
-
-    def execute(
-        self, component: str, image: str, command: list[str], env: Mapping[str, str], task_folder: Path
-    ) -> bool:
-        """Run one container to its end, and return whether it succeeded."""
-
-    def reused(self, component: str, outputs: Mapping[str, Any], seconds: float) -> None:
-        """Record that a container's outputs came from the cache; `seconds` is the time of the original run."""
-
-    def seconds(self, component: str) -> float:
-        """Return the seconds of a container that has just run."""
-
-
 def check_kfp() -> None:
     """Check that the parts of kfp that are replaced have the known signatures.
 
     Raises:
         SkdError: another version of kfp is installed, whose local runner this project does not know.
     """
-    handlers = {
-        tuple(inspect.signature(handler.__init__).parameters)
-        for handler in (subprocess_task_handler.SubprocessTaskHandler, docker_task_handler.DockerTaskHandler)
-    }
-    key = tuple(inspect.signature(cache.LocalCache.compute_key).parameters)
-    rounds = tuple(inspect.signature(orchestrator.ParallelExecutor.execute_parallel_tasks).parameters)
-    item = tuple(inspect.signature(task_spec_utils.create_parameter_loop_iteration_task_spec).parameters)
-    if (handlers, key, rounds, item) != ({HANDLER_ARGUMENTS}, KEY_ARGUMENTS, ROUND_ARGUMENTS, ITEM_ARGUMENTS):
+    known = [
+        (subprocess_task_handler.SubprocessTaskHandler.__init__, HANDLER_ARGUMENTS),
+        (docker_task_handler.DockerTaskHandler.__init__, HANDLER_ARGUMENTS),
+        (cache.LocalCache.compute_key, KEY_ARGUMENTS),
+        (orchestrator.ParallelExecutor.execute_parallel_tasks, ROUND_ARGUMENTS),
+        (task_spec_utils.create_parameter_loop_iteration_task_spec, ITEM_ARGUMENTS),
+    ]
+    if any(tuple(inspect.signature(part).parameters) != arguments for part, arguments in known):
         raise SkdError(
             f"kfp {kfp.__version__} has another local runner than the one this project drives",
             hint='install the supported version: pip install "kfp>=2.17,<2.18"',
@@ -89,47 +74,42 @@ def check_kfp() -> None:
 def run_locally(
     documents: list[dict[str, Any]],
     arguments: Mapping[str, Any],
-    executor: Executor,
+    run: LocalRun,
     *,
-    artifacts: Path,
-    cache_folder: Path,
-    log: Path,
     containers: bool = False,
 ) -> None:
-    """Run a compiled pipeline with `kfp.local`; each container is run by `executor`.
+    """Run a compiled pipeline with `kfp.local`; each container is run by `run`.
 
-    Where a container fails, this returns normally: `executor` keeps the failure. kfp's own output goes to `log`.
+    Where a container fails, this returns normally: `run` keeps the failure. kfp's own output goes to `run`'s folder.
 
     Args:
         documents: The pipeline spec and its Kubernetes settings.
         arguments: Pipeline parameters.
-        executor: Runs the containers.
-        artifacts: Folder for artifacts; one subfolder a pipeline run and task.
-        cache_folder: Folder of the cache.
-        log: File that takes kfp's own log.
-        containers: Whether `executor` runs each in the image that the pipeline names.
+        run: Runs the containers, and keeps their outputs.
+        containers: Whether `run` runs each in the image that the pipeline names.
     """
     check_kfp()
+    folder = run.folder
     pipeline = components.load_component_from_text(yaml.safe_dump_all(documents))
     with (
-        contextlib.closing(_Chatter(log)) as sink,
+        contextlib.closing(_Chatter(folder.kfp_log)) as sink,
         contextlib.redirect_stdout(sink),
         warnings.catch_warnings(action="ignore"),
-        _replaced(executor),
+        _replaced(run),
     ):
         local.init(
             local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False),
-            pipeline_root=str(artifacts),
-            workspace_root=str(artifacts.parent / ".workspace"),  # kfp would make one among temporary files
+            pipeline_root=str(folder.artifacts),
+            workspace_root=str(folder.root / ".workspace"),  # kfp would make one among temporary files
             raise_on_error=False,
             enable_caching=True,
-            cache_root=str(cache_folder),
+            cache_root=str(folder.cache),
         )
         pipeline(**arguments)
 
 
 @contextlib.contextmanager
-def _replaced(executor: Executor) -> Iterator[None]:
+def _replaced(run: LocalRun) -> Iterator[None]:
     """Put our task handler, cache and loop in the place of kfp's."""
     current_round: int | None = None
 
@@ -174,7 +154,7 @@ def _replaced(executor: Executor) -> Iterator[None]:
 
         def run(self) -> status.Status:
             folder = Path(self.command[self.command.index(OUTPUT_FILE_OPTION) + 1]).parent
-            done = executor.execute(key_of(folder.name), self.image, self.command, self.env, folder)
+            done = run.execute(key_of(folder.name), self.image, self.command, self.env, folder)
             return status.Status.SUCCESS if done else status.Status.FAILURE
 
     class Cache(cache.LocalCache):
@@ -202,11 +182,11 @@ def _replaced(executor: Executor) -> Iterator[None]:
             outputs: dict[str, Any] | None = super().get(key)
             if outputs is not None:
                 seconds = _seconds(self._seconds_file(key))
-                executor.reused(self._current.component, plain_outputs(outputs), seconds)
+                run.reused(self._current.component, plain_outputs(outputs), seconds)
             return outputs
 
         def put(self, key: str, outputs: dict[str, Any]) -> None:
-            write_text_atomic(self._seconds_file(key), str(executor.seconds(self._current.component)))
+            write_text_atomic(self._seconds_file(key), str(run.seconds(self._current.component)))
             super().put(key, outputs)
 
         def _seconds_file(self, key: str) -> Path:

@@ -41,6 +41,8 @@ CODE_VERSION = "SKD_CODE_VERSION"
 class LocalRun:
     """A run in progress: runs each step and keeps its outputs and times.
 
+    A component in a loop is named with the number of its round, see `graph.round_key`.
+
     Attributes:
         start: Runs a step: as a child process, or as a container.
         outputs: Output parameters and artifact URIs of every finished step, by step name.
@@ -65,7 +67,7 @@ class LocalRun:
     def execute(
         self, component: str, image: str, command: list[str], env: Mapping[str, str], task_folder: Path
     ) -> bool:
-        """Run one container to its end (see `kfp_patch.Executor`)."""
+        """Run one container to its end, and return whether it succeeded."""
         step = self.steps[component]
         if self.failure and not step.is_exit:
             return False
@@ -95,7 +97,7 @@ class LocalRun:
         return True
 
     def reused(self, component: str, outputs: Mapping[str, Any], seconds: float) -> None:
-        """Record that a step's outputs came from the cache (see `kfp_patch.Executor`)."""
+        """Record that a step's outputs came from the cache; `seconds` is the time of the original run."""
         step = self.steps[component]
         self.taken[step.name] = seconds
         self.outputs[step.name] = dict(outputs)
@@ -103,7 +105,7 @@ class LocalRun:
         self.display.finished(step.name, seconds, reused=True)
 
     def seconds(self, component: str) -> float:
-        """Return the seconds of a step that has just run (see `kfp_patch.Executor`)."""
+        """Return the seconds of a step that has just run."""
         return self.taken[self.steps[component].name]
 
     def _on_event(self, step: str, event: Mapping[str, Any]) -> None:
@@ -176,7 +178,7 @@ def run_pipeline(
         folder: Its files.
         documents: The pipeline.
         display: Shows its progress.
-        tracking_uri: MLflow.
+        tracking_uri: The MLflow server; empty: none.
         experiment: MLflow's experiment.
         fresh: Forget finished steps and checkpoints.
         comparison: The comparison whose trials the pipeline runs, which start from `config`.
@@ -213,30 +215,21 @@ def run_pipeline(
         start = containers.starter(settings) if containers else child_processes(settings)
         form = comparison_parameters(comparison.compare, config) if comparison else to_parameters(config)
         arguments = {**form, "mlflow_experiment": experiment}
-        kfp_log = folder.logs / "kfp.log"
-        kfp_log.write_text("", encoding="utf-8")
+        folder.kfp_log.write_text("", encoding="utf-8")
         with display:
             run = LocalRun(folder, steps, display, start)
             try:
-                run_locally(
-                    local,
-                    arguments,
-                    run,
-                    artifacts=folder.artifacts,
-                    cache_folder=folder.cache,
-                    log=kfp_log,
-                    containers=containers is not None,
-                )
+                run_locally(local, arguments, run, containers=containers is not None)
             except Exception as error:
                 if run.failure:
                     raise run.failure from error
                 if isinstance(error, OSError) or is_full_disk(error):
                     raise explained(error) from error
-                with kfp_log.open("a", encoding="utf-8") as file:
+                with folder.kfp_log.open("a", encoding="utf-8") as file:
                     file.write(redacted(traceback.format_exc()))
                 raise SkdError(
                     f"kfp could not run the pipeline: {type(error).__name__}: {error}",
-                    hint=f"kfp's own log is {kfp_log}",
+                    hint=f"kfp's own log is {folder.kfp_log}",
                 ) from error
             finally:
                 _report_records(folder, display)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from skd_kfp.pipelines.local.comparison import run_comparison
 from skd_kfp.pipelines.local.folder import RunFolder
-from skd_kfp.pipelines.local.progress import PlainDisplay
+from skd_kfp.pipelines.local.progress import Display
 from skd_kfp.pipelines.local.runner import LocalRun, StepFailed
 from skd_lib.comparison.config import CompareConfig
 from skd_lib.comparison.plan import Plan, plan
@@ -31,7 +31,7 @@ def compare(folder: Path, behaviours: dict[str, str]) -> tuple[LocalRun, Plan, s
         trials,
         RunFolder.create(folder / "runs", "fake"),
         looping_pipeline(folder),
-        lambda steps: PlainDisplay(console, steps),
+        lambda steps: Display(console, steps),
         say=console.print,
         tracking_uri="",
         experiment="skd",

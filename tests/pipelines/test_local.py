@@ -20,7 +20,7 @@ import skd_lib
 from skd_kfp.pipelines.local import kfp_patch as kfp_local
 from skd_kfp.pipelines.local import stopping
 from skd_kfp.pipelines.local.folder import RunFolder
-from skd_kfp.pipelines.local.progress import LiveDisplay, PlainDisplay
+from skd_kfp.pipelines.local.progress import Display, LiveDisplay
 from skd_kfp.pipelines.local.reuse import local_pipeline, run_identity, source_digest
 from skd_kfp.pipelines.local.runner import LocalRun, StepFailed, child_processes, run_pipeline
 from skd_lib.config import RunConfig
@@ -61,7 +61,7 @@ def run(folder: Path, run_config: RunConfig | None = None, **options: Any) -> tu
         run_config or config(),
         RunFolder.create(folder / "runs", "fake"),
         documents,
-        PlainDisplay(Console(file=screen, width=200), 4),
+        Display(Console(file=screen, width=200), 4),
         experiment="skd",
         **{"tracking_uri": "", **options},
     )
@@ -76,7 +76,7 @@ def test_runs_every_step_and_keeps_what_they_wrote(tmp_path: Path, journal: Path
     # Quotes survive every layer of quoting.
     assert json.loads(finished.outputs["use"]["summary"]["value"])["task"]["prompt"] == config().task.prompt
     assert list(finished.durations()) == ["make", "report", "use", "finish"]
-    assert all(0 < seconds < 60 for seconds in finished.durations().values())
+    assert all(seconds > 0 for seconds in finished.durations().values())
     assert "hello from first" in (tmp_path / "runs/fake/logs/make.log").read_text()
     assert "working 1/3 loss=1" in (tmp_path / "runs/fake/logs/make.log").read_text()
     assert "::skd" not in (tmp_path / "runs/fake/logs/make.log").read_text()
@@ -416,7 +416,7 @@ def test_live_display_shows_steps_and_figures():
         display.finished("prepare_data", 3.14, reused=True)
         display.started("distill")
         display.progress("distill", {"what": "training", "done": 4, "total": 8, "figures": {"loss": 1.5}})
-        display._bars.refresh()
+        display.bars.refresh()
         display.finished("distill", 75, reused=False)
     text = screen.getvalue()
     for shown in ("prepare_data", "reused", "distill: training", "4/8", "loss 1.5", "1 min 15 s"):

@@ -14,7 +14,7 @@ from rich.console import Console
 from skd_kfp.pipelines.local import reuse, runner
 from skd_kfp.pipelines.local.folder import RunFolder
 from skd_kfp.pipelines.local.process import Outcome
-from skd_kfp.pipelines.local.progress import PlainDisplay
+from skd_kfp.pipelines.local.progress import Display
 from skd_kfp.pipelines.local.runner import run_pipeline
 from skd_lib.comparison.config import CompareConfig
 from skd_lib.comparison.plan import plan
@@ -79,7 +79,7 @@ def run(
             config,
             RunFolder.create(tmp_path / "runs", pipeline),
             documents,
-            PlainDisplay(Console(file=io.StringIO()), 1),
+            Display(Console(file=io.StringIO()), 1),
             tracking_uri="",
             experiment="skd",
             comparison=plan(CompareConfig.model_validate(values), config, where="x.yaml") if variants else None,

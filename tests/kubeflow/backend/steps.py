@@ -11,11 +11,11 @@ from typing import Any
 from skd_lib.comparison.trials import Trial
 from skd_lib.config import parse_section
 from skd_lib.config.parameters import Form
-from skd_lib.config.step import StepConfig
+from skd_lib.config.step import StepConfig, step_config
 from skd_lib.data.prepared import preparation
 from skd_lib.preflight.reuse import keep, reuse_from
 from skd_lib.steps.compare_variant import outputs_of
-from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of, step_config
+from skd_lib.steps.preflight import NO_COMPARISON, read, settings_of
 from tests.kubeflow.backend.run import Call, Made
 
 _FORM = set(Form.__dataclass_fields__)
@@ -64,10 +64,10 @@ class Steps:
         models += [trial.config(config).student or "" for trial in plan.trials] if plan else []
         prints = {name: self.content.get(name, f"of {name}") for name in models}
         data = self.content.get("data", json.dumps(preparation(config.data), sort_keys=True))
-        preparation = step_config("prepare_data", config, fingerprint=data)
+        prepared = step_config("prepare_data", config, fingerprint=data)
         fresh, _ = reuse_from(
             self.checkpoint_root,
-            preparation,
+            prepared,
             "" if given["reuse"] else self.run_id,
             kind="comparison" if plan else "run",
         )
