@@ -40,11 +40,9 @@ def main(
 ) -> None:
     """Train the student under the teacher, and keep the weights of the lowest validation loss.
 
-    Methods: `skd` (Speculative Knowledge Distillation: the student drafts, the teacher replaces what is not among
-    its top K), `skd_mixed` (that or ground truth), `on_policy` (the student's own samples), `imitkd` (those or ground
-    truth), `two_stage` (first the one, then the other), `supervised_kd` (ground truth), `seqkd` (the teacher's samples,
-    cross-entropy), `sft` (ground truth, without the teacher). A run that was killed goes on from its last checkpoint
-    when it is started again. With `multinode` in the config the training is done by a TrainJob of Kubeflow Trainer.
+    The method in the config decides who writes the responses, and the loss; `skd config` describes all methods. A run
+    that was killed goes on from its last checkpoint when it is started again. With `multinode` in the config the
+    training is done by a TrainJob of Kubeflow Trainer.
 
     The model's record (`models.records`) holds its lineage, the closing figures, curves of losses, rejection rate and
     lengths, and a few training sequences.

@@ -20,6 +20,7 @@ from skd_lib.config import FilesSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
 from skd_lib.config.parameters import Form, changed_on_the_way, check_reference, from_parameters, short
 from skd_lib.config.step import DEPENDS, OF_A_COMPARISON, OF_BOTH, step_config
+from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps.kfp_call import current_call
 from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, Switch, TrackingUri, run_step
@@ -95,8 +96,8 @@ def main(
     training_method: Annotated[
         str,
         typer.Option(
-            help="Method of training: `skd`, `skd_mixed`, `on_policy`, `imitkd`, `two_stage`, `supervised_kd`, `seqkd` "
-            "or `sft`. Empty: as `config` says, else `skd`."
+            help=f"Method of training: {', '.join(f'`{name}`' for name in METHODS)}. "
+            "Empty: as `config` says, else `skd`."
         ),
     ] = "",
     training_steps: Annotated[int, typer.Option(help="Optimiser steps of each distillation. 0: as `config` says.")] = 0,
@@ -236,11 +237,7 @@ def _problems(refused: SkdErrors) -> str:
 
 
 def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = "") -> tuple[RunConfig, Plan | None]:
-    """Return the configuration that a form describes, and its comparison if it has one.
-
-    Raises:
-        SkdErrors: all that is wrong, by the form's field, or the comparison's or the configuration's.
-    """
+    """Return the configuration of a form, and its comparison if it has one; SkdErrors name all wrong fields."""
     errors: list[SkdError] = []
     plan = None
     if pipeline_run_id():
@@ -314,14 +311,9 @@ def _refused(error: SkdError, tracking_uri: str, experiment: str) -> PreflightRe
 def settings_of(
     config: RunConfig, plan: Plan | None, *, data: str, models: Mapping[str, str], fresh: str = ""
 ) -> dict[str, Any]:
-    """Return what later steps read, by output parameter; empty for those that a run of this kind does not have.
+    """Return the parameters of later steps, by name; empty for steps that a run of this kind does not have.
 
-    Args:
-        config: The run, or what all trials of a comparison start from.
-        plan: The comparison; None for a single run.
-        data: Fingerprint of the data.
-        models: Fingerprints of the models, by reference.
-        fresh: See `StepConfig`.
+    `data` is the fingerprint of the data, `models` has those of the models by reference, `fresh` see `StepConfig`.
     """
     prints = {
         "prepare_data": data,
