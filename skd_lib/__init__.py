@@ -1,8 +1,61 @@
-"""Speculative Knowledge Distillation: interleaved sampling, training, evaluation and the pipeline's steps."""
+"""Speculative Knowledge Distillation: interleaved sampling, training, evaluation and the pipeline's steps.
 
+The names below are the public interface; they are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skd_lib.distillation.divergences import divergence
+    from skd_lib.distillation.loss import DistillationLoss
+    from skd_lib.errors import SkdError
+    from skd_lib.sampling.acceptance import lossless, min_prob, mixture, student_only, teacher_only, top_k
+    from skd_lib.sampling.interleaved import InterleavedOutput, InterleavedSampler
+    from skd_lib.training.skd_trainer import SKDConfig, SKDTrainer
 
 try:
     __version__ = version("skd-lib")
 except PackageNotFoundError:  # running from a source tree that was never installed
     __version__ = "0.0.0"
+
+__all__ = [
+    "DistillationLoss",
+    "InterleavedOutput",
+    "InterleavedSampler",
+    "SKDConfig",
+    "SKDTrainer",
+    "SkdError",
+    "divergence",
+    "lossless",
+    "min_prob",
+    "mixture",
+    "student_only",
+    "teacher_only",
+    "top_k",
+]
+
+_RULES = "skd_lib.sampling.acceptance"
+_MODULES = {
+    "DistillationLoss": "skd_lib.distillation.loss",
+    "InterleavedOutput": "skd_lib.sampling.interleaved",
+    "InterleavedSampler": "skd_lib.sampling.interleaved",
+    "SKDConfig": "skd_lib.training.skd_trainer",
+    "SKDTrainer": "skd_lib.training.skd_trainer",
+    "SkdError": "skd_lib.errors",
+    "divergence": "skd_lib.distillation.divergences",
+    **dict.fromkeys(("lossless", "min_prob", "mixture", "student_only", "teacher_only", "top_k"), _RULES),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,342 @@
+"""`SKDTrainer`: SKD and the other methods as a `transformers.Trainer`, for use without the pipeline.
+
+The constructor is that of TRL's `GKDTrainer`: change the two names `GKDTrainer` and `GKDConfig`, and a script trains
+by SKD. Checkpoints, resume, callbacks, loggers, learning rates and data parallelism are the Trainer's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams
+from skd_lib.data.formats import tokenize_row
+from skd_lib.data.tokenize import TokenizedExample
+from skd_lib.distillation.batch import Rollout, collate
+from skd_lib.distillation.loss import Objective, objective_for
+from skd_lib.distillation.methods import METHODS
+from skd_lib.distillation.rollouts import RowKey, Strategy, rollout_for
+from skd_lib.errors import SkdError
+from skd_lib.models.heads import check_supported
+from skd_lib.models.modes import evaluating
+from skd_lib.models.special_ids import eos_ids, pad_id
+from skd_lib.sampling.samples import SamplingStatistics
+from skd_lib.training.figures import sampling_figures
+from skd_lib.training.trainer import through_wrapper
+
+
+@dataclass
+class SKDConfig(TrainingArguments):
+    """Arguments of `SKDTrainer`: those of `transformers.TrainingArguments`, and these.
+
+    Names that TRL's `GKDConfig` has mean the same here.
+
+    Attributes:
+        method: Where responses come from, see docs/methods.md.
+        divergence: Which divergence from the teacher is minimised. Unset: `forward_kl`, or where `beta` is given the
+            generalised Jensen-Shannon divergence with it, as in GKD.
+        beta: Weight of the teacher in the mixture of `jsd`; 0 is the forward, 1 the reverse KL.
+        alpha: Skewness of `skew_kl` and `skew_reverse_kl`.
+        rule: Which drafts the teacher lets stand.
+        top_k: A draft stands if it is among the teacher's `top_k` most likely tokens.
+        gamma: Most tokens drafted for each teacher call.
+        lmbda: Share of the sequences that are sampled; the others are the data's. 1 with `skd`, as in the paper.
+        seq_kd: The teacher writes the responses (method `seqkd` with a divergence is not offered).
+        temperature: Sampling temperature of both models.
+        student_top_p: Nucleus of the student's sampling.
+        teacher_top_p: Nucleus of the teacher's sampling.
+        loss_temperature: Divides both models' logits in the loss.
+        max_new_tokens: Longest sampled response.
+        max_length: Most tokens of a prompt with its response; longer responses of the data are cut.
+        disable_dropout: Switch the student's dropout off.
+        model_init_kwargs: For `from_pretrained`, where the model is given by name.
+        teacher_model_init_kwargs: The same for the teacher.
+        trust_remote_code: Run code that comes with models given by name.
+    """
+
+    method: str = field(default="skd")
+    divergence: str | None = field(default=None)
+    beta: float | None = field(default=None)
+    alpha: float = field(default=0.1)
+    rule: str = field(default="top_k")
+    top_k: int = field(default=25)
+    gamma: int = field(default=5)
+    lmbda: float | None = field(default=None)
+    seq_kd: bool = field(default=False)
+    temperature: float = field(default=0.5)
+    student_top_p: float = field(default=0.5)
+    teacher_top_p: float = field(default=1.0)
+    loss_temperature: float = field(default=1.0)
+    max_new_tokens: int = field(default=128)
+    max_length: int | None = field(default=1024)
+    disable_dropout: bool = field(default=True)
+    model_init_kwargs: dict[str, Any] | None = field(default=None)
+    teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
+    trust_remote_code: bool = field(default=False)
+    learning_rate: float = field(default=1e-5)
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False  # rows are tokenised by the collator
+        super().__post_init__()
+
+    def distill_config(self) -> DistillConfig:
+        """Return these settings as the section `distill` of a run's configuration.
+
+        Raises:
+            SkdError: a value is out of range, or names nothing.
+        """
+        method, share = self.method, self.lmbda
+        if self.seq_kd:
+            method = "seqkd"
+        elif method == "skd" and share is not None and share < 1:
+            method = "skd_mixed"
+        divergence = self.divergence or ("forward_kl" if self.beta is None else "jsd")
+        shares = {} if share is None else {"on_policy_fraction": share, "sampled_fraction": share}
+        try:
+            return DistillConfig(
+                method=method,  # type: ignore[arg-type]  # checked here
+                divergence=divergence,  # type: ignore[arg-type]
+                beta=0.5 if self.beta is None else self.beta,
+                alpha=self.alpha,
+                temperature=self.loss_temperature,
+                sampling=InterleavedConfig(
+                    rule=self.rule,  # type: ignore[arg-type]
+                    top_k=self.top_k,
+                    gamma=self.gamma,
+                    student=SamplingParams(temperature=self.temperature, top_p=self.student_top_p),
+                    teacher=SamplingParams(temperature=self.temperature, top_p=self.teacher_top_p),
+                ),
+                **shares,
+            )
+        except ValueError as error:
+            raise SkdError(str(error), where="SKDConfig") from error
+
+
+class SKDTrainer(Trainer):
+    """Train a student under a teacher.
+
+    Args:
+        model: The student, or its name or folder.
+        teacher_model: The teacher, or its name or folder; None for the method `sft`.
+        args: Settings.
+        data_collator: Turns rows into a list of `TokenizedExample`; unset, rows may have the formats of
+            `skd_lib.data.formats`.
+        train_dataset: Rows.
+        eval_dataset: Rows with responses; `eval_loss` is the method's loss on them.
+        processing_class: The tokenizer of both models; unset, the student's.
+        compute_metrics: Not supported; here so that the arguments are those of other trainers.
+        callbacks: See `transformers.Trainer`.
+        optimizers: See `transformers.Trainer`.
+        preprocess_logits_for_metrics: Not supported.
+        peft_config: Adapters of PEFT to train in place of the weights.
+        formatting_func: Called with each row; returns a row of a known format.
+
+    Raises:
+        SkdError: a setting or a row cannot be used; the message says what, where and what to do.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
+        args: SKDConfig | None = None,
+        data_collator: Callable[[list[Any]], list[TokenizedExample]] | None = None,
+        train_dataset: Dataset[Any] | Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: None = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[Any], Mapping[str, Any]] | None = None,
+    ) -> None:
+        args = args or SKDConfig(output_dir="skd-trainer")
+        if model is None:
+            raise SkdError("there is no model", where="SKDTrainer", hint="pass the student as `model`")
+        if compute_metrics is not None or preprocess_logits_for_metrics is not None:
+            raise SkdError(
+                "metrics of logits are not supported: the loss never holds all logits",
+                where="SKDTrainer",
+                hint="leave compute_metrics out; eval_loss is logged, and `skd_lib.evaluate` scores answers",
+            )
+        self.distill = args.distill_config()
+        self.facts = METHODS[self.distill.method]
+        if processing_class is None:
+            if not isinstance(model, str):
+                model_name = model.config.name_or_path
+            processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model_name)
+        model = _loaded(model, args.model_init_kwargs, args)
+        self.teacher = None if teacher_model is None else _loaded(teacher_model, args.teacher_model_init_kwargs, args)
+        if self.facts.needs_teacher and self.teacher is None:
+            raise SkdError(f"method `{self.distill.method}` needs a teacher", where="SKDTrainer, teacher_model")
+        for each in (model, self.teacher):
+            if each is not None:
+                check_supported(each)
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self.eos_ids = eos_ids(model, processing_class)
+        self.pad_id = pad_id(processing_class)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        self._formatting = formatting_func
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or self._tokenized,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise SkdError(
+                "the student is sampled between optimiser steps, which shards of FSDP and DeepSpeed do not allow",
+                where="SKDTrainer",
+                hint="start one process a GPU without them (torchrun), or use the pipeline's `training.fsdp`",
+            )
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole optimiser step
+        if self.teacher is not None:
+            self.teacher.eval().requires_grad_(requires_grad=False)
+            if not getattr(self.teacher, "is_quantized", False):
+                self.teacher.to(args.device)
+        self._strategy: Strategy | None = None
+        self._objective: Objective = objective_for(self.distill.method, self.teacher, self.distill)
+        self._statistics = SamplingStatistics()
+
+    def _tokenized(self, rows: list[Any]) -> list[TokenizedExample]:
+        formatted = rows if self._formatting is None else [self._formatting(row) for row in rows]
+        return [
+            tokenize_row(self.processing_class, row, self.eos_ids, max_length=self.args.max_length, where="dataset")
+            for row in formatted
+        ]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[TokenizedExample]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Rollout]], Tensor]:
+        """Make the responses of all micro-batches of an optimiser step together.
+
+        Returns:
+            The micro-batches, and the response tokens of the step over all processes.
+        """
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return [], torch.zeros((), dtype=torch.long, device=device)
+        examples = [example for batch in batches for example in batch]
+        first = self.args.process_index * self.args.per_device_train_batch_size * num_batches
+        keys = [RowKey(self.state.global_step, first + row) for row in range(len(examples))]
+        with self.accelerator.autocast():
+            rollout = self._strategy_of_run()(examples, keys)
+        _check_responses(rollout, "train_dataset")
+        self._statistics += rollout.statistics or SamplingStatistics()
+        tokens = self.accelerator.reduce(torch.tensor(rollout.tokens, device=device), "sum").clamp_min(1)
+        return [{"rollout": part} for part in rollout.split([len(batch) for batch in batches])], tokens
+
+    def _strategy_of_run(self) -> Strategy:
+        if self._strategy is None:
+            self._strategy = rollout_for(
+                self.distill.method,
+                student=self.model,
+                teacher=self.teacher,
+                distill=self.distill,
+                steps=self.state.max_steps,
+                seed=self.args.seed,
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+                max_new_tokens=self.args.max_new_tokens,
+            )
+        return self._strategy
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Rollout],
+        return_outputs: bool = False,  # noqa: ARG002 - the base class's signature; only predictions need outputs
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Compute the micro-batch's share of the optimiser step's mean loss over response tokens."""
+        sums = through_wrapper(model, self.model, self._loss_sums, inputs["rollout"])
+        # Data parallelism averages gradients over processes; the sum over all of them is wanted.
+        return sums.loss / (num_items_in_batch or 1) * self.accelerator.num_processes
+
+    def _loss_sums(self, rollout: Rollout) -> Any:
+        with self.accelerator.autocast():
+            return self._objective(self.model, rollout)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Compute the mean loss over the response tokens of the evaluation rows.
+
+        Raises:
+            SkdError: a row has no response.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            merged: dict[str, float] = {}
+            for name, part in dataset.items():
+                merged |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return merged
+        sums = torch.zeros(2, dtype=torch.float64)
+        with evaluating(self.model):
+            for batch in self.get_eval_dataloader(dataset):
+                rollout = collate(
+                    [example.prompt_ids for example in batch],
+                    [example.response_ids for example in batch],
+                    pad_id=self.pad_id,
+                    source="ground_truth",
+                    device=self.args.device,
+                )
+                _check_responses(rollout, "eval_dataset")
+                sums += torch.tensor([self._loss_sums(rollout).loss.item(), rollout.tokens], dtype=torch.float64)
+        total, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the sampler counted since the last log: rejection rate, lengths, tokens a teacher call."""
+        if "loss" in logs:
+            counts = torch.tensor(astuple(self._statistics), device=self.args.device)
+            self._statistics = SamplingStatistics()
+            logs = logs | sampling_figures(SamplingStatistics(*self.accelerator.reduce(counts, "sum").tolist()))
+        super().log(logs, start_time)
+
+
+def _check_responses(rollout: Rollout, where: str) -> None:
+    rows = zip(rollout.sources, rollout.lengths, strict=True)
+    if any(source == "ground_truth" and not length for source, length in rows):
+        raise SkdError(
+            "a row has no response, so it has no loss",
+            where=where,
+            hint="give it a `completion` or an assistant message, or train by a method that samples every response",
+        )
+
+
+def _loaded(model: PreTrainedModel | str, options: dict[str, Any] | None, args: SKDConfig) -> PreTrainedModel:
+    if not isinstance(model, str):
+        return model
+    return AutoModelForCausalLM.from_pretrained(
+        model, **{"trust_remote_code": args.trust_remote_code, **(options or {})}
+    )

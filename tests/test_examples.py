@@ -1,0 +1,57 @@
+"""The examples, run as their first lines say, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import ROOT, SaveTinyModel
+
+FOLDER = ROOT / "examples"
+
+
+@pytest.fixture
+def models(tmp_path: Path, save_tiny_model: SaveTinyModel) -> tuple[Path, Path]:
+    return save_tiny_model(tmp_path / "teacher", seed=2, hidden=64), save_tiny_model(tmp_path / "student", seed=1)
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_training_loop_on_the_page(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    rows = [{"prompt": "Add 1 and 2: "}, {"messages": [{"role": "user", "content": "Add 3 and 4"}]}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = [
+        "--steps",
+        3,
+        "--batch-size",
+        2,
+        "--max-new-tokens",
+        6,
+        "--learning-rate",
+        1e-2,
+        "--output",
+        tmp_path / "out",
+    ]
+    told = run("train_skd.py", *models, tmp_path / "data.jsonl", *options)
+    assert told.count("tokens a teacher call") == 3
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (models[1], tmp_path / "out"))
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+
+
+def test_speculative_decoding_says_what_the_teacher_says(models: tuple[Path, Path]) -> None:
+    told = [run("speculative_decoding.py", models[0], one, "Add 12 and 30.", "--max-new-tokens", 12) for one in models]
+    assert "100% of the drafted tokens stand" in told[0]
+    assert told[0].splitlines()[:-1] == told[1].splitlines()[:-1]
+
+
+def test_the_loop_fits_on_a_page() -> None:
+    assert len((FOLDER / "train_skd.py").read_text().splitlines()) <= 120
