@@ -24,12 +24,7 @@ _MARK = "\ud800"  # no text of JSON that people may write holds half a character
 
 
 def ascii_json(value: Any, *, compact: bool = True) -> str:
-    """Write a value as JSON that arrives unchanged.
-
-    Args:
-        value: Plain values: texts, numbers, lists, mappings.
-        compact: Without spaces between the parts; people rather read it with them.
-    """
+    """Write plain values as JSON that arrives unchanged; `compact` leaves out the spaces that people like."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":") if compact else None)
     return _in_texts(text, lambda inner: _READ_BY_OTHERS.sub(_escaped, inner))
 
@@ -45,11 +40,7 @@ def may_be_changed(text: str) -> bool:
 
 
 def changed_fields(text: str) -> list[str]:
-    """Return the dotted names of values and keys in a JSON text that may have been sent as other texts.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
+    """Return the dotted names of values and keys in a JSON text that may have been sent as other texts."""
     return list(dict.fromkeys(_marked(json.loads(_in_texts(text, lambda inner: _CHANGED.sub(_MARK, inner))))))
 
 

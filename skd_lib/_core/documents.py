@@ -44,11 +44,7 @@ _NOT_TEXT = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: Path) -> str:
-    """Read a text file that a person wrote.
-
-    Raises:
-        SkdError: it is missing, no regular file, too large, or not UTF-8.
-    """
+    """Read a text file that a person wrote; a file that is no such text is an SkdError."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe without a writer would block for ever
@@ -64,11 +60,7 @@ def read_text(path: Path) -> str:
 
 
 def decoded(content: bytes, *, where: str) -> str:
-    """Decode the text of a file that a person wrote.
-
-    Raises:
-        SkdError: it is too large, or not UTF-8.
-    """
+    """Decode the text of a file that a person wrote; raises SkdError if it is too large, or not UTF-8."""
     if len(content) > MAX_BYTES:
         raise SkdError(f"too large: {len(content):,} bytes, the limit is {MAX_BYTES:,}", where=where)
     try:
@@ -80,11 +72,7 @@ def decoded(content: bytes, *, where: str) -> str:
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """Return the value of a YAML text with one document; None if it is empty.
-
-    Raises:
-        SkdError: it is not YAML, has several documents, or something in it is not allowed here; names the line.
-    """
+    """Return the value of a YAML text with one document; None if it is empty. Errors (SkdError) name the line."""
     documents = _documents(text, where)
     value = next(documents, None)
     if next(documents, documents) is not documents:
@@ -93,25 +81,16 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 
 def parse_yaml_documents(text: str, *, where: str) -> list[Any]:
-    """Return the values of all documents of a YAML text.
-
-    Raises:
-        SkdError: as `parse_yaml`.
-    """
+    """Return the values of all documents of a YAML text; see `parse_yaml`."""
     return list(_documents(text, where))
 
 
 def parse_json(text: str | bytes, *, where: str, plain: bool = True) -> Any:
-    """Return the value of a JSON text.
+    """Return the value of a JSON text; `where` names it in errors.
 
-    Args:
-        text: The text.
-        where: Named in error messages.
-        plain: Refuse numbers that are not finite or longer than every reader of JSON takes them, and halves of
-            characters. False for results of our own, which hold what models write.
-
-    Raises:
-        SkdError: it is not JSON, has a key twice, or something in it is not allowed here.
+    `plain` refuses numbers that are not finite or longer than every reader of JSON takes them, and halves of
+    characters. It is False for results of our own, which hold texts of models. Raises SkdError also for a key that is
+    there twice.
     """
     numbers: dict[str, Any] = {"parse_constant": _refused_constant, "parse_int": _integer, "parse_float": _finite}
     try:

@@ -69,9 +69,8 @@ def redactor() -> Callable[[str], str]:
 def redacted_output(*, outlive_readers: bool = False) -> Iterator[None]:
     """Pass standard output and errors through `redacted` in the body.
 
-    Args:
-        outlive_readers: Drop output after the reader of a pipe has ended, instead of raising an error. When a pod is
-            stopped, the reader of its output ends first, and the rest of the work must not fail for that.
+    `outlive_readers` drops output after the reader of a pipe has ended, instead of raising an error: when a pod is
+    stopped, the reader of its output ends first, and the rest of the work must not fail for that.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, Redacted(stream, outlive_readers=outlive_readers)) for stream in before)
@@ -82,12 +81,7 @@ def redacted_output(*, outlive_readers: bool = False) -> Iterator[None]:
 
 
 class Redacted:
-    """A text stream that lets no secret pass.
-
-    Args:
-        stream: Where the text goes.
-        outlive_readers: See `redacted_output`.
-    """
+    """A text stream without secrets; see `redacted_output`."""
 
     def __init__(self, stream: TextIO, *, outlive_readers: bool = False) -> None:
         self._stream, self._redact, self._outlive = stream, redactor(), outlive_readers
@@ -125,11 +119,7 @@ class Redacted:
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI by which MLflow opens a sqlite file.
-
-    Raises:
-        SkdError: no URI names this file for the installed version of SQLAlchemy.
-    """
+    """Return the URI by which MLflow opens a sqlite file; raises SkdError for a path that no URI can name."""
     plain = f"sqlite:///{path}"
     if not set("%?") & set(plain):
         return plain

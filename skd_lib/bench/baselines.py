@@ -26,18 +26,10 @@ def generate(
     assistant: PreTrainedModel | None = None,
     gamma: int = 0,
 ) -> int:
-    """`transformers.generate` with its cache, alone or assisted by a smaller model.
+    """Sample with `transformers.generate` and its cache, and return the number of tokens.
 
-    Args:
-        model: Whose tokens are wanted; its generation config is emptied, and so is the assistant's.
-        prompts: Ragged; one only with an assistant, which is all that assisted generation takes.
-        new_tokens: Tokens of every response: nothing ends one before.
-        params: How both models sample.
-        assistant: Drafts.
-        gamma: Tokens that the assistant drafts at a time.
-
-    Returns:
-        Number of sampled tokens.
+    With an assistant, which drafts `gamma` tokens at a time, it takes one prompt only. All responses have `new_tokens`:
+    nothing ends one before. The models' generation configs are emptied.
     """
     tokens_BP, mask_BP = _left_padded(prompts, model.device)
     # What a model brings along (EOS ids, top_k, penalties) fills the gaps of what it is given: it may bring nothing.
@@ -65,10 +57,9 @@ def token_by_token(
     student_params: SamplingParams,
     teacher_params: SamplingParams,
 ) -> int:
-    """Interleaved sampling without blocks: both models see every token, all rows step by step, cached.
+    """Sample interleaved without blocks, and return the number of tokens.
 
-    Returns:
-        Number of sampled tokens.
+    Both models see every token, all rows step by step, cached.
     """
     tokens_BT, mask_BP = _left_padded(prompts, student.device)
     cached_student, cached_teacher = (_Cached(model, mask_BP, new_tokens) for model in (student, teacher))
@@ -91,13 +82,11 @@ def published_shape(
     student_params: SamplingParams,
     teacher_params: SamplingParams,
 ) -> int:
-    """Interleaved sampling in the shape of the published code (Xu et al. 2025): one row, blocks, cached.
+    """Sample interleaved in the shape of the published code (Xu et al. 2025), and return the number of tokens.
 
-    The loss does not reuse the teacher's verification there: it asks the teacher again, for the whole sequence. Tested
-    are the tokens that are kept, and ranks are those of raw logits: the cost is the same, the samples are right.
-
-    Returns:
-        Number of sampled tokens.
+    One row, blocks, cached. The loss does not reuse the teacher's verification there: it asks the teacher again, for
+    the whole sequence. Tested are the tokens that are kept, and ranks are those of raw logits: the cost is the same,
+    the samples are right.
     """
     known_1T, mask_1P = _left_padded([prompt], student.device)
     cached_student, cached_teacher = (_Cached(model, mask_1P, new_tokens) for model in (student, teacher))

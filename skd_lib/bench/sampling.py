@@ -47,11 +47,11 @@ class Row:
     """One way to sample.
 
     Attributes:
-        name: What it is.
+        name: Its name, one of `WAYS`.
         batch_size: Rows decoded together.
         tokens: Response tokens of a pass.
         seconds: Of each timed pass.
-        floor_seconds: Of each pass of the bare forwards of the same rounds; empty for ways that are not the engine's.
+        floor_seconds: Of each pass of the bare forwards of the same rounds; empty without the engine.
         weight_seconds: To read the weights as often as these forwards do, at the memory's copy bandwidth; CUDA only.
         statistics: The engine's; None for others.
     """
@@ -160,16 +160,10 @@ WAYS = (
 def bench_sampling(
     settings: Settings, only: Collection[str] = WAYS, on_progress: Callable[[int, int], None] | None = None
 ) -> Result:
-    """Measure ways to sample, in turns.
+    """Measure ways to sample, in turns; `on_progress` is called with the passes done and the passes in all.
 
-    Args:
-        settings: What to measure.
-        only: Which of `WAYS`.
-        on_progress: Called with the passes that are done and the passes there are.
-
-    Raises:
-        SkdError: a model cannot be loaded, a shape, dtype or way is unknown, or a way did not sample the tokens it
-            should.
+    Raises SkdError for a model that cannot be loaded, an unknown shape, dtype or way, or a wrong number of sampled
+    tokens.
     """
     for name in only:
         if name not in WAYS:

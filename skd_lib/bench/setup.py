@@ -91,11 +91,7 @@ class Settings:
 
 
 def load_pair(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Load the student and the teacher.
-
-    Raises:
-        SkdError: one cannot be loaded, or a shape or dtype is unknown.
-    """
+    """Load the student and the teacher; raises SkdError for an unknown model, shape or dtype."""
     dtype = getattr(torch, settings.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise SkdError(f"no floating-point dtype `{settings.dtype}`", where="--dtype", hint="e.g. bfloat16 or float32")
@@ -157,11 +153,7 @@ def with_progress(measure: Callable[[Callable[[int, int], None]], ResultT]) -> R
 
 
 def show(tables: Sequence[Table], figures: str, output: Path) -> None:
-    """Print the tables, and write all figures to a file.
-
-    Raises:
-        SkdError: the file cannot be written.
-    """
+    """Print the tables, and write all figures to a file."""
     console = Console()
     for table in tables:
         console.print(table)
@@ -170,11 +162,7 @@ def show(tables: Sequence[Table], figures: str, output: Path) -> None:
 
 
 def write(text: str, path: Path) -> None:
-    """Write a result; folders are made.
-
-    Raises:
-        SkdError: the file cannot be written.
-    """
+    """Write a result, with its folders; raises SkdError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, text)

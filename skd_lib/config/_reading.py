@@ -38,12 +38,7 @@ _PLAIN = re.compile(r"[\w./:@=-]+")
 
 
 def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT:
-    """Validate `values`, a mapping or its JSON text, as `model`.
-
-    Raises:
-        SkdErrors: everything that is wrong, naming `where` and each field.
-        SkdError: the text is not JSON.
-    """
+    """Validate `values`, a mapping or its JSON text, as `model`; raises SkdErrors that name `where` and field."""
     if isinstance(values, str):
         values = parse_json(values, where=where, plain=issubclass(model, ConfigSection))
     try:
@@ -53,11 +48,7 @@ def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT
 
 
 def check_unset(model: type[Section], overrides: Mapping[str, Any], *, where: str) -> None:
-    """Check that the fields that overrides unset exist: validation sees nothing of these.
-
-    Raises:
-        SkdErrors: some do not.
-    """
+    """Raise SkdErrors for fields that overrides unset and that do not exist: validation sees nothing of these."""
     hint = "`skd config` lists all of them"
     unknown = [path for path, value in overrides.items() if value is None and not _is_field(model, path)]
     if unknown:
@@ -81,11 +72,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the fields of a YAML file.
-
-    Raises:
-        SkdError: the file is missing, or is not a mapping in YAML, see `skd_lib._core.documents`.
-    """
+    """Return the fields of a YAML file; see `skd_lib._core.documents`."""
     values = parse_yaml(read_text(path), where=str(path))
     if not isinstance(values, dict):
         raise SkdError("the config must be a mapping of fields", where=str(path))
@@ -93,11 +80,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(texts: Iterable[str]) -> Overrides:
-    """Read options `--set FIELD=VALUE`, with values in YAML; the last of a field counts.
-
-    Raises:
-        SkdError: one has no `=`, or its value is not YAML, see `skd_lib._core.documents`.
-    """
+    """Read options `--set FIELD=VALUE`, with values in YAML; the last of a field counts."""
     overrides: Overrides = {}
     for text in texts:
         path, equals, value = text.partition("=")
@@ -109,11 +92,7 @@ def parse_overrides(texts: Iterable[str]) -> Overrides:
 
 
 def apply(values: dict[str, Any], overrides: Overrides, *, where: str) -> dict[str, Any]:
-    """Return a configuration's plain values with overrides; null removes a field.
-
-    Raises:
-        SkdError: a field's name leads through a value that is no section.
-    """
+    """Return a configuration's plain values with overrides; null removes a field."""
     changed = dict(values)
     for path, value in overrides.items():
         *sections, field = path.split(".")

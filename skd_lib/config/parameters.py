@@ -114,14 +114,10 @@ def _plain(value: Any, of_section: Any) -> Any:
 
 
 def to_parameters(config: RunConfig, *, without: Collection[str] = ()) -> Parameters:
-    """Return the form's fields for a configuration.
+    """Return the form's fields for a configuration, but for the fields of `without`.
 
     Texts that would not arrive unchanged (see `skd_lib._core.ascii_json`), and lists with commas in their paths, are in
     `config`.
-
-    Args:
-        config: The configuration.
-        without: Fields that the form does not have.
     """
     values = short(config)
     form: Parameters = {}
@@ -166,30 +162,14 @@ def _is_form_text(text: str) -> bool:
 
 
 def from_parameters(config: str = "{}", *, run_name: str = "", **fields: Any) -> RunConfig:
-    """Return the configuration that a form describes.
-
-    Args:
-        config: JSON of what differs from the defaults, or the URI of a run's YAML file.
-        run_name: Any text; the run's name is made of it where `config` has none.
-        fields: The others of `Form`.
-
-    Raises:
-        SkdError: all that is wrong, by the form's field or the configuration's.
-    """
+    """Return the configuration of a form with these `fields`; see `read_values` and `fill`."""
     form = Form(config=config, **fields)
     where, values = read_values(form.config, "config")
     return fill(values, form, run_name=run_name, where=where)
 
 
 def read_values(text: str, field: str) -> tuple[str, dict[str, Any]]:
-    """Read a field of the form that holds JSON, or the URI of a YAML file.
-
-    Returns:
-        Its name in messages, and its values.
-
-    Raises:
-        SkdError: it cannot be read, or is no mapping.
-    """
+    """Read a field of the form: JSON, or the URI of a YAML file; return its name in messages, and its values."""
     text = text.strip()
     if text[:1] in ("{", "[", '"') or not text:
         try:
@@ -216,16 +196,10 @@ def read_values(text: str, field: str) -> tuple[str, dict[str, Any]]:
 
 
 def fill(values: Mapping[str, Any], form: Form, *, run_name: str = "", where: str = "config") -> RunConfig:
-    """Validate a configuration into which a form's fields are put.
+    """Validate a configuration's plain values with a form's fields put into them; `form.config` is not looked at.
 
-    Args:
-        values: The configuration's plain values; left as they are.
-        form: Its fields; `config` is not looked at.
-        run_name: Any text; the run's name is made of it where the values have none.
-        where: What the values are called in messages.
-
-    Raises:
-        SkdError: all that is wrong, by the form's field or the configuration's.
+    `run_name` is any text, from which the run's name is made if the values have none; `where` names the values in
+    messages. Raises SkdError with all errors, by the form's field or the configuration's.
     """
     filled = form.filled()
     whole: dict[str, Any] = copy.deepcopy(dict(values))
@@ -311,11 +285,9 @@ def _named(error: SkdError, filled: Mapping[str, Any], where: str) -> SkdError:
 
 
 def changed_on_the_way(fields: Mapping[str, Any], documents: Sequence[str] = ("config",)) -> list[SkdError]:
-    """Return errors for texts that Kubeflow may have changed between the form and the cluster.
+    """Return errors for texts in a form's fields that Kubeflow may have changed on the way to the cluster.
 
-    Args:
-        fields: The form's fields as they arrived.
-        documents: Those that hold JSON, or a URI.
+    `documents` are the fields that hold JSON, or a URI.
     """
     found = []
     for name, value in fields.items():
@@ -334,11 +306,7 @@ def changed_on_the_way(fields: Mapping[str, Any], documents: Sequence[str] = ("c
 
 
 def check_reference(reference: str, where: str) -> None:
-    """Check that a model's reference can be handed from step to step in a cluster.
-
-    Raises:
-        SkdError: it cannot.
-    """
+    """Raise SkdError for a model's reference that Kubeflow would change on its way from step to step."""
     if may_be_changed(reference):
         hint = "rename it, without $, {{ and }}"
         raise SkdError(

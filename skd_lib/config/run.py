@@ -85,11 +85,7 @@ class RunConfig(ConfigSection):
 
 
 def check_gammas(specdec: SpecdecConfig, task: TaskConfig) -> None:
-    """Check that no draft is longer than a response; the defaults are allowed for any.
-
-    Raises:
-        ValueError: one is.
-    """
+    """Raise ValueError if a draft is longer than a response; the defaults are allowed for any."""
     longest, defaults = task.max_new_tokens, SpecdecConfig()
     if specdec.gamma > longest and specdec.gamma != defaults.gamma:
         raise ValueError(f"specdec.gamma: {specdec.gamma} is beyond task.max_new_tokens, which is {longest}")
@@ -98,11 +94,7 @@ def check_gammas(specdec: SpecdecConfig, task: TaskConfig) -> None:
 
 
 def refuse_multinode(config: RunConfig, *, where: str) -> None:
-    """Check that a run can be done by one machine.
-
-    Raises:
-        SkdErrors: it asks for several; names `where` and each field.
-    """
+    """Raise SkdErrors with `where` and each field if a run asks for several machines."""
     hint = "leave it out here, or run it in a cluster: `skd submit`"
     asked = {"teacher_sft": config.teacher_sft.multinode, "distill": config.distill.multinode}
     errors = [
@@ -117,11 +109,7 @@ def refuse_multinode(config: RunConfig, *, where: str) -> None:
 
 
 def load_config(path: Path, overrides: Overrides | None = None) -> RunConfig:
-    """Read a run's YAML file.
-
-    Args:
-        path: The file.
-        overrides: Values that replace the file's.
+    """Read a run's YAML file, with `overrides` in place of the file's values.
 
     Raises:
         SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.

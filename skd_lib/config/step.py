@@ -80,12 +80,9 @@ STEP_HELP = (
 
 
 def step_config(step: str, config: RunConfig, **found: Any) -> str:
-    """Return option `--config` of a step: what it depends on, as JSON that arrives as it is.
+    """Return option `--config` of a step (a key of `DEPENDS`), as JSON that arrives unchanged.
 
-    Args:
-        step: A key of `DEPENDS`.
-        config: The run.
-        found: Further fields of `StepConfig`; those that the step does not depend on are left out.
+    `found` has further fields of `StepConfig`; those that the step does not depend on are left out.
     """
     values: dict[str, Any] = {**dict(config), "student": config.student or "", **found}
     if step != "comet_score":

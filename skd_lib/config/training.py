@@ -194,11 +194,7 @@ MULTINODE_HELP = "Train on several machines, by a TrainJob; unset: in the step's
 
 
 def check_processes(multinode: MultinodeConfig | None, training: TrainingConfig) -> None:
-    """Check that each process has its share of a batch.
-
-    Raises:
-        ValueError: it has not.
-    """
+    """Raise ValueError unless each process has its share of a batch."""
     if multinode is not None and training.batch_size % multinode.least_processes:
         raise ValueError(
             f"multinode: training.batch_size {training.batch_size} cannot be shared by {multinode.least_processes} "

@@ -25,12 +25,8 @@ DEADLINE_SECONDS = 60.0
 def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str]:
     """Delete a pipeline run's jobs that have not ended, once all of the run's steps have; return their names.
 
-    An answer of Kubernetes that prevents it is logged, and is no error. A deleted job's exchange folder stays, from
-    which a retry takes a result that was ready.
-
-    Args:
-        run_id: The pipeline run.
-        seconds: How long Kubernetes is asked.
+    An answer of Kubernetes that prevents it is logged, and is no error; after `seconds` nothing is asked again. A
+    deleted job's exchange folder stays, from which a retry takes a result that was ready.
     """
     if not run_id or not os.environ.get(POD_VARIABLE):
         return []  # elsewhere there may be a KUBECONFIG, but none of this run's jobs

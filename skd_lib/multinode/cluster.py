@@ -92,11 +92,7 @@ class Cluster:
 
     @classmethod
     def connect(cls) -> Cluster:
-        """Return the cluster that this pod is in, or the one of KUBECONFIG.
-
-        Raises:
-            SkdError: there is none.
-        """
+        """Return the cluster that this pod is in, or the one of KUBECONFIG; raises SkdError if there is none."""
         settings = client.Configuration()
         try:
             if file := os.environ.get("KUBECONFIG"):
@@ -135,26 +131,16 @@ class Cluster:
             raise
 
     def jobs(self, run_id: str, patience: float | None = None) -> dict[str, JobState]:
-        """Return the states of a pipeline run's jobs, by name.
-
-        Args:
-            run_id: The pipeline run.
-            patience: Seconds, instead of the usual.
-
-        Raises:
-            Refused: they may not be listed (403), or this cluster has no TrainJobs (404).
-        """
+        """Return the states of a pipeline run's jobs, by name; refused (404) in a cluster without TrainJobs."""
         selector = f"{RUN_LABEL}={run_label(run_id)}"
         listing = partial(self._jobs().list_namespaced_custom_object, *self._at(), label_selector=selector)
         found = self._ask(f"list trainjobs of run {run_id}", listing, patience)
         return {job["metadata"]["name"]: _state(job) for job in found["items"]}
 
     def create(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> bool:
-        """Create a job; False if one of its name is there, made at the same time or by a lost request.
+        """Create a job, or with `dry_run` only have it checked, by Trainer too; False if one of its name is there.
 
-        Args:
-            manifest: The job.
-            dry_run: Only have it checked, by Trainer too.
+        That one was made at the same time, or by a request whose answer was lost.
         """
         # Strict: a field that this version of Trainer does not have would be dropped silently.
         options = {"field_validation": "Strict", **({"dry_run": "All"} if dry_run else {})}
@@ -178,10 +164,6 @@ class Cluster:
 
         Its pods end later, in the background. While a job waits for them to be gone, Trainer starts new ones (2.1.0,
         2.2.1: its reconciler does not look at `deletionTimestamp`).
-
-        Args:
-            name: The job.
-            patience: Seconds, instead of the usual.
         """
         remove = self._jobs().delete_namespaced_custom_object
         try:

@@ -163,8 +163,7 @@ def _taken_up(cluster: Cluster, name: str) -> bool:
 def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exchange) -> None:
     """Wait until the job has ended, and write its first node's log.
 
-    Raises:
-        SkdError: it has failed, was deleted, or took longer than it may.
+    Raises SkdError if it has failed, was deleted, or took longer than it may.
     """
     from skd_lib.multinode.logs import LogFollower
 

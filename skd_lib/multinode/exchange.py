@@ -66,11 +66,7 @@ class Exchange:
         return uris
 
     def request(self) -> Request:
-        """Return the request.
-
-        Raises:
-            SkdError: there is no request, or it cannot be read.
-        """
+        """Return the request."""
         return Request.model_validate_json(storage.read_bytes(f"{self.uri}/{_REQUEST}"))
 
     def is_complete(self) -> bool:
@@ -97,11 +93,7 @@ class Exchange:
 
 
 def check_reachable(uris: Mapping[str, str]) -> None:
-    """Check that other pods can reach these URIs, given by what they hold.
-
-    Raises:
-        SkdError: one is a path, or in a kind of storage that cannot be read here.
-    """
+    """Raise SkdError unless other pods can reach these URIs, given by their contents' names."""
     for what, uri in uris.items():
         if not storage.is_remote(uri):
             raise SkdError(

@@ -75,13 +75,7 @@ def whole_lines(chunks: Iterable[bytes]) -> Iterator[str]:
 
 @dataclass
 class _Reading:
-    """State of reading one pod's log.
-
-    Attributes:
-        unseen: Filter of the lines so far.
-        heard: Time of the last line by the monotonic clock; None: there was none.
-        finished: It was read to its end.
-    """
+    """State of reading one pod's log: its filter, the time of the last line, and whether the end was reached."""
 
     unseen: Unseen = field(default_factory=Unseen)
     heard: float | None = None
@@ -136,12 +130,7 @@ class LogFollower(threading.Thread):
         return first and started and not self._readings[pod["metadata"]["name"]].finished
 
     def _follow(self, pod: str, *, over: bool) -> None:
-        """Write the new lines of a pod's log, until the connection ends.
-
-        Args:
-            pod: Its name.
-            over: It writes no more, so that the end of the connection is the end of the log.
-        """
+        """Write the new lines of a pod's log, until the connection ends: the end of the log if the pod is `over`."""
         reading = self._readings[pod]
         since = None if reading.heard is None else math.ceil(time.monotonic() - reading.heard) + _MARGIN
         reading.unseen.restart()

@@ -29,12 +29,8 @@ _SHARED_MEMORY, _SCRATCH = "skd-shared-memory", "skd-scratch"
 def job_name(step: str, run_id: str, work: Any) -> str:
     """Return the name of a step's job: the same for each attempt at the same work in the same pipeline run.
 
-    Kubernetes makes pod names of it (`NAME-node-0-0-abcde`, at most 63 characters), so it is kept short.
-
-    Args:
-        step: Name of the pipeline step.
-        run_id: Id of the pipeline run.
-        work: The step's options and inputs, as JSON values.
+    Kubernetes makes pod names of it (`NAME-node-0-0-abcde`, at most 63 characters), so it is kept short. `work` has the
+    step's options and inputs, as JSON values.
     """
     text = json.dumps([step, run_id, work], sort_keys=True)
     return f"skd-{step.replace('_', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}"
@@ -50,14 +46,10 @@ def run_label(run_id: str) -> str:
 def train_job(
     name: str, settings: MultinodeConfig, pod: Mapping[str, Any], *, run_id: str, arguments: list[str]
 ) -> dict[str, Any]:
-    """Return the job's manifest.
+    """Return the job's manifest: nodes like the step's own pod but for the settings.
 
-    Args:
-        name: See `job_name`.
-        settings: Nodes, and their differences from the step's own pod.
-        pod: That pod, as Kubernetes' API shows it.
-        run_id: Id of the pipeline run, by which the nodes track.
-        arguments: Of `skd_lib.multinode.node`. They must hold no `$(`, which Kubernetes would expand.
+    `pod` is as Kubernetes' API shows it; the nodes track under `run_id`. `arguments` of `skd_lib.multinode.node` must
+    hold no `$(`, which Kubernetes would expand.
     """
     container = step_container(pod)
     resources = _resources(container, settings)

@@ -86,11 +86,7 @@ def main(
 def _scored(
     answers: Mapping[str, list[Prediction]], settings: StepConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score answers, by role: what the parameter holds, and a row for each answer.
-
-    Raises:
-        SkdError: COMET or its model is not to be had.
-    """
+    """Score answers, by role: for the parameter, and a row for each answer; an SkdError if COMET is missing."""
     from skd_lib.evaluation.comet.checkpoint import open_checkpoint
     from skd_lib.evaluation.comet.environment import comet_python
     from skd_lib.evaluation.comet.scoring import score_models

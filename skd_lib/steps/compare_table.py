@@ -51,8 +51,8 @@ def main(
         raise SkdError("there is no trial to compare", where="--evaluations", hint="name the folder of one or more")
 
     from skd_lib._core.terminal import Console
-    from skd_lib.comparison.table import build_comparison
     from skd_lib.comparison.render import render, to_csv, to_markdown
+    from skd_lib.comparison.table import build_comparison
     from skd_lib.report.folders import read_evaluations
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run

@@ -33,13 +33,7 @@ def main(
 
 
 def outputs_of(trial: Trial, base: StepConfig, fingerprints: Mapping[str, str]) -> dict[str, str]:
-    """Return what the later steps of a run read, by output parameter.
-
-    Args:
-        trial: The run.
-        base: What all runs start from, and whether students are measured as drafts.
-        fingerprints: Of the models, by reference.
-    """
+    """Return the parameters of a run's later steps, by name: of one trial of the runs that start from `base`."""
     shared = parse_section(RunConfig, {name: getattr(base, name) for name in RunConfig.model_fields}, where="--config")
     own = trial.config(shared)
     # All runs are measured alike: with the settings and the seed that they share.

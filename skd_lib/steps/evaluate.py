@@ -100,17 +100,8 @@ def evaluate_models(
 ) -> None:
     """Evaluate several models, one after the other; a model that equals an earlier one is not measured again.
 
-    Args:
-        models: Their folders.
-        data: See `measure`.
-        folder: Gets a folder for each role.
-        settings: See `measure`; and the label of the models' trial in a comparison.
-        run: Takes the figures, with the name of the role as prefix.
-        data_uri: See `measure`.
-        origins: The lineage of models that no step has made, for their evaluation's record.
-
-    Raises:
-        SkdError: an input is gone, or a model cannot be loaded.
+    `folder` gets a folder for each role, and `run` the figures, with the role's name as prefix. `origins` holds the
+    lineage of models that no step has made, for their evaluation's record.
     """
     from skd_lib.models.importing import same_model
 
@@ -129,18 +120,7 @@ def evaluate_models(
 
 
 def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data_uri: str) -> Measured:
-    """Let a model answer the test set and the held-out sets, and score the answers.
-
-    Args:
-        model: Its folder.
-        data: Folder of the prepared data.
-        settings: Its sections `evaluation`, `task` and `held_out`, and the seed of the bootstrap.
-        run: MLflow's; is given the data's name and digest.
-        data_uri: Of the data, for MLflow.
-
-    Raises:
-        SkdError: an input is gone, or the model cannot be loaded.
-    """
+    """Let a model answer the test set and the held-out sets, and score the answers; log the data to `run`."""
     present("model", model)
     present("data", data)
 
@@ -162,16 +142,7 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
 
 
 def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun, *, prefix: str = "") -> None:
-    """Write a model's evaluation, all but the record of its training, and give MLflow the figures.
-
-    Args:
-        measured: The evaluation.
-        role: The model of the run.
-        folder: Takes scores and answers, see `skd_lib.report.folders`.
-        label: The model's trial in a comparison.
-        run: Takes the figures.
-        prefix: Of the names under which `run` takes them.
-    """
+    """Write a model's evaluation, all but the record of its training, and give MLflow the figures under `prefix`."""
     from skd_lib.models.loading import default_device
     from skd_lib.models.precision import resolve_precision
     from skd_lib.report.folders import PREDICTIONS, write_evaluation

@@ -116,11 +116,7 @@ def main(
 
 
 def fetch(champion: Champion) -> Path:
-    """Return the champion's folder.
-
-    Raises:
-        SkdError: there is nothing, or it cannot be fetched.
-    """
+    """Return the champion's folder, or raise SkdError if it cannot be fetched."""
     from skd_lib.models.references import resolve_model
 
     where = _where(champion)
@@ -135,11 +131,7 @@ def fetch(champion: Champion) -> Path:
 
 
 def check_weights(champion: Champion, folder: Path) -> None:
-    """Check that the folder holds the weights that were registered.
-
-    Raises:
-        SkdError: it holds others.
-    """
+    """Raise SkdError unless the folder holds the weights that were registered."""
     if weights_digest(folder) != champion.weights_sha256:
         raise SkdError(f"other weights than those registered are at {champion.weights_uri}", where=_where(champion))
 

@@ -66,13 +66,10 @@ class Call:
         return str(place)
 
     def executor_output(self, outputs: Mapping[str, Path]) -> Path | None:
-        """Choose the file for the executor output.
+        """Return the file for the executor output of a task with these output artifacts.
 
         If none is given, KFP's launcher reads `output_metadata.json` in the folder of the task's artifacts
         (`provisionOutputs` of its driver since 2.15). A task without artifacts has none: its parameters' files do.
-
-        Args:
-            outputs: Local paths of the output artifacts.
         """
         if self.output_file is not None:
             return self.output_file

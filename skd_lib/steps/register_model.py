@@ -103,14 +103,8 @@ def main(
 def _decide(found: Measured, digest: str, tracking_uri: str) -> Decision:
     """Compare the student with the registered champion: by the task's metric, and as drafts of the same teacher.
 
-    Args:
-        found: Both as measured.
-        digest: Of the student's weights. Where it is the champion by now, an earlier attempt of this step has promoted
-            it, and this one decides as that did.
-        tracking_uri: Store of the registry; empty: there is none.
-
-    Raises:
-        SkdError: the registry does not answer, or the student has no score.
+    If the champion has the student's weights by now, an earlier attempt of this step has promoted them, and this one
+    decides alike. Without `tracking_uri` there is no registry.
     """
     from skd_lib.tracking import registry
     from skd_lib.tracking.gate import Decision, decide

@@ -95,11 +95,9 @@ class StepIO:
     def write(self) -> Path | None:
         """Write KFP's executor output: every output artifact with its URI, metrics with their values, the parameters.
 
-        Each parameter also goes to the file that KFP names for it, which a task without artifacts depends on.
-
-        Environment:
-            SKD_RESULT_URI: where another pod waits for the outputs, they are put there too. They are safe then, and
-                checkpoints may go.
+        Each parameter also goes to the file that KFP names for it, which a task without artifacts depends on. If
+        another pod waits for the outputs (`SKD_RESULT_URI`), they are put there too: they are safe then, and
+        checkpoints may go.
 
         Returns:
             The executor output; None for a task without one, see `Call.executor_output`.
@@ -164,17 +162,10 @@ def local_path(uri: str) -> Path:
 
 
 def present(name: str, path: Path) -> Path:
-    """Return the path of an input artifact that is there; checked before anything is loaded.
+    """Return the path of input artifact `name`, or raise SkdError if nothing is there, or nothing in it.
 
-    KFP takes a finished step from its cache without a look at what the step wrote, and its launcher says nothing where
+    KFP takes a finished step from its cache without a look at the step's outputs, and its launcher says nothing where
     there is nothing to fetch: the next step finds no file, or an empty folder.
-
-    Args:
-        name: Name of the input in the step's signature.
-        path: Its file or folder.
-
-    Raises:
-        SkdError: nothing is there, or nothing is in it.
     """
     if not (any(files for _, _, files in os.walk(path)) or (path.is_file() and path.stat().st_size)):
         raise SkdError(

@@ -61,12 +61,9 @@ def load_trainable(path: Path) -> PreTrainedModel:
 
 
 def load_frozen(path: Path, precision: TeacherPrecision = "auto", *, computing: Precision = "auto") -> PreTrainedModel:
-    """Load a model that is only read.
+    """Load a model that is only read, with weights of `precision`; see `DistillTrainingConfig.teacher_precision`.
 
-    Args:
-        path: Its folder.
-        precision: Of its weights; see `DistillTrainingConfig.teacher_precision`.
-        computing: Of what is computed with it, and of its weights unless `precision` says otherwise.
+    `computing` is the precision of computations with it, and of its weights if `precision` is `auto`.
     """
     from skd_lib.models.loading import default_device, load_model
     from skd_lib.models.precision import DTYPES, compute_dtype

@@ -72,12 +72,9 @@ class TrainingRun:
     def checkpoints(self, tokens: Mapping[str, Sequence[TokenizedExample]], limits: Mapping[str, Any]) -> Checkpoints:
         """Return the checkpoints of this very work.
 
-        What the models read goes into the key as token ids: whatever changes a prompt or a target changes it, be it the
-        data, the tokenizer, the chat template, the date in that or a limit on lengths, and nothing else does.
-
-        Args:
-            tokens: The training and validation examples.
-            limits: Ids that end and fill up sequences, and the longest answer.
+        The token ids of the examples are in the key, with the ids and lengths of `limits`: it changes with any prompt
+        or target, be it by the data, the tokenizer, the chat template, the date in that or a limit, and with nothing
+        else of these.
         """
         from skd_lib import __version__
         from skd_lib.models.fingerprint import settings_digest
@@ -110,7 +107,9 @@ class TrainingRun:
         data_uri: str,
         run: StepRun,
     ) -> tuple[TrainResult, dict[str, float], Checkpoints]:
-        """Train `student` in place.
+        """Train `student` in place, and return the result, its closing figures, and the checkpoints.
+
+        The checkpoints are to be removed when all is written.
 
         Args:
             student: The model in training.
@@ -119,18 +118,11 @@ class TrainingRun:
             data: Prepared data.
             data_uri: URI of that.
             run: The step's MLflow run.
-
-        Returns:
-            The result, its closing figures, and the checkpoints, to be removed when all is written.
-
-        Raises:
-            SkdError: see `skd_lib.training.run.train`.
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.generate import ending_ids
-        from skd_lib.models.files import load_config
         from skd_lib.models.special_ids import pad_id
-        from skd_lib.models.vocabulary import check_ids
+        from skd_lib.models.vocabulary import check_ids, rows_in_config
         from skd_lib.preflight.memory import GIB, config_size, estimate, peak_memory
         from skd_lib.training.run import train
 
@@ -141,7 +133,7 @@ class TrainingRun:
         end = answer_end_id(tokenizer, self.task)
         tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
         left_out = {f"{LEFT_OUT}{name}": float(len(rows) - len(tokens[name])) for name, rows in examples.items()}
-        rows = min(int(load_config(path).get_text_config().vocab_size) for path in self.models.values())
+        rows = min(map(rows_in_config, self.models.values()))
         for each in tokens.values():
             check_ids(each, rows, where=self.step)
         start = time.monotonic()
@@ -272,17 +264,9 @@ def fine_tune(
     run: StepRun,
     loaded: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, float], Checkpoints] | None:
-    """Fine-tune a model on ground truth and save it to `out`, with a card.
+    """Fine-tune the one model of a training run on ground truth, and save it to `out`, with a card.
 
-    Args:
-        training_run: The training's settings, with the one model that goes in.
-        out: Folder for the model.
-        base: The model that goes in, for the card.
-        title: The card's title.
-        data: Folder of the prepared data.
-        data_uri: URI of that.
-        run: The step's MLflow run.
-        loaded: Called once the model's files are read.
+    `loaded` is called once the model's files are read.
 
     Returns:
         Lineage for the record, figures, and the checkpoints, to be removed when the outputs are written; None on a
