@@ -78,8 +78,8 @@ class TextTable:
         table = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         table.caption, table.caption_justify = self.note or None, "left"
         for number, name in enumerate(self.header):
-            justify = "right" if self.numbers and number else "left"
-            table.add_column(name, justify=justify, no_wrap=not number, overflow="fold")
+            right = self.numbers and number
+            table.add_column(name, justify="right" if right else "left", no_wrap=not number, overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row), style="bold" if row[0] in self.highlighted else "")
         return table

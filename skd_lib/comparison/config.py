@@ -40,7 +40,7 @@ class CompareConfig(ConfigSection):
     )
     base: str = Field(description="The run's YAML file that everything starts from, as seen from this file.")
     overrides: Overrides = Field(
-        {}, description="Fields of `base` that are others in all runs, by dotted name; null unsets one."
+        {}, description="Fields of `base` to replace in all runs, by dotted name; null unsets one."
     )
     methods: list[MethodName] = Field([], description="Methods compared; empty: the one of `base`.")
     student_inits: dict[str, StudentInit] = Field({}, description="By name; empty: the one of `base`.")
@@ -50,7 +50,8 @@ class CompareConfig(ConfigSection):
         "read a field is run once. At most 5,000 combinations, and 500 runs in all.",
     )
     variants: dict[str, Overrides] = Field(
-        {}, description="Further ones, besides methods x grid, by name: fields by dotted name. `{}` is `base` itself."
+        {},
+        description="Variants in addition to methods x grid, by name: fields by dotted name. `{}` is `base` itself.",
     )
     seeds: list[int] = Field([0], min_length=1, description="Each variant is run once with each of them.")
     drafts: bool = Field(
@@ -101,7 +102,7 @@ def load_compare(path: Path, overrides: Overrides | None = None) -> tuple[Compar
 
     Args:
         path: The comparison's file.
-        overrides: Further fields of `base` that are others in all runs; they go before the file's.
+        overrides: Further fields of `base` for all runs, with precedence over the file's.
 
     Returns:
         The comparison, and the configuration that its runs start from.

@@ -26,14 +26,9 @@ MOST_TRIALS_ON_A_CLUSTER = 24
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials of a comparison.
+    """A comparison, the configuration that its trials start from, and the trials.
 
-    Attributes:
-        compare: The comparison.
-        base: The configuration that all trials start from.
-        trials: Those that are run.
-        skipped: Those that are left out, each with the reason.
-        reference: The variant that the others are tested against.
+    Trials are run or skipped for a reason; each variant is tested against `reference`.
     """
 
     compare: CompareConfig

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from skd_lib._core.format import TextTable, duration
 from skd_lib.comparison.table import Comparison, VariantResult, VariantScore, VariantTest
-from skd_lib.report.render import UNSURE, WITHHELD, metric_name
+from skd_lib.report.render import UNSURE, WITHHELD, draft_cells, metric_name
 from skd_lib.results import Score
 
 SIGNIFICANT = 0.05
@@ -62,7 +62,7 @@ def tables(comparison: Comparison) -> Iterator[TextTable]:
         yield TextTable(
             "As draft of the teacher (means over the runs)",
             ["variant", "accepted", "tokens a teacher call", "speed-up"],
-            [[each.variant, *_draft_cells(each.draft)] for each in comparison.variants if each.draft],
+            [[each.variant, *draft_cells(each.draft)] for each in comparison.variants if each.draft],
             numbers=False,
         )
     costs = [name for name in _COSTS if any(name in each.costs for each in comparison.variants)]
@@ -138,14 +138,6 @@ def _test(test: VariantTest | None) -> list[str]:
     star = " *" if test.p_holm < SIGNIFICANT else ""
     difference = f"{test.difference:+.1f} [{test.low:+.1f}, {test.high:+.1f}]"
     return [difference, f"{test.p_value:.3f}", f"{test.p_holm:.3f}{star}"]
-
-
-def _draft_cells(draft: dict[str, float]) -> list[str]:
-    return [
-        f"{draft['acceptance_rate']:.1%}",
-        f"{draft['tokens_per_teacher_call']:.2f}",
-        f"{draft['speedup']:.2f}x",
-    ]
 
 
 def _cost(variant: VariantResult, name: str) -> str:

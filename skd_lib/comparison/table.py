@@ -149,8 +149,8 @@ def collect(
 
     Args:
         table: The comparison.
-        evaluations: A folder of step `evaluate` for each student, in any order.
-        drafts: A folder of step `specdec_benchmark` for each, in any order; those without figures count as none.
+        evaluations: Folders of step `evaluate`, one for each student.
+        drafts: Folders of step `specdec_benchmark`, with or without figures.
 
     Returns:
         A result for each trial, those without a model at the end, and the students' answers.

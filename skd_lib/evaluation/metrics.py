@@ -68,7 +68,7 @@ def measure(
     An example without a reference (a blank one; for `accuracy`, one that holds no answer) is not scored.
 
     Args:
-        name: `chrf`, `bleu`, `rouge1`, `rouge2`, `rougeL` or `accuracy`.
+        name: `accuracy`, or a key of `_TEXT_METRICS`.
         predictions: N answers; an empty one is an answer with nothing right.
         targets: Their N references.
         answer: For `accuracy`: where the answer stands.

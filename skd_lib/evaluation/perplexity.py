@@ -20,12 +20,7 @@ from skd_lib.models.vocabulary import check_ids
 
 
 class ReferenceLoss(NamedTuple):
-    """The loss of a reference answer under a model.
-
-    Attributes:
-        nll: Negative log-likelihood in nats, summed over the tokens.
-        tokens: Number of tokens, the one that ends the answer included.
-    """
+    """The negative log-likelihood of a reference answer in nats, summed over its tokens, the final one included."""
 
     nll: float
     tokens: int

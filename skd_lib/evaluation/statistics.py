@@ -38,10 +38,7 @@ def scored(measured: Measured, *, resamples: int = 1000, seed: int = 0) -> Score
 
 
 def wilson_interval(share: float, examples: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share of examples, 0 to 100.
-
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
+    """Return Wilson's 95 % interval of a share of examples, 0 to 100 (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     middle = share + z**2 / (2 * examples)
     half = z * math.sqrt(share * (1 - share) / examples + (z / (2 * examples)) ** 2)

@@ -64,7 +64,7 @@ def line_chart(series: Sequence[Series], *, label: str, number: Format, from_zer
 
     Args:
         series: At least one with points.
-        label: Description for people who cannot see it.
+        label: Description for people who cannot see the chart.
         number: Formats the heights' ticks.
         from_zero: The heights begin at 0 rather than near the lowest value.
     """

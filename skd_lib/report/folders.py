@@ -55,15 +55,7 @@ class Evaluated:
 def write_evaluation(
     folder: Path, role: str, label: str, result: Evaluation, held_out: Mapping[str, Evaluation]
 ) -> None:
-    """Write an evaluation's folder, all but the record of the model's training.
-
-    Args:
-        folder: Created where it is missing.
-        role: Which model of the run it is.
-        label: See above.
-        result: On the test set.
-        held_out: On each held-out set, by its name.
-    """
+    """Write an evaluation's folder, all but the record of the model's training: the test set and the held-out sets."""
     from skd_lib.evaluation.predictions import write_predictions
 
     (folder / HELD_OUT).mkdir(parents=True, exist_ok=True)
@@ -99,13 +91,7 @@ def read_evaluations(folder: Path) -> dict[Role, Evaluated]:
 
 
 def write_drafts(folder: Path, label: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the figures of the student as draft model, before and after distillation.
-
-    Args:
-        folder: Created where it is missing.
-        label: See above.
-        results: Figures by moment; none where nothing was measured.
-    """
+    """Write the figures of the student as draft model, by moment; none where nothing was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     for moment in MOMENTS:
         _write(folder / f"{moment}.json", {LABEL: label, **results.get(moment, {})})

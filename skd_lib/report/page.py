@@ -28,12 +28,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_page(summary: Summary, samples: Sequence[SampledSequence] = ()) -> str:
-    """Return the page as HTML.
-
-    Args:
-        summary: The run's figures; what was not measured is left out.
-        samples: Training sequences, in any order.
-    """
+    """Return the page as HTML, with the training sequences in order; what was not measured is left out."""
     style, script = _asset("page.css"), _asset("page.js")
     rates = summary.course.rejection_rate
     return (
@@ -57,11 +52,7 @@ def render_page(summary: Summary, samples: Sequence[SampledSequence] = ()) -> st
 
 
 def write_page(path: Path, summary: Summary, samples: Sequence[SampledSequence] = ()) -> None:
-    """Write the page, atomically.
-
-    Raises:
-        OSError: the folder is missing or not writable.
-    """
+    """Write the page, atomically."""
     write_text_atomic(path, render_page(summary, samples))
 
 

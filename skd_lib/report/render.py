@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from rich.console import Group, RenderableType
@@ -14,7 +14,7 @@ from skd_lib.data.splits import WARN_ABOVE, in_words
 from skd_lib.evaluation.statistics import LEAST_EXAMPLES
 from skd_lib.report.charts import groups
 from skd_lib.report.summary import Summary
-from skd_lib.results import Course, Role, Specdec
+from skd_lib.results import DRAFT_FIGURES, Course, Role, Specdec
 
 ROLE_NAMES: dict[Role, str] = {
     "teacher_base": "teacher base",
@@ -99,7 +99,7 @@ def _quality_table(summary: Summary) -> TextTable:
 
 
 def _specdec_table(summary: Summary) -> TextTable:
-    rows = [[moment, *_draft_cells(draft)] for moment, draft in summary.specdec.items()]
+    rows = [[moment, *draft_cells(draft.figures()), same_output(draft)] for moment, draft in summary.specdec.items()]
     title = "The student as draft of the teacher (speculative decoding)"
     return TextTable(title, _DRAFT_COLUMNS, rows, note=_draft_setting(summary), highlighted=["after"])
 
@@ -129,13 +129,10 @@ def _score(summary: Summary, role: Role, metric: str) -> str:
     return f"{score:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]{mark}" if interval else "")
 
 
-def _draft_cells(draft: Specdec) -> list[str]:
-    return [
-        f"{draft.acceptance_rate:.1%}",
-        f"{draft.tokens_per_teacher_call:.2f}",
-        f"{draft.speedup:.2f}x",
-        same_output(draft),
-    ]
+def draft_cells(figures: Mapping[str, float]) -> list[str]:
+    """Return the cells of a draft's three headline figures."""
+    rate, tokens, speedup = (figures[name] for name in DRAFT_FIGURES)
+    return [f"{rate:.1%}", f"{tokens:.2f}", f"{speedup:.2f}x"]
 
 
 def _draft_setting(summary: Summary) -> str:

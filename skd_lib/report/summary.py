@@ -161,21 +161,12 @@ class Summary(Section):
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def write(self, path: Path) -> None:
-        """Write `summary.json`.
-
-        Raises:
-            OSError: the folder is missing or not writable.
-        """
+        """Write `summary.json`, atomically."""
         write_text_atomic(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> Summary:
-        """Read `summary.json`.
-
-        Raises:
-            OSError: there is no such file.
-            SkdError: it is not a summary.
-        """
+        """Read `summary.json`; raise OSError where there is no such file, SkdError where it is not a summary."""
         return parse_section(cls, read_text(path), where=str(path))
 
 
@@ -195,7 +186,7 @@ def build_summary(
     mlflow_run_id: str = "",
     mlflow_url: str = "",
 ) -> Summary:
-    """Put the steps' results together. Roles that were not evaluated are simply missing."""
+    """Put the steps' results together, without roles that were not evaluated."""
     comet = comet or Comet()
     found = {role: _with_comet(scores[role], comet.models.get(role)) for role in ROLES if role in scores}
     drafts = {moment: specdec[moment] for moment in MOMENTS if moment in specdec}
@@ -244,11 +235,7 @@ def build_summary(
 
 
 def answer_lengths(predictions: Mapping[Role, Path]) -> dict[Role, Lengths]:
-    """Measure the lengths of each model's answers, with histograms on one scale.
-
-    Raises:
-        SkdError: a file cannot be read.
-    """
+    """Measure the lengths of each model's answers, with histograms on one scale."""
     found = {role: read_predictions(path) for role, path in predictions.items()}
     longest = max((answer.tokens for answers in found.values() for answer in answers), default=0)
     edges = np.linspace(0, max(longest, 1), min(_BINS, max(longest, 1)) + 1)
@@ -266,11 +253,7 @@ def answer_lengths(predictions: Mapping[Role, Path]) -> dict[Role, Lengths]:
 
 
 def lineage_in_words(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the student's lineage in words, with image and versions: those of its training, or else this process's.
-
-    Args:
-        record: The lineage in the student's record (`skd_lib.models.records`).
-    """
+    """Return the lineage of the student's record in words, with image and versions: of its training or this process."""
     words = {
         name: short(str(record[key])) if name in _MODEL_FINGERPRINTS else str(record[key])
         for key, name in _LINEAGE_NAMES.items()

@@ -31,16 +31,7 @@ _TIP = Markup(
 
 @dataclass(frozen=True)
 class SequenceView:
-    """One sequence.
-
-    Attributes:
-        row: Its row in the batch.
-        prompt: The prompt, clipped.
-        response: Its tokens as markup.
-        tokens: How many it has.
-        left_out: How many of them are not shown.
-        by_teacher: How many of them the teacher wrote.
-    """
+    """One sequence: prompt and response as shown, and the numbers of tokens, of hidden ones and of the teacher's."""
 
     row: int
     prompt: str

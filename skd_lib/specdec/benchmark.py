@@ -23,11 +23,11 @@ from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
 from skd_lib.models.heads import embedding_rows, vocabulary_size
 from skd_lib.models.special_ids import pad_id
-from skd_lib.results import Setting, Specdec
+from skd_lib.results import Forwards, Setting, Specdec
 from skd_lib.sampling.acceptance import lossless, teacher_only
 from skd_lib.sampling.cache import position_limit
 from skd_lib.sampling.engine import Sampler
-from skd_lib.specdec.theory import ForwardTimes, measure_forwards
+from skd_lib.specdec.theory import measure_forwards
 from skd_lib.specdec.turns import OnProgress, Passes, Turns
 from skd_lib.specdec.vllm import Served, export
 
@@ -38,15 +38,7 @@ log = logging.getLogger(__name__)
 class Plan:
     """The parts of a benchmark that are the same at every temperature and batch size.
 
-    Attributes:
-        teacher: The model whose output is wanted.
-        drafts: Smaller models with the same tokenizer, on the same device, by name.
-        prompts: Token ids, ragged.
-        eos_ids: Where a response ends.
-        pad_id: Fills rows after their end.
-        max_new_tokens: Length limit of a response.
-        config: What to measure.
-        seed: Every row of every turn derives its own from it.
+    The drafts have the teacher's tokenizer and device; each row of each turn derives its own seed.
     """
 
     teacher: PreTrainedModel
@@ -107,9 +99,6 @@ class Plan:
 def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, Specdec]:
     """Decode the prompts with and without each draft model.
 
-    Returns:
-        The figures of each draft model, by its name.
-
     Raises:
         SkdError: no prompts, a response at temperature 0 that is not the teacher's own, or a batch that does not fit
             into memory.
@@ -148,9 +137,9 @@ def measure(
         teacher: The model whose output is wanted.
         drafts: Models that draft for it, by name.
         inputs: Texts; the first `config.examples` are used whose prompts fit the models' positions.
-        task: How an input becomes a prompt, and how long a response may be.
-        config: What to measure.
-        seed: Of what is sampled.
+        task: The prompt template, and the length limit of a response.
+        config: Draft lengths, batch sizes, temperatures and repeats.
+        seed: Of the sampled tokens.
         on_progress: Called after each pass.
 
     Raises:
@@ -178,7 +167,7 @@ def measure(
     }
 
 
-def _forwards(plan: Plan, draft: PreTrainedModel, batch_size: int) -> ForwardTimes:
+def _forwards(plan: Plan, draft: PreTrainedModel, batch_size: int) -> Forwards:
     prompt = median(map(len, plan.prompts))
     positions = int(prompt) + plan.max_new_tokens // 2  # as many as halfway through a typical response
     return measure_forwards(plan.teacher, draft, rows=batch_size, positions=positions, gammas=plan.gammas)

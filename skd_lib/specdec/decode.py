@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,8 @@ class Pass:
         seconds: Of all batches, prefill included.
         responses: Token ids, in the order of the prompts.
         blocks: Of each response.
-        first_token: From each batch's start to the end of the round that wrote a row's first token; one a row.
-        per_token: For each token after the first round, its share of the time that its block took.
+        first_token: Of each row: from its batch's start to the end of the round that wrote its first token.
+        per_token: Of each token after the first round: its share of the time that its block took.
         statistics: The sampler's counts.
     """
 
@@ -68,9 +69,7 @@ def decode(sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int],
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         moments = [time.perf_counter()]
-        samples = sampler.sample(
-            prompts[batch], seeds[batch], on_round=lambda ends=moments: ends.append(time.perf_counter())
-        )
+        samples = sampler.sample(prompts[batch], seeds[batch], on_round=partial(_note_time, moments))
         if samples.tokens_BT.is_cuda:
             torch.cuda.synchronize(samples.tokens_BT.device)
         moments[-1] = time.perf_counter()
@@ -95,6 +94,10 @@ def decode(sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int],
         ]
         result.statistics += samples.statistics
     return result
+
+
+def _note_time(moments: list[float]) -> None:
+    moments.append(time.perf_counter())
 
 
 def split_blocks(sources: Sequence[int]) -> list[DecodedBlock]:

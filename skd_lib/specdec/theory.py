@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 import torch
 from transformers import PreTrainedModel
 
+from skd_lib.results import Forwards
 from skd_lib.sampling.timing import Forward, bare
 
 
@@ -38,32 +38,20 @@ def stretched(by_position: Sequence[float], gamma: int) -> list[float]:
     return [*known, *known[-1:] * (gamma - len(known))]
 
 
-@dataclass(frozen=True)
-class ForwardTimes:
-    """Median seconds of forwards of one batch, nothing around them.
+def block_seconds(forwards: Forwards, gamma: int) -> float:
+    """Return the seconds to draft `gamma` tokens and to score them and the position after them."""
+    return forwards.draft_start_seconds + (gamma - 1) * forwards.draft_seconds + forwards.teacher_seconds[gamma + 1]
 
-    Attributes:
-        draft: The draft model over one position a row.
-        draft_start: Over two: the first of a block, which has the teacher's token to catch up with.
-        teacher: The teacher by number of positions a row.
-    """
 
-    draft: float
-    draft_start: float
-    teacher: dict[int, float]
+def speedup(forwards: Forwards, by_position: Sequence[float], gamma: int) -> float:
+    """Return the theoretical speed-up with acceptance by position and the time of the teacher's whole block."""
+    tokens = expected_tokens(stretched(by_position, gamma))
+    return tokens * forwards.teacher_seconds[1] / block_seconds(forwards, gamma)
 
-    def of_block(self, gamma: int) -> float:
-        """Return the seconds to draft `gamma` tokens and to score them and the position after them."""
-        return self.draft_start + (gamma - 1) * self.draft + self.teacher[gamma + 1]
 
-    def speedup(self, by_position: Sequence[float], gamma: int) -> float:
-        """Return the theoretical speed-up with acceptance by position and the time of the teacher's whole block."""
-        tokens = expected_tokens(stretched(by_position, gamma))
-        return tokens * self.teacher[1] / self.of_block(gamma)
-
-    def speedup_of_paper(self, rate: float, gamma: int) -> float:
-        """Return the speed-up of Leviathan et al.'s theorem 3.8, with c = draft / teacher, each over one position."""
-        return expected_tokens([rate] * gamma) / (gamma * self.draft / self.teacher[1] + 1)
+def speedup_of_paper(forwards: Forwards, rate: float, gamma: int) -> float:
+    """Return the speed-up of Leviathan et al.'s theorem 3.8, with c = draft / teacher, each over one position."""
+    return expected_tokens([rate] * gamma) / (gamma * forwards.draft_seconds / forwards.teacher_seconds[1] + 1)
 
 
 def measure_forwards(
@@ -74,13 +62,13 @@ def measure_forwards(
     positions: int,
     gammas: Iterable[int],
     repeats: int = 3,
-) -> ForwardTimes:
+) -> Forwards:
     """Time the forwards that decoding is made of, in turns.
 
     Args:
         teacher: On the draft's device.
         draft: The draft model.
-        rows: Rows of the batch.
+        rows: Of the batch.
         positions: Cached positions a row, these forwards' own included.
         gammas: Draft lengths: the teacher is timed over one position and over each plus one.
         repeats: Timed forwards of each kind, after one untimed.
@@ -101,4 +89,5 @@ def measure_forwards(
             if repeat:
                 taken.append(time.perf_counter() - started)
     one, two, *blocks = (median(taken) for taken in seconds)
-    return ForwardTimes(one, two, dict(zip(widths, blocks, strict=True)))
+    by_width = dict(zip(widths, blocks, strict=True))
+    return Forwards(draft_seconds=one, draft_start_seconds=two, teacher_seconds=by_width)

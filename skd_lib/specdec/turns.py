@@ -20,7 +20,7 @@ from skd_lib._core.seeds import derived
 from skd_lib.results import DraftLength, Forwards, Latency, Percentiles, Setting, TeacherAlone, Timed
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
 from skd_lib.specdec.decode import Pass, count_by_position, decode
-from skd_lib.specdec.theory import ForwardTimes, expected_tokens, stretched
+from skd_lib.specdec.theory import expected_tokens, speedup, speedup_of_paper, stretched
 from skd_lib.specdec.verify import Rounding, measured_rounding, verify_greedy
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Turns:
         plan: Plan,
         temperature: float,
         batch_size: int,
-        forwards: Mapping[str, ForwardTimes],
+        forwards: Mapping[str, Forwards],
         progress: Passes,
     ) -> None:
         self.plan, self.temperature, self.batch_size = plan, temperature, batch_size
@@ -155,8 +155,8 @@ class Turns:
 
         def promise(gamma: int) -> float:
             nearest = min(timed, key=lambda other: abs(other - gamma))
-            achieved = timed[nearest].speedup / forwards.speedup(timed[nearest].acceptance_by_position, nearest)
-            return achieved * forwards.speedup(self._basis(name, gamma).acceptance_by_position, gamma)
+            achieved = timed[nearest].speedup / speedup(forwards, timed[nearest].acceptance_by_position, nearest)
+            return achieved * speedup(forwards, self._basis(name, gamma).acceptance_by_position, gamma)
 
         best = max(self.plan.gammas, key=promise)
         return [] if best in timed else [best]
@@ -176,8 +176,8 @@ class Turns:
                 DraftLength(
                     gamma=gamma,
                     expected_tokens_per_teacher_call=expected_tokens(stretched(by_position, gamma)),
-                    theoretical_speedup=forwards.speedup(by_position, gamma),
-                    theoretical_speedup_iid=forwards.speedup_of_paper(basis.acceptance_rate, gamma),
+                    theoretical_speedup=speedup(forwards, by_position, gamma),
+                    theoretical_speedup_iid=speedup_of_paper(forwards, basis.acceptance_rate, gamma),
                     timed=timed.get(gamma),
                 )
             )
@@ -189,11 +189,7 @@ class Turns:
             teacher_alone=TeacherAlone(
                 tokens_per_second=1 / median(one.seconds_per_token for one in self.alone), latency=_latency(self.alone)
             ),
-            forwards=Forwards(
-                draft_seconds=forwards.draft,
-                draft_start_seconds=forwards.draft_start,
-                teacher_seconds=forwards.teacher,
-            ),
+            forwards=forwards,
             lengths=lengths,
             best_gamma=best,
             best_speedup=timed[best].speedup,

@@ -29,13 +29,7 @@ ARCHITECTURES = frozenset(
 
 @dataclass(frozen=True)
 class Served:
-    """A model as vLLM finds it, and its folder on this machine.
-
-    Attributes:
-        folder: Its local folder, for tokenizer and config.
-        name: What vLLM is given: a hub id, a folder or a URI.
-        revision: Of a hub model; None for the default branch.
-    """
+    """A model's folder on this machine, and the hub id, folder or URI by which vLLM finds it."""
 
     folder: Path
     name: str
@@ -56,13 +50,7 @@ class Served:
 
 
 def export(teacher: Served, draft: Served, gamma: int) -> Vllm:
-    """Return the command that serves a pair, and vLLM's conditions that the pair does not meet.
-
-    Args:
-        teacher: The model that is served.
-        draft: The model that drafts.
-        gamma: Tokens drafted for each teacher call.
-    """
+    """Return the command that serves the teacher with a draft model, and vLLM's conditions that they do not meet."""
     return Vllm(command=serve_command(teacher, draft, gamma), reasons=incompatibilities(teacher, draft))
 
 

@@ -36,14 +36,7 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A COMET model whose files are all on this machine.
-
-    Attributes:
-        reference: What it was asked for as.
-        weights: Its .ckpt file.
-        hparams: The content of its `hparams.yaml`.
-        encoder: Folder with configuration and tokenizer of its encoder.
-    """
+    """A COMET model on this machine: its .ckpt file, its settings, and the folder of its encoder's configuration."""
 
     reference: str
     weights: Path
@@ -51,11 +44,7 @@ class Checkpoint:
     encoder: Path
 
     def stage(self, folder: Path) -> Path:
-        """Lay it out in the empty `folder` as COMET loads it offline, with the encoder's folder in its settings.
-
-        Returns:
-            The staged checkpoint.
-        """
+        """Lay it out in the empty `folder` as COMET loads it offline, and return the staged checkpoint."""
         staged = folder / "checkpoints" / self.weights.name
         staged.parent.mkdir()
         staged.symlink_to(self.weights.resolve())

@@ -56,7 +56,7 @@ def score_models(
     """Score several models' answers with one load of the COMET model; equal answers are scored once.
 
     Args:
-        answers: By model, its answers; every model's to the same examples in the same order.
+        answers: By model; all to the same examples in the same order.
         checkpoint: The COMET model.
         python: Interpreter that has COMET.
         batch_size: Translations scored together.
