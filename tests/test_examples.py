@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import ROOT, SaveTinyModel
 
@@ -51,6 +53,33 @@ def test_speculative_decoding_says_what_the_teacher_says(models: tuple[Path, Pat
     told = [run("speculative_decoding.py", models[0], one, "Add 12 and 30.", "--max-new-tokens", 12) for one in models]
     assert "100% of the drafted tokens stand" in told[0]
     assert told[0].splitlines()[:-1] == told[1].splitlines()[:-1]
+
+
+def test_the_readmes_python(
+    tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Its blocks as they are, but for the models' names and the number of steps."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Add {n} and 2: ", "completion": f"{n + 2}"} for n in range(16)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    names = {
+        "Qwen/Qwen2.5-1.5B-Instruct": "teacher",
+        "Qwen/Qwen2.5-0.5B-Instruct": "student",
+        "=500": "=1, report_to='none'",
+    }
+    for old, new in names.items():
+        assert old in blocks[0]
+        blocks[0] = blocks[0].replace(old, new)
+    variables: dict[str, Any] = {}
+    exec(blocks[0], variables)  # noqa: S102 - our own text
+    assert variables["trainer"].state.global_step == 1
+    inputs = tiny_tokenizer(["Add 1 and", "The"], return_tensors="pt", padding=True, return_token_type_ids=False)
+    variables |= {"student": variables["trainer"].model, "teacher": variables["trainer"].teacher, "inputs": inputs}
+    exec(blocks[1], variables)  # noqa: S102 - our own text
+    assert variables["out"].sequences.shape[0] == 2
 
 
 def test_the_loop_fits_on_a_page() -> None:
