@@ -16,7 +16,7 @@ from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from skd_kfp.components.images import TRAIN
-from skd_lib.steps.preflight import DEPENDS
+from skd_lib.config.step import DEPENDS
 from skd_lib.errors import SkdError
 from skd_lib.steps.kfp_call import EXECUTOR_INPUT_OPTION, PARAMETERS_OPTION
 from skd_lib.steps.runtime import Switch

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
@@ -80,53 +79,42 @@ def _unknown_fields(documents: list[Values]) -> list[str]:
 # --- the parts of a pipeline --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Dag:
+class _Dag(NamedTuple):
     """One DAG of a pipeline.
 
     Attributes:
         name: Key of its component; `root`.
-        component: Its component.
+        tasks: Its tasks.
+        given: Its inputs, by kind: `parameters` or `artifacts`.
         components: All components of the pipeline.
     """
 
     name: str
-    component: Values
-    components: Values
-
-    @property
-    def tasks(self) -> Values:
-        tasks: Values = self.component["dag"].get("tasks", {})
-        return tasks
-
-    def inputs(self, kind: str) -> Values:
-        """Return its own inputs: `parameters` or `artifacts`."""
-        inputs: Values = self.component.get("inputDefinitions", {}).get(kind, {})
-        return inputs
+    tasks: dict[str, Values]
+    given: dict[str, Values]
+    components: dict[str, Values]
 
     def target(self, task: str) -> Values:
         """Return the component that a task runs; empty where there is none."""
-        target: Values = self.components.get(self.tasks[task]["componentRef"]["name"], {})
-        return target
-
-    def outputs(self, task: str, kind: str) -> Values:
-        """Return the outputs of a task."""
-        outputs: Values = self.target(task).get("outputDefinitions", {}).get(kind, {})
-        return outputs
+        return self.components.get(self.tasks[task]["componentRef"]["name"], {})
 
     def cached_steps(self) -> Iterator[bool]:
         """Tell of each step, in nested DAGs too, whether it is cached."""
         for name, task in self.tasks.items():
             if "dag" in self.target(name):
-                yield from _Dag(name, self.target(name), self.components).cached_steps()
+                yield from _dag("", self.target(name), self.components).cached_steps()
             else:
                 yield bool(task.get("cachingOptions", {}).get("enableCache"))
+
+
+def _dag(name: str, component: Values, components: Values) -> _Dag:
+    return _Dag(name, component["dag"].get("tasks", {}), component.get("inputDefinitions", {}), components)
 
 
 def _dags(spec: Values) -> list[_Dag]:
     components: Values = spec.get("components", {})
     every = {"root": spec.get("root", {}), **components}
-    return [_Dag(name, component, components) for name, component in every.items() if "dag" in component]
+    return [_dag(name, component, components) for name, component in every.items() if "dag" in component]
 
 
 def _pods(documents: list[Values]) -> Values:
@@ -191,7 +179,7 @@ def _source_fault(source: Values, kind: str, dag: _Dag) -> str:
     """Tell what is wrong with where an input comes from; empty: nothing."""
     singular = kind.removesuffix("s").capitalize()
     inherited = source.get(f"componentInput{singular}")
-    if inherited is not None and inherited not in dag.inputs(kind):
+    if inherited is not None and inherited not in dag.given.get(kind, {}):
         return f"comes from {inherited!r}, which the enclosing DAG does not have"
     produced = source.get(f"taskOutput{singular}")
     if produced is None:
@@ -199,7 +187,8 @@ def _source_fault(source: Values, kind: str, dag: _Dag) -> str:
     task, key = produced["producerTask"], produced[f"output{singular}Key"]
     if task not in dag.tasks:
         return f"comes from task {task!r}, which is not in this DAG"
-    return "" if key in dag.outputs(task, kind) else f"comes from output {key!r} of {task}, which does not exist"
+    made = dag.target(task).get("outputDefinitions", {}).get(kind, {})
+    return "" if key in made else f"comes from output {key!r} of {task}, which does not exist"
 
 
 def _type_fault(source: Values, wanted: Values, dag: _Dag) -> str:
@@ -209,9 +198,10 @@ def _type_fault(source: Values, wanted: Values, dag: _Dag) -> str:
         return ""
     found = ""
     if (inherited := source.get("componentInputParameter")) and "parameterExpressionSelector" not in source:
-        found = _type(dag.inputs("parameters").get(inherited, {}))
+        found = _type(dag.given.get("parameters", {}).get(inherited, {}))
     elif produced := source.get("taskOutputParameter"):
-        found = _type(dag.outputs(produced["producerTask"], "parameters").get(produced["outputParameterKey"], {}))
+        made = dag.target(produced["producerTask"]).get("outputDefinitions", {}).get("parameters", {})
+        found = _type(made.get(produced["outputParameterKey"], {}))
     return "" if found in ("", expected) else f"is {found}, and {expected} is expected"
 
 
@@ -262,12 +252,12 @@ def _image_problems(spec: Values) -> list[str]:
 def _platform_problems(spec: Values, pods: Values) -> list[str]:
     """Check that executors and parameters that the Kubernetes settings name exist where the driver looks for them."""
     known = spec["deploymentSpec"]["executors"]
-    problems = [f"platform spec: executor {label!r} does not exist" for label in pods if label not in known]
+    problems = [f"platform spec: executor {label!r} does not exist" for label in pods.keys() - known.keys()]
     for dag in _dags(spec):
         for name in dag.tasks:
             where = f"platform spec of task {name} in {dag.name}"
             for kind, reference in _references(pods.get(dag.target(name).get("executorLabel"), {})):
-                if kind == "componentInputParameter" and reference not in dag.inputs("parameters"):
+                if kind == "componentInputParameter" and reference not in dag.given.get("parameters", {}):
                     problems.append(f"{where}: comes from {reference!r}, which the enclosing DAG does not have")
                 elif kind == "taskOutputParameter" and reference["producerTask"] not in dag.tasks:
                     problems.append(f"{where}: comes from task {reference['producerTask']!r}, which is not in this DAG")

@@ -1,7 +1,4 @@
-"""Compiled pipelines: made from their definition, kept in git, and checked.
-
-The compiled file is a pure function of the definition, so that CI can tell a forgotten `skd compile` from a clean tree.
-"""
+"""Compile the pipelines to YAML that is kept in git: a pure function of their definition, so that drift is found."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ def pipeline_for(config: RunConfig) -> str:
 
 
 def compiled_path(name: str = "distillation") -> Path:
-    """Where the compiled form of a pipeline is kept."""
+    """Return the file of a compiled pipeline."""
     return COMPILED / f"{name}.yaml"
 
 
@@ -71,18 +68,18 @@ def compile_pipeline(
     profile: str = DEFAULT,
     release: bool = False,
 ) -> Documents:
-    """One pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
+    """Return a pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
 
     Args:
         image: Runs every step but COMET's in this image instead of the published one.
         comet_image: Likewise for COMET's step.
         name: One of `PIPELINES`.
-        profile: What the steps ask of the cluster, see `skd_kfp.pipelines.profiles.load_profile`.
-        release: Insist on what must hold of a released pipeline, see `skd_kfp.pipelines.compile_checks`.
+        profile: Name or file of a profile, see `load_profile`.
+        release: Every image must be named by its digest.
 
     Raises:
-        SkdError: there is no such profile.
-        SkdErrors: the profile has wrong fields, or the result breaks a rule of `skd_kfp.pipelines.compile_checks`.
+        SkdError: the profile does not exist.
+        SkdErrors: the profile has wrong fields, or `find_problems` finds some.
     """
     from kfp import compiler
 
@@ -92,7 +89,11 @@ def compile_pipeline(
         compiler.Compiler().compile(pipeline, str(path))
         documents: Documents = parse_yaml_documents(path.read_text(encoding="utf-8"), where="compiled pipeline")
     for component in documents[0]["components"].values():
-        _without_descriptions(component)
+        # Kubeflow's page does not show these descriptions, and its records would hold each several times.
+        for side in ("inputDefinitions", "outputDefinitions"):
+            for definitions in component.get(side, {}).values():
+                for definition in definitions.values():
+                    definition.pop("description", None)
         for task in component.get("dag", {}).get("tasks", {}).values():
             if "dependentTasks" in task:
                 task["dependentTasks"].sort()  # kfp takes them from a set
@@ -108,9 +109,9 @@ def compile_pipeline(
 
 
 def as_kept(documents: Documents) -> Documents:
-    """Return the documents without what Kubeflow fills in: that a task waits for those whose outputs it takes.
+    """Return the documents without the lines by which a task waits for those whose outputs it takes.
 
-    Its page draws an edge for each such line, beside the one through the output (`kfp.local` needs the lines).
+    `kfp.local` needs them; Kubeflow waits anyway, and its page draws a second edge for each.
     """
     kept = copy.deepcopy(documents)
     for component in (kept[0]["root"], *kept[0]["components"].values()):
@@ -121,16 +122,8 @@ def as_kept(documents: Documents) -> Documents:
     return kept
 
 
-def _without_descriptions(component: dict[str, Any]) -> None:
-    """Leave out what Kubeflow's page does not show, and its records of a run would hold several times for each step."""
-    for side in ("inputDefinitions", "outputDefinitions"):
-        for kind in ("parameters", "artifacts"):
-            for definition in component.get(side, {}).get(kind, {}).values():
-                definition.pop("description", None)
-
-
 def set_image(container: dict[str, Any], image: str) -> None:
-    """Run a container in an image; name the image to the steps that record it."""
+    """Set the image of a container, and tell it to the steps that record it."""
     container["image"] = image
     if container["command"][-1].removeprefix(STEPS) in RECORD_IMAGE:
         container["env"] = [
@@ -140,7 +133,7 @@ def set_image(container: dict[str, Any], image: str) -> None:
 
 
 def to_text(documents: Documents, *, name: str = "distillation") -> str:
-    """The documents as text, keys sorted: KFP's own header lists defaults in an order that changes between runs."""
+    """Return the documents as text, keys sorted: KFP's own header lists defaults in an order that changes."""
     return HEADER.format(module=PIPELINES[name]) + yaml.safe_dump_all(
         documents, sort_keys=True, width=120, allow_unicode=True
     )

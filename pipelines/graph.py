@@ -1,4 +1,4 @@
-"""The steps of a compiled pipeline, in the order in which they run."""
+"""Read the steps of a compiled pipeline, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Step:
 
 
 def read_steps(spec: dict[str, Any]) -> list[Step]:
-    """All container steps of a pipeline spec, nested DAGs included, each after the steps it waits for."""
+    """Return all container steps of a pipeline spec, nested DAGs included, each after the steps it waits for."""
     steps = _steps_of(spec["root"], spec)
     return [step for step in steps if not step.is_exit] + [step for step in steps if step.is_exit]
 
 
 def unrolled(steps: list[Step], iterations: Sequence[str]) -> list[Step]:
-    """The steps with those of a loop once for each of its rounds, round by round, named after it.
+    """Return the steps with those of a loop repeated for each of its rounds, round by round, named after it.
 
     Args:
         steps: Of a pipeline with one loop, or none.
@@ -69,7 +69,7 @@ def unrolled(steps: list[Step], iterations: Sequence[str]) -> list[Step]:
 
 
 def round_key(component: str, number: int) -> str:
-    """Tells a component's runs in the rounds of a loop from each other."""
+    """Return a key of its own for a component in each round of a loop."""
     return f"{component}#{number}"
 
 
@@ -92,7 +92,7 @@ def producers(task: Mapping[str, Any]) -> set[str]:
 def _steps_of(
     component: dict[str, Any], spec: dict[str, Any], before: tuple[str, ...] = (), loop: str = ""
 ) -> list[Step]:
-    """The steps of a DAG, which starts after the steps `before`."""
+    """Return the steps of a DAG that starts after the steps `before`."""
     tasks: dict[str, Any] = component["dag"]["tasks"]
     order = TopologicalSorter({name: awaited(task) for name, task in tasks.items()}).static_order()
     steps: list[Step] = []

@@ -45,27 +45,20 @@ def form(profile: Profile, *, comparison: bool) -> dict[str, Parameter]:
     left_out = {"run_name", "comet", "training_method" if comparison else "comparison"}
     defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
     defaults |= {"comparison": "{}", "reuse": True}
+    given = {
+        name: Parameter(type_, defaults[name], options_of(main)[name].help)
+        for name, type_ in PREFLIGHT.items()
+        if name not in left_out
+    }
     labels, taints = profile.shared_pool
+    nodes = "Labels of the nodes on which models are loaded, e.g. of a GPU pool; {} for any node."
+    example = '`[{"key": "nvidia.com/gpu", "operator": "Exists"}]`'
+    records = "The ConfigMap of the namespace that says where MLflow is and where checkpoints are kept."
     return {
-        **{
-            name: Parameter(type_, defaults[name], options_of(main)[name].help)
-            for name, type_ in PREFLIGHT.items()
-            if name not in left_out
-        },
-        "node_selector": Parameter(
-            dict, labels, "Labels that nodes must have on which models are loaded, e.g. a GPU pool's; {} for any node."
-        ),
-        "node_tolerations": Parameter(
-            list,
-            taints,
-            "Taints that those nodes may have, as Kubernetes spells them: "
-            '`[{"key": "nvidia.com/gpu", "operator": "Exists"}]`.',
-        ),
-        "settings": Parameter(
-            str,
-            CONFIG_MAP,
-            "The ConfigMap of the namespace that says where MLflow is and where checkpoints are kept.",
-        ),
+        **given,
+        "node_selector": Parameter(dict, labels, nodes),
+        "node_tolerations": Parameter(list, taints, f"Taints of those nodes, as Kubernetes spells them: {example}."),
+        "settings": Parameter(str, CONFIG_MAP, records),
     }
 
 

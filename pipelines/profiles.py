@@ -1,7 +1,7 @@
-"""What each step asks of the cluster: profiles of machines, one YAML file each, chosen when a pipeline is compiled.
+"""Profiles of machines: resources of each step, one YAML file each, chosen when a pipeline is compiled.
 
-A profile says what the three kinds of steps need, and by step what differs. Where steps that load models run can be
-changed once more when a run starts, by the pipeline's parameters `node_selector` and `node_tolerations`.
+A profile gives the resources of the three kinds of steps, and by step the differences. The nodes of steps that load
+models can be changed when a run starts, by the pipeline's parameters `node_selector` and `node_tolerations`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Toleration(ConfigSection):
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field("", description="Empty: every effect.")
 
     @model_validator(mode="after")
-    def _as_kubernetes_has_it(self) -> Toleration:
+    def _check_operator(self) -> Toleration:
         if self.operator == "Exists" and self.value:
             raise ValueError("`Exists` goes by the key alone: leave out `value`")
         if self.operator == "Equal" and not self.key:
@@ -52,22 +52,22 @@ class Toleration(ConfigSection):
 
 
 class Retry(ConfigSection):
-    """How often a failed pod is started again, and after what time."""
+    """Further attempts after a pod has failed."""
 
     count: int = Field(2, ge=0, le=10, description="Further attempts; 0: none.")
     wait: Duration = Field("60s", description="Pause before the first of them.")
-    factor: int = Field(2, ge=1, le=100, description="Each pause is so many times the last.")
+    factor: int = Field(2, ge=1, le=100, description="Each pause is the last one times this.")
     within: Duration = Field(
         "336h",
-        description="The time, from the start of the first attempt, in which a step may be tried again. Waiting for a "
-        "node counts, and an attempt that runs when the time is over is stopped.",
+        description="Time from the start of the first attempt for all of them. Waiting for a node counts, and an "
+        "attempt that runs when the time is over is stopped.",
     )
 
 
 class Scratch(ConfigSection):
-    """Part of the node's own disk for temporary files, mounted at /tmp; so are models that a step gets from the hub."""
+    """Part of the node's own disk, mounted at /tmp, for temporary files and models from the hub."""
 
-    size: Quantity = Field(description="So much may be used; the pod is evicted beyond it.")
+    size: Quantity = Field(description="Limit; the pod is evicted beyond it.")
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +82,7 @@ class Scratch(ConfigSection):
 
 
 class Resources(ConfigSection):
-    """What one step's pod asks for."""
+    """Resources of one step's pod."""
 
     cpu: Quantity = Field(description="Cores requested; there is no limit, which would only throttle.")
     memory: Quantity = Field(description="Memory requested and allowed.")
@@ -98,18 +98,18 @@ class Resources(ConfigSection):
     timeout: Duration | None = Field(None, description="A pod that runs for longer is stopped, and counts as failed.")
 
     def plain_tolerations(self) -> list[dict[str, str]]:
-        """The tolerations as Kubernetes spells them."""
+        """Return the tolerations as Kubernetes spells them."""
         return [{"operator": each.operator, **each.model_dump(exclude_defaults=True)} for each in self.tolerations]
 
     @model_validator(mode="after")
-    def _several_processes_share_memory(self) -> Resources:
+    def _check_shared_memory(self) -> Resources:
         if self.gpus and not self.shared_memory:
             raise ValueError("a step with GPUs needs `shared_memory`: 64 MiB are too few for torch's collectives")
         return self
 
 
 class Profile(ConfigSection):
-    """What the steps of a pipeline need on one kind of machines."""
+    """Resources of all steps of a pipeline on one kind of machines."""
 
     description: str = Field(description="The machines that it is for.")
     small: Resources = Field(description="Steps that read and write small files.")
@@ -125,31 +125,27 @@ class Profile(ConfigSection):
         return self.model.node_selector, self.model.plain_tolerations()
 
     def resources(self, step: str) -> Resources:
-        """What a step needs.
-
-        Args:
-            step: Its name, maybe with a role: `evaluate-teacher`.
-        """
+        """Return the resources of a step; its name may have a role: `evaluate-teacher`."""
         name = _step(step)
         kind: Resources = getattr(self, KINDS[name])
         return parse_section(Resources, _merged(kind.model_dump(), self.steps.get(name, {})), where=f"steps.{name}")
 
     def in_shared_pool(self, step: str) -> bool:
-        """Whether a step runs where the pipeline's parameters say: it loads models and has no pool of its own."""
+        """Tell whether the pipeline's parameters choose the nodes: the step loads models and has no pool of its own."""
         name = _step(step)
         return KINDS[name] == "model" and not {"node_selector", "tolerations"} & self.steps.get(name, {}).keys()
 
 
 def profile_names() -> list[str]:
-    """The profiles of this project."""
+    """Return the names of this project's profiles."""
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def load_profile(name: str = DEFAULT) -> Profile:
-    """A profile by its name in `pipelines/resources`, or from a file of one's own.
+    """Load a profile by its name in `pipelines/resources`, or from another YAML file.
 
     Raises:
-        SkdError: there is none, or it has a wrong, missing or unknown field; each is named.
+        SkdError: it does not exist, or has a wrong, missing or unknown field; each is named.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -189,7 +185,7 @@ def _step(name: str) -> str:
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with changes; sections (`retry`, `scratch`) field by field, but selectors as a whole."""
+    """Return values with changes; sections (`retry`, `scratch`) field by field, but selectors as a whole."""
     merged = dict(values)
     for name, change in changes.items():
         nested = isinstance(change, dict) and isinstance(values.get(name), dict) and name != "node_selector"

@@ -8,8 +8,15 @@ import yaml
 from kfp import compiler, dsl
 
 from skd_kfp.components.build import step_container
+from skd_kfp.pipelines.parameters import PREFLIGHT, pipeline
 from skd_lib.steps.kfp_call import ARTIFACT_OPTION
 
+FORM = {
+    name: type_
+    for name, type_ in PREFLIGHT.items()
+    if name not in ("run_name", "comparison", "training_method", "reuse", "comet")
+}
+"""Parameters of both real pipelines that the runner passes."""
 STEP = str(Path(__file__).with_name("fake_step.py"))
 
 
@@ -74,26 +81,14 @@ def compiled(pipeline: Any, folder: Path) -> list[dict[str, Any]]:
 def fake_pipeline(folder: Path, *, first_does: str = "work", second_does: str = "work") -> list[dict[str, Any]]:
     """The compiled pipeline; `first_does` and `second_does` are behaviours of `fake_step.py`."""
 
-    # Nothing but the parameters of the real pipeline: the runner passes those.
-    @dsl.pipeline(name="fake")
-    def fake(
-        config: str,
-        data_train: str,
-        data_validation: str,
-        data_test: str,
-        model_teacher: str,
-        model_student: str,
-        task: str,
-        training_method: str,
-        training_steps: int,
-        mlflow_experiment: str,
-    ):
+    @pipeline("fake", "A fake run.", {**FORM, "training_method": str})
+    def fake(given: Any):
         end = last().set_display_name("finish").set_caching_options(False)
         with dsl.ExitHandler(end, name="run"):
-            one = first(behaviour=first_does, value=model_teacher).set_display_name("make").set_retry(2, "60s")
+            one = first(behaviour=first_does, value=given.model_teacher).set_display_name("make").set_retry(2, "60s")
             two = second(behaviour=second_does, config=one.outputs["result"], model=one.outputs["model"])
             two.set_display_name("report").set_caching_options(False)
-            three = reads_text(behaviour="work", config=config, model=one.outputs["model"])
+            three = reads_text(behaviour="work", config=given.config, model=one.outputs["model"])
             three.set_display_name("use").after(two)
 
     return compiled(fake, folder)
@@ -114,28 +109,21 @@ def looping_pipeline(folder: Path) -> list[dict[str, Any]]:
         )
         table.set_display_name("table").set_caching_options(False)
 
-    @dsl.pipeline(name="looping")
-    def looping(
-        comparison: str,
-        config: str,
-        data_train: str,
-        data_validation: str,
-        data_test: str,
-        model_teacher: str,
-        model_student: str,
-        task: str,
-        training_steps: int,
-        mlflow_experiment: str,
-    ):
+    @pipeline("looping", "A fake comparison.", {**FORM, "comparison": str})
+    def looping(given: Any):
         end = last().set_display_name("finish").set_caching_options(False)
         with dsl.ExitHandler(end, name="run"):
-            plan = expand(comparison=comparison, config=config).set_display_name("expand").set_caching_options(False)
-            one = first(behaviour="work", value=model_teacher).set_display_name("make").after(plan)
+            plan = (
+                expand(comparison=given.comparison, config=given.config)
+                .set_display_name("expand")
+                .set_caching_options(False)
+            )
+            one = first(behaviour="work", value=given.model_teacher).set_display_name("make").after(plan)
             rounds(
                 trials=plan.outputs["trials"],
                 failed=plan.outputs["failed"],
                 result=one.outputs["result"],
-                value=model_student,
+                value=given.model_student,
             )
 
     return compiled(looping, folder)
