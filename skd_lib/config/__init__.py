@@ -1,6 +1,9 @@
 """The configuration of one run: one YAML file, validated before anything is loaded.
 
-Every field is documented where it is defined, a module for each part of the file.
+Sections of the file by module: `run` (the whole file), `data`, `task`, `models` (`teacher_sft`, `student_init`),
+`distill`, `training` (`training` and `multinode` of other sections), and `evaluation` (with `specdec` and `registry`).
+Besides them, `parameters` is the form of Kubeflow's page, `step` the part that one step reads, `fields` the list of all
+fields for people, and `_base` and `_reading` are the machinery.
 """
 
 from skd_lib._core.documents import parse_json
@@ -38,51 +41,3 @@ from skd_lib.config.training import (
     TeacherPrecision,
     TrainingConfig,
 )
-
-__all__ = [
-    "LOWER_IS_BETTER",
-    "AnswerKind",
-    "Columns",
-    "ConfigSection",
-    "Count",
-    "DataConfig",
-    "DataSource",
-    "DistillConfig",
-    "DistillTrainingConfig",
-    "DivergenceName",
-    "EvaluationConfig",
-    "FilesSource",
-    "GettextSource",
-    "GettextWheel",
-    "HeldOutConfig",
-    "HeldOutFiles",
-    "HubDataset",
-    "HubSource",
-    "InterleavedConfig",
-    "JudgeConfig",
-    "LoraConfig",
-    "MethodName",
-    "MetricName",
-    "MultinodeConfig",
-    "Overrides",
-    "Precision",
-    "RegistryConfig",
-    "RuleName",
-    "RunConfig",
-    "SamplingParams",
-    "Schedule",
-    "Section",
-    "SpecdecConfig",
-    "StudentInitConfig",
-    "TaskConfig",
-    "TeacherPrecision",
-    "TeacherSftConfig",
-    "TrainingConfig",
-    "apply",
-    "load_config",
-    "parse_json",
-    "parse_overrides",
-    "parse_section",
-    "read_yaml",
-    "refuse_multinode",
-]
