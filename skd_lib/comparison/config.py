@@ -84,7 +84,7 @@ class CompareConfig(ConfigSection):
     def _grid_has_values(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for path, values in grid.items():
             if not values:
-                raise ValueError(f"{path}: no values to try")
+                raise ValueError(f"{path}: there are no values to try")
         return grid
 
 

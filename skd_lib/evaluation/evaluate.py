@@ -16,7 +16,7 @@ from skd_lib.data.examples import Example
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import generate
 from skd_lib.evaluation.judge import JudgeUnavailable, grade, mean_rating
-from skd_lib.evaluation.metrics import Measured, measure, scorable
+from skd_lib.evaluation.metrics import CorpusMetric, measure, scorable
 from skd_lib.evaluation.perplexity import reference_losses
 from skd_lib.evaluation.predictions import Prediction, perplexity
 from skd_lib.evaluation.statistics import scored
@@ -181,7 +181,7 @@ def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricNam
 
 def _measure(
     name: MetricName, predictions: Sequence[Prediction], task: TaskConfig, config: EvaluationConfig
-) -> Measured:
+) -> CorpusMetric:
     if name == "perplexity":
         return perplexity(predictions)
     if name == "judge":

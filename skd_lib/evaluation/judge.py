@@ -19,7 +19,7 @@ from urllib3.util import Retry
 from skd_lib._core.events import Progress
 from skd_lib.config import JudgeConfig
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.metrics import Measured, ratio
+from skd_lib.evaluation.metrics import CorpusMetric, ratio
 
 KEY = "SKD_JUDGE_API_KEY"
 LOWEST, HIGHEST = 1.0, 10.0
@@ -102,7 +102,7 @@ def parse_rating(reply: str) -> float | None:
     return rating if LOWEST <= rating <= HIGHEST else None
 
 
-def mean_rating(config: JudgeConfig, ratings: Sequence[float]) -> Measured:
+def mean_rating(config: JudgeConfig, ratings: Sequence[float]) -> CorpusMetric:
     """Measure the mean rating, 1 to 10."""
     prompt = hashlib.sha256(config.prompt.encode()).hexdigest()[:8]
     signature = f"judge|model:{config.model}|prompt:{prompt}|scale:1-10"

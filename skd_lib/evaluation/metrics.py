@@ -32,7 +32,7 @@ _FORMS: dict[AnswerKind, str] = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class CorpusMetric:
     """One metric over one corpus.
 
     Attributes:
@@ -62,7 +62,7 @@ class Measured:
 
 def measure(
     name: MetricName, predictions: Sequence[str], targets: Sequence[str], *, answer: AnswerKind = "hash"
-) -> Measured:
+) -> CorpusMetric:
     """Measure predictions against one reference each.
 
     An example without a reference (a blank one; for `accuracy`, one that holds no answer) is not scored.
@@ -111,10 +111,10 @@ def scorable(name: MetricName, targets: Sequence[str], answer: AnswerKind) -> tu
 
 def ratio(
     numerators: Sequence[float], denominators: Sequence[float], score: Callable[[float], float], signature: str
-) -> Measured:
+) -> CorpusMetric:
     """Measure a function of one sum over another: a mean, a perplexity."""
     statistics_NS = np.stack([np.array(numerators, np.float64), np.array(denominators, np.float64)], axis=1)
-    return Measured(
+    return CorpusMetric(
         statistics_NS,
         lambda totals_S: score(float(totals_S[0] / totals_S[1])),
         signature,
@@ -122,20 +122,20 @@ def ratio(
     )
 
 
-def summed(measured: Sequence[Measured]) -> Measured:
+def summed(measured: Sequence[CorpusMetric]) -> CorpusMetric:
     """Add up the counts of several models' answers to each example."""
     return replace(measured[0], statistics_NS=np.sum([each.statistics_NS for each in measured], axis=0))
 
 
-def _sacrebleu(name: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
-    def measured(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
+def _sacrebleu(name: str) -> Callable[[Sequence[str], Sequence[str]], CorpusMetric]:
+    def measured(predictions: Sequence[str], targets: Sequence[str]) -> CorpusMetric:
         from sacrebleu import metrics
 
         # sacrebleu's own significance tests are made of the underscored methods (sacrebleu/significance.py).
         metric = getattr(metrics, name)()
         statistics_NS = np.array(metric._extract_corpus_statistics(predictions, [targets]), dtype=np.float64)
         shown = metric._compute_score_from_stats(statistics_NS[0]).name
-        return Measured(
+        return CorpusMetric(
             statistics_NS,
             lambda totals_S: float(metric._compute_score_from_stats(totals_S).score),
             f"{shown}|{metric.get_signature()}",
@@ -144,8 +144,8 @@ def _sacrebleu(name: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
     return measured
 
 
-def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
-    def measured(predictions: Sequence[str], targets: Sequence[str]) -> Measured:
+def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], CorpusMetric]:
+    def measured(predictions: Sequence[str], targets: Sequence[str]) -> CorpusMetric:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([kind], use_stemmer=True)
@@ -157,18 +157,18 @@ def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], Measured]:
     return measured
 
 
-def _accuracy(predictions: Sequence[str], targets: Sequence[str], answer: AnswerKind) -> Measured:
+def _accuracy(predictions: Sequence[str], targets: Sequence[str], answer: AnswerKind) -> CorpusMetric:
     pairs = zip(predictions, targets, strict=True)
     right = [float(predicted_answer(said, answer) == reference_answer(wanted, answer)) for said, wanted in pairs]
     signature = f"accuracy|answer:{_FORMS[answer]}|match:{'value' if answer == 'boxed' else 'numeric'}"
     return replace(_percent(right, signature), share=True)
 
 
-def _percent(values: list[float], signature: str) -> Measured:
+def _percent(values: list[float], signature: str) -> CorpusMetric:
     return ratio(values, [1.0] * len(values), lambda mean: 100 * mean, signature)
 
 
-_TEXT_METRICS: dict[MetricName, Callable[[Sequence[str], Sequence[str]], Measured]] = {
+_TEXT_METRICS: dict[MetricName, Callable[[Sequence[str], Sequence[str]], CorpusMetric]] = {
     "chrf": _sacrebleu("CHRF"),
     "bleu": _sacrebleu("BLEU"),
     "rouge1": _rouge("rouge1"),

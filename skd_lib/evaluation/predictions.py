@@ -13,7 +13,7 @@ import numpy as np
 
 from skd_lib.config import MetricName
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.metrics import Measured, measure, ratio, summed
+from skd_lib.evaluation.metrics import CorpusMetric, measure, ratio, summed
 from skd_lib.evaluation.statistics import paired_bootstrap
 from skd_lib.results import Difference, PairedTest, Role
 from skd_lib.storage import write_text_atomic
@@ -66,7 +66,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
 
 
-def perplexity(predictions: Sequence[Prediction]) -> Measured:
+def perplexity(predictions: Sequence[Prediction]) -> CorpusMetric:
     """Measure the perplexity of the references, per token.
 
     Raises:
@@ -149,7 +149,7 @@ def paired_results(predictions: Mapping[Role, Path], *, resamples: int = 1000, s
     ]
 
 
-def _remeasured(name: MetricName, predictions: Sequence[Prediction]) -> Measured:
+def _remeasured(name: MetricName, predictions: Sequence[Prediction]) -> CorpusMetric:
     """Measure again from the rows: from texts and likelihoods, or, for a mean over examples, from the scores."""
     if name in ("chrf", "bleu"):
         return measure(name, [p.prediction for p in predictions], [p.target for p in predictions])

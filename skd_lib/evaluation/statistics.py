@@ -15,14 +15,14 @@ from statistics import NormalDist
 
 import numpy as np
 
-from skd_lib.evaluation.metrics import FloatArray, Measured
+from skd_lib.evaluation.metrics import CorpusMetric, FloatArray
 from skd_lib.results import Difference, Score
 
 LEVEL = 0.95
 LEAST_EXAMPLES = 20
 
 
-def scored(measured: Measured, *, resamples: int = 1000, seed: int = 0) -> Score:
+def scored(measured: CorpusMetric, *, resamples: int = 1000, seed: int = 0) -> Score:
     """Return the score with its 95 % interval: of a share Wilson's, of any other score the bootstrap's."""
     examples = len(measured.statistics_NS)
     caution = ""
@@ -47,13 +47,13 @@ def wilson_interval(share: float, examples: int) -> tuple[float, float]:
     return max(0.0, min(low, 100 * share)), min(100.0, max(high, 100 * share))
 
 
-def bootstrap_interval(measured: Measured, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(measured: CorpusMetric, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile interval of a corpus score: (low, high), 0 to 100."""
     low, high = _percentiles(_bootstrap_scores(measured, resamples, seed))
     return low, high
 
 
-def paired_bootstrap(first: Measured, second: Measured, *, resamples: int = 1000, seed: int = 0) -> Difference:
+def paired_bootstrap(first: CorpusMetric, second: CorpusMetric, *, resamples: int = 1000, seed: int = 0) -> Difference:
     """Compare two models measured by one metric on the same examples in the same order.
 
     Both are scored on the same resamples, so that easy and hard examples cancel out. The p-value counts the resamples
@@ -101,7 +101,7 @@ def _count(examples: int) -> str:
     return "1 example is" if examples == 1 else f"{examples} examples are"
 
 
-def _bootstrap_scores(measured: Measured, resamples: int, seed: int) -> FloatArray:
+def _bootstrap_scores(measured: CorpusMetric, resamples: int, seed: int) -> FloatArray:
     sentences = len(measured.statistics_NS)
     draws = _draws(sentences, resamples, seed)
     return np.array([measured.corpus_score(counts_N @ measured.statistics_NS) for counts_N in draws])

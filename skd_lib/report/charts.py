@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 480, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 26
 POINTS = 400
-"""More points than a chart has room for; and a pipeline parameter has room for several curves of so many."""
+"""More points than a chart has room for; a pipeline parameter has room for several such curves."""
 Format = Callable[[float], str]
 _T = TypeVar("_T")
 

@@ -1,7 +1,7 @@
 """The part of a run's figures that `register_model` needs, as one short parameter of the pipeline.
 
 Kubeflow keeps a parameter about a dozen times for each step that reads it, so this stays below 2 kB. What decides is
-exact; texts are cut off. It is JSON that arrives as it was sent (`skd_lib._core.ascii_json`).
+exact; texts are cut off. It is JSON that arrives unchanged (`skd_lib._core.ascii_json`).
 """
 
 from __future__ import annotations

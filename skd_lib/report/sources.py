@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 SUMMARY, PAGE = "summary.json", "report.html"
-"""Names of the files, in a run's folder as among its MLflow artifacts, beside `SAMPLES`."""
+"""Names of the files, in a run's folder and among its MLflow artifacts, as is `SAMPLES`."""
 
 
 @dataclass(frozen=True)

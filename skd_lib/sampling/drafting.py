@@ -8,6 +8,7 @@ block. The best G has the most tokens for its cost (as Leviathan et al. 2023, th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -70,14 +71,27 @@ class AdaptiveGamma:
         expected = _PRIOR_WEIGHT * self.acceptance
         acceptance = (counts.accepted + expected) / (counts.tested + _PRIOR_WEIGHT)
 
-        best, best_rate, tokens = 1, 0.0, float(bonus)
+        best, best_rate = 1, 0.0
         for gamma in range(1, self.maximum + 1):
-            tokens += acceptance ** (gamma - 1 + bonus)
+            tokens = expected_tokens([acceptance] * (gamma - 1 + bonus))
             rate = tokens / costs.of_block(gamma, rows=rows, bonus=bonus)
             if rate <= best_rate:
                 break  # ever fewer tokens for each further draft, at a cost that never falls
             best, best_rate = gamma, rate
         return best
+
+
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Return the expected tokens of a block: the accepted prefix of its drafts, and the teacher's token after it.
+
+    Args:
+        acceptance: The acceptance rate at each position that is tested, given that all before it were accepted.
+    """
+    total, reached = 1.0, 1.0
+    for rate in acceptance:
+        reached *= rate
+        total += reached
+    return total
 
 
 def estimated_costs(student: PreTrainedModel, teacher: PreTrainedModel) -> Costs:

@@ -21,7 +21,7 @@ from skd_lib.config import SamplingParams, SpecdecConfig, TaskConfig
 from skd_lib.data.tokenize import encode_prompt
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
-from skd_lib.models.heads import embedding_rows, vocabulary_size
+from skd_lib.models.heads import common_vocabulary, embedding_rows
 from skd_lib.models.special_ids import pad_id
 from skd_lib.results import Forwards, Setting, Specdec
 from skd_lib.sampling.acceptance import lossless, teacher_only
@@ -53,7 +53,7 @@ class Plan:
     @cached_property
     def vocabulary(self) -> int:
         """Number of allowed ids: the same with and without a draft, also where heads are padded differently."""
-        return min(map(vocabulary_size, (self.teacher, *self.drafts.values())))
+        return common_vocabulary(self.teacher, *self.drafts.values())
 
     @property
     def gammas(self) -> list[int]:

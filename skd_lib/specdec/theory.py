@@ -20,16 +20,8 @@ import torch
 from transformers import PreTrainedModel
 
 from skd_lib.results import Forwards
+from skd_lib.sampling.drafting import expected_tokens
 from skd_lib.sampling.timing import Forward, bare
-
-
-def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Return the expected tokens of a block, given each position's acceptance rate given those before it."""
-    total, reached = 1.0, 1.0
-    for rate in acceptance:
-        reached *= rate
-        total += reached
-    return total
 
 
 def stretched(by_position: Sequence[float], gamma: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Passes in turns, at one temperature and batch size.
 
-A pass of each draft model stands beside a pass of the teacher alone, on the same prompts and seeds: a machine that is
-busy for a while slows all of them.
+Each pass of a draft model is paired with a pass of the teacher alone, on the same prompts and seeds: a machine that is
+busy for a while slows both.
 
 `sweep: best` spends little on draft lengths that cannot win. After each measurement the speed-up of every other length
 is predicted: theory's (`skd_lib.specdec.theory`), times what the nearest timed length achieved of its own. The length
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from skd_lib._core.seeds import derived
 from skd_lib.results import DraftLength, Forwards, Latency, Percentiles, Setting, TeacherAlone, Timed
+from skd_lib.sampling.drafting import expected_tokens
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
 from skd_lib.specdec.decode import Pass, count_by_position, decode
-from skd_lib.specdec.theory import expected_tokens, speedup, speedup_of_paper, stretched
+from skd_lib.specdec.theory import speedup, speedup_of_paper, stretched
 from skd_lib.specdec.verify import Rounding, measured_rounding, verify_greedy
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Passes:
 
 @dataclass
 class _Series:
-    """The passes of one draft model at one draft length, each beside one of the teacher alone."""
+    """The passes of one draft model at one draft length, each paired with one of the teacher alone."""
 
     speedups: list[float] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from skd_lib.config import MetricName
-from skd_lib.evaluation.metrics import FloatArray, Measured, measure
+from skd_lib.evaluation.metrics import CorpusMetric, FloatArray, measure
 from skd_lib.evaluation.statistics import (
     LEAST_EXAMPLES,
     bootstrap_interval,
@@ -20,10 +20,10 @@ from skd_lib.evaluation.statistics import (
 from tests.evaluation.test_metrics import corpus
 
 
-def mean_of(values: FloatArray) -> Measured:
+def mean_of(values: FloatArray) -> CorpusMetric:
     """A metric whose score is the mean of one number a sentence."""
     statistics_NS = np.stack([values, np.ones(len(values))], axis=1)
-    return Measured(statistics_NS, lambda totals_S: float(totals_S[0] / totals_S[1]), "mean")
+    return CorpusMetric(statistics_NS, lambda totals_S: float(totals_S[0] / totals_S[1]), "mean")
 
 
 @pytest.mark.parametrize("name", ["chrf", "bleu", "rougeL"])

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skd_lib.results import Forwards
+from skd_lib.sampling.drafting import expected_tokens
 from skd_lib.specdec.theory import (
     block_seconds,
-    expected_tokens,
     measure_forwards,
     speedup,
     speedup_of_paper,
