@@ -57,11 +57,7 @@ class ChatLayout:
     notes: tuple[str, ...]
 
     def prompt(self, task: TaskConfig, question: str) -> str:
-        """Return everything that the template writes before the answer to a question.
-
-        Raises:
-            SkdError: the template refuses the messages.
-        """
+        """Return everything that the template writes before the answer to a question."""
         before, _, _ = self._rendered(task, question, _ANSWER).rpartition(_ANSWER)
         return before.removesuffix(self.lead)
 
@@ -123,11 +119,7 @@ def conversation(task: TaskConfig, question: str, answer: str | None = None, *, 
 
 
 def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
-    """Check in a child process, once for each template, that the chat template ends, if the task wants one.
-
-    Raises:
-        SkdError: it does not, or the tokenizer has no chat template.
-    """
+    """Check in a child process, once for each template, that the chat template ends, if the task wants one."""
     if not task.chat_template:
         return
     template = chat_template(tokenizer)
@@ -137,11 +129,7 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Non
 
 
 def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
-    """Return whether the prompts of a task change with the date, because the chat template prints it.
-
-    Raises:
-        SkdError: the tokenizer has no chat template although the task wants one, or the template cannot be used.
-    """
+    """Return whether the prompts of a task change with the date, because the chat template prints it."""
     if not task.chat_template or "strftime_now" not in chat_template(tokenizer).source:
         return False
     check_rendering(tokenizer, task)
@@ -211,13 +199,14 @@ def _read_layout(
         ]
         raise errors[0] if len(errors) == 1 else SkdErrors(errors)
 
-    common = _common(generation, before)
+    pairs = enumerate(zip(generation, before, strict=False))
+    common = next((place for place, (one, other) in pairs if one != other), min(len(generation), len(before)))
     extra = before[len(generation) :] if common == len(generation) else before[common:]
     # Text that only opens the answer belongs to it.
     lead = extra if not extra.strip() else extra[len(extra.rstrip(" ")) :]
     opening = extra.removesuffix(lead) if common == len(generation) else ""
     tail, closing = _ending(tokenizer, after)
-    notes = _notes(generation, before, opening)
+    notes = _notes(generation, before, opening, common)
     start = list(tokenizer(before.removesuffix(lead), add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for anchor in ("", "\n"):
@@ -226,31 +215,20 @@ def _read_layout(
             break
     else:
         anchor = ""
-        notes.append(
-            "the first tokens of an answer differ from those of the template's whole text, tokenised at once"
-        )
+        notes.append("the first tokens of an answer differ from those of the template's whole text, tokenised at once")
     return ChatLayout(template, parts, opening, lead, anchor, tail, closing, after, tuple(notes))
 
 
-def _notes(generation: str, before: str, opening: str) -> list[str]:
+def _notes(generation: str, before: str, opening: str, common: int) -> list[str]:
+    where = "between its generation prompt and an answer"
     if opening:
-        return [
-            f"the chat template writes {opening!r} between its generation prompt and an answer: in training, prompts "
-            "end with it"
-        ]
-    common = _common(generation, before)
+        return [f"the chat template writes {opening!r} {where}: in training, prompts end with it"]
     if common < len(generation):
         return [
             f"the chat template's generation prompt ends with {generation[common:]!r}, where it writes "
             f"{before[common:]!r} before a given answer: in training, prompts end as before a given answer"
         ]
     return []
-
-
-def _common(first: str, second: str) -> int:
-    """Length of the common beginning."""
-    pairs = zip(first, second, strict=False)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def _misprint(what: str, string: str, text: str) -> str:

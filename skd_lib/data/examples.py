@@ -41,21 +41,13 @@ def make_example(source: str, target: str, origin: str = "") -> Example:
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
-    """Write one JSON object a line; the file appears only when it is complete.
-
-    Raises:
-        OSError: the folder is missing, full or not writable.
-    """
+    """Write one JSON object a line; the file appears only when it is complete."""
     lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
     storage.write_text_atomic(path, "".join(lines))
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """Read a file of `write_jsonl`.
-
-    Raises:
-        SkdError: the file is missing, or a line is not an example.
-    """
+    """Read a file of `write_jsonl`."""
     examples = []
     # Split at newlines only: JSON strings may hold other line separators, which `str.splitlines` would cut at.
     for number, line in enumerate(storage.read_bytes(str(path)).split(b"\n"), start=1):

@@ -51,11 +51,7 @@ def data_files(uri: str) -> list[str]:
 
 
 def stored_files(uri: str) -> list[StoredObject]:
-    """Return `data_files` with what identifies their content. Cost: local files are read in full, for their sha256.
-
-    Raises:
-        SkdError: see `data_files`.
-    """
+    """Return `data_files` with what identifies their content. Cost: local files are read in full, for their sha256."""
     files = data_files(uri)
     if not storage.is_remote(uri) or files == [uri]:
         return [stored for file in files for stored in storage.list_objects(file)]

@@ -35,14 +35,7 @@ def read_wheel(wheel: Path, package: str, language: str, min_words: int, max_wor
 
     Leaves out untranslated, fuzzy, plural and obsolete entries, copies of the original, entries with fewer than
     `min_words` or more than `max_words` words (separated by white space) on either side, and repeated pairs. The wheel
-    is read as a zip file: nothing in it is imported or installed.
-
-    Args:
-        wheel: The wheel.
-        package: Its name, for the examples' origin.
-        language: Name of the catalogs' folder, e.g. `fr` or `pt_BR`.
-        min_words: Fewest words.
-        max_words: Most words; None for no limit.
+    is read as a zip file: nothing in it is imported or installed. `package` is the origin of the examples.
 
     Raises:
         SkdError: not a wheel, no catalog for the language, or a catalog that cannot be parsed.

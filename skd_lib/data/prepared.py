@@ -139,9 +139,6 @@ def data_fingerprint(config: DataConfig) -> str:
 
     Reads local files, but asks only for the checksums of remote ones: cheap enough to be a cache key that is computed
     before every run.
-
-    Raises:
-        SkdError: a file is missing, or storage or the hub cannot be asked.
     """
     return digest({**_content(config), "preparation": preparation(config)})
 

@@ -118,13 +118,8 @@ def read_lines(path: Path, limit: int) -> list[str]:
 def guarded(rows: Iterator[RawRow], kind: str, name: str, problems: Problems) -> Iterator[tuple[str, Fields]]:
     """Yield the place and the fields of each row, and note any error.
 
-    Reading goes on after a row whose fields cannot be read, and ends after an error between rows.
-
-    Args:
-        rows: The rows.
-        kind: Their format, for the error: `JSON`.
-        name: The file or dataset.
-        problems: Takes the errors.
+    Reading goes on after a row whose fields cannot be read, and ends after an error between rows. Errors name the kind
+    of data (`JSON`), and the name of the file or dataset.
     """
     number, what = 0, f"broken {kind}"
     while row := _attempt(lambda: next(rows, None), what, f"{name}, row {number + 1}", problems):

@@ -36,13 +36,7 @@ class Template(NamedTuple):
 def render(
     template: Template, messages: Sequence[Message], *, add_generation_prompt: bool = False, date: str = ""
 ) -> str:
-    """Render a conversation.
-
-    Args:
-        template: The template.
-        messages: The conversation.
-        add_generation_prompt: Open an answer at the end.
-        date: The day that is today for the template, as YYYY-MM-DD; empty: today.
+    """Render a conversation, for which `date` (YYYY-MM-DD; empty: today) is the present day.
 
     Raises:
         SkdError: the template raises something.

@@ -33,7 +33,6 @@ class Problems:
     """Collects errors of rows, and stops reading at `MAX_PROBLEMS`."""
 
     def __init__(self) -> None:
-        """Begin with no errors."""
         self._errors: list[SkdError] = []
 
     def add(self, error: SkdError) -> None:
@@ -96,11 +95,7 @@ def check_rows(
 
 
 def check_columns(names: Iterable[str], file: str, columns: Columns) -> None:
-    """Check once, not for each row, that a table has the columns, and no two of one name.
-
-    Raises:
-        SkdErrors: all that is wrong.
-    """
+    """Check once, not for each row, that a table has the columns, and no two of one name."""
     names = list(names)
     repeated = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
     errors = [

@@ -67,15 +67,27 @@ def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | N
         SkdErrors: rows that are wrong, up to 20, each with its file, row and field.
         SkdError: the source cannot be read, or one of its splits is empty.
     """
+    problems = Problems()
     match source:
         case FilesSource():
-            splits = _load_files(source, max_rows)
+            parts = [
+                _read_files(uris, source.columns, problems, max_rows) if uris else None
+                for uris in (source.train, source.validation, source.test)
+            ]
         case HubSource():
-            splits = _load_hub(source, max_rows)
+            parts = [
+                _read_hub(source, split, problems, max_rows) if split else None
+                for split in (source.train_split, source.validation_split, source.test_split)
+            ]
         case GettextSource():
-            splits = _load_gettext(source, cache_dir)
+            return _checked(source, _load_gettext(source, cache_dir))
         case _:
             assert_never(source)
+    problems.raise_any()
+    return _checked(source, SourceSplits(parts[0] or [], parts[1], parts[2]))
+
+
+def _checked(source: DataSource, splits: SourceSplits) -> SourceSplits:
     for name, examples in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if examples is not None and not examples:
             files = f": {', '.join(getattr(source, name))}" if isinstance(source, FilesSource) else ""
@@ -88,9 +100,6 @@ def identify(source: DataSource) -> list[dict[str, Any]]:
     """Return what identifies the source's present content, cheaply: checksums, generations, revisions.
 
     Locations are no part of it where there is a checksum: the same content elsewhere is the same data.
-
-    Raises:
-        SkdError: a file is missing, or the hub cannot be asked.
     """
     match source:
         case FilesSource():
@@ -110,12 +119,7 @@ def identify(source: DataSource) -> list[dict[str, Any]]:
 
 
 def load_held_out(held_out: HeldOutConfig, *, max_rows: int | None = None) -> list[Example]:
-    """Read and check all examples of one held-out test set; see `load`.
-
-    Raises:
-        SkdErrors: rows that are wrong.
-        SkdError: the set cannot be read, or is empty.
-    """
+    """Read and check all examples of one held-out test set; see `load`."""
     source, problems = held_out.source, Problems()
     if isinstance(source, HeldOutFiles):
         examples = _read_files(source.files, source.columns, problems, max_rows)
@@ -149,16 +153,6 @@ def _identify_files(uris: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _load_files(source: FilesSource, max_rows: int | None) -> SourceSplits:
-    problems = Problems()
-    train, validation, test = (
-        _read_files(uris, source.columns, problems, max_rows) if uris else None
-        for uris in (source.train, source.validation, source.test)
-    )
-    problems.raise_any()
-    return SourceSplits(train or [], validation, test)
-
-
 def _read_files(uris: list[str], columns: Columns, problems: Problems, max_rows: int | None) -> list[Example]:
     examples = []
     for uri in uris:
@@ -187,16 +181,6 @@ def _opened(uri: str, *, whole: bool) -> Iterator[IO[bytes]]:
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------
-
-
-def _load_hub(source: HubSource, max_rows: int | None) -> SourceSplits:
-    problems = Problems()
-    train, validation, test = (
-        _read_hub(source, split, problems, max_rows) if split else None
-        for split in (source.train_split, source.validation_split, source.test_split)
-    )
-    problems.raise_any()
-    return SourceSplits(train or [], validation, test)
 
 
 def _read_hub(source: HubDataset, split: str, problems: Problems, max_rows: int | None) -> list[Example]:

@@ -55,7 +55,6 @@ class Loss:
         return {"rows": self.rows, "lost": {reason: count for reason, count in self.reasons.items() if count}}
 
     def __str__(self) -> str:
-        """Return the counts as a sentence."""
         reasons = in_words(self.reasons) or "none"
         about, looked = "", ""
         if self.looked_at is not None:
@@ -73,14 +72,7 @@ def in_words(reasons: Mapping[str, int]) -> str:
 
 
 def with_long_prompts(losses: Mapping[str, Any], split: str, rows: int, count: int) -> dict[str, Any]:
-    """Return losses as `Loss.to_dict` writes them, and the rows that a training left out on top of that.
-
-    Args:
-        losses: By split.
-        split: A split that was trained on.
-        rows: Its examples.
-        count: Those of them whose prompts are over the limit.
-    """
+    """Add to losses (of `Loss.to_dict`, by split) the `count` of `rows` in a split whose prompts are over the limit."""
     known = losses.get(split, {"rows": rows, "lost": {}})
     lost = known["lost"] | ({"with prompts over max_prompt_tokens": count} if count else {})
     return {**losses, split: {"rows": known["rows"], "lost": lost}}

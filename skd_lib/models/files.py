@@ -46,11 +46,7 @@ class StoredTensor:
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:
-    """Check that a folder holds a whole model: config, tokenizer, and `weights` as complete safetensors files.
-
-    Raises:
-        SkdError: something is missing, cut off, or in a format that is not loaded.
-    """
+    """Check that a folder holds a whole model: config, tokenizer, and `weights` as complete safetensors files."""
     where = str(folder)
     with reading(folder):
         if not folder.is_dir():
@@ -130,9 +126,6 @@ def weights_digest(path: Path) -> str:
     """Return the hex sha256 over the weights of a model folder: each tensor's name, dtype, shape and bytes, sorted.
 
     The same weights have the same digest however they are cut into shards and whatever metadata the files carry.
-
-    Raises:
-        SkdError: the folder has no complete safetensors files.
     """
     digest = hashlib.sha256()
     for tensor in stored_tensors(path):
@@ -180,11 +173,7 @@ def has_own_head(path: Path) -> bool:
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the config of a model folder, without the kind of attention it names, which this machine may not have.
-
-    Raises:
-        SkdError: there is none, or it is of no model that transformers knows.
-    """
+    """Load the config of a model folder, without the kind of attention it names, which this machine may not have."""
     from transformers import AutoConfig
 
     try:
@@ -200,11 +189,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
-
-    Raises:
-        SkdError: there is none, or it cannot be read.
-    """
+    """Load the tokenizer of a model folder."""
     check_model_folder(path, weights=False)
     from transformers import AutoTokenizer
 

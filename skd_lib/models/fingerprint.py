@@ -29,15 +29,7 @@ from skd_lib.storage import StoredObject
 from skd_lib.storage.cache import default_cache_dir
 from skd_lib.storage.objects import local_errors
 
-MODEL_FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.py",
-    "additional_chat_templates/*.jinja",
-)
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 """Files of a folder that change what the model, its tokenizer or its templates do: no readme, no other format."""
 _OTHER_FORMATS = "consolidated*"
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -56,11 +48,7 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return the fingerprint of a model in a local folder; reads big files only when they have changed.
-
-    Raises:
-        SkdError: a file cannot be read.
-    """
+    """Return the fingerprint of a model in a local folder; reads big files only when they have changed."""
     files = {
         file.relative_to(folder).as_posix(): file
         for pattern in MODEL_FILES
@@ -94,9 +82,6 @@ def file_digest(path: Path) -> str:
     A big file's digest is kept in the cache (`SKD_CACHE`) under the file's path, inode, size and times, so that it is
     read again only when one of them has changed; but not for a file that was written a moment ago, since a further
     change might show in none of them.
-
-    Raises:
-        SkdError: the file cannot be read.
     """
     with local_errors(str(path), "read"):
         identity = _identity(path)
@@ -117,11 +102,7 @@ def file_digest(path: Path) -> str:
 
 
 def settings_digest(folder: Path) -> str:
-    """Return the hex sha256 of a model's config and own code, which besides its weights decide what it computes.
-
-    Raises:
-        SkdError: a file cannot be read.
-    """
+    """Return the hex sha256 of a model's config and own code, which besides its weights decide what it computes."""
     with local_errors(str(folder), "read"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for name in _WRITTEN_BY:

@@ -4,8 +4,8 @@ The sampler and the losses meet at the hidden state between them: a state is `hi
 than the logits it stands for. Models wrapped by PEFT work unchanged: adapters live in the modules themselves, and the
 wrapper hands on what it does not know.
 
-Not every `get_decoder()` returns the decoder, and some heads do more with their logits than `lm_logits` knows; a model's
-own code can do anything. So `check_supported` compares both halves with the model, once for each model.
+Not every `get_decoder()` returns the decoder, and some heads do more with their logits than `lm_logits` knows. So
+`check_supported` compares both halves with the model, once for each model.
 """
 
 from __future__ import annotations
@@ -124,11 +124,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def check_structure(model: PreTrainedModel) -> None:
-    """Check that a model has the parts of a causal decoder; reads no weights.
-
-    Raises:
-        SkdError: it has not. The architecture is named.
-    """
+    """Check that a model has the parts of a causal decoder; reads no weights."""
     if model.config.is_encoder_decoder:
         raise _unsupported(model, "is an encoder-decoder")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):

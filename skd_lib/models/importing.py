@@ -34,9 +34,6 @@ def import_model(
 
     Returns:
         The record's lineage, see `origin_of`.
-
-    Raises:
-        SkdError: the weights are not those that the config wants, or not finite; or the model has changed.
     """
     # A user's own folder may be written to again; caches never change what they hold.
     own_folder = isinstance(parse_reference(reference), LocalFolder)
@@ -54,11 +51,7 @@ def origin_of(reference: str, folder: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def check_whole(folder: Path) -> None:
-    """Check that a folder's weights are those that its config wants, and finite.
-
-    Raises:
-        SkdError: they are not.
-    """
+    """Check that a folder's weights are those that its config wants, and finite."""
     model = skeleton(folder)
     check_weights(folder, model)
     check_finite(folder, model._keys_to_ignore_on_load_unexpected or ())
@@ -76,9 +69,6 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False,
         code: Copy `*.py` too.
         borrow: Make symbolic links to the weights instead. For a folder that is only read, while `source` is there: a
             copy would take memory where temporary files are kept in memory.
-
-    Raises:
-        SkdError: see `check_whole`.
     """
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", *(["*.py"] if code else [])]
     with atomic_directory(target) as folder:
@@ -110,9 +100,6 @@ def same_model(one: Path, other: Path) -> bool:
 
     Their weights, configs, tokenizers and templates are compared byte for byte, up to the first that differs; of the
     generation configs, the special ids. Code (`*.py`) is not compared: it is not run when models are measured.
-
-    Raises:
-        SkdError: a file cannot be read.
     """
     names = _measured_files(one)
     if names != _measured_files(other) or _special_ids(one) != _special_ids(other):

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder, load_config, reason, stored_tensors
@@ -143,11 +138,7 @@ def _compute_as_asked(model: PreTrainedModel) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, card: str | None = None) -> None:
-    """Save model, tokenizer and the text of the model card as a folder, which appears only when it is complete.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Save model, tokenizer and the text of the model card as a folder, which appears only when it is complete."""
     with atomic_directory(path) as folder:
         write_model(model, tokenizer, folder)
         if card is not None:

@@ -57,11 +57,7 @@ def multiplies_in_bf16(device: torch.device) -> bool:
 
 
 def precision_trouble(wanted: Precision, device: torch.device) -> str:
-    """Return why `wanted` is a poor choice on a device, as a sentence; empty if it is none.
-
-    Raises:
-        SkdError: see `resolve_precision`.
-    """
+    """Return why `wanted` is a poor choice on a device, as a sentence; empty if it is none."""
     if resolve_precision(wanted, device) == "fp32" or multiplies_in_bf16(device):
         return ""
     return f"{_name(device)} has no units that multiply matrices in bf16: it is often slower than fp32 there"

@@ -122,11 +122,7 @@ def parse_reference(ref: str) -> Reference:
 
 
 def model_fingerprint(ref: str) -> str:
-    """Return the fingerprint of a model now, see `skd_lib.models.fingerprint`; no weights of hub models are fetched.
-
-    Raises:
-        SkdError: there is no such model, or storage or the hub cannot be asked.
-    """
+    """Return the fingerprint of a model now, see `skd_lib.models.fingerprint`; no weights of hub models are fetched."""
     return _fingerprint(parse_reference(ref))
 
 
@@ -146,11 +142,7 @@ def _fingerprint(reference: Reference) -> str:
 
 
 def check_unchanged(ref: str, fingerprint: str) -> None:
-    """Check that a model still has the fingerprint of preflight (empty: not compared), or is fetched at a commit.
-
-    Raises:
-        SkdError: it has another one.
-    """
+    """Check that a model still has the fingerprint of preflight (empty: not compared), or is fetched at a commit."""
     reference = parse_reference(ref)
     if not fingerprint or (isinstance(reference, HubModel) and fingerprint.startswith(COMMIT)):
         return
@@ -234,11 +226,7 @@ def _converted(
 ) -> Path:
     """Return the conversion of a GGUF file, from the cache or made now.
 
-    Args:
-        cache: The cache.
-        content: Identifies the file's content.
-        provide: Given a scratch folder, returns the GGUF file's path.
-        check: Raises if the file's content has changed.
+    The file has this `content`; `provide` returns its path, given a scratch folder; `check` raises if it has changed.
     """
 
     def build(folder: Path) -> None:
@@ -252,11 +240,7 @@ def _converted(
 
 
 def stored_folder(cache: Path, uri: str) -> Path:
-    """Return a copy of a folder in object storage, keyed by its content, so that changed objects are fetched again.
-
-    Raises:
-        SkdError: there is no such folder, it cannot be fetched, or it changed meanwhile.
-    """
+    """Return a copy of a folder in object storage, keyed by its content, so that changed objects are fetched again."""
 
     def listed() -> str:
         objects = storage.list_objects(uri)
@@ -274,13 +258,7 @@ def stored_folder(cache: Path, uri: str) -> Path:
 
 
 def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
-    """Return the files of a hub repository, from the hub's own cache or fetched now.
-
-    Args:
-        repository: `org/name`.
-        revision: Branch, tag or commit; None: the default branch.
-        wanted: Patterns of file names.
-        unwanted: Patterns of those among them that are left out.
+    """Return a hub repository's files of `wanted` and not of `unwanted` patterns, from the hub's own cache or fetched.
 
     Raises:
         SkdError: there is no such repository or revision, its licence has not been accepted, or the hub cannot be
@@ -298,22 +276,15 @@ def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str]
             )
         )
     except errors.GatedRepoError as error:
-        raise SkdError(
-            "the hub asks for its licence to be accepted first",
-            where=where,
-            hint=f"accept it at https://huggingface.co/{repository}, then `hf auth login` or set HF_TOKEN",
-        ) from error
+        hint = f"accept it at https://huggingface.co/{repository}, then `hf auth login` or set HF_TOKEN"
+        raise SkdError("the hub asks for its licence to be accepted first", where=where, hint=hint) from error
     except errors.RevisionNotFoundError as error:
         raise SkdError(f"the hub's model has no revision {revision}", where=where, hint="check the revision") from error
     except errors.RepositoryNotFoundError as error:
-        raise SkdError(
-            "no such model on the hub (or a private one), and no local folder of that name",
-            where=where,
-            hint="check the spelling; for a private model `hf auth login` or set HF_TOKEN",
-        ) from error
+        what = "no such model on the hub (or a private one), and no local folder of that name"
+        hint = "check the spelling; for a private model `hf auth login` or set HF_TOKEN"
+        raise SkdError(what, where=where, hint=hint) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, http_error, ConnectionError) as error:
-        raise SkdError(
-            f"cannot reach the Hugging Face hub, and the model is not in its cache: {first_line(error)}",
-            where=where,
-            hint="check the network and HF_ENDPOINT, HF_HUB_OFFLINE; or download the model and name its local folder",
-        ) from error
+        what = f"cannot reach the Hugging Face hub, and the model is not in its cache: {first_line(error)}"
+        hint = "check the network and HF_ENDPOINT, HF_HUB_OFFLINE; or download the model and name its local folder"
+        raise SkdError(what, where=where, hint=hint) from error

@@ -78,11 +78,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def check_decoder_only(config: Any, folder: Path) -> None:
-    """Check that a config is of no encoder-decoder, that its fields name one architecture, and that none is NaN.
-
-    Raises:
-        SkdError: it is, or they do not.
-    """
+    """Check that a config is of no encoder-decoder, that its fields name one architecture, and that none is NaN."""
     if config.is_encoder_decoder:
         raise SkdError(
             f"cannot use this `{config.model_type}` model: it is an encoder-decoder",
@@ -183,9 +179,6 @@ def check_loaded(info: dict[str, Any], path: Path) -> None:
     """Check that every weight of a model came from its files, and every tensor of the files went into the model.
 
     Tensors that the architecture itself declares to be ignored are not in `info`, transformers' report of loading.
-
-    Raises:
-        SkdError: one did not.
     """
     found = [
         f"{len(names)} {kind}: {_examples(names)}"
@@ -205,11 +198,7 @@ def check_loaded(info: dict[str, Any], path: Path) -> None:
 
 
 def check_stored(tensors: Sequence[StoredTensor], model: PreTrainedModel, path: Path) -> None:
-    """Check that no two tensors stand for one weight, and that no integers are read as weights.
-
-    Raises:
-        SkdError: there are such.
-    """
+    """Check that no two tensors stand for one weight, and that no integers are read as weights."""
     names, prefix = {tensor.name for tensor in tensors}, f"{model.base_model_prefix}."
     if twice := [name for name in names if prefix + name in names]:
         raise SkdError(
@@ -240,9 +229,6 @@ def check_finite(folder: Path, ignored: Collection[str] = ()) -> bool:
 
     Returns:
         Whether everything was read.
-
-    Raises:
-        SkdError: there are such weights, or a file cannot be read.
     """
     skip = re.compile("|".join(f"({pattern})" for pattern in ignored)) if ignored else None
     tensors = [

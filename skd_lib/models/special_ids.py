@@ -43,9 +43,6 @@ def take_over_ends(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """Add the teacher's ids that end a response to a student's, which learns from responses that end so.
 
     Ids that the student has no row for are left out: no response can contain them.
-
-    Raises:
-        SkdError: the teacher names none.
     """
     from skd_lib.models.heads import vocabulary_size
 
@@ -86,11 +83,7 @@ def without_sampling_defaults(config: GenerationConfig | None) -> GenerationConf
 
 
 def stored_generation_config(path: Path) -> GenerationConfig | None:
-    """Load the generation config of a model folder; None if it has none.
-
-    Raises:
-        SkdError: it is broken.
-    """
+    """Load the generation config of a model folder; None if it has none."""
     from transformers import GenerationConfig
 
     with reading(path):
@@ -112,11 +105,7 @@ def stored_generation_config(path: Path) -> GenerationConfig | None:
 
 
 def _ids(value: Any) -> list[int]:
-    """Return ids as a list.
-
-    Raises:
-        ValueError: they are no ids.
-    """
+    """Return ids as a list."""
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in values):
         raise ValueError(f"must be a token id or a list of them, got {value!r}")

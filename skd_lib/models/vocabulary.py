@@ -44,11 +44,7 @@ class Findings:
 
 
 def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = False) -> list[SkdError]:
-    """Return what keeps two models from being used together, see `check_rows` and `compare`; log the warnings.
-
-    Raises:
-        SkdError: a tokenizer or config cannot be read.
-    """
+    """Return what keeps two models from being used together, see `check_rows` and `compare`; log the warnings."""
     found = [
         check_rows("teacher", teacher, trust_remote_code=trust_remote_code),
         check_rows("student", student, trust_remote_code=trust_remote_code),
@@ -65,12 +61,9 @@ def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Fin
 
     Tokens that were added to a tokenizer (for images, for padding) are not made of any text that does not spell them
     out: models for text alone leave out their rows (gemma-3-1b-it). Any other token may come up.
-
-    Raises:
-        SkdError: its tokenizer or config cannot be read.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    size = _rows_in_config(path, trust_remote_code)
+    size = rows_in_config(path, trust_remote_code=trust_remote_code)
     beyond = {id_: token for token, id_ in sorted(tokenizer.get_vocab().items()) if id_ >= size}
     if not beyond:
         return Findings()
@@ -102,13 +95,10 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
         teacher: Folder of the teacher.
         student: Folder of the student, whose tokenizer is that of the data.
         trust_remote_code: Run Python code that comes with the models.
-
-    Raises:
-        SkdError: a tokenizer or config cannot be read.
     """
     folders = {"teacher": teacher, "student": student}
     tokenizers = {role: load_tokenizer(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
-    sizes = {role: _rows_in_config(path, trust_remote_code) for role, path in folders.items()}
+    sizes = {role: rows_in_config(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
     pair = f"teacher {teacher}, student {student}"
     common = min(sizes.values())
     ours, theirs = (tokens_by_id(tokenizers[role], common) for role in ("teacher", "student"))
@@ -147,11 +137,7 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
 
 
 def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> None:
-    """Check that the smallest embedding has a row for every token of the examples; `where` names the step.
-
-    Raises:
-        SkdError: it has not.
-    """
+    """Check that the smallest embedding has a row for every token of the examples; `where` names the step."""
     for example in examples:
         largest = max((*example.prompt_ids, *example.response_ids), default=0)
         if largest >= rows:
@@ -162,7 +148,8 @@ def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> No
             )
 
 
-def _rows_in_config(folder: Path, trust_remote_code: bool) -> int:
+def rows_in_config(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """Return the rows of a stored model's embedding, padding rows included, from its config."""
     return int(load_config(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
 
 

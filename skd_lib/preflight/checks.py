@@ -51,7 +51,6 @@ class Checks:
     """Collects findings; an error in one check does not keep the others from being made."""
 
     def __init__(self) -> None:
-        """Begin with no findings."""
         self.found: list[Check] = []
 
     def add(self, name: str, level: Level, what: str, *, where: str = "", hint: str = "") -> None:
@@ -76,7 +75,6 @@ class Refused(SkdErrors):
     """Everything that keeps a run from starting, in few lines: people read the last ones of a step's log."""
 
     def __str__(self) -> str:
-        """Return the errors, a line each."""
         return "\n".join([f"{self.what}:", *(f"- {error.line}" for error in self.errors)])
 
 
@@ -110,11 +108,7 @@ class PreflightReport:
         ]
 
     def raise_errors(self) -> None:
-        """Raise the errors that keep the run from starting, if there are any.
-
-        Raises:
-            Refused: all of them.
-        """
+        """Raise the errors that keep the run from starting, if there are any."""
         if errors := self.errors():
             raise Refused(errors)
 

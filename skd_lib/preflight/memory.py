@@ -1,4 +1,4 @@
-"""How much memory the training steps will take, an estimate and no promise; and how much one has taken."""
+"""Estimates of the training steps' peak memory, and measurements of used and available memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What decides how much memory a model takes.
+    """The sizes on which a model's memory depends.
 
     Attributes:
         parameters: Number of weights, tied ones counted once.
@@ -35,7 +35,7 @@ class ModelSize:
         hidden: Width of the hidden states.
         cache: Elements that one token takes in the KV cache of one layer: keys and values of all heads.
         vocabulary: Rows of the embedding.
-        adapted: Inputs and outputs of all linear layers but the head: an adapter of rank 1 has so many weights.
+        adapted: Inputs and outputs of all linear layers except the head: the weights of adapters of rank 1.
     """
 
     parameters: int
@@ -46,14 +46,14 @@ class ModelSize:
     adapted: int
 
     def pruned(self, layers: int) -> ModelSize:
-        """The size with only so many layers; the weights outside the layers are about the embedding."""
+        """Return the size with so many layers; the weights outside the layers are about the embedding."""
         inside = (self.parameters - self.outside) * layers // self.layers
         adapted = self.adapted * layers // self.layers
         return replace(self, parameters=self.outside + inside, layers=layers, adapted=adapted)
 
     @property
     def outside(self) -> int:
-        """About the number of weights that are in no layer: one embedding."""
+        """Return about the number of weights that are in no layer: one embedding."""
         return min(self.vocabulary * self.hidden, self.parameters)
 
 
@@ -66,7 +66,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All together, in bytes."""
+        """Return the sum, in bytes."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -75,11 +75,7 @@ class Estimate:
 
 
 def config_size(config: Any) -> ModelSize:
-    """The size of the model that a transformers config describes.
-
-    Raises:
-        ValueError: it is no causal language model.
-    """
+    """Return the size of the causal language model that a transformers config describes."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +84,7 @@ def config_size(config: Any) -> ModelSize:
 
 
 def skeleton_size(model: PreTrainedModel) -> ModelSize:
-    """The size of a model, which may be on the meta device."""
+    """Return the size of a model, which may be on the meta device."""
     import torch
 
     text = model.config.get_text_config()
@@ -105,7 +101,7 @@ def skeleton_size(model: PreTrainedModel) -> ModelSize:
 
 
 def _cache(text: Any) -> int:
-    """Elements of keys and values that a layer keeps of one position; none where there is no attention (Mamba)."""
+    """Return the elements of keys and values that a layer keeps of one position; 0 without attention (Mamba)."""
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
         return 0
@@ -114,28 +110,16 @@ def _cache(text: Any) -> int:
 
 
 def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, device: torch.device) -> list[Estimate]:
-    """The memory of each training step of a run on a device."""
-    found = []
-    for step, used, training, size in (
-        ("teacher_sft", config.teacher_sft.enabled, config.teacher_sft.training, teacher),
-        ("student_init", config.student_init.trains, config.student_init.training, student),
-    ):
-        if used:
-            found.append(estimate(step, "sft", training, config.task, size, None, device=device))
-    distill = config.distill
-    asked = METHODS[distill.method].needs_teacher and distill.teacher_signal.mode == "online"
-    found.append(
-        estimate(
-            "distill",
-            distill.method,
-            distill.training,
-            config.task,
-            student,
-            teacher if asked else None,
-            divergence=distill.divergence,
-            device=device,
-        )
-    )
+    """Estimate the memory of each training step of a run on a device."""
+    found, task, distill = [], config.task, config.distill
+    if config.teacher_sft.enabled:
+        found.append(estimate("teacher_sft", "sft", config.teacher_sft.training, task, teacher, device=device))
+    if config.student_init.trains:
+        found.append(estimate("student_init", "sft", config.student_init.training, task, student, device=device))
+    online = METHODS[distill.method].needs_teacher and distill.teacher_signal.mode == "online"
+    asked = teacher if online else None
+    kind, method = distill.divergence, distill.method
+    found.append(estimate("distill", method, distill.training, task, student, asked, divergence=kind, device=device))
     return found
 
 
@@ -145,20 +129,20 @@ def estimate(
     training: TrainingConfig,
     task: TaskConfig,
     student: ModelSize,
-    teacher: ModelSize | None,
+    teacher: ModelSize | None = None,
     *,
     divergence: DivergenceName = "forward_kl",
     device: torch.device,
 ) -> Estimate:
-    """The memory of one training step, on one device.
+    """Estimate the memory of one training step on one device.
 
-    Counted, with `P` weights, `R` rows in a forward pass, `T` prompt and new tokens, `L` layers of width `H`:
+    Counts, with `P` weights, `R` rows in a forward pass, `T` prompt and new tokens, `L` layers of width `H`:
 
     - trained model: 4P fp32 master weights, 4P gradients, 8P AdamW's two moments; with adapters the last two are of
       the adapters alone;
-    - frozen teacher: P elements of its precision; nothing where it is asked before training, and then not kept;
-    - checkpoint, on the CPU: 12P, the copy of trained weights and moments from which one is written while training goes
-      on (a GPU's is in host memory); where there is no room for it, training waits instead;
+    - frozen teacher: P elements of its precision; nothing where its signal is stored before training;
+    - checkpoint, on the CPU: 12P, the copy of trained weights and moments that is written while training goes on (a
+      GPU's is in host memory); where there is no room for it, training waits instead;
     - activations: 17 RTHL elements without an attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, equation 1
       without its attention term), 1 RTHL with gradient checkpointing;
     - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for each model that writes;
@@ -167,13 +151,13 @@ def estimate(
 
     Args:
         step: Name of the pipeline step.
-        method: How the model is trained.
+        method: The training's method.
         training: Batches, adapters, checkpointing.
         task: Longest prompt and response.
         student: Size of the model that is trained.
         teacher: Size of the teacher, None if there is none in memory.
         divergence: The loss, for methods that minimise a divergence.
-        device: Where it runs.
+        device: The device.
     """
     from skd_lib.distillation.loss import CROSS_ENTROPY_ARRAYS, loss_chunk
     from skd_lib.models.precision import compute_dtype
@@ -207,14 +191,14 @@ def estimate(
 
 
 def _frozen(model: ModelSize, precision: TeacherPrecision, element: int) -> int:
-    """Bytes of a frozen model; quantised are the layers alone."""
+    """Return the bytes of a frozen model, of which only the layers are quantised."""
     whole = {"bf16": 2, "fp32": 4}.get(precision, element)
     bits = {"8bit": 8, "4bit": 4}.get(precision, 8 * whole)
     return model.outside * whole + (model.parameters - model.outside) * bits // 8
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use: on a CUDA GPU by tensors, elsewhere resident in this process since it began."""
+    """Return the most bytes in use: on a CUDA GPU by tensors, elsewhere resident in this process since it began."""
     import torch
 
     if device.type == "cuda":
@@ -223,8 +207,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory() -> tuple[int, str]:
-    """Bytes of memory that training can use, and of what: this process's GPU, else this machine's memory, within the
-    limit of its control group."""
+    """Return the bytes that training can use, and the device's name: this process's GPU, else this machine's memory."""
     import torch
 
     if torch.cuda.is_available():

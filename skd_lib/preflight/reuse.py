@@ -1,9 +1,9 @@
-"""From which run on later ones take finished steps out of Kubeflow's cache.
+"""Reuse of finished steps from Kubeflow's cache after a run that took nothing from it.
 
-The cache does not see that files were deleted. A run without reuse therefore gives its steps a text that no earlier run
-had (`StepConfig.fresh`), and later runs with the same data must give them the same one, to find what it made, and not
-what was made before. Step `prepare_data` keeps it beside the checkpoints when it has made its data: a run that made
-nothing leaves the note as it is. The cache is one for each pipeline and namespace, and so is the note.
+The cache does not see that files were deleted. So a run without reuse gives its steps a text that no earlier run had
+(`StepConfig.fresh`), and later runs with the same data give them the same text, to find this run's outputs, no older
+ones. Step `prepare_data` keeps the text beside the checkpoints when it has made its data: a run that made nothing
+changes nothing. The cache is one for each pipeline and namespace, and so is the text.
 """
 
 from __future__ import annotations
@@ -15,29 +15,32 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from skd_lib import storage
 from skd_lib._core import events
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Check
 
+_TEXT = TypeAdapter(dict[str, str])
 FOLDER = "reuse-from"
 """Folder under the root of all checkpoints, with a file for each preparation of data."""
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-"""Where Kubernetes says in which namespace a pod is."""
+"""File in which Kubernetes names a pod's namespace."""
 _FRESH = re.compile(r"([0-9a-f]{32}):.+")
-"""The note's name, and the run that made what later ones take."""
+"""The name of the file, and the run whose outputs later runs take."""
 
 
 def reuse_from(
     checkpoint_root: str, preparation: str, new: str, *, kind: Literal["run", "comparison"]
 ) -> tuple[str, list[Check]]:
-    """Return the text for `StepConfig.fresh`, and what is to be said about it.
+    """Return the text for `StepConfig.fresh`, and findings about it.
 
     Args:
-        checkpoint_root: Where it is kept; empty: nowhere.
-        preparation: `--config` of prepare_data without it: all other steps that are cached need that step's data.
-        new: Names this run, which takes nothing from the cache; empty: the text that is kept, empty if there is none.
-        kind: Of the pipeline.
+        checkpoint_root: Folder that keeps the text; empty: none.
+        preparation: `--config` of prepare_data without the text: all other cached steps need that step's data.
+        new: Names this run, which takes nothing from the cache; empty: use the text that is kept, if there is one.
+        kind: The kind of pipeline.
     """
     namespace = NAMESPACE.read_text(encoding="utf-8").strip() if NAMESPACE.is_file() else ""
     name = hashlib.sha256(json.dumps([preparation, kind, namespace]).encode()).hexdigest()[:32]
@@ -58,11 +61,11 @@ def reuse_from(
 
 
 def keep(checkpoint_root: str, fresh: str) -> None:
-    """Note that later runs take what this one has made; where that fails, a warning says so.
+    """Keep the text of `reuse_from`, so that later runs take this run's outputs; a failure is a warning.
 
     Args:
-        checkpoint_root: Where it is kept; empty: nowhere.
-        fresh: Text that `reuse_from` has made; with another one nothing is noted.
+        checkpoint_root: Folder that keeps the text; empty: none.
+        fresh: The text; any other is ignored.
     """
     found = _FRESH.fullmatch(fresh)
     if not found or not checkpoint_root:
@@ -86,9 +89,6 @@ def _read(uri: str) -> str:
     if not storage.exists(uri):
         return ""
     try:
-        kept = json.loads(storage.read_bytes(uri))["fresh"]
-    except (ValueError, KeyError, TypeError) as error:
+        return _TEXT.validate_json(storage.read_bytes(uri))["fresh"]
+    except (ValueError, KeyError) as error:
         raise SkdError("it holds something else", where=uri) from error
-    if not isinstance(kept, str):
-        raise SkdError("it holds something else", where=uri)
-    return kept
