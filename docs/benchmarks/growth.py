@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_for, timed
 from skd_lib.config import SamplingParams
-from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.heads import common_vocabulary
 from skd_lib.sampling.acceptance import top_k
 from skd_lib.sampling.engine import Sampler
 
@@ -84,7 +84,7 @@ def bench_growth(settings: Settings, on_progress: Callable[[int, int], None] | N
         if on_progress is not None:
             on_progress(len(points), total)
 
-    vocabulary = min(vocabulary_size(student), vocabulary_size(teacher))
+    vocabulary = common_vocabulary(student, teacher)
     for axis, values in AXES.items():
         for value in values:
             change: dict[str, Any] = {axis: value}
@@ -138,7 +138,7 @@ def _measured(
         student_params=params,
         teacher_params=params,
     )
-    prompts = prompts_for(settings, min(vocabulary_size(student), vocabulary_size(teacher)))
+    prompts = prompts_for(settings, common_vocabulary(student, teacher))
     seeds = [settings.seed + row for row in range(len(prompts))]
     counts = sampler.sample(prompts, seeds).statistics  # warms up, too
     seconds = median(timed(lambda: sampler.sample(prompts, seeds), student.device) for _ in range(settings.repeats))

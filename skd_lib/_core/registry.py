@@ -5,31 +5,20 @@ from __future__ import annotations
 import difflib
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from skd_lib.errors import SkdError
 
-
-class Described(Protocol):
-    """An entry that says in one line what it is."""
-
-    @property
-    def text(self) -> str:
-        """One line for help texts."""
-
-
-EntryT = TypeVar("EntryT", bound=Described)
+EntryT = TypeVar("EntryT")
 
 
 class Registry(dict[str, EntryT]):
-    """Entries by name, in the order in which they were added.
+    """Entries by name, in the order in which they were added; `kind` is the word for an entry in messages.
 
-    Args:
-        kind: Word for an entry in messages, e.g. `method`.
-        entries: The entries of the library itself.
+    `str` of an entry is its one line in help texts.
     """
 
     def __init__(self, kind: str, entries: dict[str, EntryT]) -> None:
@@ -54,7 +43,7 @@ class Registry(dict[str, EntryT]):
     @property
     def text(self) -> str:
         """All names with their one-line descriptions, for help texts."""
-        return " ".join(f"`{name}`: {entry.text}." for name, entry in self.items())
+        return " ".join(f"`{name}`: {entry}." for name, entry in self.items())
 
 
 class NameIn:

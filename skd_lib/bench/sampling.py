@@ -35,7 +35,7 @@ from skd_lib.bench import baselines
 from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_for, timed
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import vocabulary_size
+from skd_lib.models.heads import common_vocabulary
 from skd_lib.sampling.acceptance import AcceptanceRule, lossless, student_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
@@ -170,7 +170,7 @@ def bench_sampling(
             raise SkdError(f"no way to sample is called `{name}`", where="--only", hint=f"known: {'; '.join(WAYS)}")
     student, teacher = load_pair(settings)
     device = student.device
-    vocabulary = min(vocabulary_size(teacher), vocabulary_size(student))
+    vocabulary = common_vocabulary(teacher, student)
     k = settings.k(vocabulary)
     machine = machine_figures(device)
     prompts = prompts_for(settings, vocabulary)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from skd_lib.models.heads import decoder
 from skd_lib.sampling.samples import SamplingStatistics
 
 Source = Literal["ground_truth", "student", "teacher", "interleaved"]
+_TENSORS = ("input_ids_BL", "response_mask_BL", "by_teacher_BL", "proposals_BL")
+"""The tensors of a `Rollout`."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,8 @@ class Rollout:
         """Return some of the rows, cut to the longest of them, without statistics."""
         rows = torch.tensor(chosen, device=self.input_ids_BL.device)
         length = int(self._row_lengths_B[rows].max())
-        return Rollout(
-            self.input_ids_BL[rows, :length],
-            self.response_mask_BL[rows, :length],
-            self.by_teacher_BL[rows, :length],
-            self.proposals_BL[rows, :length],
-            tuple(self.sources[row] for row in chosen),
-            tuple(self.signals[row] for row in chosen),
-        )
+        sources, signals = (tuple(each[row] for row in chosen) for each in (self.sources, self.signals))
+        return self._with(lambda x_BL: x_BL[rows, :length], sources=sources, signals=signals, statistics=None)
 
     def split(self, sizes: Sequence[int]) -> list[Rollout]:
         """Split into micro-batches of the given numbers of rows, without statistics.
@@ -101,14 +97,12 @@ class Rollout:
 
     def to(self, device: torch.device) -> Rollout:
         """Move to a device."""
-        return replace(
-            self,
-            input_ids_BL=self.input_ids_BL.to(device),
-            response_mask_BL=self.response_mask_BL.to(device),
-            by_teacher_BL=self.by_teacher_BL.to(device),
-            proposals_BL=self.proposals_BL.to(device),
-            signals=tuple(None if signal is None else signal.to(device) for signal in self.signals),
-        )
+        signals = tuple(None if signal is None else signal.to(device) for signal in self.signals)
+        return self._with(lambda x_BL: x_BL.to(device), signals=signals)
+
+    def _with(self, change: Callable[[Tensor], Tensor], **others: Any) -> Rollout:
+        """Change all tensors in one way, and other fields."""
+        return replace(self, **{name: change(getattr(self, name)) for name in _TENSORS}, **others)
 
     @property
     def _row_lengths_B(self) -> Tensor:  # noqa: N802
@@ -155,16 +149,14 @@ def merge(parts: Sequence[Rollout], order: Sequence[int], pad_id: int) -> Rollou
     longest = max(part.input_ids_BL.shape[1] for part in parts)
     position = sorted(range(len(order)), key=order.__getitem__)
 
-    def together(tensors: Sequence[Tensor], fill: int) -> Tensor:
+    def together(name: str, fill: int) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
         return torch.cat([F.pad(tensor, (0, longest - tensor.shape[1]), value=fill) for tensor in tensors])[position]
 
     sources = [source for part in parts for source in part.sources]
     signals = [signal for part in parts for signal in part.signals]
     return Rollout(
-        together([part.input_ids_BL for part in parts], pad_id),
-        together([part.response_mask_BL for part in parts], fill=0),
-        together([part.by_teacher_BL for part in parts], fill=0),
-        together([part.proposals_BL for part in parts], fill=-1),
+        *(together(name, fill) for name, fill in zip(_TENSORS, (pad_id, 0, 0, -1), strict=True)),
         tuple(sources[row] for row in position),
         tuple(signals[row] for row in position),
         sum((part.statistics for part in parts if part.statistics is not None), SamplingStatistics()),

@@ -127,9 +127,7 @@ class DivergenceEntry:
     settings: tuple[str, ...] = ()
     arrays: int = 13
 
-    @property
-    def text(self) -> str:
-        """One line for help texts."""
+    def __str__(self) -> str:
         return self.formula
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from skd_lib.config import DistillConfig
+from skd_lib.config.distill import DistillConfig, SelectiveConfig
 from skd_lib.distillation.batch import Rollout, response_states, teacher_signals
 from skd_lib.distillation.divergences import divergence
 from skd_lib.distillation.methods import METHODS
@@ -48,25 +48,6 @@ class LossSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Selective:
-    """Token weights of SelecTKD (arXiv 2510.24021): full where the teacher would let the student's choice stand.
-
-    Attributes:
-        top: A position counts in full if the student's most likely token is among the teacher's `top` most likely.
-        otherwise: Weight of the other positions.
-    """
-
-    top: int = 5
-    otherwise: float = 0.01
-
-    def weights(self, compared: SignalPair, student_logits_NV: Tensor) -> Tensor:
-        """Return (N,) weights, without gradient."""
-        choice_N1 = student_logits_NV.detach()[..., : compared.vocabulary].argmax(-1, keepdim=True)
-        trusted_N = (compared.teacher_top(self.top) == choice_N1).any(-1)
-        return torch.where(trusted_N, 1.0, self.otherwise)
-
-
-@dataclass(frozen=True)
 class DistillationLoss:
     """The sum over the response tokens of a rollout.
 
@@ -75,14 +56,14 @@ class DistillationLoss:
         temperature: Divides both logits in the divergence; the entropies are those of the divided logits.
         squared: Multiply the divergence by the temperature's square (Hinton et al. 2015, arXiv 1503.02531), so that
             its gradient keeps its size.
-        selective: Weights of the divergence's terms; None: all 1.
+        selective: Weights of the divergence's terms (SelecTKD, arXiv 2510.24021); None: all 1.
         replaced_weight: Weight of the cross-entropy added at tokens that the teacher wrote.
     """
 
     divergence: Callable[[Tensor, Tensor], Tensor]
     temperature: float = 1.0
     squared: bool = False
-    selective: Selective | None = None
+    selective: SelectiveConfig | None = None
     replaced_weight: float = 0.0
 
     def __call__(
@@ -126,13 +107,20 @@ class DistillationLoss:
         if self.squared:
             loss_N = loss_N * self.temperature**2
         if self.selective is not None:
-            loss_N = loss_N * self.selective.weights(compared, logits_NV)
+            loss_N = loss_N * selective_weights(self.selective, compared, logits_NV)
         loss = loss_N.sum()
         if self.replaced_weight:
             replaced = F.cross_entropy(logits_NV[by_teacher_N].float(), targets_N[by_teacher_N], reduction="sum")
             loss = loss + self.replaced_weight * replaced
         entropies = {"student": _entropy_sum(compared.log_q_NE), "teacher": _entropy_sum(compared.log_p_NE)}
         return LossSums(loss, entropies)
+
+
+def selective_weights(selective: SelectiveConfig, compared: SignalPair, student_logits_NV: Tensor) -> Tensor:
+    """Return (N,) weights, without gradient: 1 where the student's most likely token is among the teacher's top."""
+    choice_N1 = student_logits_NV.detach()[..., : compared.vocabulary].argmax(-1, keepdim=True)
+    trusted_N = (compared.teacher_top(selective.top) == choice_N1).any(-1)
+    return torch.where(trusted_N, 1.0, selective.otherwise)
 
 
 def cross_entropy_sum(
@@ -145,9 +133,6 @@ def cross_entropy_sum(
         student_states_NH: States that predict the N response tokens.
         targets_N: The response tokens.
         chunk: Positions whose logits are held at once; by default see `loss_chunk`.
-
-    Returns:
-        Sums over the N positions; N = 0 gives 0 with a graph to every parameter involved.
     """
 
     def of_chunk(student: PreTrainedModel, student_chunk_NH: Tensor, targets_chunk_N: Tensor) -> LossSums:
@@ -192,12 +177,11 @@ def cross_entropy(student: PreTrainedModel, rollout: Rollout) -> LossSums:
 
 def loss_for(distill: DistillConfig) -> DistillationLoss:
     """Return the configured loss."""
-    selective = distill.selective
     return DistillationLoss(
         divergence(distill.divergence, beta=distill.beta, alpha=distill.alpha),
         temperature=distill.temperature,
         squared=distill.temperature_squared,
-        selective=None if selective is None else Selective(selective.top, selective.otherwise),
+        selective=distill.selective,
         replaced_weight=distill.replaced_weight,
     )
 

@@ -60,9 +60,7 @@ class MethodEntry:
         """True if the student drafts and the teacher replaces."""
         return self.student_writes and self.teacher_writes
 
-    @property
-    def text(self) -> str:
-        """One line for help texts."""
+    def __str__(self) -> str:
         loss = (
             "" if self.uses_divergence else "; cross-entropy" if self.needs_teacher else "; cross-entropy, no teacher"
         )

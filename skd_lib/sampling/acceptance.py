@@ -175,9 +175,7 @@ class RuleEntry:
     source: str = ""
     settings: tuple[str, ...] = ()
 
-    @property
-    def text(self) -> str:
-        """One line for help texts."""
+    def __str__(self) -> str:
         return f"{self.accepts}, else {self.replaces}"
 
 

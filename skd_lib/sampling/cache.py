@@ -17,7 +17,7 @@ sequence. `skd_lib.models.heads.check_supported` refuses models that are no caus
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache as once
 from typing import Any
 
@@ -27,22 +27,23 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from skd_lib.models.files import context_length
 from skd_lib.models.heads import decoder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Window:
+class Window:
     """The positions that a forward pass writes, and the number of keys that it sees.
 
     The layers share it instead of pointing back to their cache: a cycle would keep the memory until the garbage
     collector comes round.
     """
 
-    rows_B1: Tensor
-    positions_BT: Tensor
-    visible: int
+    rows_B1: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    positions_BT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    visible: int = 0
 
 
 class RowCache(Cache):
@@ -54,9 +55,8 @@ class RowCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        nowhere = torch.empty(0, 0, dtype=torch.long)
-        self.block, self.config = _Window(nowhere, nowhere, 0), config
-        super().__init__(layers=[_RowLayer(self.block, capacity) for _ in range(config.num_hidden_layers)])
+        self.block, self.config = Window(), config
+        super().__init__(layers=[RowLayer(self.block, capacity) for _ in range(config.num_hidden_layers)])
 
     def forward(self, model: PreTrainedModel, tokens_BT: Tensor, positions_BT: Tensor, visible: int) -> Tensor:
         """Return (B, T, H) final states of a block of tokens, and write its keys and values."""
@@ -103,12 +103,12 @@ class RowCache(Cache):
         return view
 
 
-class _RowLayer(CacheLayerMixin):
+class RowLayer(CacheLayerMixin):
     """One layer's keys and values: (B, kv_heads, capacity, head_dim)."""
 
     is_sliding = False  # sliding windows are a matter of the mask: every position is kept
 
-    def __init__(self, block: _Window, capacity: int) -> None:
+    def __init__(self, block: Window, capacity: int) -> None:
         super().__init__()
         self.block, self.capacity = block, capacity
 
@@ -161,7 +161,7 @@ class TokenCache:
         self.tokens_BC[rows_B1, positions_BT] = tokens_BT
         # No further than some row's block. One may run over the length limit, which may be where the model's positions
         # end: nothing there is kept.
-        visible = min(int(positions_BT.max()) + 1, _positions(model) or visible)
+        visible = min(int(positions_BT.max()) + 1, context_length(model.config) or visible)
         hidden_BLH: Tensor = decoder(model)(input_ids=self.tokens_BC[:, :visible], use_cache=False).last_hidden_state
         return hidden_BLH[rows_B1, positions_BT.clamp(max=visible - 1)]
 
@@ -216,7 +216,7 @@ def positions_read(model: PreTrainedModel, cache: RowCache | TokenCache, starts_
     """Count the positions of each row that `forward` over `width` tokens computes: one number, or (B,)."""
     if isinstance(cache, RowCache):
         return width
-    ends_B, limit = starts_B + width, _positions(model)
+    ends_B, limit = starts_B + width, context_length(model.config)
     return ends_B if limit is None else ends_B.clamp(max=limit)
 
 
@@ -230,14 +230,9 @@ def position_limit(model: PreTrainedModel, block: int) -> int | None:
         model: A causal language model.
         block: Positions that a round may look at beyond a row's last token.
     """
-    limit = _positions(model)
+    limit = context_length(model.config)
     stretches_from = _stretches_from(model)
     return limit if stretches_from is None else min(limit or stretches_from, stretches_from - block)
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit
 
 
 def _stretches_from(model: PreTrainedModel) -> int | None:
@@ -246,7 +241,7 @@ def _stretches_from(model: PreTrainedModel) -> int | None:
     given = getattr(config, "rope_parameters", None) or {}
     kinds = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
     changing = [each for each in kinds if each.get("rope_type") in ("dynamic", "longrope")]
-    starts = [each.get("original_max_position_embeddings") or _positions(model) for each in changing]
+    starts = [each.get("original_max_position_embeddings") or context_length(model.config) for each in changing]
     return min((start for start in starts if start), default=None)
 
 

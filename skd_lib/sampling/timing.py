@@ -1,8 +1,8 @@
 """The least time of a sampling run: that of its forwards alone, without anything around them.
 
 The engine's forwards are recorded (rows, tokens, cached positions, positions at the head) and run again on a cache
-without ragged rows: no drawing, no acceptance, no bookkeeping. On a CUDA GPU they are replayed as graphs, or their
-launches alone would take longer than the engine does.
+without ragged rows: no drawing, no acceptance, no bookkeeping. On a CUDA GPU they are replayed as graphs: their
+launches alone would otherwise take longer than the engine does.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from skd_lib.models.heads import decoder, lm_logits
-from skd_lib.sampling.cache import RowCache, attention_mask
+from skd_lib.sampling.cache import RowCache, RowLayer, Window, attention_mask
 from skd_lib.sampling.drafting import weights_read
 
 
@@ -94,7 +94,7 @@ def bare(forwards: Sequence[Forward]) -> Callable[[], None]:
 
 
 def _forward(forward: Forward, cache: _SlabCache, inputs: dict[str, Any]) -> None:
-    cache.start = forward.visible - forward.tokens
+    cache.block.visible = forward.visible
     hidden_BTH = decoder(forward.model)(past_key_values=cache, use_cache=True, **inputs).last_hidden_state
     if forward.at_head:
         lm_logits(forward.model, hidden_BTH[:, -(forward.at_head // forward.rows) :])
@@ -105,7 +105,7 @@ _FORWARDS_A_GRAPH = 32
 
 @torch.no_grad()
 def _captured(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
-    """All calls as CUDA graphs, several calls each."""
+    """Capture all calls as CUDA graphs, several calls each."""
     pool = torch.cuda.graph_pool_handle()
     graphs = []
     for start in range(0, len(calls), _FORWARDS_A_GRAPH):
@@ -123,14 +123,14 @@ def _captured(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
 
 
 def seconds_to_read_weights(forwards: Sequence[Forward], bytes_per_second: float) -> float:
-    """How long the forwards take where memory bandwidth is the only limit, and weights are all that is read."""
+    """Return the time of the forwards if they read their weights and nothing else limits them."""
     models = {id(forward.model): forward.model for forward in forwards}
     sizes: dict[int, int] = {key: weights_read(model) * model.dtype.itemsize for key, model in models.items()}
     return sum(sizes[id(forward.model)] for forward in forwards) / bytes_per_second
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**30, repeats: int = 10) -> float:
-    """Bytes a second of a CUDA device's memory, read and written, in a large copy."""
+    """Measure a CUDA device's memory bandwidth, bytes read and written a second, by a large copy."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -143,44 +143,31 @@ def copy_bandwidth(device: torch.device, size: int = 2**30, repeats: int = 10) -
 
 
 class _SlabCache(Cache):
-    """Keys and values at the same positions in all rows, in memory that is there from the start."""
+    """Keys and values at the same positions in all rows, in memory that is allocated once."""
 
     def __init__(self, config: PreTrainedConfig, rows: int, capacity: int) -> None:
-        self.start = 0
-        super().__init__(layers=[_SlabLayer(self, rows, capacity) for _ in range(config.num_hidden_layers)])
+        self.block = Window()
+        super().__init__(layers=[_SlabLayer(self.block, rows, capacity) for _ in range(config.num_hidden_layers)])
 
 
-class _SlabLayer(CacheLayerMixin):
-    is_sliding = False
+class _SlabLayer(RowLayer):
+    """Copies slices, where `RowLayer` scatters."""
 
-    def __init__(self, cache: _SlabCache, rows: int, capacity: int) -> None:
-        super().__init__()
-        self.cache, self.rows, self.capacity = cache, rows, capacity
+    def __init__(self, block: Window, rows: int, capacity: int) -> None:
+        super().__init__(block, capacity)
+        self.rows = rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate, in the shape and dtype of the first states that arrive."""
-        self.keys, self.values = (
-            x.new_zeros(self.rows, x.shape[1], self.capacity, x.shape[3]) for x in (key_states, value_states)
+        """Allocate for all rows, in the shape and dtype of the first states that arrive."""
+        self.replace(
+            *(x.new_zeros(self.rows, x.shape[1], self.capacity, x.shape[3]) for x in (key_states, value_states))
         )
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, kv_heads, T, head_dim) states from `start` on; return all up to their end."""
+        """Write (B, kv_heads, T, head_dim) states at the last visible positions; return all up to there."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, end = len(key_states), self.cache.start + key_states.shape[2]
-        self.keys[:rows, :, self.cache.start : end] = key_states
-        self.values[:rows, :, self.cache.start : end] = value_states
+        rows, end = len(key_states), self.block.visible
+        self.keys[:rows, :, end - key_states.shape[2] : end] = key_states
+        self.values[:rows, :, end - key_states.shape[2] : end] = value_states
         return self.keys[:rows, :, :end], self.values[:rows, :, :end]
-
-    def get_seq_length(self) -> int:
-        """Callers pass position ids and masks."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a query may see, and where they start."""
-        return self.cache.start + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Positions allocated for every row."""
-        return self.capacity

@@ -21,14 +21,13 @@ from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import rollout_for
 from skd_lib.errors import SkdError
 from skd_lib.models.adapters import add_lora, merge_lora
-from skd_lib.models.heads import check_supported, vocabulary_size
+from skd_lib.models.heads import check_supported, common_vocabulary
 from skd_lib.models.modes import attention_dropout, evaluating
 from skd_lib.models.precision import Resolved, resolve_precision
 from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.figures import PEAK_BYTES, SECONDS
 from skd_lib.training.plan import plan_steps
-from skd_lib.training.preemption import StopOnSigterm
-from skd_lib.training.saving import Saver, TimedCheckpoints
+from skd_lib.training.saving import Saver, StopOnSigterm, TimedCheckpoints
 from skd_lib.training.sharding import ShardedTrainer, shard_frozen, shard_trained, whole_model
 from skd_lib.training.stored_teacher import StoredSignals
 from skd_lib.training.traces import Trace, TraceRecorder, recorded_steps
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 _VALIDATION_STATES_BYTES = 2**30
 """Most host memory for the teacher's states on the validation set, which are kept between validations if they fit."""
 _CPU = torch.device("cpu")
-_MIXED: dict[Resolved, str] = {"fp32": "no", "bf16": "bf16"}
-"""Accelerate's names."""
 log = logging.getLogger(__name__)
 
 
@@ -190,7 +187,7 @@ def train(
             ),
             name=name,
             recorder=TraceRecorder(
-                min(vocabulary_size(model) for model in (student, teacher) if model is not None),
+                common_vocabulary(student, teacher),
                 recorded_steps(args.max_steps, training.eval_steps),
             ),
             saver=saver,
@@ -279,7 +276,7 @@ def _arguments(training: TrainingConfig, examples: int, seed: int, student: PreT
         ddp_find_unused_parameters=False,
     )
     # Otherwise the Trainer takes the precision of `accelerate launch`.
-    args.mixed_precision = _MIXED[precision]
+    args.mixed_precision = "bf16" if precision == "bf16" else "no"
     plan = plan_steps(training, examples, processes=args.world_size)
     args.per_device_train_batch_size = plan.micro_batch_size
     args.gradient_accumulation_steps = plan.accumulation

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skd_lib.distillation.loss import DistillationLoss, LossSums, Selective, cross_entropy_sum
+from skd_lib.config.distill import SelectiveConfig
+from skd_lib.distillation.loss import DistillationLoss, LossSums, cross_entropy_sum
 from skd_lib.distillation.teacher_signal import DenseSignal
 from skd_lib.models.heads import decoder, lm_logits
 from tests.distillation.cases import Case, adaptive_kl, forward_kl, jsd, reverse_kl, skew_kl, tvd
@@ -84,7 +85,7 @@ def test_selective_weights(student: PreTrainedModel, teacher: PreTrainedModel, t
     ranks = (common > common.gather(1, choices[:, None])).sum(-1)
     weights = torch.where(ranks < top, 1.0, 0.01)
     assert len(set(weights.tolist())) == 2
-    loss = DistillationLoss(forward_kl.f, selective=Selective(top))
+    loss = DistillationLoss(forward_kl.f, selective=SelectiveConfig(top=top))
     torch.testing.assert_close(distilled(loss, student, teacher).loss, (each * weights).sum())
 
 
@@ -93,7 +94,7 @@ def test_chunks_change_neither_value_nor_gradient(
     student: PreTrainedModel, teacher: PreTrainedModel, chunk: int
 ) -> None:
     targets = torch.arange(11) + 20
-    loss = DistillationLoss(jsd(0.3).f, temperature=2.0, squared=True, selective=Selective(), replaced_weight=0.7)
+    loss = DistillationLoss(jsd(0.3).f, temperature=2.0, squared=True, selective=SelectiveConfig(), replaced_weight=0.7)
     rows: list[int] = []
     student.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
     for whole, parts in (
@@ -116,7 +117,7 @@ def test_chunks_change_neither_value_nor_gradient(
 
 
 def test_no_response_tokens_give_0_with_a_graph(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    loss = DistillationLoss(adaptive_kl.f, selective=Selective(), replaced_weight=0.5)
+    loss = DistillationLoss(adaptive_kl.f, selective=SelectiveConfig(), replaced_weight=0.5)
     signal = DenseSignal(states(teacher)[:0], teacher)
     for sums in (
         loss(student, states(student)[:0], signal, TARGETS[:0], BY_TEACHER[:0]),

@@ -68,7 +68,7 @@ def test_help_docs_and_schema_have_them(path: str) -> None:
     registry, table, name = REGISTRIES[path]
     (field,) = (field for field in list_fields(RunConfig) if field.path == f"distill.{path}")
     assert name in field.type.split(" | ")
-    assert f"`{name}`: {registry[name].text}." in field.description
+    assert f"`{name}`: {registry[name]}." in field.description
     assert f'"{name}"' in str(RunConfig.model_json_schema()).replace("'", '"')
     assert f"| `{name}` | " in runpy.run_path(str(ROOT / "docs/tables.py"))["tables"]()[table]
 

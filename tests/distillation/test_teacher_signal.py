@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skd_lib.distillation.loss import Selective
+from skd_lib.config.distill import SelectiveConfig
+from skd_lib.distillation.loss import selective_weights
 from skd_lib.distillation.teacher_signal import SparseSignal
 from skd_lib.errors import SkdError
 from tests.distillation.cases import Case, adaptive_kl, forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
@@ -120,8 +121,10 @@ def test_what_was_stored_for_something_else_is_refused() -> None:
 def test_selective_weights_are_those_of_the_dense_signal() -> None:
     teacher, student = logits(40), logits(40, 15, seed=1)
     weights = [
-        Selective(3).weights(
-            SparseSignal.of_logits(teacher, k, temperature=1.0, vocabulary=VOCABULARY).compare(student, 1.0), student
+        selective_weights(
+            SelectiveConfig(top=3),
+            SparseSignal.of_logits(teacher, k, temperature=1.0, vocabulary=VOCABULARY).compare(student, 1.0),
+            student,
         )
         for k in (3, VOCABULARY)
     ]
