@@ -9,7 +9,7 @@ from pathlib import Path
 RUN_ID_VARIABLE = "KFP_RUN_ID"
 POD_VARIABLE = "KFP_POD_NAME"
 """Environment variable that Kubeflow Pipelines sets in each of its pods."""
-_GROUP = Path("/sys/fs/cgroup")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 """The control group of this process, as a container sees it."""
 
 
@@ -29,7 +29,7 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # no affinity on macOS and Windows
         cores = os.cpu_count() or 1
-    quota = _GROUP / "cpu.max"
+    quota = CONTROL_GROUP / "cpu.max"
     if quota.is_file():
         limit, period = quota.read_text(encoding="ascii").split()
         if limit != "max":
@@ -40,10 +40,14 @@ def usable_cores() -> int:
 def total_memory() -> int:
     """Return the bytes of memory this process may use: the machine's, within the limit of its control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _GROUP / "memory.max"
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        total = min(total, int(text))
-    return total
+    limit = _memory_limit()
+    return total if limit is None else min(total, limit)
+
+
+def _memory_limit() -> int | None:
+    file = CONTROL_GROUP / "memory.max"
+    text = file.read_text(encoding="ascii").strip() if file.is_file() else "max"
+    return None if text == "max" else int(text)
 
 
 def free_memory() -> int:
@@ -52,11 +56,11 @@ def free_memory() -> int:
     if not facts.is_file():  # macOS does not say
         return total_memory() // 2
     free = _kernel_facts(facts)["MemAvailable:"] * 1024
-    limit = _GROUP / "memory.max"
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        used = int((_GROUP / "memory.current").read_text(encoding="ascii"))
-        cached = _kernel_facts(_GROUP / "memory.stat").get("inactive_file", 0)  # given back when it is needed
-        free = min(free, int(text) - used + cached)
+    limit = _memory_limit()
+    if limit is not None:
+        used = int((CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
+        cached = _kernel_facts(CONTROL_GROUP / "memory.stat").get("inactive_file", 0)  # given back when it is needed
+        free = min(free, limit - used + cached)
     return max(free, 0)
 
 

@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from skd_lib._core.documents import MAX_DIGITS
 
@@ -71,6 +71,8 @@ def kinds(annotation: Any) -> list[Any]:
     return [kind for part in arguments for kind in kinds(part)] if arguments else [annotation]
 
 
+OptionalText = Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)]
+"""A text that is unset where it is empty."""
 NumberT = TypeVar("NumberT")
 NUMBER, SCHEDULE = "<number>", "<schedule>"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from skd_lib.config._base import ConfigSection
+from skd_lib.config._base import ConfigSection, OptionalText
 from skd_lib.config.names import check_not_blank
 from skd_lib.config.task import TaskConfig
 from skd_lib.errors import SkdError
@@ -85,27 +85,17 @@ class HubDataset(ConfigSection):
 
     type: Literal["hub"]
     dataset: Annotated[str, AfterValidator(_check_dataset)] = Field(description="Dataset id, e.g. `openai/gsm8k`.")
-    subset: str | None = None
-    revision: str | None = Field(None, description="Commit or tag; pin it for reproducible runs.")
+    subset: OptionalText = None
+    revision: OptionalText = Field(None, description="Commit or tag; pin it for reproducible runs.")
     columns: Columns = Columns()
-
-    @field_validator("subset", "revision", mode="before")
-    @classmethod
-    def _empty_is_unset(cls, value: Any) -> Any:
-        return None if value == "" else value
 
 
 class HubSource(HubDataset):
     """A dataset of the Hugging Face hub, with the names of its splits."""
 
     train_split: str = "train"
-    validation_split: str | None = None
-    test_split: str | None = Field("test", description="Empty: cut from train by `data.test_fraction`.")
-
-    @field_validator("validation_split", "test_split", mode="before")
-    @classmethod
-    def _empty_split_is_unset(cls, value: Any) -> Any:
-        return None if value == "" else value
+    validation_split: OptionalText = None
+    test_split: OptionalText = Field("test", description="Empty: cut from train by `data.test_fraction`.")
 
 
 class GettextWheel(ConfigSection):

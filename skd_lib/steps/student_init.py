@@ -14,7 +14,7 @@ from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.steps import trained_model
 from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step, step_name
-from skd_lib.steps.training_run import DATA_HELP, TrainingRun, fine_tune
+from skd_lib.steps.training_run import DATA_HELP, fine_tune
 from skd_lib.storage import check_checkpoint_root
 
 
@@ -93,21 +93,13 @@ def main(
                 digest = weights_digest(folder)
             lineage["weights_sha256"] = digest
             if settings.trains:
-                training_run = TrainingRun(
-                    step="student_init",
-                    method="sft",
-                    split="train_student",
-                    training=settings.training,
-                    distill=None,
-                    task=own.task,
-                    seed=own.seed,
-                    checkpoint_root=checkpoint_root,
-                    models={"student": folder},
-                    weights={"student": digest},
-                )
                 tuned = fine_tune(
-                    training_run,
+                    "student_init",
+                    own,
+                    folder,
+                    digest,
                     student_out,
+                    checkpoint_root=checkpoint_root,
                     base=base,
                     title=f"Student, {'cut from its teacher and ' * settings.cuts}fine-tuned on the task",
                     data=data,

@@ -13,7 +13,7 @@ from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step
 from skd_lib.steps.trained_model import log_outcome, run_facts
-from skd_lib.steps.training_run import DATA_HELP, LEFT_OUT, TrainingRun, fine_tune
+from skd_lib.steps.training_run import DATA_HELP, LEFT_OUT, fine_tune
 from skd_lib.storage import check_checkpoint_root
 
 
@@ -82,21 +82,13 @@ def main(
             if not fetched and is_main_process():
                 check_whole(folder)
             lineage = origin_of(own.teacher, folder, fingerprint)
-            training_run = TrainingRun(
-                step="teacher_sft",
-                method="sft",
-                split="train_teacher",
-                training=settings.training,
-                distill=None,
-                task=own.task,
-                seed=own.seed,
-                checkpoint_root=checkpoint_root,
-                models={"teacher": folder},
-                weights={"teacher": lineage["weights_sha256"]},
-            )
             tuned = fine_tune(
-                training_run,
+                "teacher_sft",
+                own,
+                folder,
+                lineage["weights_sha256"],
                 teacher_out,
+                checkpoint_root=checkpoint_root,
                 base=own.teacher,
                 title="Teacher, fine-tuned on the task",
                 data=data,

@@ -18,6 +18,7 @@ from skd_lib.storage import checkpoint_folder, is_remote
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from skd_lib.config.step import StepConfig
     from skd_lib.data.prepared import PreparedData
     from skd_lib.data.tokenize import TokenizedExample
     from skd_lib.models.precision import Resolved
@@ -254,9 +255,13 @@ class TrainingRun:
 
 
 def fine_tune(
-    training_run: TrainingRun,
+    step: Literal["teacher_sft", "student_init"],
+    own: StepConfig,
+    folder: Path,
+    digest: str,
     out: Path,
     *,
+    checkpoint_root: str,
     base: str,
     title: str,
     data: Path,
@@ -264,7 +269,7 @@ def fine_tune(
     run: StepRun,
     loaded: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, float], Checkpoints] | None:
-    """Fine-tune the one model of a training run on ground truth, and save it to `out`, with a card.
+    """Fine-tune the model of `folder` on ground truth, and save it to `out` with a card; `digest` is of its weights.
 
     `loaded` is called once the model's files are read.
 
@@ -277,7 +282,20 @@ def fine_tune(
     from skd_lib.models.files import load_tokenizer
 
     prepared = PreparedData.load(data)
-    (folder,) = training_run.models.values()
+    of_teacher = step == "teacher_sft"
+    role = "teacher" if of_teacher else "student"
+    training_run = TrainingRun(
+        step=step,
+        method="sft",
+        split="train_teacher" if of_teacher else "train_student",
+        training=own.teacher_sft.training if of_teacher else own.student_init.training,
+        distill=None,
+        task=own.task,
+        seed=own.seed,
+        checkpoint_root=checkpoint_root,
+        models={role: folder},
+        weights={role: digest},
+    )
     model, tokenizer = load_trainable(folder), load_tokenizer(folder)
     loaded()
     result, figures, checkpoints = training_run.run(model, None, tokenizer, prepared, data_uri, run)
@@ -290,11 +308,10 @@ def fine_tune(
         code_version=code_version(),
         settings=training_facts(training_run.training, result),
     )
-    (base_digest,) = training_run.weights.values()
     facts = {
         "weights_sha256": save_trained(result.student, tokenizer, out, model_card(title, lineage), result.precision),
         "precision": result.precision,
-        "base_weights_sha256": base_digest,
+        "base_weights_sha256": digest,
         "data_fingerprint": prepared.fingerprint,
     }
     return facts, figures, checkpoints

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,37 +119,41 @@ def test_torchrun_tells_what_its_processes_refuse(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], float]:
-    """Runs a node whose processes end with a code; the seconds that it took."""
+def run_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Runs a node whose processes end with a code."""
     exchange = Exchange(f"memory://bucket/{tmp_path.name}")
     exchange.write(Request(step="distill", options={}, inputs={}, outputs={}, artifacts={}))
-    monkeypatch.setattr(node, "LAST_SECONDS", 0.4)
     popen = subprocess.Popen
 
-    def run(code: int) -> float:
+    def run(code: int) -> None:
         words = [sys.executable, "-S", "-c", f"import sys; sys.exit({code})"]
         monkeypatch.setattr(node.subprocess, "Popen", lambda _, **options: popen(words, **options))
-        begin = time.monotonic()
         with pytest.raises(SystemExit) as caught:
             node.main(exchange.uri)
         assert caught.value.code == code
-        return time.monotonic() - begin
 
     return run
 
 
-def test_a_node_that_lost_another_one_is_not_the_first_to_end(run_node: Callable[[int], float]) -> None:
-    assert run_node(70) > 0.4 > run_node(SkdError.exit_code)
+def test_a_node_that_lost_another_one_is_not_the_first_to_end(
+    run_node: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(node.Child, "wait_for_signal", lambda _, seconds: waits.append(seconds))
+    run_node(SkdError.exit_code)
+    assert waits == []
+    run_node(70)
+    assert waits == [node.LAST_SECONDS]
 
 
-def test_a_waiting_node_ends_at_sigterm(run_node: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_node_ends_at_sigterm(run_node: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "LAST_SECONDS", 60)
-    wait = node._Child.wait_for_signal
+    wait = node.Child.wait_for_signal
 
     def terminated(self: Any, seconds: float) -> None:
         signal.raise_signal(signal.SIGTERM)
         wait(self, seconds)
 
-    monkeypatch.setattr(node._Child, "wait_for_signal", terminated)
+    monkeypatch.setattr(node.Child, "wait_for_signal", terminated)
     with pytest.raises(Preempted):
         run_node(70)

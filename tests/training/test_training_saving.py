@@ -147,7 +147,7 @@ def test_after_sigterm_nothing_is_said_before_it_is_done(
 
 
 def test_free_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_GROUP", tmp_path)
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     assert 10_000 < machine.free_memory() <= machine.total_memory()
     limits = {"memory.max": "10000\n", "memory.current": "7000\n", "memory.stat": "anon 5000\ninactive_file 1500\n"}
     for name, text in limits.items():
