@@ -1,15 +1,18 @@
-"""Checkpoints written while training goes on: their times, their copies in host memory, and the writing thread."""
+"""Checkpoints written while training goes on: their times, SIGTERM among them, their copies, and the writing thread."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from skd_lib._core.machine import free_memory
+from skd_lib.errors import Preempted
 from skd_lib.training.checkpoints import Attempt, checkpoint_path
 
 _RESERVE = 2**30
@@ -208,6 +212,62 @@ class TimedCheckpoints(TrainerCallback):
         """Name it on every process: the Trainer does so only where it sees the folder, and all load it together."""
         if state.best_global_step:
             state.best_model_checkpoint = str(checkpoint_path(self._folder, state.best_global_step))
+
+
+class StopOnSigterm(TrainerCallback):
+    """Saves a checkpoint at the end of the optimiser step in which SIGTERM came, and raises `Preempted`.
+
+    Processes decide together after each step: a signal to one of them stops all. `skd run`, torchrun and a node of a
+    TrainJob have a grace period for it. A step of Kubeflow Pipelines has about a second, enough for a small model only;
+    there the checkpoints by time count (`training.checkpoint_minutes`).
+
+    `transformers` has a callback for the same purpose (`enable_jit_checkpoint`). It is not used: it saves in the middle
+    of an optimiser step, whose random numbers are spent, so that a resumed run differs; each process stops by its own
+    clock, so that processes that train together deadlock; and the training then ends as if it had been finished.
+    """
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
+        self._received = False
+        self._stopping = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle SIGTERM inside, where a second one changes nothing; only in the main thread, as Python demands."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._take)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(self, args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint and for the end, between two steps."""
+        self._stopping = on_any_process(self._received, args.device)
+        if self._stopping:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_save(self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Wait for the checkpoint, after SIGTERM.
+
+        Raises:
+            Preempted: the checkpoint is complete.
+            Exception: it could not be written.
+        """
+        if not self._stopping:
+            return
+        self._saver.wait()
+        PartialState().wait_for_everyone()  # a process that ends first would take the writing one with it
+        raise Preempted(
+            f"stopped by SIGTERM after optimiser step {state.global_step}; its checkpoint is {self._saver.place}",
+            hint="start it again with the same settings: it goes on from there",
+        )
+
+    def _take(self, _number: int, _frame: FrameType | None) -> None:
+        self._received = True
 
 
 def on_any_process(here: bool, device: torch.device) -> bool:

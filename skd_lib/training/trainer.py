@@ -63,13 +63,9 @@ OnMetrics = Callable[[int, dict[str, float]], None]
 class TrainingStream:
     """An endless stream of examples in seeded order: shuffled epoch after shuffled epoch, with no short batches.
 
-    A position in the stream decides its example, its optimiser step and its row. So a step has the same rows and seeds
-    however it is divided into micro-batches and processes, and a resumed run goes on exactly where it stopped.
-
-    Args:
-        examples: Number of examples in an epoch.
-        batch_size: Rows of an optimiser step, over all processes.
-        seed: The run's seed.
+    A position in the stream decides its example, its optimiser step (of `batch_size` rows, over all processes) and its
+    row. So a step has the same rows and seeds however it is divided into micro-batches and processes, and a resumed
+    run goes on exactly where it stopped.
     """
 
     def __init__(self, examples: int, batch_size: int, seed: int) -> None:
