@@ -12,8 +12,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from skd_lib.models.files import load_config, load_tokenizer
+from skd_lib.models.files import context_length, load_config, load_tokenizer
 from skd_lib.models.references import HubModel, LocalFolder, StoredFolder, parse_reference
+from skd_lib.models.vocabulary import differing_ids, rows_in_config, tokens_by_id
 from skd_lib.results import Vllm
 
 ARCHITECTURES = frozenset(
@@ -66,7 +67,7 @@ def serve_command(teacher: Served, draft: Served, gamma: int) -> str:
     words = ["vllm", "serve", teacher.name]
     if teacher.revision is not None:
         words += ["--revision", teacher.revision]
-    ours, theirs = (_context_length(model.folder) for model in (teacher, draft))
+    ours, theirs = (context_length(load_config(model.folder)) for model in (teacher, draft))
     if ours and theirs and theirs < ours:
         words += ["--max-model-len", str(theirs)]
     return shlex.join([*words, "--speculative-config", json.dumps(speculative)])
@@ -83,12 +84,11 @@ def incompatibilities(teacher: Served, draft: Served) -> list[str]:
 
 def tokenizer_differences(teacher: Path, draft: Path) -> list[str]:
     """Say where an id is another token for the draft; vLLM itself compares the vocabularies' sizes only."""
-    ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (teacher, draft))
-    differing = sorted(ours.items() ^ theirs.items(), key=lambda item: item[1])
-    if not differing:
+    ours, theirs = (tokens_by_id(load_tokenizer(folder)) for folder in (teacher, draft))
+    if not (differing := differing_ids(ours, theirs)):
         return []
-    token, number = differing[0]
-    return [f"the tokenizers differ in {len(dict(differing))} tokens, the first is {token!r} (id {number})"]
+    token = ours.get(differing[0], theirs.get(differing[0]))
+    return [f"the tokenizers differ in {len(differing)} tokens, the first is {token!r} (id {differing[0]})"]
 
 
 def _unlisted_architectures(teacher: Served, draft: Served) -> list[str]:
@@ -104,7 +104,7 @@ def _unlisted_architectures(teacher: Served, draft: Served) -> list[str]:
 
 
 def _different_sizes(teacher: Served, draft: Served) -> list[str]:
-    ours, theirs = (int(load_config(model.folder).get_text_config().vocab_size) for model in (teacher, draft))
+    ours, theirs = (rows_in_config(model.folder) for model in (teacher, draft))
     if ours == theirs:
         return []
     return [
@@ -112,8 +112,3 @@ def _different_sizes(teacher: Served, draft: Served) -> list[str]:
         f"model's embeddings (`model.resize_token_embeddings({max(ours, theirs)})`, then save it), or add "
         '`"use_heterogeneous_vocab": true` to the speculative config (vLLM 0.25 or later, greedy drafts only)'
     ]
-
-
-def _context_length(folder: Path) -> int | None:
-    config = load_config(folder).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
