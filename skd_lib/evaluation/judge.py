@@ -19,7 +19,7 @@ from urllib3.util import Retry
 from skd_lib._core.events import Progress
 from skd_lib.config import JudgeConfig
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.metrics import CorpusMetric, ratio
+from skd_lib.evaluation.metrics import CorpusMetric, mean_of
 
 KEY = "SKD_JUDGE_API_KEY"
 LOWEST, HIGHEST = 1.0, 10.0
@@ -106,7 +106,7 @@ def mean_rating(config: JudgeConfig, ratings: Sequence[float]) -> CorpusMetric:
     """Measure the mean rating, 1 to 10."""
     prompt = hashlib.sha256(config.prompt.encode()).hexdigest()[:8]
     signature = f"judge|model:{config.model}|prompt:{prompt}|scale:1-10"
-    return ratio(ratings, [1.0] * len(ratings), lambda mean: mean, signature)
+    return mean_of(ratings, signature)
 
 
 def _session(config: JudgeConfig) -> requests.Session:

@@ -122,6 +122,11 @@ def ratio(
     )
 
 
+def mean_of(values: Sequence[float], signature: str, *, factor: float = 1.0) -> CorpusMetric:
+    """Measure the mean over the examples, times a factor."""
+    return ratio(values, [1.0] * len(values), lambda mean: factor * mean, signature)
+
+
 def summed(measured: Sequence[CorpusMetric]) -> CorpusMetric:
     """Add up the counts of several models' answers to each example."""
     return replace(measured[0], statistics_NS=np.sum([each.statistics_NS for each in measured], axis=0))
@@ -152,7 +157,7 @@ def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], CorpusMetric]:
         pairs = zip(targets, predictions, strict=True)
         values = [float(scorer.score(target, prediction)[kind].fmeasure) for target, prediction in pairs]
         version = importlib.metadata.version("rouge-score")
-        return _percent(values, f"{kind}|value:fmeasure|stemmer:porter|version:{version}")
+        return mean_of(values, f"{kind}|value:fmeasure|stemmer:porter|version:{version}", factor=100)
 
     return measured
 
@@ -161,11 +166,7 @@ def _accuracy(predictions: Sequence[str], targets: Sequence[str], answer: Answer
     pairs = zip(predictions, targets, strict=True)
     right = [float(predicted_answer(said, answer) == reference_answer(wanted, answer)) for said, wanted in pairs]
     signature = f"accuracy|answer:{_FORMS[answer]}|match:{'value' if answer == 'boxed' else 'numeric'}"
-    return replace(_percent(right, signature), share=True)
-
-
-def _percent(values: list[float], signature: str) -> CorpusMetric:
-    return ratio(values, [1.0] * len(values), lambda mean: 100 * mean, signature)
+    return replace(mean_of(right, signature, factor=100), share=True)
 
 
 _TEXT_METRICS: dict[MetricName, Callable[[Sequence[str], Sequence[str]], CorpusMetric]] = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from skd_lib.config import MetricName
 from skd_lib.errors import SkdError
-from skd_lib.evaluation.metrics import CorpusMetric, measure, ratio, summed
+from skd_lib.evaluation.metrics import CorpusMetric, mean_of, measure, ratio, summed
 from skd_lib.evaluation.statistics import paired_bootstrap
 from skd_lib.results import Difference, PairedTest, Role
 from skd_lib.storage import write_text_atomic
@@ -155,7 +155,7 @@ def _remeasured(name: MetricName, predictions: Sequence[Prediction]) -> CorpusMe
         return measure(name, [p.prediction for p in predictions], [p.target for p in predictions])
     if name == "perplexity":
         return perplexity(predictions)
-    return ratio([p.scores[name] for p in predictions], [1.0] * len(predictions), lambda mean: mean, name)
+    return mean_of([p.scores[name] for p in predictions], name)
 
 
 def _parse(line: str, where: str) -> Prediction:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -19,8 +19,7 @@ _DOTS = 40
 _MOMENT_KINDS: dict[Moment, str] = {"before": "neutral", "after": "student"}
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A chart with its words; `legend` holds CSS classes and names of its marks."""
 
     title: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -29,8 +29,7 @@ _TIP = Markup(
 )
 
 
-@dataclass(frozen=True)
-class SequenceView:
+class SequenceView(NamedTuple):
     """One sequence: prompt and response as shown, and the numbers of tokens, of hidden ones and of the teacher's."""
 
     row: int
@@ -41,8 +40,7 @@ class SequenceView:
     by_teacher: int
 
 
-@dataclass(frozen=True)
-class StepView:
+class StepView(NamedTuple):
     """The sequences of one optimiser step, and the share of their tokens that the teacher wrote."""
 
     step: int

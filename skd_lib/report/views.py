@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from statistics import fmean
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -31,8 +31,7 @@ FURTHER_FIGURES = (
 TIMES, TO, MINUS = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
-@dataclass(frozen=True)
-class Headline:
+class Headline(NamedTuple):
     """One figure for a quick look, and figures to compare it with."""
 
     label: str
@@ -40,8 +39,7 @@ class Headline:
     details: list[str]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A score, its 95 % interval as text and as a picture."""
 
     score: str
@@ -49,16 +47,14 @@ class Cell:
     picture: Markup
 
 
-@dataclass(frozen=True)
-class QualityTable:
+class QualityTable(NamedTuple):
     """Models by metrics on one test set."""
 
     metrics: list[str]
     rows: list[tuple[Role, str, list[Cell], int | None]]
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A part of some total, as a bar."""
 
     name: str
@@ -152,11 +148,8 @@ def quality_table(scores: dict[Role, Scores], first: str) -> QualityTable:
                 continue
             bounds = f"{score.low:.1f} {TO} {score.high:.1f}" if score.high > score.low else ""
             bounds += UNSURE if score.caution else ""
-            cells.append(
-                Cell(
-                    f"{score.score:.1f}", bounds, interval(score.score, score.low, score.high, scales[name], kind(role))
-                )
-            )
+            picture = interval(score.score, score.low, score.high, scales[name], kind(role))
+            cells.append(Cell(f"{score.score:.1f}", bounds, picture))
         rows.append((role, ROLE_NAMES[role], cells, found.examples or None))
     return QualityTable([metric_name(name) for name in names], rows)
 

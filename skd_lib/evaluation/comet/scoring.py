@@ -15,7 +15,7 @@ from skd_lib._core import events
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.comet import worker
 from skd_lib.evaluation.comet.checkpoint import Checkpoint
-from skd_lib.evaluation.metrics import ratio
+from skd_lib.evaluation.metrics import mean_of
 from skd_lib.evaluation.predictions import Prediction
 from skd_lib.evaluation.statistics import paired_bootstrap, scored
 from skd_lib.results import Difference, Score
@@ -78,8 +78,7 @@ def score_models(
     by_row = dict(zip(unique, values, strict=True))
     signature = f"comet|model:{checkpoint.reference}|sha256:{sha256(checkpoint.weights)[:16]}|version:{version}"
     segments = {model: [100 * by_row[row] for row in given] for model, given in rows.items()}
-    ones = [1.0] * len(ids)
-    measured = {model: ratio(values, ones, lambda mean: mean, signature) for model, values in segments.items()}
+    measured = {model: mean_of(values, signature) for model, values in segments.items()}
     scores = {model: scored(found, resamples=resamples, seed=seed) for model, found in measured.items()}
     comparisons = {
         f"{first}-{second}": paired_bootstrap(measured[first], measured[second], resamples=resamples, seed=seed)
