@@ -124,7 +124,7 @@ def component(
 def _annotation(step: str, name: str, option: Option) -> Any:
     """Return how KFP wants an option's type declared."""
     if name in INPUTS:
-        type_ = list[INPUTS[name]] if "list" in str(option.type) else INPUTS[name]  # type: ignore[misc]
+        type_ = list[INPUTS[name]] if "list" in str(option.type) else INPUTS[name]
         return type_ if name == "status" else dsl.Input[type_]
     if "Path" in str(option.type):
         raise SkdError(f"option `{name}`: which kind of artifact is it?", where=f"component {step}", hint="see INPUTS")

@@ -1,4 +1,4 @@
-"""Which image each component runs, read from `components/digests.yaml`."""
+"""Images of the components, read from `components/digests.yaml`."""
 
 from pathlib import Path
 
@@ -20,17 +20,17 @@ class Image(BaseModel):
 
     @property
     def reference(self) -> str:
-        """What a pod pulls: pinned by digest once there is one, by version until then."""
+        """Reference that a pod pulls: pinned by digest once there is one, by version until then."""
         return f"{self.image}@{self.digest}" if self.digest else f"{self.image}:{self.version}"
 
 
 def parse_images(text: str, *, where: str = "digests.yaml") -> dict[str, Image]:
-    """All images by name, from the text of such a file."""
+    """Return all images by name, from the text of such a file."""
     return TypeAdapter(dict[str, Image]).validate_python(parse_yaml(text, where=where))
 
 
 def read_images(path: Path = DIGESTS) -> dict[str, Image]:
-    """All images by name."""
+    """Return all images by name."""
     return parse_images(path.read_text(encoding="utf-8"))
 
 

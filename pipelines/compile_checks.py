@@ -155,13 +155,13 @@ def _dag_problems(dag: _Dag, spec: Values) -> list[str]:
             if other not in dag.tasks
         ]
         # KFP 2.17.0 fills in a container's arguments before it looks at the defaults of its parameters.
-        used = _used(_containers(spec).get(target.get("executorLabel"), {}))
+        used = _used(_containers(spec).get(target.get("executorLabel", ""), {}))
         item = task.get("parameterIterator", {}).get("itemInput")
         for kind in ("parameters", "artifacts"):
             wanted = target.get("inputDefinitions", {}).get(kind, {})
             bound = task.get("inputs", {}).get(kind, {})
             problems += [
-                f"{where}: input {missing!r} of {key} has no value"
+                f"{where}: input {missing!r} of {key} is not set"
                 for missing, definition in wanted.items()
                 if missing not in bound and missing != item and (missing in used or not definition.get("isOptional"))
             ]
@@ -214,7 +214,7 @@ def _container_problems(spec: Values) -> list[str]:
     problems = []
     executors = spec.get("deploymentSpec", {}).get("executors", {})
     for name, component in spec.get("components", {}).items():
-        label = component.get("executorLabel")
+        label = component.get("executorLabel", "")
         if "dag" not in component and label not in executors:
             problems.append(f"component {name}: executor {label!r} does not exist")
         known = component.get("inputDefinitions", {}).get("parameters", {})
@@ -230,7 +230,7 @@ def _image_problems(spec: Values) -> list[str]:
     containers = _containers(spec)
     users: dict[str, list[str]] = {}
     for name, component in spec.get("components", {}).items():
-        if component.get("executorLabel") in containers:
+        if component.get("executorLabel", "") in containers:
             users.setdefault(containers[component["executorLabel"]]["image"], []).append(name)
     problems = []
     for image, names in users.items():
@@ -256,7 +256,7 @@ def _platform_problems(spec: Values, pods: Values) -> list[str]:
     for dag in _dags(spec):
         for name in dag.tasks:
             where = f"platform spec of task {name} in {dag.name}"
-            for kind, reference in _references(pods.get(dag.target(name).get("executorLabel"), {})):
+            for kind, reference in _references(pods.get(dag.target(name).get("executorLabel", ""), {})):
                 if kind == "componentInputParameter" and reference not in dag.given.get("parameters", {}):
                     problems.append(f"{where}: comes from {reference!r}, which the enclosing DAG does not have")
                 elif kind == "taskOutputParameter" and reference["producerTask"] not in dag.tasks:
@@ -284,7 +284,7 @@ def _gpu_problems(spec: Values, pods: Values) -> list[str]:
     problems = []
     for dag in _dags(spec):
         for name, task in dag.tasks.items():
-            label = dag.target(name).get("executorLabel")
+            label = dag.target(name).get("executorLabel", "")
             wanted = _containers(spec).get(label, {}).get("resources", {})
             if "accelerator" not in wanted:
                 continue

@@ -1,4 +1,4 @@
-"""The images' digests and locked dependencies: `components/digests.yaml` and the files `images/<name>.txt`.
+"""Maintain the images' digests and locked dependencies: `components/digests.yaml` and the files `images/<name>.txt`.
 
     python images/tools/image_tools.py --help
 
@@ -46,7 +46,7 @@ def pin(
 ) -> None:
     """Ask the registries for the digests of the images' version tags, and write them to the file.
 
-    Compiled pipelines name the images by these digests: compile them afterwards. A registry that wants to know who asks
+    Compiled pipelines name the images by these digests: compile them afterwards. A registry that requires a login
     gets the credentials of `docker login`.
     """
     import pins  # the registry's client is needed here alone

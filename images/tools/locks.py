@@ -1,4 +1,4 @@
-"""What goes into each image, locked with hashes: `images/<name>.txt`, made from `pyproject.toml`.
+"""Lock with hashes what goes into each image: `images/<name>.txt`, made from `pyproject.toml`.
 
 torch and the GPU libraries that a build of it needs come from the index the image is built for (CUDA 12, CPU, ...).
 Every index has other wheels under the same version, so they are not in the lock: the version is fixed by the
@@ -43,7 +43,7 @@ class Lock:
 
     @property
     def sources(self) -> list[str]:
-        """What is locked, as arguments of `uv pip compile`."""
+        """Requirements that are locked, as arguments of `uv pip compile`."""
         wanted = ["--group", self.group] if self.group else ["pyproject.toml", *_each("--extra", self.extras)]
         return wanted + (["--constraint", self.constraints] if self.constraints else [])
 
@@ -72,7 +72,7 @@ def write_lock(lock: Lock, root: Path = ROOT) -> Path:
 
 
 def locked_versions(text: str) -> dict[str, str]:
-    """Versions in a lock file or a file of constraints, by normalised name."""
+    """Return the versions in a lock file or a file of constraints, by normalised name."""
     pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", text, re.MULTILINE)
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
 
@@ -82,10 +82,10 @@ def _each(option: str, values: Sequence[str]) -> list[str]:
 
 
 def _resolve(lock: Lock, root: Path, *options: str) -> str:
-    beside = Path(sys.executable).with_name("uv")  # the environment need not be activated
+    own = Path(sys.executable).with_name("uv")  # the environment need not be activated
     command = [
         *(
-            str(beside) if beside.exists() else "uv",
+            str(own) if own.exists() else "uv",
             "pip",
             "compile",
             "--quiet",

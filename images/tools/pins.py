@@ -1,4 +1,4 @@
-"""`components/digests.yaml`: which digest each published image has, kept in step with the registry."""
+"""Keep the digests of the published images in `components/digests.yaml` equal to those of the registry."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from skd_lib.storage import write_text_atomic
 
 
 def load(path: Path = DIGESTS) -> dict[str, Image]:
-    """The images of a source tree.
+    """Load the images of a source tree.
 
     Raises:
-        SkdError: there is no such file.
+        SkdError: the file does not exist.
     """
     if not path.is_file():
-        raise SkdError("there is no such file", where=str(path), hint="name components/digests.yaml of a source tree")
+        raise SkdError("the file does not exist", where=str(path), hint="name components/digests.yaml of a source tree")
     return parse_images(path.read_text(encoding="utf-8"))
 
 
 def look_up(images: dict[str, Image]) -> dict[str, str]:
-    """The digests that the registries have for the images' versions.
+    """Ask the registries for the digests of the images' versions.
 
     Raises:
-        SkdErrors: some cannot be had; each is named.
+        SkdErrors: some are not available; each is named.
     """
     digests, problems = {}, []
     for name, image in images.items():
@@ -65,7 +65,7 @@ def pin(path: Path, digests: dict[str, str]) -> list[str]:
 
 
 def differences(images: dict[str, Image], digests: dict[str, str]) -> list[SkdError]:
-    """The pins that are not what the registry has."""
+    """Return an error for each pin that differs from the registry."""
     return [
         SkdError(
             f"pinned is {image.digest or 'nothing'}, the registry has {digests[name]}",

@@ -1,4 +1,4 @@
-"""Asks a container registry which digest a tag has: `HEAD /v2/<name>/manifests/<tag>` of the OCI distribution spec."""
+"""Ask a container registry for the digest of a tag: `HEAD /v2/<name>/manifests/<tag>` of the OCI distribution spec."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def registry_digest(image: Image) -> str:
-    """The digest of the manifest, or of the list of manifests by platform, that the image's version tag names.
+    """Return the digest of the manifest, or of the list of manifests by platform, that the image's version tag names.
 
-    Credentials are those of `docker login`, credential helpers included; without them the registry is asked as anyone
-    may ask it. As docker does, it speaks plain HTTP only to this machine.
+    Credentials are those of `docker login`, credential helpers included; without them the registry is asked
+    anonymously. As docker does, it speaks plain HTTP only to this machine.
 
     Raises:
         SkdError: the registry does not have the tag, does not let us see it, cannot be reached, or answers nonsense.
@@ -56,7 +56,7 @@ def _refused(tag: str, host: str) -> SkdError:
 
 
 def _locate(image: str) -> tuple[str, str]:
-    """Host and repository, by docker's rules for names without a host."""
+    """Return host and repository, by docker's rules for names without a host."""
     host, name = docker_auth.resolve_repository_name(image)
     if host != docker_auth.INDEX_NAME:
         return host, name
@@ -64,7 +64,7 @@ def _locate(image: str) -> tuple[str, str]:
 
 
 def _log_in(image: str) -> Any:
-    """What answers a registry's challenge."""
+    """Return the function that answers a registry's challenge."""
     host, _ = docker_auth.resolve_repository_name(image)
     known = docker_auth.load_config().resolve_authconfig(host) or {}
 

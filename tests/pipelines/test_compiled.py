@@ -25,8 +25,8 @@ from skd_kfp.pipelines.compiling import (
 )
 from skd_kfp.pipelines.graph import read_steps
 from skd_lib.config import RunConfig
+from skd_lib.config.step import DEPENDS
 from skd_lib.errors import SkdError
-from skd_lib.steps.preflight import DEPENDS
 
 ROOT = Path(__file__).parents[2]
 TORCH_STEPS = {
@@ -272,7 +272,7 @@ DISTILL = (*TASKS, "distill", "inputs")
         ),
         (
             _set(*DISTILL, "parameters", value={}),
-            "task distill in comp-exit-handler-1: input 'config' of comp-distill has no value",
+            "task distill in comp-exit-handler-1: input 'config' of comp-distill is not set",
         ),
         (
             lambda spec: (
@@ -287,7 +287,7 @@ DISTILL = (*TASKS, "distill", "inputs")
                     value=True,
                 )(spec),
             ),
-            "task evaluate-teacher in comp-score: input 'config' of comp-evaluate-teacher has no value",
+            "task evaluate-teacher in comp-score: input 'config' of comp-evaluate-teacher is not set",
         ),
         (
             lambda spec: [
