@@ -73,7 +73,7 @@ def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[
     assert all(torch.equal(tensor, students[0].state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-@pytest.mark.parametrize("moment", ["complete", "half-written"])
+@pytest.mark.parametrize("moment", ["complete", pytest.param("half-written", marks=pytest.mark.slow)])
 def test_killed_at_a_timed_checkpoint_equals_uninterrupted(
     moment: str, nursery: Nursery, models: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -92,6 +92,7 @@ def test_killed_at_a_timed_checkpoint_equals_uninterrupted(
     assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
 
 
+@pytest.mark.slow
 def test_two_attempts_at_once_leave_each_other_alone(nursery: Nursery, models: dict[str, Any], tmp_path: Path) -> None:
     training = {"max_steps": 8, "eval_steps": 1, "batch_size": 2}
     options = {**models, "checkpoints": str(tmp_path / "work"), "training": training}
@@ -133,7 +134,7 @@ def test_killed_several_times_anywhere_equals_uninterrupted(
     assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_the_step_and_stops(
     processes: int, nursery: Nursery, models: dict[str, Any], tmp_path: Path
 ) -> None:

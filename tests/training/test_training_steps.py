@@ -465,6 +465,7 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     assert done.stderr.count("estimated memory of") == 2  # each of the two has trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["8bit", "4bit"])
 def test_quantised_teacher_trains_a_student(precision: str, data: Path, tmp_path: Path, save_tiny_model: Save) -> None:
     pytest.importorskip("bitsandbytes")
