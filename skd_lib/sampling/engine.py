@@ -13,7 +13,8 @@ take their places. Where the device runs out of memory, rows go on from the toke
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -134,15 +135,38 @@ class Sampler:
                 row fits into the device's memory.
         """
         prompts, seeds = list(prompts), list(seeds)
-        self._check(prompts, seeds)
-        output = self._allocate(seeds)
-        output.counts += self._prefills(prompts)
+        output = self._allocate(prompts, seeds)
+        finished = 0
+        with closing(self._play(prompts, output)) as rounds:
+            for ended in rounds:
+                if on_round is not None:
+                    on_round()
+                if ended > finished and on_progress is not None:
+                    on_progress(ended)
+                finished = ended
+        return self._finish(output)
+
+    @torch.no_grad()
+    def rounds(self, prompts: Iterable[list[int]], seeds: Iterable[int]) -> Iterator[Samples]:
+        """Yield the responses so far after each round; the last are those of `sample`.
+
+        Args:
+            prompts: See `sample`.
+            seeds: See `sample`.
+        """
+        prompts, seeds = list(prompts), list(seeds)
+        output = self._allocate(prompts, seeds)
+        for _ in self._play(prompts, output):
+            yield self._finish(output)
+
+    def _play(self, prompts: Sequence[list[int]], output: ResponseBuffers) -> Generator[int, None, None]:
+        """Run all rows to their ends; yield the number of finished rows after each round."""
         cleared = 0  # rows in flight when the graphs' memory was last given back
         with evaluating(*self.models):
             while tasks := output.unfinished(prompts):
                 slots = min(self.batch_limit.slots or self.batch_size or len(tasks), len(tasks))
                 try:
-                    self._sample_tasks(tasks, slots, output, on_progress, on_round)
+                    yield from self._sample_tasks(tasks, slots, output)
                 except torch.OutOfMemoryError as error:
                     # What graphs of other shapes hold may be what is missing: as many rows once more without it.
                     if self.graphed_rounds is None or cleared == slots:
@@ -150,17 +174,9 @@ class Sampler:
                     if self.graphed_rounds is not None:
                         self.graphed_rounds.clear()
                         cleared = slots
-        return self._finish(output)
 
-    def _sample_tasks(
-        self,
-        tasks: Sequence[QueuedRow],
-        slots: int,
-        output: ResponseBuffers,
-        on_progress: Callable[[int], None] | None,
-        on_round: Callable[[], None] | None,
-    ) -> None:
-        """Run all rows to their ends, at most `slots` at a time."""
+    def _sample_tasks(self, tasks: Sequence[QueuedRow], slots: int, output: ResponseBuffers) -> Iterator[int]:
+        """Run rows to their ends, at most `slots` at a time; yield the number of finished rows after each round."""
         capacity = max(len(task.prompt) for task in tasks) + self.max_new_tokens + self._block_width
         waiting = deque(tasks)
         rows: Rows | None = None
@@ -174,11 +190,8 @@ class Sampler:
                     rows = new if self.graphed_rounds is None else self.graphed_rounds.adopt(new, slots, capacity)
             assert rows is not None  # noqa: S101 - there were waiting prompts or rows
             running = self._round(rows, output)
-            if on_round is not None:
-                on_round()
+            yield len(output.running_N) - len(waiting) - len(running)
             if len(running) < len(rows.index_B):
-                if on_progress is not None:
-                    on_progress(len(output.running_N) - len(waiting) - len(running))
                 rows = rows.select(torch.tensor(running, device=self._device)) if running else None
 
     def _round(self, rows: Rows, output: ResponseBuffers) -> list[int]:
@@ -269,7 +282,8 @@ class Sampler:
             student_positions=positions(self.student, self.rule.drafts),
         )
 
-    def _allocate(self, seeds: Sequence[int]) -> ResponseBuffers:
+    def _allocate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> ResponseBuffers:
+        self._check(prompts, seeds)
         count, width = len(seeds), self.max_new_tokens + self._block_width
         device = self._device
         uniforms = [row_uniforms(seed, width, CHANNELS) for seed in seeds]
@@ -288,7 +302,7 @@ class Sampler:
             running_N=torch.ones(count, dtype=torch.bool, device=device),
             uniforms_NTC=stacked.float().to(device) if device.type == "mps" else stacked.to(device),
             states_NTH=states,
-            counts=SamplingStatistics(),
+            counts=self._prefills(prompts),
         )
 
     def _finish(self, output: ResponseBuffers) -> Samples:

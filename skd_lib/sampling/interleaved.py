@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class InterleavedOutput:
     proposals: Tensor
     truncated: Tensor
     statistics: SamplingStatistics
+
+
+class StreamedToken(NamedTuple):
+    """One new token of a response.
+
+    Attributes:
+        token: Its id.
+        by_teacher: The teacher wrote it.
+        proposal: The student's draft that it replaced; -1 if none.
+    """
+
+    token: int
+    by_teacher: bool
+    proposal: int
 
 
 class InterleavedSampler:
@@ -115,37 +129,77 @@ class InterleavedSampler:
             SkdError: a setting would change the samples and the sampler does not have it, or a prompt is empty or too
                 long for a model's context.
         """
-        config = _settings(generation_config, options)
-        both = _params(config)
         prompts = _rows(input_ids, attention_mask)
-        eos_ids = _ids(config.get("eos_token_id")) or self._own_eos_ids()
-        pad_id = config.get("pad_token_id")
-        if pad_id is None:
-            pad_id = eos_ids[0]
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        sampler = Sampler(
-            student=self.student if self.rule.drafts else None,
-            teacher=self.teacher if self.rule.asks_teacher else None,
-            rule=self.rule,
-            eos_ids=eos_ids,
-            pad_id=int(pad_id),
-            max_new_tokens=_length(config, max(map(len, prompts))),
-            gamma=self.gamma,
-            student_params=student_params or both,
-            teacher_params=teacher_params or both,
-            batch_size=self.batch_size,
-        )
-        samples = sampler.sample(prompts, [derived("row", seed, 0, row) >> 1 for row in range(len(prompts))])
-        tokens_BT = samples.tokens_BT.to(input_ids.device)
+        sampler, seeds = self._set_up(prompts, generation_config, seed, student_params, teacher_params, options)
+        samples = sampler.sample(prompts, seeds)
         return InterleavedOutput(
-            sequences=torch.cat([input_ids, tokens_BT], dim=1),
+            sequences=torch.cat([input_ids, samples.tokens_BT.to(input_ids.device)], dim=1),
             response_mask=samples.mask_BT,
             by_teacher=samples.source_BT.bool() & samples.mask_BT,
             proposals=samples.proposals_BT,
             truncated=samples.truncated_B,
             statistics=samples.statistics,
         )
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        student_params: SamplingParams | None = None,
+        teacher_params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Iterator[list[StreamedToken]]:
+        """Yield the new tokens of one prompt's response after each round: the tokens of `generate`.
+
+        Args:
+            input_ids: (1, P) the prompt.
+            generation_config: As the other arguments, see `generate`.
+            seed: Repeats the samples.
+            student_params: How the student samples.
+            teacher_params: How the teacher samples.
+            **options: Fields of `generation_config`, which win.
+        """
+        prompts = _rows(input_ids, None)
+        if len(prompts) != 1:
+            raise SkdError(f"there are {len(prompts)} prompts", where="stream", hint="stream one at a time")
+        sampler, seeds = self._set_up(prompts, generation_config, seed, student_params, teacher_params, options)
+        told = 0
+        for samples in sampler.rounds(prompts, seeds):
+            length = int(samples.mask_BT.sum())
+            columns = (samples.tokens_BT, samples.source_BT.bool(), samples.proposals_BT)
+            rows = zip(*(column[0, told:length].tolist() for column in columns), strict=True)
+            yield [StreamedToken(*row) for row in rows]
+            told = length
+
+    def _set_up(
+        self,
+        prompts: Sequence[list[int]],
+        generation_config: GenerationConfig | None,
+        seed: int | None,
+        student_params: SamplingParams | None,
+        teacher_params: SamplingParams | None,
+        options: dict[str, Any],
+    ) -> tuple[Sampler, list[int]]:
+        """Return the sampler of a call, and a seed for each prompt."""
+        config = _settings(generation_config, options)
+        both = _params(config)
+        end_ids = _ids(config.get("eos_token_id")) or self._own_eos_ids()
+        sampler = Sampler(
+            student=self.student if self.rule.drafts else None,
+            teacher=self.teacher if self.rule.asks_teacher else None,
+            rule=self.rule,
+            eos_ids=end_ids,
+            pad_id=int(config.get("pad_token_id", end_ids[0])),
+            max_new_tokens=_length(config, max(map(len, prompts), default=0)),
+            gamma=self.gamma,
+            student_params=student_params or both,
+            teacher_params=teacher_params or both,
+            batch_size=self.batch_size,
+        )
+        base = int(torch.randint(2**62, ())) if seed is None else seed
+        return sampler, [derived("row", base, 0, row) >> 1 for row in range(len(prompts))]
 
     def _own_eos_ids(self) -> tuple[int, ...]:
         ids = [

@@ -90,3 +90,25 @@ def test_settings_that_are_switched_off_are_not(tiny_model: TinyModel) -> None:
     sampler = InterleavedSampler(tiny_model(seed=1), tiny_model(seed=2))
     config = GenerationConfig(max_length=6, num_beams=1, top_k=0, repetition_penalty=1.0, use_cache=True)
     assert sampler.generate(torch.tensor([[1, 50]]), generation_config=config).sequences.shape[1] <= 6
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_stream_is_what_generate_returns(tiny_model: TinyModel, *, do_sample: bool) -> None:
+    sampler = InterleavedSampler(tiny_model(seed=1), tiny_model(seed=2), top_k(3), gamma=4)
+    prompt, options = torch.tensor([[1, 50, 60]]), {"max_new_tokens": 20, "do_sample": do_sample, "seed": 1}
+    out = sampler.generate(prompt, **options)
+    rounds = list(sampler.stream(prompt, **options))
+    assert len(rounds) == out.statistics.teacher_calls
+    tokens, by_teacher, proposals = zip(*(token for tokens in rounds for token in tokens), strict=True)
+    assert list(tokens) == out.sequences[0, 3:].tolist()
+    assert list(by_teacher) == out.by_teacher[0].tolist()
+    assert list(proposals) == out.proposals[0].tolist()
+
+
+def test_a_stream_that_is_left_gives_the_models_back(tiny_model: TinyModel) -> None:
+    student = tiny_model(seed=1).train()
+    stream = InterleavedSampler(student, tiny_model(seed=2)).stream(torch.tensor([[1, 50]]), max_new_tokens=20)
+    next(stream)
+    stream.close()
+    assert student.training
+    assert torch.is_grad_enabled()
