@@ -1,7 +1,18 @@
-"""How the cost of interleaved sampling grows: one thing changed at a time, all else as it was.
+"""Growth of the cost of interleaved sampling: one setting changes at a time.
 
 K acts through the acceptance alone. To show that it costs nothing itself, the teacher drafts for itself, greedily: its
 tokens are accepted for every K, and only the counting of likelier tokens is left to differ.
+
+The cost, with B rows, prompts of P tokens, T new tokens, draft length G, acceptance rate a and top K:
+
+- rounds: T / E, with E = 1 + a + ... + a^(G-1) tokens a round (one term more with a bonus). K acts through a alone:
+  counting the logits above a draft's takes the same time for every K.
+- a round: G student forwards of B tokens and one teacher forward of B x G tokens. A forward reads the model's weights
+  once, whatever B and G, and multiplies B (or B x G) times with them: on a GPU the reading takes the time, so a
+  round hardly grows with B and G until the multiplications take longer (some hundred rows x positions); on a CPU both
+  count, and a round grows with B x G almost from the start.
+- attention: each forward reads B x (P + tokens so far) keys and values, 2 x layers x kv_heads x head_dim elements each.
+- prefill: once, B x P positions through both models; linear in P but for attention's P^2.
 """
 
 from __future__ import annotations
@@ -96,7 +107,7 @@ def bench_growth(settings: Settings, on_progress: Callable[[int, int], None] | N
 
 
 def render(growth: Growth) -> Table:
-    """The measurements for people."""
+    """Show the measurements to people."""
     base = growth.settings
     title = (
         f"top_k: {base.batch_size} rows, prompts of {base.prompt_tokens} tokens, {base.new_tokens} new, "

@@ -130,7 +130,7 @@ class Result:
 
 
 def teacher_dtype(device: str | None) -> str:
-    """The teacher's dtype in training, unless it is given: what precision `auto` is on the device."""
+    """Return the teacher's dtype in training, unless it is given: precision `auto` of the device."""
     return str(compute_dtype("auto", torch.device(device) if device else default_device())).removeprefix("torch.")
 
 
@@ -197,7 +197,7 @@ def bench_training(
 
 
 def render(result: Result) -> list[Table]:
-    """The result for people: every trainer, then how ours compare."""
+    """Show the result to people: every trainer, then ours compared with others."""
     settings = result.settings
     title = (
         f"a training step: {settings.batch_size} rows, prompts of {settings.prompt_tokens} tokens, "
@@ -244,7 +244,7 @@ class _Trainer:
 
 
 def _find_trl(given: Path | None) -> tuple[Path | None, str, str]:
-    """The interpreter that has TRL, and TRL's version; or None, and why."""
+    """Return the interpreter that has TRL, and TRL's version; or None, and the reason."""
     try:
         python = given or make_environment(TRL, TRL_PINS.read_text(encoding="utf-8"), default_cache_dir())
     except SkdError as error:
@@ -329,7 +329,7 @@ def _steps(
 
 @contextmanager
 def _started(trainer: _Trainer) -> Iterator[Callable[[], dict[str, Any]]]:
-    """A trainer's process, and a function that lets it make a step and waits for the reply."""
+    """Start a trainer's process; yield it, and a function that lets it make a step and waits for the reply."""
     folder = Path(trainer.request["folder"]) / trainer.name
     folder.mkdir(parents=True)
     request, log = folder / "request.json", folder / "log.txt"

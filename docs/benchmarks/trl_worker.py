@@ -38,7 +38,7 @@ class Finished(Exception):
 
 
 class TakeTurns(TrainerCallback):
-    """Begins each optimiser step when told, by a line on standard input, and replies after it.
+    """Callback that begins each optimiser step at a line on standard input, and replies after it.
 
     A reply is `{"seconds", "cpu_seconds", "figures", "peak_memory"}`: seconds of the whole step (data, rollout, loss,
     optimiser and logging), those that CPUs have worked for it, the figures that the trainer logged, and the most bytes
@@ -54,11 +54,11 @@ class TakeTurns(TrainerCallback):
         self._started = self._cpu_started = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The last thing before the first step."""
+        """Wait for the first step."""
         self._wait()
 
     def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
-        """The last thing that a trainer does for a step."""
+        """Reply after a step."""
         if "loss" not in logs:
             return
         reply = {
@@ -77,14 +77,14 @@ class TakeTurns(TrainerCallback):
 
 
 def take_over_stdout() -> TextIO:
-    """Standard output, for replies alone: whatever else is printed goes to standard error from now on."""
+    """Return standard output for replies alone; all other output goes to standard error from now on."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return replies
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use: on a CUDA GPU by tensors, elsewhere resident in this process."""
+    """Return the most bytes in use: on a CUDA GPU by tensors, elsewhere resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -96,7 +96,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def load(folder: str, dtype: str, device: str) -> PreTrainedModel:
-    """A saved model."""
+    """Load a saved model."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     return model.to(device)
 
@@ -110,7 +110,7 @@ class _Phases(TrainerCallback):
         self._optimiser_started = 0.0
 
     def timed(self, phase: str, function: Callable[..., ReturnT]) -> Callable[..., ReturnT]:
-        """The function, whose seconds are added up."""
+        """Return the function with its seconds added up."""
 
         def run(*args: Any, **kwargs: Any) -> ReturnT:
             started = time.perf_counter()
@@ -139,11 +139,11 @@ class _Phases(TrainerCallback):
         self._optimiser_started = time.perf_counter()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The step is done."""
+        """End the step."""
         self._add("optimiser", self._optimiser_started)
 
     def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
-        """Called before the reply is made."""
+        """Prepare the reply."""
         if "loss" in logs:
             self._figures["seconds_loss"] = (
                 self._figures.pop("seconds_training_step") - self._figures["seconds_rollout"]
@@ -236,7 +236,7 @@ def _distillation(
 
 
 def _arguments(request: dict[str, Any]) -> dict[str, Any]:
-    """What both trainers are told."""
+    """Return the settings of both trainers."""
     return {
         "output_dir": request["folder"],
         "use_cpu": request["device"] == "cpu",

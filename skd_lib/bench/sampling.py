@@ -4,17 +4,6 @@ All rows of the table sample on the same models, prompts, dtypes and lengths, in
 for a while slows all of them; figures are medians over the repetitions. Prefill is part of every one, and no response
 ends early. Rows of batch size 1 take the first prompt: more would take as much longer as they are more.
 
-How cost grows, with B rows, prompts of P tokens, T new tokens, draft length G, acceptance rate a and top K:
-
-- rounds: T / E, with E = 1 + a + ... + a^(G-1) tokens a round (one term more with a bonus). K acts through a alone:
-  counting the logits above a draft's takes the same time for every K.
-- a round: G student forwards of B tokens and one teacher forward of B x G tokens. A forward reads the model's weights
-  once, whatever B and G, and multiplies B (or B x G) times with them: on a GPU the reading is what takes the time, so a
-  round hardly grows with B and G until the multiplications take longer (some hundred rows x positions); on a CPU both
-  count, and a round grows with B x G almost from the start.
-- attention: each forward reads B x (P + tokens so far) keys and values, 2 x layers x kv_heads x head_dim elements each.
-- prefill: once, B x P positions through both models; linear in P but for attention's P^2.
-
 With random weights a teacher ranks a student's token anywhere alike, so K = share x V sets SKD's acceptance to about
 that share; the acceptance of `lossless` is what the two distributions give. Acceptance is measured and shown.
 """

@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from skd_lib._core.documents import MAX_DIGITS
 
@@ -73,6 +73,16 @@ def kinds(annotation: Any) -> list[Any]:
 
 OptionalText = Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)]
 """A text that is unset where it is empty."""
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"values must be unique, got {', '.join(map(str, values))}")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
+"""Of a list: no value is there twice."""
 NumberT = TypeVar("NumberT")
 NUMBER, SCHEDULE = "<number>", "<schedule>"
 

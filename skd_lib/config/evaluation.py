@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from skd_lib.config._base import ConfigSection, DraftLength
+from skd_lib.config._base import ConfigSection, Distinct, DraftLength
 from skd_lib.config.distill import Temperature
 from skd_lib.config.names import check_model_name
 
@@ -98,7 +98,7 @@ class SpecdecConfig(ConfigSection):
     gamma: DraftLength = Field(
         5, description="Tokens drafted for each teacher call in the headline figures, before and after alike."
     )
-    gammas: list[DraftLength] = Field(
+    gammas: Annotated[list[DraftLength], Distinct] = Field(
         [1, 2, 3, 4, 5, 6, 7, 8], description="Draft lengths compared; the best is reported next to the headline."
     )
     sweep: Literal["all", "best", "none"] = Field(
@@ -106,10 +106,10 @@ class SpecdecConfig(ConfigSection):
         description="Which of `gammas` are timed: `all`; `best`, those on the way to the best (the others are "
         "predicted from acceptance and the forwards' times); `none`, only `gamma`.",
     )
-    batch_sizes: list[BatchSize] = Field(
+    batch_sizes: Annotated[list[BatchSize], Distinct] = Field(
         [1, 8], min_length=1, description="Rows decoded together; the first belongs to the headline figures."
     )
-    temperatures: list[Temperature] = Field(
+    temperatures: Annotated[list[Temperature], Distinct] = Field(
         [0.0, 1.0],
         min_length=1,
         description="Of both models; the first belongs to the headline figures. 0 is greedy: the output is then "
@@ -121,13 +121,6 @@ class SpecdecConfig(ConfigSection):
         """Return these settings with the headline figures alone."""
         only = {"gammas": [self.gamma], "sweep": "none", "batch_sizes": self.batch_sizes[:1]}
         return self.model_copy(update={**only, "temperatures": self.temperatures[:1]})
-
-    @field_validator("gammas", "batch_sizes", "temperatures")
-    @classmethod
-    def _distinct(cls, values: list[float]) -> list[float]:
-        if len(set(values)) < len(values):
-            raise ValueError(f"values must be unique, got {values}")
-        return values
 
 
 class RegistryConfig(ConfigSection):

@@ -12,14 +12,13 @@ from collections.abc import Callable
 
 from skd_lib.errors import SkdError
 
-_MODEL_LENGTH = 250
-_EXPERIMENT_LENGTH = 250
+_LONGEST = 250
 _RESERVED = "/:@"  # `models:/NAME/VERSION`, `models:/NAME@ALIAS`
 
 
 def check_model_name(name: str) -> str:
     """Return the name of a registered model, or raise ValueError if MLflow does not take it."""
-    check_line(name, _MODEL_LENGTH)
+    check_line(name, _LONGEST)
     if reserved := [sign for sign in _RESERVED if sign in name]:
         raise ValueError(f"must not contain {' or '.join(_RESERVED)}, got {reserved[0]}")
     if name in (".", ".."):
@@ -38,7 +37,7 @@ def check_not_blank(text: str) -> str:
 
 def check_experiment(name: str) -> str:
     """Return the name of an MLflow experiment, or raise ValueError if MLflow does not take it."""
-    return check_line(name, _EXPERIMENT_LENGTH)
+    return check_line(name, _LONGEST)
 
 
 def check_line(name: str, longest: int = 128) -> str:

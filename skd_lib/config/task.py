@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from skd_lib.config import tasks
-from skd_lib.config._base import ConfigSection
+from skd_lib.config._base import ConfigSection, Distinct
 from skd_lib.config._reading import parse_section
 from skd_lib.errors import SkdError
 
@@ -39,7 +39,7 @@ class TaskConfig(ConfigSection):
         description="`accuracy`: where the answer stands. `hash`: the number after `####`; `boxed`: in the last "
         "`\\boxed{}`; `marked`: either; `last_number`: the last number of the text.",
     )
-    metrics: list[MetricName] = Field(
+    metrics: Annotated[list[MetricName], Distinct] = Field(
         ["chrf", "bleu"],
         min_length=1,
         description="The first decides promotion. `comet` has a step of its own (section `evaluation.comet`).",
@@ -91,13 +91,6 @@ class TaskConfig(ConfigSection):
         if given != value:
             raise ValueError(f"must be a day as YYYY-MM-DD, e.g. 2026-01-31, got {value!r}")
         return value
-
-    @field_validator("metrics")
-    @classmethod
-    def _metrics_are_distinct(cls, metrics: list[MetricName]) -> list[MetricName]:
-        if len(set(metrics)) < len(metrics):
-            raise ValueError(f"values must be unique, got {', '.join(metrics)}")
-        return metrics
 
     @field_validator("stop")
     @classmethod

@@ -14,12 +14,12 @@ import logging
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -167,7 +167,7 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
     """
     from skd_lib.multinode.logs import LogFollower
 
-    follower = LogFollower(cluster, name, _write_line, pause=min(2.0, POLL_SECONDS))
+    follower = LogFollower(cluster, name, partial(print, flush=True), pause=min(2.0, POLL_SECONDS))
     follower.start()
     limit = None if settings.timeout_hours is None else settings.timeout_hours * 3600
     seen = trouble = ""
@@ -184,14 +184,14 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
             hint = "raise multinode.timeout_hours; a retry goes on from the last checkpoint"
             raise SkdError(f"it took longer than {settings.timeout_hours} hours, and is deleted", where=name, hint=hint)
         pods = cluster.pods(name)
-        if (news := "; ".join(filter(None, map(_trouble, pods)))) != seen:
+        if (news := "; ".join(filter(None, map(trouble_of, pods)))) != seen:
             log.info("nodes: %s", news or "all are running")
             seen = news
         trouble = news or trouble
         time.sleep(POLL_SECONDS)
     follower.finish()
     if state.phase == "failed" and not exchange.is_complete():
-        causes = "; ".join(filter(None, map(_trouble, cluster.pods(name))))
+        causes = "; ".join(filter(None, map(trouble_of, cluster.pods(name))))
         if not causes and trouble:  # Kubernetes has deleted the pods by now
             causes = f"before that: {trouble}"
         advice = "raise multinode.timeout_hours; " if "(DeadlineExceeded)" in state.message else ""
@@ -203,7 +203,7 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
         )
 
 
-def _trouble(pod: Mapping[str, Any]) -> str:
+def trouble_of(pod: Mapping[str, Any]) -> str:
     """Return the reasons why a node does not run, or has ended; empty if there are none."""
     status = pod.get("status", {})
     reasons = [
@@ -248,11 +248,6 @@ def _collect(exchange: Exchange, io: StepIO, work: Work) -> None:
     for parameter, value in written["parameterValues"].items():
         io.parameter(parameter, value)
     io.write()
-
-
-def _write_line(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 class _Terminated(BaseException):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_lib.config import EvaluationConfig, SpecdecConfig, TaskConfig, parse_section
+from skd_lib.config import SpecdecConfig, TaskConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder, weights_digest
@@ -20,8 +20,6 @@ from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.gate import REMEDY
 
 if TYPE_CHECKING:
-    from skd_lib.data.examples import Example
-    from skd_lib.evaluation.evaluate import Evaluation
     from skd_lib.specdec.vllm import Served
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.registry import Champion
@@ -74,6 +72,8 @@ def main(
             rival = Rival(version=champion.version, is_this_student=True)
         elif champion is not None:
             from skd_lib.data.prepared import PreparedData
+            from skd_lib.evaluation.evaluate import evaluate
+            from skd_lib.evaluation.generate import load_for_inference
             from skd_lib.evaluation.judge import JudgeUnavailable
             from skd_lib.evaluation.predictions import write_predictions
             from skd_lib.specdec.vllm import Served
@@ -84,7 +84,8 @@ def main(
             folder = fetch(champion)
             try:
                 check_weights(champion, folder)
-                result = _answers(folder, prepared.test, task, evaluation, seed)
+                model, tokenizer = load_for_inference(folder)
+                result = evaluate(model, tokenizer, prepared.test, task, evaluation, seed=seed)
             except JudgeUnavailable:
                 raise
             except SkdError as error:
@@ -138,16 +139,6 @@ def check_weights(champion: Champion, folder: Path) -> None:
 
 def _where(champion: Champion) -> str:
     return f"champion, version {champion.version}"
-
-
-def _answers(
-    folder: Path, examples: list[Example], task: TaskConfig, config: EvaluationConfig, seed: int
-) -> Evaluation:
-    from skd_lib.evaluation.evaluate import evaluate
-    from skd_lib.evaluation.generate import load_for_inference
-
-    model, tokenizer = load_for_inference(folder)
-    return evaluate(model, tokenizer, examples, task, config, seed=seed)
 
 
 def _as_drafts(

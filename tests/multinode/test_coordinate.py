@@ -358,17 +358,17 @@ def test_what_ails_a_node_is_told() -> None:
             "containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff"}}}],
         },
     }
-    assert coordinate._trouble(pod) == "n: Unschedulable: 0/5 nodes, TerminationByKubelet, ImagePullBackOff"
+    assert coordinate.trouble_of(pod) == "n: Unschedulable: 0/5 nodes, TerminationByKubelet, ImagePullBackOff"
     failed = {
         "metadata": {"name": "n"},
         "status": {"containerStatuses": [{"state": {"terminated": {"exitCode": 137}}}]},
     }
-    assert coordinate._trouble(failed) == "n: ended, exit code 137"
+    assert coordinate.trouble_of(failed) == "n: ended, exit code 137"
     log = "loading\nerror: earlier\nerror: 2 problems found:\n- a\n- b\n  hint: correct them\nE1129 torch: failed\n"
     refused = {"terminated": {"exitCode": 2, "reason": "Error", "message": log}}
     failed["status"]["containerStatuses"][0] = {"state": refused}  # type: ignore[index]
-    assert coordinate._trouble(failed) == "n: Error, exit code 2: error: 2 problems found: - a - b"
-    assert coordinate._trouble({"metadata": {"name": "n"}, "status": {"phase": "Running"}}) == ""
+    assert coordinate.trouble_of(failed) == "n: Error, exit code 2: error: 2 problems found: - a - b"
+    assert coordinate.trouble_of({"metadata": {"name": "n"}, "status": {"phase": "Running"}}) == ""
 
 
 def test_the_api_may_be_away_for_a_while(
