@@ -132,7 +132,7 @@ def drop_resembling(
 
 
 def _within(texts: list[str], characters: int | None) -> int:
-    """Return the number of first texts that have at most so many characters in all."""
+    """Return the number of first texts whose characters together are at most `characters`."""
     if characters is None:
         return len(texts)
     return sum(1 for total in accumulate(map(len, texts)) if total <= characters)

@@ -33,9 +33,9 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py",
 """Files of a folder that change what the model, its tokenizer or its templates do: no readme, no other format."""
 _OTHER_FORMATS = "consolidated*"
 _DIGEST = re.compile("[0-9a-f]{64}")
-_BIG = 2**20
+BIG_FILE = 2**20
 """Bytes from which on a file's digest is worth keeping."""
-_SETTLED = 5.0
+SETTLED = 5.0
 """Seconds after which a further change to a file must show in its times, on any file system."""
 _SHOWN = 12
 _WRITTEN_BY = ("transformers_version", "_name_or_path")
@@ -85,13 +85,13 @@ def file_digest(path: Path) -> str:
     """
     with local_errors(str(path), "read"):
         identity = _identity(path)
-        if path.stat().st_size < _BIG:
+        if path.stat().st_size < BIG_FILE:
             return storage.sha256(path)
         entry = default_cache_dir() / "digests" / digest(map(str, identity))
         with suppress(OSError, UnicodeDecodeError):
             if _DIGEST.fullmatch(found := entry.read_text(encoding="ascii")):
                 return found
-        settled = time.time() - max(identity[-2:]) / 1e9 > _SETTLED
+        settled = time.time() - max(identity[-2:]) / 1e9 > SETTLED
         made = storage.sha256(path)
         if settled and identity == _identity(path):
             # Without it the file is read again next time: no reason to fail.

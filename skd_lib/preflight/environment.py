@@ -15,11 +15,11 @@ from skd_lib.config import JudgeConfig, Precision, RunConfig, TrainingConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import TRACKING, Checks
+from skd_lib.preflight.memory import GIB, ModelSize, available_memory, estimates
 from skd_lib.preflight.storage_access import bounded
 
 if TYPE_CHECKING:
     from skd_lib.models.precision import Resolved
-    from skd_lib.preflight.memory import ModelSize
     from skd_lib.tracking.registry import Champion
 
 
@@ -146,7 +146,7 @@ def check_gpu(checks: Checks, required: bool = False) -> bool:
     import torch
 
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
         checks.add("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
         return True
     if required:
@@ -209,7 +209,6 @@ def check_teacher_precision(checks: Checks, run: RunConfig, teacher: Path, gpu: 
 def check_memory(checks: Checks, config: RunConfig, teacher: ModelSize, student: ModelSize, gpu: bool) -> None:
     """Compare the training step that needs most memory with the memory there is."""
     from skd_lib.models.loading import default_device
-    from skd_lib.preflight.memory import GIB, available_memory, estimates
 
     largest = max(estimates(config, teacher, student, device=default_device()), key=lambda estimate: estimate.total)
     if _trains_elsewhere(gpu):

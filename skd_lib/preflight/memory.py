@@ -46,7 +46,7 @@ class ModelSize:
     adapted: int
 
     def pruned(self, layers: int) -> ModelSize:
-        """Return the size with so many layers; the weights outside the layers are about the embedding."""
+        """Return the size with `layers` layers; the weights outside the layers are about the embedding."""
         inside = (self.parameters - self.outside) * layers // self.layers
         adapted = self.adapted * layers // self.layers
         return replace(self, parameters=self.outside + inside, layers=layers, adapted=adapted)

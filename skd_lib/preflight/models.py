@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skd_lib.config import LoraConfig, RunConfig
+from skd_lib.config import LoraConfig, RunConfig, TaskConfig
 from skd_lib.distillation.methods import unread_settings
 from skd_lib.errors import SkdError
 from skd_lib.models.fingerprint import short
-from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.checks import Checks, Level
 from skd_lib.preflight.templates import check_template
 
 if TYPE_CHECKING:
@@ -72,26 +72,16 @@ def check_model(checks: Checks, role: str, reference: str, config: RunConfig) ->
     size = f"{model.size.parameters / 1e6:,.1f} M parameters, {model.size.layers} layers"
     context = f"context {model.context or 'not limited'}"
     checks.add(role, "ok", f"{reference}: {size}, {context}, {short(model.fingerprint)}")
-    needed = config.task.max_prompt_tokens + config.task.max_new_tokens
-    if model.context is not None and needed > model.context:
-        checks.add(
-            role,
-            "error",
-            f"max_prompt_tokens {config.task.max_prompt_tokens} + max_new_tokens {config.task.max_new_tokens} exceed "
-            f"the {role}'s context of {model.context} tokens",
-            where="task",
-            hint=f"lower them to {model.context} together",
-        )
-    for held_out in config.data.held_out:
-        asked = held_out.task.max_prompt_tokens + held_out.task.max_new_tokens
-        if model.context is not None and asked > model.context:
-            checks.add(
-                f"held-out {held_out.name}",
-                "warning",
-                f"max_prompt_tokens + max_new_tokens are {asked}, the {role}'s context has {model.context} tokens",
-                where="data.held_out",
-                hint="set lower ones in its `task`; examples that do not fit count as not answered",
-            )
+    other = "set lower ones in its `task`; examples that do not fit count as not answered"
+    limits: list[tuple[str, Level, TaskConfig, str, str]] = [
+        (role, "error", config.task, "task", f"lower them to {model.context} together"),
+        *((f"held-out {each.name}", "warning", each.task, "data.held_out", other) for each in config.data.held_out),
+    ]
+    for name, level, task, where, hint in limits:
+        prompt, answer = task.max_prompt_tokens, task.max_new_tokens
+        if model.context is not None and prompt + answer > model.context:
+            what = f"max_prompt_tokens {prompt} + max_new_tokens {answer} exceed the {role}'s context of"
+            checks.add(name, level, f"{what} {model.context} tokens", where=where, hint=hint)
     return replace(model, answer_end=checks.attempt(role, lambda: _answer_end(checks, model, config)))
 
 

@@ -2,7 +2,7 @@
 
 The cache does not see that files were deleted. So a run without reuse gives its steps a text that no earlier run had
 (`StepConfig.fresh`), and later runs with the same data give them the same text, to find this run's outputs, no older
-ones. Step `prepare_data` keeps the text beside the checkpoints when it has made its data: a run that made nothing
+ones. Step `prepare_data` keeps the text with the checkpoints when it has made its data: a run that made nothing
 changes nothing. The cache is one for each pipeline and namespace, and so is the text.
 """
 

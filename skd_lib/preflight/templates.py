@@ -1,7 +1,7 @@
 """Checks of the chat templates: the texts they make of questions and answers, and the date that they print.
 
 Templates as those of Llama 3.2 and SmolLM3 print today's date: prompts, and with them training, would be others after
-midnight. So a run's date is kept beside its checkpoints, and a run that is started again on another day continues.
+midnight. So a run's date is kept with its checkpoints, and a run that is started again on another day continues.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _prints_date(model: Model, config: RunConfig) -> bool:
 
 
 def _kept_date(root: str) -> str:
-    """Return the date beside the checkpoints; where there is none, keep today's there."""
+    """Return the date kept with the checkpoints; where there is none, keep today's there."""
     now = today()
     if not root:
         return now

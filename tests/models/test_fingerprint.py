@@ -76,14 +76,14 @@ def test_neither_the_place_nor_other_files_count(model: Path, tmp_path: Path) ->
 
 def test_a_big_files_digest_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fingerprint, "_BIG", 1)
+    monkeypatch.setattr(fingerprint, "BIG_FILE", 1)
     read: list[Path] = []
     monkeypatch.setattr(storage, "sha256", lambda path: read.append(path) or storage.local.sha256(path))
     write(tmp_path, "weights", "a")
     # It was written a moment ago: another change might not show in its times.
     assert file_digest(tmp_path / "weights") == file_digest(tmp_path / "weights")
     assert len(read) == 2
-    monkeypatch.setattr(fingerprint, "_SETTLED", -1.0)
+    monkeypatch.setattr(fingerprint, "SETTLED", -1.0)
     assert file_digest(tmp_path / "weights") == file_digest(tmp_path / "weights")
     assert len(read) == 3
     write(tmp_path, "weights", "b")  # the same size, and the same time of modification

@@ -103,7 +103,7 @@ def test_a_held_out_set_that_is_missing_is_a_warning(values: dict[str, Any], tmp
     assert len(report.data_fingerprint) == 64
     found = {(each.name, each.level): each for each in report.checks if each.name.startswith("held-out")}
     assert found["held-out good", "ok"].what == "1 rows"
-    assert "context has 512" in found["held-out good", "warning"].what
+    assert "context of 512" in found["held-out good", "warning"].what
     assert "No such file" in found["held-out nowhere", "warning"].what
     assert "reports this set as missing" in found["held-out nowhere", "warning"].hint
 

@@ -119,7 +119,7 @@ def test_too_little_memory_is_a_warning(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert available_memory()[0] > 0
-    monkeypatch.setattr("skd_lib.preflight.memory.available_memory", lambda: (1000, "this machine"))
+    monkeypatch.setattr("skd_lib.preflight.environment.available_memory", lambda: (1000, "this machine"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     found = only(check(values, tmp_path), "warning")
     assert found.name == "memory"
