@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainingArguments,
 )
 
@@ -33,7 +34,7 @@ from skd_lib.distillation.rollouts import RowKey, Strategy, rollout_for
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import check_supported
 from skd_lib.models.modes import evaluating
-from skd_lib.models.special_ids import eos_ids, pad_id
+from skd_lib.models.vocabulary import eos_ids, pad_id
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import sampling_figures
 from skd_lib.training.trainer import through_wrapper
@@ -108,13 +109,13 @@ class SKDConfig(TrainingArguments):
         shares = {} if share is None else {"on_policy_fraction": share, "sampled_fraction": share}
         try:
             return DistillConfig(
-                method=method,  # type: ignore[arg-type]  # checked here
-                divergence=divergence,  # type: ignore[arg-type]
+                method=method,
+                divergence=divergence,
                 beta=0.5 if self.beta is None else self.beta,
                 alpha=self.alpha,
                 temperature=self.loss_temperature,
                 sampling=InterleavedConfig(
-                    rule=self.rule,  # type: ignore[arg-type]
+                    rule=self.rule,
                     top_k=self.top_k,
                     gamma=self.gamma,
                     student=SamplingParams(temperature=self.temperature, top_p=self.student_top_p),
@@ -176,30 +177,28 @@ class SKDTrainer(Trainer):
             )
         self.distill = args.distill_config()
         self.facts = METHODS[self.distill.method]
+        student = _loaded(model, args.model_init_kwargs, args)
         if processing_class is None:
-            if not isinstance(model, str):
-                model_name = model.config.name_or_path
-            processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model_name)
-        model = _loaded(model, args.model_init_kwargs, args)
+            processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
         self.teacher = None if teacher_model is None else _loaded(teacher_model, args.teacher_model_init_kwargs, args)
         if self.facts.needs_teacher and self.teacher is None:
             raise SkdError(f"method `{self.distill.method}` needs a teacher", where="SKDTrainer, teacher_model")
-        for each in (model, self.teacher):
+        for each in (student, self.teacher):
             if each is not None:
                 check_supported(each)
         if args.disable_dropout:
-            for module in model.modules():
+            for module in student.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        self.eos_ids = eos_ids(model, processing_class)
+        self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = pad_id(processing_class)
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            student = get_peft_model(student, peft_config)
         self._formatting = formatting_func
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             data_collator=data_collator or self._tokenized,
             train_dataset=train_dataset,
@@ -276,7 +275,8 @@ class SKDTrainer(Trainer):
         """Compute the micro-batch's share of the optimiser step's mean loss over response tokens."""
         sums = through_wrapper(model, self.model, self._loss_sums, inputs["rollout"])
         # Data parallelism averages gradients over processes; the sum over all of them is wanted.
-        return sums.loss / (num_items_in_batch or 1) * self.accelerator.num_processes
+        loss: Tensor = sums.loss / (num_items_in_batch or 1) * self.accelerator.num_processes
+        return loss
 
     def _loss_sums(self, rollout: Rollout) -> Any:
         with self.accelerator.autocast():
@@ -312,7 +312,7 @@ class SKDTrainer(Trainer):
         total, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
