@@ -52,7 +52,7 @@ class Option(NamedTuple):
     @property
     def parameter(self) -> type:
         """Type of the KFP parameter that sets it."""
-        return bool if self.type is Switch else int if self.type is int else str
+        return {Switch: bool, int: int, float: float}.get(self.type, str)
 
 
 def options_of(main: Main) -> dict[str, Option]:
@@ -124,7 +124,7 @@ def component(
 def _annotation(step: str, name: str, option: Option) -> Any:
     """Return how KFP wants an option's type declared."""
     if name in INPUTS:
-        type_ = list[INPUTS[name]] if "list" in str(option.type) else INPUTS[name]
+        type_ = list[INPUTS[name]] if "list" in str(option.type) else INPUTS[name]  # type: ignore[valid-type]
         return type_ if name == "status" else dsl.Input[type_]
     if "Path" in str(option.type):
         raise SkdError(f"option `{name}`: which kind of artifact is it?", where=f"component {step}", hint="see INPUTS")
