@@ -23,7 +23,7 @@ UI_VARIABLE = "KF_PIPELINES_UI_ENDPOINT"
 
 
 class StatusError(Section):
-    """Why a pipeline failed, as KFP tells it."""
+    """The reason of a failed pipeline, in KFP's words."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -32,7 +32,7 @@ class StatusError(Section):
 
 
 class FinalStatus(Section):
-    """The part of KFP's `PipelineTaskFinalStatus` that matters here."""
+    """The part of KFP's `PipelineTaskFinalStatus` that this step reads."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -41,7 +41,7 @@ class FinalStatus(Section):
 
     @property
     def message(self) -> str:
-        """KFP's, if it has one."""
+        """KFP's error, if it has one."""
         return self.error.message if self.error else ""
 
 
@@ -77,16 +77,16 @@ def main(
 
 
 def _ask_kubeflow(final: FinalStatus, pipeline_run_id: str) -> Seen:
-    """Ask the API, unless the run has succeeded. Whatever happens here, the rest is done."""
+    """Ask Kubeflow's API for the end of the run, unless it has succeeded. No error stops the step."""
     if final.state in SUCCESS:
         return Seen()
-    from skd_lib.tracking import kubeflow
+    from skd_lib.steps import kubeflow
 
     return kubeflow.ask(pipeline_run_id)
 
 
 def _clean_up(pipeline_run_id: str) -> None:
-    """Delete what dead steps have left running. Whatever happens here, the rest of the step's work is done."""
+    """Delete the TrainJobs of dead steps. No error stops the step."""
     try:
         from skd_lib.multinode.cleanup import delete_abandoned
 
@@ -99,7 +99,7 @@ def _clean_up(pipeline_run_id: str) -> None:
 
 
 def _resend(tracking_uri: str, pipeline_run_id: str) -> None:
-    """Send MLflow what it did not take when the run's steps ended. Whatever happens here, the rest is done."""
+    """Send MLflow the records that it did not take when the run's steps ended. No error stops the step."""
     if not (tracking_uri and pipeline_run_id):
         return
     from skd_lib.tracking.outbox import left_in, resend
@@ -140,7 +140,7 @@ def _tell(
     final: FinalStatus, seen: Seen, run_name: str, *, tracking_uri: str, experiment: str, pipeline_run_id: str
 ) -> None:
     """Print how the run ended, and notify a channel; an unreadable record leaves the message without its figures."""
-    from skd_lib.tracking.notify import Message, notify
+    from skd_lib.steps.notify import Message, notify
     from skd_lib.tracking.runs import PipelineRecord, pipeline_record
 
     record = PipelineRecord()

@@ -1,7 +1,9 @@
 """Files, locally and in object storage, behind one small interface.
 
 A URI is a local path, `gs://bucket/name`, or another one of `fsspec_store.PACKAGES` (`s3://`, `az://`, ...).
-In object storage a "folder" is what all names with the prefix `name/` make up.
+In object storage a "folder" is all names with the prefix `name/`. All functions raise `SkdError` where a place cannot
+be read, written, listed or deleted, or where two processes write to one at the same time, and `Missing` where there is
+nothing.
 """
 
 from __future__ import annotations
@@ -67,29 +69,17 @@ def check_kind(uri: str) -> None:
 
 
 def exists(uri: str) -> bool:
-    """Tell whether there is a file, an object or a folder at `uri`.
-
-    Raises:
-        SkdError: the bucket cannot be asked.
-    """
+    """Tell whether there is a file, an object or a folder at `uri`."""
     return _store(uri).exists(uri)
 
 
 def open_binary(uri: str) -> AbstractContextManager[IO[bytes]]:
-    """Open a file or an object for reading; an object is fetched in ranges, as they are read, and can seek.
-
-    Raises:
-        SkdError: there is none, or it cannot be read.
-    """
+    """Open a file or an object for reading; an object is fetched in ranges, as they are read, and can seek."""
     return _store(uri).open_binary(uri)
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the whole content of a file or an object; an object's checksum is verified.
-
-    Raises:
-        SkdError: there is none, or it cannot be read.
-    """
+    """Return the whole content of a file or an object; an object's checksum is verified."""
     return _store(uri).read_bytes(uri)
 
 
@@ -97,9 +87,6 @@ def download(uri: str, to: Path) -> Path:
     """Copy a file, an object or a folder to the local path `to`, which appears only when it is complete.
 
     Objects are verified against their checksum. What is at `to` already is replaced.
-
-    Raises:
-        SkdError: there is nothing at `uri`, or it cannot be read, or `to` cannot be written.
     """
     with local_errors(str(to), "write"):
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -112,17 +99,9 @@ def upload(path: Path, uri: str, *, last: str = "") -> None:
 
     Each file appears only when it is complete. A local folder appears as a whole, in place of one that is there. In
     object storage, where there are no folders, its objects appear one after the other; objects under `uri` that the
-    folder does not have are left alone.
-
-    Args:
-        path: The file or folder.
-        uri: Where it will be.
-        last: A file of the folder whose object appears after all others, and disappears before they change: a reader
-            that finds it knows that all are there (of two uploads at the same moment, one of which fails, maybe files
-            of both).
-
-    Raises:
-        SkdError: there is nothing at `path`, `uri` cannot be written, or another process wrote there in the meantime.
+    folder does not have are left alone. The object of the file `last` appears after all others, and disappears before
+    they change: a reader that finds it knows that all are there (of two uploads at the same moment, one of which
+    fails, maybe files of both).
     """
     if not path.exists():
         raise SkdError("no such file or folder", where=str(path))
@@ -133,55 +112,33 @@ def list_objects(uri: str) -> list[StoredObject]:
     """List the file or object at `uri`, or else all that are in the folder `uri`, sorted by URI.
 
     Cost: local files are read in full, for their sha256.
-
-    Raises:
-        SkdError: there is nothing at `uri`, or it cannot be listed.
     """
     return _store(uri).list_objects(uri)
 
 
 def file_sizes(uri: str) -> dict[str, int]:
-    """Return the bytes of each file or object in the folder `uri`, by its name in the folder; nothing is read.
-
-    Raises:
-        SkdError: it cannot be listed.
-    """
+    """Return the bytes of each file or object in the folder `uri`, by its name in the folder; nothing is read."""
     return _store(uri).file_sizes(uri)
 
 
 def delete(uri: str) -> None:
-    """Delete the file, object or folder at `uri`; nothing happens where there is none.
-
-    Raises:
-        SkdError: it cannot be deleted.
-    """
+    """Delete the file, object or folder at `uri`; nothing happens where there is none."""
     _store(uri).delete(uri)
 
 
 def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | None:
-    """Write an object of Google Cloud Storage on a condition; see `skd_lib.storage.gcs.create_object`.
-
-    Raises:
-        SkdError: it cannot be written, or is in other storage, which has no generations.
-    """
-    return _with_generations(uri).create_object(uri, content, replacing=replacing)
+    """Write an object of Google Cloud Storage on a condition; see `skd_lib.storage.gcs.create_object`."""
+    generation: str | None = _with_generations(uri).create_object(uri, content, replacing=replacing)
+    return generation
 
 
 def delete_object(uri: str, generation: str) -> None:
-    """Delete a generation of an object of Google Cloud Storage; see `skd_lib.storage.gcs.delete_object`.
-
-    Raises:
-        SkdError: it cannot be deleted, or is in other storage.
-    """
+    """Delete a generation of an object of Google Cloud Storage; see `skd_lib.storage.gcs.delete_object`."""
     _with_generations(uri).delete_object(uri, generation)
 
 
 def check_writable(uri: str) -> None:
-    """Write a small file or object under the folder `uri`, and delete it again; a missing local folder is made.
-
-    Raises:
-        SkdError: it cannot be written, saying why.
-    """
+    """Write a small file or object under the folder `uri`, and delete it again; a missing local folder is made."""
     _store(uri).check_writable(uri, f".skd-write-check-{uuid.uuid4().hex}")
 
 

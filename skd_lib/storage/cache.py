@@ -27,11 +27,7 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return the cache entry `folder`, made by `build` if it is not there.
 
     One process builds, others that want the same entry wait for it. An entry appears only when it is complete; what
-    a killed process left behind is removed by the next one.
-
-    Args:
-        folder: Where the entry is or will be.
-        build: Fills the empty folder it is given.
+    a killed process left behind is removed by the next one. `build` fills the empty folder that it gets.
 
     Raises:
         SkdError: the cache cannot be written.

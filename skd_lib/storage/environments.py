@@ -18,6 +18,7 @@ from skd_lib.storage.cache import cached_folder
 log = logging.getLogger(__name__)
 
 _LINES_SHOWN = 6
+_PYTHON = "bin/python"
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,14 @@ class Tool:
 def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
     """Return the interpreter of an environment with the pinned tool, from the cache or made now, which takes minutes.
 
-    pip does it, so that the index, mirror and certificates configured for pip apply.
-
-    Args:
-        tool: What to install.
-        constraints: pip's constraints; one of them pins the tool's package.
-        cache_dir: Holds one environment for each tool, content of `constraints` and version of Python.
-
-    Returns:
-        Its interpreter.
+    pip does it, so that the index, mirror and certificates configured for pip apply. One of its constraints pins the
+    tool's package. The cache holds one environment for each tool, its constraints and the version of Python.
 
     Raises:
         SkdError: pip fails, or the cache cannot be written.
     """
     key = hashlib.sha256(f"{sys.version_info[:2]}\n{constraints}".encode()).hexdigest()[:16]
-    folder = cached_folder(cache_dir / f"{tool.name}-{key}", lambda path: _install(path, tool, constraints))
-    return _interpreter(folder)
-
-
-def _interpreter(folder: Path) -> Path:
-    return folder / "bin" / "python"
+    return cached_folder(cache_dir / f"{tool.name}-{key}", lambda path: _install(path, tool, constraints)) / _PYTHON
 
 
 def _install(folder: Path, tool: Tool, constraints: str) -> None:
@@ -69,7 +58,7 @@ def _install(folder: Path, tool: Tool, constraints: str) -> None:
     file = folder / "constraints.txt"
     # Without the pin that is asked for: where it is not to be had, pip would say no more than that two pins conflict.
     file.write_text("\n".join(pin for pin in pins if pin != requirement), encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "--python", str(_interpreter(folder))]
+    command = [sys.executable, "-m", "pip", "--python", str(folder / _PYTHON)]
     command += ["--disable-pip-version-check", "--no-input", "install", "--progress-bar=off"]
     command += ["--constraint", str(file), requirement]
     progress = events.Progress(f"installing {requirement}", len(pins))

@@ -35,16 +35,16 @@ PACKAGES = {
     "webhdfs": "fsspec requests",
     "memory": "fsspec",
 }
-"""What to install for each scheme."""
+"""Package to install for each scheme."""
 EXTRAS = {"s3fs": "'skd-lib[s3]'"}
-"""What installs a package together with this one."""
+"""Extra that installs a package together with this one."""
 KUBEFLOWS_OWN = ("http://seaweedfs.kubeflow:9000", "http://minio-service.kubeflow:9000")
-"""Where `minio://` is, the storage of artifacts that Kubeflow brings along, unless AWS_ENDPOINT_URL says otherwise.
+"""Addresses of `minio://`, the storage of artifacts that Kubeflow brings along, unless AWS_ENDPOINT_URL says otherwise.
 
 The first is Kubeflow Pipelines' since 2.16. 2.15 has a service of this name, too, but without the port.
 """
 BOTOCORE = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
-"""How s3fs asks: it repeats what fails by itself, so that botocore's own repetitions multiply the time of silence."""
+"""Settings of s3fs: it repeats requests by itself, so that botocore's own repetitions multiply the time of silence."""
 _RAISING = ("aiohttp", "azure", "botocore")
 """Libraries below fsspec's packages that raise errors of their own."""
 
@@ -118,16 +118,11 @@ def list_objects(uri: str) -> list[StoredObject]:
         if not found:
             raise missing(uri)
         scheme = uri.partition("://")[0]
-        return [
-            StoredObject(
-                f"{scheme}://{name.lstrip('/')}",
-                int(info["size"]),
-                "",
-                _token(store, name, info),
-                store.modified(name).timestamp(),
-            )
-            for name, info in sorted(found.items())
-        ]
+        objects = []
+        for name, info in sorted(found.items()):
+            place, modified = f"{scheme}://{name.lstrip('/')}", store.modified(name).timestamp()
+            objects.append(StoredObject(place, int(info["size"]), "", _token(store, name, info), modified))
+        return objects
 
 
 def file_sizes(uri: str) -> dict[str, int]:
@@ -195,11 +190,8 @@ def kubeflows_own() -> str:
     if known:
         return known[-1]  # it is away, and may come back while it is asked again
     hint = "in a cluster where it is elsewhere set `aws-endpoint-url` in the Secret `skd-storage`; or AWS_ENDPOINT_URL"
-    raise SkdError(
-        f"Kubeflow's own storage is not found: there is no {' and no '.join(KUBEFLOWS_OWN)}",
-        where="minio://",
-        hint=hint,
-    )
+    what = f"Kubeflow's own storage is not found: there is no {' and no '.join(KUBEFLOWS_OWN)}"
+    raise SkdError(what, where="minio://", hint=hint)
 
 
 def _find(store: Any, path: str) -> dict[str, Any]:
@@ -235,11 +227,8 @@ def _errors(uri: str) -> Iterator[None]:
         yield
     except ImportError as error:
         package = PACKAGES[scheme]
-        raise SkdError(
-            f"{scheme}:// needs another package: {package}",
-            where=uri,
-            hint=f"pip install {EXTRAS.get(package, package)}",
-        ) from error
+        hint = f"pip install {EXTRAS.get(package, package)}"
+        raise SkdError(f"{scheme}:// needs another package: {package}", where=uri, hint=hint) from error
     except FileNotFoundError as error:
         raise missing(uri) from error
     except PermissionError as error:

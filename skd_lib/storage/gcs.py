@@ -101,16 +101,15 @@ def download(uri: str, to: Path) -> None:
             for parent in {target.parent for target in targets}:
                 parent.mkdir(parents=True, exist_ok=True)
             meter = Meter(f"fetching {to.name}", sum(blob.size for blob in blobs))
-            in_parallel(
-                [partial(_fetch_file, blob, target, meter) for blob, target in zip(blobs, targets, strict=True)]
-            )
+            pairs = zip(blobs, targets, strict=True)
+            in_parallel([partial(_fetch_file, blob, target, meter) for blob, target in pairs])
 
 
 def upload(path: Path, uri: str, last: str) -> None:
     """Copy a file or a folder, several files at once; see the module's text.
 
     Each object changes as soon as it has arrived. `last` is sent after the others; one that is there from before is
-    deleted first, so that it never stands beside a mixture of old files and new ones.
+    deleted first, so that it never stands with a mixture of old and new files.
     """
     bucket, name = _split(uri)
     files = files_by_target(path, name)
@@ -124,13 +123,9 @@ def upload(path: Path, uri: str, last: str) -> None:
             before = {blob.name: int(blob.generation) for blob in _blobs(bucket, name)}
         if marker in before:
             _retract(bucket, marker, before.pop(marker), files.get(marker, path))
-        jobs = {
-            target: partial(_send, bucket, target, file, before.get(target, 0), meter) for target, file in files.items()
-        }
-        final = jobs.pop(marker, None)
-        in_parallel(list(jobs.values()))
-        if final is not None:
-            final()
+        others = [target for target in files if target != marker]
+        for names in (others, [marker] if marker in files else []):
+            in_parallel([partial(_send, bucket, name, files[name], before.get(name, 0), meter) for name in names])
 
 
 def list_objects(uri: str) -> list[StoredObject]:
@@ -141,16 +136,11 @@ def list_objects(uri: str) -> list[StoredObject]:
         blobs = [blob] if blob is not None else sorted(_blobs(bucket, name), key=lambda blob: str(blob.name))
         if not blobs:
             raise missing(uri)
-        return [
-            StoredObject(
-                f"{GCS}{bucket}/{blob.name}",
-                int(blob.size),
-                str(blob.generation),
-                f"crc32c:{blob.crc32c}",
-                blob.updated.timestamp(),
-            )
-            for blob in blobs
-        ]
+        objects = []
+        for blob in blobs:
+            place, checksum, modified = f"{GCS}{bucket}/{blob.name}", f"crc32c:{blob.crc32c}", blob.updated.timestamp()
+            objects.append(StoredObject(place, int(blob.size), str(blob.generation), checksum, modified))
+        return objects
 
 
 def file_sizes(uri: str) -> dict[str, int]:
@@ -172,8 +162,9 @@ def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | No
     bucket, name = _split(uri)
     with _cloud_errors(uri):
         blob = _bucket(bucket).blob(name)
+        condition = {"if_generation_match": int(replacing)}
         try:
-            _repeat(uri, lambda: blob.upload_from_string(content, if_generation_match=int(replacing), **_patience()))
+            _repeat(uri, lambda: blob.upload_from_string(content, **condition, **_patience()))
         except api.PreconditionFailed:
             return None
         return str(blob.generation)

@@ -56,12 +56,7 @@ def in_parallel(jobs: Sequence[Callable[[], None]]) -> None:
 
 
 class Meter:
-    """The progress of all transfers of one call.
-
-    Args:
-        what: What is being done, e.g. "uploading model".
-        total: Bytes of all.
-    """
+    """The progress of all transfers of one call, e.g. "uploading model", which have `total` bytes."""
 
     def __init__(self, what: str, total: int) -> None:
         self._progress = Progress(what, total) if total >= PROGRESS_FROM else None
@@ -94,11 +89,5 @@ class _Watched:
         self._meter.at(self._which, self._file.tell())
         return written
 
-    def seek(self, position: int, whence: int = 0) -> int:
-        return self._file.seek(position, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        self._file.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

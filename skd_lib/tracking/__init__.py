@@ -1,1 +1,1 @@
-"""What MLflow keeps of a run: its lineage, its figures, and the registered student."""
+"""MLflow's records: runs and their figures, the registered students, the champion, the lineage."""

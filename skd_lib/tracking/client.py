@@ -1,4 +1,8 @@
-"""The connection to MLflow: quiet, without telemetry, with short waits, and only to stores that MLflow still starts."""
+"""The connection to MLflow: quiet, without telemetry, with short waits, and only to stores that MLflow still starts.
+
+Functions that ask the store raise `MlflowException` where it does not answer, and `ConnectionError` where something
+else answers in its place.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from skd_lib._core.uris import is_sqlite, redacted, shown, sqlite_file, sqlite_uri
+from skd_lib._core.uris import redacted, shown, sqlite_file, sqlite_uri
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -122,9 +126,6 @@ def use_credentials(tracking_uri: str) -> None:
     KFP 2.17's MLflow integration puts the credentials of its server into the variables that MLflow's client reads, and
     its launcher, which runs in the step's container, uses them. So a Secret of ours must not fill the same variables,
     and what they hold must not be sent to another server.
-
-    Args:
-        tracking_uri: The server.
     """
     own = {name: value for variable, name in _OWN.items() if (value := os.environ.get(variable))}
     try:
@@ -150,12 +151,7 @@ def _server(uri: str) -> tuple[str, str, int | None, str]:
 
 
 def find_experiment(client: MlflowClient, name: str) -> Experiment | None:
-    """Return the experiment of a name, deleted or not; None if there is none.
-
-    Raises:
-        MlflowException: the store does not answer.
-        ConnectionError: something else answers in its place.
-    """
+    """Return the experiment of a name, deleted or not; None if there is none."""
     experiment = client.get_experiment_by_name(name)
     if experiment is not None and not experiment.experiment_id:  # to MLflow's client `{}` is an experiment
         raise ConnectionError("what answers there is no MLflow")
@@ -166,11 +162,6 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
     """Return the experiment's id; several processes may ask for a new one at once.
 
     Artifacts of a sqlite store go to the folder `mlartifacts` next to its file; a server decides for itself.
-
-    Raises:
-        Deleted: an experiment of that name was deleted, so that MLflow refuses to write to it.
-        MlflowException: the store does not answer.
-        ConnectionError: something else answers in its place.
     """
     from mlflow.exceptions import MlflowException
 
@@ -193,11 +184,7 @@ def find_or_create_experiment(client: MlflowClient, tracking_uri: str, name: str
 
 
 def check_not_deleted(experiment: Experiment, tracking_uri: str) -> None:
-    """Refuse an experiment that was deleted, to which MLflow takes nothing.
-
-    Raises:
-        Deleted: it was.
-    """
+    """Raise `Deleted` for an experiment that was deleted, to which MLflow takes nothing."""
     if experiment.lifecycle_stage == "deleted":
         raise Deleted(
             f"the MLflow experiment `{experiment.name}` was deleted",
@@ -217,12 +204,7 @@ def run_url(tracking_uri: str, run: Run) -> str:
 
 
 def check_tracking(tracking_uri: str, experiment: str = "") -> SkdError | None:
-    """Return what is wrong with the tracking store, for a check before the work starts; None if it answers.
-
-    Args:
-        tracking_uri: See `connect`.
-        experiment: An experiment that must not be a deleted one; empty: none.
-    """
+    """Return what is wrong with the tracking store or (deleted) the experiment; None if nothing is."""
     try:
         client = connect(tracking_uri)
         client.search_experiments(max_results=1)
@@ -281,11 +263,6 @@ def clip(text: str, length: int) -> str:
 def store_name(tracking_uri: str) -> str:
     """Return a store as messages name it."""
     return f"tracking URI `{shown(tracking_uri)}`"
-
-
-def is_local_store(tracking_uri: str) -> bool:
-    """Tell whether this process opens the store's file itself, with no server between."""
-    return is_sqlite(tracking_uri)
 
 
 def _check_uri(uri: str) -> None:

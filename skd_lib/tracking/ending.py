@@ -1,4 +1,4 @@
-"""How a pipeline run ended, found from what Kubeflow says and from the MLflow runs of its steps.
+"""The end of a pipeline run, found from Kubeflow's word and from the MLflow runs of its steps.
 
 KFP's word for the end, which its exit handler is given, is `COMPLETE`, `CACHED`, `FAILED`, `CANCELED` or `RUNNING` up
 to 2.17, and `SUCCEEDED`, `SKIPPED`, `CACHED`, `FAILED` or `RUNNING` without MLMD. `RUNNING` says nothing: it comes when
@@ -34,7 +34,7 @@ OWN_STEP = "finish"
 
 
 class Seen(BaseModel):
-    """What Kubeflow's API says of a run.
+    """The answer of Kubeflow's API about a run.
 
     Attributes:
         known: Whether it has answered.
@@ -55,11 +55,10 @@ class Seen(BaseModel):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a pipeline run ended.
+    """The end of a pipeline run.
 
     Attributes:
-        state: SUCCEEDED; FAILED; CANCELED by a person; STOPPED, by a person or by the machine's loss; empty if nothing
-            tells.
+        state: SUCCEEDED; FAILED; CANCELED by a person; STOPPED, by a person or by the machine's loss; empty if unknown.
         reason: The step that failed, and its error; empty after a success, and where nothing is known.
     """
 
@@ -86,16 +85,18 @@ def find_ending(word: str, message: str, seen: Seen, runs: Sequence[Run] | None)
     if word in CANCELLED or seen.cancelled:
         return Ending(CANCELED, message)
     steps = [run for run in runs or () if TASK_TAG in run.data.tags]
-    reason = message if runs is None else _told(steps) or message or _silent(steps, seen)
+    reason = message if runs is None else _recorded_error(steps) or message or _killed_step(steps, seen)
     reason = reason or _by_tasks(seen) or _never_logged(runs or ())
     if seen.steps == FAILED:
         return Ending(FAILED, reason)
     # The last step needs all the others. Up to KFP 2.16.1 the word is FAILED where a step's first attempt failed only.
-    if seen.steps == SUCCEEDED or any(_has_ended(run) and run.data.tags[TASK_TAG] in _LAST_STEPS for run in steps):
+    if seen.steps == SUCCEEDED or any(
+        run.info.status == "FINISHED" and run.data.tags[TASK_TAG] in _LAST_STEPS for run in steps
+    ):
         return Ending(SUCCEEDED)
     if word == "FAILED":
         return Ending(FAILED, reason)
-    if not seen.known and _told(steps) == "" and any(run.info.status == "KILLED" for run in steps):
+    if not seen.known and _recorded_error(steps) == "" and any(run.info.status == "KILLED" for run in steps):
         return Ending(STOPPED, reason)
     if reason:
         return Ending(FAILED, reason)
@@ -104,18 +105,14 @@ def find_ending(word: str, message: str, seen: Seen, runs: Sequence[Run] | None)
     return Ending("")
 
 
-def _has_ended(run: Run) -> bool:
-    return bool(run.info.status == "FINISHED")
-
-
-def _told(steps: Sequence[Run]) -> str:
-    """The step that failed first, and its error."""
+def _recorded_error(steps: Sequence[Run]) -> str:
+    """Return the step that failed first, and its error."""
     found = (run for run in steps if run.info.status == "FAILED" and ERROR_TAG in run.data.tags)
     return next((f"{run.data.tags[TASK_TAG]}: {run.data.tags[ERROR_TAG]}" for run in found), "")
 
 
-def _silent(steps: Sequence[Run], seen: Seen) -> str:
-    """The first step that did not come to tell an error, and what ends a step so."""
+def _killed_step(steps: Sequence[Run], seen: Seen) -> str:
+    """Return the first step that ended without recording an error, and the usual cause."""
     person = "" if seen.known else ", or stopped by a person"
     words = {
         "FAILED": "no reason is recorded; see its log",
@@ -127,7 +124,7 @@ def _silent(steps: Sequence[Run], seen: Seen) -> str:
 
 
 def _by_tasks(seen: Seen) -> str:
-    """The task that failed first, of those that Kubeflow's API lists."""
+    """Return the task that failed first, of those that Kubeflow's API lists."""
     if seen.told:
         return seen.told
     for task in seen.failed:
@@ -139,7 +136,7 @@ def _by_tasks(seen: Seen) -> str:
 
 
 def _never_logged(runs: Sequence[Run]) -> str:
-    """A step of which only Kubeflow's plugin has made a run, and which did not end."""
+    """Return a step of which only Kubeflow's plugin has made a run, and which did not end."""
     above = {run.data.tags.get(PARENT_TAG) for run in runs}
     for run in runs:
         open_or_failed = run.info.status in ("RUNNING", "FAILED")
@@ -160,7 +157,7 @@ class PipelineClosing(BaseModel):
     seen: Seen = Seen()
 
     def close(self, client: MlflowClient, location: RunLocation) -> bool:
-        """Close the parent run and those below it that are still open; whether there was one."""
+        """Close the parent run and those below it that are still open; tell whether there was one."""
         parent = find_parent(client, location)
         if parent is None:
             return False
@@ -169,19 +166,15 @@ class PipelineClosing(BaseModel):
         for run in runs:
             if run.info.status == "RUNNING":
                 client.set_terminated(run.info.run_id, ending.status)
-        self._tell(client, parent, ending)
-        client.set_terminated(parent.info.run_id, ending.status, self.at)
-        return True
-
-    @staticmethod
-    def _tell(client: MlflowClient, parent: Run, ending: Ending) -> None:
         for tag, value in ((STATE_TAG, ending.state), (ERROR_TAG, ending.reason)):
             if value:
                 client.set_tag(parent.info.run_id, tag, clip(value, TAG_LENGTH))
             elif tag in parent.data.tags:
                 client.delete_tag(parent.info.run_id, tag)  # of an attempt before this one
+        client.set_terminated(parent.info.run_id, ending.status, self.at)
+        return True
 
 
 def _is_own(run: Run, location: RunLocation) -> bool:
-    """Whether a run is that of the step that closes the others."""
+    """Tell whether a run is that of the step that closes the others."""
     return bool(run.info.run_name == OWN_STEP or run.info.run_id == location.mlflow_run_id)

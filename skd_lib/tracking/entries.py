@@ -42,12 +42,7 @@ REFUSALS = (
 
 
 class LoggedRun:
-    """A run to send to, as it was before this attempt sent anything.
-
-    Args:
-        run: The run.
-        superseded: A later attempt at the step has begun, whose tags and status stand.
-    """
+    """A run to send to, in the state before this attempt; `superseded` by a later one, whose tags and status stand."""
 
     def __init__(self, run: Run, *, superseded: bool = False) -> None:
         self.run, self.superseded = run, superseded
@@ -210,12 +205,7 @@ ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="ki
 
 
 class Sender:
-    """Sends entries to the runs they belong to.
-
-    Args:
-        location: Where they belong.
-        running: Whether the step is running: then its runs are marked so, and this attempt is the latest.
-    """
+    """Sends entries to their runs, which are marked as running, with this attempt as the latest, if the step is."""
 
     def __init__(self, location: RunLocation, *, running: bool) -> None:
         self.location, self._running = location, running
@@ -267,7 +257,8 @@ def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence
     """
     from mlflow.exceptions import MlflowException
 
-    size, refusals = _BATCH_SIZES[kind], []
+    size = _BATCH_SIZES[kind]
+    refusals: list[Exception] = []
     for start in range(0, len(items), size):
         batch = items[start : start + size]
         try:

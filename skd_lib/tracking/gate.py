@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from skd_lib import storage
+from skd_lib._core.uris import is_sqlite
 from skd_lib.config import Section
 from skd_lib.errors import SkdError
-from skd_lib.tracking.client import is_local_store
 from skd_lib.tracking.registry import (
     BY_HAND,
     DIGEST_TAG,
@@ -38,7 +38,7 @@ REMEDY = (
     "put its files back, give the alias champion to a version that has them (`skd promote`, `skd rollback`), or delete "
     "the alias in MLflow's page"
 )
-"""What to do about a champion whose files are gone."""
+"""Remedy for a champion whose files are gone."""
 
 
 class Rival(Section):
@@ -79,8 +79,8 @@ def decide(
     Args:
         challenger: The new student's scores, by metric.
         champion: The registered champion, as measured by this run.
-        metric: The one that decides.
-        higher_is_better: Whether more of it is better.
+        metric: The metric that decides.
+        higher_is_better: Its direction.
         min_improvement: In the metric's unit, 0 or more.
         max_slowdown: 0 to 1, a share of the champion's speed-up.
 
@@ -130,12 +130,7 @@ class Move:
 def promote(*, tracking_uri: str, model: str, version: str, by: str, why: str) -> Move:
     """Make a version the champion.
 
-    Args:
-        tracking_uri: Store of the registry.
-        model: Registered model.
-        version: Its version.
-        by: Who wants it.
-        why: The reason; both are kept in the registry.
+    `by` (a person) and `why` are kept in the registry.
 
     Raises:
         SkdError: there is no such model or version, it is the champion already, it is no student of the pipeline, or
@@ -158,11 +153,7 @@ def promote(*, tracking_uri: str, model: str, version: str, by: str, why: str) -
 def rollback(*, tracking_uri: str, model: str, by: str, why: str) -> Move:
     """Make the champion before the present one the champion again; a second time, the one before that.
 
-    Args:
-        tracking_uri: Store of the registry.
-        model: Registered model.
-        by: Who wants it.
-        why: The reason; both are kept in the registry.
+    `by` (a person) and `why` are kept in the registry.
 
     Raises:
         SkdError: there is no champion, none before it, or its weights are gone.
@@ -193,7 +184,7 @@ def _check_usable(version: ModelVersion, model: str, tracking_uri: str) -> None:
     # A path of another machine cannot be looked at from here; behind a server it may be one. Kubeflow's own storage is
     # seen from inside the cluster alone, and people move aliases from their own machines.
     remote = storage.is_remote(weights) and not weights.startswith("minio://")
-    visible = remote or (is_local_store(tracking_uri) and "://" not in weights) or Path(weights).exists()
+    visible = remote or (is_sqlite(tracking_uri) and "://" not in weights) or Path(weights).exists()
     if visible and not storage.exists(weights):
         what = f"its weights are gone: there is nothing at {weights}"
         raise SkdError(what, where=where, hint="promote another version")

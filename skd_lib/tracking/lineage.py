@@ -67,15 +67,7 @@ class DataSplit(BaseModel):
 
 
 class Step(BaseModel):
-    """A step of the pipeline run.
-
-    Attributes:
-        name: The step, with its role where there are several.
-        run_id: Its MLflow run.
-        status: MLflow's.
-        code_version: Of the package that ran.
-        image: That it ran in; empty outside of a container, or where the pipeline does not tell.
-    """
+    """A step of the pipeline run, with its role in its name; the image is empty outside of a container."""
 
     name: str
     run_id: str
@@ -150,11 +142,7 @@ def parse_model(reference: str) -> tuple[str, str, str]:
 
 
 def trace(*, tracking_uri: str, reference: str) -> Lineage:
-    """Return the lineage of a version.
-
-    Args:
-        tracking_uri: Store of the registry and of the runs.
-        reference: `MODEL/VERSION`, `MODEL@ALIAS`, or `MODEL`: its champion, else its challenger.
+    """Return the lineage of `MODEL/VERSION`, `MODEL@ALIAS`, or `MODEL`: its champion, else its challenger.
 
     Raises:
         SkdError: there is no such version, or the store does not answer.
@@ -219,11 +207,10 @@ def _of_version(version: ModelVersion) -> Lineage:
 
 def _with_runs(client: MlflowClient, lineage: Lineage, run_id: str | None) -> Lineage:
     """Add what the records of the pipeline run and its steps hold."""
-    if not run_id:
-        return lineage.model_copy(update={"missing": ["the version names no MLflow run"]})
-    parent = get_run(client, run_id)
+    parent = get_run(client, run_id) if run_id else None
     if parent is None:
-        return lineage.model_copy(update={"missing": [f"the MLflow run {run_id} was deleted for good"]})
+        gone = f"the MLflow run {run_id} was deleted for good" if run_id else "the version names no MLflow run"
+        return lineage.model_copy(update={"missing": [gone]})
     children = [run for run in children_of(client, parent) if TASK_TAG in run.data.tags]
     children = [*_reused(client, lineage, children), *children]
     steps = [_step(run) for run in children]
@@ -282,15 +269,14 @@ def _splits(run: Run) -> list[DataSplit]:
     for used in run.inputs.dataset_inputs if run.inputs else []:
         profile = json.loads(used.dataset.profile or "{}")
         context = {tag.key: tag.value for tag in used.tags}.get("mlflow.data.context", "")
-        splits.append(
-            DataSplit(
-                name=used.dataset.name,
-                use=context,
-                rows=profile.get("num_rows"),
-                sha256=profile.get("sha256", used.dataset.digest),
-                source=json.loads(used.dataset.source).get("uri", ""),
-            )
+        split = DataSplit(
+            name=used.dataset.name,
+            use=context,
+            rows=profile.get("num_rows"),
+            sha256=profile.get("sha256", used.dataset.digest),
+            source=json.loads(used.dataset.source).get("uri", ""),
         )
+        splits.append(split)
     return splits
 
 

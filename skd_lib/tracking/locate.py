@@ -1,4 +1,7 @@
-"""The MLflow runs of a step: found by their tags, adopted from Kubeflow, or created."""
+"""The MLflow runs of a step: found by their tags, adopted from Kubeflow, or created.
+
+Functions raise `MlflowException` where the store does not answer, `Deleted` where the experiment was deleted.
+"""
 
 from __future__ import annotations
 
@@ -62,16 +65,18 @@ class RunLocation(BaseModel):
 def locate(client: MlflowClient, location: RunLocation, *, reopen: bool) -> dict[str, Run]:
     """Return the runs `step` and `parent`, created if need be.
 
-    Args:
-        client: Of the store.
-        location: Where the step logs to.
-        reopen: The step is running: its runs are marked so, and the attempt as the latest, with no error yet.
-
-    Raises:
-        SkdError: the experiment was deleted.
-        MlflowException: the store does not answer.
+    With `reopen` the step is running: its runs are marked so, and the attempt as the latest, with no error yet.
     """
-    runs = _adopt(client, location) or _find_or_create(client, location)
+    from mlflow.entities import RunTag
+
+    adopted = _adopted_run(client, location)
+    if adopted is None:
+        runs = _find_or_create(client, location)
+    else:
+        runs = {"step": adopted, "parent": _root_of(client, adopted)}
+        if TASK_TAG not in adopted.data.tags:
+            tags = {**_source_tags(location.step), TASK_TAG: location.step}
+            client.log_batch(adopted.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
     if reopen:
         for run in runs.values():
             if run.info.status != "RUNNING":
@@ -85,12 +90,7 @@ def locate(client: MlflowClient, location: RunLocation, *, reopen: bool) -> dict
 
 
 def find_parent(client: MlflowClient, location: RunLocation) -> Run | None:
-    """Return the parent run of the pipeline run, in whatever experiment it is; None if there is none.
-
-    Raises:
-        Deleted: there is none, and the location's experiment, in which it may be, was deleted.
-        MlflowException: the store does not answer.
-    """
+    """Return the parent run of the pipeline run, in whatever experiment it is; None if there is none."""
     adopted = _adopted_run(client, location)
     if adopted is not None and PARENT_TAG in adopted.data.tags:
         return _root_of(client, adopted)
@@ -109,10 +109,6 @@ def find_or_create_parent(client: MlflowClient, location: RunLocation) -> Run:
 
     MLflow cannot create one only if there is none, and steps may start at once. So a parent counts only from a certain
     age on, when every competitor can be seen: then the oldest stays, and the process that made another one deletes it.
-
-    Raises:
-        SkdError: the experiment was deleted.
-        MlflowException: the store does not answer.
     """
     parent = find_parent(client, location.model_copy(update={"mlflow_run_id": ""}))
     created = None
@@ -151,13 +147,7 @@ def children_of(client: MlflowClient, parent: Run) -> list[Run]:
 
 
 def search_everywhere(client: MlflowClient, wanted: str, **options: Any) -> list[Run]:
-    """Return the runs of all experiments for which a filter holds.
-
-    Args:
-        client: Of the store.
-        wanted: MLflow's filter.
-        options: Of `MlflowClient.search_runs`, for each thousand of experiments.
-    """
+    """Return the runs of all experiments for which MLflow's filter holds; `search_runs` takes the options."""
     return [run for found in _pages(client, wanted, **options) for run in found]
 
 
@@ -171,19 +161,6 @@ def _pages(client: MlflowClient, wanted: str, **options: Any) -> Iterator[list[R
         token = page.token
         if not token:
             return
-
-
-def _adopt(client: MlflowClient, location: RunLocation) -> dict[str, Run] | None:
-    """Return the run that Kubeflow made for this step, and the root of the tree that it is in."""
-    from mlflow.entities import RunTag
-
-    run = _adopted_run(client, location)
-    if run is None:
-        return None
-    if TASK_TAG not in run.data.tags:
-        tags = {**_source_tags(location.step), TASK_TAG: location.step}
-        client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-    return {"step": run, "parent": _root_of(client, run)}
 
 
 def _find_or_create(client: MlflowClient, location: RunLocation) -> dict[str, Run]:
@@ -229,11 +206,7 @@ def _adopted_run(client: MlflowClient, location: RunLocation) -> Run | None:
 
 
 def get_run(client: MlflowClient, run_id: str) -> Run | None:
-    """Return the run of an id; None if the store has none, or none that may be seen.
-
-    Raises:
-        MlflowException: the store does not answer.
-    """
+    """Return the run of an id; None if the store has none, or none that may be seen."""
     from mlflow.exceptions import MlflowException
 
     try:

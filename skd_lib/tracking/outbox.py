@@ -95,18 +95,15 @@ class OutboxFile:
         self.waiting = 0
 
     def leave(self) -> str:
-        """Put the file where it outlives the step, and return that place.
-
-        Raises:
-            SkdError: object storage does not take it; it is still at the local path named in the error.
-        """
+        """Put the file where it outlives the step, and return that place: a local one if object storage fails."""
         if not self._destination:
             return str(self._path)
         uri = f"{self._destination.rstrip('/')}/{self._path.name}"
         try:
             storage.upload(self._path, uri)
         except SkdError as error:
-            raise SkdError(error.what, where=str(self._path), hint=error.hint) from error
+            log.warning("%s", error.brief)
+            return str(self._path)
         self._path.unlink()
         return uri
 
@@ -116,10 +113,6 @@ class Outbox:
 
     While the store does not answer, entries are kept in an `OutboxFile`; it is asked again every `RETRY_SECONDS`, and
     the entries that wait are sent first.
-
-    Args:
-        location: Where entries belong.
-        keep: See `OutboxFile`.
     """
 
     def __init__(self, location: RunLocation, keep: str = "") -> None:
@@ -176,6 +169,7 @@ class Outbox:
         start = time.monotonic()
         if start < self._silent_until and not insist:
             return False
+        troubles = (SkdError, *unanswered())
         try:
             sender = self._sender = self._sender or Sender(self._location, running=True)
             sender.open()
@@ -183,7 +177,7 @@ class Outbox:
                 sender.send(entry)
             for entry in entries:
                 sender.send(entry)
-        except (SkdError, *unanswered()) as error:  # a step that has begun does not end for its records
+        except troubles as error:  # a step that has begun does not end for its records
             self._note(error, start)
             return False
         if self._silent_until > 0:
@@ -211,17 +205,11 @@ class Outbox:
         self._silent_until = now + max(RETRY_SECONDS, SILENCE_FACTOR * (now - since))
 
     def _leave(self) -> None:
-        if not self._file.waiting:
-            return
-        try:
-            place = self._file.leave()
-        except SkdError as error:
-            log.warning("%s", error.brief)
-            place = error.where
-        events.note(
-            f"MLflow at {shown(self.uri)} did not answer to the end of step {self._location.step}; "
-            f"{self._file.waiting} entries are kept: once it answers, run `skd track replay {place}`"
-        )
+        if self._file.waiting:
+            events.note(
+                f"MLflow at {shown(self.uri)} did not answer to the end of step {self._location.step}; "
+                f"{self._file.waiting} entries are kept: once it answers, run `skd track replay {self._file.leave()}`"
+            )
 
 
 def left_in(keep: str = "") -> str:
@@ -241,11 +229,7 @@ def waiting_files(folder: str) -> list[str]:
 
 
 def read_location(path: Path) -> RunLocation:
-    """Read the first line of an outbox file.
-
-    Raises:
-        SkdError: the file is none.
-    """
+    """Read the first line of an outbox file."""
     try:
         with path.open("rb") as file:
             return RunLocation.model_validate_json(file.readline())
@@ -277,20 +261,13 @@ def _temporary_folder() -> Path:
 
 
 def resend(folder: str, tracking_uri: str, pipeline_run_id: str = "") -> list[str]:
-    """Send what steps have left in a folder, in the order in which they began, and delete the files.
+    """Send the files of one store and run that steps have left in a folder, oldest step first, and delete them.
 
-    The first file that the store does not take ends it: what comes after it would be out of order.
-
-    Args:
-        folder: See `left_in`. No step may be writing there, unless `pipeline_run_id` leaves out its files.
-        tracking_uri: The store; files of other stores stay.
-        pipeline_run_id: Whose files are sent; empty: those of all runs.
+    The first file that the store does not take ends it: what comes after it would be out of order. No step of the run
+    (empty: of any run) may be writing there.
 
     Returns:
         The files that were not sent, though they were to be.
-
-    Raises:
-        SkdError: object storage cannot be read.
     """
     found: list[tuple[int, str, Path]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -316,17 +293,12 @@ def resend(folder: str, tracking_uri: str, pipeline_run_id: str = "") -> list[st
 
 
 def replay(path: Path, tracking_uri: str | None = None) -> tuple[int, int]:
-    """Send what a step left behind, in order; all of it may be sent again if this is interrupted.
+    """Send a file that a step left behind, in order; all of it may be sent again if this is interrupted.
 
-    Args:
-        path: The file.
-        tracking_uri: The store, if it has another address by now or needs credentials in it.
+    The tracking URI is given if the store has another address by now, or needs credentials in it.
 
     Returns:
-        How many entries were sent, and how many of them the store refused.
-
-    Raises:
-        SkdError: the file cannot be read, or the store does not answer.
+        The numbers of entries that were sent, and of those that the store refused.
     """
     location = read_location(path)
     location = location.model_copy(update={"tracking_uri": tracking_uri}) if tracking_uri else location
@@ -340,6 +312,6 @@ def replay(path: Path, tracking_uri: str | None = None) -> tuple[int, int]:
         raise SkdError(
             f"MLflow stopped answering after {sent} entries: {brief(error)}",
             where=store_name(location.tracking_uri),
-            hint=f"the file is as it was: run `skd track replay {path}` again once it answers",
+            hint=f"the file is unchanged: run `skd track replay {path}` again once it answers",
         ) from error
     return sent, sender.refused

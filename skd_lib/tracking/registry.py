@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from skd_lib._core.events import Progress
-from skd_lib._core.uris import shown
+from skd_lib._core.machine import pipeline_run_id
+from skd_lib._core.uris import is_sqlite, shown
 from skd_lib.errors import SkdError
-from skd_lib.tracking.client import TAG_LENGTH, brief, clip, connect, is_local_store, is_silence, unanswered
+from skd_lib.tracking.client import TAG_LENGTH, brief, clip, connect, is_silence, unanswered
 from skd_lib.tracking.locate import get_run
 
 if TYPE_CHECKING:
@@ -69,14 +70,7 @@ class Champion:
 
 
 class ChampionRecord(BaseModel):
-    """One version's time as champion.
-
-    Attributes:
-        version: Of the registered model.
-        since: ISO 8601, UTC.
-        by: Who made it champion: a person, or the pipeline.
-        why: In words.
-    """
+    """One version's time as champion: since when (ISO 8601, UTC), by which person or pipeline, and why."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -111,29 +105,23 @@ def register(
     Args:
         tracking_uri: Store of the registry.
         model_name: Registered model; created if missing.
-        student_uri: Where the weights are: `gs://...` or a local path.
+        student_uri: Folder of the weights: `gs://...` or a local path.
         weights_sha256: Their digest.
         run_id: MLflow run shown as the version's source; or a function that finds it, once the store answers.
         trained_by: MLflow run that trained the student, which is shown in its place if the store has it.
-        promote: Whether to make it the champion.
+        promote: Make it the champion.
         figures: Scores and draft figures, kept as tags `figure.NAME`.
         tags: Lineage; empty values are left out.
         description: Shown on the version's page.
         patience: See `ask_registry`.
 
-    Environment:
-        KFP_RUN_ID: Kubeflow's run that registers it.
-
     Returns:
         The version.
-
-    Raises:
-        SkdError: the registry refused or did not answer.
     """
     numbers = {FIGURE_PREFIX + name: repr(float(value)) for name, value in figures.items()}
     lineage = {name: value for name, value in tags.items() if value}
     wanted = {**lineage, **numbers, DIGEST_TAG: weights_sha256, URI_TAG: student_uri}
-    registrar = os.environ.get("KFP_RUN_ID", "")
+    registrar = pipeline_run_id()
 
     def work(client: MlflowClient) -> str:
         _ensure_model(client, model_name)
@@ -162,20 +150,13 @@ def register(
 
 
 def champion(*, tracking_uri: str, model_name: str, patience: float = 0.0) -> Champion | None:
-    """Return the registered champion; None if there is none.
-
-    Args:
-        tracking_uri: Store of the registry.
-        model_name: Registered model.
-        patience: See `ask_registry`.
-
-    Raises:
-        SkdError: the registry does not answer: a gate that cannot see the champion must not open.
-    """
+    """Return the registered champion; None if there is none. A registry that does not answer is an error."""
 
     def work(client: MlflowClient) -> Champion | None:
         found = aliased(client, model_name, CHAMPION)
-        return found and Champion(str(found.version), found.tags.get(URI_TAG, ""), found.tags.get(DIGEST_TAG, ""))
+        if found is None:
+            return None
+        return Champion(str(found.version), found.tags.get(URI_TAG, ""), found.tags.get(DIGEST_TAG, ""))
 
     return ask_registry(tracking_uri, model_name, work, patience)
 
@@ -188,14 +169,8 @@ def step_patience() -> float:
 def ask_registry(tracking_uri: str, model_name: str, work: Callable[[MlflowClient], T], patience: float = 0.0) -> T:
     """Do `work`, several times if need be: of two processes that set one new alias at once, one is refused.
 
-    So `work` must find again what it did before.
-
-    Args:
-        tracking_uri: Store of the registry.
-        model_name: Registered model.
-        work: What is done with it.
-        patience: Seconds for which a registry that does not answer is asked again; at the least it is asked a few
-            times. One that refuses is not waited for.
+    So `work` must find again what it did before. A registry that does not answer is asked again for `patience` seconds,
+    at the least a few times; one that refuses is not waited for.
 
     Raises:
         SkdError: the registry refused; `Silent` where it did not answer.
@@ -239,11 +214,7 @@ def aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
 
 
 def find_version(client: MlflowClient, model: str, version: str) -> ModelVersion:
-    """Return a version of a registered model.
-
-    Raises:
-        SkdError: there is none; the hint names those there are.
-    """
+    """Return a version of a registered model."""
     present = versions_of(client, model)
     if version in present:
         return client.get_model_version(model, version)  # with its aliases, which a search leaves out
@@ -257,11 +228,7 @@ def versions_of(client: MlflowClient, model: str) -> list[str]:
 
 
 def registered_model(client: MlflowClient, model: str) -> RegisteredModel:
-    """Return a registered model.
-
-    Raises:
-        SkdError: there is none of this name; the hint names those there are.
-    """
+    """Return a registered model."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -363,7 +330,7 @@ def _source(client: MlflowClient, tracking_uri: str, student_uri: str, weights_s
     could read it. There the run gets a small file that says where the weights are, and the version points at it.
     """
     remote = "://" in student_uri and not student_uri.startswith("file://")
-    if remote or is_local_store(tracking_uri) or not run_id:
+    if remote or is_sqlite(tracking_uri) or not run_id:
         return student_uri
     log.warning(
         "%s is a path of this machine, which a tracking server cannot serve: the registered version points at a note "

@@ -9,9 +9,8 @@ run), so a retried or resumed step goes on in its run. The parent may be in any 
 plugin made the step's run it says so in `MLFLOW_RUN_ID`, and that run is adopted; the parent is then the root of its
 tree, whose runs are nested as deep as the pipeline.
 
-A tracking store that does not answer must not kill hours of training: the step warns once and goes on. What it logs
-in the meantime waits in a file and is sent in order when the store answers; if it does not until the step ends, the
-file is left for `skd track replay`.
+A tracking store that does not answer must not kill hours of training: the step warns once and goes on, and its records
+wait in the outbox.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from skd_lib._core.machine import is_main_process, pipeline_run_id
 from skd_lib._core.uris import redacted
 from skd_lib.tracking.client import PARAM_LENGTH, TAG_LENGTH, clip, connect, run_url, untaken
 from skd_lib.tracking.ending import STATE_TAG, PipelineClosing, Seen
@@ -88,29 +88,14 @@ class RunLog:
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "train", *, rows: int | None = None
     ) -> None:
-        """Record data that the run read.
-
-        Args:
-            name: Name of the data set, e.g. `train_student`.
-            digest: Its sha256; MLflow shows the first 36 characters, the profile keeps all of them.
-            source: URI or path it was read from.
-            context: What it was used for: `train`, `validation`, `test`.
-            rows: Number of examples.
-        """
-        self._outbox.log(
-            DatasetUse(which=self._which, name=name, digest=digest, source=source, context=context, rows=rows)
-        )
+        """Record data that the run read for the use `context` (`train`, `validation`, `test`), with its sha256."""
+        use = DatasetUse(which=self._which, name=name, digest=digest, source=source, context=context, rows=rows)
+        self._outbox.log(use)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copy a small file (a report, a table) to the run. Weights are never sent through the tracking server.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        if self._outbox.uri:
-            self._outbox.log(Artifact.of(path.read_bytes(), path.name, folder, self._which))
+        """Copy a small file (a report, a table) to the run. Weights are never sent through the tracking server."""
+        content = path.read_bytes()
+        self._outbox.log(Artifact.of(content, path.name, folder, self._which))
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a small text as the run's artifact `name`, which may hold a folder: `report/summary.json`."""
@@ -118,10 +103,9 @@ class RunLog:
         self._outbox.log(Artifact.of(redacted(text).encode(), file, folder or None, self._which))
 
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None:
-        """Keep a table that MLflow's page can show, as the run's artifact `NAME-DIGEST.json`; an empty one is left out.
+        """Keep a table that MLflow's page can show, as the artifact `NAME-DIGEST.json`; an empty one is left out.
 
-        MLflow appends to a table of the same name. With the content's digest in its name, a step that is retried logs
-        the same table once.
+        MLflow appends to a table of the same name: the digest lets a step that is retried log it once.
         """
         digest = hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest()[:8]
         if any(columns.values()):
@@ -154,29 +138,24 @@ def step_run(
 ) -> Iterator[StepRun]:
     """Track one step: FINISHED if the body ends, FAILED with the tag `skd.error` if it raises, KILLED on SIGTERM.
 
+    The pipeline run is that of `KFP_RUN_ID`; without the variable (a step run by hand) it is a new one. `MLFLOW_RUN_ID`
+    names a run that Kubeflow made for this step. Of a distributed job only rank 0 tracks.
+
     Args:
         step: Name of the step, with its role where a step runs several times, e.g. `evaluate-student_after`.
         tracking_uri: See `client.connect`; empty: no tracking, and a run whose methods do nothing.
         experiment: MLflow experiment for a parent run, where the pipeline run has none yet; created if missing.
         run_name: Name of the parent run, used by the step that creates it.
         params: Logged on the step's run, see `RunLog.log_params`.
-        checkpoint_root: Folder or URI of storage that outlives the pod. What the store has not taken when the step ends
-            is left in `tracking` there, unless `SKD_TRACKING_BUFFER` names another place.
-
-    Environment:
-        KFP_RUN_ID: the pipeline run; unset (a step run by hand): a pipeline run of its own.
-        MLFLOW_RUN_ID: a run that Kubeflow made for this step.
-        RANK: only rank 0 of a distributed job tracks.
-        SKD_TRACKING_BUFFER: see `checkpoint_root`.
+        checkpoint_root: Folder or URI of storage that outlives the pod. Records that the store has not taken when the
+            step ends are left in `tracking` there, unless `SKD_TRACKING_BUFFER` names another place.
 
     Raises:
         SkdError: the tracking URI is one that can never work.
     """
-    if int(os.environ.get("RANK") or 0) != 0:
-        tracking_uri = ""
-    pipeline_run_id = os.environ.get("KFP_RUN_ID") or str(uuid.uuid4())
+    uri = tracking_uri if is_main_process() else ""
     keep = f"{checkpoint_root.rstrip('/')}/tracking" if checkpoint_root else ""
-    outbox = Outbox(_location(tracking_uri, experiment, pipeline_run_id, step, run_name), keep)
+    outbox = Outbox(_location(uri, experiment, pipeline_run_id() or str(uuid.uuid4()), step, run_name), keep)
     run = StepRun(outbox)
     outbox.open()
     if params:
@@ -205,16 +184,8 @@ def close_pipeline_run(
 ) -> bool:
     """Close a pipeline's parent run, and runs of steps that were killed before they could close them.
 
-    Args:
-        tracking_uri: See `client.connect`; empty: nothing to do.
-        experiment: MLflow experiment that the steps were given; the run is found in any.
-        pipeline_run_id: The pipeline run.
-        state: KFP's final state: COMPLETE, FAILED, RUNNING, ... See `ending.find_ending`.
-        error: KFP's message.
-        seen: The answer of KFP's API.
-
-    Returns:
-        Whether there was a run to close and the store took the change.
+    State (COMPLETE, FAILED, RUNNING, ...) and error are KFP's, `seen` is the answer of its API: see
+    `ending.find_ending`. The run is found in any experiment. Return whether there is one and the store took the change.
     """
     if not tracking_uri:
         return False
@@ -229,14 +200,7 @@ def close_pipeline_run(
 
 @dataclass(frozen=True)
 class PipelineRecord:
-    """MLflow's record of a pipeline run.
-
-    Attributes:
-        url: Address of its parent run; empty if there is none.
-        figures: The parent's metrics.
-        state: How it ended, see `ending.Ending`; empty if that is not recorded.
-        error: The step that failed, and its error; empty if none did.
-    """
+    """MLflow's record of a pipeline run: its page, its metrics, and its end (see `ending.Ending`), as far as known."""
 
     url: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -249,16 +213,14 @@ def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str)
     if not tracking_uri:
         return PipelineRecord()
     try:
-        client = connect(tracking_uri)
-        parent = find_parent(client, _location(tracking_uri, experiment, pipeline_run_id, "finish"))
+        location = _location(tracking_uri, experiment, pipeline_run_id, "finish")
+        parent = find_parent(connect(tracking_uri), location)
     except untaken():
         return PipelineRecord()
     if parent is None:
         return PipelineRecord()
-    tags = parent.data.tags
-    return PipelineRecord(
-        run_url(tracking_uri, parent), dict(parent.data.metrics), tags.get(STATE_TAG, ""), tags.get(ERROR_TAG, "")
-    )
+    figures, tags = dict(parent.data.metrics), parent.data.tags
+    return PipelineRecord(run_url(tracking_uri, parent), figures, tags.get(STATE_TAG, ""), tags.get(ERROR_TAG, ""))
 
 
 def _location(tracking_uri: str, experiment: str, run_id: str, step: str, run_name: str | None = None) -> RunLocation:

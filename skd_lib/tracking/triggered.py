@@ -1,4 +1,4 @@
-"""The runs that new data has started, by a tag on their parent run: MLflow keeps what Kubeflow may have forgotten."""
+"""The runs that new data has started, found by a tag on their parent run, though Kubeflow may have deleted them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,10 @@ TRIGGER_TAG = "skd.trigger"
 
 
 def run_for(name: str, *, tracking_uri: str, failed: Collection[str] = ()) -> Run | None:
-    """The newest pipeline run of that name that has not failed, in whatever experiment; nothing is changed.
+    """Return the newest pipeline run of that name that has not failed, in whatever experiment; nothing is changed.
 
-    A run that a person stopped, or that may have been, is not to be started again either.
-
-    Args:
-        name: Its name in Kubeflow.
-        tracking_uri: See `client.connect`.
-        failed: Pipeline runs that Kubeflow calls failed, which counts unless MLflow was told another end.
-
-    Returns:
-        Its parent run; None if there is none.
-
-    Raises:
-        SkdError: the store cannot be asked.
+    A run that a person stopped, or may have, is not to be started again either. The pipeline runs `failed` are those
+    that Kubeflow calls failed, which counts unless MLflow records another end. Return its parent run, if there is one.
     """
     with _store(tracking_uri) as client:
         runs = search_everywhere(client, f"tags.`{TRIGGER_TAG}` = '{name}'")
@@ -50,26 +40,19 @@ def _has_failed(parent: Run, failed: Collection[str]) -> bool:
 
 
 def how_it_ended(parent: Run) -> str:
-    """An `Ending.state`; RUNNING if the run has not ended.
+    """Return an `Ending.state`; RUNNING if the run has not ended.
 
-    The tag knows more than the status: Kubeflow's plugin calls a run FAILED that a person stopped.
+    The tag says more than the status: Kubeflow's plugin calls a run FAILED that a person stopped.
     """
-    told = parent.data.tags.get(STATE_TAG, "") if parent.info.status != "RUNNING" else ""
-    return told or {"FINISHED": SUCCEEDED, "KILLED": STOPPED}.get(parent.info.status, parent.info.status)
+    status = parent.info.status
+    recorded = parent.data.tags.get(STATE_TAG, "") if status != "RUNNING" else ""
+    return recorded or {"FINISHED": SUCCEEDED, "KILLED": STOPPED}.get(status, status)
 
 
 def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, experiment: str) -> None:
-    """Tag the parent run of a pipeline run that was started; it is made here, and its steps go on in it.
+    """Tag the parent run of a pipeline run that was started; it is created here, and its steps go on in it.
 
-    Args:
-        name: The pipeline run's name in Kubeflow, by which `run_for` finds it.
-        pipeline_run_id: The pipeline run.
-        run_name: Name of the parent run, as its first step would call it.
-        tracking_uri: See `client.connect`.
-        experiment: MLflow experiment for the parent run, where there is none yet; created if missing.
-
-    Raises:
-        SkdError: the store cannot be told.
+    By its name in Kubeflow `run_for` finds it; `run_name` is that of the parent run, as its first step would call it.
     """
     location = RunLocation(
         tracking_uri=tracking_uri,
@@ -86,7 +69,7 @@ def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, e
 
 @contextmanager
 def _store(tracking_uri: str) -> Iterator[MlflowClient]:
-    """A client, all of whose troubles are an `SkdError`; a sqlite file is not made, it would not be the cluster's."""
+    """Yield a client, all of whose errors become an `SkdError`; a sqlite file is not made."""
     where = store_name(tracking_uri)
     database = sqlite_file(tracking_uri)
     if database is not None and not database.is_file():

@@ -22,8 +22,7 @@ from skd_lib.multinode import cleanup
 from skd_lib.multinode.cleanup import delete_abandoned
 from skd_lib.multinode.cluster import ROLE_HINT
 from skd_lib.multinode.manifest import train_job
-from skd_lib.steps import finish
-from skd_lib.tracking import kubeflow
+from skd_lib.steps import finish, kubeflow
 from skd_lib.tracking.ending import Seen
 from tests.multinode.fake_kubernetes import JOBS, STEP_POD, FakeKubernetes, running
 

@@ -14,11 +14,10 @@ import typer
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from skd_lib.steps import finish
-from skd_lib.tracking import kubeflow, notify
+from skd_lib.steps import finish, kubeflow, notify
+from skd_lib.steps.notify import Message
 from skd_lib.tracking.client import find_or_create_experiment
 from skd_lib.tracking.ending import Seen, find_ending
-from skd_lib.tracking.notify import Message
 from skd_lib.tracking.triggered import TRIGGER_TAG, run_for
 
 from .conftest import EXPERIMENT, Runs
@@ -321,17 +320,16 @@ def test_the_api_is_asked_once_with_the_pods_token(
 
 def test_where_the_api_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(kubeflow.HOST_VARIABLE, raising=False)
-    assert kubeflow._host() == ""
+    assert kubeflow.address([]) == ""
     monkeypatch.setenv("KFP_POD_NAME", "finish-pod")
-    assert kubeflow._host() == "http://ml-pipeline.kubeflow:8888"
+    assert kubeflow.address(["launcher"]) == "http://ml-pipeline.kubeflow:8888"
     server = ["--ml_pipeline_server_address", "ml-pipeline.team.svc.cluster.local", "--ml_pipeline_server_port", "8887"]
     launcher = ["launcher-v2", "--pipeline_name", "a=b", *server, "--ml_pipeline_tls_enabled=false", "--", "python3"]
-    monkeypatch.setattr(kubeflow, "_launcher", lambda: launcher)
-    assert kubeflow._host() == "http://ml-pipeline.team.svc.cluster.local:8888"
-    monkeypatch.setattr(kubeflow, "_launcher", lambda: [*launcher, "--ml_pipeline_tls_enabled=true"])
-    assert kubeflow._host() == "https://ml-pipeline.team.svc.cluster.local:8888"
+    assert kubeflow.address(launcher) == "http://ml-pipeline.team.svc.cluster.local:8888"
+    launcher.append("--ml_pipeline_tls_enabled=true")
+    assert kubeflow.address(launcher) == "https://ml-pipeline.team.svc.cluster.local:8888"
     monkeypatch.setenv("ML_PIPELINE_SERVICE_HOST", "10.0.0.1")
-    assert kubeflow._host() == "http://10.0.0.1:8888"
+    assert kubeflow.address(launcher) == "http://10.0.0.1:8888"
 
 
 def test_a_run_that_is_run_again_after_its_end_has_the_later_end(

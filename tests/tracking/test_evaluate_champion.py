@@ -94,10 +94,12 @@ def test_without_a_champion_or_tracking_nothing_is_measured(pipeline: Pipeline) 
 
 
 def test_the_champion_is_measured_on_this_data_and_beside_the_student(
-    pipeline: Pipeline, folders: dict[str, Path], client: MlflowClient
+    pipeline: Pipeline, folders: dict[str, Path], client: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline.register(folders["champion"])
     champion = pipeline.measure()
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in champion["figures"].items())
+    assert f"the champion (version 1): {figures}" in capsys.readouterr().out
     assert (champion["version"], champion["missing"], champion["undrafted"]) == ("1", "", "")
     assert set(champion["figures"]) == {"chrf", "bleu"}
     assert 0 <= champion["figures"]["chrf"] < 99
@@ -196,8 +198,3 @@ def test_another_version_became_champion_meanwhile(pipeline: Pipeline, folders: 
         False,
         "version 1 is the champion now, and was not when this run measured; start the run again to compare with it",
     )
-
-
-def test_the_champion_is_told_in_words() -> None:
-    told = evaluate_champion._told(Rival(version="1", figures={"chrf": 30.126, "bleu": 10.0}))
-    assert told == "the champion (version 1): chrf 30.13, bleu 10"

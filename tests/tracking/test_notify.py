@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from skd_lib.tracking import notify
-from skd_lib.tracking.notify import WEBHOOK_VARIABLE, Message
+from skd_lib.steps import notify
+from skd_lib.steps.notify import WEBHOOK_VARIABLE, Message
 
 SECRET = "T00SECRET"
 MESSAGE = Message(
@@ -111,7 +111,7 @@ def test_a_service_that_refuses_is_a_warning(
     channel.answers = answers
     assert not notify.notify(MESSAGE)
     assert channel.paths == [f"/services/{SECRET}"] * requests  # no redirect is followed
-    assert f"nobody was notified of the run's end: the service answered {told}" in caplog.text
+    assert f"the run's end was not sent to the channel: the service answered {told}" in caplog.text
 
 
 def test_a_service_that_does_not_answer_is_not_asked_twice(
@@ -121,7 +121,7 @@ def test_a_service_that_does_not_answer_is_not_asked_twice(
     channel.silent.set()
     assert not notify.notify(MESSAGE)
     assert len(channel.messages) == 1
-    assert "nobody was notified" in caplog.text
+    assert "was not sent to the channel" in caplog.text
 
 
 def test_nobody_there(channel: Channel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -376,6 +376,30 @@ def test_a_line_that_is_no_entry_is_named(store: str, tmp_path: Path) -> None:
     assert caught.value.where == f"{file}:2"
 
 
+def test_a_file_of_an_earlier_version_is_sent(store: str, client: MlflowClient, children: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "left.jsonl"
+    common = '"which":"step","at":1700000000000'
+    lines = [
+        json.dumps({"tracking_uri": store, "experiment": EXPERIMENT, "pipeline_run_id": "run-1", "step": "distill"})[
+            :-1
+        ]
+        + ', "run_name": null, "mlflow_run_id": "", "started": 1700000000000}',
+        f'{{{common},"kind":"params","values":{{"skd/lr":"0.1"}}}}',
+        f'{{{common},"kind":"metrics","values":{{"loss":NaN}},"step":3}}',
+        f'{{{common},"kind":"dataset","name":"d","digest":"ab","source":"gs://b/d","context":"train","rows":7}}',
+        f'{{{common},"kind":"artifact","name":"a.txt","folder":null,"content":"eA=="}}',
+        f'{{{common},"kind":"table","columns":{{"x":[1]}},"path":"t-1.json"}}',
+        f'{{{common},"kind":"tags","values":{{"a":"b"}}}}',
+        f'{{{common},"kind":"closing","status":"FAILED"}}',
+        '{"kind":"pipeline_closing","at":1700000000000,"state":"FAILED","error":"x","seen":{"told":"x: y"}}',
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert replay(file) == (8, 0)
+    (child,) = children()
+    assert (child.info.status, child.data.params, child.data.tags["a"]) == ("FAILED", {"skd/lr": "0.1"}, "b")
+    assert {artifact.path for artifact in client.list_artifacts(child.info.run_id)} == {"a.txt", "t-1.json"}
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_training_step_leaves_its_file_with_its_checkpoints_unless_another_place_is_named(
     named: bool, store: str, left: Path, tmp_path: Path, break_store: Any, monkeypatch: pytest.MonkeyPatch

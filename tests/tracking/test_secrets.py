@@ -15,10 +15,10 @@ import skd_kfp.pipelines.cli
 from skd_kfp.pipelines.kubeflow.submit import Package, Submission, Target
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdErrors
-from skd_lib.preflight.checks import Checks, PreflightReport
+from skd_lib.preflight.checks import TRACKING, Checks, PreflightReport
 from skd_lib.preflight.environment import check_tracking_store
+from skd_lib.steps.notify import Message
 from skd_lib.tracking.client import run_url
-from skd_lib.tracking.notify import Message
 from skd_lib.tracking.runs import close_pipeline_run, step_run
 from tests.kubeflow import small
 
@@ -93,7 +93,7 @@ def test_commands(
 @pytest.mark.parametrize("uri", URIS)
 def test_preflight(uri: str) -> None:
     checks = Checks()
-    check_tracking_store(checks, uri)
+    checks.attempt(TRACKING, lambda: check_tracking_store(checks, uri))
     report = PreflightReport(checks.found)
     assert not report.tracking_works
     assert PASSWORD not in f"{report.markdown()}{report.errors()}{[str(error) for error in report.errors()]}"

@@ -262,9 +262,7 @@ def test_a_server_that_is_down_loses_no_event_and_starts_no_second_run(
     with socket.socket() as nobody:  # bound, but nobody listens
         nobody.bind(("127.0.0.1", 0))
         away = replace(trigger, tracking_uri=f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        start = time.monotonic()
         assert away.fire(source).fire
-        assert time.monotonic() - start < 20
         (warning,) = warnings(caplog)
         assert warning.startswith("MLflow cannot tell of earlier runs on this data, Kubeflow alone decides: ")
         assert "Connection refused" in warning
@@ -280,9 +278,7 @@ def test_a_server_that_never_answers_is_waited_for_once(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(0.1)
         stuck = replace(trigger, tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
         assert stuck.fire(source).fire
-        assert time.monotonic() - start < 10
         silent.accept()[0].close()
         with pytest.raises(TimeoutError):
             silent.accept()

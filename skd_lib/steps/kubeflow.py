@@ -1,10 +1,9 @@
-"""What Kubeflow Pipelines' API says of a run that is ending: whether a person stopped it, and which task failed.
+"""Kubeflow Pipelines' API, asked by the run's last step: whether a person stopped the run, and which task failed.
 
-It is asked by the run's last step, in the cluster, and may well be out of reach: nothing depends on an answer.
-
-Up to KFP 2.17 (`run_details.task_details`) each node of Argo's workflow is a task: one a step, one a driver, one a
-nested DAG, and `NAME.onExit`, whose presence says that `NAME`, which holds all steps, has ended as its state says.
-Without MLMD (`tasks`, given on demand) a task has a type, and a message if it failed.
+It may well be out of reach: nothing depends on an answer. Up to KFP 2.17 (`run_details.task_details`) each node of
+Argo's workflow is a task: one a step, one a driver, one a nested DAG, and `NAME.onExit`, whose presence says that
+`NAME`, which holds all steps, has ended as its state says. Without MLMD (`tasks`, given on demand) a task has a type,
+and a message if it failed.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import logging
 import os
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 
+from skd_lib import steps
 from skd_lib.tracking.ending import CANCELLED, FAILED, OWN_STEP, SUCCEEDED, Seen
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ HOST_VARIABLE = "KF_PIPELINES_ENDPOINT"
 """Address of the API, as the `kfp` package reads it."""
 TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - a path
 _TOKEN_FILE = "/var/run/secrets/kubeflow/pipelines/token"  # noqa: S105
-"""Where Kubeflow's profiles mount a token for the API."""
+"""File in which Kubeflow's profiles mount a token for the API."""
 _IN_CLUSTER = ("KUBERNETES_SERVICE_HOST", "KFP_POD_NAME")
 _TIMEOUT_SECONDS = (3.0, 10.0)
 """To connect, and for an answer."""
@@ -41,14 +40,17 @@ def ask(run_id: str) -> Seen:
         run_id: The pipeline run; empty: nothing is asked.
 
     Environment:
-        KF_PIPELINES_ENDPOINT: the API's address; unset: in a cluster that of the service `ml-pipeline`,
-            which Kubernetes or KFP's launcher, which has started this process, was told of.
+        KF_PIPELINES_ENDPOINT: the API's address; see `address`.
         KF_PIPELINES_SA_TOKEN_PATH: file with a token for it; unset: where Kubeflow mounts one, if it does.
     """
-    host = _host()
+    host = address(_launcher())
     if not (run_id and host):
         return Seen()
-    headers = {"Authorization": f"Bearer {token}"} if (token := _token()) else {}
+    try:
+        token = Path(os.environ.get(TOKEN_VARIABLE) or _TOKEN_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        token = ""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def get(view: str = "") -> Any:
         url = f"{host}/apis/v2beta1/runs/{run_id}{view}"
@@ -74,10 +76,10 @@ def read_run(run: Mapping[str, Any]) -> Seen:
         raise ValueError("no run")
     states = {run.get("state"), *(entry.get("state") for entry in run.get("state_history") or [])}
     listed = run.get("tasks") or (run.get("run_details") or {}).get("task_details") or []
-    tasks = [_Task.read(entry) for entry in sorted(listed, key=lambda entry: str(entry.get("end_time")))]
+    tasks = [_read_task(entry) for entry in sorted(listed, key=lambda entry: str(entry.get("end_time")))]
     handlers = {task.name.removesuffix(_ON_EXIT) for task in tasks if task.name.endswith(_ON_EXIT)}
     ends = {task.state for task in tasks if task.kind == "EXIT_HANDLER" or task.name in handlers}
-    failed = [task for task in tasks if task.state == FAILED and task.is_step]
+    failed = [task for task in tasks if task.state == FAILED and _is_step(task.name)]
     return Seen(
         known=True,
         cancelled=bool(states & CANCELLED),
@@ -87,8 +89,7 @@ def read_run(run: Mapping[str, Any]) -> Seen:
     )
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(NamedTuple):
     """A task as the API lists it; `kind` and `message` without MLMD only."""
 
     name: str
@@ -96,58 +97,45 @@ class _Task:
     kind: str
     message: str
 
-    @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> _Task:
-        state = str(entry.get("state"))
-        return cls(
-            name=str(entry.get("display_name") or entry.get("name")),
-            state=SUCCEEDED if state == "CACHED" else state,
-            kind=str(entry.get("type") or ""),
-            message=str((entry.get("status_metadata") or {}).get("message") or ""),
-        )
 
-    @property
-    def is_step(self) -> bool:
-        """Whether it is one of our steps, maybe with a role (`evaluate-teacher`), or a driver."""
-        return not self.name.startswith(OWN_STEP) and (self.name.endswith(_DRIVER) or _is_named_as_a_step(self.name))
+def _read_task(entry: Mapping[str, Any]) -> _Task:
+    state = str(entry.get("state"))
+    return _Task(
+        name=str(entry.get("display_name") or entry.get("name")),
+        state=SUCCEEDED if state == "CACHED" else state,
+        kind=str(entry.get("type") or ""),
+        message=str((entry.get("status_metadata") or {}).get("message") or ""),
+    )
 
 
-def _is_named_as_a_step(task: str) -> bool:
-    from skd_lib import steps
-
+def _is_step(task: str) -> bool:
+    """Tell whether a task is one of our steps, maybe with a role (`evaluate-teacher`), or a driver."""
     names = [module.name.replace("_", "-") for module in pkgutil.iter_modules(steps.__path__)]
-    return any(task == name or task.startswith(f"{name}-") for name in names)
+    named_so = task.endswith(_DRIVER) or any(task == name or task.startswith(f"{name}-") for name in names)
+    return named_so and not task.startswith(OWN_STEP)
 
 
-def _host() -> str:
+def address(launcher: Sequence[str]) -> str:
+    """Return the API's address: that of the environment, or in a cluster that of KFP's launcher.
+
+    Args:
+        launcher: Command line of the launcher (from KFP 2.16 on the driver names the API in it).
+    """
     if host := os.environ.get(HOST_VARIABLE):
         return host.rstrip("/")
     if service := os.environ.get("ML_PIPELINE_SERVICE_HOST"):  # in the API's own namespace
         return f"http://{service}:{os.environ.get('ML_PIPELINE_SERVICE_PORT') or 8888}"
     if not any(map(os.environ.get, _IN_CLUSTER)):
         return ""
-    return _told_to(_launcher()) or "http://ml-pipeline.kubeflow:8888"
+    options = dict(pairwise(part for word in launcher for part in word.split("=", 1)))
+    server = options.get("--ml_pipeline_server_address")
+    scheme = "https" if options.get("--ml_pipeline_tls_enabled") == "true" else "http"
+    return f"{scheme}://{server}:8888" if server else "http://ml-pipeline.kubeflow:8888"
 
 
 def _launcher() -> list[str]:
-    """Command line of KFP's launcher, which has started this process."""
+    """Return the command line of KFP's launcher, which has started this process."""
     try:
         return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return []
-
-
-def _told_to(launcher: Sequence[str]) -> str:
-    """The API's address as KFP's driver tells it to the launcher (from 2.16 on); empty if it does not."""
-    words = [part for word in launcher for part in word.split("=", 1)]
-    told = dict(pairwise(words))
-    address = told.get("--ml_pipeline_server_address", "")
-    scheme = "https" if told.get("--ml_pipeline_tls_enabled") == "true" else "http"
-    return f"{scheme}://{address}:8888" if address else ""
-
-
-def _token() -> str:
-    try:
-        return Path(os.environ.get(TOKEN_VARIABLE) or _TOKEN_FILE).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

@@ -1,8 +1,8 @@
-"""Tells a chat channel how a pipeline run ended, through an incoming webhook as Slack has it.
+"""The message to a chat channel about the end of a pipeline run, through an incoming webhook as Slack has it.
 
 Mattermost, Rocket.Chat, Google Chat and Discord (with `/slack` after its URL) take the same message. The webhook's URL
-is a secret: who has it can write to the channel. It is read from the environment, and neither logged nor part of an
-error.
+is a secret, by which anyone can write to the channel: it is read from the environment, and neither logged nor part of
+an error.
 """
 
 from __future__ import annotations
@@ -27,23 +27,18 @@ BACKOFF_SECONDS = 1.0
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _LONGEST_ERROR = 500
 _MOST_FIGURES = 12
-_ENDS = {
-    "SUCCEEDED": "succeeded",
-    "FAILED": "failed",
-    "CANCELED": "was cancelled",
-    "STOPPED": "was stopped",
-}
+_ENDS = {"SUCCEEDED": "succeeded", "FAILED": "failed", "CANCELED": "was cancelled", "STOPPED": "was stopped"}
 
 
 @dataclass(frozen=True)
 class Message:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         run_name: Its name.
         state: How it ended, see `skd_lib.tracking.ending.Ending`; empty if nothing tells.
         error: The step that failed and its error, or KFP's message; empty if it did not fail.
-        links: Where to look, by what is there.
+        links: Addresses of its pages, by their names.
         figures: What the run measured, as `Summary.headline` names it.
     """
 
@@ -54,11 +49,11 @@ class Message:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def head(self) -> str:
-        """The end in one or two lines of plain text."""
+        """Return the end in one or two lines of plain text."""
         return f"{self.run_name} {self._end()}" + (f"\n{self._reason()}" if self.error else "")
 
     def text(self) -> str:
-        """The message, in Slack's markup."""
+        """Return the message, in Slack's markup."""
         lines = [f"*{_escaped(self.run_name)}* {self._end()}"]
         if self.error:
             lines.append(_escaped(self._reason()))
@@ -89,12 +84,12 @@ def notify(message: Message) -> bool:
     except (OSError, ValueError) as error:  # requests' and urllib3's; their text may hold the URL
         reason = type(error).__name__
     if reason:
-        log.warning("nobody was notified of the run's end: %s (the webhook is in %s)", reason, WEBHOOK_VARIABLE)
+        log.warning("the run's end was not sent to the channel: %s (the webhook is in %s)", reason, WEBHOOK_VARIABLE)
     return not reason
 
 
 def _fault(url: str) -> str:
-    """What is wrong with a webhook's URL, in words that do not contain it."""
+    """Return what is wrong with a webhook's URL, in words that do not contain it."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -108,8 +103,8 @@ def _fault(url: str) -> str:
 
 
 def _send(url: str, text: str) -> str:
-    """Post the message; why it did not arrive, empty if it did."""
-    # Both tell the URL's path: at each repetition, and at level DEBUG of each request.
+    """Post the message, and return why it did not arrive; empty if it did."""
+    # Both log the URL's path: at each repetition, and at level DEBUG at each request.
     logging.getLogger("urllib3").setLevel(logging.CRITICAL)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.CRITICAL)
     retry = Retry(
@@ -124,7 +119,7 @@ def _send(url: str, text: str) -> str:
     )
     with requests.Session() as session:
         session.mount(f"{urlsplit(url).scheme}://", HTTPAdapter(max_retries=retry))
-        # A redirect would take the message, and with it the run's figures, to somebody else.
+        # A redirect would take the message, and with it the run's figures, to another place.
         with session.post(
             url, json={"text": text}, timeout=TIMEOUT_SECONDS, allow_redirects=False, stream=True
         ) as answer:
@@ -132,7 +127,7 @@ def _send(url: str, text: str) -> str:
 
 
 def _figure_lines(figures: Mapping[str, float]) -> list[str]:
-    """The student beside what it was and its teacher, and drafts likewise; of a comparison every mean."""
+    """Return the student's scores with the teacher's and those before, drafts likewise; of a comparison every mean."""
     lines = []
     for name, value in figures.items():
         if name.startswith("student_after_"):
@@ -143,8 +138,8 @@ def _figure_lines(figures: Mapping[str, float]) -> list[str]:
             others, what = {"before": f"{name.removesuffix('after')}before"}, name.removesuffix("_after")
         else:
             continue
-        beside = ", ".join(f"{label} {figures[other]:.4g}" for label, other in others.items() if other in figures)
-        lines.append(f"{what.replace('_', ' ')}: {value:.4g}" + (f" ({beside})" if beside else ""))
+        known = ", ".join(f"{label} {figures[other]:.4g}" for label, other in others.items() if other in figures)
+        lines.append(f"{what.replace('_', ' ')}: {value:.4g}" + (f" ({known})" if known else ""))
     return lines or [f"{name}: {value:.4g}" for name, value in figures.items()]
 
 
