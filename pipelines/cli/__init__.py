@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import typer
 from skd_kfp.pipelines.cli.bench import bench
 from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_
+from skd_kfp.pipelines.cli.generate import generate
 from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri, expanded, short
 from skd_kfp.pipelines.cli.registry import lineage, promote, rollback, track
 from skd_kfp.pipelines.cli.run import run
@@ -62,10 +64,10 @@ def _options(
     del version  # its callback has answered
 
 
-app.command()(expanded(run))
 app.command("compile")(compile_)
-for command in (compare, submit, trigger):
-    app.command()(expanded(command))
+shared: tuple[Callable[..., None], ...] = (run, compare, submit, trigger)
+for command in map(expanded, shared):
+    app.command()(command)
 
 
 @app.command()
@@ -160,5 +162,8 @@ def schema() -> None:
     say(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
-for command in (specdec, promote, rollback, lineage):
-    app.command()(command)
+app.command()(specdec)
+app.command()(generate)
+app.command()(promote)
+app.command()(rollback)
+app.command()(lineage)
