@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from analysis import Mean, Variant, variants_of
 from records import SCORE, Run
+from skd_lib._core.format import markdown_table
 from skd_lib.errors import SkdError
 
 _TABLE = re.compile(r"<!-- table (?P<name>[a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -44,8 +45,8 @@ def markdown(variants: Sequence[Variant], metric: str, reference: str) -> str:
     ordered = sorted(variants, key=lambda variant: -_or_low(variant.mean(SCORE)))
     rows = [{"variant": f"`{variant.name}`", **_cells(variant, metric, reference)} for variant in ordered]
     header = [name for name in rows[0] if any(row[name] for row in rows)]
-    lines = [header, ["---"] * len(header), *([row[name] for name in header] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [[row[name] for name in header] for row in rows]
+    return "\n".join(markdown_table(header, cells, numbers=False)) + "\n"
 
 
 def _cells(variant: Variant, metric: str, reference: str) -> dict[str, str]:
