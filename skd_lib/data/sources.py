@@ -30,7 +30,8 @@ from skd_lib.config import (
 from skd_lib.data.examples import Example
 from skd_lib.data.files import data_files, stored_files
 from skd_lib.data.gettext_catalogs import read_wheel
-from skd_lib.data.readers import RawRow, class_labels, guarded, read_file
+from skd_lib.data.json_rows import RawRow
+from skd_lib.data.readers import class_labels, guarded, read_file
 from skd_lib.data.rows import QUICK_CHARACTERS, Problems, check_columns, check_rows
 from skd_lib.errors import SkdError, SkdErrors
 

@@ -16,8 +16,7 @@ from skd_lib.models.files import load_tokenizer
 from skd_lib.models.heads import embedding_rows
 from skd_lib.models.loading import default_device, load_model
 from skd_lib.models.precision import compute_dtype
-from skd_lib.models.special_ids import eos_ids, pad_id
-from skd_lib.models.vocabulary import check_ids
+from skd_lib.models.vocabulary import check_ids, eos_ids, pad_id
 from skd_lib.sampling.acceptance import student_only
 from skd_lib.sampling.engine import Sampler
 

@@ -15,8 +15,7 @@ from skd_lib.data.tokenize import answer_end_id, encode
 from skd_lib.distillation.batch import collate, response_states
 from skd_lib.distillation.loss import cross_entropy_sum
 from skd_lib.models.heads import embedding_rows
-from skd_lib.models.special_ids import pad_id
-from skd_lib.models.vocabulary import check_ids
+from skd_lib.models.vocabulary import check_ids, pad_id
 
 
 class ReferenceLoss(NamedTuple):

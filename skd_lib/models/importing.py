@@ -13,7 +13,7 @@ from skd_lib.models.fingerprint import MODEL_FILES
 from skd_lib.models.records import write_record
 from skd_lib.models.references import LocalFolder, check_unchanged, model_fingerprint, parse_reference, resolve_model
 from skd_lib.models.skeleton import check_finite, check_weights, skeleton
-from skd_lib.models.special_ids import GENERATION, stored_generation_config, without_sampling_defaults
+from skd_lib.models.vocabulary import GENERATION, stored_generation_config, without_sampling_defaults
 from skd_lib.storage import atomic_directory
 
 

@@ -15,7 +15,7 @@ from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder, load_config, reason, stored_tensors
 from skd_lib.models.heads import check_supported, embedding_rows
 from skd_lib.models.skeleton import check_decoder_only, check_loaded, check_stored, follow_ties
-from skd_lib.models.special_ids import eos_ids, pad_id, stored_generation_config, without_sampling_defaults
+from skd_lib.models.vocabulary import eos_ids, pad_id, stored_generation_config, without_sampling_defaults
 from skd_lib.storage import atomic_directory, write_text_atomic
 
 _EAGER_ONLY = {"gemma2"}

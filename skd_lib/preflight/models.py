@@ -89,8 +89,7 @@ def _open_model(checks: Checks, role: str, reference: str, trust_remote_code: bo
     from skd_lib.models.files import context_length, load_tokenizer
     from skd_lib.models.references import HubModel, StoredFolder, model_fingerprint, parse_reference, resolve_model
     from skd_lib.models.skeleton import check_finite, check_weights, skeleton
-    from skd_lib.models.special_ids import stored_generation_config
-    from skd_lib.models.vocabulary import check_rows
+    from skd_lib.models.vocabulary import check_rows, stored_generation_config
     from skd_lib.preflight.memory import skeleton_size
 
     far = isinstance(parse_reference(reference), HubModel | StoredFolder)
@@ -134,7 +133,7 @@ def _note_findings(checks: Checks, name: str, found: Findings) -> None:
 def _answer_end(checks: Checks, model: Model, config: RunConfig) -> int:
     """Return the id that ends an answer; a model that does not stop there is a warning."""
     from skd_lib.data.tokenize import answer_end_id
-    from skd_lib.models.special_ids import eos_ids, pad_id
+    from skd_lib.models.vocabulary import eos_ids, pad_id
 
     pad_id(model.tokenizer)
     check_template(checks, model.role, model.tokenizer, config)

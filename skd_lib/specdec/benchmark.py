@@ -22,7 +22,7 @@ from skd_lib.data.tokenize import encode_prompt
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
 from skd_lib.models.heads import common_vocabulary, embedding_rows
-from skd_lib.models.special_ids import pad_id
+from skd_lib.models.vocabulary import pad_id
 from skd_lib.results import Forwards, Setting, Specdec
 from skd_lib.sampling.acceptance import lossless, teacher_only
 from skd_lib.sampling.cache import position_limit

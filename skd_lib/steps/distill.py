@@ -75,8 +75,7 @@ def main(
     from skd_lib.models.card import Lineage, model_card
     from skd_lib.models.files import check_model_folder, load_tokenizer, weights_digest
     from skd_lib.models.records import as_text, read_record, to_jsonl, write_record
-    from skd_lib.models.special_ids import take_over_ends
-    from skd_lib.models.vocabulary import check_compatible
+    from skd_lib.models.vocabulary import check_compatible, take_over_ends
     from skd_lib.tracking.runs import step_run
 
     for folder in (student, teacher):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from skd_lib._core.machine import is_main_process
 from skd_lib.config import DistillConfig, MethodName, TaskConfig, TrainingConfig
+from skd_lib.distillation.methods import METHODS
 from skd_lib.steps.trained_model import SUMMED, code_version, load_trainable, save_trained, training_facts
 from skd_lib.storage import checkpoint_folder, is_remote
 
@@ -122,8 +123,7 @@ class TrainingRun:
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.generate import ending_ids
-        from skd_lib.models.special_ids import pad_id
-        from skd_lib.models.vocabulary import check_ids, rows_in_config
+        from skd_lib.models.vocabulary import check_ids, pad_id, rows_in_config
         from skd_lib.preflight.memory import GIB, config_size, estimate, peak_memory
         from skd_lib.training.run import train
 
@@ -147,7 +147,7 @@ class TrainingRun:
         if load_teacher is not None and self.distill is not None:
             if self.distill.teacher_signal.mode == "online":
                 teacher = load_teacher()
-            elif method == "seqkd":
+            elif not METHODS[method].uses_divergence:
                 # The teacher's stored responses are data like any other.
                 method = "sft"
                 tokens[self.split] = self._stored_responses(
@@ -221,14 +221,14 @@ class TrainingRun:
         from skd_lib.models.heads import vocabulary_size
         from skd_lib.training.stored_teacher import examples_digest, store_responses
 
-        sampled = partial(rollout_for, "seqkd", distill=distill, steps=1, seed=self.seed, **limits)
+        sampled = partial(rollout_for, self.method, distill=distill, steps=1, seed=self.seed, **limits)
 
         def make_strategy() -> Strategy:
             return sampled(student=student, teacher=load_teacher())
 
         folder = self._teacher_folder(
             distill,
-            kind="responses",
+            kind="responses" if self.method == "seqkd" else f"responses of {self.method}",
             examples=examples_digest(examples),
             vocabulary=vocabulary_size(student),
             sampling=distill.sampling.teacher.model_dump(),

@@ -21,7 +21,7 @@ from skd_lib.data.examples import make_example
 from skd_lib.data.tokenize import answer_end_id, encode_prompt
 from skd_lib.evaluation.generate import generate
 from skd_lib.models.files import load_tokenizer
-from skd_lib.models.special_ids import eos_ids, pad_id
+from skd_lib.models.vocabulary import eos_ids, pad_id
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.data import check_reach
 from skd_lib.preflight.models import check_model

@@ -19,7 +19,7 @@ from skd_lib.models.files import check_model_folder, load_tokenizer
 from skd_lib.models.gguf import convert_gguf
 from skd_lib.models.loading import load_model
 from skd_lib.models.references import resolve_model
-from skd_lib.models.special_ids import eos_ids, pad_id
+from skd_lib.models.vocabulary import eos_ids, pad_id
 from tests.conftest import TinyModel
 
 SMOLLM2 = (

@@ -25,7 +25,7 @@ from skd_lib.models.files import check_model_folder, describe, load_tokenizer, w
 from skd_lib.models.loading import load_model, save_model
 from skd_lib.models.references import resolve_model
 from skd_lib.models.skeleton import check_finite, check_weights, skeleton
-from skd_lib.models.special_ids import eos_ids, pad_id
+from skd_lib.models.vocabulary import eos_ids, pad_id
 from tests.conftest import CONFIGS, SaveTinyModel, TinyModel
 
 

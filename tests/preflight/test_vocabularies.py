@@ -15,8 +15,7 @@ from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import generate
 from skd_lib.models.files import load_tokenizer
 from skd_lib.models.loading import load_model, save_model
-from skd_lib.models.special_ids import eos_ids, pad_id, take_over_ends
-from skd_lib.models.vocabulary import check_compatible, compare
+from skd_lib.models.vocabulary import check_compatible, compare, eos_ids, pad_id, take_over_ends
 from tests.conftest import SaveTinyModel
 from tests.preflight.support import ROWS, check, edit_json, only
 
