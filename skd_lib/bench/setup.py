@@ -53,22 +53,10 @@ SHAPES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a benchmark.
+    """Settings of a benchmark; `skd bench sampling --help` describes them.
 
-    Attributes:
-        teacher: `random:` and a shape (`SHAPES`), or a reference to a model.
-        student: Like `teacher`.
-        batch_size: Rows decoded together, where a way to sample can.
-        prompt_tokens: The longest prompt; the shortest has half of it.
-        new_tokens: Of every response.
-        gamma: Tokens drafted for each teacher call; with the adaptive draft length the most.
-        repeats: Timed passes of each kind.
-        top_k: SKD's K; None sets it by `acceptance`.
-        acceptance: K = acceptance x vocabulary where `top_k` is None; for random weights.
-        student_top_p: The student's nucleus; temperatures are 1, the teacher's top-p too.
-        dtype: Of weights and cache.
-        device: None for the GPU if there is one.
-        seed: Of random weights, prompts and samples.
+    Models are references, or `random:` and a shape of `SHAPES`. Prompts have between half of `prompt_tokens` and all.
+    Temperatures are 1, and so is the teacher's top-p. `device` None is the GPU if there is one.
     """
 
     teacher: str = RANDOM + "smollm2-135m"

@@ -179,16 +179,14 @@ def held_out_sets(prepared: PreparedData, settings: StepConfig) -> dict[str, Hel
 def table(predictions: list[Prediction]) -> dict[str, list[Any]]:
     """Return the first rows by column, texts shortened, for people to read."""
     rows = predictions[:MAX_TABLE_ROWS]
-    texts = ("id", "source", "target", "prediction")
-    columns: dict[str, list[Any]] = {name: [_shortened(getattr(row, name)) for row in rows] for name in texts}
+    columns: dict[str, list[Any]] = {
+        # Half a surrogate pair has no form in UTF-8.
+        name: [getattr(row, name)[:MAX_TABLE_CHARACTERS].encode("utf-8", "backslashreplace").decode() for row in rows]
+        for name in ("id", "source", "target", "prediction")
+    }
     metrics = dict.fromkeys(name for row in rows for name in row.scores)
     columns |= {name: [row.scores.get(name) for row in rows] for name in metrics}
     return columns | {"tokens": [row.tokens for row in rows], "truncated": [row.truncated for row in rows]}
-
-
-def _shortened(text: str) -> str:
-    # Half a surrogate pair has no form in UTF-8.
-    return text[:MAX_TABLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Step `show`: what an artifact holds, for a person who watches the run."""
+"""Step `show`: print the contents of an artifact, for a person who watches the run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ def main(
     artifact: Annotated[Path, typer.Option(help="Folder of step `prepare_data`, `evaluate` or `evaluate_student`.")],
 ) -> None:
     """Show what an artifact holds: how many examples, or the scores of the models that were evaluated."""
-    from skd_lib.data.prepared import MANIFEST
+    from skd_lib.data.prepared import MANIFEST, PreparedData
     from skd_lib.report.folders import SCORES
 
     present("artifact", artifact)
     if (artifact / MANIFEST).is_file():
-        _show_data(artifact)
+        for name, rows in PreparedData.load(artifact).manifest["rows"].items():
+            print(f"{name:<16} {rows:,} examples")
     elif (artifact / SCORES).is_file() or any(artifact.glob(f"*/{SCORES}")):
         _show_scores(artifact)
     else:
@@ -29,13 +30,6 @@ def main(
             where=str(artifact),
             hint="name a folder of step `prepare_data`, `evaluate` or `evaluate_student`",
         )
-
-
-def _show_data(folder: Path) -> None:
-    from skd_lib.data.prepared import PreparedData
-
-    for name, rows in PreparedData.load(folder).manifest["rows"].items():
-        print(f"{name:<16} {rows:,} examples")
 
 
 def _show_scores(folder: Path) -> None:
