@@ -158,15 +158,16 @@ class DistillConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _stored_signal_fits(self) -> DistillConfig:
-        if self.teacher_signal.mode == "online" or self.method == "sft":
+        method = _METHOD.registry[self.method]
+        if self.teacher_signal.mode == "online" or not method.needs_teacher:
             return self
-        if not _METHOD.registry[self.method].storable:
+        if not method.storable:
             raise ValueError(
                 f"teacher_signal: the teacher's signal cannot be stored for `{self.method}`: its responses are written "
                 "again in every step, by a student that changes; use `mode: online`, or method `supervised_kd` or "
                 "`seqkd`"
             )
-        if self.method == "supervised_kd" and self.selective and self.selective.top > self.teacher_signal.top_k:
+        if method.uses_divergence and self.selective and self.selective.top > self.teacher_signal.top_k:
             raise ValueError(
                 f"selective.top is {self.selective.top}, but only the teacher's {self.teacher_signal.top_k} most "
                 "likely tokens are stored; raise teacher_signal.top_k"

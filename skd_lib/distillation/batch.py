@@ -102,7 +102,8 @@ class Rollout:
 
     def _with(self, change: Callable[[Tensor], Tensor], **others: Any) -> Rollout:
         """Change all tensors in one way, and other fields."""
-        return replace(self, **{name: change(getattr(self, name)) for name in _TENSORS}, **others)
+        tensors: dict[str, Any] = {name: change(getattr(self, name)) for name in _TENSORS}
+        return replace(self, **tensors, **others)
 
     @property
     def _row_lengths_B(self) -> Tensor:  # noqa: N802
@@ -155,11 +156,14 @@ def merge(parts: Sequence[Rollout], order: Sequence[int], pad_id: int) -> Rollou
 
     sources = [source for part in parts for source in part.sources]
     signals = [signal for part in parts for signal in part.signals]
+    tensors: dict[str, Any] = {
+        name: together(name, fill) for name, fill in zip(_TENSORS, (pad_id, 0, 0, -1), strict=True)
+    }
     return Rollout(
-        *(together(name, fill) for name, fill in zip(_TENSORS, (pad_id, 0, 0, -1), strict=True)),
-        tuple(sources[row] for row in position),
-        tuple(signals[row] for row in position),
-        sum((part.statistics for part in parts if part.statistics is not None), SamplingStatistics()),
+        **tensors,
+        sources=tuple(sources[row] for row in position),
+        signals=tuple(signals[row] for row in position),
+        statistics=sum((part.statistics for part in parts if part.statistics is not None), SamplingStatistics()),
     )
 
 

@@ -75,7 +75,6 @@ METHODS = Registry(
             response="ground truth",
             cost="none; no teacher is loaded",
             uses_divergence=False,
-            storable=True,
         ),
         "seqkd": MethodEntry(
             lambda make: make.by_teacher(),

@@ -255,13 +255,15 @@ def _check_positions(checks: Checks, run: RunConfig, models: Sequence[Model], sp
 
 def _longest_block(run: RunConfig) -> int:
     """Return how many positions the sampler of a run's distillation needs beyond a row's last token."""
-    facts, sampling = METHODS[run.distill.method], run.distill.sampling
-    if not (facts.student_writes and facts.teacher_writes):
+    from skd_lib.distillation.rollouts import interleaving_rule
+
+    sampling = run.distill.sampling
+    if not METHODS[run.distill.method].interleaves:
         return 1
     gamma = sampling.gamma
     drafted = max(gamma.start, gamma.end) if isinstance(gamma, Schedule) else gamma
     drafted = min(drafted, run.task.max_new_tokens) if sampling.adaptive_gamma else drafted
-    return int(drafted) + (sampling.rule == "lossless")
+    return int(drafted) + interleaving_rule(sampling, 0, 1).bonus
 
 
 def _check_schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig]) -> None:

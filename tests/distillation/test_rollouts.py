@@ -68,7 +68,7 @@ def make(
     )
     arguments: dict[str, Any] = {"seed": 5, "eos_ids": (EOS,), "pad_id": 0, "max_new_tokens": 9, **options}
     strategy = rollout_for(
-        method,  # type: ignore[arg-type]
+        method,
         student=student,
         teacher=teacher,
         distill=DistillConfig(sampling=sampling, **(distill or {})),
