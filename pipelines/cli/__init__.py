@@ -14,6 +14,7 @@ import typer
 from skd_kfp.pipelines.cli.bench import bench
 from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_
+from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
 from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri, expanded, short
 from skd_kfp.pipelines.cli.registry import lineage, promote, rollback, track
@@ -163,6 +164,7 @@ def schema() -> None:
 
 
 app.command()(specdec)
+app.command()(evaluate)
 app.command()(generate)
 app.command()(promote)
 app.command()(rollback)

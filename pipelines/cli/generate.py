@@ -54,7 +54,7 @@ def generate(
     from skd_lib._core.terminal import Console
 
     console = Console()
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     messages: list[dict[str, str]] = []
     while True:
         text = typer.prompt(">", default="", show_default=False, prompt_suffix=" ") if chat else prompt

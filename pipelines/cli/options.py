@@ -219,7 +219,7 @@ class Cluster:
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each argument of a command that is a dataclass by the dataclass's fields."""
     own = inspect.signature(command, eval_str=True)
-    groups = {
+    groups: dict[str, Any] = {
         name: parameter.annotation
         for name, parameter in own.parameters.items()
         if dataclasses.is_dataclass(parameter.annotation)

@@ -18,7 +18,7 @@ from skd_lib.errors import SkdError
 if TYPE_CHECKING:
     from skd_lib.tracking.gate import Move
 
-track = typer.Typer(help="What steps tell MLflow.", no_args_is_help=True, rich_markup_mode="markdown")
+track = typer.Typer(help="Records of steps for MLflow.", no_args_is_help=True, rich_markup_mode="markdown")
 
 _WIDE = 100_000
 Model = Annotated[str, typer.Argument(help="Registered model, e.g. skd-student.")]
@@ -42,7 +42,9 @@ def promote(
     from skd_lib.tracking import gate
 
     uri = _store(runs_dir, tracking_uri)
-    _report(gate.promote(tracking_uri=uri, model=model, version=str(version), by=_who(by), why=_reason(why)))
+    _report(
+        gate.promote(tracking_uri=uri, model=model, version=str(version), by=by or getpass.getuser(), why=_reason(why))
+    )
 
 
 def rollback(
@@ -56,7 +58,7 @@ def rollback(
     from skd_lib.tracking import gate
 
     uri = _store(runs_dir, tracking_uri)
-    _report(gate.rollback(tracking_uri=uri, model=model, by=_who(by), why=_reason(why)))
+    _report(gate.rollback(tracking_uri=uri, model=model, by=by or getpass.getuser(), why=_reason(why)))
 
 
 def lineage(
@@ -132,10 +134,6 @@ def _reason(why: str) -> str:
     if not why.strip():
         raise SkdError("a reason is needed", where="--why", hint="say it in words: it is what others will read")
     return why.strip()
-
-
-def _who(by: str | None) -> str:
-    return by or getpass.getuser()
 
 
 def _report(move: Move) -> None:

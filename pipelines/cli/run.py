@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse, short
-from skd_lib._core.terminal import visible
+from skd_lib._core.terminal import say
 from skd_lib._core.uris import how_to_look, shown, sqlite_file
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(
         folder = RunFolder.create(local.runs_dir, settings.name)
         containers = _containers(settings, folder, image, comet_image, local.store) if docker else None
         files = f"files in {short(folder.root)}, MLflow {shown(local.store) or 'off'}"
-        _say(console, f"run {settings.name}: {steps} steps, {files}")
+        say(f"run {settings.name}: {steps} steps, {files}")
         finished = run_pipeline(
             settings,
             folder,
@@ -121,7 +121,7 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
         "files": str(folder),
         "MLflow": shown(tracking_uri) or "off",
     }.items():
-        _say(console, f"{name:<8} {value}")
+        say(f"{name:<8} {value}")
 
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
@@ -148,12 +148,8 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     }
     links = {name: folder.link(name, Path(uri)) for name, uri in models.items()}
     for name, path in {"report": folder.page, "summary": folder.summary, **links, "logs": folder.logs}.items():
-        _say(console, f"{name:<8} {short(path)}")
+        say(f"{name:<8} {short(path)}")
     if tracking_uri:
-        _say(console, f"MLflow   {how_to_look(tracking_uri)}")
+        say(f"MLflow   {how_to_look(tracking_uri)}")
     if run.outcome:
-        _say(console, visible(run.outcome))
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(run.outcome)

@@ -32,7 +32,6 @@ from skd_lib.errors import SkdError
 CREATE_ATTEMPTS = 4
 PAGE_SIZE = 100
 MAX_PAGES = 1000
-LIVE = frozenset({None, "RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "CANCELING", "PAUSED"})
 KNOCKS = (0.0, 1.0, 2.0)
 """Seconds before each attempt to connect, where a person waits."""
 

@@ -23,7 +23,6 @@ from datetime import datetime
 from typing import Any
 
 from skd_kfp.pipelines.graph import COMPONENT_PREFIX, Step
-from skd_kfp.pipelines.kubeflow.api import LIVE
 
 SUCCEEDED, FAILED, SKIPPED, RUNNING, REUSED = "SUCCEEDED", "FAILED", "SKIPPED", "RUNNING", "REUSED"
 CANCELING, CANCELED = "CANCELING", "CANCELED"
@@ -194,7 +193,7 @@ def _state(task: Any, node: Node, step: Step | None) -> StepState:
 
 def is_live(run: Any) -> bool:
     """Return whether a run has not ended."""
-    return run.state in LIVE
+    return run.state in {None, "RUNTIME_STATE_UNSPECIFIED", "PENDING", RUNNING, CANCELING, "PAUSED"}
 
 
 def _children(task: Any) -> frozenset[str]:

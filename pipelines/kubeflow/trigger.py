@@ -122,7 +122,8 @@ class Trigger:
             return replace(decision, run_id=made.run_id)
 
     def _memory(self) -> _Memory:
-        return _Memory(self.tracking_uri, self.target.mlflow_experiment or default_experiment())
+        experiment = self.target.mlflow_experiment or os.environ.get(EXPERIMENT_VARIABLE) or "skd"  # as the steps do
+        return _Memory(self.tracking_uri, experiment)
 
     def _plan(self, source: str) -> Submission | Decision:
         """Return the run for the data that is at `source` now, or why there cannot be one yet."""
@@ -184,11 +185,6 @@ class Trigger:
             return Decision(fire=False, reason=reason, name=name)
         reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"
         return Decision(fire=True, reason=reason, name=name)
-
-
-def default_experiment() -> str:
-    """Return the MLflow experiment of steps without another setting, as this machine has it."""
-    return os.environ.get(EXPERIMENT_VARIABLE) or "skd"
 
 
 def _modified(marker: str) -> float:

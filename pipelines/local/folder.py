@@ -69,10 +69,6 @@ class RunFolder:
             ) from error
         return folder
 
-    def log_of(self, step: str) -> Path:
-        """Return the path of one step's log."""
-        return self.logs / f"{step}.log"
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder during the block.

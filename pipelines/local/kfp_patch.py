@@ -182,7 +182,10 @@ def _replaced(run: LocalRun) -> Iterator[None]:
             outputs: dict[str, Any] | None = super().get(key)
             if outputs is not None:
                 seconds = _seconds(self._seconds_file(key))
-                run.reused(self._current.component, plain_outputs(outputs), seconds)
+                plain = {
+                    name: value.uri if isinstance(value, dsl.Artifact) else value for name, value in outputs.items()
+                }
+                run.reused(self._current.component, plain, seconds)
             return outputs
 
         def put(self, key: str, outputs: dict[str, Any]) -> None:
@@ -243,8 +246,3 @@ def _with_item(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> 
     item.runtime_value.constant.CopyFrom(pipeline_spec_builder.to_protobuf_value(loop_item))
     task.ClearField("parameter_iterator")
     return task
-
-
-def plain_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a task's outputs by name: parameters as they are, artifacts as their URI."""
-    return {name: value.uri if isinstance(value, dsl.Artifact) else value for name, value in outputs.items()}

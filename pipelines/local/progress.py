@@ -101,8 +101,8 @@ class LiveDisplay(Display):
     def progress(self, step: str, event: Mapping[str, Any]) -> None:
         if self._current is not None:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in event.get("figures", {}).items())
-            shown = {"description": _activity(step, event), "figures": figures}
-            self.bars.update(self._current, completed=event["done"], total=event["total"], **shown)
+            doing, done, total = _activity(step, event), event["done"], event["total"]
+            self.bars.update(self._current, description=doing, completed=done, total=total, figures=figures)
 
     @override
     def finished(self, step: str, seconds: float, *, reused: bool) -> None:

@@ -74,7 +74,7 @@ class LocalRun:
         stopping.check()
         self.display.started(step.name)
         start = time.monotonic()
-        log = self.folder.log_of(step.name)
+        log = self.folder.logs / f"{step.name}.log"
         try:
             log.write_text("", encoding="utf-8")
             task_folder.mkdir(parents=True, exist_ok=True)
