@@ -121,8 +121,8 @@ def upload(path: Path, uri: str, last: str) -> None:
             before = {} if present is None else {name: int(present.generation)}
         else:
             before = {blob.name: int(blob.generation) for blob in _blobs(bucket, name)}
-        if marker in before:
-            _retract(bucket, marker, before.pop(marker), files.get(marker, path))
+        if marker in files and marker in before:
+            _retract(bucket, marker, before.pop(marker), files[marker])
         others = [target for target in files if target != marker]
         for names in (others, [marker] if marker in files else []):
             in_parallel([partial(_send, bucket, name, files[name], before.get(name, 0), meter) for name in names])

@@ -169,7 +169,7 @@ class Outbox:
         start = time.monotonic()
         if start < self._silent_until and not insist:
             return False
-        troubles = (SkdError, *unanswered())
+        troubles: tuple[type[Exception], ...] = (SkdError, *unanswered())
         try:
             sender = self._sender = self._sender or Sender(self._location, running=True)
             sender.open()
