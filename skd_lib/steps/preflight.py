@@ -54,8 +54,8 @@ def main(
     config: Annotated[
         str,
         typer.Option(
-            help="Settings that differ from the defaults, as JSON, or the URI of a run's YAML file. Others that "
-            "are not empty go before it."
+            help="Settings that differ from the defaults, as JSON, or the URI of a run's YAML file. Where another "
+            "parameter is not empty, it decides."
         ),
     ] = "{}",
     comparison: Annotated[

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from skd_kfp.components import build
 from skd_kfp.components.images import Image, read_images
 from skd_kfp.pipelines import compiling
 from skd_kfp.pipelines.compile_checks import find_problems
@@ -27,6 +28,7 @@ from skd_kfp.pipelines.graph import read_steps
 from skd_lib.config import RunConfig
 from skd_lib.config.step import DEPENDS
 from skd_lib.errors import SkdError
+from tests.conftest import Skd
 
 ROOT = Path(__file__).parents[2]
 TORCH_STEPS = {
@@ -89,6 +91,16 @@ def test_drift_is_found_and_named(
     path.write_text(text.split("\n---\n")[0])
     with pytest.raises(SkdError, match="number of documents"):
         check_compiled(path)
+
+
+def test_a_readme_that_is_not_current_fails_the_check(tmp_path: Path, skd: Skd, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "show").mkdir()
+    (tmp_path / "show/component.py").touch()
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    done = skd("compile", "--check", "--pipeline", "distillation", "--profile", "l4")
+    assert "distillation.yaml is up to date" in done.stdout
+    assert "show/README.md: differs from the options of its step" in done.stderr
+    assert done.returncode == 2
 
 
 def test_compilation_does_not_depend_on_hash_seeds(documents: Documents):
