@@ -68,7 +68,7 @@ def evaluate(
             write_predictions(predictions / f"{name}.jsonl", each.predictions)
     if json_:
         figures: dict[str, Any] = {
-            name: {"reference": reference, **found[name].scores.to_dict()}
+            name: {"reference": reference, **found[name].scores.flat()}
             for name, reference in (("model", model), ("baseline", baseline))
             if name in found
         }
@@ -117,12 +117,15 @@ def _what_to_answer(
 def _measured(
     models: Mapping[str, str], rows: Sequence[Example], task: TaskConfig, config: EvaluationConfig, seed: int
 ) -> dict[str, Evaluation]:
+    from transformers.utils.logging import disable_progress_bar
+
     from skd_lib.data.chat import check_rendering
     from skd_lib.evaluation.evaluate import evaluate as score
     from skd_lib.evaluation.generate import load_for_inference
     from skd_lib.models.files import load_tokenizer
     from skd_lib.models.references import resolve_model
 
+    disable_progress_bar()  # of loading weights
     folders = {name: resolve_model(reference) for name, reference in models.items()}
     for folder in folders.values():
         check_rendering(load_tokenizer(folder), task)

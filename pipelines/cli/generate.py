@@ -89,6 +89,8 @@ def generate(
 
 
 def _load(model: str, draft: str | None, gamma: int) -> tuple[InterleavedSampler, PreTrainedTokenizerBase]:
+    from transformers.utils.logging import disable_progress_bar
+
     from skd_lib.models.files import load_tokenizer
     from skd_lib.models.loading import default_device, load_model
     from skd_lib.models.references import resolve_model
@@ -96,6 +98,7 @@ def _load(model: str, draft: str | None, gamma: int) -> tuple[InterleavedSampler
     from skd_lib.sampling.acceptance import lossless, teacher_only
     from skd_lib.sampling.interleaved import InterleavedSampler
 
+    disable_progress_bar()  # of loading weights
     folder = resolve_model(model)
     drafts = None if draft is None else resolve_model(draft)
     if drafts is not None and (unlike := check_compatible(folder, drafts)):

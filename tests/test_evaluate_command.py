@@ -1,0 +1,55 @@
+"""`skd evaluate`, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SaveTinyModel, Skd
+
+
+@pytest.fixture
+def models(tmp_path: Path, save_tiny_model: SaveTinyModel) -> tuple[Path, Path]:
+    return save_tiny_model(tmp_path / "one", seed=2), save_tiny_model(tmp_path / "other", seed=1)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"question": f"The file {n} has been saved.", "answer": f"Le fichier {n}."} for n in range(24)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "task.yaml").write_text("prompt: '{source}'\nmetrics: [chrf]\nmax_new_tokens: 8\n")
+    return tmp_path / "test.jsonl"
+
+
+def test_scores_and_their_difference(skd: Skd, models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    options = ["--data", data, "--task", tmp_path / "task.yaml", "--source", "question", "--target", "answer"]
+    done = skd(
+        "evaluate", models[0], "--baseline", models[1], *options, "--json", "--predictions", tmp_path / "answers"
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    scores = [figures[name]["chrf"]["score"] for name in ("model", "baseline")]
+    assert figures["difference"]["chrf"]["difference"] == pytest.approx(scores[0] - scores[1])
+    assert figures["difference"]["chrf"]["p_value"] is not None
+    assert figures["model"]["examples"] == 24
+    assert {path.name for path in (tmp_path / "answers").iterdir()} == {"model.jsonl", "baseline.jsonl"}
+    table = skd("evaluate", models[0], "--baseline", models[1], *options, "--examples", "5")
+    assert "Model minus baseline" in table.stdout
+    assert table.stdout.count("chrf") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there are no examples"),
+        (["--data", "test.jsonl"], "no task is named"),
+        (["--data", "missing.jsonl", "--task", "gsm8k"], "missing.jsonl"),
+        (["--data", "missing.jsonl", "--task", "gsm9k"], "gsm9k"),
+    ],
+)
+def test_what_is_missing_is_said(skd: Skd, models: tuple[Path, Path], options: list[str], message: str) -> None:
+    done = skd("evaluate", models[0], *options)
+    assert done.returncode == 2
+    assert message in done.stderr
