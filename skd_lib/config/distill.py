@@ -158,8 +158,10 @@ class DistillConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _stored_signal_fits(self) -> DistillConfig:
+        if self.teacher_signal.mode == "online":  # of all defaults, which are validated before there are registries
+            return self
         method = _METHOD.registry[self.method]
-        if self.teacher_signal.mode == "online" or not method.needs_teacher:
+        if not method.needs_teacher:
             return self
         if not method.storable:
             raise ValueError(

@@ -115,7 +115,7 @@ class DivergenceEntry:
     Attributes:
         function: (log p_NE, log q_NE) and the values of `settings` by name -> loss_N.
         formula: Of the teacher's p and the student's q.
-        source: Where it comes from.
+        source: Paper of the divergence.
         settings: Fields of `distill` that it reads.
         arrays: fp32 arrays of a chunk's logits that forward and backward pass hold at most: a measured peak. The
             default is the most of any here.

@@ -29,8 +29,8 @@ class MethodEntry:
     Attributes:
         strategy: Combines sources of responses into the method's own.
         response: The writer of a response, for help texts and docs.
-        cost: What a step costs besides the student's forward and backward, for docs.
-        source: Where the method comes from.
+        cost: Cost of a step in addition to the student's forward and backward, for docs.
+        source: Paper of the method.
         student_writes: The student writes tokens of the responses (drafts at least).
         teacher_writes: The teacher writes tokens of the responses.
         uses_divergence: The loss is a divergence from the teacher; else it is the response's cross-entropy.

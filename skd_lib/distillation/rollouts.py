@@ -75,11 +75,11 @@ class Responses:
 
     def by_student(self) -> Strategy:
         """Sample from the student."""
-        return self.sampled(lambda step: student_only(), "student")  # noqa: ARG005
+        return self.sampled(lambda _step: student_only(), "student")
 
     def by_teacher(self) -> Strategy:
         """Sample from the teacher."""
-        return self.sampled(lambda step: teacher_only(), "teacher")  # noqa: ARG005
+        return self.sampled(lambda _step: teacher_only(), "teacher")
 
     def interleaved(self) -> Strategy:
         """Let the student draft and the teacher replace, by the configured acceptance rule."""
@@ -198,14 +198,9 @@ def rollout_for(
 
 
 def value_at(setting: float | Schedule[Any], step: int, steps: int) -> float:
-    """Return the value of a number (itself) or of a schedule at an optimiser step.
+    """Return the value of a number (itself) or of a schedule at an optimiser step: 0 has `start`, `steps - 1` `end`.
 
     It is a function of the step alone: a run that was interrupted goes on with the values it would have had.
-
-    Args:
-        setting: From the configuration.
-        step: Optimiser step, from 0: the schedule's `start`.
-        steps: Steps of the whole training; the last one, `steps - 1`, has the schedule's `end`.
     """
     if not isinstance(setting, Schedule):
         return setting

@@ -164,8 +164,8 @@ class RuleEntry:
     Attributes:
         make: Takes the values of `settings`, at an optimiser step; returns the rule.
         accepts: The condition by which a drafted token t stands.
-        replaces: What stands at the first token that does not.
-        source: Where it comes from.
+        replaces: The replacement of the first token that does not stand.
+        source: Paper of the rule.
         settings: Fields of `distill.sampling` that it reads besides `gamma`.
     """
 

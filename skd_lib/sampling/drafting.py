@@ -25,8 +25,8 @@ class Costs:
 
     Attributes:
         student: A student forward of a single token.
-        token: What each further token adds to a forward, in another row or at another position: a share of what the
-            first one costs.
+        token: Cost of each further token of a forward, in another row or at another position, as a share of the first
+            token's cost.
     """
 
     student: float
@@ -66,7 +66,7 @@ class AdaptiveGamma:
             counts: Statistics of the rounds so far.
             costs: Costs of forwards.
             rows: Rows in the next round.
-            bonus: Whether the teacher adds a token after a block that was accepted whole.
+            bonus: True if the teacher adds a token after a block that was accepted whole.
         """
         expected = _PRIOR_WEIGHT * self.acceptance
         acceptance = (counts.accepted + expected) / (counts.tested + _PRIOR_WEIGHT)

@@ -57,11 +57,11 @@ def interleave(
         rule: `top_k`, `min_prob`, `mixture`, `lossless`, `student_only` or `teacher_only`.
         parameter: Of the rule: K, the least probability, the mixture's share.
         prompt: Token ids.
-        seed: Of the sequence.
+        seed: Seed of the sequence.
         max_new_tokens: Most tokens of a response.
-        eos_ids: Tokens that end it.
-        student_params: How the student is sampled from.
-        teacher_params: How the teacher is.
+        eos_ids: Tokens that end a response.
+        student_params: Temperature and top-p of the student.
+        teacher_params: Temperature and top-p of the teacher.
 
     Returns:
         The response's tokens, and for each whether it is the student's or the teacher's.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -95,3 +97,11 @@ def test_names_are_taken_once_and_others_are_refused() -> None:
         DistillConfig.model_validate(CONFIG)
     with pytest.raises(SkdError, match="did you mean `seqkd`"):
         METHODS["seq_kd"]
+
+
+@pytest.mark.parametrize(
+    "module", ["distillation.methods", "distillation.divergences", "sampling.acceptance", "config"]
+)
+def test_each_is_imported_first_and_without_torch(module: str) -> None:
+    code = f"import skd_lib.{module}, sys; from skd_lib.config import DistillConfig; DistillConfig(method='seqkd')"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
