@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import ROOT, SaveTinyModel
 
@@ -80,6 +80,21 @@ def test_the_readmes_python(
     variables |= {"student": variables["trainer"].model, "teacher": variables["trainer"].teacher, "inputs": inputs}
     exec(blocks[1], variables)  # noqa: S102 - our own text
     assert variables["out"].sequences.shape[0] == 2
+
+
+def test_the_pages_python(tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/python.md").read_text()
+    teacher, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in models)
+    variables: dict[str, Any] = {
+        "teacher": teacher,
+        "student": student,
+        "tokenizer": AutoTokenizer.from_pretrained(models[0]),
+    }
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, variables)  # noqa: S102 - our own text
+    assert 0 < variables["share"] <= 1
+    assert variables["loss"] > 0
 
 
 def test_the_loop_fits_on_a_page() -> None:
