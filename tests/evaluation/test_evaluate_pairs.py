@@ -11,7 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from skd_lib.errors import SkdError
-from skd_lib.evaluation import evaluate, inference
+from skd_lib.evaluation import evaluate, generate
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.importing import import_model
 from skd_lib.models.records import RECORD, read_record, write_record
@@ -49,13 +49,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of the models that answer, in their order."""
     folders: list[Path] = []
-    load = inference.load_for_inference
+    load = generate.load_for_inference
 
     def watched(path: Path) -> Any:
         folders.append(path)
         return load(path)
 
-    monkeypatch.setattr(inference, "load_for_inference", watched)
+    monkeypatch.setattr(generate, "load_for_inference", watched)
     return folders
 
 
