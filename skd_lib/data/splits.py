@@ -25,7 +25,7 @@ _EXAMPLES = "\nfor example"
 
 
 @dataclass
-class Loss:
+class LostRows:
     """The rows that one split loses before anything is trained or measured on it.
 
     Attributes:
@@ -72,7 +72,7 @@ def in_words(reasons: Mapping[str, int]) -> str:
 
 
 def with_long_prompts(losses: Mapping[str, Any], split: str, rows: int, count: int) -> dict[str, Any]:
-    """Add to losses (of `Loss.to_dict`, by split) the `count` of `rows` in a split whose prompts are over the limit."""
+    """Add to losses (of `LostRows.to_dict`, by split) the `count` of `rows` with prompts over the limit."""
     known = losses.get(split, {"rows": rows, "lost": {}})
     lost = known["lost"] | ({"with prompts over max_prompt_tokens": count} if count else {})
     return {**losses, split: {"rows": known["rows"], "lost": lost}}
@@ -98,7 +98,7 @@ class Splits:
     validation: list[Example]
     test: list[Example]
     held_out: dict[str, list[Example]] = field(default_factory=dict)
-    losses: dict[str, Loss] = field(default_factory=dict)
+    losses: dict[str, LostRows] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -150,7 +150,7 @@ def make_splits(
     return splits
 
 
-def complaints(losses: Mapping[str, Loss]) -> list[tuple[str, Literal["warning", "error"], SkdError]]:
+def complaints(losses: Mapping[str, LostRows]) -> list[tuple[str, Literal["warning", "error"], SkdError]]:
     """Return the splits that lose many rows, with the level of the problem; a held-out set is never an error."""
     return [
         (name, "error" if loss.share > REFUSE_ABOVE and name in RUN_SPLITS else "warning", _complaint(name, loss))
@@ -159,7 +159,7 @@ def complaints(losses: Mapping[str, Loss]) -> list[tuple[str, Literal["warning",
     ]
 
 
-def _complaint(name: str, loss: Loss) -> SkdError:
+def _complaint(name: str, loss: LostRows) -> SkdError:
     start = f"no row is left in the split `{name}`: " if loss.lost >= loss.rows else f"split `{name}`: "
     pairs = "".join(f"\n- {_shown(gone)}\n  is like {_shown(stays)}" for gone, stays in loss.pairs[:SHOWN_PAIRS])
     hint = "remove what is there twice, or give splits that do not overlap"
@@ -198,11 +198,11 @@ def divide(
         SkdError: train is too small to be cut.
     """
     threshold = config.near_duplicate_threshold
-    losses: dict[str, Loss] = {}
+    losses: dict[str, LostRows] = {}
 
     def unique(name: str, examples: Sequence[Example]) -> list[Example]:
         kept = drop_repeated(examples)
-        losses[name] = Loss(len(examples), Counter({"repeated": kept.exact}), kept.pairs)
+        losses[name] = LostRows(len(examples), Counter({"repeated": kept.exact}), kept.pairs)
         return kept.examples
 
     def apart(name: str, examples: list[Example], others: Sequence[Example], exact: str, near: str) -> list[Example]:
@@ -231,7 +231,7 @@ def divide(
     train, validation, test = cut.train, shuffled(cut.validation or [], seed), shuffled(cut.test or [], seed)
     for name, rows in (("validation", validation), ("test", test)):
         if name not in losses:
-            losses[name] = Loss(len(rows))
+            losses[name] = LostRows(len(rows))
             losses["train"].rows -= len(rows)
     validation = apart("validation", validation, test, "also in test", "resembles a test row")
     train = apart("train", train, [*test, *validation], "also held out", "resembles a held-out row")
