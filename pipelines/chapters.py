@@ -15,7 +15,7 @@ Preflight gives each step its `config`: the part of the run's configuration that
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from kfp import dsl
 
@@ -53,11 +53,6 @@ SCORED = dict.fromkeys(("of_teacher", "of_student", "drafts", "champion"), dsl.A
 """Outputs of the chapter `score`."""
 
 
-def outputs(**types: Any) -> Any:
-    """Return the type of a nested pipeline's outputs, as KFP wants it declared."""
-    return NamedTuple("Outputs", list(types.items()))
-
-
 def select(given: Any, names: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of these names, to hand them on to a chapter."""
     return {name: value for name, value in vars(given).items() if name in names}
@@ -71,7 +66,7 @@ def prepare(profile: Profile, handed_on: Mapping[str, type], *, comet: bool = Fa
         handed_on: Outputs of preflight that later chapters need, with their types.
         comet: A later chapter has a step for COMET.
     """
-    prepared = outputs(data=dsl.Dataset, **handed_on)
+    prepared = {"data": dsl.Dataset, **handed_on}
 
     @pipeline("prepare", "Check the run before anything expensive starts, and prepare its data.", PREPARE, prepared)
     def prepare(given: Any) -> Any:
@@ -81,7 +76,7 @@ def prepare(profile: Profile, handed_on: Mapping[str, type], *, comet: bool = Fa
             "data"
         ]
         step(show, "show-data", cache=False, artifact=data)
-        return prepared(data=data, **{name: checked[name] for name in handed_on})
+        return {"data": data, **{name: checked[name] for name in handed_on}}
 
     return prepare
 
@@ -95,7 +90,7 @@ def measure(profile: Profile, *, comet: bool) -> Chapter:
     """
     inner, handed_on = (_judge(profile), JUDGE) if comet else (_score(profile), SCORE)
     parameters = {**SCORE, "report_config": str, "comet_config": Parameter(str, "", "")}
-    measured = outputs(report=dsl.HTML, measured=str)
+    measured = {"report": dsl.HTML, "measured": str}
 
     @pipeline(
         "measure", "Measure teacher and student before and after, and the student as draft.", parameters, measured
@@ -116,15 +111,13 @@ def measure(profile: Profile, *, comet: bool) -> Chapter:
             comet=scored["comet"] if comet else "",
             config=given.report_config,
         )
-        return measured(report=page.outputs["report"], measured=page.outputs["measured"])
+        return {name: page.outputs[name] for name in measured}
 
     return measure
 
 
 def _score(profile: Profile) -> Chapter:
-    scored = outputs(**SCORED)
-
-    @pipeline("score", "Score teacher and student, the student as a draft, and the champion.", SCORE, scored)
+    @pipeline("score", "Score teacher and student, the student as a draft, and the champion.", SCORE, SCORED)
     def score(given: Any) -> Any:
         step = partial(make_task, profile, given)
         models = select(given, TRAINED)
@@ -157,12 +150,12 @@ def _score(profile: Profile) -> Chapter:
             config=given.champion_config,
         )
         champion.after(of_teacher, drafts)
-        return scored(
-            of_teacher=of_teacher.outputs["evaluations"],
-            of_student=of_student.outputs["evaluations"],
-            drafts=drafts.outputs["drafts"],
-            champion=champion.outputs["champion"],
-        )
+        return {
+            "of_teacher": of_teacher.outputs["evaluations"],
+            "of_student": of_student.outputs["evaluations"],
+            "drafts": drafts.outputs["drafts"],
+            "champion": champion.outputs["champion"],
+        }
 
     return score
 
@@ -173,7 +166,7 @@ JUDGE = {**SCORE, "comet_config": str}
 
 def _judge(profile: Profile) -> Chapter:
     score_all = _score(profile)
-    judged = outputs(**SCORED, comet=str)
+    judged = {**SCORED, "comet": str}
 
     @pipeline("judge", "Score all models, and have COMET judge their answers.", JUDGE, judged)
     def judge(given: Any) -> Any:
@@ -190,7 +183,7 @@ def _judge(profile: Profile) -> Chapter:
             champion=scored["champion"],
             config=given.comet_config,
         )
-        return judged(**{name: scored[name] for name in SCORED}, comet=comet.outputs["scores"])
+        return {**{name: scored[name] for name in SCORED}, "comet": comet.outputs["scores"]}
 
     return judge
 
@@ -206,7 +199,7 @@ COMPARE: Mapping[str, Any] = {
 
 def compare(profile: Profile) -> Chapter:
     """Return the chapter that trains and measures a student for each trial, and puts them in one table."""
-    compared = outputs(report=dsl.Markdown)
+    compared = {"report": dsl.Markdown}
 
     @pipeline("compare", "Train and measure one student a trial, and compare them.", COMPARE, compared)
     def compare(given: Any) -> Any:
@@ -258,6 +251,6 @@ def compare(profile: Profile) -> Chapter:
             config=given.table_config,
             plan=given.plan,
         )
-        return compared(report=table.outputs["report"])
+        return {name: table.outputs[name] for name in compared}
 
     return compare

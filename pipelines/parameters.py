@@ -63,25 +63,28 @@ def form(profile: Profile, *, comparison: bool) -> dict[str, Parameter]:
 
 
 def pipeline(
-    name: str, description: str, parameters: Mapping[str, Any], outputs: Any = None
+    name: str, description: str, parameters: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
 ) -> Callable[[Body], Callable[..., dsl.PipelineTask]]:
     """Return a decorator: `dsl.pipeline` with parameters from a table.
 
     Args:
         name: Name of the pipeline.
-        description: What Kubeflow's page says of it.
+        description: Its description on Kubeflow's page.
         parameters: By name a `Parameter`, or its type alone. The decorated function gets all of them as attributes of
             its only argument.
-        outputs: Type of its outputs, a NamedTuple; None: it has none.
+        outputs: Types of its outputs, which the decorated function returns by name.
     """
     full = {
         key: each if isinstance(each, Parameter) else Parameter(each, inspect.Parameter.empty, "")
         for key, each in parameters.items()
     }
 
+    made: Any = NamedTuple("Outputs", list(outputs.items())) if outputs else None  # as KFP wants them declared
+
     def decorate(body: Body) -> Any:
         def called(*channels: Any) -> Any:
-            return body(SimpleNamespace(**dict(zip(full, channels, strict=True))))
+            returned = body(SimpleNamespace(**dict(zip(full, channels, strict=True))))
+            return made(**returned) if outputs else None
 
         described = [f"    {key}: {each.description}" for key, each in full.items() if each.description]
         called.__doc__ = "\n".join([description, "", "Args:", *described]) if described else None
@@ -92,7 +95,7 @@ def pipeline(
                 )
                 for key, each in full.items()
             ],
-            return_annotation=inspect.Signature.empty if outputs is None else outputs,
+            return_annotation=made,
         )
         return dsl.pipeline(name=name, description=description)(called)
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from safetensors import SafetensorError, safe_open
-
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -249,6 +247,8 @@ def _header(path: Path) -> list[StoredTensor]:
         raise SkdError(f"{path.name} is no safetensors file", where=str(path), hint="fetch the model again") from error
     if end != size:
         raise _cut_off(path)
+    from safetensors import SafetensorError, safe_open  # the steps' options are read where it is not installed
+
     try:
         with safe_open(path, framework="numpy"):  # what else the library will ask of the header
             return tensors

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +14,7 @@ import pytest
 import typer
 import yaml
 from kfp import dsl
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from skd_kfp.components import build
@@ -35,6 +39,25 @@ def test_every_step_has_a_component():
     modules = (ROOT.parent / "skd_lib/steps").glob("*.py")
     steps = {path.stem for path in modules if "run_step(main)" in path.read_text()}
     assert set(NAMES) == steps
+
+
+def test_components_need_no_package_of_the_steps():
+    """Pipelines are compiled where only the extra `pipelines` is installed: in the image `pipeline`, in a workflow."""
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(sys.argv[1:])\n"  # importing them fails
+        "from skd_kfp.components.build import component_names, load_component\n"
+        "print(*(load_component(name).name for name in component_names()))"
+    )
+    extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = [Requirement(line).name for extra in ("training", "tracking", "s3") for line in extras[extra]]
+    # Imported by kfp itself.
+    blocked = [
+        name.replace("-", "_") for name in packages if name not in ("requests", "kubernetes", "google-cloud-storage")
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *blocked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == len(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
