@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import kfp_server_api
+
 from skd_kfp.pipelines.compiling import Documents, compiled_path, images_of, profile_of
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
 from skd_kfp.pipelines.kubeflow.checks import (
@@ -203,8 +205,6 @@ class Submission:
         Raises:
             SkdError: the server is too old, cannot be reached or refuses.
         """
-        import kfp_server_api
-
         _tell(api, check_version(api.version(), api.host))
         return kfp_server_api.V2beta1Run(
             display_name=self.name, description=self._description(reason), **self._body(api)
@@ -243,8 +243,6 @@ class Submission:
             SkdError: an existing one of this name differs, or the server keeps something else, is too old, cannot be
                 reached or refuses.
         """
-        import kfp_server_api
-
         version = api.version()
         _tell(api, check_version(version, api.host))
         wanted = kfp_server_api.V2beta1RecurringRun(
@@ -292,8 +290,6 @@ class Submission:
 
     def _body(self, api: KubeflowPipelines) -> dict[str, Any]:
         """Return the common part of runs and recurring runs; creates the experiment and the version where needed."""
-        import kfp_server_api
-
         version = api.pipeline_version(
             self.package.name, self.package.version, self.package.path, f"sha256:{self.package.digest}"
         )
