@@ -168,7 +168,7 @@ def test_runs_are_counted_before_any_is_made(tmp_path: Path, monkeypatch: pytest
     grid = {"distill.sampling.top_k": values, "distill.sampling.gamma": values[:299]}
     counted = r"89,700 combinations \(300 values of .*top_k x 299 values of .*gamma\); the limit is 5,000, and 500 runs"
     with monkeypatch.context() as patched:
-        patched.delattr("skd_lib.comparison.trials._read")
+        patched.delattr("skd_lib.comparison.trials.reads_setting")
         with pytest.raises(SkdError, match=f"compare.yaml, field `grid`: {counted}"):
             plan(tmp_path, grid=grid, variants={"mine": {}})
     with pytest.raises(SkdError, match=r"600 runs \(2 variants x 300 seeds\); the limit is 500"):

@@ -74,7 +74,7 @@ def score_models(
         raise SkdError("the models answered different examples", hint="evaluate all on the same test split")
     rows = {model: [_row(prediction) for prediction in given] for model, given in answers.items()}
     unique = list(dict.fromkeys(row for given in rows.values() for row in given))
-    version, values = _ask(checkpoint, python, unique, batch_size=batch_size, trust_pickle=trust_pickle)
+    version, values = ask_worker(checkpoint, python, unique, batch_size=batch_size, trust_pickle=trust_pickle)
     by_row = dict(zip(unique, values, strict=True))
     signature = f"comet|model:{checkpoint.reference}|sha256:{sha256(checkpoint.weights)[:16]}|version:{version}"
     segments = {model: [100 * by_row[row] for row in given] for model, given in rows.items()}
@@ -97,7 +97,7 @@ def _row(prediction: Prediction) -> Row:
     return source, translation, reference
 
 
-def _ask(
+def ask_worker(
     checkpoint: Checkpoint, python: Path, rows: Sequence[Row], *, batch_size: int, trust_pickle: bool
 ) -> tuple[str, list[float]]:
     """Ask the worker for COMET's version and its score of each row."""

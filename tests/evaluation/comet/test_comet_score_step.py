@@ -75,7 +75,7 @@ def test_the_scores_are_a_short_parameter_and_each_answers_score_is_in_mlflow(
     monkeypatch.setattr("skd_lib.evaluation.comet.environment.comet_python", lambda: Path(sys.executable))
     monkeypatch.setattr("skd_lib.evaluation.comet.scoring.sha256", lambda _: "0" * 64)
     monkeypatch.setattr(
-        "skd_lib.evaluation.comet.scoring._ask",
+        "skd_lib.evaluation.comet.scoring.ask_worker",
         lambda _, __, rows, **___: ("2.2.7", [1 / (3 + n) for n, _ in enumerate(rows)]),
     )
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
