@@ -162,15 +162,10 @@ def _check(value: Any, plain: bool) -> None:
 
 @dataclass
 class _Open:
-    """A mapping or a sequence whose end has not been reached.
+    """A mapping or a sequence whose end has not been reached, with its anchor and its values by key or position.
 
-    Attributes:
-        mapping: Whether it is a mapping.
-        anchor: Its name for aliases, if it has one.
-        values: Its values so far, by key or position.
-        lines: Of a mapping, the line of each key.
-        key: The key whose value comes next, text or `_MERGE`; None if a key comes next.
-        size: Values in it so far, itself included.
+    `lines` has the line of each key of a mapping, `key` the one whose value comes next (text or `_MERGE`; None if a key
+    comes next), and `size` counts the values so far, itself included.
     """
 
     mapping: bool

@@ -48,12 +48,9 @@ def parse(line: str) -> dict[str, Any] | None:
 
 
 class Progress:
-    """Progress of one long piece of work; logs at most every `interval` seconds when no runner is watching.
+    """Progress of one long piece of work, e.g. "training", of `total` units.
 
-    Args:
-        what: Name of the work, e.g. "training".
-        total: Number of units.
-        interval: Seconds.
+    It is logged at most every `interval` seconds when no runner is watching.
     """
 
     def __init__(self, what: str, total: int = 0, *, interval: float = 10.0) -> None:

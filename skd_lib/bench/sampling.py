@@ -33,16 +33,10 @@ from skd_lib.sampling.timing import Forward, bare, copy_bandwidth, recorded, sec
 
 @dataclass(frozen=True)
 class Row:
-    """One way to sample.
+    """One way to sample: its name in `WAYS`, rows decoded together, tokens of a pass, and seconds of each timed pass.
 
-    Attributes:
-        name: Its name, one of `WAYS`.
-        batch_size: Rows decoded together.
-        tokens: Response tokens of a pass.
-        seconds: Of each timed pass.
-        floor_seconds: Of each pass of the bare forwards of the same rounds; empty without the engine.
-        weight_seconds: To read the weights as often as these forwards do, at the memory's copy bandwidth; CUDA only.
-        statistics: The engine's; None for others.
+    `floor_seconds` are those of the bare forwards of the same rounds (empty without the engine), `weight_seconds` the
+    time to read the weights as often, at the memory's copy bandwidth (CUDA only), and `statistics` the engine's.
     """
 
     name: str

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from skd_lib._core.ascii_json import ascii_json
+from skd_lib._core.machine import POD_VARIABLE
 from skd_lib.comparison.config import CompareConfig
 from skd_lib.comparison.trials import Trial, expand, reference_of
 from skd_lib.config import RunConfig, apply, parameters, parse_section
@@ -120,7 +121,7 @@ def from_parameters(comparison: str = "{}", *, run_name: str = "", **fields: Any
         raise SkdErrors(errors)
     planned = plan(compare, run, where=where)
     # A notebook in the cluster is a pod too, but none of the pipeline's.
-    if "KUBERNETES_SERVICE_HOST" in os.environ and "KFP_POD_NAME" in os.environ:
+    if "KUBERNETES_SERVICE_HOST" in os.environ and POD_VARIABLE in os.environ:
         check_fits_cluster(planned, where=where)
     return planned
 

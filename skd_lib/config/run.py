@@ -103,11 +103,7 @@ def refuse_multinode(config: RunConfig, *, where: str) -> None:
 
 
 def load_config(path: Path, overrides: Overrides | None = None) -> RunConfig:
-    """Read a run's YAML file, with `overrides` in place of the file's values.
-
-    Raises:
-        SkdError: the file is missing, is not YAML, or has a wrong, missing or unknown field.
-    """
+    """Read a run's YAML file, with `overrides` in place of the file's values; an SkdError names what is wrong in it."""
     where = f"{path} with --set" if overrides else str(path)
     values = read_yaml(path)
     if "base" in values:

@@ -19,19 +19,16 @@ from skd_lib.config.task import TaskConfig
 
 
 class StepConfig(ConfigSection):
-    """A run's configuration without what the step does not depend on, and what preflight found for it.
+    """A run's configuration without parts that the step does not depend on, and preflight's findings for it.
 
     It is the one parameter of a step: Kubeflow's cache takes the step's outputs from an earlier run where it, and the
-    step's input artifacts, are the same. What is left out has its default.
+    step's input artifacts, are the same. Fields that are left out have their defaults.
 
-    Attributes:
-        fingerprint: Of the model or the data that the step fetches, as preflight found it; empty: whatever is there.
-        fresh: Any text. With another one the step, and what depends on it, is not taken from the cache; see
-            `skd_lib.preflight.reuse`.
-        label: Tells this run of the step in MLflow from others of the same pipeline run.
-        held_out: Whole task of each held-out set, by the set's name; for a set that is not there the manifest of the
-            data says it.
-        drafts: Whether students are measured as drafts.
+    - `fingerprint`: of the model or the data that the step fetches, as preflight found it; empty: any.
+    - `fresh`: any text; with another one the step and its followers are not cached, see `skd_lib.preflight.reuse`.
+    - `label`: tells this run of the step in MLflow from others of the same pipeline run.
+    - `held_out`: whole task of each held-out set, by its name; for other sets the manifest of the data has it.
+    - `drafts`: whether students are measured as drafts.
     """
 
     name: str = ""

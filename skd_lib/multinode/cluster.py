@@ -47,12 +47,9 @@ RUNTIME_HINT = (
 
 @dataclass(frozen=True)
 class JobState:
-    """The state of a job.
+    """The phase of a job, Kubernetes' words for it, and its age in seconds.
 
-    Attributes:
-        phase: `running` until it has ended (which includes waiting and suspended), `complete`, `failed`, or `deleting`.
-        message: Kubernetes' words for that.
-        age: Seconds since it was created.
+    Phases are `running` until it has ended (waiting and suspended included), `complete`, `failed`, and `deleting`.
     """
 
     phase: str
@@ -61,11 +58,7 @@ class JobState:
 
 
 class Refused(SkdError):
-    """An answer of the API server that asking again would not change.
-
-    Attributes:
-        status: Its HTTP status.
-    """
+    """An answer of the API server that asking again would not change, with its HTTP status."""
 
     def __init__(self, what: str, *, where: str, hint: str = "", status: int) -> None:
         super().__init__(what, where=where, hint=hint)
@@ -78,11 +71,6 @@ class Cluster:
 
     Every method raises `Refused` for an answer that is final, and `SkdError` where Kubernetes does not answer for
     `patience` seconds.
-
-    Attributes:
-        namespace: Namespace of the step's pod and its jobs.
-        api: Connection.
-        patience: Seconds for which the API server may be away.
     """
 
     namespace: str
@@ -189,9 +177,7 @@ class Cluster:
     def log(self, pod: str, *, since_seconds: int | None, follow: bool) -> urllib3.HTTPResponse:
         """Return a node's log, each line with its time before it; it must be read and released.
 
-        Raises:
-            ApiException: the API server has no log of it, now or at all.
-            urllib3.exceptions.HTTPError: the API server is away.
+        Raises ApiException if the API server has no log of it, and urllib3's HTTPError while that is away.
         """
         options: dict[str, Any] = {} if since_seconds is None else {"since_seconds": since_seconds}
         response: urllib3.HTTPResponse = client.CoreV1Api(self.api).read_namespaced_pod_log(

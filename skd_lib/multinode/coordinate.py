@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from skd_lib.steps.runtime import StepIO
 
 log = logging.getLogger(__name__)
+Made = Mapping[str, Callable[[Path], object]]
 POLL_SECONDS = 10.0
 _ERROR = re.compile(r"^error: .*(?:\n- .*)*", re.MULTILINE)
 """An error as `run_step` prints it, without hints."""
@@ -44,31 +45,24 @@ _CANCEL_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Work:
-    """A training step with its options.
+    """A training step (a module of `skd_lib.steps`) with its options; its config is without `multinode`.
 
-    Attributes:
-        step: Module name under `skd_lib.steps`.
-        options: Values of its options, but for inputs and outputs; its config without `multinode`.
-        inputs: Local paths of the input artifacts; options and artifacts have the same names.
-        outputs: Names of the output artifacts, by option.
-        made: Functions that make further inputs for the nodes, by option: each writes one to the path that it is given.
-            They are called when a new job is started.
+    `inputs` are local paths by option, `outputs` names of artifacts by option. The functions of `made` write further
+    inputs for the nodes to the paths that they are given, when a new job is started.
     """
 
     step: str
     options: Mapping[str, str]
     inputs: Mapping[str, Path]
     outputs: Mapping[str, str]
-    made: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
+    made: Made = field(default_factory=dict)
 
 
 def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
     """Do a step's work on several nodes and write its outputs as the step itself would.
 
-    Raises:
-        SkdError: there is no cluster, the nodes could not reach the inputs, Kubernetes refuses the job, or it failed or
-            took too long.
-        Preempted: SIGTERM came; the job is deleted.
+    Raises SkdError if there is no cluster, the nodes could not reach the inputs, or the job is refused, failed or took
+    too long; Preempted after SIGTERM, with the job deleted.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one of several processes on the GPUs of this pod, which are not trained on: the first one waits
@@ -83,11 +77,18 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
 
     name = job_name(work.step, run_id, [dict(work.options), uris])
     exchange = Exchange(f"{root}/multinode/{name}")
+    request = Request(
+        step=work.step,
+        options=dict(work.options),
+        inputs=uris,
+        outputs=dict(work.outputs),
+        artifacts={output: io.output_uri(output) for output in work.outputs.values()},
+    )
     cluster = Cluster.connect()
     with _sigterm_raises():
         try:
             if not exchange.is_complete():
-                _start(cluster, name, settings, exchange, work, uris, run_id, io)
+                _start(cluster, name, settings, exchange, request, work.made)
                 _wait(cluster, name, settings, exchange)
         except _Terminated:
             _cancel(cluster, name)
@@ -101,40 +102,21 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
 
 
 def _start(
-    cluster: Cluster,
-    name: str,
-    settings: MultinodeConfig,
-    exchange: Exchange,
-    work: Work,
-    uris: dict[str, str],
-    run_id: str,
-    io: StepIO,
+    cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exchange, request: Request, made: Made
 ) -> None:
     """Start a job of this name, unless one is there that has not failed."""
     if _taken_up(cluster, name):
         return
-    exchange.write(
-        Request(
-            step=work.step,
-            options=dict(work.options),
-            inputs={**uris, **_give(exchange, work)},
-            outputs=dict(work.outputs),
-            artifacts={name: io.output_uri(name) for name in work.outputs.values()},
-        )
-    )
-    manifest = train_job(name, settings, cluster.own_pod(), run_id=run_id, arguments=[exchange.uri])
-    made = cluster.create(manifest)
-    nodes = f"{settings.nodes} nodes of {manifest['spec']['trainer']['numProcPerNode']} processes"
-    log.info("%s the TrainJob %s: %s", "created" if made else "another attempt has created", name, nodes)
-
-
-def _give(exchange: Exchange, work: Work) -> dict[str, str]:
-    """Make the inputs that this pod makes for the nodes, upload them, and return their URIs by option."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {option: Path(folder) / option for option in work.made}
-        for option, make in work.made.items():
+        paths = {option: Path(folder) / option for option in made}
+        for option, make in made.items():
             make(paths[option])
-        return exchange.give(paths)
+        given = exchange.give(paths)
+    exchange.write(request.model_copy(update={"inputs": {**request.inputs, **given}}))
+    manifest = train_job(name, settings, cluster.own_pod(), run_id=pipeline_run_id(), arguments=[exchange.uri])
+    created = cluster.create(manifest)
+    nodes = f"{settings.nodes} nodes of {manifest['spec']['trainer']['numProcPerNode']} processes"
+    log.info("%s the TrainJob %s: %s", "created" if created else "another attempt has created", name, nodes)
 
 
 def _taken_up(cluster: Cluster, name: str) -> bool:

@@ -26,14 +26,9 @@ _REQUEST, _MADE, _RESULT, _MARKER = "request.json", "made", "result", "complete"
 
 
 class Request(BaseModel):
-    """The work of the nodes.
+    """The work of the nodes: a module of `skd_lib.steps`, and its options but for inputs and outputs.
 
-    Attributes:
-        step: Module name under `skd_lib.steps`.
-        options: Values of the step's options, without those below.
-        inputs: URIs of the inputs, by option.
-        outputs: Names of the outputs, by option.
-        artifacts: URIs under which the outputs will be found, by name.
+    `inputs` has URIs by option, `outputs` names by option, and `artifacts` the URIs of the outputs by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -83,14 +83,7 @@ class _Reading:
 
 
 class LogFollower(threading.Thread):
-    """A thread that follows the first node's log. If its pod is replaced, the next one's log follows.
-
-    Args:
-        cluster: The job's cluster.
-        job: Its name.
-        write: Takes each line.
-        pause: Seconds between attempts.
-    """
+    """A thread that writes each line of the first node's log. If its pod is replaced, the next one's log follows."""
 
     def __init__(self, cluster: Cluster, job: str, write: Callable[[str], None], pause: float = 2.0) -> None:
         super().__init__(name="log", daemon=True)

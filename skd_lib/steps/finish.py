@@ -62,35 +62,31 @@ def main(
     to the run.
     """
     final = parse_section(FinalStatus, status, where="--status")
-    where = {
-        "tracking_uri": tracking_uri,
-        "experiment": experiment,
-        "pipeline_run_id": pipeline_run_id(),
-    }
-    _clean_up(where["pipeline_run_id"])
-    _resend(tracking_uri, where["pipeline_run_id"])
-    seen = _ask_kubeflow(final, where["pipeline_run_id"])
+    run_id = pipeline_run_id()
+    _clean_up(run_id)
+    _resend(tracking_uri, run_id)
+    seen = _ask_kubeflow(final, run_id)
     try:
-        _close(final, seen, **where)
+        close_run(final, seen, tracking_uri, experiment, run_id)
     finally:
-        _tell(final, seen, run_name, **where)
+        _tell(final, seen, run_name, tracking_uri, experiment, run_id)
 
 
-def _ask_kubeflow(final: FinalStatus, pipeline_run_id: str) -> Seen:
+def _ask_kubeflow(final: FinalStatus, run_id: str) -> Seen:
     """Ask Kubeflow's API for the end of the run, unless it has succeeded. No error stops the step."""
     if final.state in SUCCESS:
         return Seen()
     from skd_lib.steps import kubeflow
 
-    return kubeflow.ask(pipeline_run_id)
+    return kubeflow.ask(run_id)
 
 
-def _clean_up(pipeline_run_id: str) -> None:
+def _clean_up(run_id: str) -> None:
     """Delete the TrainJobs of dead steps. No error stops the step."""
     try:
         from skd_lib.multinode.cleanup import delete_abandoned
 
-        deleted = delete_abandoned(pipeline_run_id)
+        deleted = delete_abandoned(run_id)
     except Exception:
         log.exception("TrainJobs of this run may go on; see docs/multi-node.md")
         return
@@ -98,14 +94,14 @@ def _clean_up(pipeline_run_id: str) -> None:
         print(f"TrainJobs without a step, deleted: {', '.join(deleted)}")
 
 
-def _resend(tracking_uri: str, pipeline_run_id: str) -> None:
+def _resend(tracking_uri: str, run_id: str) -> None:
     """Send MLflow the records that it did not take when the run's steps ended. No error stops the step."""
-    if not (tracking_uri and pipeline_run_id):
+    if not (tracking_uri and run_id):
         return
     from skd_lib.tracking.outbox import left_in, resend
 
     try:
-        left = resend(left_in(), tracking_uri, pipeline_run_id)
+        left = resend(left_in(), tracking_uri, run_id)
     except SkdError as error:
         log.warning("what steps left for MLflow cannot be looked for: %s", error.brief)
         return
@@ -113,12 +109,13 @@ def _resend(tracking_uri: str, pipeline_run_id: str) -> None:
         events.note(f"MLflow has not taken the records of all steps: run `skd track replay {shlex.join(left)}`")
 
 
-def _close(final: FinalStatus, seen: Seen, *, tracking_uri: str, experiment: str, pipeline_run_id: str) -> None:
+def close_run(final: FinalStatus, seen: Seen, tracking_uri: str, experiment: str, run_id: str) -> None:
+    """Give the pipeline's MLflow run its final status."""
     from skd_lib.tracking.runs import close_pipeline_run
 
     if not tracking_uri:
         return
-    if not pipeline_run_id:
+    if not run_id:
         raise SkdError(
             "which pipeline run is to be closed is not known",
             where="environment variable `KFP_RUN_ID`",
@@ -127,35 +124,33 @@ def _close(final: FinalStatus, seen: Seen, *, tracking_uri: str, experiment: str
     closed = close_pipeline_run(
         tracking_uri=tracking_uri,
         experiment=experiment,
-        pipeline_run_id=pipeline_run_id,
+        pipeline_run_id=run_id,
         state=final.state,
         error=final.message,
         seen=seen,
     )
     if not closed:
-        print(f"pipeline run {pipeline_run_id}: no MLflow run to close")
+        print(f"pipeline run {run_id}: no MLflow run to close")
 
 
-def _tell(
-    final: FinalStatus, seen: Seen, run_name: str, *, tracking_uri: str, experiment: str, pipeline_run_id: str
-) -> None:
+def _tell(final: FinalStatus, seen: Seen, run_name: str, tracking_uri: str, experiment: str, run_id: str) -> None:
     """Print how the run ended, and notify a channel; an unreadable record leaves the message without its figures."""
     from skd_lib.steps.notify import Message, notify
     from skd_lib.tracking.runs import PipelineRecord, pipeline_record
 
     record = PipelineRecord()
     try:
-        record = pipeline_record(tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=pipeline_run_id)
+        record = pipeline_record(tracking_uri=tracking_uri, experiment=experiment, pipeline_run_id=run_id)
     except SkdError as error:
         log.warning("the notification has no figures: %s", error.brief)
     page = os.environ.get(UI_VARIABLE, "").rstrip("/")
     links = {
-        "Kubeflow": f"{page}/#/runs/details/{pipeline_run_id}" if page and pipeline_run_id else "",
+        "Kubeflow": f"{page}/#/runs/details/{run_id}" if page and run_id else "",
         "MLflow": record.url,
     }
     ending = find_ending(final.state, final.message, seen, None)
     message = Message(
-        run_name or pipeline_run_id or "a pipeline run",
+        run_name or run_id or "a pipeline run",
         record.state or ending.state,
         record.error if record.state else ending.reason,
         {what: link for what, link in links.items() if link},

@@ -37,14 +37,9 @@ SCHEMES = {"gcs": "gs", "minio": "minio", "s3": "s3"}
 
 @dataclass(frozen=True)
 class Call:
-    """KFP's words to this process.
+    """KFP's words to this process: file of the executor output, and files of the output parameters by name.
 
-    Attributes:
-        output_file: File for the executor output; None if it is not given.
-        artifacts: URIs of output artifacts, by name, if their paths do not tell.
-        parameters: Files of the output parameters, by name.
-        inputs: URIs of input artifacts, likewise.
-        lists: URIs of lists of input artifacts, by name.
+    URIs of output artifacts and inputs are given where their paths do not tell, and those of lists of inputs by name.
     """
 
     output_file: Path | None = None

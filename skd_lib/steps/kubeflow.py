@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import requests
 
 from skd_lib import steps
+from skd_lib._core.machine import POD_VARIABLE
 from skd_lib.tracking.ending import CANCELLED, FAILED, OWN_STEP, SUCCEEDED, Seen
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ HOST_VARIABLE = "KF_PIPELINES_ENDPOINT"
 TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - a path
 _TOKEN_FILE = "/var/run/secrets/kubeflow/pipelines/token"  # noqa: S105
 """File in which Kubeflow's profiles mount a token for the API."""
-_IN_CLUSTER = ("KUBERNETES_SERVICE_HOST", "KFP_POD_NAME")
+_IN_CLUSTER = ("KUBERNETES_SERVICE_HOST", POD_VARIABLE)
 _TIMEOUT_SECONDS = (3.0, 10.0)
 """To connect, and for an answer."""
 _DRIVER, _ON_EXIT = "-driver", ".onExit"

@@ -24,25 +24,21 @@ from skd_lib._core.bugs import explained
 from skd_lib._core.terminal import VisibleFormatter, say, survive_any_encoding
 from skd_lib._core.uris import redacted, redacted_output
 from skd_lib.errors import SkdError
-from skd_lib.steps import environment
+from skd_lib.steps import environment as env
 from skd_lib.steps.kfp_call import called, current_call, take_call
 from skd_lib.storage import write_text_atomic
 
 log = logging.getLogger(__name__)
 TrackingUri = Annotated[
-    str, typer.Option(envvar=environment.TRACKING_URI_VARIABLE, help="MLflow tracking URI; empty: no tracking.")
+    str, typer.Option(envvar=env.TRACKING_URI_VARIABLE, help="MLflow tracking URI; empty: no tracking.")
 ]
 Experiment = Annotated[
-    str,
-    typer.Option(
-        envvar=environment.EXPERIMENT_VARIABLE, help="MLflow experiment for a pipeline run that is in none yet."
-    ),
+    str, typer.Option(envvar=env.EXPERIMENT_VARIABLE, help="MLflow experiment for a pipeline run that is in none yet.")
 ]
 CheckpointRoot = Annotated[
     str,
     typer.Option(
-        envvar=environment.CHECKPOINT_ROOT_VARIABLE,
-        help="Folder or URI of storage that outlives the pod; empty: none.",
+        envvar=env.CHECKPOINT_ROOT_VARIABLE, help="Folder or URI of storage that outlives the pod; empty: none."
     ),
 ]
 
@@ -58,11 +54,7 @@ class Switch(StrEnum):
 
 
 class StepIO:
-    """The outputs of one step, in the form KFP reads.
-
-    Args:
-        outputs: Name and local path of each output artifact.
-    """
+    """The outputs of one step, in the form KFP reads: local paths of output artifacts by name."""
 
     def __init__(self, outputs: Mapping[str, Path]) -> None:
         self._call = current_call()
@@ -113,7 +105,7 @@ class StepIO:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps({"artifacts": artifacts, "parameterValues": parameters}, indent=2))
-        if result := os.environ.get(environment.RESULT_VARIABLE):
+        if result := os.environ.get(env.RESULT_VARIABLE):
             from skd_lib.multinode.exchange import Exchange
 
             Exchange(result).publish(self.paths, path)
@@ -190,7 +182,7 @@ def run_step(main: Callable[..., None]) -> None:
     started again (`Preempted`); 70 a bug of skd (`skd_lib._core.bugs`). KFP's launcher turns each but 0 into 1.
     """
     survive_any_encoding()
-    environment.load_mounted()
+    env.load_mounted()
     with redacted_output(outlive_readers=True):
         handler = logging.StreamHandler()
         handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

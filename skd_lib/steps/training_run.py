@@ -36,20 +36,11 @@ LEFT_OUT = "left_out_"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The settings and models of one training step.
+    """The settings and models of one training step; `distill` is None for fine-tuning.
 
-    Attributes:
-        step: Name of the pipeline step.
-        method: Method of distillation, or `sft`.
-        split: Training examples that are used.
-        training: Optimiser, batches, steps.
-        distill: Divergence and sampling; None for fine-tuning.
-        task: Template and limits.
-        seed: Seed of everything random.
-        checkpoint_root: Folder or URI for checkpoints, which are removed when the step has written its model. The same
-            work, started again, goes on from its last one if the storage outlives the process. Empty: temporary files.
-        models: Folders of the models that go in, by name.
-        weights: Digests of their weights.
+    `models` are folders by name, `weights` the digests of their weights. Under `checkpoint_root`, a folder or URI, are
+    checkpoints, which are removed when the step has written its model: the same work, started again, goes on from its
+    last one if the storage outlives the process. Empty: temporary files.
     """
 
     step: str
@@ -111,15 +102,8 @@ class TrainingRun:
     ) -> tuple[TrainResult, dict[str, float], Checkpoints]:
         """Train `student` in place, and return the result, its closing figures, and the checkpoints.
 
+        `load_teacher` loads the frozen teacher, and is None for methods without one; `run` is the step's MLflow run.
         The checkpoints are to be removed when all is written.
-
-        Args:
-            student: The model in training.
-            load_teacher: Loads the frozen teacher; None for methods without one.
-            tokenizer: Both models' tokenizer.
-            data: Prepared data.
-            data_uri: URI of that.
-            run: The step's MLflow run.
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.generate import ending_ids

@@ -44,7 +44,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """How a run's end is recorded and told."""
     received: list[str] = []
     monkeypatch.setattr(kubeflow, "ask", lambda _: Seen())
-    monkeypatch.setattr(finish, "_close", lambda *_, **__: received.append("records closed"))
+    monkeypatch.setattr(finish, "close_run", lambda *_, **__: received.append("records closed"))
 
     class Channel(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
