@@ -133,7 +133,7 @@ def test_overrides_hold_for_all_runs_and_may_unset(tmp_path: Path):
             r"variant mine, field `distill.sampling.topk`: unknown field[\s\S]*did you mean `top_k`",
         ),
         ({"grid": {"distill.sampling.topk": [1]}}, r"field `grid`, field `distill.sampling.topk`: unknown field"),
-        ({"grid": {"distill.beta": []}}, "distill.beta: no values to try"),
+        ({"grid": {"distill.beta": []}}, "distill.beta: there are no values to try"),
         ({"variants": {"mine": {"distill.method.x": 1}}}, "field `distill.method.x`: `distill.method` has no fields"),
         (
             {"variants": {"mine": {"task.prompt": "{source}!"}}},
