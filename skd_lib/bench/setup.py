@@ -141,21 +141,16 @@ def with_progress(measure: Callable[[Callable[[int, int], None]], ResultT]) -> R
 
 
 def show(tables: Sequence[Table], figures: str, output: Path) -> None:
-    """Print the tables, and write all figures to a file."""
+    """Print the tables, and write all figures to a file, with its folders; raises SkdError if it cannot be written."""
     console = Console()
     for table in tables:
         console.print(table)
-    write(figures, output)
-    console.print(f"{output}: all figures", markup=False, highlight=False, soft_wrap=True)
-
-
-def write(text: str, path: Path) -> None:
-    """Write a result, with its folders; raises SkdError if the file cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, text)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(output, figures)
     except OSError as error:
-        raise SkdError(f"cannot write the result: {error.strerror}", where=str(path)) from error
+        raise SkdError(f"cannot write the result: {error.strerror}", where=str(output)) from error
+    console.print(f"{output}: all figures", markup=False, highlight=False, soft_wrap=True)
 
 
 def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:

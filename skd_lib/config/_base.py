@@ -30,15 +30,17 @@ class ConfigSection(Section):
     def _plain_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        plain: dict[str, Any] = {}
         for name, value in values.items():
+            numbers = _numbers(cls, name)
             if any(isinstance(text, str) and "\0" in text for text in _each(value)):
                 raise ValueError(f"{name}: text with the character U+0000, which no file can hold")
-            if _is_whole(cls, name) and any(
-                isinstance(each, float) and 10**MAX_DIGITS <= abs(each) < math.inf for each in _each(value)
-            ):
+            whole = int in numbers and float not in numbers
+            if whole and any(isinstance(n, float) and 10**MAX_DIGITS <= abs(n) < math.inf for n in _each(value)):
                 raise ValueError(f"{name}: a whole number of more than {MAX_DIGITS} digits, which JSON cannot hold")
-        # As a text it is refused for its field by pydantic, which takes a bare `true` for 1.
-        return {name: _no_boolean(value) if _is_number(cls, name) else value for name, value in values.items()}
+            # As a text it is refused for its field by pydantic, which takes a bare `true` for 1.
+            plain[name] = _no_boolean(value) if numbers and bool not in numbers else value
+        return plain
 
 
 def _each(value: Any) -> list[Any]:
@@ -52,17 +54,10 @@ def _no_boolean(value: Any) -> Any:
 
 
 @cache
-def _is_whole(section: type[Section], name: str) -> bool:
+def _numbers(section: type[Section], name: str) -> set[Any]:
+    """Return the kinds of numbers that a field takes, and bool if it takes that."""
     field = section.model_fields.get(name)
-    found = set(kinds(field.annotation)) if field else set()
-    return int in found and float not in found
-
-
-@cache
-def _is_number(section: type[Section], name: str) -> bool:
-    field = section.model_fields.get(name)
-    found = set(kinds(field.annotation)) if field else set()
-    return bool(found & {int, float}) and bool not in found
+    return {int, float, bool}.intersection(kinds(field.annotation)) if field else set()
 
 
 def kinds(annotation: Any) -> list[Any]:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from skd_lib.multinode.cluster import Cluster
 
 log = logging.getLogger(__name__)
-DEADLINE_SECONDS = 60.0
-"""After that nothing is asked a second time. A request takes half a minute at most."""
+DEADLINE_SECONDS = 60.0  # a request takes half a minute at most
 
 
 def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str]:

@@ -54,7 +54,7 @@ def main(exchange: Annotated[str, typer.Argument(help="URI of the job's exchange
         code = child.run(command, {RESULT_VARIABLE: exchange})
         if code not in (0, SkdError.exit_code):
             child.wait_for_signal(LAST_SECONDS)
-    if child.terminated:
+    if child.was_terminated():
         raise Preempted("stopped by SIGTERM", hint="started again, the job goes on from its last checkpoint")
     if code:
         sys.exit(code)
@@ -76,27 +76,31 @@ class Child:
     """A process that gets this one's SIGTERM, which only the container's first process gets."""
 
     def __init__(self) -> None:
-        self.terminated = False
+        self._terminated = False
         self._process: subprocess.Popen[bytes] | None = None
+
+    def was_terminated(self) -> bool:
+        """Return whether SIGTERM came, at any moment: a method, since the handler changes it between two statements."""
+        return self._terminated
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         """Run a command, and return its exit code; 1 if a signal ended it."""
-        if self.terminated:
+        if self.was_terminated():
             return 1
         self._process = subprocess.Popen(command, env={**os.environ, **environment})
-        if self.terminated:
+        if self.was_terminated():
             self._process.terminate()
         return max(self._process.wait(), 0) or int(self._process.returncode != 0)
 
     def wait_for_signal(self, seconds: float) -> None:
         """Wait for SIGTERM, `seconds` at most."""
         limit = time.monotonic() + seconds
-        while not self.terminated and time.monotonic() < limit:
+        while not self._terminated and time.monotonic() < limit:
             time.sleep(0.1)
 
     def take(self, _number: int, _frame: FrameType | None) -> None:
         """Handle the signal."""
-        self.terminated = True
+        self._terminated = True
         if self._process is not None:
             self._process.terminate()
 
