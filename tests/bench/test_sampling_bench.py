@@ -162,6 +162,8 @@ def test_bare_forwards_attend_to_what_came_before(tiny_model: TinyModel) -> None
 def test_weights_are_read_once_a_forward(tiny_model: TinyModel) -> None:
     model = tiny_model(vocab_size=VOCABULARY)
     with recorded(model) as forwards:
-        sampler({"student": None, "teacher": model}, teacher_only(), eos_ids=(), max_new_tokens=4).sample(PROMPTS, range(4))
+        sampler({"student": None, "teacher": model}, teacher_only(), eos_ids=(), max_new_tokens=4).sample(
+            PROMPTS, range(4)
+        )
     assert len(forwards) == 1 + 4
     assert seconds_to_read_weights(forwards, 1000.0) == pytest.approx(5 * 4 * weights_read(model) / 1000)
