@@ -1,0 +1,1 @@
+"""Comparisons of methods and settings: trials, plan, table."""
