@@ -4,11 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONFIG ?= pipelines/configs/demo.yaml
-CHECKED := skd_lib components pipelines docs images tests
+CHECKED := skd_lib components pipelines examples docs images tests setup.py
 SCRIPTS := docs/benchmarks/*.py docs/evidence/*.py images/tools/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-slow test-all mutants test-gpu test-comet test-images lock lint format types compile compile-check doctor clean
+.PHONY: help install demo bench test test-slow test-all mutants test-gpu test-comet test-images lock lint format types compile compile-check docs doctor clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -78,6 +78,10 @@ compile: $(STAMP) ## Compile the pipeline to pipelines/compiled
 
 compile-check: $(STAMP) ## Fail if the compiled pipeline has drifted from its definition
 	$(BIN)/skd compile --check
+
+# The notices are about mkdocs' future, and are not errors.
+docs: $(STAMP) ## Build the site of the documentation in build/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 doctor: $(STAMP) ## Look at this machine
 	$(BIN)/skd doctor
