@@ -36,14 +36,10 @@ def new_attempt() -> str:
 
 
 class Heartbeat:
-    """Gives signs of life of an attempt, from entry to exit.
+    """Gives signs of life in an attempt's folders (local ones or URIs), every `interval` seconds from entry to exit.
 
     An error deletes the signs at exit. Otherwise they stay, since the trained weights are still to be saved: the
     attempt ends with its process (for another machine: some minutes later).
-
-    Args:
-        folders: The attempt's folders, local ones or URIs.
-        interval: Seconds between two signs.
     """
 
     def __init__(self, folders: Sequence[str], interval: float = 30.0) -> None:

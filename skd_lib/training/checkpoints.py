@@ -47,11 +47,9 @@ def checkpoint_key(step: str, **inputs: Any) -> str:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one piece of work, of all its attempts.
+    """The checkpoints of all attempts at one piece of work, in a local folder.
 
-    Attributes:
-        folder: Local folder; machines without a common file system have one each.
-        mirror: URI of a folder in object storage for copies; empty: none.
+    Machines without a common file system have one each. The mirror is the URI of a folder for copies; empty: none.
     """
 
     folder: Path

@@ -100,9 +100,9 @@ def store_signals(
     """Store the teacher's `k` most likely tokens along the examples' responses, unless the folder has them.
 
     Args:
-        folder: Folder for exactly these examples, teacher and settings.
+        folder: Folder for exactly these examples (duplicates are stored once), teacher and settings.
         load_teacher: Called if there is something to store.
-        examples: Examples with responses; duplicates are stored once.
+        examples: Examples with responses.
         k: Tokens a position.
         temperature: The loss's temperature.
         vocabulary: Rows of the student's head; tokens that only one of the models has do not count.
