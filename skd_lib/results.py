@@ -233,7 +233,7 @@ class Vllm(Figures):
 
 
 class Specdec(Figures):
-    """What a draft model saves its teacher.
+    """Figures of a draft model in speculative decoding.
 
     Seconds are wall-clock, speed-ups are over the teacher decoding alone in the same turns. The fields at the top are
     the headline: the first temperature and the first batch size of the configuration, at its draft length `gamma`,

@@ -20,7 +20,7 @@ TEACHER_COST = {
     **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
     **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu", "evidence-summaries-cpu"), _CUT),
 }
-"""What a position costs the teacher, in forward passes of the student, by comparison."""
+"""Cost of a position for the teacher, in forward passes of the student, by comparison."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Variant:
         return mean_of(values) if values else None
 
     def seconds(self) -> float | None:
-        """Sampling, loss and optimiser while training."""
+        """Return the seconds of sampling, loss and optimiser in training."""
         phases = [self.mean(f"seconds_{phase}") for phase in ("rollout", "loss", "optimiser")]
         return sum(phase.mean for phase in phases if phase) if any(phases) else None
 
@@ -79,14 +79,14 @@ class Variant:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """The mean with its interval."""
+    """Return the mean with its interval."""
     mean = float(np.mean(values))
     low, high = t_interval(values) if len(values) > 1 else (math.nan, math.nan)
     return Mean(mean, low, high)
 
 
 def variants_of(runs: Sequence[Run], comparison: str) -> list[Variant]:
-    """The variants of one comparison in the order of its runs, each tested against the reference by `SCORE`.
+    """Return the variants of one comparison in the order of its runs, each tested against the reference by `SCORE`.
 
     P-values are adjusted for the number of variants of the comparison (Holm 1979).
     """

@@ -17,7 +17,7 @@ MILLION = 1e6
 
 
 def with_tables(page: str, runs: Sequence[Run]) -> str:
-    """A page with the table of each comparison between its marks, `<!-- table NAME -->` and `<!-- end -->`.
+    """Return a page with the table of each comparison between its marks, `<!-- table NAME -->` and `<!-- end -->`.
 
     Raises:
         SkdError: there is a mark for a comparison that has no runs.
@@ -36,7 +36,7 @@ def with_tables(page: str, runs: Sequence[Run]) -> str:
 
 
 def metric_and_reference(runs: Sequence[Run], comparison: str) -> tuple[str, str]:
-    """What the comparison's scores are of, and what its variants are tested against."""
+    """Return the metric of a comparison's scores, and the variant that its tests refer to."""
     return next((run.metric, run.reference) for run in runs if run.comparison == comparison)
 
 

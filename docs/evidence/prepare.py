@@ -1,4 +1,4 @@
-"""What the controlled experiment starts from: problems in files, an untrained teacher, a pre-trained student."""
+"""Make the inputs of the controlled experiment: problems in files, an untrained teacher, a pre-trained student."""
 
 from __future__ import annotations
 

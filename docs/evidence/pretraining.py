@@ -28,7 +28,7 @@ TASK = TaskConfig(
     max_prompt_tokens=16,
     max_new_tokens=40,
 )
-"""How problems are asked; `docs/evidence/configs/arithmetic.yaml` has the same."""
+"""Prompt of a problem; `docs/evidence/configs/arithmetic.yaml` has the same."""
 PROBLEMS, VALIDATION = 12_000, 100
 SMALL_ADDENDS = (1, 6)
 BATCH = 32

@@ -14,12 +14,12 @@ from skd_lib.errors import SkdError
 
 FACTORS = range(2, 10)
 DRAWS = 20
-"""So many draws a problem that is wanted, then there are too few of them."""
+"""Draws per problem before it is an error that too few differ."""
 
 
 @dataclass(frozen=True)
 class ProblemSpace:
-    """What problems look like.
+    """Shape of the problems.
 
     Attributes:
         largest: No number in a problem or its solution is above it, or below 0.
@@ -34,7 +34,7 @@ class ProblemSpace:
     products: float = 0.25
 
     def with_addends(self, addends: tuple[int, int]) -> ProblemSpace:
-        """The same with other numbers added and subtracted."""
+        """Return the same problem with other numbers added and subtracted."""
         return replace(self, addends=addends)
 
     @property
@@ -43,7 +43,7 @@ class ProblemSpace:
         return ["+", "-", "*", "=", "\n", "#### ", *(str(number) for number in range(self.largest + 1))]
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
-        """A problem and its solution."""
+        """Return a problem and its solution."""
         steps = rng.randint(*self.operations)
         if rng.random() < self.products:
             left, right = rng.choice(FACTORS), rng.choice(FACTORS)
@@ -63,7 +63,7 @@ class ProblemSpace:
 
 
 def distinct(space: ProblemSpace, count: int, seed: int) -> list[tuple[str, str]]:
-    """So many problems with their solutions, no two alike; the same ones for the same seed.
+    """Return distinct problems with their solutions; the same ones for the same seed.
 
     Raises:
         SkdError: there may not be so many.

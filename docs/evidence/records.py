@@ -1,4 +1,4 @@
-"""What came out of comparisons, as two CSV files that are small enough for a repository.
+"""Results of comparisons, as two CSV files that are small enough for a repository.
 
 `runs.csv` has one row a run, `curves.csv` one row a point of a run's curves. Tables and plots are made from these two.
 """
@@ -107,7 +107,7 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs in a folder's `runs.csv`.
+    """Read the runs in a folder's `runs.csv`.
 
     Raises:
         SkdError: there is no such file, or it is another one.
@@ -123,7 +123,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def read_curves(folder: Path) -> list[Curve]:
-    """The curves in a folder's `curves.csv`.
+    """Read the curves in a folder's `curves.csv`.
 
     Raises:
         SkdError: there is no such file, or it is another one.

@@ -46,7 +46,7 @@ def tokenizer_for(space: ProblemSpace, context: int) -> PreTrainedTokenizerFast:
 
 
 def random_model(size: dict[str, int], tokenizer: PreTrainedTokenizerFast, context: int, seed: int) -> PreTrainedModel:
-    """A Llama of random weights; the same ones for the same seed."""
+    """Return a Llama of random weights; the same ones for the same seed."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -62,7 +62,7 @@ def _delete(cluster: Cluster, names: list[str], deadline: float) -> list[str]:
             silent = not isinstance(error, Refused)
             left = " ".join(names[number:] if silent else [name])
             command = f"kubectl delete trainjob {left} -n {cluster.namespace}"
-            log.warning("TrainJobs go on with nobody waiting for them; `%s`: %s", command, error.brief)
+            log.warning("TrainJobs still run and no step waits for them; `%s`: %s", command, error.brief)
             if silent:
                 break
     return deleted

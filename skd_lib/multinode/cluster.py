@@ -31,10 +31,10 @@ _LOG_SILENCE = 120
 _AWAY = {0, 408, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 _NO_RIGHT = re.compile(r'User "[^"]*" cannot ')
-"""What the API server answers an account that lacks a right. Quotas and webhooks refuse with 403 too: Trainer's does
+"""Answer of the API server to an account that lacks a right. Quotas and webhooks refuse with 403 too: Trainer's does
 where the runtime is not there."""
 _UNASKED = "does not support dry run"
-"""What the API server answers to a dry run where a webhook may do more than look."""
+"""Answer of the API server to a dry run where a webhook may do more than look."""
 ROLE_HINT = (
     "give the steps' service account the role of pipelines/deploy/multinode in this namespace: trainjobs "
     "get, list, create and delete; pods get and list; pods/log get"
