@@ -21,8 +21,8 @@ from records import collect, read_curves, read_runs
 from skd_lib.comparison.config import load_compare
 from skd_lib.comparison.plan import plan
 from skd_lib.comparison.table import Comparison, TrialResult
-from skd_lib.evaluation.statistics import holm
 from skd_lib.errors import SkdError
+from skd_lib.evaluation.statistics import holm
 from skd_lib.results import Course, Score, Scores
 from tiny_models import forward_cost
 
