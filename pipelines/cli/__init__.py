@@ -30,18 +30,16 @@ from skd_lib.errors import SkdError
 app = typer.Typer(
     help="Speculative Knowledge Distillation as a Kubeflow pipeline, in a cluster or on this machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.add_typer(bench, name="bench")
-app.add_typer(track, name="track")
 config = typer.Typer(rich_markup_mode="markdown")
-app.add_typer(config, name="config")
+RUN, MODELS, RECORDS, SET_UP = "Train a student", "Look at a model", "Look after runs and versions", "Set up"
+"""Groups of commands in `skd --help`."""
 
 
 def main() -> None:
-    """Entry point.
+    """Run the command line.
 
     Exit codes: 0 done; 1 a step of the run failed; 2 something to correct before a run can start; 70 a bug of skd, with
     its details in the file that the message names; 75 stopped by SIGTERM or SIGHUP, run again to go on;
@@ -65,13 +63,6 @@ def _options(
     del version  # its callback has answered
 
 
-app.command("compile")(compile_)
-shared: tuple[Callable[..., None], ...] = (run, compare, submit, trigger)
-for command in map(expanded, shared):
-    app.command()(command)
-
-
-@app.command()
 def report(
     run: Annotated[
         str, typer.Argument(help="Folder of a finished run, its name under RUNS_DIR, or the id of an MLflow run.")
@@ -115,7 +106,6 @@ def report(
         typer.launch(path.resolve().as_uri())
 
 
-@app.command()
 def doctor(
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
@@ -163,9 +153,16 @@ def schema() -> None:
     say(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
-app.command()(specdec)
-app.command()(evaluate)
-app.command()(generate)
-app.command()(promote)
-app.command()(rollback)
-app.command()(lineage)
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    RUN: (run, compare, submit, trigger),
+    MODELS: (evaluate, generate, specdec),
+    RECORDS: (report, lineage, promote, rollback),
+    SET_UP: (doctor,),
+}
+for group, commands in GROUPS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(expanded(command))
+app.command("compile", rich_help_panel=SET_UP)(compile_)
+app.add_typer(track, name="track", rich_help_panel=RECORDS)
+app.add_typer(config, name="config", rich_help_panel=SET_UP)
+app.add_typer(bench, name="bench", rich_help_panel=SET_UP)
