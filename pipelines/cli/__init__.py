@@ -16,6 +16,7 @@ from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_
 from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
+from skd_kfp.pipelines.cli.init import init
 from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri, expanded, short
 from skd_kfp.pipelines.cli.registry import lineage, promote, rollback, track
 from skd_kfp.pipelines.cli.run import run
@@ -154,7 +155,7 @@ def schema() -> None:
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
-    RUN: (run, compare, submit, trigger),
+    RUN: (init, run, compare, submit, trigger),
     MODELS: (evaluate, generate, specdec),
     RECORDS: (report, lineage, promote, rollback),
     SET_UP: (doctor,),

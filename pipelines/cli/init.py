@@ -1,0 +1,105 @@
+"""`skd init`: the YAML file of a run, from five answers or from an example."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skd_lib._core.terminal import say
+from skd_lib.errors import SkdError
+
+EXAMPLES = Path(__file__).parents[1] / "configs"
+QUESTIONS = {
+    "teacher": "Teacher (hub id, folder, gs://...)",
+    "student": "Student, with the same tokenizer",
+    "data": "Data: a file (JSONL, CSV, Parquet, ...) or a dataset of the hub",
+    "task": "Task (a name of docs/tasks.md, or a YAML file)",
+}
+TEMPLATE = """\
+# A run of skd. `skd config` explains every field, `skd run {file} --dry-run` checks this file.
+name: {name}
+teacher: {teacher}
+student: {student}
+data:
+  source:
+{source}
+  # columns of other names: add `columns: {{ source: question, target: answer }}` to `source`
+  test_examples: 256
+  validation_examples: 64
+task: {{ name: {task} }} # prompt, answer, metrics, lengths; fields given here win
+teacher_sft:
+  training: {{ epochs: 1 }} # `enabled: false` takes the teacher as it is
+distill:
+  method: skd # sft, seqkd, supervised_kd, on_policy, imitkd, two_stage, skd, skd_mixed
+  divergence: forward_kl
+  sampling: {{ top_k: 25, gamma: 5 }} # a draft stands if it is among the teacher's 25 most likely tokens
+  training: {{ max_steps: 300, batch_size: 8, learning_rate: 1.0e-5 }}
+"""
+
+
+def init(
+    output: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
+    name: Annotated[str, typer.Option(help="Name of the run.", show_default="the file's")] = "",
+    teacher: Annotated[str, typer.Option(help="Large model; asked for if not given.")] = "",
+    student: Annotated[str, typer.Option(help="Small model; asked for if not given.")] = "",
+    data: Annotated[str, typer.Option(help="Data file or dataset of the hub; asked for if not given.")] = "",
+    task: Annotated[str, typer.Option(help="Task; asked for if not given.")] = "",
+    example: Annotated[str, typer.Option("--from", help="Copy an example instead, e.g. demo or gemma-gsm8k.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write the YAML file of a run: from an example, or from four answers."""
+    from skd_lib.config import load_config
+    from skd_lib.storage import write_text_atomic
+
+    if output.exists() and not force:
+        raise SkdError("it exists already", where=str(output), hint="name another file, or add --force")
+    if example:
+        text = _example(example)
+    else:
+        answers = {"teacher": teacher, "student": student, "data": data, "task": task}
+        missing = [f"--{question}" for question, answer in answers.items() if not answer]
+        if missing and not sys.stdin.isatty():
+            hint = "give the options, or --from an example"
+            raise SkdError(f"not given: {', '.join(missing)}", where="skd init", hint=hint)
+        for question, answer in answers.items():
+            answers[question] = answer or typer.prompt(QUESTIONS[question]).strip()
+        source = _source(answers.pop("data"))
+        quoted = {question: _quoted(answer) for question, answer in answers.items()}
+        text = TEMPLATE.format(file=output, name=_quoted(name or output.stem), source=source, **quoted)
+    written = output.with_name(f".{output.name}.new")
+    write_text_atomic(written, text)
+    try:
+        load_config(written)
+    except SkdError:
+        written.unlink()
+        raise
+    written.replace(output)
+    say(f"{output} is written; check it with `skd run {output} --dry-run`, then run it with `skd run {output}`")
+
+
+def _example(name: str) -> str:
+    known = sorted(path.stem for path in EXAMPLES.glob("*.yaml") if not path.stem.startswith("compare"))
+    if name not in known:
+        raise SkdError("there is no such example", where=f"--from {name}", hint=f"known: {', '.join(known)}")
+    return (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _source(data: str) -> str:
+    if "://" in data or Path(data).suffix or Path(data).exists():
+        return f"    type: files\n    train: [{_quoted(data)}]"
+    return f"    type: hub\n    dataset: {_quoted(data)}"
+
+
+def _quoted(text: str) -> str:
+    """Return the text as YAML: in quotes, unless it is plainly a word or a path."""
+    plain = re.fullmatch(r"(gs://|s3://)?[A-Za-z/.][\w./@-]*/[\w./@-]+|[a-z][a-z_]*[0-9a-z_.-]*", text)
+    return (
+        text
+        if plain and text not in ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
+        else json.dumps(text)
+    )

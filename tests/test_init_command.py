@@ -1,0 +1,83 @@
+"""`skd init`: files that can be run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from skd_kfp.pipelines.cli.init import EXAMPLES
+from skd_lib.config import load_config
+from tests.conftest import Skd
+
+FLAGS = ["--teacher", "org/teacher", "--student", "org/student", "--task", "gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("train.jsonl", {"type": "files", "train": ["train.jsonl"]}),
+        ("gs://bucket/my data/*.parquet", {"type": "files", "train": ["gs://bucket/my data/*.parquet"]}),
+        ("openai/gsm8k", {"type": "hub", "dataset": "openai/gsm8k"}),
+        ("007.csv", {"type": "files", "train": ["007.csv"]}),
+    ],
+)
+def test_flags_are_answers(skd: Skd, tmp_path: Path, data: str, expected: dict[str, object]) -> None:
+    path = tmp_path / "my-run.yaml"
+    done = skd("init", path, *FLAGS, "--data", data)
+    assert done.returncode == 0, done.stderr
+    config = load_config(path)
+    assert (config.name, config.teacher, config.student) == ("my-run", "org/teacher", "org/student")
+    assert config.data.source.model_dump(exclude_defaults=True) | {"type": config.data.source.type} == expected
+    assert [each.name for each in tmp_path.iterdir()] == ["my-run.yaml"]
+
+
+def test_what_it_wrote_passes_a_dry_run(skd: Skd, tmp_path: Path) -> None:
+    rows = [{"source": f"Add {n} and 1.", "target": f"#### {n + 1}"} for n in range(10)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    skd("init", tmp_path / "run.yaml", *FLAGS, "--data", tmp_path / "train.jsonl")
+    done = skd("run", tmp_path / "run.yaml", "--dry-run", "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["demo", "gemma-gsm8k"])
+def test_examples_are_copied(skd: Skd, tmp_path: Path, name: str) -> None:
+    assert skd("init", tmp_path / "run.yaml", "--from", name).returncode == 0
+    assert (tmp_path / "run.yaml").read_text() == (EXAMPLES / f"{name}.yaml").read_text()
+
+
+def test_a_terminal_is_asked(skd: Skd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = io.StringIO("org/teacher\norg/student\ntrain.jsonl\ngsm8k\n")
+    answers.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", answers)
+    assert skd("init", tmp_path / "run.yaml").returncode == 0
+    assert load_config(tmp_path / "run.yaml").teacher == "org/teacher"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher", "org/teacher"], "not given: --student, --data, --task"),
+        (["--from", "demos"], "known: demo"),
+        ([*FLAGS[:4], "--data", "train.jsonl", "--task", "gsm9k"], "gsm9k"),
+    ],
+)
+def test_errors_leave_no_file(
+    skd: Skd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    done = skd("init", tmp_path / "run.yaml", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_only_by_force(skd: Skd, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("mine")
+    assert skd("init", path, "--from", "demo").returncode == 2
+    assert path.read_text() == "mine"
+    assert skd("init", path, "--from", "demo", "--force").returncode == 0
+    assert path.read_text() != "mine"
