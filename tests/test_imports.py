@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import venv
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,55 +103,65 @@ def test_the_algorithm_needs_torch_and_transformers_only(path: Path) -> None:
     assert outside == set()
 
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+PLACES = {"skd_lib/": "skd_lib/", "components/": "skd_kfp/components/", "pipelines/": "skd_kfp/pipelines/"}
+"""Folders of the source tree, and of the wheel."""
+
+
+def tracked() -> list[str]:
+    return subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+
+
+def build(tree: Path, folder: Path) -> None:
+    command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(tree)]
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, of the files that git knows."""
+    tree, folder = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in tracked():
+        if name.startswith(tuple(PLACES)) or name in {"pyproject.toml", "setup.py", "README.md", "LICENSE"}:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    build(tree, folder)
+    return next(folder.iterdir())
+
+
 @pytest.mark.slow
-def test_the_wheel_stands_beside_others_that_ship_a_folder_pipelines(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_file(wheel: Path) -> None:
+    wanted = {new + name.removeprefix(old) for name in tracked() for old, new in PLACES.items() if name.startswith(old)}
+    assert wanted - set(zipfile.ZipFile(wheel).namelist()) == set()
+
+
+@pytest.mark.slow
+def test_the_wheel_stands_beside_others_that_ship_a_folder_pipelines(wheel: Path, tmp_path: Path) -> None:
     """Both ways round, and in a folder with a `pipelines/`, as everybody has who writes pipelines."""
+    other = tmp_path / "other"
     for folder in ("pipelines", "components"):
-        (tmp_path / "other" / folder).mkdir(parents=True)
-        (tmp_path / "other" / folder / "__init__.py").write_text("OTHER = True\n")
-    (tmp_path / "other" / "pyproject.toml").write_text(
+        (other / folder).mkdir(parents=True)
+        (other / folder / "__init__.py").write_text("OTHER = True\n")
+    (other / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "other"\nversion = "1"\n[tool.setuptools]\npackages = ["pipelines", "components"]\n'
     )
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    tree = tmp_path / "tree"
-    for part in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
-        if part.startswith(("skd_lib/", "components/", "pipelines/")) or part in (
-            "pyproject.toml",
-            "setup.py",
-            "README.md",
-            "LICENSE",
-        ):
-            (tree / part).parent.mkdir(parents=True, exist_ok=True)
-            (tree / part).write_bytes((ROOT / part).read_bytes())
-    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*build, str(tree)], check=True)
-    subprocess.run([*build, str(tmp_path / "other")], check=True)
+    build(other, tmp_path)
     venv.create(tmp_path / "env", symlinks=True)
-    python = tmp_path / "env/bin/python"
+    python = str(tmp_path / "env/bin/python")
     site = next((tmp_path / "env/lib").glob("python*/site-packages"))
     # Its dependencies are this environment's, without the editable install.
     libraries = next(Path(part) for part in sys.path if part.endswith("site-packages"))
     (site / "libraries.pth").write_text(f"{libraries}\n")
-    wheels = [str(path) for path in tmp_path.glob("*.whl")]
-    subprocess.run(
-        [*pip, "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", *wheels], check=True
-    )
+    wheels = [str(wheel), *map(str, tmp_path.glob("*.whl"))]
+    subprocess.run([*PIP, "--python", python, "install", "--quiet", "--no-deps", "--no-index", *wheels], check=True)
 
-    def version(*command: str) -> str:
-        return subprocess.run(command, cwd=tmp_path / "other", check=True, capture_output=True, text=True).stdout
+    def said(*command: str) -> str:
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(command, cwd=other, env=env, check=True, capture_output=True, text=True).stdout
 
-    assert version(str(python), "-m", "skd_kfp.pipelines.cli", "--version").startswith("skd ")
-    assert (
-        version(str(python), "-c", "import pipelines, components; print(pipelines.OTHER and components.OTHER)")
-        == "True\n"
-    )
-    subprocess.run([*pip, "--python", str(python), "uninstall", "--quiet", "--yes", "other"], check=True)
-    assert version(str(tmp_path / "env/bin/skd"), "--version").startswith("skd ")
-    where = version(
-        str(python),
-        "-c",
-        "import skd_kfp.pipelines.compiling as c; print(c.COMPILED); print(len(list(c.COMPILED.iterdir())))",
-    )
-    assert str(site) in where
-    assert where.split()[-1] == "3"
+    assert said(python, "-m", "skd_kfp.pipelines.cli", "--version").startswith("skd ")
+    assert said(python, "-c", "import pipelines, components; print(pipelines.OTHER, components.OTHER)") == "True True\n"
+    subprocess.run([*PIP, "--python", python, "uninstall", "--quiet", "--yes", "other"], check=True)
+    assert said(str(tmp_path / "env/bin/skd"), "--version").startswith("skd ")
+    assert str(site) in said(python, "-c", "import skd_kfp.pipelines as package; print(package.__file__)")
