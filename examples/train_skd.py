@@ -44,7 +44,7 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher).to(device).eval().requires_grad_(False)
     student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32).to(device)
 
-    lines = args.data.read_text(encoding="utf-8").splitlines()
+    lines = args.data.read_text(encoding="utf-8").split("\n")
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
     prompts = [tokenize_row(tokenizer, json.loads(line), [eos_id]).prompt_ids for line in lines if line.strip()]
 

@@ -38,6 +38,8 @@ def test_scores_and_their_difference(skd: Skd, models: tuple[Path, Path], data: 
     table = skd("evaluate", models[0], "--baseline", models[1], *options, "--examples", "5")
     assert "Model minus baseline" in table.stdout
     assert table.stdout.count("chrf") == 2
+    assert "† 5 examples are too few" in table.stdout
+    assert "too few examples" in table.stdout
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ FLAGS = ["--teacher", "org/teacher", "--student", "org/student", "--task", "gsm8
         ("train.jsonl", {"type": "files", "train": ["train.jsonl"]}),
         ("gs://bucket/my data/*.parquet", {"type": "files", "train": ["gs://bucket/my data/*.parquet"]}),
         ("openai/gsm8k", {"type": "hub", "dataset": "openai/gsm8k"}),
+        ("org/data-v1.5", {"type": "hub", "dataset": "org/data-v1.5"}),
         ("007.csv", {"type": "files", "train": ["007.csv"]}),
     ],
 )
@@ -54,6 +55,20 @@ def test_a_terminal_is_asked(skd: Skd, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.stdin", answers)
     assert skd("init", tmp_path / "run.yaml").returncode == 0
     assert load_config(tmp_path / "run.yaml").teacher == "org/teacher"
+
+
+def test_a_name_is_made_of_any_files_name(skd: Skd, tmp_path: Path) -> None:
+    assert skd("init", tmp_path / "My Run.yaml", *FLAGS, "--data", "train.jsonl").returncode == 0
+    assert load_config(tmp_path / "My Run.yaml").name == "my-run"
+
+
+def test_errors_name_the_file_that_was_asked_for(skd: Skd, tmp_path: Path) -> None:
+    done = skd("init", tmp_path / "run.yaml", "--task", "gsm9k", *FLAGS[:4], "--data", "x.jsonl")
+    assert f"{tmp_path / 'run.yaml'}, field `task`" in done.stderr
+
+
+def test_a_missing_folder_is_made(skd: Skd, tmp_path: Path) -> None:
+    assert skd("init", tmp_path / "sub" / "run.yaml", "--from", "demo").returncode == 0
 
 
 @pytest.mark.parametrize(

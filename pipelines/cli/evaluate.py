@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from skd_lib.config import EvaluationConfig, TaskConfig
     from skd_lib.data.examples import Example
     from skd_lib.evaluation.evaluate import Evaluation
-    from skd_lib.results import Difference
+    from skd_lib.results import Difference, Score
 
 
 def evaluate(
@@ -137,6 +137,10 @@ def _measured(
     return found
 
 
+def _mark(score: Score) -> str:
+    return "†" if score.caution else ""
+
+
 def _scores(references: Mapping[str, str | None], found: Mapping[str, Evaluation]) -> Table:
     from rich.table import Table
 
@@ -146,8 +150,14 @@ def _scores(references: Mapping[str, str | None], found: Mapping[str, Evaluation
         table.add_column(name, justify="right")
     for which, each in found.items():
         scores = (each.scores.metrics.get(name) for name in names)
-        cells = ("" if one is None else f"{one.score:.1f} [{one.low:.1f}, {one.high:.1f}]" for one in scores)
+        cells = (
+            "" if one is None else f"{one.score:.1f} [{one.low:.1f}, {one.high:.1f}]{_mark(one)}" for one in scores
+        )
         table.add_row(str(references[which]), *cells, str(each.scores.examples))
+    cautions = dict.fromkeys(
+        one.caution for each in found.values() for one in each.scores.metrics.values() if one.caution
+    )
+    table.caption = "\n".join(f"† {caution}" for caution in cautions) or None
     return table
 
 
@@ -158,6 +168,6 @@ def _differences(differences: Mapping[str, Difference]) -> Table:
     for name in ("difference", "95 % interval", "p"):
         table.add_column(name, justify="right")
     for metric, one in differences.items():
-        p = "" if one.p_value is None else f"{one.p_value:.3f}"
+        p = "too few examples" if one.p_value is None else f"{one.p_value:.3f}"
         table.add_row(metric, f"{one.difference:+.1f}", f"[{one.low:+.1f}, {one.high:+.1f}]", p)
     return table

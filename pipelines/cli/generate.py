@@ -80,9 +80,10 @@ def generate(
         tokens = [token for tokens in rounds for token in tokens]
         console.print()
         if draft is not None:
-            console.print(
-                f"{len(tokens)} tokens in {len(rounds)} calls of {model}. {LEGEND}", style="dim", highlight=False
-            )
+            drafted = sum(not token.by_teacher for token in tokens)
+            figures = f"tokens: {len(tokens)}, of them drafted: {drafted}; calls of the model: {len(rounds)}"
+            legend = f" ({LEGEND})" if console.is_terminal else ""
+            console.print(figures + legend, style="dim", highlight=False)
         messages.append({"role": "assistant", "content": _text(tokenizer, tokens)})
         if not chat:
             return

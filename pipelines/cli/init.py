@@ -1,4 +1,4 @@
-"""`skd init`: the YAML file of a run, from five answers or from an example."""
+"""`skd init`: the YAML file of a run, from four answers or from an example."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write the YAML file of a run: from an example, or from four answers."""
-    from skd_lib.config import load_config
-    from skd_lib.storage import write_text_atomic
+    from skd_lib._core.documents import parse_yaml
+    from skd_lib.config import RunConfig, parse_section
+    from skd_lib.config.names import run_name_from
+    from skd_lib.storage import check_writable, write_text_atomic
 
     if output.exists() and not force:
         raise SkdError("it exists already", where=str(output), hint="name another file, or add --force")
@@ -70,15 +72,10 @@ def init(
             answers[question] = answer or typer.prompt(QUESTIONS[question]).strip()
         source = _source(answers.pop("data"))
         quoted = {question: _quoted(answer) for question, answer in answers.items()}
-        text = TEMPLATE.format(file=output, name=_quoted(name or output.stem), source=source, **quoted)
-    written = output.with_name(f".{output.name}.new")
-    write_text_atomic(written, text)
-    try:
-        load_config(written)
-    except SkdError:
-        written.unlink()
-        raise
-    written.replace(output)
+        text = TEMPLATE.format(file=output, name=_quoted(name or run_name_from(output.stem)), source=source, **quoted)
+    parse_section(RunConfig, parse_yaml(text, where=str(output)), where=str(output))
+    check_writable(str(output.absolute().parent))
+    write_text_atomic(output, text)
     say(f"{output} is written; check it with `skd run {output} --dry-run`, then run it with `skd run {output}`")
 
 
@@ -90,9 +87,11 @@ def _example(name: str) -> str:
 
 
 def _source(data: str) -> str:
-    if "://" in data or Path(data).suffix or Path(data).exists():
+    from skd_lib.data.files import ending
+
+    if "://" in data or Path(data).exists() or ending(data):
         return f"    type: files\n    train: [{_quoted(data)}]"
-    return f"    type: hub\n    dataset: {_quoted(data)}"
+    return f"    type: hub\n    dataset: {_quoted(data)}\n    # subset: main # where the dataset has several"
 
 
 def _quoted(text: str) -> str:

@@ -216,6 +216,8 @@ class InterleavedSampler:
 def _settings(config: GenerationConfig | None, options: dict[str, Any]) -> dict[str, Any]:
     given = {} if config is None else config.to_diff_dict()
     settings = {name: value for name, value in (given | options).items() if value is not None}
+    if "streamer" in settings:
+        raise SkdError("there are no streamers", where="generate", hint="use `InterleavedSampler.stream`")
     unknown = {
         name
         for name, value in settings.items()

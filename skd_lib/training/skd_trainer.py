@@ -6,6 +6,8 @@ by SKD. Checkpoints, resume, callbacks, loggers, learning rates and data paralle
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -24,20 +26,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams
+from skd_lib.config import DistillConfig, parse_section
 from skd_lib.data.formats import tokenize_row
 from skd_lib.data.tokenize import TokenizedExample
 from skd_lib.distillation.batch import Rollout, collate
 from skd_lib.distillation.loss import Objective, objective_for
 from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import RowKey, Strategy, rollout_for
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.models.heads import check_supported
 from skd_lib.models.modes import evaluating
 from skd_lib.models.vocabulary import eos_ids, pad_id
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import sampling_figures
 from skd_lib.training.trainer import through_wrapper
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,14 +57,18 @@ class SKDConfig(TrainingArguments):
         beta: Weight of the teacher in the mixture of `jsd`; 0 is the forward, 1 the reverse KL.
         alpha: Skewness of `skew_kl` and `skew_reverse_kl`.
         rule: Which drafts the teacher lets stand.
-        top_k: A draft stands if it is among the teacher's `top_k` most likely tokens.
+        top_k: Of the rule `top_k`: a draft stands if it is among the teacher's `top_k` most likely tokens.
+        min_prob: Of the rule `min_prob`: least teacher probability of a draft that stands.
+        mixture: Of the rule `mixture`: the teacher's share.
         gamma: Most tokens drafted for each teacher call.
+        adaptive_gamma: Draft fewer where the measured acceptance says that more would be wasted.
         lmbda: Share of the sequences that are sampled; the others are the data's. 1 with `skd`, as in the paper.
         seq_kd: The teacher writes the responses (method `seqkd` with a divergence is not offered).
         temperature: Sampling temperature of both models.
         student_top_p: Nucleus of the student's sampling.
         teacher_top_p: Nucleus of the teacher's sampling.
         loss_temperature: Divides both models' logits in the loss.
+        replaced_weight: Weight of a cross-entropy added at tokens that the teacher wrote in the student's response.
         max_new_tokens: Longest sampled response.
         max_length: Most tokens of a prompt with its response; longer responses of the data are cut.
         disable_dropout: Switch the student's dropout off.
@@ -75,13 +83,17 @@ class SKDConfig(TrainingArguments):
     alpha: float = field(default=0.1)
     rule: str = field(default="top_k")
     top_k: int = field(default=25)
+    min_prob: float = field(default=0.25)
+    mixture: float = field(default=0.5)
     gamma: int = field(default=5)
+    adaptive_gamma: bool = field(default=True)
     lmbda: float | None = field(default=None)
     seq_kd: bool = field(default=False)
     temperature: float = field(default=0.5)
     student_top_p: float = field(default=0.5)
     teacher_top_p: float = field(default=1.0)
     loss_temperature: float = field(default=1.0)
+    replaced_weight: float = field(default=0.0)
     max_new_tokens: int = field(default=128)
     max_length: int | None = field(default=1024)
     disable_dropout: bool = field(default=True)
@@ -107,24 +119,48 @@ class SKDConfig(TrainingArguments):
             method = "skd_mixed"
         divergence = self.divergence or ("forward_kl" if self.beta is None else "jsd")
         shares = {} if share is None else {"on_policy_fraction": share, "sampled_fraction": share}
+        sampling = {
+            name: getattr(self, name) for name in ("rule", "top_k", "min_prob", "mixture", "gamma", "adaptive_gamma")
+        }
+        sampling |= {
+            "student": {"temperature": self.temperature, "top_p": self.student_top_p},
+            "teacher": {"temperature": self.temperature, "top_p": self.teacher_top_p},
+        }
+        values = {
+            "method": method,
+            "divergence": divergence,
+            "beta": 0.5 if self.beta is None else self.beta,
+            "alpha": self.alpha,
+            "temperature": self.loss_temperature,
+            "replaced_weight": self.replaced_weight,
+            "sampling": sampling,
+            **shares,
+        }
         try:
-            return DistillConfig(
-                method=method,
-                divergence=divergence,
-                beta=0.5 if self.beta is None else self.beta,
-                alpha=self.alpha,
-                temperature=self.loss_temperature,
-                sampling=InterleavedConfig(
-                    rule=self.rule,
-                    top_k=self.top_k,
-                    gamma=self.gamma,
-                    student=SamplingParams(temperature=self.temperature, top_p=self.student_top_p),
-                    teacher=SamplingParams(temperature=self.temperature, top_p=self.teacher_top_p),
-                ),
-                **shares,
-            )
-        except ValueError as error:
-            raise SkdError(str(error), where="SKDConfig") from error
+            return parse_section(DistillConfig, values, where="SKDConfig")
+        except SkdErrors as error:
+            raise SkdErrors(list({one.where: one for one in map(_renamed, error.errors)}.values())) from error
+
+
+_OWN_NAMES = {
+    "sampling.student.temperature": "temperature",
+    "sampling.teacher.temperature": "temperature",
+    "sampling.student.top_p": "student_top_p",
+    "sampling.teacher.top_p": "teacher_top_p",
+    "on_policy_fraction": "lmbda",
+    "sampled_fraction": "lmbda",
+    "temperature": "loss_temperature",
+}
+"""Fields of the section `distill` that have another name in `SKDConfig`."""
+
+
+def _renamed(error: SkdError) -> SkdError:
+    """Return the error with the field's name in `SKDConfig`."""
+    path = re.sub(r".*field `([\w.]+).*", r"\1", error.where)
+    own = next(
+        (own for name, own in _OWN_NAMES.items() if path.startswith(name)), path.removeprefix("sampling.").split(".")[0]
+    )
+    return SkdError(error.what, where=f"SKDConfig, field `{own}`", hint=error.hint)
 
 
 class SKDTrainer(Trainer):
@@ -173,11 +209,17 @@ class SKDTrainer(Trainer):
             raise SkdError(
                 "metrics of logits are not supported: the loss never holds all logits",
                 where="SKDTrainer",
-                hint="leave compute_metrics out; eval_loss is logged, and `skd_lib.evaluate` scores answers",
+                hint="leave compute_metrics out; eval_loss is logged, and the command `skd evaluate` scores answers",
             )
         self.distill = args.distill_config()
         self.facts = METHODS[self.distill.method]
-        student = _loaded(model, args.model_init_kwargs, args)
+        if args.use_liger_kernel:
+            what = "Liger's kernels replace a forward pass that the loss does not use"
+            raise SkdError(what, where="use_liger_kernel", hint="leave it out; the loss never holds all logits anyway")
+        # Weights in half precision take up small steps only in part; `bf16=True` is mixed precision on fp32 weights.
+        student = _loaded(model, {"dtype": torch.float32, **(args.model_init_kwargs or {})}, args)
+        if peft_config is None and student.dtype in (torch.bfloat16, torch.float16):
+            log.warning("the student's weights are %s: small updates are lost; load it in float32", student.dtype)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
         self.teacher = None if teacher_model is None else _loaded(teacher_model, args.teacher_model_init_kwargs, args)
@@ -325,12 +367,15 @@ class SKDTrainer(Trainer):
 
 
 def _check_responses(rollout: Rollout, where: str) -> None:
+    hint = "give it a `completion` or an assistant message"
+    if where == "train_dataset":
+        hint += ", or train by a method that samples every response"
     rows = zip(rollout.sources, rollout.lengths, strict=True)
     if any(source == "ground_truth" and not length for source, length in rows):
         raise SkdError(
             "a row has no response, so it has no loss",
             where=where,
-            hint="give it a `completion` or an assistant message, or train by a method that samples every response",
+            hint=hint,
         )
 
 

@@ -112,11 +112,43 @@ def test_names_of_gkd_mean_what_they_mean_there() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"method": "skdd"}, "method"), ({"top_k": -1}, "top_k"), ({"divergence": "kl"}, "divergence")],
+    [
+        ({"method": "skdd"}, "unknown method"),
+        ({"top_k": -1}, "field `top_k`"),
+        ({"divergence": "kl"}, "unknown divergence"),
+        ({"loss_temperature": 0}, "field `loss_temperature`"),
+        ({"temperature": -1}, "field `temperature`"),
+        ({"lmbda": 2}, "field `lmbda`"),
+        ({"gamma": 0}, "field `gamma`"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+    ],
 )
 def test_wrong_settings_are_named(make: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(SkdError, match=message):
+    with pytest.raises(SkdError, match=message) as caught:
         make(**options)
+    assert "pydantic" not in str(caught.value)
+    assert str(caught.value).count("SKDConfig") <= 1
+
+
+@pytest.mark.parametrize("options", [{"rule": "min_prob", "min_prob": 0.1}, {"rule": "mixture", "mixture": 0.3}])
+def test_every_rule_has_its_setting(make: Any, options: dict[str, Any]) -> None:
+    trainer = make(**options)
+    assert getattr(trainer.distill.sampling, options["rule"]) == options[options["rule"]]
+    trainer.train()
+
+
+def test_a_student_given_by_name_is_trained_in_fp32(
+    tmp_path: Path, tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = tiny_model(seed=1).bfloat16()
+    half.save_pretrained(tmp_path / "student")
+    tiny_tokenizer.save_pretrained(tmp_path / "student")
+    args = SKDConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, bf16=False)
+    teacher = tiny_model(seed=2)
+    assert SKDTrainer(str(tmp_path / "student"), teacher, args, train_dataset=CHAT).model.dtype == torch.float32
+    assert not caplog.records
+    SKDTrainer(half, teacher, args, train_dataset=CHAT, processing_class=tiny_tokenizer)
+    assert "load it in float32" in caplog.text
 
 
 def test_prompts_alone_are_enough_where_every_response_is_sampled(make: Any) -> None:
