@@ -144,6 +144,37 @@ def test_config_lists_every_field(skd: Skd):
     )
 
 
+@pytest.mark.parametrize(
+    ("section", "first", "others"),
+    [
+        ("distill", "distill: section", "distill."),
+        ("distill.sampling", "distill.sampling: section", "distill.sampling."),
+        ("data.source.columns", "data.source.columns: section", "data.source.columns."),
+        ("seed", "seed: int = 0", "seed"),
+    ],
+)
+def test_config_lists_one_section(skd: Skd, section: str, first: str, others: str):
+    done = skd("config", section)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert lines[0] == first
+    assert all(line.startswith(others) for line in lines[1:])
+    assert ("top_k" in done.stdout) == section.startswith("distill")
+
+
+@pytest.mark.parametrize(
+    ("section", "hint"),
+    [
+        ("distil", "did you mean `distill`?"),
+        ("gamma", "did you mean `distill.sampling.gamma`?"),
+        ("nothing", "a section of name, teacher,"),
+    ],
+)
+def test_config_of_an_unknown_section_says_what_is_meant(skd: Skd, section: str, hint: str):
+    done = skd("config", section)
+    assert done.returncode == 2
+    assert f"no section or field `{section}`\n  hint: {hint}" in done.stderr
+
+
 def test_config_schema_is_json_schema(skd: Skd):
     schema = json.loads(skd("config", "schema").stdout)
     assert schema["title"] == "RunConfig"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import textwrap
 from collections.abc import Callable
@@ -34,7 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-config = typer.Typer(rich_markup_mode="markdown")
 RUN, MODELS, RECORDS, SET_UP = "Train a student", "Look at a model", "Look after runs and versions", "Set up"
 """Groups of commands in `skd --help`."""
 
@@ -94,7 +94,7 @@ def report(
         raise SkdError(
             f"there is no folder {run} or {runs_dir / run}",
             where="skd report",
-            hint="name a run's folder, or give --tracking-uri with the id of an MLflow run",
+            hint="name a run's folder, or give --runs-dir with its name, or --tracking-uri with an MLflow run's id",
         )
     try:
         write_page(path, found.summary, found.samples)
@@ -128,42 +128,47 @@ def doctor(
         raise typer.Exit(1)
 
 
-@config.callback(invoke_without_command=True)
-def list_config(context: typer.Context) -> None:
-    """List every field of a run's YAML file: type, default, meaning. `skd config schema` is for editors."""
-    if context.invoked_subcommand is not None:
-        return
+def config(
+    section: Annotated[
+        str,
+        typer.Argument(help="List this section or field only, e.g. `distill`; `schema`: print the JSON schema."),
+    ] = "",
+) -> None:
+    """List the fields of a run's YAML file: type, default, meaning.
+
+    `skd config schema` prints the file's JSON schema, by which an editor completes and checks it. In VS Code (YAML
+    extension) or any editor with yaml-language-server: `skd config schema > skd.schema.json`, and as the first line of
+    your file `# yaml-language-server: $schema=skd.schema.json`.
+    """
     from skd_lib.config import RunConfig
     from skd_lib.config.fields import list_fields
 
-    for field in list_fields(RunConfig):
+    if section == "schema":
+        say(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return
+    wanted = section.replace("[]", "")
+    fields = {field: field.path.partition(" ")[0].replace("[]", "") for field in list_fields(RunConfig)}
+    listed = [field for field, path in fields.items() if not wanted or f"{path}.".startswith(f"{wanted}.")]
+    if not listed:
+        inner = [path for path in fields.values() if path.endswith(f".{wanted}")]
+        similar = inner or difflib.get_close_matches(wanted, fields.values(), n=1)
+        hint = f"did you mean `{similar[0]}`?" if similar else f"a section of {', '.join(RunConfig.model_fields)}"
+        raise SkdError(f"a run's file has no section or field `{section}`", where="skd config", hint=hint)
+    for field in listed:
         say(f"{field.path}: {field.type}{field.default}")
         if field.description:
             say(textwrap.fill(field.description, 100, initial_indent="    ", subsequent_indent="    "))
-
-
-@config.command()
-def schema() -> None:
-    """Print the JSON schema of a run's YAML file, by which an editor completes and checks it.
-
-    In VS Code (YAML extension) or any editor with yaml-language-server: `skd config schema > skd.schema.json`, and as
-    the first line of your file `# yaml-language-server: $schema=skd.schema.json`.
-    """
-    from skd_lib.config import RunConfig
-
-    say(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     RUN: (init, run, compare, submit, trigger),
     MODELS: (evaluate, generate, specdec),
     RECORDS: (report, lineage, promote, rollback),
-    SET_UP: (doctor,),
+    SET_UP: (doctor, config),
 }
 for group, commands in GROUPS.items():
     for command in commands:
         app.command(rich_help_panel=group)(expanded(command))
 app.command("compile", rich_help_panel=SET_UP)(compile_)
 app.add_typer(track, name="track", rich_help_panel=RECORDS)
-app.add_typer(config, name="config", rich_help_panel=SET_UP)
 app.add_typer(bench, name="bench", rich_help_panel=SET_UP)

@@ -7,6 +7,7 @@ for a report.
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import platform
 import sys
@@ -20,6 +21,9 @@ from skd_lib._core import events
 from skd_lib.errors import SkdError, is_full_disk, unwritable
 
 LONGEST = 500
+EXTRAS = ("training", "tracking", "pipelines")
+"""The extras that a run on this machine needs."""
+INSTALL = 'pip install -c constraints/main.txt -e ".{}"'
 _HINTS = {
     errno.ENOENT: "check the path",
     errno.EACCES: "change its permissions, or choose another place",
@@ -56,10 +60,28 @@ def explained(error: Exception) -> SkdError:
         hint = "lower the batch size or task.max_new_tokens, or take a machine with more memory"
         return SkdError(f"out of memory: {_line(error)}", hint=hint)
     if isinstance(error, ModuleNotFoundError):
-        return SkdError(f"the Python package `{error.name}` is missing", hint="install skd with all that it depends on")
+        return SkdError(f"the Python package `{error.name}` is missing", hint=install_command(error.name or ""))
     return Bug(
         f"this is a bug in skd: {type(error).__name__}: {_line(error)}; please report it and attach {_keep(error)}"
     )
+
+
+def install_command(module: str) -> str:
+    """Return the command that installs a module: with the extra of skd that has its package, else with all extras."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(text) for text in importlib.metadata.requires("skd-lib") or []]
+    except importlib.metadata.PackageNotFoundError:
+        declared = []
+    # Of `google.cloud.storage` Python names the first part that is missing, be it `google`; `torch.nn` is of `torch`.
+    package = module.replace(".", "-").replace("_", "-").lower()
+    found = [one for one in declared if f"{one.name}-".startswith(f"{package}-")]
+    found += [one for one in declared if f"{package}-".startswith(f"{one.name}-")]
+    for extra in ("", *EXTRAS, "quantization", "s3"):
+        if any(one.marker is None or one.marker.evaluate({"extra": extra}) for one in found):
+            return INSTALL.format(f"[{extra}]" if extra else "")
+    return INSTALL.format(f"[{','.join(EXTRAS)}]")
 
 
 def _line(error: Exception) -> str:

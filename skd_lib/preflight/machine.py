@@ -17,6 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from skd_lib._core.bugs import EXTRAS, INSTALL
 from skd_lib._core.machine import total_memory, usable_cores
 from skd_lib._core.uris import is_sqlite, shown
 from skd_lib.preflight.checks import TRACKING, Check, Checks
@@ -25,10 +26,8 @@ from skd_lib.preflight.memory import GIB
 
 WANTED_CORES, WANTED_MEMORY, WANTED_DISK = 2, 8, 10
 """For the demo: cores, and GiB of memory and disk."""
-EXTRAS = ("training", "tracking", "pipelines")
 REACH_SECONDS = 15
 SERVICE_SECONDS = 5
-_INSTALL = 'pip install -c constraints/main.txt -e ".{}"'
 
 
 def examine(runs_dir: Path, tracking_uri: str) -> list[Check]:
@@ -38,7 +37,7 @@ def examine(runs_dir: Path, tracking_uri: str) -> list[Check]:
     try:
         check_packages(checks, importlib.metadata.requires("skd-lib") or [])
     except importlib.metadata.PackageNotFoundError:
-        checks.add("skd-lib", "error", "not installed", hint=_INSTALL.format(f"[{','.join(EXTRAS)}]"))
+        checks.add("skd-lib", "error", "not installed", hint=INSTALL.format(f"[{','.join(EXTRAS)}]"))
     if importlib.util.find_spec("torch"):
         _check_processors(checks)
     cores, memory = usable_cores(), total_memory() / GIB
@@ -77,7 +76,7 @@ def check_packages(checks: Checks, requirements: Sequence[str]) -> None:
                 wrong.append(f"{requirement.name} {version} is outside {requirement.specifier}")
         name = f"packages: {extra or 'base'}"
         if wrong:
-            checks.add(name, "error", "; ".join(wrong), hint=_INSTALL.format(f"[{extra}]" if extra else ""))
+            checks.add(name, "error", "; ".join(wrong), hint=INSTALL.format(f"[{extra}]" if extra else ""))
         else:
             checks.add(name, "ok", ", ".join(versions))
 

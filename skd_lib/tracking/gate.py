@@ -162,11 +162,11 @@ def rollback(*, tracking_uri: str, model: str, by: str, why: str) -> Move:
     def work(client: MlflowClient) -> Move:
         records = history(client, model)
         if not records:
-            hint = f"make one: `skd promote {model} VERSION`"
+            hint = f"make one: `skd promote {model} VERSION --why ...`"
             raise SkdError("no champion to roll back from", where=model, hint=hint)
         if len(records) == 1:
             what = f"version {records[0].version} is the first champion that is known: there is none to go back to"
-            hint = f"name the version that is to be champion: `skd promote {model} VERSION`"
+            hint = f"name the version that is to be champion: `skd promote {model} VERSION --why ...`"
             raise SkdError(what, where=model, hint=hint)
         _check_usable(find_version(client, model, records[-2].version), model, tracking_uri)
         restore_champion(client, model, by=by, why=why)

@@ -15,7 +15,7 @@ import pytest
 from rich.table import Table
 
 from skd_kfp.pipelines import cli
-from skd_lib._core.bugs import Bug, explained
+from skd_lib._core.bugs import Bug, explained, install_command
 from skd_lib._core.terminal import Console, VisibleFormatter
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.preflight.checks import Checks
@@ -59,6 +59,29 @@ def test_what_a_user_can_act_on_is_a_sentence(
     found = skd(error, monkeypatch, capsys)
     assert found[0] == code
     assert message in found[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("kfp", "[pipelines]"),
+        ("kfp.kubernetes", "[pipelines]"),
+        ("google", "[training]"),
+        ("google.cloud", "[training]"),
+        ("google.cloud.storage", "[training]"),
+        ("rouge_score", "[training]"),
+        ("torch.nn", "[training]"),
+        ("mlflow", "[tracking]"),
+        ("s3fs", "[s3]"),
+        ("bitsandbytes", "[quantization]"),
+        ("typer", ""),
+        ("unheard_of", "[training,tracking,pipelines]"),
+    ],
+)
+def test_a_missing_package_comes_with_the_command_that_installs_it(module: str, extra: str):
+    command = f'pip install -c constraints/main.txt -e ".{extra}"'
+    assert install_command(module) == command
+    assert explained(ModuleNotFoundError("x", name=module)).hint == command
 
 
 def test_a_bug_is_one_line_that_names_the_file_with_the_traceback(
