@@ -44,8 +44,8 @@ def main(
     that was killed goes on from its last checkpoint when it is started again. With `multinode` in the config the
     training is done by a TrainJob of Kubeflow Trainer.
 
-    The model's record (`models.records`) holds its lineage, the closing figures, curves of losses, rejection rate and
-    lengths, and a few training sequences.
+    The model's record (`skd_lib.models.records`) holds its lineage, the closing figures, curves of losses, rejection
+    rate and lengths, and a few training sequences.
     """
     own = parse_section(StepConfig, config, where="--config")
     settings = own.distill

@@ -59,7 +59,12 @@ def main(
     data: Annotated[Path, typer.Option(help=DATA_HELP)],
     role: Annotated[Role, typer.Option(help="Which model of the run this is; names the results.")],
     evaluation_out: Annotated[Path, typer.Option(help="Folder for scores and answers, see `skd_lib.report.folders`.")],
-    config: Annotated[str, typer.Option(help=STEP_HELP)] = "{}",
+    config: Annotated[
+        str,
+        typer.Option(
+            help=f"{STEP_HELP}: `evaluation`, `task`, `held_out`, `seed`, `label`. `skd config` lists their fields."
+        ),
+    ] = "{}",
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:

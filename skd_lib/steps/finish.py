@@ -51,7 +51,7 @@ def main(
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "skd",
 ) -> None:
-    """Give the pipeline's MLflow run its final status, and close the steps' runs that died without a word.
+    """Give the pipeline's MLflow run its final status, and close the runs of steps that were killed.
 
     Where KFP does not say how the run ended (`RUNNING` is a regular word at the end), the runs of its steps do, and
     Kubeflow's API, where it answers: whether a person stopped the run, and which task failed. The pipeline run is the

@@ -117,8 +117,8 @@ def main(
 ) -> None:
     """Check models, tokenizers, data, storage, tracking and hardware in seconds, without loading any weights.
 
-    On a cluster what is wrong does not fail this step but the next, which gets it as output parameter `problems`: KFP
-    shows the artifacts of a step, the report among them, only where it succeeded.
+    On a cluster this step succeeds even when it finds errors: it passes them on as output parameter `problems`, and the
+    next step fails with them. For KFP shows a step's artifacts, such as the report, only if the step succeeded.
     """
     from skd_lib._core.terminal import Console
     from skd_lib.preflight import run_checks

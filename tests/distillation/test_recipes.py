@@ -37,12 +37,14 @@ CONFIG = {"method": "skd_every_second", "divergence": "hellinger", "sampling": {
 def recipes() -> Iterator[None]:
     before = {path: dict(registry) for path, (registry, _, _) in REGISTRIES.items()}
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(block, {})  # noqa: S102 - the page's own code
-    yield
-    for path, (registry, _, _) in REGISTRIES.items():
-        registry.clear()
-        registry.update(before[path])
+    try:
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            exec(block, {})  # noqa: S102 - the page's own code
+        yield
+    finally:
+        for path, (registry, _, _) in REGISTRIES.items():
+            registry.clear()
+            registry.update(before[path])
 
 
 @pytest.mark.usefixtures("recipes")
