@@ -37,10 +37,12 @@ def test_the_prompt_may_come_from_standard_input(
 def test_a_conversation_goes_on_until_an_empty_message(
     skd: Skd, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd 30?\n\n"))
-    done = skd("generate", models[0], "--chat", "--max-new-tokens", "8")
-    assert done.returncode == 0
-    assert done.stdout.count(">") >= 3
+    for end in ("\n", ""):  # an empty message, and the end of the input
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello\nAnd 30?\n{end}"))
+        done = skd("generate", models[0], "--chat", "--max-new-tokens", "8")
+        assert done.returncode == 0
+        assert done.stdout.count(">") >= 3
+        assert "Aborted" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,11 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     messages: list[dict[str, str]] = []
     while True:
-        text = typer.prompt(">", default="", show_default=False, prompt_suffix=" ") if chat else prompt
+        try:
+            text = typer.prompt(">", default="", show_default=False, prompt_suffix=" ") if chat else prompt
+        except typer.Abort:  # the end of the input
+            console.print()
+            return
         if text is None:
             text = sys.stdin.read().rstrip("\n")
         if not text.strip():

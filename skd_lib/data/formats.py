@@ -49,8 +49,12 @@ def tokenize_row(
     Raises:
         SkdError: the row has none of the formats, or its prompt alone is too long.
     """
-    messages = row.get("messages", row.get("conversations"))
+    messages = row.get("messages")
     if messages is not None:
+        if isinstance(messages, str) or not hasattr(messages, "__iter__"):
+            what = f"`messages` is a {type(messages).__name__}, not a list"
+            raise SkdError(what, where=where, hint="read JSON texts as JSON first")
+        messages = list(messages)
         prompt, response = _of_messages(tokenizer, messages, where)
     elif isinstance(row.get("prompt"), str):
         prompt = list(tokenizer(row["prompt"])["input_ids"])
@@ -61,13 +65,19 @@ def tokenize_row(
             raise SkdError("`prompt` is a string and `completion` is none", where=where, hint="give both as strings")
         response = [] if completion is None else [*_plain(tokenizer, completion), eos_ids[0]]
     elif isinstance(row.get("prompt"), Sequence):
+        if isinstance(row.get("completion"), str):
+            what = "`prompt` is a list of messages and `completion` a string"
+            raise SkdError(what, where=where, hint="give both as lists of messages, or both as strings")
         prompt, response = _of_messages(tokenizer, [*row["prompt"], *(row.get("completion") or ())], where)
     else:
         raise SkdError(
             f"the row has the fields {', '.join(sorted(row)) or 'none'}", where=where, hint=f"it needs {_KNOWN}"
         )
     ends = [index for index, token in enumerate(response) if token in eos_ids]
-    response = response[: ends[0] + 1] if ends else response
+    if ends:
+        response = response[: ends[0] + 1]
+    elif response:
+        response = [*response, eos_ids[0]]  # a chat template that does not end answers
     if max_length is not None:
         if len(prompt) >= max_length:
             raise SkdError(
@@ -88,7 +98,18 @@ def _of_messages(
             where=where or str(tokenizer.name_or_path),
             hint="use an instruction-tuned model, or rows with `prompt` and `completion` as strings",
         )
-    roles = [message.get("role") for message in messages]
+    for number, message in enumerate(messages):
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or message.get("content") is None
+        ):
+            raise SkdError(
+                f"message {number} is no `{{role, content}}`: {str(message)[:80]}",
+                where=where,
+                hint=f"rows need {_KNOWN}",
+            )
+    roles = [message["role"] for message in messages]
     last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
     if last == 0 or not messages:
         raise SkdError("there is no message before the assistant's", where=where)

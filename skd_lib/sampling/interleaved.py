@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from skd_lib._core.seeds import derived
-from skd_lib.config import SamplingParams
+from skd_lib.config import SamplingParams, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.sampling.acceptance import AcceptanceRule, top_k
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma
 from skd_lib.sampling.engine import Sampler
 from skd_lib.sampling.samples import SamplingStatistics
 
 _READ = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id", "pad_token_id"}
-_NO_EFFECT = {"bos_token_id", "use_cache", "return_dict_in_generate", "transformers_version", "decoder_start_token_id"}
+_NO_EFFECT = {
+    *("bos_token_id", "use_cache", "return_dict_in_generate", "transformers_version", "decoder_start_token_id"),
+    "token_type_ids",
+}
 _OFF: dict[str, Any] = {"top_k": 0, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "min_p": 0.0}
 """Settings of transformers that change samples, with the values that switch them off; the sampler has none of them."""
 
@@ -75,7 +79,8 @@ class InterleavedSampler:
     Args:
         student: Drafts; a causal language model of transformers.
         teacher: Scores and replaces; has the student's tokenizer.
-        rule: Which drafts stand, see `skd_lib.sampling.acceptance`.
+        rule: Which drafts stand, see `skd_lib.sampling.acceptance`; those without a number by name, too. None is
+            `top_k(25)`.
         gamma: Tokens drafted for each teacher call; the most, if `adaptive_gamma`.
         adaptive_gamma: Draft fewer where the measured acceptance says that more would be wasted.
         batch_size: Rows in flight; None takes all.
@@ -88,14 +93,14 @@ class InterleavedSampler:
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
-        rule: AcceptanceRule | None = None,
+        rule: AcceptanceRule | str | None = None,
         gamma: int = 5,
         *,
         adaptive_gamma: bool = False,
         batch_size: int | None = None,
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.rule = top_k(25) if rule is None else rule
+        self.rule = _rule(rule)
         self.gamma = AdaptiveGamma(gamma) if adaptive_gamma else gamma
         self.batch_size = batch_size
 
@@ -144,6 +149,7 @@ class InterleavedSampler:
     def stream(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         seed: int | None = None,
@@ -155,13 +161,14 @@ class InterleavedSampler:
 
         Args:
             input_ids: (1, P) the prompt.
+            attention_mask: (1, P) 0 at padding.
             generation_config: As the other arguments, see `generate`.
             seed: Repeats the samples.
             student_params: How the student samples.
             teacher_params: How the teacher samples.
             **options: Fields of `generation_config`, which win.
         """
-        prompts = _rows(input_ids, None)
+        prompts = _rows(input_ids, attention_mask)
         if len(prompts) != 1:
             raise SkdError(f"there are {len(prompts)} prompts", where="stream", hint="stream one at a time")
         sampler, seeds = self._set_up(prompts, generation_config, seed, student_params, teacher_params, options)
@@ -213,36 +220,55 @@ class InterleavedSampler:
         return tuple(dict.fromkeys(ids))
 
 
+def _rule(rule: AcceptanceRule | str | None) -> AcceptanceRule:
+    if rule is None:
+        return top_k(25)
+    if isinstance(rule, str):
+        named = {"lossless": lossless, "student_only": student_only, "teacher_only": teacher_only}
+        if rule not in named:
+            hint = f"pass one of {', '.join(named)}, or a rule with its number, e.g. top_k(25)"
+            raise SkdError("there is no such rule without a number", where=f"rule {rule!r}", hint=hint)
+        return named[rule]()
+    return rule
+
+
 def _settings(config: GenerationConfig | None, options: dict[str, Any]) -> dict[str, Any]:
     given = {} if config is None else config.to_diff_dict()
-    settings = {name: value for name, value in (given | options).items() if value is not None}
-    if "streamer" in settings:
-        raise SkdError("there are no streamers", where="generate", hint="use `InterleavedSampler.stream`")
-    unknown = {
-        name
-        for name, value in settings.items()
-        if name not in _READ | _NO_EFFECT and value not in (_OFF.get(name), False)
+    settings = {
+        name: value
+        for name, value in (given | options).items()
+        if value is not None and not name.startswith("_") and name not in _NO_EFFECT
     }
-    if unknown:
-        raise SkdError(
-            f"these settings change samples and are not supported: {', '.join(sorted(unknown))}",
-            where="generate",
-            hint=f"leave them out; supported are {', '.join(sorted(_READ))}",
-        )
+    for name, value in settings.items():
+        if name == "streamer":
+            raise SkdError("there are no streamers", where="generate", hint="use `InterleavedSampler.stream`")
+        if name in _READ or (isinstance(value, bool | int | float) and value in (_OFF.get(name), False)):
+            continue
+        if not hasattr(GenerationConfig(), name):
+            near = get_close_matches(name, _READ, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_READ))}"
+            raise SkdError("there is no such setting", where=f"generate, {name}", hint=hint)
+        what = "it changes samples and is not supported"
+        raise SkdError(what, where=f"generate, {name}", hint=f"leave it out; supported are {', '.join(sorted(_READ))}")
     return settings
 
 
 def _params(settings: dict[str, Any]) -> SamplingParams:
     if not settings.get("do_sample", False):
         return SamplingParams(temperature=0.0)
-    return SamplingParams(temperature=settings.get("temperature", 1.0), top_p=settings.get("top_p", 1.0))
+    given = {name: settings[name] for name in ("temperature", "top_p") if name in settings}
+    return parse_section(SamplingParams, given, where="generate")
 
 
 def _length(settings: dict[str, Any], longest_prompt: int) -> int:
     if "max_new_tokens" in settings:
         return int(settings["max_new_tokens"])
     if "max_length" in settings:
-        return int(settings["max_length"]) - longest_prompt
+        left = int(settings["max_length"]) - longest_prompt
+        if left < 1:
+            what = f"max_length is {settings['max_length']}, and the longest prompt has {longest_prompt} tokens"
+            raise SkdError(what, where="generate", hint="pass max_new_tokens instead")
+        return left
     raise SkdError("no length limit is given", where="generate", hint="pass max_new_tokens")
 
 
@@ -251,6 +277,7 @@ def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    input_ids = torch.as_tensor(input_ids)
     if input_ids.dim() != 2:
         raise SkdError(
             f"input_ids has the shape {tuple(input_ids.shape)}", where="generate", hint="pass (rows, tokens)"

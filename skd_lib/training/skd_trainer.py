@@ -31,12 +31,12 @@ from skd_lib.data.formats import tokenize_row
 from skd_lib.data.tokenize import TokenizedExample
 from skd_lib.distillation.batch import Rollout, collate
 from skd_lib.distillation.loss import Objective, objective_for
-from skd_lib.distillation.methods import METHODS
+from skd_lib.distillation.methods import METHODS, unread_settings
 from skd_lib.distillation.rollouts import RowKey, Strategy, rollout_for
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.models.heads import check_supported
+from skd_lib.models.heads import check_supported, embedding_rows
 from skd_lib.models.modes import evaluating
-from skd_lib.models.vocabulary import eos_ids, pad_id
+from skd_lib.models.vocabulary import differing_ids, eos_ids, pad_id, tokens_by_id
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import sampling_figures
 from skd_lib.training.trainer import through_wrapper
@@ -83,8 +83,8 @@ class SKDConfig(TrainingArguments):
     alpha: float = field(default=0.1)
     rule: str = field(default="top_k")
     top_k: int = field(default=25)
-    min_prob: float = field(default=0.25)
-    mixture: float = field(default=0.5)
+    min_prob: float | None = field(default=None)
+    mixture: float | None = field(default=None)
     gamma: int = field(default=5)
     adaptive_gamma: bool = field(default=True)
     lmbda: float | None = field(default=None)
@@ -105,6 +105,7 @@ class SKDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # rows are tokenised by the collator
         super().__post_init__()
+        self.accelerator_config.dispatch_batches = False  # batches are lists of examples, no tensors to broadcast
 
     def distill_config(self) -> DistillConfig:
         """Return these settings as the section `distill` of a run's configuration.
@@ -122,6 +123,7 @@ class SKDConfig(TrainingArguments):
         sampling = {
             name: getattr(self, name) for name in ("rule", "top_k", "min_prob", "mixture", "gamma", "adaptive_gamma")
         }
+        sampling = {name: value for name, value in sampling.items() if value is not None}
         sampling |= {
             "student": {"temperature": self.temperature, "top_p": self.student_top_p},
             "teacher": {"temperature": self.temperature, "top_p": self.teacher_top_p},
@@ -212,7 +214,12 @@ class SKDTrainer(Trainer):
                 hint="leave compute_metrics out; eval_loss is logged, and the command `skd evaluate` scores answers",
             )
         self.distill = args.distill_config()
+        if unread := [_OWN_NAMES.get(path, path.rpartition(".")[2]) for path in unread_settings(self.distill)]:
+            log.warning("method `%s` does not read %s", self.distill.method, ", ".join(dict.fromkeys(unread)))
         self.facts = METHODS[self.distill.method]
+        if args.train_sampling_strategy == "group_by_length":
+            what = "rows have no length before they are tokenised, and responses have none before they are sampled"
+            raise SkdError(what, where="train_sampling_strategy", hint="leave it out")
         if args.use_liger_kernel:
             what = "Liger's kernels replace a forward pass that the loss does not use"
             raise SkdError(what, where="use_liger_kernel", hint="leave it out; the loss never holds all logits anyway")
@@ -225,13 +232,19 @@ class SKDTrainer(Trainer):
         self.teacher = None if teacher_model is None else _loaded(teacher_model, args.teacher_model_init_kwargs, args)
         if self.facts.needs_teacher and self.teacher is None:
             raise SkdError(f"method `{self.distill.method}` needs a teacher", where="SKDTrainer, teacher_model")
+        if self.teacher is student:
+            what = "teacher and student are one model, and training would change both"
+            raise SkdError(what, where="SKDTrainer, teacher_model", hint="load it twice")
         for each in (student, self.teacher):
             if each is not None:
                 check_supported(each)
+                _check_tokenizer(processing_class, each)
         if args.disable_dropout:
             for module in student.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+                if hasattr(module, "attention_dropout"):
+                    module.attention_dropout = 0.0  # type: ignore[assignment]  # a float, not a module
         self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = pad_id(processing_class)
         if peft_config is not None:
@@ -283,8 +296,14 @@ class SKDTrainer(Trainer):
         if not batches:
             return [], torch.zeros((), dtype=torch.long, device=device)
         examples = [example for batch in batches for example in batch]
-        first = self.args.process_index * self.args.per_device_train_batch_size * num_batches
-        keys = [RowKey(self.state.global_step, first + row) for row in range(len(examples))]
+        # A row's place in the step's global batch: processes take turns, micro-batch after micro-batch.
+        turns = (turn * self.args.world_size + self.args.process_index for turn in range(len(batches)))
+        rows = (
+            turn * self.args.per_device_train_batch_size + row
+            for turn, batch in zip(turns, batches, strict=True)
+            for row in range(len(batch))
+        )
+        keys = [RowKey(self.state.global_step, row) for row in rows]
         with self.accelerator.autocast():
             rollout = self._strategy_of_run()(examples, keys)
         _check_responses(rollout, "train_dataset")
@@ -341,7 +360,7 @@ class SKDTrainer(Trainer):
             return merged
         sums = torch.zeros(2, dtype=torch.float64)
         with evaluating(self.model):
-            for batch in self.get_eval_dataloader(dataset):
+            for batch in self._own_batches(dataset):
                 rollout = collate(
                     [example.prompt_ids for example in batch],
                     [example.response_ids for example in batch],
@@ -357,6 +376,22 @@ class SKDTrainer(Trainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _own_batches(self, dataset: Any) -> Iterator[list[TokenizedExample]]:
+        """Yield this process's share of a dataset, each row once: a distributed loader repeats some to fill batches."""
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            yield from self.get_eval_dataloader(dataset)
+            return
+        own = range(self.args.process_index, len(dataset), self.args.world_size)
+        for start in range(0, len(own), self.args.per_device_eval_batch_size):
+            chosen = own[start : start + self.args.per_device_eval_batch_size]
+            yield self.data_collator([dataset[index] for index in chosen])
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """Refuse: there are no logits to return."""
+        raise SkdError(
+            "there are no predictions of logits", where="SKDTrainer.predict", hint="use `evaluate`, or `skd generate`"
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the sampler counted since the last log: rejection rate, lengths, tokens a teacher call."""
         if "loss" in logs:
@@ -364,6 +399,21 @@ class SKDTrainer(Trainer):
             self._statistics = SamplingStatistics()
             logs = logs | sampling_figures(SamplingStatistics(*self.accelerator.reduce(counts, "sum").tolist()))
         super().log(logs, start_time)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Check that a model has the tokenizer's ids, and that its own tokenizer, if it has one, is the same."""
+    name = model.name_or_path or type(model).__name__
+    if (largest := max(tokenizer.get_vocab().values())) >= (rows := embedding_rows(model)):
+        what = f"the tokenizer has ids up to {largest}, and the model's embedding has {rows} rows"
+        raise SkdError(what, where=name, hint="use models with one tokenizer")
+    try:
+        own = AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError, KeyError):
+        return  # weights without a tokenizer
+    if differing := differing_ids(tokens_by_id(tokenizer), tokens_by_id(own)):
+        what = f"{len(differing)} ids stand for other tokens in its tokenizer than in `processing_class`"
+        raise SkdError(f"{what}, the first is {differing[0]}", where=name, hint="use models with one tokenizer")
 
 
 def _check_responses(rollout: Rollout, where: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
@@ -112,3 +114,32 @@ def test_a_stream_that_is_left_gives_the_models_back(tiny_model: TinyModel) -> N
     stream.close()
     assert student.training
     assert torch.is_grad_enabled()
+
+
+def test_what_transformers_hands_over_is_taken(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    teacher.save_pretrained(tmp_path)
+    sampler = InterleavedSampler(student, teacher, "lossless")
+    inputs = tiny_tokenizer(["The quick"], return_tensors="pt", return_token_type_ids=True)
+    config = GenerationConfig.from_pretrained(tmp_path)
+    out = sampler.generate(**inputs, generation_config=config, max_new_tokens=4)
+    tokens = [token.token for tokens in sampler.stream(**inputs, max_new_tokens=4) for token in tokens]
+    assert out.sequences[0, inputs["input_ids"].shape[1] :].tolist() == tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_token": 4}, "did you mean max_new_tokens"),
+        ({"max_length": 2}, "the longest prompt has 2 tokens"),
+        ({"max_new_tokens": 4, "do_sample": True, "temperature": -1}, "field `temperature`"),
+        ({"max_new_tokens": 4, "streamer": object()}, "InterleavedSampler.stream"),
+    ],
+)
+def test_mistakes_are_named(tiny_model: TinyModel, options: dict, message: str) -> None:
+    with pytest.raises(SkdError, match=message):
+        InterleavedSampler(tiny_model(seed=1), tiny_model(seed=2)).generate(torch.tensor([[1, 50]]), **options)
+    with pytest.raises(SkdError, match="no such rule"):
+        InterleavedSampler(tiny_model(seed=1), tiny_model(seed=2), "topk")

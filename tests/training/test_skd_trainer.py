@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from skd_lib.data.formats import tokenize_row
 from skd_lib.errors import SkdError
 from skd_lib.training.skd_trainer import SKDConfig, SKDTrainer
 from tests.conftest import TinyModel
@@ -159,3 +161,70 @@ def test_prompts_alone_are_enough_where_every_response_is_sampled(make: Any) -> 
         trainer.evaluate()
     with pytest.raises(SkdError, match="no response"):
         make(rows, method="supervised_kd").train()
+
+
+def test_an_iterable_dataset_trains_and_evaluates(make: Any) -> None:
+    trainer = make()
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    rows = trainer.eval_dataset
+    trainer.train()
+    assert trainer.evaluate(rows.to_iterable_dataset()) == pytest.approx(trainer.evaluate(rows))
+
+
+def test_a_short_last_batch_trains_in_every_epoch(make: Any) -> None:
+    trainer = make(CHAT[:7], max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_dropout_is_off_unless_it_is_wanted(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    for wanted in (False, True):
+        args = SKDConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_dropout=not wanted)
+        student = tiny_model(seed=1, attention_dropout=0.5)
+        trainer = SKDTrainer(student, tiny_model(seed=2), args, train_dataset=CHAT, processing_class=tiny_tokenizer)
+        rates = {module.attention_dropout for module in trainer.model.modules() if hasattr(module, "attention_dropout")}
+        assert rates == {0.5 if wanted else 0.0}
+
+
+def test_models_that_do_not_fit_are_refused(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    args = SKDConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    student = tiny_model(seed=1)
+    with pytest.raises(SkdError, match="one model"):
+        SKDTrainer(student, student, args, train_dataset=CHAT, processing_class=tiny_tokenizer)
+    with pytest.raises(SkdError, match="embedding has 200 rows"):
+        SKDTrainer(student, tiny_model(vocab_size=200), args, train_dataset=CHAT, processing_class=tiny_tokenizer)
+
+
+def test_there_are_no_predictions(make: Any) -> None:
+    with pytest.raises(SkdError, match="no predictions"):
+        make().predict(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "[]"}, "`messages` is a str"),
+        ({"messages": [{"from": "user", "value": "x"}]}, "message 0"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}, "message 1"),
+        ({"prompt": [{"role": "user", "content": "x"}], "completion": "y"}, "`completion` a string"),
+        ({"prompt": "x", "completion": 3}, "`completion` is none"),
+        ({"text": "x"}, "has the fields text"),
+    ],
+)
+def test_rows_that_it_cannot_read_are_shown(make: Any, row: dict[str, Any], message: str) -> None:
+    trainer = make()
+    with pytest.raises(SkdError, match=message):
+        trainer.data_collator([row])
+
+
+def test_a_response_ends_also_where_the_template_does_not_end_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    )
+    assert tokenize_row(tokenizer, CHAT[0], [2]).response_ids[-1] == 2
+    assert tokenize_row(tiny_tokenizer, CHAT[0], [2]).response_ids.count(2) == 1
