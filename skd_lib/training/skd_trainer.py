@@ -244,7 +244,7 @@ class SKDTrainer(Trainer):
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
                 if hasattr(module, "attention_dropout"):
-                    module.attention_dropout = 0.0  # type: ignore[assignment]  # a float, not a module
+                    module.attention_dropout = 0.0
         self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = pad_id(processing_class)
         if peft_config is not None:
