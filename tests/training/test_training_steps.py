@@ -30,6 +30,7 @@ from skd_lib.steps import distill, student_init, teacher_sft
 from skd_lib.steps.kfp_call import Call, called
 from skd_lib.steps.runtime import run_step
 from skd_lib.training.checkpoints import MARKER
+from tests.support.logged import undocumented
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"learning_rate": 5e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "eval_steps": 2}
@@ -175,6 +176,8 @@ def _check_tracked(uri: str, lineage: Mapping[str, Any]) -> None:
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("skd")
     assert experiment is not None
+    for step in client.search_runs([experiment.experiment_id]):
+        assert undocumented(step.data.metrics) == set()
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'distill'")
     assert run.data.tags["weights_sha256"] == lineage["weights_sha256"]
     assert run.data.tags["mlflow.parentRunId"] == lineage["mlflow_run_id"]

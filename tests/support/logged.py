@@ -1,0 +1,18 @@
+"""Names of metrics that the documentation explains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs/storage-and-tracking.md").read_text(encoding="utf-8")
+(SECTION,) = re.findall(r"^## What a run logs\n(.*?)^## ", PAGE, flags=re.DOTALL | re.MULTILINE)
+DOCUMENTED = set(re.findall(r"`([^`\n]+)`", SECTION))
+
+
+def undocumented(metrics: Iterable[str]) -> set[str]:
+    """Return the names that the page does not have; `total_NAME`, `NAME_first_tenth` are there if `NAME` is."""
+    plain = {name: re.sub(r"^total_|_(first|last)_tenth$", "", name) for name in metrics}
+    return {name for name, of in plain.items() if of not in DOCUMENTED}
