@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Callable, Collection
 from functools import cached_property
 from importlib import import_module
 from typing import Any, TypeVar
@@ -16,24 +18,53 @@ EntryT = TypeVar("EntryT")
 
 
 class Registry(dict[str, EntryT]):
-    """Entries by name, in the order in which they were added; `kind` is the word for an entry in messages.
+    """Entries by name, in the order in which they were added.
 
     `str` of an entry is its one line in help texts.
+
+    Args:
+        kind: The word for an entry in messages.
+        entries: The first ones; the others are of their type.
+        section: Section of the configuration that an entry's `settings` are fields of.
+        fields: Returns the names of these fields, when an entry is added: the section may be imported later.
     """
 
-    def __init__(self, kind: str, entries: dict[str, EntryT]) -> None:
+    def __init__(
+        self, kind: str, entries: dict[str, EntryT], section: str, fields: Callable[[], Collection[str]]
+    ) -> None:
         super().__init__(entries)
         self.kind = kind
+        self._type = type(next(iter(entries.values())))
+        self._section, self._fields = section, fields
 
     def add(self, name: str, entry: EntryT) -> None:
         """Add an entry; configurations may use its name from then on.
 
         Raises:
-            SkdError: the name is taken.
+            SkdError: the name is taken or none that a YAML file can have, the entry is of another type, or it reads
+                settings that are no fields.
         """
+        if not isinstance(name, str) or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
+            hint = f"use letters, digits and underscores, as in `{next(iter(self))}`"
+            raise SkdError(f"{name!r} cannot be the name of a {self.kind}", hint=hint)
         if name in self:
             raise SkdError(f"there is a {self.kind} `{name}` already", hint="choose another name")
-        self[name] = entry
+        where = f"{self.kind} `{name}`"
+        if not isinstance(entry, self._type):
+            what = f"an entry is a {self._type.__name__}, got {type(entry).__name__}"
+            raise SkdError(what, where=where, hint=f"wrap it: {self._type.__name__}(...)")
+        settings = getattr(entry, "settings", ())
+        if isinstance(settings, str):
+            raise SkdError(f"`settings` is a tuple of names, got {settings!r}", where=where, hint=f"({settings!r},)")
+        fields = self._fields()
+        unknown = [setting for setting in settings if setting not in fields]
+        if unknown:
+            hint = f"`settings` names fields of `{self._section}`: {', '.join(fields)}"
+            raise SkdError(f"`{self._section}` has no field {unknown[0]!r}", where=where, hint=hint)
+        super().__setitem__(name, entry)
+
+    def __setitem__(self, name: str, entry: EntryT) -> None:
+        self.add(name, entry)
 
     def __missing__(self, name: str) -> EntryT:
         similar = difflib.get_close_matches(name, self, n=1)

@@ -10,10 +10,10 @@ torch is not imported here, so that configurations are checked against the names
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skd_lib._core.registry import Registry
 from skd_lib.errors import SkdError
@@ -131,6 +131,12 @@ class DivergenceEntry:
         return self.formula
 
 
+def _fields() -> Collection[str]:
+    from skd_lib.config import DistillConfig
+
+    return DistillConfig.model_fields
+
+
 DIVERGENCES = Registry(
     "divergence",
     {
@@ -162,11 +168,13 @@ DIVERGENCES = Registry(
             arrays=13,
         ),
     },
+    section="distill",
+    fields=_fields,
 )
 """The divergences of `distill.divergence`."""
 
 
-def divergence(name: str, **settings: float) -> Callable[[Tensor, Tensor], Tensor]:
+def divergence(name: str, **settings: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the divergence of that name as a function of (log p_NE, log q_NE).
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from transformers import PreTrainedModel
 
 from skd_lib.config.distill import DistillConfig, SelectiveConfig
 from skd_lib.distillation.batch import Rollout, response_states, teacher_signals
-from skd_lib.distillation.divergences import divergence
+from skd_lib.distillation.divergences import DIVERGENCES, divergence
 from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.teacher_signal import DenseSignal, SignalPair, TeacherSignal
+from skd_lib.errors import SkdError
 from skd_lib.models.heads import lm_logits, vocabulary_size
 
 CROSS_ENTROPY_ARRAYS = 6
@@ -104,6 +106,8 @@ class DistillationLoss:
         logits_NV = lm_logits(student, student_states_NH)
         compared = signal.compare(logits_NV, self.temperature)
         loss_N = self.divergence(compared.log_p_NE, compared.log_q_NE)
+        if loss_N.shape != compared.log_p_NE.shape[:-1]:
+            raise _wrong_shape(self.divergence, loss_N, compared.log_p_NE)
         if self.squared:
             loss_N = loss_N * self.temperature**2
         if self.selective is not None:
@@ -114,6 +118,16 @@ class DistillationLoss:
             loss = loss + self.replaced_weight * replaced
         entropies = {"student": _entropy_sum(compared.log_q_NE), "teacher": _entropy_sum(compared.log_p_NE)}
         return LossSums(loss, entropies)
+
+
+def _wrong_shape(divergence: Callable[[Tensor, Tensor], Tensor], loss: Tensor, log_p_NE: Tensor) -> SkdError:
+    function = divergence.func if isinstance(divergence, partial) else divergence
+    return SkdError(
+        f"a divergence returns one number for each position, of shape {tuple(log_p_NE.shape[:-1])}; this one returns "
+        f"shape {tuple(loss.shape)} for log-probabilities of shape {tuple(log_p_NE.shape)}",
+        where=f"divergence {getattr(function, '__name__', function)}",
+        hint="sum over the last dimension only, and leave the mean over positions to the loss: `.sum(-1)`",
+    )
 
 
 def selective_weights(selective: SelectiveConfig, compared: SignalPair, student_logits_NV: Tensor) -> Tensor:
@@ -177,8 +191,9 @@ def cross_entropy(student: PreTrainedModel, rollout: Rollout) -> LossSums:
 
 def loss_for(distill: DistillConfig) -> DistillationLoss:
     """Return the configured loss."""
+    settings = {name: getattr(distill, name) for name in DIVERGENCES[distill.divergence].settings}
     return DistillationLoss(
-        divergence(distill.divergence, beta=distill.beta, alpha=distill.alpha),
+        divergence(distill.divergence, **settings),
         temperature=distill.temperature,
         squared=distill.temperature_squared,
         selective=distill.selective,

@@ -67,6 +67,11 @@ class MethodEntry:
         return self.response + loss
 
 
+def _paths() -> list[str]:
+    """Return the fields of `distill` and of `distill.sampling`."""
+    return [*DistillConfig.model_fields, *(f"sampling.{name}" for name in InterleavedConfig.model_fields)]
+
+
 METHODS = Registry(
     "method",
     {
@@ -135,6 +140,8 @@ METHODS = Registry(
             shardable=False,  # only processes with ground truth in their micro-batch would ask it
         ),
     },
+    section="distill",
+    fields=_paths,
 )
 """The methods of `distill.method`."""
 
@@ -175,5 +182,4 @@ def _reads(distill: DistillConfig) -> dict[str, bool]:
     if method.interleaves:
         read |= {"replaced_weight", *(f"sampling.{name}" for name in ("rule", "gamma", *rule.settings))}
     read |= {f"sampling.{name}" for name in ("student", "teacher") if getattr(method, f"{name}_writes")}
-    paths = [*DistillConfig.model_fields, *(f"sampling.{name}" for name in InterleavedConfig.model_fields)]
-    return {path: path in read for path in paths if path not in _ALWAYS_READ}
+    return {path: path in read for path in _paths() if path not in _ALWAYS_READ}

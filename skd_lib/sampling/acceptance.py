@@ -10,7 +10,7 @@ torch is not imported here, so that configurations are checked against the names
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -179,6 +179,12 @@ class RuleEntry:
         return f"{self.accepts}, else {self.replaces}"
 
 
+def _fields() -> Collection[str]:
+    from skd_lib.config import InterleavedConfig
+
+    return InterleavedConfig.model_fields
+
+
 RULES = Registry(
     "acceptance rule",
     {
@@ -210,5 +216,7 @@ RULES = Registry(
             source="speculative decoding, Leviathan et al. 2023, arXiv 2211.17192: samples of the teacher",
         ),
     },
+    section="distill.sampling",
+    fields=_fields,
 )
 """The rules of `distill.sampling.rule`; `RULES.add` registers another."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
+from skd_lib.errors import SkdError
 from skd_lib.models.heads import lm_logits
 from skd_lib.sampling.acceptance import AcceptanceRule, Block
 from skd_lib.sampling.cache import forward, positions_read
@@ -93,7 +94,9 @@ class Interleaving:
         if self.rule.accept is not None:
             uniforms_BG = uniforms_BSC[:, :gamma, _ACCEPT]
             block = Block(drafts_BG, logits_BSV[:, :gamma], student_probs_BGV, uniforms_BG, self.teacher_params)
-            accepted_B = self.rule.accept(block).long().cumprod(-1).sum(-1)
+            accepted_BG = self.rule.accept(block)
+            self._check_shape("accept", accepted_BG, drafts_BG)
+            accepted_B = accepted_BG.long().cumprod(-1).sum(-1)
 
         # The teacher's own token: at the first rejected position, or after the whole block.
         own_B = accepted_B.clamp(max=logits_BSV.shape[1] - 1)
@@ -101,6 +104,7 @@ class Interleaving:
         if self.rule.correct is not None:
             q_BV = None if student_probs_BGV is None else student_probs_BGV[batch, own_B.clamp(max=gamma - 1)]
             corrected_BV = self.rule.correct(weights_BV, q_BV)
+            self._check_shape("correct", corrected_BV, weights_BV)
             weights_BV = torch.where((accepted_B < gamma).unsqueeze(1), corrected_BV, weights_BV)
         own_token_B = draw(weights_BV, uniforms_BSC[batch, own_B, _REPLACE])
         # A whole block without a bonus ends in the student's token: no position of it is the teacher's.
@@ -108,6 +112,12 @@ class Interleaving:
         drafts_BS = F.pad(drafts_BG, (0, logits_BSV.shape[1] - gamma), value=-1)
         tokens_BS = torch.where(is_own_BS, own_token_B.unsqueeze(1), drafts_BS)
         return self._cut_at_end(rows, tokens_BS, accepted_B, drafts_BS, states_BSH, (student_fed, teacher_fed))
+
+    def _check_shape(self, function: str, returned: Tensor, wanted: Tensor) -> None:
+        if returned.shape != wanted.shape:
+            what = f"`{function}` must return the shape {tuple(wanted.shape)}, got {tuple(returned.shape)}"
+            hint = "accept: one value for each drafted token; correct: one weight for each token of the vocabulary"
+            raise SkdError(what, where=f"acceptance rule {self.rule.name}", hint=hint)
 
     def _draft(self, rows: Rows, gamma: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor | None, int | Tensor]:
         """Let the student write `gamma` tokens.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 from skd_lib.config.distill import SelectiveConfig
 from skd_lib.distillation.loss import DistillationLoss, LossSums, cross_entropy_sum
 from skd_lib.distillation.teacher_signal import DenseSignal
+from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder, lm_logits
 from tests.distillation.cases import Case, adaptive_kl, forward_kl, jsd, reverse_kl, skew_kl, tvd
 
@@ -167,3 +170,15 @@ def test_heads_that_rule_tokens_out(tiny_model: Callable[..., PreTrainedModel], 
     expected = torch.distributions.Categorical(logits=logits(teacher)[:, :300]).entropy().sum()
     torch.testing.assert_close(sums.entropies["teacher"], expected.detach())
     assert all(gradient.isfinite().all() for gradient in gradients(student, sums.loss))
+
+
+@pytest.mark.parametrize(("reduce", "shape"), [(lambda x: x.sum(-1).mean(), "()"), (lambda x: x, "(4, 320)")])
+def test_a_divergence_of_another_shape_is_refused(
+    student: PreTrainedModel, teacher: PreTrainedModel, reduce: Callable[[Tensor], Tensor], shape: str
+) -> None:
+    def toy(log_p_NE: Tensor, log_q_NE: Tensor) -> Tensor:
+        return reduce(log_p_NE - log_q_NE)
+
+    with pytest.raises(SkdError, match=re.escape(f"of shape (4,); this one returns shape {shape}")) as error:
+        distilled(DistillationLoss(partial(toy)), student, teacher, chunk=4)
+    assert error.value.where == "divergence toy"

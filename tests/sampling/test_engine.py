@@ -419,3 +419,23 @@ def test_every_rule_combines_with_either_greedy_side(tiny_model: TinyModel, name
                     assert p[token] > 0
                     if replaced[at] and name in ("lossless", "mixture"):  # drawn from what the student lacks
                         assert p[token] > q[token]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            AcceptanceRule("toy", lambda block: block.drafts_BG.any(-1)),
+            r"`accept` must return the shape \(1, 3\), got \(1,\)",
+        ),
+        (
+            AcceptanceRule("toy", lambda block: block.drafts_BG < 0, lambda p_BV, q_BV: p_BV.argmax(-1, keepdim=True)),
+            r"`correct` must return the shape \(1, 48\), got \(1, 1\)",
+        ),
+    ],
+    ids=["accept", "correct"],
+)
+def test_a_rule_of_another_shape_is_named(tiny_model: TinyModel, rule: AcceptanceRule, message: str) -> None:
+    with pytest.raises(SkdError, match=message) as error:
+        sampler(pair(tiny_model), rule, gamma=3).sample([[1, 5]], [0])
+    assert error.value.where == "acceptance rule toy"
