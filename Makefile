@@ -49,7 +49,7 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU (one after the other: t
 	SKD_TEST_GPU=1 $(BIN)/python -m pytest tests/sampling/test_cuda.py $(ARGS)
 
 test-comet: $(STAMP) ## Run the tests that need COMET; its own environment is made the first time (minutes)
-	$(BIN)/python -m pytest -m comet tests/comet
+	$(BIN)/python -m pytest -m comet tests/evaluation/comet $(ARGS)
 
 test-images: $(STAMP) ## Build the images and run the pipeline in them; needs docker.io, mmdebstrap, docker-registry (ARGS=...)
 	$(BIN)/python -m pytest -m 'docker or not docker' tests/images $(ARGS)

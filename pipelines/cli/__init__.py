@@ -82,8 +82,9 @@ def report(
 
     The page is one HTML file: send it, open it, no server and no network needed.
     """
-    from skd_lib.report.page import write_page
+    from skd_lib.report.page import render_page
     from skd_lib.report.sources import PAGE, from_folder, from_mlflow
+    from skd_lib.storage import write_text_atomic
 
     folder = next((path for path in (Path(run), runs_dir / run) if path.is_dir()), None)
     if folder is not None:
@@ -96,8 +97,9 @@ def report(
             where="skd report",
             hint="name a run's folder, or give --runs-dir with its name, or --tracking-uri with an MLflow run's id",
         )
+    page = render_page(found.summary, found.samples)
     try:
-        write_page(path, found.summary, found.samples)
+        write_text_atomic(path, page)
     except OSError as error:
         raise SkdError(
             f"cannot write the page: {error.strerror}", where=str(path), hint="choose another --output"

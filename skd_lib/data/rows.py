@@ -25,6 +25,7 @@ MAX_CHARACTERS = 4_000_000
 QUICK_CHARACTERS = 100_000_000
 """Of all texts where only the first rows are read."""
 HINT_BROKEN = "correct or remove this row"
+_NAME_COLUMNS = "name the columns in `data.source.columns` (`skd evaluate`: by --source, --target)"
 Labels = Mapping[str, list[str]]
 """The names of a ClassLabel's values, by column."""
 
@@ -102,7 +103,7 @@ def check_columns(names: Iterable[str], file: str, columns: Columns) -> None:
         SkdError("several columns have this name", where=f"{file}, field `{name}`", hint="rename all but one")
         for name in repeated
     ]
-    hint = f"this file has: {listed(names)}; name the columns in `data.source.columns`"
+    hint = f"this file has: {listed(names)}; {_NAME_COLUMNS}"
     missing = [name for name in columns.names if name not in names]
     errors += [SkdError("the column is missing", where=f"{file}, field `{name}`", hint=hint) for name in missing]
     if errors:
@@ -157,7 +158,7 @@ def _wrong(text: str) -> str:
 def _part(row: dict[str, Any], name: str, columns: Columns, labels: Labels) -> str:
     """Return a field as text."""
     if name not in row:
-        hint = f"this row has: {listed(row)}; name the columns in `data.source.columns`"
+        hint = f"this row has: {listed(row)}; {_NAME_COLUMNS}"
         raise SkdError("the field is missing", hint=hint)
     value, cast = row[name], columns.cast.get(name)
     if cast == "label_name":

@@ -332,7 +332,7 @@ class Sampler:
                 raise SkdError(
                     f"the longest prompt and its response need {longest} positions, the model has {limit}{stretched}",
                     where=model.name_or_path or type(model).__name__,
-                    hint="lower max_prompt_tokens or max_new_tokens",
+                    hint="shorten the prompt (`task.max_prompt_tokens` in a run's file) or lower max_new_tokens",
                 )
 
     @property

@@ -194,7 +194,8 @@ class BatchLimit:
     def shrink(self, slots: int, error: torch.OutOfMemoryError) -> None:
         """Halve the limit after `slots` rows did not fit."""
         if slots == 1:
-            hint = "lower max_prompt_tokens or max_new_tokens, or use smaller models"
+            prompts = "shorten the prompts (`task.max_prompt_tokens` in a run's file)"
+            hint = f"{prompts}, lower max_new_tokens, or use smaller models"
             raise SkdError("not even one row fits into the device's memory", where="sampling", hint=hint) from error
         self.slots = slots // 2
         log.warning("out of memory while sampling %d rows at a time: going on with %d", slots, self.slots)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from skd_kfp.pipelines.cli import app
 from skd_lib.models.records import SampledSequence, to_jsonl
 from skd_lib.report.page import render_page
 from skd_lib.report.summary import Summary
@@ -61,3 +63,11 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert "hint: " in done.stderr
+
+
+def test_a_page_that_cannot_be_made_is_no_failed_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> str:
+        raise PermissionError(13, "Permission denied", "template")
+
+    monkeypatch.setattr("skd_lib.report.page.render_page", broken)
+    assert isinstance(CliRunner().invoke(app, ["report", str(folder)]).exception, PermissionError)
