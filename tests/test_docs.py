@@ -83,6 +83,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "command"), sorted(COMMANDS))
 def test_the_scripts_that_pages_name_run_by_their_path(script: str, command: str) -> None:
     arguments = [sys.executable, script, *command.split(), "--help"]

@@ -28,6 +28,7 @@ def run(name: str, *arguments: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_the_training_loop_on_the_page(tmp_path: Path, models: tuple[Path, Path]) -> None:
     rows = [{"prompt": "Add 1 and 2: "}, {"messages": [{"role": "user", "content": "Add 3 and 4"}]}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -49,6 +50,7 @@ def test_the_training_loop_on_the_page(tmp_path: Path, models: tuple[Path, Path]
     assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
 
 
+@pytest.mark.slow
 def test_speculative_decoding_says_what_the_teacher_says(models: tuple[Path, Path]) -> None:
     told = [run("speculative_decoding.py", models[0], one, "Add 12 and 30.", "--max-new-tokens", 12) for one in models]
     assert "100% of the drafted tokens stand" in told[0]

@@ -59,6 +59,7 @@ def test_the_command_prints_and_writes_every_row(save_tiny_model: SaveTinyModel,
     assert set(values["speedups"]) >= {"everything / generate", "lossless, 1 row / assisted"}
 
 
+@pytest.mark.slow
 def test_only_some_rows(save_tiny_model: SaveTinyModel, tmp_path: Path) -> None:
     teacher, student = (str(save_tiny_model(tmp_path / str(n), seed=n)) for n in (1, 2))
     settings = Settings(teacher, student, prompt_tokens=8, new_tokens=6, repeats=1, dtype="float32")

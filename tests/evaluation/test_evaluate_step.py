@@ -133,6 +133,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, env={**os.environ, "SKD_EVENTS": "1", "COLUMNS": "120"})
 
 
+@pytest.mark.slow
 def test_as_a_command(model: Path, data: Path, tmp_path: Path) -> None:
     done = command(
         "--model", str(model), "--data", str(data), "--role", "teacher", "--config", json.dumps(SETTINGS),

@@ -115,12 +115,14 @@ def forget_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KubeflowPipelines, "runs_named", lambda *_: [])
 
 
+@pytest.mark.slow
 def test_kubeflows_list_alone_lets_twenty_events_start_one_run(kfp: FakeKfp, trigger: Trigger, source: str):
     alone = replace(trigger, claims="")
     decisions = in_parallel(20, lambda: alone.fire(source))
     assert sum(decision.fire for decision in decisions) == len(kfp.runs) == 1
 
 
+@pytest.mark.slow
 def test_the_claim_alone_lets_twenty_events_start_one_run(
     kfp: FakeKfp, trigger: Trigger, source: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -186,6 +188,7 @@ def test_what_a_person_stopped_is_not_started_again(
     assert decision.reason == "there is a run for this data already, cancelled by a person"
 
 
+@pytest.mark.slow
 def test_what_kubeflow_forgets_the_claims_remember(kfp: FakeKfp, trigger: Trigger, source: str, root: str):
     first = trigger.fire(source)
     kfp.runs.clear()
@@ -225,6 +228,7 @@ def test_a_server_that_is_away_is_said_to_be_waited_for(kfp: FakeKfp, config_fil
     assert done.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_repeated_as_often_as_allowed(kfp: FakeKfp, trigger: Trigger, source: str):
     twice = Trigger(trigger.config, small.package(), Target(), trigger.api, trigger.claims, attempts=2)
     twice.fire(source)

@@ -135,6 +135,7 @@ def test_a_model_that_differs_in_one_file_is_another(source: Path, tmp_path: Pat
     assert not same_model(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_refused_by_the_step(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text("{}")

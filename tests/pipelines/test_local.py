@@ -95,6 +95,7 @@ def test_second_run_reuses_cached_steps_with_their_original_seconds(tmp_path: Pa
     assert "make: unchanged, reused" in screen
 
 
+@pytest.mark.slow
 def test_changed_parameter_runs_what_depends_on_it(tmp_path: Path, journal: Path):
     run(tmp_path)
     run(tmp_path, config(seed=1))  # which is in `config`
@@ -103,6 +104,7 @@ def test_changed_parameter_runs_what_depends_on_it(tmp_path: Path, journal: Path
     assert executed(journal)[7:] == ["first", "second", "second", "last"]
 
 
+@pytest.mark.slow
 def test_run_id_lasts_while_the_configuration_does(tmp_path: Path, journal: Path):
     run(tmp_path)
     run(tmp_path)
@@ -177,6 +179,7 @@ def test_link_follows_the_last_run(tmp_path: Path):
     assert not (folder.root / "student").readlink().is_absolute()  # the folder can be moved
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_folder(tmp_path: Path, journal: Path):
     with (
         RunFolder.create(tmp_path / "runs", "fake").locked(),
@@ -235,6 +238,7 @@ run(Path(sys.argv[1]), first_does="hang")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_ended_run_leaves_no_child(tmp_path: Path, journal: Path, number: signal.Signals):
@@ -278,6 +282,7 @@ def started(folder: Path, behaviour: str, *, ignored: signal.Signals | None = No
     return runner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "ignored", "code"),
     [(signal.SIGTERM, signal.SIGINT, 75), (signal.SIGINT, None, 130)],
@@ -297,6 +302,7 @@ def test_a_signal_lets_the_step_save_and_leaves_nothing(
     assert executed(journal) == ["first"]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(tmp_path: Path, journal: Path):
     runner = started(tmp_path, "refuse")
     runner.send_signal(signal.SIGTERM)
@@ -310,6 +316,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path, journal: Path):
     assert not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.slow
 def test_a_signal_that_python_lost_ends_the_run_at_the_next_step(tmp_path: Path, journal: Path):
     with stopping.stoppable():
         with contextlib.suppress(stopping.Stopped):  # as a destructor would
@@ -320,6 +327,7 @@ def test_a_signal_that_python_lost_ends_the_run_at_the_next_step(tmp_path: Path,
     run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(tmp_path: Path, journal: Path):
     logs = RunFolder.create(tmp_path / "runs", "fake").logs
     for name in ("make.log", "kfp.log", "finish.log"):
@@ -358,6 +366,7 @@ def test_the_command_that_goes_on_has_all_options_but_those_that_start_over(monk
     assert stopping.same_command() == "skd run 'my run.yaml' --set seed=3 --tracking-uri=http://host"
 
 
+@pytest.mark.slow
 def test_a_cache_entry_without_its_seconds_is_still_used(tmp_path: Path, journal: Path):
     run(tmp_path)
     for file in (tmp_path / "runs/fake/.cache").glob("*.seconds"):
@@ -366,6 +375,7 @@ def test_a_cache_entry_without_its_seconds_is_still_used(tmp_path: Path, journal
     assert finished.reused_steps == {"make", "use"}
 
 
+@pytest.mark.slow
 def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
     tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -387,6 +397,7 @@ def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
     assert "has not taken" not in screen
 
 
+@pytest.mark.slow
 def test_what_came_of_a_run_is_kept_for_its_last_line(tmp_path: Path, journal: Path):
     finished, screen = run(tmp_path, second_does="outcome")
     assert finished.outcome == "registered as m version 2 (challenger)"

@@ -83,6 +83,7 @@ def test_there_is_no_such_profile():
         load_profile("nowhere/mine.yaml")
 
 
+@pytest.mark.slow
 def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
     taint = {"key": "team", "operator": "Equal", "value": "nlp"}
     model = {
@@ -121,6 +122,7 @@ def test_a_profile_of_ones_own_in_the_compiled_pipeline(tmp_path: Path):
     assert tasks["distill"]["retryPolicy"]["maxRetryCount"] == 5
 
 
+@pytest.mark.slow
 def test_where_a_step_runs_is_no_part_of_its_cache_key():
     spec, _ = compile_pipeline()
     for component in spec["components"].values():

@@ -94,6 +94,7 @@ def test_a_step_depends_on_fields_that_there_are() -> None:
     assert {field for fields in DEPENDS.values() for field in fields} == StepConfig.model_fields.keys()
 
 
+@pytest.mark.slow
 def test_a_failing_preflight_lists_everything_and_exits_with_2(values: dict[str, Any], tmp_path: Path) -> None:
     values["student"] = str(tmp_path / "missing" / "student" / "folder")
     values["data"]["source"]["columns"] = {"target": "answer"}

@@ -103,6 +103,7 @@ def test_a_sampler_that_is_wrong_fails_the_step(
     assert not (tmp_path / "executor_output.json").exists()
 
 
+@pytest.mark.slow
 def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 

@@ -179,6 +179,7 @@ def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_the_history_of_champions_fits_into_a_tag(store: str, client: MlflowClient, versions: list[Path]) -> None:
     for number in range(2, 42):
         set_champion(client, MODEL, str(1 + number % 2), by="b" * 150, why='"why" ' * 100)

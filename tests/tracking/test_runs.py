@@ -179,6 +179,7 @@ def test_steps_that_start_together_share_the_parent(
     assert len(children()) == 4
 
 
+@pytest.mark.slow
 def test_processes_that_make_the_database_together(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     script = f"from skd_lib.tracking.client import connect; connect({uri!r})"
@@ -293,6 +294,7 @@ def test_closing_a_run_that_never_was(store: str) -> None:
     assert not close_pipeline_run(tracking_uri="", experiment=EXPERIMENT, pipeline_run_id="other", state="FAILED")
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_the_run_killed(store: str, children: Runs, tmp_path: Path) -> None:
     script = (
         "import sys, time\n"

@@ -50,6 +50,7 @@ def _everything_in(folder: Path) -> str:
     return "".join(file.read_bytes().decode(errors="replace") for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", URIS[:2])
 @pytest.mark.parametrize(
     "command",

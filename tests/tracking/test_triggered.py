@@ -242,11 +242,13 @@ def test_the_runs_steps_go_on_in_what_the_trigger_made(
     assert len(children()) == 2
 
 
+@pytest.mark.slow
 def test_events_at_the_same_time_leave_one_note(kfp: FakeKfp, trigger: Trigger, source: str, parents: Runs) -> None:
     decisions = in_parallel(8, lambda: trigger.fire(source))
     assert sum(decision.fire for decision in decisions) == len(kfp.runs) == len(parents()) == 1
 
 
+@pytest.mark.slow
 def test_mlflows_tag_alone_lets_twenty_events_start_one_run(
     kfp: FakeKfp, trigger: Trigger, source: str, parents: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +258,7 @@ def test_mlflows_tag_alone_lets_twenty_events_start_one_run(
     assert sum(decision.fire for decision in decisions) == len(kfp.runs) == len(parents()) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_loses_no_event_and_starts_no_second_run(
     kfp: FakeKfp, trigger: Trigger, source: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,6 +273,7 @@ def test_a_server_that_is_down_loses_no_event_and_starts_no_second_run(
         assert len(kfp.runs) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_waited_for_once(
     trigger: Trigger, source: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

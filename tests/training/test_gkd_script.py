@@ -19,7 +19,8 @@ IMPORT = "from trl.experimental.gkd import GKDConfig, GKDTrainer"
 
 
 @pytest.mark.parametrize(
-    "whose", [pytest.param("trl", marks=[pytest.mark.trl, pytest.mark.slow]), pytest.param("skd", id="skd")]
+    "whose",
+    [pytest.param("trl", marks=[pytest.mark.trl, pytest.mark.slow]), pytest.param("skd", marks=pytest.mark.slow)],
 )
 def test_the_script_runs(whose: str, tmp_path: Path, save_tiny_model: SaveTinyModel) -> None:
     folders = [save_tiny_model(tmp_path / "teacher", seed=2), save_tiny_model(tmp_path / "student", seed=1)]

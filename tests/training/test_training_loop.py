@@ -246,6 +246,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_the_cache(
     assert sampled_widths[1].count(1) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_broken_step_changes_nothing_but_the_count(
     processes: int, nursery: Nursery, models: dict[str, Any], tmp_path: Path

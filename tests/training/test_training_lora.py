@@ -48,6 +48,7 @@ def test_adapters_are_trained_and_merged(
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
+@pytest.mark.slow
 def test_adapters_resume_exactly(nursery: Nursery, models: dict[str, Any], tmp_path: Path) -> None:
     training = {"max_steps": 6, "eval_steps": 2, "lora": LORA, "gradient_checkpointing": True}
     killed = {**models, "checkpoints": str(tmp_path / "killed"), "training": training}

@@ -17,6 +17,7 @@ from tests.training.nursery import Nursery
 from tests.training.tiny_task import newest, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "stopped_at"), [("skd", 1), ("supervised_kd", None)])
 def test_two_processes_with_shards_equal_one(
     method: str, stopped_at: int | None, nursery: Nursery, models: dict[str, Any], tmp_path: Path
