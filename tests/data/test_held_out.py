@@ -95,9 +95,9 @@ def test_a_broken_set_is_missing_and_everything_else_goes_on(
     assert reason in made.missing["broken"]
     assert "everything else goes on" in caplog.text
     assert PreparedData.load(tmp_path / "data") == made
-    # Once it is mended it is other data, so a step whose inputs these are runs again.
+    # Once the file is corrected it is other data, so a step whose inputs these are runs again.
     before = data_fingerprint(settings)
-    write(path, rows(3, "mended"))
+    write(path, rows(3, "corrected"))
     assert data_fingerprint(settings) != before
 
 

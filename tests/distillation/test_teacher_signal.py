@@ -45,7 +45,7 @@ def test_with_all_tokens_it_is_the_dense_divergence(loss: Case, temperature: flo
 @pytest.mark.parametrize("loss", ALL, ids=str)
 @pytest.mark.parametrize("k", [3, 9, VOCABULARY])
 def test_logits_of_minus_infinity(loss: Case, k: int) -> None:
-    # Both lack 8 of 12 tokens: of the 9 likeliest 5 are impossible, and so are all others together.
+    # Both lack 8 of 12 tokens: of the 9 most likely 5 are impossible, and so are all others together.
     gone = torch.arange(4, VOCABULARY)
     teacher = logits(6).index_fill(1, gone, -torch.inf)
     student = logits(6, seed=1).index_fill(1, gone, -torch.inf).requires_grad_()
