@@ -1,8 +1,8 @@
 """The pair in vLLM: the command that serves it, and whether vLLM takes it.
 
-Facts about vLLM are those of 0.27, August 2026 (`vllm/config/speculative.py`, `vllm/model_executor/models/registry.py`,
-the page "Draft Models" of its documentation). Draft models left vLLM in 0.10 and came back with pull request 24322 of
-19 January 2026: versions before, such as 0.13, refuse the command.
+Facts about vLLM are those of 0.32, by its source (`vllm/config/speculative.py`,
+`vllm/model_executor/models/registry.py`) and by starting tiny pairs of all architectures below on its CPU build. Draft
+models came back to vLLM with 0.15: versions before refuse the command.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ ARCHITECTURES = frozenset(
     )
 )
 """Decoders that both this project samples from and vLLM's registry lists as text generation models."""
+
+METHOD_NAMES = ("eagle-", "eagle3", "dflash", "dspark")
+"""Where one of these is part of a draft's name, vLLM takes the draft for one of that method, whatever `method` says."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ def export(teacher: Served, draft: Served, gamma: int) -> Vllm:
 def serve_command(teacher: Served, draft: Served, gamma: int) -> str:
     """Return a `vllm serve` line, quoted for a POSIX shell.
 
-    Where the draft's context is the shorter one, it limits the server's: vLLM lets the draft follow the teacher to any
-    position, also to those its rotary embeddings were not made for.
+    Where the draft's context is the shorter one, it limits the server's: model runner V2 lets the draft follow the
+    teacher to any position, also to those its rotary embeddings were not made for, and V1 stops drafting for all
+    requests while one of them is near the draft's limit. A draft inherits the teacher's dtype, tokenizer and
+    `--trust-remote-code`.
     """
     speculative = {"method": "draft_model", "model": draft.name, "num_speculative_tokens": gamma}
     if draft.revision is not None:
@@ -70,7 +75,15 @@ def serve_command(teacher: Served, draft: Served, gamma: int) -> str:
     ours, theirs = (context_length(load_config(model.folder)) for model in (teacher, draft))
     if ours and theirs and theirs < ours:
         words += ["--max-model-len", str(theirs)]
+    if any(_has_own_code(model.folder) for model in (teacher, draft)):
+        words.append("--trust-remote-code")
     return shlex.join([*words, "--speculative-config", json.dumps(speculative)])
+
+
+def _has_own_code(folder: Path) -> bool:
+    """Return whether the model or its tokenizer names Python code that comes with it."""
+    files = (folder / "config.json", folder / "tokenizer_config.json")
+    return any("auto_map" in json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file())
 
 
 def incompatibilities(teacher: Served, draft: Served) -> list[str]:
@@ -79,6 +92,8 @@ def incompatibilities(teacher: Served, draft: Served) -> list[str]:
         *_unlisted_architectures(teacher, draft),
         *tokenizer_differences(teacher.folder, draft.folder),
         *_different_sizes(teacher, draft),
+        *_mixed_attention(draft),
+        *_misread_name(draft),
     ]
 
 
@@ -111,4 +126,26 @@ def _different_sizes(teacher: Served, draft: Served) -> list[str]:
         f"vocab_size is {ours} for the teacher and {theirs} for the draft, and vLLM wants them equal: pad the smaller "
         f"model's embeddings (`model.resize_token_embeddings({max(ours, theirs)})`, then save it), or add "
         '`"use_heterogeneous_vocab": true` to the speculative config (vLLM 0.25 or later, greedy drafts only)'
+    ]
+
+
+def _mixed_attention(draft: Served) -> list[str]:
+    """Name a draft with several kinds of attention, which vLLM's model runner V1 does not start."""
+    kinds = set(getattr(load_config(draft.folder), "layer_types", None) or ())
+    if len(kinds) < 2:
+        return []
+    return [
+        f"the draft has {' and '.join(sorted(kinds))} layers: that needs vLLM 0.32 or later on a GPU, with "
+        "VLLM_USE_V2_MODEL_RUNNER unset; the older model runner stops with `All drafting layers should belong to the "
+        "same kv cache group`"
+    ]
+
+
+def _misread_name(draft: Served) -> list[str]:
+    """Name a part of the draft's name that makes vLLM take it for a draft of another kind."""
+    return [
+        f"vLLM takes a draft with `{part}` in its name or path for one of another method, although the command says "
+        "draft_model: rename or move it, or give a symbolic link to it"
+        for part in METHOD_NAMES
+        if part in draft.name.lower()
     ]

@@ -83,6 +83,38 @@ def test_unknown_architectures_are_named(
     assert pair.reasons[0].startswith("the draft's architecture HomemadeForCausalLM is not among those")
 
 
+def test_a_draft_with_two_kinds_of_attention_needs_the_newer_model_runner(
+    folders: dict[str, Path], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    mixed = save_tiny_model(tmp_path / "mixed", layers=2)
+    config = json.loads((mixed / "config.json").read_text())
+    kinds = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+    for layers, reasons in ((["sliding_attention", "full_attention"], 1), (["full_attention"] * 2, 0)):
+        (mixed / "config.json").write_text(json.dumps({**config, **kinds, "layer_types": layers}))
+        pair = export(served(folders["teacher"]), served(mixed), gamma=4)
+        assert len(pair.reasons) == reasons
+        assert all("VLLM_USE_V2_MODEL_RUNNER" in reason for reason in pair.reasons)
+
+
+@pytest.mark.parametrize("part", ["Eagle-runs", "eagle3", "x-dflash", "dSpark"])
+def test_names_that_vllm_misreads_are_refused(folders: dict[str, Path], part: str) -> None:
+    draft = Served(folders["draft"], f"/models/{part}/student")
+    (reason,) = export(served(folders["teacher"]), draft, gamma=4).reasons
+    assert "symbolic link" in reason
+    assert export(served(folders["teacher"]), Served(folders["draft"], "/models/eagle/s"), gamma=4).reasons == []
+
+
+def test_code_that_comes_with_a_model_is_asked_for(
+    folders: dict[str, Path], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    own = save_tiny_model(tmp_path / "own", layers=1)
+    tokenizer = json.loads((own / "tokenizer_config.json").read_text())
+    own_code = {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}}
+    (own / "tokenizer_config.json").write_text(json.dumps(tokenizer | own_code))
+    assert "--trust-remote-code" in shlex.split(serve_command(served(folders["teacher"]), served(own), 4))
+    assert "--trust-remote-code" not in serve_command(served(folders["teacher"]), served(folders["draft"]), 4)
+
+
 def test_architectures_are_real() -> None:
     import transformers
 
