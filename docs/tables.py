@@ -1,4 +1,4 @@
-"""Write the tables of methods, acceptance rules and divergences into docs/methods.md, from their registries."""
+"""Write the tables of methods, acceptance rules and divergences into docs/reference/methods.md, from their registries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skd_lib.distillation.divergences import DIVERGENCES
 from skd_lib.distillation.methods import METHODS
 from skd_lib.sampling.acceptance import RULES
 
-PAGE = Path(__file__).with_name("methods.md")
+PAGE = Path(__file__).parent / "reference/methods.md"
 BLOCK = re.compile(r"(<!-- table of (\w+), written by docs/tables.py -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -57,7 +57,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Write the tables of methods, acceptance rules and divergences into docs/methods.md."""
+    """Write the tables of methods, acceptance rules and divergences into docs/reference/methods.md."""
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -22,12 +22,12 @@ from skd_lib.sampling.acceptance import RULES
 from skd_lib.sampling.reference import interleave
 
 DOCS = Path(__file__).parents[1] / "docs"
-METHODS_PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
+METHODS_PAGE = (DOCS / "reference/methods.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", METHODS_PAGE, flags=re.DOTALL))
 def test_every_example_is_valid(block: str) -> None:
-    parse_section(DistillConfig, yaml.safe_load(block)["distill"], where="docs/methods.md")
+    parse_section(DistillConfig, yaml.safe_load(block)["distill"], where="docs/reference/methods.md")
 
 
 def test_the_algorithm_is_the_one_that_the_engine_is_tested_against() -> None:
@@ -39,11 +39,11 @@ def test_the_algorithm_is_the_one_that_the_engine_is_tested_against() -> None:
 
 
 def test_example_of_a_comparison_is_valid(tmp_path: Path) -> None:
-    page = (DOCS / "compare.md").read_text(encoding="utf-8")
+    page = (DOCS / "guides/compare.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     demo = DOCS.parent / "pipelines/configs/demo.yaml"
     (tmp_path / "compare.yaml").write_text(block.replace("base: demo.yaml", f"base: {demo}"), encoding="utf-8")
-    trials = plan(*load_compare(tmp_path / "compare.yaml"), where="docs/compare.md").trials
+    trials = plan(*load_compare(tmp_path / "compare.yaml"), where="docs/guides/compare.md").trials
     assert len({trial.variant for trial in trials}) == (3 + 1 + 1 + 1) * 2
     assert len(trials) <= MOST_TRIALS_ON_A_CLUSTER
     assert f"{MOST_TRIALS_ON_A_CLUSTER} runs" in page
@@ -64,7 +64,7 @@ def test_every_setting_has_its_place() -> None:
 
 def test_links_between_the_pages_lead_somewhere() -> None:
     root = DOCS.parent
-    pages = [*root.glob("*.md"), *DOCS.glob("*.md"), *root.glob("components/*/README.md"), *root.glob("images/*.md")]
+    pages = [*root.glob("*.md"), *DOCS.rglob("*.md"), *root.glob("components/*/README.md"), *root.glob("images/*.md")]
     assert len(pages) > 20
     broken = [
         f"{page.relative_to(root)}: {link}"
@@ -78,7 +78,7 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 SCRIPTS = re.compile(r"python ((?:docs|images)/[\w/]+\.py)((?: (?!-)[a-z]+)?)\b")
 COMMANDS = {
     found
-    for page in [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md"), *DOCS.parent.glob("images/*.md")]
+    for page in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md"), *DOCS.parent.glob("images/*.md")]
     for found in SCRIPTS.findall(page.read_text(encoding="utf-8"))
 }
 

@@ -86,7 +86,7 @@ def test_the_readmes_python(
 
 def test_the_pages_python(tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/python.md").read_text()
+    text = (ROOT / "docs/guides/python.md").read_text()
     teacher, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in models)
     variables: dict[str, Any] = {
         "teacher": teacher,

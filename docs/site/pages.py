@@ -21,7 +21,7 @@ COPIED = {
 """Files of the root, and the pages they become."""
 API = """# Python
 
-All names of `skd_lib`; [the guide](../python.md) shows them in use.
+All names of `skd_lib`; [the guide](../guides/python.md) shows them in use.
 
 """
 LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")

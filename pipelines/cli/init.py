@@ -18,7 +18,7 @@ QUESTIONS = {
     "teacher": "Teacher (hub id, folder, gs://...)",
     "student": "Student, with the same tokenizer",
     "data": "Data: a file (JSONL, CSV, Parquet, ...) or a dataset of the hub",
-    "task": "Task (a name of docs/tasks.md, or a YAML file)",
+    "task": "Task (a name of docs/guides/tasks.md, or a YAML file)",
 }
 TEMPLATE = """\
 # A run of skd. `skd config` explains every field, `skd run {file} --dry-run` checks this file.

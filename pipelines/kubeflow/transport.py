@@ -162,7 +162,7 @@ def explained(error: Exception, host: str) -> SkdError:
             hint = "log in again and renew the token or cookie, or choose other credentials with --auth"
             return SkdError(f"the server does not accept our credentials{said}", where=host, hint=hint)
         case 403:
-            hint = "ask for a role that may create runs in this namespace (see docs/kubeflow-runs.md)"
+            hint = "ask for a role that may create runs in this namespace (see docs/guides/kubeflow-triggers.md)"
             return SkdError(f"access denied{said}", where=host, hint=hint)
         case 404:
             hint = "check that --host is the API of Kubeflow Pipelines: behind the dashboard it ends in /pipeline"

@@ -88,7 +88,7 @@ def _clean_up(run_id: str) -> None:
 
         deleted = delete_abandoned(run_id)
     except Exception:
-        log.exception("TrainJobs of this run may go on; see docs/multi-node.md")
+        log.exception("TrainJobs of this run may go on; see docs/guides/multi-node.md")
         return
     if deleted:
         print(f"TrainJobs without a step, deleted: {', '.join(deleted)}")

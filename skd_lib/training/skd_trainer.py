@@ -51,7 +51,7 @@ class SKDConfig(TrainingArguments):
     Names that TRL's `GKDConfig` has mean the same here.
 
     Attributes:
-        method: Where responses come from, see docs/methods.md.
+        method: Where responses come from, see docs/reference/methods.md.
         divergence: Which divergence from the teacher is minimised. Unset: `forward_kl`, or where `beta` is given the
             generalised Jensen-Shannon divergence with it, as in GKD.
         beta: Weight of the teacher in the mixture of `jsd`; 0 is the forward, 1 the reverse KL.

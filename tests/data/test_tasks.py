@@ -173,7 +173,7 @@ def test_a_held_out_set_alone_is_complete() -> None:
 
 
 def test_the_examples_of_the_documentation_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/guides/tasks.md").read_text(encoding="utf-8")
     examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks").mkdir()

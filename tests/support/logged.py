@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tests.conftest import ROOT
 
-PAGE = (ROOT / "docs/storage-and-tracking.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/guides/tracking.md").read_text(encoding="utf-8")
 (SECTION,) = re.findall(r"^## What a run logs\n(.*?)^## ", PAGE, flags=re.DOTALL | re.MULTILINE)
 DOCUMENTED = set(re.findall(r"`([^`\n]+)`", SECTION))
 

@@ -1,4 +1,4 @@
-"""Every figure that a training step can log is explained in docs/storage-and-tracking.md."""
+"""Every figure that a training step can log is explained in docs/guides/tracking.md."""
 
 from __future__ import annotations
 
