@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from skd_lib.distillation.divergences import divergence
     from skd_lib.distillation.loss import DistillationLoss
     from skd_lib.errors import SkdError
+    from skd_lib.interface import Distilled, benchmark, distill, evaluate
     from skd_lib.sampling.acceptance import lossless, min_prob, mixture, student_only, teacher_only, top_k
     from skd_lib.sampling.interleaved import InterleavedOutput, InterleavedSampler
     from skd_lib.training.skd_trainer import SKDConfig, SKDTrainer
@@ -24,12 +25,16 @@ except PackageNotFoundError:  # running from a source tree that was never instal
 
 __all__ = [
     "DistillationLoss",
+    "Distilled",
     "InterleavedOutput",
     "InterleavedSampler",
     "SKDConfig",
     "SKDTrainer",
     "SkdError",
+    "benchmark",
+    "distill",
     "divergence",
+    "evaluate",
     "lossless",
     "min_prob",
     "mixture",
@@ -39,6 +44,7 @@ __all__ = [
 ]
 
 _RULES = "skd_lib.sampling.acceptance"
+_INTERFACE = "skd_lib.interface"
 _MODULES = {
     "DistillationLoss": "skd_lib.distillation.loss",
     "InterleavedOutput": "skd_lib.sampling.interleaved",
@@ -47,6 +53,7 @@ _MODULES = {
     "SKDTrainer": "skd_lib.training.skd_trainer",
     "SkdError": "skd_lib.errors",
     "divergence": "skd_lib.distillation.divergences",
+    **dict.fromkeys(("Distilled", "benchmark", "distill", "evaluate"), _INTERFACE),
     **dict.fromkeys(("lossless", "min_prob", "mixture", "student_only", "teacher_only", "top_k"), _RULES),
 }
 

@@ -36,6 +36,7 @@ LAYERS = (
     ("comparison",),
     ("preflight",),
     ("steps",),
+    ("interface",),
 )
 """Packages of skd_lib; each imports from those above it in this list, and never from the others of its line."""
 RANK = {package: rank for rank, layer in enumerate(LAYERS) for package in layer}

@@ -100,11 +100,6 @@ def _what_to_answer(
     settings = (
         run.task if run is not None and task is None else parse_section(TaskConfig, {"name": task}, where="--task")
     )
-    if settings.wants_comet:
-        settings = settings.without_comet()
-        if settings.wants_comet:
-            hint = "add another metric to the task; COMET has a step of its own in the pipeline"
-            raise SkdError("COMET is the task's only metric", where="task.metrics", hint=hint)
     if data is not None:
         files = FilesSource(train=[data], columns=Columns(source=source, target=target))
         rows = sources.load(files, max_rows=limit).train
@@ -120,21 +115,15 @@ def _measured(
     from transformers.utils.logging import disable_progress_bar
 
     from skd_lib.data.chat import check_rendering
-    from skd_lib.evaluation.evaluate import evaluate as score
-    from skd_lib.evaluation.generate import load_for_inference
+    from skd_lib.interface import evaluate as score
     from skd_lib.models.files import load_tokenizer
     from skd_lib.models.references import resolve_model
 
     disable_progress_bar()  # of loading weights
     folders = {name: resolve_model(reference) for name, reference in models.items()}
-    for folder in folders.values():
+    for folder in folders.values():  # before the first of them answers
         check_rendering(load_tokenizer(folder), task)
-    found = {}
-    for name, folder in folders.items():
-        language_model, tokenizer = load_for_inference(folder)
-        found[name] = score(language_model, tokenizer, rows, task, config, seed=seed)
-        del language_model  # before the next one is loaded
-    return found
+    return {name: score(folder, rows, task, config=config, seed=seed) for name, folder in folders.items()}
 
 
 def _mark(score: Score) -> str:

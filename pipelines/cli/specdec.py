@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.errors import SkdError
 
 
 def specdec(
@@ -89,7 +89,6 @@ def specdec(
     from rich.progress import Progress
 
     from skd_lib._core.terminal import Console
-    from skd_lib.models.references import resolve_model
     from skd_lib.specdec.prompts import prompts_of_run, read_prompts
     from skd_lib.storage import check_writable, write_text_atomic
 
@@ -106,27 +105,16 @@ def specdec(
     console = Console()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("looking at the models", total=None)
-        folders = {ref: resolve_model(ref) for ref in (teacher, *drafts.values())}
 
-        from skd_lib.data.chat import check_rendering
-        from skd_lib.models.files import load_tokenizer
-        from skd_lib.models.vocabulary import check_compatible
-        from skd_lib.specdec.benchmark import measure
+        from skd_lib.specdec.benchmark import measure_references
         from skd_lib.specdec.render import render
-        from skd_lib.specdec.vllm import Served
-
-        unlike = [error for ref in drafts.values() for error in check_compatible(folders[teacher], folders[ref])]
-        if unlike:
-            raise SkdErrors(unlike)
-        check_rendering(load_tokenizer(folders[teacher]), task)
-        served = {ref: Served.from_reference(ref, folder) for ref, folder in folders.items()}
 
         def on_progress(done: int, total: int) -> None:
             progress.update(bar, description="decoding", completed=done, total=total)
 
-        results = measure(
-            served[teacher],
-            {name: served[ref] for name, ref in drafts.items()},
+        results = measure_references(
+            teacher,
+            drafts,
             inputs,
             task=task,
             config=plan_config,

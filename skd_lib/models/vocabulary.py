@@ -56,6 +56,28 @@ def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = 
     return [error for each in found for error in each.errors]
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Check that a loaded model has the tokenizer's ids, and that its own tokenizer, if it has one, is the same.
+
+    Raises:
+        SkdError: it is not, or the model has too few rows.
+    """
+    from transformers import AutoTokenizer
+
+    name = model.name_or_path or type(model).__name__
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        what = f"the tokenizer has ids up to {largest}, and the model's embedding has {rows} rows"
+        raise SkdError(what, where=name, hint="use models with one tokenizer")
+    try:
+        own = AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError, KeyError):
+        return  # weights without a tokenizer
+    if differing := differing_ids(tokens_by_id(tokenizer), tokens_by_id(own)):
+        what = f"{len(differing)} ids stand for other tokens in its tokenizer than in the one that is used"
+        raise SkdError(f"{what}, the first is {differing[0]}", where=name, hint="use models with one tokenizer")
+
+
 def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Findings:
     """Find ids of the tokenizer in a model's folder that the model, teacher or student, has no row for.
 

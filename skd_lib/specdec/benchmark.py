@@ -14,20 +14,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from statistics import median
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.config import SamplingParams, SpecdecConfig, TaskConfig
+from skd_lib.data.chat import check_rendering
 from skd_lib.data.tokenize import encode_prompt
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
+from skd_lib.models.files import load_tokenizer
 from skd_lib.models.heads import common_vocabulary, embedding_rows
-from skd_lib.models.vocabulary import pad_id
+from skd_lib.models.references import resolve_model
+from skd_lib.models.vocabulary import check_compatible, pad_id
 from skd_lib.results import Forwards, Setting, Specdec
 from skd_lib.sampling.acceptance import lossless, teacher_only
 from skd_lib.sampling.cache import position_limit
 from skd_lib.sampling.engine import Sampler
-from skd_lib.specdec.theory import measure_forwards
+from skd_lib.specdec.theory import break_even, measure_forwards
 from skd_lib.specdec.turns import OnProgress, Passes, Turns
 from skd_lib.specdec.vllm import Served, export
 
@@ -78,12 +82,26 @@ class Plan:
         """Count the passes that these draft lengths take, the teacher's own included."""
         return self.config.repeats * (1 + sum(map(len, due.values())))
 
-    def sampler(self, draft: PreTrainedModel | None, gamma: int, temperature: float, batch_size: int) -> Sampler:
-        """Make a sampler of the teacher with a draft model, or alone."""
+    @property
+    def first_passes(self) -> int:
+        """Number of passes at first: those of the draft lengths, and of each draft model by itself."""
+        return self.passes(self.first) + self.config.repeats * len(self.drafts)
+
+    def sampler(self, draft: PreTrainedModel, gamma: int, temperature: float, batch_size: int) -> Sampler:
+        """Make a sampler of the teacher with a draft model."""
+        return self._sampler(draft, self.teacher, gamma, temperature, batch_size)
+
+    def alone(self, model: PreTrainedModel, temperature: float, batch_size: int) -> Sampler:
+        """Make a sampler of one model by itself."""
+        return self._sampler(None, model, 1, temperature, batch_size)
+
+    def _sampler(
+        self, draft: PreTrainedModel | None, model: PreTrainedModel, gamma: int, temperature: float, batch_size: int
+    ) -> Sampler:
         params = SamplingParams(temperature=temperature)
         return Sampler(
             student=draft,
-            teacher=self.teacher,
+            teacher=model,
             rule=teacher_only() if draft is None else lossless(),
             gamma=gamma,
             student_params=params,
@@ -108,9 +126,7 @@ def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, Sp
             "there are no prompts to decode", where="speculative decoding", hint="give the test split examples"
         )
     started = time.perf_counter()
-    progress = Passes(
-        on_progress, total=len(plan.batch_sizes) * len(plan.config.temperatures) * plan.passes(plan.first)
-    )
+    progress = Passes(on_progress, total=len(plan.batch_sizes) * len(plan.config.temperatures) * plan.first_passes)
     settings: dict[str, list[Setting]] = {name: [] for name in plan.drafts}
     for batch_size in plan.batch_sizes:
         forwards = {name: _forwards(plan, draft, batch_size) for name, draft in plan.drafts.items()}
@@ -118,7 +134,7 @@ def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, Sp
             for name, setting in Turns(plan, temperature, batch_size, forwards, progress).run().items():
                 settings[name].append(setting)
     seconds = time.perf_counter() - started
-    return {name: _result(plan.config, found, seconds) for name, found in settings.items()}
+    return {name: _result(plan, name, found, seconds) for name, found in settings.items()}
 
 
 def measure(
@@ -147,24 +163,62 @@ def measure(
     """
     model, tokenizer = load_for_inference(teacher.folder)
     loaded = {name: load_for_inference(draft.folder)[0] for name, draft in drafts.items()}
+    results = measure_loaded(
+        model, tokenizer, loaded, inputs, task=task, config=config, seed=seed, on_progress=on_progress
+    )
+    return {
+        name: result.model_copy(update={"vllm": export(teacher, drafts[name], result.settings[0].best_gamma)})
+        for name, result in results.items()
+    }
+
+
+def measure_references(
+    teacher: str, drafts: Mapping[str, str], inputs: Sequence[str], *, task: TaskConfig, **options: Any
+) -> dict[str, Specdec]:
+    """Check models given by reference, and `measure` them; `options` are its other arguments.
+
+    Raises:
+        SkdError: as `measure`, or the models do not fit each other.
+    """
+    folders = {reference: resolve_model(reference) for reference in (teacher, *drafts.values())}
+    unlike = [
+        error for reference in drafts.values() for error in check_compatible(folders[teacher], folders[reference])
+    ]
+    if unlike:
+        raise SkdErrors(unlike)
+    check_rendering(load_tokenizer(folders[teacher]), task)
+    served = {reference: Served.from_reference(reference, folder) for reference, folder in folders.items()}
+    of_drafts = {name: served[reference] for name, reference in drafts.items()}
+    return measure(served[teacher], of_drafts, inputs, task=task, **options)
+
+
+def measure_loaded(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafts: Mapping[str, PreTrainedModel],
+    inputs: Sequence[str],
+    *,
+    task: TaskConfig,
+    config: SpecdecConfig,
+    seed: int,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Specdec]:
+    """Decode with models that are loaded, on one device and of one tokenizer; the arguments are those of `measure`."""
     encoded = (encode_prompt(tokenizer, task, text) for text in inputs)
-    fitting = _fitting(encoded, (model, *loaded.values()), task, config)
+    fitting = _fitting(encoded, (teacher, *drafts.values()), task, config)
     prompts = list(islice(fitting, config.examples))
     plan = Plan(
-        teacher=model,
-        drafts=loaded,
+        teacher=teacher,
+        drafts=drafts,
         # Where none fits, the sampler says so.
         prompts=prompts or [encode_prompt(tokenizer, task, text) for text in inputs[:1]],
-        eos_ids=ending_ids(model, tokenizer, task),
-        pad_id=pad_id(tokenizer, min(map(embedding_rows, (model, *loaded.values())))),
+        eos_ids=ending_ids(teacher, tokenizer, task),
+        pad_id=pad_id(tokenizer, min(map(embedding_rows, (teacher, *drafts.values())))),
         max_new_tokens=task.max_new_tokens,
         config=config,
         seed=seed,
     )
-    return {
-        name: result.model_copy(update={"vllm": export(teacher, drafts[name], result.settings[0].best_gamma)})
-        for name, result in benchmark(plan, on_progress).items()
-    }
+    return benchmark(plan, on_progress)
 
 
 def _forwards(plan: Plan, draft: PreTrainedModel, batch_size: int) -> Forwards:
@@ -186,8 +240,8 @@ def _fitting(
             log.warning("prompt %d is left out: it has %d tokens and does not fit the models", number, len(prompt))
 
 
-def _result(config: SpecdecConfig, settings: list[Setting], seconds: float) -> Specdec:
-    headline = settings[0]
+def _result(plan: Plan, name: str, settings: list[Setting], seconds: float) -> Specdec:
+    config, headline = plan.config, settings[0]
     at_gamma = next(length for length in headline.lengths if length.gamma == config.gamma)
     timed = headline.timed(config.gamma)
     same_names = {**at_gamma.model_dump(), **headline.model_dump(), **timed.model_dump()}
@@ -195,7 +249,14 @@ def _result(config: SpecdecConfig, settings: list[Setting], seconds: float) -> S
         "repeats": config.repeats,
         "ties": sum(length.timed.ties for setting in settings for length in setting.lengths if length.timed),
         "teacher_only_tokens_per_second": headline.teacher_alone.tokens_per_second,
+        "draft_only_tokens_per_second": headline.draft_alone and headline.draft_alone.tokens_per_second,
         "speculative_tokens_per_second": timed.tokens_per_second,
+        "break_even": max(
+            break_even(headline.forwards, length.expected_tokens_per_teacher_call, length.gamma)
+            for length in headline.lengths
+        ),
+        "teacher_parameters": plan.teacher.num_parameters(),
+        "draft_parameters": plan.drafts[name].num_parameters(),
         "teacher_only_latency": headline.teacher_alone.latency,
         "seconds": seconds,
         "settings": settings,

@@ -34,9 +34,9 @@ from skd_lib.distillation.loss import Objective, objective_for
 from skd_lib.distillation.methods import METHODS, unread_settings
 from skd_lib.distillation.rollouts import RowKey, Strategy, rollout_for
 from skd_lib.errors import SkdError, SkdErrors
-from skd_lib.models.heads import check_supported, embedding_rows
+from skd_lib.models.heads import check_supported
 from skd_lib.models.modes import evaluating
-from skd_lib.models.vocabulary import differing_ids, eos_ids, pad_id, tokens_by_id
+from skd_lib.models.vocabulary import check_tokenizer, eos_ids, pad_id
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import sampling_figures
 from skd_lib.training.trainer import through_wrapper
@@ -238,7 +238,7 @@ class SKDTrainer(Trainer):
         for each in (student, self.teacher):
             if each is not None:
                 check_supported(each)
-                _check_tokenizer(processing_class, each)
+                check_tokenizer(processing_class, each)
         if args.disable_dropout:
             for module in student.modules():
                 if isinstance(module, nn.Dropout):
@@ -399,21 +399,6 @@ class SKDTrainer(Trainer):
             self._statistics = SamplingStatistics()
             logs = logs | sampling_figures(SamplingStatistics(*self.accelerator.reduce(counts, "sum").tolist()))
         super().log(logs, start_time)
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Check that a model has the tokenizer's ids, and that its own tokenizer, if it has one, is the same."""
-    name = model.name_or_path or type(model).__name__
-    if (largest := max(tokenizer.get_vocab().values())) >= (rows := embedding_rows(model)):
-        what = f"the tokenizer has ids up to {largest}, and the model's embedding has {rows} rows"
-        raise SkdError(what, where=name, hint="use models with one tokenizer")
-    try:
-        own = AutoTokenizer.from_pretrained(model.name_or_path)
-    except (OSError, ValueError, KeyError):
-        return  # weights without a tokenizer
-    if differing := differing_ids(tokens_by_id(tokenizer), tokens_by_id(own)):
-        what = f"{len(differing)} ids stand for other tokens in its tokenizer than in `processing_class`"
-        raise SkdError(f"{what}, the first is {differing[0]}", where=name, hint="use models with one tokenizer")
 
 
 def _check_responses(rollout: Rollout, where: str) -> None:
