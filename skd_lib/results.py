@@ -130,6 +130,17 @@ class Course(Figures):
     response_length: tuple[float, ...] = Field((), description="Mean tokens of a response trained on.")
     validation_steps: tuple[int, ...] = ()
     validation_loss: tuple[float, ...] = ()
+    validation_half: tuple[float, ...] = Field(
+        (), description="Half of the 95 % interval of each validation loss, over the validation examples."
+    )
+    validation_tokens: tuple[float, ...] = Field((), description="Response tokens trained on before each validation.")
+    validation_student_tokens: tuple[float, ...] = Field(
+        (), description="Positions that the student's decoder had processed, prompts included; without validation."
+    )
+    validation_teacher_tokens: tuple[float, ...] = Field((), description="Likewise the teacher's.")
+    validation_seconds: tuple[float, ...] = Field(
+        (), description="Seconds of training until then: sampling, loss and optimiser."
+    )
     seconds: dict[str, float] = Field({}, description="Of each phase: rollout, loss, optimiser, ...")
     peak_bytes: dict[str, int] = Field({}, description="Most memory of the process, and of each phase on the device.")
 
@@ -156,8 +167,8 @@ class Latency(Figures):
     )
 
 
-class TeacherAlone(Figures):
-    """The teacher decoding without a draft model, over all turns of a setting."""
+class Alone(Figures):
+    """One model decoding by itself, over all turns of a setting."""
 
     tokens_per_second: Timing = Field(description="Median over the turns.")
     latency: Latency
@@ -212,7 +223,8 @@ class Setting(Figures):
     temperature: Timing
     batch_size: int
     prompts: int
-    teacher_alone: TeacherAlone
+    teacher_alone: Alone
+    draft_alone: Alone | None = Field(None, description="The draft model answering by itself.")
     forwards: Forwards
     lengths: list[DraftLength] = Field(description="By gamma.")
     best_gamma: int = Field(description="Draft length with the highest speed-up among those timed.")
@@ -251,6 +263,7 @@ class Specdec(Figures):
     ties: int = Field(0, description="Over all settings at temperature 0; any other difference there is an error.")
     tokens: int | None = None
     teacher_only_tokens_per_second: Timing | None = None
+    draft_only_tokens_per_second: Timing | None = Field(None, description="The draft model answering by itself.")
     speculative_tokens_per_second: Timing | None = None
     seconds: Timing = Field(0.0, description="Of the whole benchmark, all draft models together.")
     acceptance_by_position: list[Timing] = Field([])
@@ -258,6 +271,14 @@ class Specdec(Figures):
     theoretical_speedup_iid: Timing | None = None
     best_gamma: int | None = None
     best_speedup: Timing | None = None
+    break_even: Timing | None = Field(
+        None,
+        description="Cost at which drafting starts to pay, as a share of this draft model's: with its acceptance, the "
+        "forwards' measured times and the draft length at which the draft may cost most. 1 and more: it pays in "
+        "theory; 0 and less: not even a draft that costs nothing would.",
+    )
+    teacher_parameters: int | None = None
+    draft_parameters: int | None = None
     latency: Latency | None = None
     teacher_only_latency: Latency | None = None
     settings: list[Setting] = Field([])

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.config import SamplingParams, SpecdecConfig, TaskConfig
 from skd_lib.data.chat import check_rendering
+from skd_lib.data.examples import Question
 from skd_lib.data.tokenize import encode_prompt
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
@@ -140,7 +141,7 @@ def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, Sp
 def measure(
     teacher: Served,
     drafts: Mapping[str, Served],
-    inputs: Sequence[str],
+    inputs: Sequence[Question],
     *,
     task: TaskConfig,
     config: SpecdecConfig,
@@ -152,7 +153,7 @@ def measure(
     Args:
         teacher: The model whose output is wanted.
         drafts: Models that draft for it, by name.
-        inputs: Texts; the first `config.examples` are used whose prompts fit the models' positions.
+        inputs: Texts or conversations; the first `config.examples` are used whose prompts fit the models' positions.
         task: The prompt template, and the length limit of a response.
         config: Draft lengths, batch sizes, temperatures and repeats.
         seed: Of the sampled tokens.
@@ -173,7 +174,7 @@ def measure(
 
 
 def measure_references(
-    teacher: str, drafts: Mapping[str, str], inputs: Sequence[str], *, task: TaskConfig, **options: Any
+    teacher: str, drafts: Mapping[str, str], inputs: Sequence[Question], *, task: TaskConfig, **options: Any
 ) -> dict[str, Specdec]:
     """Check models given by reference, and `measure` them; `options` are its other arguments.
 
@@ -196,7 +197,7 @@ def measure_loaded(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drafts: Mapping[str, PreTrainedModel],
-    inputs: Sequence[str],
+    inputs: Sequence[Question],
     *,
     task: TaskConfig,
     config: SpecdecConfig,

@@ -41,6 +41,19 @@ def speedup(forwards: Forwards, by_position: Sequence[float], gamma: int) -> flo
     return tokens * forwards.teacher_seconds[1] / block_seconds(forwards, gamma)
 
 
+def break_even(forwards: Forwards, tokens: float, gamma: int) -> float:
+    """Return the share of the draft's time at which decoding is as fast as without: E t(1) = share * D + t(gamma + 1).
+
+    Args:
+        forwards: The measured times: D is the draft's over a block, t(n) the teacher's over n positions.
+        gamma: Tokens drafted for a block.
+        tokens: E, those that a block yields.
+    """
+    verifying = forwards.teacher_seconds[gamma + 1]
+    drafting = block_seconds(forwards, gamma) - verifying
+    return (tokens * forwards.teacher_seconds[1] - verifying) / drafting
+
+
 def speedup_of_paper(forwards: Forwards, rate: float, gamma: int) -> float:
     """Return the speed-up of Leviathan et al.'s theorem 3.8, with c = draft / teacher, each over one position."""
     return expected_tokens([rate] * gamma) / (gamma * forwards.draft_seconds / forwards.teacher_seconds[1] + 1)

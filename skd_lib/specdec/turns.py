@@ -17,7 +17,7 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 from skd_lib._core.seeds import derived
-from skd_lib.results import DraftLength, Forwards, Latency, Percentiles, Setting, TeacherAlone, Timed
+from skd_lib.results import Alone, DraftLength, Forwards, Latency, Percentiles, Setting, Timed
 from skd_lib.sampling.drafting import expected_tokens
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
 from skd_lib.specdec.decode import Pass, count_by_position, decode
@@ -87,6 +87,7 @@ class Turns:
         whole_batches = len(plan.prompts) // batch_size * batch_size
         self.prompts = list(plan.prompts[:whole_batches])
         self.alone: list[Pass] = []
+        self.drafts_alone: dict[str, list[Pass]] = {name: [] for name in plan.drafts}
         self.timed: dict[str, dict[int, Timed]] = {name: {} for name in plan.drafts}
 
     def run(self) -> dict[str, Setting]:
@@ -99,15 +100,23 @@ class Turns:
         return {name: self._setting(name) for name in self.plan.drafts}
 
     def _take_turns(self, due: Mapping[str, list[int]]) -> None:
-        """Time the teacher alone and with each draft at its lengths, one after the other, `repeats` times."""
+        """Time the teacher alone and with each draft at its lengths, one after the other, `repeats` times.
+
+        Each draft answers by itself in the first of these rounds too.
+        """
         plan = self.plan
-        alone = plan.sampler(None, 1, self.temperature, self.batch_size)
+        alone = plan.alone(plan.teacher, self.temperature, self.batch_size)
+        drafts = {
+            name: plan.alone(draft, self.temperature, self.batch_size)
+            for name, draft in plan.drafts.items()
+            if not self.drafts_alone[name]
+        }
         drafted = {
             (name, gamma): plan.sampler(plan.drafts[name], gamma, self.temperature, self.batch_size)
             for name, gammas in due.items()
             for gamma in gammas
         }
-        for sampler in (alone, *drafted.values()):
+        for sampler in (alone, *drafted.values(), *drafts.values()):
             self._warm_up(sampler)
         series = {which: _Series() for which in drafted}
         for repeat in range(plan.config.repeats):
@@ -120,6 +129,8 @@ class Turns:
                 series[which].speedups.append(reference.seconds_per_token / taken.seconds_per_token)
                 if self.temperature == 0:
                     series[which].ties = self._verify(taken, reference)
+            for name, sampler in drafts.items():
+                self.drafts_alone[name].append(self._decode(sampler, seeds))
         for (name, gamma), found in series.items():
             self.timed[name][gamma] = found.timed(gamma)
 
@@ -187,14 +198,18 @@ class Turns:
             temperature=self.temperature,
             batch_size=self.batch_size,
             prompts=len(self.prompts),
-            teacher_alone=TeacherAlone(
-                tokens_per_second=1 / median(one.seconds_per_token for one in self.alone), latency=_latency(self.alone)
-            ),
+            teacher_alone=_alone(self.alone),
+            draft_alone=_alone(self.drafts_alone[name]),
             forwards=forwards,
             lengths=lengths,
             best_gamma=best,
             best_speedup=timed[best].speedup,
         )
+
+
+def _alone(passes: Sequence[Pass]) -> Alone:
+    rate = 1 / median(one.seconds_per_token for one in passes)
+    return Alone(tokens_per_second=rate, latency=_latency(passes))
 
 
 def _latency(passes: Sequence[Pass]) -> Latency:

@@ -96,11 +96,11 @@ def test_any_draft_leaves_the_greedy_output_alone(tiny_model: TinyModel, arch: s
 
 def test_the_reference_is_greedy_decoding(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy(monkeypatch)
-    teacher = tiny_model()
-    run(teacher, tiny_model(seed=1), max_new_tokens=12, batch_sizes=[5])
-    wanted = [greedy(teacher, prompt, 12) for prompt in prompts()]
-    assert len(seen) == 4
-    for _, samples in seen[2:]:  # the first two are the warm-up
+    teacher, draft = tiny_model(), tiny_model(seed=1)
+    run(teacher, draft, max_new_tokens=12, batch_sizes=[5])
+    assert len(seen) == 6
+    for sampler, samples in seen[3:]:  # the first three are the warm-up
+        wanted = [greedy(draft if sampler.teacher is draft else teacher, prompt, 12) for prompt in prompts()]
         lengths = samples.mask_BT.sum(-1).tolist()
         assert [row[:length] for row, length in zip(samples.tokens_BT.tolist(), lengths, strict=True)] == wanted
 
@@ -307,7 +307,7 @@ def test_the_speedup_is_over_the_teacher_in_the_same_turn(
     def timed(self: Sampler, *args: Any, **kwargs: Any) -> Samples:
         samples = sample(self, *args, **kwargs)
         if len(samples.tokens_BT) == 5:  # not the warm-up
-            clock.now += (1 if next(passes) < 2 else 3) * (2.0 if self.student is None else 1.0)
+            clock.now += (1 if next(passes) < 3 else 3) * (2.0 if self.student is None else 1.0)
         return samples
 
     monkeypatch.setattr(Sampler, "sample", timed)
@@ -331,23 +331,29 @@ def test_theory_meets_what_is_measured(tiny_model: TinyModel, clock: FakeClock) 
 
 def test_passes_take_turns_after_a_warm_up(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy(monkeypatch)
-    before, after = tiny_model(seed=1), tiny_model(seed=2)
+    teacher, before, after = (tiny_model(seed=seed) for seed in range(3))
     progress: list[tuple[int, int]] = []
     run_all(
-        tiny_model(),
+        teacher,
         {"before": before, "after": after},
         repeats=2,
         max_new_tokens=4,
         batch_sizes=[5],
         on_progress=lambda done, total: progress.append((done, total)),
     )
-    turns = [(None, 5), (before, 5), (after, 5)]
-    assert [(sampler.student, len(samples.tokens_BT)) for sampler, samples in seen] == [
-        *[(student, 1) for student, _ in turns],
-        *turns,
-        *turns,
+    turns = [(None, teacher), (before, teacher), (after, teacher), (None, before), (None, after)]
+    assert [(sampler.student, sampler.teacher, len(samples.tokens_BT)) for sampler, samples in seen] == [
+        (*models, rows) for rows in (1, 5, 5) for models in turns
     ]
-    assert progress == [(done, 6) for done in range(1, 7)]
+    assert progress == [(done, 10) for done in range(1, 11)]
+
+
+def test_what_each_model_writes_by_itself(tiny_model: TinyModel, clock: FakeClock) -> None:
+    teacher, draft = clock.charge(tiny_model(), 1.0), clock.charge(tiny_model(seed=1), 0.1)
+    result = run(teacher, draft, eos_ids=NO_EOS, max_new_tokens=120, prompts=prompts(1), batch_sizes=[1])
+    assert result.teacher_only_tokens_per_second == pytest.approx(1, rel=0.02)  # the prefill is the difference
+    assert result.draft_only_tokens_per_second == pytest.approx(10, rel=0.02)
+    assert (result.teacher_parameters, result.draft_parameters) == (teacher.num_parameters(), draft.num_parameters())
 
 
 def test_all_draft_lengths_are_timed(tiny_model: TinyModel) -> None:

@@ -74,7 +74,7 @@ def test_a_batch_that_was_begun_again_is_refused(tiny_model: TinyModel, monkeypa
         return sample(self, prompts, seeds, on_round=on_round)
 
     plan = Plan(tiny_model(), {}, prompts(2), NO_EOS, 0, 4, SpecdecConfig())
-    sampler = plan.sampler(None, 1, 0.0, 2)
+    sampler = plan.alone(plan.teacher, 0.0, 2)
     assert len(decode(sampler, plan.prompts, [0, 1], 2).responses) == 2
     monkeypatch.setattr(Sampler, "sample", one_by_one)
     with pytest.raises(SkdError, match="a batch of 2 rows does not fit"):
@@ -87,7 +87,7 @@ def test_latencies(tiny_model: TinyModel, clock: FakeClock, batch_size: int) -> 
     teacher, draft = clock.charge(tiny_model(), 1.0), clock.charge(tiny_model(), 0.1)
     plan = Plan(teacher, {"draft": draft}, prompts(4), NO_EOS, 0, 9, SpecdecConfig())
     seeds = list(range(4))
-    alone = decode(plan.sampler(None, 1, 0.0, batch_size), plan.prompts, seeds, batch_size)
+    alone = decode(plan.alone(plan.teacher, 0.0, batch_size), plan.prompts, seeds, batch_size)
     assert alone.first_token == pytest.approx([2.0] * 4)  # the prompt, and the first round
     assert alone.per_token == pytest.approx([1.0] * 4 * 8)  # of 9 tokens each, all but the first
     assert alone.seconds == pytest.approx(10.0 * 4 / batch_size)

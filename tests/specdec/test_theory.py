@@ -13,6 +13,7 @@ from skd_lib.results import Forwards
 from skd_lib.sampling.drafting import expected_tokens
 from skd_lib.specdec.theory import (
     block_seconds,
+    break_even,
     measure_forwards,
     speedup,
     speedup_of_paper,
@@ -45,6 +46,13 @@ def test_with_equal_rates_it_is_theorem_3_8(rate: float, gamma: int, cost: float
     paper = (1 - rate ** (gamma + 1)) / ((1 - rate) * (gamma * cost + 1))
     assert speedup_of_paper(times, rate, gamma) == pytest.approx(paper)
     assert speedup(times, [rate] * gamma, gamma) == pytest.approx(paper)  # a block as cheap as a token: the same
+
+
+@given(st.lists(rates, min_size=3, max_size=3), st.integers(1, 200), st.integers(100, 200))
+def test_a_draft_at_the_break_even_neither_gains_nor_loses(acceptance: list[float], cost: int, block: int) -> None:
+    teacher = {1: 1.0, 4: block / 100}
+    share = break_even(forwards(cost / 100, teacher), expected_tokens(acceptance), 3)
+    assert speedup(forwards(share * cost / 100, teacher), acceptance, 3) == pytest.approx(1, rel=1e-4)
 
 
 def test_figures_of_the_paper() -> None:
