@@ -51,6 +51,15 @@ def test_the_training_loop_on_the_page(tmp_path: Path, models: tuple[Path, Path]
 
 
 @pytest.mark.slow
+def test_a_method_and_a_rule_of_ones_own(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": f"Add {n} and 2: "}) for n in range(8)))
+    options = ["--steps", 2, "--batch-size", 2, "--max-new-tokens", 6, "--output", tmp_path / "out"]
+    told = run("custom_method.py", *models, tmp_path / "data.jsonl", *options)
+    assert told.count("tokens_per_teacher_call") == 1  # in the first half the teacher checks the drafts
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
 def test_speculative_decoding_says_what_the_teacher_says(models: tuple[Path, Path]) -> None:
     told = [run("speculative_decoding.py", models[0], one, "Add 12 and 30.", "--max-new-tokens", 12) for one in models]
     assert "100% of the drafted tokens stand" in told[0]

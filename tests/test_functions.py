@@ -109,9 +109,7 @@ def test_what_cannot_be_evaluated(models: dict[str, str], dataset: Any, task: An
         evaluate(models["student"], dataset, task)
 
 
-def test_a_model_without_tokenizer_needs_one(
-    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_model_without_tokenizer_needs_one(tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(SkdError, match="pass `tokenizer`"):
         evaluate(tiny_model(), ROWS[:2], TASK)
     assert evaluate(tiny_model(), ROWS[:2], TASK, tokenizer=tiny_tokenizer).scores.examples == 2
@@ -138,7 +136,7 @@ def test_drafts_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(SkdError, match="embedding has 200 rows"):
         benchmark(models["teacher"], tiny_model(vocab_size=200), ["x"], tokenizer=tiny_tokenizer)
-    with pytest.raises(SkdError, match="is beyond task.max_new_tokens"):
+    with pytest.raises(SkdError, match=r"is beyond task\.max_new_tokens"):
         benchmark(models["teacher"], models["student"], ["x"], task=TASK, config={"gamma": 7})
 
 
