@@ -43,10 +43,12 @@ class LossSums(NamedTuple):
         loss: With its graph; divide it by the response tokens of the optimiser step.
         entropies: In nats, detached: `student`, and `teacher` where there is one. Of a sparse teacher signal, over
             its events.
+        losses_N: The loss of each position, detached; without the cross-entropy added at replaced tokens.
     """
 
     loss: Tensor
     entropies: dict[str, Tensor]
+    losses_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class DistillationLoss:
             replaced = F.cross_entropy(logits_NV[by_teacher_N].float(), targets_N[by_teacher_N], reduction="sum")
             loss = loss + self.replaced_weight * replaced
         entropies = {"student": _entropy_sum(compared.log_q_NE), "teacher": _entropy_sum(compared.log_p_NE)}
-        return LossSums(loss, entropies)
+        return LossSums(loss, entropies, loss_N.detach())
 
 
 def _wrong_shape(divergence: Callable[[Tensor, Tensor], Tensor], loss: Tensor, log_p_NE: Tensor) -> SkdError:
@@ -152,8 +154,8 @@ def cross_entropy_sum(
     def of_chunk(student: PreTrainedModel, student_chunk_NH: Tensor, targets_chunk_N: Tensor) -> LossSums:
         logits_NV = lm_logits(student, student_chunk_NH)
         log_q_NV = F.log_softmax(_precise(logits_NV), dim=-1)
-        loss = -log_q_NV.gather(-1, targets_chunk_N.unsqueeze(-1)).sum()
-        return LossSums(loss, {"student": _entropy_sum(log_q_NV)})
+        loss_N = -log_q_NV.gather(-1, targets_chunk_N.unsqueeze(-1)).squeeze(-1)
+        return LossSums(loss_N.sum(), {"student": _entropy_sum(log_q_NV)}, loss_N.detach())
 
     size = chunk or _chunk_size(student_states_NH, student)
     given = ((targets_chunk_N,) for targets_chunk_N in torch.split(targets_N, size))
@@ -235,11 +237,13 @@ def _sum_over_chunks(
     wanted = torch.is_grad_enabled() and (states_NH.requires_grad or bool(weights))
     loss = torch.zeros((), device=states_NH.device)
     entropies: dict[str, Tensor] = {}
+    losses: list[Tensor] = []
     of_states: list[Tensor] = []
     of_weights: list[Tensor] = []
     for chunk_NH, inputs in zip(torch.split(states_NH.detach(), size), given, strict=True):
         sums = of_chunk(student, chunk_NH.requires_grad_(wanted), *inputs)
         loss = loss + sums.loss.detach()
+        losses.append(sums.losses_N)
         entropies = {name: entropies.get(name, 0) + entropy for name, entropy in sums.entropies.items()}
         if wanted:
             gradient_NH, *gradients = torch.autograd.grad(sums.loss, [chunk_NH, *weights])
@@ -249,7 +253,7 @@ def _sum_over_chunks(
             of_weights = [_precise(added) if total is None else total.add_(added) for total, added in pairs]
     if wanted:
         loss = GradientInForward.apply(loss, [torch.cat(of_states), *of_weights], states_NH, *weights)  # type: ignore[no-untyped-call]
-    return LossSums(loss, entropies)
+    return LossSums(loss, entropies, torch.cat(losses))
 
 
 def _precise(tensor: Tensor) -> Tensor:

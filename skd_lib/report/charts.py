@@ -1,25 +1,19 @@
-"""Small charts as inline SVG, and long series made short for them.
+"""Small charts as inline SVG.
 
 Colours are the page's CSS classes, so that they follow its light and dark themes.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import TypeVar
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 480, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 26
-POINTS = 400
-"""More points than a chart has room for; a pipeline parameter has room for several such curves."""
 Format = Callable[[float], str]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -37,26 +31,6 @@ class Series:
     steps: Sequence[int]
     values: Sequence[float]
     dots: bool = False
-
-
-def groups(values: Sequence[_T], count: int) -> list[Sequence[_T]]:
-    """Split values into at most `count` groups of nearly equal size, in order."""
-    count = min(count, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)] if count else [0]
-    return [values[start:end] for start, end in itertools.pairwise(edges)]
-
-
-def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> tuple[list[int], list[float]]:
-    """Return at most `points` points of a curve: each the mean of its neighbours, at the last one's step."""
-    if len(values) <= points:
-        return list(steps), list(values)
-    return [group[-1] for group in groups(steps, points)], [fmean(group) for group in groups(values, points)]
-
-
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Return means over `window` neighbours, fewer at the ends."""
-    half = window // 2
-    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def line_chart(series: Sequence[Series], *, label: str, number: Format, from_zero: bool = False) -> Markup:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from skd_lib._core.format import percent, plain
-from skd_lib.report.charts import Format, Series, bar_chart, groups, line_chart, smoothed, thinned
+from skd_lib.report.charts import Format, Series, bar_chart, line_chart
+from skd_lib.report.series import groups, smoothed, thinned
 from skd_lib.results import Course, Moment, Setting, Specdec
 
 _SMOOTHED_FROM = 20

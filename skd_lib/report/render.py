@@ -12,7 +12,7 @@ from rich.text import Text
 from skd_lib._core.format import TextTable, duration
 from skd_lib.data.splits import WARN_ABOVE, in_words
 from skd_lib.evaluation.statistics import LEAST_EXAMPLES
-from skd_lib.report.charts import groups
+from skd_lib.report.series import groups
 from skd_lib.report.summary import Summary
 from skd_lib.results import DRAFT_FIGURES, Course, Role, Specdec
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from skd_lib._core.format import duration, plain
-from skd_lib.report.charts import bars, groups, interval, share
+from skd_lib.report.charts import bars, interval, share
 from skd_lib.report.render import ROLE_NAMES, UNSURE, WITHHELD, metric_name
 from skd_lib.report.render import caution_lines as report_cautions
+from skd_lib.report.series import groups
 from skd_lib.report.summary import Summary
 from skd_lib.results import Course, Moment, PairedTest, Percentiles, Role, Score, Scores, Specdec
 

@@ -23,7 +23,6 @@ from skd_lib.storage import check_checkpoint_root
 
 if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
-    from skd_lib.training.run import TrainResult
 
 
 def main(
@@ -76,7 +75,9 @@ def main(
     from skd_lib.models.files import check_model_folder, load_tokenizer, weights_digest
     from skd_lib.models.records import as_text, read_record, to_jsonl, write_record
     from skd_lib.models.vocabulary import check_compatible, take_over_ends
+    from skd_lib.report.course import curves
     from skd_lib.tracking.runs import step_run
+    from skd_lib.training.figures import SECONDS
 
     for folder in (student, teacher):
         check_model_folder(folder)
@@ -133,6 +134,7 @@ def main(
             base=base,
             method=settings.method,
             teacher=teacher_reference,
+            teacher_tuned=taught.get("method") == "sft",
             data_fingerprint=prepared.fingerprint,
             code_version=trained_model.code_version(),
             settings={**_sampling_and_loss(settings), **trained_model.training_facts(settings.training, result)},
@@ -148,7 +150,11 @@ def main(
         write_record(
             student_out,
             lineage={**origin, "losses": _losses(prepared, long)},
-            course=_course(result, settings.training.batch_size),
+            course={
+                "seconds": {name.removeprefix(SECONDS): value for name, value in result.seconds.items()},
+                "peak_bytes": {"process": peak_memory(), **result.peak_bytes},
+                **curves(result.history, settings.training.batch_size),
+            },
             figures=figures,
             samples=to_jsonl(as_text(trace, tokenizer) for trace in result.traces),
         )
@@ -189,29 +195,6 @@ def _sampling_and_loss(settings: DistillConfig) -> dict[str, Any]:
 def _plain(setting: Any) -> Any:
     """Return a number unchanged, a schedule in words."""
     return str(setting) if isinstance(setting, Schedule) else setting
-
-
-def _course(result: TrainResult, batch_size: int) -> dict[str, Any]:
-    """Return the curves that the report draws, and the time and memory of the training."""
-    from skd_lib.report.charts import thinned
-    from skd_lib.training.figures import SECONDS
-
-    course: dict[str, Any] = {
-        "seconds": {name.removeprefix(SECONDS): value for name, value in result.seconds.items()},
-        "peak_bytes": {"process": peak_memory(), **result.peak_bytes},
-    }
-    for steps, figures in {
-        "steps": {"rejection_rate": "rejection_rate", "tokens_per_teacher_call": "tokens_per_teacher_call"},
-        "training_steps": {"loss": "training_loss", "response_tokens": "response_length"},
-        "validation_steps": {"validation_loss": "validation_loss"},
-    }.items():
-        for figure, name in figures.items():
-            entries = [entry for entry in result.history if figure in entry]
-            scale = batch_size if name == "response_length" else 1
-            course[steps], course[name] = thinned(
-                [int(entry["step"]) for entry in entries], [entry[figure] / scale for entry in entries]
-            )
-    return course
 
 
 if __name__ == "__main__":

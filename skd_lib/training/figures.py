@@ -14,6 +14,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from skd_lib.distillation.batch import Rollout
 from skd_lib.sampling.samples import SamplingStatistics
@@ -99,6 +100,30 @@ def sampling_figures(statistics: SamplingStatistics) -> dict[str, float]:
     }
     rates = ("rejection_rate", "acceptance_rate", "tokens_per_teacher_call", "replacements_per_sequence")
     return figures | ({name: getattr(statistics, name) for name in rates} if statistics.tested else {})
+
+
+def ratio_sums(losses: Tensor, tokens: Tensor) -> Tensor:
+    """Return the sums over rows that `ratio_error` needs, which may be added up over batches and processes.
+
+    Args:
+        losses: Sum of the loss over each row's response tokens.
+        tokens: Number of each row's response tokens.
+    """
+    losses, tokens = losses.double().cpu(), tokens.double().cpu()
+    return torch.stack([torch.ones_like(losses), losses, tokens, losses**2, losses * tokens, tokens**2]).sum(1)
+
+
+def ratio_error(sums: Sequence[float]) -> float | None:
+    """Return the standard error of a mean loss over tokens, where whole rows are the sample; None of one row.
+
+    The mean is a ratio, of summed loss and summed tokens, both of which vary from row to row (Cochran 1977, 2.11).
+    """
+    rows, losses, tokens, losses_squared, products, tokens_squared = sums
+    if rows < 2 or not tokens:
+        return None
+    mean = losses / tokens
+    residuals = losses_squared - 2 * mean * products + mean**2 * tokens_squared
+    return math.sqrt(max(residuals, 0.0) * rows / (rows - 1)) / tokens
 
 
 def skipped_steps(history: History) -> tuple[int, int]:

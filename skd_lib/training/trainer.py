@@ -36,6 +36,8 @@ from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import (
     PhaseTimer,
     broken_step,
+    ratio_error,
+    ratio_sums,
     response_trouble,
     sampling_figures,
     skipped_steps,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 VALIDATION_LOSS = "validation_loss"
 TRAINER_VALIDATION_LOSS = "eval_loss"
 """The Trainer's name for the validation loss, by which it finds the best checkpoint."""
+VALIDATION_ERROR = "validation_loss_error"
+"""Key of the validation loss's standard error over examples in the Trainer's history."""
 TRACES = "traces"
 """Key of the recorded sequences in the Trainer's history, which every checkpoint holds."""
 T = TypeVar("T")
@@ -224,19 +228,23 @@ class DistillationTrainer(SavingTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Compute the mean loss over the response tokens of the validation rollouts.
+        """Compute the mean loss over the response tokens of the validation rollouts, and its error over the rows.
 
         Raises:
             SkdError: the mean is not a finite number.
         """
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(8, dtype=torch.float64)
         with self.timer("validation"), evaluating(self.model), self._gathered():
             for rollout in self._validation[self.args.process_index :: self.args.world_size]:
-                loss = self._loss_sums(rollout.to(self.args.device)).loss
-                sums += torch.tensor([loss.item(), rollout.tokens], dtype=torch.float64)
-        total, tokens = self._sum_over_processes(sums.to(self.args.device)).tolist()
+                found = self._loss_sums(rollout.to(self.args.device))
+                of_rows = torch.stack([part.sum() for part in torch.split(found.losses_N, rollout.lengths)])
+                whole = torch.tensor([found.loss.item(), rollout.tokens], dtype=torch.float64)
+                sums += torch.cat([whole, ratio_sums(of_rows, torch.tensor(rollout.lengths))])
+        total, tokens, *of_rows_summed = self._sum_over_processes(sums.to(self.args.device)).tolist()
         mean = total / max(tokens, 1)
         metrics = {TRAINER_VALIDATION_LOSS: mean}
+        if (error := ratio_error(of_rows_summed)) is not None:
+            metrics[VALIDATION_ERROR] = error
         if not math.isfinite(mean):
             raise SkdError(
                 f"the validation loss is {mean} after optimiser step {self.state.global_step}",

@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 
 from skd_lib.report.charts import (
     HEIGHT,
-    POINTS,
     WIDTH,
     Series,
     bar_chart,
     interval,
     line_chart,
     nice_ticks,
-    smoothed,
-    thinned,
 )
+from skd_lib.report.series import POINTS, smoothed, thinned
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -20,7 +21,7 @@ from skd_lib.models.heads import decoder
 from skd_lib.sampling.acceptance import AcceptanceRule, lossless, min_prob, mixture, student_only, teacher_only, top_k
 from skd_lib.sampling.drafting import AdaptiveGamma, Costs
 from skd_lib.sampling.engine import Sampler
-from skd_lib.training.figures import tokens_processed
+from skd_lib.training.figures import ratio_error, ratio_sums, tokens_processed
 from tests.conftest import TinyModel
 
 RULES = [top_k(3), top_k(0), min_prob(0.1), mixture(0.5), lossless(), student_only(), teacher_only()]
@@ -119,3 +120,17 @@ def test_padding_costs_nothing() -> None:
     sft, supervised_kd = (tokens_processed(rollout, divergence=divergence) for divergence in (False, True))
     assert (sft.student, sft.teacher) == (9, 0)
     assert (supervised_kd.student, supervised_kd.teacher) == (9, 9)
+
+
+def test_the_error_of_a_mean_over_tokens_is_that_of_resampled_rows() -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, 30, size=60)
+    losses = tokens * generator.normal(2.0, 0.5, size=60)
+    halves = [ratio_sums(torch.tensor(losses[part]), torch.tensor(tokens[part])) for part in np.split(np.arange(60), 2)]
+    error = ratio_error((halves[0] + halves[1]).tolist())
+    drawn = generator.integers(60, size=(4000, 60))
+    resampled = losses[drawn].sum(1) / tokens[drawn].sum(1)
+    assert error == pytest.approx(resampled.std(), rel=0.1)
+    assert ratio_error(ratio_sums(torch.tensor([3.0]), torch.tensor([2])).tolist()) is None
+    equal = ratio_sums(torch.tensor([1.0, 2.0]), torch.tensor([1, 2])).tolist()
+    assert ratio_error(equal) == 0

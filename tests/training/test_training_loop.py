@@ -102,13 +102,16 @@ def test_each_method_lowers_its_loss_and_logs_its_course(
 def test_validation_counts_tokens_not_rows_or_batches(
     student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    losses = {
-        run(
-            tiny_model(seed=1, vocab_size=64), teacher, tmp_path / str(rows), micro_batch_size=rows, max_steps=1
-        ).first_validation_loss
+    results = [
+        run(tiny_model(seed=1, vocab_size=64), teacher, tmp_path / str(rows), micro_batch_size=rows, max_steps=1)
         for rows in (1, 2, 4)
-    }
+    ]
+    losses = [result.first_validation_loss for result in results]
     assert max(losses) - min(losses) < 1e-5
+    # The standard error is over examples, however they are batched.
+    errors = [result.history[0]["validation_loss_error"] for result in results]
+    assert errors[0] > 0
+    assert errors == pytest.approx([errors[0]] * 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["sft", "skd_mixed"])
@@ -198,7 +201,7 @@ def test_two_processes_equal_one(
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures) == len(result.history)
     for actual, expected in zip(figures, result.history, strict=True):
-        for name in expected.keys() - {"epoch", "eval_loss"}:
+        for name in expected.keys() - {"epoch", "eval_loss", "validation_loss_error"}:
             if not name.startswith("seconds_"):
                 assert actual[name] == pytest.approx(expected[name], rel=1e-3), name
 

@@ -149,6 +149,16 @@ def test_from_teacher_to_distilled_student(
     assert len(course.rejection_rate) == 4
     assert course.validation_loss[0] == pytest.approx(training.figures["first_validation_loss"], rel=1e-4)
     assert course.training_steps == (1, 2, 3, 4)
+    # What had been spent before each validation; the last one is after all steps.
+    for spent, total in (
+        (course.validation_tokens, "response_tokens"),
+        (course.validation_student_tokens, "student_tokens"),
+        (course.validation_teacher_tokens, "teacher_tokens"),
+    ):
+        assert spent[0] == 0 < spent[1] < spent[2] == training.figures[total]
+    assert 0 == course.validation_seconds[0] < course.validation_seconds[1] < course.validation_seconds[2]
+    assert len(course.validation_half) == 3
+    assert all(half > 0 for half in course.validation_half)
     assert all(0 < length <= 12 for length in course.response_length)
     assert set(course.seconds) == {"rollout", "loss", "optimiser", "validation", "checkpoint"}
     assert course.peak_bytes["process"] > 10**8
