@@ -19,6 +19,7 @@ from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
 from skd_kfp.pipelines.cli.init import init
 from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri, expanded, short
+from skd_kfp.pipelines.cli.publish import card, push
 from skd_kfp.pipelines.cli.registry import lineage, promote, rollback, track
 from skd_kfp.pipelines.cli.run import run
 from skd_kfp.pipelines.cli.specdec import specdec
@@ -35,7 +36,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-RUN, MODELS, RECORDS, SET_UP = "Train a student", "Look at a model", "Look after runs and versions", "Set up"
+RUN, MODELS, PUBLISH, RECORDS, SET_UP = (
+    *("Train a student", "Look at a model", "Give a model to others", "Look after runs and versions"),
+    "Set up",
+)
 """Groups of commands in `skd --help`."""
 
 
@@ -165,6 +169,7 @@ def config(
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     RUN: (init, run, compare, submit, trigger),
     MODELS: (evaluate, generate, specdec),
+    PUBLISH: (card, push),
     RECORDS: (report, lineage, promote, rollback),
     SET_UP: (doctor, config),
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +41,7 @@ Set = Annotated[
         help="Another value than the file's, e.g. distill.sampling.top_k=5; null unsets a field. Repeatable.",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead, for scripts.")]
 
 
 def _named(option: typer.CallbackParam, image: str | None) -> str | None:
@@ -251,6 +254,24 @@ def refuse(context: typer.Context, *names: str, why: str, hint: str = "leave it 
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise SkdError(f"it has no effect: {why}", where=f"--{name.replace('_', '-')}", hint=hint)
+
+
+def say_json(value: object, *, lines: bool = False) -> None:
+    """Print a value as JSON, for scripts; numbers that JSON does not have (NaN, infinity) become null.
+
+    Args:
+        value: Plain values.
+        lines: On one line, as one of many.
+    """
+    say(json.dumps(_finite(value), allow_nan=False, indent=None if lines else 2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def short(path: Path) -> str:

@@ -80,6 +80,11 @@ def to_markdown(summary: Summary) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def result_tables(summary: Summary) -> list[TextTable]:
+    """Return the tables of what was measured: the models' quality, and the student as a draft."""
+    return [_quality_table(summary), *([_specdec_table(summary)] if summary.specdec else [])]
+
+
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
     """Draw values as a line of bars, from 0 to their maximum; more than `width` of them are averaged in groups."""
     parts = groups(values, width)

@@ -1,0 +1,126 @@
+"""The model card of a run's student: its record, the run's configuration and the figures that were measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from skd_lib.config import GettextSource, HubSource, RunConfig, load_config
+from skd_lib.errors import SkdError
+from skd_lib.models.card import THIS_FOLDER, Lineage, model_card
+from skd_lib.models.files import check_model_folder
+from skd_lib.report.render import result_tables
+from skd_lib.report.sources import SUMMARY
+from skd_lib.report.summary import Summary
+
+STUDENT, TEACHER, CONFIG = "student", "teacher", "config.yaml"
+"""Files of a run's folder: links to its models, and its configuration."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that this project trained.
+
+    Attributes:
+        folder: The model.
+        lineage: Its origin.
+        config: The run that trained it; None where that is not known.
+        summary: The figures of that run, if it is the run's student.
+    """
+
+    folder: Path
+    lineage: Lineage
+    config: RunConfig | None = None
+    summary: Summary | None = None
+
+    @property
+    def title(self) -> str:
+        """The model's name, for a reader."""
+        if self.config is None:
+            return "Student" if self.lineage.teacher else "Fine-tuned model"
+        return f"{self.config.name}, {'student' if self.summary is not None else 'teacher'}"
+
+    def card(self, *, reference: str = "", teacher: str = "", licence: str = "", for_others: bool = False) -> str:
+        """Return the text of the model's card.
+
+        Args:
+            reference: Where readers find the model; empty: its folder.
+            teacher: Where they find its teacher.
+            licence: See `model_card`.
+            for_others: Leave out folders and buckets, which others cannot read.
+        """
+        lineage = self.lineage.for_others() if for_others else self.lineage
+        return model_card(
+            reference.rpartition("/")[2] or self.title,
+            lineage,
+            results=[] if self.summary is None else result_tables(self.summary),
+            data={} if self.config is None else _data(self.config, for_others=for_others),
+            dataset=_dataset(self.config),
+            prompt="..." if self.config is None else self.config.task.prompt.replace("{source}", "..."),
+            chat=self.config is None or self.config.task.chat_template,
+            reference=reference or (THIS_FOLDER if for_others else str(self.folder)),
+            teacher=teacher,
+            licence=licence,
+        )
+
+
+def find_trained(name: str, runs: Path) -> Trained:
+    """Find the student of a finished run, or the model in a folder.
+
+    Args:
+        name: A run's folder, its name under `runs`, or the folder of a model.
+        runs: The folder of all runs.
+
+    Raises:
+        SkdError: there is no such run or folder, the run has not finished, or the model was not trained here.
+    """
+    folder = next((path for path in (Path(name), runs / name) if name and path.is_dir()), None)
+    if folder is None:
+        hint = "name a run's folder, its name under --runs-dir, or a model's folder"
+        raise SkdError(f"there is no folder {name} or {runs / name}", where=name or "(empty)", hint=hint)
+    if (folder / "config.json").is_file():
+        return _model(folder)
+    if not (folder / SUMMARY).is_file() or not (folder / STUDENT).is_dir():
+        if (folder / "comparison.json").is_file():
+            hint = "name the folder of one student: `skd runs` and the comparison's runs.csv list them"
+            raise SkdError("a comparison has many students", where=str(folder), hint=hint)
+        missing = SUMMARY if not (folder / SUMMARY).is_file() else STUDENT
+        hint = "`skd run CONFIG` goes on with a run that has not finished; `skd runs` lists the runs and their states"
+        raise SkdError(f"the run has not finished: there is no {missing} in it", where=str(folder), hint=hint)
+    return _model(folder / STUDENT)
+
+
+def _model(folder: Path) -> Trained:
+    check_model_folder(folder)
+    lineage = Lineage.read(folder)
+    run = folder.absolute().parent  # not where its link leads
+    if folder.name not in (STUDENT, TEACHER) or not (run / SUMMARY).is_file() or not (run / CONFIG).is_file():
+        return Trained(folder, lineage)
+    config = load_config(run / CONFIG)
+    if folder.name == TEACHER:
+        return Trained(folder, lineage, config)
+    training = config.distill.training
+    settings = {name: getattr(training, name) for name in ("max_steps", "batch_size", "learning_rate")}
+    whole = replace(
+        lineage,
+        teacher_tuned=config.teacher_sft.enabled,
+        settings={**lineage.settings, **{name: value for name, value in settings.items() if value is not None}},
+    )
+    return Trained(folder, whole, config, Summary.read(run / SUMMARY))
+
+
+def _data(config: RunConfig, *, for_others: bool) -> dict[str, object]:
+    source = config.data.source
+    if isinstance(source, HubSource):
+        place = source.dataset + (f", {source.subset}" if source.subset else "")
+    elif isinstance(source, GettextSource):
+        place = f"gettext catalogs ({source.language}) of " + ", ".join(wheel.requirement for wheel in source.train)
+    else:
+        place = ", ".join(Path(file).name if for_others else file for file in source.train)
+    return {"Task": config.task.name, "Source": place, "Prompt": json.dumps(config.task.prompt, ensure_ascii=False)}
+
+
+def _dataset(config: RunConfig | None) -> str:
+    source = config.data.source if config is not None else None
+    return source.dataset if isinstance(source, HubSource) else ""
