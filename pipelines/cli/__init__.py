@@ -22,6 +22,7 @@ from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri, expanded, short
 from skd_kfp.pipelines.cli.publish import card, push
 from skd_kfp.pipelines.cli.registry import lineage, promote, rollback, track
 from skd_kfp.pipelines.cli.run import run
+from skd_kfp.pipelines.cli.runs import runs
 from skd_kfp.pipelines.cli.specdec import specdec
 from skd_kfp.pipelines.cli.submit import submit
 from skd_kfp.pipelines.cli.trigger import trigger
@@ -170,7 +171,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     RUN: (init, run, compare, submit, trigger),
     MODELS: (evaluate, generate, specdec),
     PUBLISH: (card, push),
-    RECORDS: (report, lineage, promote, rollback),
+    RECORDS: (runs, report, lineage, promote, rollback),
     SET_UP: (doctor, config),
 }
 for group, commands in GROUPS.items():

@@ -90,6 +90,16 @@ class RunFolder:
         finally:
             lock.release()
 
+    def in_use(self) -> bool:
+        """Return whether a run is in the folder now."""
+        try:
+            with filelock.FileLock(self.root / ".lock", blocking=False):
+                return False
+        except filelock.Timeout:
+            return True
+        except OSError:  # a folder of somebody else, which this process may only read
+            return False
+
     def link(self, name: str, target: Path) -> Path:
         """Point the link `name` in this folder at one of the artifacts.
 
