@@ -12,27 +12,12 @@ from rich.text import Text
 from skd_lib._core.format import TextTable, duration
 from skd_lib.data.splits import WARN_ABOVE, in_words
 from skd_lib.evaluation.statistics import LEAST_EXAMPLES
+from skd_lib.report.names import ROLE_NAMES, metric_name
 from skd_lib.report.series import groups
 from skd_lib.report.summary import Summary
+from skd_lib.report.worth import worth_lines, worth_table
 from skd_lib.results import DRAFT_FIGURES, Course, Role, Specdec
 
-ROLE_NAMES: dict[Role, str] = {
-    "teacher_base": "teacher base",
-    "teacher": "teacher",
-    "student_before": "student before",
-    "student_after": "student after",
-}
-METRIC_NAMES = {
-    "chrf": "chrF",
-    "bleu": "BLEU",
-    "comet": "COMET",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "accuracy": "accuracy",
-    "perplexity": "perplexity",
-    "judge": "judge",
-}
 # Below this share of replaced tokens SKD is hardly more than on-policy distillation, which the reader should know.
 FEW_REPLACED = 0.01
 UNSURE = "†"
@@ -42,32 +27,31 @@ WITHHELD = f"withheld (under {LEAST_EXAMPLES} examples)"
 LOSS_COLUMNS = ("split", "rows", "left out", "why")
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 24
+_AGAINST = "speed-up over the teacher alone in the same process"
 _DRAFT_COLUMNS = ("distillation", "accepted", "tokens/teacher call", "speed-up", "teacher's own output")
 
 
-def metric_name(name: str) -> str:
-    """Return a metric's name as people write it."""
-    return METRIC_NAMES.get(name, name)
-
-
 def render(summary: Summary) -> RenderableType:
-    """Return the summary for the end of a run, to be printed by a `rich` console."""
+    """Return the summary for the end of a run, to be printed by a `rich` console: what the student is worth is last."""
     parts: list[RenderableType] = [_quality_table(summary).to_rich()]
-    parts += [Text(line) for line in _gap_lines(summary)]
     parts += [Text(line, style="dim") for line in _signature_lines(summary)]
     parts += [Text(line, style="yellow") for line in (*caution_lines(summary), *_missing_lines(summary))]
-    if summary.specdec:
-        parts.append(_specdec_table(summary).to_rich())
     parts += [*_course_texts(summary.course), *_loss_texts(summary)]
     if summary.seconds:
         parts += [Text(), _seconds_table(summary.seconds).to_rich()]
+    if (table := worth_table(summary)).rows:
+        parts += [Text(), table.to_rich(), *map(Text, worth_lines(summary))]
+        parts += [Text(line, style="dim") for line in _draft_lines(summary)]
     return Group(*(Padding(part, (0, 2)) if isinstance(part, Text) else part for part in parts))
 
 
 def to_markdown(summary: Summary) -> str:
     """Return the summary as Markdown."""
-    lines = [f"# {summary.run_name or 'Results'}", "", *_quality_table(summary).to_markdown()]
-    notes = (_gap_lines, _signature_lines, caution_lines, _missing_lines)
+    lines = [f"# {summary.run_name or 'Results'}", ""]
+    if (table := worth_table(summary)).rows:
+        lines += [*table.to_markdown(), *(f"- {line}" for line in worth_lines(summary)), ""]
+    lines += _quality_table(summary).to_markdown()
+    notes = (_signature_lines, caution_lines, _missing_lines)
     lines += [*(f"- {line}" for part in notes for line in part(summary)), ""]
     if summary.specdec:
         lines += _specdec_table(summary).to_markdown()
@@ -106,7 +90,7 @@ def _quality_table(summary: Summary) -> TextTable:
 def _specdec_table(summary: Summary) -> TextTable:
     rows = [[moment, *draft_cells(draft.figures()), same_output(draft)] for moment, draft in summary.specdec.items()]
     title = "The student as draft of the teacher (speculative decoding)"
-    return TextTable(title, _DRAFT_COLUMNS, rows, note=_draft_setting(summary), highlighted=["after"])
+    return TextTable(title, _DRAFT_COLUMNS, rows, note=f"{_draft_setting(summary)}, {_AGAINST}", highlighted=["after"])
 
 
 def _seconds_table(seconds: dict[str, float]) -> TextTable:
@@ -146,7 +130,14 @@ def _draft_setting(summary: Summary) -> str:
     setting = [] if draft.gamma is None else [f"{draft.gamma} tokens drafted a time"]
     if draft.temperature is not None:
         setting.append("greedy" if draft.temperature == 0 else f"temperature {draft.temperature:g}")
-    return ", ".join([*setting, "speed-up over the teacher alone in the same process"])
+    return ", ".join(setting)
+
+
+def _draft_lines(summary: Summary) -> list[str]:
+    if "after" not in summary.specdec:
+        return []
+    same = same_output(summary.specdec["after"])
+    return [f"Measured with {_draft_setting(summary) or 'drafts'}. Output with drafts is the teacher's own: {same}."]
 
 
 def same_output(draft: Specdec) -> str:
@@ -154,17 +145,6 @@ def same_output(draft: Specdec) -> str:
     if draft.temperature:
         return "in distribution"
     return f"yes, bar {draft.ties} rounding tie{'s' if draft.ties > 1 else ''}" if draft.ties else "yes"
-
-
-def _gap_lines(summary: Summary) -> list[str]:
-    gap = summary.gap()
-    if gap is None:
-        return []
-    name = metric_name(summary.task_metric)
-    return [
-        f"Distillation closed {gap.closed:.0%} of the gap to the teacher: "
-        f"{name} {gap.before:.1f} -> {gap.after:.1f}, the teacher has {gap.teacher:.1f}."
-    ]
 
 
 def caution_lines(summary: Summary) -> list[str]:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, model_validator
 
 from skd_lib._core.documents import read_text
-from skd_lib.config import Section, parse_section
+from skd_lib.config import LOWER_IS_BETTER, Section, parse_section
 from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.fingerprint import short
 from skd_lib.models.records import software
+from skd_lib.report.worth import Worth, worth_of
 from skd_lib.results import MOMENTS, ROLES, Comet, Course, Moment, PairedTest, Role, Score, Scores, Specdec, rounded
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
@@ -118,12 +119,18 @@ class Summary(Section):
         return self.model_copy(update={"seconds": {**seconds, **others}})
 
     def gap(self) -> Gap | None:
-        """Return the gap between student and teacher by the task's metric; None where a score is missing."""
+        """Return the gap between student and teacher by the task's metric, None where there is none."""
         needed: tuple[Role, ...] = ("teacher", "student_before", "student_after")
         teacher, before, after = (self.models.get(role, {}).get(self.task_metric) for role in needed)
-        if teacher is None or before is None or after is None or teacher <= before:
+        if teacher is None or before is None or after is None or teacher == before:
+            return None
+        if (teacher < before) != (self.task_metric in LOWER_IS_BETTER):
             return None
         return Gap(teacher, before, after)
+
+    def worth(self) -> Worth:
+        """Return what the student is worth against its teacher."""
+        return worth_of(self)
 
     def headline(self) -> dict[str, float]:
         """Return the figures by which runs are compared, flat: `student_after_chrf`, `speedup_after`, ..."""
@@ -133,7 +140,7 @@ class Summary(Section):
             for moment, found in self.specdec.items()
             for name, value in found.figures().items()
         }
-        return {**scores, **drafts}
+        return {**scores, **drafts, **self.worth().figures()}
 
     def figures(self) -> dict[str, float]:
         """Return the figures by which Kubeflow's page compares runs: few, rounded, under short names.
@@ -146,15 +153,22 @@ class Summary(Section):
         for role, name in others.items():
             if (score := self.models.get(role, {}).get(self.task_metric)) is not None:
                 found[f"{self.task_metric}_{name}"] = score
-        if (gap := self.gap()) is not None:
-            found["gap_closed"] = gap.closed
+        worth = self.worth().figures()
+        found |= {name: worth[name] for name in ("quality_kept", "gap_closed", "relative_speed") if name in worth}
         if "after" in self.specdec:
             found |= self.specdec["after"].figures()
         return {name: rounded(value) for name, value in found.items() if math.isfinite(value)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; what is not known is left out."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return {**self.model_dump(mode="json", exclude_none=True), "worth": self.worth().figures()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_computed(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name != "worth"}
 
     def to_json(self) -> str:
         """Return the content of `summary.json`."""

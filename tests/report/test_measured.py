@@ -94,6 +94,7 @@ def test_headline_figures_are_few_rounded_and_finite() -> None:
         "chrf": 33.333,
         "chrf_before": 20,
         "chrf_teacher": 40,
+        "quality_kept": 0.83333,
         "gap_closed": 0.66667,
         "acceptance_rate": 0.33333,
         "tokens_per_teacher_call": 3.3333,

@@ -1,0 +1,166 @@
+"""What the student is worth against its teacher: quality, speed, size, and what it saves as a draft.
+
+Leviathan et al. 2023 (arXiv 2211.17192): with a draft that costs c teacher tokens a token, and a verification that
+costs v, speculative decoding is E / (gamma c + v) times as fast as the teacher alone, where E is the tokens that a
+block of gamma drafted ones yields. All of these are measured, so the largest draft that pays can be named
+(`skd_lib.specdec.theory.break_even`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from skd_lib._core.format import TextTable, plain
+from skd_lib.config import LOWER_IS_BETTER
+from skd_lib.report.names import metric_name
+from skd_lib.results import Figures, Role, Specdec
+
+if TYPE_CHECKING:
+    from skd_lib.report.summary import Summary
+
+COLUMNS = ("", "teacher", "student before", "student after", "share")
+TITLE = "What the student is worth"
+_ROLES: tuple[Role, ...] = ("teacher", "student_before", "student_after")
+
+
+class Worth(Figures):
+    """The headline figures of a student; None where something was not measured.
+
+    Tokens a second are those of one model answering by itself, at the benchmark's first temperature and batch size.
+    """
+
+    quality_kept: float | None = Field(None, description="The student's score over the teacher's.")
+    gap_closed: float | None = Field(None, description="Share of the way from the untrained student to the teacher.")
+    student_tokens_per_second: float | None = None
+    teacher_tokens_per_second: float | None = None
+    relative_speed: float | None = Field(None, description="The student's tokens a second over the teacher's.")
+    student_parameters: int | None = None
+    teacher_parameters: int | None = None
+    relative_size: float | None = Field(None, description="The student's parameters over the teacher's.")
+    drafted_speedup: float | None = Field(
+        None, description="Best measured speed-up of speculative decoding; None where the draft is too large for one."
+    )
+    break_even_parameters: int | None = Field(
+        None,
+        description="Where the draft is too large: size below which one that is accepted as often would pay here, if "
+        "its cost goes with its size; 0: not even a draft that costs nothing would.",
+    )
+
+    def figures(self) -> dict[str, float]:
+        """Return what was measured, by name."""
+        return {name: float(value) for name, value in self if value is not None}
+
+
+def worth_of(summary: Summary) -> Worth:
+    """Return the student's headline figures."""
+    metric, draft, gap = summary.task_metric, summary.specdec.get("after"), summary.gap()
+    teacher, student = (summary.models.get(role, {}).get(metric) for role in ("teacher", "student_after"))
+    found = {} if draft is None else _figures_of_draft(draft)
+    if gap is not None:
+        found["gap_closed"] = gap.closed
+    if teacher and student is not None and metric not in LOWER_IS_BETTER:
+        found["quality_kept"] = student / teacher
+    return Worth.model_validate(found)
+
+
+def _figures_of_draft(draft: Specdec) -> dict[str, float | None]:
+    speeds = draft.draft_only_tokens_per_second, draft.teacher_only_tokens_per_second
+    sizes = draft.draft_parameters, draft.teacher_parameters
+    found: dict[str, float | None] = {
+        "student_tokens_per_second": speeds[0],
+        "teacher_tokens_per_second": speeds[1],
+        "relative_speed": _ratio(*speeds),
+        "student_parameters": sizes[0],
+        "teacher_parameters": sizes[1],
+        "relative_size": _ratio(*sizes),
+    }
+    speedup = draft.best_speedup or draft.speedup
+    if speedup > 1:
+        found["drafted_speedup"] = speedup
+    elif draft.draft_parameters and draft.break_even is not None and draft.break_even < 1:
+        found["break_even_parameters"] = round(draft.draft_parameters * max(draft.break_even, 0.0))
+    return found
+
+
+def worth_table(summary: Summary) -> TextTable:
+    """Return the figures as a table: one row a figure, one column a model."""
+    worth, metric = summary.worth(), summary.task_metric
+    before, after = summary.specdec.get("before"), summary.specdec.get("after")
+    scores = [summary.models.get(role, {}).get(metric) for role in _ROLES]
+    speeds = [
+        worth.teacher_tokens_per_second,
+        before and before.draft_only_tokens_per_second,
+        worth.student_tokens_per_second,
+    ]
+    sizes = [worth.teacher_parameters, before and before.draft_parameters, worth.student_parameters]
+    rates = [None, before and before.acceptance_rate, after and after.acceptance_rate]
+    calls = [1.0 if after else None, before and before.tokens_per_teacher_call, after and after.tokens_per_teacher_call]
+    rows = [
+        [metric_name(metric), *_cells(scores, "{:.1f}".format), _share(worth.quality_kept)],
+        ["tokens a second", *_cells(speeds, plain), _times(worth.relative_speed)],
+        ["parameters", *_cells(sizes, count), _share(worth.relative_size)],
+        ["drafts accepted", *_cells(rates, "{:.1%}".format), ""],
+        ["tokens a teacher call", *_cells(calls, "{:.2f}".format), ""],
+    ]
+    return TextTable(TITLE, COLUMNS, [row for row in rows if any(row[1:])])
+
+
+def worth_lines(summary: Summary) -> list[str]:
+    """Return the figures in sentences."""
+    worth, draft = summary.worth(), summary.specdec.get("after")
+    found = {
+        f"{_share(worth.quality_kept)} of the teacher's {metric_name(summary.task_metric)}": worth.quality_kept,
+        f"{_times(worth.relative_speed)} its tokens a second by itself": worth.relative_speed,
+        f"{_share(worth.relative_size)} of its parameters": worth.relative_size,
+    }
+    known = [text for text, value in found.items() if value is not None]
+    lines = [f"The student has {', '.join(known)}."] if known else []
+    if worth.gap_closed is not None:
+        lines.append(f"Distillation closed {worth.gap_closed:.0%} of the gap to the teacher.")
+    return [" ".join(lines), *(_draft_lines(worth, draft) if draft else [])]
+
+
+def _draft_lines(worth: Worth, draft: Specdec) -> list[str]:
+    first = f"As a draft it saves the teacher {1 - 1 / draft.tokens_per_teacher_call:.0%} of its calls."
+    if worth.drafted_speedup is not None:
+        best = f", with {draft.best_gamma} tokens drafted a time" if draft.best_gamma else ""
+        return [f"{first} Speculative decoding is {_times(worth.drafted_speedup)} as fast as the teacher alone{best}."]
+    if worth.break_even_parameters is None:
+        return [f"{first} Speculative decoding was not faster than the teacher alone here."]
+    if not worth.break_even_parameters:
+        return [
+            f"{first} No draft accepted as often makes it faster here: checking a block takes longer than it saves."
+        ]
+    teacher = worth.teacher_parameters
+    share = f" ({worth.break_even_parameters / teacher:.0%} of the teacher)" if teacher else ""
+    return [
+        f"{first} It is too large to make the teacher faster here: a draft accepted as often pays below about "
+        f"{count(worth.break_even_parameters)} parameters{share}, by the measured times of both models."
+    ]
+
+
+def count(number: float) -> str:
+    """Return a number of parameters as people write it: `134M`, `7.25B`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _ratio(value: float | None, whole: float | None) -> float | None:
+    return value / whole if value is not None and whole else None
+
+
+def _cells(values: Iterable[float | None], text: Callable[[float], str]) -> list[str]:
+    return ["" if value is None else text(value) for value in values]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
