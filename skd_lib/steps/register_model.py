@@ -41,12 +41,14 @@ def main(
 
     The same weights are registered once. The student gets the alias `challenger`, and `champion` where there is none,
     or where it beats the one that this run measured (`skd_lib.tracking.gate`). Its lineage comes from the record that
-    its training left in its folder, and names the run that trained it. A registry that does not answer is waited for,
-    for `SKD_REGISTRY_WAIT` seconds; without tracking there is none, and nothing is registered.
+    its training left in its folder, and names the run that trained it. Small files beside the weights let
+    `mlflow.transformers.load_model` and `mlflow.pyfunc.load_model` load it. A registry that does not answer is waited
+    for, for `SKD_REGISTRY_WAIT` seconds; without tracking there is none, and nothing is registered.
     """
     from skd_lib.models.records import read_record
     from skd_lib.report.measured import Measured
     from skd_lib.tracking import registry
+    from skd_lib.tracking.mlmodel import write_beside
     from skd_lib.tracking.runs import step_run
 
     found = parse_section(Measured, measured, where="--measured")
@@ -70,6 +72,8 @@ def main(
                 **{f"{registry.SIGNATURE_PREFIX}{name}": text for name, text in found.signatures.items()},
                 registry.GATE_TAG: reason,
             }
+            example = next((sample.prompt for sample in record.samples()), "")
+            write_beside(student, uri, example)
             version = registry.register(
                 tracking_uri=tracking_uri,
                 model_name=settings.model_name,
@@ -81,6 +85,7 @@ def main(
                 figures=figures,
                 tags=tags,
                 description=_description(tags, figures, reason),
+                example=example,
                 patience=registry.step_patience(),
             )
             result = {

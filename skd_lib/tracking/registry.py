@@ -15,16 +15,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from skd_lib._core.events import Progress
 from skd_lib._core.machine import pipeline_run_id
-from skd_lib._core.uris import is_sqlite, shown
+from skd_lib._core.uris import shown
 from skd_lib.errors import SkdError
 from skd_lib.tracking.client import TAG_LENGTH, brief, clip, connect, is_silence, unanswered
 from skd_lib.tracking.locate import get_run
+from skd_lib.tracking.mlmodel import version_source
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -95,6 +96,7 @@ def register(
     figures: Mapping[str, float],
     tags: Mapping[str, str],
     description: str = "",
+    example: str = "",
     patience: float = 0.0,
 ) -> str:
     """Register a student, or find the version that has these very weights, and set the aliases.
@@ -113,6 +115,7 @@ def register(
         figures: Scores and draft figures, kept as tags `figure.NAME`.
         tags: Lineage; empty values are left out.
         description: Shown on the version's page.
+        example: A prompt; see `mlmodel.described`.
         patience: See `ask_registry`.
 
     Returns:
@@ -129,7 +132,7 @@ def register(
         if version is None:
             trainer = get_run(client, trained_by) if trained_by else None
             run = trained_by if trainer else run_id if isinstance(run_id, str) else run_id()
-            source = _source(client, tracking_uri, student_uri, weights_sha256, run)
+            source = version_source(client, tracking_uri, student_uri, weights_sha256, run, example)
             tags = wanted | ({REGISTERED_BY_TAG: registrar} if registrar else {})
             created = client.create_model_version(
                 model_name, source, run_id=run or None, tags=tags, description=description or None
@@ -321,21 +324,3 @@ def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:
     """Return the oldest version with these weights."""
     found = client.search_model_versions(f"name = {_quoted(name)} and tags.`{DIGEST_TAG}` = '{weights_sha256}'")
     return str(min(int(version.version) for version in found)) if found else None
-
-
-def _source(client: MlflowClient, tracking_uri: str, student_uri: str, weights_sha256: str, run_id: str) -> Any:
-    """Return what to register as the version's source.
-
-    A tracking server refuses a path of this machine that is not among the run's own artifacts, since no other machine
-    could read it. There the run gets a small file that says where the weights are, and the version points at it.
-    """
-    remote = "://" in student_uri and not student_uri.startswith("file://")
-    if remote or is_sqlite(tracking_uri) or not run_id:
-        return student_uri
-    log.warning(
-        "%s is a path of this machine, which a tracking server cannot serve: the registered version points at a note "
-        "of it. Keep artifacts in object storage to share students.",
-        student_uri,
-    )
-    client.log_dict(run_id, {"weights_uri": student_uri, "weights_sha256": weights_sha256}, "student/weights.json")
-    return f"runs:/{run_id}/student"
