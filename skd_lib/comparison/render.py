@@ -12,7 +12,8 @@ from rich.text import Text
 
 from skd_lib._core.format import TextTable, duration
 from skd_lib.comparison.table import Comparison, VariantResult, VariantScore, VariantTest
-from skd_lib.report.render import UNSURE, WITHHELD, draft_cells, metric_name
+from skd_lib.report.names import metric_name
+from skd_lib.report.render import UNSURE, WITHHELD, draft_cells
 from skd_lib.results import Score
 
 SIGNIFICANT = 0.05
