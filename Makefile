@@ -61,7 +61,8 @@ lint: $(STAMP) ## Check style, image files and workflows
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/hadolint images/Dockerfile
-	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/actionlint
+	$(BIN)/zizmor --quiet --offline .github
 
 format: $(STAMP) ## Put style right
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -27,6 +27,8 @@ PIPELINES = {
 }
 """The functions that define pipelines, and their modules."""
 COMPILED = Path(__file__).parent / "compiled"
+IN_SOURCE_TREE = (Path(__file__).resolve().parents[1] / "pyproject.toml").is_file()
+"""Whether this is a source tree, whose compiled pipelines are kept in git, and not an installed package."""
 PROFILE_WORD = "Profile"
 """Comes before the profile's name at the end of a compiled pipeline's description."""
 HEADER = "# Compiled from pipelines/{module}.py by `skd compile`. Do not edit.\n"

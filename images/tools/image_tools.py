@@ -30,10 +30,18 @@ File = Annotated[Path, typer.Option(help="The file.", show_default="components/d
 
 
 @app.command()
-def show(file: File = DIGESTS) -> None:
+def show(
+    pinned: Annotated[
+        bool, typer.Option("--pinned", help="Only the references of pinned images, a line each.")
+    ] = False,
+    file: File = DIGESTS,
+) -> None:
     """Print which image each pod would pull. The registry is not asked."""
     for name, image in read_images(file).items():
-        typer.echo(f"{name:<9} {image.version:<9} {image.reference}{'' if image.digest else '  (not pinned)'}")
+        if not pinned:
+            typer.echo(f"{name:<9} {image.version:<9} {image.reference}{'' if image.digest else '  (not pinned)'}")
+        elif image.digest:
+            typer.echo(image.reference)
 
 
 @app.command()

@@ -20,7 +20,11 @@ def compile_(
     image: Image = None,
     comet_image: CometImage = None,
     output: Annotated[
-        Path | None, typer.Option(help="File of one pipeline.", show_default="pipelines/compiled/PIPELINE.yaml")
+        Path | None,
+        typer.Option(
+            help="File of one pipeline.",
+            show_default="PIPELINE.yaml; in a source tree pipelines/compiled/PIPELINE.yaml",
+        ),
     ] = None,
     pipeline: Annotated[
         str | None,
@@ -43,10 +47,11 @@ def compile_(
 ) -> None:
     """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see.
 
-    Write the READMEs of the components, too. With --check every profile is compiled and checked.
+    In a source tree write the READMEs of the components, too. With --check every profile is compiled and checked.
     """
     from skd_kfp.components.build import check_readmes, write_readmes
     from skd_kfp.pipelines.compiling import (
+        IN_SOURCE_TREE,
         PIPELINES,
         check_compiled,
         compile_pipeline,
@@ -77,7 +82,9 @@ def compile_(
             check_readmes()
             say("the components' READMEs are up to date")
         return
-    if (image or comet_image or profile) and output is None:
+    if not IN_SOURCE_TREE and output is None:  # the package's own files stay as they were installed
+        paths = {name: Path(f"{name}.yaml") for name in names}
+    elif (image or comet_image or profile) and output is None:
         raise SkdError(
             "images and profiles of your own do not belong in the committed pipeline",
             where="skd compile",
@@ -88,5 +95,5 @@ def compile_(
         trials = 4 if name == "compare_methods" else 1
         say(f"wrote {short(path)}{'; with 4 trials' if trials > 1 else ';'} {of_compiled(documents, trials)}")
         say(f"its images: {', '.join(images_of(documents))}")
-    if output is None:
+    if IN_SOURCE_TREE and output is None:
         write_readmes()

@@ -13,6 +13,7 @@ from typing import Any
 
 import kfp_server_api
 
+from skd_kfp.components.images import COMET, TRAIN
 from skd_kfp.pipelines.compiling import Documents, compiled_path, images_of, profile_of
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
 from skd_kfp.pipelines.kubeflow.checks import (
@@ -41,6 +42,11 @@ REASON_LENGTH = 120
 """A description fits into 255 bytes, as some databases of Kubeflow keep no more of it."""
 NO_COMET = "this pipeline has no step for it, and no scores by it"
 NO_SCORES = "comparisons have no scores by it"
+NO_DIGEST = "no digest: is it in your registry? see `skd compile --image`"
+NOT_RELEASED = (
+    "no digest, since this source tree is no release: build and push an image, then "
+    "`skd compile --image REGISTRY/NAME@sha256:... --output FILE` and `skd submit --pipeline FILE`"
+)
 WITH_COMET = "give --pipeline a file of `skd compile --pipeline distillation_comet`"
 
 
@@ -77,8 +83,11 @@ class Package:
     @property
     def images(self) -> str:
         """The images of the steps, with a remark on those that are named without a digest."""
-        doubt = " (no digest: is it in your registry? see `skd compile --image`)"
-        return ", ".join(f"{image}{'' if '@sha256:' in image else doubt}" for image in images_of(self.documents))
+        remarks = dict.fromkeys((TRAIN, COMET), NOT_RELEASED)
+        return ", ".join(
+            image if "@sha256:" in image else f"{image} ({remarks.get(image, NO_DIGEST)})"
+            for image in images_of(self.documents)
+        )
 
     @property
     def name(self) -> str:

@@ -158,9 +158,9 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 class Build(Protocol):
-    """Builds the image of this name; its tag."""
+    """Builds the image of this name, by default from this source tree; its tag."""
 
-    def __call__(self, name: str) -> str: ...
+    def __call__(self, name: str, tree: Path = ROOT) -> str: ...
 
 
 @pytest.fixture(scope="session")
@@ -168,8 +168,8 @@ def build(engine: DockerClient, base_image: str, torch_index: str) -> Build:
     """Builds an image, once for all tests."""
 
     @cache
-    def make(name: str) -> str:
-        tag = f"skd-{name}:test"
+    def make(name: str, tree: Path = ROOT) -> str:
+        tag = f"skd-{name}:{'test' if tree == ROOT else 'pinned'}"
         arguments = {"IMAGE": name, "BASE_IMAGE": base_image, "TORCH_INDEX_URL": torch_index, "REVISION": "abc123"}
         command = [
             *("docker", "build", "--network", "host", "--file", "images/Dockerfile", "--tag", tag),
@@ -177,7 +177,7 @@ def build(engine: DockerClient, base_image: str, torch_index: str) -> Build:
             ".",
         ]
         environment = {"DOCKER_BUILDKIT": "0", **os.environ}  # Debian's engine has no BuildKit front end
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         assert engine.images.get(tag).labels["org.opencontainers.image.version"] == __version__
         return tag

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from skd_kfp.components.images import TRAIN
 from skd_kfp.pipelines.cli import app
 from skd_kfp.pipelines.compiling import compiled_path
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
@@ -88,6 +89,14 @@ def test_every_image_is_told(skd_plan: Callable[..., Submission], tmp_path: Path
     other.write_text(text.replace(f"image: {small.IMAGE}", "image: r/other:1", 1), encoding="utf-8")
     told = skd_plan(package=Package.read(other)).describe()["images"].split(", ")
     assert sorted(told) == [small.IMAGE, "r/other:1 (no digest: is it in your registry? see `skd compile --image`)"]
+
+
+@pytest.mark.skipif("@" in TRAIN, reason="this is a release")
+def test_a_tree_that_is_no_release_says_how_to_come_to_an_image(skd_plan: Callable[..., Submission]):
+    told = skd_plan(package=Package.read()).describe()["images"]
+    assert told.startswith(
+        f"{TRAIN} (no digest, since this source tree is no release: build and push an image, then `skd"
+    )
 
 
 def test_comet_needs_a_step_where_it_decides(skd_plan: Callable[..., Submission], demo: RunConfig):
