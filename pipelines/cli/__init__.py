@@ -6,6 +6,7 @@ import difflib
 import json
 import textwrap
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,11 @@ import typer
 from skd_kfp.pipelines.cli.bench import bench
 from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_
+from skd_kfp.pipelines.cli.engine import engine
 from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
 from skd_kfp.pipelines.cli.init import init
-from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri, expanded, short
+from skd_kfp.pipelines.cli.options import AsJson, RunsDir, TrackingUri, expanded, say_json, short
 from skd_kfp.pipelines.cli.publish import card, push
 from skd_kfp.pipelines.cli.registry import lineage, promote, rollback, track
 from skd_kfp.pipelines.cli.run import run
@@ -78,6 +80,7 @@ def report(
         typer.Option(help="File to write.", show_default="report.html in the run's folder; for MLflow: here"),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: Annotated[
         str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow tracking server that holds the run.")
@@ -109,7 +112,10 @@ def report(
         raise SkdError(
             f"cannot write the page: {error.strerror}", where=str(path), hint="choose another --output"
         ) from error
-    say(short(path))
+    if as_json:
+        say_json({"page": str(path), "summary": found.summary.to_dict()})
+    else:
+        say(short(path))
     if open_:
         typer.launch(path.resolve().as_uri())
 
@@ -121,6 +127,7 @@ def doctor(
         bool, typer.Option("--kubeflow", help="Look at the cluster too: whether it tries failed steps again.")
     ] = False,
     namespace: Annotated[str, typer.Option(help="With --kubeflow: where Kubeflow Pipelines is.")] = "kubeflow",
+    as_json: AsJson = False,
 ) -> None:
     """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails."""
     from skd_lib._core.terminal import Console
@@ -130,8 +137,12 @@ def doctor(
 
     uri = default_store(runs_dir) if tracking_uri is None else tracking_uri
     checks = [*examine(runs_dir, uri), *([check_retries(namespace)] if kubeflow else [])]
-    Console().print(table("This machine", checks))
-    if any(check.level == "error" for check in checks):
+    failed = any(check.level == "error" for check in checks)
+    if as_json:
+        say_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        Console().print(table("This machine", checks))
+    if failed:
         raise typer.Exit(1)
 
 
@@ -140,6 +151,7 @@ def config(
         str,
         typer.Argument(help="List this section or field only, e.g. `distill`; `schema`: print the JSON schema."),
     ] = "",
+    as_json: AsJson = False,
 ) -> None:
     """List the fields of a run's YAML file: type, default, meaning.
 
@@ -161,6 +173,9 @@ def config(
         similar = inner or difflib.get_close_matches(wanted, fields.values(), n=1)
         hint = f"did you mean `{similar[0]}`?" if similar else f"a section of {', '.join(RunConfig.model_fields)}"
         raise SkdError(f"a run's file has no section or field `{section}`", where="skd config", hint=hint)
+    if as_json:
+        say_json([{**asdict(field), "default": field.default.removeprefix(" = ")} for field in listed])
+        return
     for field in listed:
         say(f"{field.path}: {field.type}{field.default}")
         if field.description:
@@ -180,3 +195,4 @@ for group, commands in GROUPS.items():
 app.command("compile", rich_help_panel=SET_UP)(compile_)
 app.add_typer(track, name="track", rich_help_panel=RECORDS)
 app.add_typer(bench, name="bench", rich_help_panel=SET_UP)
+app.add_typer(engine, name="engine", rich_help_panel=SET_UP)

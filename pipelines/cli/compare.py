@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_kfp.pipelines.cli.options import Local
+from skd_kfp.pipelines.cli.options import Local, say_json
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import how_to_look
 from skd_lib.errors import SkdError
@@ -52,7 +52,7 @@ def compare(
     console = Console(file=sys.stdout)  # this very stream: kfp's own output is redirected from `sys.stdout`
     if local.dry_run:
         if as_json:
-            say(json.dumps(to_parameters(settings, base), indent=2))
+            say_json(to_parameters(settings, base))
         else:
             _print_plan(console, planned, local.runs_dir / settings.name)
         return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skd_kfp.pipelines.cli.options import AsJson, say_json
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def evaluate(
     examples: Annotated[int | None, typer.Option(min=1, help="Use the first so many.", show_default="all")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the bootstrap; decoding is greedy.")] = 0,
     predictions: Annotated[Path | None, typer.Option(help="Folder for the answers, a file a model.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer a test set by greedy decoding, and score the answers with 95 % intervals.
 
@@ -66,14 +66,14 @@ def evaluate(
     if predictions is not None:
         for name, each in found.items():
             write_predictions(predictions / f"{name}.jsonl", each.predictions)
-    if json_:
+    if as_json:
         figures: dict[str, Any] = {
             name: {"reference": reference, **found[name].scores.flat()}
             for name, reference in (("model", model), ("baseline", baseline))
             if name in found
         }
         tests = {name: {**difference.model_dump(), "examples": n} for name, (difference, n) in differences.items()}
-        print(json.dumps(figures | ({"difference": tests} if tests else {}), indent=2))
+        say_json(figures | ({"difference": tests} if tests else {}))
         return
 
     from skd_lib._core.terminal import Console

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import getpass
-import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_kfp.pipelines.cli.options import RunsDir, TrackingUri
+from skd_kfp.pipelines.cli.options import AsJson, RunsDir, TrackingUri, say_json
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import default_store
 from skd_lib.errors import SkdError
@@ -31,6 +31,7 @@ def promote(
     version: Annotated[int, typer.Argument(min=1, help="Its version that becomes the champion.")],
     why: Why,
     by: By = None,
+    as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
 ) -> None:
@@ -43,7 +44,8 @@ def promote(
 
     uri = _store(runs_dir, tracking_uri)
     _report(
-        gate.promote(tracking_uri=uri, model=model, version=str(version), by=by or getpass.getuser(), why=_reason(why))
+        gate.promote(tracking_uri=uri, model=model, version=str(version), by=by or getpass.getuser(), why=_reason(why)),
+        as_json=as_json,
     )
 
 
@@ -51,6 +53,7 @@ def rollback(
     model: Model,
     why: Why,
     by: By = None,
+    as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
 ) -> None:
@@ -58,14 +61,14 @@ def rollback(
     from skd_lib.tracking import gate
 
     uri = _store(runs_dir, tracking_uri)
-    _report(gate.rollback(tracking_uri=uri, model=model, by=by or getpass.getuser(), why=_reason(why)))
+    _report(gate.rollback(tracking_uri=uri, model=model, by=by or getpass.getuser(), why=_reason(why)), as_json=as_json)
 
 
 def lineage(
     model: Annotated[
         str, typer.Argument(help="MODEL (its champion, else its challenger), MODEL@ALIAS or MODEL/VERSION.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a tree.")] = False,
+    as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
 ) -> None:
@@ -75,7 +78,7 @@ def lineage(
 
     found = trace(tracking_uri=_store(runs_dir, tracking_uri), reference=model)
     if as_json:
-        say(json.dumps(found.model_dump(mode="json"), indent=2))
+        say_json(found.model_dump(mode="json"))
     else:
         # Wider than any line: digests stay in one piece, to be copied.
         Console(width=_WIDE).print(render(found), highlight=False)
@@ -136,6 +139,9 @@ def _reason(why: str) -> str:
     return why.strip()
 
 
-def _report(move: Move) -> None:
+def _report(move: Move, *, as_json: bool) -> None:
+    if as_json:
+        say_json(asdict(move))
+        return
     before = f"version {move.before}" if move.before else "none"
     say(f"{move.model}: version {move.version} is the champion now; before, {before} was")

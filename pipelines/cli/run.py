@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse, short
+from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse, say_json, short
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import how_to_look, shown, sqlite_file
+from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from skd_kfp.pipelines.local.containers import Containers
@@ -34,6 +35,7 @@ def run(
     ] = False,
     image: Image = None,
     comet_image: CometImage = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
 ) -> None:
     """Run the whole pipeline on this machine.
 
@@ -51,8 +53,11 @@ def run(
     elif not settings.task.wants_comet:
         refuse(context, "comet_image", why="the run's `task.metrics` do not name COMET")
     console = Console(file=sys.stdout)  # this very stream: kfp's own output is redirected from `sys.stdout`
+    if as_json and not local.dry_run:
+        hint = "add --dry-run; `skd report NAME --json` prints the figures of a finished run"
+        raise SkdError("it prints the plan of a dry run", where="--json", hint=hint)
     if local.dry_run:
-        _print_plan(console, settings, local.runs_dir / settings.name, local.store)
+        _print_plan(console, settings, local.runs_dir / settings.name, local.store, as_json=as_json)
         return
 
     from skd_kfp.pipelines.local.stopping import explain_end, same_command
@@ -102,14 +107,24 @@ def _containers(
     )
 
 
-def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri: str) -> None:
+def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri: str, *, as_json: bool) -> None:
     from rich.table import Table
 
     from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
     from skd_kfp.pipelines.graph import read_steps
 
+    steps = read_steps(compile_pipeline(name=pipeline_for(config))[0])
+    places = {"files": str(folder), "MLflow": shown(tracking_uri) or "off"}
+    if as_json:
+        listed = [
+            {"name": step.name, "command": step.command, "after": list(step.waits_for), "at_the_end": step.is_exit}
+            for step in steps
+        ]
+        plan = {"config": config.model_dump(mode="json"), "steps": listed}
+        say_json({**plan, **{name.lower(): place for name, place in places.items()}})
+        return
     table = Table("step", "runs", "after", title=f"run {config.name}", title_justify="left", box=None)
-    for step in read_steps(compile_pipeline(name=pipeline_for(config))[0]):
+    for step in steps:
         after = "everything" if step.is_exit else ", ".join(step.waits_for) or "-"
         table.add_row(step.name, f"python3 -m {step.command}", after)
     console.print(table)
@@ -118,8 +133,7 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
         "teacher": config.teacher,
         "student": student,
         "method": f"{config.distill.method}, {config.distill.divergence}",
-        "files": str(folder),
-        "MLflow": shown(tracking_uri) or "off",
+        **places,
     }.items():
         say(f"{name:<8} {value}")
 

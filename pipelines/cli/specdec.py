@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from skd_kfp.pipelines.cli.options import AsJson, say_json
 from skd_lib.errors import SkdError
 
 
@@ -53,6 +54,7 @@ def specdec(
     repeats: Annotated[int | None, typer.Option(help="Timed passes of each kind.", show_default="3")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of what is sampled.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.", show_default="none")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure one model as the draft of another in speculative decoding, and print how to serve the pair with vLLM.
 
@@ -103,7 +105,7 @@ def specdec(
         inputs = prompts_of_run(settings, limit=plan_config.examples)
     drafts = {"draft": draft} if before is None else {"before": before, "after": draft}
     console = Console()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("looking at the models", total=None)
 
         from skd_lib.specdec.benchmark import measure_references
@@ -121,13 +123,17 @@ def specdec(
             seed=seed,
             on_progress=on_progress,
         )
+    figures = {name: result.to_dict() for name, result in results.items()}
+    if out is not None:
+        write_text_atomic(out, json.dumps(figures, indent=2) + "\n")
+    if as_json:
+        say_json(figures)
+        return
     console.print(render(results))
     for result in results.values():
         assert result.vllm is not None  # noqa: S101 - `measure` adds it
         console.print(result.vllm.command, markup=False, highlight=False, soft_wrap=True)
     if out is not None:
-        text = json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2)
-        write_text_atomic(out, text + "\n")
         console.print(f"{out}: all figures", markup=False, highlight=False, soft_wrap=True)
 
 

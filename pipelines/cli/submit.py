@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_kfp.pipelines.cli.options import Cluster, Set
+from skd_kfp.pipelines.cli.options import AsJson, Cluster, Set, say_json
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
@@ -30,6 +32,7 @@ def submit(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the run.", show_default="the config's, and the time")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, say what would run, and stop.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the pipeline in Kubeflow; for a comparison's file the pipeline `compare_methods`.
 
@@ -58,34 +61,43 @@ def submit(
     chosen = name or (run_config.name if recurring is not None else "")
     submission = Submission.plan(run_config, package, cluster.target, chosen, comparison)
     schedule = {} if recurring is None else {"schedule": described(recurring)}
-    for what, value in {**submission.describe(), **schedule}.items():
-        say(f"{what:<12} {value}")
+    facts = {**submission.describe(), **schedule}
+    tell = partial(say, err=as_json)  # what is for people only
+    for what, value in facts.items():
+        tell(f"{what:<12} {value}")
+    plain = {name.lower(): text for name, text in facts.items()}
     if dry_run:
+        if as_json:
+            say_json(plain)
         return
     api = cluster.connect()
-    say(f"{'asking':<12} {api.host}")
+    tell(f"{'asking':<12} {api.host}")
     api.check_listening()
     if recurring is not None:
-        say(cluster.link("recurringrun", submission.schedule(api, recurring).recurring_run_id))
-        return
-    run = submission.start(api, submission.prepare(api))
-    say(cluster.link("runs", run.run_id))
+        kind, identifier = "recurringrun", submission.schedule(api, recurring).recurring_run_id
+    else:
+        kind, identifier = "runs", submission.start(api, submission.prepare(api)).run_id
+    link = cluster.link(kind, identifier)
+    if as_json:
+        say_json({**plain, "recurring_run_id" if kind == "recurringrun" else "run_id": identifier, "url": link})
+    else:
+        say(link)
     if wait:
-        _wait(api, run.run_id, submission.package.documents[0])
+        _wait(api, identifier, submission.package.documents[0], tell)
 
 
-def _wait(api: KubeflowPipelines, run_id: str, spec: dict[str, Any]) -> None:
+def _wait(api: KubeflowPipelines, run_id: str, spec: dict[str, Any], tell: Callable[[str], None]) -> None:
     from skd_kfp.pipelines.graph import read_steps
     from skd_kfp.pipelines.kubeflow.follow import ending, follow
 
     try:
-        followed = follow(api, run_id, spec, read_steps(spec), say)
+        followed = follow(api, run_id, spec, read_steps(spec), tell)
     except KeyboardInterrupt as interruption:
         say("\nno longer waiting; the run goes on in the cluster", err=True)
         raise typer.Exit(INTERRUPTED) from interruption
     whole, *parts = ending(followed, api.namespace)
     if followed.succeeded:
-        say("\n".join([whole, *(f"note: {part}" for part in parts)]))
+        tell("\n".join([whole, *(f"note: {part}" for part in parts)]))
         return
     say(whole if followed.cancelled else f"error: {whole}", err=True)
     for part in parts:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from skd_kfp.pipelines.cli.options import Cluster
+from skd_kfp.pipelines.cli.options import Cluster, say_json
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
@@ -74,7 +73,7 @@ def trigger(
     bound = Trigger(run_config, package, cluster.target, cluster.connect(), claims, marker, attempts, tracking_uri)
     decision = bound.explain(source) if dry_run else bound.fire(source)
     if as_json:
-        say(json.dumps(decision.to_dict()))
+        say_json(decision.to_dict(), lines=True)
         return
     verb = "would start" if dry_run else "started"
     say(f"{verb if decision.fire else 'nothing to start'}: {decision.reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def present(store: str) -> str:
 
 def test_forth_and_back(store: str, client: MlflowClient, versions: list[Path]) -> None:
     assert "version 2 is the champion now; before, version 1 was" in promote(store, 2, "reads better")
-    assert promote(store, 3)
+    moved = json.loads(skd(store, "promote", MODEL, "3", "--why", "because", "--by", "ada", "--json"))
+    assert moved == {"model": MODEL, "version": "3", "before": "2"}
     assert promote(store, 1)
     assert [record.version for record in history(client, MODEL)] == ["1", "2", "3", "1"]
     tags = {number: client.get_model_version(MODEL, str(number)).tags for number in (1, 2)}
