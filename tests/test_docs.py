@@ -31,7 +31,8 @@ def test_every_example_is_valid(block: str) -> None:
 
 
 def test_the_algorithm_is_the_one_that_the_engine_is_tested_against() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", METHODS_PAGE, flags=re.DOTALL)
+    page = (DOCS / "concepts/how-skd-works.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     source = inspect.getsource(interleave)
     body = source[source.index("    tokens, sources") :]
     assert block == textwrap.dedent(body)

@@ -1,0 +1,59 @@
+"""The pages of the site that are made from the code, or must agree with it."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PUBLISHED = {
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.1-8B": 8_030_261_248,
+}
+"""Weights of the models on the hub's pages."""
+OF_COMPARISONS = {"compare_table", "compare_variant", "evaluate", "show"}
+
+
+@pytest.fixture(scope="module")
+def sizing() -> dict[str, Any]:
+    return runpy.run_path(str(DOCS / "sizing.py"))
+
+
+def test_the_tables_of_memory_are_up_to_date(sizing: dict[str, Any]) -> None:
+    page = (DOCS / "guides/sizing.md").read_text(encoding="utf-8")
+    assert sizing["written"](page) == page, "run python docs/sizing.py"
+    assert page.count("Llama-3.1-70B") == 1 + 2
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_models_of_the_tables_have_their_real_size(sizing: dict[str, Any], name: str) -> None:
+    assert sizing["config_size"](sizing["MODELS"][name]).parameters == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("drawing", sorted(DOCS.glob("concepts/*.svg")), ids=lambda path: path.stem)
+def test_drawings_are_described_for_those_who_do_not_see_them(drawing: Path) -> None:
+    root = ElementTree.parse(drawing).getroot()  # noqa: S314 - our own file
+    texts = {name: root.findtext(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("title", "desc")}
+    assert root.get("aria-labelledby") == "title desc"
+    assert all(texts.values())
+
+
+def test_the_drawing_and_the_table_of_the_steps_have_all_of_them() -> None:
+    steps = {
+        path.name
+        for path in (DOCS.parent / "components").iterdir()
+        if (path / "component.py").is_file() and path.name not in OF_COMPARISONS
+    }
+    page, drawing = (
+        (DOCS / "concepts" / name).read_text(encoding="utf-8") for name in ("architecture.md", "pipeline.svg")
+    )
+    assert len(steps) > 10
+    assert steps <= set(re.findall(r"`(\w+)`", page))
+    assert steps <= set(re.findall(r">(\w+)</text>", drawing))
