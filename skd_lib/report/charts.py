@@ -1,6 +1,7 @@
-"""Small charts as inline SVG.
+"""Charts as inline SVG: lines and points with intervals, each labelled where it is, on axes with names.
 
-Colours are the page's CSS classes, so that they follow its light and dark themes.
+Colours, dashes and themes are the page's CSS classes. Nothing is told by colour alone: series differ in shape and dash
+too, and stand as a table next to the chart (`skd_lib.report.figure`).
 """
 
 from __future__ import annotations
@@ -11,87 +12,103 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 480, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 26
+from skd_lib._core.format import plain
+
+WIDTH, HEIGHT = 420, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 30, 44
+_LABEL_GAP, _LABEL_LENGTH, _CHARACTER = 14, 18, 6.6
+"""Between labels; most characters of one; width of one. In the chart's units, as all sizes here."""
+_BAND_FROM = 13
+"""Points from which on intervals are drawn as a band, not as whiskers."""
 Format = Callable[[float], str]
+SHAPES = {
+    "circle": "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
+    "square": "m-3.1 -3.1h6.2v6.2h-6.2z",
+    "triangle": "m0 -4.2l4.2 7.2h-8.4z",
+    "diamond": "m0 -4.6l4.6 4.6l-4.6 4.6l-4.6 -4.6z",
+    "inverted": "m0 4.2l4.2 -7.2h-8.4z",
+    "plus": "m-1.3 -4.2h2.6v2.9h2.9v2.6h-2.9v2.9h-2.6v-2.9h-2.9v-2.6h2.9z",
+}
+"""Marks of points, drawn from their middle."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its name with the unit, how its numbers are written, and where it begins."""
+
+    name: str
+    number: Format = plain
+    from_zero: bool = False
+    whole: bool = False
+    """Only whole numbers have ticks."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart.
+    """Points of one kind, with or without a line.
 
     Attributes:
-        kind: CSS class: `student`, `teacher`, `neutral`, with `faint` (background) or `theory` (dashed) added.
-        steps: Where the points are.
-        values: Their heights.
-        dots: Mark each point, for few of them.
+        kind: CSS classes: the colour (`student`, `teacher`, `neutral`, `s0` to `s5`), and of the line `dashed`,
+            `dotted`, `dashdot` or `faint`.
+        xs: Where the points are.
+        ys: Their heights.
+        name: In tables; empty: not in them.
+        label: Next to the last point's height; cut off where it is long.
+        low: Lower ends of the 95 % intervals; empty without intervals.
+        high: Upper ends.
+        shape: Mark of each point, of `SHAPES`; empty: none.
+        joined: Draw a line through the points.
     """
 
     kind: str
-    steps: Sequence[int]
-    values: Sequence[float]
-    dots: bool = False
+    xs: Sequence[float]
+    ys: Sequence[float]
+    name: str = ""
+    label: str = ""
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    shape: str = ""
+    joined: bool = True
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """The points."""
+        return list(zip(self.xs, self.ys, strict=True))
 
 
-def line_chart(series: Sequence[Series], *, label: str, number: Format, from_zero: bool = False) -> Markup:
-    """Draw lines over training steps.
+def chart(series: Sequence[Series], x: Axis, y: Axis, *, described_by: str) -> Markup:
+    """Draw series on common axes.
 
     Args:
-        series: At least one with points.
-        label: Description for people who cannot see the chart.
-        number: Formats the heights' ticks.
-        from_zero: The heights begin at 0 rather than near the lowest value.
+        series: At least one with points; later ones are in front.
+        x: The horizontal axis.
+        y: The vertical axis.
+        described_by: The ids `NAME-title` and `NAME-note` hold the chart's name and description.
     """
-    steps = [step for one in series for step in one.steps]
-    values = [value for one in series for value in one.values]
-    across = _Scale(min(steps), max(steps), _LEFT, WIDTH - _RIGHT)
-    ticks = nice_ticks(0.0 if from_zero else min(values), max(values))
-    up = _Scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
-    marks = [_grid(up, ticks, number)]
-    marks += [
-        _text("tick", across(step), HEIGHT - 8, f"{step:,}", anchor)
-        for step, anchor in _step_ticks(min(steps), max(steps))
-    ]
+    xs = [value for one in series for value in one.xs]
+    heights = [value for one in series for value in (*one.ys, *one.low, *one.high)]
+    labels = [one.label for one in series if one.label]
+    right = max([_RIGHT, *(_CHARACTER * len(_cut(label)) + 38 for label in labels)])
+    ticks = nice_ticks(0.0 if y.from_zero else min(heights), max(heights))
+    across = Scale(0.0 if x.from_zero else min(xs), max(xs), _LEFT, WIDTH - right)
+    up = Scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    marks = [_axes(across, up, ticks, x, y)]
+    marks += [_interval(one, across, up) for one in series if one.low]
     for one in series:
-        points = [(across(step), up(value)) for step, value in zip(one.steps, one.values, strict=True)]
-        path = " ".join(f"{_number(x)},{_number(y)}" for x, y in points)
-        marks.append(_tag("polyline", f"line {one.kind}", points=path))
-        if one.dots:
-            marks += [_tag("circle", f"dot {one.kind}", cx=x, cy=y, r=3.5) for x, y in points]
-    return _svg(WIDTH, HEIGHT, marks, label)
-
-
-def bar_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, label: str, number: Format) -> Markup:
-    """Draw groups of bars from 0 up, each with its figure above it.
-
-    Args:
-        groups: Name of each group, and the kind (CSS class) and height of each of its bars.
-        label: Description for people who cannot see it.
-        number: Formats the figures.
-    """
-    values = [value for _, bars in groups for _, value in bars]
-    ticks = nice_ticks(0.0, max(values))
-    up = _Scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP + 12)
-    room = (WIDTH - _LEFT - _RIGHT) / len(groups)
-    width = min(34.0, room * 0.72 / max(len(bars) for _, bars in groups))
-    marks = [_grid(up, ticks, number)]
-    for index, (name, bars) in enumerate(groups):
-        middle = _LEFT + room * (index + 0.5)
-        marks.append(_text("tick", middle, HEIGHT - 8, name))
-        for place, (kind, value) in enumerate(bars):
-            x, y = middle + width * (place - len(bars) / 2), up(value)
-            marks.append(_tag("rect", f"bar {kind}", x=x + 1, y=y, width=width - 2, height=up(0) - y, rx=2))
-            if width >= 24:
-                marks.append(_text("figure", x + width / 2, y - 5, number(value)))
-    return _svg(WIDTH, HEIGHT, marks, label)
+        if one.joined:
+            path = " ".join(f"{_number(across(at))},{_number(up(height))}" for at, height in one.points)
+            marks.append(_tag("polyline", f"line {one.kind}", points=path))
+        marks += [_mark(one, place, across, up, x, y) for place in range(len(one.xs)) if one.shape]
+    marks += _labels([one for one in series if one.label], across, up)
+    return _svg(WIDTH, HEIGHT, marks, described_by)
 
 
 def interval(score: float, low: float, high: float, scale: tuple[float, float], kind: str) -> Markup:
     """Draw a score as a dot on its 95 % interval, on a scale that several of them share."""
-    across = _Scale(*scale, 6, 194)
+    across = Scale(*scale, 6, 194)
     marks = [
         _tag("line", "axis", x1=6, x2=194, y1=10, y2=10),
-        _tag("line", f"whisker {kind}", x1=across(low), x2=across(high), y1=10, y2=10),
+        _tag("line", f"whisker thick {kind}", x1=across(low), x2=across(high), y1=10, y2=10),
         _tag("circle", f"dot {kind}", cx=across(score), cy=10, r=5),
     ]
     return _svg(200, 20, marks)
@@ -121,15 +138,24 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Return about `count` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose both."""
     if high <= low:
         low, high = (0.0, high or 1.0) if high >= 0 else (low - 1.0, low + 1.0)
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    step = _nice_step(low, high, count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def inner_ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """Return about `count` round numbers between both, ends included; the low end where there is none."""
+    if high <= low:
+        return [low]
+    step = _nice_step(low, high, count)
+    if whole:
+        step = max(1.0, round(step))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)] or [low]
+
+
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """A linear map of [low, high] to [start, end]."""
 
     low: float
@@ -138,28 +164,99 @@ class _Scale:
     end: float
 
     def __call__(self, value: float) -> float:
+        """Return the place of a value; one outside is moved to the nearer end."""
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
 
-def _grid(up: _Scale, ticks: Sequence[float], number: Format) -> Markup:
-    marks = []
+def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move places apart to at least `gap`, in their order and as little as possible, between both ends if they fit.
+
+    Neighbours that are too close become a block around their mean (isotonic regression of the places less their gaps).
+    """
+    order = sorted(range(len(places)), key=places.__getitem__)
+    blocks: list[tuple[float, int]] = []  # of mean and size
+    for rank, index in enumerate(order):
+        mean, size = places[index] - rank * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        blocks.append((mean, size))
+    top = max(low, high - gap * (len(places) - 1))
+    starts = [min(max(mean, low), top) for mean, size in blocks for _ in range(size)]
+    moved = dict(zip(order, (start + rank * gap for rank, start in enumerate(starts)), strict=True))
+    return [moved[index] for index in range(len(places))]
+
+
+def _nice_step(low: float, high: float, count: int) -> float:
+    raw = (high - low) / count
+    power: float = 10.0 ** math.floor(math.log10(raw))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+
+
+def _axes(across: Scale, up: Scale, ticks: Sequence[float], x: Axis, y: Axis) -> Markup:
+    left, right, bottom = across.start, across.end, HEIGHT - _BOTTOM
+    marks = [_text("axis-name", 2, 13, y.name, "start"), _text("axis-name", right, HEIGHT - 6, x.name, "end")]
     for index, tick in enumerate(ticks):
-        y = up(tick)
-        marks.append(_tag("line", "grid" if index else "axis", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
-        marks.append(_text("tick", _LEFT - 7, y + 4, number(tick), "end"))
+        height = up(tick)
+        marks.append(_tag("line", "grid" if index else "axis", x1=left, x2=right, y1=height, y2=height))
+        marks.append(_text("tick", left - 7, height + 4, y.number(tick), "end"))
+    for tick in inner_ticks(across.low, across.high, whole=x.whole):
+        at = across(tick)
+        marks.append(_tag("line", "axis", x1=at, x2=at, y1=bottom, y2=bottom + 4))
+        marks.append(_text("tick", at, bottom + 17, x.number(tick)))
     return Markup("").join(marks)
 
 
-def _step_ticks(first: int, last: int) -> list[tuple[int, str]]:
-    """Return the first step, the last and the middle one, and where their labels are anchored."""
-    middle = (first + last) // 2
-    ticks = [(first, "start"), (middle, "middle"), (last, "end")]
-    return [tick for index, tick in enumerate(ticks) if tick[0] not in {step for step, _ in ticks[:index]}]
+def _interval(one: Series, across: Scale, up: Scale) -> Markup:
+    """Draw the intervals of a series: a band of many that are joined, else whiskers."""
+    if one.joined and len(one.xs) >= _BAND_FROM:
+        ends = [*zip(one.xs, one.high, strict=True), *reversed(list(zip(one.xs, one.low, strict=True)))]
+        path = " ".join(f"{_number(across(at))},{_number(up(height))}" for at, height in ends)
+        return _tag("polygon", f"band {one.kind}", points=path)
+    marks = []
+    for at, low, high in zip(map(across, one.xs), map(up, one.low), map(up, one.high), strict=True):
+        marks.append(_tag("line", f"whisker {one.kind}", x1=at, x2=at, y1=low, y2=high))
+        marks += [_tag("line", f"whisker {one.kind}", x1=at - 3.5, x2=at + 3.5, y1=end, y2=end) for end in (low, high)]
+    return Markup("").join(marks)
 
 
-def _svg(width: int, height: int, marks: Sequence[Markup], label: str = "", *, stretch: bool = False) -> Markup:
-    spoken = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
+def _mark(one: Series, place: int, across: Scale, up: Scale, x: Axis, y: Axis) -> Markup:
+    """Draw a point, whose figures a pointer over it shows."""
+    at, height = one.points[place]
+    words = f"{one.name or one.label}: {y.number(height)}"
+    if one.low:
+        words += f" ({y.number(one.low[place])} to {y.number(one.high[place])})"
+    path = _shape(one, across(at), up(height))
+    title = Markup("<title>{}, {} {}</title>").format(words, x.name, x.number(at))
+    return Markup('<path class="dot {}" d="{}">{}</path>').format(one.kind, path, title)
+
+
+def _labels(series: Sequence[Series], across: Scale, up: Scale) -> list[Markup]:
+    """List the labels at the right, each as near as can be to the height of its last point, with its mark."""
+    heights = spread_out([up(one.ys[-1]) for one in series], _LABEL_GAP, _TOP, HEIGHT - _BOTTOM)
+    start, marks = across.end + 9, []
+    for one, height in zip(series, heights, strict=True):
+        if one.joined:
+            marks.append(_tag("line", f"line {one.kind}", x1=start, x2=start + 18, y1=height, y2=height))
+        if one.shape:
+            marks.append(_tag("path", f"dot {one.kind}", d=_shape(one, start + 9, height)))
+        marks.append(_text("label", start + 24, height + 4, _cut(one.label), "start"))
+    return marks
+
+
+def _shape(one: Series, x: float, y: float) -> str:
+    return f"M{_number(x)} {_number(y)}{SHAPES[one.shape]}"
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…"
+
+
+def _svg(width: int, height: int, marks: Sequence[Markup], described_by: str = "", *, stretch: bool = False) -> Markup:
+    spoken = Markup('aria-hidden="true"')
+    if described_by:
+        spoken = Markup('role="img" aria-labelledby="{0}-title" aria-describedby="{0}-note"').format(described_by)
     return Markup('<svg viewBox="0 0 {} {}" {} {}>{}</svg>').format(
         width, height, Markup('preserveAspectRatio="none"') if stretch else "", spoken, Markup("").join(marks)
     )

@@ -19,7 +19,7 @@ def groups(values: Sequence[_T], count: int) -> list[Sequence[_T]]:
     return [values[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> tuple[list[int], list[float]]:
+def thinned(steps: Sequence[_T], values: Sequence[float], points: int = POINTS) -> tuple[list[_T], list[float]]:
     """Return at most `points` points of a curve: each the mean of its neighbours, at the last one's step."""
     if len(values) <= points:
         return list(steps), list(values)

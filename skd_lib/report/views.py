@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from statistics import fmean
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from skd_lib._core.format import duration, plain
 from skd_lib.report.charts import bars, interval, share
-from skd_lib.report.render import ROLE_NAMES, UNSURE, WITHHELD, metric_name
+from skd_lib.report.names import ROLE_NAMES, metric_name
+from skd_lib.report.render import UNSURE, WITHHELD
 from skd_lib.report.render import caution_lines as report_cautions
-from skd_lib.report.series import groups
 from skd_lib.report.summary import Summary
+from skd_lib.report.worth import count
 from skd_lib.results import Course, Moment, PairedTest, Percentiles, Role, Score, Scores, Specdec
 
 MAIN_PAIRS: tuple[tuple[Role, Role], ...] = (
@@ -81,35 +81,51 @@ def model_name(reference: str) -> str:
 
 
 def headlines(summary: Summary) -> list[Headline]:
-    """Return the figures at the top."""
-    found = []
+    """Return the figures at the top: what the student is worth, then how it does as a draft."""
+    found, worth = [], summary.worth()
     metric = summary.task_metric
-    after = summary.models.get("student_after", {}).get(metric)
-    if after is not None:
+    scores = {role: values[metric] for role, values in summary.models.items() if metric in values}
+    if "student_after" in scores:
         bounds = summary.intervals.get("student_after", {}).get(metric)
         mark = UNSURE if metric in summary.cautions.get("student_after", {}) else ""
-        detail = [f"95%: {bounds[0]:.1f} to {bounds[1]:.1f}{mark}"] if bounds else []
-        before = summary.models.get("student_before", {}).get(metric)
-        detail += [f"before: {before:.1f}"] if before is not None else []
-        found.append(Headline(f"{metric_name(metric)} of the student", f"{after:.1f}", detail))
-    gap = summary.gap()
-    if gap is not None:
-        found.append(Headline("of the gap to the teacher closed", f"{gap.closed:.0%}", [f"teacher: {gap.teacher:.1f}"]))
-    first, last = summary.specdec.get("before"), summary.specdec.get("after")
-    if last is not None:
-        for label, text, name in (
-            ("of the student's drafts accepted", "{:.1%}", "acceptance_rate"),
-            ("tokens per teacher call", "{:.2f}", "tokens_per_teacher_call"),
-            ("speed-up over the teacher alone", f"{{:.2f}}{TIMES}", "speedup"),
-        ):
-            earlier = [f"before: {text.format(first.figures()[name])}"] if first else []
-            found.append(Headline(label, text.format(last.figures()[name]), earlier))
-    rates = summary.course.rejection_rate
-    if rates:
-        parts = groups(rates, 8)
-        detail = [f"in the beginning: {fmean(parts[0]):.1%}"]
-        found.append(Headline("of drafts rejected at the end of training", f"{fmean(parts[-1]):.1%}", detail))
-    return found
+        interval = [f"95%: {bounds[0]:.1f} to {bounds[1]:.1f}{mark}"] if bounds else []
+        before = [f"before: {scores['student_before']:.1f}"] if "student_before" in scores else []
+        label = f"{metric_name(metric)} of the student"
+        found.append(Headline(label, f"{scores['student_after']:.1f}", [*interval, *before]))
+    if worth.quality_kept is not None:
+        label = f"of the teacher's {metric_name(metric)} kept"
+        gap = [] if worth.gap_closed is None else [f"{worth.gap_closed:.0%} of the gap closed"]
+        found.append(Headline(label, f"{worth.quality_kept:.0%}", [f"teacher: {scores['teacher']:.1f}", *gap]))
+    if worth.relative_speed is not None:
+        speeds = worth.student_tokens_per_second, worth.teacher_tokens_per_second
+        detail = " against ".join(plain(speed) for speed in speeds if speed is not None)
+        found.append(Headline("as fast as the teacher", f"{worth.relative_speed:.2f}{TIMES}", [f"{detail} tokens/s"]))
+    if worth.relative_size is not None:
+        sizes = " of ".join(count(size) for size in (worth.student_parameters, worth.teacher_parameters) if size)
+        found.append(Headline("of the teacher's parameters", f"{worth.relative_size:.0%}", [sizes]))
+    return [*found, *_draft_headlines(summary.specdec)]
+
+
+def _draft_headlines(specdec: Mapping[Moment, Specdec]) -> list[Headline]:
+    """Return acceptance and tokens a call; a speed-up where there is one."""
+    first, last = specdec.get("before"), specdec.get("after")
+    if last is None:
+        return []
+    shown = [
+        ("of its drafts accepted by the teacher", "{:.0%}", "acceptance_rate"),
+        ("tokens per teacher call", "{:.2f}", "tokens_per_teacher_call"),
+    ]
+    if last.speedup > 1:
+        shown.append(("speed-up of the teacher with it as draft", f"{{:.2f}}{TIMES}", "speedup"))
+    earlier = first.figures() if first else {}
+    return [
+        Headline(
+            label,
+            text.format(last.figures()[name]),
+            [f"before: {text.format(earlier[name])}"] if name in earlier else [],
+        )
+        for label, text, name in shown
+    ]
 
 
 def quality(summary: Summary) -> QualityTable:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-import threading
 from collections.abc import Iterator
-from functools import partial
-from html import unescape
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -22,8 +14,8 @@ from skd_lib.report.page import render_page
 from skd_lib.report.summary import Summary, build_summary
 from skd_lib.results import Course
 from tests.report.conftest import STEPS
+from tests.support.browser import DARK, LIGHT, browse, probe, served
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PROBE = """<!DOCTYPE html><title>probe</title><body><pre id="result"></pre>
 <iframe id="phone" src="page.html" width="375" height="800"></iframe>
 <iframe id="desk" src="page.html" width="1200" height="800"></iframe>
@@ -68,14 +60,6 @@ window.addEventListener("load", () => {
 
 
 @pytest.fixture(scope="module")
-def chromium() -> str:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip(f"no browser to look at the page with: none of {', '.join(NAMES)} is installed")
-    return found
-
-
-@pytest.fixture(scope="module")
 def site(
     tmp_path_factory: pytest.TempPathFactory, summary: Summary, samples: list[SampledSequence]
 ) -> Iterator[tuple[str, Path, list[str]]]:
@@ -88,47 +72,15 @@ def site(
     attack = (
         '<script>parent.owned = 1</script><img src="stolen.png" onerror="parent.owned = 1"><main style="color:red">'
     )
-    (folder / "attacked.html").write_text(page.replace("<main>", attack), encoding="utf-8")
+    (folder / "attacked.html").write_text(re.sub("<main[^>]*>", attack, page), encoding="utf-8")
     (folder / "probe.html").write_text(PROBE, encoding="utf-8")
     (folder / "attack.html").write_text(PROBE.replace("page.html", "attacked.html"), encoding="utf-8")
-    asked: list[str] = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-            asked.append(self.path)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", folder, asked
-    server.shutdown()
-    server.server_close()
+    with served(folder) as (address, asked):
+        yield address, folder, asked
 
 
-def browse(chromium: str, folder: Path, *options: str) -> tuple[str, list[str]]:
-    """Run the browser once; its output and what its console said."""
-    done = subprocess.run(
-        [
-            chromium,
-            *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
-            *("--enable-logging=stderr", "--virtual-time-budget=5000", f"--user-data-dir={folder / 'profile'}"),
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def probe(chromium: str, site: tuple[str, Path, list[str]], name: str) -> tuple[dict[str, Any], list[str]]:
-    output, console = browse(chromium, site[1], "--dump-dom", f"{site[0]}/{name}")
-    (result,) = re.findall('<pre id="result">(.*?)</pre>', output)
-    return json.loads(unescape(result)), console
-
-
-def test_the_page_in_a_browser(chromium: str, site: tuple[str, Path, list[str]]) -> None:
-    result, console = probe(chromium, site, "probe.html")
+def test_the_page_in_a_browser(site: tuple[str, Path, list[str]]) -> None:
+    result, console = probe(site[1], f"{site[0]}/probe.html")
     assert [line for line in console if "sandboxed" not in line] == []
     assert set(site[2]) <= {"/probe.html", "/page.html", "/empty.html", "/favicon.ico"}
     for frame in ("phone", "desk", "plain", "empty"):
@@ -150,20 +102,17 @@ def test_the_page_in_a_browser(chromium: str, site: tuple[str, Path, list[str]])
     assert not result["owned"]
 
 
-def test_what_gets_into_the_page_all_the_same_neither_runs_nor_loads(
-    chromium: str, site: tuple[str, Path, list[str]]
-) -> None:
-    result, console = probe(chromium, site, "attack.html")
+def test_what_gets_into_the_page_all_the_same_neither_runs_nor_loads(site: tuple[str, Path, list[str]]) -> None:
+    result, console = probe(site[1], f"{site[0]}/attack.html")
     assert not result["owned"]
     assert "/stolen.png" not in site[2]
     assert any("Content Security Policy" in line for line in console)
 
 
-@pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)])
-def test_light_and_dark(chromium: str, site: tuple[str, Path, list[str]], scheme: int, dark: bool) -> None:
-    image = site[1] / f"{scheme}.png"
-    theme = f"--blink-settings=preferredColorScheme={scheme}"
-    browse(chromium, site[1], theme, "--window-size=800,600", f"--screenshot={image}", f"{site[0]}/page.html")
+@pytest.mark.parametrize(("scheme", "dark"), [(DARK, True), (LIGHT, False)])
+def test_light_and_dark(site: tuple[str, Path, list[str]], scheme: str, dark: bool) -> None:
+    image = site[1] / f"{dark}.png"
+    browse(site[1], scheme, "--window-size=800,600", f"--screenshot={image}", f"{site[0]}/page.html")
     with Image.open(image) as picture:
         grey = picture.convert("L")
         assert (grey.getpixel((2, 300)) < 60) == dark  # the paper
