@@ -16,7 +16,6 @@ import typer
 from skd_kfp.pipelines.cli.bench import bench
 from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_
-from skd_kfp.pipelines.cli.engine import engine
 from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
 from skd_kfp.pipelines.cli.init import init
@@ -38,6 +37,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    epilog="Exit codes: 0 done; 1 a step of a run failed, or a check of doctor; 2 something to correct; 3 a run in "
+    "Kubeflow was cancelled; 70 a bug of skd; 75 stopped by a signal, run again to go on; 130 interrupted.",
 )
 RUN, MODELS, PUBLISH, RECORDS, SET_UP = (
     *("Train a student", "Look at a model", "Give a model to others", "Look after runs and versions"),
@@ -49,9 +50,7 @@ RUN, MODELS, PUBLISH, RECORDS, SET_UP = (
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done; 1 a step of the run failed; 2 something to correct before a run can start; 70 a bug of skd, with
-    its details in the file that the message names; 75 stopped by SIGTERM or SIGHUP, run again to go on;
-    130 interrupted.
+    Exit codes are those of `skd --help`; the message of a bug (70) names the file with its details.
     """
     run_command(app)
 
@@ -88,7 +87,10 @@ def report(
 ) -> None:
     """Make the page of a run again, from the figures and samples that the run left behind.
 
-    The page is one HTML file: send it, open it, no server and no network needed.
+    The page is one HTML file: send it, open it, no server and no network needed. With --json the figures are printed,
+    too.
+
+    Examples: `skd report demo --open`, `skd report demo --json`.
     """
     from skd_lib.report.page import render_page
     from skd_lib.report.sources import PAGE, from_folder, from_mlflow
@@ -129,7 +131,10 @@ def doctor(
     namespace: Annotated[str, typer.Option(help="With --kubeflow: where Kubeflow Pipelines is.")] = "kubeflow",
     as_json: AsJson = False,
 ) -> None:
-    """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails."""
+    """Look at this machine: what is installed, what it can do, what can be reached. Exit code 1 if something fails.
+
+    Examples: `skd doctor`, `skd doctor --kubeflow --namespace kubeflow`.
+    """
     from skd_lib._core.terminal import Console
     from skd_lib.preflight.checks import table
     from skd_lib.preflight.cluster import check_retries
@@ -158,6 +163,8 @@ def config(
     `skd config schema` prints the file's JSON schema, by which an editor completes and checks it. In VS Code (YAML
     extension) or any editor with yaml-language-server: `skd config schema > skd.schema.json`, and as the first line of
     your file `# yaml-language-server: $schema=skd.schema.json`.
+
+    Example: `skd config distill.sampling`.
     """
     from skd_lib.config import RunConfig
     from skd_lib.config.fields import list_fields
@@ -195,4 +202,3 @@ for group, commands in GROUPS.items():
 app.command("compile", rich_help_panel=SET_UP)(compile_)
 app.add_typer(track, name="track", rich_help_panel=RECORDS)
 app.add_typer(bench, name="bench", rich_help_panel=SET_UP)
-app.add_typer(engine, name="engine", rich_help_panel=SET_UP)

@@ -54,6 +54,8 @@ def sampling(
 
     Shapes: smollm2-135m, gemma-2b, gemma-7b, or with another depth, e.g. smollm2-135m-6-layers. The floor is the bare
     forwards of the same rounds.
+
+    Example: `skd bench sampling --batch-size 4 --new-tokens 32`.
     """
     from skd_lib.bench.sampling import WAYS, bench_sampling, render
     from skd_lib.bench.setup import Settings, k_for, show, with_progress

@@ -41,6 +41,8 @@ def compare(
     The pipeline `compare_methods`, run on this machine. Running again reuses every step whose inputs have not changed:
     a comparison that was stopped goes on, and if you add a variant or a seed, only the new runs are trained. A run that
     fails does not keep the others from the table; it is tried again when the comparison is run again.
+
+    Example: `skd compare compare.yaml --dry-run`.
     """
     from skd_lib._core.terminal import Console
     from skd_lib.comparison.config import load_compare

@@ -45,6 +45,9 @@ def evaluate(
     """Answer a test set by greedy decoding, and score the answers with 95 % intervals.
 
     With --baseline, the second table holds the paired difference (MODEL minus baseline) and its p-value.
+
+    Examples: `skd evaluate runs/demo/student --config run.yaml --baseline runs/demo/teacher`,
+    `skd evaluate org/model --data test.jsonl --task gsm8k --json`.
     """
     from skd_lib.evaluation.predictions import compare, write_predictions
     from skd_lib.storage import check_writable

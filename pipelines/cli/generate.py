@@ -38,6 +38,9 @@ def generate(
     """Answer a prompt. With --draft, colours show in a terminal which tokens were drafted, and which were replaced.
 
     The answer is the model's own, with a draft as without one: at temperature 0 token by token, else in distribution.
+
+    Examples: `skd generate runs/demo/student "Fichier introuvable"`,
+    `skd generate runs/demo/teacher --draft runs/demo/student --chat`.
     """
     if raw and chat:
         raise SkdError("a conversation needs the chat template", where="--raw", hint="leave out --raw or --chat")

@@ -52,7 +52,11 @@ def init(
     example: Annotated[str, typer.Option("--from", help="Copy an example instead, e.g. demo or gemma-gsm8k.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write the YAML file of a run: from an example, or from four answers."""
+    """Write the YAML file of a run: from an example, or from four answers.
+
+    Examples: `skd init`, `skd init run.yaml --from demo`,
+    `skd init --teacher org/large --student org/small --data train.jsonl --task gsm8k`.
+    """
     from skd_lib._core.documents import parse_yaml
     from skd_lib.config import RunConfig, parse_section
     from skd_lib.config.names import run_name_from

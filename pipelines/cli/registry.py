@@ -39,6 +39,8 @@ def promote(
 
     The alias `champion` moves. Who, when and why stand in the tags of the version that becomes champion and of the one
     that was.
+
+    Example: `skd promote skd-student 3 --why "reads better"`.
     """
     from skd_lib.tracking import gate
 
@@ -57,7 +59,10 @@ def rollback(
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Make the champion before the present one the champion again; a second time, the one before that."""
+    """Make the champion before the present one the champion again; a second time, the one before that.
+
+    Example: `skd rollback skd-student --why "it fails on names"`.
+    """
     from skd_lib.tracking import gate
 
     uri = _store(runs_dir, tracking_uri)
@@ -72,7 +77,10 @@ def lineage(
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Show where a registered version comes from: weights, teacher, data, settings, code, images, pipeline run."""
+    """Show where a registered version comes from: weights, teacher, data, settings, code, images, pipeline run.
+
+    Examples: `skd lineage skd-student`, `skd lineage skd-student/3 --json`.
+    """
     from skd_lib._core.terminal import Console
     from skd_lib.tracking.lineage import render, trace
 
@@ -105,6 +113,8 @@ def replay(
 
     What MLflow has already is not sent twice. Where a later attempt at the step has begun, its tags and status stand.
     Several files are sent in the order in which their steps began.
+
+    Example: `skd track replay runs/demo/tracking/distill.jsonl`.
     """
     from skd_lib import storage
     from skd_lib.tracking.outbox import read_location

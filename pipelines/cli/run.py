@@ -41,6 +41,8 @@ def run(
 
     The steps are those of the cluster, as child processes or, with --docker, as containers. Running again reuses
     finished steps whose inputs have not changed, and resumes training from its last checkpoint.
+
+    Examples: `skd run run.yaml --dry-run`, `skd run run.yaml --set distill.sampling.top_k=5`.
     """
     from skd_lib._core.terminal import Console
     from skd_lib.config import load_config, parse_overrides, refuse_multinode

@@ -60,6 +60,8 @@ def specdec(
 
     The teacher alone and with its draft decode in turns. At temperature 0 the output is checked against the teacher's
     own, token by token.
+
+    Example: `skd specdec runs/demo/teacher runs/demo/student --prompts prompts.txt`.
     """
     from skd_lib.config import SpecdecConfig, TaskConfig, load_config, parse_section
     from skd_lib.config.run import check_gammas

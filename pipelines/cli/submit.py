@@ -37,7 +37,10 @@ def submit(
     """Run the pipeline in Kubeflow; for a comparison's file the pipeline `compare_methods`.
 
     The compiled pipeline is uploaded where the server does not have it yet. With --wait Ctrl-C ends the waiting, not
-    the run.
+    the run. With --json standard output is the run's id and page, and all else goes to standard error.
+
+    Examples: `skd submit run.yaml --host https://kubeflow.example.com/pipeline --wait`,
+    `skd submit run.yaml --recurring "0 3 * * *" --dry-run`.
     """
     from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
     from skd_kfp.pipelines.kubeflow.checks import described, with_seconds

@@ -56,6 +56,8 @@ def trigger(
     Exit codes: 0 a run was started, or there is nothing to start (--json says which: `fire`); 2 something to correct,
     the server does not answer, another process holds the claim, or it is not known whether a run started; 70 a bug of
     skd. How the run ends is not waited for.
+
+    Example: `skd trigger gs://bucket/new --config run.yaml --dry-run`.
     """
     from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
     from skd_kfp.pipelines.kubeflow.submit import Package
