@@ -48,6 +48,8 @@ def compile_(
     """Compile the pipelines to the YAML that Kubeflow runs, and check them for mistakes KFP does not see.
 
     In a source tree write the READMEs of the components, too. With --check every profile is compiled and checked.
+
+    Example: `skd compile --image registry.example.com/skd:1 --profile a100 --output mine.yaml`.
     """
     from skd_kfp.components.build import check_readmes, write_readmes
     from skd_kfp.pipelines.compiling import (
