@@ -325,12 +325,10 @@ def _examples(dataset: Iterable[Any] | str | Path) -> Sequence[Any]:
     """Return the examples of rows in memory, or of a file; what are examples already stays as it is."""
     from skd_lib.data import sources
     from skd_lib.data.examples import Example
-    from skd_lib.data.readers import USUAL_COLUMNS, find_columns
-    from skd_lib.data.rows import Problems, check_rows
+    from skd_lib.data.rows import Problems, check_rows, usual_columns
 
     if isinstance(dataset, str | Path):
-        source = FilesSource(train=[str(dataset)])
-        return sources.load(source.model_copy(update={"columns": find_columns(source)})).train
+        return sources.load(FilesSource(train=[str(dataset)])).train
     rows = iter(dataset)
     first = next(rows, None)
     if first is None:
@@ -341,8 +339,7 @@ def _examples(dataset: Iterable[Any] | str | Path) -> Sequence[Any]:
     if not isinstance(first, Mapping):
         what = f"a row is a {type(first).__name__}, not a mapping"
         raise SkdError(what, where="evaluate, dataset", hint='pass rows such as {"source": ..., "target": ...}')
-    names = next((names for names in USUAL_COLUMNS if set(names) <= first.keys()), None)
-    columns = Columns() if names is None else Columns(source=names[0], target=names[1])
+    columns = usual_columns(first) or Columns()
     problems = Problems()
     examples = check_rows(((f"row {number}", dict(row)) for number, row in enumerate(both)), columns, problems)
     problems.raise_any()

@@ -18,6 +18,7 @@ from skd_lib.config.data import (
     GettextWheel,
     HeldOutConfig,
     HeldOutFiles,
+    HeldOutHub,
     HubDataset,
     HubSource,
 )

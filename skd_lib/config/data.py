@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -37,14 +38,25 @@ PLACE = re.compile(r"{([^{}]+)}")
 
 
 class Columns(ConfigSection):
-    """Which columns hold what."""
+    """Which columns hold what. Without them the format is found from the usual names: `messages` (OpenAI, TRL),
+    `conversations` (ShareGPT), `prompt` and `completion`, `prompt` alone, `question` and `answer`, ..."""
 
     source: str = Field(
         "source",
-        description="The input text: a column, or a template of several: `{body} {question}`. Parts may be empty, what "
-        "comes out may not.",
+        description="The input: a column, or a template of several: `{body} {question}`. Parts may be empty, what "
+        "comes out may not. A column may hold lists of messages.",
     )
-    target: str = Field("target", description="The reference answer, likewise.")
+    target: OptionalText = Field(
+        "target",
+        description="The reference answer, likewise. Empty: there are none, so only methods that sample every response "
+        "can train on the data.",
+    )
+    messages: OptionalText = Field(
+        None,
+        description="In place of `source` and `target`: a column of conversations, lists of messages `{role, content}` "
+        "or `{from, value}`.",
+    )
+    tools: str = Field("tools", description="Tools of conversations: read where the data have this column.")
     cast: dict[str, Cast] = Field(
         {},
         description="Columns that hold no text, and what becomes of their values: `text` writes numbers, dates and "
@@ -54,8 +66,27 @@ class Columns(ConfigSection):
 
     @property
     def names(self) -> list[str]:
-        """All columns that are read."""
-        return list(dict.fromkeys([*columns_of(self.source), *columns_of(self.target)]))
+        """All columns that the data must have."""
+        if self.messages is not None:
+            return [self.messages]
+        return list(dict.fromkeys([*columns_of(self.source), *(columns_of(self.target) if self.target else ())]))
+
+    def among(self, columns: Iterable[str]) -> list[str]:
+        """Return those of the columns that are read."""
+        return [name for name in columns if name in self.names or name == self.tools]
+
+    def __str__(self) -> str:
+        if self.messages is not None:
+            return f"conversations in `{self.messages}`"
+        answers = f"answer `{self.target}`" if self.target else "no answers: prompts alone"
+        return f"input `{self.source}`, {answers}"
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Columns:
+        given = [name for name in ("source", "target") if getattr(self, name) != Columns.model_fields[name].default]
+        if self.messages is not None and given:
+            raise ValueError(f"messages takes the place of source and target: leave out {' and '.join(given)}")
+        return self
 
     @model_validator(mode="after")
     def _casts_are_read(self) -> Columns:
@@ -150,6 +181,11 @@ class DataConfig(ConfigSection):
     """The source of examples, and their splits."""
 
     source: DataSource
+    assistant_turns: Literal["all", "last"] = Field(
+        "all",
+        description="Answers of a conversation that count in training: `all`, each with what comes before it as its "
+        "prompt, or the `last`. Tests ask for the last one.",
+    )
     teacher_examples: int | None = Field(
         None, ge=1, description="Training examples for the teacher's SFT; all if unset."
     )

@@ -10,11 +10,14 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skd_lib.config import TaskConfig
+from skd_lib.data.conversations import Conversation
+from skd_lib.data.examples import Question
 from skd_lib.data.rendering import Message, Template, render, try_rendering
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -56,12 +59,12 @@ class ChatLayout:
     after: str
     notes: tuple[str, ...]
 
-    def prompt(self, task: TaskConfig, question: str) -> str:
+    def prompt(self, task: TaskConfig, question: Question) -> str:
         """Return everything that the template writes before the answer to a question."""
         before, _, _ = self._rendered(task, question, _ANSWER).rpartition(_ANSWER)
         return before.removesuffix(self.lead)
 
-    def answer(self, task: TaskConfig, question: str, answer: str) -> str:
+    def answer(self, task: TaskConfig, question: Question, answer: str) -> str:
         """Return the answer as the template writes it: some templates remove white space around it."""
         if answer == answer.strip():
             return answer
@@ -70,11 +73,37 @@ class ChatLayout:
         written = text[len(start) : len(text) - len(self.after)] if text.startswith(start) else ""
         return written if written.strip() == answer.strip() else answer
 
-    def departure(self, task: TaskConfig, question: str, answer: str) -> str:
-        """Return the part of an example that the template changes: `question`, `answer`, or nothing (empty)."""
+    def whole(self, task: TaskConfig, talk: Conversation) -> tuple[str, str]:
+        """Return the prompt of a conversation, and the template's text from there to its end.
+
+        For answers with more than text, such as calls of tools, which a template may open in another way than text.
+
+        Raises:
+            SkdError: the template writes the beginning in another way when the answer follows.
+        """
+        text = self._rendered(task, talk, talk.answer)
+        opened = self._rendered(task, talk, None, add_generation_prompt=True)
+        for before in (self.prompt(task, talk), opened, self._rendered(task, talk, None)):
+            if text.startswith(before):
+                return before, text[len(before) :]
+        what = "the chat template writes the conversation in another way when this answer follows"
+        raise SkdError(what, hint="correct the template, or remove this row")
+
+    def departure(self, task: TaskConfig, question: Question, answer: str) -> str:
+        """Return the part of an example that the template changes: `question`, `answer` or `tools`; empty if none."""
         prompt = self.prompt(task, question)
-        if question.strip() not in prompt:
+        asked = [question] if isinstance(question, str) else _written(question)
+        if not all(text.strip() in prompt for text in asked):
             return "question"
+        if not isinstance(question, str):
+            if not all(name in prompt for name in _names(question.tools)):
+                return "tools"
+            if question.answer is None:
+                return ""
+            if not question.is_plain:
+                _, written = self.whole(task, question)
+                called = _names(question.answer.get("tool_calls", ()))
+                return "" if all(name in written for name in called) else "answer"
         ours = prompt + self.lead + self.answer(task, question, answer) + self.after
         return "" if self._rendered(task, question, answer) == ours else "answer"
 
@@ -82,8 +111,32 @@ class ChatLayout:
         """Return the answer's token ids, without those that end it; special tokens in it are tokenised as text."""
         return _tokens_behind(tokenizer, self.anchor, self.lead + answer + self.tail)
 
-    def _rendered(self, task: TaskConfig, question: str, answer: str) -> str:
-        return render(self.template, conversation(task, question, answer, parts=self.parts), date=task.date)
+    def _rendered(
+        self,
+        task: TaskConfig,
+        question: Question,
+        answer: str | Message | None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        return render(
+            self.template,
+            conversation(task, question, answer, parts=self.parts),
+            tools=() if isinstance(question, str) else question.tools,
+            add_generation_prompt=add_generation_prompt,
+            date=task.date,
+        )
+
+
+def _written(talk: Conversation) -> list[str]:
+    """Return the texts that a template must write before the answer: of old answers some leave parts out."""
+    return [message["content"] for message in talk.asked if message["role"] in ("system", "user")]
+
+
+def _names(described: Iterable[Any]) -> list[str]:
+    """Return the names of tools, or of called ones."""
+    functions = (each.get("function", each) for each in described)
+    return [str(function["name"]) for function in functions if isinstance(function, dict) and "name" in function]
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -108,14 +161,26 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     return Template(source, json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True))
 
 
-def conversation(task: TaskConfig, question: str, answer: str | None = None, *, parts: bool = False) -> list[Message]:
-    """Return the messages of one example; without an answer, those before it."""
-    system = [("system", task.system_prompt)] if task.system_prompt else []
-    asked = [*system, ("user", task.prompt.replace("{source}", question))]
-    said = asked if answer is None else [*asked, ("assistant", answer)]
-    return [
-        {"role": role, "content": [{"type": "text", "text": content}] if parts else content} for role, content in said
-    ]
+def conversation(
+    task: TaskConfig, question: Question, answer: str | Message | None = None, *, parts: bool = False
+) -> list[Message]:
+    """Return the messages of one example; without an answer, those before it.
+
+    A conversation is taken as it is: the task's prompt is not put around it; the task's system prompt comes first where
+    it has no system message.
+    """
+    if isinstance(question, str):
+        asked: list[Message] = [{"role": "user", "content": task.prompt.replace("{source}", question)}]
+    else:
+        asked = [{key: value for key, value in each.items() if key != "weight"} for each in question.asked]
+    if task.system_prompt and asked[0]["role"] != "system":
+        asked = [{"role": "system", "content": task.system_prompt}, *asked]
+    if answer is not None:
+        said = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        asked.append({key: value for key, value in said.items() if key != "weight"})
+    if parts:
+        return [each | {"content": [{"type": "text", "text": each["content"]}]} for each in asked]
+    return asked
 
 
 def check_rendering(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:

@@ -70,11 +70,11 @@ def numbers(text: str) -> tuple[str, ...]:
 
 
 def drop_repeated(examples: Iterable[Example]) -> Kept:
-    """Keep the first of rows with the same source and target, letter for letter."""
-    first: dict[tuple[str, str], Example] = {}
+    """Keep the first of rows with the same source and target, or the same conversation, letter for letter."""
+    first: dict[tuple[str, ...], Example] = {}
     dropped, pairs = 0, list[Pair]()
     for example in examples:
-        text = (example.source, example.target)
+        text = (example.source, example.target, *(() if example.conversation is None else (example.id,)))
         if text not in first:
             first[text] = example
             continue

@@ -1,28 +1,36 @@
-"""Rows of data as people have them, turned into prompts and responses of tokens.
+"""Rows as trainers get them, turned into prompts and responses of tokens.
 
-==========================  =======================================================================================
-row has                     prompt and response
-==========================  =======================================================================================
-`messages`                  all before the last assistant message, and that message
-`prompt`, `completion`      as they are: both strings, or both lists of messages
-`prompt`                    the prompt; no response, so only methods that sample every response can train on it
-==========================  =======================================================================================
+==================================  ================================================================================
+row has                             prompt and response
+==================================  ================================================================================
+`messages`, or `conversations`      all before the last answer, and that answer; `each_turn` makes a row of each answer
+`prompt`, `completion`              as they are: both strings, or both lists of messages
+`prompt`                            the prompt; no response, so only methods that sample every response can train on it
+==================================  ================================================================================
 
-These are the formats of TRL and of OpenAI's chat logs. Messages are rendered by the tokenizer's chat template.
+Messages are read by `skd_lib.data.conversations` and rendered by the tokenizer's chat template, as in the pipeline.
+Strings are taken as they are, without a chat template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from skd_lib.data.tokenize import TokenizedExample
+from skd_lib.config import TaskConfig
+from skd_lib.data.conversations import Conversation, read_conversation, read_prompt
+from skd_lib.data.examples import conversation_example
+from skd_lib.data.rows import CONVERSATIONS
+from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KNOWN = "`messages`, `prompt` and `completion`, or `prompt`"
+_AS_STRINGS = "use an instruction-tuned model, or rows with `prompt` and `completion` as strings"
+_TASK = TaskConfig(max_new_tokens=2**20)
+"""Messages as they are, of any length."""
 
 
 def tokenize_row(
@@ -47,15 +55,11 @@ def tokenize_row(
         Prompt and response; the response is empty where the row has none.
 
     Raises:
-        SkdError: the row has none of the formats, or its prompt alone is too long.
+        SkdError: the row has none of the formats, is broken, or its prompt alone is too long.
     """
-    messages = row.get("messages")
-    if messages is not None:
-        if isinstance(messages, str) or not hasattr(messages, "__iter__"):
-            what = f"`messages` is a {type(messages).__name__}, not a list"
-            raise SkdError(what, where=where, hint="read JSON texts as JSON first")
-        messages = list(messages)
-        prompt, response = _of_messages(tokenizer, messages, where)
+    talk = _conversation(row, where)
+    if talk is not None:
+        prompt, response = _of_messages(tokenizer, talk, where)
     elif isinstance(row.get("prompt"), str):
         prompt = list(tokenizer(row["prompt"])["input_ids"])
         if len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:  # tokenizers of encoders add it to every text
@@ -64,11 +68,6 @@ def tokenize_row(
         if completion is not None and not isinstance(completion, str):
             raise SkdError("`prompt` is a string and `completion` is none", where=where, hint="give both as strings")
         response = [] if completion is None else [*_plain(tokenizer, completion), eos_ids[0]]
-    elif isinstance(row.get("prompt"), Sequence):
-        if isinstance(row.get("completion"), str):
-            what = "`prompt` is a list of messages and `completion` a string"
-            raise SkdError(what, where=where, hint="give both as lists of messages, or both as strings")
-        prompt, response = _of_messages(tokenizer, [*row["prompt"], *(row.get("completion") or ())], where)
     else:
         raise SkdError(
             f"the row has the fields {', '.join(sorted(row)) or 'none'}", where=where, hint=f"it needs {_KNOWN}"
@@ -77,7 +76,7 @@ def tokenize_row(
     if ends:
         response = response[: ends[0] + 1]
     elif response:
-        response = [*response, eos_ids[0]]  # a chat template that does not end answers
+        response = [*response, eos_ids[0]]  # a chat template that ends answers with a token of its own, or with none
     if max_length is not None:
         if len(prompt) >= max_length:
             raise SkdError(
@@ -89,51 +88,45 @@ def tokenize_row(
     return TokenizedExample(prompt, response)
 
 
-def _of_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str
-) -> tuple[list[int], list[int]]:
+def each_turn(rows: Iterable[Mapping[str, Any]], where: str = "") -> Iterator[Mapping[str, Any]]:
+    """Yield a row for each answer of a conversation that counts in training; other rows as they are.
+
+    Raises:
+        SkdError: a conversation is broken; `where` is followed by the row's number, from 1.
+    """
+    for number, row in enumerate(rows, start=1):
+        talk = _conversation(row, f"{where}, row {number}")
+        if talk is None or talk.answer is None:
+            yield row
+        else:
+            yield from (turn.to_dict() for turn in talk.turns())
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> Conversation | None:
+    """Return the messages of a row; None where it holds texts."""
+    tools = row.get("tools")
+    try:
+        for name in CONVERSATIONS:
+            if row.get(name) is not None:
+                return read_conversation(row[name], tools, field=name)
+        if isinstance(row.get("prompt"), Sequence) and not isinstance(row["prompt"], str):
+            return read_prompt(row["prompt"], row.get("completion"), tools, fields=("prompt", "completion"))
+    except SkdError as error:
+        place = ", ".join(filter(None, (where, error.where)))
+        raise SkdError(error.what, where=place, hint=error.hint) from error
+    return None
+
+
+def _of_messages(tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str) -> tuple[list[int], list[int]]:
+    name = where or str(tokenizer.name_or_path)
     if not tokenizer.chat_template:
-        raise SkdError(
-            "the row holds messages and the tokenizer has no chat template",
-            where=where or str(tokenizer.name_or_path),
-            hint="use an instruction-tuned model, or rows with `prompt` and `completion` as strings",
-        )
-    for number, message in enumerate(messages):
-        if (
-            not isinstance(message, Mapping)
-            or not isinstance(message.get("role"), str)
-            or message.get("content") is None
-        ):
-            raise SkdError(
-                f"message {number} is no `{{role, content}}`: {str(message)[:80]}",
-                where=where,
-                hint=f"rows need {_KNOWN}",
-            )
-    roles = [message["role"] for message in messages]
-    last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
-    if last == 0 or not messages:
-        raise SkdError("there is no message before the assistant's", where=where)
-
-    def rendered(part: Sequence[Mapping[str, Any]], *, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(list(part), tokenize=False, add_generation_prompt=prompt))
-
-    before = rendered(messages[:last], prompt=True)
-    response = ""
-    if last < len(messages):
-        whole = rendered(messages[: last + 1], prompt=False)
-        if not whole.startswith(before):
-            # Some templates open an answer otherwise than their generation prompt does (an empty thinking part, ...).
-            before = rendered(messages[:last], prompt=False)
-        if not whole.startswith(before):
-            raise SkdError(
-                "the chat template writes the conversation otherwise when the answer follows",
-                where=where or str(tokenizer.name_or_path),
-                hint="give rows with `prompt` and `completion` as strings",
-            )
-        response = whole[len(before) :]
-    return list(tokenizer(before, add_special_tokens=False)["input_ids"]), list(
-        tokenizer(response, add_special_tokens=False)["input_ids"]
-    )
+        what = "the row holds messages and the tokenizer has no chat template"
+        raise SkdError(what, where=name, hint=_AS_STRINGS)
+    try:
+        encoded = encode(tokenizer, _TASK, conversation_example(talk), answer_end_id(tokenizer, _TASK))
+    except SkdError as error:
+        raise SkdError(error.what, where=name, hint="correct the chat template or this row") from error
+    return encoded.prompt_ids, encoded.response_ids
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

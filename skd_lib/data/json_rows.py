@@ -70,7 +70,7 @@ def text_lines(stream: IO[bytes]) -> Iterator[str]:
             yield text
 
 
-def read_jsonl_table(stream: IO[bytes], name: str, _columns: Columns) -> Table:
+def read_jsonl_table(stream: IO[bytes], name: str, _columns: Columns | None) -> Table:
     """Read JSON Lines: an object a line."""
     return Table(
         RawRow(f"{name}, row {number}", partial(_json_line, line, number))
@@ -112,7 +112,7 @@ class _Keys:
         return value
 
 
-def read_json_table(stream: IO[bytes], name: str, _columns: Columns) -> Table:
+def read_json_table(stream: IO[bytes], name: str, _columns: Columns | None) -> Table:
     """Read an array of objects, or objects one after the other."""
     return Table(
         RawRow(f"{name}, row {number}", row) for number, row in enumerate(_json_rows(_JsonText(stream)), start=1)

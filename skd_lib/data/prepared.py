@@ -11,7 +11,7 @@ from typing import Any
 
 from skd_lib import storage
 from skd_lib._core.terminal import visible
-from skd_lib.config import DataConfig, FilesSource
+from skd_lib.config import Columns, DataConfig, FilesSource
 from skd_lib.data import sources
 from skd_lib.data.examples import Example, read_jsonl, write_jsonl
 from skd_lib.data.splits import Splits, complaints, make_splits
@@ -99,15 +99,17 @@ def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | No
         SkdError: rows are wrong, or a split is empty or nearly so.
     """
     held_out, missing = _load_held_out(config)
-    splits = make_splits(sources.load(config.source, cache_dir=cache_dir), config, seed, held_out)
+    whole = make_splits(sources.load(config.source, cache_dir=cache_dir), config, seed, held_out)
+    splits = whole.by_turn() if config.assistant_turns == "all" else whole
     files = {**splits.named(), **{f"{HELD_OUT}/{name}": rows for name, rows in splits.held_out.items()}}
     rows = {name: len(examples) for name, examples in files.items()}
     wanted = (config.teacher_examples, config.student_examples, config.validation_examples, config.test_examples)
     limits = dict(zip(SPLITS, wanted, strict=True)) | {f"{HELD_OUT}/{s.name}": s.examples for s in config.held_out}
-    for name, count in rows.items():
+    found = {**whole.named(), **{f"{HELD_OUT}/{name}": examples for name, examples in whole.held_out.items()}}
+    for name, examples in found.items():
         limit = limits[name]
-        if limit is not None and count < limit:
-            log.warning("%s: %d examples were asked for, the source has %d", name, limit, count)
+        if limit is not None and len(examples) < limit:
+            log.warning("%s: %d examples were asked for, the source has %d", name, limit, len(examples))
     for _, _, complaint in complaints(splits.losses):
         log.warning("%s", complaint)
     with storage.atomic_directory(folder) as temporary:
@@ -162,7 +164,7 @@ def _manifest(
 
 def preparation(config: DataConfig) -> dict[str, Any]:
     """Return the part of the configuration that decides which rows come out of given content; locations do not."""
-    values: dict[str, Any] = config.model_dump(mode="json")
+    values = _values(config)
     if isinstance(config.source, FilesSource):
         # `sources.identify` says which file belongs to which split, with the file's checksum.
         for split in ("train", "validation", "test"):
@@ -176,9 +178,23 @@ def preparation(config: DataConfig) -> dict[str, Any]:
     return values
 
 
+def _values(config: DataConfig) -> dict[str, Any]:
+    """Return the configuration, without settings of conversations at their defaults.
+
+    So data of texts keep the fingerprints they had before there were conversations.
+    """
+    values: dict[str, Any] = config.model_dump(mode="json")
+    columns = [each.get("columns") for each in (values["source"], *(each["source"] for each in values["held_out"]))]
+    defaults = [(each, Columns, name) for each in columns if each for name in ("messages", "tools")]
+    for section, model, name in [(values, DataConfig, "assistant_turns"), *defaults]:
+        if section[name] == model.model_fields[name].default:
+            del section[name]
+    return values
+
+
 def _described(config: DataConfig) -> dict[str, Any]:
     """Return the configuration for later steps; of a held-out set's task only the fields that it overrides."""
-    values: dict[str, Any] = config.model_dump(mode="json")
+    values = _values(config)
     for held_out, described in zip(config.held_out, values["held_out"], strict=True):
         # Without its name, which may be that of a file that is not there.
         described["task"] = held_out.task.model_dump(mode="json", exclude_unset=True, exclude={"name"})

@@ -1,7 +1,7 @@
 """Readers of data files: JSON Lines, JSON, CSV, tab-separated and Parquet, all but the last also gzipped.
 
-A reader yields the place of each row and a function that returns its fields; any error of either, and of any library,
-becomes an error with file and row in one place, `guarded`.
+A reader yields the place of each row and a function that returns its fields: those of given columns, else all.
+Any error of either, and of any library, becomes an error with file and row in one place, `guarded`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar, cast
 
 from skd_lib import storage
 from skd_lib._core.format import first_line
-from skd_lib.config import Columns, FilesSource
+from skd_lib.config import Columns
 from skd_lib.data.examples import Example
 from skd_lib.data.files import COMPRESSED, ENDINGS, data_files, ending
 from skd_lib.data.json_rows import MAX_ROW_BYTES, Fields, RawRow, Table, read_json_table, read_jsonl_table, text_lines
@@ -26,40 +26,16 @@ from skd_lib.errors import SkdError, SkdErrors
 
 T = TypeVar("T")
 _BATCH = 1000
-USUAL_COLUMNS = (
-    ("source", "target"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("input", "output"),
-    ("document", "summary"),
-    ("article", "summary"),
-    ("text", "summary"),
-)
-"""Names that the input's and the answer's column usually have."""
 
 
-def find_columns(source: FilesSource) -> Columns:
-    """Return the columns to read: those named, else the first of `USUAL_COLUMNS` that the training data have.
-
-    Where there are none, the default: reading the data then reports the columns that there are.
-    """
-    if source.columns != Columns():
-        return source.columns
-    for names in USUAL_COLUMNS:
-        columns = Columns(source=names[0], target=names[1])
-        try:
-            file = next(iter(data_files(source.train[0])))
-            problems = Problems()
-            with storage.open_binary(file) as stream:
-                found = read_file(stream, file, columns, problems, 1)
-            problems.raise_any()
-        except (SkdError, StopIteration):
-            continue
-        if found:
-            return columns
-    return source.columns
+def first_fields(stream: IO[bytes], name: str) -> Fields:
+    """Return all fields of a file's first row; none if there is no such row, whatever the reason."""
+    found = ending(name)
+    try:
+        _, read = _READERS[found or ""]
+        return next(read(_uncompressed(stream, name), name, None).rows).fields()
+    except Exception:  # noqa: BLE001 - reading the file tells what is wrong with it
+        return {}
 
 
 def read_file(
@@ -83,13 +59,15 @@ def read_file(
         problems.add(SkdError("unknown kind of data file", where=name, hint=hint))
         return []
     kind, read = _READERS[found]
-    if name.lower().endswith(COMPRESSED):
-        stream = cast(IO[bytes], gzip.GzipFile(fileobj=stream))
-    table = _attempt(lambda: read(stream, name, columns), f"not a {kind} file", name, problems)
+    table = _attempt(lambda: read(_uncompressed(stream, name), name, columns), f"not a {kind} file", name, problems)
     if table is None:
         return []
     rows = guarded(islice(table.rows, max_rows), kind, name, problems)
     return check_rows(rows, columns, problems, table.labels, None if max_rows is None else QUICK_CHARACTERS)
+
+
+def _uncompressed(stream: IO[bytes], name: str) -> IO[bytes]:
+    return cast(IO[bytes], gzip.GzipFile(fileobj=stream)) if name.lower().endswith(COMPRESSED) else stream
 
 
 def read_lines(path: Path, limit: int) -> list[str]:
@@ -156,15 +134,16 @@ def _explained(error: Exception, what: str, where: str) -> list[SkdError]:
 # --- tables of text -----------------------------------------------------------------------------------------------
 
 
-def _csv(stream: IO[bytes], name: str, columns: Columns) -> Table:
+def _csv(stream: IO[bytes], name: str, columns: Columns | None) -> Table:
     csv.field_size_limit(MAX_ROW_BYTES)  # the library's own, 131,072, is less than a long document
     reader = csv.reader(text_lines(stream), strict=True)
     header = next(filter(None, reader), [])
-    check_columns(header, name, columns)
+    if columns is not None:
+        check_columns(header, name, columns)
     return Table(_records(reader, header, name))
 
 
-def _tsv(stream: IO[bytes], name: str, columns: Columns) -> Table:
+def _tsv(stream: IO[bytes], name: str, columns: Columns | None) -> Table:
     """Read a tab-separated table as IANA, Tatoeba and OPUS have it: quotation marks are text.
 
     Some programs quote every text as in CSV: a file is read so if its header is in quotation marks, or all fields of a
@@ -181,15 +160,18 @@ def _tsv(stream: IO[bytes], name: str, columns: Columns) -> Table:
         else csv.reader(every, delimiter="\t", quoting=csv.QUOTE_NONE)
     )
     header = next(filter(None, reader), [])
-    check_columns(header, name, columns)
+    if columns is not None:
+        check_columns(header, name, columns)
     rows = _records(reader, header, name)
-    return Table(rows if as_csv else (RawRow(where, partial(_unquoted, row, columns)) for where, row in rows))
+    if as_csv or columns is None:
+        return Table(rows)
+    return Table((RawRow(where, partial(_unquoted, row, columns)) for where, row in rows))
 
 
-def _is_quoted(head: list[list[str]], columns: Columns) -> bool:
+def _is_quoted(head: list[list[str]], columns: Columns | None) -> bool:
     """Return whether the first lines of a table look as if every text were in quotation marks."""
     header, rows = (head[0], head[1:]) if head else ([], [])
-    places = [place for place, field in enumerate(header) if field in columns.names]
+    places = [place for place, field in enumerate(header) if columns is None or field in columns.names]
     quoted = (all(place < len(row) and _in_quotes(row[place]) for row in rows) for place in places)
     return any(map(_in_quotes, header)) or (len(rows) > 1 and any(quoted))
 
@@ -224,17 +206,20 @@ def _in_quotes(field: str) -> bool:
 # --- Parquet ------------------------------------------------------------------------------------------------------
 
 
-def _parquet(stream: IO[bytes], name: str, columns: Columns) -> Table:
+def _parquet(stream: IO[bytes], name: str, columns: Columns | None) -> Table:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(stream)
-    check_columns(file.schema_arrow.names, name, columns)
-    return Table(_parquet_rows(file, name, columns), _labels(file.schema_arrow, columns))
+    names = file.schema_arrow.names
+    if columns is None:
+        return Table(_parquet_rows(file, name, names, 1))
+    check_columns(names, name, columns)
+    return Table(_parquet_rows(file, name, columns.among(names), _BATCH), _labels(file.schema_arrow, columns))
 
 
-def _parquet_rows(file: Any, name: str, columns: Columns) -> Iterator[RawRow]:
+def _parquet_rows(file: Any, name: str, columns: list[str], size: int) -> Iterator[RawRow]:
     first = 1
-    for batch in map(_shortest, file.iter_batches(batch_size=_BATCH, columns=columns.names)):
+    for batch in map(_shortest, file.iter_batches(batch_size=size, columns=columns)):
         rows: Iterable[Callable[[], Fields]]
         try:
             rows = [partial(dict, fields) for fields in batch.to_pylist()]
@@ -278,7 +263,7 @@ def class_labels(features: Mapping[str, Any] | None) -> Labels:
     return {name: kind.names for name, kind in (features or {}).items() if isinstance(kind, ClassLabel) and kind.names}
 
 
-_READERS: dict[str, tuple[str, Callable[[IO[bytes], str, Columns], Table]]] = {
+_READERS: dict[str, tuple[str, Callable[[IO[bytes], str, Columns | None], Table]]] = {
     ".jsonl": ("JSON", read_jsonl_table),
     ".ndjson": ("JSON", read_jsonl_table),
     ".json": ("JSON", read_json_table),

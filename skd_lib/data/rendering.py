@@ -34,7 +34,12 @@ class Template(NamedTuple):
 
 
 def render(
-    template: Template, messages: Sequence[Message], *, add_generation_prompt: bool = False, date: str = ""
+    template: Template,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] = (),
+    add_generation_prompt: bool = False,
+    date: str = "",
 ) -> str:
     """Render a conversation, for which `date` (YYYY-MM-DD; empty: today) is the present day.
 
@@ -49,6 +54,7 @@ def render(
         _compile_jinja_template(template.source).globals["strftime_now"] = now.strftime
         texts, _ = render_jinja_template(
             [list(messages)],
+            tools=list(tools) or None,
             chat_template=template.source,
             add_generation_prompt=add_generation_prompt,
             **json.loads(template.variables),

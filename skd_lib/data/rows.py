@@ -6,7 +6,7 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from typing import Any, NoReturn
@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from skd_lib._core.terminal import visible
 from skd_lib.config import Columns
 from skd_lib.config.data import PLACE, columns_of
-from skd_lib.data.examples import Example, make_example
+from skd_lib.data.conversations import read_conversation, read_prompt
+from skd_lib.data.examples import Example, conversation_example, make_example
 from skd_lib.errors import SkdError, SkdErrors
 
 MAX_PROBLEMS = 20
@@ -28,6 +29,39 @@ HINT_BROKEN = "correct or remove this row"
 _NAME_COLUMNS = "name the columns in `data.source.columns` (`skd evaluate`: by --source, --target)"
 Labels = Mapping[str, list[str]]
 """The names of a ClassLabel's values, by column."""
+USUAL_COLUMNS = (
+    ("source", "target"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("input", "output"),
+    ("document", "summary"),
+    ("article", "summary"),
+    ("text", "summary"),
+)
+"""Names that the input's and the answer's column usually have."""
+CONVERSATIONS = ("messages", "conversations")
+"""Names that a column of conversations has: OpenAI's and TRL's, ShareGPT's."""
+PROMPT = "prompt"
+
+
+def usual_columns(names: Iterable[str]) -> Columns | None:
+    """Return the columns to read by the usual names among these; None if there are none.
+
+    `source` and `target` go before conversations, and those before the other pairs: datasets of conversations often
+    have the first prompt in a column of its own.
+    """
+    present = set(names)
+    pairs = [pair for pair in USUAL_COLUMNS if present.issuperset(pair)]
+    if pairs and pairs[0] == USUAL_COLUMNS[0]:
+        return Columns()
+    for name in CONVERSATIONS:
+        if name in present:
+            return Columns(messages=name)
+    if pairs:
+        return Columns(source=pairs[0][0], target=pairs[0][1])
+    return Columns(source=PROMPT, target=None) if PROMPT in present else None
 
 
 class Problems:
@@ -63,24 +97,28 @@ def check_rows(
     labels: Labels | None = None,
     max_characters: int | None = None,
 ) -> list[Example]:
-    """Turn rows into examples: all columns must be there, and make two texts that are not blank.
+    """Turn rows into examples: all columns must be there, and make two texts that are not blank, or a conversation.
 
     Args:
         rows: The place of each row, and its fields.
-        columns: Names of the source's and the target's columns, and casts of those that hold no text.
+        columns: Names of the columns, and casts of those that hold no text.
         problems: Takes the errors.
         labels: The names of labels, where the rows have any.
         max_characters: Stop after this many in all.
     """
-    examples, characters = [], 0
+    examples: list[Example] = []
+    characters = 0
     first: list[set[tuple[str, str]]] = []
     for where, row in rows:
-        texts, errors = [], []
-        for column in (columns.source, columns.target):
-            try:
-                texts.append(_text(row, column, columns, labels or {}))
-            except SkdErrors as several:
-                errors += several.errors
+        errors: list[SkdError] = []
+        try:
+            example = _example(row, columns, labels or {}, where)
+            if examples and (wrong := _differing(example, examples[0], columns)):
+                errors = [wrong]
+        except SkdErrors as several:
+            errors = several.errors
+        except SkdError as error:
+            errors = [error]
         for error in errors:
             problems.add(SkdError(error.what, where=f"{where}, {error.where}", hint=error.hint))
         if len(first) < _ALIKE:
@@ -88,11 +126,67 @@ def check_rows(
             if len(first) == _ALIKE and set.intersection(*first):
                 problems.stop(f"reading stopped: each of the first {_ALIKE} rows has the same problem")
         if not errors:
-            examples.append(make_example(texts[0], texts[1], where))
-            characters += sum(map(len, texts))
+            examples.append(example)
+            characters += len(example.source) + len(example.target)
             if max_characters is not None and characters >= max_characters:
                 break
     return examples
+
+
+def _example(row: Mapping[str, Any], columns: Columns, labels: Labels, origin: str) -> Example:
+    """Return the example of a row.
+
+    Raises:
+        SkdError: it makes none; `where` names the field.
+    """
+    tools = row.get(columns.tools)
+    if columns.messages is not None:
+        talk = read_conversation(_field(row, columns.messages), tools, field=columns.messages)
+    elif _holds_messages(row.get(columns.source)):
+        fields = (columns.source, columns.target or "completion")
+        completion = _field(row, columns.target) if columns.target else None
+        if columns.target and completion is None:
+            raise SkdError("the field is empty: null", where=f"field `{columns.target}`", hint=HINT_BROKEN)
+        talk = read_prompt(row[columns.source], completion, tools, fields=fields)
+    else:
+        texts, errors = [], []
+        for column in filter(None, (columns.source, columns.target)):
+            try:
+                texts.append(_text(row, column, columns, labels))
+            except SkdErrors as several:
+                errors += several.errors
+        if errors:
+            raise SkdErrors(errors)
+        return make_example(texts[0], texts[1] if columns.target else "", origin)
+    for number, message in enumerate(talk.messages, start=1):
+        if wrong := _wrong(message["content"]):
+            where = f"field `{columns.messages or columns.source}`, message {number}"
+            raise SkdError(wrong, where=where, hint=HINT_BROKEN)
+    return conversation_example(talk, origin)
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        hint = f"this row has: {listed(row)}; {_NAME_COLUMNS}"
+        raise SkdError("the field is missing", where=f"field `{name}`", hint=hint)
+    return row[name]
+
+
+def _holds_messages(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and isinstance((*value, None)[0], Mapping)
+
+
+def _differing(example: Example, first: Example, columns: Columns) -> SkdError | None:
+    """Return an error if a row is of another format than the first one."""
+
+    def form(of: Example) -> str:
+        kind = "text" if of.conversation is None else "messages"
+        return f"{kind} {'with' if of.target else 'without'} an answer"
+
+    if form(example) == form(first):
+        return None
+    what = f"mixed formats: this row has {form(example)}, the first one {form(first)}"
+    return SkdError(what, where=f"field `{columns.messages or columns.source}`", hint="keep one format in a file")
 
 
 def check_columns(names: Iterable[str], file: str, columns: Columns) -> None:

@@ -24,6 +24,7 @@ from skd_lib.config import (
     GettextWheel,
     HeldOutConfig,
     HeldOutFiles,
+    HeldOutHub,
     HubDataset,
     HubSource,
 )
@@ -31,8 +32,8 @@ from skd_lib.data.examples import Example
 from skd_lib.data.files import data_files, stored_files
 from skd_lib.data.gettext_catalogs import read_wheel
 from skd_lib.data.json_rows import RawRow
-from skd_lib.data.readers import class_labels, guarded, read_file
-from skd_lib.data.rows import QUICK_CHARACTERS, Problems, check_columns, check_rows
+from skd_lib.data.readers import class_labels, first_fields, guarded, read_file
+from skd_lib.data.rows import QUICK_CHARACTERS, Problems, check_columns, check_rows, usual_columns
 from skd_lib.errors import SkdError, SkdErrors
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -55,6 +56,28 @@ class SourceSplits:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
+def find_columns(source: FilesSource | HubSource | HeldOutFiles | HeldOutHub) -> Columns:
+    """Return the columns to read: those given, else the usual ones that the first row has.
+
+    Where there are none, the default: reading the data then reports the columns that there are.
+    """
+    if source.columns != Columns():
+        return source.columns
+    try:
+        if isinstance(source, HubDataset):
+            split = source.train_split if isinstance(source, HubSource) else source.split
+            with _hub_errors(source.dataset):
+                fields = next(iter(_stream(source, split, 1)), {})
+        else:
+            uris = source.train if isinstance(source, FilesSource) else source.files
+            file = data_files(uris[0])[0]
+            with storage.open_binary(file) as stream:
+                fields = first_fields(stream, file)
+    except SkdError:
+        return source.columns
+    return usual_columns(fields) or source.columns
+
+
 def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:
     """Read and check all examples of a source.
 
@@ -71,13 +94,15 @@ def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | N
     problems = Problems()
     match source:
         case FilesSource():
+            columns = find_columns(source)
             parts = [
-                _read_files(uris, source.columns, problems, max_rows) if uris else None
+                _read_files(uris, columns, problems, max_rows) if uris else None
                 for uris in (source.train, source.validation, source.test)
             ]
         case HubSource():
+            columns = find_columns(source)
             parts = [
-                _read_hub(source, split, problems, max_rows) if split else None
+                _read_hub(source, split, columns, problems, max_rows) if split else None
                 for split in (source.train_split, source.validation_split, source.test_split)
             ]
         case GettextSource():
@@ -122,10 +147,11 @@ def identify(source: DataSource) -> list[dict[str, Any]]:
 def load_held_out(held_out: HeldOutConfig, *, max_rows: int | None = None) -> list[Example]:
     """Read and check all examples of one held-out test set; see `load`."""
     source, problems = held_out.source, Problems()
+    columns = find_columns(source)
     if isinstance(source, HeldOutFiles):
-        examples = _read_files(source.files, source.columns, problems, max_rows)
+        examples = _read_files(source.files, columns, problems, max_rows)
     else:
-        examples = _read_hub(source, source.split, problems, max_rows)
+        examples = _read_hub(source, source.split, columns, problems, max_rows)
     problems.raise_any()
     if not examples:
         raise SkdError("the set is empty", where=f"data.held_out, `{held_out.name}`", hint="check the source")
@@ -184,16 +210,18 @@ def _opened(uri: str, *, whole: bool) -> Iterator[IO[bytes]]:
 # --- the hub ------------------------------------------------------------------------------------------------------
 
 
-def _read_hub(source: HubDataset, split: str, problems: Problems, max_rows: int | None) -> list[Example]:
+def _read_hub(
+    source: HubDataset, split: str, columns: Columns, problems: Problems, max_rows: int | None
+) -> list[Example]:
     where = f"{source.dataset}, split `{split}`"
     with _hub_errors(where):
         dataset = _dataset(source, split) if max_rows is None else _stream(source, split, max_rows)
         names = dataset.column_names
         try:
             if names is not None:
-                check_columns(names, where, source.columns)
+                check_columns(names, where, columns)
                 # Pictures and sound in other columns need no decoding then.
-                dataset = dataset.select_columns(source.columns.names)
+                dataset = dataset.select_columns(columns.among(names))
         except SkdErrors as missing:
             for error in missing.errors:
                 problems.add(error)
@@ -202,7 +230,7 @@ def _read_hub(source: HubDataset, split: str, problems: Problems, max_rows: int 
     numbered = enumerate(dataset, start=1)
     rows = (RawRow(f"{where}, row {number}", partial(dict, row)) for number, row in islice(numbered, max_rows))
     characters = None if max_rows is None else QUICK_CHARACTERS
-    return check_rows(guarded(rows, "data", where, problems), source.columns, problems, labels, characters)
+    return check_rows(guarded(rows, "data", where, problems), columns, problems, labels, characters)
 
 
 def _dataset(source: HubDataset, split: str | None, *, streaming: bool = False) -> Any:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from skd_lib.config import DataConfig
 from skd_lib.data.dedup import SHOWN_PAIRS, Pair, drop_repeated, drop_resembling
-from skd_lib.data.examples import Example
+from skd_lib.data.examples import Example, by_turn
 from skd_lib.data.sources import SourceSplits
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -108,6 +108,17 @@ class Splits:
         return of_source | {
             f"{name}: {reason}": count for name, loss in self.losses.items() for reason, count in loss.reasons.items()
         }
+
+    def by_turn(self) -> Splits:
+        """Return these splits with one example for each answer of a conversation, but for the tests.
+
+        Tests ask for the last answer of a conversation: several of one would not be independent of each other.
+        """
+        train = {
+            name: [turn for example in getattr(self, name) for turn in by_turn(example)]
+            for name in ("train_teacher", "train_student", "validation")
+        }
+        return replace(self, **train)
 
     def named(self) -> dict[str, list[Example]]:
         """Return the run's own splits by name, in the order they are written."""

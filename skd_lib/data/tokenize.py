@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from skd_lib.config import TaskConfig
 from skd_lib.data.chat import chat_layout, depends_on_date
-from skd_lib.data.examples import Example
+from skd_lib.data.examples import Example, Question
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class TokenizedExample:
 
     Attributes:
         prompt_ids: The prompt, with BOS and chat template.
-        response_ids: The reference answer and EOS; no EOS where the answer was cut at the length limit.
+        response_ids: The reference answer and EOS; no EOS where the answer was cut at the length limit. Nothing where
+            the example has no answer.
         example_id: The example's id.
     """
 
@@ -46,19 +47,25 @@ class TokenizedExample:
     example_id: str = ""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, source: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, question: Question) -> list[int]:
     """Return the prompt's token ids, of any length, with one BOS where the model wants it.
 
     With a chat template the prompt is all that the template writes before an answer, and the template alone decides
     about BOS; without one the tokenizer does, unless the prompt's text starts with BOS itself.
 
     Raises:
-        SkdError: the tokenizer has no chat template, or one that cannot be used.
+        SkdError: the tokenizer has no chat template, or one that cannot be used, or `task.chat_template` is false and
+            the question a conversation.
     """
     if task.chat_template:
-        text = chat_layout(tokenizer, task).prompt(task, source)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    text = task.prompt.replace("{source}", source)
+        return _ids(tokenizer, chat_layout(tokenizer, task).prompt(task, question))
+    if not isinstance(question, str):
+        raise SkdError(
+            "the data hold messages, which only a chat template can write",
+            where="task.chat_template",
+            hint="set it to true, or give prompts and answers as text",
+        )
+    text = task.prompt.replace("{source}", question)
     starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = list(tokenizer(text, add_special_tokens=not starts_with_bos)["input_ids"])
     # Tokenizers made for encoders end every text with EOS; a prompt that ends so would be a finished text.
@@ -69,16 +76,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: TaskConfig, example: Exampl
     """Tokenise one example; the response is cut to `task.max_new_tokens`, and then does not end with EOS.
 
     With a chat template, prompt and response together are the template's text for the whole conversation. Special
-    tokens in the reference are tokenised as text: they must not end the response. `eos_id` is `answer_end_id`.
+    tokens in the reference are tokenised as text: they must not end the response. An answer with calls of tools is all
+    that the template writes for it, special tokens included. `eos_id` is `answer_end_id`.
     """
-    if task.chat_template:
+    talk = example.conversation
+    prompt = None
+    if not example.target:
+        response = []
+    elif talk is not None and not talk.is_plain and task.chat_template:
+        before, said = chat_layout(tokenizer, task).whole(task, talk)
+        prompt, target = _ids(tokenizer, before), _ids(tokenizer, said)
+        response = [*(target[: target.index(eos_id)] if eos_id in target else target), eos_id]
+    elif task.chat_template:
         layout = chat_layout(tokenizer, task)
-        answer = layout.answer(task, example.source, example.target)
-        target = [*layout.tokens(tokenizer, answer), *layout.closing[:-1]]
+        answer = layout.answer(task, example.question, example.target)
+        response = [*layout.tokens(tokenizer, answer), *layout.closing[:-1], eos_id]
     else:
-        target = list(tokenizer(example.target, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    response = [*target, eos_id][: task.max_new_tokens]
-    return TokenizedExample(encode_prompt(tokenizer, task, example.source), response, example.id)
+        ids = tokenizer(example.target, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        response = [*ids, eos_id]
+    if prompt is None:
+        prompt = encode_prompt(tokenizer, task, example.question)
+    return TokenizedExample(prompt, response[: task.max_new_tokens], example.id)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of text that a chat template wrote."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_all(

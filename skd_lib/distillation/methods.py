@@ -36,6 +36,7 @@ class MethodEntry:
         uses_divergence: The loss is a divergence from the teacher; else it is the response's cross-entropy.
         settings: Fields of `distill` that it reads, in addition to those that follow from the facts above.
         storable: The teacher can be asked before training: no response depends on the student.
+        samples_always: Every response is sampled: the method never reads an answer of the data.
         shardable: All processes ask the teacher in the same micro-batches, as a sharded one needs.
     """
 
@@ -48,6 +49,7 @@ class MethodEntry:
     uses_divergence: bool = True
     settings: tuple[str, ...] = ()
     storable: bool = False
+    samples_always: bool = False
     shardable: bool = True
 
     @property
@@ -89,6 +91,7 @@ METHODS = Registry(
             teacher_writes=True,
             uses_divergence=False,
             storable=True,
+            samples_always=True,
         ),
         "supervised_kd": MethodEntry(
             lambda make: make.ground_truth(),
@@ -128,6 +131,7 @@ METHODS = Registry(
             source=f"{XU}, section 3, algorithm 1",
             student_writes=True,
             teacher_writes=True,
+            samples_always=True,
         ),
         "skd_mixed": MethodEntry(
             lambda make: make.in_some_rows(make.interleaved(), make.distill.sampled_fraction),
@@ -148,6 +152,13 @@ METHODS = Registry(
 _ALWAYS_READ = {"method", "training", "multinode", "sampling", "sampling.adaptive_gamma"}
 _PARAMETERS = {"divergence", "sampling.top_k", "sampling.gamma"}
 """The pipeline's own parameters always have a value."""
+
+
+def samples_every_response(distill: DistillConfig) -> bool:
+    """Return whether a method with its settings trains on sampled responses alone, so that prompts are enough."""
+    entry = METHODS[distill.method]
+    shares = [getattr(distill, name) for name in entry.settings if name in ("on_policy_fraction", "sampled_fraction")]
+    return entry.samples_always or (bool(shares) and all(share == 1 for share in shares))
 
 
 def unread_settings(distill: DistillConfig) -> list[str]:

@@ -83,7 +83,7 @@ def evaluate(
     """
     missing = _unscorable(task, examples)  # before any work is done
     started = time.perf_counter()
-    answers = generate(model, tokenizer, [example.source for example in examples], task, batch_size=config.batch_size)
+    answers = generate(model, tokenizer, [example.question for example in examples], task, batch_size=config.batch_size)
     predictions = [
         Prediction(example.id, example.source, example.target, answer.text, answer.tokens, answer.truncated)
         for example, answer in zip(examples, answers, strict=True)

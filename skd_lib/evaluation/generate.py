@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib._core.events import Progress
 from skd_lib.config import SamplingParams, TaskConfig
+from skd_lib.data.examples import Question
 from skd_lib.data.tokenize import TokenizedExample, answer_end_id, decode_answer, encode_prompt
 from skd_lib.models.files import load_tokenizer
 from skd_lib.models.heads import embedding_rows
@@ -43,12 +44,12 @@ class Answer:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[str],
+    questions: Sequence[Question],
     task: TaskConfig,
     *,
     batch_size: int,
 ) -> list[Answer]:
-    """Answer every source by greedy decoding.
+    """Answer every question by greedy decoding.
 
     Prompts longer than `task.max_prompt_tokens` are answered in full (with a warning): a test set from which the long
     examples are missing would give another score. For the same reason a prompt that does not fit the model's context
@@ -57,7 +58,7 @@ def generate(
     Raises:
         SkdError: no prompt fits.
     """
-    prompts = [encode_prompt(tokenizer, task, source) for source in sources]
+    prompts = [encode_prompt(tokenizer, task, question) for question in questions]
     numbered = (TokenizedExample(prompt, [], str(number)) for number, prompt in enumerate(prompts))
     check_ids(numbered, embedding_rows(model), where="evaluation")
     long = sum(len(prompt) > task.max_prompt_tokens for prompt in prompts)

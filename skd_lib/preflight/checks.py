@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warning", "error"]
 T = TypeVar("T")
 TRACKING = "tracking"
+_TRAINED = re.compile(r"\[\[.*?\]\]", re.DOTALL)
+"""The tokens of an example that are trained on."""
 _SYMBOLS: dict[Level, str] = {"ok": "✓", "warning": "!", "error": "✗"}
 _COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -131,6 +134,8 @@ def table(title: str, checks: Sequence[Check]) -> Table:
     shown = Table("", "check", "found", title=title)
     for check in checks:
         found = Text(check.text)
+        if check.name == "example":
+            found.highlight_regex(_TRAINED, "bold green")
         if check.hint:
             found.append(visible(f"\nhint: {check.hint}"), style="dim")
         shown.add_row(Text(_SYMBOLS[check.level], style=_COLOURS[check.level]), check.name, found)

@@ -18,6 +18,7 @@ from skd_lib.data.tokenize import encode, encode_prompt
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Checks, distinct
+from skd_lib.preflight.examples import check_format, show_example
 from skd_lib.preflight.models import Model
 from skd_lib.preflight.templates import check_rendered_rows
 
@@ -45,11 +46,14 @@ def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Seq
     held_out = _held_out(checks, config)
     if source is None:
         return ""
-    splits = checks.attempt("data", lambda: divide(source, config.data, config.seed, held_out, NEAR_CHARACTERS))
-    if splits is None:
+    whole = checks.attempt("data", lambda: divide(source, config.data, config.seed, held_out, NEAR_CHARACTERS))
+    if whole is None:
         return ""
+    splits = whole.by_turn() if config.data.assistant_turns == "all" else whole
     some = any(len(rows) >= max_rows for rows in (source.train, source.validation or (), source.test or ()))
-    left = _check_rows(checks, splits, f" (of the first {max_rows:,} rows of each split or file only)" if some else "")
+    left = _check_rows(checks, whole, f" (of the first {max_rows:,} rows of each split or file only)" if some else "")
+    if not check_format(checks, config, runs, whole):
+        return ""
     if models:
         _check_special_tokens(checks, models[-1].tokenizer, splits)
     for student in models[1:] if models and models[0].role == "teacher" else ():
@@ -60,12 +64,15 @@ def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Seq
         for test_set in config.data.held_out:
             check_reach(checks, model, test_set.task, held_out.get(test_set.name, []))
     if models and models[-1].answer_end is not None:
+        tokenizer, end = models[-1].tokenizer, models[-1].answer_end
+        checks.attempt("example", lambda: show_example(checks, config, tokenizer, end, whole))
         _check_lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
         for run in distinct(runs, lambda run: (run.student, run.student_init, run.distill)):
             of_run = [model for model in models if model.role == "teacher" or model.reference == run.student]
             _check_positions(checks, run, of_run, splits)
     if left:
-        _check_schedules(checks, config, left, runs)
+        per_row = len(splits.train_student) / max(1, len(whole.train_student))
+        _check_schedules(checks, config, left, runs, per_row)
     return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""
 
 
@@ -176,7 +183,7 @@ def _check_lengths(
         encoded = [encode(tokenizer, task, example, end) for example in sample]
         prompts = [len(example.prompt_ids) for example in encoded]
         long = sum(length > task.max_prompt_tokens for length in prompts)
-        cut = sum(example.response_ids[-1] != end for example in encoded)
+        cut = sum(example.response_ids[-1:] not in ([], [end]) for example in encoded)
         hints = [
             *(["raise task.max_prompt_tokens: examples with longer prompts are left out"] if long else []),
             *(["raise task.max_new_tokens: longer answers are cut"] if cut else []),
@@ -197,7 +204,7 @@ def sample_of(rows: Sequence[Example], task: TaskConfig) -> list[Example]:
     for row in rows[:MAX_TOKENIZED]:
         source = row.source[: _CHARACTERS_PER_TOKEN * task.max_prompt_tokens]
         target = row.target[: _CHARACTERS_PER_TOKEN * task.max_new_tokens]
-        sample.append(replace(row, source=source, target=target))
+        sample.append(replace(row, source=source, target=target) if row.conversation is None else row)
         characters += of_the_task + len(source) + len(target)
         if characters > _MAX_TOKENIZED_CHARACTERS:
             break
@@ -229,7 +236,7 @@ def _check_positions(checks: Checks, run: RunConfig, models: Sequence[Model], sp
         student_writes = facts.student_writes and (model.role == "student" or run.student_init.cuts)
         if student_writes or (facts.teacher_writes and model.role == "teacher"):
             for example in sorted(splits.train_student, key=lambda each: -len(each.source))[:_TRIED]:
-                length = len(encode_prompt(tokenizer, task, example.source))
+                length = len(encode_prompt(tokenizer, task, example.question))
                 needed = length + task.max_new_tokens
                 if length <= task.max_prompt_tokens and needed > sampling:
                     prompt = f"its prompt of {length}"
@@ -243,8 +250,8 @@ def _check_positions(checks: Checks, run: RunConfig, models: Sequence[Model], sp
                         "prompts are left out",
                     )
                     break
-        texts = sorted((example.source for example in splits.test), key=len)[:_TRIED]
-        shortest = min((len(encode_prompt(tokenizer, task, text)) for text in texts), default=0)
+        tests = sorted(splits.test, key=lambda each: len(each.source))[:_TRIED]
+        shortest = min((len(encode_prompt(tokenizer, task, each.question)) for each in tests), default=0)
         needed = shortest + task.max_new_tokens
         if needed > answering:
             prompt = f"the shortest test prompt of {shortest}"
@@ -266,8 +273,8 @@ def _longest_block(run: RunConfig) -> int:
     return int(drafted) + interleaving_rule(sampling, 0, 1).bonus
 
 
-def _check_schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig]) -> None:
-    """Check that batches divide, and report the optimiser steps of each training."""
+def _check_schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequence[RunConfig], per_row: float) -> None:
+    """Check that batches divide, and report the optimiser steps of each training, with `per_row` examples of a row."""
     from skd_lib.training.plan import plan_steps
 
     of_teacher, of_student = config.data.teacher_examples, config.data.student_examples
@@ -279,13 +286,13 @@ def _check_schedules(checks: Checks, config: RunConfig, rows: int, runs: Sequenc
     distilled = distinct(runs, lambda run: (run.distill.training, run.distill.multinode))
     trainings += [("distill", run.distill.training, run.distill.multinode, of_student) for run in distilled]
     for step, training, multinode, limit in trainings:
-        examples = min(rows, limit or rows)
+        examples = round(per_row * min(rows, limit or rows))
         processes = multinode.least_processes if multinode else 1
         planned = checks.attempt(step, partial(plan_steps, training, examples, processes=processes))
         if planned is not None:
             checks.add(step, "ok", f"{planned.steps} optimiser steps of {training.batch_size} on {examples} examples")
     for run in distinct(runs, lambda run: (run.distill.method, run.distill.teacher_signal)):
-        _report_stored_signal(checks, run, min(rows, of_student or rows))
+        _report_stored_signal(checks, run, round(per_row * min(rows, of_student or rows)))
 
 
 def _report_stored_signal(checks: Checks, config: RunConfig, examples: int) -> None:

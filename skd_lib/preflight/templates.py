@@ -70,19 +70,23 @@ def check_rendered_rows(
     found: dict[str, list[Example]] = {}
     for example in examples:
         try:
-            what = layout.departure(task, example.source, example.target)
+            what = layout.departure(task, example.question, example.target)
         except SkdError as error:
             checks.add(f"{split} rows", "error", error.what, where=example.place, hint=error.hint)
             return False
         if what:
             found.setdefault(what, []).append(example)
     for what, rows in found.items():
+        hint = "remove what the template acts on from these texts (e.g. `</think>`), or correct the template"
+        if what == "tools":
+            hint = "use models whose template writes tools, or describe them in the system message"
         checks.add(
             f"{split} rows",
             "error" if what == "question" else "warning",
-            f"the chat template changes the {what} of {len(rows)} of {len(examples)} rows",
+            f"the chat template {'does not write' if what == 'tools' else 'changes'} the {what} of {len(rows)} of "
+            f"{len(examples)} rows",
             where=rows[0].place,
-            hint="remove what the template acts on from these texts (e.g. `</think>`), or correct the template",
+            hint=hint,
         )
     return True
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from skd_lib.config import Columns, FilesSource, RunConfig
 from skd_lib.data import sources
+from skd_lib.data.examples import Question
 from skd_lib.data.readers import read_lines
 from skd_lib.data.splits import make_splits
 from skd_lib.errors import SkdError
 from skd_lib.storage import Missing
 
 
-def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
+def read_prompts(path: Path, *, column: str, limit: int) -> list[Question]:
     """Read the first inputs of a file: the lines of a .txt file, or a column of any data file.
 
     Args:
@@ -25,10 +26,16 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
         SkdError: the file cannot be read, or has no inputs.
     """
     if path.suffix != ".txt":
-        source = FilesSource(train=[str(path)], columns=Columns(source=column, target=column))
-        return [example.source for example in sources.load(source, max_rows=limit).train]
+        file = FilesSource(train=[str(path)])
+        given = Columns(source=column, target=None)
+        # Under its default name the column is found as in a run's data, conversations too.
+        columns = sources.find_columns(file) if column == Columns().source else given
+        if columns.messages is None:
+            columns = given.model_copy(update={"source": columns.source})
+        source = file.model_copy(update={"columns": columns})
+        return [example.question for example in sources.load(source, max_rows=limit).train]
     try:
-        prompts = read_lines(path, limit)
+        prompts: list[Question] = [*read_lines(path, limit)]
     except Missing as error:
         raise SkdError(error.what, where=f"prompts {path}", hint=error.hint) from error
     if not prompts:
@@ -36,11 +43,11 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[str]:
     return prompts
 
 
-def prompts_of_run(config: RunConfig, *, limit: int) -> list[str]:
+def prompts_of_run(config: RunConfig, *, limit: int) -> list[Question]:
     """Return the first inputs of a run's test set, as `prepare_data` makes it.
 
     Raises:
         SkdError: the data cannot be read, or a split of it is empty.
     """
     test = make_splits(sources.load(config.data.source), config.data, config.seed).test
-    return [example.source for example in test[:limit]]
+    return [example.question for example in test[:limit]]

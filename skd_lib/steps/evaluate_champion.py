@@ -20,6 +20,7 @@ from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.gate import REMEDY
 
 if TYPE_CHECKING:
+    from skd_lib.data.examples import Question
     from skd_lib.specdec.vllm import Served
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.registry import Champion
@@ -100,7 +101,7 @@ def main(
                         "champion": Served(folder, champion.weights_uri),
                         "challenger": Served(student, io.input_uri("student", student)),
                     },
-                    [example.source for example in prepared.test],
+                    [example.question for example in prepared.test],
                     task,
                     specdec,
                     seed,
@@ -142,7 +143,12 @@ def _where(champion: Champion) -> str:
 
 
 def _as_drafts(
-    teacher: Served, drafts: dict[str, Served], inputs: list[str], task: TaskConfig, config: SpecdecConfig, seed: int
+    teacher: Served,
+    drafts: dict[str, Served],
+    inputs: list[Question],
+    task: TaskConfig,
+    config: SpecdecConfig,
+    seed: int,
 ) -> Rival:
     """Measure the speed-ups of both, or return the reason why there are none."""
     from skd_lib._core.events import Progress

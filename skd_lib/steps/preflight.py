@@ -16,7 +16,7 @@ from skd_lib._core.ascii_json import ascii_json
 from skd_lib._core.machine import pipeline_run_id
 from skd_lib._core.terminal import say, visible
 from skd_lib.comparison import plan as comparisons
-from skd_lib.config import FilesSource, RunConfig
+from skd_lib.config import GettextSource, RunConfig
 from skd_lib.config.names import check_experiment, checked, run_name_from
 from skd_lib.config.parameters import Form, changed_on_the_way, check_reference, from_parameters, short
 from skd_lib.config.step import DEPENDS, OF_A_COMPARISON, OF_BOTH, step_config
@@ -266,17 +266,17 @@ def read(form: Form, comparison: str, run_name: str, mlflow_experiment: str = ""
 
 def with_columns(config: RunConfig) -> tuple[RunConfig, list[Check]]:
     """Name the data's columns, if they have usual names and the configuration gives none; a check says which."""
-    from skd_lib.data.readers import find_columns
+    from skd_lib.data.sources import find_columns
     from skd_lib.preflight import Check
 
     source = config.data.source
-    if not isinstance(source, FilesSource):
+    if isinstance(source, GettextSource):
         return config, []
     columns = find_columns(source)
     if columns == source.columns:
         return config, []
     data = config.data.model_copy(update={"source": source.model_copy(update={"columns": columns})})
-    what = f"input `{columns.source}`, answer `{columns.target}`: by their names, `data.source.columns` gives none"
+    what = f"{columns}: by their names, `data.source.columns` gives none"
     return config.model_copy(update={"data": data}), [Check("columns", "ok", what)]
 
 

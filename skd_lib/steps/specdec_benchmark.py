@@ -65,7 +65,7 @@ def main(
                 "before": Served(draft_before, io.input_uri("draft_before", draft_before)),
                 "after": Served(draft_after, io.input_uri("draft_after", draft_after)),
             },
-            [example.source for example in prepared.test],
+            [example.question for example in prepared.test],
             task=task,
             config=specdec,
             seed=seed,

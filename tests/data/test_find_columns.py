@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from skd_lib.config import Columns, FilesSource
-from skd_lib.data.readers import USUAL_COLUMNS, find_columns
+from skd_lib.data.rows import USUAL_COLUMNS
+from skd_lib.data.sources import find_columns
 
 
 @pytest.mark.parametrize("names", USUAL_COLUMNS)
@@ -24,6 +25,6 @@ def test_columns_that_are_named_or_unusual_are_left(tmp_path: Path) -> None:
     file.write_text('{"question": "a", "answer": "b", "q": "c"}\n', encoding="utf-8")
     named = Columns(source="q", target="answer")
     assert find_columns(FilesSource(train=[str(file)], columns=named)) == named
-    file.write_text('{"messages": []}\n', encoding="utf-8")
+    file.write_text('{"talk": []}\n', encoding="utf-8")
     for train in (file, tmp_path / "missing.jsonl", tmp_path / "*.csv"):
         assert find_columns(FilesSource(train=[str(train)])) == Columns()

@@ -207,10 +207,10 @@ def test_there_are_no_predictions(make: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": "[]"}, "`messages` is a str"),
-        ({"messages": [{"from": "user", "value": "x"}]}, "message 0"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}, "message 1"),
-        ({"prompt": [{"role": "user", "content": "x"}], "completion": "y"}, "`completion` a string"),
+        ({"messages": "[]"}, "there are no messages"),
+        ({"messages": [{"role": "x", "content": "x"}]}, "message 1: unknown role 'x'"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}, "message 2"),
+        ({"prompt": [{"role": "user", "content": "x"}], "completion": "y"}, "`completion`: the prompt is a list"),
         ({"prompt": "x", "completion": 3}, "`completion` is none"),
         ({"text": "x"}, "has the fields text"),
     ],

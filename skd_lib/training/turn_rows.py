@@ -1,0 +1,54 @@
+"""Datasets of which every answer of a conversation is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from skd_lib.data.formats import each_turn
+
+Row = Mapping[str, Any]
+Format = Callable[[Any], Row] | None
+
+
+class TurnRows(list[Row]):
+    """The rows of a dataset that has a length."""
+
+
+class TurnStream(IterableDataset[Row]):
+    """The rows of a dataset that can only be iterated over."""
+
+    def __init__(self, dataset: Iterable[Any], form: Format, where: str) -> None:
+        self._dataset, self._form, self._where = dataset, form, where
+
+    def __iter__(self) -> Iterator[Row]:
+        return each_turn(_formatted(self._dataset, self._form), self._where)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hand the epoch on to the dataset, which may be shuffled by it."""
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(epoch)
+
+
+def by_turn(dataset: Any, form: Format, where: str) -> Any:
+    """Return a dataset, or a dictionary of datasets, with a row for each answer; of what has been made so, itself.
+
+    Args:
+        dataset: Rows; None stays None.
+        form: Turns a row into one of a known format; None: it is one.
+        where: What the errors call the dataset.
+    """
+    if dataset is None or isinstance(dataset, TurnRows | TurnStream):
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: by_turn(part, form, f"{where}, `{name}`") for name, part in dataset.items()}
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        rows = (dataset[index] for index in range(len(dataset)))
+        return TurnRows(each_turn(_formatted(rows, form), where))
+    return TurnStream(dataset, form, where)
+
+
+def _formatted(rows: Iterable[Any], form: Format) -> Iterable[Row]:
+    return rows if form is None else map(form, rows)
