@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from skd_lib.interface import Distilled, benchmark, distill, evaluate
     from skd_lib.sampling.acceptance import lossless, min_prob, mixture, student_only, teacher_only, top_k
     from skd_lib.sampling.interleaved import InterleavedOutput, InterleavedSampler
-    from skd_lib.training.skd_trainer import SKDConfig, SKDTrainer
+    from skd_lib.training.skd_config import SKDConfig
+    from skd_lib.training.skd_trainer import SKDTrainer
 
 try:
     __version__ = version("skd-lib")
@@ -49,7 +50,7 @@ _MODULES = {
     "DistillationLoss": "skd_lib.distillation.loss",
     "InterleavedOutput": "skd_lib.sampling.interleaved",
     "InterleavedSampler": "skd_lib.sampling.interleaved",
-    "SKDConfig": "skd_lib.training.skd_trainer",
+    "SKDConfig": "skd_lib.training.skd_config",
     "SKDTrainer": "skd_lib.training.skd_trainer",
     "SkdError": "skd_lib.errors",
     "divergence": "skd_lib.distillation.divergences",

@@ -305,20 +305,13 @@ def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Pr
     from skd_lib.evaluation.generate import load_for_inference
     from skd_lib.models.heads import check_supported
     from skd_lib.models.references import resolve_model
+    from skd_lib.models.vocabulary import tokenizer_of
 
     if isinstance(model, str | Path):
         loaded, own = load_for_inference(resolve_model(str(model)))
         return loaded, tokenizer or own
     check_supported(model)
-    if tokenizer is None:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        except (OSError, ValueError) as error:
-            what = "there is no tokenizer where the model was loaded from"
-            raise SkdError(what, where=model.name_or_path or type(model).__name__, hint="pass `tokenizer`") from error
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer or tokenizer_of(model, hint="pass `tokenizer`")
 
 
 def _examples(dataset: Iterable[Any] | str | Path) -> Sequence[Any]:

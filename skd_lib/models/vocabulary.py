@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from skd_lib.errors import SkdError
 from skd_lib.models.files import load_config, load_tokenizer, reading, reason
@@ -54,6 +54,23 @@ def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = 
         for warning in each.warnings:
             log.warning("%s", warning.brief)
     return [error for each in found for error in each.errors]
+
+
+def tokenizer_of(model: PreTrainedModel, *, hint: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the place that a model was loaded from.
+
+    Raises:
+        SkdError: there is none; `hint` says what to do.
+    """
+    from transformers import AutoTokenizer
+
+    if model.name_or_path:
+        try:
+            return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(model.name_or_path))
+        except (OSError, ValueError, KeyError):
+            pass
+    what = "there is no tokenizer where the model was loaded from"
+    raise SkdError(what, where=model.name_or_path or type(model).__name__, hint=hint)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from skd_lib.config import DistillConfig, MethodName, TrainingConfig
 from skd_lib.distillation.batch import Rollout, collate, teacher_signals
 from skd_lib.distillation.loss import objective_for
 from skd_lib.distillation.methods import METHODS
-from skd_lib.distillation.rollouts import rollout_for
+from skd_lib.distillation.rollouts import SamplerAt, Strategy, rollout_for
+from skd_lib.distillation.teacher_signal import TeacherSignal
 from skd_lib.errors import SkdError
 from skd_lib.models.adapters import add_lora, merge_lora
 from skd_lib.models.heads import check_supported, common_vocabulary
@@ -28,8 +26,7 @@ from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.figures import PEAK_BYTES, SECONDS
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.saving import Saver, StopOnSigterm, TimedCheckpoints
-from skd_lib.training.sharding import ShardedTrainer, shard_frozen, shard_trained, whole_model
-from skd_lib.training.stored_teacher import StoredSignals
+from skd_lib.training.sharding import check_processes, shard, whole_model
 from skd_lib.training.traces import Trace, TraceRecorder, recorded_steps
 from skd_lib.training.trainer import (
     TRACES,
@@ -90,6 +87,18 @@ class TrainResult:
         return sum(entry.get(figure, 0.0) for entry in self.history)
 
 
+class GivenSignals(Protocol):
+    """The teacher's signals from elsewhere: stored ones, or a server's."""
+
+    def along(self, example: TokenizedExample) -> TeacherSignal:
+        """Return the signal along one example's response."""
+        ...
+
+    def attached(self, strategy: Strategy, device: torch.device) -> Strategy:
+        """Add the signals to the rollouts of a strategy that have none."""
+        ...
+
+
 def train(
     *,
     method: MethodName,
@@ -99,7 +108,8 @@ def train(
     validation: Sequence[TokenizedExample],
     training: TrainingConfig,
     distill: DistillConfig | None = None,
-    signals: StoredSignals | None = None,
+    signals: GivenSignals | None = None,
+    sampler_at: SamplerAt | None = None,
     seed: int,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -123,7 +133,8 @@ def train(
         validation: Held-out examples, for choosing the checkpoint.
         training: Optimiser, batches, steps.
         distill: Divergence and sampling; its method and training sections are not read. None for `sft`.
-        signals: The teacher's stored signals on all examples; `supervised_kd` then needs no teacher.
+        signals: The teacher's signals from elsewhere; of the teacher then no more than its head is needed.
+        sampler_at: Another engine that samples; None samples here.
         seed: Decides the order of examples, all sampling and dropout.
         max_new_tokens: Longest sampled response.
         eos_ids: Ids that end a response.
@@ -154,7 +165,7 @@ def train(
         if checkpoint is not None:
             log.info("%s goes on from %s", name, checkpoint)
             args.eval_on_start = False  # the checkpoint's history has it
-        model, trainer_class = _placed(student, teacher, training, args, seed, name)
+        model = _placed(student, teacher, training, args, seed, name)
         use_cache = student.config.use_cache
         strategy = rollout_for(
             method,
@@ -166,14 +177,17 @@ def train(
             eos_ids=eos_ids,
             pad_id=pad_id,
             max_new_tokens=max_new_tokens,
+            sampler_at=sampler_at,
         )
         saver = Saver(attempt, training.keep_checkpoints, training.checkpoint_minutes)
         preemption = StopOnSigterm(saver)
-        trainer = trainer_class(
+        trainer = DistillationTrainer(
             model=model,
             args=args,
             training=training,
             objective=objective_for(method, teacher, distill),
+            teacher=teacher,
+            sharded=training.fsdp,
             divergence=METHODS[method].uses_divergence,
             strategy=strategy if signals is None else signals.attached(strategy, args.device),
             examples=train,
@@ -221,30 +235,19 @@ def _placed(
     args: TrainingArguments,
     seed: int,
     name: str,
-) -> tuple[PreTrainedModel, Callable[..., DistillationTrainer]]:
-    """Put both models on their device, whole or sharded; return the student to train and its trainer class."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise SkdError(
-            "accelerate's FSDP does not support sampling between optimiser steps",
-            where="accelerate config, use_fsdp",
-            hint="launch with --multi_gpu instead of --use_fsdp, and set training.fsdp: true",
-        )
-    if training.fsdp and args.world_size == 1:
-        hint = "start the step with torchrun --nproc-per-node N, or set fsdp: false"
-        raise SkdError("sharding needs at least two processes", where=f"{name}, training.fsdp", hint=hint)
+) -> PreTrainedModel:
+    """Put both models on their device, whole or sharded; return the student to train."""
+    check_processes(args, sharded=training.fsdp, where=name, setting="training.fsdp")
     student.to(args.device)
     quantized = getattr(teacher, "is_quantized", False)  # such weights stay where they were loaded
     if teacher is not None:
         teacher.eval().requires_grad_(requires_grad=False)
-        if not quantized:
+        if not quantized and not any(parameter.is_meta for parameter in teacher.parameters()):
             teacher.to(args.device)
-    if not training.fsdp:
-        return student if training.lora is None else add_lora(student, training.lora, seed), DistillationTrainer
-    mesh = init_device_mesh(args.device.type, (args.world_size,))
-    shard_trained(student, mesh, bf16=args.bf16)
-    if teacher is not None and not quantized:
-        shard_frozen(teacher, mesh)
-    return student, partial(ShardedTrainer, teacher=teacher)
+    if training.fsdp:
+        shard(student, None if quantized else teacher, args)
+        return student
+    return student if training.lora is None else add_lora(student, training.lora, seed)
 
 
 def _arguments(training: TrainingConfig, examples: int, seed: int, student: PreTrainedModel) -> TrainingArguments:
@@ -291,7 +294,7 @@ def _validation_rollouts(
     rows: int,
     pad_id: int,
     teacher: PreTrainedModel | None,
-    signals: StoredSignals | None,
+    signals: GivenSignals | None,
 ) -> list[Rollout]:
     """Collate ground-truth rollouts of `rows` rows on the CPU, sorted by length, with teacher signals if they fit."""
     by_length = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.response_ids))

@@ -11,10 +11,11 @@ while the losses here run decoder and head apart, inside the forward pass of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -28,16 +29,41 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 
 from skd_lib.errors import SkdError
 from skd_lib.models.files import weight_files
-from skd_lib.training.trainer import DistillationTrainer, through_wrapper
 
+T = TypeVar("T")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def check_processes(args: TrainingArguments, *, sharded: bool, where: str, setting: str) -> None:
+    """Check that this process was started in a way that suits the sharding, or its absence.
+
+    Raises:
+        SkdError: it was launched for accelerate's FSDP, or sharding is wanted and there is one process only.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise SkdError(
+            "accelerate's FSDP does not support sampling between optimiser steps",
+            where="accelerate config, use_fsdp",
+            hint=f"launch with --multi_gpu instead of --use_fsdp, and set {setting}: true",
+        )
+    if sharded and args.world_size == 1:
+        hint = "start with torchrun --nproc-per-node N, or leave it off"
+        raise SkdError("sharding needs at least two processes", where=f"{where}, {setting}", hint=hint)
+
+
+def shard(student: PreTrainedModel, teacher: PreTrainedModel | None, args: TrainingArguments) -> None:
+    """Shard a student that is trained, and a frozen teacher, over all processes, in place."""
+    mesh = init_device_mesh(args.device.type, (args.world_size,))
+    shard_trained(student, mesh, bf16=args.bf16)
+    if teacher is not None:
+        shard_frozen(teacher, mesh)
 
 
 def shard_trained(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool) -> None:
@@ -92,60 +118,61 @@ def whole_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, plain.to(model.device).eval())
 
 
-class ShardedTrainer(DistillationTrainer):
-    """The training loop for a student that `shard_trained` has sharded, and for a teacher that `shard_frozen` has.
+def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gather a sharded model's weights on the main process, tied ones once; all processes call this together."""
+    weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
+    return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
 
-    Checkpoints hold whole weights and optimiser states, so that another number of processes can go on from them.
+
+def whole_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Any:
+    """Gather the states of a sharded model's optimiser on the main process; all processes call this together."""
+    states = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    # Sharded states are gathered into new memory; the step counters still belong to the optimiser.
+    return recursively_apply(lambda state: state if state.dim() else state.clone(), states)
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint's whole weights, which the main process reads, into a sharded model."""
+    weights: dict[str, Any] = {}
+    if PartialState().is_main_process:  # another machine need not have the checkpoint
+        for file in weight_files(checkpoint):
+            weights |= load_file(file)
+    options = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+
+
+def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Load a checkpoint's whole optimiser states into the optimiser of a sharded model."""
+    states = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(model, optimizer, states, options=StateDictOptions(full_state_dict=True))
+
+
+def through_wrapper(wrapped: nn.Module, model: nn.Module, function: Callable[..., T], *inputs: Any) -> T:
+    """Call `function(*inputs)` as the forward pass of `wrapped`: the model or a distributed wrapper around it.
+
+    A distributed wrapper prepares its gradient exchange in its own `forward`. The losses here run the decoder and the
+    head of the model separately, so `function` takes the place of the model's `forward` for one call.
     """
+    own_forward = model.__dict__.get("forward")
 
-    def __init__(self, *, teacher: PreTrainedModel | None, **options: Any) -> None:
-        self._teacher = teacher
-        super().__init__(**options)
+    def restore() -> None:
+        if own_forward is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = own_forward
 
-    def _gathered(self) -> AbstractContextManager[None]:
-        return gathered(self.model, self._teacher)
+    def forward(*inputs: Any) -> T:
+        restore()  # `function` may call `model` itself
+        return function(*inputs)
 
-    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
-        # accelerate would replicate an unwrapped model (DistributedDataParallel).
-        return model if isinstance(model, _Sharded) else _Sharded(model)
-
-    def _trained_weights(self) -> dict[str, Tensor]:
-        """Gather the weights; called by all processes."""
-        weights: dict[str, Any] = get_model_state_dict(self.model, options=_WHOLE)
-        tied = self.model.all_tied_weights_keys
-        return {name: weight for name, weight in weights.items() if name not in tied}
-
-    def _optimizer_states(self) -> Any:
-        """Gather the optimiser's states; called by all processes."""
-        states = get_optimizer_state_dict(self.model, self._plain_optimizer, options=_WHOLE)
-        # Sharded states are gathered into new memory; the step counters still belong to the optimiser.
-        return recursively_apply(lambda state: state if state.dim() else state.clone(), states)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        weights: dict[str, Any] = {}
-        if PartialState().is_main_process:  # another machine need not have the checkpoint
-            for file in weight_files(Path(resume_from_checkpoint)):
-                weights |= load_file(file)
-        options = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=True)
-        set_model_state_dict(model or self.model, weights, options=options)
-
-    def _load_weights_of_best(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        states = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self._plain_optimizer, states, options=whole)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    @property
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+    model.forward = forward
+    try:
+        return cast(T, wrapped(*inputs))
+    finally:
+        restore()
 
 
-class _Sharded(nn.Module):
+class Sharded(nn.Module):
     """Wraps a sharded model where the Trainer expects a distributed wrapper."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -153,6 +180,7 @@ class _Sharded(nn.Module):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
         return self.module(*args, **kwargs)
 
     @contextmanager

@@ -13,14 +13,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, astuple
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -31,19 +30,18 @@ from skd_lib.distillation.batch import Rollout
 from skd_lib.distillation.loss import LossSums, Objective
 from skd_lib.distillation.rollouts import RowKey, Strategy
 from skd_lib.errors import SkdError
-from skd_lib.models.modes import evaluating
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import (
     PhaseTimer,
     broken_step,
-    ratio_error,
-    ratio_sums,
     response_trouble,
     sampling_figures,
     skipped_steps,
     tokens_processed,
 )
+from skd_lib.training.rollout_trainer import RolloutTrainer
 from skd_lib.training.saving import Saver, SavingTrainer
+from skd_lib.training.sharding import whole_states, whole_weights
 from skd_lib.training.traces import TraceRecorder
 
 if TYPE_CHECKING:
@@ -90,7 +88,7 @@ class TrainingStream:
         return order
 
 
-class DistillationTrainer(SavingTrainer):
+class DistillationTrainer(RolloutTrainer, SavingTrainer):
     """The training loop.
 
     Args:
@@ -98,6 +96,9 @@ class DistillationTrainer(SavingTrainer):
         args: The Trainer's arguments; one "epoch" of it is the whole stream.
         training: Limits of broken steps.
         objective: The loss to minimise.
+        teacher: Frozen, or None.
+        sharded: Student and teacher are sharded over the processes. Checkpoints then hold whole weights and optimiser
+            states all the same, so that another number of processes can go on from them.
         divergence: The loss is a divergence from the teacher, whose forward pass then counts.
         strategy: Makes the responses of an optimiser step.
         examples: Training examples, in the order of `stream`.
@@ -117,6 +118,8 @@ class DistillationTrainer(SavingTrainer):
         args: TrainingArguments,
         training: TrainingConfig,
         objective: Objective,
+        teacher: PreTrainedModel | None = None,
+        sharded: bool = False,
         divergence: bool,
         strategy: Strategy,
         examples: Sequence[TokenizedExample],
@@ -130,6 +133,9 @@ class DistillationTrainer(SavingTrainer):
     ) -> None:
         self.timer = PhaseTimer(args.device)
         super().__init__(
+            objective=objective,
+            teacher=teacher,
+            sharded=sharded,
             model=model,
             args=args,
             # The dataset is the stream's positions; their examples are looked up when the rollout is made.
@@ -140,8 +146,7 @@ class DistillationTrainer(SavingTrainer):
             saver=saver,
         )
         self.remove_callback(PrinterCallback)
-        self.loss_is_scaled_for_ga = True
-        self._training, self._objective, self._strategy = training, objective, strategy
+        self._training, self._strategy = training, strategy
         self._divergence = divergence
         self._examples, self._stream, self._validation = examples, stream, validation
         self._name, self._recorder, self._on_metrics = name, recorder, on_metrics
@@ -160,14 +165,14 @@ class DistillationTrainer(SavingTrainer):
         micro_batches = [next(epoch_iterator).tolist() for _ in range(num_batches)]
         positions = [position for micro_batch in micro_batches for position in micro_batch]
         places = [self._stream.place(position) for position in positions]
-        with self.timer("rollout"), self.accelerator.autocast(), self._gathered():
+        with self.timer("rollout"), self.accelerator.autocast(), self.gathered():
             rollout = self._strategy([self._examples[self._stream.example(position)] for position in positions], places)
             traces = self._recorder.record(rollout, places) if self.is_world_process_zero() else []
         if traces:
             self.state.log_history.append({"step": places[0].step + 1, TRACES: [asdict(trace) for trace in traces]})
         cost = tokens_processed(rollout, divergence=self._divergence)
         counts = [rollout.tokens, cost.student, cost.teacher, *astuple(rollout.statistics or SamplingStatistics())]
-        tokens, student, teacher, *statistics = self._sum_over_processes(torch.tensor(counts, device=device)).tolist()
+        tokens, student, teacher, *statistics = self.sum_over_processes(torch.tensor(counts, device=device)).tolist()
         self._response_tokens = max(tokens, 1)
         processed = {"response_tokens": tokens, "student_tokens": student, "teacher_tokens": teacher}
         self._figures = {**processed, **sampling_figures(SamplingStatistics(*statistics))}
@@ -182,22 +187,11 @@ class DistillationTrainer(SavingTrainer):
         # The Trainer adds these up over steps: one broken step must not spoil the sum.
         return torch.where(torch.isfinite(loss), loss, 0)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Rollout],
-        return_outputs: bool = False,  # noqa: ARG002 - the base class's signature; only predictions need outputs
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Return the micro-batch's share of the optimiser step's mean loss."""
-        assert num_items_in_batch is not None  # noqa: S101 - `get_batch_samples` counts them
-        sums = through_wrapper(model, self.model, self._loss_sums, inputs["rollout"])
+    def took(self, sums: LossSums) -> None:
+        """Add up the loss and the entropies of the optimiser step."""
         self._loss += sums.loss.detach()
         for name, entropy in sums.entropies.items():
             self._entropies[name] = self._entropies.get(name, torch.zeros_like(entropy)) + entropy
-        # Data parallelism averages gradients over processes, where their sum is needed.
-        processes: int = self.accelerator.num_processes
-        return sums.loss / num_items_in_batch * processes
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """Return the norm of the step's whole gradient, after dropping the gradient of a broken step.
@@ -206,9 +200,8 @@ class DistillationTrainer(SavingTrainer):
             SkdError: too many steps in a row were broken.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         # The same numbers on all processes, so all decide alike.
-        loss = self._sum_over_processes(self._loss).item() / self._response_tokens
+        loss = self.sum_over_processes(self._loss).item() / self._response_tokens
         history = self.state.log_history
         skipped, in_a_row = skipped_steps(history)
         problem = broken_step(loss, norm, history, self._training.explosion_factor)
@@ -233,17 +226,10 @@ class DistillationTrainer(SavingTrainer):
         Raises:
             SkdError: the mean is not a finite number.
         """
-        sums = torch.zeros(8, dtype=torch.float64)
-        with self.timer("validation"), evaluating(self.model), self._gathered():
-            for rollout in self._validation[self.args.process_index :: self.args.world_size]:
-                found = self._loss_sums(rollout.to(self.args.device))
-                of_rows = torch.stack([part.sum() for part in torch.split(found.losses_N, rollout.lengths)])
-                whole = torch.tensor([found.loss.item(), rollout.tokens], dtype=torch.float64)
-                sums += torch.cat([whole, ratio_sums(of_rows, torch.tensor(rollout.lengths))])
-        total, tokens, *of_rows_summed = self._sum_over_processes(sums.to(self.args.device)).tolist()
-        mean = total / max(tokens, 1)
+        with self.timer("validation"):
+            mean, error = self.mean_loss(self._validation[self.args.process_index :: self.args.world_size])
         metrics = {TRAINER_VALIDATION_LOSS: mean}
-        if (error := ratio_error(of_rows_summed)) is not None:
+        if error is not None:
             metrics[VALIDATION_ERROR] = error
         if not math.isfinite(mean):
             raise SkdError(
@@ -264,7 +250,7 @@ class DistillationTrainer(SavingTrainer):
             figures = {VALIDATION_LOSS: logs[TRAINER_VALIDATION_LOSS]}
         elif "loss" in logs:
             entropies = {
-                f"{name}_entropy": self._sum_over_processes(entropy).item() / self._response_tokens
+                f"{name}_entropy": self.sum_over_processes(entropy).item() / self._response_tokens
                 for name, entropy in self._entropies.items()
             }
             figures = {**logs, **self._figures, **entropies}
@@ -282,18 +268,10 @@ class DistillationTrainer(SavingTrainer):
         if self._on_metrics is not None:
             self._on_metrics(self.state.global_step, figures)
 
-    def _gathered(self) -> AbstractContextManager[None]:
-        """Surround forward passes whose number differs between processes; sharded models need it."""
-        return nullcontext()
-
     def _warn_of_lengths(self) -> None:
         if not self._warned_of_lengths and (trouble := response_trouble(self.state.log_history)):
             self._warned_of_lengths = True
             log.warning("%s: at optimiser step %d %s", self._name, self.state.global_step, trouble)
-
-    def _loss_sums(self, rollout: Rollout) -> LossSums:
-        with self.accelerator.autocast():
-            return self._objective(self.model, rollout)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.timer("checkpoint"):
@@ -304,9 +282,17 @@ class DistillationTrainer(SavingTrainer):
         missing = [key for key in load_result.missing_keys if key not in self.model.all_tied_weights_keys]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(values, "sum")
-        return total
+    def _trained_weights(self) -> dict[str, Tensor]:
+        return whole_weights(self.model) if self.sharded else super()._trained_weights()
+
+    def _optimizer_states(self) -> Any:
+        return whole_states(self.model, self.plain_optimizer) if self.sharded else super()._optimizer_states()
+
+    def _load_weights_of_best(self) -> None:
+        if self.sharded:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_weights_of_best()
 
 
 class _OptimiserTime(TrainerCallback):
@@ -323,28 +309,3 @@ class _OptimiserTime(TrainerCallback):
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Stop the clock."""
         self._running.close()
-
-
-def through_wrapper(wrapped: nn.Module, model: nn.Module, function: Callable[..., T], *inputs: Any) -> T:
-    """Call `function(*inputs)` as the forward pass of `wrapped`: the model or a distributed wrapper around it.
-
-    A distributed wrapper prepares its gradient exchange in its own `forward`. The losses here run the decoder and the
-    head of the model separately, so `function` takes the place of the model's `forward` for one call.
-    """
-    own_forward = model.__dict__.get("forward")
-
-    def restore() -> None:
-        if own_forward is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.forward = own_forward
-
-    def forward(*inputs: Any) -> T:
-        restore()  # `function` may call `model` itself
-        return function(*inputs)
-
-    model.forward = forward
-    try:
-        return cast(T, wrapped(*inputs))
-    finally:
-        restore()

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from skd_lib.data.formats import tokenize_row
 from skd_lib.errors import SkdError
-from skd_lib.training.skd_trainer import SKDConfig, SKDTrainer
+from skd_lib.training.skd_config import SKDConfig
+from skd_lib.training.skd_trainer import SKDTrainer
 from tests.conftest import TinyModel
 
 CHAT = [
