@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from skd_lib.comparison.config import CompareConfig
     from skd_lib.comparison.plan import Plan
 
-TABLES, COMPARISON, TRIALS = "comparison.md", "comparison.json", "runs.csv"
+TABLES, PAGE, COMPARISON, TRIALS = "comparison.md", "comparison.html", "comparison.json", "runs.csv"
 """Files of a comparison, in its folder as among the artifacts of its MLflow run."""
 
 
@@ -130,12 +130,12 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
 
     outputs = {name: Path(uri) for name, uri in run.outputs["compare_table"].items()}
     shutil.copyfile(outputs["report"], folder.root / TABLES)
-    for name in (TRIALS, COMPARISON):
+    for name in (PAGE, TRIALS, COMPARISON):
         shutil.copyfile(outputs["comparison"] / name, folder.root / name)
     file = folder.root / COMPARISON
     console.print()
     console.print(render(parse_section(Comparison, file.read_text(encoding="utf-8"), where=str(file))))
-    for name in (TABLES, TRIALS, COMPARISON):
+    for name in (PAGE, TABLES, TRIALS, COMPARISON):
         say(f"{folder.root / name}")
     if tracking_uri:
         say(f"MLflow   {how_to_look(tracking_uri)}")

@@ -17,19 +17,22 @@ from pydantic import ConfigDict, Field
 
 from skd_lib.comparison.trials import Trial
 from skd_lib.config import MetricName, Section
+from skd_lib.distillation.divergences import DIVERGENCES
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import Prediction, compare, read_predictions
 from skd_lib.evaluation.statistics import holm, t_interval
 from skd_lib.models.records import read_record
+from skd_lib.report.course import TRAINING_PHASES
 from skd_lib.report.folders import Evaluated, read_drafts, read_evaluation
-from skd_lib.results import Course, Difference, Score, Scores, rounded
+from skd_lib.results import Course, Difference, Score, Scores, Specdec, rounded
 
 IntervalKind = Literal["t over seeds", "bootstrap over examples", ""]
 """The second includes Wilson's intervals of accuracies."""
 SHOWN_VARIANTS = 24
 """On Kubeflow's page for comparing runs, where each figure is a row."""
 COSTS = ("rejection_rate", "tokens_per_teacher_call", "response_tokens", "student_tokens", "teacher_tokens", "steps")
-TRAINING_PHASES = ("seconds_rollout", "seconds_loss", "seconds_optimiser")
+LOSS_SETTINGS = ("temperature", "temperature_squared", "selective", "replaced_weight", "teacher_signal")
+"""Of section `distill`: what changes the loss but is not the divergence's own."""
 _T = TypeVar("_T")
 Answers = Mapping[tuple[str, int], Sequence[Prediction]]
 """A student's answers to the test set, by variant and seed."""
@@ -62,6 +65,8 @@ class TrialResult(Section):
     rejection_rate: float | None = Field(None, description="Mean over the steps; none where no token was tested.")
     tokens_per_teacher_call: float | None = Field(None, description="In the last tenth of the steps.")
     draft: dict[str, float] = Field({}, description="As draft: acceptance rate, tokens per teacher call, speed-up.")
+    acceptance_by_position: tuple[float, ...] = Field((), description="As draft, by position in the block.")
+    objective: str = Field("", description="The loss that was minimised; losses of others are not comparable.")
     figures: dict[str, float] = Field({}, description="The training's: steps, tokens, seconds, validation loss.")
     course: Course | None = Field(None, description="The training's curves: losses, rejection rate, lengths by step.")
 
@@ -166,14 +171,12 @@ def collect(
             where=str(found[unknown[0]].folder),
             hint=f"its trials are: {', '.join(sorted(known)) or 'none'}",
         )
-    figures = {
-        label: measured["after"].figures() for label, measured in map(read_drafts, drafts) if "after" in measured
-    }
+    measured = {label: found["after"] for label, found in map(read_drafts, drafts) if "after" in found}
     done = [trial for trial in table.trials if trial.label in found]
     known_ends = found.keys() | {trial.label for trial in table.skipped}
     lost = [trial for trial in table.trials if trial.label not in known_ends]
     results = [
-        *(trial_result(trial, found[trial.label], figures.get(trial.label, {})) for trial in done),
+        *(trial_result(trial, found[trial.label], measured.get(trial.label)) for trial in done),
         *(_without_model(trial, "no evaluation of its student came to the table") for trial in lost),
         *(_without_model(trial, trial.reason) for trial in table.skipped),
     ]
@@ -181,8 +184,8 @@ def collect(
     return results, answers
 
 
-def trial_result(trial: Trial, evaluated: Evaluated, draft: Mapping[str, float]) -> TrialResult:
-    """Put together the results of one trial: its student's evaluation, the training's record there, and the drafts."""
+def trial_result(trial: Trial, evaluated: Evaluated, draft: Specdec | None) -> TrialResult:
+    """Put together the results of one trial: its student's evaluation, the training's record there, and the draft."""
     record = read_record(evaluated.folder)
     numbers = dict(record.figures)
     rates = record.course.rejection_rate
@@ -193,10 +196,26 @@ def trial_result(trial: Trial, evaluated: Evaluated, draft: Mapping[str, float])
         scores=evaluated.scores,
         rejection_rate=fmean(rates) if rates else None,
         tokens_per_teacher_call=numbers.pop("tokens_per_teacher_call_last_tenth", None),
-        draft=dict(draft),
+        draft={} if draft is None else draft.figures(),
+        acceptance_by_position=() if draft is None else tuple(draft.acceptance_by_position),
+        objective=_objective(record.lineage, trial),
         figures=numbers,
         course=record.course,
     )
+
+
+def _objective(lineage: Mapping[str, Any], trial: Trial) -> str:
+    """Return the loss in words, with its settings."""
+    if "method" not in lineage:
+        return ""
+    if "divergence" not in lineage:
+        return "cross-entropy"
+    name = str(lineage["divergence"])
+    entry = DIVERGENCES.get(name)
+    settings = {each: lineage[each] for each in (entry.settings if entry else ()) if each in lineage}
+    own = {path.removeprefix("distill."): value for path, value in trial.overrides.items()}
+    settings |= {path: value for path, value in own.items() if path.split(".")[0] in LOSS_SETTINGS}
+    return ", ".join([name, *(f"{each} {value}" for each, value in settings.items())])
 
 
 def _without_model(trial: Trial, reason: str) -> TrialResult:

@@ -18,7 +18,10 @@ def main(
     report_out: Annotated[Path, typer.Option(help="Where the tables go: Markdown.")],
     figures_out: Annotated[Path, typer.Option(help="Where the headline figures go: JSON.")],
     comparison_out: Annotated[
-        Path, typer.Option(help="Folder for all figures, comparison.json, and one row a trial, runs.csv.")
+        Path,
+        typer.Option(
+            help="Folder for the page, comparison.html, all figures, comparison.json, and one row a trial, runs.csv."
+        ),
     ],
     evaluations: Annotated[
         list[Path] | None, typer.Option(help="By hand: each student's folder of step `evaluate`; else from KFP.")
@@ -51,6 +54,7 @@ def main(
         raise SkdError("there is no trial to compare", where="--evaluations", hint="name the folder of one or more")
 
     from skd_lib._core.terminal import Console
+    from skd_lib.comparison.page import PAGE, render_page
     from skd_lib.comparison.render import render, to_csv, to_markdown
     from skd_lib.comparison.table import build_comparison
     from skd_lib.report.folders import read_evaluations
@@ -76,7 +80,11 @@ def main(
             resamples=settings.evaluation.bootstrap_samples,
             seed=settings.seed,
         )
-        texts = {"comparison.json": comparison.to_json(), "runs.csv": to_csv(comparison)}
+        texts = {
+            "comparison.json": comparison.to_json(),
+            "runs.csv": to_csv(comparison),
+            PAGE: render_page(comparison),
+        }
         comparison_out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_text_atomic(comparison_out / name, text)

@@ -22,7 +22,13 @@ from tests.report.evaluations import evaluation, evaluations
 
 TRIALS = [{"variant": variant, "seed": float(seed)} for variant, seed in RIGHT]
 SKIPPED = {"variant": "hot", "seed": 0, "reason": "it exploded"}
-DRAFT = {"acceptance_rate": 0.5, "tokens_per_teacher_call": 2.0, "speedup": 1.5, "settings": []}
+DRAFT = {
+    "acceptance_rate": 0.5,
+    "tokens_per_teacher_call": 2.0,
+    "speedup": 1.5,
+    "settings": [],
+    "acceptance_by_position": [0.5, 0.25],
+}
 SCORE = {"score": 90, "low": 80, "high": 95}
 
 
@@ -37,7 +43,7 @@ def student(folder: Path, number: int) -> Path:
     out = evaluation(folder / f"evaluation-{number}", "student_after", scores, answers(right, number), label(number))
     course = {"rejection_rate": [0.5, 0.25], "steps": [1, 2]}
     figures = {"steps": 5.0, "tokens_per_teacher_call_last_tenth": 2.5, "seconds_loss": 2.0}
-    write_record(out, lineage={"method": "skd"}, course=course, figures=figures)
+    write_record(out, lineage={"method": "skd", "divergence": "forward_kl"}, course=course, figures=figures)
     return out
 
 
@@ -84,7 +90,10 @@ def test_table_of_collected_trials(tmp_path: Path):
     assert comparison.teacher["accuracy"].score == 90
     assert "| hot | 0 | it exploded |" in (tmp_path / "report").read_text()
     assert len((tmp_path / "comparison" / "runs.csv").read_text().splitlines()) == 1 + len(RIGHT) + 1
-    course = comparison.trials[0].course
+    assert "it exploded" in (tmp_path / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    first = comparison.trials[0]
+    assert (first.objective, first.acceptance_by_position) == ("forward_kl", (0.5, 0.25))
+    course = first.course
     assert course is not None
     assert (course.steps, course.rejection_rate) == ((1, 2), (0.5, 0.25))
     assert {name: value["artifacts"][0]["metadata"] for name, value in output["artifacts"].items()} == {

@@ -89,6 +89,9 @@ def test_table_has_means_tests_and_costs(folder: Path):
     assert comparison.teacher["chrf"].score > 0
     rows = list(csv.DictReader((folder / "runs/tiny-compare/runs.csv").open()))
     assert [(row["variant"], row["seed"]) for row in rows] == [("skd", "0"), ("skd", "1"), ("sft", "0"), ("sft", "1")]
+    page = (folder / "runs/tiny-compare/comparison.html").read_text(encoding="utf-8")
+    for shown in ("ChrF against tokens", "Validation loss against time (forward_kl)"):
+        assert shown in page
     mean = sum(float(row["chrf"]) for row in rows[:2]) / 2
     assert skd.scores["chrf"].mean == pytest.approx(mean)
 
@@ -101,7 +104,7 @@ def test_mlflow_has_one_parent_and_a_run_for_every_step(folder: Path):
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["skd/chrf"] >= 0
     assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} == {
-        *("comparison.md", "runs.csv", "comparison.json")
+        *("comparison.html", "comparison.md", "runs.csv", "comparison.json")
     }
     labels = [f"{method}-seed-{seed}" for method in ("skd", "sft") for seed in (0, 1)]
     assert sorted(run.data.tags["kfp.task"] for run in runs if run is not parent) == sorted(
