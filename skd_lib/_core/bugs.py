@@ -23,7 +23,8 @@ from skd_lib.errors import SkdError, is_full_disk, unwritable
 LONGEST = 500
 EXTRAS = ("training", "tracking", "pipelines")
 """The extras that a run on this machine needs."""
-INSTALL = 'pip install -c constraints/main.txt -e ".{}"'
+IN_SOURCE_TREE = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
+INSTALL = 'pip install -c constraints/main.txt -e ".{}"' if IN_SOURCE_TREE else "pip install 'skd-lib{}'"
 _HINTS = {
     errno.ENOENT: "check the path",
     errno.EACCES: "change its permissions, or choose another place",
