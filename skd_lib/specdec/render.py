@@ -30,8 +30,12 @@ def render(results: Mapping[str, Specdec]) -> RenderableType:
 
 
 def _speed(name: str, setting: Setting) -> TextTable:
-    rows = [["none", "", "1.00", f"{setting.teacher_alone.tokens_per_second:.1f}", "1.00x", "", ""]]
+    teacher, draft = setting.teacher_alone, setting.draft_alone
+    rows = [["none", "", "1.00", f"{teacher.tokens_per_second:.1f}", "1.00x", "", ""]]
     rows += map(_speed_cells, setting.lengths)
+    if draft is not None:
+        ratio = draft.tokens_per_second / teacher.tokens_per_second
+        rows.append(["draft alone", "", "", f"{draft.tokens_per_second:.1f}", f"{ratio:.2f}x", "", ""])
     title = f"{name}: {_how(setting)}, {setting.prompts} prompts"
     return TextTable(title, _SPEED_COLUMNS, rows, note=_SPEED_CAPTION, highlighted=[str(setting.best_gamma)])
 
@@ -77,6 +81,9 @@ def _conclusion(name: str, result: Specdec) -> Text:
         f"{name}: positions of a block of {result.gamma} are accepted, once reached, in {rates}. Fastest at batch size "
         f"{headline.batch_size}: {headline.best_gamma} drafted tokens, {headline.best_speedup:.2f}x the teacher alone."
     )
+    if headline.best_speedup <= 1 and result.break_even is not None:
+        most = f"if it cost less than {result.break_even:.0%} of this one" if result.break_even > 0 else "at no cost"
+        text += f" By the forwards' times a draft accepted as often would pay {most}."
     if any(setting.temperature == 0 for setting in result.settings):
         ties = f", bar {result.ties} ties within rounding" if result.ties else ""
         text += f" Its greedy output is the teacher's own, token by token{ties}."

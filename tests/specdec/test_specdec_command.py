@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def test_prompts_from_a_text_file(models: dict[str, Path], prompts: Path, tmp_pa
     for heading in ("before: greedy, batch size 1", "after: greedy, batch size 3", "after: latency in ms"):
         assert heading in shown
     assert f"{result.speedup:.2f}x" in shown
+    assert result.draft_only_tokens_per_second is not None
+    assert re.search(rf"draft alone +{result.draft_only_tokens_per_second:.1f} ", shown)
     assert "greedy output is the teacher's own" in shown
     assert result.vllm is not None
     assert f"\n{result.vllm.command}\n" in shown  # in one line, to be copied
