@@ -10,8 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
+from skd_lib.config import DistillConfig, InterleavedConfig
 from skd_lib.data.formats import tokenize_row
 from skd_lib.errors import SkdError
 from skd_lib.training.skd_config import SKDConfig
@@ -124,6 +125,15 @@ def test_names_of_gkd_mean_what_they_mean_there() -> None:
         ({"lmbda": 2}, "field `lmbda`"),
         ({"gamma": 0}, "field `gamma`"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"label_smoothing_factor": 0.1}, "field `label_smoothing_factor`"),
+        ({"torch_compile": True}, "field `torch_compile`"),
+        ({"model_init_kwargs": {"dtype": "float32"}}, "field `model_init_kwargs`: the model is loaded already"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"schedules": {"beta": {"start": 0, "end": 1}}}, "`beta` cannot change"),
+        ({"schedules": {"top_k": {"start": 0}}}, "field `top_k`"),
+        ({"selective": {"topp": 3}}, "field `selective`"),
+        ({"fsdp": True}, r"sharding needs at least two processes(.|\n)*torchrun"),
+        ({"fsdp": True, "fsdp_config": {"version": 2}}, "field `fsdp_config`"),
     ],
 )
 def test_wrong_settings_are_named(make: Any, options: dict[str, Any], message: str) -> None:
@@ -138,6 +148,105 @@ def test_every_rule_has_its_setting(make: Any, options: dict[str, Any]) -> None:
     trainer = make(**options)
     assert getattr(trainer.distill.sampling, options["rule"]) == options[options["rule"]]
     trainer.train()
+
+
+STEPS_OWN = {"teacher_signal", "training", "multinode", "engine", "vllm"}
+"""Fields of `distill` that are about a pipeline's step: when and where the teacher is asked, on which machines."""
+
+
+def test_every_setting_of_the_methods_has_its_argument() -> None:
+    given = SKDConfig(
+        output_dir="x",
+        report_to="none",
+        method="imitkd",
+        divergence="jsd",
+        beta=0.2,
+        alpha=0.3,
+        rule="mixture",
+        lmbda=0.4,
+        schedules={"top_k": {"start": 50, "end": 5}, "mixture": {"start": 0, "end": 1}},
+        min_prob=0.3,
+        gamma=4,
+        adaptive_gamma=False,
+        temperature=0.7,
+        teacher_temperature=0.2,
+        student_top_p=0.6,
+        teacher_top_p=0.9,
+        loss_temperature=2.0,
+        temperature_squared=True,
+        replaced_weight=0.1,
+        selective={"top": 3},
+    ).distill_config()
+    changed = {name for name, value in given if value != getattr(DistillConfig(), name)}
+    assert changed == DistillConfig.model_fields.keys() - STEPS_OWN
+    sampling = {name for name, value in given.sampling if value != getattr(InterleavedConfig(), name)}
+    assert sampling == InterleavedConfig.model_fields.keys()
+    assert (given.sampling.student.temperature, given.sampling.teacher.temperature) == (0.7, 0.2)
+    assert given.sampling.top_k.end == 5
+    assert given.selective.top == 3
+
+
+def test_a_share_that_changes_makes_skd_a_mixture() -> None:
+    config = SKDConfig(output_dir="x", report_to="none", schedules={"lmbda": {"start": 0, "end": 1}}).distill_config()
+    assert (config.method, config.sampled_fraction.end) == ("skd_mixed", 1)
+
+
+def test_the_command_line_of_transformers_reads_it(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", "--method", "on_policy", "--selective", '{"top": 7}']
+    words += [
+        "--teacher_model_init_kwargs",
+        '{"dtype": "bfloat16"}',
+        "--schedules",
+        '{"gamma": {"start": 2, "end": 5}}',
+    ]
+    (config,) = HfArgumentParser(SKDConfig).parse_args_into_dataclasses(words)
+    assert config.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+    assert config.distill_config().selective.top == 7
+    assert config.distill_config().sampling.gamma.end == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"args": TrainingArguments(output_dir="x", report_to="none")}, "not an SKDConfig"),
+        ({"train_dataset": {"train": CHAT, "test": CHAT}}, r"several splits(.|\n)*train, test"),
+        ({"processing_class": object()}, "a object is no tokenizer"),
+        ({"compute_metrics": len}, "metrics of logits"),
+        ({"model": None}, "there is no model"),
+        ({"teacher_model": None}, "method `skd` needs a teacher"),
+        ({"processing_class": None}, "pass `processing_class`"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, arguments: dict[str, Any], message: str
+) -> None:
+    right = {
+        "model": tiny_model(seed=1),
+        "teacher_model": tiny_model(seed=2),
+        "args": SKDConfig(output_dir="x", report_to="none", use_cpu=True),
+        "train_dataset": CHAT,
+        "processing_class": tiny_tokenizer,
+    }
+    with pytest.raises(SkdError, match=message):
+        SKDTrainer(**{**right, **arguments})
+
+
+def test_a_collator_of_tensors_is_refused(make: Any) -> None:
+    trainer = make()
+    trainer.data_collator = lambda rows: {"input_ids": rows}
+    with pytest.raises(SkdError, match=r"data_collator(.|\n)*leave it out"):
+        trainer.train()
+    with pytest.raises(SkdError, match="data_collator"):
+        trainer.evaluate()
+
+
+def test_the_best_checkpoint_by_one_of_several_validation_sets(make: Any) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
+    trainer = make(**options, load_best_model_at_end=True, metric_for_best_model="eval_plain_loss")
+    trainer.eval_dataset = {"plain": trainer.eval_dataset, "same": trainer.eval_dataset}
+    trainer.train()
+    assert trainer.state.best_metric == trainer.evaluate()["eval_plain_loss"]
+    assert trainer.evaluate()["eval_same_loss"] == trainer.state.best_metric
 
 
 def test_a_student_given_by_name_is_trained_in_fp32(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from skd_lib.errors import Preempted, SkdError
+from tests.conftest import SaveTinyModel
 from tests.training.nursery import Nursery
 from tests.training.tiny_task import newest, run
 
@@ -46,6 +47,37 @@ def test_two_processes_with_shards_equal_one(
         torch.testing.assert_close(weights["sharded"][name], tensor, rtol=1e-3, atol=1e-4)
     sharded, whole = (load_file(newest(tmp_path / name) / "model.safetensors") for name in figures)
     assert set(sharded) == set(whole)
+
+
+@pytest.mark.slow
+def test_the_same_by_skd_trainer(nursery: Nursery, save_tiny_model: SaveTinyModel, tmp_path: Path) -> None:
+    """Sampling, validation, checkpoints, going on from one, the best one, and the export."""
+    folders = {
+        name: str(save_tiny_model(tmp_path / name, seed=seed)) for seed, name in enumerate(("student", "teacher"))
+    }
+    shared = {"use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "max_new_tokens": 6, "save_steps": 2}
+    shared |= {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "lr_scheduler_type": "constant",
+    }
+    shared |= {"adaptive_gamma": False, "disable_tqdm": True}
+    found = {}
+    for name, processes in (("sharded", 2), ("whole", 1)):
+        output = str(tmp_path / name)
+        args = {**shared, "per_device_train_batch_size": 2 // processes, "fsdp": processes > 1}
+        options = {**folders, "output": output, "losses": f"{output}.json"}
+        first = {**options, "args": {**args, "max_steps": 2}}
+        then = {**options, "args": {**args, "max_steps": 4}, "resume": True}
+        assert nursery.run(first, processes) == [0] * processes, nursery.log.read_text()
+        assert nursery.run(then, processes) == [0] * processes, nursery.log.read_text()
+        losses = json.loads(Path(f"{output}.json").read_text())
+        found[name] = (losses["eval_loss"], losses["held"], load_file(tmp_path / name / "model.safetensors"))
+    assert found["sharded"][0] == pytest.approx(found["whole"][0], rel=1e-3)
+    assert found["sharded"][1] == pytest.approx(found["whole"][1] / 2, rel=0.02)
+    for name, tensor in found["whole"][2].items():
+        torch.testing.assert_close(found["sharded"][2][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_what_cannot_be_sharded_is_an_error(

@@ -28,6 +28,8 @@ from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, Tra
 from skd_lib.distillation.methods import METHODS
 from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints
 from skd_lib.training.run import TrainResult, train
+from skd_lib.training.skd_config import SKDConfig
+from skd_lib.training.skd_trainer import SKDTrainer
 from skd_lib.training.stored_teacher import StoredSignals
 
 EOS = 2
@@ -202,14 +204,39 @@ class BreakLoss(TrainerCallback):
         return output * torch.nan
 
 
+def train_by_skd_trainer(options: dict[str, Any]) -> None:
+    """Train with `SKDTrainer`, in a process of its own.
+
+    Options: `student`, `teacher`, `output` (folders), `args` (of `SKDConfig`), `resume`; where to write the losses:
+    `losses`.
+    """
+    torch.set_num_threads(1)
+    trainer = SKDTrainer(
+        model=options["student"],
+        teacher_model=options["teacher"],
+        args=SKDConfig(output_dir=options["output"], **options["args"]),
+        train_dataset=[{"prompt": f"Add {n} and 1: ", "completion": str(n + 1)} for n in range(8)],
+        eval_dataset=[{"prompt": f"Add {n} and 2: ", "completion": str(n + 2)} for n in range(3)],
+    )
+    trainer.train(resume_from_checkpoint=options.get("resume", False))
+    trainer.save_model()
+    loss = trainer.evaluate()["eval_loss"]
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trainer.model.parameters())
+    if trainer.is_world_process_zero():
+        Path(options["losses"]).write_text(json.dumps({"eval_loss": loss, "held": held}))
+
+
 def main(options: dict[str, Any]) -> None:
-    """Train in a process of its own.
+    """Train in a process of its own, by `train_by_skd_trainer` if there are `args`.
 
     Options: `student`, `teacher` (folders), `checkpoints`, `training` (a dict); what happens in the process of the
     highest rank: `kill_at_step`, `kill_after_events`, `kill_in_write`, `sigterm_at_step`, `broken_step`; where to write
     what came of it: `gradients` (the first step's), `figures` (what was logged), `weights` (of the trained student),
     `held` (which share of the weights the process had).
     """
+    if "args" in options:
+        train_by_skd_trainer(options)
+        return
     torch.set_num_threads(1)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     student, teacher = (AutoModelForCausalLM.from_pretrained(options[name]) for name in ("student", "teacher"))
