@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -98,6 +99,15 @@ class SKDConfig(TrainingArguments):
     trust_remote_code: bool = field(default=False)
     learning_rate: float = field(default=1e-5)
 
+    def __new__(cls, *_: Any, **options: Any) -> SKDConfig:
+        """Find names that are no arguments: Python's own error would not say what to do."""
+        known = cls.__dataclass_fields__
+        for name in options.keys() - known.keys():
+            near = get_close_matches(name, known, 1)
+            hint = _OF_SFT.get(name, f"did you mean {near[0]}?" if near else "leave it out")
+            raise SkdError("there is no such argument", where=f"SKDConfig, {name}", hint=hint)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # rows are tokenised by the collator
         if self.fsdp and self.fsdp_config:
@@ -155,6 +165,20 @@ class SKDConfig(TrainingArguments):
         return schedules
 
 
+_ROWS = "rows are recognised by their fields: `messages`, `prompt` and `completion`, or `prompt`; leave it out"
+_OF_SFT = {
+    "packing": "each row is a sequence of its own, since its response is sampled; leave it out",
+    "dataset_text_field": _ROWS,
+    "dataset_kwargs": _ROWS,
+    "dataset_num_proc": "rows are tokenised batch by batch; leave it out",
+    "eos_token": "set it in the tokenizer",
+    "pad_token": "set it in the tokenizer",
+    "completion_only_loss": "the loss is on the responses always; leave it out",
+    "assistant_only_loss": "the loss is on the responses always; `assistant_turns` says on which",
+    "max_seq_length": "it is called max_length",
+    "teacher_model_name_or_path": "pass the name to SKDTrainer, as `teacher_model`",
+}
+"""Arguments that TRL's GKDConfig has from its SFTConfig, and what to do without them."""
 _SCHEDULED = ("top_k", "min_prob", "mixture", "gamma", "lmbda")
 _OWN_NAMES = {
     "sampling.student.temperature": "temperature",  # or student_temperature
@@ -187,7 +211,9 @@ _REFUSED = {
 """Arguments of transformers that have no effect here, or a wrong one, and why."""
 
 
-def check_arguments(args: Any, model: Any, teacher_model: Any, train_dataset: Any, processing_class: Any) -> None:
+def check_arguments(
+    args: Any, model: Any, teacher_model: Any, train_dataset: Any, processing_class: Any, peft_config: Any
+) -> None:
     """Find mistakes in the arguments of `SKDTrainer`, before anything is loaded.
 
     Raises:
@@ -205,6 +231,9 @@ def check_arguments(args: Any, model: Any, teacher_model: Any, train_dataset: An
         what = f"a {type(processing_class).__name__} is no tokenizer"
         hint = "models of text only are trained; pass the processor's `tokenizer`"
         raise SkdError(what, where="SKDTrainer, processing_class", hint=hint)
+    if peft_config is not None and hasattr(model, "peft_config"):
+        hint = "leave peft_config out to train those, or merge them first: model.merge_and_unload()"
+        raise SkdError("the model has adapters already", where="SKDTrainer, peft_config", hint=hint)
     for name, given in (("model_init_kwargs", model), ("teacher_model_init_kwargs", teacher_model)):
         if getattr(args, name) and not isinstance(given, str):
             hint = "leave it out, or give the model by name"

@@ -83,7 +83,7 @@ class SKDTrainer(RolloutTrainer):
         formatting_func: Callable[[Any], Mapping[str, Any]] | None = None,
     ) -> None:
         args = args or SKDConfig(output_dir="skd-trainer")
-        check_arguments(args, model, teacher_model, train_dataset, processing_class)
+        check_arguments(args, model, teacher_model, train_dataset, processing_class, peft_config)
         if compute_metrics is not None or preprocess_logits_for_metrics is not None:
             raise SkdError(
                 "metrics of logits are not supported: the loss never holds all logits",

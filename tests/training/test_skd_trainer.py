@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from skd_lib.config import DistillConfig, InterleavedConfig
@@ -107,6 +107,18 @@ def test_adapters_are_trained_alone(make: Any) -> None:
     }
 
 
+def test_adapters_on_adapters_are_refused(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
+    args = SKDConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    options = {"args": args, "train_dataset": CHAT, "processing_class": tiny_tokenizer}
+    student = get_peft_model(tiny_model(seed=1), config)
+    with pytest.raises(SkdError, match="the model has adapters already"):
+        SKDTrainer(student, tiny_model(seed=2), **options, peft_config=config)
+    assert SKDTrainer(student, tiny_model(seed=2), **options).model is student
+
+
 def test_names_of_gkd_mean_what_they_mean_there() -> None:
     config = SKDConfig(output_dir="x", lmbda=0.5, beta=0.3, temperature=0.9, report_to="none").distill_config()
     assert (config.method, config.sampled_fraction, config.divergence, config.beta) == ("skd_mixed", 0.5, "jsd", 0.3)
@@ -124,6 +136,8 @@ def test_names_of_gkd_mean_what_they_mean_there() -> None:
         ({"temperature": -1}, "field `temperature`"),
         ({"lmbda": 2}, "field `lmbda`"),
         ({"gamma": 0}, "field `gamma`"),
+        ({"topk": 3}, r"SKDConfig, topk: there is no such argument(.|\n)*did you mean top_k"),
+        ({"packing": True}, r"SKDConfig, packing(.|\n)*its response is sampled"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"label_smoothing_factor": 0.1}, "field `label_smoothing_factor`"),
         ({"torch_compile": True}, "field `torch_compile`"),
