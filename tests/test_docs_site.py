@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -57,3 +58,34 @@ def test_the_drawing_and_the_table_of_the_steps_have_all_of_them() -> None:
     assert len(steps) > 10
     assert steps <= set(re.findall(r"`(\w+)`", page))
     assert steps <= set(re.findall(r">(\w+)</text>", drawing))
+
+
+def test_the_messages_of_the_page_on_troubleshooting_are_those_of_the_code() -> None:
+    page = (DOCS / "guides/troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| ", page, flags=re.MULTILINE)
+    quoted = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 40
+    texts = sorted(_texts())
+    missing = [message for message in quoted if not any(_says(text, message) for text in texts)]
+    assert missing == []
+
+
+def _says(text: str, message: str) -> bool:
+    """Return whether the parts of a message that do not differ are in a text, in this order."""
+    return (
+        re.search(r".*".join(re.escape(part.strip()) for part in message.split("…")), text, flags=re.DOTALL) is not None
+    )
+
+
+def _texts() -> set[str]:
+    """Return the texts of the product's code, with a star for what is filled in."""
+    found = set()
+    for folder in ("skd_lib", "pipelines"):
+        for path in (DOCS.parent / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [str(part.value) if isinstance(part, ast.Constant) else "*" for part in node.values]
+                    found.add("".join(parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.add(node.value)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -24,6 +25,8 @@ API = """# Python
 All names of `skd_lib`; [the guide](../guides/python.md) shows them in use.
 
 """
+MERMAID = re.compile(r"```mermaid\n.*?```", flags=re.DOTALL)
+"""GitHub draws it; the site, which needs no network, has a drawing of its own."""
 LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -35,6 +38,9 @@ def on_files(files: Files, config: Any) -> Files:
     pages["reference/python.md"] = API + "\n".join(f"::: skd_lib.{name}\n" for name in skd_lib.__all__)
     pages["reference/command-line.md"] = _command_line()
     pages["reference/configuration.md"] = _configuration()
+    for notebook in (ROOT / "docs").rglob("*.ipynb"):
+        page = notebook.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
+        pages[page] = _notebook(json.loads(notebook.read_text(encoding="utf-8")), notebook.relative_to(ROOT).as_posix())
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -52,14 +58,27 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         if not target.is_relative_to(ROOT):
             return match[0]
         name = target.relative_to(ROOT).as_posix()
-        at = COPIED.get(name) or (name.removeprefix("docs/") if _is_page(name) else None)
+        at = COPIED.get(name) or (name.removeprefix("docs/").replace(".ipynb", ".md") if _is_page(name) else None)
         return label if at is None else f"{sign}[{label}]({depth}{at}{anchor or ''})"
 
-    return LINK.sub(replaced, markdown)
+    return LINK.sub(replaced, MERMAID.sub(f"![The steps of a run]({depth}concepts/pipeline.svg)", markdown))
 
 
 def _is_page(name: str) -> bool:
-    return name.startswith("docs/") and name.endswith((".md", ".png", ".svg"))
+    return name.startswith("docs/") and name.endswith((".md", ".ipynb", ".png", ".svg"))
+
+
+def _notebook(notebook: dict[str, Any], path: str) -> str:
+    """Return an executed notebook as a page: its texts, its code, and what the code printed."""
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", []):
+            printed = output.get("text") or output.get("data", {}).get("text/plain", [])
+            parts.append("```{ .text .output }\n" + "".join(printed).rstrip() + "\n```")
+    parts.insert(1, f"*This page is a notebook, `{path}`, with the output of its execution.*")
+    return "\n\n".join(parts) + "\n"
 
 
 def _command_line() -> str:
