@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,10 @@ from skd_lib._core.uris import default_store
 from skd_lib.errors import SkdError
 
 app = typer.Typer(
+if TYPE_CHECKING:
+    from skd_lib.comparison.table import Comparison
+    from skd_lib.report.sources import Findings
+
     help="Speculative Knowledge Distillation as a Kubeflow pipeline, in a cluster or on this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -72,11 +76,17 @@ def _options(
 
 def report(
     run: Annotated[
-        str, typer.Argument(help="Folder of a finished run, its name under RUNS_DIR, or the id of an MLflow run.")
+        str,
+        typer.Argument(
+            help="Folder of a finished run or comparison, its name under RUNS_DIR, or the id of an MLflow run."
+        ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="File to write.", show_default="report.html in the run's folder; for MLflow: here"),
+        typer.Option(
+            help="File to write.",
+            show_default="report.html, or comparison.html of a comparison, in its folder; for MLflow: here",
+        ),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
     as_json: AsJson = False,
@@ -85,19 +95,24 @@ def report(
         str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow tracking server that holds the run.")
     ] = "",
 ) -> None:
-    """Make the page of a run again, from the figures and samples that the run left behind.
+    """Make the page of a run or a comparison again, from the figures and samples that it left behind.
 
     The page is one HTML file: send it, open it, no server and no network needed. With --json the figures are printed,
     too.
 
-    Examples: `skd report demo --open`, `skd report demo --json`.
+    Examples: `skd report demo --open`, `skd report compare-demo`, `skd report demo --json`.
     """
     from skd_lib.report.page import render_page
+    from skd_lib.comparison import page as comparisons
+    from skd_lib.comparison.table import COMPARISON, Comparison
     from skd_lib.report.sources import PAGE, from_folder, from_mlflow
     from skd_lib.storage import write_text_atomic
 
     folder = next((path for path in (Path(run), runs_dir / run) if path.is_dir()), None)
-    if folder is not None:
+    found: Findings | Comparison
+    if folder is not None and (folder / COMPARISON).is_file():
+        found, path = Comparison.read(folder / COMPARISON), output or folder / comparisons.PAGE
+    elif folder is not None:
         found, path = from_folder(folder), output or folder / PAGE
     elif tracking_uri:
         found, path = from_mlflow(run, tracking_uri), output or Path(PAGE)
@@ -107,7 +122,10 @@ def report(
             where="skd report",
             hint="name a run's folder, or give --runs-dir with its name, or --tracking-uri with an MLflow run's id",
         )
-    page = render_page(found.summary, found.samples)
+    if isinstance(found, Comparison):
+        page, figures = comparisons.render_page(found), {"comparison": found.to_dict()}
+    else:
+        page, figures = render_page(found.summary, found.samples), {"summary": found.summary.to_dict()}
     try:
         write_text_atomic(path, page)
     except OSError as error:
@@ -115,7 +133,7 @@ def report(
             f"cannot write the page: {error.strerror}", where=str(path), hint="choose another --output"
         ) from error
     if as_json:
-        say_json({"page": str(path), "summary": found.summary.to_dict()})
+        say_json({"page": str(path), **figures})
     else:
         say(short(path))
     if open_:

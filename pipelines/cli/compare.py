@@ -126,7 +126,6 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     """Print the tables, the places of the results, and the next command."""
     from skd_lib.comparison.render import render
     from skd_lib.comparison.table import Comparison
-    from skd_lib.config import parse_section
 
     outputs = {name: Path(uri) for name, uri in run.outputs["compare_table"].items()}
     shutil.copyfile(outputs["report"], folder.root / TABLES)
@@ -134,7 +133,7 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
         shutil.copyfile(outputs["comparison"] / name, folder.root / name)
     file = folder.root / COMPARISON
     console.print()
-    console.print(render(parse_section(Comparison, file.read_text(encoding="utf-8"), where=str(file))))
+    console.print(render(Comparison.read(file)))
     for name in (PAGE, TABLES, TRIALS, COMPARISON):
         say(f"{folder.root / name}")
     if tracking_uri:

@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field
 
+from skd_lib._core.documents import read_text
 from skd_lib.comparison.trials import Trial
-from skd_lib.config import MetricName, Section
+from skd_lib.config import MetricName, Section, parse_section
 from skd_lib.distillation.divergences import DIVERGENCES
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.predictions import Prediction, compare, read_predictions
@@ -26,6 +27,8 @@ from skd_lib.report.course import TRAINING_PHASES
 from skd_lib.report.folders import Evaluated, read_drafts, read_evaluation
 from skd_lib.results import Course, Difference, Score, Scores, Specdec, rounded
 
+COMPARISON = "comparison.json"
+"""Name of the file in a comparison's folder and among its MLflow artifacts."""
 IntervalKind = Literal["t over seeds", "bootstrap over examples", ""]
 """The second includes Wilson's intervals of accuracies."""
 SHOWN_VARIANTS = 24
@@ -142,9 +145,18 @@ class Comparison(Section):
             if math.isfinite(means.get(name, math.nan))
         }
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; what is not known is left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
     def to_json(self) -> str:
         """Return the content of `comparison.json`."""
-        return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Comparison:
+        """Read `comparison.json`; raise OSError where there is no such file, SkdError where it is not a comparison."""
+        return parse_section(cls, read_text(path), where=str(path))
 
 
 def collect(

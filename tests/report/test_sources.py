@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from skd_kfp.pipelines.cli import app
+from skd_lib.comparison.page import render_page as render_comparison
 from skd_lib.models.records import SampledSequence, to_jsonl
 from skd_lib.report.page import render_page
 from skd_lib.report.summary import Summary
+from tests.comparison.compared import compared
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +53,17 @@ def test_from_a_folder_by_path_and_by_name(
     done = skd(folder, "--output", "page.html", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "page.html\n"), done.stderr
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == render_page(summary)
+
+
+def test_the_page_of_a_comparison(tmp_path: Path) -> None:
+    comparison, folder = compared(), tmp_path / "runs" / "methods"
+    folder.mkdir(parents=True)
+    (folder / "comparison.json").write_text(comparison.to_json(), encoding="utf-8")
+    done = CliRunner().invoke(app, ["report", "methods", "--runs-dir", str(tmp_path / "runs"), "--json"])
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    assert printed == {"page": str(folder / "comparison.html"), "comparison": comparison.to_dict()}
+    assert (folder / "comparison.html").read_text(encoding="utf-8") == render_comparison(comparison)
 
 
 def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
