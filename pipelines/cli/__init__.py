@@ -32,11 +32,11 @@ from skd_lib._core.terminal import run_command, say
 from skd_lib._core.uris import default_store
 from skd_lib.errors import SkdError
 
-app = typer.Typer(
 if TYPE_CHECKING:
     from skd_lib.comparison.table import Comparison
     from skd_lib.report.sources import Findings
 
+app = typer.Typer(
     help="Speculative Knowledge Distillation as a Kubeflow pipeline, in a cluster or on this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -102,9 +102,9 @@ def report(
 
     Examples: `skd report demo --open`, `skd report compare-demo`, `skd report demo --json`.
     """
-    from skd_lib.report.page import render_page
     from skd_lib.comparison import page as comparisons
     from skd_lib.comparison.table import COMPARISON, Comparison
+    from skd_lib.report.page import render_page
     from skd_lib.report.sources import PAGE, from_folder, from_mlflow
     from skd_lib.storage import write_text_atomic
 
