@@ -86,6 +86,16 @@ class Scores(Figures):
         return {name: score.score for name, score in self.metrics.items()}
 
 
+class DataUse(Figures):
+    """Data that a step read: a split or a held-out set, its sha256, its folder, and what it was used for."""
+
+    name: str
+    digest: str
+    source: str
+    context: str = Field(description="`train`, `validation` or `test`.")
+    rows: int
+
+
 class Comet(Figures):
     """COMET's score of each model, or the reason why there is none. Empty where the task does not ask for COMET."""
 

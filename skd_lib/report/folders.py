@@ -13,14 +13,14 @@ The label says which trial of a comparison a model is from; it is empty where th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skd_lib.config import parse_json, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.results import MOMENTS, ROLES, Moment, Role, Scores, Specdec
+from skd_lib.results import MOMENTS, ROLES, DataUse, Moment, Role, Scores, Specdec
 from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class RoleScores(Scores):
 
     role: Role
     label: str = ""
+    model_uri: str = ""
+    data: tuple[DataUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Evaluated:
     folder: Path
     role: Role
     label: str
-    scores: Scores
+    scores: RoleScores
 
     @property
     def predictions(self) -> Path:
@@ -53,9 +55,19 @@ class Evaluated:
 
 
 def write_evaluation(
-    folder: Path, role: str, label: str, result: Evaluation, held_out: Mapping[str, Evaluation]
+    folder: Path,
+    role: str,
+    label: str,
+    result: Evaluation,
+    held_out: Mapping[str, Evaluation],
+    *,
+    model_uri: str = "",
+    data: Sequence[DataUse] = (),
 ) -> None:
-    """Write an evaluation's folder, all but the record of the model's training: the test set and the held-out sets."""
+    """Write an evaluation's folder, all but the record of the model's training: the test set and the held-out sets.
+
+    `data` is all that the run's steps read, so that the pipeline's record can name it though they come from the cache.
+    """
     from skd_lib.evaluation.predictions import write_predictions
 
     (folder / HELD_OUT).mkdir(parents=True, exist_ok=True)
@@ -63,7 +75,8 @@ def write_evaluation(
     for name, each in held_out.items():
         write_predictions(folder / HELD_OUT / f"{name}.jsonl", each.predictions)
     scores = result.scores.model_copy(update={HELD_OUT: {name: each.scores for name, each in held_out.items()}})
-    _write(folder / SCORES, {"role": role, LABEL: label, **scores.flat()})
+    used = {"model_uri": model_uri, "data": [each.model_dump() for each in data]}
+    _write(folder / SCORES, {"role": role, LABEL: label, **used, **scores.flat()})
 
 
 def read_evaluation(folder: Path) -> Evaluated:

@@ -22,7 +22,20 @@ from skd_lib.evaluation.predictions import read_predictions
 from skd_lib.models.fingerprint import short
 from skd_lib.models.records import software
 from skd_lib.report.worth import Worth, worth_of
-from skd_lib.results import MOMENTS, ROLES, Comet, Course, Moment, PairedTest, Role, Score, Scores, Specdec, rounded
+from skd_lib.results import (
+    DRAFT_FIGURES,
+    MOMENTS,
+    ROLES,
+    Comet,
+    Course,
+    Moment,
+    PairedTest,
+    Role,
+    Score,
+    Scores,
+    Specdec,
+    rounded,
+)
 from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
 
@@ -75,6 +88,14 @@ class Loss(Section):
     def share(self) -> float:
         """Share of all rows, 0 to 1."""
         return self.total / self.rows if self.rows else 0.0
+
+
+def headline_columns(metrics: Sequence[str]) -> list[str]:
+    """Return the names of a run's headline figures by which people sort runs, given the task's metrics."""
+    first, others = metrics[:1], metrics[1:3]
+    scores = [f"{role}/{metric}" for metric in first for role in ("student_after", "student_before", "teacher")]
+    drafts = [f"draft_after/{name}" for name in DRAFT_FIGURES]
+    return [*scores, "quality_kept", *drafts, *(f"student_after/{metric}" for metric in others)]
 
 
 class Gap(NamedTuple):
@@ -133,10 +154,10 @@ class Summary(Section):
         return worth_of(self)
 
     def headline(self) -> dict[str, float]:
-        """Return the figures by which runs are compared, flat: `student_after_chrf`, `speedup_after`, ..."""
-        scores = {f"{role}_{metric}": score for role, found in self.models.items() for metric, score in found.items()}
+        """Return the figures by which runs are compared, flat: `student_after/chrf`, `draft_after/speedup`, ..."""
+        scores = {f"{role}/{metric}": score for role, found in self.models.items() for metric, score in found.items()}
         drafts = {
-            f"{name}_{moment}": value
+            f"draft_{moment}/{name}": value
             for moment, found in self.specdec.items()
             for name, value in found.figures().items()
         }

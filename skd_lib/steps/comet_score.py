@@ -73,7 +73,7 @@ def main(
             else:
                 scores |= found
                 run.log_text("".join(json.dumps(row) + "\n" for row in rows), "comet.jsonl")
-                run.log_metrics({f"{role}.comet": score["score"] for role, score in found["models"].items()})
+                run.log_metrics({f"{role}/comet": score["score"] for role, score in found["models"].items()})
             run.set_tags({"missing": scores["missing"]})
     scores["seconds"] = round(time.perf_counter() - started, 3)
     for role, score in scores["models"].items():

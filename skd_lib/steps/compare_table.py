@@ -92,6 +92,8 @@ def main(
         write_text_atomic(report_out, markdown)
         write_text_atomic(figures_out, json.dumps(comparison.figures(), indent=2) + "\n")
         run.parent.log_metrics(comparison.headline())
+        first = settings.task.own_metrics[:1]
+        run.parent.show_metrics([name for name in comparison.headline() if name.rpartition("/")[2] in first])
         for name, text in {"comparison.md": markdown, **texts}.items():
             run.parent.log_text(text, name)
     Console().print(render(comparison))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
     from skd_lib.evaluation.evaluate import Evaluation, HeldOutSet
     from skd_lib.evaluation.predictions import Prediction
+    from skd_lib.results import DataUse
     from skd_lib.tracking.runs import StepRun
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,11 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Measured:
-    """The evaluation of one model: on the test set, and on each held-out set by its name."""
+    """The evaluation of one model, on the test set and on each held-out set by its name; `data` is all of the run's."""
 
     test: Evaluation
     held_out: Mapping[str, Evaluation]
+    data: Sequence[DataUse] = ()
 
     def figures(self) -> dict[str, float]:
         """Return the numbers alone, those of a held-out set as SET.FIGURE."""
@@ -83,7 +85,7 @@ def main(
     params = {"role": role.value, **evaluation_params(settings)}
     with step_run(step=name, tracking_uri=tracking_uri, experiment=experiment, params=params) as run:
         measured = measure(model, data, settings, run, data_uri=io.input_uri("data", data))
-        write(measured, role, evaluation_out, settings.label, run)
+        write(measured, role, evaluation_out, settings.label, run, model_uri=io.input_uri("model", model))
         copy_record(model, evaluation_out)
     io.write()
 
@@ -101,12 +103,13 @@ def evaluate_models(
     run: StepRun,
     *,
     data_uri: str,
+    uris: Mapping[Role, str],
     origins: Mapping[Role, Mapping[str, Any]] | None = None,
 ) -> None:
     """Evaluate several models, one after the other; a model that equals an earlier one is not measured again.
 
-    `folder` gets a folder for each role, and `run` the figures, with the role's name as prefix. `origins` holds the
-    lineage of models that no step has made, for their evaluation's record.
+    `folder` gets a folder for each role, and `run` the figures, as ROLE/FIGURE. `uris` says where the models are;
+    `origins` holds the lineage of models that no step has made, for their evaluation's record.
     """
     from skd_lib.models.importing import same_model
 
@@ -117,7 +120,8 @@ def evaluate_models(
             log.info("%s is the same model as the one before, and is not measured again", role.value)
         else:
             found[twin] = measure(model, data, settings, run, data_uri=data_uri)
-        write(found[twin], role, folder / role.value, settings.label, run, prefix=f"{role.value}.")
+        to = folder / role.value
+        write(found[twin], role, to, settings.label, run, model_uri=uris[role], prefix=f"{role.value}/")
         if origins and role in origins:
             write_record(folder / role.value, lineage=origins[role])
         else:
@@ -135,24 +139,42 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
 
     evaluation, task, seed = settings.evaluation, settings.task, settings.seed
     prepared = PreparedData.load(data)
-    sets = {"test": ("test.jsonl", prepared.test)}
-    sets |= {name: (f"held_out/{name}.jsonl", rows) for name, rows in prepared.held_out.items()}
-    for name, (file, rows) in sets.items():
-        run.log_dataset(name, prepared.manifest["sha256"][file], data_uri, context="test", rows=len(rows))
+    used = _data_of(prepared, data_uri)
+    for each in used:
+        if each.context == "test":
+            run.log_dataset(**each.model_dump())
     language_model, tokenizer = load_for_inference(model)
     return Measured(
         evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed),
         evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, settings), evaluation, seed=seed),
+        used,
     )
 
 
-def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun, *, prefix: str = "") -> None:
+def _data_of(prepared: PreparedData, uri: str) -> list[DataUse]:
+    from skd_lib.data.prepared import SPLITS
+    from skd_lib.results import DataUse
+
+    contexts = {"validation": "validation", "test": "test"}
+    files = {name: (f"{name}.jsonl", contexts.get(name, "train"), getattr(prepared, name)) for name in SPLITS}
+    files |= {name: (f"held_out/{name}.jsonl", "test", rows) for name, rows in prepared.held_out.items()}
+    digests = prepared.manifest["sha256"]
+    return [
+        DataUse(name=name, digest=digests[file], source=uri, context=context, rows=len(rows))
+        for name, (file, context, rows) in files.items()
+    ]
+
+
+def write(
+    measured: Measured, role: Role, folder: Path, label: str, run: StepRun, *, model_uri: str, prefix: str = ""
+) -> None:
     """Write a model's evaluation, all but the record of its training, and give MLflow the figures under `prefix`."""
     from skd_lib.models.loading import default_device
     from skd_lib.models.precision import resolve_precision
     from skd_lib.report.folders import PREDICTIONS, write_evaluation
 
-    write_evaluation(folder, role.value, label, measured.test, measured.held_out)
+    own = {"model_uri": model_uri, "data": measured.data}
+    write_evaluation(folder, role.value, label, measured.test, measured.held_out, **own)
     run.log_metrics({f"{prefix}{name}": value for name, value in measured.figures().items()})
     run.set_tags(
         {
@@ -160,7 +182,7 @@ def write(measured: Measured, role: Role, folder: Path, label: str, run: StepRun
             **{f"signature.{name}": score.signature for name, score in measured.test.scores.metrics.items()},
         }
     )
-    run.log_artifact(folder / PREDICTIONS, prefix.rstrip(".") or None)
+    run.log_artifact(folder / PREDICTIONS, prefix.rstrip("/") or None)
     run.log_table(table(measured.test.predictions), f"{prefix}predictions")
     for name, each in measured.held_out.items():
         run.log_table(table(each.predictions), f"held_out/{prefix}{name}")

@@ -40,7 +40,8 @@ def main(
         experiment=experiment,
         params=evaluation_params(settings),
     ) as run:
-        evaluate_models(models, data, evaluations_out, settings, run, data_uri=io.input_uri("data", data))
+        uris = {role: io.input_uri(role.removeprefix("student_"), folder) for role, folder in models.items()}
+        evaluate_models(models, data, evaluations_out, settings, run, data_uri=io.input_uri("data", data), uris=uris)
     io.write()
 
 

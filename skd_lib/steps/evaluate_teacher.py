@@ -53,6 +53,7 @@ def main(
             settings,
             run,
             data_uri=io.input_uri("data", data),
+            uris={Role.teacher_base: settings.teacher, Role.teacher: io.input_uri("teacher", teacher)},
             origins={Role.teacher_base: origin_of(settings.teacher, base, fingerprint)},
         )
         check_unchanged(settings.teacher, fingerprint)  # nor while it was measured

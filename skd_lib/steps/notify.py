@@ -130,12 +130,12 @@ def _figure_lines(figures: Mapping[str, float]) -> list[str]:
     """Return the student's scores with the teacher's and those before, drafts likewise; of a comparison every mean."""
     lines = []
     for name, value in figures.items():
-        if name.startswith("student_after_"):
-            metric = name.removeprefix("student_after_")
-            others = {"before": f"student_before_{metric}", "teacher": f"teacher_{metric}"}
+        thing, _, metric = name.partition("/")
+        if thing == "student_after":
+            others = {"before": f"student_before/{metric}", "teacher": f"teacher/{metric}"}
             what = f"{metric} of the student"
-        elif name.endswith("_after"):
-            others, what = {"before": f"{name.removesuffix('after')}before"}, name.removesuffix("_after")
+        elif thing == "draft_after":
+            others, what = {"before": f"draft_before/{metric}"}, metric
         else:
             continue
         known = ", ".join(f"{label} {figures[other]:.4g}" for label, other in others.items() if other in figures)

@@ -123,6 +123,7 @@ def main(
     from skd_lib._core.terminal import Console
     from skd_lib.preflight import run_checks
     from skd_lib.preflight.reuse import reuse_from
+    from skd_lib.report.summary import headline_columns
     from skd_lib.tracking.runs import step_run
 
     io = StepIO({"findings": report_out})
@@ -193,6 +194,8 @@ def main(
         ) as run:
             # What people compare runs by stands on the run itself, beside the headline figures that `report` adds.
             run.parent.log_params({name: _value(run_config, place) for name, place in SHOWN.items()})
+            if not plan:
+                run.parent.show_metrics(headline_columns(run_config.task.metrics))
             run.log_artifact(report_out)
             found = {
                 "teacher": report.model_fingerprints.get(run_config.teacher, ""),

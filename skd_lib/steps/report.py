@@ -47,10 +47,11 @@ def main(
 ) -> None:
     """Put the figures of evaluation and benchmark together; what was not measured may be left out.
 
-    The headline figures (`student_after_chrf`, `speedup_after`, ...) go to the pipeline's MLflow run, so that runs can
-    be compared there, with the page, the figures and the training sequences as its artifacts, from which `skd report`
-    makes the page again. A few of them, rounded, are what Kubeflow's page compares runs by. Output parameter
-    `measured`: what step `register_model` needs (`skd_lib.report.measured`).
+    The headline figures (`student_after/chrf`, `draft_after/speedup`, ...) go to the pipeline's MLflow run, so that
+    runs can be compared there, with the models and their data, and with the page, the figures and the training
+    sequences as its artifacts, from which `skd report` makes the page again. A few of the figures, rounded, are what
+    Kubeflow's page compares runs by. Output parameter `measured`: what step `register_model` needs
+    (`skd_lib.report.measured`).
     """
     from skd_lib._core.terminal import Console
     from skd_lib.evaluation.predictions import paired_results
@@ -60,7 +61,8 @@ def main(
     from skd_lib.report.page import render_page
     from skd_lib.report.render import render, to_markdown
     from skd_lib.report.sources import PAGE, SUMMARY
-    from skd_lib.report.summary import answer_lengths, build_summary, lineage_in_words
+    from skd_lib.report.summary import answer_lengths, build_summary, headline_columns, lineage_in_words
+    from skd_lib.report.tracked import description, model_records
     from skd_lib.results import Scores
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.gate import Rival
@@ -99,6 +101,13 @@ def main(
         write_text_atomic(report_out, page)
         summary.write(figures_out)
         run.parent.log_metrics(summary.headline())
+        run.parent.show_metrics([name for name in headline_columns(task.metrics) if name in summary.headline()])
+        data = student.scores.data if student else []
+        for used in data:
+            run.parent.log_dataset(**used.model_dump())
+        tested = next(((used.name, used.digest) for used in data if used.context == "test"), None)
+        run.log_models(model_records(evaluated, summary), tested)
+        run.parent.set_tags({"mlflow.note.content": description(summary, run.parent.page)})
         run.parent.set_tags({f"signature.{name}": text for name, text in summary.signatures.items()})
         run.parent.log_text(summary.to_json(), SUMMARY)
         run.parent.log_text(to_markdown(summary), "summary.md")

@@ -73,7 +73,9 @@ def main(
         )
         outputs = {moment: result.to_dict() for moment, result in results.items()}
         figures = {
-            f"{name}_{moment}": value for moment, result in results.items() for name, value in result.metrics().items()
+            f"draft_{moment}/{name}": value
+            for moment, result in results.items()
+            for name, value in result.metrics().items()
         }
         write_drafts(drafts_out, label, outputs)
         run.log_metrics(figures)

@@ -200,7 +200,12 @@ def run_url(tracking_uri: str, run: Run) -> str:
     if parts.scheme not in ("http", "https"):
         return ""
     server = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
-    return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{server}/{run_page(run)}"
+
+
+def run_page(run: Run) -> str:
+    """Return the same below the address of a server."""
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def check_tracking(tracking_uri: str, experiment: str = "") -> SkdError | None:

@@ -17,6 +17,8 @@ from skd_lib._core.uris import shown
 from skd_lib.tracking.client import TAG_LENGTH, brief, check_not_deleted, clip, connect
 from skd_lib.tracking.ending import PipelineClosing
 from skd_lib.tracking.locate import ATTEMPT_TAG, ERROR_TAG, RunLocation, locate
+from skd_lib.tracking.models import LoggedModels
+from skd_lib.tracking.view import View
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # MLflow's limits (mlflow/utils/validation.py): a request beyond them is refused as a whole.
 _BATCH_SIZES = {"params": 100, "tags": 100, "metrics": 1000}
-_DIGEST_LENGTH = 36
+DIGEST_LENGTH = 36
 _OLDER_LENGTHS = (500, 250)
 """Longest values that older servers take."""
 Kind = Literal["params", "tags", "metrics"]
@@ -128,7 +130,7 @@ class DatasetUse(_Entry):
         profile = {"sha256": self.digest, **({} if self.rows is None else {"num_rows": self.rows})}
         dataset = Dataset(
             name=self.name,
-            digest=self.digest[:_DIGEST_LENGTH],
+            digest=self.digest[:DIGEST_LENGTH],
             source_type=self.source.partition("://")[0] if "://" in self.source else "local",
             source=json.dumps({"uri": self.source}),
             profile=json.dumps(profile),
@@ -200,7 +202,7 @@ class Closing(_Entry):
         client.set_terminated(target.run_id, self.status, self.at)
 
 
-Entry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing | PipelineClosing
+Entry = Params | Metrics | DatasetUse | Artifact | Table | Tags | Closing | PipelineClosing | LoggedModels | View
 ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
 
 
@@ -233,13 +235,15 @@ class Sender:
             entry.close(self.client, self.location)
             return
         self.open()
-        target = self.targets[entry.which]
         try:
-            entry.send(self.client, target)
+            if isinstance(entry, LoggedModels):
+                entry.send(self.client, self.targets["parent"], self.targets["step"])
+            else:
+                entry.send(self.client, self.targets[entry.which])
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
-            experiment = self.client.get_experiment(target.run.info.experiment_id)
+            experiment = self.client.get_experiment(self.targets["parent"].run.info.experiment_id)
             check_not_deleted(experiment, self.location.tracking_uri)
             self.refused += 1
             uri = shown(self.location.tracking_uri)

@@ -2,7 +2,7 @@
 
     with step_run(step="distill", tracking_uri=uri, experiment="skd", params={...}) as run:
         run.log_metrics({"loss": 1.0}, step=3)
-        run.parent.log_metrics({"student_after_chrf": 30.5})
+        run.parent.log_metrics({"student_after/chrf": 30.5})
 
 Runs are found by their tags (`kfp.pipeline_run_id` on the parent, `kfp.task` and `mlflow.parentRunId` on the step's
 run), so a retried or resumed step goes on in its run. The parent may be in any experiment. Where Kubeflow's own MLflow
@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +31,23 @@ from typing import Any, Literal
 
 from skd_lib._core.machine import is_main_process, pipeline_run_id
 from skd_lib._core.uris import redacted
-from skd_lib.tracking.client import PARAM_LENGTH, TAG_LENGTH, clip, connect, run_url, untaken
+from skd_lib.tracking.client import PARAM_LENGTH, TAG_LENGTH, clip, connect, run_page, run_url, untaken
 from skd_lib.tracking.ending import STATE_TAG, PipelineClosing, Seen
-from skd_lib.tracking.entries import PARAM_PREFIX, Artifact, Closing, DatasetUse, Metrics, Params, Table, Tags
+from skd_lib.tracking.entries import (
+    DIGEST_LENGTH,
+    PARAM_PREFIX,
+    Artifact,
+    Closing,
+    DatasetUse,
+    Metrics,
+    Params,
+    Table,
+    Tags,
+)
 from skd_lib.tracking.locate import ERROR_TAG, RunLocation, find_parent
+from skd_lib.tracking.models import LoggedModels, ModelRecord
 from skd_lib.tracking.outbox import Outbox
+from skd_lib.tracking.view import View, runs_url
 
 
 class RunLog:
@@ -55,6 +67,18 @@ class RunLog:
         """Address of the run's page; empty where the store is no server, or has not answered yet."""
         run = self._outbox.runs.get(self._which)
         return "" if run is None else run_url(self._outbox.uri, run)
+
+    @property
+    def page(self) -> str:
+        """Address of the run's page below that of whatever server shows the store; empty until it has answered."""
+        run = self._outbox.runs.get(self._which)
+        return "" if run is None else run_page(run)
+
+    @property
+    def table_url(self) -> str:
+        """Address of the runs table with this run in it; see `view`."""
+        run = self._outbox.runs.get(self._which)
+        return "" if run is None else runs_url(self._outbox.uri, run.info.experiment_id)
 
     def find(self) -> str:
         """Return the run's id, for which a store that was silent is asked again.
@@ -92,6 +116,10 @@ class RunLog:
         use = DatasetUse(which=self._which, name=name, digest=digest, source=source, context=context, rows=rows)
         self._outbox.log(use)
 
+    def show_metrics(self, names: Sequence[str]) -> None:
+        """Let the experiment's runs table show these metrics, with a chart of each; see `view`."""
+        self._outbox.log(View(which=self._which, metrics=list(names)))
+
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a small file (a report, a table) to the run. Weights are never sent through the tracking server."""
         content = path.read_bytes()
@@ -124,6 +152,12 @@ class StepRun(RunLog):
     def __init__(self, outbox: Outbox) -> None:
         super().__init__(outbox, "step")
         self.parent = RunLog(outbox, "parent")
+
+    def log_models(self, models: Sequence[ModelRecord], dataset: tuple[str, str] | None = None) -> None:
+        """Record the models of the pipeline run; `dataset` is the name and sha256 of what they were measured on."""
+        if models:
+            named = dataset and (dataset[0], dataset[1][:DIGEST_LENGTH])
+            self._outbox.log(LoggedModels(models=list(models), dataset=named))
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def test_both_students_are_in_one_folder_and_one_run(
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'evaluate_student'")
     for role, each in found.items():
-        assert run.data.metrics[f"{role}.chrf"] == pytest.approx(each.scores.figures()["chrf"])
+        assert run.data.metrics[f"{role}/chrf"] == pytest.approx(each.scores.figures()["chrf"])
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= set(found)
 
 
@@ -159,11 +159,17 @@ def test_a_teacher_that_is_passed_on_is_measured_once(
     evaluate_teacher.main(teacher, data, out, json.dumps({**SETTINGS, "teacher": str(source)}))
     assert len(generations) == 1
     base, tuned = (contents(out / role) for role in ("teacher_base", "teacher"))
-    assert tuned["scores.json"] == base["scores.json"].replace("teacher_base", "teacher")
+    scores = [json.loads(each["scores.json"]) for each in (base, tuned)]
+    assert [(each.pop("role"), each.pop("model_uri")) for each in scores] == [
+        ("teacher_base", str(source)),
+        ("teacher", str(teacher)),
+    ]
+    assert scores[0] == scores[1]
+    assert [(used["name"], used["context"]) for used in scores[0]["data"]][-1] == ("test", "test")
     assert tuned["predictions.jsonl"] == base["predictions.jsonl"]
     assert read_record(out / "teacher").figures == {"steps": 0}
     assert read_record(out / "teacher").lineage == read_record(out / "teacher_base").lineage == lineage
-    assert metrics["teacher.chrf"] == metrics["teacher_base.chrf"]
+    assert metrics["teacher/chrf"] == metrics["teacher_base/chrf"]
 
 
 @pytest.mark.parametrize(("trained", "times"), [(False, 1), (True, 2)])

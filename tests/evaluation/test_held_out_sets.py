@@ -60,7 +60,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMo
 
 def test_every_set_is_scored_or_said_to_be_missing(result: tuple[Path, dict[str, Any]]) -> None:
     _, scores = result
-    assert scores.keys() == {"role", "label", "chrf", "examples", "seconds", "held_out"}
+    assert scores.keys() == {"role", "label", "model_uri", "data", "chrf", "examples", "seconds", "held_out"}
     sets = scores["held_out"]
     assert list(sets) == ["numbers", "words", "unscorable", "too_long", "nowhere", "lost"]
     assert sets["numbers"].keys() == {"accuracy", "examples", "seconds"}

@@ -187,7 +187,7 @@ def test_mlflow_has_the_run_tree_and_the_registered_student(workplace: Workplace
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
     assert parents[0].info.status == "FINISHED"
-    assert parents[0].data.metrics["student_after_chrf"] == workplace.summary()["models"]["student_after"]["chrf"]
+    assert parents[0].data.metrics["student_after/chrf"] == workplace.summary()["models"]["student_after"]["chrf"]
     children = {run.data.tags["kfp.task"]: run for run in runs if run is not parents[0]}
     assert children.keys() == set(STEPS) - UNTRACKED
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}

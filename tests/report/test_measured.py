@@ -100,7 +100,7 @@ def test_headline_figures_are_few_rounded_and_finite() -> None:
         "tokens_per_teacher_call": 3.3333,
         "speedup": 1.6667,
     }
-    assert summary.headline()["student_after_chrf"] == EXACT
+    assert summary.headline()["student_after/chrf"] == EXACT
 
 
 @pytest.mark.parametrize(("value", "shown"), [(123456.7, 123460), (0.00012345678, 0.00012346), (0, 0), (2, 2)])

@@ -88,10 +88,10 @@ def test_the_fixed_part_of_the_file(summary: Summary, tmp_path: Path) -> None:
 
 def test_headline_figures(summary: Summary) -> None:
     headline = summary.headline()
-    assert headline["student_after_chrf"] == 30.0
-    assert headline["teacher_base_bleu"] == 5.0
-    assert headline["acceptance_rate_before"] == 0.25
-    assert headline["speedup_after"] == 1.375
+    assert headline["student_after/chrf"] == 30.0
+    assert headline["teacher_base/bleu"] == 5.0
+    assert headline["draft_before/acceptance_rate"] == 0.25
+    assert headline["draft_after/speedup"] == 1.375
     assert headline["quality_kept"] == 0.75
     assert len(headline) == 4 * 2 + 2 * 3 + len(summary.worth().figures())
 
@@ -153,8 +153,8 @@ def test_scores_by_comet_stand_beside_the_others() -> None:
         course=Course(),
         comet=comet(models=found),
     )
-    assert summary.headline()["teacher_comet"] == 81.5
-    assert "student_after_comet" not in summary.headline()
+    assert summary.headline()["teacher/comet"] == 81.5
+    assert "student_after/comet" not in summary.headline()
     assert "| model | COMET | BLEU" in to_markdown(summary)
     assert "| teacher | 81.5 [80.0, 83.0] |" in to_markdown(summary)
     assert "COMET: comet|model:m|version:2.2.7" in printed(summary, 120)

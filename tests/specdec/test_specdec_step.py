@@ -114,8 +114,8 @@ def test_tracked(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'specdec_benchmark'")
-    assert found[0].data.metrics["speedup_before"] == pytest.approx(results["before"]["speedup"])
-    assert found[0].data.metrics["acceptance_rate_after"] == pytest.approx(results["after"]["acceptance_rate"])
+    assert found[0].data.metrics["draft_before/speedup"] == pytest.approx(results["before"]["speedup"])
+    assert found[0].data.metrics["draft_after/acceptance_rate"] == pytest.approx(results["after"]["acceptance_rate"])
     kept = client.download_artifacts(found[0].info.run_id, "specdec.json", str(tmp_path))
     logged = json.loads(Path(kept).read_text())
     assert {moment: {"label": "", **values} for moment, values in logged.items()} == results

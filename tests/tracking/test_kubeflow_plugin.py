@@ -59,8 +59,8 @@ def test_what_goes_to_the_parent_goes_to_the_root(
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as run:
         assert run.run_id == task.info.run_id
         assert run.parent.run_id == plugin.root.info.run_id
-        run.parent.log_metrics({"student_after_chrf": 32.0})
-    assert client.get_run(plugin.root.info.run_id).data.metrics == {"student_after_chrf": 32.0}
+        run.parent.log_metrics({"student_after/chrf": 32.0})
+    assert client.get_run(plugin.root.info.run_id).data.metrics == {"student_after/chrf": 32.0}
     assert client.get_run(task.info.run_id).data.tags["skd.image"] == "image@sha256:1"
     assert client.get_experiment_by_name(EXPERIMENT) is None
 

@@ -20,11 +20,11 @@ MESSAGE = Message(
     "SUCCEEDED",
     links={"MLflow": "https://mlflow.example/#/runs/1?a=1&b=2"},
     figures={
-        "teacher_chrf": 47.0,
-        "student_before_chrf": 18.04,
-        "student_after_chrf": 32.3,
-        "speedup_before": 0.28,
-        "speedup_after": 0.31,
+        "teacher/chrf": 47.0,
+        "student_before/chrf": 18.04,
+        "student_after/chrf": 32.3,
+        "draft_before/speedup": 0.28,
+        "draft_after/speedup": 0.31,
     },
 )
 

@@ -160,8 +160,8 @@ def test_from_figures_to_a_registered_champion(
     assert set(by_id) == {"run-1", "run-2", "run-3"}
     parent = by_id["run-2"]
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["student_after_chrf"] == 29.0
-    assert parent.data.metrics["speedup_after"] == 1.3
+    assert parent.data.metrics["student_after/chrf"] == 29.0
+    assert parent.data.metrics["draft_after/speedup"] == 1.3
     assert parent.data.tags["registered_model"] == "skd-student/2"
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
         *("summary.json", "summary.md", "samples.jsonl", "report.html")
@@ -301,7 +301,7 @@ def test_the_end_of_a_run_is_told_with_its_figures(store: str, tmp_path: Path, m
         monkeypatch.setenv("SKD_NOTIFY_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
         monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/pipeline/")
         with step_run(step="report", tracking_uri=store, experiment=EXPERIMENT) as step:
-            step.parent.log_metrics({"student_before_chrf": 18.0, "student_after_chrf": 32.3})
+            step.parent.log_metrics({"student_before/chrf": 18.0, "student_after/chrf": 32.3})
         with step_run(step="register_model", tracking_uri=store, experiment=EXPERIMENT):
             pass
         # KFP 2.17 gives its exit handler this word also after a success.

@@ -86,7 +86,7 @@ def test_the_scores_are_a_short_parameter_and_each_answers_score_is_in_mlflow(
     assert [(row["role"], row["id"]) for row in rows[:3]] == [("teacher_base", example[0]) for example in EXAMPLES]
     mean = sum(row["comet"] for row in rows[:3]) / 3
     assert scores["models"]["teacher_base"]["score"] == pytest.approx(mean, rel=1e-12)
-    assert found.data.metrics["teacher_base.comet"] == pytest.approx(mean)
+    assert found.data.metrics["teacher_base/comet"] == pytest.approx(mean)
     assert found.data.tags["missing"] == ""
     monkeypatch.setattr("skd_lib.evaluation.comet.environment.comet_python", failing)
     assert len(run(tmp_path, task=ASKED)["missing"]) < 700

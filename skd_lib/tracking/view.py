@@ -1,0 +1,109 @@
+"""The runs table of an experiment, with the columns and charts of the headline figures.
+
+MLflow's page keeps such a view in a tag of the experiment (`mlflow.sharedViewState.KEY`, JSON), which its address names
+(`viewStateShareKey=KEY`). Fields are those of its file `ExperimentPageUIState.tsx`; it ignores those it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from skd_lib._core.uris import shown
+from skd_lib.tracking.client import TAG_LENGTH
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+VIEW = "skd"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+_FIRST = ("attributes.`Created`", "params.`skd/method`")
+_LAST = ("attributes.`Models`", "attributes.`Dataset`")
+_METRIC = "metrics.`{}`"
+_LETTER, _MARGIN = 7, 34
+"""Width of a column's title, in pixels."""
+_MOST = 24
+"""Metrics in one view: those of the last runs, where there are more."""
+
+
+class View(BaseModel):
+    """Metrics that the runs table is to show, as an entry that can be sent later; see `runs.RunLog.show_metrics`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["view"] = "view"
+    which: Literal["step", "parent"] = "parent"
+    at: int = Field(default_factory=lambda: int(time.time() * 1000))
+    metrics: list[str]
+
+    def send(self, client: MlflowClient, target: Any) -> None:
+        """Add them to the view of the run's experiment, which is made if there is none."""
+        experiment_id = target.run.info.experiment_id
+        present = client.get_experiment(experiment_id).tags.get(VIEW_TAG, "")
+        shown_now = _metrics_of(present)
+        metrics = list(dict.fromkeys([*self.metrics, *shown_now]))[:_MOST]
+        if set(metrics) == set(shown_now):
+            return
+        while len(text := json.dumps(view_state(metrics), separators=(",", ":"))) > TAG_LENGTH:
+            metrics.pop()
+        client.set_experiment_tag(experiment_id, VIEW_TAG, text)
+
+
+def view_state(metrics: Sequence[str]) -> dict[str, Any]:
+    """Return the state of the page: columns, and a bar chart for each metric, in a section for each name before `/`."""
+    sections = dict.fromkeys(_section(metric) for metric in metrics)
+    charts = [
+        {
+            "type": "BAR",
+            "uuid": f"skd-{metric}",
+            "metricKey": metric,
+            "metricSectionId": _section(metric),
+            "runsCountToCompare": 10,
+            "deleted": False,
+            "isGenerated": True,
+        }
+        for metric in metrics
+    ]
+    columns = {_METRIC.format(metric): _MARGIN + _LETTER * len(metric) for metric in metrics}
+    order = [*_FIRST, *columns, *_LAST]
+    return {
+        "selectedColumns": order[1:],
+        "columnOrder": order,
+        "columnWidths": columns,
+        "compareRunCharts": charts,
+        "compareRunSections": [
+            {"uuid": name, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": True}
+            for name in sections
+        ],
+    }
+
+
+def runs_url(tracking_uri: str, experiment_id: str) -> str:
+    """Return the address of the experiment's runs table, without credentials; empty where the store is no server."""
+    parts = urlsplit(shown(tracking_uri))
+    if parts.scheme not in ("http", "https"):
+        return ""
+    server = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+    return f"{server}/{runs_page(experiment_id)}"
+
+
+def runs_page(experiment_id: str) -> str:
+    """Return the same below the address of a server."""
+    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+
+
+def _metrics_of(text: str) -> list[str]:
+    try:
+        columns = json.loads(text or "{}").get("selectedColumns", [])
+    except (ValueError, AttributeError):  # another program's, or a person's
+        return []
+    return [name.removeprefix("metrics.`").removesuffix("`") for name in columns if name.startswith("metrics.`")]
+
+
+def _section(metric: str) -> str:
+    return metric.rpartition("/")[0] or "quality"
