@@ -91,14 +91,20 @@ def find_trained(name: str, runs: Path) -> Trained:
     return _model(folder / STUDENT)
 
 
+def run_of(model: Path) -> RunConfig | None:
+    """Return the run whose student or teacher is in a folder, RUN/student or RUN/teacher; None if there is none."""
+    file = model.absolute().parent / CONFIG  # of the link, not of the folder where it leads
+    if model.name not in (STUDENT, TEACHER) or not model.is_dir() or not file.is_file():
+        return None
+    return load_config(file)
+
+
 def _model(folder: Path) -> Trained:
     check_model_folder(folder)
     lineage = Lineage.read(folder)
-    run = folder.absolute().parent  # not where its link leads
-    if folder.name not in (STUDENT, TEACHER) or not (run / SUMMARY).is_file() or not (run / CONFIG).is_file():
-        return Trained(folder, lineage)
-    config = load_config(run / CONFIG)
-    if folder.name == TEACHER:
+    config = run_of(folder)
+    figures = folder.absolute().parent / SUMMARY
+    if config is None or folder.name == TEACHER or not figures.is_file():
         return Trained(folder, lineage, config)
     training = config.distill.training
     settings = {name: getattr(training, name) for name in ("max_steps", "batch_size", "learning_rate")}
@@ -107,7 +113,7 @@ def _model(folder: Path) -> Trained:
         teacher_tuned=config.teacher_sft.enabled,
         settings={**lineage.settings, **{name: value for name, value in settings.items() if value is not None}},
     )
-    return Trained(folder, whole, config, Summary.read(run / SUMMARY))
+    return Trained(folder, whole, config, Summary.read(figures))
 
 
 def _data(config: RunConfig, *, for_others: bool) -> dict[str, object]:
