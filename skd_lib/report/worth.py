@@ -33,7 +33,7 @@ class Worth(Figures):
     """
 
     quality_kept: float | None = Field(None, description="The student's score over the teacher's.")
-    gap_closed: float | None = Field(None, description="Share of the way from the untrained student to the teacher.")
+    gap_closed: float | None = Field(None, description="Share of the way to the teacher that distillation went.")
     student_tokens_per_second: float | None = None
     teacher_tokens_per_second: float | None = None
     relative_speed: float | None = Field(None, description="The student's tokens a second over the teacher's.")
