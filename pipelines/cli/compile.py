@@ -80,7 +80,7 @@ def compile_(
             for other in () if profile else profile_names():
                 compile_pipeline(name=name, profile=other)
                 say(f"{name} for profile {other} keeps the rules")
-        if output is None:
+        if IN_SOURCE_TREE and output is None:
             check_readmes()
             say("the components' READMEs are up to date")
         return

@@ -44,7 +44,7 @@ NO_COMET = "this pipeline has no step for it, and no scores by it"
 NO_SCORES = "comparisons have no scores by it"
 NO_DIGEST = "no digest: is it in your registry? see `skd compile --image`"
 NOT_RELEASED = (
-    "no digest, since this source tree is no release: build and push an image, then "
+    "no digest, since this is no release: build and push an image, then "
     "`skd compile --image REGISTRY/NAME@sha256:... --output FILE` and `skd submit --pipeline FILE`"
 )
 WITH_COMET = "give --pipeline a file of `skd compile --pipeline distillation_comet`"

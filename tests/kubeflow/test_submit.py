@@ -95,7 +95,7 @@ def test_every_image_is_told(skd_plan: Callable[..., Submission], tmp_path: Path
 def test_a_tree_that_is_no_release_says_how_to_come_to_an_image(skd_plan: Callable[..., Submission]):
     told = skd_plan(package=Package.read()).describe()["images"]
     assert told.startswith(
-        f"{TRAIN} (no digest, since this source tree is no release: build and push an image, then `skd"
+        f"{TRAIN} (no digest, since this is no release: build and push an image, then `skd"
     )
 
 
