@@ -8,7 +8,7 @@ CHECKED := skd_lib components pipelines examples docs images tests setup.py
 SCRIPTS := docs/benchmarks/*.py docs/evidence/*.py images/tools/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-slow test-all mutants test-gpu test-comet test-images lock lint format types compile compile-check docs doctor clean
+.PHONY: help install demo bench test test-slow test-all mutants test-gpu test-comet test-vllm test-images lock lint format types compile compile-check docs doctor clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -31,7 +31,7 @@ bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for op
 	$(BIN)/skd bench sampling $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
-OPTIONAL := not comet and not trl and not docker
+OPTIONAL := not comet and not trl and not vllm and not docker
 
 test: $(STAMP) ## Run the quick tests, on all cores (ARGS=... for pytest's options)
 	$(PYTEST) -m 'not slow and $(OPTIONAL)' $(ARGS)
@@ -50,6 +50,9 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU (one after the other: t
 
 test-comet: $(STAMP) ## Run the tests that need COMET; its own environment is made the first time (minutes)
 	$(BIN)/python -m pytest -m comet tests/evaluation/comet $(ARGS)
+
+test-vllm: $(STAMP) ## Run the tests that need vLLM; its own environment is made the first time (minutes, 2.5 GB)
+	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 test-images: $(STAMP) ## Build the images and run the pipeline in them; needs docker.io, mmdebstrap, docker-registry (ARGS=...)
 	$(BIN)/python -m pytest -m 'docker or not docker' tests/images $(ARGS)

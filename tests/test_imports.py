@@ -29,6 +29,7 @@ LAYERS = (
     ("data",),
     ("sampling",),
     ("distillation",),
+    ("vllm",),
     ("training", "evaluation", "bench"),
     ("specdec",),
     ("tracking", "multinode"),

@@ -16,6 +16,7 @@ import typer
 from skd_kfp.pipelines.cli.bench import bench
 from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_
+from skd_kfp.pipelines.cli.engine import engine
 from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
 from skd_kfp.pipelines.cli.init import init
@@ -220,3 +221,4 @@ for group, commands in GROUPS.items():
 app.command("compile", rich_help_panel=SET_UP)(compile_)
 app.add_typer(track, name="track", rich_help_panel=RECORDS)
 app.add_typer(bench, name="bench", rich_help_panel=SET_UP)
+app.add_typer(engine, name="engine", rich_help_panel=SET_UP)

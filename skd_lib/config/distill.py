@@ -85,6 +85,38 @@ class TeacherSignalConfig(ConfigSection):
     )
 
 
+class VllmConfig(ConfigSection):
+    """vLLM as the engine that samples: `distill.engine: vllm`.
+
+    The teacher and a copy of the student are in the servers; the training holds the student and the teacher's head.
+    """
+
+    urls: list[str] = Field(
+        [],
+        description="Servers that `skd engine start` started, `http://host:port` each; rows are spread over them. "
+        "Empty: the step starts one on its own machine.",
+    )
+    signal: Literal["states", "top_k"] = Field(
+        "states",
+        description="What comes back of the teacher for each response token: its last hidden state, or the "
+        "log-probabilities of its `top_k` most likely tokens and of all others together.",
+    )
+    top_k: int = Field(64, ge=1, le=2**20, description="`signal: top_k` only: tokens kept.")
+    exchange: str = Field(
+        "",
+        description="Folder that the training and the servers share, for the student's weights after each step. Empty: "
+        "in memory (/dev/shm), for servers on the same machine.",
+    )
+    max_rows: int = Field(64, ge=1, le=2**16, description="`urls: []` only: rows in flight.")
+    tensor_parallel: int = Field(1, ge=1, le=64, description="`urls: []` only: GPUs that share the teacher.")
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="`urls: []` only: the share of a GPU's memory that vLLM takes (its own default is 0.92; the "
+        "student in training needs the rest), or GiB for keys and values on a CPU (1).",
+    )
+
+
 class SelectiveConfig(ConfigSection):
     """Token weights of SelecTKD (arXiv 2510.24021); `{}` takes the paper's."""
 
@@ -134,6 +166,10 @@ class DistillConfig(ConfigSection):
     )
     teacher_signal: TeacherSignalConfig = TeacherSignalConfig()
     sampling: InterleavedConfig = InterleavedConfig()
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What samples: this project's own engine, or vLLM servers with the same samples."
+    )
+    vllm: VllmConfig = VllmConfig()
     training: DistillTrainingConfig = DistillTrainingConfig()
     multinode: MultinodeConfig | None = Field(None, description=MULTINODE_HELP)
 
@@ -153,6 +189,25 @@ class DistillConfig(ConfigSection):
             raise ValueError(
                 f"training.fsdp: all processes ask a sharded teacher at once, but with `{self.method}` only those that "
                 "have ground truth in their micro-batch would ask it; use method `skd`, or no fsdp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> DistillConfig:
+        if self.engine == "transformers":
+            return self
+        found = {
+            "training.fsdp is on": self.training.fsdp,
+            "training.lora is set": self.training.lora is not None,
+            "multinode is set": self.multinode is not None,
+            "teacher_signal.mode is `stored`": self.teacher_signal.mode == "stored",
+            "sampling.gamma is a schedule": isinstance(self.sampling.gamma, Schedule),
+            f"sampling.rule is `{self.sampling.rule}`": self.sampling.rule not in ("top_k", "min_prob"),
+        }
+        if problems := [problem for problem, is_so in found.items() if is_so]:
+            raise ValueError(
+                "engine: vllm samples for one training process, by the rules top_k and min_prob, with a fixed gamma, "
+                f"but {' and '.join(problems)}; change that, or use `engine: transformers`"
             )
         return self
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from transformers import PreTrainedModel
 
@@ -17,12 +17,12 @@ from skd_lib._core.seeds import derived, uniform
 from skd_lib.config import DistillConfig, InterleavedConfig, Schedule
 from skd_lib.distillation.batch import Rollout, Source, collate, merge
 from skd_lib.distillation.methods import METHODS
-from skd_lib.distillation.teacher_signal import DenseSignal
+from skd_lib.distillation.teacher_signal import DenseSignal, SparseSignal
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.sampling.acceptance import RULES, AcceptanceRule, student_only, teacher_only
 from skd_lib.sampling.drafting import AdaptiveGamma
-from skd_lib.sampling.engine import TEACHER, Sampler
+from skd_lib.sampling.engine import TEACHER, Sampler, Samples
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
@@ -46,12 +46,25 @@ Share = float | Schedule[Any] | Callable[[int], float]
 """A share of rows or steps: a number, a schedule, or a function of the optimiser step."""
 
 
+class ResponseSampler(Protocol):
+    """Samples one response to each prompt: `skd_lib.sampling.engine.Sampler`, or an engine with the same samples."""
+
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Samples:
+        """Sample one response to each prompt; a response depends on its prompt and seed alone."""
+        ...
+
+
+SamplerAt = Callable[[AcceptanceRule, int], ResponseSampler]
+"""Returns another engine's sampler by an acceptance rule at an optimiser step, with the student's present weights."""
+
+
 @dataclass(frozen=True)
 class Responses:
     """Makes the sources of responses in one training; see `rollout_for` for the attributes.
 
     Attributes:
         keep_teacher_states: Rollouts carry the teacher's states where it was asked while sampling.
+        sampler_at: Another engine; None samples here.
     """
 
     student: PreTrainedModel
@@ -63,6 +76,7 @@ class Responses:
     pad_id: int
     max_new_tokens: int
     keep_teacher_states: bool
+    sampler_at: SamplerAt | None = None
 
     def ground_truth(self) -> Strategy:
         """Take the examples' own responses."""
@@ -108,7 +122,12 @@ class Responses:
 
         def strategy(examples: Sequence[TokenizedExample], keys: Sequence[RowKey]) -> Rollout:
             step = keys[0].step
-            used = sampler(rule_at(step), round(value_at(settings.gamma, step, self.steps)))
+            rule = rule_at(step)
+            used: ResponseSampler
+            if self.sampler_at is not None:
+                used = self.sampler_at(rule, step)
+            else:
+                used = sampler(rule, round(value_at(settings.gamma, step, self.steps)))
             prompts = [example.prompt_ids for example in examples]
             samples = used.sample(prompts, seeds=[row_seed(self.seed, key) for key in keys])
             device = self.student.device
@@ -121,6 +140,11 @@ class Responses:
                 assert self.teacher is not None  # noqa: S101 - it has just been asked
                 states_NH = samples.teacher_states_BTH[samples.mask_BT].to(device)
                 signals = tuple(DenseSignal(states_NH, self.teacher).split(samples.lengths))
+            if samples.teacher_top is not None:
+                log_p_NE, ids_NK = (top_BTX[samples.mask_BT].to(device) for top_BTX in samples.teacher_top)
+                rows = common_vocabulary(self.student, self.teacher)
+                sparse = SparseSignal(log_p_NE, ids_NK, self.distill.temperature, rows)
+                signals = tuple(sparse.split(samples.lengths))
             return replace(
                 rollout,
                 by_teacher_BL=by_teacher_BL,
@@ -173,6 +197,7 @@ def rollout_for(
     eos_ids: tuple[int, ...],
     pad_id: int,
     max_new_tokens: int,
+    sampler_at: SamplerAt | None = None,
 ) -> Strategy:
     """Return the strategy of a method.
 
@@ -186,6 +211,7 @@ def rollout_for(
         eos_ids: Ids that end a response.
         pad_id: Fills rows up; may be one of `eos_ids`.
         max_new_tokens: Longest sampled response.
+        sampler_at: Another engine that samples; None samples here.
 
     Raises:
         SkdError: the method needs a teacher and there is none.
@@ -194,7 +220,7 @@ def rollout_for(
     if teacher is None and (entry.student_writes or entry.teacher_writes):
         raise SkdError(f"method `{method}` needs a teacher", where="distill")
     limits = (eos_ids, pad_id, max_new_tokens)
-    return entry.strategy(Responses(student, teacher, distill, steps, seed, *limits, entry.uses_divergence))
+    return entry.strategy(Responses(student, teacher, distill, steps, seed, *limits, entry.uses_divergence, sampler_at))
 
 
 def value_at(setting: float | Schedule[Any], step: int, steps: int) -> float:

@@ -70,6 +70,7 @@ class AcceptanceRule:
         asks_teacher: True if the teacher scores the drafts.
         needs_student_probs: True if `accept` and `correct` read the student's distributions.
         bonus: True if the teacher adds a token of its own after a block that was accepted whole.
+        numbers: The rule's numbers.
     """
 
     name: str
@@ -79,6 +80,7 @@ class AcceptanceRule:
     asks_teacher: bool = True
     needs_student_probs: bool = False
     bonus: bool = False
+    numbers: tuple[float, ...] = ()
 
 
 @lru_cache
@@ -89,7 +91,7 @@ def top_k(k: int) -> AcceptanceRule:
         drafted = block.teacher_logits_BGV.gather(-1, block.drafts_BG.unsqueeze(-1))
         return (block.teacher_logits_BGV > drafted).sum(-1) < k
 
-    return AcceptanceRule(f"top_k({k})", accept)
+    return AcceptanceRule(f"top_k({k})", accept, numbers=(k,))
 
 
 @lru_cache
@@ -123,7 +125,7 @@ def min_prob(a: float) -> AcceptanceRule:
         raw_BGV = block.teacher_logits_BGV.float().softmax(-1)
         return raw_BGV.gather(-1, block.drafts_BG.unsqueeze(-1)).squeeze(-1) >= a
 
-    return AcceptanceRule(f"min_prob({a:g})", accept, _teacher_argmax)
+    return AcceptanceRule(f"min_prob({a:g})", accept, _teacher_argmax, numbers=(a,))
 
 
 @lru_cache

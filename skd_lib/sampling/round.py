@@ -24,7 +24,7 @@ from skd_lib.sampling.samples import Rows
 
 CHANNELS = 3
 """Uniform numbers that a position may need, one for each decision."""
-_DRAFT, _ACCEPT, _REPLACE = range(CHANNELS)
+DRAFT, ACCEPT, REPLACE = range(CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Interleaving:
 
     def round(self, rows: Rows, uniforms_BSC: Tensor, gamma: int) -> Verdict:
         """Draft `gamma` tokens, let the teacher score them in one forward pass, keep what the rule accepts."""
-        drafts_BG, student_probs_BGV, student_fed = self._draft(rows, gamma, uniforms_BSC[..., _DRAFT])
+        drafts_BG, student_probs_BGV, student_fed = self._draft(rows, gamma, uniforms_BSC[..., DRAFT])
         if not self.rule.asks_teacher:
             all_B = torch.full_like(rows.length_B, gamma)
             return self._cut_at_end(rows, drafts_BG, all_B, drafts_BG, None, (student_fed, 0))
@@ -92,7 +92,7 @@ class Interleaving:
         logits_BSV = lm_logits(self.teacher, states_BSH)[..., : self.vocabulary]
         accepted_B = torch.zeros_like(batch)
         if self.rule.accept is not None:
-            uniforms_BG = uniforms_BSC[:, :gamma, _ACCEPT]
+            uniforms_BG = uniforms_BSC[:, :gamma, ACCEPT]
             block = Block(drafts_BG, logits_BSV[:, :gamma], student_probs_BGV, uniforms_BG, self.teacher_params)
             accepted_BG = self.rule.accept(block)
             self._check_shape("accept", accepted_BG, drafts_BG)
@@ -106,7 +106,7 @@ class Interleaving:
             corrected_BV = self.rule.correct(weights_BV, q_BV)
             self._check_shape("correct", corrected_BV, weights_BV)
             weights_BV = torch.where((accepted_B < gamma).unsqueeze(1), corrected_BV, weights_BV)
-        own_token_B = draw(weights_BV, uniforms_BSC[batch, own_B, _REPLACE])
+        own_token_B = draw(weights_BV, uniforms_BSC[batch, own_B, REPLACE])
         # A whole block without a bonus ends in the student's token: no position of it is the teacher's.
         is_own_BS = torch.arange(logits_BSV.shape[1], device=batch.device) == accepted_B.unsqueeze(1)
         drafts_BS = F.pad(drafts_BG, (0, logits_BSV.shape[1] - gamma), value=-1)

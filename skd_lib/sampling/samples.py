@@ -94,6 +94,8 @@ class Samples:
         truncated_B: True for rows that ended by the length limit; they have no EOS.
         teacher_states_BTH: The teacher's final hidden state from which it predicts each response token; None unless
             asked for.
+        teacher_top: (B, T, K + 1) and (B, T, K): the teacher's log-probabilities of its K most likely tokens and of all
+            others together, and these tokens, where an engine returns them in place of the states.
         statistics: Counts over the batch.
     """
 
@@ -104,6 +106,7 @@ class Samples:
     truncated_B: Tensor
     teacher_states_BTH: Tensor | None
     statistics: SamplingStatistics
+    teacher_top: tuple[Tensor, Tensor] | None = None
 
     @property
     def lengths(self) -> list[int]:

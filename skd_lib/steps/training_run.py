@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from skd_lib._core.machine import is_main_process
 from skd_lib.config import DistillConfig, MethodName, TaskConfig, TrainingConfig
 from skd_lib.distillation.methods import METHODS
+from skd_lib.errors import SkdError
 from skd_lib.steps.trained_model import SUMMED, code_version, load_trainable, save_trained, training_facts
 from skd_lib.storage import checkpoint_folder, is_remote
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
     from skd_lib.training.stored_teacher import StoredSignals
+    from skd_lib.vllm.sampler import VllmEngine
 
 log = logging.getLogger(__name__)
 DATA_HELP = "Folder that `prepare_data` wrote."
@@ -81,7 +84,9 @@ class TrainingRun:
             training=self.training.model_dump(mode="json", exclude={"checkpoint_minutes", "keep_checkpoints"}),
             precision=self.precision,
             # Another number of nodes goes on from the same checkpoints.
-            distill=self.distill and self.distill.model_dump(mode="json", exclude={"multinode", "training"}),
+            # The engine changes no samples.
+            distill=self.distill
+            and self.distill.model_dump(mode="json", exclude={"multinode", "training", "engine", "vllm"}),
             seed=self.seed,
             tokens={use: examples_digest(examples) for use, examples in tokens.items()},
             limits=dict(limits),
@@ -127,9 +132,16 @@ class TrainingRun:
             "pad_id": pad_id(tokenizer, rows),
             "max_new_tokens": self.task.max_new_tokens,
         }
+        if load_teacher and self.distill and not all(example.response_ids for example in tokens["validation"]):
+            # Prompts without answers: the teacher's own show how near the student comes to it.
+            tokens["validation"] = self._stored_responses(
+                self.distill, tokens["validation"], student, load_teacher, limits, method="seqkd"
+            )
         method, teacher, signals = self.method, None, None
         if load_teacher is not None and self.distill is not None:
-            if self.distill.teacher_signal.mode == "online":
+            if self.distill.engine == "vllm":
+                pass  # the teacher is in the servers
+            elif self.distill.teacher_signal.mode == "online":
                 teacher = load_teacher()
             elif not METHODS[method].uses_divergence:
                 # The teacher's stored responses are data like any other.
@@ -141,21 +153,26 @@ class TrainingRun:
                 both = [*tokens[self.split], *tokens["validation"]]
                 signals = self._stored_signals(self.distill, both, student, load_teacher, limits["pad_id"])
         checkpoints = self.checkpoints({"train": tokens[self.split], "validation": tokens["validation"]}, limits)
-        result = train(
-            method=method,
-            student=student,
-            teacher=teacher,
-            train=tokens[self.split],
-            validation=tokens["validation"],
-            training=self.training,
-            distill=self.distill,
-            signals=signals,
-            seed=self.seed,
-            **limits,
-            checkpoints=checkpoints,
-            name=self.step,
-            on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
-        )
+        with ExitStack() as stack:
+            engine = None
+            if load_teacher is not None and self.distill is not None and self.distill.engine == "vllm":
+                engine = stack.enter_context(self._vllm(self.distill, student, tokens, limits))
+            result = train(
+                method=method,
+                student=student,
+                teacher=teacher if engine is None else engine.head,
+                train=tokens[self.split],
+                validation=tokens["validation"],
+                training=self.training,
+                distill=self.distill,
+                signals=engine if engine is not None and METHODS[method].uses_divergence else signals,
+                sampler_at=engine and engine.sampler,
+                seed=self.seed,
+                **limits,
+                checkpoints=checkpoints,
+                name=self.step,
+                on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
+            )
         seconds = time.monotonic() - start
         planned = estimate(
             self.step,
@@ -170,6 +187,36 @@ class TrainingRun:
         memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
         log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
         return result, {**result_figures(result), **left_out, **memory, "seconds": seconds}, checkpoints
+
+    def _vllm(
+        self,
+        distill: DistillConfig,
+        student: PreTrainedModel,
+        tokens: Mapping[str, Sequence[TokenizedExample]],
+        limits: Mapping[str, Any],
+    ) -> AbstractContextManager[VllmEngine]:
+        """Give the training its vLLM servers."""
+        from accelerate import PartialState
+
+        from skd_lib.models.precision import DTYPES
+        from skd_lib.vllm.engine import vllm_engine
+
+        if PartialState().num_processes > 1:
+            raise SkdError(
+                "vLLM servers sample for one training process",
+                where="distill.engine",
+                hint="start the step without torchrun, or set `distill.engine: transformers`",
+            )
+        new = self.task.max_new_tokens
+        examples = [example for each in tokens.values() for example in each]
+        return vllm_engine(
+            distill.model_copy(update={"method": self.method}),
+            student=student,
+            folders=self.models,
+            longest=max(len(example.prompt_ids) + max(len(example.response_ids), new) for example in examples),
+            dtype=DTYPES[self.precision],
+            **limits,
+        )
 
     def _stored_signals(
         self,
@@ -199,20 +246,25 @@ class TrainingRun:
         student: PreTrainedModel,
         load_teacher: Callable[[], PreTrainedModel],
         limits: Mapping[str, Any],
+        method: str = "",
     ) -> list[TokenizedExample]:
-        """Return the examples with the teacher's responses, one to each prompt, sampled unless they are stored."""
+        """Return the examples with the teacher's responses, one to each prompt, sampled unless they are stored.
+
+        `method` says how; empty: the run's.
+        """
         from skd_lib.distillation.rollouts import Strategy, rollout_for
         from skd_lib.models.heads import vocabulary_size
         from skd_lib.training.stored_teacher import examples_digest, store_responses
 
-        sampled = partial(rollout_for, self.method, distill=distill, steps=1, seed=self.seed, **limits)
+        method = method or self.method
+        sampled = partial(rollout_for, method, distill=distill, steps=1, seed=self.seed, **limits)
 
         def make_strategy() -> Strategy:
             return sampled(student=student, teacher=load_teacher())
 
         folder = self._teacher_folder(
             distill,
-            kind="responses" if self.method == "seqkd" else f"responses of {self.method}",
+            kind="responses" if method == "seqkd" else f"responses of {method}",
             examples=examples_digest(examples),
             vocabulary=vocabulary_size(student),
             sampling=distill.sampling.teacher.model_dump(),

@@ -29,11 +29,14 @@ class Tool:
         name: The beginning of the environment's folder.
         title: What people call it.
         package: Its distribution; one of the constraints pins it.
+        locked: The constraints name every package with its hashes, but torch, whose version a comment names: it comes
+            from whichever index pip is configured for, for CPUs or GPUs. What else the tool asks for is left out.
     """
 
     name: str
     title: str
     package: str
+    locked: bool = False
 
 
 def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
@@ -50,19 +53,33 @@ def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
 
 
 def _install(folder: Path, tool: Tool, constraints: str) -> None:
-    pins = [line for line in constraints.splitlines() if line.strip()]
-    requirement = next(line for line in pins if line.startswith(f"{tool.package}=="))
+    pins = [line for line in constraints.splitlines() if line.strip() and not line.startswith((" ", "#"))]
+    requirement = next(line for line in pins if line.startswith(f"{tool.package}==")).removesuffix(" \\")
     log.info("making an environment with %s; this happens once and takes some minutes", requirement)
     # The cache renames the folder when it is complete: its interpreter still works then, its scripts would not.
     venv.create(folder)
     file = folder / "constraints.txt"
-    # Without the pin that is asked for: where it is not to be had, pip would say no more than that two pins conflict.
-    file.write_text("\n".join(pin for pin in pins if pin != requirement), encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "--python", str(folder / _PYTHON)]
-    command += ["--disable-pip-version-check", "--no-input", "install", "--progress-bar=off"]
-    command += ["--constraint", str(file), requirement]
+    install = [sys.executable, "-m", "pip", "--python", str(folder / _PYTHON)]
+    install += ["--disable-pip-version-check", "--no-input", "install", "--progress-bar=off"]
     progress = events.Progress(f"installing {requirement}", len(pins))
     collected: set[str] = set()
+    if tool.locked:
+        file.write_text(constraints, encoding="utf-8")
+        torch = next(line.removeprefix("# ") for line in constraints.splitlines() if line.startswith("# torch=="))
+        commands = [["--no-deps", torch], ["--no-deps", "--require-hashes", "--requirement", str(file)]]
+    else:
+        # Without the pin that is asked for: where it is not to be had, pip says no more than that two pins conflict.
+        file.write_text("\n".join(pin for pin in pins if pin != requirement), encoding="utf-8")
+        commands = [["--constraint", str(file), requirement]]
+    for command in commands:
+        _pip([*install, *command], tool, requirement.split()[0], progress, collected, len(pins))
+    progress.update(len(pins))
+
+
+def _pip(
+    command: list[str], tool: Tool, requirement: str, progress: events.Progress, collected: set[str], packages: int
+) -> None:
+    """Run pip, show what it says, and count the packages that it collects."""
     tail: deque[str] = deque(maxlen=_LINES_SHOWN)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         assert pip.stdout is not None  # noqa: S101 - PIPE was asked for
@@ -72,7 +89,7 @@ def _install(folder: Path, tool: Tool, constraints: str) -> None:
             print(line, end="", flush=True)
             if line.startswith(("Collecting ", "Processing ")):
                 collected.add(line.split()[1])
-                progress.update(min(len(collected), len(pins)))
+                progress.update(min(len(collected), packages))
     if pip.returncode != 0:
         said = "\n".join(f"  {line}" for line in tail)
         raise SkdError(
@@ -80,4 +97,3 @@ def _install(folder: Path, tool: Tool, constraints: str) -> None:
             where=requirement,
             hint="check the network and which index pip uses: `python3 -m pip config list`",
         )
-    progress.update(len(pins))

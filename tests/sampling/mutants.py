@@ -45,7 +45,7 @@ MUTANTS = [
         "warp(logits_BSV[batch, own_B], self.teacher_params)",
         "warp(logits_BSV[batch, own_B], self.student_params)",
     ),
-    Mutant("one number for two decisions", "round", "_REPLACE = range(CHANNELS)", "_REPLACE = 0, 0, 2"),
+    Mutant("one number for two decisions", "round", "REPLACE = range(CHANNELS)", "REPLACE = 0, 0, 2"),
     Mutant("no bonus token", "round", "scored = drafts_BG if self.rule.bonus else", "scored ="),
     Mutant("the token before a bonus is not fed", "round", "rows.last_two_B2 if self.rule.bonus else", ""),
     Mutant("drafts one position too far", "round", "length_B + step, token_B", "length_B + step + 1, token_B"),

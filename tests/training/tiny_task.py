@@ -26,11 +26,11 @@ from transformers.trainer_callback import CallbackHandler
 
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
 from skd_lib.distillation.methods import METHODS
+from skd_lib.distillation.rollouts import SamplerAt
 from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints
-from skd_lib.training.run import TrainResult, train
+from skd_lib.training.run import GivenSignals, TrainResult, train
 from skd_lib.training.skd_config import SKDConfig
 from skd_lib.training.skd_trainer import SKDTrainer
-from skd_lib.training.stored_teacher import StoredSignals
 
 EOS = 2
 
@@ -62,7 +62,8 @@ def run(
     callbacks: list[TrainerCallback] | None = None,
     on_metrics: Any = None,
     distill: dict[str, Any] | None = None,
-    signals: StoredSignals | None = None,
+    signals: GivenSignals | None = None,
+    sampler_at: SamplerAt | None = None,
     **training: Any,
 ) -> TrainResult:
     """Train on the task, with settings that tests override."""
@@ -80,6 +81,7 @@ def run(
             **{"sampling": InterleavedConfig(adaptive_gamma=False, student=warm, teacher=warm), **(distill or {})}
         ),
         signals=signals,
+        sampler_at=sampler_at,
         seed=11,
         max_new_tokens=8,
         eos_ids=(EOS,),

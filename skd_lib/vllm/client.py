@@ -1,0 +1,113 @@
+"""HTTP to one vLLM server with `skd_lib.vllm.worker`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import requests
+
+from skd_lib.errors import SkdError
+from skd_lib.vllm.guard import TOKEN_VARIABLE
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_TRIES = 2.0
+
+
+class EngineGone(Exception):
+    """The server cannot be reached, or was restarted: what it was told is lost."""
+
+
+class Engine:
+    """One server.
+
+    Args:
+        url: `http://host:port`.
+        wait_s: How long to wait for a server that is starting, or that was restarted.
+        alive: Raises an error if the server's process has ended, where it is known.
+    """
+
+    def __init__(self, url: str, wait_s: float = 900.0, alive: Any = None) -> None:
+        self.url, self.wait_s, self._alive = url.rstrip("/"), wait_s, alive
+        self._http = requests.Session()
+        # A batch's rows are asked for at once.
+        self._http.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=1024))
+        if token := os.environ.get(TOKEN_VARIABLE):
+            self._http.headers["Authorization"] = f"Bearer {token}"
+
+    def wait(self) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            SkdError: it does not within `wait_s` seconds.
+        """
+        deadline = time.monotonic() + self.wait_s
+        told = False
+        while True:
+            if self._alive is not None:
+                self._alive()
+            try:
+                if self._http.get(f"{self.url}/health", timeout=5).ok:
+                    return
+            except requests.RequestException:
+                pass
+            if time.monotonic() > deadline:
+                raise SkdError(
+                    f"no vLLM server answers after {self.wait_s:g} s",
+                    where=self.url,
+                    hint="start one with `skd engine start`, or correct `distill.vllm.url`",
+                )
+            if not told:
+                log.info("waiting for the vLLM server at %s", self.url)
+                told = True
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+
+    def rpc(self, method: str, *args: Any) -> Any:
+        """Call a method of the worker extension on all workers; return the first one's result.
+
+        Raises:
+            EngineGone: the server cannot be reached.
+            SkdError: it refuses.
+        """
+        answer = self.post("/collective_rpc", {"method": method, "args": list(args)})
+        return answer["results"][0] if answer else None
+
+    def generate(self, prompt: list[int], params: dict[str, Any], salt: str) -> dict[str, Any]:
+        """Return the first choice of a request for tokens."""
+        body = {"token_ids": prompt, "sampling_params": params, "cache_salt": salt}
+        choice: dict[str, Any] = self.post("/inference/v1/generate", body)["choices"][0]
+        return choice
+
+    def load_student(self, folder: str, version: str) -> None:
+        """Replace the student's weights by those of a folder of safetensors files."""
+        self.post("/start_draft_weight_update", {})
+        self.post("/update_weights", {"update_info": {"folder": folder}})
+        self.post("/finish_weight_update", {"weight_version": version})
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send JSON; return the answer's JSON.
+
+        Raises:
+            EngineGone: the server cannot be reached.
+            SkdError: it answers with an error.
+        """
+        try:
+            answer = self._http.post(f"{self.url}{path}", json=body, timeout=(10, self.wait_s))
+        except requests.RequestException as error:
+            raise EngineGone(str(error)) from error
+        if answer.ok:
+            return answer.json() if answer.content else None
+        if answer.status_code in (502, 503, 504):
+            raise EngineGone(f"{answer.status_code} at {path}")
+        hints = {
+            401: f"give this process the server's token in the environment variable {TOKEN_VARIABLE}",
+            404: "the server was not started for SKD: start it with `skd engine start`",
+        }
+        raise SkdError(
+            f"the vLLM server answers {answer.status_code} to {path}: {answer.text[:500].strip()}",
+            where=self.url,
+            hint=hints.get(answer.status_code, "the server's log says more"),
+        )

@@ -1,0 +1,358 @@
+"""Rollouts and teacher signals from vLLM servers, with the samples of `skd_lib.sampling.engine`.
+
+A response depends on its prompt, its seed and the weights alone, so rows go to any server, and a batch that was cut off
+by a server's end is sampled again with the same result (in fp32; in bf16 vLLM's rounding depends on the batch).
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skd_lib.config import SamplingParams
+from skd_lib.distillation.batch import Rollout
+from skd_lib.distillation.teacher_signal import DenseSignal, SparseSignal, TeacherSignal
+from skd_lib.errors import SkdError
+from skd_lib.models.heads import lm_logits
+from skd_lib.sampling.acceptance import AcceptanceRule
+from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
+from skd_lib.vllm.client import Engine, EngineGone
+from skd_lib.vllm.settings import RolloutSettings, unpacked
+
+if TYPE_CHECKING:
+    from skd_lib.data.tokenize import TokenizedExample
+    from skd_lib.distillation.rollouts import RowKey, Strategy
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_TRIES = 5
+"""Times that a batch is sampled again after a server was lost, or a row after vLLM broke its drafts off."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a server knows of a response: its tokens, who wrote them, and the teacher's signal by name."""
+
+    tokens: list[int]
+    by_teacher: list[bool]
+    proposals: list[int]
+    truncated: bool
+    signal: dict[str, Tensor]
+
+    @property
+    def undrafted(self) -> int:
+        """Tokens of the teacher's in whose place nothing had been drafted."""
+        return sum(wrote and draft < 0 for wrote, draft in zip(self.by_teacher, self.proposals, strict=True))
+
+
+@dataclass
+class VllmEngine:
+    """Servers that sample for one training.
+
+    Attributes:
+        engines: The servers; rows are spread over them.
+        student: The model in training, whose weights the servers get.
+        head: The teacher's head, see `skd_lib.vllm.head`.
+        vocabulary: Token ids at and above it have probability 0.
+        eos_ids: Ids that end a response.
+        pad_id: Fills rows up.
+        max_new_tokens: Longest response.
+        gamma: Tokens that a server drafts for each call of the teacher, fixed when it starts.
+        signal: What the servers keep of the teacher for each response token.
+        top_k: The number of tokens kept, where `signal` is `top_k`.
+        temperature: Of the loss, where `signal` is `top_k`.
+        student_params: How the student samples.
+        teacher_params: How the teacher samples.
+        exchange: A folder that trainer and servers share, for the student's weights.
+        dtype: Of the weights that are sent; None leaves them as they are.
+    """
+
+    engines: Sequence[Engine]
+    student: PreTrainedModel
+    head: PreTrainedModel
+    vocabulary: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    max_new_tokens: int
+    gamma: int
+    signal: str
+    top_k: int
+    temperature: float
+    student_params: SamplingParams
+    teacher_params: SamplingParams
+    exchange: Path
+    dtype: torch.dtype | None = None
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _version: int | None = field(default=None, init=False)
+    _keys: Any = field(default_factory=count, init=False)
+    _ready: set[str] = field(default_factory=set, init=False)
+
+    def sampler(self, rule: AcceptanceRule, step: int) -> VllmSampler:
+        """Return the sampler of an optimiser step; the servers get the student's weights of that step first."""
+        name, value = _served(rule, self.vocabulary)
+        settings = RolloutSettings(
+            rule=name,
+            value=value,
+            student=self.student_params,
+            teacher=self.teacher_params,
+            vocabulary=self.vocabulary,
+            signal=self.signal,
+            top_k=self.top_k,
+            temperature=self.temperature,
+        )
+        settings.acceptance()
+        if step != self._version:
+            self._write_student()
+            self._version = step
+            self._ready.clear()
+        return VllmSampler(self, settings, rule.drafts)
+
+    def along(self, example: TokenizedExample) -> TeacherSignal:
+        """Return the teacher's states along an example's response."""
+        return self.signals_along([(list(example.prompt_ids), list(example.response_ids))])[0]
+
+    def attached(self, strategy: Strategy, device: torch.device) -> Strategy:
+        """Add the teacher's signal to rows that have none: those of ground truth."""
+
+        def complete(examples: Sequence[TokenizedExample], keys: Sequence[RowKey]) -> Rollout:
+            rollout = strategy(examples, keys)
+            missing = [row for row, signal in enumerate(rollout.signals) if signal is None]
+            if not missing:
+                return rollout
+            ids, lengths = rollout.input_ids_BL.tolist(), rollout.lengths
+            totals = rollout.sequence_lengths
+            pairs = [
+                (ids[row][: totals[row] - lengths[row]], ids[row][totals[row] - lengths[row] : totals[row]])
+                for row in missing
+            ]
+            signals = list(rollout.signals)
+            for row, signal in zip(missing, self.signals_along(pairs), strict=True):
+                signals[row] = signal.to(device)
+            return replace(rollout, signals=tuple(signals))
+
+        return complete
+
+    def signals_along(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[TeacherSignal]:
+        """Return the teacher's signal along given responses: one pass over each prompt with its response."""
+
+        def ask(engine: Engine, pair: tuple[list[int], list[int]]) -> TeacherSignal:
+            prompt, response = pair
+            key = self._key()
+            asked = {"key": key, "states_from": len(prompt) - 1}
+            # A salt of its own: where a prefix is taken from the cache there are no states.
+            engine.generate(
+                [*prompt, *response], {"max_tokens": 1, "temperature": 0, "extra_args": {"skd": asked}}, key
+            )
+            states_TH = unpacked(*engine.rpc("skd_take_states", [key])[key])[: len(response)]
+            if len(states_TH) != len(response):
+                raise SkdError(f"{len(states_TH)} states came for {len(response)} tokens", where=engine.url)
+            dense = DenseSignal(states_TH.to(self.head.get_output_embeddings().weight.device), self.head)
+            if self.signal != "top_k":
+                return dense
+            return self._sparse_of(dense)
+
+        settings = RolloutSettings(vocabulary=self.vocabulary)
+        return self.spread(ask, pairs, settings)
+
+    def _sparse_of(self, dense: DenseSignal) -> SparseSignal:
+        with torch.no_grad():
+            logits_NV = lm_logits(self.head, dense.states_NH)
+        return SparseSignal.of_logits(logits_NV, self.top_k, temperature=self.temperature, vocabulary=self.vocabulary)
+
+    def spread(self, ask: Callable[[Engine, Any], T], items: Sequence[Any], settings: RolloutSettings) -> list[T]:
+        """Ask the servers for all items at once, each for its share, and again for those of a server that was lost."""
+        results: dict[int, T] = {}
+        for attempt in range(_TRIES):
+            left = [index for index in range(len(items)) if index not in results]
+            for engine in self.engines:
+                self._prepare(engine, settings)
+            with ThreadPoolExecutor(max(len(left), 1)) as pool:
+                futures = {
+                    index: pool.submit(ask, self.engines[place % len(self.engines)], items[index])
+                    for place, index in enumerate(left)
+                }
+            lost: EngineGone | None = None
+            for index, future in futures.items():
+                try:
+                    results[index] = future.result()
+                except EngineGone as error:
+                    lost = error
+            if lost is None:
+                return [results[index] for index in range(len(items))]
+            log.warning("a vLLM server was lost (%s): asking again, attempt %d", lost, attempt + 2)
+            self._ready.clear()
+        raise SkdError(
+            f"a vLLM server was lost {_TRIES} times while it worked on one batch",
+            where=", ".join(engine.url for engine in self.engines),
+            hint="look into its log; with less memory in use (`distill.vllm.max_rows`) it may stay",
+        )
+
+    def _prepare(self, engine: Engine, settings: RolloutSettings) -> None:
+        """Bring a server to the present settings and weights, also one that was restarted."""
+        engine.wait()
+        try:
+            if engine.url in self._ready and engine.rpc("skd_state")["session"] == self.session:
+                engine.rpc("skd_set", settings.model_dump())
+                return
+            length = self.max_new_tokens + self.gamma + 1
+            if error := engine.rpc("skd_install", settings.model_dump(), self.session, length).get("error"):
+                raise SkdError(error, where=engine.url, hint="`skd engine start` starts a server that fits")
+            if self._version is not None:
+                engine.load_student(str(self.exchange), str(self._version))
+        except EngineGone:
+            return  # the rows that are asked for say so, and are asked for again
+        self._ready.add(engine.url)
+
+    def _write_student(self) -> None:
+        """Write the student's weights where the servers read them."""
+        weights = {
+            name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().to("cpu", self.dtype)
+            for name, value in self.student.state_dict().items()
+            if name not in self.student.all_tied_weights_keys
+        }
+        self.exchange.mkdir(parents=True, exist_ok=True)
+        partial = self.exchange / "model.partial"
+        save_file({name: value.contiguous() for name, value in weights.items()}, partial)
+        partial.replace(self.exchange / "model.safetensors")
+
+    def _key(self) -> str:
+        return f"{self.session}-{next(self._keys)}"
+
+
+@dataclass(frozen=True)
+class VllmSampler:
+    """Samples by the settings of one optimiser step; without `drafts` what the student proposed is not told."""
+
+    engine: VllmEngine
+    settings: RolloutSettings
+    drafts: bool
+
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Samples:
+        """Sample one response to each prompt; responses come in the prompts' order.
+
+        Raises:
+            SkdError: a server is lost for good, refuses, or breaks drafts off again and again.
+        """
+        rows = list(zip(map(list, prompts), seeds, strict=True))
+        notes = self.engine.spread(self._row, rows, self.settings)
+        return self._samples(rows, notes)
+
+    def _row(self, server: Engine, row: tuple[list[int], int]) -> Note:
+        """Sample one row, again where vLLM preempted it: its first token after that was not drafted."""
+        for _ in range(_TRIES):
+            note = self._once(server, row)
+            if not note.undrafted:
+                return note
+        raise SkdError(
+            f"vLLM took a row's memory away {_TRIES} times while it was sampled",
+            where=server.url,
+            hint="give the server more memory for keys and values, or fewer rows (`distill.vllm.max_rows`)",
+        )
+
+    def _once(self, server: Engine, row: tuple[list[int], int]) -> Note:
+        prompt, seed = row
+        engine = self.engine
+        key = engine._key()
+        asked = {"key": key, "seed": seed, "last": prompt[-1], "length": engine.max_new_tokens + engine.gamma + 1}
+        params = {
+            "temperature": 1.0,  # the worker's settings decide
+            "max_tokens": engine.max_new_tokens + 1,  # the held-back token of the prompt is the first
+            "min_tokens": 2 if prompt[-1] in engine.eos_ids else 0,
+            "stop_token_ids": list(engine.eos_ids),
+            "ignore_eos": True,
+            "detokenize": False,
+            "extra_args": {"skd": asked},
+        }
+        choice = server.generate(prompt[:-1], params, f"{engine.session}-{engine._version}")
+        tokens = choice["token_ids"]
+        note = server.rpc("skd_take", {key: len(tokens) - 1})[key]
+        if note["tokens"] != tokens[1:] or tokens[0] != prompt[-1]:
+            raise SkdError("the server's notes are of other tokens than its answer", where=server.url)
+        plain = {name: note.pop(name) for name in ("tokens", "by_teacher", "proposals")}
+        signal = {name: unpacked(*value) for name, value in note.items()}
+        return Note(**plain, truncated=choice["finish_reason"] == "length", signal=signal)
+
+    def _samples(self, rows: Sequence[tuple[list[int], int]], notes: Sequence[Note]) -> Samples:
+        engine = self.engine
+        width = max(len(note.tokens) for note in notes)
+
+        def padded(values: Sequence[Sequence[Any]], fill: int, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([[*row, *[fill] * (width - len(row))] for row in values], dtype=dtype)
+
+        def stacked(name: str) -> Tensor | None:
+            if name not in notes[0].signal:
+                return None
+            parts = [note.signal[name] for note in notes]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+        return Samples(
+            tokens_BT=padded([note.tokens for note in notes], engine.pad_id, torch.long),
+            mask_BT=padded([[1] * len(note.tokens) for note in notes], 0, torch.bool),
+            source_BT=padded(
+                [[TEACHER if wrote else STUDENT for wrote in note.by_teacher] for note in notes], STUDENT, torch.int8
+            ),
+            proposals_BT=padded([note.proposals if self.drafts else [] for note in notes], -1, torch.long),
+            truncated_B=torch.tensor([note.truncated for note in notes]),
+            teacher_states_BTH=stacked("states"),
+            teacher_top=None if (log_p_BTE := stacked("log_p")) is None else (log_p_BTE, cast(Tensor, stacked("ids"))),
+            statistics=statistics(rows, notes, engine.gamma),
+        )
+
+
+def statistics(rows: Sequence[tuple[list[int], int]], notes: Sequence[Note], gamma: int) -> SamplingStatistics:
+    """Count what the servers did, from who wrote each token.
+
+    A round ends with the teacher's token or with `gamma` accepted drafts. vLLM scores one position more than it has
+    drafts, and drafts for the last round in full.
+    """
+    total = SamplingStatistics()
+    for (prompt, _), note in zip(rows, notes, strict=True):
+        rounds, block = 0, 0
+        for wrote in note.by_teacher:
+            block += 1
+            if wrote or block == gamma:
+                rounds, block = rounds + 1, 0
+        rounds += block > 0
+        replaced = sum(note.by_teacher)
+        accepted = len(note.tokens) - replaced
+        total += SamplingStatistics(
+            sequences=1,
+            tokens=len(note.tokens),
+            drafted=rounds * gamma,
+            accepted=accepted,
+            replaced=replaced,
+            tested=accepted + replaced,
+            teacher_calls=rounds,
+            student_calls=rounds * gamma,
+            teacher_positions=len(prompt) - 1 + rounds * (gamma + 1),
+            student_positions=len(prompt) - 1 + rounds * gamma,
+            truncated=int(note.truncated),
+        )
+    return total
+
+
+def _served(rule: AcceptanceRule, vocabulary: int) -> tuple[str, float]:
+    """Return the rule's name and number as the worker knows them; the student alone and the teacher alone are top-K."""
+    if not rule.asks_teacher:
+        return "top_k", vocabulary
+    if not rule.drafts:
+        return "top_k", 0
+    if len(rule.numbers) != 1:
+        raise SkdError(
+            f"vLLM cannot sample by the rule {rule.name}",
+            where="distill.sampling.rule",
+            hint="use top_k or min_prob, or `distill.engine: transformers`",
+        )
+    return rule.name.partition("(")[0], rule.numbers[0]

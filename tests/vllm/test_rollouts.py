@@ -1,0 +1,173 @@
+"""vLLM's samples, states and signals against this project's own engine, in fp32."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from scipy.stats import chisquare
+
+from skd_lib.config import SamplingParams
+from skd_lib.distillation.batch import collate, teacher_signals
+from skd_lib.distillation.teacher_signal import SparseSignal
+from skd_lib.errors import SkdError
+from skd_lib.models.heads import lm_logits
+from skd_lib.sampling.acceptance import AcceptanceRule, min_prob, mixture, student_only, teacher_only, top_k
+from skd_lib.sampling.samples import Samples
+from skd_lib.vllm.client import Engine
+from skd_lib.vllm.serve import serving
+from tests.vllm.conftest import GAMMA, NEW, Pair, served
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+GREEDY = (SamplingParams(temperature=0), SamplingParams(temperature=0))
+SAMPLED = (SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperature=0.7, top_p=0.95))
+SEEDS = list(range(1000, 1016))
+
+
+def rows_of(samples: Samples) -> list[tuple[list[int], list[int], list[int]]]:
+    lengths = samples.lengths
+    tensors = (samples.tokens_BT, samples.source_BT, samples.proposals_BT)
+    return [tuple(x[row, :n].tolist() for x in tensors) for row, n in enumerate(lengths)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "rule",
+    [top_k(0), top_k(1), top_k(25), top_k(320), min_prob(0.05), student_only(), teacher_only()],
+    ids=lambda rule: rule.name,
+)
+def test_samples_are_those_of_the_own_engine(
+    pair: Pair,
+    server: Engine,
+    tmp_path: Path,
+    rule: AcceptanceRule,
+    params: tuple[SamplingParams, SamplingParams],
+) -> None:
+    prompts = pair.prompts(len(SEEDS))
+    want = pair.own(rule, params).sample(prompts, SEEDS)
+    got = pair.engine(server, tmp_path, params).sampler(rule, 0).sample(prompts, SEEDS)
+    assert rows_of(got) == rows_of(want)
+    assert torch.equal(got.truncated_B, want.truncated_B)
+    if rule.asks_teacher:
+        assert got.teacher_states_BTH is not None
+        assert want.teacher_states_BTH is not None
+        ours, theirs = want.teacher_states_BTH[want.mask_BT], got.teacher_states_BTH[got.mask_BT]
+        assert torch.allclose(ours, theirs, atol=3e-4)
+    if rule.drafts and rule.asks_teacher:
+        names = ("sequences", "tokens", "accepted", "replaced", "tested", "teacher_calls", "truncated")
+        assert {n: getattr(got.statistics, n) for n in names} == {n: getattr(want.statistics, n) for n in names}
+
+
+def test_the_teachers_most_likely_tokens_come_back(pair: Pair, server: Engine, tmp_path: Path) -> None:
+    prompts = pair.prompts(6)
+    want = pair.own(top_k(8), SAMPLED).sample(prompts, SEEDS[:6])
+    got = pair.engine(server, tmp_path, SAMPLED, signal="top_k").sampler(top_k(8), 0).sample(prompts, SEEDS[:6])
+    assert got.teacher_top is not None
+    assert want.teacher_states_BTH is not None
+    logits_NV = lm_logits(pair.teacher, want.teacher_states_BTH[want.mask_BT])
+    own = SparseSignal.of_logits(logits_NV, 8, temperature=1.0, vocabulary=320)
+    log_p_BTE, _ = got.teacher_top
+    assert torch.allclose(log_p_BTE[got.mask_BT], own.log_p_NE, atol=1e-3)
+
+
+def test_signals_along_given_responses(pair: Pair, server: Engine, tmp_path: Path) -> None:
+    prompts = pair.prompts(5)
+    responses = [prompt[: 3 + row] for row, prompt in enumerate(pair.prompts(5, shortest=10))]
+    got = pair.engine(server, tmp_path, SAMPLED).signals_along(list(zip(prompts, responses, strict=True)))
+    want = teacher_signals(pair.teacher, collate(prompts, responses, pad_id=0, source="ground_truth"))
+    for ours, theirs in zip(want, got, strict=True):
+        assert torch.allclose(ours.states_NH, theirs.states_NH, atol=3e-4)  # type: ignore[attr-defined]
+
+
+def test_the_distribution_is_the_algorithms(pair: Pair, server: Engine, tmp_path: Path) -> None:
+    """Frequencies of (tokens, writers) of two tokens out of 8, against the own reference's by counting."""
+    engine = pair.engine(server, tmp_path, (SamplingParams(), SamplingParams()), vocabulary=8, new=2)
+    rows = 3000
+    prompt = [[5, 6, 7, 3]] * rows
+    got = engine.sampler(top_k(3), 0).sample(prompt, range(rows))
+    counts = Counter((tuple(tokens), tuple(source)) for tokens, source, _ in rows_of(got))
+    expected = enumerated(pair, prompt[0])
+    assert set(counts) <= set(expected)
+    assert sum(expected.values()) == pytest.approx(1, abs=1e-5)
+    frequent = [key for key, p in expected.items() if p * rows >= 5]
+    rest = rows - sum(counts[key] for key in frequent)
+    observed = [*(counts[key] for key in frequent), rest]
+    wanted = [*(expected[key] * rows for key in frequent)]
+    wanted.append(rows - sum(wanted))
+    assert chisquare(observed, wanted).pvalue > 1e-3
+
+
+def enumerated(pair: Pair, prompt: list[int]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
+    """Probabilities of responses of two tokens by top-K with K = 3: by plain forwards, without any sampler."""
+
+    def step(tokens: list[int]) -> dict[tuple[int, int], float]:
+        ids = torch.tensor([tokens])
+        with torch.no_grad():
+            q_V, raw_V = (model(ids).logits[0, -1, :8] for model in (pair.student, pair.teacher))
+        q, p = q_V.softmax(-1), raw_V.softmax(-1)
+        accepted = [int((raw_V > raw_V[t]).sum()) < 3 for t in range(8)]
+        rejected = sum(float(q[t]) for t in range(8) if not accepted[t])
+        student = {(t, 0): float(q[t]) for t in range(8) if accepted[t]}
+        return student | {(t, 1): rejected * float(p[t]) for t in range(8)}
+
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    for (first, who), p in step(prompt).items():
+        if first == 2:  # EOS
+            found[(first,), (who,)] = p
+            continue
+        for (second, whose), share in step([*prompt, first]).items():
+            found[(first, second), (who, whose)] = p * share
+    return found
+
+
+def test_new_weights_arrive_with_each_step(pair: Pair, server: Engine, tmp_path: Path) -> None:
+    prompts = pair.prompts(8)
+    engine = pair.engine(server, tmp_path, SAMPLED)
+    before = {name: value.clone() for name, value in pair.student.state_dict().items()}
+    seen = []
+    try:
+        for step in range(3):
+            want = pair.own(top_k(8), SAMPLED).sample(prompts, SEEDS[:8])
+            got = engine.sampler(top_k(8), step).sample(prompts, SEEDS[:8])
+            assert rows_of(got) == rows_of(want)
+            seen.append(rows_of(got))
+            generator = torch.Generator().manual_seed(step)
+            for parameter in pair.student.parameters():
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    finally:
+        pair.student.load_state_dict(before)
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_slots_chunks_prefixes_and_lost_memory_change_nothing(pair: Pair, tmp_path: Path) -> None:
+    """Three slots, prompts read in pieces of 24 tokens, a common prefix, too little memory for all rows."""
+    prefix = pair.prompts(1, 40, 41)[0]
+    prompts = [prefix + prompt for prompt in pair.prompts(12)]
+    cramped = ("--max-num-batched-tokens", "24", "--num-gpu-blocks-override", "8")
+    want = pair.own(top_k(8), SAMPLED).sample(prompts, SEEDS[:12])
+    with serving(served(pair, 3, *cramped), tmp_path / "server") as server:
+        got = pair.engine(server, tmp_path / "weights", SAMPLED).sampler(top_k(8), 0).sample(prompts, SEEDS[:12])
+    assert rows_of(got) == rows_of(want)
+
+
+def test_rules_that_read_the_students_probabilities_are_refused(pair: Pair, tmp_path: Path) -> None:
+    engine = pair.engine(Engine("http://127.0.0.1:9"), tmp_path, SAMPLED)
+    with pytest.raises(SkdError, match="cannot sample by the rule mixture"):
+        engine.sampler(mixture(0.5), 0)
+
+
+def test_all_routes_want_the_token(server: Engine) -> None:
+    assert requests.get(f"{server.url}/health", timeout=10).ok
+    for method, path in (("POST", "/collective_rpc"), ("POST", "/inference/v1/generate"), ("GET", "/v1/models")):
+        answer = requests.request(method, f"{server.url}{path}", json={}, timeout=10)
+        assert answer.status_code == 401, path
+        wrong = {"Authorization": "Bearer wrong"}
+        assert requests.request(method, f"{server.url}{path}", json={}, headers=wrong, timeout=10).status_code == 401
+
+
+def test_lengths_fit(pair: Pair) -> None:
+    assert max(map(len, pair.prompts(16))) + NEW + GAMMA + 2 <= 96 + GAMMA + 2
