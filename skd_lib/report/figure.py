@@ -112,5 +112,12 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[_Cell]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+    writer.writerows([map(_kept, row) for row in rows])
     return text.getvalue()
+
+
+def _kept(cell: _Cell) -> str | float | None:
+    """Return a cell of the file; a name that a spreadsheet would take for a formula is quoted."""
+    if isinstance(cell, str):
+        return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+    return f"{cell:.6g}" if isinstance(cell, float) else cell
