@@ -5,6 +5,8 @@ A block of an unknown language, and a command of an unknown program, are errors:
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import shlex
@@ -39,7 +41,8 @@ NOT_RUN = {
 """Programs whose commands are only read: files of this repository that they name exist."""
 RUN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("run", "compare", "submit"), ("--dry-run",)),  # tests/pipelines and tests/kubeflow run all of it
-    **dict.fromkeys(("card", "compile", "config", "doctor", "evaluate", "generate", "init", "report", "runs"), ()),
+    **dict.fromkeys(("card", "compile", "config", "doctor", "evaluate", "generate", "report", "runs"), ()),
+    "init": ("--force",),
     "specdec": (
         "--examples=2",
         "--max-new-tokens=8",
@@ -57,6 +60,8 @@ STAND_INS = {
     "pipelines/configs/demo.yaml": "tiny.yaml",
     "google/gemma-7b-it": "./teacher",
     "google/gemma-2b-it": "./draft",
+    "Qwen/Qwen2.5-7B-Instruct": "./teacher",
+    "Qwen/Qwen2.5-0.5B-Instruct": "./draft",
 }
 """What comes from the network, and what stands for it where models or data are loaded."""
 
@@ -178,7 +183,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
         (folder / name).symlink_to(ROOT / name)
     save_tiny_model(folder / "teacher", seed=2)
     save_tiny_model(folder / "draft", seed=1)
-    for run in ("demo", "gemma-gsm8k"):
+    for run in ("demo", "draft", "gemma-gsm8k", "tickets"):
         (folder / "runs" / run).mkdir(parents=True)
         (folder / "runs" / run / "teacher").symlink_to(folder / "teacher")
         (folder / "runs" / run / "student").symlink_to(folder / "draft")
@@ -187,7 +192,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
     rows = [{"source": f"Add {n} and 2:", "question": f"Add {n} and 2:", "target": f"{n + 2}"} for n in range(60)]
     for name, part in {"train": rows[:40], "test": rows[40:50], "validation": rows[50:], "questions": rows[:2]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    (folder / "lines.txt").write_text("Add 1 and 2\nAdd 3 and 4\n")
+    for name in ("lines", "prompts"):
+        (folder / f"{name}.txt").write_text("Add 1 and 2\nAdd 3 and 4\n")
     config = {
         "name": "tiny",
         "teacher": "teacher",
@@ -199,7 +205,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
         "task": {"max_new_tokens": 4, "max_prompt_tokens": 64},
         "evaluation": {"bootstrap_samples": 100},
     }
-    for name in ("tiny", "gemma-gsm8k", "my"):
+    for name in ("tiny", "draft", "gemma-gsm8k", "my", "tickets"):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config | {"name": name}))
     shutil.copy(ROOT / "pipelines/compiled/distillation.yaml", folder / "mine.yaml")
     shutil.copy(ROOT / "pipelines/compiled/distillation_comet.yaml", folder / "mine-comet.yaml")
@@ -236,7 +242,12 @@ def test_a_block_is_what_it_seems(block: Block, tmp_path: Path, monkeypatch: pyt
         for text in re.split(r"\n(?=[{\[])", block.text):  # one value, or one a line
             json.loads(text)
     elif block.language == "python":  # tests/test_examples.py runs those of the README and of the guide
-        compile(f"def block():\n{textwrap.indent(block.text, '    ')}", block.page, "exec")
+        body = f"def block():\n{textwrap.indent(block.text, '    ')}"
+        compile(body, block.page, "exec")
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("skd_"):
+                module = importlib.import_module(str(node.module))
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
     elif block.language == "yaml":
         for document in yaml.safe_load_all(block.text):
             check_yaml(document, str(block))
