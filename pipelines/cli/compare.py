@@ -12,7 +12,6 @@ import typer
 
 from skd_kfp.pipelines.cli.options import Local, say_json
 from skd_lib._core.terminal import say
-from skd_lib._core.uris import how_to_look
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def compare(
             experiment=local.experiment,
             fresh=local.fresh,
         )
-        _conclude(console, finished, folder, local.store)
+        _conclude(console, finished, folder, local.store, local.experiment)
 
 
 def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
@@ -122,10 +121,11 @@ def _remark(step: Step, settings: CompareConfig) -> str:
     return " (measures nothing: `drafts` is not set)" if idle else ""
 
 
-def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
+def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str, experiment: str) -> None:
     """Print the tables, the places of the results, and the next command."""
     from skd_lib.comparison.render import render
     from skd_lib.comparison.table import Comparison
+    from skd_lib.tracking.view import where_to_look
 
     outputs = {name: Path(uri) for name, uri in run.outputs["compare_table"].items()}
     shutil.copyfile(outputs["report"], folder.root / TABLES)
@@ -137,4 +137,5 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     for name in (PAGE, TABLES, TRIALS, COMPARISON):
         say(f"{folder.root / name}")
     if tracking_uri:
-        say(f"MLflow   {how_to_look(tracking_uri)}")
+        for what, line in where_to_look(tracking_uri, experiment).items():
+            say(f"{what:<8} {line}")

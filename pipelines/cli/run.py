@@ -11,7 +11,7 @@ import typer
 
 from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse, say_json, short
 from skd_lib._core.terminal import say
-from skd_lib._core.uris import how_to_look, shown, sqlite_file
+from skd_lib._core.uris import shown, sqlite_file
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(
             fresh=local.fresh,
             containers=containers,
         )
-        _conclude(console, finished, folder, local.store)
+        _conclude(console, finished, folder, local.store, local.experiment)
 
 
 def _containers(
@@ -135,18 +135,32 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
         "teacher": config.teacher,
         "student": student,
         "method": f"{config.distill.method}, {config.distill.divergence}",
+        **_data(config),
         **places,
     }.items():
         say(f"{name:<8} {value}")
 
 
-def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str) -> None:
+def _data(config: RunConfig) -> dict[str, str]:
+    """Return the format of the data, where they are files of this machine."""
+    from skd_lib.config import FilesSource
+    from skd_lib.data.sources import find_columns
+    from skd_lib.storage import is_remote
+
+    source = config.data.source
+    if not isinstance(source, FilesSource) or any(map(is_remote, source.train)):
+        return {}
+    return {"data": f"{find_columns(source)}; {', '.join(source.train)}"}
+
+
+def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str, experiment: str) -> None:
     """Print the table, the places of the results, and the next command."""
     from skd_lib.config import parse_section
     from skd_lib.models.records import RECORD, SAMPLES, read_samples
     from skd_lib.report.page import write_page
     from skd_lib.report.render import render
     from skd_lib.report.summary import Summary
+    from skd_lib.tracking.view import where_to_look
 
     figures = Path(run.outputs["report"]["figures"])
     summary = parse_section(Summary, figures.read_text(encoding="utf-8"), where=str(figures))
@@ -166,6 +180,7 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
     for name, path in {"report": folder.page, "summary": folder.summary, **links, "logs": folder.logs}.items():
         say(f"{name:<8} {short(path)}")
     if tracking_uri:
-        say(f"MLflow   {how_to_look(tracking_uri)}")
+        for what, line in where_to_look(tracking_uri, experiment).items():
+            say(f"{what:<8} {line}")
     if run.outcome:
         say(run.outcome)

@@ -194,13 +194,18 @@ def check_not_deleted(experiment: Experiment, tracking_uri: str) -> None:
         )
 
 
-def run_url(tracking_uri: str, run: Run) -> str:
-    """Return the address of a run's page, without the URI's credentials; empty where the store is no server."""
+def server_address(tracking_uri: str) -> str:
+    """Return a server's address, without the URI's credentials and query; empty where the store is no server."""
     parts = urlsplit(shown(tracking_uri))
     if parts.scheme not in ("http", "https"):
         return ""
-    server = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
-    return f"{server}/{run_page(run)}"
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+
+
+def run_url(tracking_uri: str, run: Run) -> str:
+    """Return the address of a run's page, without the URI's credentials; empty where the store is no server."""
+    server = server_address(tracking_uri)
+    return f"{server}/{run_page(run)}" if server else ""
 
 
 def run_page(run: Run) -> str:

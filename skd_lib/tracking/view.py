@@ -10,12 +10,12 @@ import json
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from skd_lib._core.uris import shown
-from skd_lib.tracking.client import TAG_LENGTH
+from skd_lib._core.uris import how_to_look, is_sqlite
+from skd_lib.errors import SkdError
+from skd_lib.tracking.client import TAG_LENGTH, connect, find_experiment, server_address, untaken
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +27,8 @@ _LAST = ("attributes.`Models`", "attributes.`Dataset`")
 _METRIC = "metrics.`{}`"
 _LETTER, _MARGIN = 7, 34
 """Width of a column's title, in pixels."""
+_LOCAL_SERVER = "http://127.0.0.1:5000"
+"""Address at which `mlflow ui` serves, unless another one is asked for."""
 _MOST = 24
 """Metrics in one view: those of the last runs, where there are more."""
 
@@ -83,17 +85,30 @@ def view_state(metrics: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def where_to_look(tracking_uri: str, experiment: str) -> dict[str, str]:
+    """Return how to open an experiment's runs table, by what it is: its address, after a command where there is none.
+
+    Where the store does not answer, the address is the server's.
+    """
+    command = {"MLflow": how_to_look(tracking_uri)}
+    try:
+        found = find_experiment(connect(tracking_uri), experiment)
+    except (SkdError, *untaken()):
+        return command
+    if found is None:
+        return command
+    if is_sqlite(tracking_uri):
+        return {**command, "its page": f"{_LOCAL_SERVER}/{_runs_page(found.experiment_id)}"}
+    return {"MLflow": runs_url(tracking_uri, found.experiment_id) or command["MLflow"]}
+
+
 def runs_url(tracking_uri: str, experiment_id: str) -> str:
     """Return the address of the experiment's runs table, without credentials; empty where the store is no server."""
-    parts = urlsplit(shown(tracking_uri))
-    if parts.scheme not in ("http", "https"):
-        return ""
-    server = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
-    return f"{server}/{runs_page(experiment_id)}"
+    server = server_address(tracking_uri)
+    return f"{server}/{_runs_page(experiment_id)}" if server else ""
 
 
-def runs_page(experiment_id: str) -> str:
-    """Return the same below the address of a server."""
+def _runs_page(experiment_id: str) -> str:
     return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from skd_lib.report.summary import headline_columns
 from skd_lib.tracking.entries import ENTRY
 from skd_lib.tracking.runs import step_run
-from skd_lib.tracking.view import VIEW_TAG, View, runs_url
+from skd_lib.tracking.view import VIEW_TAG, View, runs_url, where_to_look
 from tests.support.browser import browse
 
 from .conftest import EXPERIMENT
@@ -63,6 +63,16 @@ def test_addresses() -> None:
     )
 
 
+def test_where_to_look(store: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = f"mlflow ui --backend-store-uri {store}"
+    assert where_to_look(store, EXPERIMENT) == {"MLflow": command}  # no such experiment
+    show(store, "a")
+    page = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=skd"
+    assert where_to_look(store, EXPERIMENT) == {"MLflow": command, "its page": page}
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert where_to_look("http://bob:secret@127.0.0.1:9", EXPERIMENT) == {"MLflow": "http://127.0.0.1:9"}
+
+
 def test_a_view_can_wait_on_disk() -> None:
     entry = View(metrics=["student_after/chrf"])
     assert ENTRY.validate_json(entry.model_dump_json()) == entry
@@ -81,6 +91,7 @@ def test_the_link_opens_the_table_with_these_columns(tmp_path: Path, empty_store
             run.parent.log_params({"method": "skd"})
             run.parent.show_metrics(names)
             address = run.parent.table_url
+        assert where_to_look(server.uri, EXPERIMENT) == {"MLflow": address}
         page, _ = browse(tmp_path, "--window-size=3200,800", "--virtual-time-budget=20000", "--dump-dom", address)
     finally:
         server.kill()
