@@ -25,8 +25,6 @@ API = """# Python
 All names of `skd_lib`; [the guide](../guides/python.md) shows them in use.
 
 """
-MERMAID = re.compile(r"```mermaid\n.*?```", flags=re.DOTALL)
-"""GitHub draws it; the site, which needs no network, has a drawing of its own."""
 LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -61,7 +59,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         at = COPIED.get(name) or (name.removeprefix("docs/").replace(".ipynb", ".md") if _is_page(name) else None)
         return label if at is None else f"{sign}[{label}]({depth}{at}{anchor or ''})"
 
-    return LINK.sub(replaced, MERMAID.sub(f"![The steps of a run]({depth}concepts/pipeline.svg)", markdown))
+    return LINK.sub(replaced, markdown)
 
 
 def _is_page(name: str) -> bool:
