@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT, SaveTinyModel
 
@@ -66,33 +66,27 @@ def test_speculative_decoding_says_what_the_teacher_says(models: tuple[Path, Pat
     assert told[0].splitlines()[:-1] == told[1].splitlines()[:-1]
 
 
-def test_the_readmes_python(
-    tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Its blocks as they are, but for the models' names and the number of steps."""
+def test_the_readmes_python(tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its block as it is, but for the models' names and the number of steps."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Add {n} and 2: ", "completion": f"{n + 2}"} for n in range(16)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     names = {
         "Qwen/Qwen2.5-1.5B-Instruct": "teacher",
         "Qwen/Qwen2.5-0.5B-Instruct": "student",
         "=500": "=1, report_to='none'",
     }
     for old, new in names.items():
-        assert old in blocks[0]
-        blocks[0] = blocks[0].replace(old, new)
+        assert old in block
+        block = block.replace(old, new)
     variables: dict[str, Any] = {}
-    exec(blocks[0], variables)  # noqa: S102 - our own text
+    exec(block, variables)  # noqa: S102 - our own text
     assert variables["trainer"].state.global_step == 1
-    inputs = tiny_tokenizer(["Add 1 and", "The"], return_tensors="pt", padding=True, return_token_type_ids=False)
-    variables |= {"student": variables["trainer"].model, "teacher": variables["trainer"].teacher, "inputs": inputs}
-    exec(blocks[1], variables)  # noqa: S102 - our own text
-    assert variables["out"].sequences.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_the_pages_python(tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/guides/python.md").read_text()
@@ -106,6 +100,8 @@ def test_the_pages_python(tmp_path: Path, models: tuple[Path, Path], monkeypatch
         exec(block, variables)  # noqa: S102 - our own text
     assert 0 < variables["share"] <= 1
     assert variables["loss"] > 0
+    assert variables["best"] <= variables["before"]
+    assert variables["measured"].speedup > 0
 
 
 def test_the_loop_fits_on_a_page() -> None:
