@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from skd_lib.errors import Preempted
+from skd_lib.report.course import curves
 from skd_lib.training.trainer import TrainingStream
 from tests.training.nursery import Nursery
 from tests.training.tiny_task import newest, run, saved
@@ -49,6 +50,12 @@ def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, models: dict[
         for result in results
     )
     assert resumed == uninterrupted
+    # What had been spent before each validation is counted on: tokens exactly, seconds of both attempts.
+    spent = [curves(result.history, batch_size=4) for result in results]
+    for figure in ("validation_steps", "validation_tokens", "validation_student_tokens", "validation_teacher_tokens"):
+        assert spent[0][figure] == spent[1][figure] == sorted(set(spent[0][figure]))
+    assert len(spent[0]["validation_seconds"]) == len(set(spent[0]["validation_seconds"])) == 4
+    assert spent[0]["validation_seconds"] == sorted(spent[0]["validation_seconds"])
     assert results[0].traces == results[1].traces  # the recorded sequences are those of both attempts
     assert {trace.step for trace in results[0].traces} >= {3, 6, 8}  # in step 1 few sequences are sampled
     assert results[0].best_step == results[1].best_step
