@@ -67,7 +67,8 @@ def evaluate(
     """Answer the examples and score the answers with every metric of the task but COMET.
 
     A metric that cannot be computed (references without answers, a model that yields NaN) is reported as missing, as
-    long as there is another one. A judge that is down may be up again later: without it there is no result.
+    long as there is another one; all are where no example has a reference. A judge that is down may be up again later:
+    without it there is no result.
 
     Args:
         model: In eval mode, on the device it is to run on.
@@ -82,13 +83,14 @@ def evaluate(
         SkdError: no examples, no metric that can be computed, or a prompt that does not fit the model.
     """
     missing = _unscorable(task, examples)  # before any work is done
+    answered = any(example.target for example in examples)
     started = time.perf_counter()
     answers = generate(model, tokenizer, [example.question for example in examples], task, batch_size=config.batch_size)
     predictions = [
         Prediction(example.id, example.source, example.target, answer.text, answer.tokens, answer.truncated)
         for example, answer in zip(examples, answers, strict=True)
     ]
-    if "perplexity" in task.metrics:
+    if "perplexity" in task.metrics and answered:
         losses = reference_losses(model, tokenizer, examples, task, batch_size=config.batch_size)
         predictions = [
             replace(row, reference_tokens=loss.tokens, reference_nll=loss.nll if math.isfinite(loss.nll) else None)
@@ -116,7 +118,7 @@ def evaluate(
             replace(row, scores={**row.scores, name: alone[position]}) if position in alone else row
             for position, row in enumerate(predictions)
         ]
-    if missing and not scores:
+    if missing and not scores and answered:
         raise next(iter(missing.values()))
     reasons: dict[str, str] = {name: error.brief for name, error in missing.items()}
     if reasons:
@@ -168,6 +170,9 @@ def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricNam
         raise SkdError(
             "there are no predictions to score", where=f"metric `{task.metrics[0]}`", hint="give the set examples"
         )
+    if not any(example.target for example in examples):
+        what, hint = "the examples have no answers to compare with", "give them answers, or add a held-out set that has"
+        return {name: SkdError(what, where=f"metric `{name}`", hint=hint) for name in task.own_metrics}
     missing = {}
     for name in task.own_metrics:
         try:

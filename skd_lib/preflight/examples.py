@@ -74,6 +74,11 @@ def _check_answers(checks: Checks, config: RunConfig, runs: Sequence[RunConfig],
         return sum(not row.target for row in rows)
 
     hint = "add answers to the data, or "
+    if splits.test and lacking(splits.test) == len(splits.test):
+        names = ", ".join(config.task.metrics)
+        what = f"test data without answers: {names} will be missing; acceptance and speed as a draft are measured"
+        also = "to measure quality too, name a test file or a held-out set with answers"
+        checks.add("evaluation", "warning", what, where="task.metrics", hint=also)
     if lacking(splits.train_teacher) and config.teacher_sft.enabled:
         what = "training data without answers: the teacher cannot be fine-tuned on them"
         checks.add("teacher_sft", "error", what, where="teacher_sft.enabled", hint=f"{hint}set it to false")
@@ -102,7 +107,9 @@ def show_example(
     encoded = encode(tokenizer, config.task, row, answer_end)
     prompt, answer = (tokenizer.decode(ids) for ids in (encoded.prompt_ids, encoded.response_ids))
     earlier = row.conversation.asked if row.conversation and config.data.assistant_turns == "all" else ()
-    shown = _marked(prompt, [message["content"] for message in earlier if is_trained(message)])
+    shown = _marked(
+        prompt, [message["content"] for message in earlier if is_trained(message)], tokenizer.decode(answer_end)
+    )
     written = _shortened(answer, *_ANSWER_ENDS) if answer else "a response is sampled here"
     checks.add(
         "example",
@@ -114,13 +121,17 @@ def show_example(
     )
 
 
-def _marked(prompt: str, answers: Sequence[str]) -> str:
-    """Mark the answers in a prompt, which holds them in this order; what a template leaves out is not marked."""
+def _marked(prompt: str, answers: Sequence[str], end: str) -> str:
+    """Mark the answers in a prompt, which holds them in this order; what a template leaves out is not marked.
+
+    The token that ends an answer, `end`, belongs to it.
+    """
     done, rest = "", prompt
     for answer in filter(None, map(str.strip, answers)):
         before, found, after = rest.partition(answer)
         if found:
-            done, rest = f"{done}{before}{OPEN}{found}{CLOSE}", after
+            ended = end if after.startswith(end) else ""
+            done, rest = f"{done}{before}{OPEN}{found}{ended}{CLOSE}", after.removeprefix(ended)
     return done + rest
 
 

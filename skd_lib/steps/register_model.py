@@ -119,6 +119,8 @@ def _decide(found: Measured, digest: str, tracking_uri: str) -> Decision:
         return Decision(False, "the score that decides, COMET, is missing; the report says why")
     if not tracking_uri:
         return Decision(False, "tracking is off, so there is no registry to promote in")
+    if metric not in found.student and metric != "comet":
+        return Decision(False, f"there is no score `{metric}` to decide by; the report says why")
     now = registry.champion(
         tracking_uri=tracking_uri, model_name=settings.model_name, patience=registry.step_patience()
     )
