@@ -11,5 +11,5 @@ FOUND = find_namespace_packages(include=[f"{folder}*" for folder in FOLDERS], ex
 setup(
     packages=[*find_packages(include=["skd_lib", "skd_lib.*"]), *(f"skd_kfp.{name}" for name in FOUND)],
     package_dir={"skd_lib": "skd_lib", **{f"skd_kfp.{folder}": folder for folder in FOLDERS}},
-    package_data={"": ["README.md", "*.yaml", "templates/*", "constraints.txt", "py.typed"]},
+    package_data={"": ["README.md", "*.yaml", "templates/*", "*.txt", "py.typed"]},
 )
