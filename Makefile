@@ -85,7 +85,7 @@ compile-check: $(STAMP) ## Fail if the compiled pipeline has drifted from its de
 
 # The notices are about mkdocs' future, and are not errors.
 docs: $(STAMP) ## Build the site of the documentation in build/site; broken links are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 doctor: $(STAMP) ## Look at this machine
 	$(BIN)/skd doctor
