@@ -5,4 +5,6 @@ from kfp import dsl
 from skd_kfp.components.build import component
 from skd_lib.steps.compare_table import main
 
-compare_table = component(main, {"report": dsl.Markdown, "figures": dsl.Metrics, "comparison": dsl.Artifact})
+compare_table = component(
+    main, {"report": dsl.Markdown, "page": dsl.HTML, "figures": dsl.Metrics, "comparison": dsl.Artifact}
+)

@@ -129,7 +129,8 @@ def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: 
 
     outputs = {name: Path(uri) for name, uri in run.outputs["compare_table"].items()}
     shutil.copyfile(outputs["report"], folder.root / TABLES)
-    for name in (PAGE, TRIALS, COMPARISON):
+    shutil.copyfile(outputs["page"], folder.root / PAGE)
+    for name in (TRIALS, COMPARISON):
         shutil.copyfile(outputs["comparison"] / name, folder.root / name)
     file = folder.root / COMPARISON
     console.print()

@@ -16,12 +16,10 @@ from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_
 
 def main(
     report_out: Annotated[Path, typer.Option(help="Where the tables go: Markdown.")],
+    page_out: Annotated[Path, typer.Option(help="Where the page with the charts goes: HTML.")],
     figures_out: Annotated[Path, typer.Option(help="Where the headline figures go: JSON.")],
     comparison_out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for the page, comparison.html, all figures, comparison.json, and one row a trial, runs.csv."
-        ),
+        Path, typer.Option(help="Folder for all figures, comparison.json, and one row a trial, runs.csv.")
     ],
     evaluations: Annotated[
         list[Path] | None, typer.Option(help="By hand: each student's folder of step `evaluate`; else from KFP.")
@@ -48,7 +46,7 @@ def main(
 
     table = parse_section(TableConfig, plan, where="--plan")
     settings = parse_section(StepConfig, config, where="--config")
-    io = StepIO({"report": report_out, "figures": figures_out, "comparison": comparison_out})
+    io = StepIO({"report": report_out, "page": page_out, "figures": figures_out, "comparison": comparison_out})
     folders = evaluations or io.input_paths("evaluations")
     if not folders:
         raise SkdError("there is no trial to compare", where="--evaluations", hint="name the folder of one or more")
@@ -56,7 +54,7 @@ def main(
     from skd_lib._core.terminal import Console
     from skd_lib.comparison.page import PAGE, render_page
     from skd_lib.comparison.render import render, to_csv, to_markdown
-    from skd_lib.comparison.table import build_comparison
+    from skd_lib.comparison.table import COMPARISON, build_comparison
     from skd_lib.report.folders import read_evaluations
     from skd_lib.storage import write_text_atomic
     from skd_lib.tracking.runs import step_run
@@ -80,21 +78,18 @@ def main(
             resamples=settings.evaluation.bootstrap_samples,
             seed=settings.seed,
         )
-        texts = {
-            "comparison.json": comparison.to_json(),
-            "runs.csv": to_csv(comparison),
-            PAGE: render_page(comparison),
-        }
+        texts = {COMPARISON: comparison.to_json(), "runs.csv": to_csv(comparison)}
         comparison_out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_text_atomic(comparison_out / name, text)
-        markdown = to_markdown(comparison)
+        markdown, page = to_markdown(comparison), render_page(comparison)
+        write_text_atomic(page_out, page)
         write_text_atomic(report_out, markdown)
         write_text_atomic(figures_out, json.dumps(comparison.figures(), indent=2) + "\n")
         run.parent.log_metrics(comparison.headline())
         first = settings.task.own_metrics[:1]
         run.parent.show_metrics([name for name in comparison.headline() if name.rpartition("/")[2] in first])
-        for name, text in {"comparison.md": markdown, **texts}.items():
+        for name, text in {"comparison.md": markdown, PAGE: page, **texts}.items():
             run.parent.log_text(text, name)
     Console().print(render(comparison))
 

@@ -61,7 +61,7 @@ def table(folder: Path, students: Sequence[Path], drafts: Sequence[Path] = (), *
     words += ["--kfp-output-file", str(folder / "executor_output.json")]
     with called(take_call(words)[1]):
         compare_table.main(
-            **{f"{name}_out": folder / name for name in ("report", "figures", "comparison")},
+            **{f"{name}_out": folder / name for name in ("report", "page", "figures", "comparison")},
             plan=json.dumps({"reference": "skd", "trials": TRIALS, "skipped": [SKIPPED], **plan}),
             config=json.dumps(
                 {"name": "test", "evaluation": {"bootstrap_samples": 100}, "task": {"metrics": ["accuracy"]}}
@@ -90,7 +90,7 @@ def test_table_of_collected_trials(tmp_path: Path):
     assert comparison.teacher["accuracy"].score == 90
     assert "| hot | 0 | it exploded |" in (tmp_path / "report").read_text()
     assert len((tmp_path / "comparison" / "runs.csv").read_text().splitlines()) == 1 + len(RIGHT) + 1
-    assert "it exploded" in (tmp_path / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    assert "it exploded" in (tmp_path / "page").read_text(encoding="utf-8")
     first = comparison.trials[0]
     assert (first.objective, first.acceptance_by_position) == ("forward_kl", (0.5, 0.25))
     course = first.course
@@ -98,6 +98,7 @@ def test_table_of_collected_trials(tmp_path: Path):
     assert (course.steps, course.rejection_rate) == ((1, 2), (0.5, 0.25))
     assert {name: value["artifacts"][0]["metadata"] for name, value in output["artifacts"].items()} == {
         "report": {},
+        "page": {},
         "figures": {"skd/accuracy": 77.5, "skd/draft_speedup": 1.5, "sft/accuracy": 27.5, "seqkd/accuracy": 77.5},
         "comparison": {},
     }
