@@ -23,10 +23,17 @@ import yaml
 
 from skd_kfp.pipelines import cli
 from skd_lib.config import RunConfig, TaskConfig, parse_overrides, parse_section
+from skd_lib.models.records import write_record
 from tests.conftest import ROOT, SaveTinyModel, Skd
 
 SHELL = ("bash", "sh", "console")
 NOT_RUN = {
+    **dict.fromkeys(
+        ("convert_hf_to_gguf.py", "llama-quantize", "llama-server", "mlx_lm.convert", "mlx_lm.generate", "ollama"),
+        "tools of other formats, not installed here",
+    ),
+    "optimum-cli": "wants an older transformers",
+    "jq": "not installed everywhere",
     "cosign": "checks images that a release publishes",
     "docker": "tests/images builds and runs the images",
     "gcloud": "needs an account",
@@ -59,6 +66,7 @@ LOADING = ("evaluate", "generate", "specdec")
 STAND_INS = {
     "pipelines/configs/demo.yaml": "tiny.yaml",
     "google/gemma-7b-it": "./teacher",
+    "student-f16.gguf": "./draft",
     "google/gemma-2b-it": "./draft",
     "Qwen/Qwen2.5-7B-Instruct": "./teacher",
     "Qwen/Qwen2.5-0.5B-Instruct": "./draft",
@@ -183,6 +191,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
         (folder / name).symlink_to(ROOT / name)
     save_tiny_model(folder / "teacher", seed=2)
     save_tiny_model(folder / "draft", seed=1)
+    write_record(folder / "draft", lineage={"method": "skd", "base_student": "org/small", "teacher": "org/large"})
     for run in ("demo", "draft", "gemma-gsm8k", "tickets"):
         (folder / "runs" / run).mkdir(parents=True)
         (folder / "runs" / run / "teacher").symlink_to(folder / "teacher")
