@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from skd_lib._core.machine import is_main_process
 from skd_lib.config import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from skd_lib.evaluation.evaluate import Evaluation
     from skd_lib.results import Course, Specdec
 
-    Model = PreTrainedModel | str | Path
+    Model: TypeAlias = PreTrainedModel | str | Path
     """A loaded model, or its hub id, folder or other reference (`skd_lib.models.references`)."""
 
 SectionT = TypeVar("SectionT", TaskConfig, EvaluationConfig, SpecdecConfig)
@@ -100,6 +100,7 @@ def distill(
     from accelerate import PartialState
 
     from skd_lib.data.prepared import data_fingerprint
+    from skd_lib.models.loading import default_device
     from skd_lib.models.records import read_record
     from skd_lib.models.references import model_fingerprint
     from skd_lib.steps import distill as training
@@ -110,6 +111,7 @@ def distill(
     run, _ = with_columns(run)
     out = Path(output_dir)
     place = {name: out / name for name in ("data", "teacher", "initial_student", "student")}
+    processes = PartialState(cpu=default_device().type == "cpu")
     root = {"checkpoint_root": str(out / _MARKS / "checkpoints")}
 
     def made(name: str, step: Callable[..., None], after: str, *, together: bool, **options: Any) -> str:
@@ -117,7 +119,7 @@ def distill(
         key = _key(options["config"], after)
         mark = out / _MARKS / f"{name}.txt"
         there = mark.is_file() and mark.read_text(encoding="utf-8") == key and place[name].is_dir()
-        PartialState().wait_for_everyone()
+        processes.wait_for_everyone()
         if there:
             log.info("%s is there already", place[name])
             return key
@@ -126,10 +128,10 @@ def distill(
         if together or is_main_process():
             with called(Call(output_file=mark.with_name("outputs.json"))):
                 step(**options)
-        PartialState().wait_for_everyone()
+        processes.wait_for_everyone()
         if is_main_process():
             write_text_atomic(mark, key)
-        PartialState().wait_for_everyone()
+        processes.wait_for_everyone()
         return key
 
     def settings(step: str, fingerprint: str = "") -> str:
@@ -271,8 +273,11 @@ def benchmark(
         check_gammas(wanted, settings)
     except ValueError as error:
         raise SkdError(str(error), where="benchmark", hint="lower gamma and gammas") from error
-    from_file = isinstance(prompts, str | Path)
-    inputs = read_prompts(Path(prompts), column="source", limit=wanted.examples) if from_file else list(prompts)
+    inputs = (
+        read_prompts(Path(prompts), column="source", limit=wanted.examples)
+        if isinstance(prompts, str | Path)
+        else list(prompts)
+    )
     options: dict[str, Any] = {"task": settings, "config": wanted, "seed": seed, "on_progress": on_progress}
     if isinstance(teacher, str | Path) and isinstance(draft, str | Path):
         return measure_references(str(teacher), {"draft": str(draft)}, inputs, **options)["draft"]
@@ -322,8 +327,8 @@ def _examples(dataset: Iterable[Any] | str | Path) -> Sequence[Any]:
 
     if isinstance(dataset, str | Path):
         return sources.load(FilesSource(train=[str(dataset)])).train
-    rows = iter(dataset)
-    first = next(rows, None)
+    rows: Iterator[Any] = iter(dataset)
+    first: Any = next(rows, None)
     if first is None:
         raise SkdError("the dataset is empty", where="evaluate, dataset", hint="pass at least one row")
     both = chain([first], rows)

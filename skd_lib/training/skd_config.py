@@ -106,7 +106,8 @@ class SKDConfig(TrainingArguments):
             near = get_close_matches(name, known, 1)
             hint = _OF_SFT.get(name, f"did you mean {near[0]}?" if near else "leave it out")
             raise SkdError("there is no such argument", where=f"SKDConfig, {name}", hint=hint)
-        return super().__new__(cls)
+        made: SKDConfig = super().__new__(cls)
+        return made
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # rows are tokenised by the collator

@@ -106,11 +106,13 @@ class SKDTrainer(RolloutTrainer):
             hint = "leave it off: each process then has both models whole"
             raise SkdError(f"sharding does not work where the {what}", where="SKDConfig, field `fsdp`", hint=hint)
         # Weights in half precision take up small steps only in part; `bf16=True` is mixed precision on fp32 weights.
-        student = _loaded(model, {"dtype": torch.float32, **(args.model_init_kwargs or {})}, args)
+        student = _loaded(model, {"dtype": torch.float32} | _mapping(args, "model_init_kwargs"), args)
         if peft_config is None and student.dtype in (torch.bfloat16, torch.float16):
             log.warning("the student's weights are %s: small updates are lost; load it in float32", student.dtype)
         processing_class = processing_class or tokenizer_of(student, hint="pass `processing_class`")
-        teacher = None if teacher_model is None else _loaded(teacher_model, args.teacher_model_init_kwargs, args)
+        teacher = (
+            None if teacher_model is None else _loaded(teacher_model, _mapping(args, "teacher_model_init_kwargs"), args)
+        )
         if self.facts.needs_teacher and teacher is None:
             raise SkdError(f"method `{self.distill.method}` needs a teacher", where="SKDTrainer, teacher_model")
         if teacher is student:
@@ -160,8 +162,8 @@ class SKDTrainer(RolloutTrainer):
 
     def _tokenized(self, rows: list[Any]) -> list[TokenizedExample]:
         # By turn, rows are formatted when they are divided.
-        done = self._formatting is None or self.args.assistant_turns == "all"
-        formatted = rows if done else [self._formatting(row) for row in rows]
+        form = None if self.args.assistant_turns == "all" else self._formatting
+        formatted = rows if form is None else [form(row) for row in rows]
         return [
             tokenize_row(self.processing_class, row, self.eos_ids, max_length=self.args.max_length, where="dataset")
             for row in formatted
@@ -315,9 +317,15 @@ def _check_responses(rollout: Rollout, where: str) -> None:
         )
 
 
-def _loaded(model: PreTrainedModel | str, options: Any, args: SKDConfig) -> PreTrainedModel:
+def _mapping(args: SKDConfig, name: str) -> dict[str, Any]:
+    value = getattr(args, name) or {}
+    if not isinstance(value, dict):
+        hint = 'on a command line write JSON: {"dtype": "bfloat16"}'
+        raise SkdError(f"{value!r} is no mapping", where=f"SKDConfig, field `{name}`", hint=hint)
+    return value
+
+
+def _loaded(model: PreTrainedModel | str, options: dict[str, Any], args: SKDConfig) -> PreTrainedModel:
     if not isinstance(model, str):
         return model
-    return AutoModelForCausalLM.from_pretrained(
-        model, **{"trust_remote_code": args.trust_remote_code, **(options or {})}
-    )
+    return AutoModelForCausalLM.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **options})

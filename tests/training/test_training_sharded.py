@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from skd_lib.errors import Preempted, SkdError
+from skd_lib.models.records import read_record
 from tests.conftest import SaveTinyModel
 from tests.training.nursery import Nursery
 from tests.training.tiny_task import newest, run
@@ -78,6 +79,35 @@ def test_the_same_by_skd_trainer(nursery: Nursery, save_tiny_model: SaveTinyMode
     assert found["sharded"][1] == pytest.approx(found["whole"][1] / 2, rel=0.02)
     for name, tensor in found["whole"][2].items():
         torch.testing.assert_close(found["sharded"][2][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_whole_distillation_by_two_processes(
+    nursery: Nursery, save_tiny_model: SaveTinyModel, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"source": f"Add {n} and 1", "target": str(n + 1)}) for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    training = {"max_steps": 2, "batch_size": 2}
+    config = {
+        "teacher": str(save_tiny_model(tmp_path / "teacher", seed=2)),
+        "student": str(save_tiny_model(tmp_path / "student", seed=1)),
+        "data": {
+            "source": {"type": "files", "train": [str(tmp_path / "train.jsonl")]},
+            "validation_examples": 4,
+            "test_examples": 4,
+        },
+        "task": {"max_new_tokens": 6, "date": "2026-01-31"},
+        "teacher_sft": {"training": training},
+        "distill": {"sampling": {"adaptive_gamma": False}, "training": training},
+    }
+    losses = {}
+    for processes in (1, 2):
+        output = tmp_path / f"by-{processes}"
+        sharded = {**config["distill"], "training": {**training, "fsdp": processes > 1}}
+        options = {"config": {**config, "distill": sharded}, "output": str(output)}
+        assert nursery.run(options, processes) == [0] * processes, nursery.log.read_text()
+        losses[processes] = read_record(output / "student").figures["best_validation_loss"]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_what_cannot_be_sharded_is_an_error(

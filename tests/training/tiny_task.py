@@ -27,6 +27,7 @@ from transformers.trainer_callback import CallbackHandler
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import SamplerAt
+from skd_lib.interface import distill
 from skd_lib.training.checkpoints import MARKER, Attempt, Checkpoints
 from skd_lib.training.run import GivenSignals, TrainResult, train
 from skd_lib.training.skd_config import SKDConfig
@@ -229,7 +230,7 @@ def train_by_skd_trainer(options: dict[str, Any]) -> None:
 
 
 def main(options: dict[str, Any]) -> None:
-    """Train in a process of its own, by `train_by_skd_trainer` if there are `args`.
+    """Train in a process of its own, by `train_by_skd_trainer` if there are `args`, by `distill` if there is `config`.
 
     Options: `student`, `teacher` (folders), `checkpoints`, `training` (a dict); what happens in the process of the
     highest rank: `kill_at_step`, `kill_after_events`, `kill_in_write`, `sigterm_at_step`, `broken_step`; where to write
@@ -238,6 +239,10 @@ def main(options: dict[str, Any]) -> None:
     """
     if "args" in options:
         train_by_skd_trainer(options)
+        return
+    if "config" in options:
+        torch.set_num_threads(1)
+        distill(options["config"], options["output"])
         return
     torch.set_num_threads(1)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
