@@ -185,9 +185,10 @@ def _values(config: DataConfig) -> dict[str, Any]:
     """
     values: dict[str, Any] = config.model_dump(mode="json")
     columns = [each.get("columns") for each in (values["source"], *(each["source"] for each in values["held_out"]))]
-    defaults = [(each, Columns, name) for each in columns if each for name in ("messages", "tools")]
-    for section, model, name in [(values, DataConfig, "assistant_turns"), *defaults]:
-        if section[name] == model.model_fields[name].default:
+    of_data, of_columns = DataConfig.model_fields, Columns.model_fields
+    defaults = [(each, of_columns, name) for each in columns if each for name in ("messages", "tools")]
+    for section, fields, name in [(values, of_data, "assistant_turns"), *defaults]:
+        if section[name] == fields[name].default:
             del section[name]
     return values
 

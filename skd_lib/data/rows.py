@@ -115,10 +115,8 @@ def check_rows(
             example = _example(row, columns, labels or {}, where)
             if examples and (wrong := _differing(example, examples[0], columns)):
                 errors = [wrong]
-        except SkdErrors as several:
-            errors = several.errors
-        except SkdError as error:
-            errors = [error]
+        except SkdError as found:
+            errors = found.errors if isinstance(found, SkdErrors) else [found]
         for error in errors:
             problems.add(SkdError(error.what, where=f"{where}, {error.where}", hint=error.hint))
         if len(first) < _ALIKE:
@@ -214,7 +212,7 @@ def short(value: object) -> str:
     return _cut(_SHORT.repr(value), 40)
 
 
-def _text(row: dict[str, Any], column: str, columns: Columns, labels: Labels) -> str:
+def _text(row: Mapping[str, Any], column: str, columns: Columns, labels: Labels) -> str:
     """Return the text of a column, or of a template filled with several.
 
     Raises:
@@ -249,7 +247,7 @@ def _wrong(text: str) -> str:
     return ""
 
 
-def _part(row: dict[str, Any], name: str, columns: Columns, labels: Labels) -> str:
+def _part(row: Mapping[str, Any], name: str, columns: Columns, labels: Labels) -> str:
     """Return a field as text."""
     if name not in row:
         hint = f"this row has: {listed(row)}; {_NAME_COLUMNS}"

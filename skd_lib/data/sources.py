@@ -63,6 +63,7 @@ def find_columns(source: FilesSource | HubSource | HeldOutFiles | HeldOutHub) ->
     """
     if source.columns != Columns():
         return source.columns
+    fields: Mapping[str, Any] = {}
     try:
         if isinstance(source, HubDataset):
             split = source.train_split if isinstance(source, HubSource) else source.split

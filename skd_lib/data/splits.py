@@ -114,11 +114,16 @@ class Splits:
 
         Tests ask for the last answer of a conversation: several of one would not be independent of each other.
         """
-        train = {
-            name: [turn for example in getattr(self, name) for turn in by_turn(example)]
-            for name in ("train_teacher", "train_student", "validation")
-        }
-        return replace(self, **train)
+
+        def turns(examples: list[Example]) -> list[Example]:
+            return [turn for example in examples for turn in by_turn(example)]
+
+        return replace(
+            self,
+            train_teacher=turns(self.train_teacher),
+            train_student=turns(self.train_student),
+            validation=turns(self.validation),
+        )
 
     def named(self) -> dict[str, list[Example]]:
         """Return the run's own splits by name, in the order they are written."""
