@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import SaveTinyModel, Skd
+from tests.support.local_runs import finished_run
 
 
 @pytest.fixture
@@ -55,3 +57,20 @@ def test_what_is_missing_is_said(skd: Skd, models: tuple[Path, Path], options: l
     done = skd("evaluate", models[0], *options)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_runs_student_is_asked_its_runs_test_set(
+    skd: Skd, data: Path, tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    root = finished_run(tmp_path, "demo", save_tiny_model)
+    config = yaml.safe_load((root / "config.yaml").read_text())
+    for split, text in {"train": "A train.", "validation": "A validation."}.items():
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": text, "answer": text}))
+    files = {"test": [str(data)], **{split: [str(tmp_path / f"{split}.jsonl")] for split in ("train", "validation")}}
+    columns = {"source": "question", "target": "answer"}
+    config["data"]["source"] = {"type": "files", "columns": columns, **files}
+    config["task"] = {"metrics": ["chrf"], "max_new_tokens": 8}
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    done = skd("evaluate", root / "student", "--examples", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"]["examples"] == 4

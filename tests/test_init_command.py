@@ -50,11 +50,31 @@ def test_examples_are_copied(skd: Skd, tmp_path: Path, name: str) -> None:
 
 
 def test_a_terminal_is_asked(skd: Skd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = io.StringIO("org/teacher\norg/student\ntrain.jsonl\ngsm8k\n")
+    (tmp_path / "train.jsonl").write_text("")
+    data = tmp_path / "train.jsonl"
+    answers = io.StringIO(f"org/teacher\norg/student\n{data}\ngsm8k\non_policy\n")
     answers.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr("sys.stdin", answers)
     assert skd("init", tmp_path / "run.yaml").returncode == 0
-    assert load_config(tmp_path / "run.yaml").teacher == "org/teacher"
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.teacher, config.student, config.task.name) == ("org/teacher", "org/student", "gsm8k")
+    assert (config.data.source.train, config.distill.method) == ([str(data)], "on_policy")  # type: ignore[union-attr]
+
+
+def test_an_answer_that_cannot_be_right_is_asked_for_again(
+    skd: Skd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"teacher": "no teacher", "student": "ftp://x", "data": "missing.jsonl", "task": "gsm9k", "method": "sdk"}
+    right = ("org/teacher", "org/student", "org/data", "gsm8k", "")
+    lines = (f"{one}\n{other}\n" for one, other in zip(wrong.values(), right, strict=True))
+    answers = io.StringIO("".join(lines))
+    answers.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", answers)
+    done = skd("init", tmp_path / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == 5
+    assert "missing.jsonl: there is no such file" in done.stderr
+    assert load_config(tmp_path / "run.yaml").distill.method == "skd"
 
 
 def test_a_name_is_made_of_any_files_name(skd: Skd, tmp_path: Path) -> None:

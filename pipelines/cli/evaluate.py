@@ -26,7 +26,12 @@ def evaluate(
         str | None, typer.Option(help="A second model; each score is tested against it, on the same examples.")
     ] = None,
     run_config: Annotated[
-        Path | None, typer.Option("--config", help="A run's YAML file: its test set, its task, its section evaluation.")
+        Path | None,
+        typer.Option(
+            "--config",
+            help="A run's YAML file: its test set, its task, its section evaluation.",
+            show_default="that of the run whose folder MODEL is in",
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Examples instead: a data file (JSONL, JSON, CSV, TSV, Parquet), local or gs://.")
@@ -46,12 +51,15 @@ def evaluate(
 
     With --baseline, the second table holds the paired difference (MODEL minus baseline) and its p-value.
 
-    Examples: `skd evaluate runs/demo/student --config run.yaml --baseline runs/demo/teacher`,
+    Examples: `skd evaluate runs/demo/student --baseline runs/demo/teacher`,
     `skd evaluate org/model --data test.jsonl --task gsm8k --json`.
     """
     from skd_lib.evaluation.predictions import compare, write_predictions
+    from skd_lib.report.card import config_of
     from skd_lib.storage import check_writable
 
+    if run_config is None and (data is None or task is None):
+        run_config = config_of(Path(model))
     rows, settings, config = _what_to_answer(run_config, data, task, source, target, examples)
     if predictions is not None:
         predictions.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`skd init`: the YAML file of a run, from four answers or from an example."""
+"""`skd init`: the YAML file of a run, from five answers or from an example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ QUESTIONS = {
     "teacher": "Teacher (hub id, folder, gs://...)",
     "student": "Student, with the same tokenizer",
     "data": "Data: a file (JSONL, CSV, Parquet, ...) or a dataset of the hub",
-    "task": "Task (a name of docs/guides/tasks.md, or a YAML file)",
+    "task": "Task (gsm8k, translation, summarization, ..., or a YAML file)",
+    "method": "Method (skd, sft, supervised_kd, on_policy, ...)",
 }
 TEMPLATE = """\
 # A run of skd. `skd config` explains every field, `skd run {file} --dry-run` checks this file.
@@ -35,7 +36,7 @@ task: {{ name: {task} }} # prompt, answer, metrics, lengths; fields given here w
 teacher_sft:
   training: {{ epochs: 1 }} # `enabled: false` takes the teacher as it is
 distill:
-  method: skd # sft, seqkd, supervised_kd, on_policy, imitkd, two_stage, skd, skd_mixed
+  method: {method} # sft, seqkd, supervised_kd, on_policy, imitkd, two_stage, skd, skd_mixed
   divergence: forward_kl
   sampling: {{ top_k: 25, gamma: 5 }} # a draft stands if it is among the teacher's 25 most likely tokens
   training: {{ max_steps: 300, batch_size: 8, learning_rate: 1.0e-5 }}
@@ -49,10 +50,15 @@ def init(
     student: Annotated[str, typer.Option(help="Small model; asked for if not given.")] = "",
     data: Annotated[str, typer.Option(help="Data file or dataset of the hub; asked for if not given.")] = "",
     task: Annotated[str, typer.Option(help="Task; asked for if not given.")] = "",
+    method: Annotated[
+        str, typer.Option(help="How the student is trained; asked for in a terminal.", show_default="skd")
+    ] = "",
     example: Annotated[str, typer.Option("--from", help="Copy an example instead, e.g. demo or gemma-gsm8k.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write the YAML file of a run: from an example, or from four answers.
+    """Write the YAML file of a run: from an example, or from five answers.
+
+    A terminal is asked for what the options leave open, and again where an answer cannot be right.
 
     Examples: `skd init`, `skd init run.yaml --from demo`,
     `skd init --teacher org/large --student org/small --data train.jsonl --task gsm8k`.
@@ -73,14 +79,54 @@ def init(
             hint = "give the options, or --from an example"
             raise SkdError(f"not given: {', '.join(missing)}", where="skd init", hint=hint)
         for question, answer in answers.items():
-            answers[question] = answer or typer.prompt(QUESTIONS[question]).strip()
+            answers[question] = answer or _asked(question)
+        method = method or (_asked("method", default="skd") if missing else "skd")
         source = _source(answers.pop("data"))
         quoted = {question: _quoted(answer) for question, answer in answers.items()}
-        text = TEMPLATE.format(file=output, name=_quoted(name or run_name_from(output.stem)), source=source, **quoted)
+        text = TEMPLATE.format(
+            file=output,
+            name=_quoted(name or run_name_from(output.stem)),
+            source=source,
+            method=_quoted(method),
+            **quoted,
+        )
     parse_section(RunConfig, parse_yaml(text, where=str(output)), where=str(output))
     check_writable(str(output.absolute().parent))
     write_text_atomic(output, text)
     say(f"{output} is written; check it with `skd run {output} --dry-run`, then run it with `skd run {output}`")
+
+
+def _asked(question: str, default: str | None = None) -> str:
+    """Ask a person, again until the answer can be right."""
+    while True:
+        answer = str(typer.prompt(QUESTIONS[question], default=default)).strip()
+        try:
+            _check(question, answer)
+        except SkdError as error:
+            say(f"error: {error}", err=True)
+        else:
+            return answer
+
+
+def _check(question: str, answer: str) -> None:
+    """Check one answer by itself.
+
+    Raises:
+        SkdError: it cannot be right.
+    """
+    from skd_lib.config import DistillConfig, TaskConfig, parse_section
+    from skd_lib.models.references import parse_reference
+
+    if not answer:
+        raise SkdError("an answer is needed", where=question)
+    if question in ("teacher", "student"):
+        parse_reference(answer)
+    elif question == "task":
+        parse_section(TaskConfig, {"name": answer}, where="task")
+    elif question == "method":
+        parse_section(DistillConfig, {"method": answer}, where="distill")
+    elif "://" not in answer and not set("*?[") & set(answer) and _is_file(answer) and not Path(answer).exists():
+        raise SkdError("there is no such file", where=answer, hint="check the path; it is read from this folder")
 
 
 def _example(name: str) -> str:
@@ -91,11 +137,15 @@ def _example(name: str) -> str:
 
 
 def _source(data: str) -> str:
-    from skd_lib.data.files import ending
-
-    if "://" in data or Path(data).exists() or ending(data):
+    if "://" in data or Path(data).exists() or _is_file(data):
         return f"    type: files\n    train: [{_quoted(data)}]"
     return f"    type: hub\n    dataset: {_quoted(data)}\n    # subset: main # where the dataset has several"
+
+
+def _is_file(data: str) -> bool:
+    from skd_lib.data.files import ending
+
+    return bool(ending(data))
 
 
 def _quoted(text: str) -> str:

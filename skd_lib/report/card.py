@@ -91,12 +91,16 @@ def find_trained(name: str, runs: Path) -> Trained:
     return _model(folder / STUDENT)
 
 
-def run_of(model: Path) -> RunConfig | None:
-    """Return the run whose student or teacher is in a folder, RUN/student or RUN/teacher; None if there is none."""
+def config_of(model: Path) -> Path | None:
+    """Return the configuration of the run whose model is in a folder, RUN/student or RUN/teacher; None without one."""
     file = model.absolute().parent / CONFIG  # of the link, not of the folder where it leads
-    if model.name not in (STUDENT, TEACHER) or not model.is_dir() or not file.is_file():
-        return None
-    return load_config(file)
+    return file if model.name in (STUDENT, TEACHER) and model.is_dir() and file.is_file() else None
+
+
+def run_of(model: Path) -> RunConfig | None:
+    """Return the run whose model is in a folder, see `config_of`."""
+    file = config_of(model)
+    return None if file is None else load_config(file)
 
 
 def _model(folder: Path) -> Trained:
