@@ -88,6 +88,21 @@ def test_a_models_answers_are_scored_with_intervals(models: dict[str, str]) -> N
     assert evaluate(loaded, same, TASK).scores.metrics == found.scores.metrics
 
 
+def test_conversations_are_evaluated(models: dict[str, str]) -> None:
+    """Rows as chats are kept are answered as the same texts with the task's own prompt are."""
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["source"]},
+                {"role": "assistant", "content": row["target"]},
+            ]
+        }
+        for row in ROWS[:4]
+    ]
+    plain = evaluate(models["student"], ROWS[:4], TASK)
+    assert evaluate(models["student"], chats, TASK).scores.metrics == plain.scores.metrics
+
+
 def test_a_file_is_evaluated(models: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
     assert evaluate(models["student"], tmp_path / "test.jsonl", TASK).scores.examples == 3
