@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from kfp import compiler
 
 from skd_kfp.components.images import COMET, TRAIN
 from skd_kfp.pipelines.compile_checks import find_problems
@@ -83,8 +84,6 @@ def compile_pipeline(
         SkdError: the profile does not exist.
         SkdErrors: the profile has wrong fields, or `find_problems` finds some.
     """
-    from kfp import compiler
-
     pipeline = getattr(importlib.import_module(f"skd_kfp.pipelines.{PIPELINES[name]}"), name)(load_profile(profile))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"

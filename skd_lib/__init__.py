@@ -62,7 +62,14 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    try:
+        return getattr(import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        from skd_lib._core.bugs import install_command
+
+        missing = str(error.name)
+        message = f"`skd_lib.{name}` needs the package `{missing}`: {install_command(missing)}"
+        raise ModuleNotFoundError(message, name=missing) from error
 
 
 def __dir__() -> list[str]:

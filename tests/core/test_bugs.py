@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -82,6 +83,29 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(module: str, 
     command = f'pip install -c constraints/main.txt -e ".{extra}"'
     assert install_command(module) == command
     assert explained(ModuleNotFoundError("x", name=module)).hint == command
+
+
+@pytest.mark.parametrize(
+    ("use", "package", "extra"),
+    [
+        ("from skd_lib import SKDTrainer", "torch", "training"),
+        ("import skd_kfp.pipelines.compiling", "kfp", "pipelines"),  # and not google, which kfp brings
+    ],
+)
+def test_without_an_extra_its_own_package_is_named(use: str, package: str, extra: str):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("torch", "numpy", "google", "kfp")))  # as if they were not installed
+from skd_lib._core.bugs import install_command
+try:
+    {use}
+except ModuleNotFoundError as error:
+    assert "[{extra}]" in install_command(error.name), error.name
+    print(error.name, str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{package} ")
+    assert ("pip install" in done.stdout) == (extra == "training")  # the command line adds its hint itself
 
 
 def test_a_bug_is_one_line_that_names_the_file_with_the_traceback(
