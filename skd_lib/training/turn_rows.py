@@ -45,7 +45,7 @@ def by_turn(dataset: Any, form: Format, where: str) -> Any:
     if isinstance(dataset, dict):
         return {name: by_turn(part, form, f"{where}, `{name}`") for name, part in dataset.items()}
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        rows = (dataset[index] for index in range(len(dataset)))
+        rows = dataset if hasattr(dataset, "__iter__") else (dataset[index] for index in range(len(dataset)))
         return TurnRows(each_turn(_formatted(rows, form), where))
     return TurnStream(dataset, form, where)
 

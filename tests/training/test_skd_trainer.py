@@ -72,6 +72,18 @@ def test_it_trains_and_tells_what_was_replaced(make: Any, rows: list[dict[str, A
     assert all(0 <= entry["rejection_rate"] <= 1 for entry in steps)
 
 
+def test_all_answers_of_a_conversation_are_trained_on_if_wanted(make: Any) -> None:
+    rows = [{"messages": [*row["messages"], *row["messages"]]} for row in CHAT]
+    assert len(make(rows).train_dataset) == 8
+    trainer = make(rows, assistant_turns="all", max_steps=1)
+    assert len(trainer.train_dataset) == 16
+    assert len(trainer.eval_dataset) == 8
+    trainer.train()
+    assert trainer.evaluate(Dataset.from_list(rows[:4])) == trainer.evaluate()
+    with pytest.raises(SkdError, match="must be `last` or `all`"):
+        make(rows, assistant_turns="first")
+
+
 @pytest.mark.parametrize("method", ["sft", "seqkd", "supervised_kd", "on_policy", "imitkd", "two_stage", "skd_mixed"])
 def test_every_method_trains(make: Any, method: str) -> None:
     assert make(method=method).train().training_loss > 0
