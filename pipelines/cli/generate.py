@@ -101,7 +101,7 @@ def generate(
         raise SkdError("its tokenizer has no chat template", where=model, hint="leave --chat out")
     settings = settings or TaskConfig(chat_template=bool(tokenizer.chat_template))
     limit = max_new_tokens or settings.max_new_tokens
-    options = {"seed": seed, "max_new_tokens": limit, "do_sample": temperature > 0}
+    options: dict[str, Any] = {"seed": seed, "max_new_tokens": limit, "do_sample": temperature > 0}
     options |= {"temperature": temperature} if temperature else {}
 
     from skd_lib._core.terminal import Console

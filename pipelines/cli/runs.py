@@ -114,8 +114,8 @@ def _with_figures(run: LocalRun, file: Path) -> LocalRun:
         seconds=summary.seconds.get("total", sum(summary.seconds.values())),
         metric=metric,
         scores={role: scores[metric] for role, scores in summary.models.items() if metric in scores},
-        acceptance_rate=draft and draft.acceptance_rate,
-        tokens_per_teacher_call=draft and draft.tokens_per_teacher_call,
+        acceptance_rate=None if draft is None else draft.acceptance_rate,
+        tokens_per_teacher_call=None if draft is None else draft.tokens_per_teacher_call,
     )
 
 
@@ -126,7 +126,7 @@ def _show(found: list[LocalRun]) -> None:
 
     from skd_lib._core.format import percent
     from skd_lib._core.terminal import Console
-    from skd_lib.report.render import metric_name
+    from skd_lib.report.names import metric_name
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold", min_width=10)
