@@ -16,7 +16,7 @@ from pydantic import Field
 from skd_lib._core.format import TextTable, plain
 from skd_lib.config import LOWER_IS_BETTER
 from skd_lib.report.names import metric_name
-from skd_lib.results import Figures, Role, Specdec
+from skd_lib.results import MOMENTS, Figures, Moment, Role, Specdec
 
 if TYPE_CHECKING:
     from skd_lib.report.summary import Summary
@@ -88,16 +88,13 @@ def _figures_of_draft(draft: Specdec) -> dict[str, float | None]:
 def worth_table(summary: Summary) -> TextTable:
     """Return the figures as a table: one row a figure, one column a model."""
     worth, metric = summary.worth(), summary.task_metric
-    before, after = summary.specdec.get("before"), summary.specdec.get("after")
     scores = [summary.models.get(role, {}).get(metric) for role in _ROLES]
-    speeds = [
-        worth.teacher_tokens_per_second,
-        before and before.draft_only_tokens_per_second,
-        worth.student_tokens_per_second,
-    ]
-    sizes = [worth.teacher_parameters, before and before.draft_parameters, worth.student_parameters]
-    rates = [None, before and before.acceptance_rate, after and after.acceptance_rate]
-    calls = [1.0 if after else None, before and before.tokens_per_teacher_call, after and after.tokens_per_teacher_call]
+    before = _of_draft(summary, "before", "draft_only_tokens_per_second")
+    speeds = [worth.teacher_tokens_per_second, before, worth.student_tokens_per_second]
+    sizes = [worth.teacher_parameters, _of_draft(summary, "before", "draft_parameters"), worth.student_parameters]
+    rates = [None, *(_of_draft(summary, moment, "acceptance_rate") for moment in MOMENTS)]
+    saved = [_of_draft(summary, moment, "tokens_per_teacher_call") for moment in MOMENTS]
+    calls = [1.0 if any(saved) else None, *saved]
     rows = [
         [metric_name(metric), *_cells(scores, "{:.1f}".format), _share(worth.quality_kept)],
         ["tokens a second", *_cells(speeds, plain), _times(worth.relative_speed)],
@@ -148,6 +145,10 @@ def count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
+
+
+def _of_draft(summary: Summary, moment: Moment, name: str) -> float | None:
+    return getattr(summary.specdec.get(moment), name, None)
 
 
 def _ratio(value: float | None, whole: float | None) -> float | None:
