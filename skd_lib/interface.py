@@ -214,6 +214,7 @@ def evaluate(
         SkdError: the data cannot be read, no metric can be computed, or the model cannot be loaded.
     """
     from skd_lib.data.chat import check_rendering
+    from skd_lib.evaluation.evaluate import check_answers
     from skd_lib.evaluation.evaluate import evaluate as score
 
     settings = _section(TaskConfig, {"name": task} if isinstance(task, str) else task, "evaluate, task")
@@ -224,6 +225,7 @@ def evaluate(
             raise SkdError("COMET is the task's only metric", where="task.metrics", hint=hint)
     wanted = _section(EvaluationConfig, config or {}, "evaluate, config")
     rows = _examples(dataset)
+    check_answers(rows, where="evaluate, dataset")
     language_model, words = _loaded(model, tokenizer)
     check_rendering(words, settings)
     return score(language_model, words, rows, settings, wanted, seed=seed)

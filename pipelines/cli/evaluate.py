@@ -101,6 +101,7 @@ def _what_to_answer(
     from skd_lib.config import Columns, EvaluationConfig, FilesSource, TaskConfig, load_config, parse_section
     from skd_lib.data import sources
     from skd_lib.data.splits import make_splits
+    from skd_lib.evaluation.evaluate import check_answers
 
     if run_config is None and data is None:
         hint = "give --config RUN.yaml, or --data FILE --task NAME"
@@ -114,6 +115,7 @@ def _what_to_answer(
     if data is not None:
         files = FilesSource(train=[data], columns=Columns(source=source, target=target))
         rows = sources.load(files, max_rows=limit).train
+        check_answers(rows, where=data)
     else:
         assert run is not None  # noqa: S101 - one of the two was given
         rows = make_splits(sources.load(run.data.source), run.data, run.seed).test

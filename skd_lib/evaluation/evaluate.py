@@ -22,6 +22,7 @@ from skd_lib.evaluation.predictions import Prediction, perplexity
 from skd_lib.evaluation.statistics import scored
 from skd_lib.results import Score, Scores
 
+_UNANSWERED = "the examples have no answers to compare with"
 log = logging.getLogger(__name__)
 
 
@@ -160,6 +161,16 @@ def evaluate_held_out(
     return results
 
 
+def check_answers(examples: Sequence[Example], *, where: str) -> None:
+    """Check that examples can be scored at all.
+
+    Raises:
+        SkdError: none has an answer to compare with.
+    """
+    if examples and not any(example.target for example in examples):
+        raise SkdError(_UNANSWERED, where=where, hint="give rows with answers: prompts alone cannot be scored")
+
+
 def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricName, SkdError]:
     """Find the metrics that the references alone rule out.
 
@@ -171,8 +182,8 @@ def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricNam
             "there are no predictions to score", where=f"metric `{task.metrics[0]}`", hint="give the set examples"
         )
     if not any(example.target for example in examples):
-        what, hint = "the examples have no answers to compare with", "give them answers, or add a held-out set that has"
-        return {name: SkdError(what, where=f"metric `{name}`", hint=hint) for name in task.own_metrics}
+        hint = "give them answers, or add a held-out set that has some"
+        return {name: SkdError(_UNANSWERED, where=f"metric `{name}`", hint=hint) for name in task.own_metrics}
     missing = {}
     for name in task.own_metrics:
         try:

@@ -20,7 +20,8 @@ from skd_lib.data.conversations import Conversation, read_conversation
 from skd_lib.data.examples import Example, by_turn, conversation_example
 from skd_lib.data.prepared import PreparedData, data_fingerprint, prepare
 from skd_lib.data.splits import make_splits
-from skd_lib.errors import SkdErrors
+from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.evaluation.evaluate import check_answers
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -213,6 +214,12 @@ def test_formats_of_hub_datasets_are_found_too(tmp_path: Path) -> None:
     source = HubSource(type="hub", dataset=str(folder))
     assert sources.find_columns(source) == Columns(messages="messages")
     assert messages(sources.load(source).train[0]) == TALK
+
+
+def test_prompts_alone_cannot_be_scored(tmp_path: Path) -> None:
+    check_answers(load(tmp_path / "a.jsonl", {"messages": TALK}), where="a")
+    with pytest.raises(SkdError, match="the examples have no answers"):
+        check_answers(load(tmp_path / "a.jsonl", {"prompt": "x"}), where=str(tmp_path / "a.jsonl"))
 
 
 def test_a_held_out_set_may_have_another_format(tmp_path: Path) -> None:
