@@ -21,7 +21,8 @@ from skd_lib.errors import SkdError
 HIDDEN = "***"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
 _SENSITIVE = r"[\w.-]*(?:token|secret|passw|pwd|key|signature|credential|auth)[\w.-]*"
-_QUERY = re.compile(rf"([?&;#]{_SENSITIVE}=)([^\s&;#\"'<>)]+)", re.IGNORECASE)
+_VIEW = "viewStateShareKey="  # the name of a view of MLflow's page
+_QUERY = re.compile(rf"([?&;#](?!{_VIEW}){_SENSITIVE}=)([^\s&;#\"'<>)]+)", re.IGNORECASE)
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#\"'<>@]*@")
 _SECRET_VARIABLE = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_KEY|ACCOUNT_KEY)$")
 _WEBHOOK_VARIABLE = re.compile(r"WEBHOOK(_URL)?$")

@@ -45,6 +45,11 @@ def test_no_password_is_shown(password: str) -> None:
     assert "pass" not in shown(f"https://user:{password}@host/path")
 
 
+def test_the_name_of_a_view_is_no_secret() -> None:
+    address = "https://mlflow.example/#/experiments/3/runs?viewStateShareKey=skd"
+    assert redacted(f"see {address}&access_key=abcd") == f"see {address}&access_key=***"
+
+
 def test_how_to_look_can_be_pasted_into_a_shell() -> None:
     uri = "sqlite:////a b/it's/mlflow.db"
     assert how_to_look(uri) == """mlflow ui --backend-store-uri 'sqlite:////a b/it'"'"'s/mlflow.db'"""
