@@ -82,3 +82,15 @@ def test_a_prompt_beyond_the_context_costs_its_own_answer_only(
     assert (result.predictions[0].prediction, result.predictions[0].truncated) == ("", True)
     assert result.predictions[1] == alone.predictions[0]
     assert "1 of 2 prompts and their answers do not fit" in caplog.text
+
+
+def test_without_any_answer_all_metrics_are_missing(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = [make_example(example.source, "") for example in EXAMPLES[:3]]
+    task = TaskConfig(max_new_tokens=4, metrics=["chrf", "perplexity"])
+    result = evaluate(tiny_model(), tiny_tokenizer, prompts, task, CONFIG)
+    assert result.scores.metrics == {}
+    assert result.scores.missing.keys() == {"chrf", "perplexity"}
+    assert "no answers to compare with" in result.scores.missing["chrf"]
+    assert [row.tokens > 0 for row in result.predictions] == [True] * 3

@@ -405,6 +405,27 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         distill.main(student=other, **paths, **step.arguments)
 
 
+@pytest.mark.slow
+def test_prompts_alone_distil(teacher: Path, tmp_path: Path, save_tiny_model: Save) -> None:
+    """The validation loss is then on answers of the teacher."""
+    rows = [{"prompt": f"le fichier {n} du compte {n * 7}"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"type": "files", "train": [str(tmp_path / "rows.jsonl")]}
+    settings = {"source": source, "near_duplicate_threshold": 1}
+    prepare(DataConfig.model_validate(settings), tmp_path / "prepared", seed=0)
+    step = Step(tmp_path / "run")
+    distill.main(
+        student=save_tiny_model(tmp_path / "student", seed=1),
+        teacher=teacher,
+        data=tmp_path / "prepared",
+        student_out=step.model,
+        config=config(distill={"training": {**TRAINING, "max_steps": 2}}),
+        **step.arguments,
+    )
+    assert step.figures["first_validation_loss"] > 0
+    assert step.record.samples()
+
+
 @pytest.mark.parametrize("method", ["supervised_kd", "seqkd"])
 def test_a_teacher_that_was_asked_before_is_not_loaded(
     method: str, teacher: Path, data: Path, tmp_path: Path, save_tiny_model: Save, monkeypatch: pytest.MonkeyPatch
