@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 DOCS = Path(__file__).parents[1] / "docs"
+NOTEBOOK = DOCS / "tutorials/train-in-python.ipynb"
 PUBLISHED = {
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen2.5-7B": 7_615_616_512,
@@ -89,3 +92,22 @@ def _texts() -> set[str]:
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.add(node.value)
     return found
+
+
+def test_the_notebooks_output_is_that_of_one_execution_without_errors() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert {output.get("name") for cell in cells for output in cell.outputs} == {"stdout"}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    printed = [_prints(cell) for cell in notebook.cells]
+    NotebookClient(notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    assert [_prints(cell) for cell in notebook.cells] == printed
+
+
+def _prints(cell: Any) -> bool:
+    return any(output.get("name") == "stdout" for output in cell.get("outputs", []))
