@@ -114,7 +114,7 @@ def _scores(
         series.append(Series(kind, [cost], [score.mean], name, label, shape=shape, joined=False, **interval))
     note = f"Dotted: the best score for what was spent, by {', '.join(best)}." if len(best) > 1 else ""
     if len(best) == 1:
-        note = f"{best[0]} has the best score and spent least."
+        note = f"{best[0]} has the best score and spent least." if len(drawn) > 1 else "There is one variant."
     if teacher:
         note += f" The teacher has {teacher.score:.1f}."
     return figure(title, note + _left(comparison, styles), series, x, Axis(metric_name(metric)))

@@ -44,7 +44,13 @@ def _headlines(comparison: Comparison) -> list[Headline]:
         if teacher := comparison.teacher.get(metric):
             found.append(Headline(f"{metric_name(metric)} of the teacher", f"{teacher.score:.1f}", []))
     runs, failed = sum(each.runs for each in comparison.variants), sum(each.failed for each in comparison.variants)
-    found.append(Headline("variants", f"{len(comparison.variants)}", [f"against {comparison.reference}"]))
+    found.append(
+        Headline(
+            "variants" if len(comparison.variants) > 1 else "variant",
+            f"{len(comparison.variants)}",
+            [f"against {comparison.reference}"],
+        )
+    )
     found.append(Headline("runs", f"{runs}", [f"{failed} more failed"] if failed else []))
     return found
 

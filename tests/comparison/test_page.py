@@ -120,6 +120,12 @@ def test_the_page_has_headlines_tables_and_charts_and_escapes_reasons() -> None:
     assert HOSTILE not in page
 
 
+def test_one_variant_is_called_so() -> None:
+    only = compared().model_copy(update={"variants": compared().variants[:1]})
+    note = by_title(only)["ChrF against tokens"].note
+    assert note == "There is one variant. The teacher has 50.0."
+
+
 def test_a_comparison_of_failures_has_a_page() -> None:
     only = compared(scores=None, course=None, draft={}, acceptance_by_position=(), figures={}, reason="lost")
     assert "No run has both a score and its tokens." in render_page(only)
