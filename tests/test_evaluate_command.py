@@ -25,12 +25,15 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "test.jsonl"
 
 
-def test_scores_and_their_difference(skd: Skd, models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+def test_scores_and_their_difference(
+    skd: Skd, models: tuple[Path, Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     options = ["--data", data, "--task", tmp_path / "task.yaml", "--source", "question", "--target", "answer"]
     done = skd(
         "evaluate", models[0], "--baseline", models[1], *options, "--json", "--predictions", tmp_path / "answers"
     )
     assert done.returncode == 0, done.stderr
+    assert "evaluating 24/24" in caplog.text
     figures = json.loads(done.stdout)
     scores = [figures[name]["chrf"]["score"] for name in ("model", "baseline")]
     assert figures["difference"]["chrf"]["difference"] == pytest.approx(scores[0] - scores[1])

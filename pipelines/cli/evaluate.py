@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skd_kfp.pipelines.cli.options import AsJson, say_json
+from skd_kfp.pipelines.cli.options import AsJson, say_json, show_progress
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def evaluate(
     from skd_lib.report.card import config_of
     from skd_lib.storage import check_writable
 
+    show_progress()
     if run_config is None and (data is None or task is None):
         run_config = config_of(Path(model))
     rows, settings, config = _what_to_answer(run_config, data, task, source, target, examples)

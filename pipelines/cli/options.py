@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -272,6 +273,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def show_progress() -> None:
+    """Write the progress of long work to standard error, a line every ten seconds."""
+    from skd_lib._core import events
+
+    events.log.setLevel(logging.INFO)
+    if logging.lastResort is not None:  # Python's handler of warnings, where a program sets up none
+        logging.lastResort.setLevel(logging.INFO)
 
 
 def short(path: Path) -> str:
