@@ -79,6 +79,12 @@ def _check_answers(checks: Checks, config: RunConfig, runs: Sequence[RunConfig],
         what = f"test data without answers: {names} will be missing; acceptance and speed as a draft are measured"
         also = "to measure quality too, name a test file or a held-out set with answers"
         checks.add("evaluation", "warning", what, where="task.metrics", hint=also)
+        if config.task.wants_comet:
+            what = "test data without answers: COMET compares with answers"
+            checks.add("evaluation", "error", what, where="task.metrics", hint=f"{hint}leave `comet` out")
+        if len(runs) > 1:
+            what = "test data without answers: a comparison is one of scores"
+            checks.add("evaluation", "error", what, where="data.source", hint=f"{hint}name a test file with answers")
     if lacking(splits.train_teacher) and config.teacher_sft.enabled:
         what = "training data without answers: the teacher cannot be fine-tuned on them"
         checks.add("teacher_sft", "error", what, where="teacher_sft.enabled", hint=f"{hint}set it to false")

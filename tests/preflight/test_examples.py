@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from skd_lib._core.terminal import Console
+from skd_lib.config import RunConfig
 from skd_lib.preflight import Check, PreflightReport
 from tests.conftest import BOS, EOS, TURN
 from tests.preflight.support import ROWS, check
@@ -124,6 +125,15 @@ def test_prompts_alone_are_for_methods_that_sample_every_response(
         assert "`skd`" in named(report, "distill").hint
     else:
         assert named(report, "example").what.endswith("[[a response is sampled here]]")
+
+
+def test_comet_and_comparisons_need_answers(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"teacher_sft": {"enabled": False}}
+    values["task"]["metrics"] = ["chrf", "comet"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": row["source"]}) + "\n" for row in ROWS))
+    run = RunConfig.model_validate(values)
+    report = check(values, tmp_path, variants=[run, run.model_copy(update={"seed": 1})], comet=False)
+    assert [error.where for error in report.errors()] == ["task.metrics", "data.source"]
 
 
 def test_fine_tuning_needs_answers(values: dict[str, Any], tmp_path: Path) -> None:
