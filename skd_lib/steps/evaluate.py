@@ -173,8 +173,9 @@ def write(
     from skd_lib.models.precision import resolve_precision
     from skd_lib.report.folders import PREDICTIONS, write_evaluation
 
-    own = {"model_uri": model_uri, "data": measured.data}
-    write_evaluation(folder, role.value, label, measured.test, measured.held_out, **own)
+    write_evaluation(
+        folder, role.value, label, measured.test, measured.held_out, model_uri=model_uri, data=measured.data
+    )
     run.log_metrics({f"{prefix}{name}": value for name, value in measured.figures().items()})
     run.set_tags(
         {

@@ -91,9 +91,10 @@ def where_to_look(tracking_uri: str, experiment: str) -> dict[str, str]:
     Where the store does not answer, the address is the server's.
     """
     command = {"MLflow": how_to_look(tracking_uri)}
+    troubles: tuple[type[Exception], ...] = (SkdError, *untaken())
     try:
         found = find_experiment(connect(tracking_uri), experiment)
-    except (SkdError, *untaken()):
+    except troubles:
         return command
     if found is None:
         return command
