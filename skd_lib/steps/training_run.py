@@ -166,7 +166,7 @@ class TrainingRun:
                 training=self.training,
                 distill=self.distill,
                 signals=engine if engine is not None and METHODS[method].uses_divergence else signals,
-                sampler_at=engine and engine.sampler,
+                sampler_at=None if engine is None else engine.sampler,
                 seed=self.seed,
                 **limits,
                 checkpoints=checkpoints,

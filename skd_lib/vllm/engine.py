@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from skd_lib.config import DistillConfig
-from skd_lib.config.distill import Schedule
+from skd_lib.config import DistillConfig, Schedule
 from skd_lib.distillation.methods import METHODS
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.vllm.client import Engine

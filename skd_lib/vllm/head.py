@@ -39,7 +39,8 @@ def load_head(folder: Path, *, dtype: torch.dtype, device: torch.device | str = 
         if stored_name in stored:
             with safe_open(stored[stored_name], "pt") as file:
                 loaded[name] = file.get_tensor(stored_name).to(device, dtype)
-    head = nn.Linear(*reversed(loaded["weight"].shape), bias="bias" in loaded, device="meta")
+    rows, hidden = loaded["weight"].shape
+    head = nn.Linear(hidden, rows, bias="bias" in loaded, device="meta")
     for name, tensor in loaded.items():
         setattr(head, name, nn.Parameter(tensor, requires_grad=False))
     model.set_output_embeddings(head)
