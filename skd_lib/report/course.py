@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -35,8 +36,10 @@ def curves(history: _History, batch_size: int) -> dict[str, Any]:
         "training_steps": {"loss": "training_loss", "response_tokens": "response_length"},
         "validation_steps": {"validation_loss": "validation_loss"},
     }.items():
+        # The loss of a step that was skipped may be none: the curves of one axis leave out the same steps.
+        sound = [entry for entry in history if all(math.isfinite(entry.get(figure, 0.0)) for figure in figures)]
         for figure, name in figures.items():
-            entries = [entry for entry in history if figure in entry]
+            entries = [entry for entry in sound if figure in entry]
             scale = batch_size if name == "response_length" else 1
             found[steps], found[name] = thinned(
                 [int(entry["step"]) for entry in entries], [entry[figure] / scale for entry in entries]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from skd_lib.report.course import curves
+from skd_lib.report.figures import learning_curves
 from skd_lib.results import Course
 
 
@@ -41,6 +42,17 @@ def test_each_validation_knows_what_was_spent_before_it() -> None:
     assert course.validation_seconds == (0, 3.5, 7)  # without validations and checkpoints
     assert course.validation_half == pytest.approx((1.96 * 0.5, 0.196, 0.196), rel=1e-3)
     assert course.response_length == (5.0,) * 4
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_step_that_was_skipped_leaves_no_gap_in_the_charts(broken: float) -> None:
+    entries = history(4)
+    entries[1]["loss"] = broken
+    course = Course.model_validate(curves(entries, batch_size=2))
+    assert course.training_steps == (2, 3, 4)
+    assert len(course.training_loss) == len(course.response_length) == 3
+    assert len(learning_curves(course)[0].rows) == 4  # with the validation before the first step
+    assert course.validation_tokens == (0, 20, 40)  # what was spent is spent
 
 
 def test_an_unknown_interval_is_left_out() -> None:
