@@ -95,7 +95,7 @@ def headline_columns(metrics: Sequence[str]) -> list[str]:
     first, others = metrics[:1], metrics[1:3]
     scores = [f"{role}/{metric}" for metric in first for role in ("student_after", "student_before", "teacher")]
     drafts = [f"draft_after/{name}" for name in DRAFT_FIGURES]
-    return [*scores, "quality_kept", *drafts, *(f"student_after/{metric}" for metric in others)]
+    return [*scores, "worth/quality_kept", *drafts, *(f"student_after/{metric}" for metric in others)]
 
 
 class Gap(NamedTuple):
@@ -161,7 +161,8 @@ class Summary(Section):
             for moment, found in self.specdec.items()
             for name, value in found.figures().items()
         }
-        return {**scores, **drafts, **self.worth().figures()}
+        worth = {f"worth/{name}": value for name, value in self.worth().figures().items()}
+        return {**scores, **drafts, **worth}
 
     def figures(self) -> dict[str, float]:
         """Return the figures by which Kubeflow's page compares runs: few, rounded, under short names.

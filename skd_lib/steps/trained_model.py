@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SUMMED = ("response_tokens", "student_tokens", "teacher_tokens")
 """Figures of each step of which the closing figures hold the sum, as they do of the seconds."""
+_GROUPS = {"validation_": "validation/", "seconds_": "time/", "peak_bytes_": "memory/"}
+"""Groups of metrics in MLflow by the beginning of a figure's name; all others are in `train/`."""
 
 
 def run_facts(run: StepRun) -> dict[str, str]:
@@ -92,10 +94,18 @@ def save_trained(
 
 
 def log_outcome(run: StepRun, figures: Mapping[str, float], lineage: Mapping[str, Any], model_uri: str) -> None:
-    """Log a step's closing figures and its model's lineage to MLflow."""
-    from skd_lib.training.figures import SECONDS
-
-    # In MLflow a name is a curve: a sum over all steps is not a point of it.
-    sums = {name for name in figures if name in SUMMED or name.startswith(SECONDS)}
-    run.log_metrics({f"total_{name}" if name in sums else name: value for name, value in figures.items()})
+    """Log a step's closing figures, in the group `final/`, and its model's lineage to MLflow."""
+    run.log_metrics({f"final/{name}": value for name, value in figures.items()})
     run.set_tags({"model_uri": model_uri, **{name: value for name, value in lineage.items() if value != ""}})
+
+
+def grouped(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures of a training's optimiser step or validation by their names in MLflow, e.g. `train/loss`."""
+    return {_metric(name): value for name, value in figures.items()}
+
+
+def _metric(figure: str) -> str:
+    for beginning, group in _GROUPS.items():
+        if figure.startswith(beginning):
+            return group + figure.removeprefix(beginning)
+    return f"train/{figure}"

@@ -15,7 +15,7 @@ from skd_lib._core.machine import is_main_process
 from skd_lib.config import DistillConfig, MethodName, TaskConfig, TrainingConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
-from skd_lib.steps.trained_model import SUMMED, code_version, load_trainable, save_trained, training_facts
+from skd_lib.steps.trained_model import SUMMED, code_version, grouped, load_trainable, save_trained, training_facts
 from skd_lib.storage import checkpoint_folder, is_remote
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class TrainingRun:
                 **limits,
                 checkpoints=checkpoints,
                 name=self.step,
-                on_metrics=lambda step, figures: run.log_metrics(figures, step=step),
+                on_metrics=lambda step, figures: run.log_metrics(grouped(figures), step=step),
             )
         seconds = time.monotonic() - start
         planned = estimate(

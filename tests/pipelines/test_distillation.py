@@ -192,7 +192,7 @@ def test_mlflow_has_the_run_tree_and_the_registered_student(workplace: Workplace
     assert children.keys() == set(STEPS) - UNTRACKED
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}
     assert {run.info.status for run in children.values()} == {"FINISHED"}
-    steps = [metric.step for metric in client.get_metric_history(children["distill"].info.run_id, "loss")]
+    steps = [metric.step for metric in client.get_metric_history(children["distill"].info.run_id, "train/loss")]
     assert steps == sorted(set(steps))
     version = client.get_model_version_by_alias("tiny-student", "champion")
     assert version.version == client.get_model_version_by_alias("tiny-student", "challenger").version

@@ -92,7 +92,7 @@ def test_headline_figures(summary: Summary) -> None:
     assert headline["teacher_base/bleu"] == 5.0
     assert headline["draft_before/acceptance_rate"] == 0.25
     assert headline["draft_after/speedup"] == 1.375
-    assert headline["quality_kept"] == 0.75
+    assert headline["worth/quality_kept"] == 0.75
     assert len(headline) == 4 * 2 + 2 * 3 + len(summary.worth().figures())
 
 

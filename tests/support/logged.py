@@ -13,6 +13,6 @@ DOCUMENTED = set(re.findall(r"`([^`\n]+)`", SECTION))
 
 
 def undocumented(metrics: Iterable[str]) -> set[str]:
-    """Return the names that the page does not have; `total_NAME`, `NAME_first_tenth` are there if `NAME` is."""
-    plain = {name: re.sub(r"^total_|_(first|last)_tenth$", "", name) for name in metrics}
+    """Return the names that the page does not have; `final/NAME_first_tenth` is there if `train/NAME` is."""
+    plain = {name: re.sub(r"^final/(\w+)_(?:first|last)_tenth$", r"train/\1", name) for name in metrics}
     return {name for name, of in plain.items() if of not in DOCUMENTED}

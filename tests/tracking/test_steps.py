@@ -354,15 +354,16 @@ def test_comet_is_missing_where_the_pipeline_has_no_step_for_it(
 
 
 def test_a_sum_is_no_point_of_its_curve(store: str, client: MlflowClient, children: Runs) -> None:
-    names = (*trained_model.SUMMED, "seconds_validation")
+    figures = (*trained_model.SUMMED, "seconds_validation")
     with step_run(step="distill", tracking_uri=store, experiment=EXPERIMENT) as step:
         for number in (0, 1, 2):
-            step.log_metrics(dict.fromkeys(names, 1.0), step=number)
-        figures = {**dict.fromkeys(names, 3.0), "steps": 2.0}
-        trained_model.log_outcome(step, figures, {}, "gs://bucket/student")
+            step.log_metrics(trained_model.grouped(dict.fromkeys(figures, 1.0)), step=number)
+        closing = {**dict.fromkeys(figures, 3.0), "steps": 2.0}
+        trained_model.log_outcome(step, closing, {}, "gs://bucket/student")
     (child,) = children()
-    assert child.data.metrics["steps"] == 2
-    for name in names:
+    assert child.data.metrics["final/steps"] == 2
+    for figure in figures:
+        (name,) = trained_model.grouped({figure: 0.0})
         history = client.get_metric_history(child.info.run_id, name)
         assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 1.0), (2, 1.0)]
-        assert child.data.metrics[f"total_{name}"] == 3.0
+        assert child.data.metrics[f"final/{figure}"] == 3.0

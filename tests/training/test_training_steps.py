@@ -193,8 +193,8 @@ def _check_tracked(uri: str, lineage: Mapping[str, Any]) -> None:
     assert run.data.tags["mlflow.parentRunId"] == lineage["mlflow_run_id"]
     assert run.data.tags["precision"] == "fp32"
     assert run.data.params["skd/distill.sampling.top_k"] == "3"
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "validation_loss")] == [0, 2, 4]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "validation/loss")] == [0, 2, 4]
     assert {dataset.dataset.name for dataset in run.inputs.dataset_inputs} == {"train_student", "validation"}
 
 
@@ -495,7 +495,7 @@ def test_the_command_of_a_profile_with_several_gpus_trains_in_as_many_processes(
     (experiment,) = client.search_experiments(filter_string="name = 'skd'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'teacher_sft'")  # one of the two told
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["steps"] == 2
+    assert run.data.metrics["final/steps"] == 2
     assert done.stderr.count("estimated memory of") == 2  # each of the two has trained
 
 
