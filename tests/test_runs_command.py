@@ -19,6 +19,7 @@ def test_runs_are_listed_with_state_and_figures(skd: Skd, tmp_path: Path, save_t
     (tmp_path / "mlartifacts").mkdir()
     (stopped / "summary.json").unlink()
     (broken / "config.yaml").write_text("name: [")
+    (running / "config.yaml").write_text("name: running\ndistill:\n")  # one odd file must not hide the other runs
     for age, folder in enumerate((finished, stopped, running, broken)):
         for file in ("run.json", "summary.json"):
             if (folder / file).exists():

@@ -98,7 +98,8 @@ def _look_at(folder: Path) -> LocalRun:
         found = replace(found, teacher=str(values.get("teacher", "")))
         if found.kind == "comparison":
             return found
-        found = replace(found, method=str(values.get("distill", {}).get("method", "")))
+        distill = values.get("distill")
+        found = replace(found, method=str(distill.get("method", "")) if isinstance(distill, dict) else "")
         return _with_figures(found, run.summary) if state == "finished" else found
     except SkdError as error:
         return replace(found, problem=error.brief)
