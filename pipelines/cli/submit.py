@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,12 +33,22 @@ def submit(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the run.", show_default="the config's, and the time")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, say what would run, and stop.")] = False,
+    tracking_uri: Annotated[
+        str,
+        typer.Option(
+            envvar="SKD_TRACKING_URI",
+            help="MLflow server, as this machine reaches it, whose runs table is named; the run logs to that of "
+            "--settings.",
+            show_default="no address is shown",
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Run the pipeline in Kubeflow; for a comparison's file the pipeline `compare_methods`.
 
     The compiled pipeline is uploaded where the server does not have it yet. With --wait Ctrl-C ends the waiting, not
     the run. With --json standard output is the run's id and page, and all else goes to standard error.
+    With --tracking-uri there is also the address of MLflow's runs table.
 
     Examples: `skd submit run.yaml --host https://kubeflow.example.com/pipeline --wait`,
     `skd submit run.yaml --recurring "0 3 * * *" --dry-run`.
@@ -81,12 +92,28 @@ def submit(
     else:
         kind, identifier = "runs", submission.start(api, submission.prepare(api)).run_id
     link = cluster.link(kind, identifier)
+    table = _runs_table(tracking_uri, cluster.mlflow_experiment)
     if as_json:
-        say_json({**plain, "recurring_run_id" if kind == "recurringrun" else "run_id": identifier, "url": link})
+        which = "recurring_run_id" if kind == "recurringrun" else "run_id"
+        say_json({**plain, which: identifier, "url": link, **({"runs_table": table} if table else {})})
     else:
         say(link)
+        if table:
+            say(table)
     if wait:
         _wait(api, identifier, submission.package.documents[0], tell)
+
+
+def _runs_table(tracking_uri: str, experiment: str) -> str:
+    """Return the address of MLflow's runs table; empty where no server is given."""
+    from skd_lib.steps.environment import EXPERIMENT_VARIABLE
+    from skd_lib.tracking.client import server_address
+    from skd_lib.tracking.view import where_to_look
+
+    if not server_address(tracking_uri):
+        return ""
+    experiment = experiment or os.environ.get(EXPERIMENT_VARIABLE) or "skd"  # as the steps do
+    return where_to_look(tracking_uri, experiment)["MLflow"]
 
 
 def _wait(api: KubeflowPipelines, run_id: str, spec: dict[str, Any], tell: Callable[[str], None]) -> None:

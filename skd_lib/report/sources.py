@@ -56,6 +56,7 @@ def from_mlflow(run_id: str, tracking_uri: str) -> Findings:
         SkdError: there is no such run, it has no report, or the store does not answer.
     """
     from skd_lib.tracking.client import brief, connect, run_url, unanswered
+    from skd_lib.tracking.view import runs_url
 
     client = connect(tracking_uri)
     where = f"MLflow run {run_id} at {shown(tracking_uri)}"
@@ -74,7 +75,11 @@ def from_mlflow(run_id: str, tracking_uri: str) -> Findings:
         raise SkdError(
             f"the run cannot be read: {brief(error)}", where=where, hint="check the run id and --tracking-uri"
         ) from error
-    address = {"mlflow_run_id": run.info.run_id, "mlflow_url": run_url(tracking_uri, run)}
+    address = {
+        "mlflow_run_id": run.info.run_id,
+        "mlflow_url": run_url(tracking_uri, run),
+        "mlflow_table_url": runs_url(tracking_uri, run.info.experiment_id),
+    }
     return Findings(found.summary.model_copy(update=address), found.samples)
 
 

@@ -133,6 +133,7 @@ class Summary(Section):
     pipeline_run_id: str = ""
     mlflow_run_id: str = ""
     mlflow_url: str = Field("", description="Page of the MLflow run, where there is a server.")
+    mlflow_table_url: str = Field("", description="Runs table of its experiment, likewise.")
 
     def with_seconds(self, seconds: Mapping[str, float]) -> Summary:
         """Return the summary with the durations that the runner measured, which replace those of the steps."""
@@ -221,6 +222,7 @@ def build_summary(
     pipeline_run_id: str = "",
     mlflow_run_id: str = "",
     mlflow_url: str = "",
+    mlflow_table_url: str = "",
 ) -> Summary:
     """Put the steps' results together, without roles that were not evaluated."""
     comet = comet or Comet()
@@ -267,6 +269,7 @@ def build_summary(
         pipeline_run_id=pipeline_run_id,
         mlflow_run_id=mlflow_run_id,
         mlflow_url=mlflow_url,
+        mlflow_table_url=mlflow_table_url,
     )
 
 

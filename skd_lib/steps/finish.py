@@ -147,6 +147,7 @@ def _tell(final: FinalStatus, seen: Seen, run_name: str, tracking_uri: str, expe
     links = {
         "Kubeflow": f"{page}/#/runs/details/{run_id}" if page and run_id else "",
         "MLflow": record.url,
+        "all runs": record.table_url,
     }
     ending = find_ending(final.state, final.message, seen, None)
     message = Message(

@@ -95,6 +95,7 @@ def main(
             pipeline_run_id=pipeline_run_id(),
             mlflow_run_id=run.parent.run_id,
             mlflow_url=run.parent.url,
+            mlflow_table_url=run.parent.table_url,
         )
         samples = record.samples()
         page = render_page(summary, samples)

@@ -234,9 +234,18 @@ def close_pipeline_run(
 
 @dataclass(frozen=True)
 class PipelineRecord:
-    """MLflow's record of a pipeline run: its page, its metrics, and its end (see `ending.Ending`), as far as known."""
+    """MLflow's record of a pipeline run, as far as known.
+
+    Attributes:
+        url: Its page.
+        table_url: The runs table of its experiment.
+        figures: Its metrics.
+        state: Its end, see `ending.Ending`.
+        error: Its error.
+    """
 
     url: str = ""
+    table_url: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     state: str = ""
     error: str = ""
@@ -253,8 +262,14 @@ def pipeline_record(*, tracking_uri: str, experiment: str, pipeline_run_id: str)
         return PipelineRecord()
     if parent is None:
         return PipelineRecord()
-    figures, tags = dict(parent.data.metrics), parent.data.tags
-    return PipelineRecord(run_url(tracking_uri, parent), figures, tags.get(STATE_TAG, ""), tags.get(ERROR_TAG, ""))
+    tags = parent.data.tags
+    return PipelineRecord(
+        url=run_url(tracking_uri, parent),
+        table_url=runs_url(tracking_uri, parent.info.experiment_id),
+        figures=dict(parent.data.metrics),
+        state=tags.get(STATE_TAG, ""),
+        error=tags.get(ERROR_TAG, ""),
+    )
 
 
 def _location(tracking_uri: str, experiment: str, run_id: str, step: str, run_name: str | None = None) -> RunLocation:

@@ -524,6 +524,15 @@ def test_a_dry_run_asks_nobody(kfp: FakeKfp, package: Package, monkeypatch: pyte
     assert not kfp.requests
 
 
+def test_mlflows_address_is_shown_where_a_server_is_given(kfp: FakeKfp, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = ("--tracking-uri", "http://bob:secret@127.0.0.1:9")  # its address all the same, after the run's
+    assert submit(kfp, *away).output.splitlines()[-1] == "http://127.0.0.1:9"
+    assert json.loads(submit(kfp, *away, "--json").stdout)["runs_table"] == "http://127.0.0.1:9"
+    assert "/#/runs/details/" in submit(kfp, "--tracking-uri", "sqlite:///there-is-none.db").output.splitlines()[-1]
+    assert not Path("there-is-none.db").exists()
+
+
 def test_what_could_not_work_is_told_before(
     demo: RunConfig, config_file: Path, tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
 ):

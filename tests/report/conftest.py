@@ -97,6 +97,7 @@ def summary() -> Summary:
         pipeline_run_id="run-1",
         mlflow_run_id="abc",
         mlflow_url="http://mlflow.example/#/experiments/1/runs/abc",
+        mlflow_table_url="http://mlflow.example/#/experiments/1/runs?viewStateShareKey=skd",
     ).with_seconds({"distill": 40.0, "report": 1.0})
 
 

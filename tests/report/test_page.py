@@ -132,9 +132,10 @@ def test_links_lead_into_the_page_or_to_mlflow(summary: Summary) -> None:
     elements = Reader(render_page(summary)).elements
     links = [attributes["href"] for tag, attributes in elements if tag == "a"]
     ids = {attributes["id"] for _, attributes in elements if "id" in attributes}
-    assert [link for link in links if link and not link.startswith(("#", "data:text/csv;"))] == [summary.mlflow_url]
+    outside = [link for link in links if link and not link.startswith(("#", "data:text/csv;"))]
+    assert outside == [summary.mlflow_url, summary.mlflow_table_url]
     assert {link[1:] for link in links if link and link.startswith("#")} <= ids
-    wrong = summary.model_copy(update={"mlflow_url": "javascript:alert(1)"})
+    wrong = summary.model_copy(update=dict.fromkeys(("mlflow_url", "mlflow_table_url"), "javascript:alert(1)"))
     assert not [a for _, a in Reader(render_page(wrong)).elements if (a.get("href") or "").startswith("java")]
 
 
