@@ -71,6 +71,21 @@ def test_a_mapping_is_distilled_and_a_second_call_takes_what_is_done(
     assert "rejection_rate_first_tenth" not in other.figures
 
 
+@pytest.mark.parametrize(
+    ("overrides", "step"),
+    [
+        ({"distill.method": "supervised_kd"}, "distill"),
+        ({"teacher_sft": {"training": {"max_steps": 1, "batch_size": 2}}}, "teacher_sft"),
+    ],
+)
+def test_prompts_without_answers_are_not_trained_on_as_if_they_had_some(
+    config: dict[str, Any], tmp_path: Path, overrides: dict[str, Any], step: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"prompt": row["source"]}) for row in ROWS))
+    with pytest.raises(SkdError, match=rf"{step}: \d+ of \d+ examples of train_\w+ have no answer"):
+        distill(config, tmp_path / "out", overrides=overrides)
+
+
 def test_wrong_fields_are_named(config: dict[str, Any]) -> None:
     with pytest.raises(SkdError, match=r"distill, field `distill.sampling.gama`(.|\n)*did you mean"):
         distill(config, overrides={"distill.sampling.gama": 3})

@@ -85,8 +85,9 @@ def _check_answers(checks: Checks, config: RunConfig, runs: Sequence[RunConfig],
         if len(runs) > 1:
             what = "test data without answers: a comparison is one of scores"
             checks.add("evaluation", "error", what, where="data.source", hint=f"{hint}name a test file with answers")
-    if lacking(splits.train_teacher) and config.teacher_sft.enabled:
-        what = "training data without answers: the teacher cannot be fine-tuned on them"
+    if config.teacher_sft.enabled and (lacking(splits.train_teacher) or lacking(splits.validation)):
+        kind = "training" if lacking(splits.train_teacher) else "validation"
+        what = f"{kind} data without answers: the teacher cannot be fine-tuned on them"
         checks.add("teacher_sft", "error", what, where="teacher_sft.enabled", hint=f"{hint}set it to false")
     if not lacking(splits.train_student):
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from skd_lib._core.machine import is_main_process
 from skd_lib.config import DistillConfig, MethodName, TaskConfig, TrainingConfig
-from skd_lib.distillation.methods import METHODS
+from skd_lib.distillation.methods import METHODS, samples_every_response
 from skd_lib.errors import SkdError
 from skd_lib.steps.trained_model import SUMMED, code_version, grouped, load_trainable, save_trained, training_facts
 from skd_lib.storage import checkpoint_folder, is_remote
@@ -137,6 +137,7 @@ class TrainingRun:
             tokens["validation"] = self._stored_responses(
                 self.distill, tokens["validation"], student, load_teacher, limits, method="seqkd"
             )
+        self._check_answers(tokens)
         method, teacher, signals = self.method, None, None
         if load_teacher is not None and self.distill is not None:
             if self.distill.engine == "vllm":
@@ -187,6 +188,19 @@ class TrainingRun:
         memory = {"peak_memory_gib": peak_memory(student.device) / GIB, "estimated_memory_gib": planned.total / GIB}
         log.info("estimated memory of %s; at the peak it was %.2f GiB", planned, memory["peak_memory_gib"])
         return result, {**result_figures(result), **left_out, **memory, "seconds": seconds}, checkpoints
+
+    def _check_answers(self, tokens: Mapping[str, Sequence[TokenizedExample]]) -> None:
+        """Refuse examples without answers where there would be no loss on them: a training on nothing changes nothing.
+
+        Raises:
+            SkdError: a split has some.
+        """
+        for split, examples in tokens.items():
+            lacking = sum(not example.response_ids for example in examples)
+            if lacking and (split == "validation" or self.distill is None or not samples_every_response(self.distill)):
+                what = f"{lacking} of {len(examples)} examples of {split} have no answer, and `{self.method}` needs one"
+                hint = "add answers, or use a method that samples every response (`skd`), with no fine-tuning first"
+                raise SkdError(what, where=self.step, hint=hint)
 
     def _vllm(
         self,
