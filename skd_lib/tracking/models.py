@@ -6,6 +6,7 @@ models, so they are logged on the run of the step that measured them, where no o
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,8 @@ MADE = "student_after"
 """Role of the model that the pipeline run makes; the others are what it was made from, or is compared with."""
 URI_TAG = "model_uri"
 ROLE_TAG = "skd.role"
+VERSIONS_TAG = "mlflow.modelVersions"
+"""Tag by which MLflow's pages find the registered versions of a logged model: JSON."""
 _EXTERNAL_TAG = "mlflow.model.isExternal"
 _PAGE = 50
 
@@ -53,7 +56,7 @@ class LoggedModels(BaseModel):
         from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
 
         experiment_id = parent.run.info.experiment_id
-        known = self._known(client, experiment_id, parent.run_id)
+        known = _known(client, experiment_id, parent.run_id)
         found = {record.role: known.get(record.role) or self._create(client, parent, record) for record in self.models}
         run = client.get_run(parent.run_id)
         linked = {used.model_id for used in run.inputs.model_inputs} if run.inputs else set()
@@ -76,11 +79,6 @@ class LoggedModels(BaseModel):
         if metrics:
             client.log_batch(step.run_id, metrics=metrics)
 
-    def _known(self, client: MlflowClient, experiment_id: str, run_id: str) -> Mapping[str, LoggedModel]:
-        wanted = f"source_run_id = '{run_id}'"
-        page = client.search_logged_models([experiment_id], filter_string=wanted, max_results=_PAGE)
-        return {model.tags.get(ROLE_TAG, ""): model for model in page if str(model.status) == "READY"}
-
     def _create(self, client: MlflowClient, parent: Any, record: ModelRecord) -> LoggedModel:
         model = client.create_logged_model(
             parent.run.info.experiment_id,
@@ -91,3 +89,30 @@ class LoggedModels(BaseModel):
             model_type=record.role.partition("_")[0],
         )
         return client.finalize_logged_model(model.model_id, "READY")
+
+
+def model_made(client: MlflowClient, run_id: str) -> LoggedModel | None:
+    """Return the logged model that a pipeline run made; None if its parent run `run_id` has none."""
+    return _known(client, client.get_run(run_id).info.experiment_id, run_id).get(MADE)
+
+
+def model_page(model: LoggedModel) -> str:
+    """Return the address of a logged model's page below that of the server."""
+    return f"#/experiments/{model.experiment_id}/models/{model.model_id}"
+
+
+def name_version(client: MlflowClient, model: LoggedModel, name: str, version: str) -> None:
+    """Let a logged model name its registered version, as the page Models shows it.
+
+    A server does so itself for versions that are created with a model's id, but refuses the id where a version points
+    into a run, and keeps no id with a version.
+    """
+    known, this = json.loads(model.tags.get(VERSIONS_TAG) or "[]"), {"name": name, "version": version}
+    if this not in known:
+        client.set_logged_model_tags(model.model_id, {VERSIONS_TAG: json.dumps([*known, this])})
+
+
+def _known(client: MlflowClient, experiment_id: str, run_id: str) -> Mapping[str, LoggedModel]:
+    wanted = f"source_run_id = '{run_id}'"
+    page = client.search_logged_models([experiment_id], filter_string=wanted, max_results=_PAGE)
+    return {model.tags.get(ROLE_TAG, ""): model for model in page if str(model.status) == "READY"}

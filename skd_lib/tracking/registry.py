@@ -26,9 +26,11 @@ from skd_lib.errors import SkdError
 from skd_lib.tracking.client import TAG_LENGTH, brief, clip, connect, is_silence, unanswered
 from skd_lib.tracking.locate import get_run
 from skd_lib.tracking.mlmodel import version_source
+from skd_lib.tracking.models import model_made, model_page, name_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 log = logging.getLogger(__name__)
@@ -114,7 +116,7 @@ def register(
         promote: Make it the champion.
         figures: Scores and draft figures, kept as tags `figure.NAME`.
         tags: Lineage; empty values are left out.
-        description: Shown on the version's page.
+        description: Shown on the version's page, with a link to the run's logged model.
         example: A prompt; see `mlmodel.described`.
         patience: See `ask_registry`.
 
@@ -128,14 +130,17 @@ def register(
 
     def work(client: MlflowClient) -> str:
         _ensure_model(client, model_name)
+        made = _made(client, run_id)
         version = _find(client, model_name, weights_sha256)
         if version is None:
             trainer = get_run(client, trained_by) if trained_by else None
             run = trained_by if trainer else run_id if isinstance(run_id, str) else run_id()
             source = version_source(client, tracking_uri, student_uri, weights_sha256, run, example)
             tags = wanted | ({REGISTERED_BY_TAG: registrar} if registrar else {})
+            link = f"[Model of the run, with its figures]({model_page(made)})" if made else ""
+            text = "\n\n".join(filter(None, (description, link)))
             created = client.create_model_version(
-                model_name, source, run_id=run or None, tags=tags, description=description or None
+                model_name, source, run_id=run or None, tags=tags, description=text or None
             )
             version = _find(client, model_name, weights_sha256) or str(created.version)
             if version != str(created.version):
@@ -144,6 +149,8 @@ def register(
         for name, value in wanted.items():
             if present.get(name) != value:
                 client.set_model_version_tag(model_name, version, name, value)
+        if made:
+            name_version(client, made, model_name, version)
         client.set_registered_model_alias(model_name, CHALLENGER, version)
         if promote:
             set_champion(client, model_name, version, by="the pipeline's gate", why=lineage.get(GATE_TAG, ""))
@@ -318,6 +325,15 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _made(client: MlflowClient, run_id: str | Callable[[], str]) -> LoggedModel | None:
+    """Return the logged model of the run that registers a student; None where there is none, or MLflow is too old."""
+    try:
+        return model_made(client, found) if (found := run_id if isinstance(run_id, str) else run_id()) else None
+    except unanswered() as error:
+        log.info("the registered version will not be linked with a logged model: %s", brief(error))
+        return None
 
 
 def _find(client: MlflowClient, name: str, weights_sha256: str) -> str | None:

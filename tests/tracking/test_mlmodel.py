@@ -78,6 +78,12 @@ def answers_alike(student: Path, uri: str = CHAMPION) -> None:
     function = mlflow.pyfunc.load_model(uri)
     assert function.predict(prompt, params={"max_new_tokens": 4}) == [answer.strip()]
 
+    messages = [{"role": "user", "content": prompt}]  # rendered as docs/guides/tracking.md says
+    rendered = pipeline.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = rendered.removeprefix(pipeline.tokenizer.bos_token or "")
+    (found,) = pipeline(messages, max_new_tokens=4, do_sample=False, return_full_text=False)
+    assert function.predict(rendered, params={"max_new_tokens": 4}) == [found["generated_text"].strip()]
+
 
 def test_a_version_beside_its_weights(
     store: str, student: Path, registered: Registered, caplog: pytest.LogCaptureFixture

@@ -26,6 +26,7 @@ from skd_lib.report.sources import from_mlflow
 from skd_lib.steps import finish, register_model, report, trained_model
 from skd_lib.steps.kfp_call import called, take_call
 from skd_lib.tracking.gate import Rival
+from skd_lib.tracking.models import VERSIONS_TAG, model_made, model_page
 from skd_lib.tracking.registry import champion
 from skd_lib.tracking.runs import step_run
 from tests.report.evaluations import evaluations
@@ -158,6 +159,11 @@ def test_from_figures_to_a_registered_champion(
 
     by_id = {parent.data.tags["kfp.pipeline_run_id"]: parent for parent in parents()}
     assert set(by_id) == {"run-1", "run-2", "run-3"}
+    for number, pipeline_run in enumerate(("run-1", "run-2", "run-3"), start=1):
+        made = model_made(client, by_id[pipeline_run].info.run_id)
+        assert made is not None
+        assert json.loads(made.tags[VERSIONS_TAG]) == [{"name": "skd-student", "version": str(number)}]
+        assert f"({model_page(made)})" in client.get_model_version("skd-student", str(number)).description
     parent = by_id["run-2"]
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["student_after/chrf"] == 29.0
