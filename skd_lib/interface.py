@@ -28,7 +28,7 @@ from skd_lib.config import (
     refuse_multinode,
 )
 from skd_lib.config.step import step_config
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, unwritable
 from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ def distill(
     run, _ = with_columns(run)
     out = Path(output_dir)
     place = {name: out / name for name in ("data", "teacher", "initial_student", "student")}
+    _check_output(output_dir, place)
     processes = PartialState(cpu=default_device().type == "cpu")
+    processes.wait_for_everyone()
     root = {"checkpoint_root": str(out / _MARKS / "checkpoints")}
 
     def made(name: str, step: Callable[..., None], after: str, *, together: bool, **options: Any) -> str:
@@ -123,8 +125,8 @@ def distill(
         if there:
             log.info("%s is there already", place[name])
             return key
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.unlink(missing_ok=True)
+        if is_main_process():
+            write_text_atomic(mark, "")  # the folder is this function's own, and is not finished
         if together or is_main_process():
             with called(Call(output_file=mark.with_name("outputs.json"))):
                 step(**options)
@@ -278,7 +280,7 @@ def benchmark(
     inputs = (
         read_prompts(Path(prompts), column="source", limit=wanted.examples)
         if isinstance(prompts, str | Path)
-        else list(prompts)
+        else _texts(prompts)
     )
     options: dict[str, Any] = {"task": settings, "config": wanted, "seed": seed, "on_progress": on_progress}
     if isinstance(teacher, str | Path) and isinstance(draft, str | Path):
@@ -290,15 +292,41 @@ def benchmark(
     return measure_loaded(of_teacher, words, {"draft": of_draft}, inputs, **options)["draft"]
 
 
+def _check_output(output_dir: str | Path, place: Mapping[str, Path]) -> None:
+    """Make the folder, and refuse one that holds what `distill` has not made and would replace.
+
+    Raises:
+        SkdError: such a folder is there, or nothing can be written there.
+    """
+    out = Path(output_dir)
+    if "://" in str(output_dir):
+        raise SkdError("this is no local folder", where=f"distill, output_dir {output_dir}", hint="name a folder")
+    for name, folder in place.items():
+        if folder.exists() and not (out / _MARKS / f"{name}.txt").exists():
+            what = "this is there already and not made by `distill`, which would replace it"
+            raise SkdError(what, where=str(folder), hint="give an `output_dir` of its own")
+    try:
+        (out / _MARKS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(error, str(out)) from error
+
+
 def _run_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: dict[str, Any]) -> RunConfig:
     if isinstance(config, str | Path):
         return load_config(Path(config), overrides)
+    if not isinstance(config, RunConfig | Mapping):
+        what = f"a {type(config).__name__} is no configuration"
+        raise SkdError(what, where="distill, config", hint="pass a YAML file, or its content as a mapping")
     values = config.model_dump(exclude_unset=True) if isinstance(config, RunConfig) else {"name": "distill", **config}
     return parse_section(RunConfig, apply(values, overrides, where="distill"), where="distill")
 
 
-def _section(section: type[SectionT], values: SectionT | Mapping[str, Any], where: str) -> SectionT:
-    return values if isinstance(values, section) else parse_section(section, dict(values), where=where)
+def _section(section: type[SectionT], values: Any, where: str) -> SectionT:
+    if isinstance(values, section):
+        return values
+    if not isinstance(values, Mapping):
+        raise SkdError(f"a {type(values).__name__} is no mapping", where=where, hint="pass fields by name")
+    return parse_section(section, dict(values), where=where)
 
 
 def _key(settings: str, after: str) -> str:
@@ -317,11 +345,28 @@ def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Pr
     if isinstance(model, str | Path):
         loaded, own = load_for_inference(resolve_model(str(model)))
         return loaded, tokenizer or own
+    if not hasattr(model, "config"):
+        what = f"a {type(model).__name__} is no model"
+        raise SkdError(what, where="model", hint="pass a model of transformers, or its hub id or folder")
     check_supported(model)
     return model.eval(), tokenizer or tokenizer_of(model, hint="pass `tokenizer`")
 
 
-def _examples(dataset: Iterable[Any] | str | Path) -> Sequence[Any]:
+def _texts(prompts: Iterable[Any]) -> list[str]:
+    """Return prompts that are all texts.
+
+    Raises:
+        SkdError: one is not.
+    """
+    found = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    for number, prompt in enumerate(found):
+        if not isinstance(prompt, str):
+            what = f"must be text, got a {type(prompt).__name__}"
+            raise SkdError(what, where=f"benchmark, prompt {number}", hint="pass texts, or a file of rows or messages")
+    return found
+
+
+def _examples(dataset: Any) -> Sequence[Any]:
     """Return the examples of rows in memory, or of a file; what are examples already stays as it is."""
     from skd_lib.data import sources
     from skd_lib.data.examples import Example
@@ -329,6 +374,9 @@ def _examples(dataset: Iterable[Any] | str | Path) -> Sequence[Any]:
 
     if isinstance(dataset, str | Path):
         return sources.load(FilesSource(train=[str(dataset)])).train
+    if not isinstance(dataset, Iterable):
+        what = f"a {type(dataset).__name__} is no dataset"
+        raise SkdError(what, where="evaluate, dataset", hint="pass rows, or a data file")
     rows: Iterator[Any] = iter(dataset)
     first: Any = next(rows, None)
     if first is None:
@@ -336,11 +384,17 @@ def _examples(dataset: Iterable[Any] | str | Path) -> Sequence[Any]:
     both = chain([first], rows)
     if isinstance(first, Example):
         return list(both)
-    if not isinstance(first, Mapping):
-        what = f"a row is a {type(first).__name__}, not a mapping"
-        raise SkdError(what, where="evaluate, dataset", hint='pass rows such as {"source": ..., "target": ...}')
-    columns = usual_columns(first) or Columns()
+
+    def checked() -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in enumerate(both):
+            if not isinstance(row, Mapping):
+                what = f"a row is a {type(row).__name__}, not a mapping"
+                hint = 'pass rows such as {"source": ..., "target": ...}'
+                raise SkdError(what, where=f"evaluate, dataset, row {number}", hint=hint)
+            yield f"row {number}", dict(row)
+
+    columns = (usual_columns(first) if isinstance(first, Mapping) else None) or Columns()
     problems = Problems()
-    examples = check_rows(((f"row {number}", dict(row)) for number, row in enumerate(both)), columns, problems)
+    examples = check_rows(checked(), columns, problems)
     problems.raise_any()
     return examples

@@ -172,3 +172,36 @@ def test_drafts_that_do_not_fit_are_refused(
 
 def test_the_functions_are_public() -> None:
     assert {"distill", "evaluate", "benchmark", "Distilled"} <= set(skd_lib.__all__)
+
+
+def test_an_output_folder_with_something_else_in_it_is_left_alone(config: dict[str, Any], tmp_path: Path) -> None:
+    mine = tmp_path / "data/mine.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+    with pytest.raises(SkdError, match=r"data: this is there already and not made by `distill`"):
+        distill(config, tmp_path)
+    assert mine.read_text() == "{}"
+    with pytest.raises(SkdError, match="no local folder"):
+        distill(config, "gs://bucket/out")
+    with pytest.raises(SkdError, match="cannot be written"):
+        distill(config, mine)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda models: distill(None), "a NoneType is no configuration"),
+        (lambda models: evaluate(models["student"], None, TASK), "a NoneType is no dataset"),
+        (lambda models: evaluate(models["student"], [ROWS[0], "x"], TASK), "row 1: a row is a str"),
+        (lambda models: evaluate(models["student"], [{"source": "x", "target": None}], TASK), "row 0, field `target`"),
+        (lambda models: evaluate(models["student"], ROWS[:1], None), "task: a NoneType is no mapping"),
+        (lambda models: evaluate(None, ROWS[:1], TASK), "a NoneType is no model"),
+        (
+            lambda models: benchmark(models["teacher"], models["student"], [1], task=TASK),
+            "prompt 0: must",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(models: dict[str, str], call: Any, message: str) -> None:
+    with pytest.raises(SkdError, match=message):
+        call(models)
