@@ -311,7 +311,7 @@ def _check_output(output_dir: str | Path, place: Mapping[str, Path]) -> None:
         raise unwritable(error, str(out)) from error
 
 
-def _run_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: dict[str, Any]) -> RunConfig:
+def _run_config(config: Any, overrides: dict[str, Any]) -> RunConfig:
     if isinstance(config, str | Path):
         return load_config(Path(config), overrides)
     if not isinstance(config, RunConfig | Mapping):

@@ -14,11 +14,14 @@ Strings are taken as they are, without a chat template.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from skd_lib.config import TaskConfig
-from skd_lib.data.conversations import Conversation, read_conversation, read_prompt
+from skd_lib.data.chat import chat_layout
+from skd_lib.data.conversations import Conversation, as_text, read_conversation, read_prompt
 from skd_lib.data.examples import conversation_example
 from skd_lib.data.rows import CONVERSATIONS
 from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode
@@ -27,6 +30,7 @@ from skd_lib.errors import SkdError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 _KNOWN = "`messages`, `prompt` and `completion`, or `prompt`"
 _AS_STRINGS = "use an instruction-tuned model, or rows with `prompt` and `completion` as strings"
 _TASK = TaskConfig(max_new_tokens=2**20)
@@ -126,7 +130,25 @@ def _of_messages(tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: 
         encoded = encode(tokenizer, _TASK, conversation_example(talk), answer_end_id(tokenizer, _TASK))
     except SkdError as error:
         raise SkdError(error.what, where=name, hint="correct the chat template or this row") from error
+    for remark in _remarks(tokenizer, talk):
+        _warn_once(str(tokenizer.name_or_path), remark)
     return encoded.prompt_ids, encoded.response_ids
+
+
+def _remarks(tokenizer: PreTrainedTokenizerBase, talk: Conversation) -> Iterator[str]:
+    """Say what of a conversation the chat template writes in another way than it is given."""
+    layout = chat_layout(tokenizer, _TASK)
+    yield from layout.notes
+    answer = "" if talk.answer is None else as_text(talk.answer)
+    if what := layout.departure(_TASK, talk, answer):
+        does = "does not write" if what == "tools" else "changes or leaves out"
+        thinking = "; thinking belongs into the field `reasoning_content` of its message" if what == "answer" else ""
+        yield f"the chat template {does} the {what} of some rows{thinking}"
+
+
+@lru_cache(maxsize=256)
+def _warn_once(name: str, remark: str) -> None:
+    log.warning("%s: %s", name, remark)
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -104,6 +104,11 @@ class RolloutTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied head is not in the file, and is not missing.
+        missing = [key for key in load_result.missing_keys if key not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded:
             super()._load_optimizer_and_scheduler(checkpoint)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from skd_lib.config import DistillConfig, parse_section
-from skd_lib.distillation.methods import unread_settings
+from skd_lib.distillation.methods import reads_setting, unread_settings
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.training.sharding import check_processes
 
@@ -253,5 +253,8 @@ def warn_of_unread(distill: DistillConfig) -> None:
     # One temperature of this class is that of both models, of which a method may read one only.
     shared = ("sampling.student", "sampling.teacher")
     unread = [_OWN_NAMES.get(path, path.rpartition(".")[2]) for path in unread_settings(distill) if path not in shared]
+    # A name may stand for several fields, of which a method reads one.
+    read = {own for path, own in _OWN_NAMES.items() if reads_setting(distill, path)}
+    unread = [name for name in unread if name not in read]
     if unread:
         log.warning("method `%s` does not read %s", distill.method, ", ".join(dict.fromkeys(unread)))

@@ -219,9 +219,17 @@ class SKDTrainer(RolloutTrainer):
         """Compute the mean loss over the response tokens of the evaluation rows.
 
         Raises:
-            SkdError: a row has no response.
+            SkdError: a row has no response, or there are no rows.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):  # as in the base class, one of several by name
+            several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if dataset not in several:
+                known = ", ".join(map(str, several)) or "there is no dictionary of several"
+                raise SkdError(
+                    f"no dataset is called {dataset!r}", where="evaluate, eval_dataset", hint=f"known: {known}"
+                )
+            dataset = several[dataset]
         if self.args.assistant_turns == "all":
             dataset = by_turn(dataset, self._formatting, "eval_dataset")
         if isinstance(dataset, dict):
@@ -229,6 +237,8 @@ class SKDTrainer(RolloutTrainer):
             for name, part in dataset.items():
                 merged |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return merged
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise SkdError("the dataset is empty", where="eval_dataset", hint="give it rows, or leave it out")
         mean, _ = self.mean_loss(self._ground_truth(dataset))
         metrics = {f"{metric_key_prefix}_loss": mean}
         self.log(metrics)

@@ -277,11 +277,6 @@ class DistillationTrainer(RolloutTrainer, SavingTrainer):
         with self.timer("checkpoint"):
             super()._save_checkpoint(*args, **kwargs)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A tied head is not in the file, and is not missing.
-        missing = [key for key in load_result.missing_keys if key not in self.model.all_tied_weights_keys]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
     def _trained_weights(self) -> dict[str, Tensor]:
         return whole_weights(self.model) if self.sharded else super()._trained_weights()
 

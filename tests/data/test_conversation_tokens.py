@@ -163,3 +163,12 @@ def test_datasets_are_divided_into_turns_once() -> None:
     with pytest.raises(SkdError) as caught:
         rows_by_turn([{"messages": messages("a", "b", "c")}], None, "train_dataset")
     assert caught.value.where == "train_dataset, row 1, field `messages`, message 3"
+
+
+def test_what_a_template_changes_in_a_trainers_row_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    silent = byte_level(TEMPLATE.replace("m.tool_calls", "[]"))
+    silent.name_or_path = "silent"
+    row = {"messages": [*messages("add"), {"role": "assistant", "tool_calls": [CALL]}], "tools": TOOLS}
+    for _ in range(2):
+        tokenize_row(silent, row, [silent.eos_token_id])
+    assert caplog.text.count("silent: the chat template changes or leaves out the answer of some rows") == 1

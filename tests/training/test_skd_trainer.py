@@ -364,3 +364,20 @@ def test_a_response_ends_also_where_the_template_does_not_end_it(tiny_tokenizer:
     )
     assert tokenize_row(tokenizer, CHAT[0], [2]).response_ids[-1] == 2
     assert tokenize_row(tiny_tokenizer, CHAT[0], [2]).response_ids.count(2) == 1
+
+
+def test_evaluations_by_name_and_of_nothing(make: Any) -> None:
+    trainer = make()
+    trainer.eval_dataset = {"few": CHAT[:2], "none": []}
+    assert "eval_loss" in trainer.evaluate("few")
+    for name, message in (("many", "known: few, none"), ("none", "the dataset is empty")):
+        with pytest.raises(SkdError, match=message):
+            trainer.evaluate(name)
+
+
+def test_a_share_that_the_method_reads_is_not_called_unread(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make(lmbda=0.5)
+    assert "does not read" not in caplog.text
+    make(method="supervised_kd", lmbda=0.5)
+    assert "does not read" in caplog.text
+    assert "lmbda" in caplog.text
