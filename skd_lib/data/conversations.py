@@ -106,10 +106,7 @@ def read_conversation(value: Any, tools: Any = None, *, field: str = "messages")
             where=f"field `{field}`, message {len(messages)}",
             hint="end the conversation with the assistant's message, or give prompts alone in a column `prompt`",
         )
-    ends = [number for number, message in enumerate(messages, start=1) if is_trained(message)]
-    if not ends:
-        what = "every assistant message has `weight: 0`, so there is nothing to train on"
-        raise SkdError(what, where=f"field `{field}`", hint="remove this row, or give one answer the weight 1")
+    ends = _trained(messages, field)
     _check_asked(messages[: ends[0] - 1], field)
     return Conversation(messages[: ends[-1]], read_tools(tools))
 
@@ -138,7 +135,7 @@ def read_prompt(prompt: Any, completion: Any, tools: Any = None, *, fields: tupl
     if said[-1]["role"] != "assistant":
         what = f"the last message is the {said[-1]['role']}'s, not the assistant's"
         raise SkdError(what, where=f"field `{fields[1]}`, message {len(said)}", hint=_REMOVE)
-    return Conversation((*history, *said), read_tools(tools))
+    return Conversation((*history, *said[: _trained(said, fields[1])[-1]]), read_tools(tools))
 
 
 def read_tools(value: Any) -> tuple[Any, ...]:
@@ -150,6 +147,15 @@ def read_tools(value: Any) -> tuple[Any, ...]:
         what = f"must be a list of objects, got {_kind(value)}"
         raise SkdError(what, where="field `tools`", hint="write tools as OpenAI's: a list of {type, function}")
     return tuple(tools)
+
+
+def _trained(messages: Sequence[Message], field: str) -> list[int]:
+    """Return the places, from 1, of the answers that count in training, of which there must be one."""
+    ends = [number for number, message in enumerate(messages, start=1) if is_trained(message)]
+    if not ends:
+        what = "every assistant message has `weight: 0`, so there is nothing to train on"
+        raise SkdError(what, where=f"field `{field}`", hint="remove this row, or give one answer the weight 1")
+    return ends
 
 
 def _check_asked(before: Sequence[Message], field: str) -> None:

@@ -129,6 +129,14 @@ def test_weights_choose_the_answers_that_are_trained_on(tmp_path: Path) -> None:
     assert [turn.target for turn in by_turn(example)] == ["d"]
 
 
+def test_a_completion_of_weight_nought_is_not_trained_on(tmp_path: Path) -> None:
+    said = [assistant("2"), user("And?"), assistant("3", weight=0)]
+    (row,) = load(tmp_path / "rows.jsonl", {"prompt": [user("1 + 1?")], "completion": said})
+    assert row.target == "2"
+    with pytest.raises(SkdError, match=r"field `completion`(.|\n)*nothing to train on"):
+        load(tmp_path / "rows.jsonl", {"prompt": [user("1 + 1?")], "completion": said[-1:]})
+
+
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=6))
 def test_each_turn_is_an_answer_with_all_before_it(weights: list[int]) -> None:
     talk = [m for n, w in enumerate(weights) for m in (user(f"q{n}"), assistant(f"a{n}", weight=w))]
