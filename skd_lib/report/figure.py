@@ -111,7 +111,7 @@ def _shown(cell: _Cell) -> str:
 def _csv(header: Sequence[str], rows: Sequence[Sequence[_Cell]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow(map(_kept, header))
     writer.writerows([map(_kept, row) for row in rows])
     return text.getvalue()
 

@@ -110,6 +110,8 @@ def test_a_name_with_a_comma_or_a_formula_stays_one_cell() -> None:
     series = [Series("s0", [1], [2], name, joined=False) for name in ('a, "b"', "=1+1")]
     found = rows(figure("T", "Note.", series, Axis("x"), Axis("y")))
     assert [row[""] for row in found] == ['a, "b"', "'=1+1"]
+    (row,) = rows(figure("T", "Note.", [Series("s0", [1], [2], "=1+1")], Axis("x"), Axis("y")))
+    assert list(row) == ["x", "'=1+1"]
 
 
 def test_units() -> None:
