@@ -98,7 +98,7 @@ def model_made(client: MlflowClient, run_id: str) -> LoggedModel | None:
 
 def model_page(model: LoggedModel) -> str:
     """Return the address of a logged model's page below that of the server."""
-    return f"#/experiments/{model.experiment_id}/models/{model.model_id}"
+    return f"#/experiments/{model.experiment_id}/models/{model.model_id}?workflowType=machine_learning"
 
 
 def name_version(client: MlflowClient, model: LoggedModel, name: str, version: str) -> None:

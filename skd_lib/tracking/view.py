@@ -57,7 +57,10 @@ class View(BaseModel):
 
 
 def view_state(metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the state of the page: columns, and a bar chart for each metric, in a section for each name before `/`."""
+    """Return the state of the page: columns, and a bar chart for each metric, in a section for each name before `/`.
+
+    The page adds charts of the runs' other metrics, and sections of them at the end.
+    """
     sections = dict.fromkeys(_section(metric) for metric in metrics)
     charts = [
         {
@@ -82,6 +85,7 @@ def view_state(metrics: Sequence[str]) -> dict[str, Any]:
             {"uuid": name, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": True}
             for name in sections
         ],
+        "isAccordionReordered": True,  # else the page sorts the sections by name
     }
 
 

@@ -92,7 +92,9 @@ def test_the_link_opens_the_table_with_these_columns(tmp_path: Path, empty_store
             run.parent.show_metrics(names)
             address = run.parent.table_url
         assert where_to_look(server.uri, EXPERIMENT) == {"MLflow": address}
-        page, _ = browse(tmp_path, "--window-size=3200,800", "--virtual-time-budget=20000", "--dump-dom", address)
+        look = ("--window-size=3200,800", "--virtual-time-budget=20000", "--dump-dom")
+        page, _ = browse(tmp_path, *look, address)
+        charts, _ = browse(tmp_path, *look, f"{address}&compareRunsMode=CHART")
     finally:
         server.kill()
     for name in [*names, "skd/method"]:
@@ -101,3 +103,6 @@ def test_the_link_opens_the_table_with_these_columns(tmp_path: Path, empty_store
         assert page.count(f">{number + 0.5}<") >= 1, name
     assert "held (" in page
     assert page.index(names[0]) < page.index("held (")
+    groups = ["student_after", "student_before", "teacher", "worth", "draft_after"]
+    places = [charts.index(f">{group}</div>") for group in groups]
+    assert places == sorted(places)  # the page's own order is that of names
