@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -141,7 +142,7 @@ def promote(*, tracking_uri: str, model: str, version: str, by: str, why: str) -
         wanted = find_version(client, model, version)
         records = history(client, model)
         if records and records[-1].version == version and records[-1].why != BY_HAND:
-            hint = f"`skd lineage {model}` shows since when"
+            hint = f"`skd lineage {quote(model)}` shows since when"
             raise SkdError(f"version {version} is the champion already", where=model, hint=hint)
         _check_usable(wanted, model, tracking_uri)
         set_champion(client, model, version, by=by, why=why)
@@ -162,11 +163,11 @@ def rollback(*, tracking_uri: str, model: str, by: str, why: str) -> Move:
     def work(client: MlflowClient) -> Move:
         records = history(client, model)
         if not records:
-            hint = f"make one: `skd promote {model} VERSION --why ...`"
+            hint = f"make one: `skd promote {quote(model)} VERSION --why ...`"
             raise SkdError("no champion to roll back from", where=model, hint=hint)
         if len(records) == 1:
             what = f"version {records[0].version} is the first champion that is known: there is none to go back to"
-            hint = f"name the version that is to be champion: `skd promote {model} VERSION --why ...`"
+            hint = f"name the version that is to be champion: `skd promote {quote(model)} VERSION --why ...`"
             raise SkdError(what, where=model, hint=hint)
         _check_usable(find_version(client, model, records[-2].version), model, tracking_uri)
         restore_champion(client, model, by=by, why=why)
