@@ -69,7 +69,7 @@ def test_outputs(model: Path, data: Path, tmp_path: Path) -> None:
 
     assert [row.id for row in predictions] == [example.id for example in examples]
     assert [row.target for row in predictions] == [example.target for example in examples]
-    assert set(scores) == {"role", "label", "chrf", "bleu", "rougeL", "examples", "seconds"}
+    assert set(scores) == {"role", "label", "chrf", "bleu", "rougeL", "examples", "seconds", "model_uri", "data"}
     assert (scores["role"], scores["label"]) == ("student_after", "skd-seed-1")
     assert scores["examples"] == len(examples) == 12
     measured = measure("chrf", [row.prediction for row in predictions], [row.target for row in predictions])
