@@ -40,5 +40,6 @@ def read_task(name: str) -> dict[str, Any]:
         raise SkdError(f"not UTF-8 text: {error}", where=where) from error
     values = parse_yaml(text, where=where)
     if not isinstance(values, dict):
-        raise SkdError("a task must be a mapping of fields", where=where, hint="see docs/guides/tasks.md for an example")
+        hint = "see docs/guides/tasks.md for an example"
+        raise SkdError("a task must be a mapping of fields", where=where, hint=hint)
     return {**values, "name": title}
