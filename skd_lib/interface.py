@@ -218,6 +218,7 @@ def evaluate(
     from skd_lib.data.chat import check_rendering
     from skd_lib.evaluation.evaluate import check_answers
     from skd_lib.evaluation.evaluate import evaluate as score
+    from skd_lib.models.modes import evaluating
 
     settings = _section(TaskConfig, {"name": task} if isinstance(task, str) else task, "evaluate, task")
     if settings.wants_comet:
@@ -230,7 +231,8 @@ def evaluate(
     check_answers(rows, where="evaluate, dataset")
     language_model, words = _loaded(model, tokenizer)
     check_rendering(words, settings)
-    return score(language_model, words, rows, settings, wanted, seed=seed)
+    with evaluating(language_model):
+        return score(language_model, words, rows, settings, wanted, seed=seed)
 
 
 def benchmark(
@@ -266,6 +268,7 @@ def benchmark(
     """
     from skd_lib.config.run import check_gammas
     from skd_lib.data.chat import check_rendering
+    from skd_lib.models.modes import evaluating
     from skd_lib.models.vocabulary import check_tokenizer
     from skd_lib.specdec.benchmark import measure_loaded, measure_references
     from skd_lib.specdec.prompts import read_prompts
@@ -289,7 +292,8 @@ def benchmark(
     of_draft, _ = _loaded(draft, words)
     check_tokenizer(words, of_draft)
     check_rendering(words, settings)
-    return measure_loaded(of_teacher, words, {"draft": of_draft}, inputs, **options)["draft"]
+    with evaluating(of_teacher, of_draft):
+        return measure_loaded(of_teacher, words, {"draft": of_draft}, inputs, **options)["draft"]
 
 
 def _check_output(output_dir: str | Path, place: Mapping[str, Path]) -> None:
@@ -336,7 +340,7 @@ def _key(settings: str, after: str) -> str:
 
 
 def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model in eval mode, and its tokenizer."""
+    """Return a model in its present mode, and its tokenizer."""
     from skd_lib.evaluation.generate import load_for_inference
     from skd_lib.models.heads import check_supported
     from skd_lib.models.references import resolve_model
@@ -349,7 +353,7 @@ def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Pr
         what = f"a {type(model).__name__} is no model"
         raise SkdError(what, where="model", hint="pass a model of transformers, or its hub id or folder")
     check_supported(model)
-    return model.eval(), tokenizer or tokenizer_of(model, hint="pass `tokenizer`")
+    return model, tokenizer or tokenizer_of(model, hint="pass `tokenizer`")
 
 
 def _texts(prompts: Iterable[Any]) -> list[str]:
@@ -386,7 +390,7 @@ def _examples(dataset: Any) -> Sequence[Any]:
         return list(both)
 
     def checked() -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, row in enumerate(both):
+        for number, row in enumerate(both, start=1):
             if not isinstance(row, Mapping):
                 what = f"a row is a {type(row).__name__}, not a mapping"
                 hint = 'pass rows such as {"source": ..., "target": ...}'

@@ -128,7 +128,8 @@ def test_a_file_is_evaluated(models: dict[str, str], tmp_path: Path) -> None:
     [
         ([], TASK, "the dataset is empty"),
         (["text"], TASK, "a row is a str"),
-        ([{"source": "x", "target": " "}], TASK, "row 0, field `target`: the text is empty"),
+        ([{"source": "x", "target": " "}], TASK, "row 1, field `target`: the text is empty"),
+        ([{"frage": "x", "target": "y"}], TASK, "`skd_lib.evaluate`: rename them to `source`"),
         (ROWS, {"metrics": ["comet"]}, "COMET is the task's only metric"),
         (ROWS, "gsm9k", "gsm8k"),
         (ROWS, {"metric": ["chrf"]}, "evaluate, task, field `metric`"),
@@ -143,6 +144,12 @@ def test_a_model_without_tokenizer_needs_one(tiny_model: TinyModel, tiny_tokeniz
     with pytest.raises(SkdError, match="pass `tokenizer`"):
         evaluate(tiny_model(), ROWS[:2], TASK)
     assert evaluate(tiny_model(), ROWS[:2], TASK, tokenizer=tiny_tokenizer).scores.examples == 2
+
+
+def test_a_loaded_model_keeps_its_mode(tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model().train()
+    evaluate(model, ROWS[:1], TASK, tokenizer=tiny_tokenizer)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.slow
@@ -192,8 +199,8 @@ def test_an_output_folder_with_something_else_in_it_is_left_alone(config: dict[s
     [
         (lambda models: distill(None), "a NoneType is no configuration"),
         (lambda models: evaluate(models["student"], None, TASK), "a NoneType is no dataset"),
-        (lambda models: evaluate(models["student"], [ROWS[0], "x"], TASK), "row 1: a row is a str"),
-        (lambda models: evaluate(models["student"], [{"source": "x", "target": None}], TASK), "row 0, field `target`"),
+        (lambda models: evaluate(models["student"], [ROWS[0], "x"], TASK), "row 2: a row is a str"),
+        (lambda models: evaluate(models["student"], [{"source": "x", "target": None}], TASK), "row 1, field `target`"),
         (lambda models: evaluate(models["student"], ROWS[:1], None), "task: a NoneType is no mapping"),
         (lambda models: evaluate(None, ROWS[:1], TASK), "a NoneType is no model"),
         (

@@ -26,7 +26,10 @@ MAX_CHARACTERS = 4_000_000
 QUICK_CHARACTERS = 100_000_000
 """Of all texts where only the first rows are read."""
 HINT_BROKEN = "correct or remove this row"
-_NAME_COLUMNS = "name the columns in `data.source.columns` (`skd evaluate`: by --source, --target)"
+_NAME_COLUMNS = (
+    "name the columns in `data.source.columns` (`skd evaluate`: by --source, --target; "
+    "`skd_lib.evaluate`: rename them to `source` and `target`)"
+)
 Labels = Mapping[str, list[str]]
 """The names of a ClassLabel's values, by column."""
 USUAL_COLUMNS = (
