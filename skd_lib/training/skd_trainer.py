@@ -38,7 +38,7 @@ from skd_lib.training.figures import sampling_figures
 from skd_lib.training.rollout_trainer import RolloutTrainer
 from skd_lib.training.sharding import shard, whole_states, whole_weights
 from skd_lib.training.skd_config import SKDConfig, check_arguments, warn_of_unread
-from skd_lib.training.turn_rows import by_turn
+from skd_lib.training.turn_rows import by_turn, place_of
 
 log = logging.getLogger(__name__)
 
@@ -157,17 +157,23 @@ class SKDTrainer(RolloutTrainer):
         if self.is_deepspeed_enabled:
             what = "the student is sampled between optimiser steps, which DeepSpeed's shards do not allow"
             raise SkdError(what, where="SKDTrainer", hint="start with torchrun, and set `fsdp=True` to shard")
-        self._strategy: Strategy | None = None
+        self._strategy: tuple[int, Strategy] | None = None
         self._statistics = SamplingStatistics()
 
     def _tokenized(self, rows: list[Any]) -> list[TokenizedExample]:
         # By turn, rows are formatted when they are divided.
         form = None if self.args.assistant_turns == "all" else self._formatting
-        formatted = rows if form is None else [form(row) for row in rows]
-        return [
-            tokenize_row(self.processing_class, row, self.eos_ids, max_length=self.args.max_length, where="dataset")
-            for row in formatted
-        ]
+        options: dict[str, Any] = {"eos_ids": self.eos_ids, "max_length": self.args.max_length}
+        examples = []
+        for row in rows:
+            formatted = row if form is None else form(row)
+            try:
+                examples.append(tokenize_row(self.processing_class, formatted, **options))
+            except SkdError:  # again, with the row's place, for which datasets are searched
+                datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+                tokenize_row(self.processing_class, formatted, **options, where=place_of(row, datasets))
+                raise
+        return examples
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[TokenizedExample]], num_batches: int, device: torch.device
@@ -199,19 +205,21 @@ class SKDTrainer(RolloutTrainer):
         return [{"rollout": part} for part in rollout.split([len(batch) for batch in batches])], tokens
 
     def _strategy_of_run(self) -> Strategy:
-        if self._strategy is None:
-            self._strategy = rollout_for(
+        steps = self.state.max_steps  # another training may have others, and with them other schedules
+        if self._strategy is None or self._strategy[0] != steps:
+            strategy = rollout_for(
                 self.distill.method,
                 student=self.model,
                 teacher=self.teacher,
                 distill=self.distill,
-                steps=self.state.max_steps,
+                steps=steps,
                 seed=self.args.seed,
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
                 max_new_tokens=self.args.max_new_tokens,
             )
-        return self._strategy
+            self._strategy = (steps, strategy)
+        return self._strategy[1]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -50,5 +50,22 @@ def by_turn(dataset: Any, form: Format, where: str) -> Any:
     return TurnStream(dataset, form, where)
 
 
+def place_of(row: Any, datasets: Mapping[str, Any]) -> str:
+    """Return the dataset that holds a row, and the row's number in it, from 1; `dataset` where none of them does.
+
+    Each dataset is read up to the row, so this is for errors only; streams are not read a second time.
+    """
+    for name, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            found = place_of(row, {f"{name}, `{key}`": part for key, part in dataset.items()})
+            if found != "dataset":
+                return found
+        elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+            same = (number for number in range(len(dataset)) if repr(dataset[number]) == repr(row))
+            if (number := next(same, None)) is not None:
+                return f"{name}, {'answer' if isinstance(dataset, TurnRows) else 'row'} {number + 1}"
+    return "dataset"
+
+
 def _formatted(rows: Iterable[Any], form: Format) -> Iterable[Row]:
     return rows if form is None else map(form, rows)
