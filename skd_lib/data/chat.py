@@ -7,9 +7,7 @@ template's own text for the whole conversation.
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +17,7 @@ from skd_lib.config import TaskConfig
 from skd_lib.data.conversations import Conversation
 from skd_lib.data.examples import Question
 from skd_lib.data.rendering import Message, Template, render, try_rendering
+from skd_lib.data.template_text import ending, letters, tokens_behind
 from skd_lib.errors import SkdError, SkdErrors
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ _QUESTION = 'Question 7:\n"What" <is> 2 & 3?'
 _ANSWER = 'Answer 8:\n"It" <is> 5 & 6.'
 _SYSTEM = 'Rule 9:\n"Be" <very> kind & brief.'
 _DAYS = ("2021-02-03", "2034-11-25")
+_THINKING = ("reasoning_content", "thinking", "reasoning")
 _HINT = "correct the chat template, or set `task.chat_template: false` and write the prompt in `task.prompt`"
 
 
@@ -46,6 +46,8 @@ class ChatLayout:
         tail: Text between the answer and the token that ends it.
         closing: The special tokens that follow, up to the one that ends the answer; none where the template has none.
         after: All that the template writes after an answer.
+        opens: The prompt before an answer of text is not the template's own generation prompt: thinking may begin in
+            another way.
         notes: Differences from the template's own text, in words.
     """
 
@@ -57,6 +59,7 @@ class ChatLayout:
     tail: str
     closing: tuple[int, ...]
     after: str
+    opens: bool
     notes: tuple[str, ...]
 
     def prompt(self, task: TaskConfig, question: Question) -> str:
@@ -72,6 +75,34 @@ class ChatLayout:
         text = self._rendered(task, question, answer)
         written = text[len(start) : len(text) - len(self.after)] if text.startswith(start) else ""
         return written if written.strip() == answer.strip() else answer
+
+    def parted(self, task: TaskConfig, question: Question, answer: str) -> tuple[str, str]:
+        """Return the prompt of an answer of text, and the answer, with white space before it that belongs to it.
+
+        Thinking in the answer (`<think>`) stands where some templates write an empty part of thinking otherwise
+        (Qwen3): then the prompt ends before it. An answer of which a template drops the thinking stays as it is.
+        """
+        start = self.prompt(task, question)
+        if self.opens:
+            text, said = self._rendered(task, question, answer), letters(answer)
+            written = text[: len(text) - len(self.after)] if text.endswith(self.after) else ""
+            inside = written[len(start) :] if written.startswith(start) else ""
+            if not letters(inside).endswith(said) and letters(written).endswith(said):
+                opened = self._rendered(task, question, None, add_generation_prompt=True)
+                for before in (start, opened):
+                    if written.startswith(before):
+                        return before, written[len(before) :]
+        return start, self.lead + self.answer(task, question, answer)
+
+    def thinking_end(self, task: TaskConfig, talk: Conversation) -> str:
+        """Return what the template writes between an answer's thinking, in a field of its own, and its text."""
+        thoughts = _thoughts(talk)
+        content = talk.answer["content"].strip() if talk.answer else ""
+        if not thoughts or not content:
+            return ""
+        before, found, _ = self.whole(task, talk)[1].rpartition(content)
+        _, thought, end = before.rpartition(thoughts[0])
+        return end.strip() if found and thought else ""
 
     def whole(self, task: TaskConfig, talk: Conversation) -> tuple[str, str]:
         """Return the prompt of a conversation, and the template's text from there to its end.
@@ -90,7 +121,10 @@ class ChatLayout:
         raise SkdError(what, hint="correct the template, or remove this row")
 
     def departure(self, task: TaskConfig, question: Question, answer: str) -> str:
-        """Return the part of an example that the template changes: `question`, `answer` or `tools`; empty if none."""
+        """Return the part of an example that the template changes: by name; empty if none.
+
+        The names are `question`, `tools`, `answer`, and `thinking` for an answer's thinking in a field of its own.
+        """
         prompt = self.prompt(task, question)
         asked = [question] if isinstance(question, str) else _written(question)
         if not all(text.strip() in prompt for text in asked):
@@ -103,13 +137,15 @@ class ChatLayout:
             if not question.is_plain:
                 _, written = self.whole(task, question)
                 called = _names(question.answer.get("tool_calls", ()))
-                return "" if all(name in written for name in called) else "answer"
-        ours = prompt + self.lead + self.answer(task, question, answer) + self.after
+                if not all(name in written for name in called):
+                    return "answer"
+                return "" if all(letters(each) in letters(written) for each in _thoughts(question)) else "thinking"
+        ours = "".join(self.parted(task, question, answer)) + self.after
         return "" if self._rendered(task, question, answer) == ours else "answer"
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-        """Return the answer's token ids, without those that end it; special tokens in it are tokenised as text."""
-        return _tokens_behind(tokenizer, self.anchor, self.lead + answer + self.tail)
+        """Return the token ids of an answer of `parted`, without those that end it; special tokens in it stay text."""
+        return tokens_behind(tokenizer, self.anchor, answer + self.tail)
 
     def _rendered(
         self,
@@ -131,6 +167,12 @@ class ChatLayout:
 def _written(talk: Conversation) -> list[str]:
     """Return the texts that a template must write before the answer: of old answers some leave parts out."""
     return [message["content"] for message in talk.asked if message["role"] in ("system", "user")]
+
+
+def _thoughts(talk: Conversation) -> list[str]:
+    """Return the thinking of a conversation's answer, where it has fields of its own."""
+    answer = talk.answer or {}
+    return [str(answer[name]).strip() for name in _THINKING if answer.get(name)]
 
 
 def _names(described: Iterable[Any]) -> list[str]:
@@ -270,18 +312,19 @@ def _read_layout(
     # Text that only opens the answer belongs to it.
     lead = extra if not extra.strip() else extra[len(extra.rstrip(" ")) :]
     opening = extra.removesuffix(lead) if common == len(generation) else ""
-    tail, closing = _ending(tokenizer, after)
+    tail, closing = ending(tokenizer, after)
     notes = _notes(generation, before, opening, common)
     start = list(tokenizer(before.removesuffix(lead), add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for anchor in ("", "\n"):
-        made = [*start, *_tokens_behind(tokenizer, anchor, lead + _ANSWER)[:2]]
+        made = [*start, *tokens_behind(tokenizer, anchor, lead + _ANSWER)[:2]]
         if made == whole[: len(made)]:
             break
     else:
         anchor = ""
         notes.append("the first tokens of an answer differ from those of the template's whole text, tokenised at once")
-    return ChatLayout(template, parts, opening, lead, anchor, tail, closing, after, tuple(notes))
+    opens = bool(opening) or common < len(generation)
+    return ChatLayout(template, parts, opening, lead, anchor, tail, closing, after, opens, tuple(notes))
 
 
 def _notes(generation: str, before: str, opening: str, common: int) -> list[str]:
@@ -300,46 +343,5 @@ def _misprint(what: str, string: str, text: str) -> str:
     """Say what a template does to a string that its text must contain; empty if nothing."""
     if string in text:
         return ""
-    changed = _letters(string) in _letters(text)
+    changed = letters(string) in letters(text)
     return f"changes the {what}: {string!r} is not in the text" if changed else f"prints the {what} nowhere"
-
-
-def _letters(text: str) -> str:
-    """Return letters and digits, without case: the part of a text that survives escaping and other spellings."""
-    return re.sub(r"\W+", "", html.unescape(text.replace("\\n", "\n"))).casefold()
-
-
-def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, tuple[int, ...]]:
-    """Split the text after an answer into text that belongs to the answer, and the special tokens that end it.
-
-    Several tokens that follow each other end it together if the last is the tokenizer's EOS or the text's end (Cohere
-    closes answer and turn); else the first does, and another message follows.
-    """
-    added = {token.content: int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items()}
-    special = {str(token): tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-    added |= {token: int(token_id) for token, token_id in special.items() if token_id is not None}  # named, but unknown
-    names = sorted((name for name in added if name.strip()), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-    first = pattern.search(after)
-    if first is None:
-        return after.rstrip(), ()
-    run = [first]
-    while following := pattern.match(after, run[-1].end()):
-        run.append(following)
-    ids = [added[match[0]] for match in run]
-    if tokenizer.eos_token_id in ids:
-        closing = ids[: ids.index(tokenizer.eos_token_id) + 1]
-    else:
-        closing = ids if not after[run[-1].end() :].strip() else ids[:1]
-    return after[: first.start()], tuple(closing)
-
-
-def _tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:
-    """Return the token ids of a text after `anchor`; of the text alone where a token spans both."""
-
-    def ids(string: str) -> list[int]:
-        return list(tokenizer(string, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    head = ids(anchor) if anchor else []
-    whole = ids(anchor + text)
-    return whole[len(head) :] if whole[: len(head)] == head else ids(text)

@@ -63,7 +63,7 @@ def tokenize_row(
     """
     talk = _conversation(row, where)
     if talk is not None:
-        prompt, response = _of_messages(tokenizer, talk, where)
+        prompt, response = _of_messages(tokenizer, talk, eos_ids, where)
     elif isinstance(row.get("prompt"), str):
         prompt = list(tokenizer(row["prompt"])["input_ids"])
         if len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:  # tokenizers of encoders add it to every text
@@ -121,13 +121,15 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation | None:
     return None
 
 
-def _of_messages(tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str) -> tuple[list[int], list[int]]:
+def _of_messages(
+    tokenizer: PreTrainedTokenizerBase, talk: Conversation, eos_ids: Sequence[int], where: str
+) -> tuple[list[int], list[int]]:
     name = where or str(tokenizer.name_or_path)
     if not tokenizer.chat_template:
         what = "the row holds messages and the tokenizer has no chat template"
         raise SkdError(what, where=name, hint=_AS_STRINGS)
     try:
-        encoded = encode(tokenizer, _TASK, conversation_example(talk), answer_end_id(tokenizer, _TASK))
+        encoded = encode(tokenizer, _TASK, conversation_example(talk), answer_end_id(tokenizer, _TASK), eos_ids)
     except SkdError as error:
         raise SkdError(error.what, where=name, hint="correct the chat template or this row") from error
     for remark in _remarks(tokenizer, talk):
@@ -141,7 +143,7 @@ def _remarks(tokenizer: PreTrainedTokenizerBase, talk: Conversation) -> Iterator
     yield from layout.notes
     answer = "" if talk.answer is None else as_text(talk.answer)
     if what := layout.departure(_TASK, talk, answer):
-        does = "does not write" if what == "tools" else "changes or leaves out"
+        does = "does not write" if what in ("tools", "thinking") else "changes or leaves out"
         thinking = "; thinking belongs into the field `reasoning_content` of its message" if what == "answer" else ""
         yield f"the chat template {does} the {what} of some rows{thinking}"
 

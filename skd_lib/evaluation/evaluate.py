@@ -86,7 +86,14 @@ def evaluate(
     missing = _unscorable(task, examples)  # before any work is done
     answered = any(example.target for example in examples)
     started = time.perf_counter()
-    answers = generate(model, tokenizer, [example.question for example in examples], task, batch_size=config.batch_size)
+    answers = generate(
+        model,
+        tokenizer,
+        [example.question for example in examples],
+        task,
+        batch_size=config.batch_size,
+        references=[example.target for example in examples],
+    )
     predictions = [
         Prediction(example.id, example.source, example.target, answer.text, answer.tokens, answer.truncated)
         for example, answer in zip(examples, answers, strict=True)

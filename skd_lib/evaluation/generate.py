@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,8 +49,9 @@ def generate(
     task: TaskConfig,
     *,
     batch_size: int,
+    references: Sequence[str] = (),
 ) -> list[Answer]:
-    """Answer every question by greedy decoding.
+    """Answer every question by greedy decoding; the prompt is that of training, for which `references` decide.
 
     Prompts longer than `task.max_prompt_tokens` are answered in full (with a warning): a test set from which the long
     examples are missing would give another score. For the same reason a prompt that does not fit the model's context
@@ -58,7 +60,10 @@ def generate(
     Raises:
         SkdError: no prompt fits.
     """
-    prompts = [encode_prompt(tokenizer, task, question) for question in questions]
+    prompts = [
+        encode_prompt(tokenizer, task, question, reference)
+        for question, reference in zip_longest(questions, references, fillvalue="")
+    ]
     numbered = (TokenizedExample(prompt, [], str(number)) for number, prompt in enumerate(prompts))
     check_ids(numbered, embedding_rows(model), where="evaluation")
     long = sum(len(prompt) > task.max_prompt_tokens for prompt in prompts)
@@ -95,7 +100,7 @@ def generate(
     progress = Progress("evaluating", len(order))
     samples = sampler.sample([prompts[index] for index in order], [0] * len(order), on_progress=progress.update)
     answers = {
-        index: Answer(decode_answer(tokenizer, task, tokens), len(tokens), truncated)
+        index: Answer(decode_answer(tokenizer, task, tokens, questions[index]), len(tokens), truncated)
         for index, tokens, truncated in zip(order, samples.responses(), samples.truncated_B.tolist(), strict=True)
     }
     return [answers.get(index, Answer("", 0, truncated=True)) for index in range(len(prompts))]

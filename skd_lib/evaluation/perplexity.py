@@ -15,7 +15,7 @@ from skd_lib.data.tokenize import answer_end_id, encode
 from skd_lib.distillation.batch import collate, response_states
 from skd_lib.distillation.loss import cross_entropy_sum
 from skd_lib.models.heads import embedding_rows
-from skd_lib.models.vocabulary import check_ids, pad_id
+from skd_lib.models.vocabulary import check_ids, eos_ids, pad_id
 
 
 class ReferenceLoss(NamedTuple):
@@ -40,7 +40,7 @@ def reference_losses(
     of positions at a time.
     """
     end = answer_end_id(tokenizer, task)
-    encoded = [encode(tokenizer, task, example, end) for example in examples]
+    encoded = [encode(tokenizer, task, example, end, eos_ids(model, tokenizer)) for example in examples]
     check_ids(encoded, embedding_rows(model), where="evaluation")
     # Rows of like length next to each other, so that little padding is computed.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt_ids) + len(encoded[i].response_ids))

@@ -64,9 +64,12 @@ def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Seq
         for test_set in config.data.held_out:
             check_reach(checks, model, test_set.task, held_out.get(test_set.name, []))
     if models and models[-1].answer_end is not None:
-        tokenizer, end = models[-1].tokenizer, models[-1].answer_end
-        checks.attempt("example", lambda: show_example(checks, config, tokenizer, end, whole))
-        _check_lengths(checks, config, models[-1].tokenizer, models[-1].answer_end, splits)
+        from skd_lib.models.vocabulary import eos_ids
+
+        tokenizer = models[-1].tokenizer
+        ends = (models[-1].answer_end, *eos_ids(models[-1].folder, tokenizer))
+        checks.attempt("example", lambda: show_example(checks, config, tokenizer, ends, whole))
+        _check_lengths(checks, config, tokenizer, ends, splits)
         for run in distinct(runs, lambda run: (run.student, run.student_init, run.distill)):
             of_run = [model for model in models if model.role == "teacher" or model.reference == run.student]
             _check_positions(checks, run, of_run, splits)
@@ -172,7 +175,7 @@ def check_reach(checks: Checks, model: Model, task: TaskConfig, examples: Sequen
 
 
 def _check_lengths(
-    checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, end: int, splits: Splits
+    checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], splits: Splits
 ) -> None:
     """Compare a sample of each split with the limits on prompt and answer."""
     task = config.task
@@ -180,10 +183,10 @@ def _check_lengths(
         sample = sample_of(rows, task)
         if not sample or not check_rendered_rows(checks, name, tokenizer, task, sample):
             continue
-        encoded = [encode(tokenizer, task, example, end) for example in sample]
+        encoded = [encode(tokenizer, task, example, ends[0], ends) for example in sample]
         prompts = [len(example.prompt_ids) for example in encoded]
         long = sum(length > task.max_prompt_tokens for length in prompts)
-        cut = sum(example.response_ids[-1:] not in ([], [end]) for example in encoded)
+        cut = sum(bool(example.response_ids) and example.response_ids[-1] not in ends for example in encoded)
         hints = [
             *(["raise task.max_prompt_tokens: examples with longer prompts are left out"] if long else []),
             *(["raise task.max_new_tokens: longer answers are cut"] if cut else []),
@@ -236,7 +239,7 @@ def _check_positions(checks: Checks, run: RunConfig, models: Sequence[Model], sp
         student_writes = facts.student_writes and (model.role == "student" or run.student_init.cuts)
         if student_writes or (facts.teacher_writes and model.role == "teacher"):
             for example in sorted(splits.train_student, key=lambda each: -len(each.source))[:_TRIED]:
-                length = len(encode_prompt(tokenizer, task, example.question))
+                length = len(encode_prompt(tokenizer, task, example.question, example.target))
                 needed = length + task.max_new_tokens
                 if length <= task.max_prompt_tokens and needed > sampling:
                     prompt = f"its prompt of {length}"
@@ -251,7 +254,7 @@ def _check_positions(checks: Checks, run: RunConfig, models: Sequence[Model], sp
                     )
                     break
         tests = sorted(splits.test, key=lambda each: len(each.source))[:_TRIED]
-        shortest = min((len(encode_prompt(tokenizer, task, each.question)) for each in tests), default=0)
+        shortest = min((len(encode_prompt(tokenizer, task, each.question, each.target)) for each in tests), default=0)
         needed = shortest + task.max_new_tokens
         if needed > answering:
             prompt = f"the shortest test prompt of {shortest}"

@@ -105,17 +105,20 @@ def _check_answers(checks: Checks, config: RunConfig, runs: Sequence[RunConfig],
 
 
 def show_example(
-    checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, answer_end: int, splits: Splits
+    checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], splits: Splits
 ) -> None:
-    """Show the first training example as the model reads it, with the tokens that are trained on marked."""
+    """Show the first training example as the model reads it, with the tokens that are trained on marked.
+
+    `ends` are the ids at which the model stops, the one that training puts after answers first.
+    """
     row = next(iter(splits.train_student), None)
     if row is None:
         return
-    encoded = encode(tokenizer, config.task, row, answer_end)
+    encoded = encode(tokenizer, config.task, row, ends[0], ends)
     prompt, answer = (tokenizer.decode(ids) for ids in (encoded.prompt_ids, encoded.response_ids))
     earlier = row.conversation.asked if row.conversation and config.data.assistant_turns == "all" else ()
     shown = _marked(
-        prompt, [message["content"] for message in earlier if is_trained(message)], tokenizer.decode(answer_end)
+        prompt, [message["content"] for message in earlier if is_trained(message)], tokenizer.decode(ends[0])
     )
     written = _shortened(answer, *_ANSWER_ENDS) if answer else "a response is sampled here"
     checks.add(

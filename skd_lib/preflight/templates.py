@@ -57,7 +57,7 @@ def _notes(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> tuple[str, .
 def check_rendered_rows(
     checks: Checks, split: str, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, examples: Sequence[Example]
 ) -> bool:
-    """Find examples whose question or answer the chat template changes.
+    """Find examples of which the chat template changes or leaves out something.
 
     Returns:
         Whether the template takes all of them; the first that it refuses is an error.
@@ -78,13 +78,15 @@ def check_rendered_rows(
             found.setdefault(what, []).append(example)
     for what, rows in found.items():
         hint = "remove what the template acts on from these texts (e.g. `</think>`), or correct the template"
+        does = "does not write" if what in ("tools", "thinking") else "changes"
         if what == "tools":
             hint = "use models whose template writes tools, or describe them in the system message"
+        if what == "thinking":
+            hint = "use models whose template writes thinking: answers are trained on without theirs"
         checks.add(
             f"{split} rows",
             "error" if what == "question" else "warning",
-            f"the chat template {'does not write' if what == 'tools' else 'changes'} the {what} of {len(rows)} of "
-            f"{len(examples)} rows",
+            f"the chat template {does} the {what} of {len(rows)} of {len(examples)} rows",
             where=rows[0].place,
             hint=hint,
         )

@@ -121,14 +121,15 @@ class TrainingRun:
             digest = data.manifest["sha256"][f"{name}.jsonl"]
             run.log_dataset(name, digest, data_uri, context=context, rows=len(examples[name]))
         end = answer_end_id(tokenizer, self.task)
-        tokens = {name: encode_all(tokenizer, self.task, rows, end) for name, rows in examples.items()}
+        ends = ending_ids(student, tokenizer, self.task)
+        tokens = {name: encode_all(tokenizer, self.task, rows, end, ends) for name, rows in examples.items()}
         left_out = {f"{LEFT_OUT}{name}": float(len(rows) - len(tokens[name])) for name, rows in examples.items()}
         rows = min(map(rows_in_config, self.models.values()))
         for each in tokens.values():
             check_ids(each, rows, where=self.step)
         start = time.monotonic()
         limits: dict[str, Any] = {
-            "eos_ids": ending_ids(student, tokenizer, self.task),
+            "eos_ids": ends,
             "pad_id": pad_id(tokenizer, rows),
             "max_new_tokens": self.task.max_new_tokens,
         }

@@ -172,3 +172,87 @@ def test_what_a_template_changes_in_a_trainers_row_is_told_once(caplog: pytest.L
     for _ in range(2):
         tokenize_row(silent, row, [silent.eos_token_id])
     assert caplog.text.count("silent: the chat template changes or leaves out the answer of some rows") == 1
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% set thought = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1] | trim"
+    " if '</think>' in m.content else '') %}{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen3's: thinking in a field, or in the text, stands where else an empty part of thinking is."""
+DROPPING = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{{ m.content.split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+"""As DeepSeek-R1's."""
+EMPTY = "<think>\n\n</think>\n\n"
+THOUGHT = "<think>\nhm\n</think>\n\n"
+
+
+@cache
+def thinking() -> PreTrainedTokenizerFast:
+    return byte_level(THINKING, eos="<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("answer", "opening", "response"),
+    [
+        ({"content": "42"}, EMPTY, "42"),
+        ({"content": "42", "reasoning_content": "hm"}, "", f"{THOUGHT}42"),
+        ({"content": f"{THOUGHT}42"}, "", f"{THOUGHT}42"),
+        ({"content": "hm</think>42"}, "", f"{THOUGHT}42"),
+        ({"content": f"{EMPTY}42"}, EMPTY, "42"),
+        ({"content": "!"}, EMPTY, "!"),
+    ],
+)
+def test_thinking_is_trained_and_scored_after_one_prompt(answer: dict[str, str], opening: str, response: str) -> None:
+    tokenizer = thinking()
+    talk = [*messages("6 * 7?"), {"role": "assistant", **answer}]
+    taught = example(talk)
+    prompt = f"<|im_start|>user\n6 * 7?<|im_end|>\n<|im_start|>assistant\n{opening}"
+    assert texts_of(tokenizer, taught) == (prompt, f"{response}<|im_end|>")
+    assert f"{prompt}{response}<|im_end|>\n" == tokenizer.apply_chat_template(talk, tokenize=False)
+    assert tokenizer.decode(encode_prompt(tokenizer, TASK, taught.question)) == prompt
+    assert chat_layout(tokenizer, TASK).departure(TASK, taught.question, taught.target) == ""
+    if "reasoning_content" not in answer:
+        text = make_example("6 * 7?", answer["content"])
+        assert texts_of(tokenizer, text) == (prompt, f"{response}<|im_end|>")
+        assert tokenizer.decode(encode_prompt(tokenizer, TASK, text.question, text.target)) == prompt
+
+
+def test_thinking_that_a_template_drops_is_trained_on_as_it_is() -> None:
+    tokenizer = byte_level(DROPPING)
+    for answer in ("42", f"{THOUGHT}42", f"{EMPTY}42"):
+        assert texts_of(tokenizer, make_example("7?", answer)) == ("<|user|>7?<|assistant|>", f"{answer}</s>")
+
+
+def test_thinking_in_a_field_that_a_template_does_not_write_is_noticed() -> None:
+    talk = [*messages("a"), {"role": "assistant", "content": "42", "reasoning_content": "hm"}]
+    asked = example(talk)
+    assert chat_layout(byte_level(DROPPING), TASK).departure(TASK, asked.question, "42") == "thinking"
+
+
+def test_of_an_answer_with_thinking_the_text_after_it_is_scored() -> None:
+    tokenizer = thinking()
+    asked = example([*messages("6 * 7?"), {"role": "assistant", "content": "42", "reasoning_content": "hm"}]).question
+    ids = tokenizer("<think>\nIs it </think>?\n</think>\n\nIt is 42.<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert decode_answer(tokenizer, TASK, ids, asked) == "It is 42."
+    assert decode_answer(tokenizer, TASK, ids, example(messages("a", "b")).question).startswith("<think>\nIs it")
+
+
+def test_a_call_that_ends_by_a_token_of_its_own_gets_no_second_end() -> None:
+    tokenizer = byte_level(
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+        "{% if m.tool_calls %}add<|response|>\n{% else %}<|return|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+        eos="<|return|>",
+    )
+    called = example([*messages("a"), {"role": "assistant", "content": "", "tool_calls": [CALL]}])
+    end, call = answer_end_id(tokenizer, TASK), tokenizer.convert_tokens_to_ids("<|response|>")
+    assert tokenizer.decode(encode(tokenizer, TASK, called, end, [end, call]).response_ids).endswith("add<|response|>")
+    assert encode(tokenizer, TASK, called, end).response_ids[-1] == end
+    row = {"messages": [*messages("a"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
+    assert tokenize_row(tokenizer, row, [end, call]).response_ids[-1] == call

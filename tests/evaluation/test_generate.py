@@ -12,7 +12,8 @@ from skd_lib.config import TaskConfig
 from skd_lib.data.tokenize import decode_answer, encode_prompt
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import Answer, generate, stop_condition
-from tests.conftest import TinyModel
+from tests.conftest import CHAT_TEMPLATE, TinyModel
+from tests.data.test_conversation_tokens import THINKING
 
 SOURCES = [
     "Le fichier a été enregistré.",
@@ -114,6 +115,19 @@ def test_the_token_that_training_puts_after_answers_ends_them(
     [answer] = generate(model, taught, SOURCES[:1], settings, batch_size=1)
     assert answer.tokens == written.index(written[4]) + 1 < len(written)
     assert not answer.truncated
+
+
+def test_a_reference_with_thinking_is_asked_for_with_the_prompt_of_its_training(
+    tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, tokenizer = tiny_model(), copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = THINKING
+    references = ["<think>\nhm\n</think>\n\n42", "42"]
+    thought, plain = generate(model, tokenizer, SOURCES[:1] * 2, task(), batch_size=2, references=references)
+    assert [plain] == generate(model, tokenizer, SOURCES[:1], task(), batch_size=1)
+    tokenizer.chat_template = CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
+    assert [thought] == generate(model, tokenizer, SOURCES[:1], task(), batch_size=1)
+    assert thought != plain
 
 
 def test_long_prompts_are_answered_with_a_warning(
