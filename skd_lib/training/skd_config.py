@@ -228,6 +228,9 @@ def check_arguments(
     if isinstance(train_dataset, Mapping):
         hint = f"pass one of its splits: {', '.join(map(str, train_dataset))}"
         raise SkdError("several splits in a dictionary", where="SKDTrainer, train_dataset", hint=hint)
+    if hasattr(train_dataset, "__len__") and not len(train_dataset):
+        hint = "give it rows; leave it out where the trainer only evaluates"
+        raise SkdError("the dataset is empty", where="SKDTrainer, train_dataset", hint=hint)
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         what = f"a {type(processing_class).__name__} is no tokenizer"
         hint = "models of text only are trained; pass the processor's `tokenizer`"

@@ -236,6 +236,7 @@ def test_the_command_line_of_transformers_reads_it(tmp_path: Path) -> None:
     [
         ({"args": TrainingArguments(output_dir="x", report_to="none")}, "not an SKDConfig"),
         ({"train_dataset": {"train": CHAT, "test": CHAT}}, r"several splits(.|\n)*train, test"),
+        ({"train_dataset": []}, "train_dataset: the dataset is empty"),
         ({"processing_class": object()}, "a object is no tokenizer"),
         ({"compute_metrics": len}, "metrics of logits"),
         ({"model": None}, "there is no model"),
@@ -355,6 +356,36 @@ def test_rows_that_it_cannot_read_are_shown(make: Any, row: dict[str, Any], mess
     trainer = make()
     with pytest.raises(SkdError, match=message):
         trainer.data_collator([row])
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_a_row_that_it_cannot_read_is_named_by_its_number(make: Any, turns: str) -> None:
+    long = {"messages": [{"role": "user", "content": "long " * 99}, {"role": "assistant", "content": "x"}]}
+    trainer = make([*CHAT[:5], long], max_length=90, assistant_turns=turns)
+    kind = {"last": "row", "all": "answer"}[turns]
+    with pytest.raises(SkdError, match=f"train_dataset, {kind} 6: the prompt has"):
+        trainer.data_collator(list(trainer.train_dataset))
+    trainer.train_dataset, trainer.eval_dataset = None, {"few": [CHAT[0], long]}
+    with pytest.raises(SkdError, match="eval_dataset, `few`, row 2: the prompt has"):
+        trainer.data_collator([long])
+
+
+def test_a_training_with_other_steps_has_other_schedules(make: Any) -> None:
+    trainer = make(method="two_stage", max_steps=1)
+    sources: list[str] = []
+    one = trainer.get_batch_samples
+
+    def seen(*arguments: Any) -> Any:
+        made = one(*arguments)
+        sources.append(made[0][0]["rollout"].sources[0])
+        return made
+
+    trainer.get_batch_samples = seen
+    trainer.train()
+    trainer.args.max_steps = 4
+    trainer.train()
+    assert sources[1:3] == sources[1:2] * 2
+    assert sources[1] != sources[4]
 
 
 def test_a_response_ends_also_where_the_template_does_not_end_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
