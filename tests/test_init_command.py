@@ -33,14 +33,23 @@ def test_flags_are_answers(skd: Skd, tmp_path: Path, data: str, expected: dict[s
     assert (config.name, config.teacher, config.student) == ("my-run", "org/teacher", "org/student")
     assert config.data.source.model_dump(exclude_defaults=True) | {"type": config.data.source.type} == expected
     assert [each.name for each in tmp_path.iterdir()] == ["my-run.yaml"]
+    assert config.registry.model_name == "my-run"
+    assert (f"warning: {data}: there is no such file" in done.stderr) == (data in ("train.jsonl", "007.csv"))
 
 
 def test_what_it_wrote_passes_a_dry_run(skd: Skd, tmp_path: Path) -> None:
-    rows = [{"source": f"Add {n} and 1.", "target": f"#### {n + 1}"} for n in range(10)]
+    rows = [{"source": f"Add {n} and 1.", "target": f"#### {n + 1}"} for n in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    skd("init", tmp_path / "run.yaml", *FLAGS, "--data", tmp_path / "train.jsonl")
+    assert "warning" not in skd("init", tmp_path / "run.yaml", *FLAGS, "--data", tmp_path / "train.jsonl").stderr
     done = skd("run", tmp_path / "run.yaml", "--dry-run", "--runs-dir", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
+    fewer = "fewer than validation_examples: 64, test_examples: 256"
+    assert f"splits   train 48, validation 6, test 6; {fewer}\n" in done.stdout
+    assert "registry the student becomes a version of run, " in done.stdout
+    (tmp_path / "train.jsonl").unlink()
+    done = skd("run", tmp_path / "run.yaml", "--dry-run", "--runs-dir", tmp_path / "runs", "--tracking-uri", "")
+    assert f"splits   {tmp_path / 'train.jsonl'}: cannot read: No such file" in done.stdout
+    assert "registry off" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["demo", "gemma-gsm8k"])

@@ -40,6 +40,7 @@ distill:
   divergence: forward_kl
   sampling: {{ top_k: 25, gamma: 5 }} # a draft stands if it is among the teacher's 25 most likely tokens
   training: {{ max_steps: 300, batch_size: 8, learning_rate: 1.0e-5 }}
+registry: {{ model_name: {name} }} # in MLflow; its versions compete for one champion
 """
 
 
@@ -68,6 +69,7 @@ def init(
     from skd_lib.config.names import run_name_from
     from skd_lib.storage import check_writable, write_text_atomic
 
+    missing_data = ""
     if output.exists() and not force:
         raise SkdError("it exists already", where=str(output), hint="name another file, or add --force")
     if example:
@@ -81,6 +83,7 @@ def init(
         for question, answer in answers.items():
             answers[question] = answer or _asked(question)
         method = method or (_asked("method", default="skd") if missing else "skd")
+        missing_data = answers["data"] if _is_missing(answers["data"]) else ""
         source = _source(answers.pop("data"))
         quoted = {question: _quoted(answer) for question, answer in answers.items()}
         text = TEMPLATE.format(
@@ -93,6 +96,8 @@ def init(
     parse_section(RunConfig, parse_yaml(text, where=str(output)), where=str(output))
     check_writable(str(output.absolute().parent))
     write_text_atomic(output, text)
+    if missing_data:
+        say(f"warning: {missing_data}: there is no such file; `data.source.train` in {output} names it", err=True)
     say(f"{output} is written; check it with `skd run {output} --dry-run`, then run it with `skd run {output}`")
 
 
@@ -125,7 +130,7 @@ def _check(question: str, answer: str) -> None:
         parse_section(TaskConfig, {"name": answer}, where="task")
     elif question == "method":
         parse_section(DistillConfig, {"method": answer}, where="distill")
-    elif "://" not in answer and not set("*?[") & set(answer) and _is_file(answer) and not Path(answer).exists():
+    elif _is_missing(answer):
         raise SkdError("there is no such file", where=answer, hint="check the path; it is read from this folder")
 
 
@@ -146,6 +151,11 @@ def _is_file(data: str) -> bool:
     from skd_lib.data.files import ending
 
     return bool(ending(data))
+
+
+def _is_missing(data: str) -> bool:
+    """Return whether a file of this machine is named that is not there."""
+    return "://" not in data and not set("*?[") & set(data) and _is_file(data) and not Path(data).exists()
 
 
 def _quoted(text: str) -> str:

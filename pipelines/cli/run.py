@@ -14,6 +14,11 @@ from skd_lib._core.terminal import say
 from skd_lib._core.uris import shown, sqlite_file
 from skd_lib.errors import SkdError
 
+_COUNTED = 5_000
+"""Rows of a file that a dry run reads, at most."""
+_COMPARED = 100_000
+"""Characters in which it looks for near duplicates."""
+
 if TYPE_CHECKING:
     from skd_kfp.pipelines.local.containers import Containers
     from skd_kfp.pipelines.local.folder import RunFolder
@@ -125,10 +130,10 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
         plan = {"config": config.model_dump(mode="json"), "steps": listed}
         say_json({**plan, **{name.lower(): place for name, place in places.items()}})
         return
-    table = Table("step", "runs", "after", title=f"run {config.name}", title_justify="left", box=None)
+    table = Table("step", "after", title=f"run {config.name}", title_justify="left", box=None)
     for step in steps:
         after = "everything" if step.is_exit else ", ".join(step.waits_for) or "-"
-        table.add_row(step.name, f"python3 -m {step.command}", after)
+        table.add_row(step.name, after)
     console.print(table)
     student = config.student or f"cut from the teacher ({config.student_init.mode})"
     for name, value in {
@@ -136,21 +141,54 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
         "student": student,
         "method": f"{config.distill.method}, {config.distill.divergence}",
         **_data(config),
+        "registry": _registration(config, tracking_uri),
         **places,
     }.items():
         say(f"{name:<8} {value}")
 
 
 def _data(config: RunConfig) -> dict[str, str]:
-    """Return the format of the data, where they are files of this machine."""
+    """Return the format of the data and the sizes of the splits, where they are files of this machine."""
     from skd_lib.config import FilesSource
     from skd_lib.data.sources import find_columns
     from skd_lib.storage import is_remote
 
     source = config.data.source
-    if not isinstance(source, FilesSource) or any(map(is_remote, source.train)):
+    if not isinstance(source, FilesSource) or any(map(is_remote, [*source.train, *source.validation, *source.test])):
         return {}
-    return {"data": f"{find_columns(source)}; {', '.join(source.train)}"}
+    sizes = _splits(config)
+    found = {"data": f"{find_columns(source)}; {', '.join(source.train)}"}
+    return {**found, "splits": sizes} if sizes else found
+
+
+def _splits(config: RunConfig) -> str:
+    """Return the sizes of the splits, or what keeps them from being made; empty for data too large to be read here."""
+    from skd_lib.data.sources import load
+    from skd_lib.data.splits import divide
+
+    try:
+        rows = load(config.data.source, max_rows=_COUNTED)
+        if any(len(split) >= _COUNTED for split in (rows.train, rows.validation or (), rows.test or ())):
+            return ""
+        made = divide(rows, config.data, config.seed, characters=_COMPARED)
+    except SkdError as error:  # `preflight` reports all of them, and ends the run
+        return error.brief
+    sizes = {"train": made.train_student, "validation": made.validation, "test": made.test}
+    asked = {name: getattr(config.data, f"{name}_examples", None) or 0 for name in ("validation", "test")}
+    fewer = [f"{name}_examples: {count}" for name, count in asked.items() if count > len(sizes[name])]
+    text = ", ".join(f"{name} {len(split)}" for name, split in sizes.items())
+    return f"{text}; fewer than {', '.join(fewer)}" if fewer else text
+
+
+def _registration(config: RunConfig, tracking_uri: str) -> str:
+    """Return what the run registers, and under which name."""
+    from skd_lib.config import RegistryConfig
+
+    if not tracking_uri:
+        return "off: without MLflow no model is registered"
+    name = config.registry.model_name
+    shared = " (the default name; `registry.model_name` is another)" if name == RegistryConfig().model_name else ""
+    return f"the student becomes a version of {name}{shared}, and its champion if it is better"
 
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str, experiment: str) -> None:
