@@ -8,15 +8,16 @@ TEACHER and STUDENT are names or folders of causal language models with one toke
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
-from skd_lib import SKDConfig, SKDTrainer
+from skd_lib import SKDConfig, SkdError, SKDTrainer
+from skd_lib.data.readers import read_rows
 from skd_lib.distillation.methods import METHODS, MethodEntry
 from skd_lib.distillation.rollouts import Responses, Strategy
+from skd_lib.models.references import parse_reference
 from skd_lib.sampling.acceptance import RULES, AcceptanceRule, Block, RuleEntry
 
 
@@ -64,7 +65,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     options = parser.parse_args()
 
-    lines = options.data.read_text(encoding="utf-8").split("\n")
+    for name in (options.teacher, options.student):
+        parse_reference(name)  # a folder that does not exist is an error now, not after requests to the hub
     trainer = SKDTrainer(
         model=options.student,
         teacher_model=options.teacher,
@@ -80,7 +82,7 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
         ),
-        train_dataset=[json.loads(line) for line in lines if line.strip()],
+        train_dataset=read_rows(options.data),
         processing_class=AutoTokenizer.from_pretrained(options.teacher),
     )
     trainer.train()
@@ -89,4 +91,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SkdError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -9,7 +9,8 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from skd_lib import InterleavedSampler, lossless
+from skd_lib import InterleavedSampler, SkdError, lossless
+from skd_lib.models.references import parse_reference
 
 
 def main() -> None:
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args()
 
+    for name in (options.teacher, options.student):
+        parse_reference(name)  # a folder that does not exist is an error now, not after requests to the hub
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher).eval()
     student = AutoModelForCausalLM.from_pretrained(options.student).eval()
@@ -43,4 +46,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SkdError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -7,14 +7,15 @@ TEACHER and STUDENT are names or folders of causal language models with one toke
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from skd_lib import InterleavedSampler, divergence, top_k
+from skd_lib import InterleavedSampler, SkdError, divergence, top_k
 from skd_lib.data.formats import tokenize_row
+from skd_lib.data.readers import read_rows
+from skd_lib.models.references import parse_reference
 
 
 def options() -> argparse.Namespace:
@@ -38,15 +39,20 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Train, and save the student."""
     args = options()
+    for name in (args.teacher, args.student):
+        parse_reference(name)  # a folder that does not exist is an error now, not after requests to the hub
+    rows = read_rows(args.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher).to(device).eval().requires_grad_(False)
     student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32).to(device)
 
-    lines = args.data.read_text(encoding="utf-8").split("\n")
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
-    prompts = [tokenize_row(tokenizer, json.loads(line), [eos_id]).prompt_ids for line in lines if line.strip()]
+    prompts = [
+        tokenize_row(tokenizer, row, [eos_id], where=f"{args.data}, example {number}").prompt_ids
+        for number, row in enumerate(rows, start=1)
+    ]
 
     sampler = InterleavedSampler(student, teacher, top_k(args.top_k), gamma=args.gamma)
     forward_kl = divergence("forward_kl")
@@ -93,4 +99,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SkdError as error:
+        raise SystemExit(f"error: {error}") from None

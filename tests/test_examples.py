@@ -66,6 +66,23 @@ def test_speculative_decoding_says_what_the_teacher_says(models: tuple[Path, Pat
     assert told[0].splitlines()[:-1] == told[1].splitlines()[:-1]
 
 
+@pytest.mark.slow
+def test_mistakes_are_sentences(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Add 1 and 2: "}\n{"prompt": \n')
+    for name in ("train_skd.py", "custom_method.py"):
+        told = failed(name, *models, tmp_path / "data.jsonl")
+        assert f"{tmp_path / 'data.jsonl'}, row 2: broken JSON" in told
+        assert "error: no-such-folder: no such folder" in failed(name, models[0], "no-such-folder", "data.jsonl")
+    assert "error: no-such-folder: no such folder" in failed("speculative_decoding.py", "no-such-folder", "x", "Add 1.")
+
+
+def failed(name: str, *arguments: str | Path) -> str:
+    done = subprocess.run([sys.executable, str(FOLDER / name), *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
 def test_the_readmes_python(tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its block as it is, but for the models' names and the number of steps."""
     monkeypatch.chdir(tmp_path)

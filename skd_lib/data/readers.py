@@ -38,6 +38,26 @@ def first_fields(stream: IO[bytes], name: str) -> Fields:
         return {}
 
 
+def read_rows(path: str | Path) -> list[Fields]:
+    """Return the rows of a data file with all their fields, as `SKDTrainer` and `tokenize_row` take them.
+
+    Args:
+        path: File, folder or glob, e.g. `train.jsonl`; its ending is that of its format.
+
+    Raises:
+        SkdErrors: rows that cannot be read, each with its file and number.
+        SkdError: there is no such data file.
+    """
+    problems, found = Problems(), list[Fields]()
+    for name in data_files(str(path)):
+        kind, read = _READERS[ending(name) or ".jsonl"]
+        with storage.open_binary(name) as stream:
+            rows = read(_uncompressed(stream, name), name, None).rows
+            found += [fields for _, fields in guarded(rows, kind, name, problems)]
+    problems.raise_any()
+    return found
+
+
 def read_file(
     stream: IO[bytes], name: str, columns: Columns, problems: Problems, max_rows: int | None = None
 ) -> list[Example]:

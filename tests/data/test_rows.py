@@ -14,6 +14,7 @@ import pytest
 
 from skd_lib.config import Columns, FilesSource
 from skd_lib.data import json_rows, sources
+from skd_lib.data.readers import read_rows
 from skd_lib.errors import SkdError, SkdErrors
 
 ROWS = [{"source": f"question {i}", "target": f"réponse {i}\u2028"} for i in range(4)]
@@ -386,3 +387,15 @@ def test_numbers_of_parquet_are_written_as_people_do(tmp_path: Path) -> None:
 def test_a_cast_of_a_column_that_is_not_read_is_refused() -> None:
     with pytest.raises(ValueError, match="neither source nor target reads: label"):
         Columns(cast={"label": "text"})
+
+
+def test_all_fields_of_the_rows_are_read_and_broken_ones_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"prompt": "a", "other": 1}\n\n{"prompt": "b"}\n')
+    assert read_rows(path) == [{"prompt": "a", "other": 1}, {"prompt": "b"}]
+    path.write_text('{"prompt": "a"}\n{"prompt": \n[]\n')
+    with pytest.raises(SkdErrors) as caught:
+        read_rows(path)
+    assert [error.where for error in caught.value.errors] == [f"{path}, row 2", f"{path}, row 3"]
+    with pytest.raises(SkdError, match=r"b\.jsonl: cannot read"):
+        read_rows(tmp_path / "b.jsonl")
