@@ -238,7 +238,7 @@ def _image_problems(spec: Values) -> list[str]:
         if not _IMAGE.fullmatch(image):
             wrong = "is not the name of an image: REGISTRY/NAME:VERSION or REGISTRY/NAME@sha256:DIGEST"
         elif "@sha256:" not in image and version in ("", "latest"):
-            wrong = "has neither version nor digest"
+            wrong = "has neither version nor digest; write NAME:VERSION or NAME@sha256:DIGEST"
         else:
             continue
         others = f" (and {len(names) - 1} further components)" if len(names) > 1 else ""

@@ -73,7 +73,7 @@ def compile_(
         why = f"the pipeline {names[0]} has no step for COMET"
         refuse(context, "comet_image", why=why, hint="give --pipeline distillation_comet, or leave it out")
     if check:
-        refuse(context, "image", "comet_image", why="the committed pipelines name the published images")
+        refuse(context, "image", "comet_image", why="the committed pipelines name the images of the release")
         for name, path in paths.items():
             check_compiled(path, name=name, profile=chosen, release=release)
             say(f"{short(path)} is up to date")

@@ -46,9 +46,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead, for sc
 
 
 def _named(option: typer.CallbackParam, image: str | None) -> str | None:
-    """Refuse an empty name, e.g. of an unset variable of a shell, which would select the published image."""
+    """Refuse an empty name, e.g. of an unset variable of a shell, which would select the release's image."""
     if image is not None and not image.strip():
-        hint = "name an image, or leave the option out for the published one"
+        hint = "name an image, or leave the option out for the release's (a clone has none)"
         raise SkdError("no image is named", where=option.opts[0], hint=hint)
     return image
 
@@ -57,14 +57,16 @@ Image = Annotated[
     str | None,
     typer.Option(
         envvar="SKD_IMAGE",
-        help="Run every step but COMET's in this image, not in the published one.",
+        help="Run every step but COMET's in this image, not in that of the release (a clone has none).",
         callback=_named,
     ),
 ]
 CometImage = Annotated[
     str | None,
     typer.Option(
-        envvar="SKD_COMET_IMAGE", help="Run COMET's step in this image, not in the published one.", callback=_named
+        envvar="SKD_COMET_IMAGE",
+        help="Run COMET's step in this image, not in that of the release (a clone has none).",
+        callback=_named,
     ),
 ]
 

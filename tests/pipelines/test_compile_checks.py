@@ -157,12 +157,13 @@ def images_alone(*images: str) -> Documents:
 
 def test_a_wrong_image_is_one_problem():
     """Commit 9e44b4e: one for each component."""
+    wrong = "has neither version nor digest; write NAME:VERSION or NAME@sha256:DIGEST"
     assert find_problems(images_alone("reg/train", "reg/train", "reg/comet:1", "reg/train")) == [
-        "component comp-0: image 'reg/train' has neither version nor digest (and 2 further components)"
+        f"component comp-0: image 'reg/train' {wrong} (and 2 further components)"
     ]
     assert find_problems(images_alone("reg/train:latest", "reg/comet")) == [
-        "component comp-0: image 'reg/train:latest' has neither version nor digest",
-        "component comp-1: image 'reg/comet' has neither version nor digest",
+        f"component comp-0: image 'reg/train:latest' {wrong}",
+        f"component comp-1: image 'reg/comet' {wrong}",
     ]
 
 
