@@ -167,6 +167,10 @@ class SKDConfig(TrainingArguments):
 
 
 _ROWS = "rows are recognised by their fields: `messages`, `prompt` and `completion`, or `prompt`; leave it out"
+_ENGINE = (
+    "SKDTrainer samples with this project's own engine; leave it out. A run of the pipeline can sample with vLLM: "
+    "`distill.engine: vllm`"
+)
 _OF_SFT = {
     "packing": "each row is a sequence of its own, since its response is sampled; leave it out",
     "dataset_text_field": _ROWS,
@@ -177,9 +181,10 @@ _OF_SFT = {
     "completion_only_loss": "the loss is on the responses always; leave it out",
     "assistant_only_loss": "the loss is on the responses always; `assistant_turns` says on which",
     "max_seq_length": "it is called max_length",
+    **dict.fromkeys(("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_server_base_url"), _ENGINE),
     "teacher_model_name_or_path": "pass the name to SKDTrainer, as `teacher_model`",
 }
-"""Arguments that TRL's GKDConfig has from its SFTConfig, and what to do without them."""
+"""Arguments of TRL's GKDConfig and of its other trainers, and what to do without them."""
 _SCHEDULED = ("top_k", "min_prob", "mixture", "gamma", "lmbda")
 _OWN_NAMES = {
     "sampling.student.temperature": "temperature",  # or student_temperature

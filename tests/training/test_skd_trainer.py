@@ -150,6 +150,7 @@ def test_names_of_gkd_mean_what_they_mean_there() -> None:
         ({"gamma": 0}, "field `gamma`"),
         ({"topk": 3}, r"SKDConfig, topk: there is no such argument(.|\n)*did you mean top_k"),
         ({"packing": True}, r"SKDConfig, packing(.|\n)*its response is sampled"),
+        ({"use_vllm": True}, r"SKDConfig, use_vllm(.|\n)*`distill.engine: vllm`"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"label_smoothing_factor": 0.1}, "field `label_smoothing_factor`"),
         ({"torch_compile": True}, "field `torch_compile`"),
