@@ -114,7 +114,7 @@ def replay(
     What MLflow has already is not sent twice. Where a later attempt at the step has begun, its tags and status stand.
     Several files are sent in the order in which their steps began.
 
-    Example: `skd track replay runs/demo/tracking/distill.jsonl`.
+    Example: `skd track replay runs/demo/tracking/RUN-distill-1a2b3c4d.jsonl`; the step's log has the file's name.
     """
     from skd_lib import storage
     from skd_lib.tracking.outbox import read_location

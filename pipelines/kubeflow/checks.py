@@ -136,6 +136,9 @@ NEEDS_ROOT = (
 )
 
 
+_COPY = "copy it to object storage (gs://, s3://, minio://); an absolute path is taken for a volume that the pods mount"
+
+
 def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]:
     """Return errors for files and models on this machine that a cluster could not read.
 
@@ -153,7 +156,7 @@ def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]
         if not is_remote(file) and not Path(file).is_absolute()
     ]
     models = [("teacher", config.teacher), *(("student", run.student or "") for run in runs)]
-    hint = "copy it to gs://; if a model of the hub is meant, start this in a folder without a file of that name"
+    hint = f"{_COPY}; if a model of the hub is meant, start this in a folder without a file of that name"
     return problems + [
         SkdError("the cluster cannot read a folder of this machine", where=f"{field}: {model}", hint=hint)
         for field, model in dict.fromkeys(models)
@@ -164,7 +167,7 @@ def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]
 def _remedy(file: str) -> str:
     if "{source}" in file:
         return "`{source}` is for `skd trigger`, which puts the folder of new data there: write where the data are"
-    return "copy it to gs://"
+    return _COPY
 
 
 def _lies_here(model: str) -> bool:

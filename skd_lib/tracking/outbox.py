@@ -253,7 +253,8 @@ def _read_entries(path: Path) -> Iterator[Entry]:
 def _unreadable(path: Path, error: Exception, line: int = 1) -> SkdError:
     reason = error.strerror if isinstance(error, OSError) else "it is not what a step leaves behind"
     what = f"cannot read what was kept for MLflow: {reason}"
-    return SkdError(what, where=f"{path}:{line}", hint="give a file that a step left behind")
+    where = str(path) if isinstance(error, OSError) else f"{path}:{line}"
+    return SkdError(what, where=where, hint="give a file that a step left behind")
 
 
 def _temporary_folder() -> Path:
