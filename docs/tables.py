@@ -1,4 +1,4 @@
-"""Write the tables of methods, acceptance rules and divergences into docs/reference/methods.md, from their registries."""
+"""Write the tables of methods, rules and divergences into docs/reference/methods.md, from their registries."""
 
 from __future__ import annotations
 

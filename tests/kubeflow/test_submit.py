@@ -94,9 +94,7 @@ def test_every_image_is_told(skd_plan: Callable[..., Submission], tmp_path: Path
 @pytest.mark.skipif("@" in TRAIN, reason="this is a release")
 def test_a_tree_that_is_no_release_says_how_to_come_to_an_image(skd_plan: Callable[..., Submission]):
     told = skd_plan(package=Package.read()).describe()["images"]
-    assert told.startswith(
-        f"{TRAIN} (no digest, since this is no release: build and push an image, then `skd"
-    )
+    assert told.startswith(f"{TRAIN} (no digest, since this is no release: build and push an image, then `skd")
 
 
 def test_comet_needs_a_step_where_it_decides(skd_plan: Callable[..., Submission], demo: RunConfig):
