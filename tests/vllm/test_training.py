@@ -29,9 +29,7 @@ WARM = SamplingParams(temperature=1.0, top_p=0.9)  # as `tiny_task.run` samples
 
 def by_vllm(pair: Pair, server: Engine, folder: Path, callbacks: Any = (), **options: Any) -> TrainResult:
     student = load_model(pair.folders["student"])
-    engine = replace(
-        pair.engine(server, folder / "weights", (WARM, WARM), new=8), student=student, pad_id=EOS, session=str(folder)
-    )
+    engine = replace(pair.engine(server, folder / "weights", (WARM, WARM), new=8), student=student, pad_id=EOS)
     return trained(student, engine.head, folder, engine, callbacks=list(callbacks), **options)
 
 
