@@ -206,7 +206,7 @@ def test_an_installed_release_names_its_images_by_digest(
     said = made.skd(programs, "submit", "run.yaml", "--dry-run", "--host", "http://h")
     assert f"images       {train}\n" in said
     what = "from skd_lib._core.bugs import install_command; print(install_command('torch'))"
-    assert _run(programs / "python", "-c", what) == "pip install 'skd-lib[training]'\n"
+    assert _run(programs / "python", "-c", what, cwd=tmp_path) == "pip install 'skd-lib[training]'\n"
 
 
 def release_commands() -> str:
