@@ -189,7 +189,7 @@ def _reads(distill: DistillConfig) -> dict[str, bool]:
         read |= {"divergence", "temperature", "temperature_squared", "selective"}
         read |= set(DIVERGENCES[distill.divergence].settings)
     if method.needs_teacher:
-        read.add("teacher_signal")
+        read |= {"teacher_signal", "engine", "vllm"}
     if method.interleaves:
         read |= {"replaced_weight", *(f"sampling.{name}" for name in ("rule", "gamma", *rule.settings))}
     read |= {f"sampling.{name}" for name in ("student", "teacher") if getattr(method, f"{name}_writes")}

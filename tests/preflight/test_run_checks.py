@@ -163,6 +163,8 @@ def test_settings_that_nothing_reads_are_pointed_out(values: dict[str, Any], tmp
     # Every method runs with its defaults, and with what it alone reads.
     for method in METHODS:
         assert unread_settings(DistillConfig(method=method)) == []
+    assert unread_settings(DistillConfig(engine="vllm")) == []
+    assert unread_settings(DistillConfig(method="sft", engine="vllm")) == ["engine"]
     assert unread_settings(DistillConfig(method="imitkd", sampled_fraction={"start": 0, "end": 1})) == []  # type: ignore[arg-type]
     assert unread_settings(DistillConfig(method="sft", temperature=2.0, selective={})) == ["temperature", "selective"]  # type: ignore[arg-type]
 
