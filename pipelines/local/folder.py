@@ -97,7 +97,7 @@ class RunFolder:
                 return False
         except filelock.Timeout:
             return True
-        except OSError:  # a folder of somebody else, which this process may only read
+        except OSError:  # another user's folder, which this process may only read
             return False
 
     def link(self, name: str, target: Path) -> Path:

@@ -284,13 +284,6 @@ def install(runner: Any, settings: RolloutSettings, length: int) -> Rollouts:  #
     runner.drafter.__class__ = InterleavedProposer
     for changed in (sampler, rejection, runner.drafter):
         changed.rollouts = rollouts
-    compute_logits = runner.model.compute_logits
-
-    def keeping(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rollouts.states_MH = hidden_states
-        return compute_logits(hidden_states, *args, **kwargs)
-
-    runner.model.compute_logits = keeping
     return rollouts
 
 

@@ -267,13 +267,6 @@ def install(runner: Any, settings: RolloutSettings, length: int) -> Rollouts:
     runner.sampler.__class__, runner.rejection_sampler.__class__ = InterleavedSampler, InterleavedRejectionSampler
     runner.speculator.__class__ = InterleavedSpeculator
     runner.sampler.rollouts = runner.speculator.rollouts = rollouts
-    compute_logits = runner.model.compute_logits
-
-    def keeping(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rollouts.states_MH = hidden_states
-        return compute_logits(hidden_states, *args, **kwargs)
-
-    runner.model.compute_logits = keeping
     return rollouts
 
 

@@ -46,6 +46,7 @@ class SkdExtension:
             if not adapted.fits(runner):
                 return {"error": f"{name} has no draft model, or schedules asynchronously: add --no-async-scheduling"}
             self.skd_rollouts: Any = adapted.install(runner, parsed, length)
+            self._keep_states()
             self._watch_prompts()
         elif v2 and length > self.skd_rollouts.length:
             return {
@@ -73,6 +74,16 @@ class SkdExtension:
     def skd_take_states(self, keys: list[str]) -> dict[str, list[Any]]:
         """Return the teacher's states along given prompts, from the position that was asked for on."""
         return {key: packed(torch.cat(self.skd_scored.pop(key))) for key in keys}
+
+    def _keep_states(self) -> None:
+        """Keep the teacher's states that the current logits are made from."""
+        model, compute_logits = self.model_runner.model, self.model_runner.model.compute_logits
+
+        def keeping(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.skd_rollouts.states_MH = hidden_states
+            return compute_logits(hidden_states, *args, **kwargs)
+
+        model.compute_logits = keeping
 
     def _watch_prompts(self) -> None:
         """Keep the teacher's states along prompts whose request asks for them."""
