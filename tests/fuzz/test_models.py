@@ -119,7 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copied(base: Path, folder: Path) -> Path:
-    """The model once more: links, since what is changed is written anew."""
+    """Copy the model by links; a test that changes a file replaces the link."""
     model = folder / "model"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(base, model, copy_function=os.link)

@@ -19,7 +19,7 @@ def published(execution: Execution, version: Version, *, by_driver: bool = False
     if version.metadata and by_driver:
         return
     dag = execution.parent
-    while dag is not None and dag.parent is not None:  # nobody counts for the root
+    while dag is not None and dag.parent is not None:  # the root has no counts
         state = _with_metadata(dag, version) if version.metadata else _without(dag)
         if not state:
             return
