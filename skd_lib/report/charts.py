@@ -20,6 +20,8 @@ _LABEL_GAP, _LABEL_LENGTH, _CHARACTER = 14, 18, 6.6
 """Between labels; most characters of one; width of one. In the chart's units, as all sizes here."""
 _BAND_FROM = 13
 """Points from which on intervals are drawn as a band, not as whiskers."""
+_FINEST = 1e-11
+"""Values that differ by less are drawn as equal: ticks have twelve places."""
 Format = Callable[[float], str]
 SHAPES = {
     "circle": "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
@@ -136,8 +138,8 @@ def share(part: float, kind: str) -> Markup:
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Return about `count` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose both."""
-    if high <= low:
-        low, high = (0.0, high or 1.0) if high >= 0 else (low - 1.0, low + 1.0)
+    if high - low < _FINEST:
+        low, high = (0.0, high if high > _FINEST else 1.0) if high >= 0 else (low - 1.0, low + 1.0)
     step = _nice_step(low, high, count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
@@ -145,7 +147,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def inner_ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
     """Return about `count` round numbers between both, ends included; the low end where there is none."""
-    if high <= low:
+    if high - low < _FINEST:
         return [low]
     step = _nice_step(low, high, count)
     if whole:

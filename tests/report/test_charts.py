@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from skd_lib.report.charts import HEIGHT, WIDTH, Axis, Series, chart, inner_ticks, interval, nice_ticks, spread_out
@@ -18,6 +18,7 @@ NUMBERS = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
 
 
 @given(NUMBERS, NUMBERS)
+@example(0.0, 5e-324)
 def test_ticks_enclose_the_values_in_round_steps(low: float, high: float) -> None:
     low, high = min(low, high), max(low, high)
     ticks = nice_ticks(low, high)
@@ -52,6 +53,7 @@ def drawn(*series: Series, x: Axis = X, y: Axis = Y) -> str:
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+@example(0.0, 5e-324)
 def test_inner_ticks_are_between_the_ends(low: float, span: float) -> None:
     ticks = inner_ticks(low, low + span)
     assert 1 <= len(ticks) <= 7
