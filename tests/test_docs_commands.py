@@ -224,7 +224,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
 RUNNABLE = [
     pytest.param(list(found), id=" ".join(found)[:80].replace("\n", " "))
     for found in sorted({tuple(each.values[0][1:]) for each in COMMANDS if program(each.values[0]) == "skd"})
-    if found[0] in RUN and not any(word.isupper() or "..." in word or "$" in word.partition(":")[0] for word in found)
+    if found[0] in RUN and not any(Path(word).stem.isupper() or "..." in word or "$" in word.partition(":")[0] for word in found)
 ]
 
 
