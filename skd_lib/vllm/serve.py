@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import skd_lib
 from skd_lib.errors import SkdError
@@ -105,11 +106,28 @@ def serving(served: Served, folder: Path, *, python: Path | None = None, port: i
     Raises:
         SkdError: the server ends before it answers; its last lines are part of the message.
     """
+    port = port or free_port()
+    found = python or environment()
+    with running(lambda written: start(served, found, port, stdout=written), port, folder) as engine:
+        yield engine
+
+
+@contextmanager
+def running(begin: Callable[[IO[str]], subprocess.Popen[bytes]], port: int, folder: Path) -> Iterator[Engine]:
+    """Wait for a server of this machine, and end it with the block.
+
+    Args:
+        begin: Starts its process, given the file for what it says.
+        port: At which it answers.
+        folder: For that file, `vllm.log`.
+
+    Raises:
+        SkdError: as `serving`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     logs = folder / "vllm.log"
-    port = port or _free_port()
     with logs.open("w", encoding="utf-8") as written:
-        process = start(served, python or environment(), port, stdout=written)
+        process = begin(written)
         try:
             engine = Engine(f"http://127.0.0.1:{port}", alive=lambda: _alive(process, logs))
             engine.wait()
@@ -128,25 +146,33 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a server and return its process. A token is made if the environment has none."""
     os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(32))
-    variables = {
-        "VLLM_SERVER_DEV_MODE": "1",  # the routes of weights and workers
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    # vLLM takes a draft with `eagle-` and the like anywhere in its path for one of another method.
-    student = Path(tempfile.mkdtemp(prefix="skd-")) / "student"
-    student.symlink_to(served.student.resolve())
-    words = served.arguments(student)
+    variables = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes of weights and workers
+    words = served.arguments(plain_link(served.student))
     if not on_gpu():
         # Without it vLLM takes nearly all of the memory. Compiling would take five minutes and gain little.
         variables["VLLM_CPU_KVCACHE_SPACE"] = f"{served.memory or 1:g}"
         words.append("--enforce-eager")
     elif served.memory:
         words += ["--gpu-memory-utilization", f"{served.memory:g}"]
-    command = [str(python), "-m", "vllm.entrypoints.cli.main", *words, "--host", host, "--port", str(port)]
     log.info("starting vLLM with %s and its draft %s", served.teacher, served.student)
-    return subprocess.Popen(command, env=os.environ | variables, stdout=stdout, stderr=subprocess.STDOUT)  # type: ignore[call-overload,no-any-return]
+    return launch(python, [*words, "--host", host, "--port", str(port)], variables, stdout)
+
+
+def plain_link(draft: Path) -> Path:
+    """Return a link to a draft; vLLM takes one with `eagle-` and the like in its path for one of another method."""
+    link = Path(tempfile.mkdtemp(prefix="skd-")) / "student"
+    link.symlink_to(draft.resolve())
+    return link
+
+
+def launch(
+    python: Path, words: Sequence[str], variables: Mapping[str, str], stdout: object = None
+) -> subprocess.Popen[bytes]:
+    """Start vLLM with the words of its command line, the first being `serve`, and return its process."""
+    private = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    command = [str(python), "-m", "vllm.entrypoints.cli.main", *words]
+    environ = {**os.environ, **private, **variables}
+    return subprocess.Popen(command, env=environ, stdout=stdout, stderr=subprocess.STDOUT)  # type: ignore[call-overload,no-any-return]
 
 
 def _alive(process: subprocess.Popen[bytes], logs: Path) -> None:
@@ -179,7 +205,8 @@ def _add_this_package(python: Path) -> None:
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine at which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
