@@ -245,10 +245,95 @@ class Setting(Figures):
         return next(length.timed for length in self.lengths if length.gamma == gamma and length.timed)
 
 
+class DraftCounts(Figures):
+    """vLLM's own counters: of all requests' drafts, also those beyond a response's end; no draft of its first token."""
+
+    drafts: int = Field(description="Blocks that were drafted and verified.")
+    draft_tokens: int
+    accepted_by_position: list[int] = Field(description="Blocks of which this position and all before it stood.")
+
+    @property
+    def accepted_length(self) -> float:
+        """Mean tokens of a block: those accepted, and the teacher's own after them."""
+        return 1 + sum(self.accepted_by_position) / self.drafts if self.drafts else 1.0
+
+    @property
+    def shares(self) -> list[float]:
+        """Accepted / drafts by position, as vLLM shows them."""
+        return [accepted / self.drafts for accepted in self.accepted_by_position if self.drafts]
+
+    @property
+    def tested(self) -> list[int]:
+        """Blocks in which a position was reached: all before it stood."""
+        return [self.drafts, *self.accepted_by_position[:-1]]
+
+    @property
+    def by_position(self) -> list[float]:
+        """Accepted / reached by position, as `Timed.acceptance_by_position`."""
+        return [of / reached for of, reached in zip(self.accepted_by_position, self.tested, strict=True) if reached]
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / reached, as `Timed.acceptance_rate`; vLLM's own rate is accepted / drafted."""
+        return sum(self.accepted_by_position) / sum(self.tested) if self.drafts else 0.0
+
+
+class ServedPasses(Figures):
+    """A vLLM server at one temperature, with so many requests in flight."""
+
+    temperature: Timing
+    concurrency: int
+    tokens_per_second: Timing = Field(description="Response tokens of all requests; median over the passes.")
+    slowest: Timing = Field(description="Tokens a second of the slowest pass.")
+    fastest: Timing
+    tokens: int = Field(description="Response tokens of all timed passes.")
+    counts: DraftCounts | None = Field(None, description="Of all timed passes; None without a draft model.")
+
+
+class ServedModel(Figures):
+    """A vLLM server that was started and measured."""
+
+    command: str = Field(description="The line it was started with, but for its address.")
+    passes: list[ServedPasses]
+    equal: int | None = Field(
+        None,
+        description="Greedy responses that are, in all passes, those of the first pass of the server without a draft. "
+        "For that server itself: how often rounding leaves a response alone. None: nothing was decoded greedily.",
+    )
+
+    def at(self, temperature: float, concurrency: int) -> ServedPasses:
+        """Return the passes at a setting that was measured."""
+        return next(each for each in self.passes if (each.temperature, each.concurrency) == (temperature, concurrency))
+
+
+class ServedMeasurement(Figures):
+    """What vLLM makes of a teacher and its drafts: each server in turn, the same prompts and no shared prefixes."""
+
+    version: str = Field(description="vLLM's.")
+    device: Literal["cpu", "gpu"]
+    gamma: int
+    prompts: int
+    max_new_tokens: int
+    repeats: int
+    alone: ServedModel = Field(description="The teacher without a draft.")
+    drafts: dict[str, ServedModel] = Field(description="The teacher with each draft, by its name.")
+    equal_to_transformers: int | None = Field(
+        None, description="Greedy responses of `alone` that are those of transformers; None: not asked, see the guide."
+    )
+    notes: list[str] = Field([], description="What was left out or disturbed the figures, in sentences.")
+    seconds: Timing = Field(0.0, description="Of everything, the servers' starts included.")
+
+    def speedup(self, name: str, passes: ServedPasses) -> float:
+        """Return tokens a second with a draft over those without one, at the setting of `passes`."""
+        setting = (passes.temperature, passes.concurrency)
+        return self.drafts[name].at(*setting).tokens_per_second / self.alone.at(*setting).tokens_per_second
+
+
 class Vllm(Figures):
     """The command by which vLLM serves a pair."""
 
     command: str = Field(description="A line for a shell.")
+    started: bool = Field(False, description="A server was started with this line, and measured.")
     reasons: list[str] = Field(
         [], description="Which of vLLM's conditions, as far as they can be checked here, are not met; empty if all are."
     )
@@ -291,7 +376,11 @@ class Specdec(Figures):
     draft_parameters: int | None = None
     latency: Latency | None = None
     teacher_only_latency: Latency | None = None
-    settings: list[Setting] = Field([])
+    settings: list[Setting] = Field([], description="Of `engine: transformers`.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="`vllm`: the headline is from vLLM's counters, and `batch_size` requests in flight."
+    )
+    served: ServedMeasurement | None = Field(None, description="Of `engine: vllm`, with this draft alone.")
     vllm: Vllm | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,6 +31,10 @@ METHOD_NAMES = ("eagle-", "eagle3", "dflash", "dspark")
 """Where one of these is part of a draft's name, vLLM takes the draft for one of that method, whatever `method` says."""
 
 
+OWN_CODE = "--trust-remote-code"
+"""Lets vLLM run Python code that comes with a model."""
+
+
 @dataclass(frozen=True)
 class Served:
     """A model's folder on this machine, and the hub id, folder or URI by which vLLM finds it."""
@@ -59,25 +63,44 @@ def export(teacher: Served, draft: Served, gamma: int) -> Vllm:
 
 
 def serve_command(teacher: Served, draft: Served, gamma: int) -> str:
-    """Return a `vllm serve` line, quoted for a POSIX shell.
+    """Return a `vllm serve` line, quoted for a POSIX shell."""
+    return shlex.join(["vllm", *serve_words(teacher, draft, gamma)])
+
+
+def serve_words(teacher: Served, draft: Served | None, gamma: int) -> list[str]:
+    """Return the words that serve the teacher, with a draft model or without, from `serve` on.
 
     Where the draft's context is the shorter one, it limits the server's: model runner V2 lets the draft follow the
     teacher to any position, also to those its rotary embeddings were not made for, and V1 stops drafting for all
     requests while one of them is near the draft's limit. A draft inherits the teacher's dtype, tokenizer and
     `--trust-remote-code`.
     """
-    speculative = {"method": "draft_model", "model": draft.name, "num_speculative_tokens": gamma}
-    if draft.revision is not None:
-        speculative["revision"] = draft.revision
-    words = ["vllm", "serve", teacher.name]
+    words = ["serve", teacher.name]
     if teacher.revision is not None:
         words += ["--revision", teacher.revision]
-    ours, theirs = (context_length(load_config(model.folder)) for model in (teacher, draft))
-    if ours and theirs and theirs < ours:
-        words += ["--max-model-len", str(theirs)]
-    if any(_has_own_code(model.folder) for model in (teacher, draft)):
-        words.append("--trust-remote-code")
-    return shlex.join([*words, "--speculative-config", json.dumps(speculative)])
+    models = [teacher, draft] if draft is not None else [teacher]
+    ours, *theirs = (context_length(load_config(model.folder)) for model in models)
+    if ours and theirs and theirs[0] and theirs[0] < ours:
+        words += ["--max-model-len", str(theirs[0])]
+    if any(_has_own_code(model.folder) for model in models):
+        words.append(OWN_CODE)
+    if draft is not None:
+        speculative = {"method": "draft_model", "model": draft.name, "num_speculative_tokens": gamma}
+        if draft.revision is not None:
+            speculative["revision"] = draft.revision
+        words += ["--speculative-config", json.dumps(speculative)]
+    return words
+
+
+def refusals(teacher: Served, draft: Served, *, on_gpu: bool) -> list[str]:
+    """List the conditions, in sentences, without which vLLM would not start with the pair, or would draft nonsense."""
+    unlike = [*tokenizer_differences(teacher.folder, draft.folder), *_different_sizes(teacher, draft)]
+    return unlike if on_gpu else [*unlike, *_mixed_attention(draft)]
+
+
+def is_misread(draft: Served) -> bool:
+    """Return whether vLLM takes the draft for one of another method by its name."""
+    return bool(_misread_name(draft))
 
 
 def _has_own_code(folder: Path) -> bool:

@@ -1,0 +1,224 @@
+"""Drafts measured by vLLM itself: its servers are started, get requests, and are asked for their counters.
+
+Each server runs for itself, one after the other: the teacher without a draft, then with each of the drafts. So a
+machine that is busy for a while slows one of them alone, which the range over the passes shows. Every request has a
+cache salt of its own: no prompt finds a prefix of another, or of an earlier pass, in vLLM's cache. Of each setting some
+requests go ahead untimed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from skd_lib.errors import SkdError
+from skd_lib.evaluation.generate import GREEDY
+from skd_lib.models.files import load_tokenizer
+from skd_lib.models.heads import embedding_rows
+from skd_lib.models.loading import load_model
+from skd_lib.models.vocabulary import pad_id
+from skd_lib.results import ServedMeasurement, ServedModel, Specdec
+from skd_lib.sampling.acceptance import student_only
+from skd_lib.sampling.engine import Sampler
+from skd_lib.specdec.turns import OnProgress, Passes
+from skd_lib.specdec.visit import Load, Visit
+from skd_lib.specdec.vllm import OWN_CODE, Served, export, is_misread, refusals, serve_words
+from skd_lib.vllm.client import Engine
+from skd_lib.vllm.serve import environment, free_port, launch, on_gpu, plain_link, running
+
+log = logging.getLogger(__name__)
+
+ON_CPU = ("--enforce-eager", "--kv-cache-memory-bytes", str(2**30))
+"""Compiling would take minutes and gain little, and vLLM would take nearly all memory. Later arguments prevail."""
+_SMALL = 4 * 2**30
+
+
+def measure_served(
+    teacher: Served,
+    drafts: Mapping[str, Served],
+    prompts: Sequence[Sequence[int]],
+    *,
+    concurrencies: Sequence[int],
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    gamma: int,
+    repeats: int,
+    eos_ids: Sequence[int] = (),
+    seed: int = 0,
+    arguments: Sequence[str] = (),
+    on_progress: OnProgress | None = None,
+) -> ServedMeasurement:
+    """Start vLLM with the teacher alone and with each draft, and measure what it says of them.
+
+    Args:
+        teacher: The model whose output is wanted.
+        drafts: Models that draft for it, by name; none measures the teacher alone.
+        prompts: Token ids, rendered as in training.
+        concurrencies: Requests in flight; those that the prompts cannot fill are left out.
+        temperatures: On a CPU only 0 is measured: vLLM draws other tokens than the teacher's there.
+        max_new_tokens: Length limit of a response.
+        gamma: Drafted tokens for each call of the teacher.
+        repeats: Timed passes of each setting.
+        eos_ids: Ids that end a response, besides those that vLLM finds in the teacher's files.
+        seed: Of what is sampled.
+        arguments: More of vLLM's arguments, for all servers.
+        on_progress: Called after each timed pass.
+
+    Raises:
+        SkdError: a pair that vLLM cannot serve, no prompts, or a server that does not start; its last lines are part of
+            the message.
+    """
+    gpu, notes = on_gpu(), list[str]()
+    _require_servable(teacher, drafts, arguments, gpu=gpu)
+    if not prompts:
+        raise SkdError("there are no prompts to decode", where="vLLM", hint="give some that fit the models' positions")
+    greedy = [temperature for temperature in temperatures if temperature == 0]
+    if not gpu and len(greedy) < len(temperatures):
+        why = (
+            "on a CPU vLLM samples other tokens than the teacher's once a draft is used, and is right at temperature 0"
+        )
+        if not greedy:
+            raise SkdError(why, where="specdec.temperatures", hint="add 0, or measure on a GPU")
+        notes.append(f"only temperature 0 was measured: {why}")
+    filled = [size for size in concurrencies if size <= len(prompts)]
+    if len(filled) < len(concurrencies):
+        notes.append(f"{len(prompts)} prompts do not fill {max(concurrencies)} requests in flight")
+    load = Load(
+        prompts,
+        eos_ids,
+        max_new_tokens,
+        temperatures if gpu else greedy,
+        filled or [len(prompts)],
+        repeats,
+        seed,
+    )
+    started = time.perf_counter()
+    settings = len(load.temperatures) * len(load.concurrencies)
+    progress = Passes(on_progress, total=(1 + len(drafts)) * settings * repeats)
+    python = environment()
+    more = (*(() if gpu else ON_CPU), *arguments)
+
+    def visit(draft: Served | None) -> Visit:
+        with _server(python, teacher, draft, gamma, more) as (engine, command):
+            visit = Visit(engine, command, load, progress, drafted=draft is not None)
+            visit.run()
+        notes.extend(visit.notes)
+        return visit
+
+    alone = visit(None)
+    drafted = {name: visit(draft) for name, draft in drafts.items()}
+    reference = alone.greedy[0] if alone.greedy else None
+    asks_transformers = not gpu and "float32" in arguments and _is_small(teacher.folder)
+    return ServedMeasurement(
+        version=alone.version,
+        device="gpu" if gpu else "cpu",
+        gamma=gamma,
+        prompts=len(prompts),
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        alone=_model(alone, reference),
+        drafts={name: _model(each, reference) for name, each in drafted.items()},
+        equal_to_transformers=_equal([greedy_by_transformers(teacher.folder, load)], reference)
+        if reference and asks_transformers
+        else None,
+        notes=list(dict.fromkeys(notes)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def specdec_of(measurement: ServedMeasurement, teacher: Served, drafts: Mapping[str, Served]) -> dict[str, Specdec]:
+    """Return the figures of each draft, with those of the first temperature and concurrency as the headline."""
+    results = {}
+    for name, model in measurement.drafts.items():
+        headline = model.passes[0]
+        counts = headline.counts
+        assert counts is not None  # noqa: S101 - it was measured with a draft
+        results[name] = Specdec(
+            engine="vllm",
+            acceptance_rate=counts.acceptance_rate,
+            tokens_per_teacher_call=counts.accepted_length,
+            speedup=measurement.speedup(name, headline),
+            gamma=measurement.gamma,
+            temperature=headline.temperature,
+            batch_size=headline.concurrency,
+            prompts=measurement.prompts,
+            repeats=measurement.repeats,
+            tokens=headline.tokens,
+            teacher_only_tokens_per_second=measurement.alone.passes[0].tokens_per_second,
+            speculative_tokens_per_second=headline.tokens_per_second,
+            acceptance_by_position=counts.by_position,
+            seconds=measurement.seconds,
+            served=measurement.model_copy(update={"drafts": {name: model}}),
+            vllm=export(teacher, drafts[name], measurement.gamma).model_copy(
+                update={"command": model.command, "started": True}
+            ),
+        )
+    return results
+
+
+def greedy_by_transformers(folder: Path, load: Load) -> list[list[int]]:
+    """Return the teacher's greedy responses in fp32, decoded here."""
+    model = load_model(folder, dtype=torch.float32)
+    sampler = Sampler(
+        student=model,
+        teacher=None,
+        rule=student_only(),
+        student_params=GREEDY,
+        eos_ids=tuple(load.eos_ids),
+        pad_id=pad_id(load_tokenizer(folder), embedding_rows(model)),
+        max_new_tokens=load.max_new_tokens,
+        batch_size=8,
+    )
+    return sampler.sample([list(prompt) for prompt in load.prompts], [0] * len(load.prompts)).responses()
+
+
+def _require_servable(teacher: Served, drafts: Mapping[str, Served], arguments: Sequence[str], *, gpu: bool) -> None:
+    for name, draft in drafts.items():
+        if reasons := refusals(teacher, draft, on_gpu=gpu):
+            raise SkdError(reasons[0], where=f"draft `{name}`, {draft.name}", hint="vLLM was not started")
+        if OWN_CODE in serve_words(teacher, draft, 1) and OWN_CODE not in arguments:
+            raise SkdError(
+                "Python code comes with a model, and vLLM would run it",
+                where=f"{teacher.name}, {draft.name}",
+                hint=f"read it, then allow it: specdec.vllm_arguments: [{OWN_CODE}]",
+            )
+
+
+@contextmanager
+def _server(
+    python: Path, teacher: Served, draft: Served | None, gamma: int, more: Sequence[str]
+) -> Iterator[tuple[Engine, str]]:
+    """Run a server, and give its line with the models' own names in the place of their folders on this machine."""
+    local = None
+    if draft is not None:
+        at = Served(draft.folder, str(draft.folder))
+        local = Served(draft.folder, str(plain_link(draft.folder))) if is_misread(at) else at
+    words = serve_words(Served(teacher.folder, str(teacher.folder)), local, gamma)
+    port = free_port()
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    log.info("starting vLLM: %s", shlex.join(["vllm", *words, *more]))
+    with tempfile.TemporaryDirectory(prefix="skd-vllm-") as logs:
+        begin = lambda written: launch(python, [*words, *more, *address], {}, written)  # noqa: E731
+        with running(begin, port, Path(logs)) as engine:
+            yield engine, shlex.join(["vllm", *serve_words(teacher, draft, gamma), *more])
+
+
+def _model(visit: Visit, reference: list[list[int]] | None) -> ServedModel:
+    equal = None if reference is None else _equal(visit.greedy, reference)
+    return ServedModel(command=visit.command, passes=visit.passes, equal=equal)
+
+
+def _equal(passes: Sequence[list[list[int]]], reference: list[list[int]]) -> int:
+    """Count the responses that are the reference's in every pass."""
+    return sum(all(each[row] == wanted for each in passes) for row, wanted in enumerate(reference))
+
+
+def _is_small(folder: Path) -> bool:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= _SMALL
