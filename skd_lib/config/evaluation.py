@@ -131,8 +131,13 @@ class RegistryConfig(ConfigSection):
         description="Name of the registered model. Its versions compete for one champion: give each pair of models "
         "and each task a name of its own.",
     )
+    gate: Literal["score", "draft"] = Field(
+        "score",
+        description="What a challenger must beat the champion by: the first of `task.metrics`, or tokens per teacher "
+        "call as a draft of this run's teacher, measured in turns on the same test prompts, which need no answers.",
+    )
     min_improvement: float = Field(
-        0.0, ge=0, description="A challenger must beat the champion's task metric by more than this."
+        0.0, ge=0, description="A challenger must beat the champion by more than this, in what `gate` names."
     )
     max_slowdown: float = Field(
         0.05,

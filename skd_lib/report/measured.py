@@ -58,6 +58,8 @@ def measured(
         **student.metrics,
         **({"comet": comet.models["student_after"]} if "student_after" in comet.models else {}),
     }
+    of_drafts = ("tokens_per_call", "challenger_tokens_per_call")
+    unread = dict.fromkeys(of_drafts) if registry.gate == "score" else {}
     return Measured(
         task_metric=task_metric,
         student=_finite({name: score.score for name, score in scores.items()}),
@@ -67,6 +69,7 @@ def measured(
             update={
                 "figures": _finite({**champion.figures, **comet.figures("champion")}),
                 **_short({"missing": champion.missing, "undrafted": champion.undrafted}),
+                **unread,
             }
         ),
         comet_missing=comet.missing[:TEXT_LENGTH],

@@ -42,11 +42,11 @@ def main(
 ) -> None:
     """Measure the registered champion as the new student has been: on the same data, as a draft of the same teacher.
 
-    As drafts both take turns, at the headline setting of section `specdec`, so that their speed-ups compare. Done at
-    once where there is no champion (so without tracking, since then there is no registry), or where it has the new
-    student's weights. A champion whose files are gone fails the step, and so does a judge that is down; a champion that
-    cannot be measured does not: `register_model` says why it leaves it in place. `champion.json` holds {version,
-    is_this_student, figures, speedup, challenger_speedup, missing, undrafted}.
+    As drafts both take turns, at the headline setting of section `specdec`, so that their figures compare; with the
+    gate `draft` it answers no test set. Done at once where there is no champion (so without tracking, since then there
+    is no registry), or where it has the new student's weights. A champion whose files are gone fails the step, and so
+    does a judge that is down; a champion that cannot be measured does not: `register_model` says why it leaves it in
+    place. `champion.json` holds the fields of `skd_lib.tracking.gate.Rival`.
     """
     from skd_lib.tracking.gate import Rival
     from skd_lib.tracking.registry import champion as registered
@@ -85,16 +85,20 @@ def main(
             folder = fetch(champion)
             try:
                 check_weights(champion, folder)
-                model, tokenizer = load_for_inference(folder)
-                result = evaluate(model, tokenizer, prepared.test, task, evaluation, seed=seed)
+                result = None
+                if registry.gate == "score":
+                    model, tokenizer = load_for_inference(folder)
+                    result = evaluate(model, tokenizer, prepared.test, task, evaluation, seed=seed)
             except JudgeUnavailable:
                 raise
             except SkdError as error:
                 log.warning("the champion cannot be measured: %s", error)
                 rival = Rival(version=champion.version, missing=error.line)
             else:
-                write_predictions(champion_out / PREDICTIONS, result.predictions)
-                figures = result.figures()
+                scores: dict[str, float] = {}
+                if result is not None:
+                    write_predictions(champion_out / PREDICTIONS, result.predictions)
+                    figures, scores = result.figures(), result.scores.figures()
                 drafting = _as_drafts(
                     Served(teacher, io.input_uri("teacher", teacher)),
                     {
@@ -106,9 +110,8 @@ def main(
                     specdec,
                     seed,
                 )
-                rival = drafting.model_copy(update={"version": champion.version, "figures": result.scores.figures()})
-        speedups = {"speedup": rival.speedup, "challenger_speedup": rival.challenger_speedup}
-        figures |= {name: value for name, value in speedups.items() if value is not None}
+                rival = drafting.model_copy(update={"version": champion.version, "figures": scores})
+        figures |= rival.as_drafts()
         run.log_metrics(figures)
         run.set_tags({"champion": rival.version, "missing": rival.missing})
     write_text_atomic(champion_out / CHAMPION, json.dumps(rival.model_dump(mode="json"), indent=2) + "\n")
@@ -160,7 +163,13 @@ def _as_drafts(
         return Rival(undrafted=str(unlike[0]))
     progress = Progress("speculative decoding")
     results = measure(teacher, drafts, inputs, task=task, config=config, seed=seed, on_progress=progress.update_of)
-    return Rival(speedup=results["champion"].speedup, challenger_speedup=results["challenger"].speedup)
+    champion, challenger = results["champion"], results["challenger"]
+    return Rival(
+        speedup=champion.speedup,
+        challenger_speedup=challenger.speedup,
+        tokens_per_call=champion.tokens_per_teacher_call,
+        challenger_tokens_per_call=challenger.tokens_per_teacher_call,
+    )
 
 
 def _told(rival: Rival) -> str:
@@ -168,7 +177,7 @@ def _told(rival: Rival) -> str:
         return "there is no champion"
     if rival.is_this_student:
         return f"the champion (version {rival.version}) is this very student"
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in rival.figures.items())
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in (rival.figures or rival.as_drafts()).items())
     return f"the champion (version {rival.version}): {rival.missing or figures}"
 
 

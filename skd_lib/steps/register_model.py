@@ -106,20 +106,21 @@ def main(
 
 
 def _decide(found: Measured, digest: str, tracking_uri: str) -> Decision:
-    """Compare the student with the registered champion: by the task's metric, and as drafts of the same teacher.
+    """Compare the student with the registered champion: by the task's metric (if that is the gate), and as drafts.
 
     If the champion has the student's weights by now, an earlier attempt of this step has promoted them, and this one
     decides alike. Without `tracking_uri` there is no registry.
     """
     from skd_lib.tracking import registry
-    from skd_lib.tracking.gate import Decision, decide
+    from skd_lib.tracking.gate import Decision, decide, decide_drafts
 
     settings, metric = found.registry, found.task_metric
-    if metric == "comet" and found.comet_missing:
+    by_score = settings.gate == "score"
+    if by_score and metric == "comet" and found.comet_missing:
         return Decision(False, "the score that decides, COMET, is missing; the report says why")
     if not tracking_uri:
         return Decision(False, "tracking is off, so there is no registry to promote in")
-    if metric not in found.student and metric != "comet":
+    if by_score and metric not in found.student and metric != "comet":
         return Decision(False, f"there is no score `{metric}` to decide by; the report says why")
     now = registry.champion(
         tracking_uri=tracking_uri, model_name=settings.model_name, patience=registry.step_patience()
@@ -127,14 +128,10 @@ def _decide(found: Measured, digest: str, tracking_uri: str) -> Decision:
     if now is not None and now.version != found.champion.version and now.weights_sha256 != digest:
         why = f"version {now.version} is the champion now, and was not when this run measured"
         return Decision(False, f"{why}; start the run again to compare with it")
-    return decide(
-        found.student,
-        found.champion,
-        metric,
-        higher_is_better=metric not in LOWER_IS_BETTER,
-        min_improvement=settings.min_improvement,
-        max_slowdown=settings.max_slowdown,
-    )
+    margins = settings.model_dump(include={"min_improvement", "max_slowdown"})
+    if not by_score:
+        return decide_drafts(found.champion, found.draft.get("tokens_per_teacher_call"), **margins)
+    return decide(found.student, found.champion, metric, higher_is_better=metric not in LOWER_IS_BETTER, **margins)
 
 
 def version_tags(lineage: Mapping[str, Any]) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The champion: replaced by a new student (the challenger) that passes the gate, or by hand.
 
 For the gate the run that asks measures both (step `evaluate_champion`): their scores on the same test set, and their
-speed-ups as drafts of the same teacher, in turns. The figures that the champion was registered with may be of other
-data and another teacher, and decide nothing.
+speed-ups and tokens per call as drafts of the same teacher, in turns. The figures that the champion was registered with
+may be of other data and another teacher, and decide nothing.
 """
 
 from __future__ import annotations
@@ -50,8 +50,15 @@ class Rival(Section):
     figures: dict[str, float] = Field({}, description="Its scores on this run's test set, by metric.")
     speedup: float | None = Field(None, description="Its speed-up as a draft of this run's teacher.")
     challenger_speedup: float | None = Field(None, description="The new student's, measured in turns with it.")
+    tokens_per_call: float | None = Field(None, description="Its tokens for each call of this run's teacher.")
+    challenger_tokens_per_call: float | None = Field(None, description="The new student's, on the same prompts.")
     missing: str = Field("", description="Why it could not be measured.")
     undrafted: str = Field("", description="Why it could not draft for this run's teacher.")
+
+    def as_drafts(self) -> dict[str, float]:
+        """Return the figures of both as drafts, as far as they were measured."""
+        names = ("speedup", "challenger_speedup", "tokens_per_call", "challenger_tokens_per_call")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -106,17 +113,51 @@ def decide(
         hint = "set the alias champion by hand to replace it"
         return Decision(False, f"{name} could not be measured; {hint}: {why}")
     gain = score - rival if higher_is_better else rival - score
-    better = gain > min_improvement
-    needed = f"more than {min_improvement:g} better" if min_improvement else "better"
-    reason = f"{shown} against {rival:.2f} of {name}: {'' if better else 'not '}{needed}"
-    fast_enough = True
-    if champion.speedup is not None and champion.challenger_speedup is not None:
-        fast_enough = champion.challenger_speedup >= (1 - max_slowdown) * champion.speedup
-        verdict = f"{'not ' if fast_enough else ''}more than {100 * max_slowdown:g} % slower"
-        reason += f"; as draft {champion.challenger_speedup:.2f}x against {champion.speedup:.2f}x: {verdict}"
-    elif champion.undrafted:
-        reason += f"; not compared as drafts: {champion.undrafted}"
+    better, verdict = _improved(gain, min_improvement)
+    fast_enough, speeds = _fast_enough(champion, max_slowdown)
+    return Decision(better and fast_enough, f"{shown} against {rival:.2f} of {name}: {verdict}{speeds}")
+
+
+def decide_drafts(
+    champion: Rival, tokens_per_call: float | None, *, min_improvement: float = 0.0, max_slowdown: float = 0.0
+) -> Decision:
+    """Compare both as drafts alone, by tokens per teacher call and by speed-up, as `decide` does with a score.
+
+    Args:
+        champion: The registered champion, as measured by this run.
+        tokens_per_call: The new student's, by the benchmark; decides nothing, and None without one.
+        min_improvement: In tokens, 0 or more.
+        max_slowdown: 0 to 1, a share of the champion's speed-up.
+    """
+    name = f"the champion (version {champion.version})"
+    measured = "" if tokens_per_call is None else f", with {tokens_per_call:.2f} tokens per teacher call"
+    if not champion.version:
+        return Decision(True, f"first champion of this name{measured}")
+    if champion.is_this_student:
+        return Decision(True, f"{name} is this very student{measured}")
+    new, old = champion.challenger_tokens_per_call, champion.tokens_per_call
+    if new is None or old is None:
+        why = champion.missing or champion.undrafted or "it was not measured as a draft"
+        hint = "set the alias champion by hand to replace it"
+        return Decision(False, f"{name} could not be measured as a draft; {hint}: {why}")
+    better, verdict = _improved(new - old, min_improvement)
+    fast_enough, speeds = _fast_enough(champion, max_slowdown)
+    reason = f"{new:.2f} tokens per teacher call against {old:.2f} of {name}: {verdict}{speeds}"
     return Decision(better and fast_enough, reason)
+
+
+def _improved(gain: float, least: float) -> tuple[bool, str]:
+    better = gain > least
+    return better, f"{'' if better else 'not '}{f'more than {least:g} better' if least else 'better'}"
+
+
+def _fast_enough(champion: Rival, max_slowdown: float) -> tuple[bool, str]:
+    """Return whether the challenger drafts fast enough, and the speeds as the end of a reason."""
+    if champion.speedup is None or champion.challenger_speedup is None:
+        return True, f"; not compared as drafts: {champion.undrafted}" if champion.undrafted else ""
+    fast_enough = champion.challenger_speedup >= (1 - max_slowdown) * champion.speedup
+    verdict = f"{'not ' if fast_enough else ''}more than {100 * max_slowdown:g} % slower"
+    return fast_enough, f"; as draft {champion.challenger_speedup:.2f}x against {champion.speedup:.2f}x: {verdict}"
 
 
 @dataclass(frozen=True)

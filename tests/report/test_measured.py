@@ -49,6 +49,8 @@ def test_the_parameter_is_short_and_holds_exact_figures() -> None:
         figures=dict.fromkeys([name for name in METRICS if name != "comet"], EXACT),
         speedup=EXACT / 20,
         challenger_speedup=EXACT / 21,
+        tokens_per_call=EXACT / 20,
+        challenger_tokens_per_call=EXACT / 21,
         undrafted="why not? " * 1000,
     )
     registry = RegistryConfig(model_name="m" * 60, min_improvement=0.123456789, max_slowdown=0.123456789)
@@ -61,6 +63,14 @@ def test_the_parameter_is_short_and_holds_exact_figures() -> None:
     assert read.champion.figures["comet"] == EXACT + 1
     assert read.registry == registry
     assert read.signatures["bleu"] == SIGNATURE
+
+
+def test_tokens_per_call_go_on_to_the_gate_that_reads_them() -> None:
+    rival = Rival(version="123", tokens_per_call=2.5, challenger_tokens_per_call=2.6)
+    for gate, shown in (("draft", 2.6), ("score", None)):
+        registry = RegistryConfig.model_validate({"gate": gate})
+        found = measured("chrf", student(), draft(), rival, Comet(), registry)
+        assert found.champion.challenger_tokens_per_call == shown
 
 
 def test_what_is_at_its_default_is_left_out() -> None:

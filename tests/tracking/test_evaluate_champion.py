@@ -121,6 +121,22 @@ def test_the_champion_is_measured_on_this_data_and_beside_the_student(
     assert "more than 5 % slower" in reason
 
 
+def test_a_draft_answers_no_test_set_and_is_decided_by_what_the_teacher_accepts(
+    pipeline: Pipeline, folders: dict[str, Path]
+) -> None:
+    pipeline.register(folders["champion"])
+    settings = {"evaluation": EVALUATION, "specdec": {**SPECDEC, "batch_sizes": [4]}, "task": TASK}
+    champion = pipeline.measure(config=json.dumps({**settings, "registry": {"gate": "draft"}}))
+    assert champion["figures"] == {}
+    assert [path.name for path in (pipeline.out / "champion").iterdir()] == ["champion.json"]
+    assert 1 <= champion["tokens_per_call"] <= SPECDEC["gamma"] + 1
+    better = champion | {"challenger_tokens_per_call": champion["tokens_per_call"] + 0.5}
+    for found, promoted in ((better, True), (champion | {"challenger_tokens_per_call": 1.0}, False)):
+        promote, reason = pipeline.decide(0.0, found, gate="draft", max_slowdown=1)
+        assert promote == promoted, reason
+        assert "tokens per teacher call against" in reason
+
+
 def test_a_student_with_the_champions_weights(pipeline: Pipeline, folders: dict[str, Path]) -> None:
     pipeline.register(folders["student"])
     champion = pipeline.measure()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from skd_lib.errors import SkdError
-from skd_lib.tracking.gate import Decision, Rival, decide
+from skd_lib.tracking.gate import Decision, Rival, decide, decide_drafts
 
 
 def _decide(
@@ -92,3 +92,35 @@ def test_a_challenger_without_the_figure_is_an_error(figures: dict[str, float]) 
 def test_a_student_that_is_champion_already_stays_it() -> None:
     decision = decide({"chrf": 30.0}, Rival(version="4", is_this_student=True), "chrf", min_improvement=9.0)
     assert decision == Decision(True, "the champion (version 4) is this very student, with chrf 30.00")
+
+
+@pytest.mark.parametrize(
+    ("new", "speed", "options", "promote", "verdict"),
+    [
+        (2.6, 1.5, {}, True, "better; as draft 1.50x against 1.50x: not more than 0 % slower"),
+        (2.5, 1.5, {}, False, "not better; as draft 1.50x against 1.50x: not more than 0 % slower"),
+        (2.6, 1.5, {"min_improvement": 0.2}, False, "not more than 0.2 better; as draft 1.50x against"),
+        (2.6, 1.4, {"max_slowdown": 0.05}, False, "better; as draft 1.40x against 1.50x: more than 5 % slower"),
+    ],
+)
+def test_drafts_compete_by_tokens_per_call_and_speed(
+    new: float, speed: float, options: dict[str, float], promote: bool, verdict: str
+) -> None:
+    rival = Rival(
+        version="3", speedup=1.5, challenger_speedup=speed, tokens_per_call=2.5, challenger_tokens_per_call=new
+    )
+    decision = decide_drafts(rival, 9.0, **options)
+    assert decision.promote == promote
+    start = f"{new:.2f} tokens per teacher call against 2.50 of the champion (version 3): "
+    assert decision.reason.startswith(start + verdict)
+
+
+def test_drafts_without_a_measured_champion() -> None:
+    measured = "with 2.50 tokens per teacher call"
+    assert decide_drafts(Rival(), 2.5) == Decision(True, f"first champion of this name, {measured}")
+    same = Rival(version="4", is_this_student=True)
+    assert decide_drafts(same, 2.5) == Decision(True, f"the champion (version 4) is this very student, {measured}")
+    for rival in (Rival(version="4", undrafted="other tokens"), Rival(version="4", missing="other tokens")):
+        decision = decide_drafts(rival, 2.5)
+        assert not decision.promote
+        assert decision.reason.endswith("set the alias champion by hand to replace it: other tokens")
