@@ -1,6 +1,6 @@
 """Write the tables of docs/guides/sizing.md: the memory that pairs of models take, and which GPU has it.
 
-The figures are preflight's estimate (`skd_lib.preflight.memory`), for models of the shapes below: those of the models'
+The figures are preflight's estimate (`skd_lib.planning.memory`), for models of the shapes below: those of the models'
 `config.json` on the Hugging Face hub. No weight is loaded.
 """
 
@@ -16,7 +16,7 @@ import typer
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from skd_lib.config import RunConfig
-from skd_lib.preflight.memory import GIB, ModelSize, config_size, estimates
+from skd_lib.planning.memory import GIB, ModelSize, config_size, estimates
 
 PAGE = Path(__file__).parent / "guides/sizing.md"
 BLOCK = re.compile(r"(<!-- table of (\w+), written by docs/sizing.py -->\n).*?(<!-- end -->)", flags=re.DOTALL)

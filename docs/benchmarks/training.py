@@ -33,7 +33,7 @@ from skd_lib.errors import SkdError
 from skd_lib.models.heads import vocabulary_size
 from skd_lib.models.loading import default_device
 from skd_lib.models.precision import compute_dtype
-from skd_lib.preflight.memory import GIB
+from skd_lib.planning.memory import GIB
 from skd_lib.storage.cache import default_cache_dir
 from skd_lib.storage.environments import Tool, make_environment
 

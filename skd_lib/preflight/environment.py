@@ -15,7 +15,7 @@ from skd_lib.config import JudgeConfig, Precision, RunConfig, TrainingConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import TRACKING, Checks
-from skd_lib.preflight.memory import GIB, ModelSize, available_memory, estimates
+from skd_lib.planning.memory import GIB, ModelSize, available_memory, estimates
 from skd_lib.preflight.storage_access import bounded
 
 if TYPE_CHECKING:

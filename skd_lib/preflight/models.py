@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from skd_lib.models.vocabulary import Findings
-    from skd_lib.preflight.memory import ModelSize
+    from skd_lib.planning.memory import ModelSize
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _open_model(checks: Checks, role: str, reference: str, trust_remote_code: bo
     from skd_lib.models.references import HubModel, StoredFolder, model_fingerprint, parse_reference, resolve_model
     from skd_lib.models.skeleton import check_finite, check_weights, skeleton
     from skd_lib.models.vocabulary import check_rows, stored_generation_config
-    from skd_lib.preflight.memory import skeleton_size
+    from skd_lib.planning.memory import skeleton_size
 
     far = isinstance(parse_reference(reference), HubModel | StoredFolder)
     fingerprint = model_fingerprint(reference)

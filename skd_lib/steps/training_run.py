@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from skd_lib._core.machine import is_main_process
 from skd_lib.config import DistillConfig, MethodName, TaskConfig, TrainingConfig
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from skd_lib.data.prepared import PreparedData
     from skd_lib.data.tokenize import TokenizedExample
     from skd_lib.models.precision import Resolved
+    from skd_lib.served.teacher import RemoteTeacher
     from skd_lib.tracking.runs import StepRun
     from skd_lib.training.checkpoints import Checkpoints
     from skd_lib.training.run import TrainResult
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from skd_lib.vllm.sampler import VllmEngine
 
 log = logging.getLogger(__name__)
+TeacherSource: TypeAlias = "Callable[[], PreTrainedModel] | RemoteTeacher"
+"""Loads the teacher, or is a teacher on a server."""
 DATA_HELP = "Folder that `prepare_data` wrote."
 LEFT_OUT = "left_out_"
 """Prefix of figures: the examples of a split whose prompts are over the limit."""
@@ -86,7 +89,8 @@ class TrainingRun:
             # Another number of nodes goes on from the same checkpoints.
             # The engine changes no samples.
             distill=self.distill
-            and self.distill.model_dump(mode="json", exclude={"multinode", "training", "engine", "vllm"}),
+            and self.distill.model_dump(mode="json", exclude={"multinode", "training", "engine", "vllm"})
+            | coarser_signal(self.distill),
             seed=self.seed,
             tokens={use: examples_digest(examples) for use, examples in tokens.items()},
             limits=dict(limits),
@@ -99,7 +103,7 @@ class TrainingRun:
     def run(
         self,
         student: PreTrainedModel,
-        load_teacher: Callable[[], PreTrainedModel] | None,
+        load_teacher: TeacherSource | None,
         tokenizer: PreTrainedTokenizerBase,
         data: PreparedData,
         data_uri: str,
@@ -107,13 +111,13 @@ class TrainingRun:
     ) -> tuple[TrainResult, dict[str, float], Checkpoints]:
         """Train `student` in place, and return the result, its closing figures, and the checkpoints.
 
-        `load_teacher` loads the frozen teacher, and is None for methods without one; `run` is the step's MLflow run.
-        The checkpoints are to be removed when all is written.
+        `load_teacher` loads the frozen teacher, or is one on a server; it is None for methods without a teacher. `run`
+        is the step's MLflow run. The checkpoints are to be removed when all is written.
         """
         from skd_lib.data.tokenize import answer_end_id, encode_all
         from skd_lib.evaluation.generate import ending_ids
         from skd_lib.models.vocabulary import check_ids, pad_id, rows_in_config
-        from skd_lib.preflight.memory import GIB, config_size, estimate, peak_memory
+        from skd_lib.planning.memory import GIB, config_size, estimate, peak_memory
         from skd_lib.training.run import train
 
         examples = {self.split: getattr(data, self.split), "validation": data.validation}
@@ -144,6 +148,7 @@ class TrainingRun:
             if self.distill.engine == "vllm":
                 pass  # the teacher is in the servers
             elif self.distill.teacher_signal.mode == "online":
+                assert not isinstance(load_teacher, RemoteTeacher)  # noqa: S101 - the step refuses it
                 teacher = load_teacher()
             elif not METHODS[method].uses_divergence:
                 # The teacher's stored responses are data like any other.
@@ -211,17 +216,9 @@ class TrainingRun:
         limits: Mapping[str, Any],
     ) -> AbstractContextManager[VllmEngine]:
         """Give the training its vLLM servers."""
-        from accelerate import PartialState
-
         from skd_lib.models.precision import DTYPES
         from skd_lib.vllm.engine import vllm_engine
 
-        if PartialState().num_processes > 1:
-            raise SkdError(
-                "vLLM servers sample for one training process",
-                where="distill.engine",
-                hint="start the step without torchrun, or set `distill.engine: transformers`",
-            )
         new = self.task.max_new_tokens
         examples = [example for each in tokens.values() for example in each]
         return vllm_engine(
@@ -238,7 +235,7 @@ class TrainingRun:
         distill: DistillConfig,
         examples: Sequence[TokenizedExample],
         student: PreTrainedModel,
-        load_teacher: Callable[[], PreTrainedModel],
+        load_teacher: TeacherSource,
         pad_id: int,
     ) -> StoredSignals:
         """Return the teacher's signal along the examples' own responses, computed unless it is stored."""
@@ -252,6 +249,7 @@ class TrainingRun:
         }
         folder = self._teacher_folder(distill, kind="signals", examples=examples_digest(examples), **settings)
         rows = self.training.micro_batch_size or self.training.batch_size
+        self._keep_answers(load_teacher, folder)
         return store_signals(folder, load_teacher, examples, rows=rows, pad_id=pad_id, **settings)
 
     def _stored_responses(
@@ -259,7 +257,7 @@ class TrainingRun:
         distill: DistillConfig,
         examples: Sequence[TokenizedExample],
         student: PreTrainedModel,
-        load_teacher: Callable[[], PreTrainedModel],
+        load_teacher: TeacherSource,
         limits: Mapping[str, Any],
         method: str = "",
     ) -> list[TokenizedExample]:
@@ -269,12 +267,15 @@ class TrainingRun:
         """
         from skd_lib.distillation.rollouts import Strategy, rollout_for
         from skd_lib.models.heads import vocabulary_size
+        from skd_lib.served.teacher import RemoteTeacher
         from skd_lib.training.stored_teacher import examples_digest, store_responses
 
-        method = method or self.method
+        method, new = method or self.method, limits["max_new_tokens"]
         sampled = partial(rollout_for, method, distill=distill, steps=1, seed=self.seed, **limits)
 
         def make_strategy() -> Strategy:
+            if isinstance(load_teacher, RemoteTeacher):
+                return load_teacher.strategy(distill.sampling.teacher, self.seed, limits["pad_id"], new)
             return sampled(student=student, teacher=load_teacher())
 
         folder = self._teacher_folder(
@@ -286,7 +287,20 @@ class TrainingRun:
             seed=self.seed,
             **limits,
         )
-        return store_responses(folder, make_strategy, examples, rows=self.training.batch_size)
+        self._keep_answers(load_teacher, folder)
+        served = isinstance(load_teacher, RemoteTeacher)  # which bounds its requests itself
+        return store_responses(
+            folder, make_strategy, examples, rows=len(examples) if served else self.training.batch_size
+        )
+
+    def _keep_answers(self, teacher: TeacherSource, folder: Path) -> None:
+        """Keep what a server answers beside the folder that it is for, where the next attempt finds it."""
+        from skd_lib.served.teacher import RemoteTeacher
+
+        if isinstance(teacher, RemoteTeacher):
+            kept = folder.with_name(f"{folder.name}-asked")
+            root = self.checkpoint_root.rstrip("/")
+            teacher.keep(kept, f"{root}/{kept.name}" if is_remote(root) else "")
 
     def _teacher_folder(self, distill: DistillConfig, **inputs: Any) -> Path:
         """Return the folder for what the teacher computes: other runs with the same key find it, and may remove it."""
@@ -303,6 +317,12 @@ class TrainingRun:
             **inputs,
         )
         return checkpoint_folder(self.checkpoint_root) / key
+
+
+def coarser_signal(distill: DistillConfig) -> dict[str, Any]:
+    """Return what of vLLM's settings changes the loss: fewer of the teacher's tokens."""
+    of_servers = distill.engine == "vllm" and distill.vllm.signal == "top_k"
+    return {"vllm": {"top_k": distill.vllm.top_k}} if of_servers else {}
 
 
 def fine_tune(

@@ -20,7 +20,7 @@ from skd_lib.distillation.divergences import DIVERGENCES
 from skd_lib.distillation.loss import loss_for
 from skd_lib.distillation.methods import METHODS, unread_settings
 from skd_lib.errors import SkdError
-from skd_lib.preflight.memory import estimate, skeleton_size
+from skd_lib.planning.memory import estimate, skeleton_size
 from skd_lib.sampling.acceptance import RULES
 from tests.training.tiny_task import run
 

@@ -10,7 +10,7 @@ import torch
 
 from skd_lib.bench.setup import SHAPES
 from skd_lib.config import load_config, parse_overrides
-from skd_lib.preflight.memory import GIB, config_size, estimates
+from skd_lib.planning.memory import GIB, config_size, estimates
 
 
 def test_memory_that_the_papers_example_says_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

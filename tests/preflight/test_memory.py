@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from skd_lib.config import RunConfig
 from skd_lib.distillation.divergences import DIVERGENCES
-from skd_lib.preflight.memory import Estimate, available_memory, config_size, estimates
+from skd_lib.planning.memory import Estimate, available_memory, config_size, estimates
 from tests.conftest import CpuFlags
 from tests.preflight.support import check, only
 
