@@ -119,7 +119,7 @@ def _what_to_answer(
         check_answers(rows, where=data)
     else:
         assert run is not None  # noqa: S101 - one of the two was given
-        rows = make_splits(sources.load(run.data.source), run.data, run.seed).test
+        rows = make_splits(sources.load_data(run.data), run.data, run.seed).test
     return rows[:limit], settings, EvaluationConfig() if run is None else run.evaluation
 
 

@@ -163,11 +163,11 @@ def _data(config: RunConfig) -> dict[str, str]:
 
 def _splits(config: RunConfig) -> str:
     """Return the sizes of the splits, or what keeps them from being made; empty for data too large to be read here."""
-    from skd_lib.data.sources import load
+    from skd_lib.data.sources import load_data
     from skd_lib.data.splits import divide
 
     try:
-        rows = load(config.data.source, max_rows=_COUNTED)
+        rows = load_data(config.data, max_rows=_COUNTED)
         if any(len(split) >= _COUNTED for split in (rows.train, rows.validation or (), rows.test or ())):
             return ""
         made = divide(rows, config.data, config.seed, characters=_COMPARED)

@@ -57,6 +57,11 @@ class Columns(ConfigSection):
         "or `{from, value}`.",
     )
     tools: str = Field("tools", description="Tools of conversations: read where the data have this column.")
+    answers: Literal["read", "ignore"] = Field(
+        "read",
+        description="`ignore`: rows become prompts alone, as for a log of which only requests count; a conversation "
+        "ends with its last message that is not the assistant's.",
+    )
     cast: dict[str, Cast] = Field(
         {},
         description="Columns that hold no text, and what becomes of their values: `text` writes numbers, dates and "
@@ -77,7 +82,7 @@ class Columns(ConfigSection):
 
     def __str__(self) -> str:
         if self.messages is not None:
-            return f"conversations in `{self.messages}`"
+            return f"conversations in `{self.messages}`{'' if self.answers == 'read' else ', as requests alone'}"
         answers = f"answer `{self.target}`" if self.target else "no answers: prompts alone"
         return f"input `{self.source}`, {answers}"
 
@@ -177,10 +182,40 @@ class HeldOutConfig(ConfigSection):
     examples: int | None = Field(None, ge=1, description="At most this many examples; all if unset.")
 
 
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return pattern
+
+
+class Redaction(ConfigSection):
+    """A pattern of personal data, and what is put in its place."""
+
+    pattern: Annotated[str, AfterValidator(_check_pattern)] = Field(
+        min_length=1, description="Regular expression of Python's `re`, e.g. `[\\w.+-]+@[\\w-]+\\.[\\w.]+`."
+    )
+    replacement: str = Field("[redacted]", description="Text for each match, as it is: no references to groups.")
+
+
 class DataConfig(ConfigSection):
     """The source of examples, and their splits."""
 
     source: DataSource
+    redact: list[Redaction] = Field(
+        [], description="Replaced in every text of every row as it is read, before anything is stored or shown."
+    )
+    filter: str = Field(
+        "",
+        description="Filter of texts that a package of your own registers under this name, as an entry point of the "
+        "group `skd.filters`; it must be installed where the steps run. Empty: none.",
+    )
+    private: bool = Field(
+        False,
+        description="Texts stay in the prepared data and in the evaluations' files: MLflow, reports and models' "
+        "records get figures alone.",
+    )
     assistant_turns: Literal["all", "last"] = Field(
         "all",
         description="Answers of a conversation that count in training: `all`, each with what comes before it as its "

@@ -130,12 +130,24 @@ def read_prompt(prompt: Any, completion: Any, tools: Any = None, *, fields: tupl
         what = f"the prompt is a list of messages, and this is {_kind(completion)}"
         raise SkdError(what, where=f"field `{fields[1]}`", hint="give both as lists of messages, or both as text")
     _check_asked(asked, fields[0])
-    history = tuple(message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in asked)
     said = _read_all(completion, fields[1])
     if said[-1]["role"] != "assistant":
         what = f"the last message is the {said[-1]['role']}'s, not the assistant's"
         raise SkdError(what, where=f"field `{fields[1]}`, message {len(said)}", hint=_REMOVE)
-    return Conversation((*history, *said[: _trained(said, fields[1])[-1]]), read_tools(tools))
+    return Conversation((*_history(asked), *said[: _trained(said, fields[1])[-1]]), read_tools(tools))
+
+
+def read_request(value: Any, tools: Any = None, *, field: str = "messages") -> Conversation:
+    """Read a list of messages as a prompt alone: up to the last one that is not the assistant's.
+
+    Raises:
+        SkdError: it cannot be used; `where` names the field and the message, counted from 1.
+    """
+    messages = _read_all(value, field)
+    ends = [number for number, message in enumerate(messages, start=1) if message["role"] in ("user", "tool")]
+    if not ends:
+        raise SkdError("there is no user's message", where=f"field `{field}`", hint=_REMOVE)
+    return Conversation(_history(messages[: ends[-1]]), read_tools(tools))
 
 
 def read_tools(value: Any) -> tuple[Any, ...]:
@@ -147,6 +159,11 @@ def read_tools(value: Any) -> tuple[Any, ...]:
         what = f"must be a list of objects, got {_kind(value)}"
         raise SkdError(what, where="field `tools`", hint="write tools as OpenAI's: a list of {type, function}")
     return tuple(tools)
+
+
+def _history(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return messages of which no answer counts in training."""
+    return tuple(message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in messages)
 
 
 def _trained(messages: Sequence[Message], field: str) -> list[int]:

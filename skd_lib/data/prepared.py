@@ -13,6 +13,7 @@ from skd_lib import storage
 from skd_lib._core.terminal import visible
 from skd_lib.config import Columns, DataConfig, FilesSource
 from skd_lib.data import sources
+from skd_lib.data.cleaning import filter_version
 from skd_lib.data.examples import Example, read_jsonl, write_jsonl
 from skd_lib.data.splits import Splits, complaints, make_splits
 from skd_lib.errors import SkdError
@@ -47,6 +48,11 @@ class PreparedData:
     def fingerprint(self) -> str:
         """Return a digest that changes when the source, its preparation, the seed or any row changes."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def private(self) -> bool:
+        """Return whether its texts stay here (`data.private`)."""
+        return bool(self.manifest["config"].get("private", False))
 
     @classmethod
     def load(cls, folder: Path) -> PreparedData:
@@ -99,7 +105,7 @@ def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | No
         SkdError: rows are wrong, or a split is empty or nearly so.
     """
     held_out, missing = _load_held_out(config)
-    whole = make_splits(sources.load(config.source, cache_dir=cache_dir), config, seed, held_out)
+    whole = make_splits(sources.load_data(config, cache_dir=cache_dir), config, seed, held_out)
     splits = whole.by_turn() if config.assistant_turns == "all" else whole
     files = {**splits.named(), **{f"{HELD_OUT}/{name}": rows for name, rows in splits.held_out.items()}}
     rows = {name: len(examples) for name, examples in files.items()}
@@ -129,7 +135,7 @@ def _load_held_out(config: DataConfig) -> tuple[dict[str, list[Example]], dict[s
     found, missing = {}, {}
     for each in config.held_out:
         try:
-            found[each.name] = sources.load_held_out(each)
+            found[each.name] = sources.load_held_out(each, config)
         except SkdError as error:
             missing[each.name] = visible(error.brief)
             log.warning("held-out set %s is left out, everything else goes on: %s", each.name, error)
@@ -175,19 +181,23 @@ def preparation(config: DataConfig) -> dict[str, Any]:
         held_out["source"].pop("files", None)
     if not values["held_out"]:
         del values["held_out"]
+    values.pop("private", None)
+    if config.filter:
+        values["filter"] = [config.filter, filter_version(config.filter)]
     return values
 
 
 def _values(config: DataConfig) -> dict[str, Any]:
-    """Return the configuration, without settings of conversations at their defaults.
+    """Return the configuration, without later settings at their defaults.
 
-    So data of texts keep the fingerprints they had before there were conversations.
+    So data keep the fingerprints they had before there were conversations, and filters.
     """
     values: dict[str, Any] = config.model_dump(mode="json")
     columns = [each.get("columns") for each in (values["source"], *(each["source"] for each in values["held_out"]))]
     of_data, of_columns = DataConfig.model_fields, Columns.model_fields
-    defaults = [(each, of_columns, name) for each in columns if each for name in ("messages", "tools")]
-    for section, fields, name in [(values, of_data, "assistant_turns"), *defaults]:
+    defaults = [(each, of_columns, name) for each in columns if each for name in ("messages", "tools", "answers")]
+    defaults += [(values, of_data, name) for name in ("assistant_turns", "redact", "filter", "private")]
+    for section, fields, name in defaults:
         if section[name] == fields[name].default:
             del section[name]
     return values

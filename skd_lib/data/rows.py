@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from skd_lib._core.terminal import visible
 from skd_lib.config import Columns
 from skd_lib.config.data import PLACE, columns_of
-from skd_lib.data.conversations import read_conversation, read_prompt
+from skd_lib.data.conversations import read_conversation, read_prompt, read_request
 from skd_lib.data.examples import Example, conversation_example, make_example
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -142,7 +142,8 @@ def _example(row: Mapping[str, Any], columns: Columns, labels: Labels, origin: s
     """
     tools = row.get(columns.tools)
     if columns.messages is not None:
-        talk = read_conversation(_field(row, columns.messages), tools, field=columns.messages)
+        read = read_conversation if columns.answers == "read" else read_request
+        talk = read(_field(row, columns.messages), tools, field=columns.messages)
     elif _holds_messages(row.get(columns.source)):
         fields = (columns.source, columns.target or "completion")
         completion = _field(row, columns.target) if columns.target else None

@@ -18,6 +18,7 @@ from skd_lib import storage
 from skd_lib._core.format import first_line
 from skd_lib.config import (
     Columns,
+    DataConfig,
     DataSource,
     FilesSource,
     GettextSource,
@@ -28,6 +29,7 @@ from skd_lib.config import (
     HubDataset,
     HubSource,
 )
+from skd_lib.data.cleaning import clean_examples
 from skd_lib.data.examples import Example
 from skd_lib.data.files import data_files, stored_files
 from skd_lib.data.gettext_catalogs import read_wheel
@@ -55,14 +57,18 @@ class SourceSplits:
     test: list[Example] | None
     left_out: Counter[str] = field(default_factory=Counter)
 
+    def __len__(self) -> int:
+        return sum(len(rows or ()) for rows in (self.train, self.validation, self.test))
+
 
 def find_columns(source: FilesSource | HubSource | HeldOutFiles | HeldOutHub) -> Columns:
     """Return the columns to read: those given, else the usual ones that the first row has.
 
     Where there are none, the default: reading the data then reports the columns that there are.
     """
-    if source.columns != Columns():
-        return source.columns
+    given, ignored = source.columns, source.columns.answers == "ignore"
+    if given != Columns(answers=given.answers):
+        return given.model_copy(update={"target": None}) if ignored else given
     fields: Mapping[str, Any] = {}
     try:
         if isinstance(source, HubDataset):
@@ -76,7 +82,21 @@ def find_columns(source: FilesSource | HubSource | HeldOutFiles | HeldOutHub) ->
                 fields = first_fields(stream, file)
     except SkdError:
         return source.columns
-    return usual_columns(fields) or source.columns
+    found = usual_columns(fields) or given
+    return found.model_copy(update={"target": None, "answers": "ignore"}) if ignored else found
+
+
+def load_data(data: DataConfig, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:
+    """Read a run's data: what `load` reads, without what `data.redact` and `data.filter` take out."""
+    found = load(data.source, max_rows=max_rows, cache_dir=cache_dir)
+    splits = {
+        name: None if rows is None else clean_examples(rows, data)
+        for name, rows in (("train", found.train), ("validation", found.validation), ("test", found.test))
+    }
+    cleaned = SourceSplits(splits["train"] or [], splits["validation"], splits["test"], found.left_out)
+    dropped = len(found) - len(cleaned)
+    cleaned.left_out.update({"dropped by redact or filter": dropped} if dropped else {})
+    return _checked(data.source, cleaned)
 
 
 def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:
@@ -145,8 +165,8 @@ def identify(source: DataSource) -> list[dict[str, Any]]:
             assert_never(source)
 
 
-def load_held_out(held_out: HeldOutConfig, *, max_rows: int | None = None) -> list[Example]:
-    """Read and check all examples of one held-out test set; see `load`."""
+def load_held_out(held_out: HeldOutConfig, data: DataConfig, *, max_rows: int | None = None) -> list[Example]:
+    """Read and check all examples of one held-out test set of a run's data; see `load_data`."""
     source, problems = held_out.source, Problems()
     columns = find_columns(source)
     if isinstance(source, HeldOutFiles):
@@ -154,6 +174,7 @@ def load_held_out(held_out: HeldOutConfig, *, max_rows: int | None = None) -> li
     else:
         examples = _read_hub(source, source.split, columns, problems, max_rows)
     problems.raise_any()
+    examples = clean_examples(examples, data)
     if not examples:
         raise SkdError("the set is empty", where=f"data.held_out, `{held_out.name}`", hint="check the source")
     return examples

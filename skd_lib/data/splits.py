@@ -218,7 +218,7 @@ def divide(
 
     def unique(name: str, examples: Sequence[Example]) -> list[Example]:
         kept = drop_repeated(examples)
-        losses[name] = LostRows(len(examples), Counter({"repeated": kept.exact}), kept.pairs)
+        losses[name] = LostRows(len(examples), Counter({"repeated": kept.exact}), [] if config.private else kept.pairs)
         return kept.examples
 
     def apart(name: str, examples: list[Example], others: Sequence[Example], exact: str, near: str) -> list[Example]:
@@ -230,7 +230,7 @@ def divide(
         else:
             loss.reasons[near] += round(kept.near * (len(examples) - kept.exact) / max(1, compared))
             loss.looked_at = min(compared, loss.looked_at or compared)
-        loss.pairs += kept.pairs
+        loss.pairs += [] if config.private else kept.pairs
         return kept.examples
 
     present = {

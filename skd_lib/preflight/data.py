@@ -42,7 +42,7 @@ _COMPARED = 2000
 def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Sequence[RunConfig]) -> str:
     """Check rows, splits, lengths and training schedules; return the data's fingerprint, empty if it cannot be read."""
     max_rows = MAX_HUB_ROWS if isinstance(config.data.source, HubSource) else MAX_ROWS
-    source = checks.attempt("data", lambda: sources.load(config.data.source, max_rows=max_rows))
+    source = checks.attempt("data", lambda: sources.load_data(config.data, max_rows=max_rows))
     held_out = _held_out(checks, config)
     if source is None:
         return ""
@@ -86,7 +86,7 @@ def _held_out(checks: Checks, config: RunConfig) -> dict[str, list[Example]]:
         name = f"held-out {held_out.name}"
         limit = MAX_ROWS if isinstance(held_out.source, HeldOutFiles) else MAX_HUB_ROWS
         try:
-            found[held_out.name] = sources.load_held_out(held_out, max_rows=limit)
+            found[held_out.name] = sources.load_held_out(held_out, config.data, max_rows=limit)
         except SkdError as error:
             hint = "correct it; otherwise the run goes on and reports this set as missing"
             checks.add(name, "warning", error.brief, hint=hint)

@@ -112,7 +112,7 @@ def show_example(
     `ends` are the ids at which the model stops, the one that training puts after answers first.
     """
     row = next(iter(splits.train_student), None)
-    if row is None:
+    if row is None or config.data.private:
         return
     encoded = encode(tokenizer, config.task, row, ends[0], ends)
     prompt, answer = (tokenizer.decode(ids) for ids in (encoded.prompt_ids, encoded.response_ids))

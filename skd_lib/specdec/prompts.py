@@ -49,5 +49,5 @@ def prompts_of_run(config: RunConfig, *, limit: int) -> list[Question]:
     Raises:
         SkdError: the data cannot be read, or a split of it is empty.
     """
-    test = make_splits(sources.load(config.data.source), config.data, config.seed).test
+    test = make_splits(sources.load_data(config.data), config.data, config.seed).test
     return [example.question for example in test[:limit]]

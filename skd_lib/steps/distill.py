@@ -156,7 +156,7 @@ def main(
                 **curves(result.history, settings.training.batch_size),
             },
             figures=figures,
-            samples=to_jsonl(as_text(trace, tokenizer) for trace in result.traces),
+            samples="" if prepared.private else to_jsonl(as_text(trace, tokenizer) for trace in result.traces),
         )
 
     io.write()

@@ -40,11 +40,15 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Measured:
-    """The evaluation of one model, on the test set and on each held-out set by its name; `data` is all of the run's."""
+    """The evaluation of one model, on the test set and on each held-out set by its name; `data` is all of the run's.
+
+    With `private` their texts are not sent to MLflow (`data.private`).
+    """
 
     test: Evaluation
     held_out: Mapping[str, Evaluation]
     data: Sequence[DataUse] = ()
+    private: bool = False
 
     def figures(self) -> dict[str, float]:
         """Return the numbers alone, those of a held-out set as SET.FIGURE."""
@@ -148,6 +152,7 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
         evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed),
         evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, settings), evaluation, seed=seed),
         used,
+        prepared.private,
     )
 
 
@@ -183,6 +188,8 @@ def write(
             **{f"signature.{name}": score.signature for name, score in measured.test.scores.metrics.items()},
         }
     )
+    if measured.private:
+        return
     run.log_artifact(folder / PREDICTIONS, prefix.rstrip("/") or None)
     run.log_table(table(measured.test.predictions), f"{prefix}predictions")
     for name, each in measured.held_out.items():

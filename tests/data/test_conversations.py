@@ -234,7 +234,8 @@ def test_a_held_out_set_may_have_another_format(tmp_path: Path) -> None:
     path = tmp_path / "held.jsonl"
     path.write_text(json.dumps({"messages": TALK}), encoding="utf-8")
     held_out = HeldOutConfig.model_validate({"name": "talks", "source": {"type": "files", "files": [str(path)]}})
-    assert messages(sources.load_held_out(held_out)[0]) == TALK
+    data = DataConfig(source=FilesSource(train=[str(path)]))
+    assert messages(sources.load_held_out(held_out, data)[0]) == TALK
 
 
 def talks(count: int) -> list[dict[str, Any]]:

@@ -140,12 +140,13 @@ def test_one_split_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "dataset": str(folder),
         "columns": {"source": "{body} {question}", "target": "answer"},
     }
-    examples = load_held_out(HeldOutConfig.model_validate({"name": "owls", "source": source}), max_rows=3)
+    data = config(tmp_path / "train.jsonl")
+    examples = load_held_out(HeldOutConfig.model_validate({"name": "owls", "source": source}), data, max_rows=3)
     assert [example.source for example in examples] == [f"There are {i} owls. How many?" for i in range(3)]
     assert examples[2].target == "2 (owls)"
     wrong = {**source, "columns": {"source": "{body} {query}", "target": "answer"}}
     with pytest.raises(SkdErrors) as caught:
-        load_held_out(HeldOutConfig.model_validate({"name": "owls", "source": wrong}))
+        load_held_out(HeldOutConfig.model_validate({"name": "owls", "source": wrong}), data)
     assert "field `query`" in caught.value.errors[0].where
 
 

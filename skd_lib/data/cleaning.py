@@ -1,0 +1,103 @@
+"""Personal data taken out of rows as they are read: patterns, and a filter of the user's own.
+
+A filter is a function `(text) -> text`, or None for a row that is to be dropped. A package registers it under a name,
+
+    [project.entry-points."skd.filters"]
+    names = "my_package:remove_names"
+
+and is installed where the steps run, in a cluster in an image of one's own. So a configuration, which may come from a
+form, names code that is there for this purpose, and cannot bring or choose any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from skd_lib.config import DataConfig
+from skd_lib.data.examples import Example, conversation_example, make_example
+from skd_lib.errors import SkdError
+
+GROUP = "skd.filters"
+Clean = Callable[[str], str | None]
+_NO_TEXTS = ("role", "type", "id", "tool_call_id")
+"""Fields of messages by which a chat template finds its way."""
+
+
+class _Dropped(Exception):
+    """The filter drops the row."""
+
+
+def clean_examples(examples: list[Example], config: DataConfig) -> list[Example]:
+    """Return the examples as `config.redact` and `config.filter` leave them, without those that they drop.
+
+    Raises:
+        SkdError: the filter is not installed, or fails; the message quotes no text.
+    """
+    if not config.redact and not config.filter:
+        return examples
+    patterns = [(re.compile(each.pattern), each.replacement) for each in config.redact]
+    own = _filter(config.filter) if config.filter else None
+
+    def clean(text: str) -> str:
+        for pattern, replacement in patterns:
+            text = pattern.sub(lambda _, new=replacement: new, text)
+        kept = own(text) if own is not None else text
+        if kept is None:
+            raise _Dropped
+        return kept
+
+    found = []
+    for example in examples:
+        try:
+            cleaned = _cleaned(example, clean)
+        except _Dropped:
+            continue
+        except Exception as error:
+            what = f"the filter `{config.filter}` failed: {type(error).__name__}"
+            raise SkdError(
+                what, where=example.place, hint="correct it: it takes a text and returns one, or None"
+            ) from error
+        if cleaned.source.strip() and (cleaned.target.strip() or not example.target):
+            found.append(cleaned)
+    return found
+
+
+def filter_version(name: str) -> str:
+    """Return the package, with its version, that registers a filter here; empty where none does."""
+    found = _registered(name)
+    return f"{found.dist.name} {found.dist.version}" if found and found.dist else ""
+
+
+def _cleaned(example: Example, clean: Callable[[str], str]) -> Example:
+    if example.conversation is None:
+        return make_example(clean(example.source), clean(example.target) if example.target else "", example.origin)
+    talk = example.conversation
+    messages = tuple(_texts(message, clean) for message in talk.messages)
+    return conversation_example(replace(talk, messages=messages), example.origin)
+
+
+def _texts(value: Any, clean: Callable[[str], str]) -> Any:
+    """Clean every text in a message, also in calls of tools."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, Mapping):
+        return {key: each if key in _NO_TEXTS else _texts(each, clean) for key, each in value.items()}
+    return [_texts(each, clean) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _filter(name: str) -> Clean:
+    found = _registered(name)
+    if found is None:
+        known = ", ".join(sorted(entry_points(group=GROUP).names)) or "none"
+        hint = f"install it where this runs, in a cluster in the steps' image; registered here: {known}"
+        raise SkdError(f"no installed package registers the filter `{name}`", where="data.filter", hint=hint)
+    function: Clean = found.load()
+    return function
+
+
+def _registered(name: str) -> EntryPoint | None:
+    return next(iter(entry_points(group=GROUP, name=name)), None)
