@@ -323,10 +323,22 @@ class ServedMeasurement(Figures):
     notes: list[str] = Field([], description="What was left out or disturbed the figures, in sentences.")
     seconds: Timing = Field(0.0, description="Of everything, the servers' starts included.")
 
-    def speedup(self, name: str, passes: ServedPasses) -> float:
-        """Return tokens a second with a draft over those without one, at the setting of `passes`."""
-        setting = (passes.temperature, passes.concurrency)
-        return self.drafts[name].at(*setting).tokens_per_second / self.alone.at(*setting).tokens_per_second
+    def speedup(self, passes: ServedPasses) -> float:
+        """Return a draft's tokens a second over those without one at the same setting."""
+        return passes.tokens_per_second / self.alone.at(passes.temperature, passes.concurrency).tokens_per_second
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a draft did at every setting, and its greedy responses that are the server's without one."""
+        found: dict[str, float] = {}
+        for model in self.drafts.values():
+            found |= {} if model.equal is None else {"greedy_equal": model.equal}
+            for each in model.passes:
+                setting = f"temperature_{each.temperature:g}_in_flight_{each.concurrency}"
+                found[f"speedup_{setting}"] = self.speedup(each)
+                found[f"tokens_per_second_{setting}"] = each.tokens_per_second
+                if each.counts is not None:
+                    found[f"tokens_per_teacher_call_{setting}"] = each.counts.accepted_length
+        return found
 
 
 class Vllm(Figures):
@@ -404,7 +416,7 @@ class Specdec(Figures):
             f"best_speedup_temperature_{setting.temperature:g}_batch_{setting.batch_size}": setting.best_speedup
             for setting in self.settings
         }
-        return {**numbers, **by_position, **latencies, **best}
+        return {**numbers, **by_position, **latencies, **best, **(self.served.metrics() if self.served else {})}
 
 
 def _flat(latency: Latency | None) -> Iterator[tuple[str, float]]:

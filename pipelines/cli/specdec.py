@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,9 +50,18 @@ def specdec(
     sweep: Annotated[
         str | None, typer.Option(help="Which of them are timed: all, best or none.", show_default="all")
     ] = None,
-    batch_sizes: Annotated[str | None, typer.Option(help="Rows decoded together.", show_default="1,8")] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option(help="Rows decoded together; for vLLM requests in flight.", show_default="1,8")
+    ] = None,
     temperatures: Annotated[str | None, typer.Option(help="Of both models.", show_default="0,1")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed passes of each kind.", show_default="3")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="What decodes: transformers or vllm.", show_default="transformers")
+    ] = None,
+    vllm_arguments: Annotated[
+        str | None,
+        typer.Option(help="More words for `vllm serve`, e.g. '--tensor-parallel-size 4'.", show_default="none"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of what is sampled.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.", show_default="none")] = None,
     as_json: AsJson = False,
@@ -60,6 +70,10 @@ def specdec(
 
     The teacher alone and with its draft decode in turns. At temperature 0 the output is checked against the teacher's
     own, token by token.
+
+    With `--engine vllm` the printed line is started, without and with the draft, and the figures are from vLLM's own
+    counters, with as many requests in flight as `--batch-sizes` says. Its environment is made when first needed
+    (`skd engine install`).
 
     Example: `skd specdec runs/demo/teacher runs/demo/student --prompts prompts.txt`.
     """
@@ -79,6 +93,8 @@ def specdec(
         "batch_sizes": batch_sizes and batch_sizes.split(","),
         "temperatures": temperatures and temperatures.split(","),
         "repeats": repeats,
+        "engine": engine,
+        "vllm_arguments": vllm_arguments and shlex.split(vllm_arguments),
     }
     asked = {"prompt": template, "chat_template": chat, "max_new_tokens": max_new_tokens}
     defaults = settings.specdec.model_dump() if settings else {}

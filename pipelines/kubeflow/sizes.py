@@ -94,16 +94,16 @@ def expected(config: RunConfig, plan: Plan | None = None) -> Outputs:
         if component == "compare-variant":
             base = StepConfig.model_validate_json(inputs["config"])
             return outputs_of(Trial.model_validate_json(inputs["trial"]), base, {})
-        return _figures(declared, len(config.task.metrics))
+        return _figures(declared, len(config.task.metrics), served=config.specdec.engine == "vllm")
 
     return outputs
 
 
-def _figures(declared: Spec, metrics: int) -> Spec:
+def _figures(declared: Spec, metrics: int, *, served: bool = False) -> Spec:
     """Return the declared parameters that hold figures, at their greatest length."""
     from skd_lib.report.measured import longest
 
-    sizes = {"measured": longest(metrics), "scores": longest(1)}
+    sizes = {"measured": longest(metrics, served=served), "scores": longest(1)}
     figure = '"chrf":35.31234567890123,'
     return {name: (figure * sizes[name])[: sizes[name]] for name in declared.get("parameters", {}) if name in sizes}
 

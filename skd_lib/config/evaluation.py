@@ -94,6 +94,16 @@ class EvaluationConfig(ConfigSection):
 class SpecdecConfig(ConfigSection):
     """Speculative decoding: the student drafts for the teacher."""
 
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What decodes: this project's own engine, or vLLM, started with the teacher alone and then with "
+        "each draft. `vllm` does not read `gammas` and `sweep`, and on a CPU measures temperature 0 only.",
+    )
+    vllm_arguments: list[str] = Field(
+        [],
+        description="`engine: vllm` only: more words for `vllm serve`, e.g. `[--tensor-parallel-size, '4']`; part of "
+        "the line that is printed and registered.",
+    )
     examples: int = Field(32, ge=1, description="Test prompts used.")
     gamma: DraftLength = Field(
         5, description="Tokens drafted for each teacher call in the headline figures, before and after alike."
@@ -107,7 +117,9 @@ class SpecdecConfig(ConfigSection):
         "predicted from acceptance and the forwards' times); `none`, only `gamma`.",
     )
     batch_sizes: Annotated[list[BatchSize], Distinct] = Field(
-        [1, 8], min_length=1, description="Rows decoded together; the first belongs to the headline figures."
+        [1, 8],
+        min_length=1,
+        description="Rows decoded together, for vLLM requests in flight; the first belongs to the headline figures.",
     )
     temperatures: Annotated[list[Temperature], Distinct] = Field(
         [0.0, 1.0],

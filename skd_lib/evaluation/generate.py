@@ -119,7 +119,7 @@ def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model, load_tokenizer(path)
 
 
-def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> tuple[int, ...]:
+def ending_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> tuple[int, ...]:
     """Return every id that ends an answer: those the model's files name, and the one that training puts after answers.
 
     They differ where a chat template ends turns with a token that no file lists as end of sequence.

@@ -175,6 +175,9 @@ def _by_position(moment: Moment, draft: Specdec) -> Series:
 
 def _tested(draft: Specdec) -> Sequence[int]:
     """Return the number of tests behind each rate of the headline; nothing where it was not recorded."""
+    for model in draft.served.drafts.values() if draft.served else ():
+        if (counts := model.passes[0].counts) is not None:
+            return counts.tested
     for setting in draft.settings:
         if (setting.temperature, setting.batch_size) == (draft.temperature, draft.batch_size):
             for length in setting.lengths:

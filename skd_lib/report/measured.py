@@ -24,9 +24,13 @@ TEXT_LENGTH = 160
 """Characters of a reason, and of a signature."""
 
 
-def longest(metrics: int) -> int:
-    """Return the most bytes that the parameter takes for a task with this many metrics."""
-    return 700 + 150 * metrics
+LINE_LENGTH = 1000
+"""Characters of a line for vLLM; half of one is worth nothing, so a longer one is left out."""
+
+
+def longest(metrics: int, *, served: bool = False) -> int:
+    """Return the most bytes that the parameter takes for a task with this many metrics, with vLLM's line or without."""
+    return 700 + 150 * metrics + (LINE_LENGTH + 100 if served else 0)
 
 
 class Measured(Section):
@@ -36,6 +40,7 @@ class Measured(Section):
     student: dict[str, float] = Field({}, description="The student's scores by metric, exact.")
     signatures: dict[str, str] = Field({}, description="By metric: what makes a score reproducible.")
     draft: dict[str, float] = Field({}, description="The student as a draft of its teacher.")
+    served: str = Field("", description="The line with which vLLM was started and measured with this draft, if it was.")
     champion: Rival = Rival()
     comet_missing: str = Field("", description="Why COMET is missing; empty where it is not, or was not asked for.")
     registry: RegistryConfig = RegistryConfig()
@@ -65,6 +70,7 @@ def measured(
         student=_finite({name: score.score for name, score in scores.items()}),
         signatures=_short({name: score.signature for name, score in scores.items() if score.signature}),
         draft={} if draft is None else draft.figures(),
+        served=_started(draft),
         champion=champion.model_copy(
             update={
                 "figures": _finite({**champion.figures, **comet.figures("champion")}),
@@ -85,6 +91,11 @@ def read_champion(folder: Path) -> Rival:
     """
     file = folder / CHAMPION
     return parse_section(Rival, read_result(file, step="evaluate_champion"), where=str(file))
+
+
+def _started(draft: Specdec | None) -> str:
+    vllm = draft.vllm if draft else None
+    return vllm.command if vllm and vllm.started and len(vllm.command) <= LINE_LENGTH else ""
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:

@@ -27,7 +27,6 @@ WITHHELD = f"withheld (under {LEAST_EXAMPLES} examples)"
 LOSS_COLUMNS = ("split", "rows", "left out", "why")
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 24
-_AGAINST = "speed-up over the teacher alone in the same process"
 _DRAFT_COLUMNS = ("distillation", "accepted", "tokens/teacher call", "speed-up", "teacher's own output")
 
 
@@ -90,7 +89,7 @@ def _quality_table(summary: Summary) -> TextTable:
 def _specdec_table(summary: Summary) -> TextTable:
     rows = [[moment, *draft_cells(draft.figures()), same_output(draft)] for moment, draft in summary.specdec.items()]
     title = "The student as draft of the teacher (speculative decoding)"
-    return TextTable(title, _DRAFT_COLUMNS, rows, note=f"{_draft_setting(summary)}, {_AGAINST}", highlighted=["after"])
+    return TextTable(title, _DRAFT_COLUMNS, rows, note=_draft_setting(summary), highlighted=["after"])
 
 
 def _seconds_table(seconds: dict[str, float]) -> TextTable:
@@ -130,6 +129,12 @@ def _draft_setting(summary: Summary) -> str:
     setting = [] if draft.gamma is None else [f"{draft.gamma} tokens drafted a time"]
     if draft.temperature is not None:
         setting.append("greedy" if draft.temperature == 0 else f"temperature {draft.temperature:g}")
+    if draft.served:
+        setting.append(
+            f"{draft.batch_size} requests in flight, speed-up over vLLM {draft.served.version} without a draft"
+        )
+    else:
+        setting.append("speed-up over the teacher alone in the same process")
     return ", ".join(setting)
 
 
@@ -137,11 +142,13 @@ def _draft_lines(summary: Summary) -> list[str]:
     if "after" not in summary.specdec:
         return []
     same = same_output(summary.specdec["after"])
-    return [f"Measured with {_draft_setting(summary) or 'drafts'}. Output with drafts is the teacher's own: {same}."]
+    return [f"Measured with {_draft_setting(summary)}. Output with drafts is the teacher's own: {same}."]
 
 
 def same_output(draft: Specdec) -> str:
     """Say whether speculative decoding wrote what the teacher writes alone."""
+    if draft.served and (counted := [each.equal for each in draft.served.drafts.values() if each.equal is not None]):
+        return f"{counted[0]} of {draft.prompts} answers"
     if draft.temperature:
         return "in distribution"
     return f"yes, bar {draft.ties} rounding tie{'s' if draft.ties > 1 else ''}" if draft.ties else "yes"

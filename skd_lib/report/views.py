@@ -15,7 +15,18 @@ from skd_lib.report.render import UNSURE, WITHHELD
 from skd_lib.report.render import caution_lines as report_cautions
 from skd_lib.report.summary import Summary
 from skd_lib.report.worth import count
-from skd_lib.results import Course, Moment, PairedTest, Percentiles, Role, Score, Scores, Specdec
+from skd_lib.results import (
+    Course,
+    Moment,
+    PairedTest,
+    Percentiles,
+    Role,
+    Score,
+    Scores,
+    ServedMeasurement,
+    ServedPasses,
+    Specdec,
+)
 
 MAIN_PAIRS: tuple[tuple[Role, Role], ...] = (
     ("student_after", "student_before"),
@@ -234,6 +245,28 @@ def latencies(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
         (name, [*_milliseconds(wait.first_token), *_milliseconds(wait.per_token)])
         for name, wait in {"teacher alone": alone[-1] if alone else None, **waits}.items()
         if wait is not None
+    ]
+
+
+def served(specdec: Mapping[Moment, Specdec]) -> list[tuple[Moment, str, list[str]]]:
+    """Return what vLLM measured, by draft and setting: requests in flight, speeds, speed-up, tokens a call."""
+    return [
+        (moment, "greedy" if each.temperature == 0 else f"temperature {each.temperature:g}", _served_cells(found, each))
+        for moment, draft in specdec.items()
+        if (found := draft.served)
+        for model in found.drafts.values()
+        for each in model.passes
+    ]
+
+
+def _served_cells(found: ServedMeasurement, each: ServedPasses) -> list[str]:
+    alone = found.alone.at(each.temperature, each.concurrency).tokens_per_second
+    return [
+        str(each.concurrency),
+        plain(alone),
+        plain(each.tokens_per_second),
+        f"{found.speedup(each):.2f}{TIMES}",
+        f"{each.counts.accepted_length:.2f}" if each.counts else "",
     ]
 
 

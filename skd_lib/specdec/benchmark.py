@@ -24,7 +24,7 @@ from skd_lib.data.examples import Question
 from skd_lib.data.tokenize import encode_prompt
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
-from skd_lib.models.files import load_tokenizer
+from skd_lib.models.files import context_length, load_config, load_tokenizer
 from skd_lib.models.heads import common_vocabulary, embedding_rows
 from skd_lib.models.references import resolve_model
 from skd_lib.models.vocabulary import check_compatible, pad_id
@@ -162,6 +162,8 @@ def measure(
     Raises:
         SkdError: as `benchmark`, or a model cannot be loaded.
     """
+    if config.engine == "vllm":
+        return _measure_served(teacher, drafts, inputs, task, config, seed, on_progress)
     model, tokenizer = load_for_inference(teacher.folder)
     loaded = {name: load_for_inference(draft.folder)[0] for name, draft in drafts.items()}
     results = measure_loaded(
@@ -204,10 +206,18 @@ def measure_loaded(
     seed: int,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Specdec]:
-    """Decode with models that are loaded, on one device and of one tokenizer; the arguments are those of `measure`."""
+    """Decode with models that are loaded, on one device and of one tokenizer; the arguments are those of `measure`.
+
+    Raises:
+        SkdError: as `benchmark`, or the engine is vLLM.
+    """
+    if config.engine == "vllm":
+        hint = "give the models' folders or hub ids"
+        raise SkdError("vLLM reads models from files, and these are loaded", where="specdec.engine", hint=hint)
+    block = max(config.gamma, *config.gammas) + 1
+    limits = [most for model in (teacher, *drafts.values()) if (most := position_limit(model, block)) is not None]
     encoded = (encode_prompt(tokenizer, task, text) for text in inputs)
-    fitting = _fitting(encoded, (teacher, *drafts.values()), task, config)
-    prompts = list(islice(fitting, config.examples))
+    prompts = list(islice(_fitting(encoded, limits, task), config.examples))
     plan = Plan(
         teacher=teacher,
         drafts=drafts,
@@ -228,12 +238,43 @@ def _forwards(plan: Plan, draft: PreTrainedModel, batch_size: int) -> Forwards:
     return measure_forwards(plan.teacher, draft, rows=batch_size, positions=positions, gammas=plan.gammas)
 
 
-def _fitting(
-    prompts: Iterable[list[int]], models: Iterable[PreTrainedModel], task: TaskConfig, config: SpecdecConfig
-) -> Iterator[list[int]]:
-    """Yield the prompts that fit all models with their answers, and with the longest draft beyond these."""
-    block = max(config.gamma, *config.gammas) + 1
-    limit = min((most for model in models if (most := position_limit(model, block)) is not None), default=None)
+def _measure_served(
+    teacher: Served,
+    drafts: Mapping[str, Served],
+    inputs: Sequence[Question],
+    task: TaskConfig,
+    config: SpecdecConfig,
+    seed: int,
+    on_progress: OnProgress | None,
+) -> dict[str, Specdec]:
+    """Measure with vLLM the prompts that fit the models with their answers, and with a draft beyond these."""
+    from skd_lib.specdec.served import measure_served, specdec_of
+
+    tokenizer = load_tokenizer(teacher.folder)
+    contexts = (context_length(load_config(model.folder)) for model in (teacher, *drafts.values()))
+    # Near its limit vLLM drafts token 0 in the draft's place.
+    limits = [most - config.gamma - 2 for most in contexts if most is not None]
+    encoded = (encode_prompt(tokenizer, task, text) for text in inputs)
+    measured = measure_served(
+        teacher,
+        drafts,
+        list(islice(_fitting(encoded, limits, task), config.examples)),
+        concurrencies=config.batch_sizes,
+        temperatures=config.temperatures,
+        max_new_tokens=task.max_new_tokens,
+        gamma=config.gamma,
+        repeats=config.repeats,
+        eos_ids=ending_ids(teacher.folder, tokenizer, task),
+        seed=seed,
+        arguments=config.vllm_arguments,
+        on_progress=on_progress,
+    )
+    return specdec_of(measured, teacher, drafts)
+
+
+def _fitting(prompts: Iterable[list[int]], limits: Iterable[int], task: TaskConfig) -> Iterator[list[int]]:
+    """Yield the prompts that are with their answers within the least of the limits."""
+    limit = min(limits, default=None)
     for number, prompt in enumerate(prompts):
         if limit is None or len(prompt) + task.max_new_tokens <= limit:
             yield prompt

@@ -9,9 +9,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from skd_lib._core.format import TextTable
-from skd_lib.results import DraftLength, Latency, Percentiles, Setting, Specdec
+from skd_lib.results import DraftLength, Latency, Percentiles, ServedMeasurement, ServedPasses, Setting, Specdec
 
 _SPEED_COLUMNS = ("drafted", "accepted", "tokens/call", "tokens/s", "speed-up", "theory", "paper's")
+_SERVED_COLUMNS = ("decoding", "in flight", "tokens/s without", "tokens/s with it", "speed-up", "tokens/call")
 _SPEED_CAPTION = (
     "theory: from acceptance by position and the forwards' times; paper's: one rate, a block as slow as a token. "
     "What was not timed is predicted."
@@ -22,8 +23,11 @@ def render(results: Mapping[str, Specdec]) -> RenderableType:
     """Make tables for each draft model, by its name: speed in every setting, latency, acceptance by position."""
     parts: list[RenderableType] = []
     for name, result in results.items():
-        parts += [_speed(name, setting).to_rich() for setting in result.settings]
-        parts += [_latencies(name, result).to_rich(), _conclusion(name, result)]
+        if result.served is not None:
+            parts += _served(name, result.served)
+        else:
+            parts += [_speed(name, setting).to_rich() for setting in result.settings]
+            parts += [_latencies(name, result).to_rich(), _conclusion(name, result)]
         if result.vllm is not None:
             parts += [Text(f"vLLM: {reason}", style="yellow") for reason in result.vllm.reasons]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -90,6 +94,62 @@ def _conclusion(name: str, result: Specdec) -> Text:
     return Text(text)
 
 
+def _served(name: str, served: ServedMeasurement) -> list[RenderableType]:
+    model = served.drafts[name]
+    speeds = [
+        [
+            decoding(each.temperature),
+            str(each.concurrency),
+            _rate(served.alone.at(each.temperature, each.concurrency)),
+            _rate(each),
+            f"{served.speedup(each):.2f}x",
+            f"{each.counts.accepted_length:.2f}" if each.counts else "",
+        ]
+        for each in model.passes
+    ]
+    title = (
+        f"{name}: vLLM {served.version} on a {served.device.upper()}, {served.prompts} prompts, {served.gamma} drafted"
+    )
+    note = (
+        "Tokens a second: the median of the passes, slowest to fastest in brackets. Servers run one after the other. "
+        "Tokens/call: 1 + accepted / drafts."
+    )
+    parts: list[RenderableType] = [TextTable(title, _SERVED_COLUMNS, speeds, note=note).to_rich()]
+    if (counts := model.passes[0].counts) is not None:
+        rows = [
+            [str(position), str(accepted), f"{accepted / reached:.1%}" if reached else "", f"{share:.1%}"]
+            for position, (accepted, reached, share) in enumerate(
+                zip(counts.accepted_by_position, counts.tested, counts.shares, strict=False), 1
+            )
+        ]
+        title = f"{name}: acceptance by vLLM's counters, {counts.drafts} drafts"
+        parts.append(TextTable(title, ("position", "accepted", "of those reached", "of all drafts"), rows).to_rich())
+    parts.append(Text("\n".join([*_greedy(name, served), *served.notes])))
+    return parts
+
+
+def _greedy(name: str, served: ServedMeasurement) -> list[str]:
+    """Say how many greedy responses are the teacher's own."""
+    equal = served.drafts[name].equal
+    if equal is None:
+        return []
+    found = [
+        f"{name}: {equal} of {served.prompts} greedy responses are those of vLLM without a draft, which itself repeats "
+        f"{served.alone.equal} of {served.prompts}."
+    ]
+    if served.equal_to_transformers is not None:
+        found.append(f"{served.equal_to_transformers} of {served.prompts} of these are those of transformers.")
+    return found
+
+
+def _rate(passes: ServedPasses) -> str:
+    return f"{passes.tokens_per_second:.1f} ({passes.slowest:.1f}-{passes.fastest:.1f})"
+
+
+def decoding(temperature: float) -> str:
+    """Name a way of decoding."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
 def _how(setting: Setting) -> str:
-    how = "greedy" if setting.temperature == 0 else f"temperature {setting.temperature:g}"
-    return f"{how}, batch size {setting.batch_size}"
+    return f"{decoding(setting.temperature)}, batch size {setting.batch_size}"

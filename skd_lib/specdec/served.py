@@ -103,6 +103,7 @@ def measure_served(
     settings = len(load.temperatures) * len(load.concurrencies)
     progress = Passes(on_progress, total=(1 + len(drafts)) * settings * repeats)
     python = environment()
+    torch.cuda.empty_cache()  # what this process has freed, for the servers
     more = (*(() if gpu else ON_CPU), *arguments)
 
     def visit(draft: Served | None) -> Visit:
@@ -144,7 +145,7 @@ def specdec_of(measurement: ServedMeasurement, teacher: Served, drafts: Mapping[
             engine="vllm",
             acceptance_rate=counts.acceptance_rate,
             tokens_per_teacher_call=counts.accepted_length,
-            speedup=measurement.speedup(name, headline),
+            speedup=measurement.speedup(headline),
             gamma=measurement.gamma,
             temperature=headline.temperature,
             batch_size=headline.concurrency,

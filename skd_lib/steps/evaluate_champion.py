@@ -12,7 +12,7 @@ import typer
 from skd_lib.config import SpecdecConfig, TaskConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
-from skd_lib.models.files import check_model_folder, weights_digest
+from skd_lib.models.files import check_model_folder, served_in, weights_digest
 from skd_lib.report.folders import PREDICTIONS
 from skd_lib.report.measured import CHAMPION
 from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
@@ -89,6 +89,7 @@ def main(
                 if registry.gate == "score":
                     model, tokenizer = load_for_inference(folder)
                     result = evaluate(model, tokenizer, prepared.test, task, evaluation, seed=seed)
+                    del model  # vLLM, which may come next, wants the GPU's memory
             except JudgeUnavailable:
                 raise
             except SkdError as error:
@@ -157,10 +158,17 @@ def _as_drafts(
     from skd_lib._core.events import Progress
     from skd_lib.models.vocabulary import check_compatible
     from skd_lib.specdec.benchmark import measure
+    from skd_lib.specdec.vllm import refusals
     from skd_lib.tracking.gate import Rival
+    from skd_lib.vllm.serve import on_gpu
 
-    if unlike := check_compatible(teacher.folder, drafts["champion"].folder):
-        return Rival(undrafted=str(unlike[0]))
+    if served := served_in(teacher.folder):
+        return Rival(undrafted=f"the teacher is on a server, {served}")
+    unlike = [str(error) for error in check_compatible(teacher.folder, drafts["champion"].folder)]
+    if config.engine == "vllm":
+        unlike += refusals(teacher, drafts["champion"], on_gpu=on_gpu())
+    if unlike:
+        return Rival(undrafted=unlike[0])
     progress = Progress("speculative decoding")
     results = measure(teacher, drafts, inputs, task=task, config=config, seed=seed, on_progress=progress.update_of)
     champion, challenger = results["champion"], results["challenger"]

@@ -71,6 +71,7 @@ def main(
                 **version_tags(record.lineage),
                 **{f"{registry.SIGNATURE_PREFIX}{name}": text for name, text in found.signatures.items()},
                 registry.GATE_TAG: reason,
+                registry.SERVED_TAG: found.served,
             }
             example = next((sample.prompt for sample in record.samples()), "")
             write_beside(student, uri, example)

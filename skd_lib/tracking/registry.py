@@ -51,6 +51,8 @@ PIPELINE_RUN_TAG = "pipeline_run_id"
 REGISTERED_BY_TAG = "registered_by"
 """Holds Kubeflow's run that registered it first: another one, where that took the student from the cache."""
 GATE_TAG = "gate"
+SERVED_TAG = "vllm_serve"
+"""Holds the line with which vLLM was started to measure the student as a draft; absent where it was not."""
 HISTORY_TAG = "skd.champions"
 BY_HAND = "the alias was moved by hand"
 _REMEMBERED = 20
