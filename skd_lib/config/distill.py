@@ -185,7 +185,8 @@ class DistillConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _shards_agree(self) -> DistillConfig:
-        if self.training.fsdp and not _METHOD.registry[self.method].shardable:
+        whole_teacher = self.engine == "vllm"  # the servers have it
+        if self.training.fsdp and not whole_teacher and not _METHOD.registry[self.method].shardable:
             raise ValueError(
                 f"training.fsdp: all processes ask a sharded teacher at once, but with `{self.method}` only those that "
                 "have ground truth in their micro-batch would ask it; use method `skd`, or no fsdp"
@@ -197,17 +198,16 @@ class DistillConfig(ConfigSection):
         if self.engine == "transformers":
             return self
         found = {
-            "training.fsdp is on": self.training.fsdp,
-            "training.lora is set": self.training.lora is not None,
-            "multinode is set": self.multinode is not None,
+            "multinode is set and vllm.urls is empty": self.multinode is not None and not self.vllm.urls,
             "teacher_signal.mode is `stored`": self.teacher_signal.mode == "stored",
             "sampling.gamma is a schedule": isinstance(self.sampling.gamma, Schedule),
             f"sampling.rule is `{self.sampling.rule}`": self.sampling.rule not in ("top_k", "min_prob"),
         }
         if problems := [problem for problem, is_so in found.items() if is_so]:
             raise ValueError(
-                "engine: vllm samples for one training process, by the rules top_k and min_prob, with a fixed gamma, "
-                f"but {' and '.join(problems)}; change that, or use `engine: transformers`"
+                "engine: vllm samples by the rules top_k and min_prob with a fixed gamma, online, on several machines by "
+                f"servers that all of them reach, but {' and '.join(problems)}; change that, or use `engine: "
+                "transformers`"
             )
         return self
 

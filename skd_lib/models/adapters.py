@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -117,6 +118,50 @@ def merge_lora(wrapped: Any) -> None:
             hint="name other layers in target_modules: a weight that several layers share cannot hold an adapter",
         )
     model.requires_grad_(requires_grad=True)
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's weights as `merge_lora` would leave them, one after the other; the model stays as it is.
+
+    Names are those without adapters, also of layers that are trained as a whole beside them. Tied weights come once.
+
+    Args:
+        model: The model that adapters were added to, or any other.
+
+    Raises:
+        SkdError: an adapter is not W + BA, or its weight is quantized.
+    """
+    modules = dict(model.named_modules())
+    tensors = [*model.named_parameters(), *_stored_buffers(modules)]
+    for name, tensor in tensors:
+        layer, adapted, rest = name.partition(".base_layer.")
+        path = name.split(".")
+        if adapted:
+            yield f"{layer}.{rest}", _with_adapters(layer, modules[layer], tensor) if rest == "weight" else tensor
+        elif "modules_to_save" in path:  # a copy that is trained, by the adapter's name
+            place = path.index("modules_to_save")
+            yield ".".join([*path[:place], *path[place + 2 :]]), tensor
+        elif "original_module" not in path and not any(part.startswith("lora_") for part in path):
+            yield name, tensor
+
+
+def _stored_buffers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for name, module in modules.items():
+        for own, buffer in module.named_buffers(recurse=False):
+            if own not in module._non_persistent_buffers_set:
+                yield f"{name}.{own}".lstrip("."), buffer
+
+
+def _with_adapters(name: str, layer: Any, weight: Tensor) -> Tensor:
+    plain = type(layer).__module__ == "peft.tuners.lora.layer" and not layer.lora_variant
+    if not plain or not weight.is_floating_point() or any(layer.lora_bias.values()):
+        raise SkdError(
+            f"the weight of {name} with its adapter is not W + BA of a plain LoRA on a floating-point weight",
+            where="distill.engine",
+            hint="vLLM gets merged weights: use LoRA without DoRA, bias or quantization, or `engine: transformers`",
+        )
+    with torch.no_grad():
+        return weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
 
 
 def _takes_adapter(module: nn.Module, embedding: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.figures import PEAK_BYTES, SECONDS
 from skd_lib.training.plan import plan_steps
 from skd_lib.training.saving import Saver, StopOnSigterm, TimedCheckpoints
-from skd_lib.training.sharding import check_processes, shard, whole_model
+from skd_lib.training.sharding import check_processes, place_teacher, shard, whole_model
 from skd_lib.training.traces import Trace, TraceRecorder, recorded_steps
 from skd_lib.training.trainer import (
     TRACES,
@@ -239,13 +239,9 @@ def _placed(
     """Put both models on their device, whole or sharded; return the student to train."""
     check_processes(args, sharded=training.fsdp, where=name, setting="training.fsdp")
     student.to(args.device)
-    quantized = getattr(teacher, "is_quantized", False)  # such weights stay where they were loaded
-    if teacher is not None:
-        teacher.eval().requires_grad_(requires_grad=False)
-        if not quantized and not any(parameter.is_meta for parameter in teacher.parameters()):
-            teacher.to(args.device)
+    frozen = place_teacher(teacher, args.device)
     if training.fsdp:
-        shard(student, None if quantized else teacher, args)
+        shard(student, frozen, args)
         return student
     return student if training.lora is None else add_lora(student, training.lora, seed)
 

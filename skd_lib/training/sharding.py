@@ -58,6 +58,19 @@ def check_processes(args: TrainingArguments, *, sharded: bool, where: str, setti
         raise SkdError("sharding needs at least two processes", where=f"{where}, {setting}", hint=hint)
 
 
+def place_teacher(teacher: PreTrainedModel | None, device: torch.device) -> PreTrainedModel | None:
+    """Freeze a teacher and put it on its device; return it if it can be sharded.
+
+    Quantized weights stay where they were loaded, and one with no more than a head is there already.
+    """
+    if teacher is None:
+        return None
+    teacher.eval().requires_grad_(requires_grad=False)
+    if getattr(teacher, "is_quantized", False) or any(parameter.is_meta for parameter in teacher.parameters()):
+        return None
+    return cast(PreTrainedModel, teacher.to(device))
+
+
 def shard(student: PreTrainedModel, teacher: PreTrainedModel | None, args: TrainingArguments) -> None:
     """Shard a student that is trained, and a frozen teacher, over all processes, in place."""
     mesh = init_device_mesh(args.device.type, (args.world_size,))

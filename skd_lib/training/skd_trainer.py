@@ -36,7 +36,7 @@ from skd_lib.models.vocabulary import check_tokenizer, eos_ids, pad_id, tokenize
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import sampling_figures
 from skd_lib.training.rollout_trainer import RolloutTrainer
-from skd_lib.training.sharding import shard, whole_states, whole_weights
+from skd_lib.training.sharding import place_teacher, shard, whole_states, whole_weights
 from skd_lib.training.skd_config import SKDConfig, check_arguments, warn_of_unread
 from skd_lib.training.turn_rows import by_turn, place_of
 
@@ -134,12 +134,9 @@ class SKDTrainer(RolloutTrainer):
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
-        if teacher is not None:
-            teacher.eval().requires_grad_(requires_grad=False)
-            if not getattr(teacher, "is_quantized", False):
-                teacher.to(args.device)
+        frozen = place_teacher(teacher, args.device)
         if args.fsdp:
-            shard(student.to(args.device), None if getattr(teacher, "is_quantized", False) else teacher, args)
+            shard(student.to(args.device), frozen, args)
         self._formatting = formatting_func
         super().__init__(
             objective=objective_for(self.distill.method, teacher, self.distill),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from skd_lib.vllm.upload import PREFIX
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_TRIES = 2.0
+_SECONDS_TO_BE_SEEN = 30.0
 
 
 class EngineGone(Exception):
@@ -41,32 +43,28 @@ class Engine:
         if token := os.environ.get(TOKEN_VARIABLE):
             self._http.headers["Authorization"] = f"Bearer {token}"
 
+    def answers(self) -> bool:
+        """Return whether the server answers now.
+
+        Raises:
+            SkdError: its process has ended, where that is known.
+        """
+        try:
+            if self._http.get(f"{self.url}/health", timeout=5).ok:
+                return True
+        except requests.RequestException:
+            pass
+        if self._alive is not None:  # asked last: it may be a request of its own
+            self._alive()
+        return False
+
     def wait(self) -> None:
         """Wait until the server answers.
 
         Raises:
             SkdError: it does not within `wait_s` seconds.
         """
-        deadline = time.monotonic() + self.wait_s
-        told = False
-        while True:
-            if self._alive is not None:
-                self._alive()
-            try:
-                if self._http.get(f"{self.url}/health", timeout=5).ok:
-                    return
-            except requests.RequestException:
-                pass
-            if time.monotonic() > deadline:
-                raise SkdError(
-                    f"no vLLM server answers after {self.wait_s:g} s",
-                    where=self.url,
-                    hint="start one with `skd engine start`, or correct `distill.vllm.url`",
-                )
-            if not told:
-                log.info("waiting for the vLLM server at %s", self.url)
-                told = True
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+        wait_for_one([self])
 
     def rpc(self, method: str, *args: Any) -> Any:
         """Call a method of the worker extension on all workers; return the first one's result.
@@ -84,12 +82,26 @@ class Engine:
         choice: dict[str, Any] = self.post("/inference/v1/generate", body)["choices"][0]
         return choice
 
-    def load_student(self, folder: str, version: str) -> None:
-        """Replace the student's weights by those of a folder with the file `model.safetensors`."""
-        if not self._shared:
-            folder = self.send(Path(folder) / "model.safetensors", "weights/model.safetensors")
+    def load_student(self, folder: Path, version: str) -> None:
+        """Replace the student's weights by those of a folder with the file `model.safetensors`.
+
+        Raises:
+            EngineGone: the server cannot be reached.
+            SkdError: it does not see the folder, or refuses the weights.
+        """
+        seen = str(folder) if self._shared else self.send(folder / "model.safetensors", "weights/model.safetensors")
+        deadline = time.monotonic() + _SECONDS_TO_BE_SEEN
+        while not self.rpc("skd_sees", seen):  # a network disk shows a new file a little later
+            if time.monotonic() > deadline:
+                raise SkdError(
+                    f"the server does not see the student's weights in {seen}",
+                    where=f"{self.url}, distill.vllm.exchange",
+                    hint="name a folder that both machines mount at the same path, or leave `exchange` out, and the "
+                    "weights are sent by HTTP",
+                )
+            time.sleep(_SECONDS_BETWEEN_TRIES)
         self.post("/start_draft_weight_update", {})
-        self.post("/update_weights", {"update_info": {"folder": folder}})
+        self.post("/update_weights", {"update_info": {"folder": seen}})
         self.post("/finish_weight_update", {"weight_version": version})
 
     def send(self, file: Path, name: str) -> str:
@@ -129,3 +141,25 @@ class Engine:
             where=self.url,
             hint=hints.get(answer.status_code, "the server's log says more"),
         )
+
+
+def wait_for_one(engines: Sequence[Engine]) -> None:
+    """Wait until one of some servers answers.
+
+    Raises:
+        SkdError: none does within its `wait_s` seconds.
+    """
+    deadline = time.monotonic() + engines[0].wait_s
+    said = False
+    while not any(engine.answers() for engine in engines):
+        urls = ", ".join(engine.url for engine in engines)
+        if time.monotonic() > deadline:
+            raise SkdError(
+                f"no vLLM server answers after {engines[0].wait_s:g} s",
+                where=urls,
+                hint="start one with `skd engine start`, or correct `distill.vllm.urls`",
+            )
+        if not said:
+            log.info("waiting for the vLLM server at %s", urls)
+            said = True
+        time.sleep(_SECONDS_BETWEEN_TRIES)

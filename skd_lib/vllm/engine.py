@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from skd_lib.config import DistillConfig, Schedule
 from skd_lib.distillation.methods import METHODS
+from skd_lib.errors import SkdError
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.vllm.client import Engine
-from skd_lib.vllm.guard import SHARED_MEMORY
+from skd_lib.vllm.guard import TOKEN_VARIABLE
 from skd_lib.vllm.head import load_head
 from skd_lib.vllm.sampler import VllmEngine
-from skd_lib.vllm.serve import Served, serving
+from skd_lib.vllm.serve import Served, free_port, serving
 
 
 @contextmanager
@@ -32,7 +39,7 @@ def vllm_engine(
     longest: int,
     dtype: torch.dtype,
 ) -> Iterator[VllmEngine]:
-    """Give a training its servers, started here unless the configuration names some.
+    """Give a training its servers, started here unless the configuration names some; all processes call this together.
 
     Args:
         distill: Its `vllm`, `sampling`, `method` and `temperature`.
@@ -50,11 +57,11 @@ def vllm_engine(
     settings, sampling = distill.vllm, distill.sampling
     assert not isinstance(sampling.gamma, Schedule)  # noqa: S101 - the configuration refuses it
     gamma = int(sampling.gamma)
+    processes = PartialState(cpu=student.device.type == "cpu")
     with ExitStack() as stack:
-        shared = str(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
-        exchange = settings.exchange or stack.enter_context(tempfile.TemporaryDirectory(prefix="skd-", dir=shared))
+        agreed = _agreed_session(own_server=not settings.urls)
         engines = [Engine(url, shared=bool(settings.exchange)) for url in settings.urls]
-        if not engines:
+        if not engines and processes.is_main_process:
             served = Served(
                 folders["teacher"],
                 folders["student"],
@@ -66,7 +73,9 @@ def vllm_engine(
                 memory=settings.memory,
             )
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="skd-vllm-"))
-            engines = [stack.enter_context(serving(served, Path(logs)))]
+            engines = [stack.enter_context(serving(served, Path(logs), port=agreed["port"]))]
+        elif not engines:
+            engines = [Engine(f"http://127.0.0.1:{agreed['port']}")]
         uses_divergence = METHODS[distill.method].uses_divergence
         head = load_head(folders["teacher"], dtype=dtype, device=student.device)
         yield VllmEngine(
@@ -83,6 +92,31 @@ def vllm_engine(
             temperature=distill.temperature,
             student_params=sampling.student,
             teacher_params=sampling.teacher,
-            exchange=Path(exchange),
+            exchange=Path(settings.exchange) if settings.exchange else None,
             dtype=dtype,
+            session=agreed["session"],
+            process=processes.process_index,
         )
+
+
+def _agreed_session(*, own_server: bool) -> dict[str, Any]:
+    """Return the training's name, and the port of a server of its own, the same on all processes.
+
+    Raises:
+        SkdError: processes of several machines have no server that all of them reach.
+    """
+    processes = PartialState()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes.num_processes))
+    if own_server and local < processes.num_processes:
+        raise SkdError(
+            "a training on several machines needs servers that all of them reach",
+            where="distill.vllm.urls",
+            hint="start them with `skd engine start --host ADDRESS`, and name them there",
+        )
+    if own_server:
+        os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(32))
+    session = {"session": uuid.uuid4().hex, "port": free_port(), "token": os.environ.get(TOKEN_VARIABLE)}
+    (agreed,) = broadcast_object_list([session])
+    if own_server:
+        os.environ[TOKEN_VARIABLE] = agreed["token"]
+    return dict(agreed)

@@ -6,10 +6,8 @@ by a server's end is sampled again with the same result (in fp32; in bf16 vLLM's
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -19,26 +17,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from skd_lib.config import SamplingParams
 from skd_lib.distillation.batch import Rollout
 from skd_lib.distillation.teacher_signal import DenseSignal, SparseSignal, TeacherSignal
 from skd_lib.errors import SkdError
+from skd_lib.models.adapters import merged_weights
 from skd_lib.models.heads import lm_logits
 from skd_lib.sampling.acceptance import AcceptanceRule
 from skd_lib.sampling.samples import STUDENT, TEACHER, Samples, SamplingStatistics
-from skd_lib.vllm.client import Engine, EngineGone
+from skd_lib.vllm.client import Engine
+from skd_lib.vllm.fleet import TRIES, Fleet, Wanted
 from skd_lib.vllm.settings import RolloutSettings, unpacked
 
 if TYPE_CHECKING:
     from skd_lib.data.tokenize import TokenizedExample
     from skd_lib.distillation.rollouts import RowKey, Strategy
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-_TRIES = 5
-"""Times that a batch is sampled again after a server was lost, or a row after vLLM broke its drafts off."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,10 @@ class VllmEngine:
         temperature: Of the loss, where `signal` is `top_k`.
         student_params: How the student samples.
         teacher_params: How the teacher samples.
-        exchange: A folder that trainer and servers share, for the student's weights.
+        exchange: A folder that the servers see, too, for the student's weights; None: see `skd_lib.vllm.fleet`.
         dtype: Of the weights that are sent; None leaves them as they are.
+        session: Name of this training, on all of its processes.
+        process: Number of this one.
     """
 
     engines: Sequence[Engine]
@@ -92,15 +91,22 @@ class VllmEngine:
     temperature: float
     student_params: SamplingParams
     teacher_params: SamplingParams
-    exchange: Path
+    exchange: Path | None = None
     dtype: torch.dtype | None = None
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
-    _version: int | None = field(default=None, init=False)
+    process: int = 0
+    _version: str = field(default="", init=False)
+    _trainings: int = field(default=0, init=False)
     _keys: Any = field(default_factory=count, init=False)
-    _ready: set[str] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self._fleet = Fleet(self.session, self.process, self.exchange)
 
     def sampler(self, rule: AcceptanceRule, step: int) -> VllmSampler:
-        """Return the sampler of an optimiser step; the servers get the student's weights of that step first."""
+        """Return the sampler of an optimiser step; the servers get the student's weights of that step first.
+
+        All processes have the same weights then, whole ones.
+        """
         name, value = _served(rule, self.vocabulary)
         settings = RolloutSettings(
             rule=name,
@@ -113,10 +119,7 @@ class VllmEngine:
             temperature=self.temperature,
         )
         settings.acceptance()
-        if step != self._version:
-            self._write_student()
-            self._version = step
-            self._ready.clear()
+        self._version = f"{self.session}-{self._trainings}-{step}"
         return VllmSampler(self, settings, rule.drafts)
 
     def along(self, example: TokenizedExample) -> TeacherSignal:
@@ -124,7 +127,8 @@ class VllmEngine:
         return self.signals_along([(list(example.prompt_ids), list(example.response_ids))])[0]
 
     def attached(self, strategy: Strategy, device: torch.device) -> Strategy:
-        """Add the teacher's signal to rows that have none: those of ground truth."""
+        """Add the teacher's signal to rows that have none, those of ground truth, in another training."""
+        self._trainings += 1
 
         def complete(examples: Sequence[TokenizedExample], keys: Sequence[RowKey]) -> Rollout:
             rollout = strategy(examples, keys)
@@ -163,72 +167,43 @@ class VllmEngine:
                 return dense
             return self._sparse_of(dense)
 
-        settings = RolloutSettings(vocabulary=self.vocabulary)
-        return self.spread(ask, pairs, settings)
+        return self.spread(ask, pairs)
 
     def _sparse_of(self, dense: DenseSignal) -> SparseSignal:
         with torch.no_grad():
             logits_NV = lm_logits(self.head, dense.states_NH)
         return SparseSignal.of_logits(logits_NV, self.top_k, temperature=self.temperature, vocabulary=self.vocabulary)
 
-    def spread(self, ask: Callable[[Engine, Any], T], items: Sequence[Any], settings: RolloutSettings) -> list[T]:
-        """Ask the servers for all items at once, each for its share, and again for those of a server that was lost."""
-        results: dict[int, T] = {}
-        for attempt in range(_TRIES):
-            left = [index for index in range(len(items)) if index not in results]
-            for engine in self.engines:
-                self._prepare(engine, settings)
-            with ThreadPoolExecutor(max(len(left), 1)) as pool:
-                futures = {
-                    index: pool.submit(ask, self.engines[place % len(self.engines)], items[index])
-                    for place, index in enumerate(left)
-                }
-            lost: EngineGone | None = None
-            for index, future in futures.items():
-                try:
-                    results[index] = future.result()
-                except EngineGone as error:
-                    lost = error
-            if lost is None:
-                return [results[index] for index in range(len(items))]
-            log.warning("a vLLM server was lost (%s): asking again, attempt %d", lost, attempt + 2)
-            self._ready.clear()
-        raise SkdError(
-            f"a vLLM server was lost {_TRIES} times while it worked on one batch",
-            where=", ".join(engine.url for engine in self.engines),
-            hint="look into its log; with less memory in use (`distill.vllm.max_rows`) it may stay",
+    def spread(
+        self, ask: Callable[[Engine, Any], T], items: Sequence[Any], settings: RolloutSettings | None = None
+    ) -> list[T]:
+        """Ask the servers for all items, each a pair that begins with its prompt.
+
+        Args:
+            ask: Asks one for an item.
+            items: In the order of the results.
+            settings: How they sample; None: they do not.
+        """
+        wanted = Wanted(
+            settings=(settings or RolloutSettings(vocabulary=self.vocabulary)).model_dump(),
+            version=None if settings is None else self._version,
+            length=self.max_new_tokens + self.gamma + 1,
+            bytes=self.student.num_parameters() * (self.dtype or self.student.dtype).itemsize,
+            write=self._write_student,
         )
+        return self._fleet.spread(self.engines, wanted, ask, items, [len(prompt) for prompt, _ in items])
 
-    def _prepare(self, engine: Engine, settings: RolloutSettings) -> None:
-        """Bring a server to the present settings and weights, also one that was restarted."""
-        engine.wait()
-        try:
-            if engine.url in self._ready and engine.rpc("skd_state")["session"] == self.session:
-                engine.rpc("skd_set", settings.model_dump())
-                return
-            length = self.max_new_tokens + self.gamma + 1
-            if error := engine.rpc("skd_install", settings.model_dump(), self.session, length).get("error"):
-                raise SkdError(error, where=engine.url, hint="`skd engine start` starts a server that fits")
-            if self._version is not None:
-                engine.load_student(str(self.exchange), str(self._version))
-        except EngineGone:
-            return  # the rows that are asked for say so, and are asked for again
-        self._ready.add(engine.url)
-
-    def _write_student(self) -> None:
-        """Write the student's weights where the servers read them."""
+    def _write_student(self, file: Path) -> None:
         weights = {
-            name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().to("cpu", self.dtype)
-            for name, value in self.student.state_dict().items()
+            name: value.detach().to("cpu", self.dtype if value.is_floating_point() else None).contiguous()
+            for name, value in merged_weights(self.student)
             if name not in self.student.all_tied_weights_keys
         }
-        self.exchange.mkdir(parents=True, exist_ok=True)
-        partial = self.exchange / "model.partial"
-        save_file({name: value.contiguous() for name, value in weights.items()}, partial)
-        partial.replace(self.exchange / "model.safetensors")
+        # By the names of the files that the model was loaded from, which vLLM knows.
+        save_file(revert_weight_conversion(self.student, weights), file)
 
     def _key(self) -> str:
-        return f"{self.session}-{next(self._keys)}"
+        return f"{self.session}-{self.process}-{next(self._keys)}"
 
 
 @dataclass(frozen=True)
@@ -251,12 +226,12 @@ class VllmSampler:
 
     def _row(self, server: Engine, row: tuple[list[int], int]) -> Note:
         """Sample one row, again where vLLM preempted it: its first token after that was not drafted."""
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             note = self._once(server, row)
             if not note.undrafted:
                 return note
         raise SkdError(
-            f"vLLM took a row's memory away {_TRIES} times while it was sampled",
+            f"vLLM took a row's memory away {TRIES} times while it was sampled",
             where=server.url,
             hint="give the server more memory for keys and values, or fewer rows (`distill.vllm.max_rows`)",
         )
@@ -275,7 +250,7 @@ class VllmSampler:
             "detokenize": False,
             "extra_args": {"skd": asked},
         }
-        choice = server.generate(prompt[:-1], params, f"{engine.session}-{engine._version}")
+        choice = server.generate(prompt[:-1], params, engine._version)
         tokens = choice["token_ids"]
         note = server.rpc("skd_take", {key: len(tokens) - 1})[key]
         if note["tokens"] != tokens[1:] or tokens[0] != prompt[-1]:

@@ -5,6 +5,7 @@ vLLM mixes the class into its worker; the training calls the methods by `/collec
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class SkdExtension:
 
         Args:
             settings: `RolloutSettings`.
-            session: Name of the client's work; `skd_state` returns it.
+            session: Name of the training.
             length: The longest response.
 
         Returns:
@@ -58,13 +59,45 @@ class SkdExtension:
         self.skd_session = session
         return {"runner": name}
 
-    def skd_state(self) -> dict[str, Any]:
-        """Return the session that the worker was set up for; empty after a restart."""
-        return {"session": getattr(self, "skd_session", "")}
+    def skd_claim(
+        self, session: str, version: str | None, client: str, settings: dict[str, Any] | None
+    ) -> dict[str, str]:
+        """Say whether a client may sample, or is the one that brings what is missing: clients of a session ask at once.
 
-    def skd_set(self, settings: dict[str, Any]) -> None:
-        """Take other settings: from the next round on."""
-        self.skd_rollouts.settings = RolloutSettings(**settings)
+        Args:
+            session: Name of a training.
+            version: Name of the student's weights that are wanted; None if any will do.
+            client: Name of one of the training's processes.
+            settings: `RolloutSettings` from the next round on; None if any will do.
+
+        Returns:
+            `state`: `ready`, `yours` (set up the session and load the weights, then call `skd_arrived`), `coming`
+            (another client does), or `conflict` (another client samples by other settings); `session`: the one that
+            the worker is set up for, empty after a restart.
+        """
+        coming = getattr(self, "skd_coming", None)
+        have, loaded = getattr(self, "skd_session", ""), getattr(self, "skd_version", None)
+        state = "ready"
+        if coming is not None and coming[0] == session and coming[1] != client:
+            state = "coming"
+        elif session != have or version not in (None, loaded):
+            state, self.skd_coming = "yours", (session, client)
+        elif settings is not None:
+            others = [theirs for name, theirs in self.skd_settings.items() if name != client]
+            state = "ready" if all(theirs == settings for theirs in others) else "conflict"
+            self.skd_settings[client] = settings
+            self.skd_rollouts.settings = RolloutSettings(**settings)
+        return {"state": state, "session": have}
+
+    def skd_arrived(self, version: str | None) -> None:
+        """Let clients sample: the session is set up and the weights are loaded."""
+        self.skd_version: str | None = version
+        self.skd_settings: dict[str, dict[str, Any]] = {}
+        self.skd_coming = None
+
+    def skd_sees(self, folder: str) -> bool:
+        """Return whether a folder with the student's weights is there for this machine."""
+        return (Path(folder) / "model.safetensors").is_file()
 
     def skd_take(self, lengths: dict[str, int]) -> dict[str, dict[str, Any]]:
         """Return what is known of finished responses: tokens, by_teacher, proposals, and the teacher's signal."""

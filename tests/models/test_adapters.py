@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from skd_lib.config import LoraConfig
 from skd_lib.errors import SkdError
-from skd_lib.models.adapters import add_lora, check_lora, merge_lora
+from skd_lib.models.adapters import add_lora, check_lora, merge_lora, merged_weights
 from tests.conftest import TinyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Model with `tie_word")
@@ -113,3 +113,41 @@ def test_a_lookup_of_its_own_takes_no_adapter() -> None:
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(SkdError, match=r"`embed_positions` is no linear layer, .* is a OPTLearnedPositionalEmbedding"):
         check_lora(model, LoraConfig(rank=4, target_modules=["embed_positions"]))
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_merged_weights_are_those_of_the_merged_model(tiny_model: TinyModel, modules_to_save: list[str] | None) -> None:
+    """By the names and to the rounding of the model without adapters, which itself stays as it is."""
+    model = tiny_model(tie_word_embeddings=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], modules_to_save=modules_to_save
+    )
+    original = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    wrapped = disturbed(peft.get_peft_model(model, config))
+    before = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    found = {name: tensor.clone() for name, tensor in merged_weights(model)}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wrapped.state_dict().items())
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    assert set(found) == set(merged) == set(original)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(
+        found["model.layers.0.mlp.down_proj.weight"], original["model.layers.0.mlp.down_proj.weight"]
+    )
+
+
+def test_adapters_that_are_no_plain_sum_are_refused(tiny_model: TinyModel) -> None:
+    for options in ({"use_dora": True}, {"lora_bias": True, "bias": "none"}):
+        model = tiny_model(arch="qwen2")
+        peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
+        with pytest.raises(SkdError, match=r"q_proj with its adapter is not W \+ BA"):
+            dict(merged_weights(model))
+    model = tiny_model()
+    peft.get_peft_model(model, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(SkdError, match="not W"):
+        dict(merged_weights(model))
+
+
+def test_a_model_without_adapters_keeps_its_names(tiny_model: TinyModel) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    assert dict(merged_weights(model)).keys() == dict(model.named_parameters()).keys()
