@@ -72,6 +72,8 @@ def _needs_secret(name: str, secret: str) -> bool:
             return name in FETCHING
         case "skd-judge":
             return name == "preflight" or name.startswith("evaluate")
+        case "skd-teacher":
+            return name in ("preflight", "distill", "evaluate_teacher")
         case "skd-notify":
             return name == "finish"
         case _:

@@ -211,6 +211,26 @@ class DistillConfig(ConfigSection):
             )
         return self
 
+    def needs_of_weights(self) -> list[str]:
+        """Return what this training does that a teacher's answers over HTTP are not enough for."""
+        method = _METHOD.registry[self.method]
+        if not method.needs_teacher:
+            return []
+        if not method.storable:
+            return [
+                f"method `{self.method}` asks the teacher about what the student writes in each step, use "
+                "`supervised_kd` or `seqkd`, or give the teacher's weights (`distill.engine: vllm` serves them)"
+            ]
+        needs = []
+        if self.teacher_signal.mode == "online":
+            needs.append("it is asked before training, set `distill.teacher_signal.mode: stored`")
+        if method.uses_divergence and self.temperature != 1:
+            needs.append(
+                "its log-probabilities are of temperature 1, and of the tokens that it leaves out the sum alone is "
+                "known, which gives none of another temperature, set `distill.temperature: 1`"
+            )
+        return needs
+
     @model_validator(mode="after")
     def _stored_signal_fits(self) -> DistillConfig:
         if self.teacher_signal.mode == "online":  # of all defaults, which are validated before there are registries

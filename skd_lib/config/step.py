@@ -12,7 +12,7 @@ from skd_lib.config._base import ConfigSection
 from skd_lib.config.data import DataConfig
 from skd_lib.config.distill import DistillConfig
 from skd_lib.config.evaluation import EvaluationConfig, RegistryConfig, SpecdecConfig
-from skd_lib.config.models import StudentInitConfig, TeacherSftConfig
+from skd_lib.config.models import StudentInitConfig, TeacherSftConfig, served_teacher
 from skd_lib.config.parameters import short
 from skd_lib.config.run import RunConfig
 from skd_lib.config.task import TaskConfig
@@ -93,4 +93,7 @@ def step_config(step: str, config: RunConfig, **found: Any) -> str:
         values["task"] = config.task.without_comet()
         sets = config.data.held_out
         values["held_out"] = {each.name: config.task.with_fields_of(each.task).without_comet() for each in sets}
-    return ascii_json(short(StepConfig(**{name: values[name] for name in DEPENDS[step] if name in values})))
+    depends = DEPENDS[step]
+    if step == "teacher_sft" and served_teacher(config.teacher):
+        depends = (*depends, "student")  # whose tokenizer the teacher's is
+    return ascii_json(short(StepConfig(**{name: values[name] for name in depends if name in values})))

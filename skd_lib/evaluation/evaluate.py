@@ -19,8 +19,10 @@ from skd_lib.evaluation.judge import JudgeUnavailable, grade, mean_rating
 from skd_lib.evaluation.metrics import CorpusMetric, measure, scorable
 from skd_lib.evaluation.perplexity import reference_losses
 from skd_lib.evaluation.predictions import Prediction, perplexity
+from skd_lib.evaluation.served import served_answers, served_losses
 from skd_lib.evaluation.statistics import scored
 from skd_lib.results import Score, Scores
+from skd_lib.served.teacher import RemoteTeacher, Unreadable
 
 _UNANSWERED = "the examples have no answers to compare with"
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class HeldOutSet:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | RemoteTeacher,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     task: TaskConfig,
@@ -72,7 +74,7 @@ def evaluate(
     without it there is no result.
 
     Args:
-        model: In eval mode, on the device it is to run on.
+        model: In eval mode, on the device it is to run on; or a teacher on a server.
         tokenizer: The model's.
         examples: At least one.
         task: Prompt, stop strings, length limit and metrics.
@@ -86,24 +88,29 @@ def evaluate(
     missing = _unscorable(task, examples)  # before any work is done
     answered = any(example.target for example in examples)
     started = time.perf_counter()
-    answers = generate(
-        model,
-        tokenizer,
-        [example.question for example in examples],
-        task,
-        batch_size=config.batch_size,
-        references=[example.target for example in examples],
-    )
+    questions, references = [example.question for example in examples], [example.target for example in examples]
+    if isinstance(model, RemoteTeacher):
+        answers = served_answers(model, questions, task, references)
+    else:
+        answers = generate(model, tokenizer, questions, task, batch_size=config.batch_size, references=references)
     predictions = [
         Prediction(example.id, example.source, example.target, answer.text, answer.tokens, answer.truncated)
         for example, answer in zip(examples, answers, strict=True)
     ]
     if "perplexity" in task.metrics and answered:
-        losses = reference_losses(model, tokenizer, examples, task, batch_size=config.batch_size)
-        predictions = [
-            replace(row, reference_tokens=loss.tokens, reference_nll=loss.nll if math.isfinite(loss.nll) else None)
-            for row, loss in zip(predictions, losses, strict=True)
-        ]
+        try:
+            losses = (
+                served_losses(model, examples, task)
+                if isinstance(model, RemoteTeacher)
+                else reference_losses(model, tokenizer, examples, task, batch_size=config.batch_size)
+            )
+        except Unreadable as error:
+            missing["perplexity"] = error
+        else:
+            predictions = [
+                replace(row, reference_tokens=loss.tokens, reference_nll=loss.nll if math.isfinite(loss.nll) else None)
+                for row, loss in zip(predictions, losses, strict=True)
+            ]
     seconds = time.perf_counter() - started
 
     scores: dict[str, Score] = {}
@@ -136,7 +143,7 @@ def evaluate(
 
 
 def evaluate_held_out(
-    model: PreTrainedModel,
+    model: PreTrainedModel | RemoteTeacher,
     tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, HeldOutSet],
     config: EvaluationConfig,

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from skd_lib._core.events import Progress
+from skd_lib._core.http import patient_session
 from skd_lib.config import JudgeConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.metrics import CorpusMetric, mean_of
@@ -34,7 +32,6 @@ TRIAL = {"timeout": 15.0, "retries": 1, "max_tokens": 16}
 
 _RATING = re.compile(r"\[\[\s*([0-9]{1,2}(?:\.[0-9]{1,3})?)\s*\]\]")
 _PLACES = re.compile(r"{(source|target|prediction)}")
-_BUSY = (408, 409, 429, 500, 502, 503, 504)
 log = logging.getLogger(__name__)
 
 
@@ -110,19 +107,7 @@ def mean_rating(config: JudgeConfig, ratings: Sequence[float]) -> CorpusMetric:
 
 
 def _session(config: JudgeConfig) -> requests.Session:
-    retry = Retry(
-        config.retries,
-        backoff_factor=0.5,
-        status_forcelist=_BUSY,
-        allowed_methods=None,  # a question asked twice does no harm
-        raise_on_status=False,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=config.parallel))
-    if key := os.environ.get(KEY):
-        session.headers["Authorization"] = f"Bearer {key}"
-    return session
+    return patient_session(retries=config.retries, parallel=config.parallel, key_variable=KEY)
 
 
 def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | JudgeUnavailable:

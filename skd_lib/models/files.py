@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from skd_lib.config.models import ServedTeacher
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+SERVED = "served.json"
+"""File in the place of weights: the server that has them."""
 _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _EMBEDDING = re.compile(r"(embed|wte|word_embeddings)[^.]*\.weight$")
@@ -59,8 +62,14 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
             )
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             raise SkdError("no tokenizer in it", where=where, hint="save the model's tokenizer into the same folder")
-        if weights:
+        if weights and served_in(folder) is None:
             stored_tensors(folder)
+
+
+def served_in(folder: Path) -> ServedTeacher | None:
+    """Return the server that a folder without weights stands for; None for any other folder."""
+    file = folder / SERVED
+    return ServedTeacher.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
@@ -123,9 +132,13 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_digest(path: Path) -> str:
     """Return the hex sha256 over the weights of a model folder: each tensor's name, dtype, shape and bytes, sorted.
 
-    The same weights have the same digest however they are cut into shards and whatever metadata the files carry.
+    The same weights have the same digest however they are cut into shards and whatever metadata the files carry. Of a
+    served model it is the digest of the server's address and the model's name.
     """
     digest = hashlib.sha256()
+    if served := served_in(path):
+        digest.update(str(served).encode())
+        return digest.hexdigest()
     for tensor in stored_tensors(path):
         digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
         for chunk in _chunks(tensor):

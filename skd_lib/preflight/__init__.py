@@ -10,6 +10,8 @@ from functools import partial
 
 from skd_lib import storage
 from skd_lib.config import RunConfig
+from skd_lib.config.models import served_teacher
+from skd_lib.models.references import model_fingerprint
 from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
 from skd_lib.preflight.environment import (
@@ -25,6 +27,7 @@ from skd_lib.preflight.environment import (
     in_cluster,
 )
 from skd_lib.preflight.models import check_adapters, check_model, check_student, check_unread, cut_size
+from skd_lib.preflight.served import check_served
 from skd_lib.preflight.storage_access import check_answers, check_readable, check_writable, texts
 from skd_lib.preflight.templates import check_date
 
@@ -61,18 +64,25 @@ def run_checks(
     read = [text for run in [config, *runs] for text in texts(run.model_dump(mode="json"))]
     if not check_answers(checks, [checkpoint_root, pipeline_root or "", *read]):
         return PreflightReport(checks.found)  # each of the others would wait for it, some of them for minutes
-    teacher = checks.attempt("teacher", lambda: check_model(checks, "teacher", config.teacher, config))
+    served = served_teacher(config.teacher)
+    teacher = (
+        None if served else checks.attempt("teacher", partial(check_model, checks, "teacher", config.teacher, config))
+    )
     students = [
         checks.attempt("student", partial(check_student, checks, teacher, run))
         for run in distinct(runs, lambda run: (run.student, run.student_init))
     ]
     for run in distinct(runs, lambda run: run.distill):
         checks.attempt("distill", partial(check_unread, checks, run))
+    if served and students[0]:
+        checks.attempt("teacher", partial(check_served, checks, served, students[0], runs))
     report = PreflightReport(checks.found)
     models = [model for model in (teacher, *students) if model]
     for run in distinct(runs, lambda run: (run.student, run.student_init, run.teacher_sft, run.distill.training.lora)):
         checks.attempt("adapters", partial(check_adapters, checks, run, models))
     report.model_fingerprints = {model.reference: model.fingerprint for model in models}
+    if served:
+        report.model_fingerprints[config.teacher] = model_fingerprint(config.teacher)
     report.date = checks.attempt("date", lambda: check_date(checks, models, config, checkpoint_root)) or ""
     report.data_fingerprint = checks.attempt("data", lambda: check_data(checks, config, models, runs)) or ""
     if comet and config.task.wants_comet:
@@ -98,7 +108,9 @@ def run_checks(
     if teacher:
         for run in distinct(runs, lambda run: run.distill.training.teacher_precision):
             checks.attempt("teacher precision", partial(check_teacher_precision, checks, run, teacher.folder, gpu))
-    if teacher and len(runs) == 1 and (run.student_init.cuts or students[0]):
-        size = students[0].size if students[0] else cut_size(teacher.size, run)
-        checks.attempt("memory", lambda: check_memory(checks, run, teacher.size, size, gpu))
+    sizes = {model.role: model.size for model in models}
+    if len(runs) == 1 and sizes and (teacher or served) and (run.student_init.cuts or students[0]):
+        size = sizes["student"] if students[0] else cut_size(sizes["teacher"], run)
+        # One on a server takes no memory here.
+        checks.attempt("memory", lambda: check_memory(checks, run, sizes.get("teacher", size), size, gpu))
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from skd_lib.config import DistillConfig, Schedule, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.distillation.divergences import DIVERGENCES
 from skd_lib.distillation.methods import METHODS
-from skd_lib.errors import SkdErrors
+from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.sampling.acceptance import RULES
 from skd_lib.steps import trained_model
 from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step, step_name
@@ -22,6 +22,8 @@ from skd_lib.steps.training_run import DATA_HELP, LEFT_OUT, TrainingRun
 from skd_lib.storage import check_checkpoint_root
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from skd_lib.data.prepared import PreparedData
 
 
@@ -71,16 +73,21 @@ def main(
         return
 
     from skd_lib.data.prepared import PreparedData
+    from skd_lib.evaluation.generate import ending_ids
     from skd_lib.models.card import Lineage, model_card
-    from skd_lib.models.files import check_model_folder, load_tokenizer, weights_digest
+    from skd_lib.models.files import check_model_folder, load_tokenizer, served_in, weights_digest
     from skd_lib.models.records import as_text, read_record, to_jsonl, write_record
     from skd_lib.models.vocabulary import check_compatible, take_over_ends
     from skd_lib.report.course import curves
+    from skd_lib.served.teacher import RemoteTeacher
     from skd_lib.tracking.runs import step_run
     from skd_lib.training.figures import SECONDS
 
     for folder in (student, teacher):
         check_model_folder(folder)
+    served = served_in(teacher)
+    if served and (lacking := settings.needs_of_weights()):
+        raise SkdErrors([SkdError(each, where="--config, teacher on a server") for each in lacking])
     if problems := check_compatible(teacher, student):
         raise SkdErrors(problems)
     known, taught = read_record(student).lineage, read_record(teacher).lineage
@@ -121,8 +128,10 @@ def main(
         )
         model, tokenizer = trained_model.load_trainable(student), load_tokenizer(student)
         take_over_ends(model, tokenizer, teacher)
-        load_teacher = None
-        if METHODS[settings.method].needs_teacher:
+        load_teacher: Callable[[], PreTrainedModel] | RemoteTeacher | None = None
+        if served and METHODS[settings.method].needs_teacher:
+            load_teacher = RemoteTeacher(served, tokenizer, own.task, ending_ids(model, tokenizer, own.task))
+        elif METHODS[settings.method].needs_teacher:
             precisions = settings.training.teacher_precision, settings.training.precision
             load_teacher = partial(trained_model.load_frozen, teacher, precisions[0], computing=precisions[1])
         result, figures, checkpoints = training_run.run(
@@ -130,6 +139,8 @@ def main(
         )
         if not is_main_process():
             return
+        if isinstance(load_teacher, RemoteTeacher):
+            figures |= load_teacher.costs()
         lineage = Lineage(
             base=base,
             method=settings.method,
@@ -161,6 +172,8 @@ def main(
 
     io.write()
     checkpoints.remove()
+    if isinstance(load_teacher, RemoteTeacher):
+        load_teacher.forget()
 
 
 def _losses(data: PreparedData, long: Mapping[str, float | None]) -> dict[str, Any]:

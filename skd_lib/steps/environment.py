@@ -40,6 +40,7 @@ SECRETS: Mapping[str, Mapping[str, str]] = {
         "azure-key": "AZURE_STORAGE_ACCOUNT_KEY",
     },
     "skd-judge": {"api-key": "SKD_JUDGE_API_KEY"},
+    "skd-teacher": {"api-key": "SKD_TEACHER_API_KEY"},
     "skd-notify": {"webhook-url": "SKD_NOTIFY_WEBHOOK"},
 }
 """Environment variable by Secret and key. None has to exist."""

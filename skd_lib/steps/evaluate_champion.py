@@ -12,7 +12,7 @@ import typer
 from skd_lib.config import SpecdecConfig, TaskConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
-from skd_lib.models.files import check_model_folder, weights_digest
+from skd_lib.models.files import check_model_folder, served_in, weights_digest
 from skd_lib.report.folders import PREDICTIONS
 from skd_lib.report.measured import CHAMPION
 from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step
@@ -162,6 +162,8 @@ def _as_drafts(
     from skd_lib.tracking.gate import Rival
     from skd_lib.vllm.serve import on_gpu
 
+    if served := served_in(teacher.folder):
+        return Rival(undrafted=f"the teacher is on a server, {served}")
     unlike = [str(error) for error in check_compatible(teacher.folder, drafts["champion"].folder)]
     if config.engine == "vllm":
         unlike += refusals(teacher, drafts["champion"], on_gpu=on_gpu())

