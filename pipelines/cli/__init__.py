@@ -16,6 +16,7 @@ import typer
 from skd_kfp.pipelines.cli.bench import bench
 from skd_kfp.pipelines.cli.compare import compare
 from skd_kfp.pipelines.cli.compile import compile_
+from skd_kfp.pipelines.cli.draft import draft
 from skd_kfp.pipelines.cli.engine import engine
 from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
@@ -209,7 +210,7 @@ def config(
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
-    RUN: (init, run, compare, submit, trigger),
+    RUN: (init, run, draft, compare, submit, trigger),
     MODELS: (evaluate, generate, specdec),
     PUBLISH: (card, push),
     RECORDS: (runs, report, lineage, promote, rollback),

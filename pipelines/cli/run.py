@@ -64,9 +64,21 @@ def run(
         hint = "add --dry-run; `skd report NAME --json` prints the figures of a finished run"
         raise SkdError("it prints the plan of a dry run", where="--json", hint=hint)
     if local.dry_run:
-        _print_plan(console, settings, local.runs_dir / settings.name, local.store, as_json=as_json)
-        return
+        print_plan(console, settings, local, as_json=as_json)
+    else:
+        run_here(console, settings, local, docker=docker, image=image, comet_image=comet_image)
 
+
+def run_here(
+    console: Console,
+    settings: RunConfig,
+    local: Local,
+    *,
+    docker: bool = False,
+    image: str | None = None,
+    comet_image: str | None = None,
+) -> None:
+    """Run the pipeline on this machine, and print the table, the places of the results and the next command."""
     from skd_kfp.pipelines.local.stopping import explain_end, same_command
 
     with explain_end(same_command()):
@@ -114,14 +126,15 @@ def _containers(
     )
 
 
-def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri: str, *, as_json: bool) -> None:
+def print_plan(console: Console, config: RunConfig, local: Local, *, as_json: bool = False) -> None:
+    """Print the steps of a run, what it reads, and where its results would be."""
     from rich.table import Table
 
     from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
     from skd_kfp.pipelines.graph import read_steps
 
     steps = read_steps(compile_pipeline(name=pipeline_for(config))[0])
-    places = {"files": str(folder), "MLflow": shown(tracking_uri) or "off"}
+    places = {"files": str(local.runs_dir / config.name), "MLflow": shown(local.store) or "off"}
     if as_json:
         listed = [
             {"name": step.name, "command": step.command, "after": list(step.waits_for), "at_the_end": step.is_exit}
@@ -141,7 +154,7 @@ def _print_plan(console: Console, config: RunConfig, folder: Path, tracking_uri:
         "student": student,
         "method": f"{config.distill.method}, {config.distill.divergence}",
         **_data(config),
-        "registry": _registration(config, tracking_uri),
+        "registry": _registration(config, local.store),
         **places,
     }.items():
         say(f"{name:<8} {value}")
@@ -188,7 +201,8 @@ def _registration(config: RunConfig, tracking_uri: str) -> str:
         return "off: without MLflow no model is registered"
     name = config.registry.model_name
     shared = " (the default name; `registry.model_name` is another)" if name == RegistryConfig().model_name else ""
-    return f"the student becomes a version of {name}{shared}, and its champion if it is better"
+    better = "better" if config.registry.gate == "score" else "the better draft"
+    return f"the student becomes a version of {name}{shared}, and its champion if it is {better}"
 
 
 def _conclude(console: Console, run: LocalRun, folder: RunFolder, tracking_uri: str, experiment: str) -> None:

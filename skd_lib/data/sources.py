@@ -66,9 +66,9 @@ def find_columns(source: FilesSource | HubSource | HeldOutFiles | HeldOutHub) ->
 
     Where there are none, the default: reading the data then reports the columns that there are.
     """
-    given, ignored = source.columns, source.columns.answers == "ignore"
+    given = source.columns
     if given != Columns(answers=given.answers):
-        return given.model_copy(update={"target": None}) if ignored else given
+        return _as_asked(given, given)
     fields: Mapping[str, Any] = {}
     try:
         if isinstance(source, HubDataset):
@@ -82,8 +82,14 @@ def find_columns(source: FilesSource | HubSource | HeldOutFiles | HeldOutHub) ->
                 fields = first_fields(stream, file)
     except SkdError:
         return source.columns
-    found = usual_columns(fields) or given
-    return found.model_copy(update={"target": None, "answers": "ignore"}) if ignored else found
+    return _as_asked(usual_columns(fields) or given, given)
+
+
+def _as_asked(found: Columns, given: Columns) -> Columns:
+    """Return columns that were found, without the answers' where these are ignored."""
+    if given.answers == "read":
+        return found
+    return found.model_copy(update={"answers": "ignore", **({} if found.messages else {"target": None})})
 
 
 def load_data(data: DataConfig, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from skd_lib.config import DataConfig
+from skd_lib.config import Columns, DataConfig, FilesSource, parse_section
 from skd_lib.data import sources
 from skd_lib.data.prepared import PreparedData, data_fingerprint, prepare
 from skd_lib.data.splits import divide
@@ -38,6 +38,9 @@ def test_requests_of_a_log_are_prompts_whatever_was_answered(tmp_path: Path) -> 
     found = [example.conversation for example in sources.load_data(data).train]
     assert [talk.messages[-1]["content"] for talk in found if talk] == ["And 2 + 2?", "Three?", "Alone?"]
     assert [len(talk.turns()) for talk in found if talk] == [1, 1, 1]
+    assert isinstance(data.source, FilesSource)
+    columns = sources.find_columns(data.source)
+    assert parse_section(Columns, columns.model_dump(), where="") == columns  # as steps hand them on
     assert found[0] is not None
     assert [message["role"] for message in found[0].messages] == ["system", "user", "assistant", "user"]
     with pytest.raises(SkdErrors, match="the last message is the user's"):
