@@ -327,6 +327,11 @@ class ServedMeasurement(Figures):
         """Return a draft's tokens a second over those without one at the same setting."""
         return passes.tokens_per_second / self.alone.at(passes.temperature, passes.concurrency).tokens_per_second
 
+    def is_unsure(self, passes: ServedPasses) -> bool:
+        """Return whether a pass with a draft was as fast as one without, so that the speed-up may be chance."""
+        alone = self.alone.at(passes.temperature, passes.concurrency)
+        return passes.slowest <= alone.fastest and alone.slowest <= passes.fastest
+
     def metrics(self) -> dict[str, float]:
         """Return what a draft did at every setting, and its greedy responses that are the server's without one."""
         found: dict[str, float] = {}

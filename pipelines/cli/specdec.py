@@ -124,7 +124,9 @@ def specdec(
     drafts = {"draft": draft} if before is None else {"before": before, "after": draft}
     console = Console()
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("looking at the models", total=None)
+        bar = progress.add_task(
+            "starting vLLM" if plan_config.engine == "vllm" else "looking at the models", total=None
+        )
 
         from skd_lib.specdec.benchmark import measure_references
         from skd_lib.specdec.render import render

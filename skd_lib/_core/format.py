@@ -32,6 +32,11 @@ def percent(share: float) -> str:
     return "below 0.01%" if 0 < share < 0.0001 else f"{100 * share:.3g}%"
 
 
+def decoding(temperature: float) -> str:
+    """Name a way of decoding by its temperature: `greedy`, `temperature 0.7`."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> list[str]:
     """Return the lines of a Markdown table.
 

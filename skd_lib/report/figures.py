@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from skd_lib._core.format import percent
+from skd_lib._core.format import decoding, percent
 from skd_lib.evaluation.statistics import wilson_interval
 from skd_lib.report.charts import Axis, Series
 from skd_lib.report.figure import Figure, figure, missing
@@ -143,8 +143,7 @@ def draft_figures(specdec: Mapping[Moment, Specdec]) -> list[Figure]:
             for line in _by_length(moment, each)
         ]
         if lines:
-            decoding = "greedy" if setting[0] == 0 else f"temperature {setting[0]:g}"
-            title = f"Speed-up by draft length: {decoding}, batch {setting[1]}"
+            title = f"Speed-up by draft length: {decoding(setting[0])}, batch {setting[1]}"
             note = "Over the teacher alone. Marks: measured, the median of the turns. Thin lines: in theory."
             lengths = Axis("tokens drafted for each teacher call", whole=True)
             found.append(

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from skd_lib._core.format import TextTable, duration
+from skd_lib._core.format import TextTable, decoding, duration
 from skd_lib.data.splits import WARN_ABOVE, in_words
 from skd_lib.evaluation.statistics import LEAST_EXAMPLES
 from skd_lib.report.names import ROLE_NAMES, metric_name
@@ -128,7 +128,7 @@ def _draft_setting(summary: Summary) -> str:
     draft = next(iter(summary.specdec.values()))
     setting = [] if draft.gamma is None else [f"{draft.gamma} tokens drafted a time"]
     if draft.temperature is not None:
-        setting.append("greedy" if draft.temperature == 0 else f"temperature {draft.temperature:g}")
+        setting.append(decoding(draft.temperature))
     if draft.served:
         setting.append(
             f"{draft.batch_size} requests in flight, speed-up over vLLM {draft.served.version} without a draft"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from skd_lib._core.format import duration, plain
+from skd_lib._core.format import decoding, duration, plain
 from skd_lib.report.charts import bars, interval, share
 from skd_lib.report.names import ROLE_NAMES, metric_name
 from skd_lib.report.render import UNSURE, WITHHELD
@@ -248,10 +248,13 @@ def latencies(specdec: Mapping[Moment, Specdec]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def served(specdec: Mapping[Moment, Specdec]) -> list[tuple[Moment, str, list[str]]]:
-    """Return what vLLM measured, by draft and setting: requests in flight, speeds, speed-up, tokens a call."""
+def served(specdec: Mapping[Moment, Specdec]) -> list[tuple[Moment, str, list[str], bool]]:
+    """Return what vLLM measured, by draft and setting, and whether the speed-up may be chance.
+
+    The cells are requests in flight, speeds without and with the draft, speed-up, tokens a call.
+    """
     return [
-        (moment, "greedy" if each.temperature == 0 else f"temperature {each.temperature:g}", _served_cells(found, each))
+        (moment, decoding(each.temperature), _served_cells(found, each), found.is_unsure(each))
         for moment, draft in specdec.items()
         if (found := draft.served)
         for model in found.drafts.values()
@@ -265,7 +268,7 @@ def _served_cells(found: ServedMeasurement, each: ServedPasses) -> list[str]:
         str(each.concurrency),
         plain(alone),
         plain(each.tokens_per_second),
-        f"{found.speedup(each):.2f}{TIMES}",
+        f"{found.speedup(each):.2f}{TIMES}{'?' if found.is_unsure(each) else ''}",
         f"{each.counts.accepted_length:.2f}" if each.counts else "",
     ]
 

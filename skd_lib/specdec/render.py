@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from skd_lib._core.format import TextTable
+from skd_lib._core.format import TextTable, decoding, plain
 from skd_lib.results import DraftLength, Latency, Percentiles, ServedMeasurement, ServedPasses, Setting, Specdec
 
 _SPEED_COLUMNS = ("drafted", "accepted", "tokens/call", "tokens/s", "speed-up", "theory", "paper's")
@@ -30,6 +30,8 @@ def render(results: Mapping[str, Specdec]) -> RenderableType:
             parts += [_latencies(name, result).to_rich(), _conclusion(name, result)]
         if result.vllm is not None:
             parts += [Text(f"vLLM: {reason}", style="yellow") for reason in result.vllm.reasons]
+    notes = [note for result in results.values() if result.served for note in result.served.notes]
+    parts += [Text(note, style="yellow") for note in dict.fromkeys(notes)]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
@@ -102,7 +104,7 @@ def _served(name: str, served: ServedMeasurement) -> list[RenderableType]:
             str(each.concurrency),
             _rate(served.alone.at(each.temperature, each.concurrency)),
             _rate(each),
-            f"{served.speedup(each):.2f}x",
+            f"{served.speedup(each):.2f}x{'?' if served.is_unsure(each) else ''}",
             f"{each.counts.accepted_length:.2f}" if each.counts else "",
         ]
         for each in model.passes
@@ -112,7 +114,7 @@ def _served(name: str, served: ServedMeasurement) -> list[RenderableType]:
     )
     note = (
         "Tokens a second: the median of the passes, slowest to fastest in brackets. Servers run one after the other. "
-        "Tokens/call: 1 + accepted / drafts."
+        "Tokens/call: 1 + accepted / drafts. A question mark: the ranges overlap, the speed-up may be chance."
     )
     parts: list[RenderableType] = [TextTable(title, _SERVED_COLUMNS, speeds, note=note).to_rich()]
     if (counts := model.passes[0].counts) is not None:
@@ -124,7 +126,7 @@ def _served(name: str, served: ServedMeasurement) -> list[RenderableType]:
         ]
         title = f"{name}: acceptance by vLLM's counters, {counts.drafts} drafts"
         parts.append(TextTable(title, ("position", "accepted", "of those reached", "of all drafts"), rows).to_rich())
-    parts.append(Text("\n".join([*_greedy(name, served), *served.notes])))
+    parts.append(Text(" ".join(_greedy(name, served))))
     return parts
 
 
@@ -143,12 +145,7 @@ def _greedy(name: str, served: ServedMeasurement) -> list[str]:
 
 
 def _rate(passes: ServedPasses) -> str:
-    return f"{passes.tokens_per_second:.1f} ({passes.slowest:.1f}-{passes.fastest:.1f})"
-
-
-def decoding(temperature: float) -> str:
-    """Name a way of decoding."""
-    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    return f"{plain(passes.tokens_per_second)} ({plain(passes.slowest)}-{plain(passes.fastest)})"
 
 
 def _how(setting: Setting) -> str:

@@ -81,15 +81,13 @@ def measure_served(
         raise SkdError("there are no prompts to decode", where="vLLM", hint="give some that fit the models' positions")
     greedy = [temperature for temperature in temperatures if temperature == 0]
     if not gpu and len(greedy) < len(temperatures):
-        why = (
-            "on a CPU vLLM samples other tokens than the teacher's once a draft is used, and is right at temperature 0"
-        )
+        why = "with a draft on a CPU, vLLM is right at temperature 0 only: what it samples is not the teacher's"
         if not greedy:
             raise SkdError(why, where="specdec.temperatures", hint="add 0, or measure on a GPU")
-        notes.append(f"only temperature 0 was measured: {why}")
+        notes.append(f"Only temperature 0 was measured: {why}.")
     filled = [size for size in concurrencies if size <= len(prompts)]
     if len(filled) < len(concurrencies):
-        notes.append(f"{len(prompts)} prompts do not fill {max(concurrencies)} requests in flight")
+        notes.append(f"{len(prompts)} prompts do not fill {max(concurrencies)} requests in flight, which was left out.")
     load = Load(
         prompts,
         eos_ids,

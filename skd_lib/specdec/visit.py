@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,7 @@ class Visit:
         if preempted := self._counters(self.tokens).get((_PREEMPTIONS, 0)):
             self.notes.append(
                 f"vLLM interrupted {preempted:.0f} requests for want of memory for keys and values, which costs speed: "
-                "give it more (--kv-cache-memory-bytes, --gpu-memory-utilization)"
+                "give it more (--kv-cache-memory-bytes, --gpu-memory-utilization)."
             )
 
     def _measure(self, temperature: float, concurrency: int) -> ServedPasses:
@@ -169,7 +170,7 @@ def read_counters(text: str) -> Counters:
         name, _, rest = line.partition("{")
         if name in (_DRAFTS, _DRAFT_TOKENS, _ACCEPTED, _TOKENS, _PREEMPTIONS):
             labels, _, value = rest.rpartition("} ")
-            position = next((word for word in labels.split(",") if word.startswith("position=")), 'position="0"')
-            key = (name, int(position.split('"')[1]))
+            position = re.search(r'\bposition="(\d+)"', labels)
+            key = (name, int(position[1]) if position else 0)
             found[key] = found.get(key, 0.0) + float(value.split()[0])
     return found

