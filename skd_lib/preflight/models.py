@@ -60,6 +60,8 @@ def check_student(checks: Checks, teacher: Model | None, config: RunConfig) -> M
     student = None if config.student is None else check_model(checks, "student", config.student, config)
     if teacher and student:
         beyond = _check_same_vocabulary(checks, teacher, student, config)
+        if config.specdec.engine == "vllm":
+            _check_served(checks, teacher, student, config)
         return replace(student, unreachable={**student.unreachable, **beyond})
     return student
 
@@ -169,6 +171,23 @@ def _check_same_vocabulary(checks: Checks, teacher: Model, student: Model, confi
             hint="copy the teacher's chat template into the student's folder if the teacher answers badly",
         )
     return found.unreachable
+
+
+def _check_served(checks: Checks, teacher: Model, student: Model, config: RunConfig) -> None:
+    """Check that vLLM can be started with the pair, and say what its step needs."""
+    from skd_lib.specdec.vllm import Served, refusals
+    from skd_lib.vllm.serve import on_gpu
+
+    pair = [Served(model.folder, model.reference) for model in (teacher, student)]
+    reasons = refusals(*pair, on_gpu=True)
+    for reason in reasons:
+        checks.add("specdec", "error", reason, where="specdec.engine", hint="set it to `transformers`")
+    if 0 not in config.specdec.temperatures and not on_gpu():
+        what = "with a draft on a CPU vLLM is right at temperature 0 only, and this machine has no GPU"
+        checks.add("specdec", "warning", what, where="specdec.temperatures", hint="add 0, or measure on a GPU")
+    if not reasons:
+        needs = "where its environment is missing the step installs it: minutes, 2.5 GB on a CPU, 8 GB on a GPU"
+        checks.add("specdec", "ok", f"vLLM will measure the drafts; {needs}")
 
 
 def check_adapters(checks: Checks, config: RunConfig, models: Sequence[Model]) -> None:

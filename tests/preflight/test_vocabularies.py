@@ -46,6 +46,20 @@ def test_padded_vocabularies_of_different_size_are_fine(
     assert check(values | {"student": str(student)}, tmp_path).errors() == []
 
 
+def test_vllm_wants_vocabularies_of_one_size(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skd_lib.vllm.serve.on_gpu", lambda: False)
+    served = values | {"specdec": {"engine": "vllm", "temperatures": [0.7]}}
+    found = {each.what: each.level for each in check(served, tmp_path).checks if each.name == "specdec"}
+    assert sorted(found.values()) == ["ok", "warning"]
+    assert "temperature 0 only" in next(iter(found))
+    student = save_tiny_model(tmp_path / "student", vocab_size=384)
+    refused = only(check(served | {"student": str(student)}, tmp_path), "error")
+    assert (refused.name, refused.where) == ("specdec", "specdec.engine")
+    assert "vocab_size is 320 for the teacher and 384" in refused.what
+
+
 def config(values: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(values)
 
