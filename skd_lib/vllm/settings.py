@@ -21,12 +21,37 @@ if TYPE_CHECKING:
 SERVED_VERSION = "0.32."
 """vLLM's versions whose internals `runner_v1` and `runner_v2` know."""
 
+_UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("parallel_config.pipeline_parallel_size", (1,), "--pipeline-parallel-size"),
+    ("parallel_config.prefill_context_parallel_size", (1,), "--prefill-context-parallel-size"),
+    ("parallel_config.enable_batch_sharded_sampling", (None, False), "--enable-batch-sharded-sampling"),
+    ("speculative_config.use_heterogeneous_vocab", (False,), "`use_heterogeneous_vocab` of --speculative-config"),
+    ("speculative_config.parallel_drafting", (False,), "`parallel_drafting` of --speculative-config"),
+    ("scheduler_config.async_scheduling", (None, False), "asynchronous scheduling: add --no-async-scheduling"),
+)
+"""Settings of vLLM with the values that can be served, and what they are called."""
 
-def refusal(version: str) -> str | None:
-    """Say why a version of vLLM cannot sample; None if it can."""
-    if version.startswith(SERVED_VERSION):
-        return None
-    return f"vLLM is {version}, and only {SERVED_VERSION}x has the internals that interleaved sampling needs"
+
+def refusal(version: str, config: Any) -> str | None:
+    """Say why a server cannot sample interleaved; None if it can.
+
+    Args:
+        version: vLLM's.
+        config: Its `VllmConfig`.
+    """
+    if not version.startswith(SERVED_VERSION):
+        return f"vLLM is {version}, and only {SERVED_VERSION}x has the internals that interleaved sampling needs"
+    drafts = config.speculative_config
+    if drafts is None or drafts.method != "draft_model":
+        found = "no --speculative-config" if drafts is None else f"drafts by the method {drafts.method}"
+        return f"the server was started with {found}: it needs a model that drafts, the method draft_model"
+    if config.parallel_config.data_parallel_size > 1:
+        return "the server was started with --data-parallel-size: start several servers and name all in `urls`"
+    for path, served, name in _UNSERVED:
+        section, attribute = path.split(".")
+        if getattr(getattr(config, section), attribute) not in served:
+            return f"interleaved sampling does not work with vLLM's {name}"
+    return None
 
 
 class RolloutSettings(ConfigSection):

@@ -31,33 +31,27 @@ class SkdExtension:
             length: The longest response.
 
         Returns:
-            `runner`, the model runner's class; `error`, a sentence where the server cannot do it.
+            `runner`, the module for vLLM's model runner; `error`, a sentence where the server cannot do it.
         """
         runner = self.model_runner
-        if (error := refusal(vllm.__version__)) is not None:
+        if (error := refusal(vllm.__version__, runner.vllm_config)) is not None:
             return {"error": error}
-        name = f"{type(runner).__module__}.{type(runner).__name__}"
-        v2 = ".gpu.model_runner." in name
-        if v2:
+        if runner.vllm_config.use_v2_model_runner:
             from skd_lib.vllm import runner_v2 as adapted
         else:
             from skd_lib.vllm import runner_v1 as adapted  # type: ignore[no-redef]
-        parsed = RolloutSettings(**settings)
         if getattr(self, "skd_rollouts", None) is None:
-            if not adapted.fits(runner):
-                return {"error": f"{name} has no draft model, or schedules asynchronously: add --no-async-scheduling"}
-            self.skd_rollouts: Any = adapted.install(runner, parsed, length)
+            self.skd_rollouts: Any = adapted.install(runner, keeps=self.rank == 0)
             self._keep_states()
             self._watch_prompts()
-        elif v2 and length > self.skd_rollouts.length:
-            return {
-                "error": f"the server holds responses of {self.skd_rollouts.length} tokens, not {length}: restart it"
-            }
-        self.skd_rollouts.settings = parsed
-        self.skd_rollouts.drop()
+        try:
+            self.skd_rollouts.begin(RolloutSettings(**settings), length)
+        except torch.OutOfMemoryError as error:
+            hint = "give vLLM a smaller share of the GPU (--gpu-memory-utilization), or fewer rows (--max-num-seqs)"
+            return {"error": f"no memory is left for the teacher's signal of the rows in flight: {hint}. {error}"}
         self.skd_scored: dict[str, list[torch.Tensor]] = {}
         self.skd_session = session
-        return {"runner": name}
+        return {"runner": adapted.__name__}
 
     def skd_claim(
         self, session: str, version: str | None, client: str, settings: dict[str, Any] | None
@@ -86,7 +80,7 @@ class SkdExtension:
             others = [theirs for name, theirs in self.skd_settings.items() if name != client]
             state = "ready" if all(theirs == settings for theirs in others) else "conflict"
             self.skd_settings[client] = settings
-            self.skd_rollouts.settings = RolloutSettings(**settings)
+            self.skd_rollouts.use(RolloutSettings(**settings))
         return {"state": state, "session": have}
 
     def skd_arrived(self, version: str | None) -> None:
@@ -106,7 +100,8 @@ class SkdExtension:
 
     def skd_take_states(self, keys: list[str]) -> dict[str, list[Any]]:
         """Return the teacher's states along given prompts, from the position that was asked for on."""
-        return {key: packed(torch.cat(self.skd_scored.pop(key))) for key in keys}
+        taken = {key: torch.cat(self.skd_scored.pop(key)) for key in keys}
+        return {key: packed(states_TH) for key, states_TH in taken.items()} if self.rank == 0 else {}
 
     def _keep_states(self) -> None:
         """Keep the teacher's states that the current logits are made from."""
