@@ -148,6 +148,8 @@ class TrainingRun:
             if self.distill.engine == "vllm":
                 pass  # the teacher is in the servers
             elif self.distill.teacher_signal.mode == "online":
+                from skd_lib.served.teacher import RemoteTeacher
+
                 assert not isinstance(load_teacher, RemoteTeacher)  # noqa: S101 - the step refuses it
                 teacher = load_teacher()
             elif not METHODS[method].uses_divergence:
