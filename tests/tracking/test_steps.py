@@ -106,6 +106,7 @@ def test_from_figures_to_a_registered_champion(
     samples = f'{{"step": 1, "row": 0, "prompt": "p", "tokens": [{token}]}}\n'
     answers = [Prediction("0", "s", "a cat", "a hat", 3, truncated=False, scores={"chrf": 40.0})]
     course = {"steps": [1, 2], "rejection_rate": [0.4, 0.2]}
+    served = {"engine": "vllm", "vllm": {"command": "vllm serve org/teacher", "started": True}}
 
     def pipeline(run_id: str, chrf: float, weights: int) -> tuple[bool, str]:
         monkeypatch.setenv("KFP_RUN_ID", run_id)
@@ -123,7 +124,7 @@ def test_from_figures_to_a_registered_champion(
             folder / "students", {"student_before": scores(11.0), "student_after": scores(chrf)}, answers
         )
         write_record(students / "student_after", lineage=lineage, course=course, samples=samples)
-        write_drafts(folder / "drafts", "", {"before": specdec(1.1), "after": specdec(1.3)})
+        write_drafts(folder / "drafts", "", {"before": specdec(1.1), "after": specdec(1.3) | served})
         rival = champion_with(store, weights_digest(trained), chrf=30.0)
         (folder / "champion").mkdir(exist_ok=True)
         (folder / "champion" / CHAMPION).write_text(rival.model_dump_json())
@@ -154,6 +155,7 @@ def test_from_figures_to_a_registered_champion(
     assert tags["teacher"] == "org/teacher"
     assert tags["figure.speedup"] == "1.3"
     assert tags["signature.chrf"] == "chrf|v1"
+    assert tags["vllm_serve"] == "vllm serve org/teacher"
     assert tags["gate"].startswith("chrf 31.00 against 30.00 of the champion (version 1)")
     assert tags["code_version"] == "sha256:abc"  # of what distilled it, not of what registers it
 
