@@ -112,19 +112,28 @@ class Endpoint:
 
 
 def in_flight(jobs: Iterable[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
-    """Yield each job with its result as it is done, `IN_FLIGHT` of them at work at a time; the first error ends all."""
+    """Yield each job with its result as it is done, `IN_FLIGHT` of them at work at a time.
+
+    After an error no more are begun; those at work are waited for and yielded, and then it is raised.
+    """
+    errors: list[BaseException] = []
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         waiting: dict[Future[R], T] = {}
 
         def some(most: int) -> Iterator[tuple[T, R]]:
             while len(waiting) > most:
                 for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(done), done.result()
+                    job = waiting.pop(done)
+                    if error := done.exception():
+                        errors.append(error)
+                    else:
+                        yield job, done.result()
 
-        try:
-            for job in jobs:
-                waiting[pool.submit(work, job)] = job
-                yield from some(IN_FLIGHT)
-            yield from some(0)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for job in jobs:
+            waiting[pool.submit(work, job)] = job
+            yield from some(IN_FLIGHT - 1)
+            if errors:
+                break
+        yield from some(0)
+    if errors:
+        raise errors[0]
