@@ -404,6 +404,13 @@ class Specdec(Figures):
         """Return plain JSON values, without what is None: KFP's structured parameters cannot hold null."""
         return self.model_dump(mode="json", exclude_none=True)
 
+    @property
+    def setting(self) -> str:
+        """Describe how the headline figures were measured; only those of one setting compare."""
+        if self.gamma is None or self.temperature is None:
+            return ""
+        return f"{self.engine}, {self.gamma} tokens drafted, temperature {self.temperature:g}"
+
     def figures(self) -> dict[str, float]:
         """Return the three headline figures, by name."""
         return {name: float(getattr(self, name)) for name in DRAFT_FIGURES}

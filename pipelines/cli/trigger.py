@@ -46,6 +46,16 @@ def trigger(
             show_default="none is asked",
         ),
     ] = "",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="For drafts: start a run only if, on the new prompts, the teacher accepts a smaller share of the "
+            "champion's drafts than it had by more than this share, e.g. 0.1. Measured here; needs --tracking-uri.",
+            show_default="new data is enough",
+        ),
+    ] = None,
 ) -> None:
     """Run the pipeline in Kubeflow if SOURCE has data that it has not run on yet.
 
@@ -57,7 +67,8 @@ def trigger(
     the server does not answer, another process holds the claim, or it is not known whether a run started; 70 a bug of
     skd. How the run ends is not waited for.
 
-    Example: `skd trigger gs://bucket/new --config run.yaml --dry-run`.
+    Examples: `skd trigger gs://bucket/new --config run.yaml --dry-run`,
+    `skd trigger /logs/today --config draft.yaml --tracking-uri http://mlflow:5000 --max-drop 0.1`.
     """
     from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
     from skd_kfp.pipelines.kubeflow.submit import Package
@@ -68,11 +79,16 @@ def trigger(
         raise SkdError("must not be empty", where="SOURCE", hint="name the folder that the data is in")
     if not marker.strip() or "/" in marker or marker in (".", ".."):
         raise SkdError(f"{marker!r} is not the name of a file", where="--marker", hint="e.g. _SUCCESS")
+    if max_drop is not None and not tracking_uri:
+        hint = "give --tracking-uri, whose registry has the champion"
+        raise SkdError("it is not known how the champion was accepted", where="--max-drop", hint=hint)
     cluster.check()
     run_config = load_config(config)
     check_source(run_config, source)  # before the server is asked
     package = Package.read(cluster.pipeline or compiled_path(pipeline_for(run_config)))
-    bound = Trigger(run_config, package, cluster.target, cluster.connect(), claims, marker, attempts, tracking_uri)
+    bound = Trigger(
+        run_config, package, cluster.target, cluster.connect(), claims, marker, attempts, tracking_uri, max_drop
+    )
     decision = bound.explain(source) if dry_run else bound.fire(source)
     if as_json:
         say_json(decision.to_dict(), lines=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
-from skd_kfp.pipelines.kubeflow.claims import claim, memories, remembered
+from skd_kfp.pipelines.kubeflow.claims import claim, claim_uri, memories, remembered
+from skd_kfp.pipelines.kubeflow.drift import Drift
 from skd_kfp.pipelines.kubeflow.states import FAILED, was_cancelled
 from skd_kfp.pipelines.kubeflow.submit import SHORT_DIGEST, Package, Submission, Target
 from skd_lib import storage
@@ -70,6 +71,8 @@ class Trigger:
         marker: Name of the object that is written last, when a source is complete.
         attempts: How many runs of the same data may fail before no more are started.
         tracking_uri: MLflow server that is asked for earlier runs on the same data; empty: none.
+        max_drop: Start a run only where the champion's acceptance as a draft has fallen by more than this share on the
+            new data, see `Drift`; None: always.
     """
 
     config: RunConfig
@@ -80,9 +83,10 @@ class Trigger:
     marker: str = MARKER
     attempts: int = 1
     tracking_uri: str = ""
+    max_drop: float | None = None
 
     def explain(self, source: str) -> Decision:
-        """Say what `fire` would do, and change nothing.
+        """Say what `fire` would do, and start nothing.
 
         Raises:
             SkdError: the configuration does not read from `source`, or storage or the server cannot be asked.
@@ -90,7 +94,8 @@ class Trigger:
         submission = self._plan(source)
         if isinstance(submission, Decision):
             return submission
-        return self._look(submission.name, self._memory(), remembered(self.claims, submission.name))
+        decision = self._look(submission.name, self._memory(), remembered(self.claims, submission.name))
+        return self._needed(decision, source)
 
     def fire(self, source: str) -> Decision:
         """Start a run on the data at `source`, if it is complete and there is none yet.
@@ -103,7 +108,8 @@ class Trigger:
         if isinstance(submission, Decision):
             return submission
         name, memory = submission.name, self._memory()
-        decision = self._look(name, memory, remembered(self.claims, name))
+        # Before the claim, which a measurement could outlast.
+        decision = wanted = self._needed(self._look(name, memory, remembered(self.claims, name)), source)
         if not decision.fire:
             return decision
         run = submission.prepare(self.api, reason=f"skd trigger {source}")
@@ -119,7 +125,16 @@ class Trigger:
             held.run_id = made.run_id
             if memory.note(name, made.run_id, self.config.name):
                 held.run_id = ""  # MLflow remembers it
-            return replace(decision, run_id=made.run_id)
+            return replace(wanted, run_id=made.run_id)
+
+    def _needed(self, decision: Decision, source: str) -> Decision:
+        """Return the decision, turned down where a run could start but the champion is still accepted well enough."""
+        if self.max_drop is None or not decision.fire:
+            return decision
+        memory = f"{claim_uri(self.claims, decision.name)}.acceptance" if self.claims else ""
+        drift = Drift(reading_from(self.config, source), self.tracking_uri, self.max_drop, memory)
+        fire, reason = drift.decide()
+        return replace(decision, fire=fire, reason=f"{decision.reason}; {reason}" if fire else reason)
 
     def _memory(self) -> _Memory:
         experiment = self.target.mlflow_experiment or os.environ.get(EXPERIMENT_VARIABLE) or "skd"  # as the steps do

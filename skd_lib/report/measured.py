@@ -41,6 +41,7 @@ class Measured(Section):
     signatures: dict[str, str] = Field({}, description="By metric: what makes a score reproducible.")
     draft: dict[str, float] = Field({}, description="The student as a draft of its teacher.")
     served: str = Field("", description="The line with which vLLM was started and measured with this draft, if it was.")
+    drafted: str = Field("", description="How that was measured.")
     champion: Rival = Rival()
     comet_missing: str = Field("", description="Why COMET is missing; empty where it is not, or was not asked for.")
     registry: RegistryConfig = RegistryConfig()
@@ -70,6 +71,7 @@ def measured(
         student=_finite({name: score.score for name, score in scores.items()}),
         signatures=_short({name: score.signature for name, score in scores.items() if score.signature}),
         draft={} if draft is None else draft.figures(),
+        drafted="" if draft is None else draft.setting,
         served=_started(draft),
         champion=champion.model_copy(
             update={

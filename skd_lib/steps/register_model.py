@@ -72,6 +72,7 @@ def main(
                 **{f"{registry.SIGNATURE_PREFIX}{name}": text for name, text in found.signatures.items()},
                 registry.GATE_TAG: reason,
                 registry.SERVED_TAG: found.served,
+                registry.DRAFTED_TAG: found.drafted,
             }
             example = next((sample.prompt for sample in record.samples()), "")
             write_beside(student, uri, example)

@@ -51,6 +51,8 @@ PIPELINE_RUN_TAG = "pipeline_run_id"
 REGISTERED_BY_TAG = "registered_by"
 """Holds Kubeflow's run that registered it first: another one, where that took the student from the cache."""
 GATE_TAG = "gate"
+DRAFTED_TAG = "drafted"
+"""Says how the figures as a draft were measured."""
 SERVED_TAG = "vllm_serve"
 """Holds the line with which vLLM was started to measure the student as a draft; absent where it was not."""
 HISTORY_TAG = "skd.champions"
@@ -67,11 +69,16 @@ class Silent(SkdError):
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that has the alias `champion`, and where its weights are."""
+    """The version that has the alias `champion`, where its weights are, and how it was accepted as a draft.
+
+    `drafted` is `Specdec.setting` of that measurement; both are empty where it was not measured as a draft.
+    """
 
     version: str
     weights_uri: str
     weights_sha256: str
+    acceptance_rate: float | None = None
+    drafted: str = ""
 
 
 class ChampionRecord(BaseModel):
@@ -168,7 +175,15 @@ def champion(*, tracking_uri: str, model_name: str, patience: float = 0.0) -> Ch
         found = aliased(client, model_name, CHAMPION)
         if found is None:
             return None
-        return Champion(str(found.version), found.tags.get(URI_TAG, ""), found.tags.get(DIGEST_TAG, ""))
+        tags = found.tags
+        rate = tags.get(f"{FIGURE_PREFIX}acceptance_rate")
+        return Champion(
+            str(found.version),
+            tags.get(URI_TAG, ""),
+            tags.get(DIGEST_TAG, ""),
+            None if rate is None else float(rate),
+            tags.get(DRAFTED_TAG, ""),
+        )
 
     return ask_registry(tracking_uri, model_name, work, patience)
 

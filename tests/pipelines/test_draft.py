@@ -1,4 +1,4 @@
-"""`skd draft`: the run that it makes of its arguments; with tiny models a whole run from a log, twice, and its texts."""
+"""`skd draft`: the run that its arguments make; with tiny models a whole run from a log, twice, and its texts."""
 
 from __future__ import annotations
 
@@ -131,9 +131,9 @@ def run(place: Path, logged: Path, *changes: str) -> str:
         "data.near_duplicate_threshold": 1,
     }
     options = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    command = ["skd_kfp.pipelines.cli", "draft", "./teacher", "./student", "--prompts", str(logged)]
     done = subprocess.run(
-        [sys.executable, "-m", "skd_kfp.pipelines.cli", "draft", "./teacher", "./student", "--prompts", str(logged)]
-        + [*options, *changes],
+        [sys.executable, "-m", *command, *options, *changes],
         cwd=place,
         env={**os.environ, "HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "COLUMNS": "120"},
         capture_output=True,

@@ -73,6 +73,13 @@ def test_tokens_per_call_go_on_to_the_gate_that_reads_them() -> None:
         assert found.champion.challenger_tokens_per_call == shown
 
 
+def test_how_a_draft_was_measured_goes_on_to_its_version() -> None:
+    with_setting = draft().model_copy(update={"gamma": 5, "temperature": 0.0})
+    for each, said in ((with_setting, "transformers, 5 tokens drafted, temperature 0"), (draft(), ""), (None, "")):
+        found = measured("chrf", student(), each, Rival(), Comet(), RegistryConfig())
+        assert found.drafted == said
+
+
 def test_what_is_at_its_default_is_left_out() -> None:
     found = measured("chrf", Scores(metrics={}), None, Rival(), Comet(missing="no " * 1000), RegistryConfig())
     parameter = found.to_parameter()
