@@ -1,7 +1,7 @@
 """Write the tables of docs/guides/sizing.md: the memory that pairs of models take, and which GPU has it.
 
-The figures are preflight's estimate (`skd_lib.planning.memory`), for models of the shapes below: those of the models'
-`config.json` on the Hugging Face hub. No weight is loaded.
+The figures are preflight's estimate (`skd_lib.planning.memory`), for models of known shapes
+(`skd_lib.models.shapes`). No weight is loaded.
 """
 
 from __future__ import annotations
@@ -13,52 +13,21 @@ from typing import Any
 
 import torch
 import typer
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from skd_lib.config import RunConfig
+from skd_lib.models.shapes import SHAPES
 from skd_lib.planning.memory import GIB, ModelSize, config_size, estimates
 
 PAGE = Path(__file__).parent / "guides/sizing.md"
 BLOCK = re.compile(r"(<!-- table of (\w+), written by docs/sizing.py -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
-def qwen2(hidden: int, mlp: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool) -> PreTrainedConfig:
-    """Return the config of a Qwen2.5 model."""
-    return Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
-
-
-def llama3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> PreTrainedConfig:
-    """Return the config of a Llama 3.1 or 3.2 model."""
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=hidden // heads,
-        vocab_size=128256,
-        tie_word_embeddings=tied,
-    )
-
-
 MODELS = {
-    "Qwen2.5-0.5B": qwen2(896, 4864, 24, 14, 2, 151936, tied=True),
-    "Qwen2.5-1.5B": qwen2(1536, 8960, 28, 12, 2, 151936, tied=True),
-    "Qwen2.5-3B": qwen2(2048, 11008, 36, 16, 2, 151936, tied=True),
-    "Qwen2.5-7B": qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
-    "Qwen2.5-14B": qwen2(5120, 13824, 48, 40, 8, 152064, tied=False),
-    "Qwen2.5-32B": qwen2(5120, 27648, 64, 40, 8, 152064, tied=False),
-    "Llama-3.2-1B": llama3(2048, 8192, 16, 32, tied=True),
-    "Llama-3.1-8B": llama3(4096, 14336, 32, 32, tied=False),
-    "Llama-3.1-70B": llama3(8192, 28672, 80, 64, tied=False),
+    name: SHAPES[name.lower()]()
+    for name in (
+        *("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B"),
+        *("Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B"),
+    )
 }
 PAIRS = [
     ("Qwen2.5-1.5B", "Qwen2.5-0.5B"),

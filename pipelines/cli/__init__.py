@@ -22,6 +22,7 @@ from skd_kfp.pipelines.cli.evaluate import evaluate
 from skd_kfp.pipelines.cli.generate import generate
 from skd_kfp.pipelines.cli.init import init
 from skd_kfp.pipelines.cli.options import AsJson, RunsDir, TrackingUri, expanded, say_json, short
+from skd_kfp.pipelines.cli.plan import plan
 from skd_kfp.pipelines.cli.publish import card, push
 from skd_kfp.pipelines.cli.registry import lineage, promote, rollback, track
 from skd_kfp.pipelines.cli.run import run
@@ -210,7 +211,7 @@ def config(
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
-    RUN: (init, run, draft, compare, submit, trigger),
+    RUN: (init, plan, run, draft, compare, submit, trigger),
     MODELS: (evaluate, generate, specdec),
     PUBLISH: (card, push),
     RECORDS: (runs, report, lineage, promote, rollback),

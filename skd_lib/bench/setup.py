@@ -18,37 +18,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.gemma import GemmaConfig
-from transformers.models.llama import LlamaConfig
 
 from skd_lib.errors import SkdError
 from skd_lib.models.loading import avoid_cudnn_attention, default_device, load_model
 from skd_lib.models.references import resolve_model
+from skd_lib.models.shapes import SHAPES
 from skd_lib.storage import write_text_atomic
 
 RANDOM = "random:"
-_SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-_GEMMA_2B = {
-    "hidden_size": 2048,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 18,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-}
-SHAPES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
-    "smollm2-135m": lambda: LlamaConfig(num_hidden_layers=30, **_SMOLLM2),
-    "gemma-2b": lambda: GemmaConfig(**_GEMMA_2B),
-    "gemma-7b": lambda: GemmaConfig(),
-}
-"""Real models' shapes, for `random:NAME`, or `random:NAME-N-layers` with N decoder layers."""
 
 
 @dataclass(frozen=True)

@@ -27,29 +27,37 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The sizes on which a model's memory depends.
+    """The sizes on which a model's memory and arithmetic depend.
 
     Attributes:
         parameters: Number of weights, tied ones counted once.
+        inside: Those that are neither of the embedding nor of the head.
+        computing: Those that one token is multiplied with in the layers: of experts, the ones it is sent to.
         layers: Decoder layers.
         hidden: Width of the hidden states.
+        attended: Width of the queries of one layer: all heads together.
         cache: Elements that one token takes in the KV cache of one layer: keys and values of all heads.
         vocabulary: Rows of the embedding.
         adapted: Inputs and outputs of all linear layers except the head: the weights of adapters of rank 1.
     """
 
     parameters: int
+    inside: int
+    computing: int
     layers: int
     hidden: int
+    attended: int
     cache: int
     vocabulary: int
     adapted: int
 
     def pruned(self, layers: int) -> ModelSize:
         """Return the size with `layers` layers; the weights outside the layers are about the embedding."""
-        inside = (self.parameters - self.outside) * layers // self.layers
-        adapted = self.adapted * layers // self.layers
-        return replace(self, parameters=self.outside + inside, layers=layers, adapted=adapted)
+        inside, computing, adapted = (
+            count * layers // self.layers for count in (self.inside, self.computing, self.adapted)
+        )
+        parameters = self.parameters - self.inside + inside
+        return replace(self, parameters=parameters, inside=inside, computing=computing, layers=layers, adapted=adapted)
 
     @property
     def outside(self) -> int:
@@ -90,23 +98,39 @@ def skeleton_size(model: PreTrainedModel) -> ModelSize:
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    ends = {id(weight) for end in (head, model.get_input_embeddings()) for weight in end.parameters()}
+    ends |= {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for weight in module.parameters()
+    }
+    inner = [weight for weight in model.parameters() if id(weight) not in ends]
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    # transformers holds all experts of a layer as one weight of three dimensions.
+    computing = sum(weight.numel() * (share if weight.ndim > 2 else 1) for weight in inner if weight.ndim > 1)
+    kept, queries = _heads(text)
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        inside=sum(weight.numel() for weight in inner),
+        computing=int(computing),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        cache=_cache(text),
+        attended=queries,
+        cache=2 * kept,
         vocabulary=text.vocab_size,
         adapted=sum(module.in_features + module.out_features for module in linear),
     )
 
 
-def _cache(text: Any) -> int:
-    """Return the elements of keys and values that a layer keeps of one position; 0 without attention (Mamba)."""
+def _heads(text: Any) -> tuple[int, int]:
+    """Return the widths of a layer's keys and of its queries; 0 without attention (Mamba)."""
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
-        return 0
-    kept = getattr(text, "num_key_value_heads", None) or heads
-    return 2 * int(kept) * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        return 0, 0
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return int(getattr(text, "num_key_value_heads", None) or heads) * width, int(heads) * width
 
 
 def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, device: torch.device) -> list[Estimate]:

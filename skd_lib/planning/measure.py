@@ -1,0 +1,276 @@
+"""A short measured run that replaces a plan's assumptions: this machine's speed, the data's lengths, the acceptance."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from skd_lib.config import RunConfig
+from skd_lib.data.sources import load_data
+from skd_lib.data.splits import make_splits
+from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode_all
+from skd_lib.distillation.batch import collate
+from skd_lib.distillation.loss import cross_entropy
+from skd_lib.distillation.rollouts import interleaving_rule
+from skd_lib.errors import SkdError
+from skd_lib.models.files import load_tokenizer
+from skd_lib.models.heads import common_vocabulary
+from skd_lib.models.loading import default_device, load_model
+from skd_lib.models.precision import compute_dtype
+from skd_lib.models.references import resolve_model
+from skd_lib.models.student_init import prune_layers
+from skd_lib.planning.estimator import MOST_OF_A_PEAK, Assumptions
+from skd_lib.planning.machines import Machine
+from skd_lib.planning.memory import skeleton_size
+from skd_lib.planning.work import Pass, Rates, forward_bytes, forward_flops, update_seconds
+from skd_lib.sampling.acceptance import AcceptanceRule, lossless
+from skd_lib.sampling.engine import Sampler
+from skd_lib.sampling.timing import Forward, bare
+from skd_lib.storage import write_text_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LOOKED_AT = 512
+"""Examples whose tokens are counted."""
+_SAMPLED_ROWS, _SAMPLED_TOKENS = 8, 48
+"""Prompts, and tokens of a response, by which acceptance is measured."""
+_REPEATS = 3
+
+
+def data_figures(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Return the assumptions that a run's data replace: rows and, with a tokenizer, lengths in tokens.
+
+    Raises:
+        SkdError: the data cannot be read.
+    """
+    splits = make_splits(load_data(config.data), config.data, config.seed)
+    figures: dict[str, Any] = {
+        "teacher_rows": len(splits.train_teacher),
+        "train_rows": len(splits.train_student),
+        "validation_rows": len(splits.validation),
+        "test_rows": len(splits.test),
+    }
+    if tokenizer is None:
+        return figures
+    batch = config.distill.training.batch_size
+    examples = tokens_of(config, tokenizer, splits.train_student[:_LOOKED_AT])
+    answers = [len(example.response_ids) for example in examples if example.response_ids]
+    figures["prompt_tokens"] = fmean(len(example.prompt_ids) for example in examples)
+    if answers:
+        groups = [answers[start : start + batch] for start in range(0, len(answers), batch)]
+        most = config.task.max_new_tokens
+        figures["response_tokens"] = min(fmean(answers), most)
+        figures["longest_tokens"] = min(fmean(map(max, groups)), most)
+    return figures
+
+
+def tokens_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any]) -> list[TokenizedExample]:
+    """Tokenise examples as the training does."""
+    end = answer_end_id(tokenizer, config.task)
+    return encode_all(tokenizer, config.task, examples, end, {end})
+
+
+def measure(config: RunConfig, machine: Machine, on_progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure the assumptions of a run's plan on this machine, in a few minutes.
+
+    Forward passes of both models at several shapes are timed, in turns, and what arithmetic, memory and layers cost is
+    fitted to them; then training passes, the optimiser, and the acceptance of the student as it is before training.
+
+    Args:
+        config: The run; its models are loaded.
+        machine: The profile whose peaks the shares are of; one device is measured.
+        on_progress: Called with what is being measured.
+
+    Raises:
+        SkdError: a model or the data cannot be read, or the student is on a server.
+    """
+    on_progress("loading the models and the data")
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch, transformers, mlflow"], check=False, capture_output=True)
+    imports = time.perf_counter() - start
+    device = default_device()
+    dtype = compute_dtype(config.distill.training.precision, device)
+    folder = resolve_model(config.teacher, trust_remote_code=config.trust_remote_code)
+    start = time.perf_counter()
+    teacher = load_model(folder, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+    loading = time.perf_counter() - start
+    student = _student(config, teacher)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    figures = data_figures(config, tokenizer)
+    splits = make_splits(load_data(config.data), config.data, config.seed)
+    batch = config.distill.training.micro_batch_size or config.distill.training.batch_size
+    examples = tokens_of(config, tokenizer, splits.train_student[:batch])
+
+    on_progress("forward passes")
+    length = round(figures["prompt_tokens"] + figures.get("response_tokens", config.task.max_new_tokens / 2))
+    inference, bandwidth, layer = _speeds([teacher, student], len(examples), length, config, machine.element)
+    on_progress("training passes")
+    training, update = _training(student, examples, (inference, bandwidth, layer), machine.element)
+    on_progress("acceptance")
+    for name, rule in (
+        ("acceptance", interleaving_rule(config.distill.sampling, 0, 1)),
+        ("draft_acceptance", lossless()),
+    ):
+        figures[name] = _acceptance(rule, config, teacher, student, examples)
+    shares = {
+        "inference_share": inference / machine.flops,
+        "training_share": training / machine.flops,
+        "bandwidth_share": bandwidth / machine.bandwidth,
+        "update_share": update / machine.bandwidth,
+    }
+    # What costs nothing that can be seen has no end of it.
+    figures |= {name: min(share, MOST_OF_A_PEAK) for name, share in shares.items()}
+    return figures | {"layer_seconds": layer, "start_seconds": imports + 2 * loading}
+
+
+def write_calibration(path: Path, machine: Machine, config: RunConfig, figures: dict[str, Any]) -> None:
+    """Write measured assumptions for later plans."""
+    content = {"profile": machine.kind, "run": config.name, "assumptions": figures}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_calibration(path: Path, machine: Machine, config: RunConfig) -> dict[str, Any]:
+    """Return measured assumptions: for the run that was measured all of them, for others those of the machine.
+
+    Raises:
+        SkdError: the file is none, or of machines of another kind.
+    """
+    hint = "measure here with --measure, or name another file with --calibration"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind, run, figures = content["profile"], content["run"], dict(content["assumptions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SkdError("no file that `skd plan --measure` wrote", where=str(path), hint=hint) from error
+    if kind != machine.kind:
+        raise SkdError(f"measured on {kind}, and the plan is for {machine.kind}", where=str(path), hint=hint)
+    of_machine = {name for name in Assumptions.model_fields if name.endswith(("_share", "_seconds"))}
+    return {name: value for name, value in figures.items() if run == config.name or name in of_machine}
+
+
+def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Return the costs, none negative, with the least squares of relative errors of rows x costs from the seconds."""
+    matrix = np.array(rows) / np.array(seconds)[:, None]
+    best, least = np.zeros(matrix.shape[1]), np.inf
+    for count in range(1, matrix.shape[1] + 1):
+        for chosen in itertools.combinations(range(matrix.shape[1]), count):
+            costs = np.zeros(matrix.shape[1])
+            costs[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], np.ones(len(matrix)), rcond=None)[0]
+            error = float(((matrix @ costs - 1) ** 2).sum())
+            if (costs >= 0).all() and error < least:
+                best, least = costs, error
+    return [float(cost) for cost in best]
+
+
+def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
+    if config.student is None:
+        initial = config.student_init
+        return prune_layers(teacher, initial.keep_first or 0, initial.keep_last or 0)
+    folder = resolve_model(config.student, trust_remote_code=config.trust_remote_code)
+    return load_model(folder, dtype=teacher.dtype, device=teacher.device, trust_remote_code=config.trust_remote_code)
+
+
+def _speeds(
+    models: Sequence[PreTrainedModel], rows: int, length: int, config: RunConfig, element: int
+) -> tuple[float, float, float]:
+    """Return operations and bytes a second, and seconds a layer, that forward passes of these shapes show."""
+    gamma = max(2, int(getattr(config.distill.sampling.gamma, "end", config.distill.sampling.gamma)))
+    shapes = sorted({(1, 1), (rows, 1), (rows, gamma), (1, length), (rows, length)})
+    forwards = [
+        Forward(model, count, width, max(length, width), at_head=count * min(width, gamma))
+        for model in models
+        for count, width in shapes
+    ]
+    passes = [bare([forward]) for forward in forwards]
+    taken: list[list[float]] = [[] for _ in passes]
+    for repeat in range(_REPEATS + 1):
+        for run, seconds in zip(passes, taken, strict=True):
+            one = _timed(run, models[0].device)
+            if repeat:
+                seconds.append(one)
+    costs = []
+    for forward in forwards:
+        size = skeleton_size(forward.model)
+        asked = Pass(forward.rows, forward.tokens, forward.visible - forward.tokens / 2, forward.at_head)
+        costs.append([forward_flops(size, asked), forward_bytes(size, asked, element), size.layers])
+    operation, byte, layer = fitted(costs, [median(seconds) for seconds in taken])
+    return 1 / max(operation, 1e-18), 1 / max(byte, 1e-15), layer
+
+
+def _training(
+    student: PreTrainedModel, examples: Sequence[TokenizedExample], speeds: tuple[float, float, float], element: int
+) -> tuple[float, float]:
+    """Return operations a second in training, and bytes a second of the optimiser."""
+    dtype, size = student.dtype, skeleton_size(student)
+    student = student.float().train()
+    prompts = [example.prompt_ids for example in examples]
+    responses = [example.response_ids or [0] * 8 for example in examples]
+    rollout = collate(prompts, responses, pad_id=0, source="ground_truth", device=student.device)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
+
+    def gradient() -> None:
+        with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
+            loss = cross_entropy(student, rollout).loss
+        loss.backward()
+
+    gradients, updates = [], []
+    for repeat in range(_REPEATS + 1):
+        seconds = _timed(gradient, student.device), _timed(optimiser.step, student.device)
+        optimiser.zero_grad()
+        if repeat:
+            gradients.append(seconds[0])
+            updates.append(seconds[1])
+    rows, width = rollout.input_ids_BL.shape
+    asked = Pass(rows, width, width / 2, rollout.tokens, cached=False)
+    besides = 3 * (forward_bytes(size, asked, element) / speeds[1] + size.layers * speeds[2])
+    whole = median(gradients)
+    student.to(dtype).eval()
+    for weight in student.parameters():
+        weight.grad = None
+    any_rates = Rates(1, 1, 1, 1, 0, 1, 1, element)
+    return 3 * forward_flops(size, asked) / max(whole - besides, whole / 4), update_seconds(
+        size.parameters, any_rates
+    ) / median(updates)
+
+
+def _acceptance(
+    rule: AcceptanceRule,
+    config: RunConfig,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+) -> float:
+    sampling = config.distill.sampling
+    prompts = [example.prompt_ids for example in examples[:_SAMPLED_ROWS]]
+    sampler = Sampler(
+        student=student,
+        teacher=teacher,
+        rule=rule,
+        gamma=2,
+        student_params=sampling.student,
+        teacher_params=sampling.teacher,
+        eos_ids=(),
+        pad_id=0,
+        max_new_tokens=min(_SAMPLED_TOKENS, config.task.max_new_tokens),
+        vocabulary=common_vocabulary(student, teacher),
+    )
+    return sampler.sample(prompts, list(range(len(prompts)))).statistics.acceptance_rate
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
