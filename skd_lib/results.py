@@ -400,6 +400,15 @@ class Specdec(Figures):
     served: ServedMeasurement | None = Field(None, description="Of `engine: vllm`, with this draft alone.")
     vllm: Vllm | None = None
 
+    @property
+    def is_unsure(self) -> bool:
+        """Return whether the headline's speed-up may be chance: vLLM's passes with and without the draft overlap."""
+        return (
+            any(self.served.is_unsure(model.passes[0]) for model in self.served.drafts.values())
+            if self.served
+            else False
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without what is None: KFP's structured parameters cannot hold null."""
         return self.model_dump(mode="json", exclude_none=True)

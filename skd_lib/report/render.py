@@ -87,7 +87,10 @@ def _quality_table(summary: Summary) -> TextTable:
 
 
 def _specdec_table(summary: Summary) -> TextTable:
-    rows = [[moment, *draft_cells(draft.figures()), same_output(draft)] for moment, draft in summary.specdec.items()]
+    rows = [
+        [moment, *draft_cells(draft.figures(), unsure=draft.is_unsure), same_output(draft)]
+        for moment, draft in summary.specdec.items()
+    ]
     title = "The student as draft of the teacher (speculative decoding)"
     return TextTable(title, _DRAFT_COLUMNS, rows, note=_draft_setting(summary), highlighted=["after"])
 
@@ -117,10 +120,10 @@ def _score(summary: Summary, role: Role, metric: str) -> str:
     return f"{score:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]{mark}" if interval else "")
 
 
-def draft_cells(figures: Mapping[str, float]) -> list[str]:
-    """Return the cells of a draft's three headline figures."""
+def draft_cells(figures: Mapping[str, float], *, unsure: bool = False) -> list[str]:
+    """Return the cells of a draft's three headline figures; a question mark where the speed-up may be chance."""
     rate, tokens, speedup = (figures[name] for name in DRAFT_FIGURES)
-    return [f"{rate:.1%}", f"{tokens:.2f}", f"{speedup:.2f}x"]
+    return [f"{rate:.1%}", f"{tokens:.2f}", f"{speedup:.2f}x{'?' if unsure else ''}"]
 
 
 def _draft_setting(summary: Summary) -> str:

@@ -126,7 +126,7 @@ def _draft_headlines(specdec: Mapping[Moment, Specdec]) -> list[Headline]:
         ("of its drafts accepted by the teacher", "{:.0%}", "acceptance_rate"),
         ("tokens per teacher call", "{:.2f}", "tokens_per_teacher_call"),
     ]
-    if last.speedup > 1:
+    if last.speedup > 1 and not last.is_unsure:
         shown.append(("speed-up of the teacher with it as draft", f"{{:.2f}}{TIMES}", "speedup"))
     earlier = first.figures() if first else {}
     return [

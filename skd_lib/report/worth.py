@@ -78,7 +78,7 @@ def _figures_of_draft(draft: Specdec) -> dict[str, float | None]:
         "relative_size": _ratio(*sizes),
     }
     speedup = draft.best_speedup or draft.speedup
-    if speedup > 1:
+    if speedup > 1 and not draft.is_unsure:
         found["drafted_speedup"] = speedup
     elif draft.draft_parameters and draft.break_even is not None and draft.break_even < 1:
         found["break_even_parameters"] = round(draft.draft_parameters * max(draft.break_even, 0.0))
@@ -125,6 +125,8 @@ def _draft_lines(worth: Worth, draft: Specdec) -> list[str]:
     if worth.drafted_speedup is not None:
         best = f", with {draft.best_gamma} tokens drafted a time" if draft.best_gamma else ""
         return [f"{first} Speculative decoding is {_times(worth.drafted_speedup)} as fast as the teacher alone{best}."]
+    if draft.is_unsure:
+        return [f"{first} These passes cannot tell whether speculative decoding is faster than the teacher alone."]
     if worth.break_even_parameters is None:
         return [f"{first} Speculative decoding was not faster than the teacher alone here."]
     if not worth.break_even_parameters:

@@ -23,6 +23,7 @@ from skd_lib.errors import SkdError
 from skd_lib.report.measured import LINE_LENGTH, longest, measured
 from skd_lib.report.page import render_page
 from skd_lib.report.summary import build_summary
+from skd_lib.report.worth import worth_lines
 from skd_lib.results import Comet, Course, DraftCounts, Scores, ServedMeasurement, ServedModel, ServedPasses
 from skd_lib.specdec import served
 from skd_lib.specdec.benchmark import measure
@@ -297,7 +298,10 @@ def test_the_report_shows_them(folders: dict[str, Path]) -> None:
     drafts = {"before": named(folders["draft"]), "after": named(folders["draft"])}
     results = specdec_of(measurement("before", "after"), named(folders["teacher"]), drafts)
     summary = build_summary(task_metric="chrf", scores={}, specdec=results, course=Course())  # type: ignore[arg-type]
+    assert summary.worth().drafted_speedup is None
+    assert "cannot tell whether" in " ".join(worth_lines(summary))
     page = render_page(summary)
+    assert "1.10\N{MULTIPLICATION SIGN}?" in page
     assert "In vLLM" in page
     assert "7 of 8 answers" in page
     assert "with 1 requests in flight" in page
