@@ -21,7 +21,6 @@ BASE = EXAMPLES / "draft.yaml"
 
 def draft(
     teacher: Annotated[str, typer.Argument(help="The model that you serve: a folder or another reference.")],
-    student: Annotated[str, typer.Argument(help="A small model with the same tokenizer, likewise.")],
     local: Local,
     prompts: Annotated[
         list[str],
@@ -29,6 +28,13 @@ def draft(
             help="Log of requests, a file, folder or glob: lines of {messages: [...]} or {prompt: ...}. Repeatable."
         ),
     ],
+    student: Annotated[
+        str,
+        typer.Argument(
+            help="A small model with the same tokenizer, likewise.",
+            show_default="cut from the teacher: --set student_init.mode=prune, .keep_first, .keep_last",
+        ),
+    ] = "",
     method: Annotated[
         str,
         typer.Option(
@@ -60,7 +66,13 @@ def draft(
 
     local.check()
     where = "skd draft"
-    filled = {"name": name, "teacher": teacher, "student": student, **_method(method), "registry.model_name": name}
+    filled = {
+        "name": name,
+        "teacher": teacher,
+        "student": student or None,
+        **_method(method),
+        "registry.model_name": name,
+    }
     filled |= {"data.source.train": prompts, **({"distill.engine": "vllm", "specdec.engine": "vllm"} if vllm else {})}
     filled |= parse_overrides(changes or ())
     config = load_config(BASE, filled)

@@ -85,6 +85,16 @@ def test_vllm_samples_and_measures_and_set_has_the_last_word(skd: Skd, tmp_path:
     assert planned(skd, tmp_path, "--vllm", "--set", "specdec.engine=transformers").specdec.engine == "transformers"
 
 
+def test_a_student_may_be_cut_from_the_teacher(skd: Skd, tmp_path: Path) -> None:
+    logged = log(tmp_path / "log.jsonl")
+    command = ("draft", "org/big", "--prompts", logged, "--dry-run")
+    cut = [f"--set=student_init.{field}" for field in ("mode=prune", "keep_first=2", "keep_last=1")]
+    done = skd(*command, *cut)
+    assert done.returncode == 0, done.stderr
+    assert "student  cut from the teacher (prune)" in done.stdout
+    assert "student: needed" in skd(*command).stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -138,7 +148,7 @@ def run(place: Path, logged: Path, *changes: str) -> str:
         env={**os.environ, "HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -152,6 +162,7 @@ def holding(folder: Path, word: str) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_log_becomes_a_champion_and_its_texts_stay_where_they_were_put(place: Path) -> None:
     output = run(place, log(place / "day-1.jsonl"))
     assert "promoted: first champion of this name, with " in output
