@@ -114,6 +114,13 @@ def measure_served(
     alone = visit(None)
     drafted = {name: visit(draft) for name, draft in drafts.items()}
     reference = alone.greedy[0] if alone.greedy else None
+    models = {name: _model(each, reference) for name, each in drafted.items()}
+    for name, model in models.items():
+        if model.equal is not None and 2 * model.equal < (repeated := _equal(alone.greedy, alone.greedy[0])):
+            notes.append(
+                f"With {name} {model.equal} of {len(prompts)} greedy responses are the teacher's own, and {repeated} "
+                "without: more than rounding? Compare again with --dtype float32."
+            )
     asks_transformers = not gpu and "float32" in arguments and _is_small(teacher.folder)
     return ServedMeasurement(
         version=alone.version,
@@ -123,7 +130,7 @@ def measure_served(
         max_new_tokens=max_new_tokens,
         repeats=repeats,
         alone=_model(alone, reference),
-        drafts={name: _model(each, reference) for name, each in drafted.items()},
+        drafts=models,
         equal_to_transformers=_equal([greedy_by_transformers(teacher.folder, load)], reference)
         if reference and asks_transformers
         else None,

@@ -32,9 +32,10 @@ def main(
     Reported are the share of drafted tokens that the teacher accepts, by position, tokens for each teacher call, the
     wall-clock speed-up beside the theoretical one, for several draft lengths, batch sizes and temperatures, latencies,
     and the command that serves the pair with vLLM. At temperature 0 every answer is compared with the teacher's own,
-    token by token; a difference that rounding does not explain fails the step. Both files hold {label,
-    acceptance_rate, tokens_per_teacher_call, speedup, ...}; without `drafts` in the settings, or with a
-    teacher on a server, the label only.
+    token by token; a difference that rounding does not explain fails the step. With `specdec.engine: vllm` it is vLLM
+    that decodes, one server after the other, and its counters that are reported; the step installs vLLM where its
+    environment is missing. Both files hold {label, acceptance_rate, tokens_per_teacher_call, speedup, ...}; without
+    `drafts` in the settings, or with a teacher on a server, the label only.
     """
     settings = parse_section(StepConfig, config, where="--config")
     specdec, task, seed, label = settings.specdec, settings.task, settings.seed, settings.label
@@ -81,7 +82,8 @@ def main(
         }
         write_drafts(drafts_out, label, outputs)
         run.log_metrics(figures)
-        run.set_tags({"precision": resolve_precision("auto", default_device())})
+        if specdec.engine == "transformers":
+            run.set_tags({"precision": resolve_precision("auto", default_device())})
         run.log_text(json.dumps(outputs, indent=2) + "\n", "specdec.json")
 
     io.write()

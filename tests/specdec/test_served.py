@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from threading import Lock, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,8 +87,9 @@ def test_both_ways_of_counting() -> None:
 class StandIn(ThreadingHTTPServer):
     """Answers as vLLM does: three tokens, of one draft with one accepted; each count is late by one look."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0, last: int = 2) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.last = last
         self.bodies: list[dict[str, Any]] = []
         self.lock, self.running, self.most_running, self.looks = Lock(), 0, 0, 0
         self.counted = 0
@@ -124,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
         time.sleep(0.01)
         first = body["prompt"][0]
-        answer = json.dumps({"choices": [{"token_ids": [first, first, 2]}]})
+        answer = json.dumps({"choices": [{"token_ids": [first, first, self.server.last]}]})
         with self.server.lock:
             self.server.running -= 1
         self.answer(answer)
@@ -234,6 +236,54 @@ def test_code_of_a_model_runs_only_where_that_is_asked_for(
         measure_served(
             named(folders["teacher"]), drafts, [[5]], repeats=1, arguments=["--trust-remote-code"], **options
         )
+
+
+def test_each_draft_has_a_server_of_its_own_and_other_output_is_noted(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[list[str]] = []
+
+    def launch(_python: Path, words: list[str], *_: Any) -> Any:
+        lines.append(words)
+        server = StandIn(int(words[-1]), last=4 if "wrong" in str(words) else 2)
+        Thread(target=server.serve_forever, daemon=True).start()
+        return SimpleNamespace(poll=lambda: None, terminate=server.shutdown, wait=lambda *_: server.server_close())
+
+    monkeypatch.setattr(served, "environment", lambda: Path("python"))
+    monkeypatch.setattr(served, "on_gpu", lambda: False)
+    monkeypatch.setattr(served, "launch", launch)
+    eagle = tmp_path / "eagle-x"
+    wrong = tmp_path / "wrong"
+    for link in (eagle, wrong):
+        link.symlink_to(folders["draft"])
+    found = measure_served(
+        named(folders["teacher"]),
+        {"good": named(eagle), "bad": named(wrong)},
+        [[5], [6]],
+        concurrencies=[1, 4],
+        temperatures=[0.0, 1.0],
+        max_new_tokens=3,
+        gamma=2,
+        repeats=1,
+        arguments=["--max-model-len", "99"],
+    )
+    assert (found.alone.equal, found.drafts["good"].equal, found.drafts["bad"].equal) == (2, 2, 0)
+    assert [note.split(":")[0] for note in found.notes[:2]] == [
+        "Only temperature 0 was measured",
+        "2 prompts do not fill 4 requests in flight, which was left out.",
+    ]
+    assert "With bad 0 of 2 greedy responses are the teacher's own, and 2 without" in found.notes[-1]
+    assert found.equal_to_transformers is None  # half precision
+    alone, good, _ = lines
+    assert "--speculative-config" not in alone
+    assert alone[-2] == "--port"
+    # vLLM would misread the draft's name, so it is given a link; the line has the name.
+    started = json.loads(good[good.index("--speculative-config") + 1])["model"]
+    assert "eagle" not in started
+    words = shlex.split(found.drafts["good"].command)
+    assert json.loads(words[words.index("--speculative-config") + 1])["model"] == str(eagle)
+    assert words[-2:] == ["--max-model-len", "99"]
+    assert words[5:] == good[4:-4]  # but for the address they are the words that were started
 
 
 def passes(rate: float, counts: DraftCounts | None = None, concurrency: int = 1) -> ServedPasses:

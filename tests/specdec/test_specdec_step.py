@@ -17,6 +17,7 @@ from skd_lib.specdec.vllm import Served
 from skd_lib.steps.specdec_benchmark import main
 from tests.conftest import SaveTinyModel
 from tests.evaluation.test_evaluate_step import prepared
+from tests.specdec.test_served import measurement
 
 CONFIG = {"examples": 4, "gamma": 3, "sweep": "none", "batch_sizes": [4], "temperatures": [0], "repeats": 1}
 TASK = {"max_new_tokens": 8}
@@ -60,6 +61,24 @@ def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -
         words = shlex.split(result.vllm.command)
         assert words[2] == str(folders["teacher"])
         assert json.loads(words[-1])["model"] == str(folders[f"draft_{moment}"])
+
+
+def test_vllm_measures_both_drafts(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def canned(teacher: Served, drafts: dict[str, Served], prompts: list[list[int]], **_: Any) -> Any:
+        asked.extend([teacher.folder, *(draft.folder for draft in drafts.values()), len(prompts)])
+        return measurement(*drafts)
+
+    monkeypatch.setattr("skd_lib.specdec.served.measure_served", canned)
+    results = run(folders, tmp_path, specdec={**CONFIG, "engine": "vllm"})
+    assert asked == [folders["teacher"], folders["draft_before"], folders["draft_after"], 4]
+    assert [results[moment]["engine"] for moment in results] == ["vllm", "vllm"]
+    _, drafts = read_drafts(tmp_path / "drafts")
+    assert drafts["after"].served is not None
+    assert list(drafts["after"].served.drafts) == ["after"]
+    assert drafts["after"].vllm is not None
+    assert drafts["after"].vllm.started
 
 
 def test_the_report_reads_what_the_step_wrote(folders: dict[str, Path], tmp_path: Path) -> None:
