@@ -161,7 +161,7 @@ def _with_adapters(name: str, layer: Any, weight: Tensor) -> Tensor:
             hint="vLLM gets merged weights: use LoRA without DoRA, bias or quantization, or `engine: transformers`",
         )
     with torch.no_grad():
-        return weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        return cast(Tensor, weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters))
 
 
 def _takes_adapter(module: nn.Module, embedding: nn.Module) -> bool:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_TRIES = 2.0
 _SECONDS_TO_BE_SEEN = 30.0
+_ENGINE_ENDED = "EngineCore encountered an issue"
 
 
 class EngineGone(Exception):
@@ -90,7 +91,7 @@ class Engine:
             SkdError: it does not see the folder, or refuses the weights.
         """
         seen = str(folder) if self._shared else self.send(folder / "model.safetensors", "weights/model.safetensors")
-        deadline = time.monotonic() + _SECONDS_TO_BE_SEEN
+        deadline = time.monotonic() + min(_SECONDS_TO_BE_SEEN, self.wait_s)
         while not self.rpc("skd_sees", seen):  # a network disk shows a new file a little later
             if time.monotonic() > deadline:
                 raise SkdError(
@@ -130,7 +131,8 @@ class Engine:
             raise EngineGone(str(error)) from error
         if answer.ok:
             return answer.json() if answer.content else None
-        if answer.status_code in (502, 503, 504):
+        # An engine that has ended: the server answers so until it has ended, too.
+        if answer.status_code in (502, 503, 504) or (answer.status_code == 500 and _ENGINE_ENDED in answer.text):
             raise EngineGone(f"{answer.status_code} at {path}")
         hints = {
             401: f"give this process the server's token in the environment variable {TOKEN_VARIABLE}",

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -98,6 +98,7 @@ class Fleet:
                     index: pool.submit(ask, ready[(place + self.process) % len(ready)], items[index])
                     for place, index in enumerate(left)
                 }
+            self._release(ready)
             lost: EngineGone | None = None
             for index, future in futures.items():
                 try:
@@ -144,14 +145,8 @@ class Fleet:
                 if said["state"] == "yours":
                     self._bring(engine, wanted, parcel, said["session"])
                     continue
-                if said["state"] == "conflict":
-                    raise SkdError(
-                        "the processes of this training sample by different settings in one step",
-                        where=engine.url,
-                        hint="start it as one process, or use a method with one acceptance rule a step",
-                    )
                 if time.monotonic() > deadline:
-                    what = f"another process of this training has not brought the weights within {engine.wait_s:g} s"
+                    what = f"another process of this training has kept the server for {engine.wait_s:g} s"
                     raise SkdError(what, where=engine.url, hint="its own messages say why")
                 time.sleep(_SECONDS_BETWEEN_CLAIMS)
         except EngineGone:
@@ -171,6 +166,11 @@ class Fleet:
         if wanted.version is not None:
             engine.load_student(parcel(), wanted.version)
         engine.rpc("skd_arrived", wanted.version)
+
+    def _release(self, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            with suppress(EngineGone):
+                engine.rpc("skd_release", str(self.process))
 
     def _report(self, engines: Sequence[Engine], ready: Sequence[Engine]) -> None:
         away = {engine.url for engine in engines if engine not in ready}

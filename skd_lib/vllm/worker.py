@@ -21,6 +21,9 @@ class SkdExtension:
     """Methods of a worker with a teacher and a student."""
 
     model_runner: Any
+    skd_session = ""  # what the worker is set up for
+    skd_version: str | None = None  # the student's weights that are loaded
+    skd_coming: tuple[str, str] | None = None  # session and client that bring others
 
     def skd_install(self, settings: dict[str, Any], session: str, length: int) -> dict[str, Any]:
         """Sample interleaved from now on.
@@ -50,6 +53,7 @@ class SkdExtension:
             hint = "give vLLM a smaller share of the GPU (--gpu-memory-utilization), or fewer rows (--max-num-seqs)"
             return {"error": f"no memory is left for the teacher's signal of the rows in flight: {hint}. {error}"}
         self.skd_scored: dict[str, list[torch.Tensor]] = {}
+        self.skd_asking: dict[str, dict[str, Any] | None] = {}  # settings by client
         self.skd_session = session
         return {"runner": adapted.__name__}
 
@@ -65,29 +69,34 @@ class SkdExtension:
             settings: `RolloutSettings` from the next round on; None if any will do.
 
         Returns:
-            `state`: `ready`, `yours` (set up the session and load the weights, then call `skd_arrived`), `coming`
-            (another client does), or `conflict` (another client samples by other settings); `session`: the one that
-            the worker is set up for, empty after a restart.
+            `state`: `ready` (ask, then call `skd_release`), `yours` (set up the session and load the weights, then
+            call `skd_arrived`), or `wait` (another client does that, or still asks: vLLM fails if weights are loaded
+            meanwhile, and knows one set of settings); `session`: the one that the worker is set up for, empty after a
+            restart.
         """
-        coming = getattr(self, "skd_coming", None)
-        have, loaded = getattr(self, "skd_session", ""), getattr(self, "skd_version", None)
-        state = "ready"
+        coming, have = self.skd_coming, self.skd_session
+        others = [theirs for name, theirs in self.skd_asking.items() if name != client] if session == have else []
         if coming is not None and coming[0] == session and coming[1] != client:
-            state = "coming"
-        elif session != have or version not in (None, loaded):
-            state, self.skd_coming = "yours", (session, client)
-        elif settings is not None:
-            others = [theirs for name, theirs in self.skd_settings.items() if name != client]
-            state = "ready" if all(theirs == settings for theirs in others) else "conflict"
-            self.skd_settings[client] = settings
-            self.skd_rollouts.use(RolloutSettings(**settings))
+            state = "wait"
+        elif session != have or version not in (None, self.skd_version):
+            state = "wait" if others else "yours"
+        else:
+            state = "ready" if settings is None or all(theirs in (None, settings) for theirs in others) else "wait"
+        if state == "yours":
+            self.skd_coming = (session, client)
+        elif state == "ready":
+            self.skd_asking[client] = settings
+            if settings is not None:
+                self.skd_rollouts.use(RolloutSettings(**settings))
         return {"state": state, "session": have}
+
+    def skd_release(self, client: str) -> None:
+        """Note that a client asks nothing more for now."""
+        self.skd_asking.pop(client, None)
 
     def skd_arrived(self, version: str | None) -> None:
         """Let clients sample: the session is set up and the weights are loaded."""
-        self.skd_version: str | None = version
-        self.skd_settings: dict[str, dict[str, Any]] = {}
-        self.skd_coming = None
+        self.skd_version, self.skd_coming = version, None
 
     def skd_sees(self, folder: str) -> bool:
         """Return whether a folder with the student's weights is there for this machine."""

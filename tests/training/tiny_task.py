@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams, TrainingConfig
+from skd_lib.config.distill import VllmConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import SamplerAt
 from skd_lib.interface import distill
@@ -229,13 +232,36 @@ def train_by_skd_trainer(options: dict[str, Any]) -> None:
         Path(options["losses"]).write_text(json.dumps({"eval_loss": loss, "held": held}))
 
 
+@contextmanager
+def servers(student: PreTrainedModel, options: dict[str, Any]) -> Iterator[tuple[PreTrainedModel | None, Any]]:
+    """The teacher's head, and what `run` is given to sample by the vLLM servers of `urls`; nothing without."""
+    if "urls" not in options:
+        yield None, {}
+        return
+    from skd_lib.vllm.engine import vllm_engine
+
+    warm = SamplingParams(temperature=1.0, top_p=0.9)
+    sampling = InterleavedConfig(gamma=options["gamma"], student=warm, teacher=warm)
+    with vllm_engine(
+        DistillConfig(engine="vllm", vllm=VllmConfig(urls=options["urls"]), sampling=sampling),
+        student=student,
+        folders={name: Path(options[name]) for name in ("student", "teacher")},
+        eos_ids=(EOS,),
+        pad_id=EOS,
+        max_new_tokens=8,
+        longest=64,
+        dtype=torch.float32,
+    ) as engine:
+        yield engine.head, {"signals": engine, "sampler_at": engine.sampler}
+
+
 def main(options: dict[str, Any]) -> None:
     """Train in a process of its own, by `train_by_skd_trainer` if there are `args`, by `distill` if there is `config`.
 
     Options: `student`, `teacher` (folders), `checkpoints`, `training` (a dict); what happens in the process of the
     highest rank: `kill_at_step`, `kill_after_events`, `kill_in_write`, `sigterm_at_step`, `broken_step`; where to write
     what came of it: `gradients` (the first step's), `figures` (what was logged), `weights` (of the trained student),
-    `held` (which share of the weights the process had).
+    `held` (which share of the weights the process had). vLLM servers that sample: `urls`, and their `gamma`.
     """
     if "args" in options:
         train_by_skd_trainer(options)
@@ -261,15 +287,17 @@ def main(options: dict[str, Any]) -> None:
         if "broken_step" in options:
             callbacks.append(BreakLoss(options["broken_step"], student))
     figures: list[dict[str, float]] = []
-    result = run(
-        student,
-        teacher,
-        Path(options["checkpoints"]),
-        mirror=options.get("mirror", ""),
-        callbacks=callbacks,
-        on_metrics=lambda step, values: figures.append({"step": step, **values}),
-        **options.get("training", {}),
-    )
+    with servers(student, options) as (head, sources):
+        result = run(
+            student,
+            head or teacher,
+            Path(options["checkpoints"]),
+            mirror=options.get("mirror", ""),
+            callbacks=callbacks,
+            on_metrics=lambda step, values: figures.append({"step": step, **values}),
+            **sources,
+            **options.get("training", {}),
+        )
     if rank != 0:
         return
     if "gradients" in options:
