@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,28 @@ SAMPLED = (SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperatur
 SEEDS = list(range(1000, 1016))
 
 
+CRAMPED = ("--max-num-batched-tokens", "40", "--block-size", "32", "--num-gpu-blocks-override", "14")
+"""Prompts are read in pieces of 40 tokens, and there is memory for the keys and values of 416."""
+
+
+@pytest.fixture(scope="module")
+def cramped(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A server with room for few rows, and too little memory for these."""
+    with serving(served(pair, 6, *CRAMPED), tmp_path_factory.mktemp("cramped")) as engine:
+        yield engine
+
+
+@pytest.fixture
+def rows() -> int:
+    return len(SEEDS)
+
+
+def counted(server: Engine, name: str) -> float:
+    """Return the sum of one of vLLM's counters."""
+    lines = requests.get(f"{server.url}/metrics", timeout=10).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}_total{{"))
+
+
 def rows_of(samples: Samples) -> list[tuple[list[int], list[int], list[int]]]:
     lengths = samples.lengths
     tensors = (samples.tokens_BT, samples.source_BT, samples.proposals_BT)
@@ -44,12 +67,13 @@ def test_samples_are_those_of_the_own_engine(
     pair: Pair,
     server: Engine,
     tmp_path: Path,
+    rows: int,
     rule: AcceptanceRule,
     params: tuple[SamplingParams, SamplingParams],
 ) -> None:
-    prompts = pair.prompts(len(SEEDS))
-    want = pair.own(rule, params).sample(prompts, SEEDS)
-    got = pair.engine(server, tmp_path, params).sampler(rule, 0).sample(prompts, SEEDS)
+    prompts, seeds = pair.prompts(rows), SEEDS[:rows]
+    want = pair.own(rule, params).sample(prompts, seeds)
+    got = pair.engine(server, tmp_path, params).sampler(rule, 0).sample(prompts, seeds)
     assert rows_of(got) == rows_of(want)
     assert torch.equal(got.truncated_B, want.truncated_B)
     if rule.asks_teacher:
@@ -143,15 +167,20 @@ def test_new_weights_arrive_with_each_step(pair: Pair, server: Engine, tmp_path:
     assert seen[0] != seen[1] != seen[2]
 
 
-def test_slots_chunks_prefixes_and_lost_memory_change_nothing(pair: Pair, tmp_path: Path) -> None:
-    """Three slots, prompts read in pieces of 24 tokens, a common prefix, too little memory for all rows."""
+def test_slots_chunks_prefixes_and_lost_memory_change_nothing(pair: Pair, cramped: Engine, tmp_path: Path) -> None:
+    """Long prompts with a common beginning; rows whose memory vLLM takes away are sampled once more."""
     prefix = pair.prompts(1, 40, 41)[0]
     prompts = [prefix + prompt for prompt in pair.prompts(12)]
-    cramped = ("--max-num-batched-tokens", "24", "--num-gpu-blocks-override", "8")
     want = pair.own(top_k(8), SAMPLED).sample(prompts, SEEDS[:12])
-    with serving(served(pair, 3, *cramped), tmp_path / "server") as server:
-        got = pair.engine(server, tmp_path / "weights", SAMPLED).sampler(top_k(8), 0).sample(prompts, SEEDS[:12])
+    before = counted(cramped, "request_success")
+    got = pair.engine(cramped, tmp_path, SAMPLED).sampler(top_k(8), 0).sample(prompts, SEEDS[:12])
     assert rows_of(got) == rows_of(want)
+    assert want.teacher_states_BTH is not None
+    assert got.teacher_states_BTH is not None
+    assert torch.allclose(want.teacher_states_BTH[want.mask_BT], got.teacher_states_BTH[got.mask_BT], atol=3e-4)
+    assert counted(cramped, "num_preemptions") > 0
+    assert counted(cramped, "prefix_cache_hits") > 0
+    assert counted(cramped, "request_success") - before > len(prompts)  # some were sampled twice
 
 
 def test_rules_that_read_the_students_probabilities_are_refused(pair: Pair, tmp_path: Path) -> None:
