@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from records import SCORE, Run
 from skd_lib.evaluation.statistics import holm, t_interval
+from study_plan import ARMS
+from study_plan import TEACHER_COST as STUDY_COST
 from tiny_models import forward_cost
 
 METHODS, RULES, EQUAL = "evidence-methods", "evidence-rules", "evidence-equal"
@@ -19,6 +21,7 @@ _CUT = 134_515_008 / (134_515_008 - 8 * 3_540_096)  # parameters: SmolLM2-135M, 
 TEACHER_COST = {
     **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
     **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu", "evidence-summaries-cpu"), _CUT),
+    **{arm.name: STUDY_COST for arm in ARMS},
 }
 """Cost of a position for the teacher, in forward passes of the student, by comparison."""
 
@@ -67,15 +70,35 @@ class Variant:
         return sum(phase.mean for phase in phases if phase) if any(phases) else None
 
     def compute(self) -> float | None:
-        """Positions processed while training, in forward passes of the student: the teacher's count by its cost.
+        """Return the mean of the runs' `compute_of`; None for comparisons that `TEACHER_COST` does not have."""
+        values = [value for run in self.runs.values() if (value := compute_of(run)) is not None]
+        return mean_of(values).mean if values else None
 
-        None for comparisons that `TEACHER_COST` does not have.
-        """
-        student, teacher = self.mean("student_tokens"), self.mean("teacher_tokens")
-        costs = {TEACHER_COST.get(run.comparison) for run in self.runs.values()}
-        if student is None or len(costs) != 1 or (cost := costs.pop()) is None:
-            return None
-        return student.mean + (teacher.mean if teacher else 0.0) * cost
+
+def compute_of(run: Run) -> float | None:
+    """Return the positions processed while training, in forward passes of the student: the teacher's by its cost."""
+    if (cost := TEACHER_COST.get(run.comparison)) is None or "student_tokens" not in run.figures:
+        return None
+    return run.figures["student_tokens"] + run.figures.get("teacher_tokens", 0.0) * cost
+
+
+def at_equal_compute(runs: Sequence[Run], steps: str, compute: str) -> list[Variant]:
+    """Return the variants of `compute` with scores interpolated at the compute of the reference, seed by seed.
+
+    These runs were given steps for equal compute by a count that was too high for SKD. Between a seed's run in `steps`
+    and its run in `compute` the score is taken to change in a straight line with compute.
+    """
+    less = {(run.variant, run.seed): run for run in runs if run.comparison == steps}
+    more = [run for run in runs if run.comparison == compute]
+    targets = {run.seed: run for run in more if run.variant == run.reference}
+
+    def moved(run: Run) -> Run:
+        known = [less[run.variant, run.seed], run]
+        costs, scores = [compute_of(each) for each in known], [each.figures[SCORE] for each in known]
+        score = np.interp(compute_of(targets[run.seed]), costs, scores)
+        return replace(run, figures={SCORE: float(score)})
+
+    return variants_of([run if run.variant == run.reference else moved(run) for run in more], compute)
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -97,13 +120,24 @@ def variants_of(runs: Sequence[Run], comparison: str) -> list[Variant]:
             by_name[run.variant][run.seed] = run
     reference = by_name.get(ours[0].reference, {}) if ours else {}
     differences = {name: _differences(found, reference) for name, found in by_name.items()}
-    tested = [name for name, values in differences.items() if len(values) > 1 and by_name[name] is not reference]
-    p_values = [_p_value(differences[name]) for name in tested]
-    tests = {
-        name: PairedTest(mean_of(differences[name]), p_value, p_holm, len(differences[name]))
-        for name, p_value, p_holm in zip(tested, p_values, holm(p_values), strict=True)
-    }
+    tests = paired_tests({name: each for name, each in differences.items() if by_name[name] is not reference})
     return [Variant(name, found, tests.get(name)) for name, found in by_name.items()]
+
+
+def paired_tests(differences: Mapping[str, Sequence[float]], family: int = 0) -> dict[str, PairedTest]:
+    """Test differences over seeds against 0, where there are two or more.
+
+    Args:
+        differences: By name, one value a seed.
+        family: Number of tests that Holm's correction is for, if that is more than are given.
+    """
+    tested = {name: values for name, values in differences.items() if len(values) > 1}
+    p_values = [_p_value(values) for values in tested.values()]
+    adjusted = holm(p_values + [1.0] * (family - len(p_values)))
+    return {
+        name: PairedTest(mean_of(values), p_value, p_holm, len(values))
+        for (name, values), p_value, p_holm in zip(tested.items(), p_values, adjusted, strict=False)
+    }
 
 
 def _differences(runs: dict[int, Run], reference: dict[int, Run]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The controlled experiment of docs/evidence.md: its data and models, its plots and tables.
+"""The experiments of docs/evidence.md: data and models, runs, plots and tables.
 
     python docs/evidence/evidence.py --help
 
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from page import with_tables
+from page import tables, with_tables
 from plots import draw
 from prepare import prepare as write_start
 from problems import ProblemSpace
@@ -21,11 +21,14 @@ from records import collect as write_records
 from records import read_curves, read_runs
 from skd_lib._core.terminal import run_command
 from skd_lib.storage import write_text_atomic
+from study_results import draw_study, study_tables
 
 FOLDER = Path("docs/evidence")
+STUDY = FOLDER / "study"
+PAGES = [Path("docs/evidence.md"), FOLDER / "diary.md"]
 
 app = typer.Typer(
-    help="The controlled experiment of docs/evidence.md: its data and models, its plots and tables.",
+    help="The experiments of docs/evidence.md: data and models, runs, plots and tables.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,16 +71,40 @@ def collect(
 
 
 @app.command()
+def study(
+    folder: Annotated[Path, typer.Argument(help="Where the teacher and the base of the students are kept.")] = Path(
+        "runs/study"
+    ),
+    out: Annotated[Path, typer.Option(help="Where runs.csv and curves.csv are; each run is appended.")] = STUDY,
+    runs: Annotated[int | None, typer.Option(min=1, help="Runs at most; default: all that are missing.")] = None,
+) -> None:
+    """Run what is missing of the convergence study (docs/evidence/plan.md), one run after another.
+
+    Stop it at any time: runs that have ended are kept, and the same command goes on.
+    """
+    from study import run_study
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for line in run_study(folder, out, runs):
+        typer.echo(line)
+
+
+@app.command()
 def plot(
     folder: Annotated[Path, typer.Argument(help="Where runs.csv and curves.csv are, and plots go.")] = FOLDER,
-    page: Annotated[Path, typer.Option(help="Page whose tables are written again.")] = Path("docs/evidence.md"),
+    page: Annotated[list[Path], typer.Option(help="Pages whose tables are written again.")] = PAGES,
 ) -> None:
-    """Draw the plots and write the tables of a page from `runs.csv` and `curves.csv`."""
-    runs, curves = read_runs(folder), read_curves(folder)
-    for path in draw(runs, curves, folder):
+    """Draw the plots and write the tables of the pages from the stored results, the study's too."""
+    runs = read_runs(folder)
+    written = draw(runs, read_curves(folder), folder)
+    place = folder / STUDY.name
+    studied, curves = (read_runs(place), read_curves(place)) if place.is_dir() else ([], [])
+    written += draw(studied, [], place) + draw_study(studied, curves, place)
+    found = tables([*runs, *studied]) | study_tables(studied)
+    for each in page:
+        write_text_atomic(each, with_tables(each.read_text(encoding="utf-8"), found))
+    for path in [*written, *page]:
         typer.echo(path)
-    write_text_atomic(page, with_tables(page.read_text(encoding="utf-8"), runs))
-    typer.echo(page)
 
 
 if __name__ == "__main__":

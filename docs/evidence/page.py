@@ -1,12 +1,12 @@
-"""The tables of docs/evidence.md, written between the marks that stand in it."""
+"""The tables of the evidence pages, written between the marks that stand in it."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from analysis import Mean, Variant, variants_of
+from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, Mean, Variant, at_equal_compute, variants_of
 from records import SCORE, Run
 from skd_lib._core.format import markdown_table
 from skd_lib.errors import SkdError
@@ -16,21 +16,30 @@ SIGNIFICANT = 0.05
 MILLION = 1e6
 
 
-def with_tables(page: str, runs: Sequence[Run]) -> str:
-    """Return a page with the table of each comparison between its marks, `<!-- table NAME -->` and `<!-- end -->`.
+def tables(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the table of each comparison by its name, and those of equal compute with corrected scores."""
+    names = dict.fromkeys(run.comparison for run in runs)
+    found = {name: markdown(variants_of(runs, name), *metric_and_reference(runs, name)) for name in names}
+    for steps, compute in ((METHODS, EQUAL), (FR_EN, FR_EN_EQUAL)):
+        if {steps, compute} <= set(names):
+            variants = at_equal_compute(runs, steps, compute)
+            found[f"{compute}-corrected"] = markdown(variants, *metric_and_reference(runs, compute))
+    return found
+
+
+def with_tables(page: str, found: Mapping[str, str]) -> str:
+    """Return a page with each table between its marks, `<!-- table NAME -->` and `<!-- end -->`.
 
     Raises:
-        SkdError: there is a mark for a comparison that has no runs.
+        SkdError: there is a mark for a table that is not there.
     """
-    known = {run.comparison for run in runs}
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in known:
+        if name not in found:
             where = f"mark `table {name}`"
-            raise SkdError("there are no runs of it", where=where, hint=f"known: {', '.join(sorted(known))}")
-        rows = markdown(variants_of(runs, name), *metric_and_reference(runs, name))
-        return f"<!-- table {name} -->\n\n{rows}\n<!-- end -->"
+            raise SkdError("there are no runs of it", where=where, hint=f"known: {', '.join(sorted(found))}")
+        return f"<!-- table {name} -->\n\n{found[name]}\n<!-- end -->"
 
     return _TABLE.sub(table, page)
 

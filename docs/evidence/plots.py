@@ -37,17 +37,17 @@ def draw(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Pat
     written: list[Path] = []
     for name in dict.fromkeys(run.comparison for run in runs):
         variants = variants_of(runs, name)
-        with _plot(folder / f"{name}-scores.svg", written, height=0.3 * len(variants) + 1.2) as axes:
+        with plot(folder / f"{name}-scores.svg", written, height=0.3 * len(variants) + 1.2) as axes:
             _scores(axes, variants, next(run for run in runs if run.comparison == name))
     metrics = {run.comparison: run.metric for run in runs}
     for file, accounts in (("compute.svg", (METHODS, EQUAL)), ("compute-fr-en.svg", (FR_EN, FR_EN_EQUAL))):
         found = {name: variants_of(runs, name) for name in accounts if name in metrics}
         if found:
-            with _plot(folder / file, written) as axes:
+            with plot(folder / file, written) as axes:
                 _compute(axes, found, metrics[next(iter(found))])
     by_k = {int(match[1]): each for each in variants_of(runs, RULES) if (match := _K.fullmatch(each.name))}
     if by_k:
-        with _plot(folder / "k.svg", written) as axes:
+        with plot(folder / "k.svg", written) as axes:
             _k_curve(axes, by_k)
     for name, figure, label in (
         (METHODS, "validation_loss", "validation loss (nats a token)"),
@@ -55,13 +55,14 @@ def draw(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Pat
     ):
         ours = [curve for curve in curves if curve.comparison == name and curve.figure == figure]
         if ours:
-            with _plot(folder / f"{figure.replace('_', '-')}.svg", written) as axes:
+            with plot(folder / f"{figure.replace('_', '-')}.svg", written) as axes:
                 _courses(axes, ours, label)
     return written
 
 
 @contextmanager
-def _plot(file: Path, written: list[Path], height: float = _SIZE[1]) -> Iterator[Axes]:
+def plot(file: Path, written: list[Path], height: float = _SIZE[1], columns: int = 1) -> Iterator[Any]:
+    """Yield the axes of a new plot, or those of its columns, and write it to a file."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ def _plot(file: Path, written: list[Path], height: float = _SIZE[1]) -> Iterator
     with mpl.rc_context(_FORMAT):
         figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
         FigureCanvasSVG(figure)
-        yield figure.subplots()
+        yield figure.subplots(ncols=columns, sharey=True)
         with atomic_file(file) as new:
             figure.savefig(new, format="svg", metadata={"Date": None})
     written.append(file)

@@ -26,6 +26,8 @@ FIGURES = (
     *("first_validation_loss", "best_validation_loss", "response_tokens", "student_tokens", "teacher_tokens"),
     *("seconds_rollout", "seconds_loss", "seconds_optimiser"),
 )
+RUN_COLUMNS = (*NAMES, "seed", *FIGURES)
+CURVE_COLUMNS = ("comparison", "variant", "seed", "figure", "step", "value")
 _CURVES = {
     "rejection_rate": "steps",
     "validation_loss": "validation_steps",
@@ -91,9 +93,9 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
     points = [
         point for comparison in comparisons for trial in comparison.trials for point in _points(comparison, trial)
     ]
-    written: dict[str, tuple[list[str], Iterable[Mapping[str, object]]]] = {
-        RUNS: ([*NAMES, "seed", *FIGURES], runs),
-        CURVES: (["comparison", "variant", "seed", "figure", "step", "value"], points),
+    written: dict[str, tuple[Sequence[str], Iterable[Mapping[str, object]]]] = {
+        RUNS: (RUN_COLUMNS, runs),
+        CURVES: (CURVE_COLUMNS, points),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +106,17 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
     except OSError as error:
         raise SkdError(f"cannot be written: {error.strerror}", where=str(folder), hint="name another folder") from error
     return [folder / name for name in written]
+
+
+def append(file: Path, header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Append rows to a CSV file, which is made with its header if it is not there; floats have six digits."""
+    short = [{name: _short(value) for name, value in row.items()} for row in rows]
+    text = _csv(header, short)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        text = text.partition("\n")[2]
+    with file.open("a", encoding="utf-8", newline="") as stream:
+        stream.write(text)
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -118,7 +131,7 @@ def read_runs(folder: Path) -> list[Run]:
             seed=int(row["seed"]),
             figures={name: float(row[name]) for name in FIGURES if row[name]},
         )
-        for row in _rows(folder / RUNS, {*NAMES, "seed", *FIGURES})
+        for row in _rows(folder / RUNS, set(RUN_COLUMNS))
     ]
 
 
@@ -129,9 +142,12 @@ def read_curves(folder: Path) -> list[Curve]:
         SkdError: there is no such file, or it is another one.
     """
     curves: dict[tuple[str, str, int, str], Curve] = {}
-    for row in _rows(folder / CURVES, {"comparison", "variant", "seed", "figure", "step", "value"}):
+    for row in _rows(folder / CURVES, set(CURVE_COLUMNS)):
         key = row["comparison"], row["variant"], int(row["seed"]), row["figure"]
         curve = curves.setdefault(key, Curve(*key, [], []))
+        if curve.steps and int(row["step"]) <= curve.steps[-1]:  # the run was cut off, and run again
+            curve.steps.clear()
+            curve.values.clear()
         curve.steps.append(int(row["step"]))
         curve.values.append(float(row["value"]))
     return list(curves.values())
@@ -157,7 +173,7 @@ def _row(comparison: Comparison, trial: TrialResult) -> dict[str, object]:
         SCORE: flat.get(metric, ""),
         "teacher": comparison.teacher[metric].score if metric in comparison.teacher else "",
     }
-    return {name: _short(row.get(name, "")) for name in (*NAMES, "seed", *FIGURES)}
+    return {name: _short(row.get(name, "")) for name in RUN_COLUMNS}
 
 
 def _points(comparison: Comparison, trial: TrialResult) -> Iterable[dict[str, object]]:

@@ -13,11 +13,11 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from analysis import FR_EN, FR_EN_EQUAL, METHODS, RULES, variants_of
+from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, RULES, at_equal_compute, variants_of
 from evidence import app
-from page import with_tables
+from page import tables, with_tables
 from plots import draw
-from records import collect, read_curves, read_runs
+from records import Run, collect, read_curves, read_runs
 from skd_lib.comparison.config import load_compare
 from skd_lib.comparison.plan import plan
 from skd_lib.comparison.table import Comparison, TrialResult
@@ -138,7 +138,7 @@ def test_one_seed_has_no_interval_and_no_test(folder: Path) -> None:
 
 def test_tables_go_between_their_marks(folder: Path) -> None:
     page = f"before\n<!-- table {RULES} -->\nold\n<!-- end -->\nafter\n"
-    written = with_tables(page, read_runs(folder))
+    written = with_tables(page, tables(read_runs(folder)))
     assert "old" not in written
     assert written.startswith("before")
     assert written.endswith("after\n")
@@ -146,9 +146,9 @@ def test_tables_go_between_their_marks(folder: Path) -> None:
     assert [row.split("`")[1] for row in rows] == ["skd-top_k-5", "skd-top_k-25", "min-prob", "mixture"]
     mean = np.mean(SCORES["min-prob"])
     assert f"| {mean:.1f} [" in rows[2]
-    assert with_tables(written, read_runs(folder)) == written
+    assert with_tables(written, tables(read_runs(folder))) == written
     with pytest.raises(SkdError, match="no runs"):
-        with_tables("<!-- table other -->\n<!-- end -->", read_runs(folder))
+        with_tables("<!-- table other -->\n<!-- end -->", {})
 
 
 def test_commands_make_the_same_files_again(folder: Path, tmp_path: Path) -> None:
@@ -178,13 +178,37 @@ def test_comparisons_can_be_planned(file: Path) -> None:
         assert plan(*load_compare(file), where=file.name).trials
 
 
-def test_the_page_has_the_tables_and_plots_of_its_runs(tmp_path: Path) -> None:
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
-    assert with_tables(page, read_runs(DOCS / "evidence")) == page
+def test_scores_at_equal_compute_are_between_those_of_fewer_and_of_more_steps(folder: Path) -> None:
+    known = [run for run in read_runs(folder) if run.comparison == RULES and not run.failed]
+
+    def of(name: str, factors: dict[str, float], more: float) -> list[Run]:
+        return [
+            replace(
+                run, comparison=name, figures={"score": run.figures["score"] + more, "student_tokens": 1000 * factor}
+            )
+            for run in known
+            if (factor := factors.get(run.variant))
+        ]
+
+    reference = "skd-top_k-25"
+    steps = of(METHODS, {reference: 1.0, "min-prob": 0.5}, 0.0)
+    equal = of(EQUAL, {reference: 1.0, "min-prob": 2.5}, 8.0)
+    moved = {variant.name: variant for variant in at_equal_compute([*steps, *equal], METHODS, EQUAL)}
+    assert [run.figures["score"] for run in moved["min-prob"].runs.values()] == [40 + 2, 45 + 2, 41 + 2]
+    assert [run.figures["score"] for run in moved[reference].runs.values()] == [50 + 8, 54 + 8, 52 + 8]
+
+
+def test_the_pages_have_the_tables_and_plots_of_their_runs(tmp_path: Path) -> None:
+    pages = [DOCS / "evidence.md", DOCS / "evidence" / "diary.md"]
     again = shutil.copytree(DOCS / "evidence", tmp_path / "evidence", ignore=shutil.ignore_patterns("*.svg"))
-    copy = tmp_path / "page.md"
-    copy.write_text(page, encoding="utf-8")
-    assert CliRunner().invoke(app, ["plot", str(again), "--page", str(copy)]).exit_code == 0
-    names = {file.name for file in again.glob("*.svg")}
-    assert names == {file.name for file in (DOCS / "evidence").glob("*.svg")}
-    assert names >= set(re.findall(r"\(evidence/([\w-]+\.svg)\)", page))
+    copies = [shutil.copy(page, tmp_path / f"copy-{page.name}") for page in pages]
+    options = [option for copy in copies for option in ("--page", str(copy))]
+    assert CliRunner().invoke(app, ["plot", str(again), *options], catch_exceptions=False).exit_code == 0
+    for page, copy in zip(pages, copies, strict=True):
+        assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http)([^()#]+\.svg)\)", page.read_text(encoding="utf-8")):
+            assert (again / (page.parent / link).relative_to(DOCS / "evidence")).is_file()
+    names, stored = (
+        {str(file.relative_to(place)) for file in place.rglob("*.svg")} for place in (again, DOCS / "evidence")
+    )
+    assert names == stored

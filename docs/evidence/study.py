@@ -1,0 +1,209 @@
+"""Run the convergence study (docs/evidence/plan.md), one run after another; each is appended to the stored results."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from problems import distinct
+from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, append, read_runs
+from skd_lib.config import EvaluationConfig, TrainingConfig
+from skd_lib.data.examples import Example, make_example
+from skd_lib.data.tokenize import TokenizedExample, encode_all
+from skd_lib.distillation.methods import METHODS
+from skd_lib.evaluation.evaluate import evaluate
+from skd_lib.models.loading import load_model, save_model
+from skd_lib.models.student_init import prune_layers
+from skd_lib.training.checkpoints import Checkpoints
+from skd_lib.training.run import TrainResult, train
+from study_plan import (
+    BASE_PROBLEMS,
+    INIT_EPOCHS,
+    PATIENCE,
+    REFERENCE,
+    SCHEDULED,
+    SMALL_ADDENDS,
+    SPACE,
+    STUDENT_LAYERS,
+    STUDENT_TRAINING,
+    TASK,
+    TEACHER_LAYERS,
+    TEACHER_PROBLEMS,
+    TEST,
+    TRAINING,
+    VALIDATION,
+    VARIANTS,
+    WIDTH,
+    Arm,
+    Cell,
+    cells,
+)
+from tiny_models import random_model, tokenizer_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONTEXT = 64
+SEED = 0
+"""Of the problems and of the teacher."""
+COUNTS = ("student_tokens", "teacher_tokens")
+POINTS = ("validation_loss", "accuracy", *COUNTS, "cpu_seconds")
+"""Figures of a student at each validation."""
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Start:
+    """What all runs share: problems, the teacher, and the base of the students `sft`; both are kept in a folder."""
+
+    folder: Path
+    tokenizer: Any = field(default_factory=lambda: tokenizer_for(SPACE, CONTEXT))
+
+    def __post_init__(self) -> None:
+        """Draw the problems, and train both models unless they are there."""
+        drawn = distinct(SPACE, TEST + VALIDATION + TEACHER_PROBLEMS, SEED)
+        problems = [make_example(*problem) for problem in drawn]
+        self.test, self.validation = problems[:TEST], problems[TEST : TEST + VALIDATION]
+        self.train = problems[TEST + VALIDATION :]
+        easy = [make_example(*problem) for problem in distinct(SPACE.with_addends(SMALL_ADDENDS), BASE_PROBLEMS, SEED)]
+        self.teacher = self._trained("teacher", TEACHER_LAYERS, self.train)
+        self.base = self._trained("base", STUDENT_LAYERS, easy)
+        self.teacher_score = self.accuracy(self.teacher, self.test)
+
+    def _trained(self, name: str, layers: int, examples: Sequence[Example]) -> PreTrainedModel:
+        if not (self.folder / name).is_dir():
+            log.info("training the %s", name)
+            model = self.random(layers, SEED)
+            self.fit(model, "sft", examples, TRAINING, seed=SEED)
+            save_model(model, self.tokenizer, self.folder / name)
+        return load_model(self.folder / name)
+
+    def random(self, layers: int, seed: int) -> PreTrainedModel:
+        """Return a model of random weights."""
+        return random_model({**WIDTH, "num_hidden_layers": layers}, self.tokenizer, CONTEXT, seed)
+
+    def student(self, arm: Arm, seed: int) -> PreTrainedModel:
+        """Return the student of an arm before distillation."""
+        if arm.init == "cut":
+            return prune_layers(self.teacher, 1, STUDENT_LAYERS - 1)
+        if arm.init == "random":
+            return self.random(STUDENT_LAYERS, seed)
+        student = copy.deepcopy(self.base)
+        training = STUDENT_TRAINING.model_copy(update={"max_steps": None, "epochs": INIT_EPOCHS})
+        self.fit(student, "sft", self.train[: arm.examples], training, seed=seed + 1000)
+        return student
+
+    def accuracy(self, model: PreTrainedModel, examples: Sequence[Example]) -> float:
+        """Return the share of problems that greedy decoding solves, in percent."""
+        found = evaluate(model.eval(), self.tokenizer, examples, TASK, EvaluationConfig(batch_size=len(examples)))
+        return found.scores.metrics["accuracy"].score
+
+    def fit(
+        self, student: PreTrainedModel, variant: str, examples: Sequence[Example], training: TrainingConfig, **more: Any
+    ) -> TrainResult:
+        """Train a student in place."""
+        distill = VARIANTS[variant]
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        with tempfile.TemporaryDirectory() as folder:
+            return train(
+                method=distill.method,
+                student=student,
+                teacher=self.teacher if METHODS[distill.method].needs_teacher else None,
+                train=self._encoded(examples),
+                validation=self._encoded(self.validation),
+                training=training,
+                distill=distill,
+                max_new_tokens=TASK.max_new_tokens,
+                eos_ids=(eos,),
+                pad_id=pad,
+                checkpoints=Checkpoints(Path(folder)),
+                **more,
+            )
+
+    def _encoded(self, examples: Sequence[Example]) -> list[TokenizedExample]:
+        return encode_all(self.tokenizer, TASK, examples, self.tokenizer.eos_token_id)
+
+
+class Curve(TrainerCallback):
+    """Measures the student at every validation: accuracy on the validation problems, and what it has cost so far.
+
+    Seconds are of the processor, without what this measuring takes itself.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start, self.points = start, list[dict[str, float]]()
+        self._began, self._measuring = time.process_time(), 0.0
+
+    def on_evaluate(self, _args: Any, state: Any, _control: Any, *, model: Any, metrics: Any, **_: Any) -> None:
+        """Append a point."""
+        now = time.process_time()
+        spent = {name: sum(entry.get(name, 0) for entry in state.log_history) for name in COUNTS}
+        accuracy = self.start.accuracy(model, self.start.validation)
+        self.points.append(
+            {
+                "step": state.global_step,
+                "validation_loss": metrics["eval_loss"],
+                "accuracy": accuracy,
+                **spent,
+                "cpu_seconds": now - self._began - self._measuring,
+            }
+        )
+        self._measuring += time.process_time() - now
+
+
+def run_cell(start: Start, cell: Cell) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Train and measure one student; return its row and the points of its curve."""
+    student = start.student(cell.arm, cell.seed)
+    curve = Curve(start)
+    stop = [] if cell.variant in SCHEDULED else [EarlyStoppingCallback(PATIENCE)]
+    examples = start.train[: cell.arm.examples]
+    result = start.fit(student, cell.variant, examples, STUDENT_TRAINING, seed=cell.seed, callbacks=[curve, *stop])
+    rejected = [entry["rejection_rate"] for entry in result.history if "rejection_rate" in entry]
+    tenths = result.course("rejection_rate")
+    row = {
+        SCORE: start.accuracy(result.student, start.test),
+        "teacher": start.teacher_score,
+        "rejection_rate": fmean(rejected) if rejected else "",
+        "rejection_rate_last_tenth": tenths[1] if tenths else "",
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "first_validation_loss": result.first_validation_loss,
+        "best_validation_loss": result.best_validation_loss,
+        **{name: int(result.total(name)) for name in ("response_tokens", *COUNTS)},
+    }
+    return row, curve.points
+
+
+def run_study(folder: Path, out: Path, most: int | None = None) -> Iterator[str]:
+    """Run what is missing of the study, in the plan's order, and say of each run what came of it.
+
+    Args:
+        folder: Where the teacher and the base are kept.
+        out: Where `runs.csv` and `curves.csv` are; each run is appended when it has ended.
+        most: Runs at most; None: all.
+    """
+    done = {(run.comparison, run.variant, run.seed) for run in (read_runs(out) if (out / RUNS).is_file() else [])}
+    missing = [cell for cell in cells() if (cell.arm.name, cell.variant, cell.seed) not in done]
+    if not missing:
+        return
+    transformers_logging.disable_progress_bar()
+    start = Start(folder)
+    for cell in missing[:most]:
+        row, points = run_cell(start, cell)
+        key = {"comparison": cell.arm.name, "variant": cell.variant, "seed": cell.seed}
+        named = {"metric": "accuracy", "reference": REFERENCE, "init": cell.arm.init, "failed": ""}
+        long = [{"figure": name, "step": point["step"], "value": point[name]} for point in points for name in POINTS]
+        # The row comes last: a run that was cut off in between is run again, and the points of its last run count.
+        append(out / CURVES, CURVE_COLUMNS, [key | point for point in long])
+        append(out / RUNS, RUN_COLUMNS, [key | named | row])
+        yield f"{cell.arm.name} {cell.variant} {cell.seed}: {row[SCORE]:.1f} % after {row['best_step']} steps"

@@ -1,0 +1,138 @@
+"""The convergence study of docs/evidence/plan.md: its runs, in order, and the claims that they are to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from problems import ProblemSpace
+from skd_lib.config import DistillConfig, TaskConfig, TrainingConfig
+
+SPACE = ProblemSpace(largest=99, operations=(2, 3), products=0.0)
+TASK = TaskConfig(
+    prompt="{source}\n",
+    chat_template=False,
+    answer="hash",
+    metrics=["accuracy"],
+    max_prompt_tokens=16,
+    max_new_tokens=24,
+)
+TEACHER_PROBLEMS, VALIDATION, TEST = 20_000, 100, 500
+WIDTH: dict[str, int] = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 4}
+TEACHER_LAYERS, STUDENT_LAYERS = 3, 2
+TEACHER_COST = TEACHER_LAYERS / STUDENT_LAYERS
+"""Cost of a position for the teacher, in forward passes of the student: both have one width."""
+
+SMALL_ADDENDS, BASE_PROBLEMS = (1, 5), 10_000
+"""The students `sft` begin as a base that has learnt to write solutions from problems with small addends only."""
+TRAINING = TrainingConfig(
+    learning_rate=4e-3, lr_scheduler="cosine", max_steps=1200, batch_size=64, eval_steps=400, dropout=0
+)
+HORIZON, EVERY, PATIENCE = 240, 20, 4
+"""Optimiser steps at most, steps between validations, and validations without a lower loss after which a run ends."""
+STUDENT_TRAINING = TrainingConfig(
+    learning_rate=3e-3,
+    lr_scheduler="constant_with_warmup",
+    warmup_ratio=0.05,
+    max_steps=HORIZON,
+    batch_size=64,
+    eval_steps=EVERY,
+    dropout=0,
+)
+INIT_EPOCHS = 4
+"""Epochs of the fine-tuning of the base on the student's own examples, which makes the student `sft`."""
+
+_SAMPLING = {"student": {"temperature": 0.5, "top_p": 0.5}, "teacher": {"temperature": 0.2}}
+"""The paper's for GSM8K."""
+
+
+def _skd(top_k: Any) -> dict[str, Any]:
+    return {"method": "skd", "sampling": {**_SAMPLING, "top_k": top_k}}
+
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"method": name, "sampling": _SAMPLING}
+        for name in ("sft", "seqkd", "supervised_kd", "on_policy", "imitkd", "two_stage", "skd_mixed")
+    },
+    "skd": _skd(25),
+    "skd-k1": _skd(1),
+    "skd-k5": _skd(5),
+    "skd-k25-to-1": _skd({"start": 25, "end": 1}),
+    "skd-k1-to-25": _skd({"start": 1, "end": 25}),
+}
+VARIANTS = {name: DistillConfig.model_validate(settings) for name, settings in _SETTINGS.items()}
+REFERENCE = "skd"
+SCHEDULED = ("two_stage", "skd-k25-to-1", "skd-k1-to-25")
+"""Variants that change over the horizon: they run to its end, whatever their validation loss."""
+CORE = ("skd", "supervised_kd", "on_policy", "sft")
+OTHERS = tuple(name for name in VARIANTS if name not in CORE)
+SEEDS, MORE_SEEDS = (10, 11, 12), (13, 14, 15)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Students of one quality at the start (`sft`, `cut`, `random`), and their number of training problems."""
+
+    init: str
+    examples: int
+
+    @property
+    def name(self) -> str:
+        """Name of the arm in the stored results."""
+        return f"study-{self.init}-{self.examples}"
+
+
+SFT, CUT, RANDOM = (Arm(init, 1000) for init in ("sft", "cut", "random"))
+FEW = Arm("sft", 100)
+ARMS = (SFT, CUT, RANDOM, FEW)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: an arm, a variant, a seed."""
+
+    arm: Arm
+    variant: str
+    seed: int
+
+
+def cells() -> Iterator[Cell]:
+    """Return the runs in their order: what most claims need first, seed by seed."""
+    for variants, seeds in ((CORE, SEEDS), (OTHERS, SEEDS), (CORE, MORE_SEEDS)):
+        for seed in seeds:
+            for arm in ARMS:
+                for variant in variants:
+                    yield Cell(arm, variant, seed)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` beats `worse` in an arm: what a paired t test over seeds is to show."""
+
+    number: str
+    text: str
+    arm: Arm
+    better: str
+    worse: str
+
+
+CLAIMS = (
+    Claim("1a", "SKD is better than supervised KD", SFT, "skd", "supervised_kd"),
+    Claim("1b", "SKD is better than SFT", SFT, "skd", "sft"),
+    Claim("1c", "SKD is better than on-policy", SFT, "skd", "on_policy"),
+    Claim("2", "supervised KD lacks the student's own states: on-policy is better", SFT, "on_policy", "supervised_kd"),
+    Claim("3a", "on-policy fails where the student starts poorly (random)", RANDOM, "supervised_kd", "on_policy"),
+    Claim("3b", "on-policy fails where the student starts poorly (cut)", CUT, "supervised_kd", "on_policy"),
+    Claim("4a", "SKD holds there: better than on-policy (random)", RANDOM, "skd", "on_policy"),
+    Claim("4b", "SKD holds there: better than on-policy (cut)", CUT, "skd", "on_policy"),
+    Claim("4c", "SKD holds there: better than supervised KD (random)", RANDOM, "skd", "supervised_kd"),
+    Claim("4d", "SKD holds there: better than supervised KD (cut)", CUT, "skd", "supervised_kd"),
+    Claim("5a", "with few examples SKD is better than supervised KD", FEW, "skd", "supervised_kd"),
+    Claim("5b", "with few examples SKD is better than SFT", FEW, "skd", "sft"),
+    Claim("6a", "K = 25 is better than K = 1", SFT, "skd", "skd-k1"),
+    Claim("6b", "K = 25 is better than K = 1 (random)", RANDOM, "skd", "skd-k1"),
+    Claim("7", "SKD is better than ImitKD", SFT, "skd", "imitkd"),
+)
+"""The claims of Xu et al. (2025) as comparisons of this study; Holm's correction is over all of them."""

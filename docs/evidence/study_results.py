@@ -1,0 +1,120 @@
+"""From the stored results of the convergence study to its claims, as a table and as plots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis import PairedTest, paired_tests
+from plots import plot
+from records import SCORE, Curve, Run
+from skd_lib._core.format import markdown_table
+from study_plan import ARMS, CLAIMS, CORE, TEACHER_COST, Claim, cells
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEVEL = 0.05
+
+
+def verdict(test: PairedTest | None) -> str:
+    """Return what a claim's test allows to say of it, by the rule of docs/evidence/plan.md."""
+    if test is None:
+        return "not run yet"
+    if test.p_holm >= LEVEL:
+        return "not shown"
+    return "shown" if test.difference.mean > 0 else "the opposite is shown"
+
+
+def claim_tests(runs: Sequence[Run]) -> dict[str, PairedTest]:
+    """Test the claims that have two seeds or more, paired by seed; Holm's correction is over all of the plan's."""
+    scores = {(run.comparison, run.variant, run.seed): run.figures[SCORE] for run in runs}
+
+    def differences(claim: Claim) -> list[float]:
+        arm = claim.arm.name
+        seeds = [seed for name, variant, seed in scores if (name, variant) == (arm, claim.better)]
+        return [
+            scores[arm, claim.better, seed] - scores[arm, claim.worse, seed]
+            for seed in seeds
+            if (arm, claim.worse, seed) in scores
+        ]
+
+    return paired_tests({claim.number: differences(claim) for claim in CLAIMS}, family=len(CLAIMS))
+
+
+def study_tables(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the tables of the study by their names: `claims` and `progress`."""
+    tests = claim_tests(runs)
+    rows = [_claim_row(claim, tests.get(claim.number)) for claim in CLAIMS]
+    header = ["", "claim of the paper", "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", "verdict"]
+    done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
+    progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
+    return {
+        "claims": "\n".join(markdown_table(header, rows, numbers=False)) + "\n",
+        "progress": "\n".join(markdown_table(["arm", "runs", "planned"], progress, numbers=False)) + "\n",
+    }
+
+
+def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Path]:
+    """Draw the claims, and for each arm the accuracy of the main methods over steps, positions and seconds."""
+    written: list[Path] = []
+    tests = claim_tests(runs)
+    if tests:
+        with plot(folder / "claims.svg", written, height=0.3 * len(CLAIMS) + 1.2) as axes:
+            _claims(axes, tests)
+    for arm in ARMS:
+        ours = [curve for curve in curves if curve.comparison == arm.name and curve.variant in CORE]
+        if ours:
+            with plot(folder / f"{arm.name}-curves.svg", written, columns=3) as panels:
+                _courses(panels, ours)
+    return written
+
+
+def _claim_row(claim: Claim, test: PairedTest | None) -> list[str]:
+    start = f"{claim.arm.init}, {claim.arm.examples:,}"
+    figures = [""] * 4
+    if test is not None:
+        found = test.difference
+        effect = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+        figures = [str(test.seeds), effect, f"{test.p_value:.3f}", f"{test.p_holm:.3f}"]
+    return [claim.number, claim.text, start, *figures, verdict(test)]
+
+
+def _claims(axes: Axes, tests: dict[str, PairedTest]) -> None:
+    shown = [claim for claim in reversed(CLAIMS) if claim.number in tests]
+    for row, claim in enumerate(shown):
+        test = tests[claim.number]
+        found = test.difference
+        spread = [[found.mean - found.low], [found.high - found.mean]]
+        color = "C0" if test.p_holm < LEVEL else "0.6"
+        axes.errorbar(found.mean, row, xerr=spread, fmt="o", color=color, capsize=3)
+    axes.axvline(0, color="0.3", linewidth=1)
+    labels = [f"{claim.better} - {claim.worse} ({claim.arm.init}, {claim.arm.examples})" for claim in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=7)
+    axes.set_xlim(-60, 60)
+    axes.set_xlabel("points of accuracy, 95 % interval over seeds; blue: shown after Holm's correction")
+
+
+def _courses(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
+    by_run = {(curve.variant, curve.seed, curve.figure): curve for curve in curves}
+    for variant, seed in {(curve.variant, curve.seed): None for curve in curves}:
+        of = {
+            name: by_run[variant, seed, name]
+            for name in ("accuracy", "student_tokens", "teacher_tokens", "cpu_seconds")
+        }
+        positions = [
+            (student + TEACHER_COST * teacher) / 1e6
+            for student, teacher in zip(of["student_tokens"].values, of["teacher_tokens"].values, strict=True)
+        ]
+        for axes, x in zip(panels, (of["accuracy"].steps, positions, of["cpu_seconds"].values), strict=True):
+            color = f"C{CORE.index(variant)}"
+            first = not any(line.get_label() == variant for line in axes.lines)
+            axes.plot(x, of["accuracy"].values, color=color, linewidth=1, label=variant if first else None)
+    for axes, label in zip(
+        panels, ("optimiser steps", "positions, millions of the student's", "CPU seconds"), strict=True
+    ):
+        axes.set_xlabel(label, fontsize=8)
+    panels[0].set_ylabel("accuracy on validation problems, %")
+    panels[0].legend(fontsize=7, frameon=False)

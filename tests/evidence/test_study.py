@@ -1,0 +1,99 @@
+"""The convergence study: its plan, that it goes on where it stopped, and what its results allow to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+import study
+from evidence import app
+from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Run, append, read_curves, read_runs
+from skd_lib.evaluation.statistics import holm
+from study_plan import ARMS, CLAIMS, CORE, MORE_SEEDS, SEEDS, VARIANTS, cells
+from study_results import claim_tests, draw_study, study_tables, verdict
+
+STEPS = study.STUDENT_TRAINING.model_copy(update={"max_steps": 2, "eval_steps": 1, "batch_size": 4})
+CLAIM = CLAIMS[0]
+
+
+def _run(variant: str, seed: int, score: float) -> Run:
+    return Run(CLAIM.arm.name, "accuracy", variant, "skd", "sft", "", seed, {SCORE: score})
+
+
+def _runs(better: tuple[float, ...], worse: tuple[float, ...]) -> list[Run]:
+    pairs = ((CLAIM.better, better), (CLAIM.worse, worse))
+    return [_run(variant, seed, score) for variant, scores in pairs for seed, score in enumerate(scores)]
+
+
+def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
+    planned = list(cells())
+    assert len(planned) == len(set(planned)) == len(ARMS) * (len(VARIANTS) * len(SEEDS) + len(CORE) * len(MORE_SEEDS))
+    assert len({claim.number for claim in CLAIMS}) == len(CLAIMS)
+    for claim in CLAIMS:
+        seeds = [
+            {cell.seed for cell in planned if (cell.arm, cell.variant) == (claim.arm, name)}
+            for name in (claim.better, claim.worse)
+        ]
+        assert set(SEEDS) <= seeds[0] & seeds[1]
+
+
+def test_a_claim_is_judged_by_a_paired_test_corrected_for_all_claims() -> None:
+    better, worse = (60.0, 64.0, 61.0, 63.0), (50.0, 53.0, 52.5, 52.0)
+    test = claim_tests(_runs(better, worse))[CLAIM.number]
+    theirs = stats.ttest_rel(better, worse)
+    assert test.p_value == pytest.approx(theirs.pvalue)
+    assert test.p_holm == pytest.approx(holm([theirs.pvalue] + [1.0] * (len(CLAIMS) - 1))[0])
+    assert verdict(test) == "shown"
+    assert verdict(claim_tests(_runs(worse, better))[CLAIM.number]) == "the opposite is shown"
+    assert verdict(claim_tests(_runs(better, (61.0, 60.0, 64.0, 62.0)))[CLAIM.number]) == "not shown"
+    assert verdict(claim_tests(_runs(better[:1], worse[:1])).get(CLAIM.number)) == "not run yet"
+
+
+def test_the_tables_say_how_much_has_been_run() -> None:
+    tables = study_tables(_runs((60.0, 64.0), (50.0, 53.0)))
+    assert f"| `{CLAIM.arm.name}` | 4 | " in tables["progress"]
+    rows = tables["claims"].splitlines()[2:]
+    assert len(rows) == len(CLAIMS)
+    assert f"| {CLAIM.text} | sft, 1,000 | 2 | +10.5 [" in rows[0]
+    assert all("not run yet" in row for row in rows[1:])
+
+
+def test_the_points_of_a_run_that_was_cut_off_give_way_to_those_of_its_second_try(tmp_path: Path) -> None:
+    key = {"comparison": "study", "variant": "skd", "seed": 1, "figure": "accuracy"}
+    for values in ((1.0, 2.0, 3.0), (1.0, 5.0)):
+        append(
+            tmp_path / CURVES,
+            CURVE_COLUMNS,
+            [key | {"step": step, "value": value} for step, value in enumerate(values)],
+        )
+    (curve,) = read_curves(tmp_path)
+    assert (curve.steps, curve.values) == ([0, 1], [1.0, 5.0])
+    append(tmp_path / RUNS, RUN_COLUMNS, [{"comparison": "study", "seed": 1, SCORE: 1 / 3}])
+    append(tmp_path / RUNS, RUN_COLUMNS, [{"comparison": "study", "seed": 2}])
+    assert [(run.seed, run.figures) for run in read_runs(tmp_path)] == [(1, {SCORE: 0.333333}), (2, {})]
+
+
+@pytest.mark.slow
+def test_the_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"TEACHER_PROBLEMS": 40, "BASE_PROBLEMS": 40, "VALIDATION": 4, "TEST": 8}
+    for name, value in {**sizes, "TRAINING": STEPS, "STUDENT_TRAINING": STEPS}.items():
+        monkeypatch.setattr(study, name, value)
+    out = tmp_path / "study"
+    asked = ["study", str(tmp_path / "models"), "--out", str(out), "--runs"]
+    for number, expected in ((1, CORE[:1]), (3, CORE)):
+        done = CliRunner().invoke(app, [*asked, str(number)], catch_exceptions=False)
+        assert [line.split()[:3] for line in done.stdout.splitlines()] == [
+            [ARMS[0].name, variant, f"{SEEDS[0]}:"] for variant in expected[-number:]
+        ]
+        runs = read_runs(out)
+        assert [run.variant for run in runs] == list(expected)
+    assert all(0 <= run.figures[SCORE] <= 100 and run.figures["steps"] == 2 for run in runs)
+    by_variant = {run.variant: run.figures for run in runs}
+    assert by_variant["sft"]["teacher_tokens"] == 0 < by_variant["skd"]["teacher_tokens"]
+    curves = read_curves(out)
+    assert {curve.figure for curve in curves} == set(study.POINTS)
+    assert all(curve.steps == [0, 1, 2] for curve in curves)
+    assert [path.name for path in draw_study(runs, curves, tmp_path)] == [f"{ARMS[0].name}-curves.svg"]
