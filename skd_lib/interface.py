@@ -218,6 +218,7 @@ def evaluate(
     from skd_lib.data.chat import check_rendering
     from skd_lib.evaluation.evaluate import check_answers
     from skd_lib.evaluation.evaluate import evaluate as score
+    from skd_lib.evaluation.served import remote_teacher
     from skd_lib.models.modes import evaluating
 
     settings = _section(TaskConfig, {"name": task} if isinstance(task, str) else task, "evaluate, task")
@@ -229,6 +230,8 @@ def evaluate(
     wanted = _section(EvaluationConfig, config or {}, "evaluate, config")
     rows = _examples(dataset)
     check_answers(rows, where="evaluate, dataset")
+    if isinstance(model, str | Path) and (remote := remote_teacher(Path(model), settings)):
+        return score(remote, remote.tokenizer, rows, settings, wanted, seed=seed)
     language_model, words = _loaded(model, tokenizer)
     check_rendering(words, settings)
     with evaluating(language_model):

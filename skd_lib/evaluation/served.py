@@ -1,6 +1,6 @@
 """Greedy answers, and the likelihood of reference answers, of a teacher on a server.
 
-Both functions are those of `generate` and `perplexity` for a model in memory.
+`served_answers` and `served_losses` are `generate` and `reference_losses` of a model in memory.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,12 +16,22 @@ from skd_lib._core.events import Progress
 from skd_lib.config import TaskConfig
 from skd_lib.data.examples import Example, Question
 from skd_lib.data.tokenize import answer_end_id, decode_answer, encode, encode_prompt
-from skd_lib.evaluation.generate import GREEDY, Answer
+from skd_lib.evaluation.generate import GREEDY, Answer, ending_ids
 from skd_lib.evaluation.perplexity import ReferenceLoss
+from skd_lib.models.files import load_tokenizer, served_in
 from skd_lib.served.client import in_flight
 from skd_lib.served.teacher import RemoteTeacher
 
 log = logging.getLogger(__name__)
+
+
+def remote_teacher(folder: Path, task: TaskConfig) -> RemoteTeacher | None:
+    """Return the teacher on a server that a folder stands for; None for a folder with weights."""
+    served = served_in(folder)
+    if served is None:
+        return None
+    tokenizer = load_tokenizer(folder)
+    return RemoteTeacher(served, tokenizer, task, ending_ids(folder, tokenizer, task))
 
 
 def served_answers(

