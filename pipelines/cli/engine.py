@@ -50,7 +50,7 @@ def start(
     """
     from skd_lib.models.references import resolve_model
     from skd_lib.vllm.guard import TOKEN_VARIABLE
-    from skd_lib.vllm.serve import Served, environment
+    from skd_lib.vllm.serve import Served, environment, until_ended
     from skd_lib.vllm.serve import start as start_server
 
     served = Served(
@@ -69,9 +69,4 @@ def start(
     if made:
         say(f"export {TOKEN_VARIABLE}={os.environ[TOKEN_VARIABLE]}")
     say(f"distill.vllm.urls: [http://{host}:{port}]")
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        code = process.wait()
-    raise typer.Exit(code)
+    raise typer.Exit(until_ended(process))

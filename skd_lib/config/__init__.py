@@ -25,6 +25,7 @@ from skd_lib.config.data import (
 from skd_lib.config.distill import (
     DistillConfig,
     DivergenceName,
+    EnginePodsConfig,
     InterleavedConfig,
     MethodName,
     RuleName,

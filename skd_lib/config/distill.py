@@ -8,7 +8,14 @@ from pydantic import AfterValidator, Field, model_validator
 
 from skd_lib._core.registry import NameIn
 from skd_lib.config._base import ConfigSection, Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
-from skd_lib.config.training import MULTINODE_HELP, DistillTrainingConfig, MultinodeConfig, check_processes
+from skd_lib.config.training import (
+    MULTINODE_HELP,
+    DistillTrainingConfig,
+    MultinodeConfig,
+    PodsConfig,
+    Quantity,
+    check_processes,
+)
 
 _METHOD = NameIn("skd_lib.distillation.methods", "METHODS", "The source of responses.")
 _DIVERGENCE = NameIn("skd_lib.distillation.divergences", "DIVERGENCES", "The loss, of teacher p and student q.")
@@ -85,6 +92,24 @@ class TeacherSignalConfig(ConfigSection):
     )
 
 
+class EnginePodsConfig(PodsConfig):
+    """vLLM servers in pods of their own, which the step makes in its cluster and deletes at its end.
+
+    A server's pod gets both models and, after each step, the student's weights from the step, and asks nobody anything.
+    """
+
+    count: int = Field(1, ge=1, le=256, description="Servers; rows are spread over them.")
+    resources: dict[str, Quantity] | None = Field(
+        None,
+        description="What a pod asks for, e.g. `{cpu: '8', memory: 64Gi, nvidia.com/gpu: '2'}`; unset: what the step's "
+        "own container asks for, with `tensor_parallel` GPUs if it has any.",
+    )
+    image: str = Field("", description="The image `vllm` (images/README.md); empty: the one of the pipeline's release.")
+    wait_minutes: float = Field(
+        60, gt=0, le=10_000, description="Time for a machine, for the image, and for the models, after which it fails."
+    )
+
+
 class VllmConfig(ConfigSection):
     """vLLM as the engine that samples: `distill.engine: vllm`.
 
@@ -94,7 +119,10 @@ class VllmConfig(ConfigSection):
     urls: list[str] = Field(
         [],
         description="Servers that `skd engine start` started, `http://host:port` each; rows are spread over them. "
-        "Empty: the step starts one on its own machine.",
+        "Empty: the step starts one on its own machine, or those of `pods`.",
+    )
+    pods: EnginePodsConfig | None = Field(
+        None, description="On Kubeflow: servers in pods of their own, e.g. `{count: 2}`; unset: none."
     )
     signal: Literal["states", "top_k"] = Field(
         "states",
@@ -104,8 +132,8 @@ class VllmConfig(ConfigSection):
     top_k: int = Field(64, ge=1, le=2**20, description="`signal: top_k` only: tokens kept.")
     exchange: str = Field(
         "",
-        description="Folder that the training and the servers share, for the student's weights after each step. Empty: "
-        "in memory (/dev/shm), for servers on the same machine.",
+        description="`urls` only: folder that the training and the servers share, for the student's weights after each "
+        "step. Empty: the weights are sent to each server by HTTP.",
     )
     max_rows: int = Field(64, ge=1, le=2**16, description="`urls: []` only: rows in flight.")
     tensor_parallel: int = Field(1, ge=1, le=64, description="`urls: []` only: GPUs that share the teacher.")
@@ -115,6 +143,19 @@ class VllmConfig(ConfigSection):
         description="`urls: []` only: the share of a GPU's memory that vLLM takes (its own default is 0.92; the "
         "student in training needs the rest), or GiB for keys and values on a CPU (1).",
     )
+
+    @model_validator(mode="after")
+    def _pods_fit(self) -> VllmConfig:
+        if self.pods is None:
+            return self
+        if self.urls:
+            raise ValueError("pods: the step makes servers of its own, but `urls` names some; leave one of them out")
+        if self.pods.gpus and self.pods.gpus != self.tensor_parallel:
+            raise ValueError(
+                f"pods.resources asks for {self.pods.gpus} GPUs in each pod, and a server uses tensor_parallel: "
+                f"{self.tensor_parallel}; make them equal"
+            )
+        return self
 
 
 class SelectiveConfig(ConfigSection):
@@ -181,6 +222,8 @@ class DistillConfig(ConfigSection):
                 "multinode: a stored teacher signal is in one machine's files, which the other nodes do not have; use "
                 "`teacher_signal.mode: online`, or no multinode"
             )
+        if self.multinode is not None and self.engine == "vllm" and self.vllm.pods is not None:
+            raise ValueError("multinode: its nodes make no servers; name some in `vllm.urls`, not `vllm.pods`")
         return self
 
     @model_validator(mode="after")

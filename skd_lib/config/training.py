@@ -125,7 +125,39 @@ class DistillTrainingConfig(TrainingConfig):
     )
 
 
-class MultinodeConfig(ConfigSection):
+class PodsConfig(ConfigSection):
+    """Pods that a step makes for its work: what each asks for, and its place."""
+
+    resources: dict[str, Quantity] | None = Field(
+        None,
+        description="What a pod asks for, e.g. `{cpu: '8', memory: 64Gi, nvidia.com/gpu: '8'}`; unset: what the "
+        "step's own container asks for, which then holds as much while it waits.",
+    )
+    shared_memory: Quantity = Field(
+        "8Gi", description="Size of /dev/shm, by which the processes of a pod talk. It counts as the pod's memory."
+    )
+    node_selector: dict[str, str] | None = Field(
+        None, description="Labels of the machines; unset: the selector and affinity of the step's own pod."
+    )
+    tolerations: list[dict[str, Any]] | None = Field(
+        None, description="Tolerations, as Kubernetes writes them; unset: those of the step's own pod."
+    )
+
+    @property
+    def gpus(self) -> int:
+        """Accelerators that a pod asks for by `resources`."""
+        return sum(int(count) for name, count in (self.resources or {}).items() if name.endswith("/gpu"))
+
+    @field_validator("resources")
+    @classmethod
+    def _whole_accelerators(cls, resources: dict[str, str] | None) -> dict[str, str] | None:
+        for name, count in (resources or {}).items():
+            if name.endswith("/gpu") and not re.fullmatch("[0-9]{1,4}", count):
+                raise ValueError(f"{name} must be a whole number, got {count!r}")
+        return resources
+
+
+class MultinodeConfig(PodsConfig):
     """Train on several machines, by a `TrainJob` of Kubeflow Trainer v2. Needs a cluster, and all artifacts in `gs://`.
 
     A node is like the step's own pod: the same image, service account, environment, resources and place.
@@ -137,20 +169,6 @@ class MultinodeConfig(ConfigSection):
         ge=1,
         le=1024,
         description="Processes on each node; unset: one for each of its GPUs, or one where it has none.",
-    )
-    resources: dict[str, Quantity] | None = Field(
-        None,
-        description="What a node asks for, e.g. `{cpu: '8', memory: 64Gi, nvidia.com/gpu: '8'}`; unset: what the "
-        "step's own container asks for, which then holds as much while it waits.",
-    )
-    shared_memory: Quantity = Field(
-        "8Gi", description="Size of /dev/shm, by which the processes of a node talk. It counts as a node's memory."
-    )
-    node_selector: dict[str, str] | None = Field(
-        None, description="Labels of the machines; unset: the selector and affinity of the step's own pod."
-    )
-    tolerations: list[dict[str, Any]] | None = Field(
-        None, description="Tolerations, as Kubernetes writes them; unset: those of the step's own pod."
     )
     labels: dict[str, str] = Field({}, description="Labels of the job, e.g. `{kueue.x-k8s.io/queue-name: gpus}`.")
     timeout_hours: float | None = Field(
@@ -178,16 +196,7 @@ class MultinodeConfig(ConfigSection):
     @property
     def least_processes(self) -> int:
         """Processes in all, as far as they are known before there is a node."""
-        gpus = sum(int(count) for name, count in (self.resources or {}).items() if name.endswith("/gpu"))
-        return self.nodes * (self.processes_per_node or max(1, gpus))
-
-    @field_validator("resources")
-    @classmethod
-    def _whole_accelerators(cls, resources: dict[str, str] | None) -> dict[str, str] | None:
-        for name, count in (resources or {}).items():
-            if name.endswith("/gpu") and not re.fullmatch("[0-9]{1,4}", count):
-                raise ValueError(f"{name} must be a whole number, got {count!r}")
-        return resources
+        return self.nodes * (self.processes_per_node or max(1, self.gpus))
 
 
 MULTINODE_HELP = "Train on several machines, by a TrainJob; unset: in the step's own pod."

@@ -1,7 +1,7 @@
-"""Delete the jobs that killed steps of a pipeline run have left behind.
+"""Delete the jobs and vLLM servers that killed steps of a pipeline run have left behind.
 
-A step that gets SIGTERM deletes its job itself. One whose pod is killed at once (memory, a lost machine) cannot, and if
-it is not tried again, the run ends while the job goes on. All steps have ended when the exit handler looks.
+A step that gets SIGTERM deletes them itself. One whose pod is killed at once (memory, a lost machine) cannot, and if
+it is not tried again, the run ends while they go on. All steps have ended when the exit handler looks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DEADLINE_SECONDS = 60.0  # a request takes half a minute at most
+SERVERS_SECONDS = 5.0
+"""For servers: Kubernetes has been asked for jobs just before."""
 
 
 def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str]:
@@ -46,6 +48,27 @@ def delete_abandoned(run_id: str, seconds: float = DEADLINE_SECONDS) -> list[str
             log.warning("whether this run's TrainJobs go on is not known: %s", error.brief)
         return []
     return _delete(cluster, [name for name, state in jobs.items() if state.phase == "running"], deadline)
+
+
+def delete_abandoned_servers(run_id: str, seconds: float = SERVERS_SECONDS) -> list[str]:
+    """Delete a pipeline run's vLLM servers, once all of the run's steps have ended; return their names.
+
+    An answer of Kubernetes that prevents it is logged, and is no error; after `seconds` nothing is asked again.
+    """
+    if not run_id or not os.environ.get(POD_VARIABLE):
+        return []
+    from skd_lib.multinode.cluster import Refused
+    from skd_lib.multinode.servers import connect, delete_left_behind
+
+    try:
+        return delete_left_behind(connect(), run_id, seconds, ended=True)
+    except SkdError as error:
+        if isinstance(error, Refused) and error.status == 403:
+            # The usual answer for a namespace without such servers: no reason to warn.
+            log.info("no vLLM servers are looked for; a run with `distill.vllm.pods` may have left some: %s", error)
+        else:
+            log.warning("whether this run's vLLM servers go on is not known: %s", error.brief)
+        return []
 
 
 def _delete(cluster: Cluster, names: list[str], deadline: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""Requests to Kubernetes about a `TrainJob`, each repeated while the API server is away."""
+"""Requests to Kubernetes about a `TrainJob` or pods, each repeated while the API server is away."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kubernetes.client.exceptions import ApiException
 
 from skd_lib._core.machine import POD_VARIABLE
 from skd_lib.errors import SkdError
-from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, RUN_LABEL, VERSION, run_label
+from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, RUN_LABEL, SERVER, VERSION, run_label
 
 log = logging.getLogger(__name__)
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -38,6 +38,10 @@ _UNASKED = "does not support dry run"
 ROLE_HINT = (
     "give the steps' service account the role of pipelines/deploy/multinode in this namespace: trainjobs "
     "get, list, create and delete; pods get and list; pods/log get"
+)
+SERVERS_HINT = (
+    "give the steps' service account the role of pipelines/deploy/engine in this namespace: pods get, list, create and "
+    "delete; secrets create and delete; pods/log get"
 )
 RUNTIME_HINT = (
     "see `multinode` in the config: `trainer_version` must be the cluster's, and `runtime` must be there; `kubectl "
@@ -70,17 +74,21 @@ class Cluster:
     """One namespace.
 
     Every method raises `Refused` for an answer that is final, and `SkdError` where Kubernetes does not answer for
-    `patience` seconds.
+    `patience` seconds. `role` says which rights are needed.
     """
 
     namespace: str
     api: client.ApiClient
     patience: float = 1800.0
+    role: str = ROLE_HINT
     _away_since: float | None = field(default=None, init=False)
 
     @classmethod
-    def connect(cls) -> Cluster:
-        """Return the cluster that this pod is in, or the one of KUBECONFIG; raises SkdError if there is none."""
+    def connect(cls, section: str = "multinode", role: str = ROLE_HINT) -> Cluster:
+        """Return the cluster that this pod is in, or the one of KUBECONFIG; raises SkdError if there is none.
+
+        `section` of the config needs it, with the rights of `role`.
+        """
         settings = client.Configuration()
         try:
             if file := os.environ.get("KUBECONFIG"):
@@ -92,31 +100,41 @@ class Cluster:
                 namespace = _NAMESPACE.read_text(encoding="utf-8").strip()
         except (config.ConfigException, OSError) as error:
             raise SkdError(
-                f"training on several nodes needs a Kubernetes cluster, and there is none here: {error}",
-                where="multinode",
-                hint="submit the run to Kubeflow (`skd submit`), or leave `multinode` out",
+                f"this needs a Kubernetes cluster, and there is none here: {error}",
+                where=section,
+                hint=f"submit the run to Kubeflow (`skd submit`), or leave `{section}` out",
             ) from error
         settings.retries = 0  # repeated here, with pauses
-        return cls(namespace, client.ApiClient(settings))
+        return cls(namespace, client.ApiClient(settings), role=role)
 
     def own_pod(self) -> dict[str, Any]:
         """Return the pod of this process."""
         name = os.environ.get(POD_VARIABLE) or os.environ.get("HOSTNAME", "")
-        # Pods are read as they come: the client's models refuse what a newer cluster leaves out.
-        read = client.CoreV1Api(self.api).read_namespaced_pod
-        pod = self._ask(f"get pod {name}", partial(read, name, self.namespace, _preload_content=False))
-        found: dict[str, Any] = json.loads(pod.data)
-        return found
+        return self._pod(name, None)
+
+    def pod(self, name: str, patience: float | None = None) -> dict[str, Any] | None:
+        """Return a pod; None if there is none."""
+        return self._unless_missing(self._pod, name, patience)
+
+    def make(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> None:
+        """Create a pod or a Secret, or with `dry_run` only have it checked."""
+        kind, name = str(manifest["kind"]).lower(), manifest["metadata"]["name"]
+        options = {"field_validation": "Strict", **({"dry_run": "All"} if dry_run else {})}
+        create = getattr(client.CoreV1Api(self.api), f"create_namespaced_{kind}")
+        request = partial(create, self.namespace, dict(manifest), _preload_content=False, **options)
+        self._ask(f"create {kind} {name}", request, 30 if dry_run else None)
+
+    def remove(self, kind: str, name: str, patience: float | None = None) -> bool:
+        """Delete a pod or a Secret; False if there was none."""
+        delete = getattr(client.CoreV1Api(self.api), f"delete_namespaced_{kind}")
+        request = partial(delete, name, self.namespace, _preload_content=False)
+        return self._unless_missing(self._ask, f"delete {kind} {name}", request, patience) is not None
 
     def job(self, name: str) -> JobState | None:
         """Return the state of a job; None if there is none."""
         get = self._jobs().get_namespaced_custom_object
-        try:
-            return _state(self._ask(f"get trainjob {name}", partial(get, *self._at(name))))
-        except Refused as refused:
-            if refused.status == 404:
-                return None
-            raise
+        job = self._unless_missing(self._ask, f"get trainjob {name}", partial(get, *self._at(name)))
+        return None if job is None else _state(job)
 
     def jobs(self, run_id: str, patience: float | None = None) -> dict[str, JobState]:
         """Return the states of a pipeline run's jobs, by name; refused (404) in a cluster without TrainJobs."""
@@ -153,33 +171,26 @@ class Cluster:
         Its pods end later, in the background. While a job waits for them to be gone, Trainer starts new ones (2.1.0,
         2.2.1: its reconciler does not look at `deletionTimestamp`).
         """
-        remove = self._jobs().delete_namespaced_custom_object
-        try:
-            self._ask(
-                f"delete trainjob {name}", partial(remove, *self._at(name), propagation_policy="Background"), patience
-            )
-        except Refused as refused:
-            if refused.status == 404:
-                return False
-            raise
-        return True
+        remove = partial(self._jobs().delete_namespaced_custom_object, *self._at(name), propagation_policy="Background")
+        return self._unless_missing(self._ask, f"delete trainjob {name}", remove, patience) is not None
 
     def pods(self, job: str) -> list[dict[str, Any]]:
         """Return the pods of a job's nodes, oldest first."""
         selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
-        listing = client.CoreV1Api(self.api).list_namespaced_pod
-        found = self._ask(
-            f"list pods of {job}", partial(listing, self.namespace, label_selector=selector, _preload_content=False)
-        )
-        pods: list[dict[str, Any]] = json.loads(found.data)["items"]
+        pods = self._list(f"list pods of {job}", selector)
         return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
 
-    def log(self, pod: str, *, since_seconds: int | None, follow: bool) -> urllib3.HTTPResponse:
+    def servers(self, run_id: str, patience: float | None = None) -> list[dict[str, Any]]:
+        """Return the pods of a pipeline run's vLLM servers."""
+        selector = f"{RUN_LABEL}={run_label(run_id)},app.kubernetes.io/name={SERVER}"
+        return self._list(f"list vLLM servers of run {run_id}", selector, patience)
+
+    def log(self, pod: str, *, since_seconds: int | None, follow: bool, **more: Any) -> urllib3.HTTPResponse:
         """Return a node's log, each line with its time before it; it must be read and released.
 
         Raises ApiException if the API server has no log of it, and urllib3's HTTPError while that is away.
         """
-        options: dict[str, Any] = {} if since_seconds is None else {"since_seconds": since_seconds}
+        options: dict[str, Any] = more if since_seconds is None else {**more, "since_seconds": since_seconds}
         response: urllib3.HTTPResponse = client.CoreV1Api(self.api).read_namespaced_pod_log(
             pod,
             self.namespace,
@@ -191,6 +202,26 @@ class Cluster:
             **options,
         )
         return response
+
+    def _pod(self, name: str, patience: float | None) -> dict[str, Any]:
+        # Pods are read as they come: the client's models refuse what a newer cluster leaves out.
+        read = partial(client.CoreV1Api(self.api).read_namespaced_pod, name, self.namespace, _preload_content=False)
+        found: dict[str, Any] = json.loads(self._ask(f"get pod {name}", read, patience).data)
+        return found
+
+    def _list(self, what: str, selector: str, patience: float | None = None) -> list[dict[str, Any]]:
+        listing = client.CoreV1Api(self.api).list_namespaced_pod
+        request = partial(listing, self.namespace, label_selector=selector, _preload_content=False)
+        pods: list[dict[str, Any]] = json.loads(self._ask(what, request, patience).data)["items"]
+        return pods
+
+    def _unless_missing(self, ask: Callable[..., Any], *about: Any) -> Any:
+        try:
+            return ask(*about)
+        except Refused as refused:
+            if refused.status == 404:
+                return None
+            raise
 
     def _jobs(self) -> client.CustomObjectsApi:
         return client.CustomObjectsApi(self.api)
@@ -222,7 +253,7 @@ class Cluster:
                 raise SkdError(
                     f"Kubernetes has not answered for {limit:.0f} s: {reason}",
                     where=what,
-                    hint="the job goes on without this step, which takes it up again when it is retried",
+                    hint="what the step has made goes on without it; a retry of the step takes that up, or replaces it",
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -234,7 +265,7 @@ class Cluster:
             message = f"{error.status} {error.reason}"
         where = f"namespace {self.namespace}, {what}"
         if error.status == 401 or _NO_RIGHT.search(message):
-            return Refused(f"not allowed: {message}", where=where, hint=ROLE_HINT, status=error.status)
+            return Refused(f"not allowed: {message}", where=where, hint=self.role, status=error.status)
         return Refused(f"Kubernetes refuses: {message}", where=where, status=error.status)
 
 

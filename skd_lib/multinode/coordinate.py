@@ -85,12 +85,12 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
         artifacts={output: io.output_uri(output) for output in work.outputs.values()},
     )
     cluster = Cluster.connect()
-    with _sigterm_raises():
+    with sigterm_raises():
         try:
             if not exchange.is_complete():
                 _start(cluster, name, settings, exchange, request, work.made)
                 _wait(cluster, name, settings, exchange)
-        except _Terminated:
+        except Terminated:
             _cancel(cluster, name)
             raise Preempted(
                 f"stopped by SIGTERM; the TrainJob {name} is deleted, and its nodes save a checkpoint",
@@ -232,17 +232,17 @@ def _collect(exchange: Exchange, io: StepIO, work: Work) -> None:
     io.write()
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """SIGTERM, at any place of this process."""
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """Let SIGTERM end any waiting; further ones change nothing."""
 
     def received(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Terminated
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, received)
     try:

@@ -1,6 +1,7 @@
-"""The `TrainJob` as a pure function of the step's own pod and the configuration.
+"""The `TrainJob`, and the pods of vLLM servers, as pure functions of the step's own pod and the configuration.
 
-A node is like the step's own pod: the same image, service account, environment and place, but for `MultinodeConfig`.
+A node is like the step's own pod: the same image, service account, environment and place, but for `MultinodeConfig`. A
+server's pod has its place, and none of its rights and Secrets.
 """
 
 from __future__ import annotations
@@ -12,17 +13,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from skd_lib._core.machine import RUN_ID_VARIABLE
-from skd_lib.config import MultinodeConfig
+from skd_lib.config import EnginePodsConfig, MultinodeConfig
+from skd_lib.config.training import PodsConfig
+from skd_lib.vllm.guard import TOKEN_VARIABLE
+from skd_lib.vllm.pod import ADDRESS_VARIABLE, PORT
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE = "node"
 """Name of the replicated job, and of its container, in Trainer's runtimes."""
 RUN_LABEL = "skd/run-id"
 """Label of a job, by which those of a pipeline run are found."""
+SERVER = "skd-engine"
+"""Name of vLLM's servers, in the label `app.kubernetes.io/name`; the network policy goes by it."""
+STEP_ANNOTATION = "skd/step-pod"
+"""Annotation of a server: the name of the step's pod that has made it."""
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _NAME_DIGITS = 16
 # The runtime sets PET_* itself and refuses them; the variables of Kubeflow Pipelines and Argo are of the step's pod.
 _OWN = ("PET_", "KFP_", "ARGO_")
+_PART = {"app.kubernetes.io/part-of": "skd"}
 _SHARED_MEMORY, _SCRATCH = "skd-shared-memory", "skd-scratch"
 
 
@@ -71,7 +80,7 @@ def train_job(
     template = {
         # A mesh's proxy would stand between the processes, and outlive them.
         "metadata": {"labels": {"sidecar.istio.io/inject": "false"}},
-        "spec": _pod_spec(pod, settings),
+        "spec": _pod_spec(pod, settings, *_files(pod)),
     }
     if settings.trainer_version == "2.1":
         spec["podTemplateOverrides"] = [{"targetJobs": [{"name": NODE}], **template}]
@@ -86,17 +95,92 @@ def train_job(
         "kind": "TrainJob",
         "metadata": {
             "name": name,
-            "labels": {"app.kubernetes.io/part-of": "skd", **settings.labels, RUN_LABEL: run_label(run_id)},
-            "annotations": {"skd/run-id": run_id},
+            "labels": {**_PART, **settings.labels, RUN_LABEL: run_label(run_id)},
+            "annotations": {RUN_LABEL: run_id},
         },
         "spec": spec,
     }
 
 
+TRIAL_POD = {
+    "metadata": {"name": "preflight", "uid": "preflight"},
+    "spec": {"containers": [{"name": "main", "image": "skd-train"}]},
+}
+"""A pod that asks for nothing, for manifests that Kubernetes only checks."""
+
+
 def trial_job(settings: MultinodeConfig) -> dict[str, Any]:
-    """Make a job for Kubernetes and Trainer to check, as from a pod that asks for nothing."""
-    pod = {"spec": {"containers": [{"name": "main", "image": "skd-train"}]}}
-    return train_job("skd-preflight", settings, pod, run_id="preflight", arguments=[])
+    """Make a job for Kubernetes and Trainer to check."""
+    return train_job("skd-preflight", settings, TRIAL_POD, run_id="preflight", arguments=[])
+
+
+def server_name(pod: Mapping[str, Any]) -> str:
+    """Return the name of what a step's pod makes for its servers: another one for each attempt at the step."""
+    return f"{SERVER}-{hashlib.sha256(str(pod['metadata']['uid']).encode()).hexdigest()[:_NAME_DIGITS]}"
+
+
+def server_secret(pod: Mapping[str, Any], run_id: str, token: str) -> dict[str, Any]:
+    """Return the Secret with the token of a step's servers."""
+    metadata = _owned(pod, server_name(pod), run_id)
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"token": token}}
+
+
+def server_pods(
+    pod: Mapping[str, Any], settings: EnginePodsConfig, *, run_id: str, image: str, gpus: int
+) -> list[dict[str, Any]]:
+    """Return the pods of a step's servers.
+
+    They end with the step's pod, may not ask Kubernetes anything, and have no Secret but their token's. A container
+    that ends starts again in its pod, with the models that it was given.
+
+    Args:
+        pod: The step's own, as Kubernetes' API shows it.
+        settings: What a pod asks for, and its place.
+        run_id: Of the pipeline run.
+        image: Their image.
+        gpus: For a pod, where the step has any and `settings` do not say.
+    """
+    name = server_name(pod)
+    resources = _resources(step_container(pod), settings)
+    if settings.resources is None:
+        for amounts in resources.values():
+            amounts.update({kind: str(gpus) for kind in amounts if kind.endswith("/gpu")})
+    spec = _pod_spec(pod, settings, [], [])
+    (container,) = spec["containers"]
+    container |= {
+        "image": image,
+        "command": ["python3", "-m", "skd_lib.vllm.pod"],
+        "env": [
+            {"name": TOKEN_VARIABLE, "valueFrom": {"secretKeyRef": {"name": name, "key": "token"}}},
+            {"name": ADDRESS_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        ],
+        "ports": [{"name": "engine", "containerPort": PORT}],
+        "resources": resources,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+    spec |= {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,  # vLLM reads VLLM_PORT, which a Service called `vllm` would set
+        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+    }
+    metadata = [_owned(pod, f"{name}-{number}", run_id) for number in range(settings.count)]
+    return [{"apiVersion": "v1", "kind": "Pod", "metadata": each, "spec": spec} for each in metadata]
+
+
+def _owned(pod: Mapping[str, Any], name: str, run_id: str) -> dict[str, Any]:
+    own = pod["metadata"]
+    labels = {"app.kubernetes.io/name": SERVER, RUN_LABEL: run_label(run_id), "sidecar.istio.io/inject": "false"}
+    return {
+        "name": name,
+        "labels": {**_PART, **labels},
+        "annotations": {RUN_LABEL: run_id, STEP_ANNOTATION: own["name"]},
+        "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": own["name"], "uid": own["uid"]}],
+    }
 
 
 def step_container(pod: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +194,7 @@ def gpus(resources: Mapping[str, Any]) -> int:
     return sum(int(count) for name, count in resources.get("limits", {}).items() if name.endswith("/gpu"))
 
 
-def _resources(container: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, Any]:
+def _resources(container: Mapping[str, Any], settings: PodsConfig) -> dict[str, Any]:
     """Return limits and requests, always both: without requests Trainer may start one process a node."""
     if settings.resources is None:
         given = container.get("resources", {})
@@ -143,9 +227,10 @@ def _files(pod: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str,
     return [each for each in volumes if each["name"] in {mount["name"] for mount in mounts}], mounts
 
 
-def _pod_spec(pod: Mapping[str, Any], settings: MultinodeConfig) -> dict[str, Any]:
+def _pod_spec(
+    pod: Mapping[str, Any], settings: PodsConfig, volumes: list[dict[str, Any]], mounts: list[dict[str, Any]]
+) -> dict[str, Any]:
     own = pod["spec"]
-    volumes, mounts = _files(pod)
     tolerations = settings.tolerations
     if tolerations is None:
         # Those that Kubernetes adds to every pod are left to it.

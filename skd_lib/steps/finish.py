@@ -82,16 +82,17 @@ def _ask_kubeflow(final: FinalStatus, run_id: str) -> Seen:
 
 
 def _clean_up(run_id: str) -> None:
-    """Delete the TrainJobs of dead steps. No error stops the step."""
+    """Delete the TrainJobs and vLLM servers of dead steps. No error stops the step."""
     try:
-        from skd_lib.multinode.cleanup import delete_abandoned
+        from skd_lib.multinode.cleanup import delete_abandoned, delete_abandoned_servers
 
-        deleted = delete_abandoned(run_id)
+        deleted = {"TrainJobs": delete_abandoned(run_id), "vLLM servers": delete_abandoned_servers(run_id)}
     except Exception:
-        log.exception("TrainJobs of this run may go on; see docs/guides/multi-node.md")
+        log.exception("TrainJobs of this run may go on, or vLLM servers; see docs/guides/multi-node.md")
         return
-    if deleted:
-        print(f"TrainJobs without a step, deleted: {', '.join(deleted)}")
+    for what, names in deleted.items():
+        if names:
+            print(f"{what} without a step, deleted: {', '.join(names)}")
 
 
 def _resend(tracking_uri: str, run_id: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -84,9 +86,13 @@ def on_gpu() -> bool:
 def environment() -> Path:
     """Return the interpreter of an environment with vLLM, from the cache or made now (minutes, 2.5 GB; 8 GB for GPUs).
 
+    In the image `vllm` it is this one.
+
     Raises:
         SkdError: pip fails.
     """
+    if importlib.util.find_spec("vllm") is not None:
+        return Path(sys.executable)
     tool = GPU if on_gpu() else CPU
     lock = Path(__file__).with_name("lock-gpu.txt" if tool is GPU else "lock-cpu.txt")
     python = make_environment(tool, lock.read_text(encoding="utf-8"), default_cache_dir())
@@ -157,6 +163,13 @@ def start(
         words += ["--gpu-memory-utilization", f"{served.memory:g}"]
     log.info("starting vLLM with %s and its draft %s", served.teacher, served.student)
     return launch(python, [*words, "--host", host, "--port", str(port)], variables, stdout)
+
+
+def until_ended(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a server and return its exit code; SIGTERM and SIGINT end it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: process.terminate())
+    return process.wait()
 
 
 def plain_link(draft: Path) -> Path:

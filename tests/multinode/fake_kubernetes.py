@@ -1,4 +1,4 @@
-"""An HTTP server that speaks the part of Kubernetes' REST API that a TrainJob needs.
+"""An HTTP server that speaks the part of Kubernetes' REST API that a TrainJob, and pods of servers, need.
 
 What Kubernetes, JobSet and Trainer do behind it is as it was seen on Kubernetes 1.35.4, JobSet 0.11.1 and Kubeflow
 Trainer 2.1.0 and 2.2.1, or as Trainer 2.2.1's source has it, where a comment says so.
@@ -19,12 +19,13 @@ from urllib.parse import parse_qs, urlsplit
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
 CORE = "/api/v1/namespaces/team/pods"
+SECRETS = "/api/v1/namespaces/team/secrets"
 FORBIDDEN = (
     'trainjobs.trainer.kubeflow.org is forbidden: User "system:serviceaccount:team:x" cannot create resource '
     '"trainjobs" in API group "trainer.kubeflow.org" in the namespace "team"'
 )
 STEP_POD: dict[str, Any] = {
-    "metadata": {"name": "step-pod", "namespace": "team"},
+    "metadata": {"name": "step-pod", "namespace": "team", "uid": "6e0a"},
     "spec": {
         "serviceAccountName": "pipeline-runner",
         "nodeSelector": {"cloud.google.com/gke-accelerator": "nvidia-l4"},
@@ -78,6 +79,8 @@ class FakeKubernetes:
         address: Where it listens.
         jobs: TrainJobs by name.
         pods: Pods by name.
+        secrets: Secrets by name.
+        on_pod: Told of each pod that was made, and of each that is gone (without its status).
         logs: Lines of each pod's log, with their times.
         requests: Method and path of each request.
         refused: Statuses for requests to come: while there are any, each request gets the first one, None lets it pass.
@@ -96,6 +99,8 @@ class FakeKubernetes:
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.pods: dict[str, dict[str, Any]] = {"step-pod": STEP_POD}
+        self.secrets: dict[str, dict[str, Any]] = {}
+        self.on_pod: Callable[[dict[str, Any]], None] = lambda pod: None
         self.logs: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.refused: dict[str, list[int]] = {}
@@ -244,6 +249,9 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             if self._turned_away():
                 return
             path, query = self._split()
+            if path in (CORE, SECRETS):
+                self._create(fake.pods if path == CORE else fake.secrets, body, query)
+                return
             reference = body["spec"]["runtimeRef"]
             if path != JOBS:
                 self._fail(404, "the server could not find the requested resource")
@@ -270,11 +278,34 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             if self._turned_away():
                 return
             path, query = self._split()
-            name = path.rsplit("/", 1)[-1]
-            if fake.delete(name, query.get("propagationPolicy", "Background")):
+            folder, _, name = path.rpartition("/")
+            if folder in (CORE, SECRETS):
+                gone = (fake.pods if folder == CORE else fake.secrets).pop(name, None)
+                if gone is None:
+                    self._fail(404, f'"{name}" not found')
+                else:
+                    if folder == CORE:
+                        gone.pop("status", None)
+                        fake.on_pod(gone)
+                    self._answer(200, gone)
+            elif fake.delete(name, query.get("propagationPolicy", "Background")):
                 self._answer(200, {"kind": "Status", "status": "Success"})
             else:
                 self._fail(404, f'trainjobs "{name}" not found')
+
+        def _create(self, there: dict[str, dict[str, Any]], body: dict[str, Any], query: dict[str, str]) -> None:
+            assert query["fieldValidation"] == "Strict"
+            name = body["metadata"]["name"]
+            if name in there:
+                self._fail(409, f'"{name}" already exists')
+                return
+            if query.get("dryRun") != "All":
+                there[name] = body
+                if body["kind"] == "Pod":
+                    body["status"] = {"phase": "Pending"}
+                    fake.logs.setdefault(name, [])
+                    fake.on_pod(body)
+            self._answer(201, body)
 
         def _split(self) -> tuple[str, dict[str, str]]:
             parts = urlsplit(self.path)
@@ -314,6 +345,10 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             assert query["container"] == "node"
             assert query["timestamps"] == "True"
             fake.sinces.append(int(query["sinceSeconds"]) if "sinceSeconds" in query else None)
+            pod += " before" if query.get("previous") == "True" else ""
+            if pod not in fake.logs:
+                self._fail(400, "previous terminated container not found")
+                return
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
