@@ -39,12 +39,13 @@ def clean_examples(examples: list[Example], config: DataConfig) -> list[Example]
     """
     if not config.redact and not config.filter:
         return examples
-    patterns = [(re.compile(each.pattern), each.replacement) for each in config.redact]
+    # Python reads a backslash in a replacement as a reference to a group.
+    patterns = [(re.compile(each.pattern), each.replacement.replace("\\", r"\\")) for each in config.redact]
     own = _filter(config.filter) if config.filter else None
 
     def clean(text: str) -> str:
         for pattern, replacement in patterns:
-            text = pattern.sub(lambda _, new=replacement: new, text)
+            text = pattern.sub(replacement, text)
         kept = own(text) if own is not None else text
         if kept is None:
             raise _Dropped
