@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -72,8 +73,9 @@ def vllm_engine(
                 tensor_parallel=settings.tensor_parallel,
                 memory=settings.memory,
             )
-            logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="skd-vllm-"))
-            engines = [stack.enter_context(serving(served, Path(logs), port=agreed["port"]))]
+            logs = Path(tempfile.mkdtemp(prefix="skd-vllm-"))
+            stack.push(lambda failed, *_: None if failed else shutil.rmtree(logs))  # errors name it
+            engines = [stack.enter_context(serving(served, logs, port=agreed["port"]))]
         elif not engines:
             engines = [Engine(f"http://127.0.0.1:{agreed['port']}")]
         uses_divergence = METHODS[distill.method].uses_divergence
