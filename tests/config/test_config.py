@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from skd_lib.config import (
     Count,
@@ -386,3 +388,23 @@ def test_apply_leaves_what_it_was_given_alone() -> None:
     before = copy.deepcopy(values)
     assert apply(values, {"a.b.c": 5, "a.x.y": 6, "e": None}, where="") == {"a": {"b": {"c": 5, "d": 2}, "x": {"y": 6}}}
     assert values == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"training": {"lora": {}}}, ""),
+        ({"training": {"fsdp": True}, "method": "skd_mixed"}, ""),  # the servers have the whole teacher
+        ({"multinode": {"nodes": 2}, "vllm": {"urls": ["http://10.0.0.5:8000"]}}, ""),
+        ({"multinode": {"nodes": 2}}, "multinode is set and vllm.urls is empty"),
+        ({"sampling": {"gamma": {"start": 2, "end": 5}}}, "sampling.gamma is a schedule"),
+        ({"sampling": {"rule": "mixture"}}, "sampling.rule is `mixture`"),
+        ({"teacher_signal": {"mode": "stored"}, "method": "seqkd"}, "teacher_signal.mode is `stored`"),
+    ],
+)
+def test_what_vllm_servers_sample_for(fields: dict[str, Any], refused: str) -> None:
+    if not refused:
+        assert DistillConfig(engine="vllm", **fields).engine == "vllm"
+        return
+    with pytest.raises(ValidationError, match=re.escape(refused)):
+        DistillConfig(engine="vllm", **fields)
