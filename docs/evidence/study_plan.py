@@ -29,10 +29,10 @@ SMALL_ADDENDS, BASE_PROBLEMS = (1, 5), 10_000
 TRAINING = TrainingConfig(
     learning_rate=4e-3, lr_scheduler="cosine", max_steps=1200, batch_size=64, eval_steps=400, dropout=0
 )
-HORIZON, EVERY, PATIENCE = 240, 20, 4
+HORIZON, EVERY, PATIENCE = 300, 20, 4
 """Optimiser steps at most, steps between validations, and validations without a lower loss after which a run ends."""
 STUDENT_TRAINING = TrainingConfig(
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     lr_scheduler="constant_with_warmup",
     warmup_ratio=0.05,
     max_steps=HORIZON,
