@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
 from skd_kfp.pipelines.kubeflow.claims import claim, claim_uri, memories, remembered
-from skd_kfp.pipelines.kubeflow.drift import Drift
 from skd_kfp.pipelines.kubeflow.states import FAILED, was_cancelled
 from skd_kfp.pipelines.kubeflow.submit import SHORT_DIGEST, Package, Submission, Target
 from skd_lib import storage
@@ -131,6 +130,8 @@ class Trigger:
         """Return the decision, turned down where a run could start but the champion is still accepted well enough."""
         if self.max_drop is None or not decision.fire:
             return decision
+        from skd_kfp.pipelines.kubeflow.drift import Drift  # with all that loads models
+
         memory = f"{claim_uri(self.claims, decision.name)}.acceptance" if self.claims else ""
         drift = Drift(reading_from(self.config, source), self.tracking_uri, self.max_drop, memory)
         fire, reason = drift.decide()
