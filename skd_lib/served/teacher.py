@@ -42,6 +42,8 @@ PROBE = "Tokens: 3.14 = π; naïve café, Привет, 你好 — don't\n\n\tde
 """Text by which tokenizers are compared."""
 _MOST_STOPS = 4
 """Stop strings that OpenAI's API takes; the answer is cut before any of them here, too."""
+_FINISHED = ("stop", "eos_token", "stop_sequence")
+"""Reasons for the end of a whole response; the last two are TGI's."""
 _GREEDY = {"temperature": 0.0, "max_tokens": 1}
 log = logging.getLogger(__name__)
 
@@ -308,7 +310,11 @@ class RemoteTeacher:
             ids = list(choice["token_ids"])
         else:
             ids = list(self.tokenizer(choice["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        if choice.get("finish_reason") != "stop" or (ids and ids[-1] in self.ends):
+        finish = choice.get("finish_reason")
+        if finish not in ("length", *_FINISHED):
+            what = f"it does not say that a response is whole: `finish_reason` is {finish!r}"
+            raise SkdError(what, where=self.where, hint="use another server, or a newer version of this one")
+        if finish == "length" or (ids and ids[-1] in self.ends):
             return ids
         # Ended by an id that only the server knows as an end.
         if ids and self.takes_ids and ids[-1] in self.tokenizer.all_special_ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,6 +251,22 @@ def _shifted(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(state)), eos_token=tokenizer.eos_token
     )
+
+
+def test_a_response_of_which_nobody_knows_whether_it_is_whole(
+    server: CompletionsServer, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make_teacher()
+    assert teacher.takes_ids
+    whole = server.complete
+
+    def silent(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        status, answer = whole(body)
+        return status, {**answer, "choices": [{**answer["choices"][0], "finish_reason": None}]}
+
+    monkeypatch.setattr(server, "complete", silent)
+    with pytest.raises(SkdError, match="does not say that a response is whole: `finish_reason` is None"):
+        ask(teacher, PROMPTS[:1])
 
 
 def test_more_tokens_than_the_server_gives(make_teacher: MakeTeacher) -> None:
