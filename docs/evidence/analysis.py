@@ -94,8 +94,8 @@ def at_equal_compute(runs: Sequence[Run], steps: str, compute: str) -> list[Vari
 
     def moved(run: Run) -> Run:
         known = [less[run.variant, run.seed], run]
-        costs, scores = [compute_of(each) for each in known], [each.figures[SCORE] for each in known]
-        score = np.interp(compute_of(targets[run.seed]), costs, scores)
+        costs = [compute_of(each) or math.nan for each in (*known, targets[run.seed])]
+        score = np.interp(costs[-1], costs[:-1], [each.figures[SCORE] for each in known])
         return replace(run, figures={SCORE: float(score)})
 
     return variants_of([run if run.variant == run.reference else moved(run) for run in more], compute)

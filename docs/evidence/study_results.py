@@ -108,7 +108,8 @@ def _courses(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
             (student + TEACHER_COST * teacher) / 1e6
             for student, teacher in zip(of["student_tokens"].values, of["teacher_tokens"].values, strict=True)
         ]
-        for axes, x in zip(panels, (of["accuracy"].steps, positions, of["cpu_seconds"].values), strict=True):
+        costs: list[Sequence[float]] = [of["accuracy"].steps, positions, of["cpu_seconds"].values]
+        for axes, x in zip(panels, costs, strict=True):
             color = f"C{CORE.index(variant)}"
             first = not any(line.get_label() == variant for line in axes.lines)
             axes.plot(x, of["accuracy"].values, color=color, linewidth=1, label=variant if first else None)

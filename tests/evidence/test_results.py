@@ -201,7 +201,7 @@ def test_scores_at_equal_compute_are_between_those_of_fewer_and_of_more_steps(fo
 def test_the_pages_have_the_tables_and_plots_of_their_runs(tmp_path: Path) -> None:
     pages = [DOCS / "evidence.md", DOCS / "evidence" / "diary.md"]
     again = shutil.copytree(DOCS / "evidence", tmp_path / "evidence", ignore=shutil.ignore_patterns("*.svg"))
-    copies = [shutil.copy(page, tmp_path / f"copy-{page.name}") for page in pages]
+    copies = [Path(shutil.copy(page, tmp_path / f"copy-{page.name}")) for page in pages]
     options = [option for copy in copies for option in ("--page", str(copy))]
     assert CliRunner().invoke(app, ["plot", str(again), *options], catch_exceptions=False).exit_code == 0
     for page, copy in zip(pages, copies, strict=True):

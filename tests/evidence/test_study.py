@@ -12,10 +12,10 @@ import study
 from evidence import app
 from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Run, append, read_curves, read_runs
 from skd_lib.evaluation.statistics import holm
-from study_plan import ARMS, CLAIMS, CORE, MORE_SEEDS, SEEDS, VARIANTS, cells
+from study_plan import ARMS, CLAIMS, CORE, MORE_SEEDS, SEEDS, STUDENT_TRAINING, VARIANTS, cells
 from study_results import claim_tests, draw_study, study_tables, verdict
 
-STEPS = study.STUDENT_TRAINING.model_copy(update={"max_steps": 2, "eval_steps": 1, "batch_size": 4})
+STEPS = STUDENT_TRAINING.model_copy(update={"max_steps": 2, "eval_steps": 1, "batch_size": 4})
 CLAIM = CLAIMS[0]
 
 
