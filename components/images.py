@@ -35,4 +35,5 @@ def read_images(path: Path = DIGESTS) -> dict[str, Image]:
 
 
 TRAIN = read_images()["train"].reference
+VLLM = read_images()["vllm"].reference
 COMET = read_images()["comet"].reference

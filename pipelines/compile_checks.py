@@ -11,6 +11,8 @@ from google.protobuf.message import Message
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineDeploymentConfig, PipelineSpec, PlatformSpec
 
+from skd_lib._core.machine import ENGINE_IMAGE_VARIABLE
+
 Values = dict[str, Any]
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a mount point in the container
 _PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
@@ -49,7 +51,14 @@ def find_problems(documents: list[Values], *, release: bool = False) -> list[str
         *_secret_problems(documents),
     ]
     if release:
-        images = {container["image"] for container in _containers(spec).values()}
+        containers = _containers(spec).values()
+        images = {container["image"] for container in containers}
+        images |= {
+            variable["value"]
+            for container in containers
+            for variable in container.get("env", [])
+            if variable["name"] == ENGINE_IMAGE_VARIABLE
+        }
         problems += [
             f"image {each!r} is not named by its digest" for each in sorted(images) if not _DIGEST.search(each)
         ]

@@ -9,13 +9,17 @@ from typing import Any
 from kfp import dsl, kubernetes
 from kfp.dsl.base_component import BaseComponent
 
+from skd_kfp.components.images import VLLM
 from skd_kfp.pipelines.profiles import Profile, Resources
+from skd_lib._core.machine import ENGINE_IMAGE_VARIABLE
 from skd_lib.steps.environment import ROOT, SECRETS, SETTINGS_FOLDER
 
 CONFIG_MAP = "skd-settings"
 """The ConfigMap of a namespace in which its administrators say what holds for its runs; it need not exist."""
 UNTRACKED = ("show-data", "show-trial", "compare_variant")
 """Tasks that use neither MLflow nor storage of their own."""
+MAKES_SERVERS = ("preflight", "distill")
+"""Tasks that make vLLM servers in pods of their own, or check that they can."""
 FETCHING = ("preflight", "prepare_data", "teacher_sft", "evaluate_teacher", "student_init", "comet_score")
 """Tasks that load from the Hugging Face hub."""
 
@@ -61,6 +65,8 @@ def make_task(
             kubernetes.use_secret_as_volume(task, secret, str(ROOT / secret), optional=True)
     if name not in UNTRACKED:
         kubernetes.use_config_map_as_volume(task, given.settings, str(ROOT / SETTINGS_FOLDER), optional=True)
+    if name in MAKES_SERVERS:
+        task.set_env_variable(ENGINE_IMAGE_VARIABLE, VLLM)
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
     return task
 

@@ -9,6 +9,8 @@ from pathlib import Path
 RUN_ID_VARIABLE = "KFP_RUN_ID"
 POD_VARIABLE = "KFP_POD_NAME"
 """Environment variable that Kubeflow Pipelines sets in each of its pods."""
+ENGINE_IMAGE_VARIABLE = "SKD_ENGINE_IMAGE"
+"""Environment variable that the pipeline sets: the image of vLLM's servers in pods of their own."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """The control group of this process, as a container sees it."""
 

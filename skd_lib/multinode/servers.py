@@ -22,7 +22,7 @@ from typing import Any
 import urllib3
 from kubernetes.client.exceptions import ApiException
 
-from skd_lib._core.machine import pipeline_run_id
+from skd_lib._core.machine import ENGINE_IMAGE_VARIABLE, pipeline_run_id
 from skd_lib.config import EnginePodsConfig
 from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.cluster import SERVERS_HINT, Cluster
@@ -34,8 +34,6 @@ from skd_lib.vllm.pod import PORT, START, settings_of
 from skd_lib.vllm.serve import Served
 
 log = logging.getLogger(__name__)
-IMAGE_VARIABLE = "SKD_ENGINE_IMAGE"
-"""Environment variable of the step with the release's image; the pipeline sets it."""
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 300.0
 """For which an image that cannot be pulled, or a pod that does not answer, is waited for: registries hiccup."""
@@ -46,7 +44,7 @@ _SILENCE = 20.0
 
 
 @contextmanager
-def servers(settings: EnginePodsConfig, served: Served, *, main: bool = True) -> Iterator[list[Engine]]:
+def servers(settings: EnginePodsConfig, served: Served, main: bool = True) -> Iterator[list[Engine]]:
     """Make servers, wait until they answer, and delete them with the block.
 
     Args:
@@ -103,7 +101,7 @@ def image_of(settings: EnginePodsConfig) -> str:
     Raises:
         SkdError: neither the configuration nor the pipeline names one.
     """
-    if image := settings.image or os.environ.get(IMAGE_VARIABLE, ""):
+    if image := settings.image or os.environ.get(ENGINE_IMAGE_VARIABLE, ""):
         return image
     hint = "build the image `vllm` (images/README.md), push it, and name it there"
     raise SkdError("no image is named for vLLM's servers", where=f"{_SECTION}.image", hint=hint)

@@ -17,6 +17,7 @@ from skd_lib.preflight.data import check_data
 from skd_lib.preflight.environment import (
     check_champion,
     check_comet,
+    check_engine,
     check_gpu,
     check_judge,
     check_memory,
@@ -96,6 +97,7 @@ def run_checks(
         checks.add("checkpoints", "warning", "a step that is tried again starts from its beginning", hint=hint)
     checks.attempt("artifacts", lambda: check_writable(checks, "artifacts", pipeline_root or ""))
     checks.attempt("multinode", lambda: check_multinode(checks, runs, checkpoint_root))
+    checks.attempt("vLLM servers", lambda: check_engine(checks, runs))
     checks.attempt(TRACKING, lambda: check_tracking_store(checks, tracking_uri, experiment))
     registers = bool(tracking_uri) and not variants
     if registers and report.tracking_works:

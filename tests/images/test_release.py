@@ -175,11 +175,11 @@ def make_release(registry: str, tmp_path: Path) -> Callable[[str], Release]:
 def installed_release(make_release: Callable[[str], Release]) -> tuple[Release, Path, dict[str, str]]:
     """A release whose images have no content, its wheel, installed, and the digests that the registry gave."""
     made = make_release("quick")
-    digests = {name: push(made.registry, f"quick/skd-{name}", __version__) for name in ("train", "comet")}
+    digests = {name: push(made.registry, f"quick/skd-{name}", __version__) for name in ("train", "comet", "vllm")}
     source = made.install("source", made.tree, "--editable")
     said = made.skd(source, "submit", str(made.tree / "pipelines/configs/demo.yaml"), "--dry-run", "--host", "http://h")
     assert "no digest" in said
-    made.pin(source, "train", "comet")
+    made.pin(source, "train", "comet", "vllm")
     digests["pipeline"] = push(made.registry, "quick/skd-pipeline", __version__, index=True)
     made.pin(source, "pipeline")
     return made, made.install("installed", made.wheel()), digests
@@ -201,6 +201,7 @@ def test_an_installed_release_names_its_images_by_digest(
     train, comet = (f"{made.registry}/quick/skd-{name}@{digests[name]}" for name in ("train", "comet"))
     for name in PIPELINES:  # not into the package, which an administrator may have installed
         text = (tmp_path / "elsewhere" / f"{name}.yaml").read_text()
+        assert re.search(rf"value: {made.registry}/quick/skd-vllm@{digests['vllm']}$", text, re.MULTILINE)
         assert set(re.findall(r"image: (\S+)", text)) == {train, *([comet] if name == "distillation_comet" else [])}
     made.skd(programs, "init", "--from", "demo")
     said = made.skd(programs, "submit", "run.yaml", "--dry-run", "--host", "http://h")
@@ -247,8 +248,9 @@ def test_images_of_a_release_are_built_pushed_pinned_and_pulled(
 
     source = made.install("source", made.tree, "--editable")
     repository = publish("train", build("train"))
-    push(made.registry, "real/skd-comet", __version__)
-    made.pin(source, "train", "comet")
+    for name in ("comet", "vllm"):
+        push(made.registry, f"real/skd-{name}", __version__)
+    made.pin(source, "train", "comet", "vllm")
     publish("pipeline", build("pipeline", made.tree))
     made.pin(source, "pipeline")
     programs = made.install("installed", made.wheel())

@@ -82,7 +82,7 @@ def test_every_field_is_one_of_kubernetes(manifest: dict[str, Any]):
 
 
 def test_nothing_is_left_out():
-    assert FOLDERS == ["base", "first-cluster", "multinode"]
+    assert FOLDERS == ["base", "engine", "first-cluster", "multinode"]
     assert {manifest["kind"] for _, manifest in ALL} == {*MODELS, "TrainingRuntime"}
 
 

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 from kubernetes.client import ApiClient
 
+from skd_lib._core.machine import ENGINE_IMAGE_VARIABLE
 from skd_lib.config import DistillConfig, EnginePodsConfig, parse_section
 from skd_lib.errors import Preempted, SkdError, SkdErrors
 from skd_lib.multinode import servers as module
 from skd_lib.multinode.cleanup import delete_abandoned_servers
 from skd_lib.multinode.manifest import server_pods, server_secret
-from skd_lib.multinode.servers import IMAGE_VARIABLE, check_servers, servers
+from skd_lib.multinode.servers import check_servers, servers
+from skd_lib.preflight.checks import Checks
+from skd_lib.preflight.environment import check_engine
 from skd_lib.vllm.guard import TOKEN_VARIABLE
 from skd_lib.vllm.serve import Served
 from tests.multinode.fake_kubernetes import STEP_POD, FakeKubernetes, running
@@ -32,7 +35,7 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
         monkeypatch.setenv("KFP_RUN_ID", "run-1")
         monkeypatch.setenv("KFP_POD_NAME", "step-pod")
-        monkeypatch.setenv(IMAGE_VARIABLE, "registry/skd-vllm@sha256:0")
+        monkeypatch.setenv(ENGINE_IMAGE_VARIABLE, "registry/skd-vllm@sha256:0")
         monkeypatch.setenv(TOKEN_VARIABLE, "")  # restored after the test
         monkeypatch.delenv(TOKEN_VARIABLE)
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
@@ -54,6 +57,9 @@ def models(tmp_path: Path) -> Served:
         (tmp_path / name / "config.json").write_text(f"the {name}'s")
         (tmp_path / name / "more" / "model.safetensors").write_bytes(b"w" * 100_000)
     return Served(tmp_path / "teacher", tmp_path / "student", 3, max_model_len=50, max_rows=7)
+
+
+ENGINES = ("transformers", "vllm")
 
 
 def pods_of(kubernetes: FakeKubernetes) -> dict[str, dict[str, Any]]:
@@ -265,7 +271,13 @@ def test_preflight_has_kubernetes_check_and_makes_nothing(
     kubernetes.refused["POST"] = [403]
     with pytest.raises(SkdError, match="pipelines/deploy/engine"):
         check_servers(EnginePodsConfig(), gpus=1)
-    monkeypatch.delenv(IMAGE_VARIABLE)
+    runs: Any = [SimpleNamespace(distill=DistillConfig(engine=engine, vllm={"pods": {}})) for engine in ENGINES]
+    checks = Checks()
+    check_engine(checks, runs[:1])
+    assert checks.found == []
+    check_engine(checks, runs)
+    assert [(check.level, "1 of registry/skd-vllm@" in check.what) for check in checks.found] == [("ok", True)]
+    monkeypatch.delenv(ENGINE_IMAGE_VARIABLE)
     with pytest.raises(SkdError, match=r"pods\.image: no image is named"):
         check_servers(EnginePodsConfig(), gpus=1)
     check_servers(EnginePodsConfig(image="mine"), gpus=1)

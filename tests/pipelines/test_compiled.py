@@ -204,6 +204,13 @@ def test_no_cached_step_depends_on_places_or_on_the_runs_name(name: str, compile
             assert not task["inputs"]["parameters"].keys() & PLACES, step
 
 
+def test_steps_that_make_servers_know_their_image(documents: Documents):
+    executors = documents[0]["deploymentSpec"]["executors"]
+    env = {"name": "SKD_ENGINE_IMAGE", "value": read_images()["vllm"].reference}
+    told = {name for name, each in executors.items() if env in each.get("container", {}).get("env", [])}
+    assert told == {"exec-preflight", "exec-distill"}
+
+
 def test_torch_steps_have_shared_memory_and_a_gpu_and_all_steps_know_their_run(compile_once: Callable[..., Documents]):
     documents = compile_once(name="distillation_comet")
     spec, kubernetes = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
