@@ -9,17 +9,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from skd_lib.config.models import ServedTeacher
 from skd_lib.models.files import SERVED, weights_digest
 from skd_lib.models.records import write_record
-from skd_lib.models.references import SMALL_FILES, model_fingerprint, parse_reference, resolve_model
+from skd_lib.models.references import SMALL_FILES, model_fingerprint, resolve_model
 from skd_lib.storage import atomic_directory
 
 
-def write_served(reference: str, student: str, target: Path) -> dict[str, Any]:
+def write_served(served: ServedTeacher, student: str, target: Path) -> dict[str, Any]:
     """Write the folder of a teacher on a server, with its record.
 
     Args:
-        reference: The teacher's.
+        served: The teacher.
         student: Reference of a model with the teacher's tokenizer.
         target: The new folder; replaced if it is there.
 
@@ -31,11 +32,11 @@ def write_served(reference: str, student: str, target: Path) -> dict[str, Any]:
         for file in (file for pattern in SMALL_FILES[:-2] for file in source.glob(pattern)):
             if not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
-        (folder / SERVED).write_text(parse_reference(reference).model_dump_json(), encoding="utf-8")
+        (folder / SERVED).write_text(served.model_dump_json(), encoding="utf-8")
     lineage = {
         "weights_sha256": weights_digest(target),
-        "reference": reference,
-        "fingerprint": model_fingerprint(reference),
+        "reference": str(served),
+        "fingerprint": model_fingerprint(str(served)),
     }
     write_record(target, lineage=lineage)
     return lineage

@@ -85,7 +85,7 @@ def main(
         if served:
             if not is_main_process():
                 return
-            lineage = write_served(own.teacher, own.student, teacher_out)
+            lineage = write_served(served, own.student, teacher_out)
         elif not settings.enabled:
             if not is_main_process():
                 return
