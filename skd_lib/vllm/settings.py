@@ -27,7 +27,6 @@ _UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("parallel_config.enable_batch_sharded_sampling", (None, False), "--enable-batch-sharded-sampling"),
     ("speculative_config.use_heterogeneous_vocab", (False,), "`use_heterogeneous_vocab` of --speculative-config"),
     ("speculative_config.parallel_drafting", (False,), "`parallel_drafting` of --speculative-config"),
-    ("scheduler_config.async_scheduling", (None, False), "asynchronous scheduling: add --no-async-scheduling"),
 )
 """Settings of vLLM with the values that can be served, and what they are called."""
 
@@ -47,6 +46,8 @@ def refusal(version: str, config: Any) -> str | None:
         return f"the server was started with {found}: it needs a model that drafts, the method draft_model"
     if config.parallel_config.data_parallel_size > 1:
         return "the server was started with --data-parallel-size: start several servers and name all in `urls`"
+    if config.scheduler_config.async_scheduling and not config.use_v2_model_runner:
+        return "vLLM's model runner V1 schedules asynchronously: start it with --no-async-scheduling"
     for path, served, name in _UNSERVED:
         section, attribute = path.split(".")
         if getattr(getattr(config, section), attribute) not in served:

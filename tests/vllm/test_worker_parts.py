@@ -20,7 +20,7 @@ SAMPLED = (SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperatur
 GAMMA, NEW, SLOTS = 3, 12, 5
 
 
-def config(**changed: Any) -> Any:
+def config(*, v2: bool = False, **changed: Any) -> Any:
     """Return what vLLM's configuration says for a server as `skd engine start` starts it, but for some settings."""
     plain = {
         "speculative.method": "draft_model",
@@ -36,17 +36,29 @@ def config(**changed: Any) -> Any:
     for name, value in {**plain, **{name.replace("__", "."): value for name, value in changed.items()}}.items():
         section, attribute = name.split(".")
         sections.setdefault(f"{section}_config", {})[attribute] = value
-    return SimpleNamespace(**{name: SimpleNamespace(**values) for name, values in sections.items()})
+    parts = {name: SimpleNamespace(**values) for name, values in sections.items()}
+    return SimpleNamespace(use_v2_model_runner=v2, **parts)
 
 
+both_runners = pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+
+
+@both_runners
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1"])
-def test_a_server_as_it_is_started_here_is_served(version: str) -> None:
-    assert refusal(version, config()) is None
+def test_a_server_as_it_is_started_here_is_served(version: str, v2: bool) -> None:
+    assert refusal(version, config(v2=v2)) is None
 
 
+@both_runners
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.20", "1.0", "dev"])
-def test_other_versions_are_refused_by_name(version: str) -> None:
-    assert f"vLLM is {version}, and only 0.32.x" in str(refusal(version, config()))
+def test_other_versions_are_refused_by_name(version: str, v2: bool) -> None:
+    assert f"vLLM is {version}, and only 0.32.x" in str(refusal(version, config(v2=v2)))
+
+
+def test_asynchronous_scheduling_needs_model_runner_v2() -> None:
+    asynchronous = {"scheduler__async_scheduling": True}
+    assert "--no-async-scheduling" in str(refusal("0.32.0", config(**asynchronous)))
+    assert refusal("0.32.0", config(v2=True, **asynchronous)) is None
 
 
 @pytest.mark.parametrize(
@@ -59,11 +71,11 @@ def test_other_versions_are_refused_by_name(version: str) -> None:
         ({"parallel__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"parallel__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"parallel__enable_batch_sharded_sampling": True}, "--enable-batch-sharded-sampling"),
-        ({"scheduler__async_scheduling": True}, "--no-async-scheduling"),
     ],
 )
-def test_settings_that_cannot_be_served_are_named(changed: dict[str, Any], named: str) -> None:
-    assert named in str(refusal("0.32.0", config(**changed)))
+@both_runners
+def test_settings_that_cannot_be_served_are_named(changed: dict[str, Any], named: str, v2: bool) -> None:
+    assert named in str(refusal("0.32.0", config(v2=v2, **changed)))
 
 
 def test_a_server_without_a_draft_is_refused() -> None:
@@ -72,10 +84,10 @@ def test_a_server_without_a_draft_is_refused() -> None:
     assert "no --speculative-config" in str(refusal("0.32.0", without))
 
 
-def runner(hidden: int) -> Any:
+def runner(hidden: int, device: str = "cpu") -> Any:
     """Return what `Rollouts` asks vLLM's model runner for."""
     model = SimpleNamespace(get_hidden_size=lambda: hidden, dtype=torch.float32)
-    return SimpleNamespace(device=torch.device("cpu"), max_num_reqs=SLOTS, model_config=model)
+    return SimpleNamespace(device=torch.device(device), max_num_reqs=SLOTS, model_config=model)
 
 
 class Played:
@@ -196,3 +208,27 @@ def test_another_client_may_have_longer_responses_and_another_signal(tiny_model:
     note = played.rollouts.take({"row 31": 1})["row 31"]
     assert set(note) == {"tokens", "by_teacher", "proposals", "log_p", "ids"}
     assert [unpacked(*note[name]).shape for name in ("log_p", "ids")] == [(1, 7), (1, 6)]
+
+
+@pytest.mark.parametrize("signal", ["none", "states", "top_k"])
+def test_a_round_asks_the_device_for_no_value(signal: Any) -> None:
+    """On the meta device, which has none to give; as on a GPU, such a question would stop the host."""
+    settings = RolloutSettings(value=4, student=SAMPLED[0], teacher=SAMPLED[1], vocabulary=320, signal=signal, top_k=6)
+    rollouts = Rollouts(runner(16, "meta"))
+    rollouts.begin(settings, NEW)
+    rollouts.add(0, {"key": "row", "seed": 3, "last": 5, "length": NEW}, 4)
+    with torch.device("meta"):
+        rows_B, logits_LV = torch.arange(3), torch.zeros(12, 320)
+        rollouts.states_MH = torch.zeros(12, 16)
+        drafts_B = rollouts.drafts(logits_LV[:3], rows_B, rows_B)
+        tokens_BS, kept_B = rollouts.verify(
+            logits_LV,
+            drafts_B.unsqueeze(1).expand(3, GAMMA),
+            first_B=rows_B,
+            slot_B=rows_B,
+            position_B=rows_B,
+            reading_B=rows_B > 1,
+        )
+    assert (tokens_BS.shape, kept_B.shape) == ((3, GAMMA + 1), (3,))
+    with pytest.raises(NotImplementedError, match="meta"):
+        kept_B.tolist()
