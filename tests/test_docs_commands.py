@@ -47,7 +47,7 @@ NOT_RUN = {
 }
 """Programs whose commands are only read: files of this repository that they name exist."""
 RUN: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("run", "compare", "submit"), ("--dry-run",)),  # tests/pipelines and tests/kubeflow run all of it
+    **dict.fromkeys(("run", "compare", "draft", "submit"), ("--dry-run",)),  # tests/pipelines and tests/kubeflow run all of it
     **dict.fromkeys(("card", "compile", "config", "doctor", "evaluate", "generate", "report", "runs"), ()),
     "init": ("--force",),
     "specdec": (
