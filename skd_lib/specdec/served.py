@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -210,10 +211,14 @@ def _server(
     port = free_port()
     address = ["--host", "127.0.0.1", "--port", str(port)]
     log.info("starting vLLM: %s", shlex.join(["vllm", *words, *more]))
-    with tempfile.TemporaryDirectory(prefix="skd-vllm-") as logs:
-        begin = lambda written: launch(python, [*words, *more, *address], {}, written)  # noqa: E731
-        with running(begin, port, Path(logs)) as engine:
+    logs = Path(tempfile.mkdtemp(prefix="skd-vllm-"))
+    try:
+        with running(lambda written: launch(python, [*words, *more, *address], {}, written), port, logs) as engine:
             yield engine, shlex.join(["vllm", *serve_words(teacher, draft, gamma), *more])
+    except SkdError as error:
+        hint = f"the log is {logs / 'vllm.log'}; give vLLM other limits by --vllm-arguments, specdec.vllm_arguments"
+        raise SkdError(error.what, where=error.where, hint=hint) from error
+    shutil.rmtree(logs)
 
 
 def _model(visit: Visit, reference: list[list[int]] | None) -> ServedModel:

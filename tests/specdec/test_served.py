@@ -6,7 +6,9 @@ The real server is measured in `tests/vllm/test_specdec.py`.
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -284,6 +286,22 @@ def test_each_draft_has_a_server_of_its_own_and_other_output_is_noted(
     assert json.loads(words[words.index("--speculative-config") + 1])["model"] == str(eagle)
     assert words[-2:] == ["--max-model-len", "99"]
     assert words[5:] == good[4:-4]  # but for the address they are the words that were started
+
+
+def test_a_server_that_ends_says_where_its_log_is(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(_python: Path, _words: list[str], _: Any, written: Any) -> Any:
+        written.write("ValueError: not enough memory\n")
+        written.flush()
+        return SimpleNamespace(poll=lambda: 1, terminate=lambda: None, wait=lambda *_: None)
+
+    monkeypatch.setattr(served, "environment", lambda: Path("python"))
+    monkeypatch.setattr(served, "launch", launch)
+    options: dict[str, Any] = {"concurrencies": [1], "temperatures": [0.0], "max_new_tokens": 3, "gamma": 2}
+    with pytest.raises(SkdError, match=r"exit code 1:\n.*not enough memory") as caught:
+        measure_served(named(folders["teacher"]), {}, [[5]], repeats=1, **options)
+    (log,) = re.findall(r"the log is (\S+);", str(caught.value))
+    assert "not enough memory" in Path(log).read_text(encoding="utf-8")
+    shutil.rmtree(Path(log).parent)
 
 
 def passes(rate: float, counts: DraftCounts | None = None, concurrency: int = 1) -> ServedPasses:
