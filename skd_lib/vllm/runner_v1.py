@@ -27,7 +27,7 @@ class Rollouts(rollouts.Rollouts):
     def __init__(self, runner: Any, *, keeps: bool = True) -> None:
         super().__init__(runner, keeps=keeps)
         self._slot_of: dict[str, int] = {}
-        self._request_of: list[str | None] = [None] * runner.max_num_reqs
+        self._request_of = [""] * runner.max_num_reqs
 
     def scheduled(self) -> Iterator[tuple[dict[str, Any], int, int, int]]:
         """Yield what the client wants of each request of the batch, its first position, its first row, its rows.

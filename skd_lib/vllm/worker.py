@@ -21,6 +21,7 @@ class SkdExtension:
     """Methods of a worker with a teacher and a student."""
 
     model_runner: Any
+    rank: int
     skd_session = ""  # what the worker is set up for
     skd_version: str | None = None  # the student's weights that are loaded
     skd_coming: tuple[str, str] | None = None  # session and client that bring others
