@@ -51,7 +51,7 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU (one after the other: t
 test-comet: $(STAMP) ## Run the tests that need COMET; its own environment is made the first time (minutes)
 	$(BIN)/python -m pytest -m comet tests/evaluation/comet $(ARGS)
 
-test-vllm: $(STAMP) ## Run the tests that need vLLM; its own environment is made the first time (minutes, 2.5 GB)
+test-vllm: $(STAMP) ## Run the tests that need vLLM; its own environment and Triton are made the first time (minutes, 3.2 GB)
 	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 test-images: $(STAMP) ## Build the images and run the pipeline in them; needs docker.io, mmdebstrap, docker-registry (ARGS=...)
