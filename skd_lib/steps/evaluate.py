@@ -150,12 +150,15 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
             run.log_dataset(**each.model_dump())
     remote = remote_teacher(model, task)
     language_model, tokenizer = (remote, remote.tokenizer) if remote else load_for_inference(model)
-    return Measured(
+    measured = Measured(
         evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed),
         evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, settings), evaluation, seed=seed),
         used,
         prepared.private,
     )
+    if remote:
+        run.log_metrics({f"final/{name}": value for name, value in remote.costs().items()})
+    return measured
 
 
 def _data_of(prepared: PreparedData, uri: str) -> list[DataUse]:

@@ -23,6 +23,7 @@ from skd_lib.served.teacher import RemoteTeacher, Unreadable, with_rest
 from skd_lib.training.stored_teacher import store_signals
 from tests.served.conftest import ENDS, EOS, MakeTeacher
 from tests.support.completions_server import MODEL, CompletionsServer
+from tests.support.logged import undocumented
 from tests.support.storage_server import Server
 
 NEW = 12
@@ -152,6 +153,7 @@ def test_work_that_was_broken_off_goes_on_without_asking_again(
     assert ask(make_teacher()) == ask(again)
     again.forget()
     assert again.costs()["served_requests"] == len(repeated)
+    assert undocumented({f"final/{name}" for name in again.costs()}) == set()
 
 
 def test_a_line_that_was_cut_off_is_asked_for_again(
