@@ -221,6 +221,11 @@ class TrainingRun:
         from skd_lib.models.precision import DTYPES
         from skd_lib.vllm.engine import vllm_engine
 
+        elsewhere = None
+        if distill.vllm.pods is not None:
+            from skd_lib.multinode.servers import servers
+
+            elsewhere = partial(servers, distill.vllm.pods)
         new = self.task.max_new_tokens
         examples = [example for each in tokens.values() for example in each]
         return vllm_engine(
@@ -229,6 +234,7 @@ class TrainingRun:
             folders=self.models,
             longest=max(len(example.prompt_ids) + max(len(example.response_ids), new) for example in examples),
             dtype=DTYPES[self.precision],
+            elsewhere=elsewhere,
             **limits,
         )
 

@@ -7,8 +7,8 @@ import secrets
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def vllm_engine(
     max_new_tokens: int,
     longest: int,
     dtype: torch.dtype,
+    elsewhere: Callable[[Served, bool], AbstractContextManager[list[Engine]]] | None = None,
 ) -> Iterator[VllmEngine]:
     """Give a training its servers, started here unless the configuration names some; all processes call this together.
 
@@ -51,28 +52,34 @@ def vllm_engine(
         max_new_tokens: Longest sampled response.
         longest: Longest prompt with its response, in tokens.
         dtype: Of both models in the servers, and of the teacher's head.
+        elsewhere: Gives servers on other machines, on each process, and is told whether that is the first one.
 
     Raises:
-        SkdError: a server does not start, or does not answer.
+        SkdError: `pods` are asked for where there is no `elsewhere`; a server does not start, or does not answer.
     """
     settings, sampling = distill.vllm, distill.sampling
     assert not isinstance(sampling.gamma, Schedule)  # noqa: S101 - the configuration refuses it
     gamma = int(sampling.gamma)
+    if settings.pods is not None and elsewhere is None:
+        hint = "leave it out: a server is started here; or name servers in `urls`"
+        raise SkdError("only a pipeline's step makes pods", where="distill.vllm.pods", hint=hint)
     processes = PartialState(cpu=student.device.type == "cpu")
     with ExitStack() as stack:
         agreed = _agreed_session(own_server=not settings.urls)
         engines = [Engine(url, shared=bool(settings.exchange)) for url in settings.urls]
-        if not engines and processes.is_main_process:
-            served = Served(
-                folders["teacher"],
-                folders["student"],
-                gamma,
-                max_model_len=longest,
-                max_rows=settings.max_rows,
-                dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
-                tensor_parallel=settings.tensor_parallel,
-                memory=settings.memory,
-            )
+        served = Served(
+            folders["teacher"],
+            folders["student"],
+            gamma,
+            max_model_len=longest,
+            max_rows=settings.max_rows,
+            dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+            tensor_parallel=settings.tensor_parallel,
+            memory=settings.memory,
+        )
+        if elsewhere is not None:
+            engines = stack.enter_context(elsewhere(served, processes.is_main_process))
+        elif not engines and processes.is_main_process:
             logs = Path(tempfile.mkdtemp(prefix="skd-vllm-"))
             stack.push(lambda failed, *_: None if failed else shutil.rmtree(logs))  # errors name it
             engines = [stack.enter_context(serving(served, logs, port=agreed["port"]))]
