@@ -1,24 +1,34 @@
-"""Write the tables of docs/guides/sizing.md: the memory that pairs of models take, and which GPU has it.
+"""Write tables of the guides: the memory that pairs of models take, which GPU has it, and plans of runs.
 
 The figures are preflight's estimate (`skd_lib.planning.memory`), for models of known shapes
-(`skd_lib.models.shapes`). No weight is loaded.
+(`skd_lib.models.shapes`). No weight is loaded. Plans are those of the commands that stand above their tables.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from typer.testing import CliRunner
 
+from skd_kfp.pipelines.cli import app
+from skd_lib._core.format import duration
 from skd_lib.config import RunConfig
 from skd_lib.models.shapes import SHAPES
 from skd_lib.planning.memory import GIB, ModelSize, config_size, estimates
 
-PAGE = Path(__file__).parent / "guides/sizing.md"
+GUIDES = Path(__file__).parent / "guides"
+PAGES = [GUIDES / name for name in ("sizing.md", "planning.md", "kubeflow-gpus.md")]
+PLANS = re.compile(
+    r"(```sh\n(skd plan [^`]*)```\n\n<!-- (plan|plans), written by docs/sizing.py -->\n).*?(<!-- end -->)",
+    flags=re.DOTALL,
+)
 BLOCK = re.compile(r"(<!-- table of (\w+), written by docs/sizing.py -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -108,15 +118,76 @@ def _lines(head: list[str], rows: list[list[str]]) -> Iterator[str]:
         yield f"| {' | '.join(line)} |\n"
 
 
+def plans(commands: str) -> list[dict[str, Any]]:
+    """Return the plans of `skd plan` commands."""
+    found = []
+    for command in commands.replace("\\\n", " ").strip().splitlines():
+        done = CliRunner().invoke(app, [*shlex.split(command)[1:], "--json"], catch_exceptions=False)
+        found.append(json.loads(done.stdout))
+    return found
+
+
+def steps_of(plan: dict[str, Any]) -> Iterator[str]:
+    """Return the table of one plan's steps."""
+    rows = [
+        [
+            step["name"],
+            str(step["devices"]),
+            _memory(step),
+            duration(step["seconds"]) if step["seconds"] else "",
+            f"{step['cost']:.2f}" if step["seconds"] else "",
+        ]
+        for step in plan["steps"]
+    ]
+    rows.append(["all", "", "", duration(plan["seconds"]), f"{plan['cost']:.2f}"])
+    return _lines(["step", "GPUs", "GiB of each", "time", "$"], rows)
+
+
+def _memory(step: dict[str, Any]) -> str:
+    size = step["memory_bytes"]
+    return "" if size is None else f"{size / GIB:.0f}" + ("" if step["fits"] else " (too much)")
+
+
+def compared(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Return the table of the distillation of several plans."""
+    names = list(dict.fromkeys(part["name"] for plan in found for part in plan["distill_step"]))
+    rows = []
+    for number, plan in enumerate(found, start=1):
+        seconds = {part["name"]: part["seconds"] for part in plan["distill_step"]}
+        steps = {step["name"]: step for step in plan["steps"]}
+        distill = steps["distill"]
+        memory = [_memory(step) for name, step in steps.items() if name.startswith("distill")]
+        rows.append(
+            [
+                f"{number}: {plan['profile']}",
+                ", ".join(memory),
+                f"{sum(seconds.values()):.1f}",
+                *(f"{seconds[name]:.1f}" if name in seconds else "" for name in names),
+                f"{distill['seconds'] / 3600:.1f}",
+                f"{distill['cost']:.0f}",
+            ]
+        )
+    return _lines(["plan", "GiB: training, server", "seconds a step", *names, "hours", "$"], rows)
+
+
 def written(page: str) -> str:
     """Return the page with its tables as they are now."""
-    now = tables()
-    return BLOCK.sub(lambda block: f"{block[1]}\n{now[block[2]]}\n{block[3]}", page)
+
+    def planned(block: re.Match[str]) -> str:
+        found = plans(block[2])
+        table = steps_of(found[0]) if block[3] == "plan" else compared(found)
+        return f"{block[1]}\n{''.join(table)}\n{block[4]}"
+
+    if BLOCK.search(page):
+        now = tables()
+        page = BLOCK.sub(lambda block: f"{block[1]}\n{now[block[2]]}\n{block[3]}", page)
+    return PLANS.sub(planned, page)
 
 
 def main() -> None:
-    """Write the tables of docs/guides/sizing.md."""
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the tables of the guides."""
+    for page in PAGES:
+        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

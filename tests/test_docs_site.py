@@ -36,6 +36,14 @@ def test_the_tables_of_memory_are_up_to_date(sizing: dict[str, Any]) -> None:
     assert page.count("Llama-3.1-70B") == 1 + 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["planning", "kubeflow-gpus"])
+def test_the_tables_of_plans_are_those_of_their_commands(sizing: dict[str, Any], name: str) -> None:
+    page = (DOCS / "guides" / f"{name}.md").read_text(encoding="utf-8")
+    assert sizing["written"](page) == page, "run python docs/sizing.py"
+    assert "written by docs/sizing.py" in page
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_models_of_the_tables_have_their_real_size(sizing: dict[str, Any], name: str) -> None:
     assert sizing["config_size"](sizing["MODELS"][name]).parameters == PUBLISHED[name]

@@ -96,14 +96,14 @@ def _of_data(config: RunConfig, console: Any) -> dict[str, Any]:
     """Return the figures of the run's data; none where they cannot be read."""
     from skd_lib.models.files import load_tokenizer
     from skd_lib.models.references import resolve_model
-    from skd_lib.planning.measure import data_figures
+    from skd_lib.planning.measure import data_figures, read_splits
 
     try:
         tokenizer = load_tokenizer(resolve_model(config.teacher, weights=False))
     except SkdError:
         tokenizer = None
     try:
-        return data_figures(config, tokenizer)
+        return data_figures(config, read_splits(config), tokenizer)
     except SkdError as error:
         console.print(f"the data are not counted: {error.brief}", markup=False, highlight=False, soft_wrap=True)
         return {}

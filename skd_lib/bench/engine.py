@@ -25,6 +25,7 @@ from skd_lib.bench.setup import RANDOM, Settings, load_pair, machine_figures, pr
 from skd_lib.config import DistillConfig, InterleavedConfig, SamplingParams
 from skd_lib.config.distill import VllmConfig
 from skd_lib.data.tokenize import TokenizedExample
+from skd_lib.distillation.batch import Rollout
 from skd_lib.distillation.loss import objective_for
 from skd_lib.distillation.rollouts import RowKey, rollout_for, row_seed
 from skd_lib.models.heads import common_vocabulary
@@ -327,7 +328,7 @@ class _Bench:
             self.engine.max_new_tokens, self.engine.signal = new_tokens, "states"
             examples = [TokenizedExample(prompt, [0]) for prompt in self.prompts[: turn.rows]]
             keys = [RowKey(self.step, row) for row in range(turn.rows)]
-            made = []
+            made: list[Rollout] = []
 
             def loss() -> None:
                 (rollout,) = made

@@ -51,7 +51,9 @@ class Assumptions(ConfigSection):
     update_share: float = Field(0.6, gt=0, le=MOST_OF_A_PEAK, description="The same by the optimiser.")
     link_share: float = Field(0.7, gt=0, le=MOST_OF_A_PEAK, description="Bandwidth achieved between devices.")
     layer_seconds: float = Field(1e-5, ge=0, description="A layer's time beside that: launches.")
-    send_gbytes: float = Field(1.0, gt=0, description="GB/s of the student's weights to a vLLM server.")
+    draw_seconds: float = Field(0, ge=0, description="A sampled token's time beside forward passes.")
+    servers: int = Field(0, ge=0, description="vLLM servers; 0: as many as the run names.")
+    send_gbytes: float = Field(1.0, gt=0, description="GB/s of the student's weights from a machine to vLLM servers.")
     start_seconds: float = Field(90, ge=0, description="A step's start: imports, loading, saving.")
 
     def rates(self, machine: Machine) -> Rates:
@@ -98,7 +100,7 @@ class Estimator:
         self.split = distill.vllm.tensor_parallel
         made = getattr(distill.vllm, "pods", None)
         pods = made.count if made else 1
-        self.server_count = (len(distill.vllm.urls) or pods) if served else 0
+        self.server_count = (assumptions.servers or len(distill.vllm.urls) or pods) if served else 0
         # On one device server and training take turns.
         self.servers = self.server_count * self.split if machine.devices > self.server_count * self.split else 0
         self.trainers = min(machine.devices - self.servers, distill.training.batch_size)
@@ -123,8 +125,10 @@ class Estimator:
         share = _sampled_share(distill)
         parts: list[Part] = []
         if self.server_count:
-            sent = self.rates.element * student.parameters * self.server_count / (self.assumed.send_gbytes * GB)
-            parts.append(Part("weights", {"link": sent}))
+            # Each machine brings them to its share of the servers.
+            turns = -(-self.server_count // max(1, devices // self.machine.per_node))
+            sent = self.rates.element * student.parameters / (self.assumed.send_gbytes * GB)
+            parts.append(Part("weights", {"link": turns * sent}))
         if (self.method.student_writes or self.method.teacher_writes) and not self.stored:
             served = self.server_count > 0
             together = training.batch_size / self.server_count if served else rows
@@ -168,7 +172,7 @@ class Estimator:
         """Return the seconds in which a model answers some prompts together."""
         prefill = forward_terms(size, self._prefill(rows), self.rates)
         decoding = forward_terms(size, self._decoding(rows, 1, 1), self.rates)
-        return sum(added(prefill, times(self.assumed.longest_tokens, decoding)).values())
+        return sum(added(prefill, times(self._steps(rows), decoding)).values())
 
     def specdec(self, teacher: ModelSize, student: ModelSize) -> float:
         """Return the seconds of the benchmark of drafts, of the student before and after training."""
@@ -188,7 +192,11 @@ class Estimator:
     def memory(self, teacher: ModelSize, student: ModelSize) -> dict[str, float]:
         """Return the bytes that each training step takes on a device."""
         config, gpu = self.config, self.machine.kind != "cpu"
-        sections = {"teacher_sft": config.teacher_sft, "student_init": config.student_init, "distill": config.distill}
+        sections: dict[str, Any] = {
+            "teacher_sft": config.teacher_sft,
+            "student_init": config.student_init,
+            "distill": config.distill,
+        }
         changed = {}
         for name, section in sections.items():
             devices = self.trainers if name == "distill" else min(self.machine.devices, section.training.batch_size)
@@ -254,7 +262,7 @@ class Estimator:
 
     def _sampling(self, teacher: ModelSize, student: ModelSize, rows: float, *, split: int) -> Terms:
         """Return the sampling of a batch."""
-        rates, longest = self.rates, self.assumed.longest_tokens
+        rates, longest = self.rates, self.assumed.longest_tokens  # devices wait for each other
         writers = [
             size
             for size, writes in ((student, self.method.student_writes), (teacher, self.method.teacher_writes))
@@ -262,7 +270,8 @@ class Estimator:
         ]
         prefill = added(*(forward_terms(size, self._prefill(rows), rates, split=split) for size in writers))
         if not self.method.interleaves:
-            decoding = forward_terms(writers[0], self._decoding(rows, 1, 1), rates, split=split)
+            one = self._decoding(rows, 1, 1)
+            decoding = added(forward_terms(writers[0], one, rates, split=split), self._drawing(one.rows))
             return added(prefill, times(longest, decoding))
         sampling = self.config.distill.sampling
         given = sampling.gamma
@@ -275,16 +284,25 @@ class Estimator:
             width = gamma + served
             verifying = forward_terms(teacher, self._decoding(rows, width, width), rates, split=split)
             rounds = longest / expected_tokens([self.assumed.acceptance] * (gamma - 1))
-            blocks.append(times(rounds, added(drafting, verifying)))
+            drawing = self._drawing(self._decoding(rows, 1, 1).rows * (gamma + 1))
+            blocks.append(times(rounds, added(drafting, verifying, drawing)))
         return added(prefill, min(blocks, key=lambda terms: sum(terms.values())))
+
+    def _drawing(self, tokens: float) -> Terms:
+        """Return the time to draw tokens; vLLM's is part of what its servers achieve."""
+        return {"drawing": 0.0 if self.server_count else tokens * self.assumed.draw_seconds}
 
     def _drafted(self, teacher: ModelSize, student: ModelSize, rows: float, gamma: int) -> float:
         """Return the seconds of speculative decoding of some rows."""
-        rounds = self.assumed.longest_tokens / expected_tokens([self.assumed.draft_acceptance] * gamma)
+        rounds = self._steps(rows) / expected_tokens([self.assumed.draft_acceptance] * gamma)
         drafting = times(gamma, forward_terms(student, self._decoding(rows, 1, 1), self.rates))
         verifying = forward_terms(teacher, self._decoding(rows, gamma + 1, gamma + 1), self.rates)
         prefill = [forward_terms(size, self._prefill(rows), self.rates) for size in (teacher, student)]
         return sum(added(times(rounds, added(drafting, verifying)), *prefill).values())
+
+    def _steps(self, rows: float) -> float:
+        """Return the tokens of the row that ends last."""
+        return self.assumed.response_tokens if rows <= 1 else self.assumed.longest_tokens
 
     def _whole(self, rows: float) -> Pass:
         """Return a pass over prompts with their responses, whose predictions count."""

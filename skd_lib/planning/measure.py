@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skd_lib.config import RunConfig
+from skd_lib.config import RunConfig, Schedule
 from skd_lib.data.sources import load_data
-from skd_lib.data.splits import make_splits
+from skd_lib.data.splits import Splits, make_splits
 from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode_all
 from skd_lib.distillation.batch import collate
 from skd_lib.distillation.loss import cross_entropy
@@ -35,7 +36,7 @@ from skd_lib.planning.memory import skeleton_size
 from skd_lib.planning.work import Pass, Rates, forward_bytes, forward_flops, update_seconds
 from skd_lib.sampling.acceptance import AcceptanceRule, lossless
 from skd_lib.sampling.engine import Sampler
-from skd_lib.sampling.timing import Forward, bare
+from skd_lib.sampling.timing import Forward, bare, recorded
 from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
@@ -48,18 +49,22 @@ _SAMPLED_ROWS, _SAMPLED_TOKENS = 8, 48
 _REPEATS = 3
 
 
-def data_figures(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """Return the assumptions that a run's data replace: rows and, with a tokenizer, lengths in tokens.
+def read_splits(config: RunConfig) -> Splits:
+    """Return the splits of a run's data.
 
     Raises:
         SkdError: the data cannot be read.
     """
-    splits = make_splits(load_data(config.data), config.data, config.seed)
+    return make_splits(load_data(config.data), config.data, config.seed)
+
+
+def data_figures(config: RunConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Return the assumptions that a run's data replace: rows and, with a tokenizer, lengths in tokens."""
     figures: dict[str, Any] = {
         "teacher_rows": len(splits.train_teacher),
         "train_rows": len(splits.train_student),
         "validation_rows": len(splits.validation),
-        "test_rows": len(splits.test),
+        "test_rows": len(splits.test) + sum(each.examples or 0 for each in config.data.held_out),
     }
     if tokenizer is None:
         return figures
@@ -81,7 +86,12 @@ def tokens_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, examples: S
     return encode_all(tokenizer, config.task, examples, end, {end})
 
 
-def measure(config: RunConfig, machine: Machine, on_progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    config: RunConfig,
+    machine: Machine,
+    on_progress: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Measure the assumptions of a run's plan on this machine, in a few minutes.
 
     Forward passes of both models at several shapes are timed, in turns, and what arithmetic, memory and layers cost is
@@ -91,6 +101,7 @@ def measure(config: RunConfig, machine: Machine, on_progress: Callable[[str], No
         config: The run; its models are loaded.
         machine: The profile whose peaks the shares are of; one device is measured.
         on_progress: Called with what is being measured.
+        clock: Seconds; `time.process_time` on a CPU that others use, with one thread.
 
     Raises:
         SkdError: a model or the data cannot be read, or the student is on a server.
@@ -107,22 +118,22 @@ def measure(config: RunConfig, machine: Machine, on_progress: Callable[[str], No
     loading = time.perf_counter() - start
     student = _student(config, teacher)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
-    figures = data_figures(config, tokenizer)
-    splits = make_splits(load_data(config.data), config.data, config.seed)
-    batch = config.distill.training.micro_batch_size or config.distill.training.batch_size
+    splits = read_splits(config)
+    figures = data_figures(config, splits, tokenizer)
+    batch = config.distill.training.batch_size
+    micro = config.distill.training.micro_batch_size or batch
     examples = tokens_of(config, tokenizer, splits.train_student[:batch])
 
     on_progress("forward passes")
     length = round(figures["prompt_tokens"] + figures.get("response_tokens", config.task.max_new_tokens / 2))
-    inference, bandwidth, layer = _speeds([teacher, student], len(examples), length, config, machine.element)
+    inference, bandwidth, layer = _speeds([teacher, student], (batch, micro, length), config, machine.element, clock)
     on_progress("training passes")
-    training, update = _training(student, examples, (inference, bandwidth, layer), machine.element)
+    training, update = _training(student, examples[:micro], (inference, bandwidth, layer), machine.element, clock)
     on_progress("acceptance")
-    for name, rule in (
-        ("acceptance", interleaving_rule(config.distill.sampling, 0, 1)),
-        ("draft_acceptance", lossless()),
-    ):
-        figures[name] = _acceptance(rule, config, teacher, student, examples)
+    figures["acceptance"], figures["draw_seconds"] = _acceptance(
+        interleaving_rule(config.distill.sampling, 0, 1), config, teacher, student, examples, clock
+    )
+    figures["draft_acceptance"], _ = _acceptance(lossless(), config, teacher, student, examples, clock)
     shares = {
         "inference_share": inference / machine.flops,
         "training_share": training / machine.flops,
@@ -182,11 +193,17 @@ def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 def _speeds(
-    models: Sequence[PreTrainedModel], rows: int, length: int, config: RunConfig, element: int
+    models: Sequence[PreTrainedModel],
+    batch: tuple[int, int, int],
+    config: RunConfig,
+    element: int,
+    clock: Callable[[], float],
 ) -> tuple[float, float, float]:
     """Return operations and bytes a second, and seconds a layer, that forward passes of these shapes show."""
-    gamma = max(2, int(getattr(config.distill.sampling.gamma, "end", config.distill.sampling.gamma)))
-    shapes = sorted({(1, 1), (rows, 1), (rows, gamma), (1, length), (rows, length)})
+    given = config.distill.sampling.gamma
+    gamma = max(2, given.end if isinstance(given, Schedule) else given)
+    rows, micro, length = batch
+    shapes = sorted({(1, 1), (rows, 1), (rows, gamma), (1, length), (micro, length)})
     forwards = [
         Forward(model, count, width, max(length, width), at_head=count * min(width, gamma))
         for model in models
@@ -196,7 +213,7 @@ def _speeds(
     taken: list[list[float]] = [[] for _ in passes]
     for repeat in range(_REPEATS + 1):
         for run, seconds in zip(passes, taken, strict=True):
-            one = _timed(run, models[0].device)
+            one = _timed(run, models[0].device, clock)
             if repeat:
                 seconds.append(one)
     costs = []
@@ -209,7 +226,11 @@ def _speeds(
 
 
 def _training(
-    student: PreTrainedModel, examples: Sequence[TokenizedExample], speeds: tuple[float, float, float], element: int
+    student: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    speeds: tuple[float, float, float],
+    element: int,
+    clock: Callable[[], float],
 ) -> tuple[float, float]:
     """Return operations a second in training, and bytes a second of the optimiser."""
     dtype, size = student.dtype, skeleton_size(student)
@@ -219,14 +240,18 @@ def _training(
     rollout = collate(prompts, responses, pad_id=0, source="ground_truth", device=student.device)
     optimiser = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
 
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+
     def gradient() -> None:
         with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
             loss = cross_entropy(student, rollout).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     gradients, updates = [], []
     for repeat in range(_REPEATS + 1):
-        seconds = _timed(gradient, student.device), _timed(optimiser.step, student.device)
+        seconds = _timed(gradient, student.device, clock), _timed(update, student.device, clock)
         optimiser.zero_grad()
         if repeat:
             gradients.append(seconds[0])
@@ -250,7 +275,9 @@ def _acceptance(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     examples: Sequence[TokenizedExample],
-) -> float:
+    clock: Callable[[], float],
+) -> tuple[float, float]:
+    """Return the acceptance of some samples, and the seconds of a drawn token beside the forward passes."""
     sampling = config.distill.sampling
     prompts = [example.prompt_ids for example in examples[:_SAMPLED_ROWS]]
     sampler = Sampler(
@@ -265,12 +292,17 @@ def _acceptance(
         max_new_tokens=min(_SAMPLED_TOKENS, config.task.max_new_tokens),
         vocabulary=common_vocabulary(student, teacher),
     )
-    return sampler.sample(prompts, list(range(len(prompts)))).statistics.acceptance_rate
+    seeds = list(range(len(prompts)))
+    with recorded(student, teacher) as forwards:  # those of a pass without graphs
+        counts = replace(sampler, graphs=False).sample(prompts, seeds).statistics
+    taken = _timed(lambda: sampler.sample(prompts, seeds), student.device, clock)
+    besides = taken - _timed(bare(forwards), student.device, clock)
+    return counts.acceptance_rate, max(0.0, besides / (counts.drafted + counts.teacher_calls))
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
+def _timed(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    start = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
