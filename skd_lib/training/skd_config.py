@@ -59,13 +59,17 @@ class SKDConfig(TrainingArguments):
         model_init_kwargs: For `from_pretrained`, where the model is given by name.
         teacher_model_init_kwargs: The same for the teacher.
         trust_remote_code: Run code that comes with models given by name.
+        engine: What samples: this project's own engine (`transformers`), or vLLM servers with the same samples (`vllm`;
+            the teacher is then given by folder or name). They are started here, and end with the trainer, unless `vllm`
+            names some.
+        vllm: Settings of the servers, those of `distill.vllm` in docs/guides/vllm.md, e.g. `{"urls": ["http://..."]}`.
         fsdp: Shard student and teacher over the processes of torchrun, by PyTorch's FSDP2: weights are gathered while
             responses are sampled. `fsdp_config` is not read.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class, and no field
         *TrainingArguments._VALID_DICT_FIELDS,
-        *("model_init_kwargs", "teacher_model_init_kwargs", "schedules", "selective"),
+        *("model_init_kwargs", "teacher_model_init_kwargs", "schedules", "selective", "vllm"),
     ]
 
     method: str = field(default="skd")
@@ -97,6 +101,8 @@ class SKDConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(default=None)
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(default=None)
     trust_remote_code: bool = field(default=False)
+    engine: str = field(default="transformers")
+    vllm: dict[str, Any] | str | None = field(default=None)
     learning_rate: float = field(default=1e-5)
 
     def __new__(cls, *_: Any, **options: Any) -> SKDConfig:
@@ -148,6 +154,8 @@ class SKDConfig(TrainingArguments):
             "replaced_weight": self.replaced_weight,
             "selective": self.selective,
             "sampling": {name: value for name, value in sampling.items() if value is not None},
+            "engine": self.engine,
+            "vllm": self.vllm or {},
             **shares,
         }
         try:
@@ -167,10 +175,7 @@ class SKDConfig(TrainingArguments):
 
 
 _ROWS = "rows are recognised by their fields: `messages`, `prompt` and `completion`, or `prompt`; leave it out"
-_ENGINE = (
-    "SKDTrainer samples with this project's own engine; leave it out. A run of the pipeline can sample with vLLM: "
-    "`distill.engine: vllm`"
-)
+_ENGINE = 'write engine="vllm", and vllm={"urls": ["http://host:port"]} for servers that run already'
 _OF_SFT = {
     "packing": "each row is a sequence of its own, since its response is sampled; leave it out",
     "dataset_text_field": _ROWS,
@@ -200,6 +205,8 @@ _OWN_NAMES = {
 
 def _renamed(error: SkdError) -> SkdError:
     """Return the error with the field's name in `SKDConfig`."""
+    if "field `" not in error.where:  # it is about several
+        return error
     path = re.sub(r".*field `([\w.]+).*", r"\1", error.where)
     own = next(
         (own for name, own in _OWN_NAMES.items() if f"{path}.".startswith(f"{name}.")),

@@ -7,10 +7,11 @@ by SKD. Checkpoints, resume, callbacks, loggers, learning rates and data paralle
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,10 @@ from skd_lib.training.figures import sampling_figures
 from skd_lib.training.rollout_trainer import RolloutTrainer
 from skd_lib.training.sharding import place_teacher, shard, whole_states, whole_weights
 from skd_lib.training.skd_config import SKDConfig, check_arguments, warn_of_unread
-from skd_lib.training.turn_rows import by_turn, place_of
+from skd_lib.training.turn_rows import by_turn, check_collated, check_responses, place_of
+
+if TYPE_CHECKING:
+    from skd_lib.vllm.sampler import VllmEngine
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class SKDTrainer(RolloutTrainer):
 
     Args:
         model: The student, or its name or folder.
-        teacher_model: The teacher, or its name or folder; None for the method `sft`.
+        teacher_model: The teacher, or its name or folder; None for the method `sft`; no model with `engine="vllm"`.
         args: Settings.
         data_collator: Turns rows into a list of `TokenizedExample`; unset, rows may have the formats of
             `skd_lib.data.formats`.
@@ -101,7 +105,8 @@ class SKDTrainer(RolloutTrainer):
         self.distill = args.distill_config()
         warn_of_unread(self.distill)
         self.facts = METHODS[self.distill.method]
-        if args.fsdp and (peft_config is not None or not self.facts.shardable):
+        served = self.distill.engine == "vllm" and self.facts.needs_teacher
+        if args.fsdp and (peft_config is not None or not (self.facts.shardable or served)):
             what = "adapters are trained" if self.facts.shardable else f"method is `{self.distill.method}`"
             hint = "leave it off: each process then has both models whole"
             raise SkdError(f"sharding does not work where the {what}", where="SKDConfig, field `fsdp`", hint=hint)
@@ -110,11 +115,22 @@ class SKDTrainer(RolloutTrainer):
         if peft_config is None and student.dtype in (torch.bfloat16, torch.float16):
             log.warning("the student's weights are %s: small updates are lost; load it in float32", student.dtype)
         processing_class = processing_class or tokenizer_of(student, hint="pass `processing_class`")
-        teacher = (
-            None if teacher_model is None else _loaded(teacher_model, _mapping(args, "teacher_model_init_kwargs"), args)
-        )
-        if self.facts.needs_teacher and teacher is None:
+        if self.facts.needs_teacher and teacher_model is None:
             raise SkdError(f"method `{self.distill.method}` needs a teacher", where="SKDTrainer, teacher_model")
+        self.eos_ids = eos_ids(student, processing_class)
+        self.pad_id = pad_id(processing_class)
+        self.engine: VllmEngine | None = None
+        if served:
+            from skd_lib.training.skd_engine import start_engine
+
+            ids = {"eos_ids": self.eos_ids, "pad_id": self.pad_id}
+            student.to(args.device)
+            self.engine, running = start_engine(args, self.distill, student, teacher_model, processing_class, **ids)
+            self._end_servers = weakref.finalize(self, running.close)
+            teacher: PreTrainedModel | None = self.engine.head
+        else:
+            options = _mapping(args, "teacher_model_init_kwargs")
+            teacher = None if teacher_model is None else _loaded(teacher_model, options, args)
         if teacher is student:
             what = "teacher and student are one model, and training would change both"
             raise SkdError(what, where="SKDTrainer, teacher_model", hint="load it twice")
@@ -128,8 +144,6 @@ class SKDTrainer(RolloutTrainer):
                     module.p = 0.0
                 if hasattr(module, "attention_dropout"):
                     module.attention_dropout = 0.0
-        self.eos_ids = eos_ids(student, processing_class)
-        self.pad_id = pad_id(processing_class)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -154,8 +168,13 @@ class SKDTrainer(RolloutTrainer):
         if self.is_deepspeed_enabled:
             what = "the student is sampled between optimiser steps, which DeepSpeed's shards do not allow"
             raise SkdError(what, where="SKDTrainer", hint="start with torchrun, and set `fsdp=True` to shard")
-        self._strategy: tuple[int, Strategy] | None = None
+        self._strategy: Strategy | None = None
         self._statistics = SamplingStatistics()
+
+    def close(self) -> None:
+        """End the vLLM servers that were started for this trainer. Without it they end with the process."""
+        if self.engine is not None:
+            self._end_servers()
 
     def _tokenized(self, rows: list[Any]) -> list[TokenizedExample]:
         # By turn, rows are formatted when they are divided.
@@ -184,7 +203,7 @@ class SKDTrainer(RolloutTrainer):
         if not batches:
             return [], torch.zeros((), dtype=torch.long, device=device)
         for batch in batches:
-            _check_collated(batch)
+            check_collated(batch)
         examples = [example for batch in batches for example in batch]
         # A row's place in the step's global batch: processes take turns, micro-batch after micro-batch.
         turns = (turn * self.args.world_size + self.args.process_index for turn in range(len(batches)))
@@ -196,27 +215,32 @@ class SKDTrainer(RolloutTrainer):
         keys = [RowKey(self.state.global_step, row) for row in rows]
         with self.accelerator.autocast(), self.gathered():
             rollout = self._strategy_of_run()(examples, keys)
-        _check_responses(rollout, "train_dataset")
+        check_responses(rollout, "train_dataset")
         self._statistics += rollout.statistics or SamplingStatistics()
         tokens = self.sum_over_processes(torch.tensor(rollout.tokens, device=device)).clamp_min(1)
         return [{"rollout": part} for part in rollout.split([len(batch) for batch in batches])], tokens
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train; see `transformers.Trainer.train`."""
+        self._strategy = None  # another training may have other schedules, and has other weights at each step
+        return super().train(*args, **options)
+
     def _strategy_of_run(self) -> Strategy:
-        steps = self.state.max_steps  # another training may have others, and with them other schedules
-        if self._strategy is None or self._strategy[0] != steps:
+        if self._strategy is None:
             strategy = rollout_for(
                 self.distill.method,
                 student=self.model,
                 teacher=self.teacher,
                 distill=self.distill,
-                steps=steps,
+                steps=self.state.max_steps,
                 seed=self.args.seed,
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
                 max_new_tokens=self.args.max_new_tokens,
+                sampler_at=None if self.engine is None else self.engine.sampler,
             )
-            self._strategy = (steps, strategy)
-        return self._strategy[1]
+            self._strategy = self.engine.attached(strategy, self.args.device) if self.engine else strategy
+        return self._strategy
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -253,10 +277,13 @@ class SKDTrainer(RolloutTrainer):
     def _ground_truth(self, dataset: Any) -> Iterator[Rollout]:
         """Yield this process's share of a dataset with its own responses."""
         for batch in self._own_batches(dataset):
-            _check_collated(batch)
+            check_collated(batch)
             prompts, responses = [one.prompt_ids for one in batch], [one.response_ids for one in batch]
             rollout = collate(prompts, responses, pad_id=self.pad_id, source="ground_truth")
-            _check_responses(rollout, "eval_dataset")
+            check_responses(rollout, "eval_dataset")
+            if self.engine is not None and self.facts.uses_divergence:
+                signals = self.engine.signals_along(list(zip(prompts, responses, strict=True)))
+                rollout = replace(rollout, signals=tuple(signals))
             yield rollout
 
     def _own_batches(self, dataset: Any) -> Iterator[list[TokenizedExample]]:
@@ -310,26 +337,6 @@ class SKDTrainer(RolloutTrainer):
             self._statistics = SamplingStatistics()
             logs = logs | sampling_figures(SamplingStatistics(*self.sum_over_processes(counts).tolist()))
         super().log(logs, start_time)
-
-
-def _check_collated(batch: Any) -> None:
-    if not isinstance(batch, list) or not all(isinstance(one, TokenizedExample) for one in batch):
-        what = f"it returns a {type(batch).__name__}, not a list of `skd_lib.data.tokenize.TokenizedExample`"
-        hint = "leave it out: rows of `messages`, or of `prompt` and `completion`, are tokenised here"
-        raise SkdError(what, where="SKDTrainer, data_collator", hint=hint)
-
-
-def _check_responses(rollout: Rollout, where: str) -> None:
-    hint = "give it a `completion` or an assistant message"
-    if where == "train_dataset":
-        hint += ", or train by a method that samples every response"
-    rows = zip(rollout.sources, rollout.lengths, strict=True)
-    if any(source == "ground_truth" and not length for source, length in rows):
-        raise SkdError(
-            "a row has no response, so it has no loss",
-            where=where,
-            hint=hint,
-        )
 
 
 def _mapping(args: SKDConfig, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Datasets of which every answer of a conversation is a row."""
+"""Datasets of which every answer of a conversation is a row, and checks of rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from skd_lib.data.formats import each_turn
+from skd_lib.data.tokenize import TokenizedExample
+from skd_lib.distillation.batch import Rollout
+from skd_lib.errors import SkdError
 
 Row = Mapping[str, Any]
 Format = Callable[[Any], Row] | None
@@ -69,3 +72,33 @@ def place_of(row: Any, datasets: Mapping[str, Any]) -> str:
 
 def _formatted(rows: Iterable[Any], form: Format) -> Iterable[Row]:
     return rows if form is None else map(form, rows)
+
+
+def check_collated(batch: Any) -> None:
+    """Check that a data collator returns what it has to.
+
+    Raises:
+        SkdError: it returns something else.
+    """
+    if not isinstance(batch, list) or not all(isinstance(one, TokenizedExample) for one in batch):
+        what = f"it returns a {type(batch).__name__}, not a list of `skd_lib.data.tokenize.TokenizedExample`"
+        hint = "leave it out: rows of `messages`, or of `prompt` and `completion`, are tokenised here"
+        raise SkdError(what, where="SKDTrainer, data_collator", hint=hint)
+
+
+def check_responses(rollout: Rollout, where: str) -> None:
+    """Check that the responses of a dataset are not empty.
+
+    Raises:
+        SkdError: one is.
+    """
+    hint = "give it a `completion` or an assistant message"
+    if where == "train_dataset":
+        hint += ", or train by a method that samples every response"
+    rows = zip(rollout.sources, rollout.lengths, strict=True)
+    if any(source == "ground_truth" and not length for source, length in rows):
+        raise SkdError(
+            "a row has no response, so it has no loss",
+            where=where,
+            hint=hint,
+        )

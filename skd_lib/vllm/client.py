@@ -92,7 +92,7 @@ class Engine:
         """
         seen = str(folder) if self._shared else self.send(folder / "model.safetensors", "weights/model.safetensors")
         deadline = time.monotonic() + min(_SECONDS_TO_BE_SEEN, self.wait_s)
-        while not self.rpc("skd_sees", seen):  # a network disk shows a new file a little later
+        while not self.rpc("skd_sees", seen)["seen"]:  # a network disk shows a new file a little later
             if time.monotonic() > deadline:
                 raise SkdError(
                     f"the server does not see the student's weights in {seen}",

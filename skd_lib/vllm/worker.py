@@ -99,9 +99,9 @@ class SkdExtension:
         """Let clients sample: the session is set up and the weights are loaded."""
         self.skd_version, self.skd_coming = version, None
 
-    def skd_sees(self, folder: str) -> bool:
-        """Return whether a folder with the student's weights is there for this machine."""
-        return (Path(folder) / "model.safetensors").is_file()
+    def skd_sees(self, folder: str) -> dict[str, bool]:
+        """Return `seen`: a folder with the student's weights is there for this machine."""
+        return {"seen": (Path(folder) / "model.safetensors").is_file()}  # of a plain bool vLLM would make a text
 
     def skd_take(self, lengths: dict[str, int]) -> dict[str, dict[str, Any]]:
         """Return what is known of finished responses: tokens, by_teacher, proposals, and the teacher's signal."""

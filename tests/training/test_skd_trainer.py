@@ -150,7 +150,7 @@ def test_names_of_gkd_mean_what_they_mean_there() -> None:
         ({"gamma": 0}, "field `gamma`"),
         ({"topk": 3}, r"SKDConfig, topk: there is no such argument(.|\n)*did you mean top_k"),
         ({"packing": True}, r"SKDConfig, packing(.|\n)*its response is sampled"),
-        ({"use_vllm": True}, r"SKDConfig, use_vllm(.|\n)*`distill.engine: vllm`"),
+        ({"use_vllm": True}, r"SKDConfig, use_vllm(.|\n)*write engine=.vllm"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"label_smoothing_factor": 0.1}, "field `label_smoothing_factor`"),
         ({"torch_compile": True}, "field `torch_compile`"),
@@ -159,6 +159,10 @@ def test_names_of_gkd_mean_what_they_mean_there() -> None:
         ({"schedules": {"beta": {"start": 0, "end": 1}}}, "`beta` cannot change"),
         ({"schedules": {"top_k": {"start": 0}}}, "field `top_k`"),
         ({"selective": {"topp": 3}}, "field `selective`"),
+        ({"engine": "vllm", "vllm": {"url": "x"}}, "field `vllm`"),
+        ({"engine": "vllm", "rule": "mixture"}, r"rule is `mixture`(.|\n)*engine: transformers"),
+        ({"engine": "vllm"}, r"teacher_model: with the engine vllm(.|\n)*pass its folder or name"),
+        ({"engine": "vllama"}, "field `engine`"),
         ({"fsdp": True}, r"sharding needs at least two processes(.|\n)*torchrun"),
         ({"fsdp": True, "fsdp_config": {"version": 2}}, "field `fsdp_config`"),
     ],
@@ -177,7 +181,7 @@ def test_every_rule_has_its_setting(make: Any, options: dict[str, Any]) -> None:
     trainer.train()
 
 
-STEPS_OWN = {"teacher_signal", "training", "multinode", "engine", "vllm"}
+STEPS_OWN = {"teacher_signal", "training", "multinode"}
 """Fields of `distill` that are about a pipeline's step: when and where the teacher is asked, on which machines."""
 
 
@@ -205,12 +209,18 @@ def test_every_setting_of_the_methods_has_its_argument() -> None:
         selective={"top": 3},
     ).distill_config()
     changed = {name for name, value in given if value != getattr(DistillConfig(), name)}
-    assert changed == DistillConfig.model_fields.keys() - STEPS_OWN
+    assert changed == DistillConfig.model_fields.keys() - STEPS_OWN - {"engine", "vllm"}
     sampling = {name for name, value in given.sampling if value != getattr(InterleavedConfig(), name)}
     assert sampling == InterleavedConfig.model_fields.keys()
     assert (given.sampling.student.temperature, given.sampling.teacher.temperature) == (0.7, 0.2)
     assert given.sampling.top_k.end == 5
     assert given.selective.top == 3
+
+
+def test_servers_are_settings_too() -> None:
+    servers = {"urls": ["http://10.0.0.5:8000"], "signal": "top_k", "top_k": 8}
+    given = SKDConfig(output_dir="x", report_to="none", engine="vllm", vllm=servers).distill_config()
+    assert (given.engine, given.vllm.urls, given.vllm.top_k) == ("vllm", servers["urls"], 8)
 
 
 def test_a_share_that_changes_makes_skd_a_mixture() -> None:

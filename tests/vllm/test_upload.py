@@ -24,7 +24,7 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     """What stands behind the guard."""
     if scope["type"] == "http":
         ASKED.append(scope["path"])
-        await answer(send, 200, {"results": [True]})
+        await answer(send, 200, {"results": [{"seen": True}]})
 
 
 @pytest.fixture
