@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,23 @@ def test_slots_chunks_prefixes_and_lost_memory_change_nothing(pair: Pair, crampe
     assert counted(cramped, "num_preemptions") > 0
     assert counted(cramped, "prefix_cache_hits") > 0
     assert counted(cramped, "request_success") - before > len(prompts)  # some were sampled twice
+
+
+def test_processes_that_share_the_teacher_sample_as_one(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tensor-parallel ranks, of which the first one keeps the notes."""
+    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")  # vLLM wants a NUMA node for each
+    prompts = pair.prompts(6)
+    want = pair.own(top_k(8), SAMPLED).sample(prompts, SEEDS[:6])
+    with serving(replace(served(pair, 6), tensor_parallel=2), tmp_path / "server") as server:
+        engine = pair.engine(server, tmp_path / "weights", SAMPLED)
+        got = engine.sampler(top_k(8), 0).sample(prompts, SEEDS[:6])
+        along = engine.signals_along([(prompts[0], want.tokens_BT[0, : want.lengths[0]].tolist())])
+    assert rows_of(got) == rows_of(want)
+    assert got.teacher_states_BTH is not None
+    states_TH = got.teacher_states_BTH[0, : want.lengths[0]]
+    assert torch.allclose(states_TH, along[0].states_NH, atol=3e-4)  # type: ignore[attr-defined]
 
 
 def test_rules_that_read_the_students_probabilities_are_refused(pair: Pair, tmp_path: Path) -> None:
