@@ -137,35 +137,35 @@ class TrainingRun:
             "pad_id": pad_id(tokenizer, rows),
             "max_new_tokens": self.task.max_new_tokens,
         }
-        if load_teacher and self.distill and not all(example.response_ids for example in tokens["validation"]):
-            # Prompts without answers: the teacher's own show how near the student comes to it.
-            tokens["validation"] = self._stored_responses(
-                self.distill, tokens["validation"], student, load_teacher, limits, method="seqkd"
-            )
-        self._check_answers(tokens)
-        method, teacher, signals = self.method, None, None
-        if load_teacher is not None and self.distill is not None:
-            if self.distill.engine == "vllm":
-                pass  # the teacher is in the servers
-            elif self.distill.teacher_signal.mode == "online":
-                from skd_lib.served.teacher import RemoteTeacher
-
-                assert not isinstance(load_teacher, RemoteTeacher)  # noqa: S101 - the step refuses it
-                teacher = load_teacher()
-            elif not METHODS[method].uses_divergence:
-                # The teacher's stored responses are data like any other.
-                method = "sft"
-                tokens[self.split] = self._stored_responses(
-                    self.distill, tokens[self.split], student, load_teacher, limits
-                )
-            else:
-                both = [*tokens[self.split], *tokens["validation"]]
-                signals = self._stored_signals(self.distill, both, student, load_teacher, limits["pad_id"])
-        checkpoints = self.checkpoints({"train": tokens[self.split], "validation": tokens["validation"]}, limits)
         with ExitStack() as stack:
             engine = None
             if load_teacher is not None and self.distill is not None and self.distill.engine == "vllm":
                 engine = stack.enter_context(self._vllm(self.distill, student, tokens, limits))
+            if load_teacher and self.distill and not all(example.response_ids for example in tokens["validation"]):
+                # Prompts without answers: the teacher's own show how near the student comes to it.
+                tokens["validation"] = self._stored_responses(
+                    self.distill, tokens["validation"], student, load_teacher, limits, "seqkd", engine
+                )
+            self._check_answers(tokens)
+            method, teacher, signals = self.method, None, None
+            if load_teacher is not None and self.distill is not None:
+                if self.distill.engine == "vllm":
+                    pass  # the teacher is in the servers
+                elif self.distill.teacher_signal.mode == "online":
+                    from skd_lib.served.teacher import RemoteTeacher
+
+                    assert not isinstance(load_teacher, RemoteTeacher)  # noqa: S101 - the step refuses it
+                    teacher = load_teacher()
+                elif not METHODS[method].uses_divergence:
+                    # The teacher's stored responses are data like any other.
+                    method = "sft"
+                    tokens[self.split] = self._stored_responses(
+                        self.distill, tokens[self.split], student, load_teacher, limits
+                    )
+                else:
+                    both = [*tokens[self.split], *tokens["validation"]]
+                    signals = self._stored_signals(self.distill, both, student, load_teacher, limits["pad_id"])
+            checkpoints = self.checkpoints({"train": tokens[self.split], "validation": tokens["validation"]}, limits)
             result = train(
                 method=method,
                 student=student,
@@ -268,10 +268,11 @@ class TrainingRun:
         load_teacher: TeacherSource,
         limits: Mapping[str, Any],
         method: str = "",
+        engine: VllmEngine | None = None,
     ) -> list[TokenizedExample]:
         """Return the examples with the teacher's responses, one to each prompt, sampled unless they are stored.
 
-        `method` says how; empty: the run's.
+        `method` says how; empty: the run's. With an engine the teacher is asked there, and not loaded here.
         """
         from skd_lib.distillation.rollouts import Strategy, rollout_for
         from skd_lib.models.heads import vocabulary_size
@@ -284,6 +285,8 @@ class TrainingRun:
         def make_strategy() -> Strategy:
             if isinstance(load_teacher, RemoteTeacher):
                 return load_teacher.strategy(distill.sampling.teacher, self.seed, limits["pad_id"], new)
+            if engine is not None:
+                return sampled(student=student, teacher=engine.head, sampler_at=engine.sampler)
             return sampled(student=student, teacher=load_teacher())
 
         folder = self._teacher_folder(
