@@ -114,7 +114,8 @@ class Cluster:
 
     def pod(self, name: str, patience: float | None = None) -> dict[str, Any] | None:
         """Return a pod; None if there is none."""
-        return self._unless_missing(self._pod, name, patience)
+        found: dict[str, Any] | None = self._unless_missing(self._pod, name, patience)
+        return found
 
     def make(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> None:
         """Create a pod or a Secret, or with `dry_run` only have it checked."""

@@ -49,9 +49,9 @@ def main(folder: Path, port: int = PORT) -> int:
         return 1  # stopped before they came
     for left in SHARED_MEMORY.glob(f"{FILES}*"):  # of a server that was killed
         shutil.rmtree(left, ignore_errors=True)
-    values = json.loads(settings.read_text(encoding="utf-8"))
-    models = {name: folder / name for name in _FOLDERS}
-    return until_ended(start(Served(**models, **values), Path(sys.executable), port, host=address))
+    values: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    values |= {name: folder / name for name in _FOLDERS}
+    return until_ended(start(Served(**values), Path(sys.executable), port, host=address))
 
 
 async def _receive(folder: Path, address: str, port: int) -> None:
