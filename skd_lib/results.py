@@ -328,9 +328,9 @@ class ServedMeasurement(Figures):
         return passes.tokens_per_second / self.alone.at(passes.temperature, passes.concurrency).tokens_per_second
 
     def is_unsure(self, passes: ServedPasses) -> bool:
-        """Return whether a pass with a draft was as fast as one without, so that the speed-up may be chance."""
+        """Return whether the speed-up may be chance: one pass alone, or one with a draft as fast as one without."""
         alone = self.alone.at(passes.temperature, passes.concurrency)
-        return passes.slowest <= alone.fastest and alone.slowest <= passes.fastest
+        return self.repeats == 1 or (passes.slowest <= alone.fastest and alone.slowest <= passes.fastest)
 
     def metrics(self) -> dict[str, float]:
         """Return what a draft did at every setting, and its greedy responses that are the server's without one."""

@@ -114,7 +114,7 @@ def _served(name: str, served: ServedMeasurement) -> list[RenderableType]:
     )
     note = (
         "Tokens a second: the median of the passes, slowest to fastest in brackets. Servers run one after the other. "
-        "Tokens/call: 1 + accepted / drafts. A question mark: the ranges overlap, the speed-up may be chance."
+        "Tokens/call: 1 + accepted / drafts. A question mark: with ranges that overlap, or one pass, it may be chance."
     )
     parts: list[RenderableType] = [TextTable(title, _SERVED_COLUMNS, speeds, note=note).to_rich()]
     if (counts := model.passes[0].counts) is not None:

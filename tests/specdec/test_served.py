@@ -367,6 +367,8 @@ def test_the_figures_of_each_draft(folders: dict[str, Path]) -> None:
     assert before.served is not None
     assert list(before.served.drafts) == ["before"]
     assert type(before).model_validate(before.to_dict()) == before
+    assert not before.is_unsure
+    assert before.served.model_copy(update={"repeats": 1}).is_unsure(before.served.drafts["before"].passes[0])
     figures = before.metrics()
     assert figures["greedy_equal"] == 7
     assert figures["speedup_temperature_0_in_flight_4"] == 0.75
