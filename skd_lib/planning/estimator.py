@@ -98,8 +98,7 @@ class Estimator:
         self.stored = self.method.storable and distill.teacher_signal.mode == "stored"
         served = distill.engine == "vllm" and self.method.needs_teacher and not self.stored
         self.split = distill.vllm.tensor_parallel
-        made = getattr(distill.vllm, "pods", None)
-        pods = made.count if made else 1
+        pods = distill.vllm.pods.count if distill.vllm.pods else 1
         self.server_count = (assumptions.servers or len(distill.vllm.urls) or pods) if served else 0
         # On one device server and training take turns.
         self.servers = self.server_count * self.split if machine.devices > self.server_count * self.split else 0
