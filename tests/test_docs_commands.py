@@ -47,7 +47,7 @@ NOT_RUN = {
 }
 """Programs whose commands are only read: files of this repository that they name exist."""
 RUN: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("run", "compare", "draft", "submit"), ("--dry-run",)),  # tests/pipelines and tests/kubeflow run all of it
+    **dict.fromkeys(("run", "compare", "draft", "submit"), ("--dry-run",)),  # whole runs are other tests
     **dict.fromkeys(("card", "compile", "config", "doctor", "evaluate", "generate", "report", "runs"), ()),
     "init": ("--force",),
     "specdec": (
@@ -224,7 +224,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
 RUNNABLE = [
     pytest.param(list(found), id=" ".join(found)[:80].replace("\n", " "))
     for found in sorted({tuple(each.values[0][1:]) for each in COMMANDS if program(each.values[0]) == "skd"})
-    if found[0] in RUN and not any(Path(word).stem.isupper() or "..." in word or "$" in word.partition(":")[0] for word in found)
+    if found[0] in RUN
+    and not any(Path(word).stem.isupper() or "..." in word or "$" in word.partition(":")[0] for word in found)
 ]
 
 

@@ -332,7 +332,8 @@ class _Bench:
 
             def loss() -> None:
                 (rollout,) = made
-                (objective(self.student, rollout).loss / rollout.tokens).backward()
+                mean = objective(self.student, rollout).loss / rollout.tokens
+                mean.backward()  # type: ignore[no-untyped-call]
 
             phases = (
                 lambda: self._send(count, self.step),

@@ -248,8 +248,8 @@ class DistillConfig(ConfigSection):
         }
         if problems := [problem for problem, is_so in found.items() if is_so]:
             raise ValueError(
-                "engine: vllm samples by the rules top_k and min_prob with a fixed gamma, online, on several machines by "
-                f"servers that all of them reach, but {' and '.join(problems)}; change that, or use `engine: "
+                "engine: vllm samples by the rules top_k and min_prob with a fixed gamma, online, on several machines "
+                f"by servers that all of them reach, but {' and '.join(problems)}; change that, or use `engine: "
                 "transformers`"
             )
         return self

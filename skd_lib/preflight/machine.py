@@ -20,9 +20,9 @@ from packaging.requirements import Requirement
 from skd_lib._core.bugs import EXTRAS, INSTALL
 from skd_lib._core.machine import total_memory, usable_cores
 from skd_lib._core.uris import is_sqlite, shown
+from skd_lib.planning.memory import GIB
 from skd_lib.preflight.checks import TRACKING, Check, Checks
 from skd_lib.preflight.environment import check_auto_precision, check_gpu, check_tracking_store
-from skd_lib.planning.memory import GIB
 
 WANTED_CORES, WANTED_MEMORY, WANTED_DISK = 2, 8, 10
 """For the demo: cores, and GiB of memory and disk."""

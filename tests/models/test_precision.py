@@ -12,9 +12,9 @@ from skd_lib.config import DistillConfig, Precision, TaskConfig, TrainingConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import load_for_inference
 from skd_lib.models.precision import precision_trouble, resolve_precision
+from skd_lib.planning.memory import config_size, estimate
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.environment import check_auto_precision
-from skd_lib.planning.memory import config_size, estimate
 from skd_lib.steps import trained_model
 from skd_lib.steps.training_run import TrainingRun
 from tests.conftest import CpuFlags, SaveTinyModel, TinyModel
