@@ -24,7 +24,7 @@ from skd_lib.errors import SkdError
 GROUP = "skd.filters"
 Clean = Callable[[str], str | None]
 _NO_TEXTS = ("role", "type", "id", "tool_call_id")
-"""Fields of messages by which a chat template finds its way."""
+"""Fields of messages and tools by which a chat template finds its way."""
 
 
 class _Dropped(Exception):
@@ -49,6 +49,8 @@ def clean_examples(examples: list[Example], config: DataConfig) -> list[Example]
         kept = own(text) if own is not None else text
         if kept is None:
             raise _Dropped
+        if not isinstance(kept, str):
+            raise TypeError
         return kept
 
     found = []
@@ -77,17 +79,22 @@ def _cleaned(example: Example, clean: Callable[[str], str]) -> Example:
     if example.conversation is None:
         return make_example(clean(example.source), clean(example.target) if example.target else "", example.origin)
     talk = example.conversation
-    messages = tuple(_texts(message, clean) for message in talk.messages)
-    return conversation_example(replace(talk, messages=messages), example.origin)
+    messages, tools = (tuple(_texts(each, clean) for each in part) for part in (talk.messages, talk.tools))
+    return conversation_example(replace(talk, messages=messages, tools=tools), example.origin)
 
 
-def _texts(value: Any, clean: Callable[[str], str]) -> Any:
-    """Clean every text in a message, also in calls of tools."""
+def _texts(value: Any, clean: Callable[[str], str], *, free: bool = False) -> Any:
+    """Clean every text in a message or a tool; of `free` values, a call's arguments, also the names of all fields."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, Mapping):
-        return {key: each if key in _NO_TEXTS else _texts(each, clean) for key, each in value.items()}
-    return [_texts(each, clean) for each in value] if isinstance(value, list | tuple) else value
+        return {
+            clean(key) if free else key: each
+            if not free and key in _NO_TEXTS and isinstance(each, str)
+            else _texts(each, clean, free=free or key == "arguments")
+            for key, each in value.items()
+        }
+    return [_texts(each, clean, free=free) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _filter(name: str) -> Clean:

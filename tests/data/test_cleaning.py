@@ -58,9 +58,12 @@ def test_answers_of_texts_are_ignored_likewise(tmp_path: Path, columns: dict[str
 
 
 def test_patterns_are_replaced_in_every_text_before_anything_is_stored(tmp_path: Path) -> None:
-    call = {"function": {"name": "mail", "arguments": json.dumps({"to": ["a.b@example.org"], "n": 3})}}
+    arguments = {"to": ["a.b@example.org"], "n": 3, "id": "a.b@example.org", "a.b@example.org": 1}
+    call = {"id": "a", "type": "function", "function": {"name": "mail", "arguments": json.dumps(arguments)}}
+    tools = [{"type": "function", "function": {"name": "mail", "description": "Mail a.b@example.org"}}]
     asked = said("Write to a.b@example.org")
     rows = [{"messages": [*asked, {"role": "assistant", "content": "a.b@example.org:", "tool_calls": [call]}]}]
+    rows[0]["tools"] = tools
     rows += [{"messages": said(f"Question {number} of b@example.org?", "Yes.")} for number in range(20)]
     data = config(tmp_path / "log.jsonl", rows, redact=[EMAIL])
     prepare(data, tmp_path / "data", seed=0)
@@ -88,7 +91,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "Metadata-Version: 2.1\nName: own-filters\nVersion: 1.0\n"
     )
     (folder / "own_filters-1.0.dist-info/entry_points.txt").write_text(
-        "[skd.filters]\nnames = own_filters:names\nbroken = own_filters:broken\n"
+        "[skd.filters]\nnames = own_filters:names\nbroken = own_filters:broken\nlength = builtins:len\n"
     )
     (folder / "own_filters.py").write_text(
         "def names(text):\n    return None if 'secret' in text else text.replace('Anna', 'NAME')\n"
@@ -114,11 +117,13 @@ def test_a_filter_that_is_not_there_or_fails_stops_the_reading(tmp_path: Path, p
     rows = [{"prompt": "Ask Anna."}]
     with pytest.raises(SkdError, match="no installed package registers the filter `os:system`") as caught:
         sources.load_data(config(tmp_path / "log.jsonl", rows, filter="os:system"))
-    assert "registered here: broken, names" in str(caught.value)
+    assert "registered here: broken, length, names" in str(caught.value)
     with pytest.raises(SkdError, match="the filter `broken` failed: ValueError") as caught:
         sources.load_data(config(tmp_path / "log.jsonl", rows, filter="broken"))
     assert "row 1" in str(caught.value)
     assert "Anna" not in str(caught.value)
+    with pytest.raises(SkdError, match="the filter `length` failed: TypeError"):
+        sources.load_data(config(tmp_path / "log.jsonl", rows, filter="length"))
 
 
 def test_where_everything_is_dropped_the_split_is_empty(tmp_path: Path) -> None:
