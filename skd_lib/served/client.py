@@ -5,6 +5,7 @@ Prompts are the project's own rendering, so that `/chat/completions`, where the 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -61,14 +62,14 @@ class Endpoint:
             SkdError: it cannot be reached, or refuses the model or the key, or its answer is no completion.
         """
         answer = self._send("POST", "/completions", {"model": self.served.model, "prompt": prompt, **fields})
-        usage = answer.get("usage") or {}
-        with self._lock:
-            self.spent["requests"] += 1
-            self.spent.update({name: usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")})
         try:
+            usage = dict(answer.get("usage") or {})
             choice: dict[str, Any] = {"text": "", **answer["choices"][0], "usage": usage}
-        except (LookupError, TypeError) as error:
-            raise self._error(f"the answer is no completion: {str(answer)[:200]}") from error
+            counts = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._error(f"the answer is no completion: {self._quoted(str(answer), 200)}") from error
+        with self._lock:
+            self.spent.update({"requests": 1, **counts})
         return choice
 
     def _send(self, verb: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -87,13 +88,20 @@ class Endpoint:
                 found = None
             if isinstance(found, dict):
                 return found
-            raise self._error(f"the answer is not JSON: {answer.text[:200]}")
-        what = f"it answers {answer.status_code} to {path}: {answer.text[:400].strip()}"
+            raise self._error(f"the answer is no JSON object: {self._quoted(answer.text, 200)}")
+        what = f"it answers {answer.status_code} to {path}: {self._quoted(answer.text, 400)}"
         if answer.status_code in (400, 413, 422):
             raise Refused(what, where=self._where, hint="the server's own words say what it does not take")
         raise self._error(what, self._hint(answer.status_code))
 
+    def _quoted(self, text: str, length: int) -> str:
+        """Return the beginning of a server's words, without the key, which some quote."""
+        key = os.environ.get(self.served.key_env)
+        return (text.replace(key, "[key]") if key else text)[:length].strip()
+
     def _hint(self, status: int) -> str:
+        if 300 <= status < 400:
+            return "it sends on to another address, which is not followed: put that into `teacher.url`"
         if status in (401, 403):
             variable = self.served.key_env
             in_cluster = " (in a cluster: Secret `skd-teacher`, key `api-key`)" if variable == TEACHER_KEY else ""

@@ -273,10 +273,13 @@ class RemoteTeacher:
         positions = choice.get("prompt_logprobs")
         if not positions or len(positions) != len(prompt) + len(response):
             raise self._reads_nothing("its answer has no `prompt_logprobs`")
-        own = [
-            {int(token): float(found["logprob"]) for token, found in position.items()}
-            for position in positions[len(prompt) :]
-        ]
+        try:
+            own = [
+                {int(token): float(found["logprob"]) for token, found in position.items()}
+                for position in positions[len(prompt) :]
+            ]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise self._reads_nothing("its `prompt_logprobs` are not as vLLM gives them") from error
         if any(token not in position for token, position in zip(response, own, strict=True)):
             raise SkdError("its log-probabilities are of other tokens than those it was given", where=self.where)
         return own
@@ -306,10 +309,14 @@ class RemoteTeacher:
         raise SkdError(what, where=self.where, hint=hint)
 
     def _ids(self, choice: dict[str, Any]) -> list[int]:
+        given = choice.get("token_ids" if self.takes_ids else "text")
+        if given is None:
+            hint = "it did before: serve the model by servers of one kind and version"
+            raise SkdError("an answer has no tokens", where=self.where, hint=hint)
         if self.takes_ids:
-            ids = list(choice["token_ids"])
+            ids = list(given)
         else:
-            ids = list(self.tokenizer(choice["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            ids = list(self.tokenizer(given, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         finish = choice.get("finish_reason")
         if finish not in ("length", *_FINISHED):
             what = f"it does not say that a response is whole: `finish_reason` is {finish!r}"

@@ -224,6 +224,10 @@ def test_the_key_is_sent_and_never_shown(
     with pytest.raises(SkdError, match="environment variable OTHER_KEY") as caught:
         ask(make_teacher(keep=False, key_env="OTHER_KEY"), PROMPTS[:1])
     assert "sk-secret" not in str(caught.value)
+    server.fail = lambda number: (400, {}, "wrong key: Bearer sk-secret")
+    with pytest.raises(SkdError, match=r"wrong key: Bearer .key.") as caught:
+        ask(make_teacher(keep=False, key_env="OTHER_KEY"), PROMPTS[:1])
+    server.fail = lambda number: (401, {}, "no")
     with pytest.raises(SkdError, match=r"SKD_TEACHER_API_KEY .in a cluster: Secret `skd-teacher`, key `api-key`"):
         ask(make_teacher(keep=False), PROMPTS[:1])
 
@@ -269,6 +273,39 @@ def test_a_response_of_which_nobody_knows_whether_it_is_whole(
     monkeypatch.setattr(server, "complete", silent)
     with pytest.raises(SkdError, match="does not say that a response is whole: `finish_reason` is None"):
         ask(teacher, PROMPTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": None}, "an answer has no tokens"),
+        ({"prompt_logprobs": [None, None, {"a": -1}]}, "its `prompt_logprobs` are not as vLLM gives them"),
+    ],
+)
+def test_an_answer_in_another_form(
+    server: CompletionsServer,
+    make_teacher: MakeTeacher,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    teacher = make_teacher()
+    assert teacher.takes_ids
+    whole = server.complete
+
+    def other(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        status, answer = whole(body)
+        return status, {**answer, "choices": [{**answer["choices"][0], **change}]}
+
+    monkeypatch.setattr(server, "complete", other)
+    with pytest.raises(SkdError, match=message):
+        _ = teacher.read([1], [40, 41], 1) and ask(teacher, PROMPTS[:1])
+
+
+def test_a_redirect_is_named_and_not_followed(server: CompletionsServer, make_teacher: MakeTeacher) -> None:
+    server.fail = lambda number: (307, {"Location": "http://127.0.0.1:9/v1/completions"}, "")
+    with pytest.raises(SkdError, match=r"answers 307 .*\n  hint: it sends on to another address"):
+        ask(make_teacher(), PROMPTS[:1])
 
 
 def test_more_tokens_than_the_server_gives(make_teacher: MakeTeacher) -> None:
