@@ -49,7 +49,7 @@ def start(
     it is unset one is made and printed. Example: `skd engine start ./teacher ./student --gamma 5`.
     """
     from skd_lib.models.references import resolve_model
-    from skd_lib.vllm.guard import TOKEN_VARIABLE
+    from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token
     from skd_lib.vllm.serve import Served, environment, until_ended
     from skd_lib.vllm.serve import start as start_server
 
@@ -64,7 +64,7 @@ def start(
         memory=memory,
     )
     python = environment()
-    made = TOKEN_VARIABLE not in os.environ
+    made = not given_token()
     process = start_server(served, Path(python), port, host=host)
     if made:
         say(f"export {TOKEN_VARIABLE}={os.environ[TOKEN_VARIABLE]}")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -18,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from skd_lib._core import events
+from skd_lib._core.processes import ends_with_parent
 from skd_lib._core.uris import redactor
 from skd_lib.errors import SkdError
 
-PR_SET_PDEATHSIG = 1
 LOGGED_PROGRESS_SECONDS = 10.0
 STOP_SECONDS = 600.0
 """Time for a step to save its work after the first signal; a second signal ends it at once."""
@@ -96,7 +94,7 @@ def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_
         errors="replace",
         env=dict(env),
         start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group
-        preexec_fn=_die_with_parent(os.getpid()),
+        preexec_fn=ends_with_parent(signal.SIGKILL),
     )
     assert child.stdout is not None  # noqa: S101 - it is piped
     try:
@@ -148,24 +146,6 @@ def progress_text(event: Mapping[str, Any]) -> str:
     """Return a progress event as text: `40/80 loss=1.2 rejection_rate=0.31`."""
     figures = " ".join(f"{name}={value:.4g}" for name, value in event.get("figures", {}).items())
     return f"{event['done']}/{event['total']} {figures}".rstrip()
-
-
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """Return what the child calls before it becomes the step: it asks the kernel to be killed when its parent dies.
-
-    The C library is loaded here, in the parent: between fork and exec as little as possible may happen.
-    """
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent may ignore it; a step is stopped by it
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return ask
 
 
 def _write(file: IO[bytes], text: str, path: Path) -> None:

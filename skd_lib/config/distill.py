@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from skd_lib._core.registry import NameIn
 from skd_lib.config._base import ConfigSection, Schedule, ScheduledCount, ScheduledDraftLength, ScheduledShare, Share
+from skd_lib.config.names import check_url
 from skd_lib.config.training import (
     MULTINODE_HELP,
     DistillTrainingConfig,
@@ -143,6 +144,14 @@ class VllmConfig(ConfigSection):
         description="`urls: []` only: the share of a GPU's memory that vLLM takes (its own default is 0.92; the "
         "student in training needs the rest), or GiB for keys and values on a CPU (1).",
     )
+
+    @field_validator("urls")
+    @classmethod
+    def _are_servers(cls, urls: list[str]) -> list[str]:
+        checked = [check_url(url, "SKD_ENGINE_TOKEN") for url in urls]
+        if len(set(checked)) < len(checked):
+            raise ValueError("names a server twice; leave one of the two out")
+        return checked
 
     @model_validator(mode="after")
     def _pods_fit(self) -> VllmConfig:

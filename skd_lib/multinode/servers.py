@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from skd_lib.multinode.cluster import SERVERS_HINT, Cluster
 from skd_lib.multinode.coordinate import Terminated, sigterm_raises, trouble_of
 from skd_lib.multinode.manifest import STEP_ANNOTATION, TRIAL_POD, server_name, server_pods, server_secret
 from skd_lib.vllm.client import Engine, EngineGone
-from skd_lib.vllm.guard import TOKEN_VARIABLE
+from skd_lib.vllm.guard import make_token
 from skd_lib.vllm.pod import PORT, START, settings_of
 from skd_lib.vllm.serve import Served
 
@@ -65,7 +64,7 @@ def servers(settings: EnginePodsConfig, served: Served, main: bool = True) -> It
         yield [Engine(url, settings.wait_minutes * 60, shared=False) for url in urls]
         return
     delete_left_behind(cluster, run_id)
-    token = os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(32))
+    token = make_token()
     pods = server_pods(own, settings, run_id=run_id, image=image, gpus=served.tensor_parallel)
     names = [pod["metadata"]["name"] for pod in pods]
     try:

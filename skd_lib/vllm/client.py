@@ -12,7 +12,7 @@ from typing import Any
 import requests
 
 from skd_lib.errors import SkdError
-from skd_lib.vllm.guard import TOKEN_VARIABLE
+from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token
 from skd_lib.vllm.upload import PREFIX
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,13 @@ class Engine:
     def __init__(self, url: str, wait_s: float = 900.0, alive: Any = None, *, shared: bool = True) -> None:
         self.url, self.wait_s, self._alive, self._shared = url.rstrip("/"), wait_s, alive, shared
         self._http = requests.Session()
-        # A batch's rows are asked for at once.
-        self._http.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=1024))
-        if token := os.environ.get(TOKEN_VARIABLE):
-            self._http.headers["Authorization"] = f"Bearer {token}"
+        # Servers are in a private network: no proxy leads to them, and no password of ~/.netrc is theirs.
+        self._http.trust_env = False
+        self._http.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        for scheme in ("http://", "https://"):  # a batch's rows are asked for at once
+            self._http.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=1024))
+        if token := given_token():
+            self._http.headers["Authorization"] = f"Bearer {token}".encode()
 
     def answers(self) -> bool:
         """Return whether the server answers now.
@@ -137,6 +140,7 @@ class Engine:
         hints = {
             401: f"give this process the server's token in the environment variable {TOKEN_VARIABLE}",
             404: "the server was not started for SKD: start it with `skd engine start`",
+            507: "make room there, or set `distill.vllm.exchange` to a folder that the server sees, too",
         }
         raise SkdError(
             f"the vLLM server answers {answer.status_code} to {path}: {answer.text[:500].strip()}",

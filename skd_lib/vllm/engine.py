@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import tempfile
 import uuid
@@ -22,7 +21,7 @@ from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.vllm.client import Engine
-from skd_lib.vllm.guard import TOKEN_VARIABLE
+from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token, make_token
 from skd_lib.vllm.head import load_head
 from skd_lib.vllm.sampler import VllmEngine
 from skd_lib.vllm.serve import Served, free_port, serving
@@ -123,8 +122,8 @@ def _agreed_session(*, own_server: bool) -> dict[str, Any]:
             hint="start them with `skd engine start --host ADDRESS`, and name them there",
         )
     if own_server:
-        os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(32))
-    session = {"session": uuid.uuid4().hex, "port": free_port(), "token": os.environ.get(TOKEN_VARIABLE)}
+        make_token()
+    session = {"session": uuid.uuid4().hex, "port": free_port(), "token": given_token()}
     (agreed,) = broadcast_object_list([session])
     if own_server:
         os.environ[TOKEN_VARIABLE] = agreed["token"]

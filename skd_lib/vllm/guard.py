@@ -22,6 +22,17 @@ _OPEN = ("/health", "/metrics")
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
+def given_token() -> str:
+    """Return the token of the environment, empty if there is none; a line's end that a Secret has is no part of it."""
+    return os.environ.get(TOKEN_VARIABLE, "").strip()
+
+
+def make_token() -> str:
+    """Return the token of the environment; one is made and put there if there is none."""
+    os.environ[TOKEN_VARIABLE] = given_token() or secrets.token_urlsafe(32)
+    return os.environ[TOKEN_VARIABLE]
+
+
 class Guard:
     """ASGI middleware for vLLM's `--middleware`; without a token in the environment it serves nothing.
 
@@ -55,6 +66,6 @@ class Guard:
 
 
 def _allowed(scope: dict[str, Any]) -> bool:
-    token = os.environ.get(TOKEN_VARIABLE, "")
+    token = given_token()
     given = dict(scope["headers"]).get(b"authorization", b"")
     return bool(token) and secrets.compare_digest(given, f"Bearer {token}".encode())

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -15,17 +14,19 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 import skd_lib
+from skd_lib._core.processes import ends_with_parent
 from skd_lib.errors import SkdError
 from skd_lib.storage.cache import default_cache_dir
 from skd_lib.storage.environments import Tool, make_environment
 from skd_lib.vllm.client import Engine
-from skd_lib.vllm.guard import TOKEN_VARIABLE
+from skd_lib.vllm.guard import make_token
 
 log = logging.getLogger(__name__)
 
@@ -140,19 +141,14 @@ def running(begin: Callable[[IO[str]], subprocess.Popen[bytes]], port: int, fold
             engine.wait()
             yield engine
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
 
 
 def start(
     served: Served, python: Path, port: int, *, host: str = "127.0.0.1", stdout: object = None
 ) -> subprocess.Popen[bytes]:
     """Start a server and return its process. A token is made if the environment has none."""
-    os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(32))
+    make_token()
     variables = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes of weights and workers
     words = served.arguments(plain_link(served.student))
     if not on_gpu():
@@ -165,11 +161,31 @@ def start(
     return launch(python, [*words, "--host", host, "--port", str(port)], variables, stdout)
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a server with the processes that it has started, which stay where vLLM itself is killed or still starts."""
+    try:
+        process.terminate()
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def until_ended(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a server and return its exit code; SIGTERM and SIGINT end it."""
+    """Wait for a server and return its exit code; SIGTERM and SIGINT end it, a second one at once."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: process.terminate())
-    return process.wait()
+        signal.signal(number, leave)
+    try:
+        return process.wait()
+    finally:
+        end(process)
 
 
 def plain_link(draft: Path) -> Path:
@@ -182,11 +198,23 @@ def plain_link(draft: Path) -> Path:
 def launch(
     python: Path, words: Sequence[str], variables: Mapping[str, str], stdout: object = None
 ) -> subprocess.Popen[bytes]:
-    """Start vLLM with the words of its command line, the first being `serve`, and return its process."""
+    """Start vLLM with the words of its command line, the first being `serve`, and return its process.
+
+    A signal to this process's group, such as Ctrl-C, does not reach it: a training may need it to save its work. `end`
+    ends it; where this process is killed, it ends by itself.
+    """
     private = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     command = [str(python), "-m", "vllm.entrypoints.cli.main", *words]
     environ = {**os.environ, **private, **variables}
-    return subprocess.Popen(command, env=environ, stdout=stdout, stderr=subprocess.STDOUT)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        command,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=ends_with_parent(signal.SIGTERM),
+    )
 
 
 def _alive(process: subprocess.Popen[bytes], logs: Path) -> None:

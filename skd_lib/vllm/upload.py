@@ -19,16 +19,23 @@ async def take_file(root: Path, scope: dict[str, Any], receive: Callable[[], Awa
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    with partial.open("wb") as file:
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                partial.unlink()
-                return
-            file.write(message.get("body", b""))
-            more = message.get("more_body", False)
-    partial.replace(target)
+    more = True
+    try:
+        with partial.open("wb") as file:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    partial.unlink()
+                    return
+                file.write(message.get("body", b""))
+                more = message.get("more_body", False)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # it fills memory
+        while more:  # the sender reads no answer before it has sent all
+            more = (await receive()).get("more_body", False)
+        await answer(send, 507, {"error": f"{target.name} cannot be written to {target.parent}: {error.strerror}"})
+        return
     await answer(send, 200, {"folder": str(target.parent)})
 
 

@@ -397,6 +397,8 @@ def test_apply_leaves_what_it_was_given_alone() -> None:
         ({"training": {"fsdp": True}, "method": "skd_mixed"}, ""),  # the servers have the whole teacher
         ({"multinode": {"nodes": 2}, "vllm": {"urls": ["http://10.0.0.5:8000"]}}, ""),
         ({"multinode": {"nodes": 2}}, "multinode is set and vllm.urls is empty"),
+        ({"vllm": {"urls": ["10.0.0.5:8000"]}}, "must begin with http:// or https://"),
+        ({"vllm": {"urls": ["http://a:1", "http://a:1/"]}}, "names a server twice"),
         ({"sampling": {"gamma": {"start": 2, "end": 5}}}, "sampling.gamma is a schedule"),
         ({"sampling": {"rule": "mixture"}}, "sampling.rule is `mixture`"),
         ({"teacher_signal": {"mode": "stored"}, "method": "seqkd"}, "teacher_signal.mode is `stored`"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from skd_lib.training.run import TrainResult
 from skd_lib.vllm.client import Engine
 from skd_lib.vllm.guard import TOKEN_VARIABLE
 from skd_lib.vllm.sampler import VllmEngine
-from skd_lib.vllm.serve import environment, free_port, start
+from skd_lib.vllm.serve import end, environment, free_port, start
 from tests.training.nursery import Nursery
 from tests.training.tiny_task import EOS, run
 from tests.vllm.conftest import GAMMA, Pair, served
@@ -77,18 +78,14 @@ class Process:
         return f"http://127.0.0.1:{self.port}"
 
     def kill(self) -> None:
-        self.process.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def again(self) -> None:
         self.process = self._start()
 
     def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        end(self.process)
         self._log.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,24 @@ def test_only_who_has_the_token_sends_and_only_into_the_folder(
     assert not (tmp_path / "files").exists()
     assert Path(engine.send(file, "a/b")) == tmp_path / "files" / "a"
     assert (tmp_path / "files/a/b").read_text() == "x"
+
+
+def test_what_cannot_be_written_leaves_nothing(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(5_000_000))
+    engine = Engine(url)
+    engine.send(file, "folder/b")
+    with pytest.raises(SkdError, match=r"507(.|\n)*folder cannot be written(.|\n)*make room"):
+        engine.send(file, "folder")
+    assert [path.name for path in (tmp_path / "files").rglob("*")] == ["folder", "b"]
+
+
+def test_a_line_after_the_token_a_proxy_and_many_rows(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "t0ken\n")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    engine = Engine(url)
+    with ThreadPoolExecutor(40) as pool:
+        assert len(list(pool.map(lambda _: engine.rpc("skd_sees", "a"), range(80)))) == 80
+    assert "pool is full" not in caplog.text
