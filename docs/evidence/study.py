@@ -99,7 +99,7 @@ class Start:
         if arm.init == "random":
             return self.random(STUDENT_LAYERS, seed)
         student = copy.deepcopy(self.base)
-        training = STUDENT_TRAINING.model_copy(update={"max_steps": None, "epochs": INIT_EPOCHS})
+        training = STUDENT_TRAINING.model_copy(update={"epochs": INIT_EPOCHS})
         self.fit(student, "sft", self.train[: arm.examples], training, seed=seed + 1000)
         return student
 
@@ -167,7 +167,8 @@ def run_cell(start: Start, cell: Cell) -> tuple[dict[str, Any], list[dict[str, f
     curve = Curve(start)
     stop = [] if cell.variant in SCHEDULED else [EarlyStoppingCallback(PATIENCE)]
     examples = start.train[: cell.arm.examples]
-    result = start.fit(student, cell.variant, examples, STUDENT_TRAINING, seed=cell.seed, callbacks=[curve, *stop])
+    training = STUDENT_TRAINING.model_copy(update={"max_steps": cell.arm.horizon})
+    result = start.fit(student, cell.variant, examples, training, seed=cell.seed, callbacks=[curve, *stop])
     rejected = [entry["rejection_rate"] for entry in result.history if "rejection_rate" in entry]
     tenths = result.course("rejection_rate")
     row = {

@@ -35,7 +35,6 @@ STUDENT_TRAINING = TrainingConfig(
     learning_rate=2e-3,
     lr_scheduler="constant_with_warmup",
     warmup_ratio=0.05,
-    max_steps=HORIZON,
     batch_size=64,
     eval_steps=EVERY,
     dropout=0,
@@ -73,10 +72,11 @@ SEEDS, MORE_SEEDS = (10, 11, 12), (13, 14, 15)
 
 @dataclass(frozen=True)
 class Arm:
-    """Students of one quality at the start (`sft`, `cut`, `random`), and their number of training problems."""
+    """Students of one quality at the start (`sft`, `cut`, `random`), their training problems, and steps at most."""
 
     init: str
     examples: int
+    horizon: int = HORIZON
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class Arm:
         return f"study-{self.init}-{self.examples}"
 
 
-SFT, CUT, RANDOM = (Arm(init, 1000) for init in ("sft", "cut", "random"))
+SFT, CUT, RANDOM = Arm("sft", 1000), Arm("cut", 1000), Arm("random", 1000, horizon=2 * HORIZON)
 FEW = Arm("sft", 100)
 ARMS = (SFT, CUT, RANDOM, FEW)
 

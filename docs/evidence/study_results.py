@@ -22,32 +22,34 @@ LEVEL = 0.05
 def verdict(test: PairedTest | None) -> str:
     """Return what a claim's test allows to say of it, by the rule of docs/evidence/plan.md."""
     if test is None:
-        return "not run yet"
+        return "not tested yet"
     if test.p_holm >= LEVEL:
         return "not shown"
     return "shown" if test.difference.mean > 0 else "the opposite is shown"
 
 
-def claim_tests(runs: Sequence[Run]) -> dict[str, PairedTest]:
-    """Test the claims that have two seeds or more, paired by seed; Holm's correction is over all of the plan's."""
+def claim_differences(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Return each claim's differences in accuracy, one a seed."""
     scores = {(run.comparison, run.variant, run.seed): run.figures[SCORE] for run in runs}
+    seeds = sorted({run.seed for run in runs})
 
     def differences(claim: Claim) -> list[float]:
-        arm = claim.arm.name
-        seeds = [seed for name, variant, seed in scores if (name, variant) == (arm, claim.better)]
-        return [
-            scores[arm, claim.better, seed] - scores[arm, claim.worse, seed]
-            for seed in seeds
-            if (arm, claim.worse, seed) in scores
-        ]
+        pairs = [[scores.get((claim.arm.name, name, seed)) for name in (claim.better, claim.worse)] for seed in seeds]
+        return [better - worse for better, worse in pairs if better is not None and worse is not None]
 
-    return paired_tests({claim.number: differences(claim) for claim in CLAIMS}, family=len(CLAIMS))
+    return {claim.number: differences(claim) for claim in CLAIMS}
+
+
+def claim_tests(runs: Sequence[Run]) -> dict[str, PairedTest]:
+    """Test the claims that have two seeds or more, paired by seed; Holm's correction is over all of the plan's."""
+    return paired_tests(claim_differences(runs), family=len(CLAIMS))
 
 
 def study_tables(runs: Sequence[Run]) -> dict[str, str]:
     """Return the tables of the study by their names: `claims` and `progress`."""
     tests = claim_tests(runs)
-    rows = [_claim_row(claim, tests.get(claim.number)) for claim in CLAIMS]
+    found = claim_differences(runs)
+    rows = [_claim_row(claim, found[claim.number], tests.get(claim.number)) for claim in CLAIMS]
     header = ["", "claim of the paper", "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", "verdict"]
     done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
     progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
@@ -72,14 +74,14 @@ def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> li
     return written
 
 
-def _claim_row(claim: Claim, test: PairedTest | None) -> list[str]:
-    start = f"{claim.arm.init}, {claim.arm.examples:,}"
-    figures = [""] * 4
+def _claim_row(claim: Claim, differences: Sequence[float], test: PairedTest | None) -> list[str]:
+    effect, p_values = "".join(f"{value:+.1f}" for value in differences), ["", ""]
     if test is not None:
-        found = test.difference
-        effect = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
-        figures = [str(test.seeds), effect, f"{test.p_value:.3f}", f"{test.p_holm:.3f}"]
-    return [claim.number, claim.text, start, *figures, verdict(test)]
+        mean = test.difference
+        effect = f"{mean.mean:+.1f} [{mean.low:+.1f}, {mean.high:+.1f}]"
+        p_values = [f"{test.p_value:.3f}", f"{test.p_holm:.3f}"]
+    start = f"{claim.arm.init}, {claim.arm.examples:,}"
+    return [claim.number, claim.text, start, str(len(differences)), effect, *p_values, verdict(test)]
 
 
 def _claims(axes: Axes, tests: dict[str, PairedTest]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import study
 from evidence import app
 from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Run, append, read_curves, read_runs
 from skd_lib.evaluation.statistics import holm
-from study_plan import ARMS, CLAIMS, CORE, MORE_SEEDS, SEEDS, STUDENT_TRAINING, VARIANTS, cells
+from study_plan import ARMS, CLAIMS, CORE, MORE_SEEDS, SEEDS, STUDENT_TRAINING, VARIANTS, Cell, cells
 from study_results import claim_tests, draw_study, study_tables, verdict
 
 STEPS = STUDENT_TRAINING.model_copy(update={"max_steps": 2, "eval_steps": 1, "batch_size": 4})
@@ -49,7 +50,7 @@ def test_a_claim_is_judged_by_a_paired_test_corrected_for_all_claims() -> None:
     assert verdict(test) == "shown"
     assert verdict(claim_tests(_runs(worse, better))[CLAIM.number]) == "the opposite is shown"
     assert verdict(claim_tests(_runs(better, (61.0, 60.0, 64.0, 62.0)))[CLAIM.number]) == "not shown"
-    assert verdict(claim_tests(_runs(better[:1], worse[:1])).get(CLAIM.number)) == "not run yet"
+    assert verdict(claim_tests(_runs(better[:1], worse[:1])).get(CLAIM.number)) == "not tested yet"
 
 
 def test_the_tables_say_how_much_has_been_run() -> None:
@@ -58,7 +59,8 @@ def test_the_tables_say_how_much_has_been_run() -> None:
     rows = tables["claims"].splitlines()[2:]
     assert len(rows) == len(CLAIMS)
     assert f"| {CLAIM.text} | sft, 1,000 | 2 | +10.5 [" in rows[0]
-    assert all("not run yet" in row for row in rows[1:])
+    assert all(row.endswith("| 0 |  |  |  | not tested yet |") for row in rows[1:])
+    assert "| 1 | +10.0 |  |  | not tested yet |" in study_tables(_runs((60.0,), (50.0,)))["claims"]
 
 
 def test_the_points_of_a_run_that_was_cut_off_give_way_to_those_of_its_second_try(tmp_path: Path) -> None:
@@ -78,9 +80,11 @@ def test_the_points_of_a_run_that_was_cut_off_give_way_to_those_of_its_second_tr
 
 @pytest.mark.slow
 def test_the_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"TEACHER_PROBLEMS": 40, "BASE_PROBLEMS": 40, "VALIDATION": 4, "TEST": 8}
+    sizes = {"TEACHER_PROBLEMS": 40, "BASE_PROBLEMS": 40, "VALIDATION": 4, "TEST": 8, "INIT_EPOCHS": 0.1}
     for name, value in {**sizes, "TRAINING": STEPS, "STUDENT_TRAINING": STEPS}.items():
         monkeypatch.setattr(study, name, value)
+    arm = replace(ARMS[0], horizon=STEPS.max_steps)
+    monkeypatch.setattr(study, "cells", lambda: [Cell(arm, variant, SEEDS[0]) for variant in CORE])
     out = tmp_path / "study"
     asked = ["study", str(tmp_path / "models"), "--out", str(out), "--runs"]
     for number, expected in ((1, CORE[:1]), (3, CORE)):
