@@ -12,7 +12,7 @@ from functools import partial
 from typing import IO, Any, NamedTuple
 
 from skd_lib.config import Columns
-from skd_lib.data.rows import HINT_BROKEN, Labels, listed, short
+from skd_lib.data.rows import HINT_BROKEN, Labels, listed
 from skd_lib.errors import SkdError
 
 MAX_ROW_BYTES = 64 * 2**20
@@ -105,7 +105,7 @@ class _Keys:
             SkdError: it is no object, or has a key twice.
         """
         if not isinstance(value, dict):
-            what = f"must be a JSON object, got {type(value).__name__} {short(value)}"
+            what = f"must be a JSON object, got {type(value).__name__}"
             raise SkdError(what, hint='write {"source": "...", "target": "..."}')
         if self.repeated:
             raise SkdError(f"the row has several fields of one name: {listed(self.repeated)}", hint="keep one of them")

@@ -21,7 +21,7 @@ from skd_lib.config import Columns
 from skd_lib.data.examples import Example
 from skd_lib.data.files import COMPRESSED, ENDINGS, data_files, ending
 from skd_lib.data.json_rows import MAX_ROW_BYTES, Fields, RawRow, Table, read_json_table, read_jsonl_table, text_lines
-from skd_lib.data.rows import HINT_BROKEN, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows, short
+from skd_lib.data.rows import HINT_BROKEN, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows
 from skd_lib.errors import SkdError, SkdErrors
 
 T = TypeVar("T")
@@ -215,7 +215,7 @@ def _unquoted(fields: Callable[[], Fields], columns: Columns) -> Fields:
         inner = text[1:-1]
         if text == '""' or (_in_quotes(text) and '"' in inner and '"' not in inner.replace('""', "")):
             hint = "quote every field or none, or write the file as .csv (with commas) or .jsonl"
-            raise SkdError(f"the field `{column}` is quoted as in CSV, the file is not: {short(text)}", hint=hint)
+            raise SkdError(f"the field `{column}` is quoted as in CSV, the file is not", hint=hint)
     return row
 
 

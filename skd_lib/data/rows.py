@@ -211,9 +211,12 @@ def listed(names: Iterable[Any]) -> str:
     return _cut(visible(", ".join(_cut(str(name), 60) for name in list(names)[:20])) or "nothing", 400)
 
 
-def short(value: object) -> str:
-    """Return a value of any size on one line, not too long."""
-    return _cut(_SHORT.repr(value), 40)
+def _shown(value: object) -> str:
+    """Return a value's type and, of one that holds no text, the value, not too long: no error quotes a text."""
+    if value is None:
+        return "null"
+    kind = type(value).__name__
+    return f"{kind} {_cut(_SHORT.repr(value), 40)}" if isinstance(value, _SIMPLE) else kind
 
 
 def _text(row: Mapping[str, Any], column: str, columns: Columns, labels: Labels) -> str:
@@ -263,7 +266,7 @@ def _part(row: Mapping[str, Any], name: str, columns: Columns, labels: Labels) -
         return value
     if cast == "text":
         return _plain(value)
-    what = f"must be text, got {'null' if value is None else f'{type(value).__name__} {short(value)}'}"
+    what = f"must be text, got {_shown(value)}"
     if value is None or not isinstance(value, _SIMPLE):
         raise SkdError(what, hint=HINT_BROKEN)
     wanted = "label_name" if name in labels else "text"
@@ -285,7 +288,7 @@ def _plain(value: Any) -> str:
         return f"{value:f}"  # never `0E-10`
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
-    raise SkdError(f"cannot be written as text: {type(value).__name__} {short(value)}", hint=HINT_BROKEN)
+    raise SkdError(f"cannot be written as text: {_shown(value)}", hint=HINT_BROKEN)
 
 
 def _label(value: Any, names: list[str] | None) -> str:
@@ -294,7 +297,7 @@ def _label(value: Any, names: list[str] | None) -> str:
         raise SkdError("this column has no label names", hint=hint)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
         raise SkdError(
-            f"must be the number of a label, 0 to {len(names) - 1}, got {type(value).__name__} {short(value)}",
+            f"must be the number of a label, 0 to {len(names) - 1}, got {_shown(value)}",
             hint=HINT_BROKEN,
         )
     return names[value]

@@ -92,7 +92,7 @@ def test_all_broken_jsonl_rows_are_named_with_row_and_field(tmp_path: Path) -> N
     ]
     assert [error.what for error in errors] == [
         "broken JSON: Expecting property name enclosed in double quotes (column 16)",
-        "must be a JSON object, got list ['a', 'b']",
+        "must be a JSON object, got list",
         "the field is missing",
         "the text is empty",
         "must be text, got int 3",
