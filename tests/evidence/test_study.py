@@ -83,7 +83,7 @@ def test_the_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     sizes = {"TEACHER_PROBLEMS": 40, "BASE_PROBLEMS": 40, "VALIDATION": 4, "TEST": 8, "INIT_EPOCHS": 0.1}
     for name, value in {**sizes, "TRAINING": STEPS, "STUDENT_TRAINING": STEPS}.items():
         monkeypatch.setattr(study, name, value)
-    arm = replace(ARMS[0], horizon=STEPS.max_steps)
+    arm = replace(ARMS[0], horizon=2)
     monkeypatch.setattr(study, "cells", lambda: [Cell(arm, variant, SEEDS[0]) for variant in CORE])
     out = tmp_path / "study"
     asked = ["study", str(tmp_path / "models"), "--out", str(out), "--runs"]
