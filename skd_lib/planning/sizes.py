@@ -45,8 +45,8 @@ def model_size(model: str, *, where: str, trust_remote_code: bool = False) -> Mo
     path = Path(model)
     if path.exists() and ((path.is_file() and path.suffix == ".json") or path.is_dir()):
         return config_size(load_config(path, trust_remote_code=trust_remote_code))
-    if number := re.fullmatch(r"(\d+(?:\.\d+)?)([MB])", model):
-        return _stretched(float(number[1]) * _UNITS[number[2]])
+    if (number := re.fullmatch(r"(\d+(?:\.\d+)?)([MB])", model)) and (given := float(number[1])):
+        return _stretched(given * _UNITS[number[2]])
     if known := [name for name in SHAPES if name in model.lower()]:
         return config_size(SHAPES[max(known, key=len)]())
     try:

@@ -117,10 +117,13 @@ def update_seconds(trained: float, rates: Rates) -> float:
 
 
 def reduce_seconds(elements: float, devices: int, rates: Rates, *, per_node: int, element: int = 4) -> float:
-    """Return the time to add up gradients of all devices and to give them to all, by the slowest link."""
+    """Return the time to add up gradients of all devices and to give them to all, by the slowest link.
+
+    Between machines there are as many rings as devices in one: each has the network of another device, and a part.
+    """
     if devices == 1:
         return 0.0
-    slowest = rates.link if devices <= per_node else rates.network
+    slowest = rates.link if devices <= per_node else min(rates.link, per_node * rates.network)
     return 2 * (devices - 1) / devices * elements * element / slowest
 
 

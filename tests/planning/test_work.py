@@ -85,7 +85,7 @@ def test_a_cut_model_has_its_share(tiny_model: TinyModel) -> None:
 def test_exchanges_take_what_a_ring_takes() -> None:
     # Each of n devices sends and receives 2 (n - 1) / n of the gradients; half of it to gather weights.
     assert reduce_seconds(1000, 4, RATES, per_node=8) == 2 * 3 / 4 * 1000 * 4 / RATES.link
-    assert reduce_seconds(1000, 16, RATES, per_node=8) == 2 * 15 / 16 * 1000 * 4 / RATES.network
+    assert reduce_seconds(1000, 16, RATES, per_node=8) == 2 * 15 / 16 * 1000 * 4 / (8 * RATES.network)
     assert reduce_seconds(1000, 1, RATES, per_node=8) == 0
     assert gather_seconds(1000, 4, RATES, per_node=8, element=2) == 3 / 4 * 1000 * 2 / RATES.link
     assert update_seconds(100, RATES) == 2800 / RATES.update
