@@ -220,6 +220,7 @@ class TrainingRun:
         """Give the training its vLLM servers."""
         from skd_lib.models.precision import DTYPES
         from skd_lib.vllm.engine import vllm_engine
+        from skd_lib.vllm.sampler import check_prompts
 
         elsewhere = None
         if distill.vllm.pods is not None:
@@ -228,6 +229,7 @@ class TrainingRun:
             elsewhere = partial(servers, distill.vllm.pods)
         new = self.task.max_new_tokens
         examples = [example for each in tokens.values() for example in each]
+        check_prompts(len(example.prompt_ids) for example in examples)
         return vllm_engine(
             distill.model_copy(update={"method": self.method}),
             student=student,

@@ -105,7 +105,11 @@ class Engine:
                 )
             time.sleep(_SECONDS_BETWEEN_TRIES)
         self.post("/start_draft_weight_update", {})
-        self.post("/update_weights", {"update_info": {"folder": seen}})
+        try:
+            self.post("/update_weights", {"update_info": {"folder": seen}})
+        except SkdError as error:
+            hint = "its log says why; if it was started with another student, start it again with this one"
+            raise SkdError(error.what, where=error.where, hint=hint) from error
         self.post("/finish_weight_update", {"weight_version": version})
 
     def send(self, file: Path, name: str) -> str:

@@ -41,6 +41,8 @@ class Wanted:
         settings: `RolloutSettings`.
         version: Name of the student's weights; None if the teacher alone is asked, by any settings.
         length: The longest response.
+        gamma: Tokens drafted for each call of the teacher.
+        longest: The longest prompt that is asked for now, with its longest response.
         bytes: Size of the student's weights.
         write: Writes them to a file.
     """
@@ -48,6 +50,8 @@ class Wanted:
     settings: dict[str, Any]
     version: str | None
     length: int
+    gamma: int
+    longest: int
     bytes: int
     write: Callable[[Path], None]
 
@@ -140,6 +144,8 @@ class Fleet:
             while True:
                 said = engine.rpc("skd_claim", self.session, wanted.version, str(self.process), settings)
                 if said["state"] == "ready":
+                    if wanted.version is not None:
+                        _check_start(engine, wanted, said)
                     self._known.add(engine.url)
                     return True
                 if said["state"] == "yours":
@@ -179,6 +185,26 @@ class Fleet:
         for url in sorted(self._away - away):
             log.info("the vLLM server at %s answers again", url)
         self._away = away
+
+
+def _check_start(engine: Engine, wanted: Wanted, said: dict[str, Any]) -> None:
+    """Refuse a server that was started for other drafts, or for shorter rows: near its limit vLLM drafts nonsense.
+
+    Raises:
+        SkdError: it was.
+    """
+    if said["gamma"] != wanted.gamma:
+        raise SkdError(
+            f"the server drafts {said['gamma']} tokens at once, and distill.sampling.gamma is {wanted.gamma}",
+            where=engine.url,
+            hint=f"start it with --gamma {wanted.gamma}, or change the setting",
+        )
+    if said["longest"] < wanted.longest:
+        raise SkdError(
+            f"the server takes {said['longest']} tokens, and a prompt with its longest response has {wanted.longest}",
+            where=engine.url,
+            hint=f"start it with --max-len {wanted.longest}; if the models take no more, shorten prompts or responses",
+        )
 
 
 @contextmanager

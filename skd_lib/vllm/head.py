@@ -22,7 +22,7 @@ def load_head(folder: Path, *, dtype: torch.dtype, device: torch.device | str = 
         device: Of the head.
 
     Raises:
-        SkdError: the folder has no weights for a head.
+        SkdError: the folder has no weights for a head, or quantized ones.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(folder), dtype=dtype)
@@ -38,7 +38,14 @@ def load_head(folder: Path, *, dtype: torch.dtype, device: torch.device | str = 
     for name, stored_name in tensors.items():
         if stored_name in stored:
             with safe_open(stored[stored_name], "pt") as file:
-                loaded[name] = file.get_tensor(stored_name).to(device, dtype)
+                tensor = file.get_tensor(stored_name)
+            if tensor.dtype.itemsize < 2:
+                raise SkdError(
+                    f"its head is quantized: {stored_name} is {str(tensor.dtype).removeprefix('torch.')}",
+                    where=str(folder),
+                    hint="take a copy whose head is not quantized, or `distill.engine: transformers`",
+                )
+            loaded[name] = tensor.to(device, dtype)
     rows, hidden = loaded["weight"].shape
     head = nn.Linear(hidden, rows, bias="bias" in loaded, device="meta")
     for name, tensor in loaded.items():

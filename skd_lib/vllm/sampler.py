@@ -7,7 +7,7 @@ by a server's end is sampled again with the same result (in fp32; in bf16 vLLM's
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -188,6 +188,8 @@ class VllmEngine:
             settings=(settings or RolloutSettings(vocabulary=self.vocabulary)).model_dump(),
             version=None if settings is None else self._version,
             length=self.max_new_tokens + self.gamma + 1,
+            gamma=self.gamma,
+            longest=max((len(prompt) for prompt, _ in items), default=0) + self.max_new_tokens,
             bytes=self.student.num_parameters() * (self.dtype or self.student.dtype).itemsize,
             write=self._write_student,
         )
@@ -220,6 +222,7 @@ class VllmSampler:
         Raises:
             SkdError: a server is lost for good, refuses, or breaks drafts off again and again.
         """
+        check_prompts(map(len, prompts))
         rows = list(zip(map(list, prompts), seeds, strict=True))
         notes = self.engine.spread(self._row, rows, self.settings)
         return self._samples(rows, notes)
@@ -244,20 +247,22 @@ class VllmSampler:
         params = {
             "temperature": 1.0,  # the worker's settings decide
             "max_tokens": engine.max_new_tokens + 1,  # the held-back token of the prompt is the first
-            "min_tokens": 2 if prompt[-1] in engine.eos_ids else 0,
-            "stop_token_ids": list(engine.eos_ids),
+            # At a held-back token that ends responses vLLM would stop: then it goes on to the end, which is cut off.
+            "stop_token_ids": [] if prompt[-1] in engine.eos_ids else list(engine.eos_ids),
             "ignore_eos": True,
             "detokenize": False,
             "extra_args": {"skd": asked},
         }
         choice = server.generate(prompt[:-1], params, engine._version)
         tokens = choice["token_ids"]
+        ends = (place for place, token in enumerate(tokens) if place and token in engine.eos_ids)
+        tokens = tokens[: next(ends, len(tokens)) + 1]
         note = server.rpc("skd_take", {key: len(tokens) - 1})[key]
         if note["tokens"] != tokens[1:] or tokens[0] != prompt[-1]:
             raise SkdError("the server's notes are of other tokens than its answer", where=server.url)
         plain = {name: note.pop(name) for name in ("tokens", "by_teacher", "proposals")}
         signal = {name: unpacked(*value) for name, value in note.items()}
-        return Note(**plain, truncated=choice["finish_reason"] == "length", signal=signal)
+        return Note(**plain, truncated=tokens[-1] not in engine.eos_ids, signal=signal)
 
     def _samples(self, rows: Sequence[tuple[list[int], int]], notes: Sequence[Note]) -> Samples:
         engine = self.engine
@@ -283,6 +288,20 @@ class VllmSampler:
             teacher_states_BTH=stacked("states"),
             teacher_top=None if (log_p_BTE := stacked("log_p")) is None else (log_p_BTE, cast(Tensor, stacked("ids"))),
             statistics=statistics(rows, notes, engine.gamma),
+        )
+
+
+def check_prompts(lengths: Iterable[int]) -> None:
+    """Refuse prompts of one token: the last one is held back, and vLLM takes no empty prompt.
+
+    Raises:
+        SkdError: there is one.
+    """
+    if any(length < 2 for length in lengths):
+        raise SkdError(
+            "a prompt has fewer than 2 tokens, and vLLM needs 2",
+            where="distill.engine",
+            hint="leave such prompts out, put a template around them, or use `distill.engine: transformers`",
         )
 
 

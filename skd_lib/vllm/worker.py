@@ -60,7 +60,7 @@ class SkdExtension:
 
     def skd_claim(
         self, session: str, version: str | None, client: str, settings: dict[str, Any] | None
-    ) -> dict[str, str]:
+    ) -> dict[str, Any]:
         """Say whether a client may sample, or is the one that brings what is missing: clients of a session ask at once.
 
         Args:
@@ -73,7 +73,7 @@ class SkdExtension:
             `state`: `ready` (ask, then call `skd_release`), `yours` (set up the session and load the weights, then
             call `skd_arrived`), or `wait` (another client does that, or still asks: vLLM fails if weights are loaded
             meanwhile, and knows one set of settings); `session`: the one that the worker is set up for, empty after a
-            restart.
+            restart; `gamma`, and `longest`: the longest prompt with its response that is drafted for to its end.
         """
         coming, have = self.skd_coming, self.skd_session
         others = [theirs for name, theirs in self.skd_asking.items() if name != client] if session == have else []
@@ -89,7 +89,12 @@ class SkdExtension:
             self.skd_asking[client] = settings
             if settings is not None:
                 self.skd_rollouts.use(RolloutSettings(**settings))
-        return {"state": state, "session": have}
+        if state != "ready":
+            return {"state": state, "session": have}
+        config = self.model_runner.vllm_config
+        gamma = config.speculative_config.num_speculative_tokens
+        longest = config.model_config.max_model_len - gamma - 2  # as `serve.Served` has it
+        return {"state": state, "session": have, "gamma": gamma, "longest": longest}
 
     def skd_release(self, client: str) -> None:
         """Note that a client asks nothing more for now."""

@@ -21,7 +21,7 @@ from skd_lib.sampling.acceptance import AcceptanceRule, min_prob, mixture, stude
 from skd_lib.sampling.samples import Samples
 from skd_lib.vllm.client import Engine
 from skd_lib.vllm.serve import serving
-from tests.vllm.conftest import GAMMA, NEW, Pair, served
+from tests.vllm.conftest import EOS, GAMMA, NEW, Pair, served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -199,6 +199,27 @@ def test_processes_that_share_the_teacher_sample_as_one(
     assert got.teacher_states_BTH is not None
     states_TH = got.teacher_states_BTH[0, : want.lengths[0]]
     assert torch.allclose(states_TH, along[0].states_NH, atol=3e-4)  # type: ignore[attr-defined]
+
+
+def test_prompts_that_end_with_an_end_of_sequence(pair: Pair, server: Engine, tmp_path: Path) -> None:
+    """vLLM would stop at the held-back token, whatever `min_tokens` says."""
+    prompts = [[*prompt, EOS] for prompt in pair.prompts(8)]
+    engine = pair.engine(server, tmp_path, SAMPLED)
+    ours = pair.own(top_k(8), SAMPLED).sample(prompts, SEEDS[:8])
+    theirs = engine.sampler(top_k(8), 0).sample(prompts, SEEDS[:8])
+    assert rows_of(theirs) == rows_of(ours)
+    assert theirs.truncated_B.tolist() == ours.truncated_B.tolist()
+    assert 0 < sum(theirs.truncated_B.tolist()) < 8
+
+
+def test_a_server_for_other_drafts_or_shorter_rows_is_refused(pair: Pair, server: Engine, tmp_path: Path) -> None:
+    engine = pair.engine(server, tmp_path, SAMPLED)
+    with pytest.raises(SkdError, match=rf"drafts {GAMMA} tokens at once(.|\n)*--gamma 7"):
+        replace(engine, gamma=7).sampler(top_k(8), 0).sample(pair.prompts(1), SEEDS[:1])
+    with pytest.raises(SkdError, match=r"takes 96 tokens(.|\n)*--max-len 97"):
+        engine.sampler(top_k(8), 0).sample([[5] * (97 - NEW)], SEEDS[:1])
+    with pytest.raises(SkdError, match=r"fewer than 2 tokens(.|\n)*template"):
+        engine.sampler(top_k(8), 0).sample([[5]], SEEDS[:1])
 
 
 def test_rules_that_read_the_students_probabilities_are_refused(pair: Pair, tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from skd_lib.config import SamplingParams
+from skd_lib.errors import SkdError
 from skd_lib.sampling.acceptance import min_prob, top_k
 from skd_lib.sampling.engine import Sampler
+from skd_lib.vllm.head import load_head
 from skd_lib.vllm.rollouts import Rollouts
 from skd_lib.vllm.settings import RolloutSettings, refusal, unpacked
-from tests.conftest import TinyModel
+from tests.conftest import SaveTinyModel, TinyModel
 
 SAMPLED = (SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperature=0.7, top_p=0.95))
 GAMMA, NEW, SLOTS = 3, 12, 5
@@ -232,3 +236,12 @@ def test_a_round_asks_the_device_for_no_value(signal: Any) -> None:
     assert (tokens_BS.shape, kept_B.shape) == ((3, GAMMA + 1), (3,))
     with pytest.raises(NotImplementedError, match="meta"):
         kept_B.tolist()
+
+
+def test_a_quantized_head_is_refused(save_tiny_model: SaveTinyModel, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(SkdError, match=r"head is quantized: model.embed_tokens.weight is float8(.|\n)*transformers"):
+        load_head(folder, dtype=torch.float32)
