@@ -39,8 +39,8 @@ class Drift:
     def decide(self) -> tuple[bool, str]:
         """Return whether acceptance has fallen by more than the share, and why in one sentence.
 
-        Measures with the teacher and the champion on this machine, unless the memory has it. Without a champion a run
-        is needed.
+        Measures with the teacher and the champion on this machine, unless the memory has it. Without a champion, or
+        with one of which nothing was ever accepted, a run is needed.
 
         Raises:
             SkdError: the teacher is trained by the run, the champion's figures are missing or were measured in another
@@ -53,10 +53,14 @@ class Drift:
         found = champion(tracking_uri=self.tracking_uri, model_name=name)
         if found is None:
             return True, f"{name} has no champion yet"
-        if not found.acceptance_rate:
+        if found.acceptance_rate is None:
             what = "the champion's version does not say what share of its drafts the teacher accepted"
             raise SkdError(what, where=f"{name} version {found.version}", hint="start a run by `skd submit`")
-        now = self._remembered(found) or self._measure(found)
+        if not found.acceptance_rate:
+            return True, f"the teacher accepted none of the champion's drafts (version {found.version})"
+        now = self._remembered(found)
+        if now is None:
+            now = self._measure(found)
         drop = 1 - now / found.acceptance_rate
         shown = f"the teacher accepts {now:.1%} of the champion's drafts (version {found.version})"
         change = f"{abs(drop):.1%} {'less' if drop > 0 else 'more'} than the {found.acceptance_rate:.1%} it had"

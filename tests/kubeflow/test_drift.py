@@ -108,6 +108,15 @@ def test_without_a_champion_new_data_is_enough(kfp: FakeKfp, trigger: Trigger, s
     assert len(kfp.runs) == 1
 
 
+def test_a_champion_of_which_nothing_was_accepted_is_replaced(
+    trigger: Trigger, source: str, register: Register
+) -> None:
+    register(0.0)
+    decision = trigger.explain(source)
+    assert decision.fire
+    assert decision.reason.endswith("the teacher accepted none of the champion's drafts (version 1)")
+
+
 def test_a_run_starts_only_where_acceptance_has_fallen_by_more_than_the_share(
     kfp: FakeKfp, trigger: Trigger, source: str, register: Register, now: float
 ) -> None:
