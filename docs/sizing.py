@@ -26,11 +26,13 @@ from skd_lib.planning.memory import GIB, ModelSize, config_size, estimates
 GUIDES = Path(__file__).parent / "guides"
 PAGES = [GUIDES / name for name in ("sizing.md", "planning.md", "kubeflow-gpus.md")]
 PLANS = re.compile(
-    r"(```sh\n(skd plan [^`]*)```\n\n<!-- (plan|plans), written by docs/sizing.py -->\n).*?(<!-- end -->)",
+    r"(```sh\n((?:# \d+\n)?skd plan [^`]*)```\n\n<!-- (plan|plans), written by docs/sizing.py -->\n).*?(<!-- end -->)",
     flags=re.DOTALL,
 )
+COMMENT = re.compile(r"^# .*\n", flags=re.MULTILINE)
 BLOCK = re.compile(r"(<!-- table of (\w+), written by docs/sizing.py -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-
+SHOWN_SECONDS = 0.1
+"""A part of a training step that takes less in every plan has no column."""
 
 MODELS = {
     name: SHAPES[name.lower()]()
@@ -121,7 +123,7 @@ def _lines(head: list[str], rows: list[list[str]]) -> Iterator[str]:
 def plans(commands: str) -> list[dict[str, Any]]:
     """Return the plans of `skd plan` commands."""
     found = []
-    for command in commands.replace("\\\n", " ").strip().splitlines():
+    for command in COMMENT.sub("", commands).replace("\\\n", " ").strip().splitlines():
         done = CliRunner().invoke(app, [*shlex.split(command)[1:], "--json"], catch_exceptions=False)
         found.append(json.loads(done.stdout))
     return found
@@ -150,7 +152,8 @@ def _memory(step: dict[str, Any]) -> str:
 
 def compared(found: list[dict[str, Any]]) -> Iterator[str]:
     """Return the table of the distillation of several plans."""
-    names = list(dict.fromkeys(part["name"] for plan in found for part in plan["distill_step"]))
+    parts = [part for plan in found for part in plan["distill_step"]]
+    names = list(dict.fromkeys(part["name"] for part in parts if part["seconds"] >= SHOWN_SECONDS))
     rows = []
     for number, plan in enumerate(found, start=1):
         seconds = {part["name"]: part["seconds"] for part in plan["distill_step"]}
