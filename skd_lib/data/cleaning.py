@@ -103,7 +103,11 @@ def _filter(name: str) -> Clean:
         known = ", ".join(sorted(entry_points(group=GROUP).names)) or "none"
         hint = f"install it where this runs, in a cluster in the steps' image; registered here: {known}"
         raise SkdError(f"no installed package registers the filter `{name}`", where="data.filter", hint=hint)
-    function: Clean = found.load()
+    try:
+        function: Clean = found.load()
+    except (ImportError, AttributeError) as error:
+        what = f"the filter `{name}` cannot be loaded: {error}"
+        raise SkdError(what, where="data.filter", hint="correct the package that registers it") from error
     return function
 
 

@@ -91,7 +91,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "Metadata-Version: 2.1\nName: own-filters\nVersion: 1.0\n"
     )
     (folder / "own_filters-1.0.dist-info/entry_points.txt").write_text(
-        "[skd.filters]\nnames = own_filters:names\nbroken = own_filters:broken\nlength = builtins:len\n"
+        "[skd.filters]\nnames = own_filters:names\nbroken = own_filters:broken\nlength = builtins:len\ngone = own_filters:gone\n"
     )
     (folder / "own_filters.py").write_text(
         "def names(text):\n    return None if 'secret' in text else text.replace('Anna', 'NAME')\n"
@@ -117,11 +117,13 @@ def test_a_filter_that_is_not_there_or_fails_stops_the_reading(tmp_path: Path, p
     rows = [{"prompt": "Ask Anna."}]
     with pytest.raises(SkdError, match="no installed package registers the filter `os:system`") as caught:
         sources.load_data(config(tmp_path / "log.jsonl", rows, filter="os:system"))
-    assert "registered here: broken, length, names" in str(caught.value)
+    assert "registered here: broken, gone, length, names" in str(caught.value)
     with pytest.raises(SkdError, match="the filter `broken` failed: ValueError") as caught:
         sources.load_data(config(tmp_path / "log.jsonl", rows, filter="broken"))
     assert "row 1" in str(caught.value)
     assert "Anna" not in str(caught.value)
+    with pytest.raises(SkdError, match="the filter `gone` cannot be loaded"):
+        sources.load_data(config(tmp_path / "log.jsonl", rows, filter="gone"))
     with pytest.raises(SkdError, match="the filter `length` failed: TypeError"):
         sources.load_data(config(tmp_path / "log.jsonl", rows, filter="length"))
 
