@@ -36,7 +36,8 @@ class Answers:
         for path in sorted(folder.glob("*.jsonl")):
             start = 0
             for line in path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):  # the last one may be cut off
+                # The last one may be cut off; of one that a machine's end left as zeros nothing is known.
+                if line.endswith(b"\n") and line.startswith(b"["):
                     self._places[json.loads(line)[0]] = (path, start)
                 start += len(line)
         if self._places:

@@ -91,7 +91,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "Metadata-Version: 2.1\nName: own-filters\nVersion: 1.0\n"
     )
     (folder / "own_filters-1.0.dist-info/entry_points.txt").write_text(
-        "[skd.filters]\nnames = own_filters:names\nbroken = own_filters:broken\nlength = builtins:len\ngone = own_filters:gone\n"
+        "[skd.filters]\nnames = own_filters:names\nbroken = own_filters:broken\n"
+        "length = builtins:len\ngone = own_filters:gone\n"
     )
     (folder / "own_filters.py").write_text(
         "def names(text):\n    return None if 'secret' in text else text.replace('Anna', 'NAME')\n"

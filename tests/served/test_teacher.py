@@ -161,7 +161,7 @@ def test_a_line_that_was_cut_off_is_asked_for_again(
 ) -> None:
     first = ask(make_teacher())
     (file,) = [path for path in (tmp_path / "asked").rglob("*.jsonl") if path.stat().st_size]
-    file.write_bytes(file.read_bytes()[:-3])
+    file.write_bytes(bytes(9) + b"\n" + file.read_bytes()[:-3])
     before = len(server.requests)
     assert ask(make_teacher()) == first
     assert len(server.requests) - before == 1 + 1  # the probe of its tokens, and the response
