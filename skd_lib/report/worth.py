@@ -116,7 +116,8 @@ def worth_lines(summary: Summary) -> list[str]:
     known = [text for text, value in found.items() if value is not None]
     lines = [f"The student has {', '.join(known)}."] if known else []
     if worth.gap_closed is not None:
-        lines.append(f"Distillation closed {worth.gap_closed:.0%} of the gap to the teacher.")
+        changed = f"closed {worth.gap_closed:.0%} of" if worth.gap_closed >= 0 else f"added {-worth.gap_closed:.0%} to"
+        lines.append(f"Distillation {changed} the gap to the teacher.")
     return [" ".join(lines), *(_draft_lines(worth, draft) if draft else [])]
 
 

@@ -48,6 +48,11 @@ def test_the_figures() -> None:
     }
 
 
+def test_a_student_that_got_worse_added_to_the_gap() -> None:
+    assert "Distillation closed 67% of the gap to the teacher." in worth_lines(summary())[0]
+    assert "Distillation added 20% to the gap to the teacher." in worth_lines(summary(scores=(40, 20, 16)))[0]
+
+
 def test_a_draft_that_pays_has_a_speedup_and_one_that_does_not_a_size() -> None:
     assert summary(**MEASURED).worth().drafted_speedup is None
     (_, said) = worth_lines(summary(**MEASURED))
