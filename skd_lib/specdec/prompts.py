@@ -32,6 +32,8 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[Question]:
         columns = sources.find_columns(file) if column == Columns().source else given
         if columns.messages is None:
             columns = given.model_copy(update={"source": columns.source})
+        else:
+            columns = columns.model_copy(update={"answers": "ignore"})  # a log has answered and unanswered requests
         source = file.model_copy(update={"columns": columns})
         return [example.question for example in sources.load(source, max_rows=limit).train]
     try:

@@ -13,6 +13,7 @@ from skd_lib.data import sources
 from skd_lib.data.prepared import PreparedData, data_fingerprint, prepare
 from skd_lib.data.splits import divide
 from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.specdec.prompts import read_prompts
 
 EMAIL = {"pattern": r"[\w.+-]+@[\w-]+\.[\w.]+", "replacement": r"<mail \1>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -47,6 +48,13 @@ def test_requests_of_a_log_are_prompts_whatever_was_answered(tmp_path: Path) -> 
         sources.load_data(config(tmp_path / "log.jsonl", rows))
     with pytest.raises(SkdErrors, match="there is no user's message"):
         sources.load_data(config(tmp_path / "log.jsonl", [{"messages": [SYSTEM]}], {"answers": "ignore"}))
+
+
+def test_prompts_of_a_log_are_its_requests_answered_or_not(tmp_path: Path) -> None:
+    rows = [{"messages": said("1 + 1?")}, {"messages": said("2 + 2?", "4")}, {"messages": said("3?", "3", "4?")}]
+    config(tmp_path / "log.jsonl", rows)
+    found = read_prompts(tmp_path / "log.jsonl", column="source", limit=9)
+    assert [talk.messages[-1]["content"] for talk in found if not isinstance(talk, str)] == ["1 + 1?", "2 + 2?", "4?"]
 
 
 @pytest.mark.parametrize("columns", [{}, {"source": "q", "target": "a"}])
