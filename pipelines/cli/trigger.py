@@ -80,8 +80,8 @@ def trigger(
     if not marker.strip() or "/" in marker or marker in (".", ".."):
         raise SkdError(f"{marker!r} is not the name of a file", where="--marker", hint="e.g. _SUCCESS")
     if max_drop is not None and not tracking_uri:
-        hint = "give --tracking-uri, whose registry has the champion"
-        raise SkdError("it is not known how the champion was accepted", where="--max-drop", hint=hint)
+        hint = "give --tracking-uri, the MLflow server whose registry has the champion"
+        raise SkdError("the champion and its acceptance are read from MLflow", where="--max-drop", hint=hint)
     cluster.check()
     run_config = load_config(config)
     check_source(run_config, source)  # before the server is asked
