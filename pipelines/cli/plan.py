@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skd_kfp.pipelines.cli.options import AsJson, Set, say_json
+from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def plan(
         return
     for table in _tables(result, settings.name, origins):
         Console().print(table.to_rich())
+    if tight := [step.name for step in result.steps if not result.fits(step)]:
+        say(f"does not fit: {', '.join(tight)} (docs/guides/sizing.md says what needs less memory)", err=True)
 
 
 def _of_data(config: RunConfig, console: Any) -> dict[str, Any]:

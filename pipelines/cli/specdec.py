@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from skd_kfp.pipelines.cli.options import AsJson, say_json
+from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
 
@@ -123,6 +124,11 @@ def specdec(
         inputs = prompts_of_run(settings, limit=plan_config.examples)
     drafts = {"draft": draft} if before is None else {"before": before, "after": draft}
     console = Console()
+    if plan_config.engine == "vllm":
+        say(
+            f"vLLM starts {1 + len(drafts)} times, without a draft and with each; a start takes a minute or more",
+            err=True,
+        )
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(
             "starting vLLM" if plan_config.engine == "vllm" else "looking at the models", total=None

@@ -47,7 +47,8 @@ class RunConfig(ConfigSection):
             hint = f"`student_init.mode: {initial.mode}` cuts the student from the teacher"
             raise ValueError(f"student: leave it out, {hint}")
         if not initial.cuts and self.student is None:
-            raise ValueError(f"student: needed for `student_init.mode: {initial.mode}`")
+            cut = "or `mode: prune` with keep_first and keep_last cuts one from the teacher"
+            raise ValueError(f"student: needed for `student_init.mode: {initial.mode}`; {cut}")
         return self
 
     @model_validator(mode="after")

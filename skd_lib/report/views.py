@@ -14,7 +14,7 @@ from skd_lib.report.names import ROLE_NAMES, metric_name
 from skd_lib.report.render import UNSURE, WITHHELD
 from skd_lib.report.render import caution_lines as report_cautions
 from skd_lib.report.summary import Summary
-from skd_lib.report.worth import count
+from skd_lib.report.worth import changed_gap, count
 from skd_lib.results import (
     Course,
     Moment,
@@ -105,7 +105,7 @@ def headlines(summary: Summary) -> list[Headline]:
         found.append(Headline(label, f"{scores['student_after']:.1f}", [*interval, *before]))
     if worth.quality_kept is not None:
         label = f"of the teacher's {metric_name(metric)} kept"
-        gap = [] if worth.gap_closed is None else [f"{worth.gap_closed:.0%} of the gap closed"]
+        gap = [] if worth.gap_closed is None else [changed_gap(worth.gap_closed)]
         found.append(Headline(label, f"{worth.quality_kept:.0%}", [f"teacher: {scores['teacher']:.1f}", *gap]))
     if worth.relative_speed is not None:
         speeds = worth.student_tokens_per_second, worth.teacher_tokens_per_second

@@ -105,6 +105,11 @@ def worth_table(summary: Summary) -> TextTable:
     return TextTable(TITLE, COLUMNS, [row for row in rows if any(row[1:])])
 
 
+def changed_gap(closed: float) -> str:
+    """Return what became of the gap between student and teacher, given the share of it that distillation closed."""
+    return f"closed {closed:.0%} of the gap" if closed >= 0 else f"added {-closed:.0%} to the gap"
+
+
 def worth_lines(summary: Summary) -> list[str]:
     """Return the figures in sentences."""
     worth, draft = summary.worth(), summary.specdec.get("after")
@@ -116,8 +121,7 @@ def worth_lines(summary: Summary) -> list[str]:
     known = [text for text, value in found.items() if value is not None]
     lines = [f"The student has {', '.join(known)}."] if known else []
     if worth.gap_closed is not None:
-        changed = f"closed {worth.gap_closed:.0%} of" if worth.gap_closed >= 0 else f"added {-worth.gap_closed:.0%} to"
-        lines.append(f"Distillation {changed} the gap to the teacher.")
+        lines.append(f"Distillation {changed_gap(worth.gap_closed)} to the teacher.")
     return [" ".join(lines), *(_draft_lines(worth, draft) if draft else [])]
 
 

@@ -183,6 +183,9 @@ class RemoteTeacher:
 
         def ask(example: TokenizedExample) -> list[str]:
             ids_NK, log_p_NK = top_k(self.read(example.prompt_ids, example.response_ids, k), k)
+            if np.isnan(log_p_NK).any():
+                hint = "look into the server's log: its model may overflow in its precision"
+                raise SkdError("it answers log-probabilities that are no numbers", where=self.where, hint=hint)
             if (ids_NK >= vocabulary).any():
                 what = (
                     f"the token {int(ids_NK.max())} is likely for the teacher, and the student's head has {vocabulary}"

@@ -125,12 +125,15 @@ def decide_drafts(
 
     Args:
         champion: The registered champion, as measured by this run.
-        tokens_per_call: The new student's, by the benchmark; decides nothing, and None without one.
+        tokens_per_call: The new student's, by the benchmark, None without one; decides about a first champion only, which
+            needs more than 1.
         min_improvement: In tokens, 0 or more.
         max_slowdown: 0 to 1, a share of the champion's speed-up.
     """
     name = f"the champion (version {champion.version})"
     measured = "" if tokens_per_call is None else f", with {tokens_per_call:.2f} tokens per teacher call"
+    if not champion.version and tokens_per_call is not None and tokens_per_call <= 1:
+        return Decision(False, f"the teacher accepts none of its drafts{measured}")
     if not champion.version:
         return Decision(True, f"first champion of this name{measured}")
     if champion.is_this_student:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -97,7 +98,7 @@ def environment() -> Path:
     tool = GPU if on_gpu() else CPU
     lock = Path(__file__).with_name("lock-gpu.txt" if tool is GPU else "lock-cpu.txt")
     python = make_environment(tool, lock.read_text(encoding="utf-8"), default_cache_dir())
-    _add_this_package(python)
+    name_cpu_build(python.parent.parent / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
     return python
 
 
@@ -206,6 +207,9 @@ def launch(
     private = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     command = [str(python), "-m", "vllm.entrypoints.cli.main", *words]
     environ = {**os.environ, **private, **variables}
+    if str(python) != sys.executable:
+        paths = [str(_this_package(python)), os.environ.get("PYTHONPATH", "")]
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
         command,
         env=environ,
@@ -225,19 +229,15 @@ def _alive(process: subprocess.Popen[bytes], logs: Path) -> None:
         raise SkdError(f"vLLM ended with exit code {code}:\n{said}", where=str(logs))
 
 
-def _add_this_package(python: Path) -> None:
-    """Let the environment import this package, and only this: not what is installed beside it."""
+def _this_package(python: Path) -> Path:
+    """Return a folder with this package alone, not what is installed beside it: the environment has its own of that."""
     package = Path(skd_lib.__file__).parent
-    folder = python.parent.parent / "skd"
+    # One for each place of the package: two of them may share the environment.
+    folder = python.parent.parent / f"skd-{hashlib.sha256(str(package).encode()).hexdigest()[:16]}"
     folder.mkdir(exist_ok=True)
-    link = folder / "skd_lib"
-    if not link.is_symlink() or link.resolve() != package:
-        link.unlink(missing_ok=True)
-        link.symlink_to(package)
-    interpreter = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    site = python.parent.parent / "lib" / interpreter / "site-packages"
-    (site / "skd_lib.pth").write_text(f"{folder}\n", encoding="utf-8")
-    name_cpu_build(site)
+    with suppress(FileExistsError):
+        (folder / "skd_lib").symlink_to(package)
+    return folder
 
 
 def name_cpu_build(site: Path | None = None) -> None:

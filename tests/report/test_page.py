@@ -47,7 +47,7 @@ class Reader(HTMLParser):
 def test_everything_that_was_measured_is_on_the_page(summary: Summary, samples: list[SampledSequence]) -> None:
     text = Reader(render_page(summary, samples)).text
     for shown in (
-        "75% of the teacher's chrF kept teacher: 40.0 67% of the gap closed",
+        "75% of the teacher's chrF kept teacher: 40.0 closed 67% of the gap",
         "30.0 chrF of the student 95%: 28.0 to 32.0 before: 10.0",
         "60% of its drafts accepted by the teacher before: 40%",
         "1.60 tokens per teacher call before: 1.40",

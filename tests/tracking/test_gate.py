@@ -118,6 +118,8 @@ def test_drafts_compete_by_tokens_per_call_and_speed(
 def test_drafts_without_a_measured_champion() -> None:
     measured = "with 2.50 tokens per teacher call"
     assert decide_drafts(Rival(), 2.5) == Decision(True, f"first champion of this name, {measured}")
+    none = "the teacher accepts none of its drafts, with 1.00 tokens per teacher call"
+    assert decide_drafts(Rival(), 1.0) == Decision(False, none)
     same = Rival(version="4", is_this_student=True)
     assert decide_drafts(same, 2.5) == Decision(True, f"the champion (version 4) is this very student, {measured}")
     for rival in (Rival(version="4", undrafted="other tokens"), Rival(version="4", missing="other tokens")):
