@@ -49,7 +49,17 @@ def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
         SkdError: pip fails, or the cache cannot be written.
     """
     key = hashlib.sha256(f"{sys.version_info[:2]}\n{constraints}".encode()).hexdigest()[:16]
-    return cached_folder(cache_dir / f"{tool.name}-{key}", lambda path: _install(path, tool, constraints)) / _PYTHON
+    folder = cache_dir / f"{tool.name}-{key}"
+
+    def build(unfinished: Path) -> None:
+        _install(unfinished, tool, constraints)
+        # pip has written the interpreter's path into the scripts, and the folder is about to move.
+        for script in (unfinished / _PYTHON).parent.iterdir():
+            text = b"" if script.is_symlink() else script.read_bytes()
+            if text.startswith(b"#!" + bytes(unfinished)):
+                script.write_bytes(text.replace(bytes(unfinished), bytes(folder), 1))
+
+    return cached_folder(folder, build) / _PYTHON
 
 
 def _install(folder: Path, tool: Tool, constraints: str) -> None:

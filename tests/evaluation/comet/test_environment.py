@@ -24,9 +24,10 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     info = "unbabel_comet-0.0.1.dist-info"
     with zipfile.ZipFile(folder / "unbabel_comet-0.0.1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("comet.py", "SAYS = 'small'\n")
+        wheel.writestr("comet.py", "SAYS = 'small'\n\ndef say():\n    print(SAYS)\n")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: unbabel-comet\nVersion: 0.0.1\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\ncomet-says = comet:say\n")
         wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -40,6 +41,7 @@ def test_an_environment_is_made_once_and_works(
     python = make_environment(COMET, CONSTRAINTS, tmp_path / "cache")
     said = subprocess.run([python, "-I", "-c", "import comet, sys; print(comet.SAYS, sys.prefix)"], capture_output=True)
     assert said.stdout.decode().split() == ["small", str(python.parents[1])]
+    assert subprocess.check_output([python.parent / "comet-says"], text=True) == "small\n"
     first = capfd.readouterr().out
     assert '"what": "installing unbabel-comet==0.0.1", "done": 1, "total": 1' in first
     assert make_environment(COMET, CONSTRAINTS, tmp_path / "cache") == python
