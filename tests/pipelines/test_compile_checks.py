@@ -11,6 +11,7 @@ import pytest
 
 from skd_kfp.pipelines.compile_checks import find_problems
 from skd_kfp.pipelines.compiling import Documents
+from skd_lib._core.machine import ENGINE_IMAGE_VARIABLE
 
 DIGEST = "@sha256:" + "0" * 64
 Change = Callable[[Documents], object]
@@ -18,7 +19,12 @@ Change = Callable[[Documents], object]
 
 @pytest.fixture(scope="module")
 def compiled(compile_once: Callable[..., Documents]) -> Documents:
-    return compile_once("r/train" + DIGEST)
+    documents = compile_once("r/train" + DIGEST)
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        for variable in executor["container"].get("env", []):
+            if variable["name"] == ENGINE_IMAGE_VARIABLE:  # which a release pins in digests.yaml
+                variable["value"] = "r/vllm" + DIGEST
+    return documents
 
 
 @pytest.fixture
@@ -138,6 +144,12 @@ def test_a_release_names_every_image_by_its_digest(documents: Documents):
     container(documents)["image"] = "r/train:1.0"
     assert find_problems(documents) == []
     assert find_problems(documents, release=True) == ["image 'r/train:1.0' is not named by its digest"]
+
+
+def test_a_release_names_the_image_of_vllm_by_its_digest(documents: Documents):
+    (variable,) = (each for each in container(documents)["env"] if each["name"] == ENGINE_IMAGE_VARIABLE)
+    variable["value"] = "r/vllm:1.0"
+    assert find_problems(documents, release=True) == ["image 'r/vllm:1.0' is not named by its digest"]
 
 
 # --- images -------------------------------------------------------------------------------------------------------

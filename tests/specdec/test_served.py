@@ -9,13 +9,13 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from threading import Lock, Thread
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,7 +269,9 @@ def test_each_draft_has_a_server_of_its_own_and_other_output_is_noted(
         lines.append(words)
         server = StandIn(int(words[-1]), last=4 if "wrong" in str(words) else 2)
         Thread(target=server.serve_forever, daemon=True).start()
-        return SimpleNamespace(poll=lambda: None, terminate=server.shutdown, wait=lambda *_: server.server_close())
+        process = subprocess.Popen(["sleep", "600"], start_new_session=True)  # which is ended in the server's place
+        Thread(target=lambda: (process.wait(), server.shutdown(), server.server_close()), daemon=True).start()
+        return process
 
     monkeypatch.setattr(served, "environment", lambda: Path("python"))
     monkeypatch.setattr(served, "on_gpu", lambda: False)
@@ -312,7 +314,7 @@ def test_a_server_that_ends_says_where_its_log_is(folders: dict[str, Path], monk
     def launch(_python: Path, _words: list[str], _: Any, written: Any) -> Any:
         written.write("ValueError: not enough memory\n")
         written.flush()
-        return SimpleNamespace(poll=lambda: 1, terminate=lambda: None, wait=lambda *_: None)
+        return subprocess.Popen(["false"], start_new_session=True)
 
     monkeypatch.setattr(served, "environment", lambda: Path("python"))
     monkeypatch.setattr(served, "launch", launch)
