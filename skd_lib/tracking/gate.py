@@ -125,8 +125,8 @@ def decide_drafts(
 
     Args:
         champion: The registered champion, as measured by this run.
-        tokens_per_call: The new student's, by the benchmark, None without one; decides about a first champion only, which
-            needs more than 1.
+        tokens_per_call: The new student's, by the benchmark, None without one; decides about a first champion only,
+            which needs more than 1.
         min_improvement: In tokens, 0 or more.
         max_slowdown: 0 to 1, a share of the champion's speed-up.
     """
