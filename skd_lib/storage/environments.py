@@ -56,7 +56,7 @@ def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
         # pip has written the interpreter's path into the scripts, and the folder is about to move.
         for script in (unfinished / _PYTHON).parent.iterdir():
             text = b"" if script.is_symlink() else script.read_bytes()
-            if text.startswith(b"#!" + bytes(unfinished)):
+            if text.startswith(b"#!"):
                 script.write_bytes(text.replace(bytes(unfinished), bytes(folder), 1))
 
     return cached_folder(folder, build) / _PYTHON
