@@ -96,7 +96,8 @@ class TeacherSignalConfig(ConfigSection):
 class EnginePodsConfig(PodsConfig):
     """vLLM servers in pods of their own, which the step makes in its cluster and deletes at its end.
 
-    A server's pod gets both models and, after each step, the student's weights from the step, and asks nobody anything.
+    A server's pod gets both models and, after each step, the student's weights from the step. It opens no
+    connection itself.
     """
 
     count: int = Field(1, ge=1, le=256, description="Servers; rows are spread over them.")
