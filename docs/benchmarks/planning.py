@@ -52,7 +52,10 @@ def run_file(name: str, folder: Path) -> Path:
     values: dict[str, Any] = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     whole = resolve_model(values["teacher"])
     teacher = folder / f"teacher-{name}"
-    prune_layers(load_model(whole), layers - 1, 1).save_pretrained(teacher)
+    model = load_model(whole)
+    if layers < model.config.num_hidden_layers:
+        model = prune_layers(model, layers - 1, 1)
+    model.save_pretrained(teacher)
     for file in whole.glob("token*"):
         shutil.copy(file, teacher)
     values |= {"name": f"plan-{name}", "teacher": str(teacher)}
