@@ -37,13 +37,7 @@ INPUTS: Mapping[str, Any] = {
 
 
 class Option(NamedTuple):
-    """One option of a step's command line.
-
-    Attributes:
-        type: Type of its value.
-        help: Description.
-        variable: Environment variable with its default; empty where it has none.
-    """
+    """One option of a step's command line; `variable` is the environment variable with its default, if any."""
 
     type: Any
     help: str
@@ -73,14 +67,8 @@ def component(
     """Make the component that runs a step.
 
     Options with an environment variable say where things are kept. They are left out: as arguments they would be part
-    of Kubeflow's cache key.
-
-    Args:
-        main: Function of the step's command line.
-        outputs: Types of the output artifacts, by name, in the order of the options `--*-out` that say where they go.
-        results: Output parameters, by name: type and description.
-        by_hand: Options that only a person sets.
-        image: Image reference.
+    of Kubeflow's cache key. `outputs` are types of artifacts, in the order of the options `--*-out` that say where they
+    go; `results` are types and descriptions of output parameters; `by_hand` names options that only a person sets.
     """
     step, outputs, results = main.__module__.rpartition(".")[2], outputs or {}, results or {}
     options = {name: option for name, option in options_of(main).items() if not option.variable}
@@ -137,14 +125,8 @@ def step_container(
     """Make the container that runs one step: `python3 -m skd_lib.steps.<step> --name value ...`.
 
     The command starts with the literal `python3`, which a local runner replaces by its own interpreter. The step's own
-    options are followed by the place of its output parameters, see `skd_lib.steps.kfp_call`.
-
-    Args:
-        step: Module name under `skd_lib.steps`.
-        image: Image reference.
-        arguments: Option names (underscores become dashes) and KFP placeholders.
-        outputs: All outputs of the component, by name, as KFP hands them to its function.
-        lists: The step reads lists of artifacts, which only KFP's whole executor input contains.
+    options are followed by the place of its output parameters, see `skd_lib.steps.kfp_call`. With `lists` the step
+    reads lists of artifacts, which only KFP's whole executor input contains.
     """
     options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value)]
     parameters = {
@@ -200,11 +182,7 @@ def write_readmes() -> None:
 
 
 def check_readmes() -> None:
-    """Check that the README of every component says what its step takes.
-
-    Raises:
-        SkdError: one differs.
-    """
+    """Check that the README of every component says what its step takes."""
     for name in component_names():
         path = FOLDER / name / "README.md"
         if not path.is_file() or path.read_text(encoding="utf-8") != readme(name):

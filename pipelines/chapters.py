@@ -61,10 +61,8 @@ def select(given: Any, names: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(profile: Profile, handed_on: Mapping[str, type], *, comet: bool = False) -> Chapter:
     """Return the chapter that checks the run and prepares its data.
 
-    Args:
-        profile: The machines.
-        handed_on: Outputs of preflight that later chapters need, with their types.
-        comet: A later chapter has a step for COMET.
+    `handed_on` are outputs of preflight that later chapters need, with their types; `comet`: a later chapter has a step
+    for COMET.
     """
     prepared = {"data": dsl.Dataset, **handed_on}
 
@@ -82,12 +80,7 @@ def prepare(profile: Profile, handed_on: Mapping[str, type], *, comet: bool = Fa
 
 
 def measure(profile: Profile, *, comet: bool) -> Chapter:
-    """Return the chapter that measures teacher and student, as models and as a draft, and makes the report.
-
-    Args:
-        profile: The machines.
-        comet: COMET judges the answers, in an image of its own.
-    """
+    """Return the chapter that measures teacher and student, as models and as a draft, and makes the report."""
     inner, handed_on = (_judge(profile), JUDGE) if comet else (_score(profile), SCORE)
     parameters = {**SCORE, "report_config": str, "comet_config": Parameter(str, "", "")}
     measured = {"report": dsl.HTML, "measured": str}

@@ -31,11 +31,7 @@ HANDED_ON = {
 
 
 def compare_methods(profile: Profile) -> Any:
-    """Return the pipeline.
-
-    Args:
-        profile: The machines.
-    """
+    """Return the pipeline."""
     prepare, compare = chapters.prepare(profile, HANDED_ON), chapters.compare(profile)
 
     @pipeline(

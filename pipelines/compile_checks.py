@@ -32,12 +32,7 @@ _SECRET_VALUE = re.compile(
 
 
 def find_problems(documents: list[Values], *, release: bool = False) -> list[str]:
-    """Return the problems of a compiled pipeline, one sentence each.
-
-    Args:
-        documents: The pipeline spec and the platform spec.
-        release: It is to be released: every image must be named by its digest.
-    """
+    """Return the problems of a compiled pipeline, a sentence each; a `release` needs all images named by digest."""
     problems = _unknown_fields(documents)
     if problems:  # the other rules read what these find malformed
         return problems
@@ -89,14 +84,7 @@ def _unknown_fields(documents: list[Values]) -> list[str]:
 
 
 class _Dag(NamedTuple):
-    """One DAG of a pipeline.
-
-    Attributes:
-        name: Key of its component; `root`.
-        tasks: Its tasks.
-        given: Its inputs, by kind: `parameters` or `artifacts`.
-        components: All components of the pipeline.
-    """
+    """One DAG of a pipeline; `given` are its inputs, by kind: `parameters` or `artifacts`."""
 
     name: str
     tasks: dict[str, Values]

@@ -73,16 +73,8 @@ def compile_pipeline(
 ) -> Documents:
     """Return a pipeline as KFP's YAML documents: the pipeline spec, then the Kubernetes settings.
 
-    Args:
-        image: Runs every step but COMET's in this image instead of the published one.
-        comet_image: Likewise for COMET's step.
-        name: One of `PIPELINES`.
-        profile: Name or file of a profile, see `load_profile`.
-        release: Every image must be named by its digest.
-
-    Raises:
-        SkdError: the profile does not exist.
-        SkdErrors: the profile has wrong fields, or `find_problems` finds some.
+    `image` and `comet_image` replace the published ones, and in a `release` every image must be named by its digest.
+    Raises SkdErrors for what `load_profile` and `find_problems` find.
     """
     pipeline = getattr(importlib.import_module(f"skd_kfp.pipelines.{PIPELINES[name]}"), name)(load_profile(profile))
     with tempfile.TemporaryDirectory() as folder:
@@ -157,12 +149,7 @@ def write_compiled(
 
 
 def check_compiled(path: Path, *, name: str = "distillation", profile: str = DEFAULT, release: bool = False) -> None:
-    """Check that `path` is what its definition compiles to; the KFP version that compiled it may differ.
-
-    Raises:
-        SkdError: the file is missing or has drifted from the definition.
-        SkdErrors: the definition breaks a rule, see `compile_pipeline`.
-    """
+    """Check that `path` is what its definition compiles to; the KFP version that compiled it may differ."""
     if not path.is_file():
         raise SkdError("the compiled pipeline is missing", where=str(path), hint="run `skd compile`")
     committed: Documents = parse_yaml_documents(read_text(path), where=str(path))

@@ -41,12 +41,7 @@ def distillation_comet(profile: Profile) -> Any:
 
 
 def distillation(profile: Profile, *, comet: bool = False) -> Any:
-    """Return the pipeline.
-
-    Args:
-        profile: The machines.
-        comet: It has a step for COMET. One that is not needed costs image, node and room in Kubeflow's records.
-    """
+    """Return the pipeline; a step for COMET that is not needed costs image, node and room in Kubeflow's records."""
     judged = {"comet_score": str} if comet else {}
     prepare = chapters.prepare(profile, {**HANDED_ON, **judged}, comet=comet)
     measure = chapters.measure(profile, comet=comet)

@@ -16,16 +16,9 @@ STEPS = "skd_lib.steps."
 class Step:
     """One container step.
 
-    Attributes:
-        name: Its module with its role, unique in the pipeline: `evaluate-teacher`. On Kubeflow's page it may have
-            another.
-        component: KFP's component key without its prefix, which names the step's folder in a local run: `evaluate-2`.
-        command: The module it runs: `skd_lib.steps.evaluate`.
-        cached: Whether its outputs are reused when nothing it depends on has changed.
-        is_exit: It runs at the end, whether the others succeeded or failed.
-        waits_for: Names of the steps it waits for directly.
-        loop: Names the loop (ParallelFor) whose body it is in; empty if it runs once.
-        iteration: Names the round of that loop, see `unrolled`.
+    `name` is its module with its role, unique in the pipeline (`evaluate-teacher`); `component` is KFP's key without
+    its prefix, which names the step's folder in a local run; a step with `is_exit` runs at the end, whether the others
+    succeeded or failed; `loop` is the loop whose body it is in, `iteration` the round, see `unrolled`.
     """
 
     name: str
@@ -45,12 +38,7 @@ def read_steps(spec: dict[str, Any]) -> list[Step]:
 
 
 def unrolled(steps: list[Step], iterations: Sequence[str]) -> list[Step]:
-    """Return the steps with those of a loop repeated for each of its rounds, round by round, named after it.
-
-    Args:
-        steps: Of a pipeline with one loop, or none.
-        iterations: Names of the rounds.
-    """
+    """Return the steps with those of a loop repeated for each of its rounds, round by round, named after it."""
     body = [step for step in steps if step.loop]
     first = steps.index(body[0]) if body else len(steps)
     rounds = [

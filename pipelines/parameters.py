@@ -36,12 +36,7 @@ class Parameter(NamedTuple):
 
 
 def form(profile: Profile, *, comparison: bool) -> dict[str, Parameter]:
-    """Return the parameters of a pipeline, by name.
-
-    Args:
-        profile: The machines.
-        comparison: The pipeline compares methods: it takes a comparison, and no single method.
-    """
+    """Return the parameters of a pipeline, by name."""
     left_out = {"run_name", "comet", "training_method" if comparison else "comparison"}
     defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
     defaults |= {"comparison": "{}", "reuse": True}
@@ -67,12 +62,8 @@ def pipeline(
 ) -> Callable[[Body], Callable[..., dsl.PipelineTask]]:
     """Return a decorator: `dsl.pipeline` with parameters from a table.
 
-    Args:
-        name: Name of the pipeline.
-        description: Its description on Kubeflow's page.
-        parameters: By name a `Parameter`, or its type alone. The decorated function gets all of them as attributes of
-            its only argument.
-        outputs: Types of its outputs, which the decorated function returns by name.
+    The decorated function gets all `parameters` (each a `Parameter`, or its type alone) as attributes of its only
+    argument, and returns `outputs` by name.
     """
     full = {
         key: each if isinstance(each, Parameter) else Parameter(each, inspect.Parameter.empty, "")

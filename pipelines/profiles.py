@@ -142,11 +142,7 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str = DEFAULT) -> Profile:
-    """Load a profile by its name in `pipelines/resources`, or from another YAML file.
-
-    Raises:
-        SkdError: it does not exist, or has a wrong, missing or unknown field; each is named.
-    """
+    """Load a profile by its name in `pipelines/resources`, or from another YAML file."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"

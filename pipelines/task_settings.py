@@ -37,17 +37,10 @@ def make_task(
 ) -> dsl.PipelineTask:
     """Make a task with its caching, its resources, its nodes, its Secrets, the run's settings and the run's id.
 
-    Settings and id are no parameters of the component: they would be part of the cache's key.
-
-    Args:
-        profile: The machines.
-        given: Parameters of the pipeline. `settings` is the name of the ConfigMap that says where records are kept;
-            `node_selector` and `node_tolerations` choose the nodes of steps that load models.
-        component: What it runs.
-        name: Its name in `profiles.KINDS`, with a role where a pipeline has several: `evaluate-teacher`.
-        title: Its name on Kubeflow's page, if another.
-        cache: KFP may take its outputs from an earlier run.
-        inputs: Of the component.
+    Settings and id are no parameters of the component: they would be part of the cache's key. `name` is one in
+    `profiles.KINDS`, with a role where a pipeline has several: `evaluate-teacher`; `title` is its name on Kubeflow's
+    page, if another. Of the pipeline's parameters `settings` names the ConfigMap that says where records are kept;
+    `node_selector` and `node_tolerations` choose the nodes of steps that load models.
     """
     task = _named(component, name)(**inputs)
     task.set_display_name(title or name).set_caching_options(cache)

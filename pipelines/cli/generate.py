@@ -28,14 +28,8 @@ LEGEND = "[green]drafted and accepted[/], [bold yellow]by the model in place of 
 class Answer:
     """An answer, as `--json` prints it.
 
-    Attributes:
-        prompt: The question, as it was given.
-        answer: The model's text.
-        tokens: Number of its tokens, with the one that ends it.
-        drafted: Those that the draft model wrote and the model accepted.
-        replaced: Those that the model wrote in place of a draft.
-        calls: Forward passes of the model.
-        truncated: Whether the length limit ended it.
+    `drafted` tokens are the draft model's that the model accepted, `replaced` ones the model's in place of a draft;
+    `calls` are forward passes of the model.
     """
 
     prompt: str

@@ -114,11 +114,7 @@ def _asked(question: str, default: str | None = None) -> str:
 
 
 def _check(question: str, answer: str) -> None:
-    """Check one answer by itself.
-
-    Raises:
-        SkdError: it cannot be right.
-    """
+    """Check one answer by itself; raise SkdError if it cannot be right."""
     from skd_lib.config import DistillConfig, TaskConfig, parse_section
     from skd_lib.models.references import parse_reference
 

@@ -89,11 +89,7 @@ class Local:
     experiment: Annotated[str, typer.Option(envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment.")] = "skd"
 
     def check(self) -> None:
-        """Check the experiment's name.
-
-        Raises:
-            SkdError: it cannot be one.
-        """
+        """Check the experiment's name."""
         from skd_lib.config.names import check_experiment, checked
 
         checked("--experiment", check_experiment, self.experiment)
@@ -159,14 +155,7 @@ class Cluster:
     ] = ""
 
     def check(self, name: str = "") -> None:
-        """Check the names that people choose, before the first request to the server.
-
-        Args:
-            name: The run's name; empty where it has none yet.
-
-        Raises:
-            SkdError: a name is not possible.
-        """
+        """Check the names that people choose, before the first request to the server."""
         from skd_lib._core.ascii_json import may_be_changed
         from skd_lib.config.names import check_experiment, check_line, checked
 
@@ -200,11 +189,7 @@ class Cluster:
         )
 
     def connect(self) -> KubeflowPipelines:
-        """Return the server's API.
-
-        Raises:
-            SkdError: the host or the credentials are missing.
-        """
+        """Return the server's API; raise SkdError where the host or the credentials are missing."""
         from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines
         from skd_kfp.pipelines.kubeflow.auth import find_credentials
 
@@ -248,11 +233,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def refuse(context: typer.Context, *names: str, why: str, hint: str = "leave it out") -> None:
-    """Refuse options without effect. In the environment they may be meant for other commands.
-
-    Raises:
-        SkdError: one is on the command line.
-    """
+    """Raise SkdError for options without effect; in the environment they may be meant for other commands."""
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -260,12 +241,7 @@ def refuse(context: typer.Context, *names: str, why: str, hint: str = "leave it 
 
 
 def say_json(value: object, *, lines: bool = False) -> None:
-    """Print a value as JSON, for scripts; numbers that JSON does not have (NaN, infinity) become null.
-
-    Args:
-        value: Plain values.
-        lines: On one line, as one of many.
-    """
+    """Print a value as JSON, for scripts; numbers that JSON does not have (NaN, infinity) become null."""
     say(json.dumps(_finite(value), allow_nan=False, indent=None if lines else 2))
 
 

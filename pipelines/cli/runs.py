@@ -19,20 +19,8 @@ State = Literal["finished", "running", "stopped"]
 class LocalRun:
     """A run's folder, as `skd runs` lists it.
 
-    Attributes:
-        name: Of the run, which is the folder's.
-        kind: `run` or `comparison`.
-        state: `stopped`: it failed or was stopped; the same command goes on with it.
-        folder: Its files.
-        changed: Time of its end or its last start, UTC.
-        seconds: What it took; None where that is not known.
-        method: How the student was trained; empty for a comparison.
-        teacher: Reference to the teacher.
-        metric: The task's metric; empty without figures.
-        scores: By that metric and the model's role.
-        acceptance_rate: Share of the student's drafts that the teacher accepts, after distillation.
-        tokens_per_teacher_call: Of the same.
-        problem: Why a file of it could not be read.
+    `changed` is the time of its end or its last start, UTC; `scores` are by the model's role, by the task's metric; a
+    `stopped` run failed or was stopped, and the same command goes on with it.
     """
 
     name: str

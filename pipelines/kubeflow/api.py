@@ -51,12 +51,8 @@ class KubeflowPipelines:
     where the server keeps names unique (experiments, pipelines, versions), and where the request did not arrive. The
     server may have created a run or recurring run that it does not list yet, so these are only looked for.
 
-    Args:
-        host: URL of the API server, e.g. `https://kubeflow.example.com/pipeline`.
-        credentials: Our credentials.
-        namespace: Profile in a multi-user installation; empty in a single-user one.
-        backoff: Seconds before the first repetition; each further one takes twice as long.
-        notice: Prints a remark for the person who waits.
+    `namespace` is empty in a single-user installation; `backoff` is in seconds, and each repetition waits twice as
+    long; `notice` prints a remark for the person who waits.
     """
 
     def __init__(
@@ -77,11 +73,7 @@ class KubeflowPipelines:
         self._recurring = kfp_server_api.RecurringRunServiceApi(client)
 
     def check_listening(self) -> None:
-        """Check within seconds that a server listens; later requests are repeated for longer.
-
-        Raises:
-            SkdError: nothing listens at the host.
-        """
+        """Check within seconds that a server listens; later requests are repeated for longer."""
         url = urlsplit(self.host)
         failure: OSError | None = None
         for pause in KNOCKS:
@@ -161,13 +153,9 @@ class KubeflowPipelines:
     def create_run(self, run: Any, before: float = math.inf) -> Any:
         """Start a run.
 
-        Args:
-            run: The run. Names are not unique, so its description has to be: it distinguishes our run from others.
-            before: A deadline on the monotonic clock: no request is sent that might last longer.
-
-        Raises:
-            Unsettled: the run may have been created, or be created later.
-            SkdError: it was not created.
+        Its description has to be unique, which names are not: it distinguishes our run from others. No request is sent
+        that might last beyond `before`, on the monotonic clock. Raises Unsettled where it may have been created, or be
+        created later.
         """
         columns = r"RUN:.metadata.annotations.pipelines\.kubeflow\.org/run_name,WORKFLOW:.metadata.name"
         look = (
@@ -203,12 +191,7 @@ class KubeflowPipelines:
         return [recurring for recurring in found if recurring.display_name == name]
 
     def create_recurring_run(self, recurring: Any) -> Any:
-        """Create a recurring run; its description has to be unique, see `create_run`.
-
-        Raises:
-            Unsettled: it may have been created, or be created later.
-            SkdError: it was not created.
-        """
+        """Create a recurring run; its description has to be unique, see `create_run`."""
         look = (
             "a schedule may have been made that Kubeflow's page does not show: before you submit again, look at "
             f"`{self._kubectl('scheduledworkflows')}`, and delete the newest one"
@@ -249,13 +232,8 @@ class KubeflowPipelines:
     ) -> T:
         """Create something, and find it where the answer was lost.
 
-        Args:
-            key: The field that holds its id.
-            find: Looks for it.
-            create: Requests it.
-            before: See `create_run`.
-            look: How a person finds what may have been created; empty where names are unique: it is looked for first,
-                and a repeated request cannot create two.
+        `key` is the field that holds its id. `look` says how a person finds what may have been created; empty where
+        names are unique: it is looked for first, and a repeated request cannot create two.
         """
         if not look and (found := find()) is not None:
             return found

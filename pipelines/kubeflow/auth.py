@@ -41,10 +41,7 @@ def anonymous(renew: bool = False) -> dict[str, str]:
 def secret(read: Callable[[], str], header: str = "Authorization", prefix: str = "Bearer ") -> Credentials:
     """Return the credentials of a bearer token or session cookie that something else makes and renews.
 
-    Args:
-        read: Reads it, before every request: the kubelet, or a sidecar, writes a renewed one to the same file.
-        header: Its header.
-        prefix: The text before it in the header.
+    It is read before every request: the kubelet, or a sidecar, writes a renewed one to the same file.
     """
     return lambda _renew: {header: prefix + read()}
 
@@ -85,8 +82,7 @@ def find_credentials(auth: Auth, host: str, audience: str = "") -> Credentials:
       of Identity-Aware Proxy).
     - cookie: Dex's session, `NAME=VALUE`, from `SKD_KFP_COOKIE` or the file `SKD_KFP_COOKIE_FILE`.
 
-    Raises:
-        SkdError: there are none of this kind, or they would go unencrypted over a network.
+    Raises SkdError where there are none of this kind, or they would go unencrypted over a network.
     """
     if auth is Auth.AUTO:
         auth = _present(audience)

@@ -41,14 +41,7 @@ def read_version(healthz: Mapping[str, Any]) -> Version | None:
 
 
 def check_version(version: Version | None, host: str) -> str:
-    """Check that the pipelines work on a server's version.
-
-    Returns:
-        A remark for a person; empty where there is none.
-
-    Raises:
-        SkdError: the server is too old.
-    """
+    """Check that the pipelines work on a server's version; return a remark for a person, or an empty text."""
     if version is None:
         return f"the server does not say its version: {text(OLDEST)} or newer is needed, {text(NEWEST)} was tried"
     if version < OLDEST:
@@ -87,11 +80,7 @@ _CRON = (
 
 
 def with_seconds(cron: str) -> str:
-    """Return a schedule as Kubeflow wants it, with six fields.
-
-    Raises:
-        SkdError: it has neither five fields nor six, or a field is wrong.
-    """
+    """Return a schedule as Kubeflow wants it, with six fields; raise SkdError where a field is wrong."""
     fields = cron.split()
     if len(fields) == CRON_FIELDS - 1:
         fields = ["0", *fields]
@@ -106,11 +95,7 @@ def with_seconds(cron: str) -> str:
 
 
 def described(cron: str) -> str:
-    """Return a sentence on when and how a recurring run starts its runs.
-
-    Raises:
-        SkdError: see `with_seconds`.
-    """
+    """Return a sentence on when and how a recurring run starts its runs."""
     names = ", ".join(name for name, *_ in _CRON)
     return f"{with_seconds(cron)} ({names}; UTC), one run at a time; one that was missed is not made up for"
 
@@ -140,12 +125,7 @@ _COPY = "copy it to object storage (gs://, s3://, minio://); an absolute path is
 
 
 def out_of_reach(config: RunConfig, runs: Sequence[RunConfig]) -> list[SkdError]:
-    """Return errors for files and models on this machine that a cluster could not read.
-
-    Args:
-        config: A run's configuration, or the base of a comparison.
-        runs: The runs that are trained.
-    """
+    """Return errors for files and models on this machine that a cluster could not read."""
     sources: list[tuple[str, DataSource | HeldOutFiles | HeldOutHub]] = [("data.source", config.data.source)]
     sources += [(f"data.held_out ({each.name})", each.source) for each in config.data.held_out]
     problems = [

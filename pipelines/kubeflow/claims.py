@@ -42,10 +42,8 @@ class Busy(SkdError):
 class Claim:
     """The right of one process to start the run of a name.
 
-    Attributes:
-        expires: When others may take the claim over, on this process's monotonic clock.
-        run_id: The run that was started and that the claim remembers; empty where there is none.
-        kept: The claim is left to expire, since the run may still be starting.
+    Others may take it over from `expires` on, by this process's monotonic clock; `run_id` is the run that was started;
+    with `kept` it is left to expire, since the run may still be starting.
     """
 
     expires: float
@@ -60,15 +58,8 @@ def claim(folder: str, name: str, wait: float | None = None, valid: float = VALI
     A claim is a small file or object that a process replaces only in the generation that it has read. It holds a token
     while a run is being started, and the run's id afterwards.
 
-    Args:
-        folder: Local folder or gs:// URI of the claims. Empty: a lock of this machine, which remembers no run.
-        name: The run's name.
-        wait: Seconds to wait for another holder.
-        valid: Seconds after which the claim of a holder that died is taken over.
-
-    Raises:
-        Busy: another process holds the claim all that time.
-        SkdError: the claims cannot be read or written.
+    `folder` is local or a gs:// URI; empty: a lock of this machine, which remembers no run. Raises Busy where another
+    process holds the claim for `wait` seconds; after `valid` seconds a claim is taken over.
     """
     wait = WAIT_SECONDS if wait is None else wait
     hint = f"try again; the claim of a process that died ends after {VALID_SECONDS / 60:.0f} minutes"
@@ -119,11 +110,7 @@ def claim_uri(folder: str, name: str) -> str:
 
 
 def remembered(folder: str, name: str) -> str:
-    """Return the id of the run that the claim remembers; empty where there is none.
-
-    Raises:
-        SkdError: the claims cannot be read.
-    """
+    """Return the id of the run that the claim remembers; empty where there is none."""
     if not folder:
         return ""
     uri = claim_uri(folder, name)
@@ -131,11 +118,7 @@ def remembered(folder: str, name: str) -> str:
 
 
 def memories(folder: str, name: str) -> list[str]:
-    """Return the files, objects and folders to delete for a claim to forget its run.
-
-    Raises:
-        SkdError: the claims cannot be read.
-    """
+    """Return the files, objects and folders to delete for a claim to forget its run."""
     uri = claim_uri(folder, name)
     return [each for each in (uri, _old_folder(uri)) if storage.exists(each)]
 

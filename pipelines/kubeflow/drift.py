@@ -24,11 +24,8 @@ class Seen(Section):
 class Drift:
     """Decides whether a draft needs to be made again.
 
-    Attributes:
-        config: The run, reading from the new data; its held-out prompts are the sample.
-        tracking_uri: Store of the registry with the champion.
-        max_drop: Share of the champion's registered acceptance that it may lose, 0 to 1.
-        memory: File or object that remembers the measurement of these data; empty: none does.
+    `config` reads from the new data, whose held-out prompts are the sample; `max_drop` is the share of its registered
+    acceptance that the champion may lose; `memory`, a file or object, remembers the measurement of these data.
     """
 
     config: RunConfig
@@ -41,10 +38,6 @@ class Drift:
 
         Measures with the teacher and the champion on this machine, unless the memory has it. Without a champion, or
         with one of which nothing was ever accepted, a run is needed.
-
-        Raises:
-            SkdError: the teacher is trained by the run, the champion's figures are missing or were measured in another
-                way, or it cannot be measured.
         """
         if self.config.teacher_sft.enabled:
             what = "the run trains its teacher, so there is none yet to measure the champion with"

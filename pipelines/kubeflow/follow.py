@@ -29,13 +29,7 @@ POLL_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Followed:
-    """A run that has ended.
-
-    Attributes:
-        run: The run as the API returns it.
-        cancelled: A person cancelled it.
-        states: Its steps.
-    """
+    """A run that has ended, as the API returns it, and its steps; a person may have cancelled it."""
 
     run: Any
     cancelled: bool
@@ -55,11 +49,7 @@ def follow(
     say: Callable[[str], None],
     poll: float = POLL_SECONDS,
 ) -> Followed:
-    """Print the start and end of a run's steps until the run has ended.
-
-    Raises:
-        SkdError: the server cannot be reached for long, or no longer accepts our credentials; the run goes on.
-    """
+    """Print the start and end of a run's steps until the run has ended."""
     shown = _Shown(steps, say)
     cancelled = False
     while True:

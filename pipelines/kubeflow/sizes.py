@@ -35,15 +35,7 @@ _LESS_ALIKE = 1.31  # the most by which a real run compresses worse than the com
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a run.
-
-    Attributes:
-        nodes: Bytes of the node statuses as JSON.
-        workflow: Bytes of the whole object: the nodes, and the workflow itself.
-        compressed: Bytes of the nodes as Argo keeps them beyond `SHOWN`.
-        argument: Bytes of the longest argument of a step.
-        argument_of: The step of that argument.
-    """
+    """The bytes of a run: of its nodes, of the whole object, of the nodes compressed, and of the longest argument."""
 
     nodes: int
     workflow: int
@@ -57,11 +49,8 @@ def measure(
 ) -> Sizes:
     """Measure a run of a compiled pipeline at its end.
 
-    Args:
-        documents: The compiled pipeline.
-        parameters: Values of its parameters; the others have their defaults.
-        outputs: The output parameters of steps; short texts and empty lists for missing ones.
-        wrapped: Each node has a second one around it, as with the manifests of Kubeflow Pipelines 2.17.0.
+    `parameters` that are left out have their defaults, `outputs` short values. `wrapped`: each node has a second one
+    around it, as with the manifests of Kubeflow Pipelines 2.17.0.
     """
     run = NodeStatuses(documents, outputs or (lambda *_: {}), wrapped).run(parameters)
     text = to_json({node["id"]: node for node in run.nodes}).encode()
@@ -71,12 +60,7 @@ def measure(
 
 
 def expected(config: RunConfig, plan: Plan | None = None) -> Outputs:
-    """Return the output parameters of a run's steps, at their greatest length.
-
-    Args:
-        config: The run's configuration.
-        plan: The comparison, if it is one.
-    """
+    """Return the output parameters of a run's steps, at their greatest length."""
     from skd_lib.comparison.trials import Trial
     from skd_lib.config.step import StepConfig
     from skd_lib.steps.compare_variant import outputs_of
@@ -124,12 +108,7 @@ def too_large(sizes: Sizes) -> list[SkdError]:
 
 
 def of_compiled(documents: list[dict[str, Any]], trials: int = 1) -> str:
-    """Return a sentence on the size of a run with short settings, without and with the manifests of KFP 2.17.0.
-
-    Args:
-        documents: The compiled pipeline.
-        trials: Of a comparison.
-    """
+    """Return a sentence on the size of a run with short settings, without and with the manifests of KFP 2.17.0."""
     items = [ascii_json({"variant": f"skd-{number}", "seed": 0}) for number in range(trials)]
 
     def outputs(component: str, _inputs: Spec, declared: Spec) -> Spec:

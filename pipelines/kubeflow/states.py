@@ -40,15 +40,9 @@ DRIVER = "-driver"
 class StepState:
     """A step of a run as it is now.
 
-    Attributes:
-        name: The step's, with the round of a loop: `distill (iteration 2)`. Of a DAG, the DAG's.
-        state: RUNNING, SUCCEEDED, REUSED, SKIPPED (its condition does not hold) or FAILED.
-        seconds: Its duration; 0 while it runs.
-        attempts: The number of known attempts.
-        pod: The latest attempt's, or the driver's where that failed; empty where it is not known.
-        driver: It did not start, since Kubeflow's driver failed.
-        loop: Its loop; empty outside of loops.
-        message: Kubeflow's message on its failure; only the version without MLMD has one.
+    `name` has the round of a loop: `distill (iteration 2)`. `state` is RUNNING, SUCCEEDED, REUSED, SKIPPED (its
+    condition does not hold) or FAILED, with `driver` where Kubeflow's driver for it failed. `pod` is the latest
+    attempt's, or the driver's; empty where it is not known. Only the version without MLMD has a `message`.
     """
 
     name: str
@@ -62,13 +56,7 @@ class StepState:
 
 
 def read_states(run: Any, spec: dict[str, Any], steps: Sequence[Step]) -> list[StepState]:
-    """Return the steps in a run's record, in the order in which they began, each once.
-
-    Args:
-        run: The run as the API returns it.
-        spec: The pipeline spec.
-        steps: Its steps.
-    """
+    """Return the steps in a run's record, in the order in which they began, each once."""
     if run.tasks:
         return read_tasks(run.tasks, spec, steps)
     tasks = (run.run_details and run.run_details.task_details) or []
@@ -214,15 +202,9 @@ def _seconds(task: Any) -> float:
 class Node:
     """A node of a step, or of a DAG.
 
-    Attributes:
-        component: The step's component, as `skd_kfp.pipelines.graph.Step` has it; of a DAG empty.
-        title: The key of the task, or of the DAG.
-        iteration: The round of its loop; None outside of loops.
-        driver: It is Kubeflow's driver for the step or DAG, which prepares its start.
-        display: Its display name.
-        children: Ids of existing nodes that can only be children of this one.
-        tried: The number of attempts that are known to have had a pod; 0 also where that is not known.
-        pods: Names of the pods that may have existed, the latest last.
+    `component` is empty for a DAG; `title` is the task's key; `children` are ids of existing nodes that can only be
+    children of this one; `tried` counts the attempts that are known to have had a pod; `pods` may have existed, the
+    latest last.
     """
 
     component: str
@@ -243,9 +225,7 @@ def node_id(workflow: str, path: str) -> str:
 def nodes_of(spec: dict[str, Any], ids: frozenset[str]) -> list[Node]:
     """Return the nodes of a run's steps and DAGs that exist, or may exist as leaves.
 
-    Args:
-        spec: The pipeline spec.
-        ids: Ids of all nodes that are children of another.
+    `ids` are those of all nodes that are children of another.
     """
     workflow = next((each.rpartition("-")[0] for each in ids), "")
     return list(_Walk(spec, workflow, ids).run()) if workflow else []

@@ -54,10 +54,7 @@ WITH_COMET = "give --pipeline a file of `skd compile --pipeline distillation_com
 class Package:
     """A compiled pipeline.
 
-    Attributes:
-        path: Its file.
-        documents: Its content.
-        digest: Hex sha256 of the content, without comments, the order of keys and the KFP version that compiled it.
+    `digest` is the hex sha256 of the content, without comments, the order of keys and the KFP version that compiled it.
     """
 
     path: Path
@@ -66,11 +63,7 @@ class Package:
 
     @classmethod
     def read(cls, path: Path | None = None) -> Package:
-        """Read a compiled pipeline, by default the one of this package.
-
-        Raises:
-            SkdError: the file is missing, or is no compiled pipeline.
-        """
+        """Read a compiled pipeline, by default the one of this package."""
         path = path or compiled_path()
         if not path.exists():
             raise SkdError("there is no compiled pipeline", where=str(path), hint="run `skd compile`")
@@ -114,13 +107,7 @@ class Package:
 class Target:
     """The places of a run and its outputs.
 
-    Attributes:
-        experiment: Experiment in Kubeflow.
-        mlflow_experiment: Experiment in MLflow; empty: as the ConfigMap says.
-        settings: ConfigMap in the run's namespace that says where MLflow and checkpoints are; it need not exist.
-        pipeline_root: Where Kubeflow keeps artifacts; empty: its own default.
-        service_account: Kubernetes service account of the run's pods; empty: its own default.
-        reuse: Whether steps may take their outputs from Kubeflow's cache.
+    What is empty is as the ConfigMap `settings` says, which need not exist, else Kubeflow's own default.
     """
 
     experiment: str = "skd"
@@ -146,11 +133,7 @@ class Submission:
     def plan(
         cls, config: RunConfig, package: Package, target: Target, name: str = "", comparison: Plan | None = None
     ) -> Submission:
-        """Plan a run of `config`, or of a comparison that starts from it, by default named after it and the time.
-
-        Raises:
-            SkdErrors: the run could not work in a cluster.
-        """
+        """Plan a run of `config`, or of a comparison that starts from it, by default named after it and the time."""
         parameters = {
             **(comparisons.to_parameters(comparison.compare, comparison.base) if comparison else to_parameters(config)),
             "mlflow_experiment": target.mlflow_experiment,
@@ -209,23 +192,14 @@ class Submission:
         }
 
     def prepare(self, api: KubeflowPipelines, reason: str = "skd submit") -> Any:
-        """Return the run to create, with `reason` in its description; creates its experiment and pipeline version.
-
-        Raises:
-            SkdError: the server is too old, cannot be reached or refuses.
-        """
+        """Return the run to create, with `reason` in its description; creates its experiment and pipeline version."""
         _tell(api, check_version(api.version(), api.host))
         return kfp_server_api.V2beta1Run(
             display_name=self.name, description=self._description(reason), **self._body(api)
         )
 
     def start(self, api: KubeflowPipelines, run: Any, before: float = math.inf) -> Any:
-        """Create a run that was prepared, and check that the server keeps what was requested.
-
-        Raises:
-            Unsettled: see `KubeflowPipelines.create_run`.
-            SkdError: it was not created.
-        """
+        """Create a run that was prepared, and check that the server keeps what was requested."""
         made = api.create_run(run, before)
         try:
             differing = run_differences(run, api.run(made.run_id))
@@ -243,14 +217,8 @@ class Submission:
     def schedule(self, api: KubeflowPipelines, cron: str) -> Any:
         """Create a recurring run of this name, or find the existing one.
 
-        Args:
-            api: The server.
-            cron: The schedule: five fields as in crontab, or six with seconds first; UTC.
-
-        Raises:
-            Unsettled: see `KubeflowPipelines.create_recurring_run`.
-            SkdError: an existing one of this name differs, or the server keeps something else, is too old, cannot be
-                reached or refuses.
+        `cron` has five fields as in crontab, or six with seconds first; UTC. Raises SkdError where an existing one of
+        this name differs, or the server keeps something else.
         """
         version = api.version()
         _tell(api, check_version(version, api.host))

@@ -46,11 +46,7 @@ class _LoginPage(ApiException):  # type: ignore[misc, unused-ignore]
 class Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
     """The generated client's transport, with timeouts, credentials that are renewed, and no login pages.
 
-    Args:
-        configuration: The generated client's.
-        credentials: Our credentials.
-        backoff: Unit of `READ_PAUSES`, in seconds.
-        notice: Prints a remark once for each request that waits for the server.
+    `backoff` is the unit of `READ_PAUSES`, in seconds; `notice` prints a remark once for each request that waits.
     """
 
     def __init__(

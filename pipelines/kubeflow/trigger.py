@@ -39,11 +39,8 @@ log = logging.getLogger(__name__)
 class Decision:
     """The decision about a source.
 
-    Attributes:
-        fire: Whether a run is, or would be, started.
-        reason: Why, or why not.
-        name: The run's name, which is the same for the same data, settings and pipeline; empty while data is missing.
-        run_id: The run that was started, or the earlier one; empty if there is none.
+    `name` is the same for the same data, settings and pipeline, and empty while data is missing; `run_id` is the run
+    that was started, or the earlier one.
     """
 
     fire: bool
@@ -60,18 +57,9 @@ class Decision:
 class Trigger:
     """Starts runs of one configuration.
 
-    Attributes:
-        config: The run; `{source}` in its data files stands for the source.
-        package: The compiled pipeline.
-        target: Where runs go.
-        api: The server.
-        claims: Local folder or gs:// URI of the claims that keep processes from starting the same run at the same time;
-            empty: only the processes of this machine are kept apart.
-        marker: Name of the object that is written last, when a source is complete.
-        attempts: How many runs of the same data may fail before no more are started.
-        tracking_uri: MLflow server that is asked for earlier runs on the same data; empty: none.
-        max_drop: Start a run only where the champion's acceptance as a draft has fallen by more than this share on the
-            new data, see `Drift`; None: always.
+    `{source}` in the data files of `config` stands for the source, where `marker` is written last. `claims` is a local
+    folder or gs:// URI; empty: only the processes of this machine are kept apart. Where `attempts` runs of the same
+    data have failed no more are started. For `max_drop` see `Drift`; None: always.
     """
 
     config: RunConfig
@@ -85,11 +73,7 @@ class Trigger:
     max_drop: float | None = None
 
     def explain(self, source: str) -> Decision:
-        """Say what `fire` would do, and start nothing.
-
-        Raises:
-            SkdError: the configuration does not read from `source`, or storage or the server cannot be asked.
-        """
+        """Say what `fire` would do, and start nothing."""
         submission = self._plan(source)
         if isinstance(submission, Decision):
             return submission
@@ -99,9 +83,7 @@ class Trigger:
     def fire(self, source: str) -> Decision:
         """Start a run on the data at `source`, if it is complete and there is none yet.
 
-        Raises:
-            Busy: another process is about to start it.
-            SkdError: as `explain`, or the run cannot be started.
+        Raises Busy where another process is about to start it.
         """
         submission = self._plan(source)
         if isinstance(submission, Decision):
@@ -167,11 +149,8 @@ class Trigger:
     def _look(self, name: str, memory: _Memory, started: str) -> Decision:
         """Decide by the runs of this name that Kubeflow lists, and by those that MLflow and the claim remember.
 
-        Args:
-            name: The run's name.
-            memory: MLflow.
-            started: The run that the claim remembers, read before Kubeflow is asked: a run that is started in between
-                is then in Kubeflow's list.
+        `started`, which the claim remembers, is read before Kubeflow is asked: a run that is started in between is then
+        in Kubeflow's list.
         """
         experiment = self.api.find_experiment(self.target.experiment)
         runs = self.api.runs_named(name, experiment) if experiment else []
@@ -253,11 +232,7 @@ class _Memory:
 
 
 def check_source(config: RunConfig, source: str) -> None:
-    """Check that a configuration reads from a source, and that the source exists: a misspelt one would wait for ever.
-
-    Raises:
-        SkdError: it reads from elsewhere, the cluster could not read it, or there is nothing.
-    """
+    """Check that a configuration reads from a source, and that it exists: a misspelt one would wait for ever."""
     files = reading_from(config, source).data.source
     if not isinstance(files, FilesSource):
         return
@@ -270,11 +245,7 @@ def check_source(config: RunConfig, source: str) -> None:
 
 
 def reading_from(config: RunConfig, source: str) -> RunConfig:
-    """Return the configuration with `source` for `{source}` in its data files.
-
-    Raises:
-        SkdError: it does not read from there.
-    """
+    """Return the configuration with the source for `{source}` in its files; raise SkdError if it reads elsewhere."""
     files = config.data.source
     hint = f"write {PLACEHOLDER} for the folder in data.source.train, validation and test"
     if isinstance(files, HubSource) and files.dataset == source:

@@ -23,22 +23,10 @@ def run_comparison(
     experiment: str,
     fresh: bool = False,
 ) -> LocalRun:
-    """Run the pipeline `compare_methods`.
+    """Run the pipeline `compare_methods`; `display` makes the display for a number of steps.
 
     kfp ends a loop as failed if one of its rounds failed, and leaves out what comes after it. In this case the pipeline
     is run once more without the failed rounds: it reuses all other steps, and the table says why rounds are missing.
-
-    The arguments that are not listed are those of `run_pipeline`.
-
-    Args:
-        plan: The comparison.
-        display: Makes the display for a number of steps.
-        say: Prints a line.
-
-    Raises:
-        StepFailed: a step that all runs need failed, or every run did.
-        SkdError: the folder is in use, or the pipeline could not be run.
-        KeyboardInterrupt: the running step was stopped.
     """
     failed: dict[str, str] = {}
     while True:

@@ -40,23 +40,14 @@ OWNER = "skd.run"
 
 @dataclass(frozen=True)
 class Inputs:
-    """The models, data and stores that a run reads.
-
-    Attributes:
-        local: Files and folders of this machine.
-        remote: Everything that needs the network.
-    """
+    """The models, data and stores that a run reads: of this machine, and those that need the network."""
 
     local: tuple[Path, ...]
     remote: tuple[str, ...]
 
 
 def inputs_of(config: RunConfig, tracking_uri: str) -> Inputs:
-    """Return where the run's models, data and records are.
-
-    Raises:
-        SkdError: the name of a model is not a reference.
-    """
+    """Return where the run's models, data and records are."""
     local: list[Path] = []
     remote: list[str] = []
     comet = config.evaluation.comet.model if config.task.wants_comet else None
@@ -88,13 +79,8 @@ def inputs_of(config: RunConfig, tracking_uri: str) -> Inputs:
 class Containers:
     """The engine, images and folders with which steps run in containers.
 
-    Attributes:
-        client: The engine.
-        images: For each image of the pipeline its digest or id, so that a rebuilt image does not reuse the outputs of
-            an older one.
-        folder: The run's folder, the only one besides `writable` that steps can write to.
-        inputs: What the run reads. Without remote inputs its containers have no network.
-        writable: Further folders that steps write to.
+    `images` has the digest or id of each image of the pipeline, so that a rebuilt one does not reuse the outputs of an
+    older one. Steps write to `folder`, the run's, and to `writable` only; without remote inputs they have no network.
     """
 
     client: docker.DockerClient
@@ -104,11 +90,7 @@ class Containers:
     writable: tuple[Path, ...] = ()
 
     def starter(self, settings: Mapping[str, str]) -> Start:
-        """Return what runs the steps; containers that a killed process left behind are removed first.
-
-        Raises:
-            SkdErrors: an input is missing.
-        """
+        """Return what runs the steps; containers that a killed process left behind are removed first."""
         arguments = self._arguments()
         owned = {"label": f"{OWNER}={self.folder}"}
         for left in self.client.containers.list(all=True, ignore_removed=True, filters=owned):
@@ -158,11 +140,7 @@ class Containers:
 
 
 def connect() -> docker.DockerClient:
-    """Connect to the engine that `DOCKER_HOST` names, or to this machine's.
-
-    Raises:
-        SkdError: no engine answers.
-    """
+    """Connect to the engine that `DOCKER_HOST` names, or to this machine's."""
     try:
         client = docker.from_env()
         client.ping()
@@ -174,11 +152,7 @@ def connect() -> docker.DockerClient:
 
 
 def find_image(client: docker.DockerClient, name: str) -> str:
-    """Return an image's digest in a registry, or its id if it was built here; pull the image if it is missing.
-
-    Raises:
-        SkdError: neither this machine nor the registry has it.
-    """
+    """Return an image's digest in a registry, or its id if it was built here; pull the image if it is missing."""
     try:
         image = client.images.get(name)
     except ImageNotFound:

@@ -36,11 +36,7 @@ from skd_lib.tracking.outbox import waiting_files
 
 
 class RunFolder:
-    """The files of one run.
-
-    Attributes:
-        root: The folder itself; the other attributes are the paths in it that the module lists.
-    """
+    """The files of one run: its folder `root`, and the paths in it that the module lists."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -50,11 +46,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, runs: Path, name: str) -> RunFolder:
-        """Create the folder of run `name` where it is missing.
-
-        Raises:
-            SkdError: it cannot be written.
-        """
+        """Create the folder of run `name` where it is missing."""
         folder = cls((runs / name).resolve())
         try:
             for path in (folder.logs, folder.artifacts, folder.cache, folder.checkpoints):
@@ -71,11 +63,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder during the block.
-
-        Raises:
-            SkdError: another run is in it.
-        """
+        """Keep other runs out of the folder during the block; raise SkdError if one is in it."""
         lock = filelock.FileLock(self.root / ".lock", blocking=False)
         try:
             lock.acquire()
@@ -101,11 +89,7 @@ class RunFolder:
             return False
 
     def link(self, name: str, target: Path) -> Path:
-        """Point the link `name` in this folder at one of the artifacts.
-
-        Returns:
-            The link, or the artifact itself where the file system has no links.
-        """
+        """Point the link `name` at an artifact and return it, or the artifact where the file system has no links."""
         link, new = self.root / name, self.root / f".{name}.new"
         try:
             new.unlink(missing_ok=True)
@@ -129,13 +113,7 @@ class RunFolder:
             path.mkdir()
 
     def run_id(self, config: RunConfig, identity: Identity, *, fresh: bool) -> str:
-        """Return the run's id in MLflow: the same while its identity is, so that a resumed run continues its records.
-
-        Args:
-            config: The run.
-            identity: See `reuse.run_identity`.
-            fresh: Make a new id.
-        """
+        """Return the run's id in MLflow, the same while its identity is: a resumed run continues its records."""
         file = self.root / "run.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         before: Identity = known.get("identity", {})

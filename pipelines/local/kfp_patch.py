@@ -52,11 +52,7 @@ KEY_ARGUMENTS = ("self", "component_name", "image", "full_command", "arguments",
 
 
 def check_kfp() -> None:
-    """Check that the parts of kfp that are replaced have the known signatures.
-
-    Raises:
-        SkdError: another version of kfp is installed, whose local runner this project does not know.
-    """
+    """Check that the parts of kfp that are replaced have the known signatures."""
     known = [
         (subprocess_task_handler.SubprocessTaskHandler.__init__, HANDLER_ARGUMENTS),
         (docker_task_handler.DockerTaskHandler.__init__, HANDLER_ARGUMENTS),
@@ -81,12 +77,6 @@ def run_locally(
     """Run a compiled pipeline with `kfp.local`; each container is run by `run`.
 
     Where a container fails, this returns normally: `run` keeps the failure. kfp's own output goes to `run`'s folder.
-
-    Args:
-        documents: The pipeline spec and its Kubernetes settings.
-        arguments: Pipeline parameters.
-        run: Runs the containers, and keeps their outputs.
-        containers: Whether `run` runs each in the image that the pipeline names.
     """
     check_kfp()
     folder = run.folder

@@ -29,13 +29,7 @@ TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a child process.
-
-    Attributes:
-        code: Exit code; negative is the number of the signal that ended it.
-        error: The step's own error sentence, empty if it gave none.
-        tail: The last lines of its output.
-    """
+    """The end of a child process; a negative code is the number of the signal that ended it."""
 
     code: int
     error: str
@@ -53,13 +47,7 @@ class Outcome:
 
 
 class StepFailed(SkdError):
-    """A step of a local run failed.
-
-    Attributes:
-        step: Its name.
-        log: Its whole output.
-        code: Its exit code.
-    """
+    """A step of a local run failed."""
 
     def __init__(self, step: str, message: str, log: Path, code: int = 1) -> None:
         super().__init__(message, where=f"step {step}", hint=f"its whole output is in {log}")
@@ -80,9 +68,6 @@ def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_
     Its output goes to `log`, its event lines (`events`) to `on_event`. If the caller is interrupted, the child and its
     own children are stopped before the interruption goes on, and at once after a second interruption. If the caller is
     killed, the kernel kills the child (on Linux; elsewhere it ends when it next writes to its closed output).
-
-    Raises:
-        OSError: the log cannot be written; the child is stopped.
     """
     child = subprocess.Popen(
         command,
@@ -112,14 +97,7 @@ def run_logged(command: Sequence[str], *, log: Path, env: Mapping[str, str], on_
 
 
 def follow(lines: Iterable[str], log: Path, on_event: OnEvent) -> tuple[str, tuple[str, ...]]:
-    """Read the output of a step to its end: its text goes to `log`, its events to `on_event`.
-
-    Returns:
-        The step's own error sentence (empty if it gave none), and the last lines of its text.
-
-    Raises:
-        OSError: the log cannot be written.
-    """
+    """Send a step's text to `log` and its events to `on_event`; return its own error sentence and last lines."""
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     error = ""
     logged = 0.0

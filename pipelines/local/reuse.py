@@ -44,11 +44,8 @@ def source_digest() -> str:
 def local_pipeline(documents: list[dict[str, Any]], images: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Return a compiled pipeline as this machine runs it.
 
-    Retries are left out: on one machine a person reads the error, corrects it and runs again.
-
-    Args:
-        documents: The compiled pipeline.
-        images: Where steps are containers: what to run for an image, by the pipeline's name for it.
+    Retries are left out: on one machine a person reads the error, corrects it and runs again. Where steps are
+    containers `images` says what to run for an image, by the pipeline's name for it.
     """
     local = json.loads(json.dumps(documents))
     source = f"local-python/skd:{source_digest()[:16]}"
@@ -65,15 +62,9 @@ def local_pipeline(documents: list[dict[str, Any]], images: Mapping[str, str] | 
 def run_identity(config: RunConfig, spec: Mapping[str, Any], trials: Iterable[Mapping[str, Any]] = ()) -> Identity:
     """Return the digests of configuration and code, and of the present content of data and models.
 
-    A run with another identity has new records in MLflow; a run with the same identity continues the records.
-
-    Args:
-        config: The run, or what all runs of a comparison start from.
-        spec: The pipeline spec as `local_pipeline` returns it: its images stand for the code.
-        trials: The runs of a comparison.
-
-    Returns:
-        The digests by what they are of; empty for what cannot be read now, which preflight reports.
+    A run with another identity has new records in MLflow; a run with the same identity continues the records. What
+    cannot be read now is empty: preflight reports it. The images of `spec`, which `local_pipeline` returns, stand for
+    the code.
     """
     rounds = {Trial.model_validate(trial).label: trial for trial in trials}
     students = (trial.get("overrides", {}).get("student") for trial in rounds.values())

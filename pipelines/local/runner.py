@@ -41,16 +41,10 @@ CODE_VERSION = "SKD_CODE_VERSION"
 class LocalRun:
     """A run in progress: runs each step and keeps its outputs and times.
 
-    A component in a loop is named with the number of its round, see `graph.round_key`.
-
-    Attributes:
-        start: Runs a step: as a child process, or as a container.
-        outputs: Output parameters and artifact URIs of every finished step, by step name.
-        taken: Seconds of every finished step; of a reused one, those of its original run.
-        reused_steps: Steps whose outputs came from the cache.
-        failure: The first failure; later steps are not started then, but for the exit handler.
-        lost: Failures in a loop, by the round's name: the other rounds go on, what comes after the loop does not.
-        outcome: The last line about the run (`skd_lib._core.events.outcome`).
+    A component in a loop is named with the number of its round, see `graph.round_key`. `outputs` (parameters and
+    artifact URIs) and `taken` (seconds; of a reused step those of its original run) are by step name. After `failure`
+    no step is started but the exit handler; after one in `lost`, by the round's name, the other rounds of the loop go
+    on, what comes after it does not.
     """
 
     folder: RunFolder
@@ -173,24 +167,9 @@ def run_pipeline(
 ) -> LocalRun:
     """Run the compiled pipeline `documents` for `config` in `folder`.
 
-    Args:
-        config: The run, which gives most of the pipeline's parameters.
-        folder: Its files.
-        documents: The pipeline.
-        display: Shows its progress.
-        tracking_uri: The MLflow server; empty: none.
-        experiment: MLflow's experiment.
-        fresh: Forget finished steps and checkpoints.
-        comparison: The comparison whose trials the pipeline runs, which start from `config`.
-        containers: Run the steps in these, not as child processes.
-
-    Returns:
-        The finished run; where rounds of the loop failed (`lost`), without what comes after it.
-
-    Raises:
-        StepFailed: a step failed; its own message is in it.
-        SkdError: the folder is in use, or the pipeline could not be run.
-        KeyboardInterrupt: the running step was stopped.
+    `fresh` forgets finished steps and checkpoints; the trials of a `comparison` start from `config`. Where rounds of
+    the loop failed (`lost`) the run is returned without what comes after it. Raises StepFailed with the step's own
+    message, and KeyboardInterrupt once the running step was stopped.
     """
     from skd_kfp.pipelines.local.kfp_patch import run_locally
 

@@ -26,11 +26,7 @@ _received: list[int] = []
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks for the run's end.
-
-    Attributes:
-        number: The signal.
-    """
+    """A signal asks for the run's end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -38,11 +34,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def check() -> None:
-    """Raise `Stopped` if a signal has come whose exception was lost, as Python drops one in a destructor.
-
-    Raises:
-        Stopped: a signal came.
-    """
+    """Raise `Stopped` if a signal has come whose exception was lost, as Python drops one in a destructor."""
     if _received:
         raise Stopped(_received[0])
 
@@ -78,12 +70,8 @@ def same_command() -> str:
 def explain_end(command: str) -> Iterator[None]:
     """Print why a run stopped before its end, and what to do.
 
-    Args:
-        command: The command that runs it again.
-
-    Raises:
-        typer.Exit: with 1 after a failed step; 75 (`EX_TEMPFAIL`, "try again later") after SIGTERM or SIGHUP, to this
-            process or to its step; 130 after Ctrl-C.
+    Exits with 1 after a failed step; 75 (`EX_TEMPFAIL`, "try again later") after SIGTERM or SIGHUP, to this process or
+    to its step; 130 after Ctrl-C. `command` runs it again.
     """
     try:
         with stoppable():

@@ -51,14 +51,8 @@ _LAST_STEP = 10**9
 class Turn:
     """What takes turns: sampling, or a training step.
 
-    Attributes:
-        engine: `transformers`, or `vllm` with the number of its servers.
-        rows: Sampled together.
-        new_tokens: Of every response.
-        signal: One of `SIGNALS`; empty for a training step.
-        run: Makes a pass; returns its seconds by phase.
-        seconds: By phase, of each timed pass.
-        statistics: Of the last pass.
+    `engine` is `transformers`, or `vllm` with the number of its servers; `signal` is one of `SIGNALS`, empty for a
+    training step; `seconds` are by phase, of each timed pass.
     """
 
     engine: str
@@ -159,18 +153,9 @@ def bench_engine(
 ) -> Result:
     """Measure both engines, in turns.
 
-    Args:
-        settings: What to measure; its `batch_size` and `new_tokens` are not read.
-        batch_sizes: Rows sampled together; training steps have each of them.
-        new_tokens: Lengths of responses; training steps have the longest.
-        signals: Some of `SIGNALS`.
-        servers: vLLM servers to start on this machine. Where there are several, one of them is measured, too.
-        urls: Servers that run already, instead.
-        memory: See `DistillConfig.vllm.memory`.
-        on_progress: Called with the passes done and the passes in all.
-
-    Raises:
-        SkdError: a model cannot be loaded, or a server does not start.
+    Of the settings `batch_size` and `new_tokens` are not read: training steps have each of `batch_sizes`, and the
+    longest of `new_tokens`. Servers are started on this machine (of several one alone is measured, too), unless `urls`
+    name some that run already; for `memory` see `DistillConfig.vllm.memory`.
     """
     transformers_logging.disable_progress_bar()
     longest, most = max(new_tokens), max(batch_sizes)

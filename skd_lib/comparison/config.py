@@ -89,26 +89,14 @@ class CompareConfig(ConfigSection):
 
 
 def is_comparison(path: Path) -> bool:
-    """Return True for a comparison's YAML file, False for a run's.
-
-    Raises:
-        SkdError: the file is missing, or is not a mapping in YAML.
-    """
+    """Return True for a comparison's YAML file, False for a run's."""
     return "base" in read_yaml(path)
 
 
 def load_compare(path: Path, overrides: Overrides | None = None) -> tuple[CompareConfig, RunConfig]:
     """Read a comparison's YAML file and the run's that it names.
 
-    Args:
-        path: The comparison's file.
-        overrides: Further fields of `base` for all runs, with precedence over the file's.
-
-    Returns:
-        The comparison, and the configuration that its runs start from.
-
-    Raises:
-        SkdError: a file is missing or is not YAML, or has a wrong, missing or unknown field.
+    The second is what its runs start from; `overrides` are further fields of `base`, with precedence over the file's.
     """
     fields = read_yaml(path)
     if "base" not in fields and "teacher" in fields:

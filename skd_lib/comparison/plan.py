@@ -55,11 +55,7 @@ class Plan:
 
 
 def plan(compare: CompareConfig, base: RunConfig, *, where: str) -> Plan:
-    """List the trials of a comparison.
-
-    Raises:
-        SkdError: a variant that cannot be run, two of one name, or no trial that is left.
-    """
+    """List the trials of a comparison."""
     every = expand(compare, base, where=where)
     labels = {trial.label for trial in every}
     if unknown := sorted(compare.skip.keys() - labels):
@@ -97,13 +93,9 @@ def to_parameters(compare: CompareConfig, base: RunConfig) -> Parameters:
 def from_parameters(comparison: str = "{}", *, run_name: str = "", **fields: Any) -> Plan:
     """Return the comparison that a form describes.
 
-    Args:
-        comparison: JSON of a comparison's fields without `base`, or the URI of its YAML file.
-        run_name: Any text; the comparison's name is made of it where neither `comparison` nor `config` has one.
-        fields: Those of `skd_lib.config.parameters.Form`.
-
-    Raises:
-        SkdError: all that is wrong, by the form's field, or the comparison's or the configuration's.
+    `comparison` is JSON of a comparison's fields without `base`, or the URI of its YAML file; `fields` are those of
+    `Form`. The name is made of `run_name`, any text, where neither `comparison` nor `config` has one. An SkdError names
+    all that is wrong.
     """
     form = Form(**fields)
     where, values = read_values(comparison, "comparison")

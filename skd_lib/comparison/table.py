@@ -164,16 +164,8 @@ def collect(
 ) -> tuple[list[TrialResult], dict[tuple[str, int], list[Prediction]]]:
     """Put together the results of each trial, by the label that each folder holds.
 
-    Args:
-        table: The comparison.
-        evaluations: Folders of step `evaluate`, one for each student.
-        drafts: Folders of step `specdec_benchmark`, with or without figures.
-
-    Returns:
-        A result for each trial, those without a model at the end, and the students' answers.
-
-    Raises:
-        SkdError: a folder is broken, or belongs to no trial.
+    Trials without a model are at the end; the students' answers come with them. Raises SkdError for a folder that is
+    broken, or belongs to no trial.
     """
     found = {each.label: each for each in map(read_evaluation, evaluations)}
     known = {trial.label for trial in table.trials}
@@ -245,21 +237,7 @@ def build_comparison(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Comparison:
-    """Put all runs together, failed ones too.
-
-    Args:
-        name: Of the comparison.
-        reference: The variant that the others are tested against.
-        metrics: The task's.
-        trials: The runs.
-        answers: Of the runs' students to the test set.
-        teacher: The teacher's scores.
-        resamples: Of the paired bootstrap.
-        seed: Of the paired bootstrap.
-
-    Raises:
-        SkdError: two runs answered different examples.
-    """
+    """Put all runs together, failed ones too."""
     names = list(dict.fromkeys(trial.variant for trial in trials))
     tests = _tests(names, reference, answers, resamples=resamples, seed=seed)
     variants = [

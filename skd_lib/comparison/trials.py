@@ -37,11 +37,7 @@ class Trial(ConfigSection):
         return f"{self.variant}-seed-{self.seed}"
 
     def config(self, base: RunConfig) -> RunConfig:
-        """Return the whole configuration of this run.
-
-        Raises:
-            SkdError: an override that the runs must share, or a wrong, missing or unknown field.
-        """
+        """Return the whole configuration of this run."""
         where = f"variant {self.variant}"
         if unset := [path for path, value in self.overrides.items() if value is None]:
             hint = "give a value, or unset it for all runs, under `overrides`"
@@ -57,12 +53,7 @@ class Trial(ConfigSection):
 
 
 def expand(compare: CompareConfig, base: RunConfig, *, where: str) -> list[Trial]:
-    """List the runs of a comparison, variant by variant, each with every seed.
-
-    Raises:
-        SkdErrors: all that is wrong with a variant.
-        SkdError: more than `MAX_COMBINATIONS` of a grid, or `MAX_RUNS`.
-    """
+    """List the runs of a comparison, variant by variant, each with every seed."""
     variants = [
         (f"{name}-{init}" if init else name, init, {**_init_overrides(compare, init), **overrides})
         for name, overrides in _variants(compare, base, where)
@@ -92,11 +83,7 @@ def expand(compare: CompareConfig, base: RunConfig, *, where: str) -> list[Trial
 
 
 def reference_of(compare: CompareConfig, trials: Sequence[Trial], base: RunConfig, *, where: str) -> str:
-    """Return the variant that the others are tested against.
-
-    Raises:
-        SkdError: there is no variant of the name that was given.
-    """
+    """Return the variant that the others are tested against."""
     names = list(dict.fromkeys(trial.variant for trial in trials))
     if compare.reference:
         if compare.reference not in names:

@@ -46,11 +46,7 @@ class ServedTeacher(ConfigSection):
 
 
 def served_teacher(reference: str) -> ServedTeacher | None:
-    """Return the teacher that a reference names, if that is one on a server.
-
-    Raises:
-        ValueError: it is one, with a mistake.
-    """
+    """Return the teacher that a reference names, if that is one on a server; raise ValueError if it has a mistake."""
     if not reference.startswith(("http://", "https://")):
         return None
     base, _, model = reference.partition("#")

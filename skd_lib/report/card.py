@@ -22,11 +22,8 @@ STUDENT, TEACHER, CONFIG = "student", "teacher", "config.yaml"
 class Trained:
     """A model that this project trained.
 
-    Attributes:
-        folder: The model.
-        lineage: Its origin.
-        config: The run that trained it; None where that is not known.
-        summary: The figures of that run, if it is the run's student.
+    `config` is the run that trained it, None where that is not known; `summary` has its figures, if this is its
+    student.
     """
 
     folder: Path
@@ -44,11 +41,7 @@ class Trained:
     def card(self, *, reference: str = "", teacher: str = "", licence: str = "", for_others: bool = False) -> str:
         """Return the text of the model's card.
 
-        Args:
-            reference: Where readers find the model; empty: its folder.
-            teacher: Where they find its teacher.
-            licence: See `model_card`.
-            for_others: Leave out folders and buckets, which others cannot read.
+        Readers find the model at `reference`, by default its folder; `for_others` leaves out folders and buckets.
         """
         lineage = self.lineage.for_others() if for_others else self.lineage
         return model_card(
@@ -68,12 +61,7 @@ class Trained:
 def find_trained(name: str, runs: Path) -> Trained:
     """Find the student of a finished run, or the model in a folder.
 
-    Args:
-        name: A run's folder, its name under `runs`, or the folder of a model.
-        runs: The folder of all runs.
-
-    Raises:
-        SkdError: there is no such run or folder, the run has not finished, or the model was not trained here.
+    `name` is a run's folder, its name under `runs`, or the folder of a model.
     """
     folder = next((path for path in (Path(name), runs / name) if name and path.is_dir()), None)
     if folder is None:

@@ -49,17 +49,9 @@ class Axis:
 class Series:
     """Points of one kind, with or without a line.
 
-    Attributes:
-        kind: CSS classes: the colour (`student`, `teacher`, `neutral`, `s0` to `s5`), and of the line `dashed`,
-            `dotted`, `dashdot` or `faint`.
-        xs: Where the points are.
-        ys: Their heights.
-        name: In tables; empty: not in them.
-        label: Next to the last point's height; cut off where it is long.
-        low: Lower ends of the 95 % intervals; empty without intervals.
-        high: Upper ends.
-        shape: Mark of each point, of `SHAPES`; empty: none.
-        joined: Draw a line through the points.
+    `kind` are CSS classes: the colour (`student`, `teacher`, `neutral`, `s0` to `s5`), and of the line `dashed`,
+    `dotted`, `dashdot` or `faint`. `name` is for tables, `label` for the end of the line; empty: none. `low` and `high`
+    are the ends of the 95 % intervals; `shape` is the mark of each point, of `SHAPES`.
     """
 
     kind: str
@@ -81,11 +73,7 @@ class Series:
 def chart(series: Sequence[Series], x: Axis, y: Axis, *, described_by: str) -> Markup:
     """Draw series on common axes.
 
-    Args:
-        series: At least one with points; later ones are in front.
-        x: The horizontal axis.
-        y: The vertical axis.
-        described_by: The ids `NAME-title` and `NAME-note` hold the chart's name and description.
+    Later series are in front; the ids `DESCRIBED_BY-title` and `-note` hold the chart's name and description.
     """
     xs = [value for one in series for value in one.xs]
     heights = [value for one in series for value in (*one.ys, *one.low, *one.high)]

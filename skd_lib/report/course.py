@@ -26,9 +26,7 @@ _History = Sequence[Mapping[str, float]]
 def curves(history: _History, batch_size: int) -> dict[str, Any]:
     """Return the curves as fields of `Course`, of at most `POINTS` points each.
 
-    Args:
-        history: The logged figures in order, with those from before a resume: a resumed run has the same curves.
-        batch_size: Responses of an optimiser step.
+    `history` has the logged figures in order, with those from before a resume: a resumed run has the same curves.
     """
     found: dict[str, Any] = {}
     for steps, figures in {

@@ -22,16 +22,8 @@ _Cell = str | float | None
 class Figure(NamedTuple):
     """A chart with its words and its table, or the reason why there is none.
 
-    Attributes:
-        name: Unique on the page, for ids.
-        title: What is seen.
-        note: What it means, in a sentence.
-        chart: The picture; empty where it is missing.
-        missing: Why; empty where it is not.
-        header: Names of the table's columns.
-        rows: Cells of the table, at most `TABLE_ROWS`.
-        total: Number of rows of the CSV file.
-        file: The CSV file, as an address that holds it.
+    `name` is unique on the page, for ids; `rows` are at most `TABLE_ROWS` of `total`; `file` is an address that holds
+    the CSV file.
     """
 
     name: str
@@ -46,15 +38,7 @@ class Figure(NamedTuple):
 
 
 def figure(title: str, note: str, series: Sequence[Series], x: Axis, y: Axis) -> Figure:
-    """Draw series and put their numbers into a table.
-
-    Args:
-        title: What is seen, unique on the page.
-        note: What it means.
-        series: At least one with points.
-        x: The horizontal axis.
-        y: The vertical axis.
-    """
+    """Draw series and put their numbers into a table; the title is unique on the page."""
     name = _name(title)
     named = [one for one in series if one.name]
     header, rows = _by_place(named, x) if any(one.joined for one in named) else _by_name(named, x, y)

@@ -80,22 +80,14 @@ def write_evaluation(
 
 
 def read_evaluation(folder: Path) -> Evaluated:
-    """Read an evaluation's scores.
-
-    Raises:
-        SkdError: the folder is not one that `evaluate` wrote.
-    """
+    """Read an evaluation's scores; raise SkdError if the folder is not one that `evaluate` wrote."""
     file = folder / SCORES
     found = parse_section(RoleScores, read_result(file, step="evaluate"), where=str(file))
     return Evaluated(folder, found.role, found.label, found)
 
 
 def read_evaluations(folder: Path) -> dict[Role, Evaluated]:
-    """Read the evaluations of a folder, in the order of a run.
-
-    Raises:
-        SkdError: there is none, or one is broken.
-    """
+    """Read the evaluations of a folder, in the order of a run."""
     found = {role: read_evaluation(folder / role) for role in ROLES if (folder / role).is_dir()}
     if not found:
         hint = "name a folder that step `evaluate_student` wrote"
@@ -111,11 +103,7 @@ def write_drafts(folder: Path, label: str, results: Mapping[str, Mapping[str, An
 
 
 def read_drafts(folder: Path) -> tuple[str, dict[Moment, Specdec]]:
-    """Read the label, and the figures by moment where they were measured.
-
-    Raises:
-        SkdError: the folder is not one that `specdec_benchmark` wrote.
-    """
+    """Read the label, and the figures by moment where they were measured."""
     label, found = "", dict[Moment, Specdec]()
     for moment in MOMENTS:
         file = folder / f"{moment}.json"
@@ -127,11 +115,7 @@ def read_drafts(folder: Path) -> tuple[str, dict[Moment, Specdec]]:
 
 
 def read_result(file: Path, *, step: str) -> str:
-    """Read a file of a folder that a step wrote.
-
-    Raises:
-        SkdError: it cannot be read.
-    """
+    """Read a file of a folder that a step wrote."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:

@@ -29,11 +29,7 @@ class Findings:
 
 
 def from_folder(folder: Path) -> Findings:
-    """Read the files of `skd run`.
-
-    Raises:
-        SkdError: the run has not come to its report, or a file is not what it should be.
-    """
+    """Read the files of `skd run`."""
     if not (folder / SUMMARY).is_file():
         raise SkdError(
             f"there is no {SUMMARY}, so there is nothing to report yet",
@@ -48,12 +44,7 @@ def from_folder(folder: Path) -> Findings:
 def from_mlflow(run_id: str, tracking_uri: str) -> Findings:
     """Fetch the files that step `report` logged.
 
-    Args:
-        run_id: The pipeline's run, or the run of one of its steps.
-        tracking_uri: See `skd_lib.tracking.client.connect`.
-
-    Raises:
-        SkdError: there is no such run, it has no report, or the store does not answer.
+    `run_id` is that of the pipeline's run, or of one of its steps.
     """
     from skd_lib.tracking.client import brief, connect, run_url, unanswered
     from skd_lib.tracking.view import runs_url

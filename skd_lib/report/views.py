@@ -80,11 +80,7 @@ def kind(role: Role) -> str:
 
 
 def model_name(reference: str) -> str:
-    """Shorten a model's reference: a file in a wheel without the digest, a folder or file without its parents.
-
-    Args:
-        reference: As configured (`skd_lib.models.references`), perhaps with ", " and what was cut from it.
-    """
+    """Shorten a model's reference: a file in a wheel without the digest, a folder or file without its parents."""
     model, comma, rest = reference.partition(", ")
     if "://" in model or model.startswith("/"):
         model = PurePosixPath(model.partition("?")[0].rstrip("/")).name

@@ -37,12 +37,8 @@ _DRIVER, _ON_EXIT = "-driver", ".onExit"
 def ask(run_id: str) -> Seen:
     """Ask the API for a run; nothing is known without an answer.
 
-    Args:
-        run_id: The pipeline run; empty: nothing is asked.
-
-    Environment:
-        KF_PIPELINES_ENDPOINT: the API's address; see `address`.
-        KF_PIPELINES_SA_TOKEN_PATH: file with a token for it; unset: where Kubeflow mounts one, if it does.
+    `KF_PIPELINES_ENDPOINT` is the API's address, see `address`; `KF_PIPELINES_SA_TOKEN_PATH` names a file with a token
+    for it; unset: where Kubeflow mounts one, if it does.
     """
     host = address(_launcher())
     if not (run_id and host):
@@ -68,11 +64,7 @@ def ask(run_id: str) -> Seen:
 
 
 def read_run(run: Mapping[str, Any]) -> Seen:
-    """Read the API's record of a run.
-
-    Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is no such record.
-    """
+    """Read the API's record of a run; raise AttributeError, KeyError, TypeError or ValueError if it is none."""
     if not run["run_id"]:
         raise ValueError("no run")
     states = {run.get("state"), *(entry.get("state") for entry in run.get("state_history") or [])}
@@ -119,8 +111,7 @@ def _is_step(task: str) -> bool:
 def address(launcher: Sequence[str]) -> str:
     """Return the API's address: that of the environment, or in a cluster that of KFP's launcher.
 
-    Args:
-        launcher: Command line of the launcher (from KFP 2.16 on the driver names the API in it).
+    From KFP 2.16 on the driver names the API in the command line of the launcher.
     """
     if host := os.environ.get(HOST_VARIABLE):
         return host.rstrip("/")

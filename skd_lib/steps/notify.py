@@ -34,12 +34,8 @@ _ENDS = {"SUCCEEDED": "succeeded", "FAILED": "failed", "CANCELED": "was cancelle
 class Message:
     """The end of a run.
 
-    Attributes:
-        run_name: Its name.
-        state: How it ended, see `skd_lib.tracking.ending.Ending`; empty if nothing tells.
-        error: The step that failed and its error, or KFP's message; empty if it did not fail.
-        links: Addresses of its pages, by their names.
-        figures: What the run measured, as `Summary.headline` names it.
+    `state` is how it ended, see `skd_lib.tracking.ending.Ending`; empty if nothing tells. `figures` have the names of
+    `Summary.headline`.
     """
 
     run_name: str
@@ -71,10 +67,8 @@ class Message:
 def notify(message: Message) -> bool:
     """Send the message to the webhook in `SKD_NOTIFY_WEBHOOK`; a failure is a warning, never an error.
 
-    It is sent up to three times where the service cannot be reached or says that it is not able to.
-
-    Returns:
-        Whether the service took it.
+    It is sent up to three times where the service cannot be reached or says that it is not able to. Returns whether the
+    service took it.
     """
     url = os.environ.get(WEBHOOK_VARIABLE, "").strip()
     if not url:

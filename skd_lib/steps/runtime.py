@@ -89,10 +89,7 @@ class StepIO:
 
         Each parameter also goes to the file that KFP names for it, which a task without artifacts depends on. If
         another pod waits for the outputs (`SKD_RESULT_URI`), they are put there too: they are safe then, and
-        checkpoints may go.
-
-        Returns:
-            The executor output; None for a task without one, see `Call.executor_output`.
+        checkpoints may go. Returns the executor output; None for a task without one, see `Call.executor_output`.
         """
         artifacts = {name: {"artifacts": [self._artifact(name)]} for name in self.paths}
         parameters = _without_gaps(self._parameters)

@@ -198,11 +198,7 @@ class TrainingRun:
         return result, {**result_figures(result), **left_out, **memory, "seconds": seconds}, checkpoints
 
     def _check_answers(self, tokens: Mapping[str, Sequence[TokenizedExample]]) -> None:
-        """Refuse examples without answers where there would be no loss on them: a training on nothing changes nothing.
-
-        Raises:
-            SkdError: a split has some.
-        """
+        """Refuse examples without answers where there would be no loss on them, and training would change nothing."""
         for split, examples in tokens.items():
             lacking = sum(not example.response_ids for example in examples)
             if lacking and (split == "validation" or self.distill is None or not samples_every_response(self.distill)):
@@ -355,11 +351,8 @@ def fine_tune(
 ) -> tuple[dict[str, Any], dict[str, float], Checkpoints] | None:
     """Fine-tune the model of `folder` on ground truth, and save it to `out` with a card; `digest` is of its weights.
 
-    `loaded` is called once the model's files are read.
-
-    Returns:
-        Lineage for the record, figures, and the checkpoints, to be removed when the outputs are written; None on a
-        process that writes no outputs.
+    `loaded` is called once the model's files are read. Returns lineage for the record, figures, and the checkpoints, to
+    be removed when the outputs are written; None on a process that writes no outputs.
     """
     from skd_lib.data.prepared import PreparedData
     from skd_lib.models.card import Lineage, model_card

@@ -21,11 +21,7 @@ def known_tasks() -> tuple[str, ...]:
 def read_task(name: str) -> dict[str, Any]:
     """Return the fields of a task, `name` among them.
 
-    Args:
-        name: One of `known_tasks`, or a YAML file: a path, from where the command runs, or a gs:// URI.
-
-    Raises:
-        SkdError: there is no such task or file, or it is not a mapping in YAML.
+    `name` is one of `known_tasks`, or a YAML file: a path, from where the command runs, or a gs:// URI.
     """
     if name.endswith(ENDINGS):
         where, title = name, name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
