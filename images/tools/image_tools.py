@@ -79,10 +79,11 @@ def pin(
 @app.command()
 def lock(
     names: Annotated[
-        list[str] | None, typer.Argument(help="train, comet, pipeline; build: what builds them.", show_default="all")
+        list[str] | None,
+        typer.Argument(help="train, comet, pipeline, vllm-cpu, vllm-gpu; build: what builds them.", show_default="all"),
     ] = None,
 ) -> None:
-    """Lock what the images install, with hashes, from pyproject.toml and the constraints. Nothing is installed."""
+    """Lock what the images and vLLM's environments install, with hashes, from pyproject.toml and the constraints."""
     for name in _known(names, list(LOCKS)):
         path = write_lock(LOCKS[name])
         typer.echo(f"wrote {path}: {len(locked_versions(path.read_text(encoding='utf-8')))} packages")

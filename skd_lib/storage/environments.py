@@ -75,7 +75,7 @@ def _install(folder: Path, tool: Tool, constraints: str) -> None:
     collected: set[str] = set()
     if tool.locked:
         file.write_text(constraints, encoding="utf-8")
-        torch = next(line.removeprefix("# ") for line in constraints.splitlines() if line.startswith("# torch=="))
+        torch = next(line.split()[1] for line in constraints.splitlines() if line.startswith("# torch=="))
         commands = [["--no-deps", torch], ["--no-deps", "--require-hashes", "--requirement", str(file)]]
     else:
         # Without the pin that is asked for: where it is not to be had, pip says no more than that two pins conflict.

