@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 # MLflow's limits (mlflow/utils/validation.py): a request beyond them is refused as a whole.
 _BATCH_SIZES = {"params": 100, "tags": 100, "metrics": 1000}
 DIGEST_LENGTH = 36
-_OLDER_LENGTHS = (500, 250)
-"""Longest values that older servers take."""
 Kind = Literal["params", "tags", "metrics"]
 PARAM_PREFIX = "skd/"
 REFUSALS = (
@@ -80,7 +78,7 @@ class Params(_Entry):
 
         known = client.get_run(target.run_id).data.params
         new = [Param(key, value) for key, value in self.values.items() if key not in known]
-        changed = {key: value for key, value in self.values.items() if key in known and not _is_kept(value, known[key])}
+        changed = {key: value for key, value in self.values.items() if known.get(key, value) != value}
         _send_batches(client, target.run_id, "params", new)
         for key, value in changed.items():
             log.warning("%s was %s when this run began and is %s now; MLflow keeps the first", key, known[key], value)
@@ -251,9 +249,7 @@ class Sender:
 
 
 def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence[Any]) -> None:
-    """Send parameters, tags or points; of a batch that MLflow refuses, each by itself.
-
-    A value that is too long for the server is cut, anything else that it refuses is left out.
+    """Send parameters, tags or points; of a batch that MLflow refuses, each by itself; what it refuses is left out.
 
     Raises:
         MlflowException: the store does not answer, the run was deleted, or something had to be left out, once all else
@@ -276,31 +272,14 @@ def _send_batches(client: MlflowClient, run_id: str, kind: Kind, items: Sequence
 
 
 def _send_alone(client: MlflowClient, run_id: str, kind: Kind, item: Any) -> Exception | None:
-    """Send one parameter, tag or point, cut where that helps; return the store's refusal if nothing does."""
-    from mlflow.entities import RunTag
+    """Send one parameter, tag or point; return the store's refusal, if it refuses."""
     from mlflow.exceptions import MlflowException
 
-    refusals: list[Exception] = []
-    size = 0 if kind == "metrics" else len(item.value)
-    for length in (size, *(shorter for shorter in _OLDER_LENGTHS if shorter < size)):
-        sent = item if length == size else type(item)(item.key, clip(item.value, length))
-        try:
-            client.log_batch(run_id, **{kind: [sent]})  # type: ignore[arg-type]
-        except MlflowException as error:
-            if error.error_code not in REFUSALS:
-                raise
-            refusals.append(error)
-            continue
-        if length < size:
-            log.warning("MLflow takes %d characters of %s, which has %d", length, item.key, size)
-            if kind == "params":
-                name = f"skd.whole.{item.key.removeprefix(PARAM_PREFIX)}"
-                _send_alone(client, run_id, "tags", RunTag(name, clip(item.value, TAG_LENGTH)))
-        return None
-    log.warning("MLflow does not take %s, which is left out: %s", item.key, brief(refusals[0]))
-    return refusals[0]
-
-
-def _is_kept(value: str, known: str) -> bool:
-    """Tell whether the store has a value, or the part of a long one that it takes."""
-    return known == value or (len(known) >= min(_OLDER_LENGTHS) and value.startswith(known.removesuffix("...")))
+    try:
+        client.log_batch(run_id, **{kind: [item]})  # type: ignore[arg-type]
+    except MlflowException as error:
+        if error.error_code not in REFUSALS:
+            raise
+        log.warning("MLflow does not take %s, which is left out: %s", item.key, brief(error))
+        return error
+    return None
