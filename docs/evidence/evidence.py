@@ -100,7 +100,7 @@ def plot(
     place = folder / STUDY.name
     studied, curves = (read_runs(place), read_curves(place)) if place.is_dir() else ([], [])
     written += draw(studied, [], place) + draw_study(studied, curves, place)
-    found = tables([*runs, *studied]) | study_tables(studied)
+    found = tables([*runs, *studied]) | study_tables(studied, curves)
     for each in page:
         write_text_atomic(each, with_tables(each.read_text(encoding="utf-8"), found))
     for path in [*written, *page]:

@@ -60,13 +60,19 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "skd-k5": _skd(5),
     "skd-k25-to-1": _skd({"start": 25, "end": 1}),
     "skd-k1-to-25": _skd({"start": 1, "end": 25}),
+    "skd-min-prob": {"method": "skd", "sampling": {**_SAMPLING, "rule": "min_prob"}},
+    "skd-mixture": {"method": "skd", "sampling": {**_SAMPLING, "rule": "mixture", "mixture": 0.5}},
+    "skd-replaced": {**_skd(25), "replaced_weight": 1.0},
+    "skd-mode": {"method": "skd", "sampling": {**_SAMPLING, "teacher": {"temperature": 0}, "top_k": 25}},
 }
 VARIANTS = {name: DistillConfig.model_validate(settings) for name, settings in _SETTINGS.items()}
 REFERENCE = "skd"
-SCHEDULED = ("two_stage", "skd-k25-to-1", "skd-k1-to-25")
+RULES = ("skd-k25-to-1", "skd-k1-to-25", "skd-min-prob", "skd-mixture", "skd-replaced", "skd-mode")
+"""Rules that may beat the reference, each with its hypothesis in the plan."""
+SCHEDULED = ("two_stage", "skd-k25-to-1", "skd-k1-to-25", "skd-min-prob")
 """Variants that change over the horizon: they run to its end, whatever their validation loss."""
 CORE = ("skd", "supervised_kd", "on_policy", "sft")
-OTHERS = tuple(name for name in VARIANTS if name not in CORE)
+OTHERS = ("seqkd", "imitkd", "two_stage", "skd_mixed", "skd-k1", "skd-k5", "skd-k25-to-1", "skd-k1-to-25")
 SEEDS, MORE_SEEDS = (10, 11, 12), (13, 14, 15)
 
 
@@ -87,6 +93,8 @@ class Arm:
 SFT, CUT, RANDOM = Arm("sft", 1000), Arm("cut", 1000), Arm("random", 1000, horizon=2 * HORIZON)
 FEW = Arm("sft", 100)
 ARMS = (SFT, CUT, RANDOM, FEW)
+RULES_ARM = RANDOM
+"""The only start at which the teacher replaces more than one token in a hundred: elsewhere rules differ by little."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,10 @@ def cells() -> Iterator[Cell]:
             for arm in ARMS:
                 for variant in variants:
                     yield Cell(arm, variant, seed)
+    for seed in SEEDS:
+        for variant in RULES:
+            if variant not in OTHERS:
+                yield Cell(RULES_ARM, variant, seed)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
-"""From the stored results of the convergence study to its claims, as a table and as plots."""
+"""From the stored results of the convergence study to its claims and rules, as tables and as plots."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from analysis import PairedTest, paired_tests
 from plots import plot
 from records import SCORE, Curve, Run
 from skd_lib._core.format import markdown_table
-from study_plan import ARMS, CLAIMS, CORE, TEACHER_COST, Claim, cells
+from study_plan import ARMS, CLAIMS, CORE, REFERENCE, RULES, RULES_ARM, TEACHER_COST, Claim, cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,8 +47,43 @@ def claim_tests(runs: Sequence[Run]) -> dict[str, PairedTest]:
     return paired_tests(claim_differences(runs), family=len(CLAIMS))
 
 
-def study_tables(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the tables of the study by their names: `claims` and `progress`."""
+def rule_differences(curves: Sequence[Curve]) -> dict[str, list[float]]:
+    """Return each rule's accuracy on validation problems minus the reference's, at equal compute, one a seed.
+
+    The compute is that of the reference at its best checkpoint, in positions; between validations accuracy is taken to
+    change in a straight line. A run that had ended before by patience has the accuracy of its last validation.
+    """
+    found = {(curve.variant, curve.seed, curve.figure): curve for curve in curves if curve.comparison == RULES_ARM.name}
+    seeds = sorted({seed for variant, seed, _ in found if variant == REFERENCE})
+
+    def accuracy(variant: str, seed: int, compute: float) -> float:
+        return float(np.interp(compute, positions(found, variant, seed), found[variant, seed, "accuracy"].values))
+
+    def difference(rule: str, seed: int) -> float:
+        best = int(np.argmin(found[REFERENCE, seed, "validation_loss"].values))
+        compute = positions(found, REFERENCE, seed)[best]
+        return accuracy(rule, seed, compute) - accuracy(REFERENCE, seed, compute)
+
+    return {rule: [difference(rule, seed) for seed in seeds if (rule, seed, "accuracy") in found] for rule in RULES}
+
+
+def positions(curves: Mapping[tuple[str, int, str], Curve], variant: str, seed: int) -> list[float]:
+    """Return the positions that a run had processed at each validation, the teacher's by its cost."""
+    student, teacher = (curves[variant, seed, name].values for name in ("student_tokens", "teacher_tokens"))
+    return [ours + TEACHER_COST * theirs for ours, theirs in zip(student, teacher, strict=True)]
+
+
+def rules_table(curves: Sequence[Curve]) -> str:
+    """Return the table of the rules that may beat the reference; Holm's correction is over all of them."""
+    found = rule_differences(curves)
+    tests = paired_tests(found, family=len(RULES))
+    rows = [[f"`{rule}`", *_difference_cells(found[rule], tests.get(rule))] for rule in RULES]
+    header = ["rule", "seeds", "points of accuracy", "p", "p (Holm)", "better than K = 25"]
+    return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
+
+
+def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
+    """Return the tables of the study by their names: `claims`, `rules` and `progress`."""
     tests = claim_tests(runs)
     found = claim_differences(runs)
     rows = [_claim_row(claim, found[claim.number], tests.get(claim.number)) for claim in CLAIMS]
@@ -55,6 +92,7 @@ def study_tables(runs: Sequence[Run]) -> dict[str, str]:
     progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
     return {
         "claims": "\n".join(markdown_table(header, rows, numbers=False)) + "\n",
+        "rules": rules_table(curves),
         "progress": "\n".join(markdown_table(["arm", "runs", "planned"], progress, numbers=False)) + "\n",
     }
 
@@ -75,13 +113,17 @@ def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> li
 
 
 def _claim_row(claim: Claim, differences: Sequence[float], test: PairedTest | None) -> list[str]:
+    start = f"{claim.arm.init}, {claim.arm.examples:,}"
+    return [claim.number, claim.text, start, *_difference_cells(differences, test)]
+
+
+def _difference_cells(differences: Sequence[float], test: PairedTest | None) -> list[str]:
     effect, p_values = "".join(f"{value:+.1f}" for value in differences), ["", ""]
     if test is not None:
         mean = test.difference
         effect = f"{mean.mean:+.1f} [{mean.low:+.1f}, {mean.high:+.1f}]"
         p_values = [f"{test.p_value:.3f}", f"{test.p_holm:.3f}"]
-    start = f"{claim.arm.init}, {claim.arm.examples:,}"
-    return [claim.number, claim.text, start, str(len(differences)), effect, *p_values, verdict(test)]
+    return [str(len(differences)), effect, *p_values, verdict(test)]
 
 
 def _claims(axes: Axes, tests: dict[str, PairedTest]) -> None:
@@ -102,19 +144,13 @@ def _claims(axes: Axes, tests: dict[str, PairedTest]) -> None:
 def _courses(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
     by_run = {(curve.variant, curve.seed, curve.figure): curve for curve in curves}
     for variant, seed in {(curve.variant, curve.seed): None for curve in curves}:
-        of = {
-            name: by_run[variant, seed, name]
-            for name in ("accuracy", "student_tokens", "teacher_tokens", "cpu_seconds")
-        }
-        positions = [
-            (student + TEACHER_COST * teacher) / 1e6
-            for student, teacher in zip(of["student_tokens"].values, of["teacher_tokens"].values, strict=True)
-        ]
-        costs: list[Sequence[float]] = [of["accuracy"].steps, positions, of["cpu_seconds"].values]
+        accuracy, seconds = (by_run[variant, seed, name] for name in ("accuracy", "cpu_seconds"))
+        millions = [position / 1e6 for position in positions(by_run, variant, seed)]
+        costs: list[Sequence[float]] = [accuracy.steps, millions, seconds.values]
         for axes, x in zip(panels, costs, strict=True):
             color = f"C{CORE.index(variant)}"
             first = not any(line.get_label() == variant for line in axes.lines)
-            axes.plot(x, of["accuracy"].values, color=color, linewidth=1, label=variant if first else None)
+            axes.plot(x, accuracy.values, color=color, linewidth=1, label=variant if first else None)
     for axes, label in zip(
         panels, ("optimiser steps", "positions, millions of the student's", "CPU seconds"), strict=True
     ):

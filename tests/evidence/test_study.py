@@ -11,10 +11,24 @@ from typer.testing import CliRunner
 
 import study
 from evidence import app
-from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Run, append, read_curves, read_runs
+from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Curve, Run, append, read_curves, read_runs
 from skd_lib.evaluation.statistics import holm
-from study_plan import ARMS, CLAIMS, CORE, MORE_SEEDS, SEEDS, STUDENT_TRAINING, VARIANTS, Cell, cells
-from study_results import claim_tests, draw_study, study_tables, verdict
+from study_plan import (
+    ARMS,
+    CLAIMS,
+    CORE,
+    MORE_SEEDS,
+    OTHERS,
+    REFERENCE,
+    RULES,
+    RULES_ARM,
+    SEEDS,
+    STUDENT_TRAINING,
+    VARIANTS,
+    Cell,
+    cells,
+)
+from study_results import claim_tests, draw_study, rule_differences, study_tables, verdict
 
 STEPS = STUDENT_TRAINING.model_copy(update={"max_steps": 2, "eval_steps": 1, "batch_size": 4})
 CLAIM = CLAIMS[0]
@@ -31,7 +45,10 @@ def _runs(better: tuple[float, ...], worse: tuple[float, ...]) -> list[Run]:
 
 def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
     planned = list(cells())
-    assert len(planned) == len(set(planned)) == len(ARMS) * (len(VARIANTS) * len(SEEDS) + len(CORE) * len(MORE_SEEDS))
+    everywhere = len(ARMS) * (len((*CORE, *OTHERS)) * len(SEEDS) + len(CORE) * len(MORE_SEEDS))
+    rules = set(RULES) - set(OTHERS)
+    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS)
+    assert {*CORE, *OTHERS, *RULES} == set(VARIANTS)
     assert len({claim.number for claim in CLAIMS}) == len(CLAIMS)
     for claim in CLAIMS:
         seeds = [
@@ -76,6 +93,35 @@ def test_the_points_of_a_run_that_was_cut_off_give_way_to_those_of_its_second_tr
     append(tmp_path / RUNS, RUN_COLUMNS, [{"comparison": "study", "seed": 1, SCORE: 1 / 3}])
     append(tmp_path / RUNS, RUN_COLUMNS, [{"comparison": "study", "seed": 2}])
     assert [(run.seed, run.figures) for run in read_runs(tmp_path)] == [(1, {SCORE: 0.333333}), (2, {})]
+
+
+def test_rules_are_judged_at_the_compute_of_the_reference_at_its_best_checkpoint() -> None:
+    def curves(variant: str, seed: int, cost: float, accuracy: list[float]) -> list[Curve]:
+        steps = [20 * index for index in range(len(accuracy))]
+        figures = {
+            "accuracy": accuracy,
+            "student_tokens": [cost * step for step in steps],
+            "teacher_tokens": [0.0 for _ in steps],
+            "validation_loss": [1.0, 0.5, 0.7][: len(steps)],
+        }
+        return [Curve(RULES_ARM.name, variant, seed, name, steps, values) for name, values in figures.items()]
+
+    rule = RULES[0]
+    found = [
+        *curves(REFERENCE, 1, 10.0, [0.0, 40.0, 90.0]),  # best at step 20: 200 positions
+        *curves(rule, 1, 20.0, [0.0, 60.0, 60.0]),  # 200 positions at step 10: half way to 60
+        *curves(REFERENCE, 2, 10.0, [0.0, 40.0, 90.0]),
+        *curves(rule, 2, 5.0, [0.0, 50.0]),  # ended at 100 positions
+        *curves(RULES[1], 1, 10.0, [0.0, 41.0]),
+    ]
+    differences = rule_differences(found)
+    assert differences[rule] == pytest.approx([-10.0, 10.0])
+    assert differences[RULES[1]] == pytest.approx([1.0])
+    assert all(not differences[name] for name in RULES[2:])
+    first, second = study_tables([], found)["rules"].splitlines()[2:4]
+    assert first.startswith(f"| `{rule}` | 2 | +0.0 [")
+    assert first.endswith("| not shown |")
+    assert second == f"| `{RULES[1]}` | 1 | +1.0 |  |  | not tested yet |"
 
 
 @pytest.mark.slow
