@@ -40,10 +40,8 @@ _EXPONENTS: dict[str, tuple[Any, int]] = {
 }
 """Words of a dtype's size, and the bits that are all set in infinities and NaN alone."""
 WHOLE = 1 << 27
-"""Bytes of weights up to which all are read for `check_finite`."""
-_SAMPLE = 1 << 16
+"""Bytes of weights that `check_finite` reads."""
 _PLACES = 4
-_LEAST = 1 << 10
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -218,17 +216,11 @@ def check_stored(tensors: Sequence[StoredTensor], model: PreTrainedModel, path: 
         )
 
 
-def check_finite(folder: Path, ignored: Collection[str] = ()) -> bool:
+def check_finite(folder: Path, ignored: Collection[str] = ()) -> None:
     """Check that the floating-point weights of a folder hold no infinity and no NaN.
 
-    Reads 128 MiB: all of a small model; of a larger one a few places of each tensor, its first and last rows included.
-
-    Args:
-        folder: The model's folder.
-        ignored: Patterns of tensors that the architecture does not load.
-
-    Returns:
-        Whether everything was read.
+    Reads 128 MiB: all of a small model; of a larger one a few places of each tensor, its beginning and end included.
+    Tensors whose names match the patterns `ignored` are those that the architecture does not load.
     """
     skip = re.compile("|".join(f"({pattern})" for pattern in ignored)) if ignored else None
     tensors = [
@@ -237,40 +229,27 @@ def check_finite(folder: Path, ignored: Collection[str] = ()) -> bool:
         if tensor.dtype in _EXPONENTS and tensor.shape and not (skip and skip.search(tensor.name))
     ]
     whole = sum(tensor.end - tensor.start for tensor in tensors) <= WHOLE
-    sample = min(_SAMPLE, max(_LEAST, WHOLE // (_PLACES * max(len(tensors), 1)))) if not whole else WHOLE
-    if broken := list(_broken(tensors, sample, whole=whole)):
+    sample = WHOLE if whole else WHOLE // (_PLACES * len(tensors))
+    if broken := [tensor.name for tensor in tensors if not _is_finite(tensor, sample)]:
         raise SkdError(
             f"{len(broken)} weights are not finite (infinity or NaN): {', '.join(broken[:_EXAMPLES_SHOWN])}",
             where=str(folder),
             hint="fetch the model again; a training that went wrong, or a conversion to fp16, leaves such weights",
         )
-    return whole
 
 
-def _broken(tensors: Sequence[StoredTensor], sample: int, *, whole: bool) -> Iterator[str]:
-    for tensor in tensors:
-        words, exponent = _EXPONENTS[tensor.dtype]
-        with reading(tensor.file), tensor.file.open("rb") as file:
-            for start, length in _pieces(tensor, sample, whole=whole):
-                file.seek(start)
-                found = np.frombuffer(file.read(length), dtype=words)
-                if bool((found & words(exponent) == words(exponent)).any()):
-                    yield tensor.name
-                    break
-
-
-def _pieces(tensor: StoredTensor, sample: int, *, whole: bool) -> Iterator[tuple[int, int]]:
-    """Yield offsets and lengths of the pieces of a tensor that are read, in whole elements."""
-    size = np.dtype(_EXPONENTS[tensor.dtype][0]).itemsize
-    length = (tensor.end - tensor.start) // size * size
-    if whole or length <= _PLACES * sample:
-        for start in range(0, length, _SAMPLE * size):
-            yield tensor.start + start, min(_SAMPLE * size, length - start)
-        return
-    sample = sample // size * size
-    for place in range(_PLACES):
-        start = (length - sample) * place // (_PLACES - 1) // size * size
-        yield tensor.start + start, sample
+def _is_finite(tensor: StoredTensor, sample: int) -> bool:
+    """Return whether the elements of a tensor are finite, in each of a few places as many as fit into a sample."""
+    words, exponent = _EXPONENTS[tensor.dtype]
+    size = np.dtype(words).itemsize
+    elements = (tensor.end - tensor.start) // size
+    count = min(elements, max(sample // size, 1))
+    with reading(tensor.file):
+        for start in {(elements - count) * place // (_PLACES - 1) for place in range(_PLACES)}:
+            found = np.fromfile(tensor.file, words, count, offset=tensor.start + start * size)
+            if (found & words(exponent) == words(exponent)).any():
+                return False
+    return True
 
 
 @contextmanager
