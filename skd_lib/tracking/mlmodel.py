@@ -37,7 +37,8 @@ _EXAMPLE_FILE = "input_example.json"
 _NOTE = "student"
 _UNLOADABLE = "the version will not load by `mlflow.transformers.load_model`: %s"
 _KUBEFLOWS_STORAGE = "minio://"
-_TOKENS = 256
+_SETTINGS = {"max_new_tokens": 256, "do_sample": False, "temperature": 1.0, "return_full_text": False}
+"""Parameters of `predict`, and their defaults."""
 _LONGEST_EXAMPLE = 2000
 
 
@@ -125,14 +126,15 @@ def _write(model: Path, files: Path, weights: str, example: str) -> None:
     quieten()
     import mlflow.pyfunc
     import transformers
-    from mlflow.models import Model
+    from mlflow.models import Model, infer_signature
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     config = transformers.AutoConfig.from_pretrained(model)
     tokenizer.save_pretrained(files / "components" / "tokenizer")  # MLflow looks for it there alone
 
     example = example.removeprefix(tokenizer.bos_token or "")[:_LONGEST_EXAMPLE]  # the tokenizer puts it there again
-    description: Any = Model(signature=_signature(), saved_input_example_info=_write_example(files, example))
+    signature = infer_signature("text", "text", _SETTINGS)
+    description: Any = Model(signature=signature, saved_input_example_info=_write_example(files, example))
     description.add_flavor(
         "transformers",
         transformers_version=transformers.__version__,
@@ -152,19 +154,6 @@ def _write(model: Path, files: Path, weights: str, example: str) -> None:
     _write_environment(files)
     description.save(str(files / MLMODEL))
 
-
-def _signature() -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-
-    settings = (
-        ("max_new_tokens", DataType.long, _TOKENS),
-        ("do_sample", DataType.boolean, False),
-        ("temperature", DataType.double, 1.0),
-        ("return_full_text", DataType.boolean, False),
-    )
-    text = Schema([ColSpec(DataType.string)])
-    return ModelSignature(inputs=text, outputs=text, params=ParamSchema([ParamSpec(*each) for each in settings]))
 
 
 def _write_example(files: Path, example: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ names as `pretrained_model`, a folder or a repository of the hub.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,21 +55,10 @@ class Checkpoint:
 
 
 def open_checkpoint(reference: str) -> Checkpoint:
-    """Find or fetch a COMET model.
-
-    Raises:
-        SkdError: there is none, it cannot be fetched, or it is not in COMET's layout.
-    """
-    match parse_reference(reference):
-        case LocalFolder(path):
-            folder = path
-        case HubModel(repository, revision):
-            folder = hub_snapshot(repository, revision, wanted=[HPARAMS, "checkpoints/*.ckpt", f"{ENCODER}/*"])
-        case StoredFolder(uri):
-            folder = fetch_stored_folder(default_cache_dir(), uri)
-        case _:
-            raise SkdError("not a reference to a COMET model", where=reference, hint=_HINT)
-    hparams = _parse_hparams(_local_hparams(folder), reference)
+    """Find or fetch a COMET model."""
+    place = _place(reference, [HPARAMS, "checkpoints/*.ckpt", f"{ENCODER}/*"])
+    folder = fetch_stored_folder(default_cache_dir(), place) if storage.is_remote(place) else Path(place)
+    hparams = _hparams(str(folder), reference)
     weights = sorted(folder.glob("checkpoints/*.ckpt"))
     if len(weights) != 1:
         found = ", ".join(path.name for path in weights) or "none"
@@ -77,28 +67,24 @@ def open_checkpoint(reference: str) -> Checkpoint:
 
 
 def check_reference(reference: str) -> None:
-    """Look whether there is a COMET model, without fetching its weights.
+    """Look whether there is a COMET model, without fetching its weights."""
+    _hparams(_place(reference, [HPARAMS]), reference)
 
-    Raises:
-        SkdError: there is none, or it cannot be reached.
-    """
+
+def _place(reference: str, wanted: Sequence[str]) -> str:
+    """Return the folder or URI of a COMET model; of one on the hub the files `wanted` are fetched."""
     match parse_reference(reference):
         case LocalFolder(path):
-            text = _local_hparams(path)
+            return str(path)
         case HubModel(repository, revision):
-            text = _local_hparams(hub_snapshot(repository, revision, wanted=[HPARAMS]))
+            return str(hub_snapshot(repository, revision, wanted=wanted))
         case StoredFolder(uri):
-            text = storage.read_bytes(f"{uri.rstrip('/')}/{HPARAMS}").decode("utf-8", "replace")
-        case _:
-            raise SkdError("not a reference to a COMET model", where=reference, hint=_HINT)
-    _parse_hparams(text, reference)
+            return uri
+    raise SkdError("not a reference to a COMET model", where=reference, hint=_HINT)
 
 
-def _local_hparams(folder: Path) -> str:
-    return storage.read_bytes(str(folder / HPARAMS)).decode("utf-8", "replace")
-
-
-def _parse_hparams(text: str, reference: str) -> dict[str, Any]:
+def _hparams(place: str, reference: str) -> dict[str, Any]:
+    text = storage.read_bytes(f"{place.rstrip('/')}/{HPARAMS}").decode("utf-8", "replace")
     where = f"{reference}, {HPARAMS}"
     try:
         hparams = parse_yaml(text, where=where)
