@@ -69,17 +69,6 @@ class Scratch(ConfigSection):
 
     size: Quantity = Field(description="Limit; the pod is evicted beyond it.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_volume(cls, values: Any) -> Any:
-        if isinstance(values, dict) and {"kind", "storage_class"} & values.keys():
-            raise ValueError(
-                "a volume made for the pod belongs to root, and Kubeflow Pipelines has no way to let the steps' user, "
-                "10001, write to it: leave out `kind` and `storage_class`, and give the nodes a boot disk that is "
-                "large enough"
-            )
-        return values
-
 
 class Resources(ConfigSection):
     """Resources of one step's pod."""

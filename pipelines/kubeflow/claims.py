@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import random
-import re
 import tempfile
 import time
 import uuid
@@ -28,8 +27,6 @@ VALID_SECONDS = 900.0
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2
 _STARTING = "starting "
-_OLD_TOKEN = re.compile("[0-9a-f]{32}")
-"""What earlier releases write into a claim while its run is being started."""
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ def claim(folder: str, name: str, wait: float | None = None, valid: float = VALI
         generation, content, modified = _read(uri)
         if content == token:  # the answer to our request was lost
             break
-        if not _is_held(content) or time.time() - modified > valid:
+        if not content.startswith(_STARTING) or time.time() - modified > valid:
             # From before the request: the claim's age counts from when it arrives, which is later.
             start, before = time.monotonic(), content
             taken = _replace(uri, generation, token)
@@ -93,7 +90,7 @@ def claim(folder: str, name: str, wait: float | None = None, valid: float = VALI
         if time.monotonic() > end:
             raise busy
         time.sleep(POLL_SECONDS * (1 + random.random()))  # noqa: S311 - spreads the waiting processes
-    held = Claim(start + valid, _run_of(before) or _old_memory(uri))
+    held = Claim(start + valid, _run_of(before))
     try:
         yield held
     finally:
@@ -113,36 +110,11 @@ def remembered(folder: str, name: str) -> str:
     """Return the id of the run that the claim remembers; empty where there is none."""
     if not folder:
         return ""
-    uri = claim_uri(folder, name)
-    return _run_of(_read(uri)[1]) or _old_memory(uri)
-
-
-def memories(folder: str, name: str) -> list[str]:
-    """Return the files, objects and folders to delete for a claim to forget its run."""
-    uri = claim_uri(folder, name)
-    return [each for each in (uri, _old_folder(uri)) if storage.exists(each)]
-
-
-def _is_held(content: str) -> bool:
-    return content.startswith(_STARTING) or _OLD_TOKEN.fullmatch(content) is not None
+    return _run_of(_read(claim_uri(folder, name))[1])
 
 
 def _run_of(content: str) -> str:
-    return "" if _is_held(content) else content
-
-
-def _old_folder(uri: str) -> str:
-    """Return the folder in which earlier releases remember runs: an empty file or object for each, named by its id."""
-    return f"{uri}.started"
-
-
-def _old_memory(uri: str) -> str:
-    """Return the run that started last, of those in `_old_folder`; empty where there is none."""
-    try:
-        runs = storage.list_objects(_old_folder(uri))
-    except storage.Missing:
-        return ""
-    return max(runs, key=lambda run: run.modified).uri.rpartition("/")[2] if runs else ""
+    return "" if content.startswith(_STARTING) else content
 
 
 def _read(uri: str) -> tuple[str, str, float]:

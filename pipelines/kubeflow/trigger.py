@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
-from skd_kfp.pipelines.kubeflow.claims import claim, claim_uri, memories, remembered
+from skd_kfp.pipelines.kubeflow.claims import claim, claim_uri, remembered
 from skd_kfp.pipelines.kubeflow.states import FAILED, was_cancelled
 from skd_kfp.pipelines.kubeflow.submit import SHORT_DIGEST, Package, Submission, Target
 from skd_lib import storage
@@ -175,7 +175,7 @@ class Trigger:
         if started and started not in failed:
             reason = (
                 f"a run for this data was started, {started}, which Kubeflow no longer knows; "
-                f"to run it again, delete {' and '.join(memories(self.claims, name))}"
+                f"to run it again, delete {claim_uri(self.claims, name)}"
             )
             return Decision(fire=False, reason=reason, name=name)
         reason = f"there is no run for this data yet{', but failed ones' if runs else ''}"

@@ -32,7 +32,6 @@ from skd_lib.config.parameters import to_struct
 from skd_lib.errors import SkdError
 from skd_lib.report.sources import PAGE, SUMMARY
 from skd_lib.storage import write_text_atomic
-from skd_lib.tracking.outbox import waiting_files
 
 
 class RunFolder:
@@ -98,13 +97,6 @@ class RunFolder:
         except OSError:
             return target
         return link
-
-    def gather_records(self) -> list[str]:
-        """Return the files that wait for MLflow; those that earlier versions left among the checkpoints are moved."""
-        for file in waiting_files(str(self.checkpoints / "tracking")):
-            self.records.mkdir(exist_ok=True)
-            Path(file).rename(self.records / Path(file).name)
-        return waiting_files(str(self.records))
 
     def forget(self) -> None:
         """Delete cache and checkpoints; artifacts stay, since registered models are there."""

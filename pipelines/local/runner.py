@@ -31,7 +31,7 @@ from skd_lib.comparison.plan import to_parameters as comparison_parameters
 from skd_lib.config import RunConfig
 from skd_lib.config.parameters import short, to_parameters
 from skd_lib.errors import SkdError, is_full_disk
-from skd_lib.tracking.outbox import FOLDER_VARIABLE, read_location
+from skd_lib.tracking.outbox import FOLDER_VARIABLE, read_location, waiting_files
 
 CODE_VERSION = "SKD_CODE_VERSION"
 """Variable that says which code a step runs; images have it from their build."""
@@ -174,7 +174,7 @@ def run_pipeline(
     from skd_kfp.pipelines.local.kfp_patch import run_locally
 
     with folder.locked():
-        if folder.gather_records() and tracking_uri:
+        if tracking_uri and waiting_files(str(folder.records)):
             from skd_lib.tracking.outbox import resend
 
             resend(str(folder.records), tracking_uri)
@@ -219,7 +219,7 @@ def run_pipeline(
 
 def _report_records(folder: RunFolder, display: Display) -> None:
     """Show which steps' records MLflow has not taken."""
-    if files := folder.gather_records():
+    if files := waiting_files(str(folder.records)):
         steps: list[str] = []
         for file in files:
             with contextlib.suppress(SkdError):

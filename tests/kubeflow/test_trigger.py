@@ -331,41 +331,6 @@ def test_a_claim_remembers_the_run_that_was_started(root: str):
     assert remembered(f"{root}/claims", "name") == "a"
 
 
-def store(uri: str, content: str, tmp_path: Path) -> None:
-    written = tmp_path / "written"
-    written.write_text(content)
-    storage.upload(written, uri)
-
-
-def test_a_claim_of_an_earlier_release_is_held_and_expires(root: str, tmp_path: Path):
-    folder = f"{root}/claims"
-    store(f"{folder}/name", "0123456789abcdef" * 2, tmp_path)
-    assert remembered(folder, "name") == ""
-    with pytest.raises(Busy), claim(folder, "name", wait=0.0):
-        pass
-    with claim(folder, "name", wait=0.0, valid=-1.0) as held:
-        assert held.run_id == ""
-
-
-def test_what_an_earlier_release_remembers_is_not_started_again(
-    kfp: FakeKfp, trigger: Trigger, source: str, root: str, tmp_path: Path
-):
-    name = trigger.explain(source).name
-    old = f"{root}/claims/{name}.started"
-    store(f"{old}/a-run", "", tmp_path)
-    assert remembered(trigger.claims, name) == "a-run"
-    with claim(trigger.claims, name) as held:
-        assert held.run_id == "a-run"
-    assert trigger.fire(source).reason == (
-        "a run for this data was started, a-run, which Kubeflow no longer knows; "
-        f"to run it again, delete {root}/claims/{name} and {old}"
-    )
-    assert not kfp.runs
-    for uri in (f"{root}/claims/{name}", old):
-        storage.delete(uri)
-    assert trigger.fire(source).fire
-
-
 @pytest.mark.parametrize("folder", ["", "claims"])
 def test_a_claim_is_given_back_after_an_error(root: str, folder: str):
     for _ in range(2):

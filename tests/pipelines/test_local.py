@@ -380,10 +380,10 @@ def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
     tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = RunFolder.create(tmp_path / "runs", "fake")
-    records, earlier = folder.records, folder.checkpoints / "tracking"
-    earlier.mkdir()
+    records = folder.records
+    records.mkdir()
     place = {"tracking_uri": "http://m", "experiment": "e", "pipeline_run_id": "r", "step": "distill", "run_name": None}
-    (earlier / "a.jsonl").write_text(json.dumps({**place, "mlflow_run_id": "", "started": 1}) + "\n")
+    (records / "a.jsonl").write_text(json.dumps({**place, "mlflow_run_id": "", "started": 1}) + "\n")
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr("skd_lib.tracking.outbox.resend", lambda *call: asked.append(call))
     _, screen = run(tmp_path, second_does="note", tracking_uri="http://m", fresh=True)
