@@ -38,28 +38,16 @@ def decoding(temperature: float) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> list[str]:
-    """Return the lines of a Markdown table.
-
-    Args:
-        header: Names of the columns.
-        rows: Cells of any text.
-        numbers: All columns but the first are aligned to the right.
-    """
+    """Return the lines of a Markdown table; with `numbers` all columns but the first are aligned to the right."""
     ruler = ["---", *("---:" if numbers else "---" for _ in header[1:])]
     return [f"| {' | '.join(cells)} |" for cells in (header, ruler, *(map(_escaped, row) for row in rows))]
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table for a terminal or for Markdown.
+    """A table for a terminal or for Markdown, with a title above and a note below it.
 
-    Attributes:
-        title: Stands above it.
-        header: Names of the columns.
-        rows: Cells of any text.
-        note: Stands below it.
-        highlighted: First cells of the rows that are printed bold.
-        numbers: All columns but the first are aligned to the right.
+    Rows whose first cells are `highlighted` are bold; with `numbers` all columns but the first are aligned right.
     """
 
     title: str

@@ -38,12 +38,7 @@ class Registry(dict[str, EntryT]):
         self._section, self._fields = section, fields
 
     def add(self, name: str, entry: EntryT) -> None:
-        """Add an entry; configurations may use its name from then on.
-
-        Raises:
-            SkdError: the name is taken or none that a YAML file can have, the entry is of another type, or it reads
-                settings that are no fields.
-        """
+        """Add an entry; configurations may use its name from then on."""
         if not isinstance(name, str) or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
             hint = f"use letters, digits and underscores, as in `{next(iter(self))}`"
             raise SkdError(f"{name!r} cannot be the name of a {self.kind}", hint=hint)
@@ -80,12 +75,8 @@ class Registry(dict[str, EntryT]):
 class NameIn:
     """A name of a registry's entry, as the annotation of a field.
 
-    The registry is imported when it is first needed: it belongs to a layer above, and its entries may still be added.
-
-    Args:
-        module: Its module.
-        name: Its name there.
-        title: First sentence of the field's description; the entries' own follow.
+    The registry, `name` in `module`, is imported when it is first needed: it belongs to a layer above, and its entries
+    may still be added. `title` is the first sentence of the field's description; the entries' own follow.
     """
 
     def __init__(self, module: str, name: str, title: str) -> None:

@@ -108,9 +108,6 @@ class ChatLayout:
         """Return the prompt of a conversation, and the template's text from there to its end.
 
         For answers with more than text, such as calls of tools, which a template may open in another way than text.
-
-        Raises:
-            SkdError: the template writes the beginning in another way when the answer follows.
         """
         text = self._rendered(task, talk, talk.answer)
         opened = self._rendered(task, talk, None, add_generation_prompt=True)
@@ -182,11 +179,7 @@ def _names(described: Iterable[Any]) -> list[str]:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Return the tokenizer's chat template.
-
-    Raises:
-        SkdError: it has none, or several and none of them is the default.
-    """
+    """Return the tokenizer's chat template."""
     where = str(tokenizer.name_or_path)
     if not tokenizer.chat_template:
         hint = "set `task.chat_template: false`, or use an instruction-tuned model"
@@ -246,12 +239,7 @@ def depends_on_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> boo
 
 
 def chat_layout(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> ChatLayout:
-    """Find the layout in which the tokenizer's chat template writes this task's conversations.
-
-    Raises:
-        SkdError: the tokenizer has no chat template, the template raises something, or it leaves out or changes the
-            system message, the question or the answer.
-    """
+    """Find the layout in which the tokenizer's chat template writes this task's conversations."""
     return _layout(tokenizer, chat_template(tokenizer), task.prompt, task.system_prompt, task.date)
 
 

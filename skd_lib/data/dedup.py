@@ -90,7 +90,8 @@ def drop_resembling(
     """Drop the rows that a held-out row equals once normalised, or nearly.
 
     Near copies have the same numbers in the same order (rows made from one form differ in little else, and are no
-    duplicates), and a Jaccard similarity of 5-grams above `threshold` (1: equal ones only).
+    duplicates), and a Jaccard similarity of 5-grams above `threshold` (1: equal ones only). For a quick look, only the
+    first rows with `characters` in all are compared, with as many first held-out ones, up to `QUICK_PAIRS` pairs.
 
     The similarity join is exact, by prefix filtering (Bayardo et al. 2007, "Scaling up all pairs similarity search").
     Grams are put in one order, rare ones first. Two sets of similarity t share at least t times the size of the
@@ -100,13 +101,6 @@ def drop_resembling(
     Cost: linear in the characters of both sides at thresholds like 0.9 (100,000 rows of 200 characters against 5,000:
     under a minute on one core); low thresholds compare more and more pairs. Memory: the grams of the held-out rows,
     about 100 bytes a character.
-
-    Args:
-        examples: The rows.
-        held_out: Those they must not resemble.
-        threshold: Lowest similarity of near copies.
-        characters: For a quick look: only the first rows with this many characters in all are compared, with the first
-            held-out rows that have as many, and fewer once `QUICK_PAIRS` were compared.
     """
     rows = [(normalise(example), example) for example in examples]
     texts: dict[str, Example] = {}

@@ -57,9 +57,6 @@ def tokenize_row(
 
     Returns:
         Prompt and response; the response is empty where the row has none.
-
-    Raises:
-        SkdError: the row has none of the formats, is broken, or its prompt alone is too long.
     """
     talk = _conversation(row, where)
     if talk is not None:
@@ -93,11 +90,7 @@ def tokenize_row(
 
 
 def each_turn(rows: Iterable[Mapping[str, Any]], where: str = "") -> Iterator[Mapping[str, Any]]:
-    """Yield a row for each answer of a conversation that counts in training; other rows as they are.
-
-    Raises:
-        SkdError: a conversation is broken; `where` is followed by the row's number, from 1.
-    """
+    """Yield a row for each answer of a conversation that counts in training; other rows as they are."""
     for number, row in enumerate(rows, start=1):
         talk = _conversation(row, f"{where}, row {number}")
         if talk is None or talk.answer is None:

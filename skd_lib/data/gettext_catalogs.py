@@ -19,12 +19,7 @@ _CATALOG = re.compile(r"(?:.*/)?(?P<language>[^/]+)/LC_MESSAGES/(?P<domain>[^/]+
 
 @dataclass
 class CatalogPairs:
-    """The pairs in one wheel.
-
-    Attributes:
-        examples: Source: the translation (msgstr); target: the English original (msgid).
-        left_out: Entries that were left out, by reason.
-    """
+    """The pairs in one wheel, translation and English original, and the entries that were left out, by reason."""
 
     examples: list[Example] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -36,9 +31,6 @@ def read_wheel(wheel: Path, package: str, language: str, min_words: int, max_wor
     Leaves out untranslated, fuzzy, plural and obsolete entries, copies of the original, entries with fewer than
     `min_words` or more than `max_words` words (separated by white space) on either side, and repeated pairs. The wheel
     is read as a zip file: nothing in it is imported or installed. `package` is the origin of the examples.
-
-    Raises:
-        SkdError: not a wheel, no catalog for the language, or a catalog that cannot be parsed.
     """
     pairs = CatalogPairs()
     seen: set[tuple[str, str]] = set()

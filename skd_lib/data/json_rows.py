@@ -38,11 +38,7 @@ class Table(NamedTuple):
 
 
 def byte_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a file.
-
-    Raises:
-        SkdError: a line is too long, or too many are empty: neither is read for ever.
-    """
+    """Yield the lines of a file."""
     # Streams of object storage would read a line byte by byte.
     buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
     empty = 0
@@ -99,11 +95,7 @@ class _Keys:
         return fields
 
     def checked(self, value: Any) -> Fields:
-        """Return the value, if it is a row.
-
-        Raises:
-            SkdError: it is no object, or has a key twice.
-        """
+        """Return the value, if it is a row."""
         if not isinstance(value, dict):
             what = f"must be a JSON object, got {type(value).__name__}"
             raise SkdError(what, hint='write {"source": "...", "target": "..."}')

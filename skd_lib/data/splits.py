@@ -154,12 +154,7 @@ def _cut_missing(source: SourceSplits, config: DataConfig, seed: int) -> SourceS
 def make_splits(
     source: SourceSplits, config: DataConfig, seed: int, held_out: Mapping[str, Sequence[Example]] | None = None
 ) -> Splits:
-    """Make the splits of a run, see `divide`.
-
-    Raises:
-        SkdErrors: more than nine in ten rows of a split are lost, with examples.
-        SkdError: train is too small to be cut.
-    """
+    """Make the splits of a run, see `divide`."""
     splits = divide(source, config, seed, held_out)
     if errors := [error for name, level, error in complaints(splits.losses) if level == "error"]:
         raise SkdErrors(errors)
@@ -200,18 +195,9 @@ def divide(
     """Make the splits of a run, any of which may be empty.
 
     A row that is in several splits, exactly or nearly (`data.near_duplicate_threshold`), stays in the held-out one:
-    test and the held-out sets win over validation, all win over train.
-
-    Args:
-        source: The rows.
-        config: The fractions, limits and threshold.
-        seed: Seed of the order.
-        held_out: The sets of `config.held_out` that could be read, by name.
-        characters: For a quick look, see `drop_resembling`: the number of rows that are nearly held out is estimated
-            then, and only those that were found are left out.
-
-    Raises:
-        SkdError: train is too small to be cut.
+    test and the held-out sets (`held_out`, those that could be read) win over validation, all win over train. For a
+    quick look (`characters`, see `drop_resembling`) the number of rows that are nearly held out is estimated, and only
+    those that were found are left out.
     """
     threshold = config.near_duplicate_threshold
     losses: dict[str, LostRows] = {}

@@ -56,10 +56,6 @@ def encode_prompt(
     about BOS; without one the tokenizer does, unless the prompt's text starts with BOS itself. Thinking models have one
     prompt before thinking and another before an answer without: the question's reference answer decides, if there is
     one (`answer`, or a conversation's own), in training and in scoring.
-
-    Raises:
-        SkdError: the tokenizer has no chat template, or one that cannot be used, or `task.chat_template` is false and
-            the question a conversation.
     """
     if task.chat_template:
         return _ids(tokenizer, _parted(chat_layout(tokenizer, task), task, question, answer)[0])
@@ -132,11 +128,7 @@ def encode_all(
     eos_id: int,
     ends: Collection[int] = (),
 ) -> list[TokenizedExample]:
-    """Tokenise examples; those whose prompt is longer than `task.max_prompt_tokens` are left out, with a warning.
-
-    Raises:
-        SkdError: none is left.
-    """
+    """Tokenise examples; those whose prompt is longer than `task.max_prompt_tokens` are left out, with a warning."""
     encoded = [encode(tokenizer, task, example, eos_id, ends) for example in examples]
     kept = [example for example in encoded if len(example.prompt_ids) <= task.max_prompt_tokens]
     if len(kept) < len(encoded):
@@ -163,9 +155,6 @@ def answer_end_id(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> int:
 
     With a chat template the last of the special tokens that it puts after the assistant's text (`<end_of_turn>` of
     Gemma, `<|im_end|>` of Qwen), else the tokenizer's EOS.
-
-    Raises:
-        SkdError: the tokenizer has no EOS, or no usable chat template although the task wants one.
     """
     if task.chat_template and (closing := chat_layout(tokenizer, task).closing):
         return closing[-1]

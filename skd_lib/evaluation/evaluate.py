@@ -73,14 +73,6 @@ def evaluate(
     long as there is another one; all are where no example has a reference. A judge that is down may be up again later:
     without it there is no result.
 
-    Args:
-        model: In eval mode, on the device it is to run on; or a teacher on a server.
-        tokenizer: The model's.
-        examples: At least one.
-        task: Prompt, stop strings, length limit and metrics.
-        config: Batch size, number of bootstrap resamples, and the judge.
-        seed: Of the bootstrap; decoding is greedy.
-
     Raises:
         JudgeUnavailable: the judge cannot be reached or refuses.
         SkdError: no examples, no metric that can be computed, or a prompt that does not fit the model.
@@ -176,21 +168,13 @@ def evaluate_held_out(
 
 
 def check_answers(examples: Sequence[Example], *, where: str) -> None:
-    """Check that examples can be scored at all.
-
-    Raises:
-        SkdError: none has an answer to compare with.
-    """
+    """Check that examples can be scored at all."""
     if examples and not any(example.target for example in examples):
         raise SkdError(_UNANSWERED, where=where, hint="give rows with answers: prompts alone cannot be scored")
 
 
 def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricName, SkdError]:
-    """Find the metrics that the references alone rule out.
-
-    Raises:
-        SkdError: that is all of them, or there are no examples.
-    """
+    """Find the metrics that the references alone rule out."""
     if not examples:
         raise SkdError(
             "there are no predictions to score", where=f"metric `{task.metrics[0]}`", hint="give the set examples"

@@ -56,9 +56,6 @@ def generate(
     Prompts longer than `task.max_prompt_tokens` are answered in full (with a warning): a test set from which the long
     examples are missing would give another score. For the same reason a prompt that does not fit the model's context
     together with its answer gets an empty answer, cut off before it began.
-
-    Raises:
-        SkdError: no prompt fits.
     """
     prompts = [
         encode_prompt(tokenizer, task, question, reference)
@@ -110,9 +107,6 @@ def load_for_inference(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """Load a model and its tokenizer on this process's device, in the precision that `auto` is there.
 
     All models are measured alike, whatever they were trained in: scores and seconds are compared with each other.
-
-    Raises:
-        SkdError: the folder does not hold a whole model.
     """
     device = default_device()
     model = load_model(path, dtype=compute_dtype("auto", device), device=device)

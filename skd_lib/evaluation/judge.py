@@ -53,11 +53,7 @@ def check_judge(config: JudgeConfig) -> None:
 
 
 def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[float | None]:
-    """Return ratings of answers, 1 to 10.
-
-    Args:
-        config: The judge; at most its `examples` rows are graded.
-        rows: (source, target, prediction) of each example.
+    """Return ratings, 1 to 10, of the answers in rows of (source, target, prediction).
 
     Returns:
         One a row; None where none was asked for or given.

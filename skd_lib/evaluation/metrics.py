@@ -65,16 +65,8 @@ def measure(
 ) -> CorpusMetric:
     """Measure predictions against one reference each.
 
-    An example without a reference (a blank one; for `accuracy`, one that holds no answer) is not scored.
-
-    Args:
-        name: `accuracy`, or a key of `_TEXT_METRICS`.
-        predictions: N answers; an empty one is an answer with nothing right.
-        targets: Their N references.
-        answer: For `accuracy`: where the answer stands.
-
-    Raises:
-        SkdError: there is nothing to measure.
+    An example without a reference (a blank one; for `accuracy`, one that holds no answer) is not scored; an empty
+    prediction is an answer with nothing right.
     """
     if len(predictions) != len(targets):
         raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
@@ -89,11 +81,7 @@ def measure(
 
 
 def scorable(name: MetricName, targets: Sequence[str], answer: AnswerKind) -> tuple[int, ...]:
-    """Return the positions of the references that predictions can be scored against.
-
-    Raises:
-        SkdError: there are none.
-    """
+    """Return the positions of the references that predictions can be scored against."""
     if name == "accuracy":
         scored = tuple(i for i, target in enumerate(targets) if reference_answer(target, answer) is not None)
         if not scored:

@@ -54,11 +54,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Read what `write_predictions` wrote.
-
-    Raises:
-        SkdError: the file cannot be read, or a row is not a prediction.
-    """
+    """Read what `write_predictions` wrote."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -67,11 +63,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def perplexity(predictions: Sequence[Prediction]) -> CorpusMetric:
-    """Measure the perplexity of the references, per token.
-
-    Raises:
-        SkdError: a likelihood is missing or no finite number.
-    """
+    """Measure the perplexity of the references, per token."""
     broken = [prediction.id for prediction in predictions if prediction.reference_nll is None]
     if broken:
         raise SkdError(
@@ -99,17 +91,8 @@ def compare(
     What was counted in an example is summed over the models, and examples are resampled: the models of one way are not
     independent witnesses of an example.
 
-    Args:
-        first: The answers of each model trained the first way, in any order of examples.
-        second: Likewise; as many models.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
     Returns:
         For each metric that all were scored by: the difference, and the number of examples it rests on.
-
-    Raises:
-        SkdError: they did not answer the same examples.
     """
     if len(first) != len(second) or not first:
         raise ValueError("a paired test needs as many models of one kind as of the other")
@@ -129,16 +112,7 @@ def compare(
 
 
 def paired_results(predictions: Mapping[Role, Path], *, resamples: int = 1000, seed: int = 0) -> list[PairedTest]:
-    """Test the differences between every two models of a run, by each metric; `a` is the later role of a pair.
-
-    Args:
-        predictions: The file of each model's answers by its role, in the order of the run.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
-    Raises:
-        SkdError: a file cannot be read, or two models answered different examples.
-    """
+    """Test the differences between every two models of a run, by each metric; `a` is the later role of a pair."""
     answers = {role: read_predictions(path) for role, path in predictions.items()}
     return [
         PairedTest(a=later, b=earlier, metric=name, n=examples, **difference.model_dump())

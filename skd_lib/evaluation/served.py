@@ -66,11 +66,7 @@ def served_answers(
 
 
 def served_losses(teacher: RemoteTeacher, examples: Sequence[Example], task: TaskConfig) -> list[ReferenceLoss]:
-    """Return the loss of every example's reference after its prompt.
-
-    Raises:
-        SkdError: the server gives no log-probabilities along a given text.
-    """
+    """Return the loss of every example's reference after its prompt."""
     end = answer_end_id(teacher.tokenizer, task)
     encoded = [encode(teacher.tokenizer, task, example, end, teacher.ends) for example in examples]
     progress = Progress("reading references", len(encoded))

@@ -21,18 +21,10 @@ _NAMES_SHOWN = 12
 
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
-    """Freeze a model and add trainable adapters to its weights, in place.
-
-    Args:
-        model: Its linear layers except the head get adapters, or those that `settings` names.
-        settings: Rank, scale, dropout and layers of the adapters.
-        seed: Decides the adapters' first values, which change no output before training.
+    """Freeze a model and add trainable adapters to its weights, in place; before training they change no output.
 
     Returns:
         The wrapped model (`peft.PeftModel`), which replaces `model`.
-
-    Raises:
-        SkdError: peft is not installed, or `check_lora` finds something.
     """
     try:
         import peft
@@ -62,13 +54,7 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
 def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
     """Check that a model has the layers that adapters are asked for, and can hold them merged; weights are not read.
 
-    Args:
-        model: The model, which may be on the meta device.
-        settings: Names of layers as in PEFT: a whole name, or its end after a dot.
-
-    Raises:
-        SkdError: a name is of no layer, or of one that takes no adapter; embedding or head are named and are one
-            tensor; or the rank is beyond that of every layer.
+    The model may be on the meta device. Names of layers are as in PEFT: a whole name, or its end after a dot.
     """
     where, cannot = "training.lora.target_modules", f"adapters cannot be added to {type(model).__name__}"
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -101,11 +87,7 @@ def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
 
 
 def merge_lora(wrapped: Any) -> None:
-    """Add the adapters to the weights and remove them: the wrapped model is then usable by itself.
-
-    Raises:
-        SkdError: a merged weight is not finite, or the merged model computes other logits than with adapters.
-    """
+    """Add the adapters to the weights and remove them: the wrapped model is then usable by itself."""
     before = outputs(wrapped)
     try:
         model = wrapped.merge_and_unload(safe_merge=True)
@@ -124,12 +106,6 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights as `merge_lora` would leave them, one after the other; the model stays as it is.
 
     Names are those without adapters, also of layers that are trained as a whole beside them. Tied weights come once.
-
-    Args:
-        model: The model that adapters were added to, or any other.
-
-    Raises:
-        SkdError: an adapter is not W + BA, or its weight is quantized.
     """
     modules = dict(model.named_modules())
     tensors = [*model.named_parameters(), *_stored_buffers(modules)]

@@ -32,18 +32,7 @@ _TRAINING = {
 
 @dataclass(frozen=True)
 class Lineage:
-    """The origin of a model.
-
-    Attributes:
-        base: The model its weights started from.
-        method: The training, e.g. `sft`, `skd`, `prune`.
-        teacher: The model it learnt from; empty if none.
-        teacher_tuned: Whether that was fine-tuned on the task first.
-        data_fingerprint: Fingerprint of the training data; empty if none.
-        code_version: Version of this library.
-        settings: Settings worth knowing (steps, learning rate, K, gamma).
-        weights_sha256: Digest of the model's weights; empty where it is not known.
-    """
+    """The origin of a model: `base` is the model its weights started from; empty is what is not known or not there."""
 
     base: str
     method: str
@@ -56,11 +45,7 @@ class Lineage:
 
     @classmethod
     def read(cls, folder: Path) -> Lineage:
-        """Read the origin of the model in a folder, from the record of its training.
-
-        Raises:
-            SkdError: this project did not train it.
-        """
+        """Read the origin of the model in a folder, from the record of its training."""
         record = read_record(folder).lineage
         if not record.get("method"):
             what = "there is no record of its training in it, so there is nothing to tell about it"

@@ -80,11 +80,7 @@ def without_weights(served: ServedTeacher) -> SkdError:
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """Return the tensors in the safetensors files of a folder, sorted by name; reads headers only.
-
-    Raises:
-        SkdError: there are none, a shard is missing, a file is cut off or cannot be read, or a name stands in two.
-    """
+    """Return the tensors in the safetensors files of a folder, sorted by name; reads headers only."""
     with reading(folder):
         files = weight_files(folder)
     if not files:
@@ -108,11 +104,7 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers would load from a folder.
-
-    Raises:
-        SkdError: the index of a sharded model is broken or names files that are not there.
-    """
+    """Return the safetensors files that transformers would load from a folder."""
     single, index = folder / "model.safetensors", folder / _INDEX
     if single.is_file():
         return [single]

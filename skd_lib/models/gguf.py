@@ -29,17 +29,9 @@ _PRE_TOKENIZER = "tokenizer.ggml.pre"
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a GGUF file into `folder`, in float32 safetensors.
+    """Write the model and tokenizer of a GGUF file into an existing folder, in float32 safetensors.
 
     Memory: two copies of the float32 weights at the peak, about 8 bytes a parameter.
-
-    Args:
-        file: The `.gguf` file.
-        folder: An existing folder to write into.
-
-    Raises:
-        SkdError: not a GGUF file, a piece of one, one whose architecture or tokenizer transformers cannot read, or one
-            with tensors that transformers ignores.
     """
     log.info("converting %s to safetensors", file.name)
     reader = _open(file)

@@ -110,9 +110,6 @@ def check_supported(model: PreTrainedModel) -> None:
     """Check that decoder and head, called as the sampler and the losses call them, give the model's own logits.
 
     Runs the model on a few tokens, once for each model; of one on the meta device, only the structure is checked.
-
-    Raises:
-        SkdError: they do not, or the model sees later tokens. The architecture is named.
     """
     if model in _checked:
         return

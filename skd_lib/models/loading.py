@@ -44,10 +44,6 @@ def load_model(
         device: None for `default_device()`.
         quantization: Bits in which to hold the linear layers except the head (bitsandbytes); they compute in `dtype`.
         trust_remote_code: Run Python code that comes with the model.
-
-    Raises:
-        SkdError: the folder is not a whole model, its weights do not fit its config, they cannot be quantised here, or
-            the architecture is not supported.
     """
     check_model_folder(path)
     if served := served_in(path):
@@ -96,11 +92,7 @@ def load_model(
 
 
 def check_quantization(quantization: str, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> None:
-    """Check that a model, whose weights need not be there, can be quantised to `8bit` or `4bit` on a device.
-
-    Raises:
-        SkdError: bitsandbytes is missing, or a layer's rows are no whole blocks: on CPUs they get wrong 4-bit scales.
-    """
+    """Check that a model, whose weights need not be there, can be quantised to `8bit` or `4bit` on a device."""
     where = f"teacher_precision {quantization}"
     if importlib.util.find_spec("bitsandbytes") is None:
         hint = "pip install 'skd-lib[quantization]', or use bf16"
@@ -112,6 +104,7 @@ def check_quantization(quantization: str, path: Path, device: torch.device, *, t
             load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
         )
     head = model.get_output_embeddings()
+    # On CPUs rows that are no whole blocks get wrong scales.
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and layer is not head and layer.in_features % _BLOCK:
             what = (

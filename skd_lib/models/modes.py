@@ -25,11 +25,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_dropout(model: nn.Module, probability: float) -> Iterator[None]:
-    """Set attention dropout inside, for modules in training mode; the saved configuration does not have it.
-
-    Raises:
-        SkdError: the architecture has no attention dropout to set, and the probability is not 0.
-    """
+    """Set attention dropout inside, for modules in training mode; the saved configuration does not have it."""
     layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
     if probability and not layers:
         raise SkdError(

@@ -26,9 +26,6 @@ def resolve_precision(wanted: Precision, device: torch.device) -> Resolved:
 
     `auto` is the value of `SKD_PRECISION`, else bf16 where `multiplies_in_bf16`, else fp32. A precision asked for by
     name is kept, also where it is slow (see `precision_trouble`).
-
-    Raises:
-        SkdError: `SKD_PRECISION` is neither `fp32` nor `bf16`, or the device cannot compute in bf16 at all.
     """
     resolved = wanted
     if resolved == "auto":

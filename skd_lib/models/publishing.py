@@ -35,22 +35,14 @@ class File:
 
 
 def files_to_publish(folder: Path) -> list[File]:
-    """Return the files of a model's folder that are uploaded, by name; the card is not among them.
-
-    Raises:
-        SkdError: it is not a whole model in safetensors.
-    """
+    """Return the files of a model's folder that are uploaded, by name; the card is not among them."""
     check_model_folder(folder)
     found = {*weight_files(folder), *(path for pattern in SMALL_FILES for path in folder.glob(pattern))}
     return [File(path.name, path, path.stat().st_size) for path in sorted(found) if path.is_file()]
 
 
 def check_repository(name: str) -> str:
-    """Return the id of a repository of the hub, ORG/NAME.
-
-    Raises:
-        SkdError: it is none.
-    """
+    """Return the id of a repository of the hub, ORG/NAME."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -68,20 +60,11 @@ def check_repository(name: str) -> str:
 def publish(files: list[File], repository: str, *, private: bool, card: str, message: str) -> str:
     """Upload files and card as one commit, into a repository that is made where there is none.
 
-    Weights of an earlier upload that are no longer among the files are deleted.
-
-    Args:
-        files: See `files_to_publish`.
-        repository: Its id.
-        private: Who sees it; a repository that is there already has to be the same.
-        card: Content of its README.md.
-        message: Of the commit.
+    Weights of an earlier upload that are no longer among the files are deleted. A repository that is there already has
+    to be as `private`.
 
     Returns:
         The address of the commit.
-
-    Raises:
-        SkdError: there is no token, the hub refuses, or it cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 

@@ -109,11 +109,7 @@ class Record:
         return str(self.lineage.get("mlflow_run_id") or "")
 
     def samples(self) -> list[SampledSequence]:
-        """Read the recorded sequences.
-
-        Raises:
-            SkdError: their file is broken.
-        """
+        """Read the recorded sequences."""
         file = self.folder / SAMPLES
         return read_samples(file) if file.is_file() else []
 
@@ -126,15 +122,7 @@ def write_record(
     figures: Mapping[str, float] | None = None,
     samples: str = "",
 ) -> None:
-    """Write a model's record into its folder.
-
-    Args:
-        model: The folder.
-        lineage: See `Record`.
-        course: Fields of `Course`.
-        figures: See `Record`.
-        samples: Content of `samples.jsonl`.
-    """
+    """Write a model's record into its folder."""
     folder = model / RECORD
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in {LINEAGE: lineage, COURSE: _rounded(course or {}), FIGURES: figures or {}}.items():
@@ -143,11 +131,7 @@ def write_record(
 
 
 def read_record(folder: Path) -> Record:
-    """Read the record in the folder of a model, or of its evaluation; an empty one where there is none.
-
-    Raises:
-        SkdError: a file of it is broken.
-    """
+    """Read the record in the folder of a model, or of its evaluation; an empty one where there is none."""
     record = folder / RECORD
     course = record / COURSE
     return Record(
@@ -189,11 +173,7 @@ def to_jsonl(sequences: Iterable[SampledSequence]) -> str:
 
 
 def read_samples(path: Path) -> list[SampledSequence]:
-    """Read what `to_jsonl` made.
-
-    Raises:
-        SkdError: the file cannot be read, or a line is no sequence.
-    """
+    """Read what `to_jsonl` made."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -92,11 +92,7 @@ Reference: TypeAlias = LocalFolder | LocalGguf | HubModel | StoredFolder | Wheel
 
 
 def parse_reference(ref: str) -> Reference:
-    """Parse a reference; nothing but local files is asked for.
-
-    Raises:
-        SkdError: it has none of the forms, or names a local path where there is nothing.
-    """
+    """Parse a reference; nothing but local files is asked for."""
     if storage.is_remote(ref):
         return StoredFolder(ref)
     try:
@@ -186,9 +182,6 @@ def resolve_model(
 
     Returns:
         A folder that must not be written to.
-
-    Raises:
-        SkdError: there is no such model, it cannot be fetched, is of an unknown format, or has changed.
     """
     reference = parse_reference(ref)
     if isinstance(reference, HubModel) and fingerprint.startswith(COMMIT):
@@ -269,12 +262,7 @@ def stored_folder(cache: Path, uri: str) -> Path:
 
 
 def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
-    """Return a hub repository's files of `wanted` and not of `unwanted` patterns, from the hub's own cache or fetched.
-
-    Raises:
-        SkdError: there is no such repository or revision, its licence has not been accepted, or the hub cannot be
-            reached and the files are not in its cache.
-    """
+    """Return a hub repository's files of `wanted` and not `unwanted` patterns, from the hub's own cache or fetched."""
     from huggingface_hub import errors, snapshot_download
 
     # The base error of the hub's HTTP library, which is httpx or httpx2 depending on the hub client's version.

@@ -17,15 +17,9 @@ from skd_lib.storage import atomic_directory
 
 
 def write_served(served: ServedTeacher, student: str, target: Path) -> dict[str, Any]:
-    """Write the folder of a teacher on a server, with its record.
+    """Write the folder of a teacher on a server, with its record, whose lineage is returned.
 
-    Args:
-        served: The teacher.
-        student: Reference of a model with the teacher's tokenizer.
-        target: The new folder; replaced if it is there.
-
-    Returns:
-        The record's lineage.
+    `student` is the reference of a model with the teacher's tokenizer.
     """
     source = resolve_model(student, fingerprint=model_fingerprint(student), weights=False)
     with atomic_directory(target) as folder:

@@ -45,11 +45,7 @@ _PLACES = 4
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the causal language model that a folder's config.json describes, on the meta device.
-
-    Raises:
-        SkdError: it describes none, or one that cannot be sampled from. The architecture is named.
-    """
+    """Build the causal language model that a folder's config.json describes, on the meta device."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
     check_decoder_only(config, folder)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -124,15 +120,8 @@ def untie(config: Any) -> None:
 def check_weights(folder: Path, model: PreTrainedModel) -> str:
     """Compare the names and shapes in a folder's weight files with a model's, by their headers only.
 
-    Args:
-        folder: The model's folder.
-        model: The model of its config, on the meta device.
-
     Returns:
         The reason why they were not compared; empty if they were.
-
-    Raises:
-        SkdError: a weight would stay random, be dropped, or be read as another type.
     """
     tensors = stored_tensors(folder)
     quantized = getattr(model.config, "quantization_config", None)

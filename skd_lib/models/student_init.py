@@ -27,16 +27,8 @@ def prune_layers(model: PreTrainedModel, keep_first: int, keep_last: int) -> Pre
     derives from a layer's position (cache index, sliding window, rotary base) is derived for the new position and
     the kept layer's type.
 
-    Args:
-        model: A decoder whose layers are numbered `layers.0`, `layers.1`, ...; not changed.
-        keep_first: Number of layers kept from the start, at least 1.
-        keep_last: Number of layers kept at the end, at least 1.
-
     Returns:
         A model with its own weights, on the same device, in the same dtype and in eval mode.
-
-    Raises:
-        SkdError: nothing or everything would be cut, or the architecture is not a plain stack of layers.
     """
     total = int(model.config.get_text_config().num_hidden_layers)
     if keep_first < 1 or keep_last < 1:

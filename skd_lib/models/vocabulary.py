@@ -57,11 +57,7 @@ def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = 
 
 
 def tokenizer_of(model: PreTrainedModel, *, hint: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the place that a model was loaded from.
-
-    Raises:
-        SkdError: there is none; `hint` says what to do.
-    """
+    """Return the tokenizer of the place that a model was loaded from."""
     from transformers import AutoTokenizer
 
     if model.name_or_path:
@@ -74,11 +70,7 @@ def tokenizer_of(model: PreTrainedModel, *, hint: str) -> PreTrainedTokenizerBas
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Check that a loaded model has the tokenizer's ids, and that its own tokenizer, if it has one, is the same.
-
-    Raises:
-        SkdError: it is not, or the model has too few rows.
-    """
+    """Check that a loaded model has the tokenizer's ids, and that its own tokenizer, if it has one, is the same."""
     from transformers import AutoTokenizer
 
     name = model.name_or_path or type(model).__name__
@@ -129,11 +121,6 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
     was added to one of the tokenizers alone, as for padding, is a warning. So are ids that end the teacher's responses
     and not the student's, as with an instruct teacher and a base student: responses end at either's, and the student
     gets them too.
-
-    Args:
-        teacher: Folder of the teacher.
-        student: Folder of the student, whose tokenizer is that of the data.
-        trust_remote_code: Run Python code that comes with the models.
     """
     folders = {"teacher": teacher, "student": student}
     tokenizers = {role: load_tokenizer(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
@@ -234,9 +221,6 @@ def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -
     """Return every id that ends a response: the tokenizer's (first), the generation config's and the config's.
 
     Chat models list several, e.g. Gemma's end of text and end of turn, and they are spread over these three places.
-
-    Raises:
-        SkdError: there is none, so no response would ever end.
     """
     where = str(model if isinstance(model, Path) else model.name_or_path)
     if isinstance(model, Path):
@@ -270,12 +254,7 @@ def take_over_ends(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def pad_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
     """Return the id that pads short rows, where it is masked: the padding token, or the end token if there is none.
 
-    Args:
-        tokenizer: The tokenizer.
-        rows: Of the smallest embedding that is given the id; padding tokens beyond are not used.
-
-    Raises:
-        SkdError: the tokenizer has neither.
+    Padding tokens beyond the `rows` of the smallest embedding that is given the id are not used.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and (rows is None or candidate < rows):

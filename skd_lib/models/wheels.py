@@ -24,9 +24,6 @@ def fetch_wheel(requirement: str, sha256: str, cache_dir: Path | None = None) ->
 
     Returns:
         The wheel's path in the cache, by default in `default_cache_dir()`.
-
-    Raises:
-        SkdError: the requirement is not pinned, pip fails, or the wheel has another digest.
     """
     if not _REQUIREMENT.fullmatch(requirement):
         raise SkdError("not a pinned requirement", where=requirement, hint="write NAME==VERSION, e.g. django==5.2.19")
@@ -48,11 +45,7 @@ def fetch_wheel(requirement: str, sha256: str, cache_dir: Path | None = None) ->
 
 
 def extract_member(wheel: Path, member: str, to: Path) -> None:
-    """Copy one file out of a wheel.
-
-    Raises:
-        SkdError: the wheel is not a zip file or has no such member.
-    """
+    """Copy one file out of a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, to.open("wb") as target:
             while chunk := source.read(1 << 20):

@@ -54,11 +54,7 @@ def is_remote(uri: str) -> bool:
 
 
 def check_kind(uri: str) -> None:
-    """Check that `uri` is of a kind that can be read.
-
-    Raises:
-        SkdError: it is not, e.g. https://.
-    """
+    """Check that `uri` is of a kind that can be read."""
     if "://" in uri and not is_remote(uri) and not Path(uri).exists():
         scheme = uri.partition("://")[0]
         hint = (
@@ -143,11 +139,7 @@ def check_writable(uri: str) -> None:
 
 
 def check_checkpoint_root(root: str) -> None:
-    """Check that training can keep checkpoints there: in a folder, in object storage, or (empty) in temporary files.
-
-    Raises:
-        SkdError: `root` is a URI of another kind of storage.
-    """
+    """Check that training can keep checkpoints there: in a folder, in object storage, or (empty) in temporary files."""
     if "://" in root and not is_remote(root):
         hint = "give a folder (a mounted volume outlives a pod) or a gs:// URI"
         raise SkdError("checkpoints cannot be kept there", where=f"checkpoint_root {root}", hint=hint)

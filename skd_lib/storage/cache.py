@@ -28,9 +28,6 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 
     One process builds, others that want the same entry wait for it. An entry appears only when it is complete; what
     a killed process left behind is removed by the next one. `build` fills the empty folder that it gets.
-
-    Raises:
-        SkdError: the cache cannot be written.
     """
     if folder.is_dir():
         return folder

@@ -44,9 +44,6 @@ def make_environment(tool: Tool, constraints: str, cache_dir: Path) -> Path:
 
     pip does it, so that the index, mirror and certificates configured for pip apply. One of its constraints pins the
     tool's package. The cache holds one environment for each tool, its constraints and the version of Python.
-
-    Raises:
-        SkdError: pip fails, or the cache cannot be written.
     """
     key = hashlib.sha256(f"{sys.version_info[:2]}\n{constraints}".encode()).hexdigest()[:16]
     folder = cache_dir / f"{tool.name}-{key}"

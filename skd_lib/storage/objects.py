@@ -60,11 +60,7 @@ def join(folder: str, name: str) -> str:
 
 
 def relative(name: str, folder: str) -> PurePosixPath:
-    """Return an object's name as a path below its folder.
-
-    Raises:
-        SkdError: it would lie elsewhere.
-    """
+    """Return an object's name as a path below its folder."""
     path = PurePosixPath(name.removeprefix(f"{folder}/") if folder else name)
     if path.is_absolute() or ".." in path.parts:
         raise SkdError(f"the object {name!r} would be written outside the folder", hint="rename the object")

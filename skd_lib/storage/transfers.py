@@ -21,11 +21,7 @@ PROGRESS_FROM = 64 * 2**20
 
 
 def deadline() -> float:
-    """Return the seconds for which a failing request is tried again.
-
-    Raises:
-        SkdError: the environment variable is not a number of seconds.
-    """
+    """Return the seconds for which a failing request is tried again."""
     text = os.environ.get(DEADLINE_VARIABLE) or str(_DEADLINE)
     try:
         seconds = float(text)

@@ -72,13 +72,9 @@ class Ending:
 
 
 def find_ending(word: str, message: str, seen: Seen, runs: Sequence[Run] | None) -> Ending:
-    """Decide how a pipeline run ended.
+    """Decide how a pipeline run ended, from KFP's final state and message, its API, and the MLflow runs, oldest first.
 
-    Args:
-        word: KFP's final state.
-        message: KFP's, if it has one.
-        seen: What its API says.
-        runs: MLflow runs below the parent run, oldest first; None without tracking.
+    Without tracking there are no `runs`.
     """
     if word in SUCCESS:
         return Ending(SUCCEEDED)

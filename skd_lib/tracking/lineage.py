@@ -124,11 +124,7 @@ class Lineage(BaseModel):
 
 
 def parse_model(reference: str) -> tuple[str, str, str]:
-    """Return name, version and alias in `MODEL`, `MODEL/VERSION` or `MODEL@ALIAS`; empty where not given.
-
-    Raises:
-        SkdError: it is none of these.
-    """
+    """Return name, version and alias in `MODEL`, `MODEL/VERSION` or `MODEL@ALIAS`; empty where not given."""
     name, at, alias = reference.partition("@")
     version = ""
     if not at:
@@ -142,11 +138,7 @@ def parse_model(reference: str) -> tuple[str, str, str]:
 
 
 def trace(*, tracking_uri: str, reference: str) -> Lineage:
-    """Return the lineage of `MODEL/VERSION`, `MODEL@ALIAS`, or `MODEL`: its champion, else its challenger.
-
-    Raises:
-        SkdError: there is no such version, or the store does not answer.
-    """
+    """Return the lineage of `MODEL/VERSION`, `MODEL@ALIAS`, or `MODEL`: its champion, else its challenger."""
     name, version, alias = parse_model(reference)
 
     def work(client: MlflowClient) -> Lineage:

@@ -46,11 +46,7 @@ def write_beside(model: Path, uri: str, example: str = "") -> bool:
     """Write the files into the folder at `uri` where the model is, and return whether MLflow can load it now.
 
     What keeps it from that (no tokenizer, a folder that cannot be written) is a warning: the model is usable without.
-
-    Args:
-        model: The folder, or a local copy of it.
-        uri: Where it is: a path or a URI of object storage.
-        example: A prompt, shown on the model's page.
+    `model` may be a local copy; the example, a prompt, is shown on the model's page.
     """
     try:
         with described(model, ".", example) as files:
@@ -70,16 +66,7 @@ def write_beside(model: Path, uri: str, example: str = "") -> bool:
 
 @contextmanager
 def described(model: Path, weights: str, example: str = "") -> Iterator[Path]:
-    """Yield a temporary folder with the files, all but the weights.
-
-    Args:
-        model: The model's folder.
-        weights: Where the weights are: an absolute path, or one relative to the folder of the files.
-        example: A prompt.
-
-    Raises:
-        SkdError: a package of MLflow is missing, or the folder has no config, or no tokenizer that loads.
-    """
+    """Yield a temporary folder with the files, all but the weights, whose place is absolute or relative to it."""
     if not (model / "config.json").is_file():
         raise SkdError("no config.json in the model's folder", where=str(model))
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,7 +140,6 @@ def _write(model: Path, files: Path, weights: str, example: str) -> None:
     description.model_size_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     _write_environment(files)
     description.save(str(files / MLMODEL))
-
 
 
 def _write_example(files: Path, example: str) -> dict[str, str]:

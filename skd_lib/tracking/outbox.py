@@ -42,9 +42,7 @@ SILENCE_FACTOR = 20
 class OutboxFile:
     """Entries that wait, in order. The file is there only while some do; in memory there is never more than one.
 
-    Args:
-        location: Where they belong.
-        keep: Where the file is left if `FOLDER_VARIABLE` is not set; empty: among this machine's temporary files.
+    It is left in `FOLDER_VARIABLE`, else in `keep`, else among this machine's temporary files.
     """
 
     def __init__(self, location: RunLocation, keep: str = "") -> None:
@@ -128,11 +126,7 @@ class Outbox:
         return {which: target.run for which, target in self._sender.targets.items()} if self._sender else {}
 
     def open(self) -> None:
-        """Find or create the runs now rather than with the first entry.
-
-        Raises:
-            SkdError: the tracking URI can never work.
-        """
+        """Find or create the runs now rather than with the first entry."""
         if not self.uri:
             return
         start = time.monotonic()

@@ -113,24 +113,9 @@ def register(
     """Register a student, or find the version that has these very weights, and set the aliases.
 
     Idempotent, and safe when two processes register the same weights: versions are numbered in the order in which
-    they are made, so the later of two sees the earlier and withdraws. Tags are those of the latest call.
-
-    Args:
-        tracking_uri: Store of the registry.
-        model_name: Registered model; created if missing.
-        student_uri: Folder of the weights: `gs://...` or a local path.
-        weights_sha256: Their digest.
-        run_id: MLflow run shown as the version's source; or a function that finds it, once the store answers.
-        trained_by: MLflow run that trained the student, which is shown in its place if the store has it.
-        promote: Make it the champion.
-        figures: Scores and draft figures, kept as tags `figure.NAME`.
-        tags: Lineage; empty values are left out.
-        description: Shown on the version's page, with a link to the run's logged model.
-        example: A prompt; see `mlmodel.described`.
-        patience: See `ask_registry`.
-
-    Returns:
-        The version.
+    they are made, so the later of two sees the earlier and withdraws. Tags are those of the latest call, figures are
+    tags `figure.NAME`. The version's source is the MLflow run `trained_by`, if the store has it, else `run_id`, or what
+    that finds once the store answers.
     """
     numbers = {FIGURE_PREFIX + name: repr(float(value)) for name, value in figures.items()}
     lineage = {name: value for name, value in tags.items() if value}

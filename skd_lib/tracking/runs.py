@@ -183,9 +183,6 @@ def step_run(
         params: Logged on the step's run, see `RunLog.log_params`.
         checkpoint_root: Folder or URI of storage that outlives the pod. Records that the store has not taken when the
             step ends are left in `tracking` there, unless `SKD_TRACKING_BUFFER` names another place.
-
-    Raises:
-        SkdError: the tracking URI is one that can never work.
     """
     uri = tracking_uri if is_main_process() else ""
     keep = f"{checkpoint_root.rstrip('/')}/tracking" if checkpoint_root else ""
@@ -234,15 +231,7 @@ def close_pipeline_run(
 
 @dataclass(frozen=True)
 class PipelineRecord:
-    """MLflow's record of a pipeline run, as far as known.
-
-    Attributes:
-        url: Its page.
-        table_url: The runs table of its experiment.
-        figures: Its metrics.
-        state: Its end, see `ending.Ending`.
-        error: Its error.
-    """
+    """MLflow's record of a pipeline run, as far as known."""
 
     url: str = ""
     table_url: str = ""

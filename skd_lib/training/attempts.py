@@ -48,11 +48,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._go_on, name="skd-heartbeat", daemon=True)
 
     def __enter__(self) -> None:
-        """Give the first sign of life.
-
-        Raises:
-            SkdError: a folder cannot be written.
-        """
+        """Give the first sign of life."""
         self._beat()
         _open.update(self._signs)
         self._thread.start()
@@ -94,9 +90,6 @@ def living(place: str, attempts: Iterable[str], *, own: str) -> set[str]:
     """Return the names of the running ones of `attempts`, whose folders are in `place`.
 
     The sign of life of `own`, the caller's attempt, gives the time of that file system.
-
-    Raises:
-        SkdError: the folder cannot be read.
     """
     attempts = list(attempts)
     if not attempts:

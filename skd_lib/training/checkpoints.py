@@ -58,11 +58,7 @@ class Checkpoints:
 
     @contextmanager
     def attempt(self) -> Iterator[Attempt]:
-        """Begin an attempt at the work, which counts as running inside; all processes call this together.
-
-        Raises:
-            SkdError: the folder or the mirror cannot be written.
-        """
+        """Begin an attempt at the work, which counts as running inside; all processes call this together."""
         state = PartialState()
         name = str(gather_object([new_attempt()])[0])
         self._begun.add(name)
@@ -111,9 +107,6 @@ class Attempt:
 
         Returns:
             The copy of the newest; None if there is none.
-
-        Raises:
-            SkdError: object storage cannot be read, or the local folder cannot be written.
         """
         state = PartialState()
         for _ in range(_TRIES):

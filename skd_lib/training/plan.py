@@ -19,11 +19,7 @@ class StepPlan:
 
 
 def plan_steps(training: TrainingConfig, examples: int, *, processes: int) -> StepPlan:
-    """Plan a training on `examples` rows, with `processes` devices that share each step.
-
-    Raises:
-        SkdError: the batch size does not divide evenly.
-    """
+    """Plan a training on `examples` rows, with `processes` devices that share each step."""
     share, rest = divmod(training.batch_size, processes)
     if rest:
         raise SkdError(

@@ -33,15 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of an attempt, one at a time; used by the main process.
+    """Writes the checkpoints of an attempt, one at a time; used by the main process. It keeps `keep` and the best one.
 
     As a context it ends when the last one is written. An error of the thread is raised by the next call of `check`,
     `wait` or `begin`.
-
-    Args:
-        attempt: The attempt that makes the checkpoints.
-        keep: Number of recent checkpoints to keep, in addition to the best one.
-        minutes: Time between two checkpoints.
 
     Attributes:
         place: Path or URI of the last complete checkpoint; empty before the first.

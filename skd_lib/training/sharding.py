@@ -42,11 +42,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def check_processes(args: TrainingArguments, *, sharded: bool, where: str, setting: str) -> None:
-    """Check that this process was started in a way that suits the sharding, or its absence.
-
-    Raises:
-        SkdError: it was launched for accelerate's FSDP, or sharding is wanted and there is one process only.
-    """
+    """Check that this process was started in a way that suits the sharding, or its absence."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise SkdError(
             "accelerate's FSDP does not support sampling between optimiser steps",

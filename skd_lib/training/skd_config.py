@@ -227,11 +227,7 @@ _REFUSED = {
 def check_arguments(
     args: Any, model: Any, teacher_model: Any, train_dataset: Any, processing_class: Any, peft_config: Any
 ) -> None:
-    """Find mistakes in the arguments of `SKDTrainer`, before anything is loaded.
-
-    Raises:
-        SkdError: an argument is missing, of a wrong kind, or not supported.
-    """
+    """Find mistakes in the arguments of `SKDTrainer`, before anything is loaded."""
     if model is None:
         raise SkdError("there is no model", where="SKDTrainer", hint="pass the student as `model`")
     if not isinstance(args, SKDConfig):

@@ -59,11 +59,7 @@ class StoredSignals:
                 start += length
 
     def along(self, example: TokenizedExample) -> SparseSignal:
-        """Return the signal along one example's response, on the CPU.
-
-        Raises:
-            SkdError: the example is not stored.
-        """
+        """Return the signal along one example's response, on the CPU."""
         place = self._places.get(_key(example))
         if place is None:
             raise SkdError(
@@ -100,16 +96,9 @@ def store_signals(
 ) -> StoredSignals:
     """Store the teacher's `k` most likely tokens along the examples' responses, unless the folder has them.
 
-    Args:
-        folder: Folder for exactly these examples (duplicates are stored once), teacher and settings.
-        load_teacher: Called if there is something to store; or a teacher on a server.
-        examples: Examples with responses.
-        k: Tokens a position.
-        temperature: The loss's temperature.
-        vocabulary: Rows of the student's head; tokens that only one of the models has do not count.
-        rows: Responses in a forward pass.
-        pad_id: Padding.
-        shard_positions: Positions after which a file ends.
+    The folder is for exactly these examples (duplicates are stored once), teacher and settings. `load_teacher` is
+    called if there is something to store. Tokens beyond the student's `vocabulary` do not count. `rows` responses are
+    in a forward pass, and a file ends after `shard_positions`.
     """
 
     def save(own: Path, rank: int, signals: Iterator[tuple[TokenizedExample, SparseSignal]]) -> None:

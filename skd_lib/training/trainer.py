@@ -89,26 +89,10 @@ class TrainingStream:
 
 
 class DistillationTrainer(RolloutTrainer, SavingTrainer):
-    """The training loop.
+    """The training loop; one "epoch" of the Trainer is the whole stream of the examples' positions.
 
-    Args:
-        model: The student.
-        args: The Trainer's arguments; one "epoch" of it is the whole stream.
-        training: Limits of broken steps.
-        objective: The loss to minimise.
-        teacher: Frozen, or None.
-        sharded: Student and teacher are sharded over the processes. Checkpoints then hold whole weights and optimiser
-            states all the same, so that another number of processes can go on from them.
-        divergence: The loss is a divergence from the teacher, whose forward pass then counts.
-        strategy: Makes the responses of an optimiser step.
-        examples: Training examples, in the order of `stream`.
-        stream: The stream of the examples' positions.
-        validation: Ground-truth rollouts.
-        name: Name of this training in errors and progress, e.g. "distill".
-        recorder: Keeps a few sampled sequences in the history.
-        saver: Writes checkpoints.
-        on_metrics: See `OnMetrics`.
-        callbacks: More callbacks for the Trainer.
+    Checkpoints of a sharded student hold whole weights and optimiser states all the same, so that another number of
+    processes can go on from them. With `divergence` the loss is one from the teacher, whose forward pass then counts.
     """
 
     def __init__(
@@ -194,11 +178,7 @@ class DistillationTrainer(RolloutTrainer, SavingTrainer):
             self._entropies[name] = self._entropies.get(name, torch.zeros_like(entropy)) + entropy
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """Return the norm of the step's whole gradient, after dropping the gradient of a broken step.
-
-        Raises:
-            SkdError: too many steps in a row were broken.
-        """
+        """Return the norm of the step's whole gradient, after dropping the gradient of a broken step."""
         norm = super()._get_grad_norm(model, grad_norm)
         # The same numbers on all processes, so all decide alike.
         loss = self.sum_over_processes(self._loss).item() / self._response_tokens
@@ -221,11 +201,7 @@ class DistillationTrainer(RolloutTrainer, SavingTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Compute the mean loss over the response tokens of the validation rollouts, and its error over the rows.
-
-        Raises:
-            SkdError: the mean is not a finite number.
-        """
+        """Compute the mean loss over the response tokens of the validation rollouts, and its error over the rows."""
         with self.timer("validation"):
             mean, error = self.mean_loss(self._validation[self.args.process_index :: self.args.world_size])
         metrics = {TRAINER_VALIDATION_LOSS: mean}

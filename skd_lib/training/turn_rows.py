@@ -38,10 +38,7 @@ class TurnStream(IterableDataset[Row]):
 def by_turn(dataset: Any, form: Format, where: str) -> Any:
     """Return a dataset, or a dictionary of datasets, with a row for each answer; of what has been made so, itself.
 
-    Args:
-        dataset: Rows; None stays None.
-        form: Turns a row into one of a known format; None: it is one.
-        where: What the errors call the dataset.
+    `form` turns a row into one of a known format; errors call the dataset `where`.
     """
     if dataset is None or isinstance(dataset, TurnRows | TurnStream):
         return dataset
@@ -75,11 +72,7 @@ def _formatted(rows: Iterable[Any], form: Format) -> Iterable[Row]:
 
 
 def check_collated(batch: Any) -> None:
-    """Check that a data collator returns what it has to.
-
-    Raises:
-        SkdError: it returns something else.
-    """
+    """Check that a data collator returns what it has to."""
     if not isinstance(batch, list) or not all(isinstance(one, TokenizedExample) for one in batch):
         what = f"it returns a {type(batch).__name__}, not a list of `skd_lib.data.tokenize.TokenizedExample`"
         hint = "leave it out: rows of `messages`, or of `prompt` and `completion`, are tokenised here"
@@ -87,11 +80,7 @@ def check_collated(batch: Any) -> None:
 
 
 def check_responses(rollout: Rollout, where: str) -> None:
-    """Check that the responses of a dataset are not empty.
-
-    Raises:
-        SkdError: one is.
-    """
+    """Check that the responses of a dataset are not empty."""
     hint = "give it a `completion` or an assistant message"
     if where == "train_dataset":
         hint += ", or train by a method that samples every response"

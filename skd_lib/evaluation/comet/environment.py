@@ -19,11 +19,7 @@ _NEWEST_PYTHON = (3, 12)  # the last for which numpy < 2 has wheels
 
 
 def comet_python() -> Path:
-    """Return the interpreter that has COMET; outside a cluster the environment for it is made where there is none.
-
-    Raises:
-        SkdError: there is none, and it cannot be made.
-    """
+    """Return the interpreter that has COMET; outside a cluster the environment for it is made where there is none."""
     if any(importlib.metadata.distributions(name=COMET.package)):
         return Path(sys.executable)
     if "KUBERNETES_SERVICE_HOST" in os.environ:

@@ -30,12 +30,9 @@ _SWITCHES = {False: "TORCH_FORCE_WEIGHTS_ONLY_LOAD", True: "TORCH_FORCE_NO_WEIGH
 
 @dataclass(frozen=True)
 class CometScores:
-    """COMET's scores of several models' answers. All are 100 times COMET's own, like those of other metrics.
+    """COMET's scores of several models' answers: of each answer, their mean, and paired tests by `FIRST-SECOND`.
 
-    Attributes:
-        segments: Of each answer, by model.
-        scores: Their mean, by model.
-        comparisons: Paired tests, by `FIRST-SECOND`: the first model's score minus the second's.
+    All are 100 times COMET's own, like those of other metrics.
     """
 
     segments: dict[str, list[float]]
@@ -55,17 +52,8 @@ def score_models(
 ) -> CometScores:
     """Score several models' answers with one load of the COMET model; equal answers are scored once.
 
-    Args:
-        answers: By model; all to the same examples in the same order.
-        checkpoint: The COMET model.
-        python: Interpreter that has COMET.
-        batch_size: Translations scored together.
-        trust_pickle: Load the checkpoint even if it holds more than tensors and plain values.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
-    Raises:
-        SkdError: there is nothing to score, the models answered different examples, or COMET failed.
+    All models answered the same examples in the same order. `trust_pickle` loads a checkpoint that holds more than
+    tensors and plain values.
     """
     ids = [prediction.id for prediction in next(iter(answers.values()), [])]
     if not ids:
