@@ -5,7 +5,7 @@ Unknown fields are ignored, so that files of other versions can be read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -207,6 +207,7 @@ class Timed(Figures):
         description="Block efficiency: response tokens for each teacher forward of a row; 1 to gamma + 1."
     )
     tokens: int = Field(description="Response tokens of all timed passes.")
+    by_prompt: list[TokensAndCalls] = Field([], description="By prompt.")
     latency: Latency
     ties: int = Field(description="Responses of one pass that differ from the teacher's own by ties within rounding.")
 
@@ -245,12 +246,26 @@ class Setting(Figures):
         return next(length.timed for length in self.lengths if length.gamma == gamma and length.timed)
 
 
+TokensAndCalls = tuple[int, int]
+"""Of one prompt, over all passes: tokens that its blocks yielded, and calls of the teacher."""
+
+
 class DraftCounts(Figures):
-    """vLLM's own counters: of all requests' drafts, also those beyond a response's end; no draft of its first token."""
+    """vLLM's own counts: of all requests' drafts, also those beyond a response's end; no draft of its first token."""
 
     drafts: int = Field(description="Blocks that were drafted and verified.")
-    draft_tokens: int
     accepted_by_position: list[int] = Field(description="Blocks of which this position and all before it stood.")
+
+    @classmethod
+    def of(cls, histograms: Iterable[Sequence[int]]) -> DraftCounts:
+        """Count the drafts of requests; each histogram says how many stood with 0, 1, ... of their tokens."""
+        total = [sum(counts) for counts in zip(*histograms, strict=True)]
+        return cls(drafts=sum(total), accepted_by_position=[sum(total[at:]) for at in range(1, len(total))])
+
+    @property
+    def tokens_and_calls(self) -> TokensAndCalls:
+        """Tokens that the blocks yielded, the teacher's own included, and calls of the teacher."""
+        return self.drafts + sum(self.accepted_by_position), self.drafts
 
     @property
     def accepted_length(self) -> float:
@@ -288,12 +303,13 @@ class ServedPasses(Figures):
     fastest: Timing
     tokens: int = Field(description="Response tokens of all timed passes.")
     counts: DraftCounts | None = Field(None, description="Of all timed passes; None without a draft model.")
+    by_prompt: list[TokensAndCalls] = Field([], description="By prompt; empty without a draft model.")
 
 
 class ServedModel(Figures):
     """A vLLM server that was started and measured."""
 
-    command: str = Field(description="The line it was started with, but for its address.")
+    command: str = Field(description="The line it was started with, but for its address, and what makes it count.")
     passes: list[ServedPasses]
     equal: int | None = Field(
         None,
@@ -412,6 +428,13 @@ class Specdec(Figures):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without what is None: KFP's structured parameters cannot hold null."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def by_prompt(self) -> list[TokensAndCalls]:
+        """Tokens and calls of each prompt in the headline's passes; empty in files of other versions."""
+        if self.served is not None:
+            return next(iter(self.served.drafts.values())).passes[0].by_prompt
+        return self.settings[0].timed(self.gamma).by_prompt if self.settings and self.gamma else []
 
     @property
     def setting(self) -> str:

@@ -141,7 +141,10 @@ class RegistryConfig(ConfigSection):
         "call as a draft of this run's teacher, measured in turns on the same test prompts, which need no answers.",
     )
     min_improvement: float = Field(
-        0.0, ge=0, description="A challenger must beat the champion by more than this, in what `gate` names."
+        0.0,
+        ge=0,
+        description="A challenger must beat the champion by more than this, in what `gate` names; as a draft with all "
+        "of the difference's 95 % interval over the prompts, where these are 20 or more.",
     )
     max_slowdown: float = Field(
         0.05,

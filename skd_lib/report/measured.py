@@ -64,7 +64,7 @@ def measured(
         **student.metrics,
         **({"comet": comet.models["student_after"]} if "student_after" in comet.models else {}),
     }
-    of_drafts = ("tokens_per_call", "challenger_tokens_per_call")
+    of_drafts = ("tokens_per_call", "challenger_tokens_per_call", "gain_low", "gain_high")
     unread = dict.fromkeys(of_drafts) if registry.gate == "score" else {}
     return Measured(
         task_metric=task_metric,
@@ -86,11 +86,7 @@ def measured(
 
 
 def read_champion(folder: Path) -> Rival:
-    """Read what `evaluate_champion` found.
-
-    Raises:
-        SkdError: the folder is not one that it wrote.
-    """
+    """Read what `evaluate_champion` found."""
     file = folder / CHAMPION
     return parse_section(Rival, read_result(file, step="evaluate_champion"), where=str(file))
 

@@ -16,6 +16,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.config import SamplingParams, SpecdecConfig, TaskConfig
@@ -24,11 +25,13 @@ from skd_lib.data.examples import Question
 from skd_lib.data.tokenize import encode_prompt
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
+from skd_lib.evaluation.metrics import CorpusMetric
+from skd_lib.evaluation.statistics import LEAST_EXAMPLES, paired_bootstrap
 from skd_lib.models.files import context_length, load_config, load_tokenizer
 from skd_lib.models.heads import common_vocabulary, embedding_rows
 from skd_lib.models.references import resolve_model
 from skd_lib.models.vocabulary import check_compatible, pad_id
-from skd_lib.results import Forwards, Setting, Specdec
+from skd_lib.results import Difference, Forwards, Setting, Specdec
 from skd_lib.sampling.acceptance import lossless, teacher_only
 from skd_lib.sampling.cache import position_limit
 from skd_lib.sampling.engine import Sampler
@@ -173,6 +176,17 @@ def measure(
         name: result.model_copy(update={"vllm": export(teacher, drafts[name], result.settings[0].best_gamma)})
         for name, result in results.items()
     }
+
+
+def compare_drafts(first: Specdec, second: Specdec) -> Difference | None:
+    """Return first minus second in tokens a teacher call, with the bootstrap's interval over the prompts of both.
+
+    None with fewer than `LEAST_EXAMPLES` prompts.
+    """
+    measured = [np.array(each.by_prompt, dtype=np.float64).reshape(-1, 2) for each in (first, second)]
+    if len(measured[0]) < LEAST_EXAMPLES:
+        return None
+    return paired_bootstrap(*(CorpusMetric(counts_N2, lambda sums: sums[0] / sums[1], "") for counts_N2 in measured))
 
 
 def measure_references(

@@ -1,4 +1,4 @@
-"""Drafts measured by vLLM itself: its servers are started, get requests, and are asked for their counters.
+"""Drafts measured by vLLM itself: its servers are started, get requests, and say how much of their drafts stood.
 
 Each server runs for itself, one after the other: the teacher without a draft, then with each of the drafts. So a
 machine that is busy for a while slows one of them alone, which the range over the passes shows. Every request has a
@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 ON_CPU = ("--enforce-eager", "--kv-cache-memory-bytes", str(2**30))
 """Compiling would take minutes and gain little, and vLLM would take nearly all memory. Later arguments prevail."""
+PER_REQUEST = ("--per-request-spec-decode-metrics", "summary")
+"""Lets vLLM say in each answer how much of its drafts stood."""
 _SMALL = 4 * 2**30
 
 
@@ -203,21 +205,21 @@ def _server(
     python: Path, teacher: Served, draft: Served | None, gamma: int, more: Sequence[str]
 ) -> Iterator[tuple[Engine, str]]:
     """Run a server, and give its line with the models' own names in the place of their folders on this machine."""
-    local = None
-    if draft is not None:
-        at = Served(draft.folder, str(draft.folder))
-        local = Served(draft.folder, str(plain_link(draft.folder))) if is_misread(at) else at
-    words = serve_words(Served(teacher.folder, str(teacher.folder)), local, gamma)
-    port = free_port()
-    address = ["--host", "127.0.0.1", "--port", str(port)]
-    log.info("starting vLLM: %s", shlex.join(["vllm", *words, *more]))
     logs = Path(tempfile.mkdtemp(prefix="skd-vllm-"))
-    try:
-        with running(lambda written: launch(python, [*words, *more, *address], {}, written), port, logs) as engine:
-            yield engine, shlex.join(["vllm", *serve_words(teacher, draft, gamma), *more])
-    except SkdError as error:
-        hint = f"the log is {logs / 'vllm.log'}; give vLLM other limits by --vllm-arguments, specdec.vllm_arguments"
-        raise SkdError(error.what, where=error.where, hint=hint) from error
+    port = free_port()
+    unsaid = [*(PER_REQUEST if draft is not None else ()), "--host", "127.0.0.1", "--port", str(port)]
+    with ExitStack() as links:
+        local = None if draft is None else Served(draft.folder, str(draft.folder))
+        if local is not None and is_misread(local):
+            local = Served(local.folder, str(links.enter_context(plain_link(local.folder))))
+        words = serve_words(Served(teacher.folder, str(teacher.folder)), local, gamma)
+        log.info("starting vLLM: %s", shlex.join(["vllm", *words, *more]))
+        try:
+            with running(lambda written: launch(python, [*words, *more, *unsaid], {}, written), port, logs) as engine:
+                yield engine, shlex.join(["vllm", *serve_words(teacher, draft, gamma), *more])
+        except SkdError as error:
+            hint = f"the log is {logs / 'vllm.log'}; give vLLM other limits by --vllm-arguments, specdec.vllm_arguments"
+            raise SkdError(error.what, where=error.where, hint=hint) from error
     shutil.rmtree(logs)
 
 

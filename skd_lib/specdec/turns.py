@@ -66,6 +66,10 @@ class _Series:
             tested_by_position=tested,
             tokens_per_teacher_call=counts.tokens_per_teacher_call,
             tokens=counts.tokens,
+            by_prompt=[
+                (sum(block.tokens for blocks in row for block in blocks), sum(map(len, row)))
+                for row in zip(*(one.blocks for one in self.passes), strict=True)
+            ],
             latency=_latency(self.passes),
             ties=self.ties,
         )

@@ -1,4 +1,4 @@
-"""All requests to one vLLM server, timed, and its counters of them."""
+"""All requests to one vLLM server, timed, and what it says of their drafts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import requests
@@ -19,14 +19,6 @@ from skd_lib.results import DraftCounts, ServedPasses
 from skd_lib.specdec.turns import Passes
 from skd_lib.vllm.client import Engine, EngineGone
 
-_COUNTED_WITHIN = 10.0
-_DRAFTS = "vllm:spec_decode_num_drafts_total"
-_DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
-_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-_TOKENS = "vllm:generation_tokens_total"
-_PREEMPTIONS = "vllm:num_preemptions_total"
-Counters = dict[tuple[str, int], float]
-"""By name and position in a block; position 0 for counters without positions."""
 _PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sampling as the temperature says, whatever the model's generation config holds."""
 
@@ -54,6 +46,13 @@ class Load:
     seed: int = 0
 
 
+class Answer(NamedTuple):
+    """A response: its tokens, and how many drafts stood with 0, 1, ... of their tokens; empty without a draft."""
+
+    tokens: list[int]
+    accepted: list[int]
+
+
 @dataclass
 class Visit:
     """All requests to one server."""
@@ -67,7 +66,6 @@ class Visit:
     passes: list[ServedPasses] = field(default_factory=list)
     greedy: list[list[list[int]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    tokens: int = 0
 
     def run(self) -> None:
         """Measure every setting."""
@@ -75,7 +73,8 @@ class Visit:
         for temperature in self.load.temperatures:
             for concurrency in self.load.concurrencies:
                 self.passes.append(self._measure(temperature, concurrency))
-        if preempted := self._counters(self.tokens).get((_PREEMPTIONS, 0)):
+        counts = re.findall(r"^vllm:num_preemptions_total{.*} (\S+)", self._get("/metrics").text, re.MULTILINE)
+        if preempted := sum(map(float, counts)):
             self.notes.append(
                 f"vLLM interrupted {preempted:.0f} requests for want of memory for keys and values, which costs speed: "
                 "give it more (--kv-cache-memory-bytes, --gpu-memory-utilization)."
@@ -83,41 +82,37 @@ class Visit:
 
     def _measure(self, temperature: float, concurrency: int) -> ServedPasses:
         self._decode(temperature, concurrency, -1, self.load.prompts[:concurrency])
-        before, rates, tokens = self._counters(self.tokens), [], 0
+        rates, passes = [], []
         for repeat in range(self.load.repeats):
             start = time.perf_counter()
-            responses = self._decode(temperature, concurrency, repeat, self.load.prompts)
+            answers = self._decode(temperature, concurrency, repeat, self.load.prompts)
             seconds = time.perf_counter() - start
-            written = sum(map(len, responses))
-            tokens += written
-            rates.append(written / seconds)
+            rates.append(sum(len(answer.tokens) for answer in answers) / seconds)
+            passes.append(answers)
             if temperature == 0:
-                self.greedy.append(responses)
+                self.greedy.append([answer.tokens for answer in answers])
             self.progress.advance()
-        after = self._counters(self.tokens)
-        grown = {key: int(value - before.get(key, 0)) for key, value in after.items()}
-        counts = None
-        if self.drafted:
-            by_position = [grown[key] for key in sorted(grown) if key[0] == _ACCEPTED]
-            counts = DraftCounts(
-                drafts=grown[_DRAFTS, 0], draft_tokens=grown[_DRAFT_TOKENS, 0], accepted_by_position=by_position
-            )
+        drafted = passes if self.drafted else []
+        by_prompt = [DraftCounts.of(answer.accepted for answer in row) for row in zip(*drafted, strict=True)]
         return ServedPasses(
             temperature=temperature,
             concurrency=concurrency,
             tokens_per_second=median(rates),
             slowest=min(rates),
             fastest=max(rates),
-            tokens=tokens,
-            counts=counts,
+            tokens=sum(len(answer.tokens) for answers in passes for answer in answers),
+            counts=DraftCounts.of(answer.accepted for answers in passes for answer in answers)
+            if self.drafted
+            else None,
+            by_prompt=[counts.tokens_and_calls for counts in by_prompt],
         )
 
     def _decode(
         self, temperature: float, concurrency: int, repeat: int, prompts: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
-        """Send the prompts, `concurrency` of them in flight, and return the responses' tokens."""
+    ) -> list[Answer]:
+        """Send the prompts, `concurrency` of them in flight, and return the responses."""
 
-        def ask(row: int) -> list[int]:
+        def ask(row: int) -> Answer:
             body = _PLAIN | {
                 "prompt": list(prompts[row]),
                 "max_tokens": self.load.max_new_tokens,
@@ -127,12 +122,12 @@ class Visit:
                 "return_token_ids": True,
                 "cache_salt": uuid4().hex,
             }
-            return list(self._post(body)["choices"][0]["token_ids"])
+            answer = self._post(body)
+            drafts = answer["metrics"]["speculative_decoding"]["acceptance_histogram"] if self.drafted else []
+            return Answer(answer["choices"][0]["token_ids"], drafts)
 
         with ThreadPoolExecutor(concurrency) as threads:
-            responses = list(threads.map(ask, range(len(prompts))))
-        self.tokens += sum(map(len, responses))
-        return responses
+            return list(threads.map(ask, range(len(prompts))))
 
     def _post(self, body: dict[str, Any]) -> Any:
         try:
@@ -145,32 +140,3 @@ class Visit:
         answer = requests.get(f"{self.engine.url}{path}", timeout=30)
         answer.raise_for_status()
         return answer
-
-    def _counters(self, tokens: int) -> Counters:
-        """Return vLLM's counters once they have all response tokens: it counts a step just after it answers."""
-        deadline = time.monotonic() + _COUNTED_WITHIN
-        while True:
-            found = read_counters(self._get("/metrics").text)
-            if found.get((_TOKENS, 0), 0) >= tokens:
-                return found
-            if time.monotonic() > deadline:
-                counted = found.get((_TOKENS, 0), 0)
-                raise SkdError(
-                    f"vLLM has counted {counted:.0f} of {tokens} response tokens",
-                    where=f"{self.engine.url}/metrics",
-                    hint="run the measurement again; nothing else may use this server",
-                )
-            time.sleep(0.05)
-
-
-def read_counters(text: str) -> Counters:
-    """Read the counters that are needed of Prometheus' text: by name and `position`, summed over vLLM's engines."""
-    found: Counters = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition("{")
-        if name in (_DRAFTS, _DRAFT_TOKENS, _ACCEPTED, _TOKENS, _PREEMPTIONS):
-            labels, _, value = rest.rpartition("} ")
-            position = re.search(r'\bposition="(\d+)"', labels)
-            key = (name, int(position[1]) if position else 0)
-            found[key] = found.get(key, 0.0) + float(value.split()[0])
-    return found

@@ -157,7 +157,8 @@ def _as_drafts(
     """Measure the speed-ups of both, or return the reason why there are none."""
     from skd_lib._core.events import Progress
     from skd_lib.models.vocabulary import check_compatible
-    from skd_lib.specdec.benchmark import measure
+    from skd_lib.results import rounded
+    from skd_lib.specdec.benchmark import compare_drafts, measure
     from skd_lib.specdec.vllm import refusals
     from skd_lib.tracking.gate import Rival
     from skd_lib.vllm.serve import on_gpu
@@ -172,11 +173,14 @@ def _as_drafts(
     progress = Progress("speculative decoding")
     results = measure(teacher, drafts, inputs, task=task, config=config, seed=seed, on_progress=progress.update_of)
     champion, challenger = results["champion"], results["challenger"]
+    gain = compare_drafts(challenger, champion)
     return Rival(
         speedup=champion.speedup,
         challenger_speedup=challenger.speedup,
         tokens_per_call=champion.tokens_per_teacher_call,
         challenger_tokens_per_call=challenger.tokens_per_teacher_call,
+        gain_low=gain and rounded(gain.low),
+        gain_high=gain and rounded(gain.high),
     )
 
 

@@ -52,12 +52,23 @@ class Rival(Section):
     challenger_speedup: float | None = Field(None, description="The new student's, measured in turns with it.")
     tokens_per_call: float | None = Field(None, description="Its tokens for each call of this run's teacher.")
     challenger_tokens_per_call: float | None = Field(None, description="The new student's, on the same prompts.")
+    gain_low: float | None = Field(
+        None, description="Of the 95 % interval of the difference, over the prompts; none where these are too few."
+    )
+    gain_high: float | None = None
     missing: str = Field("", description="Why it could not be measured.")
     undrafted: str = Field("", description="Why it could not draft for this run's teacher.")
 
     def as_drafts(self) -> dict[str, float]:
         """Return the figures of both as drafts, as far as they were measured."""
-        names = ("speedup", "challenger_speedup", "tokens_per_call", "challenger_tokens_per_call")
+        names = (
+            "speedup",
+            "challenger_speedup",
+            "tokens_per_call",
+            "challenger_tokens_per_call",
+            "gain_low",
+            "gain_high",
+        )
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -123,6 +134,8 @@ def decide_drafts(
 ) -> Decision:
     """Compare both as drafts alone, by tokens per teacher call and by speed-up, as `decide` does with a score.
 
+    The difference has to be beyond `min_improvement` with all of its interval, where there is one.
+
     Args:
         champion: The registered champion, as measured by this run.
         tokens_per_call: The new student's, by the benchmark, None without one; decides about a first champion only,
@@ -143,9 +156,11 @@ def decide_drafts(
         why = champion.missing or champion.undrafted or "it was not measured as a draft"
         hint = "set the alias champion by hand to replace it"
         return Decision(False, f"{name} could not be measured as a draft; {hint}: {why}")
-    better, verdict = _improved(new - old, min_improvement)
+    low, high = champion.gain_low, champion.gain_high
+    better, verdict = _improved(new - old if low is None else low, min_improvement)
+    how = "too few prompts for an interval" if low is None else f"95 % interval of the gain {low:+.2f} to {high:+.2f}"
     fast_enough, speeds = _fast_enough(champion, max_slowdown)
-    reason = f"{new:.2f} tokens per teacher call against {old:.2f} of {name}: {verdict}{speeds}"
+    reason = f"{new:.2f} tokens per teacher call against {old:.2f} of {name}, {how}: {verdict}{speeds}"
     return Decision(better and fast_enough, reason)
 
 

@@ -51,6 +51,8 @@ def test_the_parameter_is_short_and_holds_exact_figures() -> None:
         challenger_speedup=EXACT / 21,
         tokens_per_call=EXACT / 20,
         challenger_tokens_per_call=EXACT / 21,
+        gain_low=-0.12345,
+        gain_high=0.12345,
         undrafted="why not? " * 1000,
     )
     registry = RegistryConfig(model_name="m" * 60, min_improvement=0.123456789, max_slowdown=0.123456789)

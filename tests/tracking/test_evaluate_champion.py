@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from skd_lib.config import DataConfig, FilesSource
+from skd_lib.data.prepared import prepare
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.judge import JudgeUnavailable
 from skd_lib.evaluation.predictions import read_predictions
@@ -122,16 +124,24 @@ def test_the_champion_is_measured_on_this_data_and_beside_the_student(
 
 
 def test_a_draft_answers_no_test_set_and_is_decided_by_what_the_teacher_accepts(
-    pipeline: Pipeline, folders: dict[str, Path]
+    pipeline: Pipeline, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     pipeline.register(folders["champion"])
-    settings = {"evaluation": EVALUATION, "specdec": {**SPECDEC, "batch_sizes": [4]}, "task": TASK}
-    champion = pipeline.measure(config=json.dumps({**settings, "registry": {"gate": "draft"}}))
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"prompt": f"le {number} a"}) + "\n" for number in range(60)), encoding="utf-8")
+    files = FilesSource(train=[str(log)])
+    data = DataConfig(source=files, test_examples=20, test_fraction=0.49, near_duplicate_threshold=1)
+    prepare(data, tmp_path / "data", seed=0)
+    settings = {"evaluation": EVALUATION, "specdec": {**SPECDEC, "batch_sizes": [4], "examples": 20}, "task": TASK}
+    config = json.dumps({**settings, "registry": {"gate": "draft"}})
+    champion = pipeline.measure(data=tmp_path / "data", config=config)
+    gain = champion["challenger_tokens_per_call"] - champion["tokens_per_call"]
+    assert champion["gain_low"] < gain < champion["gain_high"]
     assert champion["figures"] == {}
     assert [path.name for path in (pipeline.out / "champion").iterdir()] == ["champion.json"]
     assert 1 <= champion["tokens_per_call"] <= SPECDEC["gamma"] + 1
-    better = champion | {"challenger_tokens_per_call": champion["tokens_per_call"] + 0.5}
-    for found, promoted in ((better, True), (champion | {"challenger_tokens_per_call": 1.0}, False)):
+    for low, promoted in ((0.01, True), (-0.01, False)):
+        found = champion | {"gain_low": low}
         promote, reason = pipeline.decide(0.0, found, gate="draft", max_slowdown=1)
         assert promote == promoted, reason
         assert "tokens per teacher call against" in reason

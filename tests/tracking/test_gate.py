@@ -111,8 +111,25 @@ def test_drafts_compete_by_tokens_per_call_and_speed(
     )
     decision = decide_drafts(rival, 9.0, **options)
     assert decision.promote == promote
-    start = f"{new:.2f} tokens per teacher call against 2.50 of the champion (version 3): "
-    assert decision.reason.startswith(start + verdict)
+    start = f"{new:.2f} tokens per teacher call against 2.50 of the champion (version 3), "
+    assert decision.reason.startswith(f"{start}too few prompts for an interval: {verdict}")
+
+
+@pytest.mark.parametrize(
+    ("low", "least", "promote", "verdict"),
+    [
+        (0.01, 0.0, True, "95 % interval of the gain +0.01 to +0.40: better"),
+        (-0.01, 0.0, False, "95 % interval of the gain -0.01 to +0.40: not better"),
+        (0.01, 0.1, False, "95 % interval of the gain +0.01 to +0.40: not more than 0.1 better"),
+    ],
+)
+def test_a_draft_that_may_be_better_by_chance_stays_challenger(
+    low: float, least: float, promote: bool, verdict: str
+) -> None:
+    rival = Rival(version="3", tokens_per_call=2.5, challenger_tokens_per_call=2.7, gain_low=low, gain_high=0.4)
+    decision = decide_drafts(rival, 9.0, min_improvement=least)
+    assert decision.promote == promote
+    assert verdict in decision.reason
 
 
 def test_drafts_without_a_measured_champion() -> None:

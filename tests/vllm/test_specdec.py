@@ -1,4 +1,4 @@
-"""`skd specdec --engine vllm` with a real server: its counters against a simulation of its rounds, and the output."""
+"""`skd specdec --engine vllm` with a real server: its counts against a simulation of its rounds, and the output."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def rounds(found: Found, prompt: list[int]) -> list[int]:
     return accepted
 
 
-def test_vllms_counters_are_those_of_its_rounds(found: Found) -> None:
+def test_vllms_counts_are_those_of_its_rounds(found: Found) -> None:
     expected = [stands for prompt in found.prompts for stands in rounds(found, prompt)]
     by_position = [sum(stands > at for stands in expected) for at in range(GAMMA)]
     assert 0.1 * len(expected) < by_position[0] < 0.95 * len(expected)
@@ -112,7 +112,10 @@ def test_vllms_counters_are_those_of_its_rounds(found: Found) -> None:
         counts = passes.counts
         assert counts is not None
         assert counts.drafts == REPEATS * len(expected)
-        assert counts.draft_tokens == GAMMA * counts.drafts
+        assert passes.by_prompt == [
+            (REPEATS * sum(stands + 1 for stands in row), REPEATS * len(row))
+            for row in map(rounds, [found] * 8, found.prompts)
+        ]
         assert counts.accepted_by_position == [REPEATS * accepted for accepted in by_position]
     assert found.result.tokens_per_teacher_call == pytest.approx(1 + sum(by_position) / len(expected), rel=1e-5)
 
