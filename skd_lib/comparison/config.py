@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from skd_lib.config import (
     ConfigSection,
+    Count,
     MethodName,
     Overrides,
     RunConfig,
@@ -18,6 +19,7 @@ from skd_lib.config import (
     parse_section,
     read_yaml,
 )
+from skd_lib.config._base import Distinct
 from skd_lib.config._reading import check_unset
 from skd_lib.errors import SkdError
 
@@ -42,9 +44,11 @@ class CompareConfig(ConfigSection):
     overrides: Overrides = Field(
         {}, description="Fields of `base` to replace in all runs, by dotted name; null unsets one."
     )
-    methods: list[MethodName] = Field([], description="Methods compared; empty: the one of `base`.")
+    methods: Annotated[list[MethodName], Distinct] = Field(
+        [], description="Methods compared; empty: the one of `base`."
+    )
     student_inits: dict[str, StudentInit] = Field({}, description="By name; empty: the one of `base`.")
-    grid: dict[str, list[Any]] = Field(
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {},
         description="Values to try by dotted field, e.g. `distill.sampling.top_k: [1, 5, 25]`. A method that does not "
         "read a field is run once. At most 5,000 combinations, and 500 runs in all.",
@@ -53,7 +57,9 @@ class CompareConfig(ConfigSection):
         {},
         description="Variants in addition to methods x grid, by name: fields by dotted name. `{}` is `base` itself.",
     )
-    seeds: list[int] = Field([0], min_length=1, description="Each variant is run once with each of them.")
+    seeds: Annotated[list[Count], Distinct] = Field(
+        [0], min_length=1, description="Each variant is run once with each of them."
+    )
     drafts: bool = Field(
         False, description="Measure every student as a draft of the teacher too, as section `specdec` of `base` says."
     )
@@ -64,28 +70,6 @@ class CompareConfig(ConfigSection):
     skip: dict[str, str] = Field(
         {}, description="Trials that are left out, `VARIANT-seed-SEED`, each with the reason that the table gives."
     )
-
-    @field_validator("methods", "seeds")
-    @classmethod
-    def _distinct(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) < len(values):
-            raise ValueError(f"values must be unique, got {values}")
-        return values
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_in_range(cls, seeds: list[int]) -> list[int]:
-        if any(not 0 <= seed < 2**31 for seed in seeds):
-            raise ValueError(f"seeds must be from 0 to 2147483647, got {seeds}")
-        return seeds
-
-    @field_validator("grid")
-    @classmethod
-    def _grid_has_values(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for path, values in grid.items():
-            if not values:
-                raise ValueError(f"{path}: there are no values to try")
-        return grid
 
 
 def is_comparison(path: Path) -> bool:

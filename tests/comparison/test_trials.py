@@ -133,7 +133,7 @@ def test_overrides_hold_for_all_runs_and_may_unset(tmp_path: Path):
             r"variant mine, field `distill.sampling.topk`: unknown field[\s\S]*did you mean `top_k`",
         ),
         ({"grid": {"distill.sampling.topk": [1]}}, r"field `grid`, field `distill.sampling.topk`: unknown field"),
-        ({"grid": {"distill.beta": []}}, "distill.beta: there are no values to try"),
+        ({"grid": {"distill.beta": []}}, r"field `grid.distill.beta`: at least 1 item wanted, got \[\]"),
         ({"variants": {"mine": {"distill.method.x": 1}}}, "field `distill.method.x`: `distill.method` has no fields"),
         (
             {"variants": {"mine": {"task.prompt": "{source}!"}}},
@@ -151,7 +151,7 @@ def test_overrides_hold_for_all_runs_and_may_unset(tmp_path: Path):
             "field `overrides`, field `distill.sampling.topk`: unknown field",
         ),
         ({"seeds": [1, 1]}, "values must be unique"),
-        ({"seeds": [-1]}, "seeds must be from 0"),
+        ({"seeds": [-1]}, r"field `seeds.0`: Input should be greater than or equal to 0, got -1"),
         ({"methods": ["skdd"]}, "field `methods"),
         ({"reference": "nobody"}, r"field `reference`: there is no variant `nobody`[\s\S]*one of skd"),
         ({"student_inits": {"cut": {"mode": "prune"}}}, "needs both keep_first and keep_last"),
