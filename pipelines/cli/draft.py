@@ -62,6 +62,7 @@ def draft(
     """
     from skd_lib._core.terminal import Console
     from skd_lib.config import apply, load_config, parse_overrides, read_yaml, refuse_multinode
+    from skd_lib.data.files import data_files
     from skd_lib.storage import check_writable, write_text_atomic
 
     local.check()
@@ -77,6 +78,8 @@ def draft(
     filled |= parse_overrides(changes or ())
     config = load_config(BASE, filled)
     refuse_multinode(config, where=where)
+    for log in prompts:
+        data_files(log)  # an error where there are none
     values = apply(read_yaml(BASE), filled, where=where)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     if output is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +83,9 @@ def trigger(
     if max_drop is not None and not tracking_uri:
         hint = "give --tracking-uri, the MLflow server whose registry has the champion"
         raise SkdError("the champion and its acceptance are read from MLflow", where="--max-drop", hint=hint)
+    if max_drop is not None and importlib.util.find_spec("torch") is None:
+        hint = "run the command where the extra `training` is installed, with a GPU for the teacher, or leave it out"
+        raise SkdError("teacher and champion decode here, and torch is not installed", where="--max-drop", hint=hint)
     cluster.check()
     run_config = load_config(config)
     check_source(run_config, source)  # before the server is asked

@@ -194,7 +194,8 @@ class Redaction(ConfigSection):
     """A pattern of personal data, and what is put in its place."""
 
     pattern: Annotated[str, AfterValidator(_check_pattern)] = Field(
-        min_length=1, description="Regular expression of Python's `re`, e.g. `[\\w.+-]+@[\\w-]+\\.[\\w.]+`."
+        min_length=1,
+        description="Regular expression of Python's `re`, e.g. `[\\w.+-]+@[\\w-]+\\.[\\w.]+`; at most 10 s for a text.",
     )
     replacement: str = Field("[redacted]", description="Text for each match, as it is: no references to groups.")
 

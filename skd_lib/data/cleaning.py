@@ -11,13 +11,13 @@ form, names code that is there for this purpose, and cannot bring or choose any 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from skd_lib.config import DataConfig
+from skd_lib.config.data import Redaction
 from skd_lib.data.examples import Example, conversation_example, make_example
 from skd_lib.errors import SkdError
 
@@ -25,27 +25,35 @@ GROUP = "skd.filters"
 Clean = Callable[[str], str | None]
 _NO_TEXTS = ("role", "type", "id", "tool_call_id")
 """Fields of messages and tools by which a chat template finds its way."""
+PATTERN_SECONDS = 10.0
+"""For one pattern in one text: some patterns take a time that doubles with each further character."""
 
 
 class _Dropped(Exception):
     """The filter drops the row."""
 
 
+class _TooSlow(Exception):
+    """A pattern, by its number, takes too long on a text of so many characters."""
+
+
 def clean_examples(examples: list[Example], config: DataConfig) -> list[Example]:
     """Return the examples as `config.redact` and `config.filter` leave them, without those that they drop.
 
     Raises:
-        SkdError: the filter is not installed, or fails; the message quotes no text.
+        SkdError: the filter is not installed, or fails, or a pattern takes too long; the message quotes no text.
     """
     if not config.redact and not config.filter:
         return examples
-    # Python reads a backslash in a replacement as a reference to a group.
-    patterns = [(re.compile(each.pattern), each.replacement.replace("\\", r"\\")) for each in config.redact]
+    patterns = _patterns(config.redact)
     own = _filter(config.filter) if config.filter else None
 
     def clean(text: str) -> str:
-        for pattern, replacement in patterns:
-            text = pattern.sub(replacement, text)
+        for number, (pattern, replacement) in enumerate(patterns, 1):
+            try:
+                text = pattern.sub(replacement, text, timeout=PATTERN_SECONDS)
+            except TimeoutError:
+                raise _TooSlow(number, len(text)) from None
         kept = own(text) if own is not None else text
         if kept is None:
             raise _Dropped
@@ -59,6 +67,11 @@ def clean_examples(examples: list[Example], config: DataConfig) -> list[Example]
             cleaned = _cleaned(example, clean)
         except _Dropped:
             continue
+        except _TooSlow as error:
+            number, characters = error.args
+            what = f"pattern {number} takes more than {PATTERN_SECONDS:.0f} s on a text of {characters:,} characters"
+            hint = "write it without repeats inside repeats, such as `(a+)+`, and with limits, such as `{1,64}`"
+            raise SkdError(what, where=f"data.redact, {example.place}", hint=hint) from None
         except Exception as error:
             what = f"the filter `{config.filter}` failed: {type(error).__name__}"
             raise SkdError(
@@ -67,6 +80,17 @@ def clean_examples(examples: list[Example], config: DataConfig) -> list[Example]
         if cleaned.source.strip() and (cleaned.target.strip() or not example.target):
             found.append(cleaned)
     return found
+
+
+def _patterns(redact: Sequence[Redaction]) -> list[tuple[Any, str]]:
+    """Return the patterns and their replacements for the package `regex`, which reads `re`'s and can be timed."""
+    try:
+        import regex  # transformers has it, too
+    except ImportError as error:
+        hint = "install it with the extra `training`"
+        raise SkdError("needs the package `regex`, which is not installed", where="data.redact", hint=hint) from error
+    # A backslash in a replacement would be a reference to a group.
+    return [(regex.compile(each.pattern), each.replacement.replace("\\", r"\\")) for each in redact]
 
 
 def filter_version(name: str) -> str:
@@ -84,9 +108,12 @@ def _cleaned(example: Example, clean: Callable[[str], str]) -> Example:
 
 
 def _texts(value: Any, clean: Callable[[str], str], *, free: bool = False) -> Any:
-    """Clean every text in a message or a tool; of `free` values, a call's arguments, also the names of all fields."""
+    """Clean every text in a message or a tool; of `free` values, a call's arguments, also numbers and fields' names."""
     if isinstance(value, str):
         return clean(value)
+    if free and isinstance(value, int | float) and not isinstance(value, bool):
+        cleaned = clean(text := str(value))
+        return value if cleaned == text else cleaned
     if isinstance(value, Mapping):
         return {
             clean(key) if free else key: each

@@ -16,6 +16,7 @@ from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.specdec.prompts import read_prompts
 
 EMAIL = {"pattern": r"[\w.+-]+@[\w-]+\.[\w.]+", "replacement": r"<mail \1>"}
+PHONE = {"pattern": r"\+?\d[\d ()/-]{7,}\d", "replacement": "<phone>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -66,20 +67,33 @@ def test_answers_of_texts_are_ignored_likewise(tmp_path: Path, columns: dict[str
 
 
 def test_patterns_are_replaced_in_every_text_before_anything_is_stored(tmp_path: Path) -> None:
-    arguments = {"to": ["a.b@example.org"], "n": 3, "id": "a.b@example.org", "a.b@example.org": 1}
+    arguments = {"to": ["a.b@example.org"], "n": 3, "id": "a.b@example.org", "a.b@example.org": 1, "tel": 49301234567}
     call = {"id": "a", "type": "function", "function": {"name": "mail", "arguments": json.dumps(arguments)}}
     tools = [{"type": "function", "function": {"name": "mail", "description": "Mail a.b@example.org"}}]
     asked = said("Write to a.b@example.org")
     rows = [{"messages": [*asked, {"role": "assistant", "content": "a.b@example.org:", "tool_calls": [call]}]}]
     rows[0]["tools"] = tools
     rows += [{"messages": said(f"Question {number} of b@example.org?", "Yes.")} for number in range(20)]
-    data = config(tmp_path / "log.jsonl", rows, redact=[EMAIL])
+    rows += [{"messages": said("Call +49 30 1234567 or 030/123 45 67!", "I do.")}]
+    data = config(tmp_path / "log.jsonl", rows, redact=[EMAIL, PHONE])
     prepare(data, tmp_path / "data", seed=0)
     stored = "".join(path.read_text() for path in (tmp_path / "data").glob("*.jsonl"))
     assert "example.org" not in stored
     assert json.dumps("Write to " + EMAIL["replacement"])[1:-1] in stored  # as it is: no references to groups
     assert '"n": 3' in stored
+    assert '"tel": "<phone>"' in stored
+    assert "Call <phone> or <phone>!" in stored
+    assert "1234567" not in stored
     assert data_fingerprint(data) != data_fingerprint(data.model_copy(update={"redact": []}))
+
+
+def test_a_pattern_that_would_take_for_ever_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skd_lib.data.cleaning.PATTERN_SECONDS", 0.1)
+    data = config(tmp_path / "log.jsonl", [{"prompt": "a" * 60 + "b"}], redact=[EMAIL, {"pattern": "(a|a|aa)+$"}])
+    with pytest.raises(SkdError, match=r"pattern 2 takes more than .* s on a text of 61 characters") as caught:
+        sources.load_data(data)
+    assert "row 1" in caught.value.where
+    assert "aab" not in str(caught.value)
 
 
 def test_held_out_sets_are_cleaned_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,3 +183,13 @@ def test_the_option_needs_a_registry(kfp: FakeKfp, config_file: Path, source: st
     done = skd("trigger", source, "--config", config_file, "--host", kfp.host, "--max-drop", "0.1")
     assert isinstance(done.exception, SkdError)
     assert "give --tracking-uri" in str(done.exception)
+
+
+def test_without_torch_the_option_is_refused_before_anything_is_asked(
+    config_file: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+    command = ["trigger", source, "--config", config_file, "--host", "http://127.0.0.1:9", "--max-drop", "0.1"]
+    done = skd(*command, "--tracking-uri", "http://127.0.0.1:9")
+    assert "--max-drop: teacher and champion decode here, and torch is not installed" in str(done.exception)

@@ -112,6 +112,25 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("gone.jsonl", "gone.jsonl: cannot read: No such file"),
+        ("logs/*.jsonl", "error: logs/*.jsonl: "),
+    ],
+)
+def test_a_log_that_is_not_there_is_an_error_of_a_dry_run_too(
+    skd: Skd, tmp_path: Path, prompts: str, message: str
+) -> None:
+    output = tmp_path / "draft.yaml"
+    logs = ["--prompts", log(tmp_path / "log.jsonl"), "--prompts", prompts]
+    done = skd("draft", "org/big", "org/small", *logs, "--output", output, "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "hint: " in done.stderr
+    assert not output.exists()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyModel) -> Path:
     folder = tmp_path_factory.mktemp("draft")
