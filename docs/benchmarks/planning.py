@@ -29,7 +29,7 @@ from skd_lib.models.files import load_tokenizer
 from skd_lib.models.loading import load_model
 from skd_lib.models.references import resolve_model
 from skd_lib.models.student_init import prune_layers
-from skd_lib.planning.estimator import Assumptions
+from skd_lib.planning.assumptions import Assumptions
 from skd_lib.planning.machines import load_machine
 from skd_lib.planning.measure import measure, read_splits, tokens_of
 from skd_lib.planning.plan import make_plan

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from skd_lib.config import RunConfig
     from skd_lib.planning.plan import Plan
 
-GIVEN, MEASURED, DATA, GUESSED = "given", "measured", "data", "assumed"
-
 
 def plan(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
@@ -54,43 +52,37 @@ def plan(
     Examples: `skd plan run.yaml --profile h100x8`, `skd plan run.yaml --measure`.
     """
     from skd_lib._core.terminal import Console
-    from skd_lib.config import load_config, parse_overrides, parse_section
-    from skd_lib.planning.estimator import Assumptions
+    from skd_lib.config import load_config, parse_overrides
+    from skd_lib.planning.assumptions import assume as assumed
+    from skd_lib.planning.assumptions import calibration_file, read_calibration, write_calibration
     from skd_lib.planning.machines import load_machine
     from skd_lib.planning.measure import measure as measured
-    from skd_lib.planning.measure import read_calibration, write_calibration
-    from skd_lib.planning.plan import make_plan
+    from skd_lib.planning.plan import cost_driver, make_plan
     from skd_lib.planning.sizes import run_sizes
 
     settings = load_config(config, parse_overrides(changes or ()))
     machine = load_machine(profile, price=price)
     console = Console(stderr=True)
-    file = calibration or Path("runs") / f"plan-{machine.kind}.json"
+    file = calibration or calibration_file(machine)
     if measure:
         with console.status("measuring") as status:
             figures = measured(settings, machine, lambda what: status.update(f"measuring: {what}"))
         write_calibration(file, machine, settings, figures)
-    found: dict[str, tuple[Any, str]] = {}
-    if calibration or file.is_file():
-        known = read_calibration(file, machine, settings)
-        found |= {name: (value, MEASURED) for name, value in known.items()}
-    given = {name: (value, GIVEN) for name, value in _given(assume or ()).items()}
-    if not {"train_rows", "prompt_tokens", "response_tokens"} <= {**found, **given}.keys():
-        found |= {name: (value, DATA) for name, value in _of_data(settings, console).items()}
-    found |= given
-    longest = {"prompt_tokens": settings.task.max_prompt_tokens, "response_tokens": settings.task.max_new_tokens}
-    for name, most in longest.items():
-        found.setdefault(name, (most / 2, GUESSED))
-    found.setdefault("longest_tokens", (settings.task.max_new_tokens, GUESSED))
-    values = {name: value for name, (value, _) in found.items()}
-    assumptions = parse_section(Assumptions, values, where="--assume")
-    result = make_plan(settings, machine, assumptions, *run_sizes(settings, teacher, student))
-    origins = {name: origin for name, (_, origin) in found.items()}
+    known = read_calibration(file, machine, settings) if calibration or file.is_file() else {}
+    given, counted = _given(assume or ()), {}
+    if not {"train_rows", "prompt_tokens", "response_tokens"} <= {*known, *given}:
+        counted = _of_data(settings, console)
+    assumptions, origins = assumed(settings, machine, given=given, measured=known, counted=counted)
+    sizes = run_sizes(settings, teacher, student)
+    result = make_plan(settings, machine, assumptions, *sizes)
+    driver = cost_driver(settings, result, *sizes)
     if as_json:
-        say_json(result.to_dict() | {"origins": origins})
+        say_json(result.to_dict() | {"origins": origins, "driver": driver})
         return
     for table in _tables(result, settings.name, origins):
         Console().print(table.to_rich())
+    if driver:
+        say(driver)
     if tight := [step.name for step in result.steps if not result.fits(step)]:
         say(f"does not fit: {', '.join(tight)} (docs/guides/sizing.md says what needs less memory)", err=True)
 
@@ -99,14 +91,15 @@ def _of_data(config: RunConfig, console: Any) -> dict[str, Any]:
     """Return the figures of the run's data; none where they cannot be read."""
     from skd_lib.models.files import load_tokenizer
     from skd_lib.models.references import resolve_model
-    from skd_lib.planning.measure import data_figures, read_splits
+    from skd_lib.planning.measure import data_figures, read_splits, some_tokens
 
     try:
         tokenizer = load_tokenizer(resolve_model(config.teacher, weights=False))
     except SkdError:
         tokenizer = None
     try:
-        return data_figures(config, read_splits(config), tokenizer)
+        splits = read_splits(config)
+        return data_figures(config, splits, some_tokens(config, tokenizer, splits) if tokenizer else [])
     except SkdError as error:
         console.print(f"the data are not counted: {error.brief}", markup=False, highlight=False, soft_wrap=True)
         return {}
@@ -120,37 +113,17 @@ def _given(words: Sequence[str]) -> dict[str, str]:
 
 
 def _tables(plan: Plan, name: str, origins: dict[str, str]) -> list[TextTable]:
-    from skd_lib._core.format import TextTable, duration
-    from skd_lib.planning.memory import GIB
+    from skd_lib._core.format import TextTable
 
-    machine = plan.machine
-    steps = [
-        [
-            step.name,
-            str(step.devices),
-            "" if step.memory is None else f"{step.memory / GIB:.1f}" + ("" if plan.fits(step) else " (too much)"),
-            duration(step.seconds) if step.seconds else "",
-            f"{plan.cost(step):.2f}" if step.seconds else "",
-        ]
-        for step in plan.steps
-    ]
-    steps.append(["all", "", "", duration(plan.seconds), f"{plan.total_cost:.2f}"])
     whole = sum(part.seconds for part in plan.parts)
     parts = [[part.name, f"{part.seconds:.3g}", f"{part.seconds / whole:.0%}", part.bound] for part in plan.parts]
     fields = type(plan.assumptions).model_fields
     assumed = [
-        [field, f"{getattr(plan.assumptions, field):.4g}", origins.get(field, GUESSED), info.description or ""]
+        [field, f"{getattr(plan.assumptions, field):.4g}", origins[field], info.description or ""]
         for field, info in fields.items()
     ]
-    memory = f", {machine.memory / GIB:.0f} GiB each" if machine.memory else ""
     return [
-        TextTable(
-            f"{name} on {machine.name}{memory}",
-            ["step", "devices", "GiB of each", "time", "$"],
-            steps,
-            note=f"${machine.price:g} a device and hour, an example (--price); figures: {machine.source}",
-            highlighted=("all",),
-        ),
+        plan.table(name),
         TextTable("An optimiser step of distill", ["part", "seconds", "share", "most of it"], parts),
         TextTable("Assumptions", ["name", "value", "from", "meaning"], assumed, numbers=False),
     ]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from pydantic import Field
 
 from skd_lib.config import DistillConfig, RunConfig, Schedule, TrainingConfig
-from skd_lib.config._base import ConfigSection
 from skd_lib.distillation.methods import METHODS
+from skd_lib.errors import SkdError
+from skd_lib.planning.assumptions import Assumptions
 from skd_lib.planning.machines import GB, Machine
 from skd_lib.planning.memory import Estimate, ModelSize, estimates
 from skd_lib.planning.work import (
     Pass,
-    Rates,
     Terms,
     added,
     forward_terms,
@@ -28,46 +26,10 @@ from skd_lib.planning.work import (
 from skd_lib.sampling.drafting import expected_tokens
 from skd_lib.training.plan import plan_steps
 
-MOST_OF_A_PEAK = 1000
-"""The largest share: peaks of CPUs are guesses."""
-_ANY_GPU = torch.device("meta")
-
-
-class Assumptions(ConfigSection):
-    """What a plan cannot know. Shares are of the machine's peak."""
-
-    teacher_rows: int = Field(10_000, ge=1, description="Training examples of the teacher.")
-    train_rows: int = Field(10_000, ge=1, description="Training examples of the student.")
-    validation_rows: int = Field(200, ge=0, description="Validation examples.")
-    test_rows: int = Field(500, ge=0, description="Test examples.")
-    prompt_tokens: float = Field(256, gt=0, description="Mean prompt.")
-    response_tokens: float = Field(128, gt=0, description="Mean response.")
-    longest_tokens: float = Field(256, gt=0, description="Longest response of a batch, on average.")
-    acceptance: float = Field(0.8, ge=0, le=1, description="Drafted tokens that the teacher keeps in `skd`.")
-    draft_acceptance: float = Field(0.6, ge=0, le=1, description="The same in speculative decoding.")
-    inference_share: float = Field(0.5, gt=0, le=MOST_OF_A_PEAK, description="Arithmetic achieved in forward passes.")
-    training_share: float = Field(0.4, gt=0, le=MOST_OF_A_PEAK, description="Arithmetic achieved in training.")
-    bandwidth_share: float = Field(0.6, gt=0, le=MOST_OF_A_PEAK, description="Memory bandwidth achieved.")
-    update_share: float = Field(0.6, gt=0, le=MOST_OF_A_PEAK, description="The same by the optimiser.")
-    link_share: float = Field(0.7, gt=0, le=MOST_OF_A_PEAK, description="Bandwidth achieved between devices.")
-    layer_seconds: float = Field(1e-5, ge=0, description="A layer's time beside that: launches.")
-    draw_seconds: float = Field(0, ge=0, description="A sampled token's time beside forward passes.")
-    servers: int = Field(0, ge=0, description="vLLM servers; 0: as many as the run names.")
-    send_gbytes: float = Field(1.0, gt=0, description="GB/s of the student's weights from a machine to vLLM servers.")
-    start_seconds: float = Field(90, ge=0, description="A step's start: imports, loading, saving.")
-
-    def rates(self, machine: Machine) -> Rates:
-        """Return what a device achieves."""
-        return Rates(
-            inference=self.inference_share * machine.flops,
-            training=self.training_share * machine.flops,
-            bandwidth=self.bandwidth_share * machine.bandwidth,
-            update=self.update_share * machine.bandwidth,
-            layer=self.layer_seconds,
-            link=self.link_share * machine.link,
-            network=self.link_share * machine.network,
-            element=machine.element,
-        )
+_BASE64 = 4 / 3
+"""Bytes sent for each byte of the teacher's signal."""
+_TOP_BYTES = 8
+"""Bytes of a likely token of the teacher's: its id and log-probability."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +51,15 @@ class Part:
 
 
 class Estimator:
-    """Time and memory of the steps of one run on one machine."""
+    """Time and memory of the steps of one run on one machine.
 
-    def __init__(self, config: RunConfig, machine: Machine, assumptions: Assumptions, rates: Rates) -> None:
-        self.config, self.machine, self.assumed, self.rates = config, machine, assumptions, rates
+    Raises:
+        SkdError: vLLM's servers leave no device for the training.
+    """
+
+    def __init__(self, config: RunConfig, machine: Machine, assumptions: Assumptions) -> None:
+        self.config, self.machine, self.assumed = config, machine, assumptions
+        self.rates = assumptions.rates(machine)
         distill = config.distill
         self.method = METHODS[distill.method]
         self.stored = self.method.storable and distill.teacher_signal.mode == "stored"
@@ -100,9 +67,22 @@ class Estimator:
         self.split = distill.vllm.tensor_parallel
         pods = distill.vllm.pods.count if distill.vllm.pods else 1
         self.server_count = (assumptions.servers or len(distill.vllm.urls) or pods) if served else 0
+        taken = self.server_count * self.split
+        if machine.kind != "cpu" and taken > 1 and taken >= machine.devices:
+            raise SkdError(
+                f"vLLM takes {taken} devices ({self.server_count} servers of {self.split}), which leaves none of "
+                f"{machine.name} for the training",
+                where="distill.vllm",
+                hint="plan for more devices (--profile), with fewer servers (--assume servers=N), or lower "
+                "distill.vllm.tensor_parallel",
+            )
         # On one device server and training take turns.
-        self.servers = self.server_count * self.split if machine.devices > self.server_count * self.split else 0
-        self.trainers = min(machine.devices - self.servers, distill.training.batch_size)
+        self.servers = taken if machine.devices > taken else 0
+        self.trainers = self.devices_of(distill.training, machine.devices - self.servers)
+
+    def devices_of(self, training: TrainingConfig, most: int = 0) -> int:
+        """Return the devices that train together: one has a row at least."""
+        return min(most or self.machine.devices, training.batch_size)
 
     @property
     def length(self) -> float:
@@ -119,28 +99,34 @@ class Estimator:
     def distill_step(self, teacher: ModelSize, student: ModelSize) -> list[Part]:
         """Return the parts of an optimiser step."""
         distill, devices = self.config.distill, self.trainers
-        training = distill.training
+        training, served = distill.training, self.server_count > 0
         rows = training.batch_size / devices
         share = _sampled_share(distill)
         parts: list[Part] = []
-        if self.server_count:
+        machines = max(1, devices // self.machine.per_node)
+        sending = self.assumed.send_gbytes * GB
+        if served:
             # Each machine brings them to its share of the servers.
-            turns = -(-self.server_count // max(1, devices // self.machine.per_node))
-            sent = self.rates.element * student.parameters / (self.assumed.send_gbytes * GB)
-            parts.append(Part("weights", {"link": turns * sent}))
+            turns = -(-self.server_count // machines)
+            parts.append(Part("weights", {"link": turns * self.rates.element * student.parameters / sending}))
         if (self.method.student_writes or self.method.teacher_writes) and not self.stored:
-            served = self.server_count > 0
-            together = training.batch_size / self.server_count if served else rows
-            sampling = times(share, self._sampling(teacher, student, together, split=self.split if served else 1))
-            if training.fsdp and devices > 1 and not served:
-                whole = student.parameters + (teacher.parameters if self.method.needs_teacher else 0)
+            sampling = times(share, self._sampling(teacher, student, rows))
+            if training.fsdp and devices > 1:
+                whole = student.parameters + (teacher.parameters if self.method.needs_teacher and not served else 0)
                 sampling["link"] += self._gather(whole, devices)
             parts.append(Part("sampling", sampling))
-        # What was verified while sampling is the loss's signal.
-        unasked = 1 - share if self.method.teacher_writes else 1.0
-        if self.method.uses_divergence and not self.stored and unasked:
-            signal = forward_terms(teacher, self._whole(rows * unasked), self.rates, split=1)
-            parts.append(Part("teacher", signal))
+        if self.method.uses_divergence and not self.stored:
+            # What was verified while sampling is the loss's signal.
+            unasked = 1 - share if self.method.teacher_writes or served else 1.0
+            asked, split = (training.batch_size / self.server_count, self.split) if served else (rows, 1)
+            if unasked:
+                whole_rows = self._whole(asked * unasked)
+                parts.append(Part("teacher", forward_terms(teacher, whole_rows, self.rates, split=split)))
+            if served:
+                states = distill.vllm.signal == "states"
+                token = teacher.hidden * self.rates.element if states else _TOP_BYTES * distill.vllm.top_k
+                kept = training.batch_size / machines * self.assumed.response_tokens * token
+                parts.append(Part("signal", {"link": _BASE64 * kept / sending}))
         loss = self._gradient(training, student, devices)
         if self.method.uses_divergence:
             heads = rows * self.assumed.response_tokens * 2 * teacher.vocabulary * teacher.hidden
@@ -176,61 +162,46 @@ class Estimator:
     def specdec(self, teacher: ModelSize, student: ModelSize) -> float:
         """Return the seconds of the benchmark of drafts, of the student before and after training."""
         asked, assumed = self.config.specdec, self.assumed
-        every = sorted({*asked.gammas, asked.gamma})
-        gammas = {"all": every, "best": every[: -(-len(every) // 2)], "none": [asked.gamma]}[asked.sweep]
+        served = asked.engine == "vllm"
+        gammas = [asked.gamma]
+        if asked.sweep == "all" and not served:
+            gammas = sorted({*asked.gammas, asked.gamma})
+        # `best` mostly takes one more length, each time next to the teacher alone.
+        turns = 2 if asked.sweep == "best" and len(asked.gammas) > 1 and not served else 1
         prompts = min(asked.examples, assumed.test_rows)
         total = 0.0
-        for rows in asked.batch_sizes:
-            if rows > prompts:
-                continue
-            alone = self.generation(teacher, rows) + 2 * self.generation(student, rows)
-            drafted = sum(self._drafted(teacher, student, rows, gamma) for gamma in gammas)
+        for rows in [size for size in asked.batch_sizes if size <= prompts] or [prompts]:
+            if not rows:
+                break
+            alone = turns * self.generation(teacher, rows) + (0 if served else 2 * self.generation(student, rows))
+            drafted = turns * sum(self._drafted(teacher, student, rows, gamma) for gamma in gammas)
             total += len(asked.temperatures) * asked.repeats * prompts / rows * (alone + 2 * drafted)
-        return total + assumed.start_seconds
+        starts = 3 if served else 1  # a server for the teacher alone, and for each of the drafts
+        return total + starts * assumed.start_seconds
 
-    def memory(self, teacher: ModelSize, student: ModelSize) -> dict[str, float]:
-        """Return the bytes that each training step takes on a device."""
-        config, gpu = self.config, self.machine.kind != "cpu"
-        sections: dict[str, Any] = {
-            "teacher_sft": config.teacher_sft,
-            "student_init": config.student_init,
-            "distill": config.distill,
-        }
-        changed = {}
-        for name, section in sections.items():
-            devices = self.trainers if name == "distill" else min(self.machine.devices, section.training.batch_size)
-            update: dict[str, Any] = {"batch_size": max(1, section.training.batch_size // devices)}
-            if gpu and section.training.precision == "auto":
-                update["precision"] = "bf16"
-            training = section.training.model_copy(update=update)
-            changed[name] = section.model_copy(update={"training": training})
-        device = _ANY_GPU if gpu else torch.device("cpu")
-        found = estimates(config.model_copy(update=changed), teacher, student, device=device)
-        return {each.step: self._on_each(each, sections[each.step].training, teacher) for each in found}
+    def memory(self, teacher: ModelSize, student: ModelSize) -> dict[str, Estimate]:
+        """Return what each training step takes on a device."""
+        processes = {"teacher_sft": self.devices_of(self.config.teacher_sft.training), "distill": self.trainers}
+        device = torch.device("cpu" if self.machine.kind == "cpu" else "meta")
+        found = estimates(self.config, teacher, student, device=device, processes=processes)
+        return {each.step: each for each in found}
 
     def server(self, teacher: ModelSize, student: ModelSize) -> float:
         """Return the bytes that a vLLM server takes on each of its devices; 0 without one."""
         if not self.server_count:
             return 0.0
-        rows = min(self.config.distill.training.batch_size / self.server_count, self.config.distill.vllm.max_rows)
-        return self.held([teacher, student], rows) / self.split
+        return self.held([teacher, student], self._in_flight) / self.split
+
+    @property
+    def _in_flight(self) -> float:
+        """Return the rows that a server samples together."""
+        vllm, rows = self.config.distill.vllm, self.config.distill.training.batch_size / self.server_count
+        return rows if vllm.urls else min(rows, vllm.max_rows)
 
     def held(self, sizes: list[ModelSize], rows: float) -> float:
         """Return the bytes of models that decode some rows: weights, keys and values."""
         kept = rows * (self.assumed.prompt_tokens + self.assumed.longest_tokens)
         return sum(size.parameters + kept * size.layers * size.cache for size in sizes) * self.rates.element
-
-    def _on_each(self, whole: Estimate, training: TrainingConfig, teacher: ModelSize) -> float:
-        parts: dict[str, float] = dict(whole.parts)
-        if training.fsdp:
-            devices = self.trainers if whole.step == "distill" else min(self.machine.devices, training.batch_size)
-            for name in ("weights", "gradients", "AdamW", "checkpoint"):
-                if name in parts:
-                    parts[name] /= devices
-        if whole.step == "distill" and self.server_count:
-            parts["teacher"] = teacher.vocabulary * teacher.hidden * self.rates.element
-            parts.pop("caches", None)
-        return sum(parts.values())
 
     def _gradient(self, training: TrainingConfig, size: ModelSize, devices: int) -> Terms:
         """Return forward and backward passes of a device's rows, and what it exchanges meanwhile."""
@@ -259,33 +230,38 @@ class Estimator:
         whole = self._whole(self.assumed.validation_rows / devices)
         return sum(sum(forward_terms(size, whole, self.rates).values()) for size in sizes) if whole.rows else 0.0
 
-    def _sampling(self, teacher: ModelSize, student: ModelSize, rows: float, *, split: int) -> Terms:
-        """Return the sampling of a batch."""
+    def _sampling(self, teacher: ModelSize, student: ModelSize, rows: float) -> Terms:
+        """Return the sampling of a device's rows, or of a batch by vLLM's servers, which draft with any method."""
         rates, longest = self.rates, self.assumed.longest_tokens  # devices wait for each other
+        served, waves, split = self.server_count > 0, 1.0, 1
+        if served:
+            rows, split = self._in_flight, self.split
+            waves = self.config.distill.training.batch_size / self.server_count / rows
         writers = [
             size
             for size, writes in ((student, self.method.student_writes), (teacher, self.method.teacher_writes))
-            if writes
+            if writes or served
         ]
         prefill = added(*(forward_terms(size, self._prefill(rows), rates, split=split) for size in writers))
-        if not self.method.interleaves:
+        if len(writers) == 1:
             one = self._decoding(rows, 1, 1)
-            decoding = added(forward_terms(writers[0], one, rates, split=split), self._drawing(one.rows))
+            decoding = added(forward_terms(writers[0], one, rates), self._drawing(one.rows))
             return added(prefill, times(longest, decoding))
         sampling = self.config.distill.sampling
         given = sampling.gamma
         most = round((given.start + given.end) / 2) if isinstance(given, Schedule) else given
-        served = self.server_count > 0
+        # One writer alone: all drafts are kept, or none.
+        kept = self.assumed.acceptance if self.method.interleaves else float(self.method.student_writes)
         blocks = []
         for gamma in [most] if served or not sampling.adaptive_gamma else range(1, most + 1):
             drafting = times(gamma, forward_terms(student, self._decoding(rows, 1, 1), rates, split=split))
             # vLLM scores one position more than it has drafts.
             width = gamma + served
             verifying = forward_terms(teacher, self._decoding(rows, width, width), rates, split=split)
-            rounds = longest / expected_tokens([self.assumed.acceptance] * (gamma - 1))
+            rounds = longest / expected_tokens([kept] * (gamma - 1))
             drawing = self._drawing(self._decoding(rows, 1, 1).rows * (gamma + 1))
             blocks.append(times(rounds, added(drafting, verifying, drawing)))
-        return added(prefill, min(blocks, key=lambda terms: sum(terms.values())))
+        return times(waves, added(prefill, min(blocks, key=lambda terms: sum(terms.values()))))
 
     def _drawing(self, tokens: float) -> Terms:
         """Return the time to draw tokens; vLLM's is part of what its servers achieve."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +21,19 @@ from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode_all
 from skd_lib.distillation.batch import collate
 from skd_lib.distillation.loss import cross_entropy
 from skd_lib.distillation.rollouts import interleaving_rule
-from skd_lib.errors import SkdError
 from skd_lib.models.files import load_tokenizer
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.models.loading import default_device, load_model
 from skd_lib.models.precision import compute_dtype
 from skd_lib.models.references import resolve_model
 from skd_lib.models.student_init import prune_layers
-from skd_lib.planning.estimator import MOST_OF_A_PEAK, Assumptions
+from skd_lib.planning.assumptions import MOST_OF_A_PEAK
 from skd_lib.planning.machines import Machine
 from skd_lib.planning.memory import skeleton_size
 from skd_lib.planning.work import Pass, Rates, forward_bytes, forward_flops, update_seconds
 from skd_lib.sampling.acceptance import AcceptanceRule, lossless
 from skd_lib.sampling.engine import Sampler
 from skd_lib.sampling.timing import Forward, bare, recorded
-from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,26 +54,27 @@ def read_splits(config: RunConfig) -> Splits:
     return make_splits(load_data(config.data), config.data, config.seed)
 
 
-def data_figures(config: RunConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """Return the assumptions that a run's data replace: rows and, with a tokenizer, lengths in tokens."""
+def data_figures(config: RunConfig, splits: Splits, train: Sequence[TokenizedExample]) -> dict[str, Any]:
+    """Return the assumptions that a run's data replace: rows, and the lengths of some training examples in tokens."""
     figures: dict[str, Any] = {
-        "teacher_rows": len(splits.train_teacher),
-        "train_rows": len(splits.train_student),
+        "teacher_rows": max(1, len(splits.train_teacher)),
+        "train_rows": max(1, len(splits.train_student)),
         "validation_rows": len(splits.validation),
         "test_rows": len(splits.test) + sum(each.examples or 0 for each in config.data.held_out),
     }
-    if tokenizer is None:
-        return figures
-    batch = config.distill.training.batch_size
-    examples = tokens_of(config, tokenizer, splits.train_student[:_LOOKED_AT])
-    answers = [len(example.response_ids) for example in examples if example.response_ids]
-    figures["prompt_tokens"] = fmean(len(example.prompt_ids) for example in examples)
-    if answers:
-        groups = [answers[start : start + batch] for start in range(0, len(answers), batch)]
-        most = config.task.max_new_tokens
-        figures["response_tokens"] = min(fmean(answers), most)
-        figures["longest_tokens"] = min(fmean(map(max, groups)), most)
+    if train:
+        figures["prompt_tokens"] = fmean(len(example.prompt_ids) for example in train)
+    batch, most = config.distill.training.batch_size, config.task.max_new_tokens
+    if answers := [min(len(example.response_ids), most) for example in train if example.response_ids]:
+        longest = fmean(max(answers[start : start + batch]) for start in range(0, len(answers), batch))
+        figures["response_tokens"] = fmean(answers)
+        figures["longest_tokens"] = max(longest, figures["response_tokens"])
     return figures
+
+
+def some_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> list[TokenizedExample]:
+    """Tokenise as many training examples as are counted."""
+    return tokens_of(config, tokenizer, splits.train_student[:_LOOKED_AT])
 
 
 def tokens_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any]) -> list[TokenizedExample]:
@@ -119,7 +116,7 @@ def measure(
     student = _student(config, teacher)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
     splits = read_splits(config)
-    figures = data_figures(config, splits, tokenizer)
+    figures = data_figures(config, splits, some_tokens(config, tokenizer, splits))
     batch = config.distill.training.batch_size
     micro = config.distill.training.micro_batch_size or batch
     examples = tokens_of(config, tokenizer, splits.train_student[:batch])
@@ -143,31 +140,6 @@ def measure(
     # What costs nothing that can be seen has no end of it.
     figures |= {name: min(share, MOST_OF_A_PEAK) for name, share in shares.items()}
     return figures | {"layer_seconds": layer, "start_seconds": imports + 2 * loading}
-
-
-def write_calibration(path: Path, machine: Machine, config: RunConfig, figures: dict[str, Any]) -> None:
-    """Write measured assumptions for later plans."""
-    content = {"profile": machine.kind, "run": config.name, "assumptions": figures}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_calibration(path: Path, machine: Machine, config: RunConfig) -> dict[str, Any]:
-    """Return measured assumptions: for the run that was measured all of them, for others those of the machine.
-
-    Raises:
-        SkdError: the file is none, or of machines of another kind.
-    """
-    hint = "measure here with --measure, or name another file with --calibration"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind, run, figures = content["profile"], content["run"], dict(content["assumptions"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SkdError("no file that `skd plan --measure` wrote", where=str(path), hint=hint) from error
-    if kind != machine.kind:
-        raise SkdError(f"measured on {kind}, and the plan is for {machine.kind}", where=str(path), hint=hint)
-    of_machine = {name for name in Assumptions.model_fields if name.endswith(("_share", "_seconds"))}
-    return {name: value for name, value in figures.items() if run == config.name or name in of_machine}
 
 
 def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:

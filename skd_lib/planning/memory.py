@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -133,18 +134,46 @@ def _heads(text: Any) -> tuple[int, int]:
     return int(getattr(text, "num_key_value_heads", None) or heads) * width, int(heads) * width
 
 
-def estimates(config: RunConfig, teacher: ModelSize, student: ModelSize, *, device: torch.device) -> list[Estimate]:
-    """Estimate the memory of each training step of a run on a device."""
-    found, task, distill = [], config.task, config.distill
-    if config.teacher_sft.enabled:
-        found.append(estimate("teacher_sft", "sft", config.teacher_sft.training, task, teacher, device=device))
-    if config.student_init.trains:
-        found.append(estimate("student_init", "sft", config.student_init.training, task, student, device=device))
+def estimates(
+    config: RunConfig,
+    teacher: ModelSize,
+    student: ModelSize,
+    *,
+    device: torch.device,
+    processes: Mapping[str, int] | None = None,
+) -> list[Estimate]:
+    """Estimate the memory that each training step of a run takes on a device.
+
+    Args:
+        config: The run.
+        teacher: Size of the teacher.
+        student: Size of the student, after a cut.
+        device: The device; `meta` stands for a GPU that this machine need not have.
+        processes: Devices that share a step's rows, by step; one where it is not named.
+    """
+    found, task, distill, of_step = [], config.task, config.distill, {} if processes is None else processes
+    trainings = (
+        ("teacher_sft", config.teacher_sft.enabled, config.teacher_sft.training, teacher),
+        ("student_init", config.student_init.trains, config.student_init.training, student),
+    )
+    for step, wanted, training, size in trainings:
+        if wanted:
+            several = of_step.get(step, 1)
+            found.append(estimate(step, "sft", training, task, size, device=device, processes=several))
     online = METHODS[distill.method].needs_teacher and distill.teacher_signal.mode == "online"
-    asked = teacher if online else None
-    kind, method = distill.divergence, distill.method
-    found.append(estimate("distill", method, distill.training, task, student, asked, divergence=kind, device=device))
-    return found
+    asked = estimate(
+        "distill",
+        distill.method,
+        distill.training,
+        task,
+        student,
+        teacher if online else None,
+        divergence=distill.divergence,
+        device=device,
+        processes=of_step.get("distill", 1),
+        head_only=distill.engine == "vllm",
+    )
+    return [*found, asked]
 
 
 def estimate(
@@ -157,8 +186,10 @@ def estimate(
     *,
     divergence: DivergenceName = "forward_kl",
     device: torch.device,
+    processes: int = 1,
+    head_only: bool = False,
 ) -> Estimate:
-    """Estimate the memory of one training step on one device.
+    """Estimate the memory of one training step on one of its devices.
 
     Counts, with `P` weights, `R` rows in a forward pass, `T` prompt and new tokens, `L` layers of width `H`:
 
@@ -170,6 +201,9 @@ def estimate(
     - activations: 17 RTHL elements without an attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, equation 1
       without its attention term), 1 RTHL with gradient checkpointing;
     - KV caches of a batch that is sampled: keys and values for RT tokens in each layer, for each model that writes;
+    - with `fsdp` each process has its part of weights, gradients and moments. Gradients that are added up over several
+      forward passes are whole until the last; while responses are sampled, and gradients are gone, weights are whole.
+      Several processes without it exchange gradients in buffers of their size;
     - loss: 6 to 13 fp32 arrays of the logits of one chunk (both models' logits and log-probabilities, gradients, and
       what the divergence keeps).
 
@@ -181,36 +215,48 @@ def estimate(
         student: Size of the model that is trained.
         teacher: Size of the teacher, None if there is none in memory.
         divergence: The loss, for methods that minimise a divergence.
-        device: The device.
+        device: The device; `meta` stands for any GPU.
+        processes: Devices that share a step's rows.
+        head_only: vLLM servers have the rest of the teacher, and sample.
     """
     from skd_lib.distillation.loss import CROSS_ENTROPY_ARRAYS, loss_chunk
     from skd_lib.models.precision import compute_dtype
 
-    element, gpu = compute_dtype(training.precision, device).itemsize, device.type != "cpu"
+    gpu = device.type != "cpu"
+    precision = "bf16" if device.type == "meta" and training.precision == "auto" else training.precision
+    element = compute_dtype(precision, device).itemsize
     length = task.max_prompt_tokens + task.max_new_tokens
-    tokens = (training.micro_batch_size or training.batch_size) * length
+    rows = -(-training.batch_size // processes)
+    micro = min(training.micro_batch_size or rows, rows)
+    tokens, shards = micro * length, processes if training.fsdp else 1
     width = 1 if training.gradient_checkpointing else 17
     adapters = 0 if training.lora is None else training.lora.rank * student.adapted
     trained = adapters or student.parameters
     facts = METHODS[method]
     arrays = DIVERGENCES[divergence].arrays if facts.uses_divergence else CROSS_ENTROPY_ARRAYS
     parts = {
-        "weights": 4 * (student.parameters + adapters),
-        "gradients": 4 * trained,
-        "AdamW": 8 * trained,
+        "weights": 4 * (student.parameters + adapters) // shards,
+        "gradients": 4 * trained // (shards if micro == rows else 1),
+        "AdamW": 8 * trained // shards,
         "activations": width * tokens * student.hidden * student.layers * element,
         "loss": arrays * 4 * min(tokens, loss_chunk(student.hidden, student.vocabulary, gpu=gpu)) * student.vocabulary,
     }
+    if processes > shards:
+        parts["exchange"] = 4 * trained
     if not gpu:
         parts["checkpoint"] = 12 * trained
     if teacher is None:
         return Estimate(step, parts)
-    precision = training.teacher_precision if isinstance(training, DistillTrainingConfig) else "auto"
-    parts["teacher"] = _frozen(teacher, precision, element)
     writers = [model for model, writes in ((student, facts.student_writes), (teacher, facts.teacher_writes)) if writes]
+    if shards > 1 and writers:
+        parts["gathered"] = max(0, student.parameters * element - parts["gradients"])
+    if head_only:
+        return Estimate(step, {**parts, "teacher": teacher.outside * element})
+    of_teacher = training.teacher_precision if isinstance(training, DistillTrainingConfig) else "auto"
+    parts["teacher"] = _frozen(teacher, of_teacher, element)
     if writers:
         cached = sum(model.layers * model.cache for model in writers)
-        parts["caches"] = training.batch_size * length * element * cached
+        parts["caches"] = rows * length * element * cached
     return Estimate(step, parts)
 
 

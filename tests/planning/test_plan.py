@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from skd_kfp.pipelines.cli import app
 from skd_lib.config import RunConfig
 from skd_lib.errors import SkdError
 from skd_lib.models.shapes import SHAPES
-from skd_lib.planning.estimator import Assumptions
+from skd_lib.planning.assumptions import Assumptions, assume
 from skd_lib.planning.machines import load_machine
 from skd_lib.planning.memory import config_size
-from skd_lib.planning.plan import Plan, make_plan
+from skd_lib.planning.plan import Plan, cost_driver, make_plan
 from skd_lib.planning.sizes import model_size
 from tests.conftest import SaveTinyModel
 
@@ -61,7 +62,7 @@ def test_the_steps_of_a_plan_are_those_of_the_run() -> None:
     assert [step.name for step in planned(teacher_sft={"enabled": False}).steps] == rest
     assert "distill: a vLLM server" in [step.name for step in planned(distill=VLLM).steps]
     assert set(parts(planned())) == {"sampling", "loss", "optimiser", "validation"}
-    assert set(parts(planned(distill=VLLM))) == {"weights", "sampling", "loss", "optimiser", "validation"}
+    assert set(parts(planned(distill=VLLM))) == {"weights", "signal", *parts(planned())}
     assert set(parts(planned(distill={"method": "on_policy"}))) == {"sampling", "teacher", *parts(planned())}
     assert set(parts(planned(distill={"method": "sft"}))) == {"loss", "optimiser", "validation"}
     stored = {"method": "supervised_kd", "teacher_signal": {"mode": "stored"}}
@@ -87,8 +88,13 @@ def test_whole_machines_are_paid_for() -> None:
 def test_sharded_models_take_less_of_each_device() -> None:
     whole = planned(distill={"training": PARALLEL["training"] | {"fsdp": False}})
     sharded = planned(distill=PARALLEL)
-    trained = 16 * STUDENT.parameters
-    assert memory(whole) - memory(sharded) == pytest.approx(trained * 7 / 8, rel=1e-6)
+    weight, buffers = STUDENT.parameters, 4 * STUDENT.parameters
+    # Eight micro-batches are added up in whole gradients; of one, each process has its part, but weights are gathered.
+    assert memory(whole) - memory(sharded) == pytest.approx(12 * weight * 7 / 8 + buffers, rel=1e-6)
+    once = {"batch_size": 8, "micro_batch_size": 1}
+    whole, at_once = (planned(distill={"training": once | {"fsdp": fsdp}}) for fsdp in (False, True))
+    gathered = 2 * weight - 4 * weight / 8
+    assert memory(whole) - memory(at_once) == pytest.approx(16 * weight * 7 / 8 + buffers - gathered, rel=1e-6)
     served = planned(distill=PARALLEL | VLLM)
     assert memory(sharded) - memory(served) > 2 * TEACHER.inside  # the teacher is in the server only
     server = memory(served, "distill: a vLLM server")
@@ -116,6 +122,53 @@ def test_more_work_takes_longer_and_a_better_machine_less(name: str, other: str,
 def test_more_devices_are_not_slower(engine: dict[str, Any]) -> None:
     times = [seconds(planned(f"h100x{count}", distill=PARALLEL | engine)) for count in (4, 8)]
     assert times[1] < times[0]
+
+
+def test_a_server_on_the_only_gpu_takes_of_its_memory() -> None:
+    alone = {"vllm": {"tensor_parallel": 1, "max_rows": 8}, "training": {"batch_size": 8, "micro_batch_size": 1}}
+    shared = planned("h100x1", distill=VLLM | alone)
+    apart = planned("h100x2", distill=VLLM | alone)
+    assert memory(shared) == pytest.approx(memory(apart) + memory(apart, "distill: a vLLM server"))
+    assert "distill: a vLLM server" not in [step.name for step in shared.steps]
+
+
+def test_rows_beyond_a_servers_wait_their_turn() -> None:
+    def sampling(**vllm: Any) -> float:
+        return parts(planned(distill=PARALLEL | VLLM | {"vllm": {"tensor_parallel": 2, **vllm}}))["sampling"]
+
+    assert sampling(max_rows=16) > sampling(max_rows=32) > sampling(max_rows=64) == sampling(max_rows=128)
+
+
+def test_the_teachers_signal_comes_back_from_servers() -> None:
+    def signal(**vllm: Any) -> float:
+        return parts(planned(distill=PARALLEL | VLLM | {"vllm": {"tensor_parallel": 2, **vllm}}))["signal"]
+
+    tokens = 64 * Assumptions().response_tokens
+    assert signal() == pytest.approx(tokens * TEACHER.hidden * 2 * 4 / 3 / 1e9)
+    assert signal(signal="top_k", top_k=64) == pytest.approx(tokens * 64 * 8 * 4 / 3 / 1e9)
+
+
+@pytest.mark.parametrize("method", ["seqkd", "on_policy"])
+def test_servers_draft_with_any_method(method: str) -> None:
+    """Of the student alone all drafts stand, of the teacher alone none: acceptance changes nothing."""
+    some, all_kept = (
+        parts(planned(assumed={"acceptance": kept}, distill=PARALLEL | VLLM | {"method": method})) for kept in (0.3, 1)
+    )
+    assert some == all_kept
+    assert "teacher" not in some  # it was asked while sampling
+    skd = parts(planned(assumed={"acceptance": float(method == "on_policy")}, distill=PARALLEL | VLLM))
+    assert some["sampling"] == skd["sampling"]
+
+
+def test_what_most_is_paid_for_is_named_with_what_to_set() -> None:
+    config = RunConfig.model_validate(VALUES | {"specdec": {"sweep": "all"}, "teacher_sft": {"enabled": False}})
+    plan = planned(specdec={"sweep": "all"}, teacher_sft={"enabled": False}, assumed={"train_rows": 100})
+    said = cost_driver(config, plan, TEACHER, STUDENT)
+    assert re.match(r"\d+% of the cost is specdec_benchmark; `--set specdec.sweep=none`: the run takes ", said)
+    cheaper = planned(specdec={"sweep": "none"}, teacher_sft={"enabled": False}, assumed={"train_rows": 100})
+    assert f"${cheaper.total_cost:.2f}" in said
+    distilled = planned(assumed={"train_rows": 10**6})
+    assert "of the cost is distill, which is" in cost_driver(config, distilled, TEACHER, STUDENT)
 
 
 def test_more_servers_sample_faster() -> None:
@@ -157,6 +210,9 @@ def run_file(save_tiny_model: SaveTinyModel, tmp_path: Path, monkeypatch: pytest
     return path
 
 
+SERVED = ("--set", "distill.engine=vllm", "--set", "distill.sampling.adaptive_gamma=false")
+
+
 def invoke(*words: object) -> Any:
     return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["plan", *map(str, words)])
 
@@ -190,6 +246,14 @@ def test_a_plan_needs_neither_weights_nor_data(run_file: Path) -> None:
     [
         (("--assume", "acceptance"), "no NAME=VALUE"),
         (("--assume", "acceptance=2"), "acceptance"),
+        (("--assume", "train_rows=0"), "train_rows"),
+        (("--assume", "send_gbytes=inf"), "send_gbytes"),
+        (("--assume", "response_tokens=8", "--assume", "longest_tokens=7"), "less than response_tokens 8"),
+        (("--assume", "prompt_tokens=97"), "more than the run's task.max_prompt_tokens, 96"),
+        (("--assume", "longest_tokens=17"), "more than the run's task.max_new_tokens, 16"),
+        (("--profile", "l4", "--assume", "inference_share=1.5"), "more than the l4's peak"),
+        (("--profile", "l4x4", *SERVED, "--assume", "servers=4"), "leaves none of l4x4"),
+        (("--profile", "l4", *SERVED, "--set", "distill.vllm.tensor_parallel=2"), "leaves none of l4"),
         (("--assume", "speed=2"), "speed"),
         (("--profile", "b300"), "there is no profile"),
         (("--calibration", "none.json"), "no file that"),
@@ -199,6 +263,13 @@ def test_mistakes_are_named(run_file: Path, words: tuple[str, ...], said: str) -
     failed = invoke(run_file, *words)
     assert failed.exception is not None
     assert said in str(failed.exception)
+
+
+def test_lengths_of_other_settings_are_cut_to_the_runs_limits() -> None:
+    config, machine = RunConfig.model_validate(VALUES), load_machine("l4")
+    found, origins = assume(config, machine, measured={"response_tokens": 300.0, "longest_tokens": 400.0})
+    assert (found.response_tokens, found.longest_tokens, found.prompt_tokens) == (256, 256, 256)
+    assert (origins["longest_tokens"], origins["prompt_tokens"]) == ("measured", "assumed")
 
 
 @pytest.mark.slow
@@ -212,7 +283,7 @@ def test_what_was_measured_is_what_later_plans_assume(run_file: Path) -> None:
     assert again == values
     changed = json.loads(invoke(run_file, "--json", "--set", "name=another").stdout)
     assert changed["origins"]["training_share"] == "measured"
-    assert changed["origins"].get("acceptance") is None  # of another pair
+    assert changed["origins"]["acceptance"] == "assumed"  # of another pair
     words = ["plan", str(run_file), "--profile", "l4", "--calibration", "runs/plan-cpu.json"]
     with pytest.raises(SkdError, match="measured on cpu, and the plan is for l4"):
         CliRunner().invoke(app, words, catch_exceptions=False)
