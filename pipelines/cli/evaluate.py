@@ -12,12 +12,11 @@ from skd_kfp.pipelines.cli.options import AsJson, say_json, show_progress
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from skd_lib._core.format import TextTable
     from skd_lib.config import EvaluationConfig, TaskConfig
     from skd_lib.data.examples import Example
     from skd_lib.evaluation.evaluate import Evaluation
-    from skd_lib.results import Difference, Score
+    from skd_lib.results import Difference
 
 
 def evaluate(
@@ -91,9 +90,9 @@ def evaluate(
     from skd_lib._core.terminal import Console
 
     console = Console()
-    console.print(_scores({"model": model, "baseline": baseline}, found))
+    console.print(_scores({"model": model, "baseline": baseline}, found).to_rich())
     if differences:
-        console.print(_differences({name: difference for name, (difference, _) in differences.items()}))
+        console.print(_differences({name: difference for name, (difference, _) in differences.items()}).to_rich())
 
 
 def _what_to_answer(
@@ -140,37 +139,36 @@ def _measured(
     return {name: score(folder, rows, task, config=config, seed=seed) for name, folder in folders.items()}
 
 
-def _mark(score: Score) -> str:
-    return "†" if score.caution else ""
+def _scores(references: Mapping[str, str | None], found: Mapping[str, Evaluation]) -> TextTable:
+    from skd_lib._core.format import TextTable
+    from skd_lib.report.render import UNSURE
 
-
-def _scores(references: Mapping[str, str | None], found: Mapping[str, Evaluation]) -> Table:
-    from rich.table import Table
-
-    table = Table("model", title="Scores (95 % interval)", title_justify="left", title_style="bold")
     names = list(dict.fromkeys(name for each in found.values() for name in each.scores.metrics))
-    for name in (*names, "examples"):
-        table.add_column(name, justify="right")
+    rows = []
     for which, each in found.items():
         scores = (each.scores.metrics.get(name) for name in names)
-        cells = (
-            "" if one is None else f"{one.score:.1f} [{one.low:.1f}, {one.high:.1f}]{_mark(one)}" for one in scores
-        )
-        table.add_row(str(references[which]), *cells, str(each.scores.examples))
+        cells = [
+            "" if one is None else f"{one.score:.1f} [{one.low:.1f}, {one.high:.1f}]{UNSURE if one.caution else ''}"
+            for one in scores
+        ]
+        rows.append([str(references[which]), *cells, str(each.scores.examples)])
     cautions = dict.fromkeys(
         one.caution for each in found.values() for one in each.scores.metrics.values() if one.caution
     )
-    table.caption = "\n".join(f"† {caution}" for caution in cautions) or None
-    return table
+    note = "\n".join(f"{UNSURE} {caution}" for caution in cautions)
+    return TextTable("Scores (95 % interval)", ["model", *names, "examples"], rows, note=note)
 
 
-def _differences(differences: Mapping[str, Difference]) -> Table:
-    from rich.table import Table
+def _differences(differences: Mapping[str, Difference]) -> TextTable:
+    from skd_lib._core.format import TextTable
 
-    table = Table("metric", title="Model minus baseline, paired", title_justify="left", title_style="bold")
-    for name in ("difference", "95 % interval", "p"):
-        table.add_column(name, justify="right")
-    for metric, one in differences.items():
-        p = "too few examples" if one.p_value is None else f"{one.p_value:.3f}"
-        table.add_row(metric, f"{one.difference:+.1f}", f"[{one.low:+.1f}, {one.high:+.1f}]", p)
-    return table
+    rows = [
+        [
+            metric,
+            f"{one.difference:+.1f}",
+            f"[{one.low:+.1f}, {one.high:+.1f}]",
+            "too few examples" if one.p_value is None else f"{one.p_value:.3f}",
+        ]
+        for metric, one in differences.items()
+    ]
+    return TextTable("Model minus baseline, paired", ["metric", "difference", "95 % interval", "p"], rows)

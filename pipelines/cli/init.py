@@ -138,20 +138,18 @@ def _example(name: str) -> str:
 
 
 def _source(data: str) -> str:
-    if "://" in data or Path(data).exists() or _is_file(data):
+    from skd_lib.data.files import ending
+
+    if "://" in data or Path(data).exists() or ending(data):
         return f"    type: files\n    train: [{_quoted(data)}]"
     return f"    type: hub\n    dataset: {_quoted(data)}\n    # subset: main # where the dataset has several"
 
 
-def _is_file(data: str) -> bool:
-    from skd_lib.data.files import ending
-
-    return bool(ending(data))
-
-
 def _is_missing(data: str) -> bool:
     """Return whether a file of this machine is named that is not there."""
-    return "://" not in data and not set("*?[") & set(data) and _is_file(data) and not Path(data).exists()
+    from skd_lib.data.files import ending
+
+    return "://" not in data and not set("*?[") & set(data) and bool(ending(data)) and not Path(data).exists()
 
 
 def _quoted(text: str) -> str:

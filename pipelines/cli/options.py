@@ -7,15 +7,15 @@ import functools
 import inspect
 import json
 import logging
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
+from pydantic_core import from_json, to_json
 
 from skd_kfp.pipelines.kubeflow.auth import Auth
 from skd_lib._core.terminal import say
@@ -242,15 +242,8 @@ def refuse(context: typer.Context, *names: str, why: str, hint: str = "leave it 
 
 def say_json(value: object, *, lines: bool = False) -> None:
     """Print a value as JSON, for scripts; numbers that JSON does not have (NaN, infinity) become null."""
-    say(json.dumps(_finite(value), allow_nan=False, indent=None if lines else 2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+    finite = from_json(to_json(value, inf_nan_mode="null"))
+    say(json.dumps(finite, indent=None if lines else 2))
 
 
 def show_progress() -> None:

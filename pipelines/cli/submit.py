@@ -54,17 +54,16 @@ def submit(
     `skd submit run.yaml --recurring "0 3 * * *" --dry-run`.
     """
     from skd_kfp.pipelines.compiling import compiled_path, pipeline_for
-    from skd_kfp.pipelines.kubeflow.checks import described, with_seconds
+    from skd_kfp.pipelines.kubeflow.checks import described
     from skd_kfp.pipelines.kubeflow.submit import Package, Submission
     from skd_lib.comparison.config import is_comparison, load_compare
     from skd_lib.comparison.plan import plan
     from skd_lib.config import load_config, parse_overrides
 
     cluster.check(name)
-    if recurring is not None:
-        with_seconds(recurring)  # before anything is uploaded
-        if wait:
-            raise SkdError("a recurring run has no end", where="--wait", hint="leave out --wait or --recurring")
+    schedule = {} if recurring is None else {"schedule": described(recurring)}
+    if recurring is not None and wait:
+        raise SkdError("a recurring run has no end", where="--wait", hint="leave out --wait or --recurring")
     overrides = parse_overrides(changes or ())
     comparison = plan(*load_compare(config, overrides), where=str(config)) if is_comparison(config) else None
     run_config = comparison.base if comparison else load_config(config, overrides)
@@ -74,7 +73,6 @@ def submit(
     # A recurring run is found again by its name, which therefore holds no time.
     chosen = name or (run_config.name if recurring is not None else "")
     submission = Submission.plan(run_config, package, cluster.target, chosen, comparison)
-    schedule = {} if recurring is None else {"schedule": described(recurring)}
     facts = {**submission.describe(), **schedule}
     tell = partial(say, err=as_json)  # what is for people only
     for what, value in facts.items():

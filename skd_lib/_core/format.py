@@ -27,6 +27,14 @@ def plain(value: float) -> str:
     return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def count(number: float) -> str:
+    """Return a number of tokens or parameters as people write it: `500`, `20k`, `134M`, `7.25B`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
 def percent(share: float) -> str:
     """Return a share of 1 in per cent, with three significant digits; tiny ones are `below 0.01%`."""
     return "below 0.01%" if 0 < share < 0.0001 else f"{100 * share:.3g}%"

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
-from skd_lib._core.format import percent
+from skd_lib._core.format import count, percent
 from skd_lib.comparison.table import Comparison, TrialResult, VariantResult, VariantScore
 from skd_lib.config import LOWER_IS_BETTER
 from skd_lib.evaluation.statistics import t_interval
 from skd_lib.report.charts import SHAPES, Axis, Series
 from skd_lib.report.figure import Figure, figure, missing
-from skd_lib.report.figures import LOSS, time_axis, tokens
+from skd_lib.report.figures import LOSS, time_axis
 from skd_lib.report.names import metric_name
 from skd_lib.results import Course
 
@@ -33,7 +33,7 @@ def figures(comparison: Comparison) -> list[Figure]:
     seconds = [each.costs["seconds"] for each in comparison.variants if "seconds" in each.costs]
     clock, unit = time_axis(max(seconds, default=0.0), "time of training")
     return [
-        _scores(comparison, metric, styles, "tokens", _positions, Axis("positions through both models", tokens, True)),
+        _scores(comparison, metric, styles, "tokens", _positions, Axis("positions through both models", count, True)),
         _scores(
             *(comparison, metric, styles, "time"),
             lambda each: each.costs["seconds"] / unit if each.costs.get("seconds") else None,
@@ -155,7 +155,7 @@ def _course(comparison: Comparison, trials: Sequence[TrialResult], styles: Style
     if of:
         note += " Losses of other objectives are not on this scale."
     ways: tuple[tuple[Callable[[Course], list[float]], Axis], ...] = (
-        (_both, Axis("positions through both models", tokens)),
+        (_both, Axis("positions through both models", count)),
         (lambda course: [seconds / unit for seconds in course.validation_seconds], clock),
     )
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from skd_lib._core.format import decoding, percent
+from skd_lib._core.format import count, decoding, percent
 from skd_lib.evaluation.statistics import wilson_interval
 from skd_lib.report.charts import Axis, Series
 from skd_lib.report.figure import Figure, figure, missing
@@ -24,14 +24,6 @@ _SHAPES_UP_TO = 40
 """Points up to which each is marked."""
 _KINDS: dict[Moment, tuple[str, str]] = {"before": ("neutral dashed", "square"), "after": ("student", "circle")}
 """Class and shape of a moment."""
-
-
-def tokens(value: float) -> str:
-    """Return a number of tokens as an axis has it: `500`, `20k`, `1.5M`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def time_axis(longest: float, what: str) -> tuple[Axis, float]:
@@ -92,7 +84,7 @@ def _spent(course: Course) -> list[Figure]:
         return [missing(title, UNTOLD) for title in titles]
     last = course.validation_tokens[-1], course.validation_student_tokens[-1], course.validation_teacher_tokens[-1]
     of_both = list(map(sum, zip(course.validation_student_tokens, course.validation_teacher_tokens, strict=True)))
-    trained, student, teacher = map(tokens, last)
+    trained, student, teacher = map(count, last)
     clock, unit = time_axis(course.validation_seconds[-1], "time of training")
     return [
         figure(
@@ -100,7 +92,7 @@ def _spent(course: Course) -> list[Figure]:
             f"{trained} response tokens were trained on; for these {student} positions went through the student and "
             f"{teacher} through the teacher, prompts included.",
             [_validation(course, of_both)],
-            Axis("positions through both models", tokens),
+            Axis("positions through both models", count),
             LOSS,
         ),
         figure(

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from skd_lib._core.format import decoding, duration, plain
+from skd_lib._core.format import count, decoding, duration, plain
 from skd_lib.report.charts import bars, interval, share
 from skd_lib.report.names import ROLE_NAMES, metric_name
 from skd_lib.report.render import UNSURE, WITHHELD
 from skd_lib.report.render import caution_lines as report_cautions
 from skd_lib.report.summary import Summary
-from skd_lib.report.worth import changed_gap, count
+from skd_lib.report.worth import changed_gap
 from skd_lib.results import (
     Course,
     Moment,

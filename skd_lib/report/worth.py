@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from skd_lib._core.format import TextTable, plain
+from skd_lib._core.format import TextTable, count, plain
 from skd_lib.config import LOWER_IS_BETTER
 from skd_lib.report.names import metric_name
 from skd_lib.results import MOMENTS, Figures, Moment, Role, Specdec
@@ -144,14 +144,6 @@ def _draft_lines(worth: Worth, draft: Specdec) -> list[str]:
         f"{first} It is too large to make the teacher faster here: a draft accepted as often pays below about "
         f"{count(worth.break_even_parameters)} parameters{share}, by the measured times of both models."
     ]
-
-
-def count(number: float) -> str:
-    """Return a number of parameters as people write it: `134M`, `7.25B`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def _of_draft(summary: Summary, moment: Moment, name: str) -> float | None:

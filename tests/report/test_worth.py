@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from skd_lib._core.format import count
 from skd_lib.report.summary import Summary, build_summary
-from skd_lib.report.worth import count, worth_lines, worth_table
+from skd_lib.report.worth import worth_lines, worth_table
 from skd_lib.results import Course, Role, Scores, Specdec
 
 ACCEPTED = {"acceptance_rate": 0.6, "tokens_per_teacher_call": 2.5, "speedup": 0.5, "gamma": 3}
@@ -99,4 +100,11 @@ def test_files_have_the_figures_and_older_ones_are_read(tmp_path: Path) -> None:
 
 
 def test_counts_of_parameters() -> None:
-    assert [count(number) for number in (7.25e9, 134_515_008, 16_400, 12)] == ["7.25B", "135M", "16.4k", "12"]
+    assert [count(number) for number in (7.25e9, 134_515_008, 16_400, 500, 12, 0)] == [
+        "7.25B",
+        "135M",
+        "16.4k",
+        "500",
+        "12",
+        "0",
+    ]
