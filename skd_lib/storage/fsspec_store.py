@@ -51,32 +51,27 @@ _RAISING = ("aiohttp", "azure", "botocore")
 
 def exists(uri: str) -> bool:
     """Tell whether there is an object or a folder."""
-    with _errors(uri):
-        store, path = _open(uri)
+    with _opened(uri) as (store, path):
         return bool(store.exists(path))
 
 
 @contextmanager
 def open_binary(uri: str) -> Iterator[IO[bytes]]:
     """Open an object for reading; ranges are fetched as they are read."""
-    with _errors(uri):
-        store, path = _open(uri)
-        with store.open(path, "rb") as stream:
-            yield stream
+    with _opened(uri) as (store, path), store.open(path, "rb") as stream:
+        yield stream
 
 
 def read_bytes(uri: str) -> bytes:
     """Return an object's content."""
-    with _errors(uri):
-        store, path = _open(uri)
+    with _opened(uri) as (store, path):
         content: bytes = store.cat_file(path)
         return content
 
 
 def download(uri: str, to: Path) -> None:
     """Copy an object or a folder to a local path."""
-    with _errors(uri):
-        store, path = _open(uri)
+    with _opened(uri) as (store, path):
         if store.isfile(path):
             with atomic_file(to) as temporary:
                 _fetch(store, path, temporary)
@@ -93,8 +88,7 @@ def download(uri: str, to: Path) -> None:
 
 def upload(path: Path, uri: str, last: str) -> None:
     """Copy a file or a folder; `last` appears after the others."""
-    with _errors(uri):
-        store, root = _open(uri)
+    with _opened(uri) as (store, root):
         targets = files_by_target(path, root)
         staged = {target: f"{target}.{uuid.uuid4().hex}{TEMPORARY}" for target in targets}
         try:
@@ -112,8 +106,7 @@ def upload(path: Path, uri: str, last: str) -> None:
 
 def list_objects(uri: str) -> list[StoredObject]:
     """List the object, or else those in the folder."""
-    with _errors(uri):
-        store, path = _open(uri)
+    with _opened(uri) as (store, path):
         found = {path: store.info(path)} if store.isfile(path) else _find(store, path)
         if not found:
             raise missing(uri)
@@ -127,15 +120,13 @@ def list_objects(uri: str) -> list[StoredObject]:
 
 def file_sizes(uri: str) -> dict[str, int]:
     """Return the bytes of each object in the folder, by its name in it."""
-    with _errors(uri):
-        store, path = _open(uri)
+    with _opened(uri) as (store, path):
         return {str(relative(name, path)): int(info["size"]) for name, info in _find(store, path).items()}
 
 
 def delete(uri: str) -> None:
     """Delete the object or the folder."""
-    with _errors(uri):
-        store, path = _open(uri)
+    with _opened(uri) as (store, path):
         if "/" not in path.strip("/"):
             raise SkdError("a whole bucket is not deleted", where=uri, hint="name a folder in it")
         if store.exists(path):
@@ -144,8 +135,7 @@ def delete(uri: str) -> None:
 
 def check_writable(uri: str, probe: str) -> None:
     """Write a small object into the folder, and delete it."""
-    with _errors(uri):
-        store, path = _open(uri)
+    with _opened(uri) as (store, path):
         store.pipe_file(join(path, probe), b"skd")
         store.rm_file(join(path, probe))
 
@@ -221,10 +211,11 @@ def _token(store: Any, name: str, info: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _errors(uri: str) -> Iterator[None]:
+def _opened(uri: str) -> Iterator[tuple[Any, str]]:
+    """Yield the store and the path in it, and turn what the packages raise into sentences."""
     scheme = uri.partition("://")[0]
     try:
-        yield
+        yield _open(uri)
     except ImportError as error:
         package = PACKAGES[scheme]
         hint = f"pip install {EXTRAS.get(package, package)}"

@@ -62,15 +62,14 @@ _ATTEMPTS = 3
 
 def exists(uri: str) -> bool:
     """Tell whether there is an object or a folder."""
-    bucket, name = _split(uri)
-    with _cloud_errors(uri):
+    with _opened(uri) as (bucket, name):
         return _bucket(bucket).blob(name).exists(**_patience()) or any(_blobs(bucket, name))
 
 
 @contextmanager
 def open_binary(uri: str) -> Iterator[IO[bytes]]:
     """Open an object for reading; ranges are fetched as they are read."""
-    with _cloud_errors(uri):
+    with _opened(uri):
         blob = _existing(uri)
         with _while_it_stays(uri), _pinned(blob).open("rb", **_patience()) as stream:
             yield stream
@@ -78,7 +77,7 @@ def open_binary(uri: str) -> Iterator[IO[bytes]]:
 
 def read_bytes(uri: str) -> bytes:
     """Return an object's content, verified."""
-    with _cloud_errors(uri):
+    with _opened(uri):
         content = io.BytesIO()
         _fetch(_existing(uri), content, content)
         return content.getvalue()
@@ -86,8 +85,7 @@ def read_bytes(uri: str) -> bytes:
 
 def download(uri: str, to: Path) -> None:
     """Copy an object or a folder to a local path, several objects at once, each verified."""
-    bucket, name = _split(uri)
-    with local_errors(str(to), "write"), _cloud_errors(uri):
+    with local_errors(str(to), "write"), _opened(uri) as (bucket, name):
         single = _bucket(bucket).get_blob(name, **_patience()) if name else None
         if single is not None:
             with atomic_file(to) as temporary:
@@ -111,11 +109,10 @@ def upload(path: Path, uri: str, last: str) -> None:
     Each object changes as soon as it has arrived. `last` is sent after the others; one that is there from before is
     deleted first, so that it never stands with a mixture of old and new files.
     """
-    bucket, name = _split(uri)
-    files = files_by_target(path, name)
-    marker = join(name, last) if last else ""
-    meter = Meter(f"uploading {path.name}", sum(file.stat().st_size for file in files.values()))
-    with _cloud_errors(uri):
+    with _opened(uri) as (bucket, name):
+        files = files_by_target(path, name)
+        marker = join(name, last) if last else ""
+        meter = Meter(f"uploading {path.name}", sum(file.stat().st_size for file in files.values()))
         if path.is_file():
             present = _bucket(bucket).get_blob(name, **_patience())
             before = {} if present is None else {name: int(present.generation)}
@@ -130,8 +127,7 @@ def upload(path: Path, uri: str, last: str) -> None:
 
 def list_objects(uri: str) -> list[StoredObject]:
     """List the object, or else those in the folder."""
-    bucket, name = _split(uri)
-    with _cloud_errors(uri):
+    with _opened(uri) as (bucket, name):
         blob = _bucket(bucket).get_blob(name, **_patience()) if name else None
         blobs = [blob] if blob is not None else sorted(_blobs(bucket, name), key=lambda blob: str(blob.name))
         if not blobs:
@@ -145,8 +141,7 @@ def list_objects(uri: str) -> list[StoredObject]:
 
 def file_sizes(uri: str) -> dict[str, int]:
     """Return the bytes of each object in the folder, by its name in it."""
-    bucket, name = _split(uri)
-    with _cloud_errors(uri):
+    with _opened(uri) as (bucket, name):
         return {str(relative(blob.name, name)): int(blob.size) for blob in _blobs(bucket, name)}
 
 
@@ -159,8 +154,7 @@ def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | No
     Returns:
         The new generation; None if the object is in another one.
     """
-    bucket, name = _split(uri)
-    with _cloud_errors(uri):
+    with _opened(uri) as (bucket, name):
         blob = _bucket(bucket).blob(name)
         condition = {"if_generation_match": int(replacing)}
         try:
@@ -172,17 +166,15 @@ def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | No
 
 def delete_object(uri: str, generation: str) -> None:
     """Delete the object if it is still in this generation; nothing happens where it is not."""
-    bucket, name = _split(uri)
-    with _cloud_errors(uri), suppress(api.NotFound, api.PreconditionFailed):
+    with _opened(uri) as (bucket, name), suppress(api.NotFound, api.PreconditionFailed):
         _bucket(bucket).blob(name).delete(if_generation_match=int(generation), **_patience())
 
 
 def delete(uri: str) -> None:
     """Delete the object or the folder."""
-    bucket, name = _split(uri)
-    if not name:
-        raise SkdError("a whole bucket is not deleted", where=uri, hint="name a folder in it")
-    with _cloud_errors(uri):
+    with _opened(uri) as (bucket, name):
+        if not name:
+            raise SkdError("a whole bucket is not deleted", where=uri, hint="name a folder in it")
         for blob in [_bucket(bucket).blob(name), *_blobs(bucket, name, temporary=True)]:
             with suppress(api.NotFound):  # another process was faster
                 blob.delete(**_patience())
@@ -190,8 +182,7 @@ def delete(uri: str) -> None:
 
 def check_writable(uri: str, probe: str) -> None:
     """Write a small object into the folder, and delete it."""
-    bucket, name = _split(uri)
-    with _cloud_errors(uri):
+    with _opened(uri) as (bucket, name):
         blob = _bucket(bucket).blob(join(name, probe))
         blob.upload_from_string(b"skd", **_patience())
         blob.delete(**_patience())
@@ -342,10 +333,10 @@ def _blobs(bucket: str, folder: str, *, temporary: bool = False) -> Iterator[Any
 
 
 @contextmanager
-def _cloud_errors(uri: str) -> Iterator[None]:
-    """Turn what the client library raises into sentences."""
+def _opened(uri: str) -> Iterator[tuple[str, str]]:
+    """Yield the URI's bucket and name, and turn what the client library raises into sentences."""
     try:
-        yield
+        yield _split(uri)
     except api.NotFound as error:
         raise Missing("no such bucket or object", where=uri, hint="check the URI") from error
     except (api.Forbidden, api.Unauthorized) as error:
