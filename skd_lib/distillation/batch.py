@@ -122,9 +122,6 @@ def collate(
     device: torch.device | str = "cpu",
 ) -> Rollout:
     """Pad prompts and responses into one batch. The teacher wrote all of a response whose source it is, else nothing.
-
-    Raises:
-        SkdError: a prompt is empty, so nothing could predict its first response token.
     """
     if not all(prompts):
         raise SkdError("a prompt has no tokens", hint="use a chat template, or a tokenizer that adds a BOS token")
@@ -174,11 +171,7 @@ def response_states(model: PreTrainedModel, rollout: Rollout) -> Tensor:
 
 
 def teacher_signals(teacher: PreTrainedModel | None, rollout: Rollout) -> list[TeacherSignal]:
-    """Return the teacher's signal along each row's response: the rollout's own, and from one forward for other rows.
-
-    Raises:
-        SkdError: a forward is needed and there is no teacher.
-    """
+    """Return the teacher's signal along each row's response: the rollout's own, and from one forward for other rows."""
     missing = [row for row, signal in enumerate(rollout.signals) if signal is None]
     fresh: dict[int, TeacherSignal] = {}
     if missing:

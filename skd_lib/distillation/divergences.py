@@ -41,9 +41,6 @@ def jsd(log_p_NE: Tensor, log_q_NE: Tensor, beta: float = 0.5) -> Tensor:
 
     At the ends of the range the formula is 0 everywhere; as in GKD, beta = 0 then means the forward KL and beta = 1
     the reverse KL, the limits of the formula divided by beta and by 1 - beta.
-
-    Raises:
-        SkdError: beta is not between 0 and 1.
     """
     if not 0 <= beta <= 1:
         raise SkdError(f"beta must be between 0 and 1, got {beta}", where="jsd")
@@ -54,11 +51,7 @@ def jsd(log_p_NE: Tensor, log_q_NE: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def skew_kl(log_p_NE: Tensor, log_q_NE: Tensor, alpha: float = 0.1) -> Tensor:
-    """Return KL(p || alpha p + (1 - alpha) q): a forward KL that is at most -log alpha. alpha = 0 is the forward KL.
-
-    Raises:
-        SkdError: alpha is not at least 0 and less than 1.
-    """
+    """Return KL(p || alpha p + (1 - alpha) q): a forward KL that is at most -log alpha. alpha = 0 is the forward KL."""
     if not 0 <= alpha < 1:
         hint = "at 1 the divergence is 0 whatever the student does; DistiLLM uses 0.1"
         raise SkdError(f"alpha must be at least 0 and less than 1, got {alpha}", where="distill.alpha", hint=hint)
@@ -66,11 +59,7 @@ def skew_kl(log_p_NE: Tensor, log_q_NE: Tensor, alpha: float = 0.1) -> Tensor:
 
 
 def skew_reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, alpha: float = 0.1) -> Tensor:
-    """Return KL(q || alpha q + (1 - alpha) p): a reverse KL that is at most -log alpha. alpha = 0 is the reverse KL.
-
-    Raises:
-        SkdError: alpha is not at least 0 and less than 1.
-    """
+    """Return KL(q || alpha q + (1 - alpha) p): a reverse KL that is at most -log alpha. alpha = 0 is the reverse KL."""
     return skew_kl(log_q_NE, log_p_NE, alpha)
 
 

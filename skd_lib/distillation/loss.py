@@ -142,14 +142,7 @@ def selective_weights(selective: SelectiveConfig, compared: SignalPair, student_
 def cross_entropy_sum(
     student: PreTrainedModel, student_states_NH: Tensor, targets_N: Tensor, chunk: int | None = None
 ) -> LossSums:
-    """Sum the cross-entropy over response positions, from final hidden states.
-
-    Args:
-        student: Its head makes the logits.
-        student_states_NH: States that predict the N response tokens.
-        targets_N: The response tokens.
-        chunk: Positions whose logits are held at once; by default see `loss_chunk`.
-    """
+    """Sum the cross-entropy over response positions, from final hidden states that predict the response tokens."""
 
     def of_chunk(student: PreTrainedModel, student_chunk_NH: Tensor, targets_chunk_N: Tensor) -> LossSums:
         logits_NV = lm_logits(student, student_chunk_NH)
@@ -167,13 +160,7 @@ Objective = Callable[[PreTrainedModel, Rollout], LossSums]
 
 
 def objective_for(method: str, teacher: PreTrainedModel | None, distill: DistillConfig) -> Objective:
-    """Return the objective of a method.
-
-    Args:
-        method: In `skd_lib.distillation.methods.METHODS`.
-        teacher: Frozen; None where the method asks none, or where rollouts carry its signals.
-        distill: The divergence and its options.
-    """
+    """Return the objective of a method; the teacher is None where rollouts carry its signals, or none is asked."""
     if not METHODS[method].uses_divergence:
         return cross_entropy
     loss = loss_for(distill)

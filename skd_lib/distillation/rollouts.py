@@ -212,9 +212,6 @@ def rollout_for(
         pad_id: Fills rows up; may be one of `eos_ids`.
         max_new_tokens: Longest sampled response.
         sampler_at: Another engine that samples; None samples here.
-
-    Raises:
-        SkdError: the method needs a teacher and there is none.
     """
     entry = METHODS[method]
     if teacher is None and (entry.student_writes or entry.teacher_writes):

@@ -53,15 +53,7 @@ class TeacherSignal(ABC):
 
     @abstractmethod
     def compare(self, student_logits_NV: Tensor, temperature: float) -> SignalPair:
-        """Compare teacher and student over common events, in fp32, with a graph to the student's logits.
-
-        Args:
-            student_logits_NV: Raw logits at all N positions.
-            temperature: Divides both models' logits.
-
-        Raises:
-            SkdError: the signal was made for another temperature or a larger vocabulary.
-        """
+        """Compare teacher and student over common events, in fp32, with a graph to the student's logits."""
 
     def __len__(self) -> int:
         return len(getattr(self, self.tensors[0]))

@@ -47,12 +47,7 @@ class Window:
 
 
 class RowCache(Cache):
-    """Keys and values of up to `capacity` positions a row.
-
-    Args:
-        config: The model's configuration.
-        capacity: Positions allocated for every row.
-    """
+    """Keys and values of up to `capacity` positions a row, all allocated."""
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
         self.block, self.config = Window(), config
@@ -146,9 +141,6 @@ class TokenCache:
     """The tokens of every row, for decoders whose state cannot take tokens back.
 
     Rows are padded on the right, where a causal decoder does not look, so that no mask is needed.
-
-    Args:
-        tokens_BC: Token ids, `capacity` columns.
     """
 
     def __init__(self, tokens_BC: Tensor) -> None:
@@ -224,11 +216,7 @@ def position_limit(model: PreTrainedModel, block: int) -> int | None:
     """Return the most tokens that a row may have; None where the model has no limit.
 
     Some rotary positions (`dynamic`, `longrope`) change for all rows as soon as one row is longer than the model was
-    first trained for; such a row is too long.
-
-    Args:
-        model: A causal language model.
-        block: Positions that a round may look at beyond a row's last token.
+    first trained for; such a row is too long. A round may look at `block` positions beyond a row's last token.
     """
     limit = context_length(model.config)
     stretches_from = _stretches_from(model)

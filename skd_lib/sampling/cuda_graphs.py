@@ -75,11 +75,8 @@ class StaticRows(Rows):
     def shape(self, block: int, capacity: int) -> tuple[int, int]:
         """Return the number of rows that a round computes, and the longest row that it has room for.
 
-        Idle rows fill up to a power of two, and all rows are read up to the end of the next bucket.
-
-        Args:
-            block: The positions that a round adds to the longest row.
-            capacity: Positions there are.
+        Idle rows fill up to a power of two, and all rows are read up to the end of the next bucket, within the
+        capacity. A round adds `block` positions to the longest row.
         """
         visible = min(-(-(self.longest + block) // BUCKET) * BUCKET, capacity)
         return min(1 << (len(self.index_B) - 1).bit_length(), len(self.base.index_B)), visible - block

@@ -30,11 +30,7 @@ _ABOVE_ALL = 0x7F800000
 
 
 def check_params(params: SamplingParams, *, where: str) -> None:
-    """Refuse a temperature or top-p that gives no probabilities.
-
-    Raises:
-        SkdError: the temperature is not 0 and not a number from 1e-6 on, or top-p is not above 0 and at most 1.
-    """
+    """Refuse a temperature or top-p that gives no probabilities."""
     temperature, top_p = params.temperature, params.top_p
     if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
         hint = f"give it 0, for greedy decoding, or a number from {LEAST_TEMPERATURE:g} on"

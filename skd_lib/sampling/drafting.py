@@ -60,14 +60,7 @@ class AdaptiveGamma:
     costs: Costs | None = None
 
     def choose(self, counts: SamplingStatistics, costs: Costs, *, rows: int, bonus: bool) -> int:
-        """Choose the draft length of the next round, 1 to `maximum`.
-
-        Args:
-            counts: Statistics of the rounds so far.
-            costs: Costs of forwards.
-            rows: Rows in the next round.
-            bonus: True if the teacher adds a token after a block that was accepted whole.
-        """
+        """Choose the draft length of the next round, of `rows`, from the rounds so far: 1 to `maximum`."""
         expected = _PRIOR_WEIGHT * self.acceptance
         acceptance = (counts.accepted + expected) / (counts.tested + _PRIOR_WEIGHT)
 
@@ -84,8 +77,7 @@ class AdaptiveGamma:
 def expected_tokens(acceptance: Sequence[float]) -> float:
     """Return the expected tokens of a block: the accepted prefix of its drafts, and the teacher's token after it.
 
-    Args:
-        acceptance: The acceptance rate at each position that is tested, given that all before it were accepted.
+    Rates are those of each position that is tested, given that all before it were accepted.
     """
     total, reached = 1.0, 1.0
     for rate in acceptance:

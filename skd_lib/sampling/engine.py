@@ -148,12 +148,7 @@ class Sampler:
 
     @torch.no_grad()
     def rounds(self, prompts: Iterable[list[int]], seeds: Iterable[int]) -> Iterator[Samples]:
-        """Yield the responses so far after each round; the last are those of `sample`.
-
-        Args:
-            prompts: See `sample`.
-            seeds: See `sample`.
-        """
+        """Yield the responses so far after each round; the last are those of `sample`."""
         prompts, seeds = list(prompts), list(seeds)
         output = self._allocate(prompts, seeds)
         for _ in self._play(prompts, output):

@@ -157,17 +157,7 @@ class InterleavedSampler:
         teacher_params: SamplingParams | None = None,
         **options: Any,
     ) -> Iterator[list[StreamedToken]]:
-        """Yield the new tokens of one prompt's response after each round: the tokens of `generate`.
-
-        Args:
-            input_ids: (1, P) the prompt.
-            attention_mask: (1, P) 0 at padding.
-            generation_config: As the other arguments, see `generate`.
-            seed: Repeats the samples.
-            student_params: How the student samples.
-            teacher_params: How the teacher samples.
-            **options: Fields of `generation_config`, which win.
-        """
+        """Yield the new tokens of one prompt's response after each round: those of `generate`, with its arguments."""
         prompts = _rows(input_ids, attention_mask)
         if len(prompts) != 1:
             raise SkdError(f"there are {len(prompts)} prompts", where="stream", hint="stream one at a time")

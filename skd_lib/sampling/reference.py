@@ -51,20 +51,8 @@ def interleave(
 ) -> tuple[list[int], list[int]]:
     """Sample a response: the student proposes a token, the rule decides, the teacher replaces what it refuses.
 
-    Args:
-        student: The student.
-        teacher: The teacher, with the same vocabulary.
-        rule: `top_k`, `min_prob`, `mixture`, `lossless`, `student_only` or `teacher_only`.
-        parameter: Of the rule: K, the least probability, the mixture's share.
-        prompt: Token ids.
-        seed: Seed of the sequence.
-        max_new_tokens: Most tokens of a response.
-        eos_ids: Tokens that end a response.
-        student_params: Temperature and top-p of the student.
-        teacher_params: Temperature and top-p of the teacher.
-
-    Returns:
-        The response's tokens, and for each whether it is the student's or the teacher's.
+    `parameter` is the rule's: K, the least probability, the mixture's share. Returns the response's tokens, and for
+    each whether it is the student's or the teacher's.
     """
     tokens, sources = list(prompt), []
     uniforms = row_uniforms(seed, max_new_tokens + 16, 3).tolist()
