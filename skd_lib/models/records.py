@@ -26,12 +26,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from skd_lib._core.documents import read_text
-from skd_lib.config import Section, parse_json, parse_section
+from skd_lib.config import parse_json, parse_section
 from skd_lib.errors import SkdError
-from skd_lib.results import Course, rounded
+from skd_lib.results import Course, Figures, rounded
 from skd_lib.storage import write_text_atomic
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ _CONTEXT = 4
 """Tokens of the prompt that the first response tokens are decoded behind: some tokenizers drop a text's first space."""
 
 
-class Proposal(Section):
+class Proposal(Figures):
     """The draft that the teacher replaced, as `skd_lib.training.traces.Replacement`."""
-
-    model_config = ConfigDict(extra="ignore")
 
     text: str
     rank: int = Field(ge=0)
@@ -62,20 +60,16 @@ class Proposal(Section):
 _PROPOSAL = Proposal.model_fields.keys() - {"text"}
 
 
-class SampledToken(Section):
+class SampledToken(Figures):
     """One response token; its text is empty where it only begins a character that a later token ends."""
-
-    model_config = ConfigDict(extra="ignore")
 
     text: str
     by: Literal["student", "teacher"]
     proposal: Proposal | None = None
 
 
-class SampledSequence(Section):
+class SampledSequence(Figures):
     """One response that was trained on."""
-
-    model_config = ConfigDict(extra="ignore")
 
     step: int = Field(ge=0, description="Optimiser step, from 1.")
     row: int = Field(ge=0)

@@ -8,15 +8,14 @@ nested DAG were cached.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from skd_lib.tracking.client import TAG_LENGTH, clip
-from skd_lib.tracking.locate import ERROR_TAG, PARENT_TAG, TASK_TAG, RunLocation, children_of, find_parent
+from skd_lib.tracking.locate import ERROR_TAG, PARENT_TAG, TASK_TAG, Record, RunLocation, children_of, find_parent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -141,13 +140,10 @@ def _never_logged(runs: Sequence[Run]) -> str:
     return ""
 
 
-class PipelineClosing(BaseModel):
-    """The end of a whole pipeline run, as an entry that can be sent later; see `runs.close_pipeline_run`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class PipelineClosing(Record):
+    """The end of a whole pipeline run; see `runs.close_pipeline_run`."""
 
     kind: Literal["pipeline_closing"] = "pipeline_closing"
-    at: int = Field(default_factory=lambda: int(time.time() * 1000))
     state: str
     error: str
     seen: Seen = Seen()

@@ -6,17 +6,16 @@ import base64
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from skd_lib._core.uris import shown
 from skd_lib.tracking.client import TAG_LENGTH, brief, check_not_deleted, clip, connect
 from skd_lib.tracking.ending import PipelineClosing
-from skd_lib.tracking.locate import ATTEMPT_TAG, ERROR_TAG, RunLocation, locate
+from skd_lib.tracking.locate import ATTEMPT_TAG, ERROR_TAG, Record, RunLocation, locate
 from skd_lib.tracking.models import LoggedModels
 from skd_lib.tracking.view import View
 
@@ -59,14 +58,7 @@ class LoggedRun:
         return self._steps[key]
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-    which: Literal["step", "parent"] = "step"
-    at: int = Field(default_factory=lambda: int(time.time() * 1000))
-
-
-class Params(_Entry):
+class Params(Record):
     """Parameters; see `RunLog.log_params`."""
 
     kind: Literal["params"] = "params"
@@ -89,7 +81,7 @@ class Params(_Entry):
         _send_batches(client, target.run_id, "tags", tags)
 
 
-class Metrics(_Entry):
+class Metrics(Record):
     """Numbers; see `RunLog.log_metrics`. MLflow keeps a point with the same time, step and value once."""
 
     kind: Literal["metrics"] = "metrics"
@@ -111,7 +103,7 @@ class Metrics(_Entry):
         target.figures |= self.values
 
 
-class DatasetUse(_Entry):
+class DatasetUse(Record):
     """Data that the run read; see `RunLog.log_dataset`."""
 
     kind: Literal["dataset"] = "dataset"
@@ -136,7 +128,7 @@ class DatasetUse(_Entry):
         client.log_inputs(target.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", self.context)])])
 
 
-class Artifact(_Entry):
+class Artifact(Record):
     """A small file, with its content, since the file itself may be gone when the store answers again."""
 
     kind: Literal["artifact"] = "artifact"
@@ -157,7 +149,7 @@ class Artifact(_Entry):
             client.log_artifact(target.run_id, str(path), artifact_path=self.folder)
 
 
-class Table(_Entry):
+class Table(Record):
     """A table; see `RunLog.log_table`."""
 
     kind: Literal["table"] = "table"
@@ -171,7 +163,7 @@ class Table(_Entry):
             client.log_table(target.run_id, self.columns, self.path)
 
 
-class Tags(_Entry):
+class Tags(Record):
     """Tags; one of the same name is replaced."""
 
     kind: Literal["tags"] = "tags"
@@ -185,7 +177,7 @@ class Tags(_Entry):
             _send_batches(client, target.run_id, "tags", [RunTag(key, value) for key, value in self.values.items()])
 
 
-class Closing(_Entry):
+class Closing(Record):
     """The step's end: FINISHED, FAILED or KILLED."""
 
     kind: Literal["closing"] = "closing"

@@ -10,9 +10,9 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from skd_lib import __version__
 from skd_lib.tracking.client import check_not_deleted, find_experiment, find_or_create_experiment
@@ -38,6 +38,11 @@ PAGE_ROWS = 1000
 """Rows of one answer: MLflow's own limit for experiments."""
 
 
+def now() -> int:
+    """Return the time in MLflow's milliseconds."""
+    return int(time.time() * 1000)
+
+
 class RunLocation(BaseModel):
     """The place in MLflow that one attempt at a step logs to.
 
@@ -57,9 +62,18 @@ class RunLocation(BaseModel):
     experiment: str
     pipeline_run_id: str
     step: str
-    run_name: str | None
-    mlflow_run_id: str
-    started: int
+    run_name: str | None = None
+    mlflow_run_id: str = ""
+    started: int = Field(default_factory=now)
+
+
+class Record(BaseModel):
+    """A value that a step's run or its parent run is to hold: it can wait on disk, and be sent twice without effect."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    which: Literal["step", "parent"] = "step"
+    at: int = Field(default_factory=now)
 
 
 def locate(client: MlflowClient, location: RunLocation, *, reopen: bool) -> dict[str, Run]:

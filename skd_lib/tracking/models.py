@@ -7,11 +7,12 @@ models, so they are logged on the run of the step that measured them, where no o
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
+
+from skd_lib.tracking.locate import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,16 +39,13 @@ class ModelRecord(BaseModel):
     figures: dict[str, float] = {}
 
 
-class LoggedModels(BaseModel):
-    """The models of a pipeline run, as an entry that can be sent later, or twice; see `runs.RunLog.log_models`.
+class LoggedModels(Record):
+    """The models of a pipeline run; see `runs.RunLog.log_models`.
 
     `dataset` is the name and the digest of the data that the figures were measured on.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
     kind: Literal["models"] = "models"
-    at: int = Field(default_factory=lambda: int(time.time() * 1000))
     models: list[ModelRecord]
     dataset: tuple[str, str] | None = None
 

@@ -20,7 +20,6 @@ import json
 import os
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -269,7 +268,6 @@ def _location(tracking_uri: str, experiment: str, run_id: str, step: str, run_na
         step=step,
         run_name=run_name,
         mlflow_run_id=os.environ.get("MLFLOW_RUN_ID", ""),
-        started=int(time.time() * 1000),
     )
 
 

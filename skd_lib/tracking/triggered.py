@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -60,8 +59,6 @@ def note(name: str, *, pipeline_run_id: str, run_name: str, tracking_uri: str, e
         pipeline_run_id=pipeline_run_id,
         step="trigger",
         run_name=run_name,
-        mlflow_run_id="",
-        started=int(time.time() * 1000),
     )
     with _store(tracking_uri) as client:
         client.set_tag(find_or_create_parent(client, location).info.run_id, TRIGGER_TAG, name)

@@ -7,15 +7,13 @@ MLflow's page keeps such a view in a tag of the experiment (`mlflow.sharedViewSt
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from skd_lib._core.uris import how_to_look, is_sqlite
 from skd_lib.errors import SkdError
 from skd_lib.tracking.client import TAG_LENGTH, connect, find_experiment, server_address, untaken
+from skd_lib.tracking.locate import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,14 +31,10 @@ _MOST = 24
 """Metrics in one view: those of the last runs, where there are more."""
 
 
-class View(BaseModel):
-    """Metrics that the runs table is to show, as an entry that can be sent later; see `runs.RunLog.show_metrics`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class View(Record):
+    """Metrics that the runs table is to show; see `runs.RunLog.show_metrics`."""
 
     kind: Literal["view"] = "view"
-    which: Literal["step", "parent"] = "parent"
-    at: int = Field(default_factory=lambda: int(time.time() * 1000))
     metrics: list[str]
 
     def send(self, client: MlflowClient, target: Any) -> None:
