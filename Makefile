@@ -28,7 +28,7 @@ demo: $(STAMP) ## Run the whole pipeline on this machine: real models, real data
 	$(BIN)/skd run $(CONFIG) $(ARGS)
 
 bench: $(STAMP) ## Measure how fast sampling is on this machine (ARGS=... for options)
-	$(BIN)/skd bench sampling $(ARGS)
+	$(BIN)/python docs/benchmarks/benchmark.py sampling $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 OPTIONAL := not comet and not trl and not vllm and not docker

@@ -1,4 +1,4 @@
-"""The benchmarks of docs/benchmarks.md that are not a command of `skd`: how sampling grows, and a training step.
+"""The benchmarks of docs/benchmarks.md that are not a command of `skd`: sampling, how it grows, and a training step.
 
     python docs/benchmarks/benchmark.py --help
 
@@ -7,28 +7,29 @@ Run it at the root of the source tree, with the Python of `make install`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from skd_kfp.pipelines.cli.bench import (
-    Acceptance,
-    BatchSize,
-    Device,
-    Dtype,
-    Gamma,
-    NewTokens,
-    Output,
-    PromptTokens,
-    Repeats,
-    Seed,
-    Student,
-    Teacher,
-    TopK,
-)
+from skd_kfp.pipelines.cli.bench import Acceptance, Gamma, PromptTokens, Repeats, Seed, TopK
 from skd_lib._core.terminal import run_command
-from skd_lib.bench.setup import Settings, k_for, show, with_progress
+from skd_lib.bench.setup import Settings, k_for, with_progress
+from skd_lib.errors import SkdError
+from skd_lib.storage import write_text_atomic
+
+Teacher = Annotated[
+    str, typer.Option(help="Reference to a model, or random:SHAPE for random weights in a real model's shape.")
+]
+Student = Annotated[str, typer.Option(help="Like --teacher.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows decoded together.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of every response.")]
+Dtype = Annotated[str, typer.Option(help="Of weights and cache, e.g. float32.")]
+Device = Annotated[str | None, typer.Option(show_default="the GPU if there is one", help="E.g. cpu, cuda.")]
+Output = Annotated[Path, typer.Option(help="JSON file to write.")]
 
 app = typer.Typer(
     help="The benchmarks of docs/benchmarks.md that are not a command of `skd`.",
@@ -37,6 +38,50 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+@app.command("sampling")
+def sampling(
+    teacher: Teacher = "random:smollm2-135m",
+    student: Student = "random:smollm2-135m-22-layers",
+    batch_size: BatchSize = 8,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 48,
+    gamma: Gamma = 5,
+    repeats: Repeats = 5,
+    top_k: TopK = None,
+    acceptance: Acceptance = 0.9,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Seed = 0,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Name of a row to measure; again for more.", show_default="all")
+    ] = None,
+    output: Output = Path("runs/bench-sampling.json"),
+) -> None:
+    """Measure the sampling engine against generate, token-by-token and assisted decoding, and against its floor.
+
+    Shapes: smollm2-135m, gemma-2b, gemma-7b, or with another depth, e.g. smollm2-135m-6-layers. The floor is the bare
+    forwards of the same rounds.
+    """
+    from sampling import WAYS, bench_sampling, render
+
+    settings = Settings(
+        teacher=teacher,
+        student=student,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        repeats=repeats,
+        top_k=k_for(top_k, teacher),
+        acceptance=acceptance,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    result = with_progress(lambda progress: bench_sampling(settings, only or WAYS, progress))
+    show(render(result), result.to_json(), output)
 
 
 @app.command("growth")
@@ -141,6 +186,19 @@ def training(
         )
     )
     show(render(result), result.to_json(), output)
+
+
+def show(tables: Sequence[Table], figures: str, output: Path) -> None:
+    """Print the tables, and write all figures to a file, with its folders; raises SkdError if it cannot be written."""
+    console = Console()
+    for table in tables:
+        console.print(table)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(output, figures)
+    except OSError as error:
+        raise SkdError(f"cannot write the result: {error.strerror}", where=str(output)) from error
+    console.print(f"{output}: all figures", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,13 +11,7 @@ from skd_lib.errors import SkdError
 
 bench = typer.Typer(help="Measure how fast things are on this machine.", no_args_is_help=True)
 
-Teacher = Annotated[
-    str, typer.Option(help="Reference to a model, or random:SHAPE for random weights in a real model's shape.")
-]
-Student = Annotated[str, typer.Option(help="Like --teacher.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows decoded together.")]
 PromptTokens = Annotated[int, typer.Option(min=2, help="Longest prompt; the shortest has half of it.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of every response.")]
 Gamma = Annotated[int, typer.Option(min=1, help="Tokens drafted for each teacher call; the most, if adaptive.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed passes of each kind; figures are medians.")]
 TopK = Annotated[
@@ -27,59 +20,12 @@ TopK = Annotated[
 Acceptance = Annotated[
     float, typer.Option(min=0, max=1, help="Acceptance with random weights: K is this share of the vocabulary.")
 ]
-Dtype = Annotated[str, typer.Option(help="Of weights and cache, e.g. float32.")]
-Device = Annotated[str | None, typer.Option(show_default="the GPU if there is one", help="E.g. cpu, cuda.")]
 Seed = Annotated[int, typer.Option(help="Of random weights, prompts and samples.")]
-Output = Annotated[Path, typer.Option(help="JSON file to write.")]
 
 
-@bench.command("sampling")
-def sampling(
-    teacher: Teacher = "random:smollm2-135m",
-    student: Student = "random:smollm2-135m-22-layers",
-    batch_size: BatchSize = 8,
-    prompt_tokens: PromptTokens = 64,
-    new_tokens: NewTokens = 48,
-    gamma: Gamma = 5,
-    repeats: Repeats = 5,
-    top_k: TopK = None,
-    acceptance: Acceptance = 0.9,
-    student_top_p: Annotated[float, typer.Option(min=0.01, max=1, help="The student's nucleus.")] = 1.0,
-    dtype: Dtype = "bfloat16",
-    device: Device = None,
-    seed: Seed = 0,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Name of a row to measure; again for more.", show_default="all")
-    ] = None,
-    output: Output = Path("runs/bench-sampling.json"),
-) -> None:
-    """Measure the sampling engine against generate, token-by-token and assisted decoding, and against its floor.
-
-    Shapes: smollm2-135m, gemma-2b, gemma-7b, or with another depth, e.g. smollm2-135m-6-layers. The floor is the bare
-    forwards of the same rounds.
-
-    Example: `skd bench sampling --batch-size 4 --new-tokens 32`.
-    """
-    from skd_lib.bench.sampling import WAYS, bench_sampling, render
-    from skd_lib.bench.setup import Settings, k_for, show, with_progress
-
-    settings = Settings(
-        teacher=teacher,
-        student=student,
-        batch_size=batch_size,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        gamma=gamma,
-        repeats=repeats,
-        top_k=k_for(top_k, teacher),
-        acceptance=acceptance,
-        student_top_p=student_top_p,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
-    result = with_progress(lambda progress: bench_sampling(settings, only or WAYS, progress))
-    show(render(result), result.to_json(), output)
+@bench.callback()
+def _bench() -> None:
+    """Keep `bench` a group, although it has one command."""
 
 
 @bench.command("engine")
@@ -110,7 +56,8 @@ def engine(
     """Measure interleaved sampling by both engines of `distill.engine`, and where the time of a training step goes.
 
     A vLLM server is started for it, in the environment of `skd engine install`. `vllm` drafts --gamma tokens always,
-    `transformers` at most. Shapes are those of `skd bench sampling`.
+    `transformers` at most. Shapes: smollm2-135m, gemma-2b, gemma-7b, or with another depth, e.g.
+    smollm2-135m-6-layers.
 
     Example: `skd bench engine runs/demo/teacher runs/demo/student --batch-sizes 8,32 --new-tokens 32`.
     """

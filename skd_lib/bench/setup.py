@@ -1,4 +1,4 @@
-"""The parts that all benchmarks share: models, prompts, timing, and output of the figures."""
+"""The parts that all benchmarks share: models, prompts and timing."""
 
 from __future__ import annotations
 
@@ -7,33 +7,29 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skd_lib.errors import SkdError
 from skd_lib.models.loading import avoid_cudnn_attention, default_device, load_model
 from skd_lib.models.references import resolve_model
 from skd_lib.models.shapes import SHAPES
-from skd_lib.storage import write_text_atomic
 
 RANDOM = "random:"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a benchmark; `skd bench sampling --help` describes them.
+    """Settings of a benchmark; `skd bench engine --help` describes them.
 
     Models are references, or `random:` and a shape of `SHAPES`. Prompts have between half of `prompt_tokens` and all.
-    Temperatures are 1, and so is the teacher's top-p. `device` None is the GPU if there is one.
+    Temperatures are 1, and so is top-p. `device` None is the GPU if there is one.
     """
 
     teacher: str = RANDOM + "smollm2-135m"
@@ -45,7 +41,6 @@ class Settings:
     repeats: int = 5
     top_k: int | None = None
     acceptance: float = 0.9
-    student_top_p: float = 1.0
     dtype: str = "bfloat16"
     device: str | None = None
     seed: int = 0
@@ -115,19 +110,6 @@ def with_progress(measure: Callable[[Callable[[int, int], None]], ResultT]) -> R
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=None)
         return measure(lambda done, total: progress.update(task, completed=done, total=total))
-
-
-def show(tables: Sequence[Table], figures: str, output: Path) -> None:
-    """Print the tables, and write all figures to a file, with its folders; raises SkdError if it cannot be written."""
-    console = Console()
-    for table in tables:
-        console.print(table)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(output, figures)
-    except OSError as error:
-        raise SkdError(f"cannot write the result: {error.strerror}", where=str(output)) from error
-    console.print(f"{output}: all figures", markup=False, highlight=False, soft_wrap=True)
 
 
 def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:

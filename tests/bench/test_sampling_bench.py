@@ -10,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from skd_kfp.pipelines.cli import app
-from skd_lib.bench import baselines
-from skd_lib.bench.sampling import bench_sampling, render
+import baselines
+from benchmark import app
+from sampling import bench_sampling, render
 from skd_lib.bench.setup import Settings
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
@@ -45,7 +45,7 @@ def test_the_command_prints_and_writes_every_row(save_tiny_model: SaveTinyModel,
     options = ["--teacher", teacher, "--student", student, "--batch-size", 3, "--prompt-tokens", 8, "--new-tokens", 6]
     options += ["--gamma", 2, "--repeats", 2, "--dtype", "float32", "--device", "cpu"]
     options += ["--output", tmp_path / "new/bench.json"]
-    done = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["bench", "sampling", *map(str, options)])
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["sampling", *map(str, options)])
     assert done.exit_code == 0, done.output
     values = json.loads((tmp_path / "new/bench.json").read_text())
     assert {row["name"]: row["batch_size"] for row in values["rows"]} == WAYS

@@ -20,7 +20,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from skd_lib.bench import baselines
+import baselines
 from skd_lib.bench.setup import Settings, load_pair, machine_figures, prompts_for, timed
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
@@ -237,7 +237,7 @@ def _contenders(
     settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel, k: int, prompts: list[list[int]]
 ) -> list[_Contender]:
     new_tokens, gamma = settings.new_tokens, settings.gamma
-    plain, narrow = SamplingParams(), SamplingParams(top_p=settings.student_top_p)
+    plain = SamplingParams()
     one, batch = prompts[:1], len(prompts)
 
     def engine(name: str, rule: AcceptanceRule, rows: list[list[int]], gamma: int | AdaptiveGamma) -> _Contender:
@@ -249,7 +249,7 @@ def _contenders(
             pad_id=0,
             max_new_tokens=new_tokens,
             gamma=gamma,
-            student_params=plain if rule.name == "lossless" else narrow,
+            student_params=plain,
             # SKD's loss reads them; the other ways have no use for them.
             keep_teacher_states=rule.name.startswith("top_k"),
         )
@@ -261,17 +261,17 @@ def _contenders(
 
     adaptive = AdaptiveGamma(gamma)
     return [
-        _Contender("generate", batch, lambda: baselines.generate(student, prompts, new_tokens, narrow)),
+        _Contender("generate", batch, lambda: baselines.generate(student, prompts, new_tokens, plain)),
         engine("everything", student_only(), prompts, gamma),
         _Contender(
             "token-by-token",
             batch,
-            lambda: baselines.token_by_token(student, teacher, k, prompts, new_tokens, narrow, plain),
+            lambda: baselines.token_by_token(student, teacher, k, prompts, new_tokens, plain, plain),
         ),
         _Contender(
             "published shape",
             1,
-            lambda: baselines.published_shape(student, teacher, k, gamma, one[0], new_tokens, narrow, plain),
+            lambda: baselines.published_shape(student, teacher, k, gamma, one[0], new_tokens, plain, plain),
         ),
         engine("top_k", top_k(k), prompts, gamma),
         engine("top_k adaptive", top_k(k), prompts, adaptive),
