@@ -24,6 +24,7 @@ from skd_lib.data.chat import chat_layout
 from skd_lib.data.conversations import Conversation, as_text, read_conversation, read_prompt
 from skd_lib.data.examples import conversation_example
 from skd_lib.data.rows import CONVERSATIONS
+from skd_lib.data.template_text import plain_ids
 from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode
 from skd_lib.errors import SkdError
 
@@ -68,7 +69,7 @@ def tokenize_row(
         completion = row.get("completion")
         if completion is not None and not isinstance(completion, str):
             raise SkdError("`prompt` is a string and `completion` is none", where=where, hint="give both as strings")
-        response = [] if completion is None else [*_plain(tokenizer, completion), eos_ids[0]]
+        response = [] if completion is None else [*plain_ids(tokenizer, completion), eos_ids[0]]
     else:
         raise SkdError(
             f"the row has the fields {', '.join(sorted(row)) or 'none'}", where=where, hint=f"it needs {_KNOWN}"
@@ -144,7 +145,3 @@ def _remarks(tokenizer: PreTrainedTokenizerBase, talk: Conversation) -> Iterator
 @lru_cache(maxsize=256)
 def _warn_once(name: str, remark: str) -> None:
     log.warning("%s: %s", name, remark)
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

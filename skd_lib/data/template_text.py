@@ -42,10 +42,11 @@ def ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, tuple[i
 
 def tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:
     """Return the token ids of a text after `anchor`; of the text alone where a token spans both."""
+    head = plain_ids(tokenizer, anchor) if anchor else []
+    whole = plain_ids(tokenizer, anchor + text)
+    return whole[len(head) :] if whole[: len(head)] == head else plain_ids(tokenizer, text)
 
-    def ids(string: str) -> list[int]:
-        return list(tokenizer(string, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    head = ids(anchor) if anchor else []
-    whole = ids(anchor + text)
-    return whole[len(head) :] if whole[: len(head)] == head else ids(text)
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text in which special tokens stay text."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from skd_lib.config import TaskConfig
 from skd_lib.data.chat import ChatLayout, chat_layout, depends_on_date
 from skd_lib.data.examples import Example, Question
+from skd_lib.data.template_text import plain_ids
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def encode(
     talk = example.conversation
     if not task.chat_template or not example.target:
         prompt = encode_prompt(tokenizer, task, example.question)
-        target = tokenizer(example.target, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        response = [*target, eos_id] if example.target else []
+        response = [*plain_ids(tokenizer, example.target), eos_id] if example.target else []
     else:
         layout = chat_layout(tokenizer, task)
         before, said = _parted(layout, task, example.question, example.target)

@@ -160,12 +160,12 @@ def weights_sample(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe(path: Path, *, trust_remote_code: bool = False) -> dict[str, int]:
+def describe(path: Path) -> dict[str, int]:
     """Return a stored model's `num_parameters`, `vocab_size` (rows of the embedding) and `context_length` in tokens.
 
     Reads headers and config, and the embeddings where it must. Weights that are tied but stored twice count once.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
+    config = load_config(path).get_text_config(decoder=True)
     tied = {_HEAD} if getattr(config, "tie_word_embeddings", False) and not has_own_head(path) else set()
     return {
         "num_parameters": sum(math.prod(tensor.shape) for tensor in stored_tensors(path) if tensor.name not in tied),

@@ -44,9 +44,9 @@ WHOLE = 1 << 27
 _PLACES = 4
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(folder: Path) -> PreTrainedModel:
     """Build the causal language model that a folder's config.json describes, on the meta device."""
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder)
     check_decoder_only(config, folder)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and not 0 < layers <= _MOST_LAYERS:
@@ -57,7 +57,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
         untie(config)
     try:
         with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever an architecture's code makes of its config
         raise SkdError(
             f"not a causal language model: {reason(error)}",

@@ -32,10 +32,7 @@ _WAY_OUT = "choose a teacher and a student of one model family, or cut the stude
 class Findings:
     """Problems of one or two vocabularies.
 
-    Attributes:
-        errors: Problems that keep the models from being used.
-        warnings: Problems that do no harm as long as no text contains the ids of `unreachable`.
-        unreachable: Ids that no prompt and no answer may contain, with their tokens.
+    Warnings do no harm as long as no text contains the ids of `unreachable`, which has their tokens.
     """
 
     errors: list[SkdError] = field(default_factory=list)
@@ -43,12 +40,12 @@ class Findings:
     unreachable: dict[int, str] = field(default_factory=dict)
 
 
-def check_compatible(teacher: Path, student: Path, *, trust_remote_code: bool = False) -> list[SkdError]:
+def check_compatible(teacher: Path, student: Path) -> list[SkdError]:
     """Return what keeps two models from being used together, see `check_rows` and `compare`; log the warnings."""
     found = [
-        check_rows("teacher", teacher, trust_remote_code=trust_remote_code),
-        check_rows("student", student, trust_remote_code=trust_remote_code),
-        compare(teacher, student, trust_remote_code=trust_remote_code),
+        check_rows("teacher", teacher),
+        check_rows("student", student),
+        compare(teacher, student),
     ]
     for each in found:
         for warning in each.warnings:
@@ -87,14 +84,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         raise SkdError(f"{what}, the first is {differing[0]}", where=name, hint="use models with one tokenizer")
 
 
-def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Findings:
+def check_rows(role: str, path: Path) -> Findings:
     """Find ids of the tokenizer in a model's folder that the model, teacher or student, has no row for.
 
     Tokens that were added to a tokenizer (for images, for padding) are not made of any text that does not spell them
     out: models for text alone leave out their rows (gemma-3-1b-it). Any other token may come up.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    size = rows_in_config(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path)
+    size = rows_in_config(path)
     beyond = {id_: token for token, id_ in sorted(tokenizer.get_vocab().items()) if id_ >= size}
     if not beyond:
         return Findings()
@@ -112,7 +109,7 @@ def check_rows(role: str, path: Path, *, trust_remote_code: bool = False) -> Fin
     return Findings([error]) if reached else Findings(warnings=[error], unreachable=beyond)
 
 
-def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) -> Findings:
+def compare(teacher: Path, student: Path) -> Findings:
     """Compare the vocabularies of two models.
 
     Compares the token of each id that both models have a row for, the beginning-of-sequence id (prompts start with it)
@@ -123,8 +120,8 @@ def compare(teacher: Path, student: Path, *, trust_remote_code: bool = False) ->
     gets them too.
     """
     folders = {"teacher": teacher, "student": student}
-    tokenizers = {role: load_tokenizer(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
-    sizes = {role: rows_in_config(path, trust_remote_code=trust_remote_code) for role, path in folders.items()}
+    tokenizers = {role: load_tokenizer(path) for role, path in folders.items()}
+    sizes = {role: rows_in_config(path) for role, path in folders.items()}
     pair = f"teacher {teacher}, student {student}"
     common = min(sizes.values())
     ours, theirs = (tokens_by_id(tokenizers[role], common) for role in ("teacher", "student"))
@@ -174,9 +171,9 @@ def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> No
             )
 
 
-def rows_in_config(folder: Path, *, trust_remote_code: bool = False) -> int:
+def rows_in_config(folder: Path) -> int:
     """Return the rows of a stored model's embedding, padding rows included, from its config."""
-    return int(load_config(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
+    return int(load_config(folder).get_text_config().vocab_size)
 
 
 def tokens_by_id(tokenizer: PreTrainedTokenizerBase, below: float = math.inf) -> dict[int, str]:

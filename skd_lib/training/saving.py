@@ -37,9 +37,6 @@ class Saver:
 
     As a context it ends when the last one is written. An error of the thread is raised by the next call of `check`,
     `wait` or `begin`.
-
-    Attributes:
-        place: Path or URI of the last complete checkpoint; empty before the first.
     """
 
     def __init__(self, attempt: Attempt, keep: int, minutes: float) -> None:
@@ -186,10 +183,6 @@ class TimedCheckpoints(TrainerCallback):
     def __init__(self, saver: Saver, folder: Path) -> None:
         self._saver, self._folder = saver, folder
 
-    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Name the best checkpoint after a resume: another attempt wrote it, perhaps on another machine."""
-        self._name_best(state)
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a checkpoint between two steps, after raising the error of an earlier one."""
         due = False
@@ -200,13 +193,14 @@ class TimedCheckpoints(TrainerCallback):
             control.should_save = True
 
     def on_save(self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Name the best checkpoint after each new one."""
-        self._name_best(state)
+        """Name the best checkpoint on every process, after each new one and after a resume.
 
-    def _name_best(self, state: TrainerState) -> None:
-        """Name it on every process: the Trainer does so only where it sees the folder, and all load it together."""
+        The Trainer does so only where it sees the folder, and all load it together.
+        """
         if state.best_global_step:
             state.best_model_checkpoint = str(checkpoint_path(self._folder, state.best_global_step))
+
+    on_train_begin = on_save
 
 
 class StopOnSigterm(TrainerCallback):

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
@@ -68,28 +68,16 @@ def place_teacher(teacher: PreTrainedModel | None, device: torch.device) -> PreT
 
 
 def shard(student: PreTrainedModel, teacher: PreTrainedModel | None, args: TrainingArguments) -> None:
-    """Shard a student that is trained, and a frozen teacher, over all processes, in place."""
-    mesh = init_device_mesh(args.device.type, (args.world_size,))
-    shard_trained(student, mesh, bf16=args.bf16)
-    if teacher is not None:
-        shard_frozen(teacher, mesh)
+    """Shard a student in fp32 that is trained, and a frozen teacher, over all processes, in place.
 
-
-def shard_trained(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool) -> None:
-    """Shard a model in fp32 that is trained, in place: each layer, and the rest as one unit.
-
-    With `bf16`, weights are gathered in it, for computing in it; gradients are added up in fp32.
+    Units are the student's layers and the rest of it; the teacher's embedding and head are used apart, and stay whole.
+    With bf16, the student's weights are gathered in it, for computing in it; gradients are added up in fp32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = policy if bf16 else MixedPrecisionPolicy()
-    for layer in _layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard the layers of a frozen model, in place. Its embedding and head are used apart, and stay whole."""
-    for layer in _layers(model):
+    mesh = init_device_mesh(args.device.type, (args.world_size,))
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in (*_layers(student), student):
+        fully_shard(unit, mesh=mesh, mp_policy=mixed if args.bf16 else MixedPrecisionPolicy())
+    for layer in _layers(teacher) if teacher is not None else ():
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
