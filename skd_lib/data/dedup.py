@@ -25,14 +25,9 @@ _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 class Kept(NamedTuple):
-    """The rows that stay, and counts of those that were dropped.
+    """The rows that stay, in their order; counts of those that were dropped, word for word or nearly; a few of these.
 
-    Attributes:
-        examples: In their order.
-        exact: Dropped rows that are there word for word.
-        near: Dropped rows that are nearly there.
-        pairs: A few that were dropped.
-        compared: Rows that were compared for near copies; None if all, with all.
+    `compared` counts the rows that were compared for near copies; None if all, with all.
     """
 
     examples: list[Example]

@@ -30,10 +30,7 @@ log = logging.getLogger(__name__)
 class PreparedData:
     """The splits of a run (see `splits.Splits`), its further test sets, and the manifest that describes them.
 
-    Attributes:
-        manifest: Counts, checksums, losses, configuration and the fingerprint.
-        held_out: Further test sets by name.
-        missing: Held-out sets that could not be read, and why.
+    `missing` are the held-out sets that could not be read, and why.
     """
 
     train_teacher: list[Example]

@@ -80,17 +80,10 @@ def with_long_prompts(losses: Mapping[str, Any], split: str, rows: int, count: i
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of one run.
+    """The splits of one run, and the rows that each has lost (`train`, `validation`, `test`, `held-out NAME`).
 
-    Attributes:
-        train_teacher: For the teacher's fine-tuning.
-        train_student: For the student; the first rows of the same shuffled training set, so the smaller of the two
-            is contained in the larger.
-        validation: To choose checkpoints.
-        test: To measure.
-        held_out: Further test sets, by name.
-        losses: The rows that were dropped, by split: `train`, `validation`, `test`, `held-out NAME`.
-        left_out: Entries that the source itself left out, by reason.
+    Teacher and student train on the first rows of one shuffled set, so the larger of the two contains the smaller.
+    `left_out` counts entries that the source itself left out, by reason.
     """
 
     train_teacher: list[Example]

@@ -29,13 +29,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer.
-
-    Attributes:
-        text: Cut before the task's first stop string.
-        tokens: Generated for it, EOS and the stop string included.
-        truncated: By the task's length limit.
-    """
+    """A model's answer, cut before the first stop string; its tokens count the stop string and EOS."""
 
     text: str
     tokens: int

@@ -61,14 +61,9 @@ def import_folder(source: Path, target: Path, *, link: bool, code: bool = False,
     """Copy what a model needs: config, tokenizer, safetensors weights, card and licence.
 
     The generation config keeps its special ids only: sampling defaults of a hub model have no effect in this pipeline.
-
-    Args:
-        source: A model in the Hugging Face layout.
-        target: The new folder; replaced if it is there.
-        link: Share the weights' bytes with `source` by hard links where the file system can.
-        code: Copy `*.py` too.
-        borrow: Make symbolic links to the weights instead. For a folder that is only read, while `source` is there: a
-            copy would take memory where temporary files are kept in memory.
+    With `link`, weights share their bytes with the source by hard links where the file system can. With `borrow` they
+    are symbolic links: for a folder that is only read while the source is there, where a copy would take memory since
+    temporary files are kept in memory. `code` copies `*.py` too.
     """
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", *(["*.py"] if code else [])]
     with atomic_directory(target) as folder:

@@ -37,13 +37,7 @@ def load_model(
     error, not a warning. Its decoder and head, as they are used here, must give its own logits. Where the files hold
     a head of its own although the config ties it to the embedding, the config is corrected. The generation config
     keeps its special ids only, so that no sampling default of a hub model (top_k, repetition penalty) affects samples.
-
-    Args:
-        path: Folder in the Hugging Face layout.
-        dtype: The weights are converted to it.
-        device: None for `default_device()`.
-        quantization: Bits in which to hold the linear layers except the head (bitsandbytes); they compute in `dtype`.
-        trust_remote_code: Run Python code that comes with the model.
+    Quantised are the linear layers except the head (bitsandbytes); they compute in `dtype`.
     """
     check_model_folder(path)
     if served := served_in(path):

@@ -82,14 +82,10 @@ LINEAGE, COURSE, FIGURES, SAMPLES = "lineage.json", "course.json", "figures.json
 
 @dataclass(frozen=True)
 class Record:
-    """A model's record; what was not recorded is empty.
+    """A model's record, as in the files above; what was not recorded is empty.
 
-    Attributes:
-        folder: Its files.
-        lineage: Where the model came from: method, teacher, data, versions; `losses`: what each split of the data
-            lost; `pipeline_run_id` and `mlflow_run_id`: Kubeflow's run that trained it, and the MLflow run of that.
-        course: Curves of the training.
-        figures: Closing figures of the training.
+    Its lineage has `losses`, what each split of the data lost, `pipeline_run_id`, Kubeflow's run that trained it, and
+    `mlflow_run_id`, the MLflow run of that.
     """
 
     folder: Path

@@ -170,18 +170,9 @@ def resolve_model(
 ) -> Path:
     """Make the model that `ref` names available as a local folder in the Hugging Face layout.
 
-    Downloads and conversions are kept in the cache (the hub's in the hub's own cache) and reused.
-
-    Args:
-        ref: See the table at the top of this module.
-        fingerprint: Result of `model_fingerprint`: a hub model is fetched at that commit, any other must still be the
-            same. Empty: the present model.
-        cache_dir: None for `default_cache_dir()`.
-        trust_remote_code: Fetch the Python code that a hub model comes with, too.
-        weights: False to leave out a hub model's weights, where tokenizer and config are enough.
-
-    Returns:
-        A folder that must not be written to.
+    Downloads and conversions are kept in the cache (the hub's in the hub's own cache) and reused: the folder must not
+    be written to. With a `fingerprint` (`model_fingerprint`) a hub model is fetched at that commit, any other must
+    still be the same. Of a hub model, `trust_remote_code` also fetches its Python code, and weights may be left out.
     """
     reference = parse_reference(ref)
     if isinstance(reference, HubModel) and fingerprint.startswith(COMMIT):

@@ -77,25 +77,11 @@ class Step(BaseModel):
 
 
 class Lineage(BaseModel):
-    """The origin of a registered version.
+    """The origin of a registered version; `missing` says what could not be traced, and why.
 
-    Attributes:
-        registered: Time in milliseconds.
-        base: The student before the distillation.
-        distillation: Method and settings.
-        data_source: Where the data was read, as the configuration names it.
-        data_objects: Size, generation, checksum of each object that was read; or the wheel or hub revision.
-        data: The prepared splits.
-        code_version: Of the code that distilled.
-        images: Images of the steps.
-        pipeline_run_id: Kubeflow's run that trained the student.
-        registered_by: Kubeflow's run that registered it; the same, unless that took the student from the cache.
-        mlflow_run_id: The parent run of the training.
-        state: How the pipeline run ended.
-        steps: Its steps; those from the cache, which another run has made, come first.
-        figures: Its scores when it was registered.
-        champion: Since when, by whom, why; until when, by whom, why.
-        missing: What could not be traced, and why.
+    `base` is the student before the distillation. `data_objects` are size, generation and checksum of each object that
+    was read, or the wheel or hub revision. `registered_by` is another run than `pipeline_run_id` where that took the
+    student from the cache. Steps from the cache, which another run has made, come first. Times are in milliseconds.
     """
 
     model: str

@@ -44,16 +44,10 @@ def now() -> int:
 
 
 class RunLocation(BaseModel):
-    """The place in MLflow that one attempt at a step logs to.
+    """The place in MLflow that one attempt at a step, begun at `started`, logs to.
 
-    Attributes:
-        tracking_uri: The store, see `client.connect`.
-        experiment: MLflow experiment for a parent run, where there is none yet.
-        pipeline_run_id: The pipeline run.
-        step: The step.
-        run_name: Name of the parent run, for the step that creates it.
-        mlflow_run_id: The run that Kubeflow made for this step; empty: none.
-        started: When the attempt began, in milliseconds.
+    Experiment and run name are for a parent run, where there is none yet. `mlflow_run_id` is the run that Kubeflow made
+    for this step; empty: none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -27,11 +27,7 @@ from skd_lib.training.sharding import Sharded, gathered, load_states, load_weigh
 class RolloutTrainer(Trainer):
     """Trains on micro-batches `{"rollout": Rollout}`, of which `get_batch_samples` makes those of a step together.
 
-    Args:
-        objective: The loss to minimise.
-        teacher: Frozen, or None.
-        sharded: Student and teacher are sharded over the processes, see `skd_lib.training.sharding`.
-        options: Arguments of `transformers.Trainer`.
+    Student and frozen teacher may be `sharded` over the processes, see `skd_lib.training.sharding`.
     """
 
     def __init__(self, *, objective: Objective, teacher: PreTrainedModel | None, sharded: bool, **options: Any) -> None:

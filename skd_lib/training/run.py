@@ -48,19 +48,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a training run.
+    """The result of a training run: the student with the weights of the best checkpoint, in one piece.
 
-    Attributes:
-        student: The student with the weights of the best checkpoint; one that was sharded over processes in one piece.
-        precision: The precision of the training.
-        steps: Optimiser steps.
-        best_step: The step of the best checkpoint.
-        best_validation_loss: Its validation loss, the lowest.
-        first_validation_loss: The validation loss before training.
-        history: The logged figures, each with its `step`, including those from before a resume.
-        seconds: Seconds of each phase over the whole run.
-        peak_bytes: Peak memory of each phase on this process's GPU; empty without a GPU.
-        traces: A few sampled sequences, in the order of training.
+    The history has the logged figures, each with its `step`, including those from before a resume; seconds are of each
+    phase over the whole run; peak memory is of each phase on this process's GPU, empty without one.
     """
 
     student: PreTrainedModel

@@ -28,15 +28,10 @@ _POSITIONS_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class Replacement:
-    """A draft of the student that the teacher replaced.
+    """A draft of the student that the teacher replaced, at a position in the response.
 
-    Attributes:
-        position: Index in the response.
-        proposal: The token that the student had drafted.
-        rank: Rank of the proposal among the teacher's raw logits, from 0: SKD rejects at K and above.
-        probability: Probability of the proposal under the teacher, before temperature and top-p.
-        own_rank: Rank of the teacher's own token.
-        own_probability: Its probability.
+    Ranks are among the teacher's raw logits, from 0: SKD rejects at K and above. Probabilities are the teacher's,
+    before temperature and top-p. Those of its own token follow.
     """
 
     position: int
@@ -49,15 +44,9 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Trace:
-    """One sampled training sequence.
+    """One sampled training sequence: its optimiser step, from 1, and its row in the step's global batch.
 
-    Attributes:
-        step: The optimiser step, from 1.
-        row: Its row in the step's global batch.
-        prompt_ids: The prompt's tokens.
-        token_ids: The response's tokens.
-        writers: For each response token `STUDENT` or `TEACHER` (`skd_lib.sampling.samples`).
-        replacements: The rejected drafts.
+    Writers are `STUDENT` or `TEACHER` (`skd_lib.sampling.samples`) for each response token.
     """
 
     step: int
@@ -83,12 +72,9 @@ def recorded_steps(steps: int, eval_steps: int) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class TraceRecorder:
-    """Records traces of rollouts.
+    """Records traces of rollouts: some steps, from 1, and in each the sequences of the lowest rows.
 
-    Attributes:
-        vocabulary: Size of the common vocabulary; ids from there on are no tokens, and have no rank.
-        steps: Optimiser steps to record, from 1.
-        sequences: Number of sequences in a step, those of the lowest rows.
+    Ids from the common vocabulary's size on are no tokens, and have no rank.
     """
 
     vocabulary: int
