@@ -59,14 +59,14 @@ class RunConfig(ConfigSection):
 
     def _needs_of_weights(self) -> list[str]:
         """Return what this run does with the teacher's weights, each with the way out."""
-        needs = []
+        needs = self.distill.needs_of_weights()
         if self.teacher_sft.enabled:
             needs.append("it cannot be fine-tuned here, set `teacher_sft.enabled: false`")
         if self.student_init.cuts:
             needs.append(f"`student_init.mode: {self.student_init.mode}` cuts the student from it, name a student")
         if self.registry.gate == "draft":
             needs.append("no draft is measured with it, set `registry.gate: score`")
-        return [*needs, *self.distill.needs_of_weights()]
+        return needs
 
     @model_validator(mode="after")
     def _held_out_tasks_start_from_the_runs(self) -> RunConfig:

@@ -66,12 +66,13 @@ def evaluate(
     config: EvaluationConfig,
     *,
     seed: int = 0,
+    private: bool = False,
 ) -> Evaluation:
     """Answer the examples and score the answers with every metric of the task but COMET.
 
     A metric that cannot be computed (references without answers, a model that yields NaN) is reported as missing, as
     long as there is another one; all are where no example has a reference. A judge that is down may be up again later:
-    without it there is no result.
+    without it there is no result. With `private` data errors quote no words of the judge, who may quote a row.
 
     Raises:
         JudgeUnavailable: the judge cannot be reached or refuses.
@@ -110,7 +111,7 @@ def evaluate(
         if name in missing:
             continue
         try:
-            measured = _measure(name, predictions, task, config)
+            measured = _measure(name, predictions, task, config, private=private)
         except JudgeUnavailable:
             raise
         except SkdError as error:
@@ -141,6 +142,7 @@ def evaluate_held_out(
     config: EvaluationConfig,
     *,
     seed: int = 0,
+    private: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate on several test sets; one that cannot be scored does not keep the others from it.
 
@@ -156,7 +158,7 @@ def evaluate_held_out(
         if not reason:
             log.info("held-out set %s: %d examples", name, len(each.examples))
             try:
-                results[name] = evaluate(model, tokenizer, each.examples, each.task, config, seed=seed)
+                results[name] = evaluate(model, tokenizer, each.examples, each.task, config, seed=seed, private=private)
                 continue
             except JudgeUnavailable:
                 raise
@@ -194,12 +196,13 @@ def _unscorable(task: TaskConfig, examples: Sequence[Example]) -> dict[MetricNam
 
 
 def _measure(
-    name: MetricName, predictions: Sequence[Prediction], task: TaskConfig, config: EvaluationConfig
+    name: MetricName, predictions: Sequence[Prediction], task: TaskConfig, config: EvaluationConfig, *, private: bool
 ) -> CorpusMetric:
     if name == "perplexity":
         return perplexity(predictions)
     if name == "judge":
-        ratings = grade(config.judge, [(row.source, row.target, row.prediction) for row in predictions])
+        rows = [(row.source, row.target, row.prediction) for row in predictions]
+        ratings = grade(config.judge, rows, private=private)
         graded = {position: rating for position, rating in enumerate(ratings) if rating is not None}
         return replace(mean_rating(config.judge, list(graded.values())), scored_N=tuple(graded))
     texts = [row.prediction for row in predictions], [row.target for row in predictions]

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import requests
 
 from skd_lib._core.events import Progress
-from skd_lib._core.http import patient_session
+from skd_lib._core.http import UNQUOTED, patient_session
 from skd_lib.config import JudgeConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.metrics import CorpusMetric, mean_of
@@ -52,8 +52,10 @@ def check_judge(config: JudgeConfig) -> None:
         raise reply
 
 
-def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[float | None]:
+def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]], *, private: bool = False) -> list[float | None]:
     """Return ratings, 1 to 10, of the answers in rows of (source, target, prediction).
+
+    With `private` rows errors quote no words of the judge.
 
     Returns:
         One a row; None where none was asked for or given.
@@ -70,7 +72,7 @@ def grade(config: JudgeConfig, rows: Sequence[tuple[str, str, str]]) -> list[flo
     progress = Progress("judging", len(asked))
     ratings: list[float | None] = []
     with _session(config) as session, ThreadPoolExecutor(config.parallel) as pool:
-        replies = pool.map(lambda row: _ask(session, config, _fill(config.prompt, row)), asked)
+        replies = pool.map(lambda row: _ask(session, config, _fill(config.prompt, row), private=private), asked)
         failed = 0
         for reply in replies:
             failed = failed + 1 if isinstance(reply, JudgeUnavailable) else 0
@@ -106,7 +108,9 @@ def _session(config: JudgeConfig) -> requests.Session:
     return patient_session(retries=config.retries, parallel=config.parallel, key_variable=KEY)
 
 
-def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | JudgeUnavailable:
+def _ask(
+    session: requests.Session, config: JudgeConfig, prompt: str, *, private: bool = False
+) -> str | JudgeUnavailable:
     """Return the judge's reply, or the error in its place."""
     where = f"metric `judge`, {config.url}"
     body = {
@@ -123,17 +127,18 @@ def _ask(session: requests.Session, config: JudgeConfig, prompt: str) -> str | J
     except requests.RequestException as error:
         hint = "check `evaluation.judge.url`, and that the server runs; then run the same again"
         return JudgeUnavailable(f"the judge does not answer: {str(error)[:300]}", where=where, hint=hint)
+    words = UNQUOTED if private else response.text[:200]
     if response.status_code != requests.codes.ok:
         hint = "see that the server takes requests for `evaluation.judge.model`, then run the same again"
         if response.status_code in (401, 403):
             hint = f"put the key into the environment variable {KEY} (in a cluster: Secret `skd-judge`, key `api-key`)"
-        what = f"the judge refuses: {response.status_code} {response.reason}: {response.text[:200]}"
+        what = f"the judge refuses: {response.status_code} {response.reason}: {words}"
         return JudgeUnavailable(what, where=where, hint=hint)
     try:
         return str(response.json()["choices"][0]["message"]["content"] or "")
     except (ValueError, LookupError, TypeError):
         hint = "`url` must be the base of an OpenAI-compatible API, e.g. http://vllm:8000/v1"
-        return JudgeUnavailable(f"not a chat completion: {response.text[:200]}", where=where, hint=hint)
+        return JudgeUnavailable(f"not a chat completion: {words}", where=where, hint=hint)
 
 
 def _fill(template: str, row: tuple[str, str, str]) -> str:

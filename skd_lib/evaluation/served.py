@@ -25,13 +25,16 @@ from skd_lib.served.teacher import RemoteTeacher
 log = logging.getLogger(__name__)
 
 
-def remote_teacher(folder: Path, task: TaskConfig) -> RemoteTeacher | None:
-    """Return the teacher on a server that a folder stands for; None for a folder with weights."""
+def remote_teacher(folder: Path, task: TaskConfig, *, private: bool = False) -> RemoteTeacher | None:
+    """Return the teacher on a server that a folder stands for; None for a folder with weights.
+
+    With `private` data errors quote no words of the server.
+    """
     served = served_in(folder)
     if served is None:
         return None
     tokenizer = load_tokenizer(folder)
-    return RemoteTeacher(served, tokenizer, task, ending_ids(folder, tokenizer, task))
+    return RemoteTeacher(served, tokenizer, task, ending_ids(folder, tokenizer, task), private=private)
 
 
 def served_answers(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import requests
 
-from skd_lib._core.http import patient_session
+from skd_lib._core.http import UNQUOTED, patient_session
 from skd_lib.config.models import TEACHER_KEY, ServedTeacher
 from skd_lib.errors import SkdError
 
@@ -38,13 +38,14 @@ class Endpoint:
     Args:
         served: Where it is.
         retries: Further tries of a request.
+        private: Errors do not quote the server, which may quote a prompt.
 
     Attributes:
         spent: Tokens and requests so far: `prompt_tokens`, `completion_tokens`, `requests`.
     """
 
-    def __init__(self, served: ServedTeacher, retries: int = RETRIES) -> None:
-        self.served = served
+    def __init__(self, served: ServedTeacher, retries: int = RETRIES, *, private: bool = False) -> None:
+        self.served, self._private = served, private
         self.spent: Counter[str] = Counter(prompt_tokens=0, completion_tokens=0, requests=0)
         self._lock = threading.Lock()
         self._http = patient_session(retries=retries, parallel=IN_FLIGHT, key_variable=served.key_env, pause_s=1)
@@ -91,11 +92,13 @@ class Endpoint:
             raise self._error(f"the answer is no JSON object: {self._quoted(answer.text, 200)}")
         what = f"it answers {answer.status_code} to {path}: {self._quoted(answer.text, 400)}"
         if answer.status_code in (400, 413, 422):
-            raise Refused(what, where=self._where, hint="the server's own words say what it does not take")
+            raise Refused(what, where=self._where, hint="the server's words, or its log, say what it does not take")
         raise self._error(what, self._hint(answer.status_code))
 
     def _quoted(self, text: str, length: int) -> str:
-        """Return the beginning of a server's words, without the key, which some quote."""
+        """Return the beginning of a server's words, without the key, which some quote; none of private data."""
+        if self._private:
+            return UNQUOTED
         key = os.environ.get(self.served.key_env)
         return (text.replace(key, "[key]") if key else text)[:length].strip()
 

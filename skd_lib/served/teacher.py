@@ -33,9 +33,10 @@ from skd_lib.distillation.rollouts import RowKey, Strategy, row_seed
 from skd_lib.distillation.teacher_signal import SparseSignal
 from skd_lib.errors import SkdError
 from skd_lib.served.answers import Answers
-from skd_lib.served.client import Endpoint, Refused, in_flight
+from skd_lib.served.client import RETRIES, Endpoint, Refused, in_flight
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "Tokens: 3.14 = π; naïve café, Привет, 你好 — don't\n\n\tdef f(x):  return x  # 🙂"
@@ -60,7 +61,8 @@ class RemoteTeacher:
         tokenizer: The student's, which must be the teacher's.
         task: Decides about the id that ends an answer.
         ends: All ids that end an answer.
-        retries: Further tries of a request; None for the usual number.
+        retries: Further tries of a request.
+        private: Errors quote no words of the server, see `Endpoint`.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class RemoteTeacher:
         tokenizer: PreTrainedTokenizerBase,
         task: TaskConfig,
         ends: Sequence[int],
-        retries: int | None = None,
+        retries: int = RETRIES,
+        *,
+        private: bool = False,
     ) -> None:
-        self.endpoint = Endpoint(served) if retries is None else Endpoint(served, retries)
+        self.endpoint = Endpoint(served, retries, private=private)
         self._answers: Answers | None = None
         self._all_answers: list[Answers] = []
         self.tokenizer, self.ends, self._end = tokenizer, tuple(ends), answer_end_id(tokenizer, task)
@@ -112,6 +116,11 @@ class RemoteTeacher:
             hint = "take a student of the same family, whose tokenizer is the teacher's"
             raise SkdError(what, where=self.where, hint=hint)
         return theirs is not None and choice.get("token_ids") is not None
+
+    @cached_property
+    def _tokens(self) -> int:
+        """Ids below this may be tokens of the tokenizer."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     @cached_property
     def reads(self) -> bool:
@@ -186,11 +195,7 @@ class RemoteTeacher:
             if np.isnan(log_p_NK).any():
                 hint = "look into the server's log: its model may overflow in its precision"
                 raise SkdError("it answers log-probabilities that are no numbers", where=self.where, hint=hint)
-            if (ids_NK >= vocabulary).any():
-                what = (
-                    f"the token {int(ids_NK.max())} is likely for the teacher, and the student's head has {vocabulary}"
-                )
-                raise SkdError(what, where=self.where, hint="take a student with the teacher's vocabulary")
+            self._check_known(ids_NK, vocabulary)
             return [base64.b64encode(part.tobytes()).decode() for part in (ids_NK, with_rest(log_p_NK, vocabulary))]
 
         keys = {id(example): _key(example.prompt_ids, example.response_ids) for example in examples}
@@ -287,6 +292,13 @@ class RemoteTeacher:
             raise SkdError("its log-probabilities are of other tokens than those it was given", where=self.where)
         return own
 
+    def _check_known(self, ids: ArrayLike, vocabulary: int) -> None:
+        """Refuse ids that are no tokens of the student."""
+        unknown = [token for token in np.ravel(ids).tolist() if not 0 <= token < vocabulary]
+        if unknown:
+            what = f"it answers with token {unknown[0]}, and the student's tokens are 0 to {vocabulary - 1}"
+            raise SkdError(what, where=self.where, hint="take a student with the teacher's vocabulary")
+
     def _reads_nothing(self, why: str) -> Unreadable:
         hint = "serve the teacher with vLLM, or use method `seqkd` and metrics other than perplexity"
         return Unreadable(f"it gives no log-probabilities along a given text: {why}", where=self.where, hint=hint)
@@ -318,6 +330,7 @@ class RemoteTeacher:
             raise SkdError("an answer has no tokens", where=self.where, hint=hint)
         if self.takes_ids:
             ids = list(given)
+            self._check_known(ids, self._tokens)
         else:
             ids = list(self.tokenizer(given, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         finish = choice.get("finish_reason")

@@ -130,7 +130,8 @@ def main(
         take_over_ends(model, tokenizer, teacher)
         load_teacher: Callable[[], PreTrainedModel] | RemoteTeacher | None = None
         if served and METHODS[settings.method].needs_teacher:
-            load_teacher = RemoteTeacher(served, tokenizer, own.task, ending_ids(model, tokenizer, own.task))
+            ends = ending_ids(model, tokenizer, own.task)
+            load_teacher = RemoteTeacher(served, tokenizer, own.task, ends, private=prepared.private)
         elif METHODS[settings.method].needs_teacher:
             precisions = settings.training.teacher_precision, settings.training.precision
             load_teacher = partial(trained_model.load_frozen, teacher, precisions[0], computing=precisions[1])

@@ -148,11 +148,18 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
     for each in used:
         if each.context == "test":
             run.log_dataset(**each.model_dump())
-    remote = remote_teacher(model, task)
+    remote = remote_teacher(model, task, private=prepared.private)
     language_model, tokenizer = (remote, remote.tokenizer) if remote else load_for_inference(model)
     measured = Measured(
-        evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed),
-        evaluate_held_out(language_model, tokenizer, held_out_sets(prepared, settings), evaluation, seed=seed),
+        evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed, private=prepared.private),
+        evaluate_held_out(
+            language_model,
+            tokenizer,
+            held_out_sets(prepared, settings),
+            evaluation,
+            seed=seed,
+            private=prepared.private,
+        ),
         used,
         prepared.private,
     )

@@ -88,7 +88,9 @@ def main(
                 result = None
                 if registry.gate == "score":
                     model, tokenizer = load_for_inference(folder)
-                    result = evaluate(model, tokenizer, prepared.test, task, evaluation, seed=seed)
+                    result = evaluate(
+                        model, tokenizer, prepared.test, task, evaluation, seed=seed, private=prepared.private
+                    )
                     del model  # vLLM, which may come next, wants the GPU's memory
             except JudgeUnavailable:
                 raise

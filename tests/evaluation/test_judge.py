@@ -191,6 +191,14 @@ def test_ratings(reply: str, rating: float | None) -> None:
     assert parse_rating(reply) == rating
 
 
+def test_a_judge_that_quotes_a_private_row_is_not_quoted(server: Server) -> None:
+    server.answer = lambda number: (400, "no: Dear Anna")
+    for private in (False, True):
+        with pytest.raises(JudgeUnavailable) as caught:
+            grade(judge(server), ROWS, private=private)
+        assert ("Dear Anna" in str(caught.value)) != private
+
+
 def test_the_mean_says_who_judged_and_how() -> None:
     config = JudgeConfig(url="http://judge/v1", model="big")
     measured = mean_rating(config, [4, 8])

@@ -43,9 +43,11 @@ def server(
 def make_teacher(server: CompletionsServer, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> MakeTeacher:
     """Make a teacher that keeps its answers in a folder, as each attempt at the same work does."""
 
-    def make(keep: bool = True, retries: int = 0, ends: tuple[int, ...] = ENDS, **fields: str) -> RemoteTeacher:
+    def make(
+        keep: bool = True, retries: int = 0, ends: tuple[int, ...] = ENDS, private: bool = False, **fields: str
+    ) -> RemoteTeacher:
         served = ServedTeacher.model_validate({"url": server.url, "model": MODEL, **fields})
-        teacher = RemoteTeacher(served, tiny_tokenizer, TaskConfig(chat_template=False), ends, retries)
+        teacher = RemoteTeacher(served, tiny_tokenizer, TaskConfig(chat_template=False), ends, retries, private=private)
         if keep:
             teacher.keep(tmp_path / "asked")
         return teacher

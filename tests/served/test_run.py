@@ -84,6 +84,7 @@ def test_mistakes_in_a_teacher(values: dict[str, Any], teacher: Any, message: st
     ("changes", "message"),
     [
         ({"teacher_sft": {}}, "cannot be fine-tuned here, set `teacher_sft.enabled: false`"),
+        ({"teacher_sft": {}, "distill": {"method": "skd"}}, "method `skd` asks .*; it cannot be fine-tuned"),
         ({"distill": {"method": "skd"}}, "method `skd` asks the teacher about what the student writes"),
         ({"distill": {"method": "on_policy"}}, "`distill.engine: vllm` serves them"),
         ({"distill": {"method": "seqkd"}}, "set `distill.teacher_signal.mode: stored`"),

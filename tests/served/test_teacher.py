@@ -232,6 +232,21 @@ def test_the_key_is_sent_and_never_shown(
         ask(make_teacher(keep=False), PROMPTS[:1])
 
 
+@pytest.mark.parametrize("status", [400, 200, 500])
+def test_a_server_that_quotes_a_prompt_is_not_quoted_about_private_data(
+    server: CompletionsServer, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    for private in (False, True):
+        teacher = make_teacher(retries=0, private=private, keep=False)
+        assert teacher.takes_ids
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "complete", lambda body: (status, {"input": "Dear Anna"}))
+            with pytest.raises(SkdError) as caught:
+                ask(teacher, PROMPTS[:1])
+        assert ("Dear Anna" in str(caught.value)) != private
+        assert ("its words are not shown" in str(caught.value)) == private
+
+
 def test_another_model_is_refused(server: CompletionsServer, make_teacher: MakeTeacher) -> None:
     with pytest.raises(SkdError, match=f"no model of this name\n  hint: set `teacher.model` to one of: {MODEL}"):
         _ = make_teacher(model="org/other").context
@@ -280,6 +295,8 @@ def test_a_response_of_which_nobody_knows_whether_it_is_whole(
     [
         ({"token_ids": None}, "an answer has no tokens"),
         ({"prompt_logprobs": [None, None, {"a": -1}]}, "its `prompt_logprobs` are not as vLLM gives them"),
+        ({"token_ids": [40, 320]}, "it answers with token 320, and the student's tokens are 0 to 319"),
+        ({"token_ids": [-1]}, "it answers with token -1"),
     ],
 )
 def test_an_answer_in_another_form(
