@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,8 +49,7 @@ def start(
     """
     from skd_lib.models.references import resolve_model
     from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token
-    from skd_lib.vllm.serve import Served, environment, until_ended
-    from skd_lib.vllm.serve import start as start_server
+    from skd_lib.vllm.serve import Served, environment, started, until_ended
 
     served = Served(
         resolve_model(teacher),
@@ -65,8 +63,8 @@ def start(
     )
     python = environment()
     made = not given_token()
-    process = start_server(served, Path(python), port, host=host)
-    if made:
-        say(f"export {TOKEN_VARIABLE}={os.environ[TOKEN_VARIABLE]}")
-    say(f"distill.vllm.urls: [http://{host}:{port}]")
-    raise typer.Exit(until_ended(process))
+    with started(served, python, port, host=host) as process:
+        if made:
+            say(f"export {TOKEN_VARIABLE}={os.environ[TOKEN_VARIABLE]}")
+        say(f"distill.vllm.urls: [http://{host}:{port}]")
+        raise typer.Exit(until_ended(process))

@@ -107,9 +107,6 @@ class EnginePodsConfig(PodsConfig):
         "own container asks for, with `tensor_parallel` GPUs if it has any.",
     )
     image: str = Field("", description="The image `vllm` (images/README.md); empty: the one of the pipeline's release.")
-    wait_minutes: float = Field(
-        60, gt=0, le=10_000, description="Time for a machine, for the image, and for the models, after which it fails."
-    )
 
 
 class VllmConfig(ConfigSection):
@@ -144,6 +141,14 @@ class VllmConfig(ConfigSection):
         gt=0,
         description="`urls: []` only: the share of a GPU's memory that vLLM takes (its own default is 0.92; the "
         "student in training needs the rest), or GiB for keys and values on a CPU (1).",
+    )
+
+    wait_minutes: float = Field(
+        60,
+        gt=0,
+        le=10_000,
+        description="`urls` and `pods` only: time for a server to answer, which loads its models first (those of "
+        "`pods` wait for a machine and the image, too), after which the step fails. A request has no limit.",
     )
 
     @field_validator("urls")

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,24 +31,28 @@ from skd_lib.multinode.manifest import STEP_ANNOTATION, TRIAL_POD, server_name, 
 from skd_lib.vllm.client import Engine, EngineGone
 from skd_lib.vllm.guard import make_token
 from skd_lib.vllm.pod import PORT, START, settings_of
-from skd_lib.vllm.serve import Served
+from skd_lib.vllm.serve import Served, cause
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 300.0
 """For which an image that cannot be pulled, or a pod that does not answer, is waited for: registries hiccup."""
 _SECTION = "distill.vllm.pods"
+_WAIT = "distill.vllm.wait_minutes"
 _LINES_SHOWN = 200
 _SILENCE = 20.0
 """Seconds for which a silent API server is asked where the answer is no condition for going on."""
 
 
 @contextmanager
-def servers(settings: EnginePodsConfig, served: Served, main: bool = True) -> Iterator[list[Engine]]:
+def servers(
+    settings: EnginePodsConfig, wait_minutes: float, served: Served, main: bool = True
+) -> Iterator[list[Engine]]:
     """Make servers, wait until they answer, and delete them with the block.
 
     Args:
         settings: Their number, machines and image.
+        wait_minutes: Time for a server to have a machine, and to answer.
         served: The models, and what they are served with.
         main: This process makes them; others of the same pod wait for those that it makes.
 
@@ -60,8 +65,8 @@ def servers(settings: EnginePodsConfig, served: Served, main: bool = True) -> It
     own, run_id = cluster.own_pod(), pipeline_run_id()
     if not main:
         names = [f"{server_name(own)}-{number}" for number in range(settings.count)]
-        urls = [_Server(cluster, name).url(settings, expected=True) for name in names]
-        yield [Engine(url, settings.wait_minutes * 60, shared=False) for url in urls]
+        urls = [_Server(cluster, name, wait_minutes * 60).url(expected=True) for name in names]
+        yield [Engine(url, wait_minutes * 60, shared=False) for url in urls]
         return
     delete_left_behind(cluster, run_id)
     token = make_token()
@@ -73,7 +78,7 @@ def servers(settings: EnginePodsConfig, served: Served, main: bool = True) -> It
             for pod in pods:
                 cluster.make(pod)
             log.info("made pods for vLLM servers: %s", ", ".join(names))
-            engines = _ready([_Server(cluster, name) for name in names], settings, served)
+            engines = _ready([_Server(cluster, name, wait_minutes * 60) for name in names], served)
         yield engines
     except Terminated:
         raise Preempted("stopped by SIGTERM while vLLM's servers started", hint="start the step again") from None
@@ -128,21 +133,25 @@ def delete_left_behind(
         if step is None or step.get("status", {}).get("phase") in ("Succeeded", "Failed"):
             left.append(pod["metadata"]["name"])
             cluster.remove("pod", left[-1], patience)
+            cluster.remove("secret", left[-1].rpartition("-")[0], patience)
     if left:
         log.info("deleted vLLM servers whose step has ended: %s", ", ".join(left))
     return left
 
 
-def _ready(made: list[_Server], settings: EnginePodsConfig, served: Served) -> list[Engine]:
+def _ready(made: list[_Server], served: Served) -> list[Engine]:
     """Wait for pods, give them their models, and wait until vLLM answers in all."""
-    urls = [server.url(settings) for server in made]
+    urls = [server.url() for server in made]
+    pool = ThreadPoolExecutor(len(made))
+    try:
+        list(pool.map(lambda server, url: server.send_models(Engine(url), served), made, urls))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after SIGTERM the pods are deleted first, which ends it
     for server, url in zip(made, urls, strict=True):
-        server.send_models(Engine(url), served)
-    for server, url in zip(made, urls, strict=True):
-        server.wait(Engine(url, settings.wait_minutes * 60, server.check_start))
+        server.wait(Engine(url, server.wait_s, server.check_start))
     # One of several that is lost is done without.
     return [
-        Engine(url, alive=server.check if len(made) == 1 else None, shared=False)
+        Engine(url, server.wait_s, server.check if len(made) == 1 else None, shared=False)
         for server, url in zip(made, urls, strict=True)
     ]
 
@@ -153,6 +162,7 @@ class _Server:
 
     cluster: Cluster
     name: str
+    wait_s: float
 
     def state(self, *, expected: bool = False) -> Mapping[str, Any]:
         """Return the pod's status, with `trouble` in words; with `expected` it may be missing yet.
@@ -177,8 +187,9 @@ class _Server:
         """Raise SkdError if vLLM has ended before it answered."""
         state = self.state()
         if any(each.get("restartCount") for each in state.get("containerStatuses", [])):
+            log = "".join(_log(self.cluster, self.name, previous=previous) for previous in (True, False))
             raise SkdError(
-                f"vLLM ended before it answered: {state['trouble']}",
+                f"vLLM ended before it answered: {cause(log) or state['trouble']}",
                 where=self.name,
                 hint="its log is above; it may start with less memory in use (`distill.vllm.max_rows`), or more GPUs "
                 "(`tensor_parallel`)",
@@ -193,7 +204,7 @@ class _Server:
                 raise
             log.warning("the pod %s cannot be looked at: %s", self.name, error.brief)
 
-    def url(self, settings: EnginePodsConfig, *, expected: bool = False) -> str:
+    def url(self, *, expected: bool = False) -> str:
         """Wait until the container runs, and return its address.
 
         Raises:
@@ -209,11 +220,11 @@ class _Server:
                 log.info("waiting for %s: %s", self.name, trouble or state.get("phase", "Pending"))
                 seen = trouble
             unpulled = "ImagePull" in trouble or "InvalidImage" in trouble
-            limit = min(GRACE_SECONDS, settings.wait_minutes * 60) if unpulled else settings.wait_minutes * 60
+            limit = min(GRACE_SECONDS, self.wait_s) if unpulled else self.wait_s
             if time.monotonic() - begin > limit:
                 machine = (
                     f"the cluster needs a machine with what `{_SECTION}.resources` asks for, and `node_selector` and "
-                    f"`tolerations` must fit it; or raise `wait_minutes` ({settings.wait_minutes:g})"
+                    f"`tolerations` must fit it; or raise `{_WAIT}` ({self.wait_s / 60:g})"
                 )
                 image = f"name one in `{_SECTION}.image` that the cluster can pull (images/README.md: `vllm`)"
                 raise SkdError(
@@ -240,7 +251,7 @@ class _Server:
         except SkdError as error:
             if error.where != engine.url:
                 raise
-            hint = f"its log is above; if it loads the models still, raise `{_SECTION}.wait_minutes`"
+            hint = f"its log is above; if it loads the models still, raise `{_WAIT}`"
             raise SkdError(error.what, where=self.name, hint=hint) from error
         log.info("vLLM answers in %s", self.name)
 
@@ -265,15 +276,20 @@ class _Server:
 def _show_log(cluster: Cluster, name: str) -> None:
     """Write the end of a server's log, and of the one before it if its container was started again."""
     for previous in (True, False):
-        try:
-            response = cluster.log(name, since_seconds=None, follow=False, tail_lines=_LINES_SHOWN, previous=previous)
-            text = response.read().decode(errors="replace")
-            response.close()
-        except (ApiException, urllib3.exceptions.HTTPError):
-            continue  # there is none
-        print(
-            f"--- the end of the log of {name}{', before it started again' if previous else ''}\n{text}---", flush=True
-        )
+        if text := _log(cluster, name, previous=previous):
+            which = ", before it started again" if previous else ""
+            print(f"--- the end of the log of {name}{which}\n{text}---", flush=True)
+
+
+def _log(cluster: Cluster, name: str, *, previous: bool) -> str:
+    """Return the end of a server's log, or of the one before its container started again; empty if there is none."""
+    try:
+        response = cluster.log(name, since_seconds=None, follow=False, tail_lines=_LINES_SHOWN, previous=previous)
+        text = response.read().decode(errors="replace")
+        response.close()
+    except (ApiException, urllib3.exceptions.HTTPError):
+        return ""
+    return text
 
 
 def _delete(cluster: Cluster, kind: str, name: str) -> None:

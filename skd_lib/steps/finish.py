@@ -82,15 +82,18 @@ def _ask_kubeflow(final: FinalStatus, run_id: str) -> Seen:
 
 
 def _clean_up(run_id: str) -> None:
-    """Delete the TrainJobs and vLLM servers of dead steps. No error stops the step."""
-    try:
-        from skd_lib.multinode.cleanup import delete_abandoned, delete_abandoned_servers
+    """Delete the TrainJobs and vLLM servers of dead steps. No error stops the step, or the other of the two."""
+    from skd_lib.multinode import cleanup
 
-        deleted = {"TrainJobs": delete_abandoned(run_id), "vLLM servers": delete_abandoned_servers(run_id)}
-    except Exception:
-        log.exception("TrainJobs of this run may go on, or vLLM servers; see docs/guides/multi-node.md")
-        return
-    for what, names in deleted.items():
+    for what, delete in (
+        ("TrainJobs", cleanup.delete_abandoned),
+        ("vLLM servers", cleanup.delete_abandoned_servers),
+    ):
+        try:
+            names = delete(run_id)
+        except Exception:
+            log.exception("%s of this run may go on; see docs/guides/multi-node.md", what)
+            continue
         if names:
             print(f"{what} without a step, deleted: {', '.join(names)}")
 

@@ -222,7 +222,7 @@ class TrainingRun:
         if distill.vllm.pods is not None:
             from skd_lib.multinode.servers import servers
 
-            elsewhere = partial(servers, distill.vllm.pods)
+            elsewhere = partial(servers, distill.vllm.pods, distill.vllm.wait_minutes)
         new = self.task.max_new_tokens
         examples = [example for each in tokens.values() for example in each]
         check_prompts(len(example.prompt_ids) for example in examples)

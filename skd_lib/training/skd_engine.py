@@ -17,6 +17,7 @@ from skd_lib.models.references import resolve_model
 from skd_lib.training.skd_config import SKDConfig
 from skd_lib.vllm.engine import vllm_engine
 from skd_lib.vllm.sampler import VllmEngine
+from skd_lib.vllm.serve import spare_positions
 
 
 def start_engine(
@@ -50,7 +51,7 @@ def start_engine(
     assert not isinstance(gamma, Schedule)  # noqa: S101 - the configuration refuses it
     longest = args.max_new_tokens + (args.max_length or torch.iinfo(torch.int32).max)
     if (context := context_length(load_config(folder))) is not None:
-        longest = min(longest, context - gamma - 2)
+        longest = min(longest, context - spare_positions(gamma))
     half = args.bf16 or student.dtype == torch.bfloat16
     stack = ExitStack()
     try:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import requests
@@ -20,6 +23,8 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TRIES = 2.0
 _SECONDS_TO_BE_SEEN = 30.0
 _ENGINE_ENDED = "EngineCore encountered an issue"
+LOOK_SECONDS, LOOKS = 20.0, 6
+"""How often a server is asked whether it is there while it works, and its silences after which that is given up."""
 
 
 class EngineGone(Exception):
@@ -31,12 +36,13 @@ class Engine:
 
     Args:
         url: `http://host:port`.
-        wait_s: How long to wait for a server that is starting, or that was restarted.
+        wait_s: How long to wait for a server that is starting, or that was restarted. A request may take any time while
+            the server answers to others.
         alive: Raises an error if the server's process has ended, where it is known.
         shared: The server sees this machine's files; files are sent to it otherwise.
     """
 
-    def __init__(self, url: str, wait_s: float = 900.0, alive: Any = None, *, shared: bool = True) -> None:
+    def __init__(self, url: str, wait_s: float = 3600.0, alive: Any = None, *, shared: bool = True) -> None:
         self.url, self.wait_s, self._alive, self._shared = url.rstrip("/"), wait_s, alive, shared
         self._http = requests.Session()
         # Servers are in a private network: no proxy leads to them, and no password of ~/.netrc is theirs.
@@ -53,14 +59,18 @@ class Engine:
         Raises:
             SkdError: its process has ended, where that is known.
         """
-        try:
-            if self._http.get(f"{self.url}/health", timeout=5).ok:
-                return True
-        except requests.RequestException:
-            pass
+        if self._health() == requests.codes.ok:
+            return True
         if self._alive is not None:  # asked last: it may be a request of its own
             self._alive()
         return False
+
+    def _health(self) -> int:
+        """Return the status of `/health`, 0 if there is no answer."""
+        try:
+            return self._http.get(f"{self.url}/health", timeout=5).status_code
+        except requests.RequestException:
+            return 0
 
     def wait(self) -> None:
         """Wait until the server answers.
@@ -133,7 +143,9 @@ class Engine:
 
     def _ask(self, method: str, path: str, **content: Any) -> Any:
         try:
-            answer = self._http.request(method, f"{self.url}{path}", timeout=(10, self.wait_s), **content)
+            answer = self._patiently(
+                partial(self._http.request, method, f"{self.url}{path}", timeout=(10, None), **content)
+            )
         except requests.RequestException as error:
             raise EngineGone(str(error)) from error
         if answer.ok:
@@ -152,6 +164,30 @@ class Engine:
             hint=hints.get(answer.status_code, "the server's log says more"),
         )
 
+    def _patiently(self, request: Callable[[], requests.Response]) -> requests.Response:
+        """Return a request's answer, however long it takes, as long as the server is there.
+
+        A connection stays open where the machine is gone, and where vLLM waits for requests whose engine has ended.
+        """
+        answer: Future[requests.Response] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(request())
+            except BaseException as error:  # noqa: BLE001 - the asker gets it
+                answer.set_exception(error)
+
+        Thread(target=ask, daemon=True).start()  # one that is given up keeps no process from ending
+        silent = 0
+        while silent < LOOKS:
+            if wait([answer], LOOK_SECONDS).done:
+                return answer.result()
+            is_there = 0 < self._health() < 500
+            if not is_there and self._alive is not None:
+                self._alive()
+            silent = 0 if is_there else silent + 1
+        raise EngineGone("the server answers no more")
+
 
 def wait_for_one(engines: Sequence[Engine]) -> None:
     """Wait until one of some servers answers.
@@ -165,9 +201,10 @@ def wait_for_one(engines: Sequence[Engine]) -> None:
         urls = ", ".join(engine.url for engine in engines)
         if time.monotonic() > deadline:
             raise SkdError(
-                f"no vLLM server answers after {engines[0].wait_s:g} s",
+                f"no vLLM server answers after {engines[0].wait_s / 60:g} minutes",
                 where=urls,
-                hint="start one with `skd engine start`, or correct `distill.vllm.urls`",
+                hint="start one with `skd engine start`, or correct `distill.vllm.urls`; if it loads its models still, "
+                "raise `distill.vllm.wait_minutes`",
             )
         if not said:
             log.info("waiting for the vLLM server at %s", urls)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from skd_lib.config import DistillConfig, Schedule
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
+from skd_lib.models.files import weights_sample
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.vllm.client import Engine
 from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token, make_token
@@ -65,7 +66,7 @@ def vllm_engine(
     processes = PartialState(cpu=student.device.type == "cpu")
     with ExitStack() as stack:
         agreed = _agreed_session(own_server=not settings.urls)
-        engines = [Engine(url, shared=bool(settings.exchange)) for url in settings.urls]
+        engines = [Engine(url, settings.wait_minutes * 60, shared=bool(settings.exchange)) for url in settings.urls]
         served = Served(
             folders["teacher"],
             folders["student"],
@@ -90,6 +91,7 @@ def vllm_engine(
             engines=engines,
             student=student,
             head=head,
+            teacher=weights_sample(folders["teacher"]),
             vocabulary=common_vocabulary(student, head),
             eos_ids=eos_ids,
             pad_id=pad_id,

@@ -43,6 +43,7 @@ class Wanted:
         length: The longest response.
         gamma: Tokens drafted for each call of the teacher.
         longest: The longest prompt that is asked for now, with its longest response.
+        teacher: `weights_sample` of the training's teacher.
         bytes: Size of the student's weights.
         write: Writes them to a file.
     """
@@ -52,6 +53,7 @@ class Wanted:
     length: int
     gamma: int
     longest: int
+    teacher: str
     bytes: int
     write: Callable[[Path], None]
 
@@ -152,7 +154,7 @@ class Fleet:
                     self._bring(engine, wanted, parcel, said["session"])
                     continue
                 if time.monotonic() > deadline:
-                    what = f"another process of this training has kept the server for {engine.wait_s:g} s"
+                    what = f"another process of this training has kept the server for {engine.wait_s / 60:g} minutes"
                     raise SkdError(what, where=engine.url, hint="its own messages say why")
                 time.sleep(_SECONDS_BETWEEN_CLAIMS)
         except EngineGone:
@@ -167,8 +169,15 @@ class Fleet:
                     where=engine.url,
                     hint="give each training servers of its own: there is one student in a server",
                 )
-            if error := engine.rpc("skd_install", wanted.settings, self.session, wanted.length).get("error"):
+            said = engine.rpc("skd_install", wanted.settings, self.session, wanted.length)
+            if error := said.get("error"):
                 raise SkdError(error, where=engine.url, hint="`skd engine start` starts a server that fits")
+            if said["teacher"] != wanted.teacher:
+                raise SkdError(
+                    f"the server's teacher, {said['folder']}, has other weights than this training's",
+                    where=engine.url,
+                    hint="start it with the teacher of this run: its fine-tuned one, where the run tunes it",
+                )
         if wanted.version is not None:
             engine.load_student(parcel(), wanted.version)
         engine.rpc("skd_arrived", wanted.version)

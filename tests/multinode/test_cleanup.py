@@ -17,11 +17,11 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from skd_lib.config import MultinodeConfig
+from skd_lib.config import EnginePodsConfig, MultinodeConfig
 from skd_lib.multinode import cleanup
 from skd_lib.multinode.cleanup import delete_abandoned
 from skd_lib.multinode.cluster import ROLE_HINT
-from skd_lib.multinode.manifest import train_job
+from skd_lib.multinode.manifest import server_name, server_pods, server_secret, train_job
 from skd_lib.steps import finish, kubeflow
 from skd_lib.tracking.ending import Seen
 from tests.multinode.fake_kubernetes import JOBS, STEP_POD, FakeKubernetes, running
@@ -210,6 +210,22 @@ def test_not_even_nonsense_fails_the_end_of_a_run(
         server.shutdown()
     assert "TrainJobs of this run may go on" in caplog.text
     assert ends == ENDS
+
+
+def test_servers_are_deleted_although_the_jobs_cannot_be(
+    kubernetes: FakeKubernetes, ends: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: str) -> list[str]:
+        raise RuntimeError
+
+    monkeypatch.setattr(cleanup, "delete_abandoned", broken)
+    (server,) = server_pods(STEP_POD, EnginePodsConfig(), run_id="run-1", image="i", gpus=1)
+    name = server["metadata"]["name"]
+    kubernetes.pods[name] = server
+    kubernetes.secrets[server_name(STEP_POD)] = server_secret(STEP_POD, "run-1", "t0ken")
+    assert f"vLLM servers without a step, deleted: {name}" in run_finish()
+    assert "TrainJobs of this run may go on" in caplog.text
+    assert (name in kubernetes.pods, kubernetes.secrets, ends) == (False, {}, ENDS)
 
 
 @pytest.mark.parametrize("variable", ["KFP_POD_NAME", "KFP_RUN_ID"])

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from skd_lib.config import SamplingParams
+from skd_lib.models.files import weights_sample
 from skd_lib.sampling.acceptance import AcceptanceRule
 from skd_lib.sampling.engine import Sampler
 from skd_lib.vllm.client import Engine
@@ -65,6 +66,7 @@ class Pair:
             engines=[server],
             student=self.student,
             head=load_head(self.folders["teacher"], dtype=torch.float32),
+            teacher=weights_sample(self.folders["teacher"]),
             vocabulary=vocabulary,
             eos_ids=(EOS,),
             pad_id=0,
@@ -92,12 +94,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMode
     return Pair(folders, load_model(folders["student"]), load_model(folders["teacher"]))
 
 
-def served(pair: Pair, rows: int, *more: str) -> Served:
+def served(pair: Pair, rows: int, *more: str, longest: int = 96) -> Served:
     """What a server of the pair is started with, in fp32."""
-    folders = pair.folders
-    return Served(
-        folders["teacher"], folders["student"], GAMMA, max_model_len=96, max_rows=rows, dtype="float32", more=more
-    )
+    models = pair.folders["teacher"], pair.folders["student"]
+    return Served(*models, GAMMA, max_model_len=longest, max_rows=rows, dtype="float32", more=more)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from skd_lib.training.run import TrainResult
 from skd_lib.vllm.client import Engine
 from skd_lib.vllm.guard import TOKEN_VARIABLE
 from skd_lib.vllm.sampler import VllmEngine
-from skd_lib.vllm.serve import end, environment, free_port, start
+from skd_lib.vllm.serve import environment, free_port, started
 from tests.training.nursery import Nursery
 from tests.training.tiny_task import EOS, run
 from tests.vllm.conftest import GAMMA, Pair, served
@@ -69,9 +69,9 @@ class Process:
     """A server that can be killed and started again, at one port."""
 
     def __init__(self, pair: Pair, log: Path) -> None:
-        self.port, self._log = free_port(), log.open("a")
-        self._start = lambda: start(served(pair, 16), environment(), self.port, stdout=self._log)
-        self.process = self._start()
+        self.port, self._log, self._stack = free_port(), log.open("a"), ExitStack()
+        self._start = lambda: started(served(pair, 16), environment(), self.port, stdout=self._log)
+        self.again()
 
     @property
     def url(self) -> str:
@@ -82,10 +82,10 @@ class Process:
         self.process.wait()
 
     def again(self) -> None:
-        self.process = self._start()
+        self.process = self._stack.enter_context(self._start())
 
     def end(self) -> None:
-        end(self.process)
+        self._stack.close()
         self._log.close()
 
 
