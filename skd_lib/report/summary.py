@@ -212,19 +212,11 @@ def build_summary(
     task_metric: str,
     scores: Mapping[Role, Scores],
     specdec: Mapping[Moment, Specdec],
-    course: Course,
     comet: Comet | None = None,
-    comparisons: Sequence[PairedTest] = (),
-    lengths: Mapping[Role, Lengths] | None = None,
-    lineage: Mapping[str, str] | None = None,
     losses: Mapping[str, Any] | None = None,
-    run_name: str = "",
-    pipeline_run_id: str = "",
-    mlflow_run_id: str = "",
-    mlflow_url: str = "",
-    mlflow_table_url: str = "",
+    **fields: Any,
 ) -> Summary:
-    """Put the steps' results together, without roles that were not evaluated."""
+    """Put the steps' results together, without roles that were not evaluated; `fields` are the summary's others."""
     comet = comet or Comet()
     found = {role: _with_comet(scores[role], comet.models.get(role)) for role in ROLES if role in scores}
     drafts = {moment: specdec[moment] for moment in MOMENTS if moment in specdec}
@@ -260,16 +252,8 @@ def build_summary(
         },
         missing={name: reason for value in found.values() for name, reason in value.missing.items()}
         | ({"comet": comet.missing} if comet.missing else {}),
-        comparisons=tuple(comparisons),
-        lengths=dict(lengths or {}),
-        course=course,
         losses={name: Loss.model_validate((losses or {})[name]) for name in sorted(losses or {}, key=_place)},
-        lineage=dict(lineage or {}),
-        run_name=run_name,
-        pipeline_run_id=pipeline_run_id,
-        mlflow_run_id=mlflow_run_id,
-        mlflow_url=mlflow_url,
-        mlflow_table_url=mlflow_table_url,
+        **fields,
     )
 
 

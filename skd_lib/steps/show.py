@@ -37,7 +37,6 @@ def _show_scores(folder: Path) -> None:
     from skd_lib.report.folders import SCORES, read_evaluation, read_evaluations
     from skd_lib.report.render import render
     from skd_lib.report.summary import build_summary
-    from skd_lib.results import Course
 
     if (folder / SCORES).is_file():
         one = read_evaluation(folder)
@@ -46,7 +45,7 @@ def _show_scores(folder: Path) -> None:
         found = read_evaluations(folder)
     scores = {role: each.scores for role, each in found.items()}
     metric = next((name for each in scores.values() for name in each.metrics), "")
-    Console().print(render(build_summary(task_metric=metric, scores=scores, specdec={}, course=Course())))
+    Console().print(render(build_summary(task_metric=metric, scores=scores, specdec={})))
 
 
 if __name__ == "__main__":
