@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -26,9 +28,9 @@ from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import common_vocabulary
 from skd_lib.sampling.acceptance import AcceptanceRule, lossless, student_only, top_k
-from skd_lib.sampling.drafting import AdaptiveGamma
+from skd_lib.sampling.drafting import AdaptiveGamma, weights_read
 from skd_lib.sampling.engine import Sampler, SamplingStatistics
-from skd_lib.sampling.timing import Forward, bare, copy_bandwidth, recorded, seconds_to_read_weights
+from skd_lib.sampling.timing import Forward, bare, recorded
 
 
 @dataclass(frozen=True)
@@ -285,3 +287,23 @@ def _contenders(
         engine("lossless, 1 row", lossless(), one, gamma),
         engine("lossless adaptive, 1 row", lossless(), one, adaptive),
     ]
+
+
+def seconds_to_read_weights(forwards: Sequence[Forward], bytes_per_second: float) -> float:
+    """Return the time of the forwards if they read their weights and nothing else limits them."""
+    models = {id(forward.model): forward.model for forward in forwards}
+    sizes: dict[int, int] = {key: weights_read(model) * model.dtype.itemsize for key, model in models.items()}
+    return sum(sizes[id(forward.model)] for forward in forwards) / bytes_per_second
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**30, repeats: int = 10) -> float:
+    """Measure a CUDA device's memory bandwidth, bytes read and written a second, by a large copy."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        target.copy_(source)
+    torch.cuda.synchronize(device)
+    return 2 * size * repeats / (time.perf_counter() - started)

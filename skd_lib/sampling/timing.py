@@ -7,7 +7,6 @@ launches alone would otherwise take longer than the engine does.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from transformers.cache_utils import Cache
 
 from skd_lib.models.heads import decoder, lm_logits
 from skd_lib.sampling.cache import RowCache, RowLayer, Window, attention_mask
-from skd_lib.sampling.drafting import weights_read
 
 
 @dataclass
@@ -120,26 +118,6 @@ def _captured(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
             graph.replay()
 
     return replay
-
-
-def seconds_to_read_weights(forwards: Sequence[Forward], bytes_per_second: float) -> float:
-    """Return the time of the forwards if they read their weights and nothing else limits them."""
-    models = {id(forward.model): forward.model for forward in forwards}
-    sizes: dict[int, int] = {key: weights_read(model) * model.dtype.itemsize for key, model in models.items()}
-    return sum(sizes[id(forward.model)] for forward in forwards) / bytes_per_second
-
-
-def copy_bandwidth(device: torch.device, size: int = 2**30, repeats: int = 10) -> float:
-    """Measure a CUDA device's memory bandwidth, bytes read and written a second, by a large copy."""
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        target.copy_(source)
-    torch.cuda.synchronize(device)
-    return 2 * size * repeats / (time.perf_counter() - started)
 
 
 class _SlabCache(Cache):

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 import baselines
 from benchmark import app
-from sampling import bench_sampling, render
+from sampling import bench_sampling, render, seconds_to_read_weights
 from skd_lib.bench.setup import Settings
 from skd_lib.config import SamplingParams
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import decoder
 from skd_lib.sampling.acceptance import lossless, teacher_only, top_k
 from skd_lib.sampling.drafting import weights_read
-from skd_lib.sampling.timing import bare, recorded, seconds_to_read_weights
+from skd_lib.sampling.timing import bare, recorded
 from tests.conftest import SaveTinyModel, TinyModel
 from tests.sampling.test_engine import GREEDY, PROMPTS, VOCABULARY, pair, rows, sampler
 
