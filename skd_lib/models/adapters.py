@@ -23,8 +23,7 @@ _NAMES_SHOWN = 12
 def add_lora(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Any:
     """Freeze a model and add trainable adapters to its weights, in place; before training they change no output.
 
-    Returns:
-        The wrapped model (`peft.PeftModel`), which replaces `model`.
+    The wrapped model (`peft.PeftModel`) replaces it.
     """
     try:
         import peft

@@ -18,11 +18,7 @@ from skd_lib.storage import atomic_directory
 
 
 def fetch_model(reference: str, fingerprint: str = "", *, code: bool = False) -> tuple[Path, str]:
-    """Make a model available, with its `*.py` if `code`, see `resolve_model`.
-
-    Returns:
-        A folder that must not be written to, and the model's fingerprint: the given one, or else its present one.
-    """
+    """Return a model's folder (`resolve_model`), with its `*.py` if `code`, and the given or present fingerprint."""
     known = fingerprint or model_fingerprint(reference)
     return resolve_model(reference, fingerprint=known, trust_remote_code=code), known
 
@@ -30,11 +26,7 @@ def fetch_model(reference: str, fingerprint: str = "", *, code: bool = False) ->
 def import_model(
     reference: str, source: Path, target: Path, *, fingerprint: str, code: bool = False, borrow: bool = False
 ) -> dict[str, Any]:
-    """Import the model that `fetch_model` made available, see `import_folder`, and write its record.
-
-    Returns:
-        The record's lineage, see `origin_of`.
-    """
+    """Import the model that `fetch_model` found (`import_folder`), and write its record; return its `origin_of`."""
     # A user's own folder may be written to again; caches never change what they hold.
     own_folder = isinstance(parse_reference(reference), LocalFolder)
     import_folder(source, target, link=not own_folder, code=code, borrow=borrow)

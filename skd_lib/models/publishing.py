@@ -58,13 +58,10 @@ def check_repository(name: str) -> str:
 
 
 def publish(files: list[File], repository: str, *, private: bool, card: str, message: str) -> str:
-    """Upload files and card as one commit, into a repository that is made where there is none.
+    """Upload files and card as one commit, into a repository that is made where there is none; return its address.
 
     Weights of an earlier upload that are no longer among the files are deleted. A repository that is there already has
     to be as `private`.
-
-    Returns:
-        The address of the commit.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 

@@ -120,8 +120,7 @@ def untie(config: Any) -> None:
 def check_weights(folder: Path, model: PreTrainedModel) -> str:
     """Compare the names and shapes in a folder's weight files with a model's, by their headers only.
 
-    Returns:
-        The reason why they were not compared; empty if they were.
+    Where they cannot be compared, return the reason; else an empty text.
     """
     tensors = stored_tensors(folder)
     quantized = getattr(model.config, "quantization_config", None)

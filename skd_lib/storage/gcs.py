@@ -149,10 +149,8 @@ def create_object(uri: str, content: bytes, *, replacing: str = "0") -> str | No
     """Write the object only if it is still in the generation `replacing`; "0": only if there is none.
 
     Of several processes that do this at a time one succeeds. Where its answer gets lost and the request is repeated,
-    the writer itself may get None: `content` has to tell whose object is there.
-
-    Returns:
-        The new generation; None if the object is in another one.
+    the writer itself may get None: `content` has to tell whose object is there. Return the new generation; None if the
+    object is in another one.
     """
     with _opened(uri) as (bucket, name):
         blob = _bucket(bucket).blob(name)

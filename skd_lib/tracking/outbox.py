@@ -259,10 +259,7 @@ def resend(folder: str, tracking_uri: str, pipeline_run_id: str = "") -> list[st
     """Send the files of one store and run that steps have left in a folder, oldest step first, and delete them.
 
     The first file that the store does not take ends it: what comes after it would be out of order. No step of the run
-    (empty: of any run) may be writing there.
-
-    Returns:
-        The files that were not sent, though they were to be.
+    (empty: of any run) may be writing there. Return the files that were not sent, though they were to be.
     """
     found: list[tuple[int, str, Path]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -290,10 +287,8 @@ def resend(folder: str, tracking_uri: str, pipeline_run_id: str = "") -> list[st
 def replay(path: Path, tracking_uri: str | None = None) -> tuple[int, int]:
     """Send a file that a step left behind, in order; all of it may be sent again if this is interrupted.
 
-    The tracking URI is given if the store has another address by now, or needs credentials in it.
-
-    Returns:
-        The numbers of entries that were sent, and of those that the store refused.
+    The tracking URI is given if the store has another address by now, or needs credentials in it. Return the numbers of
+    entries that were sent, and of those that the store refused.
     """
     location = read_location(path)
     location = location.model_copy(update={"tracking_uri": tracking_uri}) if tracking_uri else location

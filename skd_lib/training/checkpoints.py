@@ -103,10 +103,7 @@ class Attempt:
         """Copy the newest usable checkpoint of any attempt, with the best one that it refers to, into its own folder.
 
         All processes call this together; several machines take the newest checkpoint that all can read. A warning
-        names those that are incomplete.
-
-        Returns:
-            The copy of the newest; None if there is none.
+        names those that are incomplete. Return the copy of the newest; None if there is none.
         """
         state = PartialState()
         for _ in range(_TRIES):
@@ -143,10 +140,7 @@ class Attempt:
         """Declare a written checkpoint complete, copy it, and delete all but the best and the `keep` newest ones.
 
         The best is that of `best_step`; 0: there is none yet. A failed copy does not stop the training: it is logged,
-        and the next checkpoint tries again.
-
-        Returns:
-            Its URI in object storage, or its path if it could not be copied there.
+        and the next checkpoint tries again. Return its URI in object storage; its path if it is not there.
         """
         newest = _name(step)
         best = _name(best_step) if best_step else newest
