@@ -39,7 +39,6 @@ class ChatLayout:
     Attributes:
         template: The template.
         parts: Messages hold a list of parts (`{"type": "text", ...}`) instead of a string.
-        opening: Text between the template's own generation prompt and the answer: it ends the prompt.
         lead: White space that belongs to the answer: tokenizers join it to the answer's first word.
         anchor: Text before the answer when it is tokenised, so that its first token is that of the rendered text:
             SentencePiece puts a blank before any text, but not after a line break.
@@ -53,7 +52,6 @@ class ChatLayout:
 
     template: Template
     parts: bool
-    opening: str
     lead: str
     anchor: str
     tail: str
@@ -312,7 +310,7 @@ def _read_layout(
         anchor = ""
         notes.append("the first tokens of an answer differ from those of the template's whole text, tokenised at once")
     opens = bool(opening) or common < len(generation)
-    return ChatLayout(template, parts, opening, lead, anchor, tail, closing, after, opens, tuple(notes))
+    return ChatLayout(template, parts, lead, anchor, tail, closing, after, opens, tuple(notes))
 
 
 def _notes(generation: str, before: str, opening: str, common: int) -> list[str]:

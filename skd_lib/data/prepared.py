@@ -83,14 +83,14 @@ def _read(file: Path, sha256: str) -> list[Example]:
     return examples
 
 
-def prepare(config: DataConfig, folder: Path, *, seed: int, cache_dir: Path | None = None) -> PreparedData:
+def prepare(config: DataConfig, folder: Path, *, seed: int) -> PreparedData:
     """Read a source, make the splits and write them with their manifest; `folder` appears when it is complete.
 
     It has `train_teacher.jsonl`, `train_student.jsonl`, `validation.jsonl`, `test.jsonl`, `manifest.json` and
     `held_out/NAME.jsonl`. A held-out set that cannot be read is left out with a warning; the manifest says why.
     """
     held_out, missing = _load_held_out(config)
-    whole = make_splits(sources.load_data(config, cache_dir=cache_dir), config, seed, held_out)
+    whole = make_splits(sources.load_data(config), config, seed, held_out)
     splits = whole.by_turn() if config.assistant_turns == "all" else whole
     files = {**splits.named(), **{f"{HELD_OUT}/{name}": rows for name, rows in splits.held_out.items()}}
     rows = {name: len(examples) for name, examples in files.items()}

@@ -239,10 +239,7 @@ def _wrong(text: str) -> str:
 
 def _part(row: Mapping[str, Any], name: str, columns: Columns, labels: Labels) -> str:
     """Return a field as text."""
-    if name not in row:
-        hint = f"this row has: {listed(row)}; {_NAME_COLUMNS}"
-        raise SkdError("the field is missing", hint=hint)
-    value, cast = row[name], columns.cast.get(name)
+    value, cast = _field(row, name), columns.cast.get(name)
     if cast == "label_name":
         return _label(value, labels.get(name))
     if isinstance(value, str):

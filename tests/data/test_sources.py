@@ -247,7 +247,7 @@ def test_something_else_than_a_wheel_is_refused(tmp_path: Path) -> None:
 
 
 def test_each_split_has_its_own_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(requirement: str, sha256: str, cache_dir: Path | None = None) -> Path:
+    def fetch(requirement: str, sha256: str) -> Path:
         text = f'msgid "From the package {requirement}"\nmsgstr "Du paquet {requirement}"\n'
         return make_wheel(tmp_path / f"{requirement}.whl", **{"fr/LC_MESSAGES/a.po": text.encode()})
 

@@ -192,10 +192,11 @@ def test_a_bucket_that_is_written_to_while_it_is_fetched(
     monkeypatch.setattr(storage, "list_objects", objects)
     monkeypatch.setattr(storage, "download", lambda _uri, to: real_download(str(folder), to))
     uri, cache = "gs://bucket/model", tmp_path / "cache"
+    monkeypatch.setenv("SKD_CACHE", str(cache))
     seen = model_fingerprint(uri)
     with pytest.raises(SkdError, match="written to while it was fetched"):
-        resolve_model(uri, cache_dir=cache)
+        resolve_model(uri)
     assert not list(cache.glob("models/*/model"))  # nothing is kept under a wrong name
     next(generations)
     with pytest.raises(SkdError, match="changed after preflight looked at it"):
-        resolve_model(uri, cache_dir=cache, fingerprint=seen)
+        resolve_model(uri, fingerprint=seen)

@@ -39,6 +39,11 @@ NAMES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKD_CACHE", str(tmp_path / "cache"))
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
@@ -131,7 +136,7 @@ def test_pre_tokenizer_follows_the_files_field(
         chat_template=tiny_tokenizer.chat_template,
     )
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=321), tokenizer, pre)
-    folder = resolve_model(str(tmp_path / "tiny.gguf"), cache_dir=tmp_path / "cache")
+    folder = resolve_model(str(tmp_path / "tiny.gguf"))
     assert load_tokenizer(folder).tokenize("a  7") == ["a", *spaces]
 
 
@@ -140,18 +145,18 @@ def test_local_file_is_converted_once_and_by_content(
 ) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file, tiny_model("llama", seed=0), tiny_tokenizer, None)
-    first = resolve_model(str(file), cache_dir=tmp_path / "cache")
+    first = resolve_model(str(file))
     made = (first / "model.safetensors").stat().st_mtime_ns
-    assert resolve_model(str(file), cache_dir=tmp_path / "cache") == first
+    assert resolve_model(str(file)) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == made
     write_gguf(file, tiny_model("llama", seed=1), tiny_tokenizer, None)
-    assert resolve_model(str(file), cache_dir=tmp_path / "cache") != first
+    assert resolve_model(str(file)) != first
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"this is not a GGUF file, whatever its name says")
     with pytest.raises(SkdError, match="not a GGUF file"):
-        resolve_model(str(tmp_path / "x.gguf"), cache_dir=tmp_path / "cache")
+        resolve_model(str(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize(("only", "number"), [(slice(12), 1), (slice(12, None), 2)])
@@ -161,7 +166,7 @@ def test_a_piece_of_a_split_file_is_refused(
     fields = {"split.no": number - 1, "split.count": 2, "split.tensors.count": 20}
     write_gguf(tmp_path / "x.gguf", tiny_model(), tiny_tokenizer, None, only=only, fields=fields)
     with pytest.raises(SkdError, match=rf"piece {number} of 2 of a split GGUF file, with \d+ of 20 tensors"):
-        resolve_model(str(tmp_path / "x.gguf"), cache_dir=tmp_path / "cache")
+        resolve_model(str(tmp_path / "x.gguf"))
 
 
 def test_a_tensor_that_is_missing_or_left_out_is_an_error(
@@ -171,7 +176,7 @@ def test_a_tensor_that_is_missing_or_left_out_is_an_error(
         file = tmp_path / "x.gguf"
         write_gguf(file, tiny_model(), tiny_tokenizer, None, **options)
         with pytest.raises(SkdError, match=match):
-            resolve_model(str(file), cache_dir=tmp_path / "cache")
+            resolve_model(str(file))
 
     refused(r"1 missing from the files: model\.norm\.weight", only=slice(-2))
     refused("which transformers takes", more={"blk.0.attn_q.bias": np.ones(32, dtype=np.float32)})
@@ -183,7 +188,7 @@ def test_a_tensor_that_is_missing_or_left_out_is_an_error(
         None,
         more={"rope_freqs.weight": np.ones(4, dtype=np.float32)},
     )
-    resolve_model(str(tmp_path / "x.gguf"), cache_dir=tmp_path / "cache")
+    resolve_model(str(tmp_path / "x.gguf"))
 
 
 # --- the real SmolLM2-135M-Instruct ----------------------------------------------------------------------------------

@@ -170,10 +170,11 @@ def test_stored_folder_is_fetched_anew_only_when_it_changed(
 
     monkeypatch.setattr(storage, "list_objects", objects)
     monkeypatch.setattr(storage, "download", download)
-    first = resolve_model("gs://bucket/model", cache_dir=tmp_path / "cache")
+    monkeypatch.setenv("SKD_CACHE", str(tmp_path / "cache"))
+    first = resolve_model("gs://bucket/model")
     assert (first / "config.json").is_file()
-    assert resolve_model("gs://bucket/model", cache_dir=tmp_path / "cache") == first
+    assert resolve_model("gs://bucket/model") == first
     assert len(downloads) == 1
     generation[0] = "2"
-    assert resolve_model("gs://bucket/model", cache_dir=tmp_path / "cache") != first
+    assert resolve_model("gs://bucket/model") != first
     assert len(downloads) == 2

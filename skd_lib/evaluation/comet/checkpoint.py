@@ -25,7 +25,6 @@ from skd_lib._core.documents import parse_yaml
 from skd_lib.errors import SkdError
 from skd_lib.models.references import SMALL_FILES, HubModel, LocalFolder, StoredFolder, hub_snapshot, parse_reference
 from skd_lib.models.references import stored_folder as fetch_stored_folder
-from skd_lib.storage.cache import default_cache_dir
 
 HPARAMS = "hparams.yaml"
 ENCODER = "encoder"
@@ -57,7 +56,7 @@ class Checkpoint:
 def open_checkpoint(reference: str) -> Checkpoint:
     """Find or fetch a COMET model."""
     place = _place(reference, [HPARAMS, "checkpoints/*.ckpt", f"{ENCODER}/*"])
-    folder = fetch_stored_folder(default_cache_dir(), place) if storage.is_remote(place) else Path(place)
+    folder = fetch_stored_folder(place) if storage.is_remote(place) else Path(place)
     hparams = _hparams(str(folder), reference)
     weights = sorted(folder.glob("checkpoints/*.ckpt"))
     if len(weights) != 1:
