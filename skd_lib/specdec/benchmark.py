@@ -273,14 +273,10 @@ def _measure_served(
         teacher,
         drafts,
         list(islice(_fitting(encoded, limits, task), config.examples)),
-        concurrencies=config.batch_sizes,
-        temperatures=config.temperatures,
+        config,
         max_new_tokens=task.max_new_tokens,
-        gamma=config.gamma,
-        repeats=config.repeats,
         eos_ids=ending_ids(teacher.folder, tokenizer, task),
         seed=seed,
-        arguments=config.vllm_arguments,
         on_progress=on_progress,
     )
     return specdec_of(measured, teacher, drafts)

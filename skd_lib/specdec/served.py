@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from skd_lib.config import SpecdecConfig
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.generate import GREEDY
 from skd_lib.models.files import load_tokenizer
@@ -47,15 +48,11 @@ def measure_served(
     teacher: Served,
     drafts: Mapping[str, Served],
     prompts: Sequence[Sequence[int]],
+    config: SpecdecConfig,
     *,
-    concurrencies: Sequence[int],
-    temperatures: Sequence[float],
     max_new_tokens: int,
-    gamma: int,
-    repeats: int,
     eos_ids: Sequence[int] = (),
     seed: int = 0,
-    arguments: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> ServedMeasurement:
     """Start vLLM with the teacher alone and with each draft, and measure what it says of them.
@@ -64,14 +61,11 @@ def measure_served(
         teacher: The model whose output is wanted.
         drafts: Models that draft for it, by name; none measures the teacher alone.
         prompts: Token ids, rendered as in training.
-        concurrencies: Requests in flight; those that the prompts cannot fill are left out.
-        temperatures: On a CPU only 0 is measured: vLLM draws other tokens than the teacher's there.
+        config: Batch sizes that the prompts cannot fill are left out, and on a CPU temperatures above 0, where vLLM
+            draws other tokens than the teacher's.
         max_new_tokens: Length limit of a response.
-        gamma: Drafted tokens for each call of the teacher.
-        repeats: Timed passes of each setting.
         eos_ids: Ids that end a response, besides those that vLLM finds in the teacher's files.
         seed: Of what is sampled.
-        arguments: More of vLLM's arguments, for all servers.
         on_progress: Called after each timed pass.
 
     Raises:
@@ -79,36 +73,29 @@ def measure_served(
             the message.
     """
     gpu, notes = on_gpu(), list[str]()
-    _require_servable(teacher, drafts, arguments, gpu=gpu)
+    _require_servable(teacher, drafts, config.vllm_arguments, gpu=gpu)
     if not prompts:
         raise SkdError("there are no prompts to decode", where="vLLM", hint="give some that fit the models' positions")
-    greedy = [temperature for temperature in temperatures if temperature == 0]
-    if not gpu and len(greedy) < len(temperatures):
+    greedy = [temperature for temperature in config.temperatures if temperature == 0]
+    if not gpu and len(greedy) < len(config.temperatures):
         why = "with a draft on a CPU, vLLM is right at temperature 0 only: what it samples is not the teacher's"
         if not greedy:
             raise SkdError(why, where="specdec.temperatures", hint="add 0, or measure on a GPU")
         notes.append(f"Only temperature 0 was measured: {why}.")
-    filled = [size for size in concurrencies if size <= len(prompts)]
-    if len(filled) < len(concurrencies):
-        notes.append(f"{len(prompts)} prompts do not fill {max(concurrencies)} requests in flight, which was left out.")
-    load = Load(
-        prompts,
-        eos_ids,
-        max_new_tokens,
-        temperatures if gpu else greedy,
-        filled or [len(prompts)],
-        repeats,
-        seed,
-    )
+    filled, most = [size for size in config.batch_sizes if size <= len(prompts)], max(config.batch_sizes)
+    if len(filled) < len(config.batch_sizes):
+        notes.append(f"{len(prompts)} prompts do not fill {most} requests in flight, which was left out.")
+    temperatures = config.temperatures if gpu else greedy
+    load = Load(prompts, eos_ids, max_new_tokens, temperatures, filled or [len(prompts)], config.repeats, seed)
     started = time.perf_counter()
     settings = len(load.temperatures) * len(load.concurrencies)
-    progress = Passes(on_progress, total=(1 + len(drafts)) * settings * repeats)
+    progress = Passes(on_progress, total=(1 + len(drafts)) * settings * config.repeats)
     python = environment()
     torch.cuda.empty_cache()  # what this process has freed, for the servers
-    more = (*(() if gpu else ON_CPU), *arguments)
+    more = (*(() if gpu else ON_CPU), *config.vllm_arguments)
 
     def visit(draft: Served | None) -> Visit:
-        with _server(python, teacher, draft, gamma, more) as (engine, command):
+        with _server(python, teacher, draft, config.gamma, more) as (engine, command):
             visit = Visit(engine, command, load, progress, drafted=draft is not None)
             visit.run()
         notes.extend(visit.notes)
@@ -124,14 +111,14 @@ def measure_served(
                 f"With {name} {model.equal} of {len(prompts)} greedy responses are the teacher's own, and {repeated} "
                 "without: more than rounding? Compare again with --dtype float32."
             )
-    asks_transformers = not gpu and "float32" in arguments and _is_small(teacher.folder)
+    asks_transformers = not gpu and "float32" in config.vllm_arguments and _is_small(teacher.folder)
     return ServedMeasurement(
         version=alone.version,
         device="gpu" if gpu else "cpu",
-        gamma=gamma,
+        gamma=config.gamma,
         prompts=len(prompts),
         max_new_tokens=max_new_tokens,
-        repeats=repeats,
+        repeats=config.repeats,
         alone=_model(alone, reference),
         drafts=models,
         equal_to_transformers=_equal([greedy_by_transformers(teacher.folder, load)], reference)

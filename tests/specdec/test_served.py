@@ -165,6 +165,11 @@ def named(folder: Path) -> Served:
     return Served(folder, str(folder))
 
 
+def short(**changes: Any) -> SpecdecConfig:
+    """Return settings of one pass."""
+    return SpecdecConfig.model_validate({"gamma": 2, "batch_sizes": [1], "temperatures": [0], "repeats": 1, **changes})
+
+
 @pytest.mark.parametrize(
     ("draft", "changes", "message"),
     [
@@ -177,10 +182,11 @@ def named(folder: Path) -> Served:
 def test_what_cannot_be_measured_is_refused_before_a_server_starts(
     folders: dict[str, Path], draft: str, changes: dict[str, Any], message: str
 ) -> None:
-    options: dict[str, Any] = {"prompts": [[5]], "temperatures": [0.0], "concurrencies": [1]}
-    options |= {"max_new_tokens": 4, "gamma": 2, "repeats": 1} | changes
+    prompts = changes.pop("prompts", [[5]])
     with pytest.raises(SkdError, match=message):
-        measure_served(named(folders["teacher"]), {"it": named(folders[draft])}, **options)
+        measure_served(
+            named(folders["teacher"]), {"it": named(folders[draft])}, prompts, short(**changes), max_new_tokens=4
+        )
 
 
 @pytest.mark.usefixtures("no_server")
@@ -191,14 +197,11 @@ def test_code_of_a_model_runs_only_where_that_is_asked_for(
     tokenizer = json.loads((own / "tokenizer_config.json").read_text())
     own_code = {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}}
     (own / "tokenizer_config.json").write_text(json.dumps(tokenizer | own_code))
-    options: dict[str, Any] = {"temperatures": [0.0], "concurrencies": [1], "max_new_tokens": 4, "gamma": 2}
-    drafts = {"it": named(own)}
+    drafts, allowed = {"it": named(own)}, short(vllm_arguments=["--trust-remote-code"])
     with pytest.raises(SkdError, match="Python code comes with a model"):
-        measure_served(named(folders["teacher"]), drafts, [[5]], repeats=1, **options)
+        measure_served(named(folders["teacher"]), drafts, [[5]], short(), max_new_tokens=4)
     with pytest.raises(AssertionError, match="a server was to be started"):
-        measure_served(
-            named(folders["teacher"]), drafts, [[5]], repeats=1, arguments=["--trust-remote-code"], **options
-        )
+        measure_served(named(folders["teacher"]), drafts, [[5]], allowed, max_new_tokens=4)
 
 
 def test_each_draft_has_a_server_of_its_own_and_other_output_is_noted(
@@ -225,12 +228,8 @@ def test_each_draft_has_a_server_of_its_own_and_other_output_is_noted(
         named(folders["teacher"]),
         {"good": named(eagle), "bad": named(wrong)},
         [[5], [6]],
-        concurrencies=[1, 4],
-        temperatures=[0.0, 1.0],
+        short(batch_sizes=[1, 4], temperatures=[0.0, 1.0], vllm_arguments=["--max-model-len", "99"]),
         max_new_tokens=3,
-        gamma=2,
-        repeats=1,
-        arguments=["--max-model-len", "99"],
     )
     assert (found.alone.equal, found.drafts["good"].equal, found.drafts["bad"].equal) == (2, 2, 0)
     assert [note.split(":")[0] for note in found.notes[:2]] == [
@@ -259,9 +258,8 @@ def test_a_server_that_ends_says_where_its_log_is(folders: dict[str, Path], monk
 
     monkeypatch.setattr(served, "environment", lambda: Path("python"))
     monkeypatch.setattr(served, "launch", launch)
-    options: dict[str, Any] = {"concurrencies": [1], "temperatures": [0.0], "max_new_tokens": 3, "gamma": 2}
     with pytest.raises(SkdError, match="exit code 1: ValueError: not enough memory") as caught:
-        measure_served(named(folders["teacher"]), {}, [[5]], repeats=1, **options)
+        measure_served(named(folders["teacher"]), {}, [[5]], short(), max_new_tokens=3)
     (log,) = re.findall(r"the log is (\S+);", str(caught.value))
     assert "not enough memory" in Path(log).read_text(encoding="utf-8")
     shutil.rmtree(Path(log).parent)
@@ -383,8 +381,10 @@ def test_prompts_are_rendered_and_those_near_the_drafts_limit_are_left_out(
     short = save_tiny_model(tmp_path / "short", layers=1, max_position_embeddings=64)
     asked: dict[str, Any] = {}
 
-    def record(_teacher: Served, drafts: dict[str, Served], prompts: list[list[int]], **options: Any) -> Any:
-        asked.update(options, prompts=prompts)
+    def record(
+        _teacher: Served, drafts: dict[str, Served], prompts: list[list[int]], given: SpecdecConfig, **other: Any
+    ) -> Any:
+        asked.update(other, prompts=prompts, config=given)
         return measurement(*drafts)
 
     monkeypatch.setattr(served, "measure_served", record)
@@ -396,6 +396,5 @@ def test_prompts_are_rendered_and_those_near_the_drafts_limit_are_left_out(
     assert result.engine == "vllm"
     assert len(asked["prompts"]) == 2
     assert all(prompt[0] == 1 and 3 in prompt for prompt in asked["prompts"])  # BOS and a turn, once
-    assert asked["concurrencies"] == [2]
-    assert asked["arguments"] == ["--dtype", "float32"]
+    assert asked["config"] == config
     assert 2 in asked["eos_ids"]

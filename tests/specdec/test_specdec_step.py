@@ -66,7 +66,7 @@ def test_outputs(folders: dict[str, Path], tmp_path: Path, temperature: float) -
 def test_vllm_measures_both_drafts(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def canned(teacher: Served, drafts: dict[str, Served], prompts: list[list[int]], **_: Any) -> Any:
+    def canned(teacher: Served, drafts: dict[str, Served], prompts: list[list[int]], *_: Any, **__: Any) -> Any:
         asked.extend([teacher.folder, *(draft.folder for draft in drafts.values()), len(prompts)])
         return measurement(*drafts)
 
