@@ -171,7 +171,7 @@ def _replaced(run: LocalRun) -> Iterator[None]:
         def get(self, key: str) -> dict[str, Any] | None:
             outputs: dict[str, Any] | None = super().get(key)
             if outputs is not None:
-                seconds = _seconds(self._seconds_file(key))
+                seconds = float(self._seconds_file(key).read_text(encoding="utf-8"))
                 plain = {
                     name: value.uri if isinstance(value, dsl.Artifact) else value for name, value in outputs.items()
                 }
@@ -218,14 +218,6 @@ class _Chatter(io.TextIOBase):
     @override
     def close(self) -> None:
         self._file.close()
-
-
-def _seconds(file: Path) -> float:
-    """Return the seconds of a cached step; 0 where they are not known."""
-    try:
-        return float(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return 0.0
 
 
 def _with_item(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> Any:  # noqa: ARG001 - kfp's signature

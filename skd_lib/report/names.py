@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from skd_lib.results import Role
+from skd_lib.results import ROLES
 
-ROLE_NAMES: dict[Role, str] = {
-    "teacher_base": "teacher base",
-    "teacher": "teacher",
-    "student_before": "student before",
-    "student_after": "student after",
-}
-METRIC_NAMES = {
-    "chrf": "chrF",
-    "bleu": "BLEU",
-    "comet": "COMET",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "accuracy": "accuracy",
-    "perplexity": "perplexity",
-    "judge": "judge",
-}
+ROLE_NAMES = {role: role.replace("_", " ") for role in ROLES}
+_METRICS = {"chrf": "chrF", "bleu": "BLEU", "comet": "COMET"}
+_METRICS |= {f"rouge{kind}": f"ROUGE-{kind}" for kind in ("1", "2", "L")}
 
 
 def metric_name(name: str) -> str:
     """Return a metric's name as people write it."""
-    return METRIC_NAMES.get(name, name)
+    return _METRICS.get(name, name)

@@ -367,15 +367,6 @@ def test_the_command_that_goes_on_has_all_options_but_those_that_start_over(monk
 
 
 @pytest.mark.slow
-def test_a_cache_entry_without_its_seconds_is_still_used(tmp_path: Path, journal: Path):
-    run(tmp_path)
-    for file in (tmp_path / "runs/fake/.cache").glob("*.seconds"):
-        file.write_text("")
-    finished, _ = run(tmp_path)
-    assert finished.reused_steps == {"make", "use"}
-
-
-@pytest.mark.slow
 def test_records_that_mlflow_has_not_taken_are_named_and_sent_by_the_next_run(
     tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch
 ):
