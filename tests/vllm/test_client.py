@@ -6,11 +6,15 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from skd_lib.errors import SkdError
+from skd_lib.models.files import weights_sample
 from skd_lib.vllm import client
 from skd_lib.vllm.client import Engine, EngineGone
 from skd_lib.vllm.fleet import Fleet, Wanted
@@ -90,6 +94,27 @@ def test_a_server_with_another_teacher_is_refused_by_its_name(stand: Stand) -> N
     wanted = Wanted({}, "1", length=8, gamma=4, longest=8, teacher="ours", bytes=0, write=lambda _: None)
     with pytest.raises(SkdError, match=r"/models/other, has other weights(.|\n)*teacher of this run"):
         Fleet("session", 0, None).spread([Engine(stand.url)], wanted, lambda *_: None, [1], [1])
+
+
+def test_models_of_equal_shapes_are_told_apart_and_shards_are_not(tmp_path: Path) -> None:
+    trained = {"a": np.arange(2000, dtype=np.float32), "b": np.zeros((0, 3), np.float32), "c": np.ones(3, np.float32)}
+    other = {**trained, "a": trained["a"][::-1].copy()}
+
+    def sample(name: str, *shards: dict[str, Any]) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        index = {}
+        for number, shard in enumerate(shards):
+            file = f"model-{number}.safetensors" if shards[1:] else "model.safetensors"
+            save_file(shard, folder / file)
+            index |= dict.fromkeys(shard, file)
+        if shards[1:]:
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        return weights_sample(folder)
+
+    first, *rest = ({name: tensor} for name, tensor in trained.items())
+    assert sample("one", trained) == sample("shards", first, rest[0] | rest[1]) == sample("again", trained)
+    assert len({sample("other", other), sample("less", first), sample("first", trained)}) == 3
 
 
 @pytest.mark.parametrize(
