@@ -40,7 +40,6 @@ from skd_kfp.pipelines.task_settings import make_task
 Chapter = Callable[..., dsl.PipelineTask]
 """A nested pipeline: called within another, it is a task of that."""
 PREPARE: Mapping[str, type] = {name: type_ for name, type_ in PREFLIGHT.items() if name != "comet"} | {"settings": str}
-"""Parameters of the chapter `prepare`."""
 TRAINED = {"data": dsl.Input[dsl.Dataset], "teacher": dsl.Input[dsl.Model]}
 SCORE: Mapping[str, Any] = {
     **TRAINED,
@@ -48,9 +47,7 @@ SCORE: Mapping[str, Any] = {
     **dict.fromkeys(("teacher_config", "student_config", "specdec_config", "champion_config"), str),
     **POOL,
 }
-"""Parameters of the chapter `score`; those around it have more."""
 SCORED = dict.fromkeys(("of_teacher", "of_student", "drafts", "champion"), dsl.Artifact)
-"""Outputs of the chapter `score`."""
 
 
 def select(given: Any, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +151,6 @@ def _score(profile: Profile) -> Chapter:
 
 
 JUDGE = {**SCORE, "comet_config": str}
-"""Parameters of the chapter `judge`."""
 
 
 def _judge(profile: Profile) -> Chapter:
@@ -187,7 +183,6 @@ COMPARE: Mapping[str, Any] = {
     **dict.fromkeys(("variant_config", "model_fingerprints", "teacher_config", "table_config", "plan"), str),
     **POOL,
 }
-"""Parameters of the chapter `compare`."""
 
 
 def compare(profile: Profile) -> Chapter:

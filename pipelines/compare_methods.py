@@ -27,7 +27,6 @@ HANDED_ON = {
     ),
     "trials": list,
 }
-"""Outputs of preflight that later steps take."""
 
 
 def compare_methods(profile: Profile) -> Any:

@@ -19,7 +19,6 @@ _PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
 _IMAGE = re.compile(
     rf"(?:[A-Za-z0-9.\[\]:-]+/)?{_PART}(?:/{_PART})*(?::\w[\w.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?", re.ASCII
 )
-"""An image's reference, as registries take it."""
 _PARAMETER = re.compile(r"inputs\.parameters\['([^']+)'\]")
 _DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 _SECRET_NAME = re.compile(r"token|passw|secret|api_?key|access_?key|credential|webhook", re.IGNORECASE)

@@ -26,7 +26,6 @@ PIPELINES = {
     "distillation_comet": "distillation",
     "compare_methods": "compare_methods",
 }
-"""The functions that define pipelines, and their modules."""
 COMPILED = Path(__file__).parent / "compiled"
 IN_SOURCE_TREE = (Path(__file__).resolve().parents[1] / "pyproject.toml").is_file()
 """Whether this is a source tree, whose compiled pipelines are kept in git, and not an installed package."""

@@ -32,7 +32,6 @@ HANDED_ON = dict.fromkeys(
     ),
     str,
 )
-"""Outputs of preflight that later steps take: each its part of the configuration."""
 
 
 def distillation_comet(profile: Profile) -> Any:

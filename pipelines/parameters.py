@@ -24,7 +24,6 @@ POOL: Mapping[str, type] = {"settings": str, "node_selector": dict, "node_tolera
 PREFLIGHT: Mapping[str, type] = {
     name: option.parameter for name, option in options_of(main).items() if name in preflight.component_spec.inputs
 }
-"""Parameters of step preflight."""
 
 
 class Parameter(NamedTuple):

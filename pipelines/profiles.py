@@ -27,7 +27,6 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("specdec_benchmark", "comet_score"), "model"),
     **dict.fromkeys(("compare_variant", "compare_table", "show", "report", "register_model", "finish"), "small"),
 }
-"""Kind of every step."""
 SEVERAL_GPUS = ("teacher_sft", "distill")
 """The steps that train on all GPUs of their pod, one process each."""
 

@@ -51,7 +51,6 @@ RUN, MODELS, PUBLISH, RECORDS, SET_UP = (
     *("Train a student", "Look at a model", "Give a model to others", "Look after runs and versions"),
     "Set up",
 )
-"""Groups of commands in `skd --help`."""
 
 
 def main() -> None:

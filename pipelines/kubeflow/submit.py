@@ -127,7 +127,6 @@ class Submission:
     target: Target
     parameters: Mapping[str, Any]
     notices: Mapping[str, str] = field(default_factory=dict)
-    """Remarks for a person, by their subject."""
 
     @classmethod
     def plan(

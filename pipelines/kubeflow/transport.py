@@ -32,7 +32,6 @@ _UNREADABLE = "Failed to parse"  # the generated client's words
 ODD_ANSWERS = (TypeError, ValueError, AttributeError, KeyError, RecursionError)
 """Errors of the generated client on an answer of another shape than the API's."""
 FAILURES = (ApiException, HTTPError, *ODD_ANSWERS)
-"""All errors of a request."""
 
 
 class _LoginPage(ApiException):  # type: ignore[misc, unused-ignore]

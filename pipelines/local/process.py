@@ -57,7 +57,6 @@ class StepFailed(SkdError):
 
 
 OnEvent: TypeAlias = Callable[[dict[str, Any]], None]
-"""Handles an event of a step, see `skd_lib._core.events`."""
 Start: TypeAlias = Callable[[str, list[str], Mapping[str, str], Path, OnEvent], Outcome]
 """Runs a step to its end: image, command, environment, log, and the handler of its events."""
 

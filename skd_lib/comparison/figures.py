@@ -21,7 +21,6 @@ SHOWN = 12
 _DASHES = ("", "dashed", "dashdot", "dotted")
 _OTHERS = "neutral faint"
 Styles = Mapping[str, tuple[str, str]]
-"""CSS classes and shape by variant."""
 _SHOWN_NOTE = f" The reference and the best {SHOWN - 1} others are labelled; the numbers have all."
 Spent = Callable[[VariantResult], float | None]
 

@@ -13,7 +13,6 @@ from skd_lib.report.names import metric_name
 from skd_lib.report.views import Headline
 
 PAGE = "comparison.html"
-"""Name of the file, in a comparison's folder and among its MLflow artifacts."""
 
 
 def render_page(comparison: Comparison) -> str:

@@ -28,7 +28,6 @@ from skd_lib.report.folders import Evaluated, read_drafts, read_evaluation
 from skd_lib.results import Course, Difference, Score, Scores, Specdec, rounded
 
 COMPARISON = "comparison.json"
-"""Name of the file in a comparison's folder and among its MLflow artifacts."""
 IntervalKind = Literal["t over seeds", "bootstrap over examples", ""]
 """The second includes Wilson's intervals of accuracies."""
 SHOWN_VARIANTS = 24
@@ -38,7 +37,6 @@ LOSS_SETTINGS = ("temperature", "temperature_squared", "selective", "replaced_we
 """Of section `distill`: what changes the loss but is not the divergence's own."""
 _T = TypeVar("_T")
 Answers = Mapping[tuple[str, int], Sequence[Prediction]]
-"""A student's answers to the test set, by variant and seed."""
 
 
 class SkippedTrial(Trial):

@@ -67,7 +67,6 @@ def kinds(annotation: Any) -> list[Any]:
 
 
 OptionalText = Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)]
-"""A text that is unset where it is empty."""
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -77,7 +76,6 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 Distinct = AfterValidator(_distinct)
-"""Of a list: no value is there twice."""
 NumberT = TypeVar("NumberT")
 NUMBER, SCHEDULE = "<number>", "<schedule>"
 

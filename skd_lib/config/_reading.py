@@ -25,7 +25,6 @@ Overrides = dict[str, Any]
 MAX_SHOWN = 4_000
 """Characters of a wrong value, or of a field's name."""
 MAX_IN_HINT = 200
-"""Characters of a value that a hint writes out."""
 MAX_GUESSES = 4
 A_SECTION, A_LIST = "a section (fields with values)", "a list"
 _COLLECTIONS = {

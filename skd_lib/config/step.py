@@ -67,7 +67,6 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
 }
 """Step -> the fields of `StepConfig` that it depends on."""
 OF_A_COMPARISON = ("compare_variant", "compare_table")
-"""Steps of comparisons only."""
 OF_BOTH = ("prepare_data", "teacher_sft", "evaluate_teacher")
 """Steps of comparisons and single runs that read a configuration from preflight."""
 STEP_HELP = (

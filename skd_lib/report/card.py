@@ -15,7 +15,6 @@ from skd_lib.report.sources import SUMMARY
 from skd_lib.report.summary import Summary
 
 STUDENT, TEACHER, CONFIG = "student", "teacher", "config.yaml"
-"""Files of a run's folder: links to its models, and its configuration."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ _SMOOTHED_FROM = 20
 _SHAPES_UP_TO = 40
 """Points up to which each is marked."""
 _KINDS: dict[Moment, tuple[str, str]] = {"before": ("neutral dashed", "square"), "after": ("student", "circle")}
-"""Class and shape of a moment."""
 
 
 def time_axis(longest: float, what: str) -> tuple[Axis, float]:

@@ -23,7 +23,6 @@ FEW_REPLACED = 0.01
 UNSURE = "†"
 """Stands after an interval that is not to be relied on."""
 WITHHELD = f"withheld (under {LEAST_EXAMPLES} examples)"
-"""Stands instead of a p-value."""
 LOSS_COLUMNS = ("split", "rows", "left out", "why")
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 24

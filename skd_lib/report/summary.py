@@ -40,7 +40,6 @@ from skd_lib.storage import write_text_atomic
 from skd_lib.tracking.locate import IMAGE_VARIABLE
 
 _BINS = 16
-"""Of a histogram of answers' lengths."""
 _LINEAGE_NAMES = {
     "teacher": "teacher",
     "teacher_fingerprint": "teacher fingerprint",

@@ -30,7 +30,6 @@ _TOKEN_FILE = "/var/run/secrets/kubeflow/pipelines/token"  # noqa: S105
 """File in which Kubeflow's profiles mount a token for the API."""
 _IN_CLUSTER = ("KUBERNETES_SERVICE_HOST", POD_VARIABLE)
 _TIMEOUT_SECONDS = (3.0, 10.0)
-"""To connect, and for an answer."""
 _DRIVER, _ON_EXIT = "-driver", ".onExit"
 
 

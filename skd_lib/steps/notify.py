@@ -22,7 +22,6 @@ from skd_lib._core.uris import redacted, shown
 log = logging.getLogger(__name__)
 WEBHOOK_VARIABLE = "SKD_NOTIFY_WEBHOOK"
 TIMEOUT_SECONDS = (5.0, 10.0)
-"""To connect, and to wait for an answer."""
 BACKOFF_SECONDS = 1.0
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _LONGEST_ERROR = 500
