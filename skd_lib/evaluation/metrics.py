@@ -70,10 +70,6 @@ def measure(
     """
     if len(predictions) != len(targets):
         raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
-    if not predictions:
-        raise SkdError(
-            "there are no predictions to score", where=f"metric `{name}`", hint="give the test split examples"
-        )
     scored = scorable(name, targets, answer)
     kept = [predictions[position] for position in scored], [targets[position] for position in scored]
     measured = _accuracy(*kept, answer) if name == "accuracy" else _TEXT_METRICS[name](*kept)

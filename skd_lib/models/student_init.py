@@ -31,12 +31,6 @@ def prune_layers(model: PreTrainedModel, keep_first: int, keep_last: int) -> Pre
         A model with its own weights, on the same device, in the same dtype and in eval mode.
     """
     total = int(model.config.get_text_config().num_hidden_layers)
-    if keep_first < 1 or keep_last < 1:
-        raise SkdError(
-            f"keep_first {keep_first} and keep_last {keep_last} must both be at least 1",
-            where="student_init",
-            hint="the first and the last layer are tied to the embeddings and the head; keep both ends",
-        )
     if keep_first + keep_last >= total:
         raise SkdError(
             f"keeping {keep_first} + {keep_last} layers cuts nothing from a model of {total}",

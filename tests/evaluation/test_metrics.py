@@ -135,12 +135,6 @@ def test_strange_predictions_are_scored(name: MetricName, prediction: str) -> No
     assert np.isfinite(measured.statistics_NS).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_predictions(name: MetricName) -> None:
-    with pytest.raises(SkdError, match=f"metric `{name}`: there are no predictions"):
-        measure(name, [], [])
-
-
 def test_missing_predictions() -> None:
     with pytest.raises(ValueError, match="1 predictions for 2 targets"):
         measure("chrf", ["a"], ["a", "b"])

@@ -90,10 +90,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says(tiny_model: TinyMode
     assert student.lm_head.weight is not student.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "message"),
-    [(0, 1, "at least 1"), (1, 0, "at least 1"), (2, 2, "cuts nothing from a model of 4"), (5, 1, "cuts nothing")],
-)
-def test_cuts_that_make_no_sense(first: int, last: int, message: str, tiny_model: TinyModel) -> None:
-    with pytest.raises(SkdError, match=message):
+@pytest.mark.parametrize(("first", "last"), [(2, 2), (5, 1)])
+def test_cuts_that_make_no_sense(first: int, last: int, tiny_model: TinyModel) -> None:
+    with pytest.raises(SkdError, match="cuts nothing from a model of 4"):
         prune_layers(tiny_model(layers=4), first, last)
