@@ -33,6 +33,7 @@ class Assumptions(ConfigSection):
     prompt_tokens: float = Field(256, gt=0, description="Mean prompt.")
     response_tokens: float = Field(128, gt=0, description="Mean response.")
     longest_tokens: float = Field(256, gt=0, description="Longest response of a batch, on average.")
+    padding: float = Field(1.2, ge=1, description="Positions in training for each token: rows are padded.")
     acceptance: float = Field(0.8, ge=0, le=1, description="Drafted tokens that the teacher keeps in `skd`.")
     draft_acceptance: float = Field(0.6, ge=0, le=1, description="The same in speculative decoding.")
     inference_share: float = Field(0.5, gt=0, le=MOST_OF_A_PEAK, description="Arithmetic achieved in forward passes.")
@@ -95,6 +96,8 @@ def assume(
         usual = most if name == "longest_tokens" else most / 2
         if name not in given:
             values[name] = min(values.get(name, usual), most)
+    if config.distill.training.micro_batch_size == 1:
+        values.setdefault("padding", 1.0)
     assumptions = parse_section(Assumptions, values, where=_WHERE)
     problems = [
         SkdError(

@@ -208,7 +208,8 @@ class Estimator:
         rows = training.batch_size / devices
         micro = min(training.micro_batch_size or rows, rows)
         passes = 3 - (training.lora is not None) + training.gradient_checkpointing
-        terms = times(rows / micro, training_terms(size, self._whole(micro), self.rates, passes=passes))
+        padded = self._whole(micro, self.assumed.padding if micro > 1 else 1.0)
+        terms = times(rows / micro, training_terms(size, padded, self.rates, passes=passes))
         adapters = 0 if training.lora is None else training.lora.rank * size.adapted
         exchanged = reduce_seconds(adapters or size.parameters, devices, self.rates, per_node=self.machine.per_node)
         if training.fsdp:  # gathered for each forward and backward pass; each process adds up its own part
@@ -279,9 +280,10 @@ class Estimator:
         """Return the tokens of the row that ends last."""
         return self.assumed.response_tokens if rows <= 1 else self.assumed.longest_tokens
 
-    def _whole(self, rows: float) -> Pass:
+    def _whole(self, rows: float, padding: float = 1.0) -> Pass:
         """Return a pass over prompts with their responses, whose predictions count."""
-        return Pass(rows, self.length, self.length / 2, rows * self.assumed.response_tokens, cached=False)
+        width = padding * self.length
+        return Pass(rows, width, width / 2, rows * self.assumed.response_tokens, cached=False)
 
     def _prefill(self, rows: float) -> Pass:
         return Pass(rows, self.assumed.prompt_tokens, self.assumed.prompt_tokens / 2, rows, cached=False)

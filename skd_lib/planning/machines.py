@@ -84,6 +84,18 @@ MACHINES = {
 """By kind; a name such as h100x64 says how many devices. Without a number it is one machine."""
 
 
+def this_machine() -> Machine | None:
+    """Return one device of this machine, on which `skd run` trains; None for a GPU of an unknown kind."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return load_machine("cpu")
+    words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(0).lower())
+    memory = torch.cuda.get_device_properties(0).total_memory
+    known = (machine for kind, machine in MACHINES.items() if kind in words)
+    return next((replace(machine, devices=1, memory=memory) for machine in known), None)
+
+
 def load_machine(name: str, *, price: float | None = None) -> Machine:
     """Return a machine by the name of a profile: a kind, or a kind and a number of devices (h100x8).
 

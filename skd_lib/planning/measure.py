@@ -62,14 +62,24 @@ def data_figures(config: RunConfig, splits: Splits, train: Sequence[TokenizedExa
         "validation_rows": len(splits.validation),
         "test_rows": len(splits.test) + sum(each.examples or 0 for each in config.data.held_out),
     }
+    training, most = config.distill.training, config.task.max_new_tokens
+    batch = training.batch_size
     if train:
         figures["prompt_tokens"] = fmean(len(example.prompt_ids) for example in train)
-    batch, most = config.distill.training.batch_size, config.task.max_new_tokens
+        lengths = [len(example.prompt_ids) + min(len(example.response_ids), most) for example in train]
+        figures["padding"] = padding(lengths, batch, training.micro_batch_size or batch)
     if answers := [min(len(example.response_ids), most) for example in train if example.response_ids]:
         longest = fmean(max(answers[start : start + batch]) for start in range(0, len(answers), batch))
         figures["response_tokens"] = fmean(answers)
         figures["longest_tokens"] = max(longest, figures["response_tokens"])
     return figures
+
+
+def padding(lengths: Sequence[int], batch: int, micro: int) -> float:
+    """Return the positions that are computed for each token: a batch's rows go together by length, padded."""
+    batches = [sorted(lengths[start : start + batch]) for start in range(0, len(lengths), batch)]
+    parts = [rows[start : start + micro] for rows in batches for start in range(0, len(rows), micro)]
+    return sum(len(rows) * max(rows) for rows in parts) / sum(lengths)
 
 
 def some_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> list[TokenizedExample]:

@@ -66,6 +66,11 @@ class Plan:
         """Return whether a device has the memory; CUDA's own and fragmentation take a twentieth."""
         return step.memory is None or step.memory <= 0.95 * self.machine.memory
 
+    def __str__(self) -> str:
+        tight = [step.name for step in self.steps if not self.fits(step)]
+        lacking = f" (too little memory for {', '.join(tight)})" if tight else ""
+        return f"{self.machine.name}: {duration(self.seconds)}, ${self.total_cost:.2f}{lacking}"
+
     def table(self, name: str) -> TextTable:
         """Return the steps as a table."""
         machine = self.machine
@@ -109,6 +114,29 @@ class Plan:
             "seconds": self.seconds,
             "cost": self.total_cost,
         }
+
+
+def compared(name: str, plans: Sequence[Plan]) -> TextTable:
+    """Return the steps of a run on several machines as one table: the time and the cost of each."""
+    shown = [*dict.fromkeys(step.name for plan in plans for step in plan.steps if step.seconds), "all"]
+    by_machine = [{step.name: step for step in plan.steps} for plan in plans]
+
+    def cell(plan: Plan, steps: dict[str, PlannedStep], row: str) -> str:
+        if row == "all":
+            return f"{duration(plan.seconds)}, ${plan.total_cost:.2f}"
+        if (step := steps.get(row)) is None:
+            return ""
+        alike = [each for each in plan.steps if each.name.partition(":")[0] == row]
+        tight = "" if all(map(plan.fits, alike)) else "; too much memory"
+        return f"{duration(step.seconds)}, ${plan.cost(step):.2f}{tight}"
+
+    return TextTable(
+        f"{name} on one machine of each kind",
+        ["step", *(plan.machine.name for plan in plans)],
+        [[row, *(cell(plan, steps, row) for plan, steps in zip(plans, by_machine, strict=True))] for row in shown],
+        note="prices are examples",
+        highlighted=("all",),
+    )
 
 
 def make_plan(

@@ -12,6 +12,7 @@ from skd_lib import storage
 from skd_lib.config import RunConfig
 from skd_lib.config.models import served_teacher
 from skd_lib.models.references import model_fingerprint
+from skd_lib.planning.plan import compared
 from skd_lib.preflight.checks import TRACKING, Check, Checks, PreflightReport, distinct
 from skd_lib.preflight.data import check_data
 from skd_lib.preflight.environment import (
@@ -26,8 +27,10 @@ from skd_lib.preflight.environment import (
     check_teacher_precision,
     check_tracking_store,
     in_cluster,
+    trains_elsewhere,
 )
 from skd_lib.preflight.models import check_adapters, check_model, check_student, check_unread, cut_size
+from skd_lib.preflight.plans import check_plans
 from skd_lib.preflight.served import check_served
 from skd_lib.preflight.storage_access import check_answers, check_readable, check_writable, texts
 from skd_lib.preflight.templates import check_date
@@ -85,7 +88,8 @@ def run_checks(
     if served:
         report.model_fingerprints[config.teacher] = model_fingerprint(config.teacher)
     report.date = checks.attempt("date", lambda: check_date(checks, models, config, checkpoint_root)) or ""
-    report.data_fingerprint = checks.attempt("data", lambda: check_data(checks, config, models, runs)) or ""
+    data = checks.attempt("data", lambda: check_data(checks, config, models, runs))
+    report.data_fingerprint, counted = data or ("", {})
     if comet and config.task.wants_comet:
         checks.attempt("comet", lambda: check_comet(checks, config.evaluation.comet.model))
     if config.wants_judge:
@@ -114,5 +118,10 @@ def run_checks(
     if len(runs) == 1 and sizes and (teacher or served) and (run.student_init.cuts or students[0]):
         size = sizes["student"] if students[0] else cut_size(sizes["teacher"], run)
         # One on a server takes no memory here.
-        checks.attempt("memory", lambda: check_memory(checks, run, sizes.get("teacher", size), size, gpu))
+        pair = sizes.get("teacher", size), size
+        checks.attempt("memory", lambda: check_memory(checks, run, *pair, gpu))
+        elsewhere = trains_elsewhere(gpu)
+        plans = checks.attempt("plan", lambda: check_plans(checks, run, pair, counted, elsewhere=elsewhere), "warning")
+        if plans:
+            report.plan = plans[0].table(run.name) if len(plans) == 1 else compared(run.name, plans)
     return report

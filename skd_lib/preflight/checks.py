@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skd_lib._core.bugs import explained
-from skd_lib._core.format import markdown_table
+from skd_lib._core.format import TextTable, markdown_table
 from skd_lib._core.terminal import visible
 from skd_lib._core.uris import redacted
 from skd_lib.config import RunConfig
@@ -65,12 +65,12 @@ class Checks:
         for each in error.errors if isinstance(error, SkdErrors) else [error]:
             self.add(name, level, each.what, where=each.where, hint=each.hint)
 
-    def attempt(self, name: str, look: Callable[[], T]) -> T | None:
+    def attempt(self, name: str, look: Callable[[], T], level: Level = "error") -> T | None:
         """Return the result of `look`, or None if it raises something, which is then noted; a bug of ours, too."""
         try:
             return look()
         except Exception as error:  # noqa: BLE001 - an unforeseen error ends as a sentence too
-            self.failed(name, explained(error))
+            self.failed(name, explained(error), level)
             return None
 
 
@@ -90,12 +90,14 @@ class PreflightReport:
         data_fingerprint: Identifies the data's content and preparation; empty if the data cannot be read.
         date: The date that chat templates print instead of today's; empty where none prints one.
         model_fingerprints: Identify each model's content, by its reference; without those that cannot be read.
+        plan: Memory, time and cost by step; None if that cannot be said.
     """
 
     checks: list[Check] = field(default_factory=list)
     data_fingerprint: str = ""
     date: str = ""
     model_fingerprints: dict[str, str] = field(default_factory=dict)
+    plan: TextTable | None = None
 
     @property
     def tracking_works(self) -> bool:
@@ -123,7 +125,8 @@ class PreflightReport:
         """Return the report as a Markdown table."""
         rows = [(_SYMBOLS[check.level], check.name, check.text, visible(check.hint)) for check in self.checks]
         lines = markdown_table(("", "check", "found", "what to do"), rows, numbers=False)
-        return "\n".join(["# Preflight", "", *lines]) + "\n"
+        plan = ["", *self.plan.to_markdown()] if self.plan else []
+        return "\n".join(["# Preflight", "", *lines, *plan]) + "\n"
 
 
 def table(title: str, checks: Sequence[Check]) -> Table:

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skd_lib.config import HeldOutFiles, HubSource, MultinodeConfig, RunConfig, Schedule, TaskConfig, TrainingConfig
 from skd_lib.data import sources
 from skd_lib.data.examples import Example
 from skd_lib.data.prepared import data_fingerprint
 from skd_lib.data.splits import REFUSE_ABOVE, RUN_SPLITS, Splits, complaints, divide
-from skd_lib.data.tokenize import encode, encode_prompt
+from skd_lib.data.tokenize import TokenizedExample, encode, encode_prompt
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.preflight.checks import Checks, distinct
@@ -39,21 +39,30 @@ _COMPARED = 2000
 """Characters of a text that are tokenised to compare tokenizers."""
 
 
-def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Sequence[RunConfig]) -> str:
-    """Check rows, splits, lengths and training schedules; return the data's fingerprint, empty if it cannot be read."""
+def check_data(
+    checks: Checks, config: RunConfig, models: list[Model], runs: Sequence[RunConfig]
+) -> tuple[str, dict[str, Any]]:
+    """Check rows, splits, lengths and training schedules.
+
+    Returns:
+        The data's fingerprint, empty if they cannot be read, and what a plan assumes otherwise: rows and lengths.
+    """
+    from skd_lib.planning.measure import data_figures
+
     max_rows = MAX_HUB_ROWS if isinstance(config.data.source, HubSource) else MAX_ROWS
     source = checks.attempt("data", lambda: sources.load_data(config.data, max_rows=max_rows))
     held_out = _held_out(checks, config)
     if source is None:
-        return ""
+        return "", {}
     whole = checks.attempt("data", lambda: divide(source, config.data, config.seed, held_out, NEAR_CHARACTERS))
     if whole is None:
-        return ""
+        return "", {}
     splits = whole.by_turn() if config.data.assistant_turns == "all" else whole
     some = any(len(rows) >= max_rows for rows in (source.train, source.validation or (), source.test or ()))
     left = _check_rows(checks, whole, f" (of the first {max_rows:,} rows of each split or file only)" if some else "")
     if not check_format(checks, config, runs, whole):
-        return ""
+        return "", {}
+    train: list[TokenizedExample] = []
     if models:
         _check_special_tokens(checks, models[-1].tokenizer, splits)
     for student in models[1:] if models and models[0].role == "teacher" else ():
@@ -69,14 +78,15 @@ def check_data(checks: Checks, config: RunConfig, models: list[Model], runs: Seq
         tokenizer = models[-1].tokenizer
         ends = (models[-1].answer_end, *eos_ids(models[-1].folder, tokenizer))
         checks.attempt("example", lambda: show_example(checks, config, tokenizer, ends, whole))
-        _check_lengths(checks, config, tokenizer, ends, splits)
+        train = _check_lengths(checks, config, tokenizer, ends, splits)
         for run in distinct(runs, lambda run: (run.student, run.student_init, run.distill)):
             of_run = [model for model in models if model.role == "teacher" or model.reference == run.student]
             _check_positions(checks, run, of_run, splits)
     if left:
         per_row = len(splits.train_student) / max(1, len(whole.train_student))
         _check_schedules(checks, config, left, runs, per_row)
-    return checks.attempt("data", lambda: data_fingerprint(config.data)) or ""
+    figures = data_figures(config, splits, train)
+    return checks.attempt("data", lambda: data_fingerprint(config.data)) or "", figures
 
 
 def _held_out(checks: Checks, config: RunConfig) -> dict[str, list[Example]]:
@@ -176,15 +186,18 @@ def check_reach(checks: Checks, model: Model, task: TaskConfig, examples: Sequen
 
 def _check_lengths(
     checks: Checks, config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], splits: Splits
-) -> None:
-    """Compare a sample of each split with the limits on prompt and answer."""
+) -> list[TokenizedExample]:
+    """Compare a sample of each split with the limits on prompt and answer; return the training's."""
     task = config.task
+    train: list[TokenizedExample] = []
     for name, rows in (("train", splits.train_student), ("validation", splits.validation), ("test", splits.test)):
         sample = sample_of(rows, task)
         if not sample or not check_rendered_rows(checks, name, tokenizer, task, sample):
             continue
         encoded = [encode(tokenizer, task, example, ends[0], ends) for example in sample]
         prompts = [len(example.prompt_ids) for example in encoded]
+        if name == "train":
+            train = [example for example in encoded if len(example.prompt_ids) <= task.max_prompt_tokens]
         long = sum(length > task.max_prompt_tokens for length in prompts)
         cut = sum(bool(example.response_ids) and example.response_ids[-1] not in ends for example in encoded)
         hints = [
@@ -198,6 +211,7 @@ def _check_lengths(
             f"{max(prompts)}), {cut} have answers over {task.max_new_tokens} tokens",
             hint="; ".join(hints),
         )
+    return train
 
 
 def sample_of(rows: Sequence[Example], task: TaskConfig) -> list[Example]:

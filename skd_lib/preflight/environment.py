@@ -188,7 +188,7 @@ def check_auto_precision(checks: Checks) -> Resolved | None:
 
 def check_precision(checks: Checks, runs: Sequence[RunConfig], gpu: bool) -> None:
     """Check that this machine can compute in the precisions that are asked for, and does so fast."""
-    if _trains_elsewhere(gpu) or (auto := check_auto_precision(checks)) is None:
+    if trains_elsewhere(gpu) or (auto := check_auto_precision(checks)) is None:
         return
     from skd_lib.models.loading import default_device
     from skd_lib.models.precision import VARIABLE, precision_trouble
@@ -218,7 +218,7 @@ def check_teacher_precision(checks: Checks, run: RunConfig, teacher: Path, gpu: 
 
     from skd_lib.models.loading import check_quantization
 
-    device = torch.device("cuda" if gpu or _trains_elsewhere(gpu) else "cpu")
+    device = torch.device("cuda" if gpu or trains_elsewhere(gpu) else "cpu")
     check_quantization(precision, teacher, device, trust_remote_code=run.trust_remote_code)
     checks.add("teacher precision", "ok", f"{precision}, by bitsandbytes")
 
@@ -228,7 +228,7 @@ def check_memory(checks: Checks, config: RunConfig, teacher: ModelSize, student:
     from skd_lib.models.loading import default_device
 
     largest = max(estimates(config, teacher, student, device=default_device()), key=lambda estimate: estimate.total)
-    if _trains_elsewhere(gpu):
+    if trains_elsewhere(gpu):
         checks.add("memory", "ok", f"estimate for {largest}")
         return
     available, of_what = available_memory()
@@ -240,7 +240,7 @@ def check_memory(checks: Checks, config: RunConfig, teacher: ModelSize, student:
         checks.add("memory", "warning", what, hint=hint)
 
 
-def _trains_elsewhere(gpu: bool) -> bool:
+def trains_elsewhere(gpu: bool) -> bool:
     """Return whether the training steps get other nodes than this machine."""
     return not gpu and in_cluster()
 

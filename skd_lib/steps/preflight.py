@@ -179,7 +179,9 @@ def main(
             # From here on no step asks for today's date: all of them, and their repetitions, see the same prompts.
             dated = run_config.task.model_copy(update={"date": report.date})
             run_config = run_config.model_copy(update={"task": dated})
-        Console().print(report.table())
+        for table in (report.table(), report.plan and report.plan.to_rich()):
+            if table:
+                Console().print(table)
         for check in report.checks:
             if check.level == "warning":
                 events.emit("note", message=_on_one_line(check))  # the table shows it to those who read the log

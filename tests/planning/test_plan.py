@@ -139,6 +139,17 @@ def test_rows_beyond_a_servers_wait_their_turn() -> None:
     assert sampling(max_rows=16) > sampling(max_rows=32) > sampling(max_rows=64) == sampling(max_rows=128)
 
 
+def test_padded_positions_are_computed() -> None:
+    def loss(padding: float, micro: int) -> float:
+        training = {"batch_size": 8, "micro_batch_size": micro}
+        return parts(planned("l4", {"padding": padding}, distill={"training": training}))["loss"]
+
+    assert loss(1.5, 1) == loss(1.0, 1) > 0
+    assert 1.3 < loss(1.5, 4) / loss(1.0, 4) < 1.5
+    one_row = RunConfig.model_validate(VALUES | {"distill": {"training": {"micro_batch_size": 1}}})
+    assert assume(one_row, load_machine("l4"))[0].padding == 1
+
+
 def test_the_teachers_signal_comes_back_from_servers() -> None:
     def signal(**vllm: Any) -> float:
         return parts(planned(distill=PARALLEL | VLLM | {"vllm": {"tensor_parallel": 2, **vllm}}))["signal"]

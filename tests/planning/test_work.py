@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from skd_lib.planning.measure import fitted
+from skd_lib.planning.measure import fitted, padding
 from skd_lib.planning.memory import config_size, skeleton_size
 from skd_lib.planning.work import (
     Pass,
@@ -128,6 +128,12 @@ def test_costs_are_found_from_times(costs: tuple[float, ...], seed: int) -> None
     rows = torch.rand(8, 3, generator=generator, dtype=torch.float64).add(0.1).tolist()
     seconds = [sum(cost * part for cost, part in zip(costs, row, strict=True)) for row in rows]
     assert fitted(rows, seconds) == pytest.approx(costs, abs=1e-6)
+
+
+def test_rows_of_like_length_share_a_forward_pass() -> None:
+    # Batches (1 2 | 3 4) and (5 5 | 5 9), sorted: 4 + 8 and 10 + 18 positions for 10 and 24 tokens.
+    assert padding([4, 1, 3, 2, 9, 5, 5, 5], 4, 2) == 40 / 34
+    assert padding([4, 1, 3, 2], 4, 1) == 1
 
 
 def test_no_cost_is_negative() -> None:

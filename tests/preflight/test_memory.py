@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import AutoConfig
 
 from skd_lib.config import RunConfig
 from skd_lib.distillation.divergences import DIVERGENCES
+from skd_lib.planning.assumptions import calibration_file, write_calibration
+from skd_lib.planning.machines import load_machine
 from skd_lib.planning.memory import Estimate, available_memory, config_size, estimates
 from tests.conftest import CpuFlags
 from tests.preflight.support import check, only
@@ -128,3 +131,40 @@ def test_too_little_memory_is_a_warning(
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     if not torch.cuda.is_available():
         assert all(found.level == "ok" for found in check(values, tmp_path).checks)
+
+
+def test_the_report_says_what_the_run_takes_by_step(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    report = check(values, tmp_path)
+    (found,) = [each for each in report.checks if each.name == "plan"]
+    assert found.level == "ok"
+    assert re.match(r"\w+: .*\$\d+\.\d\d.*; assumed: acceptance 0.8, ", found.what)
+    assert "rows" not in found.what.partition("assumed:")[2]  # they were counted
+    table = report.markdown().partition("## ")[2]
+    steps = ("teacher_sft", "distill", "evaluate student", "specdec_benchmark", "all")
+    assert [table.count(f"\n| {step} | ") for step in steps] == [1] * len(steps)
+    # What was measured here is used.
+    file = calibration_file(load_machine("cpu"))
+    if torch.cuda.is_available():
+        return
+    write_calibration(file, load_machine("cpu"), RunConfig.model_validate(values), {"acceptance": 0.5})
+    (found,) = [each for each in check(values, tmp_path).checks if each.name == "plan"]
+    assert "acceptance 0.8" not in found.what
+    file.write_text("{}")
+    (found,) = [each for each in check(values, tmp_path).checks if each.name == "plan"]
+    assert (found.level, found.where) == ("warning", str(file))  # a plan keeps no run from starting
+
+
+def test_in_a_cluster_the_report_compares_machines(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a pod with a GPU trains on it")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    report = check(values, tmp_path)
+    (found,) = [each for each in report.checks if each.name == "plan"]
+    assert [name for name in ("l4: ", "a100: ", "h100x8: ") if name in found.what] == ["l4: ", "a100: ", "h100x8: "]
+    assert "\n| step | l4 | a100 | h100x8 |" in report.markdown()
