@@ -252,20 +252,18 @@ def _platform_problems(spec: Values, pods: Values) -> list[str]:
     for dag in _dags(spec):
         for name in dag.tasks:
             where = f"platform spec of task {name} in {dag.name}"
-            for kind, reference in _references(pods.get(dag.target(name).get("executorLabel", ""), {})):
-                if kind == "componentInputParameter" and reference not in dag.given.get("parameters", {}):
-                    problems.append(f"{where}: comes from {reference!r}, which the enclosing DAG does not have")
-                elif kind == "taskOutputParameter" and reference["producerTask"] not in dag.tasks:
-                    problems.append(f"{where}: comes from task {reference['producerTask']!r}, which is not in this DAG")
+            sources = _references(pods.get(dag.target(name).get("executorLabel", ""), {}))
+            faults = (_source_fault(source, "parameters", dag) for source in sources)
+            problems += [f"{where}: {fault}" for fault in faults if fault]
     return problems
 
 
-def _references(values: Any) -> Iterator[tuple[str, Any]]:
-    for key, value in _items(values):
-        if key in (".componentInputParameter", ".taskOutputParameter"):
-            yield key.removeprefix("."), value
-        else:
-            yield from _references(value)
+def _references(values: Any) -> Iterator[Values]:
+    """Yield the parts that name a parameter."""
+    if isinstance(values, dict) and {"componentInputParameter", "taskOutputParameter"} & values.keys():
+        yield values
+    for _, value in _items(values):
+        yield from _references(value)
 
 
 def _items(values: Any) -> list[tuple[str, Any]]:

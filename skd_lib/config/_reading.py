@@ -49,21 +49,12 @@ def parse_section(model: type[SectionT], values: Any, *, where: str) -> SectionT
 def check_unset(model: type[Section], overrides: Mapping[str, Any], *, where: str) -> None:
     """Raise SkdErrors for fields that overrides unset and that do not exist: validation sees nothing of these."""
     hint = "`skd config` lists all of them"
-    unknown = [path for path, value in overrides.items() if value is None and not _is_field(model, path)]
+    known = set(_paths(model))
+    free = tuple(path.removesuffix("*") for path in known if path.endswith("*"))
+    unset = [path for path, value in overrides.items() if value is None]
+    unknown = [path for path in unset if path not in known and not path.startswith(free)]
     if unknown:
         raise SkdErrors([SkdError("unknown field", where=f"{where}, field `{path}`", hint=hint) for path in unknown])
-
-
-def _is_field(model: type[Section], path: str) -> bool:
-    sections: list[type[Section]] = [model]
-    free = False  # whether the last field is a mapping with keys of any name
-    for name in path.split("."):
-        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
-        if not fields:
-            return free
-        sections = [inner for field in fields for inner in _sections(field.annotation)]
-        free = any(_is_mapping(field.annotation) for field in fields)
-    return True
 
 
 def _is_mapping(annotation: Any) -> bool:
@@ -179,9 +170,12 @@ def _elsewhere(model: type[BaseModel], path: list[str], value: Any) -> list[str]
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield all fields by their dotted names; with `.*` those whose keys may have any name."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if not _is_list(field.annotation) and not _is_mapping(field.annotation):
+        if _is_mapping(field.annotation):
+            yield f"{prefix}{name}.*"
+        elif not _is_list(field.annotation):
             for section in _sections(field.annotation):
                 yield from _paths(section, f"{prefix}{name}.")
 
