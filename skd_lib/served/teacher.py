@@ -15,10 +15,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +45,8 @@ _MOST_STOPS = 4
 _FINISHED = ("stop", "eos_token", "stop_sequence")
 """Reasons for the end of a whole response; the last two are TGI's."""
 _GREEDY = {"temperature": 0.0, "max_tokens": 1}
+T = TypeVar("T")
+R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
@@ -157,19 +158,13 @@ class RemoteTeacher:
         if self.takes_ids:
             # Sampling defaults that come with the model have no say.
             fields |= {"stop_token_ids": list(self.ends), "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        progress = Progress(what, len(prompts))
-        keys = [_key(prompt, [seed]) for prompt, seed in zip(prompts, seeds, strict=True)]
-        found = {row: ids for row, key in enumerate(keys) if (ids := self._kept(key)) is not None}
 
         def ask(row: int) -> list[int]:
             choice = self._complete(prompts[row], seed=seeds[row] % 2**31, **fields)
             return self._ids(choice)[:max_new_tokens]
 
-        with self._keeping() as keep:
-            for row, ids in in_flight([row for row in range(len(prompts)) if row not in found], ask):
-                found[row] = ids
-                keep(keys[row], ids)
-                progress.update(len(found))
+        keys = [_key(prompt, [seed]) for prompt, seed in zip(prompts, seeds, strict=True)]
+        found = dict(self._all(range(len(prompts)), keys.__getitem__, ask, what))
         cut = sum(not ids or ids[-1] not in self.ends for ids in found.values())
         log.info("%d of %d responses of the teacher were cut at %d tokens", cut, len(found), max_new_tokens)
         return [found[row] for row in range(len(prompts))]
@@ -187,7 +182,6 @@ class RemoteTeacher:
         Raises:
             SkdError: the server gives none, or not that many, or of tokens that the student does not have.
         """
-        progress, done = Progress("teacher signal", len(examples)), 0
         k = min(k, vocabulary)
 
         def ask(example: TokenizedExample) -> list[str]:
@@ -198,29 +192,16 @@ class RemoteTeacher:
             self._check_known(ids_NK, vocabulary)
             return [base64.b64encode(part.tobytes()).decode() for part in (ids_NK, with_rest(log_p_NK, vocabulary))]
 
-        keys = {id(example): _key(example.prompt_ids, example.response_ids) for example in examples}
+        def key(example: TokenizedExample) -> str:
+            return _key(example.prompt_ids, example.response_ids)
 
-        def made(example: TokenizedExample, parts: list[str]) -> tuple[TokenizedExample, SparseSignal]:
-            nonlocal done
-            done += 1
-            progress.update(done)
+        for example, parts in self._all(examples, key, ask, "teacher signal"):
             ids_N, log_p_N = (
                 torch.frombuffer(bytearray(base64.b64decode(part)), dtype=dtype)
                 for part, dtype in zip(parts, (torch.int32, torch.float32), strict=True)
             )
             rows = len(example.response_ids)
-            return example, SparseSignal(log_p_N.view(rows, -1), ids_N.view(rows, -1), 1.0, vocabulary)
-
-        with self._keeping() as keep:
-            missing = []
-            for example in examples:
-                if (parts := self._kept(keys[id(example)])) is None:
-                    missing.append(example)
-                else:
-                    yield made(example, parts)
-            for example, parts in in_flight(missing, ask):
-                keep(keys[id(example)], parts)
-                yield made(example, parts)
+            yield example, SparseSignal(log_p_N.view(rows, -1), ids_N.view(rows, -1), 1.0, vocabulary)
 
     def strategy(self, sampling: SamplingParams, seed: int, pad_id: int, max_new_tokens: int) -> Strategy:
         """Return the source of responses that this teacher alone writes; `seed` is the run's."""
@@ -248,19 +229,25 @@ class RemoteTeacher:
         log.info("asked of %s: %s", self.where, ", ".join(f"{count:,.0f} {name}" for name, count in spent.items()))
         return spent
 
-    def _kept(self, key: str) -> Any:
-        return self._answers.get(key) if self._answers else None
-
-    @contextmanager
-    def _keeping(self) -> Iterator[Callable[[str, Any], None]]:
-        """Give a function that keeps an answer."""
-        if self._answers is None:
-            yield lambda key, value: None  # noqa: ARG005
-            return
+    def _all(
+        self, jobs: Sequence[T], key: Callable[[T], str], ask: Callable[[T], R], what: str
+    ) -> Iterator[tuple[T, R]]:
+        """Yield each job with its answer, in any order: those kept from before, then those that are asked for now."""
+        progress, kept, missing = Progress(what, len(jobs)), self._answers, []
+        for job in jobs:
+            if kept is not None and (answer := kept.get(key(job))) is not None:
+                yield job, answer
+            else:
+                missing.append(job)
         try:
-            yield self._answers.add
+            for done, (job, answer) in enumerate(in_flight(missing, ask), len(jobs) - len(missing) + 1):
+                if kept is not None:
+                    kept.add(key(job), answer)
+                progress.update(done)
+                yield job, answer
         finally:
-            self._answers.upload()
+            if kept is not None:
+                kept.upload()
 
     def read(self, prompt: Sequence[int], response: Sequence[int], k: int) -> list[dict[int, float]]:
         """Return log-probabilities by token at each position of a response: the `k` most likely, and its own.
