@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,23 +21,6 @@ if TYPE_CHECKING:
     from skd_lib.sampling.interleaved import InterleavedSampler, StreamedToken
 
 LEGEND = "[green]drafted and accepted[/], [bold yellow]by the model in place of a draft[/], the model's own"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer, as `--json` prints it.
-
-    `drafted` tokens are the draft model's that the model accepted, `replaced` ones the model's in place of a draft;
-    `calls` are forward passes of the model.
-    """
-
-    prompt: str
-    answer: str
-    tokens: int
-    drafted: int
-    replaced: int
-    calls: int
-    truncated: bool
 
 
 def generate(
@@ -102,28 +84,29 @@ def generate(
 
     console = Console()
 
-    def ask(question: Question) -> Answer:
+    def ask(question: Question) -> str:
         rounds = _rounds(sampler, tokenizer, settings, question, options)
         written = [*rounds] if as_json else [*_shown(console, tokenizer, rounds)]
         tokens = [token for tokens in written for token in tokens]
         drafted = sum(not token.by_teacher for token in tokens)
-        answer = Answer(
-            prompt=question if isinstance(question, str) else question.question(),
-            answer=_text(tokenizer, tokens),
-            tokens=len(tokens),
-            drafted=drafted,
-            replaced=sum(token.proposal >= 0 for token in tokens),
-            calls=len(written),
-            truncated=len(tokens) == limit and tokens[-1].token not in _ends(sampler),
-        )
+        answer = _text(tokenizer, tokens)
         if as_json:
-            say_json(asdict(answer), lines=True)
+            figures = {
+                "prompt": question if isinstance(question, str) else question.question(),
+                "answer": answer,
+                "tokens": len(tokens),
+                "drafted": drafted,
+                "replaced": sum(token.proposal >= 0 for token in tokens),
+                "calls": len(written),
+                "truncated": len(tokens) == limit and tokens[-1].token not in _ends(sampler),
+            }
+            say_json(figures, lines=True)
             return answer
         console.print()
         if draft is not None:
-            figures = f"tokens: {len(tokens)}, of them drafted: {drafted}; calls of the model: {len(written)}"
+            counts = f"tokens: {len(tokens)}, of them drafted: {drafted}; calls of the model: {len(written)}"
             legend = f" ({LEGEND})" if console.is_terminal and not console.no_color else ""
-            console.print(figures + legend, style="dim", highlight=False)
+            console.print(counts + legend, style="dim", highlight=False)
         return answer
 
     if chat:
@@ -224,7 +207,7 @@ def _ends(sampler: InterleavedSampler) -> set[int]:
     return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-def _talk(console: Console, ask: Callable[[Question], Answer]) -> None:
+def _talk(console: Console, ask: Callable[[Question], str]) -> None:
     """Ask for messages until an empty one or the end of the input."""
     from skd_lib.data.conversations import Conversation
 
@@ -238,8 +221,7 @@ def _talk(console: Console, ask: Callable[[Question], Answer]) -> None:
         if not text.strip():
             return
         messages.append({"role": "user", "content": text})
-        answer = ask(Conversation(tuple(messages)))
-        messages.append({"role": "assistant", "content": answer.answer})
+        messages.append({"role": "assistant", "content": ask(Conversation(tuple(messages)))})
 
 
 def _shown(
