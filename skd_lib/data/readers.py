@@ -53,7 +53,7 @@ def read_rows(path: str | Path) -> list[Fields]:
 def read_file(
     stream: IO[bytes], name: str, columns: Columns, problems: Problems, max_rows: int | None = None
 ) -> list[Example]:
-    """Read the examples of one file, of whose name the ending tells the format; what is wrong goes to `problems`.
+    """Read the examples of one file, whose name ends as its format does; what is wrong goes to `problems`.
 
     Rows are counted from 1; a CSV header is no row. With `max_rows`, no more than `QUICK_CHARACTERS` are read either.
     Parquet needs a stream that can seek.

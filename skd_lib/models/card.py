@@ -161,18 +161,11 @@ def _usage_as_draft(lineage: Lineage, reference: str, teacher: str) -> str:
     if not lineage.teacher:
         return ""
     known = lineage.teacher if _is_on_hub(lineage.teacher) and not lineage.teacher_tuned else TUNED_TEACHER
-    speculative = {
-        "method": "draft_model",
-        "model": reference,
-        "num_speculative_tokens": _gamma(lineage.settings.get("gamma")),
-    }
+    gamma = lineage.settings.get("gamma")
+    drafted = gamma if isinstance(gamma, int) else 5  # a usual length, where the training had no fixed one
+    speculative = {"method": "draft_model", "model": reference, "num_speculative_tokens": drafted}
     command = ["vllm", "serve", teacher or known, "--speculative-config", json.dumps(speculative)]
     return f"As the draft of its teacher:\n\n```bash\n{shlex.join(command)}\n```"
-
-
-def _gamma(setting: object) -> int:
-    """Return a fixed draft length of the training, else a usual one."""
-    return setting if isinstance(setting, int) else 5
 
 
 def _is_on_hub(reference: str) -> bool:

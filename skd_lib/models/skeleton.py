@@ -133,7 +133,10 @@ def check_weights(folder: Path, model: PreTrainedModel) -> str:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            stored = {tensor.name: torch.empty(tensor.shape, dtype=_dtype(tensor)) for tensor in tensors}
+            stored = {
+                tensor.name: torch.empty(tensor.shape, dtype=_FLOATS.get(tensor.dtype, torch.uint8))
+                for tensor in tensors
+            }
         with quiet():
             _, info = type(model).from_pretrained(
                 None,
@@ -252,10 +255,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _dtype(tensor: StoredTensor) -> torch.dtype:
-    return _FLOATS.get(tensor.dtype, torch.uint8)
 
 
 def _examples(entries: Iterable[Any]) -> str:

@@ -105,7 +105,7 @@ def sampling_figures(statistics: SamplingStatistics) -> dict[str, float]:
 def ratio_sums(losses: Tensor, tokens: Tensor) -> Tensor:
     """Return the sums over rows that `ratio_error` needs, which may be added up over batches and processes.
 
-    Of each row, the sum of the loss over its response tokens, and their number.
+    `losses` are each row's sum of the loss over its response tokens, `tokens` their number.
     """
     losses, tokens = losses.double().cpu(), tokens.double().cpu()
     return torch.stack([torch.ones_like(losses), losses, tokens, losses**2, losses * tokens, tokens**2]).sum(1)
