@@ -82,18 +82,9 @@ def model_card(
 ) -> str:
     """Return the text of the model card, with the metadata block of the Hugging Face hub.
 
-    Args:
-        name: Its title.
-        lineage: The model's origin.
-        metrics: Closing figures of the training, by name.
-        results: Tables of what was measured afterwards.
-        data: What it was trained on, by name.
-        dataset: The data's id on the hub; empty where it is not there.
-        prompt: A prompt as the model knows it.
-        chat: Whether it knows prompts in the tokenizer's chat template.
-        reference: Where the reader finds the model: a hub id or a folder.
-        teacher: Where the reader finds its teacher, as it was when it taught; empty: where `lineage` says.
-        licence: The licence's name on the hub, e.g. `apache-2.0`; empty: the card says that it is open.
+    Metrics are closing figures of the training, results tables of what was measured afterwards. The reader finds the
+    model at `reference`, and its teacher, as it was when it taught, at `teacher` (empty: where `lineage` says).
+    `dataset` and `licence` are names on the hub, if any; `chat` says whether prompts are in the chat template.
     """
     bases = [one for one in (lineage.base, lineage.teacher) if _is_on_hub(one)]
     head: dict[str, object] = {
