@@ -164,7 +164,7 @@ def doctor(
     checks = [*examine(runs_dir, uri), *([check_retries(namespace)] if kubeflow else [])]
     failed = any(check.level == "error" for check in checks)
     if as_json:
-        say_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+        say_json({"ok": not failed, "checks": checks})
     else:
         Console().print(table("This machine", checks))
     if failed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -151,7 +150,7 @@ def _reason(why: str) -> str:
 
 def _report(move: Move, *, as_json: bool) -> None:
     if as_json:
-        say_json(asdict(move))
+        say_json(move)
         return
     before = f"version {move.before}" if move.before else "none"
     say(f"{move.model}: version {move.version} is the champion now; before, {before} was")

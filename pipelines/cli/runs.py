@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -56,7 +56,7 @@ def runs(
     folders = (file.parent for file in runs_dir.glob("*/run.json"))
     found = sorted(map(_look_at, folders), key=lambda each: each.changed, reverse=True)
     if as_json:
-        say_json([asdict(each) for each in found])
+        say_json(found)
     elif not found:
         say(f"there are no runs in {runs_dir}; `skd run CONFIG` starts one")
     else:

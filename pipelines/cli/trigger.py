@@ -95,7 +95,7 @@ def trigger(
     )
     decision = bound.explain(source) if dry_run else bound.fire(source)
     if as_json:
-        say_json(decision.to_dict(), lines=True)
+        say_json(decision, lines=True)
         return
     verb = "would start" if dry_run else "started"
     say(f"{verb if decision.fire else 'nothing to start'}: {decision.reason}")

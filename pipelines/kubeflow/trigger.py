@@ -10,9 +10,9 @@ import logging
 import math
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from skd_kfp.pipelines.kubeflow.api import KubeflowPipelines, Unsettled
 from skd_kfp.pipelines.kubeflow.claims import claim, claim_uri, remembered
@@ -47,10 +47,6 @@ class Decision:
     reason: str
     name: str = ""
     run_id: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
