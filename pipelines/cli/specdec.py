@@ -49,7 +49,7 @@ def specdec(
         str | None, typer.Option(help="Draft lengths compared, e.g. 1,2,4.", show_default="1 to 8")
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(help="Which of them are timed: all, best or none.", show_default="all")
+        str | None, typer.Option(help="Which of them are timed: all, best or none.", show_default="best")
     ] = None,
     batch_sizes: Annotated[
         str | None, typer.Option(help="Rows decoded together; for vLLM requests in flight.", show_default="1,8")

@@ -104,9 +104,9 @@ class SpecdecConfig(ConfigSection):
         [1, 2, 3, 4, 5, 6, 7, 8], description="Draft lengths compared; the best is reported next to the headline."
     )
     sweep: Literal["all", "best", "none"] = Field(
-        "all",
-        description="Which of `gammas` are timed: `all`; `best`, those on the way to the best (the others are "
-        "predicted from acceptance and the forwards' times); `none`, only `gamma`.",
+        "best",
+        description="Which of `gammas` are timed: `all`; `best`, `gamma` and those on the way to the best (the others "
+        "are predicted from acceptance and the forwards' times); `none`, only `gamma`.",
     )
     batch_sizes: Annotated[list[BatchSize], Distinct] = Field(
         [1, 8],

@@ -388,6 +388,24 @@ def test_the_sweep_finds_the_best_length_and_leaves_out_what_cannot_win(
     assert [length.gamma for length in setting.lengths if length.timed] == sorted({2, wanted})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cost", [0.02, 0.6])
+def test_the_sweep_finds_a_length_as_good_as_the_best_of_all(
+    tiny_model: TinyModel, clock: FakeClock, cost: float
+) -> None:
+    """A draft that is right at times: the headline figures are the same, and the best speed-up is."""
+    teacher, draft = clock.charge(tiny_model(), 1.0), clock.charge(tiny_model(seed=1), cost)
+    changes: dict[str, Any] = {"gamma": 5, "gammas": [*range(1, 9)], "eos_ids": NO_EOS, "max_new_tokens": 16}
+    changes["prompts"] = prompts(2)
+    every, swept = (
+        run(teacher, draft, sweep=sweep, temperatures=[1.0], **changes).settings[0] for sweep in ("all", "best")
+    )
+    assert sum(length.timed is not None for length in swept.lengths) <= 3
+    timed = [next(length.timed for length in each.lengths if length.gamma == 5) for each in (every, swept)]
+    assert timed[0] == timed[1] is not None
+    assert swept.best_speedup >= 0.98 * every.best_speedup
+
+
 def test_batches_that_the_prompts_do_not_fill_are_left_out(tiny_model: TinyModel) -> None:
     result = run(tiny_model(), tiny_model(seed=1), batch_sizes=[1, 8], max_new_tokens=4)
     assert [each.batch_size for each in result.settings] == [1]
