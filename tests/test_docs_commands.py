@@ -201,6 +201,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
     rows = [{"source": f"Add {n} and 2:", "question": f"Add {n} and 2:", "target": f"{n + 2}"} for n in range(60)]
     for name, part in {"train": rows[:40], "test": rows[40:50], "validation": rows[50:], "questions": rows[:2]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "logs").mkdir()
+    shutil.copy(folder / "train.jsonl", folder / "logs")
     for name in ("lines", "prompts"):
         (folder / f"{name}.txt").write_text("Add 1 and 2\nAdd 3 and 4\n")
     config = {
