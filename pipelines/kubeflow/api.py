@@ -65,7 +65,9 @@ class KubeflowPipelines:
     ) -> None:
         self.host, self.namespace, self.notice = shown(host.rstrip("/")), namespace, notice
         self._backoff = backoff
-        self._client = client = transport.make_client(host.rstrip("/"), credentials, backoff, notice)
+        configuration = kfp_server_api.Configuration(host=host.rstrip("/"))
+        self._client = client = kfp_server_api.ApiClient(configuration)
+        client.rest_client = transport.Transport(configuration, credentials, backoff, notice)
         self._experiments = kfp_server_api.ExperimentServiceApi(client)
         self._pipelines = kfp_server_api.PipelineServiceApi(client)
         self._uploads = kfp_server_api.PipelineUploadServiceApi(client)

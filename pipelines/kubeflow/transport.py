@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import kfp_server_api
 from kfp_server_api.exceptions import ApiException
 from kfp_server_api.rest import RESTClientObject
 from typing_extensions import override
@@ -94,14 +93,6 @@ class Transport(RESTClientObject):  # type: ignore[misc, unused-ignore]
         if "json" not in response.getheader("content-type", ""):
             raise _LoginPage("the answer is a web page, as of a login")
         return response
-
-
-def make_client(host: str, credentials: Credentials, backoff: float, notice: Callable[[str], None]) -> Any:
-    """Return the generated client for a server."""
-    configuration = kfp_server_api.Configuration(host=host)
-    client = kfp_server_api.ApiClient(configuration)
-    client.rest_client = Transport(configuration, credentials, backoff, notice)
-    return client
 
 
 def was_not_received(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from skd_lib._core.format import percent
 from skd_lib._core.terminal import clipped, visible
 from skd_lib.models.records import SampledSequence, SampledToken
 from skd_lib.report.charts import bars
+from skd_lib.report.series import spread
 
 TOKENS_SHOWN = 240
 """Of each sequence: the page stays below a megabyte."""
@@ -52,9 +53,7 @@ def step_views(samples: Sequence[SampledSequence]) -> list[StepView]:
     """Group the sequences by step; of many steps, take evenly spread ones with the first and the last."""
     ordered = sorted(samples, key=lambda sequence: (sequence.step, sequence.row))
     steps = [(step, list(sequences)) for step, sequences in groupby(ordered, key=lambda sequence: sequence.step)]
-    if len(steps) > STEPS_SHOWN:
-        steps = [steps[round(i * (len(steps) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
-    return [_step_view(step, sequences) for step, sequences in steps]
+    return [_step_view(step, sequences) for step, sequences in spread(steps, STEPS_SHOWN)]
 
 
 def shares_chart(steps: Sequence[StepView]) -> Markup:
