@@ -121,7 +121,7 @@ class RemoteTeacher:
     @cached_property
     def _tokens(self) -> int:
         """Ids below this may be tokens of the tokenizer."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        return int(max(self.tokenizer.get_vocab().values())) + 1
 
     @cached_property
     def reads(self) -> bool:
