@@ -68,9 +68,10 @@ class Engine:
     def _health(self) -> int:
         """Return the status of `/health`, 0 if there is no answer."""
         try:
-            return self._http.get(f"{self.url}/health", timeout=5).status_code
+            status: int = self._http.get(f"{self.url}/health", timeout=5).status_code
         except requests.RequestException:
             return 0
+        return status
 
     def wait(self) -> None:
         """Wait until the server answers.

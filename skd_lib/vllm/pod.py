@@ -71,7 +71,14 @@ async def _receive(folder: Path, address: str, port: int) -> None:
         await answer(send, 200, {})
         server.should_exit = True
 
-    config = uvicorn.Config(Guard(app, folder), host=address, port=port, log_level="warning", lifespan="off")
+    config = uvicorn.Config(
+        Guard(app, folder),
+        host=address,
+        port=port,
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=3,  # a connection that was just made is not closed, and may be asked for ever
+    )
     server = uvicorn.Server(config)
     await server.serve()
 

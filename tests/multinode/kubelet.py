@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Kubelet:
         self.fake, self.folder, self.python, self.variables = fake, folder, python, variables
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._addresses = itertools.count(2)
+        self._ending: list[threading.Thread] = []
         if python is None:
             module = folder / "packages/vllm/entrypoints/cli/main.py"
             module.parent.mkdir(parents=True)
@@ -84,10 +86,11 @@ class Kubelet:
         return (self.folder / f"{name}.log").read_text()
 
     def end(self, name: str) -> None:
-        """End a pod's process."""
+        """End a pod's process, as the kubelet does: Kubernetes has answered before it is gone."""
         if process := self.processes.pop(name, None):
             process.terminate()
-            process.wait(60)
+            self._ending.append(threading.Thread(target=process.wait, args=(60,), daemon=True))
+            self._ending[-1].start()
 
     def kill(self, name: str) -> None:
         """Kill all of a container's processes at once."""
@@ -100,6 +103,8 @@ class Kubelet:
         """End all."""
         for name in list(self.processes):
             self.end(name)
+        for each in self._ending:
+            each.join()
 
     def _value(self, pod: dict[str, Any], source: dict[str, Any]) -> str:
         if "fieldRef" in source:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import requests
 import uvicorn
 
 from skd_lib.errors import SkdError
+from skd_lib.vllm import pod
 from skd_lib.vllm.client import Engine
 from skd_lib.vllm.guard import TOKEN_VARIABLE, Guard
-from skd_lib.vllm.serve import free_port
+from skd_lib.vllm.serve import Served, free_port
 from skd_lib.vllm.upload import PREFIX, answer
 
 ASKED: list[str] = []
@@ -99,3 +103,47 @@ def test_a_line_after_the_token_a_proxy_and_many_rows(
     with ThreadPoolExecutor(40) as pool:
         assert len(list(pool.map(lambda _: engine.rpc("skd_sees", "a"), range(80)))) == 80
     assert "pool is full" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_pod_starts_vllm_although_a_connection_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Served] = []
+
+    @contextmanager
+    def started(served: Served, *_: Any, **__: Any) -> Iterator[None]:
+        begun.append(served)
+        yield
+
+    monkeypatch.setenv(TOKEN_VARIABLE, "t0ken")
+    monkeypatch.setattr(pod, "started", started)
+    monkeypatch.setattr(pod, "until_ended", lambda _: 0)
+    port = free_port()
+    thread = threading.Thread(target=pod.main, args=(tmp_path, port), daemon=True)
+    thread.start()
+    engine = Engine(f"http://127.0.0.1:{port}")
+    wait_for(lambda: listens(port))
+    with socket.create_connection(("127.0.0.1", port)) as unfinished:
+        unfinished.sendall(
+            b"PUT /skd/files/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0ken\r\nContent-Length: 9\r\n\r\nab"
+        )
+        wait_for(lambda: (tmp_path / "a.partial").exists())
+        models = tmp_path / "teacher", tmp_path / "student"
+        assert not engine.answers()
+        engine.post(pod.START, pod.settings_of(Served(*models, 4, max_model_len=50)))
+        thread.join(20)
+    assert [(served.teacher, served.gamma) for served in begun] == [(models[0], 4)]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
