@@ -276,7 +276,8 @@ class _Bench:
     def _served(self, count: int) -> Callable[[Turn], dict[str, float]]:
         def run(turn: Turn) -> dict[str, float]:
             self._send(count, self.sent)
-            self.engine.max_new_tokens, self.engine.signal = turn.new_tokens, turn.signal
+            self.engine.max_new_tokens = turn.new_tokens
+            self.engine.settings = self.engine.settings.model_copy(update={"signal": turn.signal})
             return {"sampling": self._sampled(turn, self.engine.sampler(self.rule, self.sent).sample)}
 
         return run
@@ -310,7 +311,8 @@ class _Bench:
 
         def run(turn: Turn) -> dict[str, float]:
             self.step += 1
-            self.engine.max_new_tokens, self.engine.signal = new_tokens, "states"
+            self.engine.max_new_tokens = new_tokens
+            self.engine.settings = self.engine.settings.model_copy(update={"signal": "states"})
             examples = [TokenizedExample(prompt, [0]) for prompt in self.prompts[: turn.rows]]
             keys = [RowKey(self.step, row) for row in range(turn.rows)]
             made: list[Rollout] = []

@@ -26,6 +26,7 @@ from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token, make_token
 from skd_lib.vllm.head import load_head
 from skd_lib.vllm.sampler import VllmEngine
 from skd_lib.vllm.serve import Served, free_port, serving
+from skd_lib.vllm.settings import RolloutSettings
 
 
 @contextmanager
@@ -85,23 +86,24 @@ def vllm_engine(
             engines = [stack.enter_context(serving(served, logs, port=agreed["port"]))]
         elif not engines:
             engines = [Engine(f"http://127.0.0.1:{agreed['port']}")]
-        uses_divergence = METHODS[distill.method].uses_divergence
         head = load_head(folders["teacher"], dtype=dtype, device=student.device)
         yield VllmEngine(
             engines=engines,
             student=student,
             head=head,
             teacher=weights_sample(folders["teacher"]),
-            vocabulary=common_vocabulary(student, head),
+            settings=RolloutSettings(
+                student=sampling.student,
+                teacher=sampling.teacher,
+                vocabulary=common_vocabulary(student, head),
+                signal=settings.signal if METHODS[distill.method].uses_divergence else "none",
+                top_k=settings.top_k,
+                temperature=distill.temperature,
+            ),
             eos_ids=eos_ids,
             pad_id=pad_id,
             max_new_tokens=max_new_tokens,
             gamma=gamma,
-            signal=settings.signal if uses_divergence else "none",
-            top_k=settings.top_k,
-            temperature=distill.temperature,
-            student_params=sampling.student,
-            teacher_params=sampling.teacher,
             exchange=Path(settings.exchange) if settings.exchange else None,
             dtype=dtype,
             session=agreed["session"],

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from skd_lib.config import SamplingParams
 from skd_lib.distillation.batch import Rollout
 from skd_lib.distillation.teacher_signal import DenseSignal, SparseSignal, TeacherSignal
 from skd_lib.errors import SkdError
@@ -63,16 +62,12 @@ class VllmEngine:
         student: The model in training, whose weights the servers get.
         head: The teacher's head, see `skd_lib.vllm.head`.
         teacher: `skd_lib.models.files.weights_sample` of the teacher: a server with another one is refused.
-        vocabulary: Token ids at and above it have probability 0.
+        settings: How both models sample, and what servers keep of the teacher for each response token; the rule is a
+            step's own.
         eos_ids: Ids that end a response.
         pad_id: Fills rows up.
         max_new_tokens: Longest response.
         gamma: Tokens that a server drafts for each call of the teacher, fixed when it starts.
-        signal: What the servers keep of the teacher for each response token.
-        top_k: The number of tokens kept, where `signal` is `top_k`.
-        temperature: Of the loss, where `signal` is `top_k`.
-        student_params: How the student samples.
-        teacher_params: How the teacher samples.
         exchange: A folder that the servers see, too, for the student's weights; None: see `skd_lib.vllm.fleet`.
         dtype: Of the weights that are sent; None leaves them as they are.
         session: Name of this training, on all of its processes.
@@ -83,16 +78,11 @@ class VllmEngine:
     student: PreTrainedModel
     head: PreTrainedModel
     teacher: str
-    vocabulary: int
+    settings: RolloutSettings
     eos_ids: tuple[int, ...]
     pad_id: int
     max_new_tokens: int
     gamma: int
-    signal: str
-    top_k: int
-    temperature: float
-    student_params: SamplingParams
-    teacher_params: SamplingParams
     exchange: Path | None = None
     dtype: torch.dtype | None = None
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -109,17 +99,8 @@ class VllmEngine:
 
         All processes have the same weights then, whole ones.
         """
-        name, value = _served(rule, self.vocabulary)
-        settings = RolloutSettings(
-            rule=name,
-            value=value,
-            student=self.student_params,
-            teacher=self.teacher_params,
-            vocabulary=self.vocabulary,
-            signal=self.signal,
-            top_k=self.top_k,
-            temperature=self.temperature,
-        )
+        name, value = _served(rule, self.settings.vocabulary)
+        settings = self.settings.model_copy(update={"rule": name, "value": value})
         settings.acceptance()
         self._version = f"{self.session}-{self._trainings}-{step}"
         return VllmSampler(self, settings, rule.drafts)
@@ -165,16 +146,17 @@ class VllmEngine:
             if len(states_TH) != len(response):
                 raise SkdError(f"{len(states_TH)} states came for {len(response)} tokens", where=engine.url)
             dense = DenseSignal(states_TH.to(self.head.get_output_embeddings().weight.device), self.head)
-            if self.signal != "top_k":
-                return dense
-            return self._sparse_of(dense)
+            return dense if self.settings.signal != "top_k" else self._sparse_of(dense)
 
         return self.spread(ask, pairs)
 
     def _sparse_of(self, dense: DenseSignal) -> SparseSignal:
+        settings = self.settings
         with torch.no_grad():
             logits_NV = lm_logits(self.head, dense.states_NH)
-        return SparseSignal.of_logits(logits_NV, self.top_k, temperature=self.temperature, vocabulary=self.vocabulary)
+        return SparseSignal.of_logits(
+            logits_NV, settings.top_k, temperature=settings.temperature, vocabulary=settings.vocabulary
+        )
 
     def spread(
         self, ask: Callable[[Engine, Any], T], items: Sequence[Any], settings: RolloutSettings | None = None
@@ -187,7 +169,7 @@ class VllmEngine:
             settings: How they sample; None: they do not.
         """
         wanted = Wanted(
-            settings=(settings or RolloutSettings(vocabulary=self.vocabulary)).model_dump(),
+            settings=(settings or self.settings).model_dump(),
             version=None if settings is None else self._version,
             length=self.max_new_tokens + self.gamma + 1,
             gamma=self.gamma,

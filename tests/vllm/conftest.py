@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from skd_lib.vllm.client import Engine
 from skd_lib.vllm.head import load_head
 from skd_lib.vllm.sampler import VllmEngine
 from skd_lib.vllm.serve import Served, serving
+from skd_lib.vllm.settings import RolloutSettings
 from tests.conftest import SaveTinyModel
 
 EOS, GAMMA, NEW = 2, 4, 24
@@ -58,7 +60,7 @@ class Pair:
         server: Engine,
         exchange: Path,
         params: tuple[SamplingParams, SamplingParams],
-        signal: str = "states",
+        signal: Any = "states",
         vocabulary: int = 320,
         new: int = NEW,
     ) -> VllmEngine:
@@ -67,16 +69,13 @@ class Pair:
             student=self.student,
             head=load_head(self.folders["teacher"], dtype=torch.float32),
             teacher=weights_sample(self.folders["teacher"]),
-            vocabulary=vocabulary,
+            settings=RolloutSettings(
+                student=params[0], teacher=params[1], vocabulary=vocabulary, signal=signal, top_k=8
+            ),
             eos_ids=(EOS,),
             pad_id=0,
             max_new_tokens=new,
             gamma=GAMMA,
-            signal=signal,
-            top_k=8,
-            temperature=1.0,
-            student_params=params[0],
-            teacher_params=params[1],
             exchange=exchange,
         )
 
