@@ -411,7 +411,7 @@ class Specdec(Figures):
     teacher_only_latency: Latency | None = None
     settings: list[Setting] = Field([], description="Of `engine: transformers`.")
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="`vllm`: the headline is from vLLM's counters, and `batch_size` requests in flight."
+        "transformers", description="`vllm`: the headline is from vLLM's counts, and `batch_size` requests in flight."
     )
     served: ServedMeasurement | None = Field(None, description="Of `engine: vllm`, with this draft alone.")
     vllm: Vllm | None = None

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from skd_lib._core.format import TextTable, decoding, plain
 from skd_lib.results import DraftLength, Latency, Percentiles, ServedMeasurement, ServedPasses, Setting, Specdec
+from skd_lib.specdec.benchmark import compare_drafts
 
 _SPEED_COLUMNS = ("drafted", "accepted", "tokens/call", "tokens/s", "speed-up", "theory", "paper's")
 _SERVED_COLUMNS = ("decoding", "in flight", "tokens/s without", "tokens/s with it", "speed-up", "tokens/call")
@@ -30,6 +31,9 @@ def render(results: Mapping[str, Specdec]) -> RenderableType:
             parts += [_latencies(name, result).to_rich(), _conclusion(name, result)]
         if result.vllm is not None:
             parts += [Text(f"vLLM: {reason}", style="yellow") for reason in result.vllm.reasons]
+    if results.keys() >= {"before", "after"} and (gain := compare_drafts(results["after"], results["before"])):
+        interval = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}"
+        parts.append(Text(f"after against before: {gain.difference:+.2f} tokens a call, {interval} over the prompts."))
     notes = [note for result in results.values() if result.served for note in result.served.notes]
     parts += [Text(note, style="yellow") for note in dict.fromkeys(notes)]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -124,7 +128,7 @@ def _served(name: str, served: ServedMeasurement) -> list[RenderableType]:
                 zip(counts.accepted_by_position, counts.tested, counts.shares, strict=False), 1
             )
         ]
-        title = f"{name}: acceptance by vLLM's counters, {counts.drafts} drafts"
+        title = f"{name}: acceptance by vLLM's counts, {counts.drafts} drafts"
         parts.append(TextTable(title, ("position", "accepted", "of those reached", "of all drafts"), rows).to_rich())
     parts.append(Text(" ".join(_greedy(name, served))))
     return parts
