@@ -316,14 +316,14 @@ def _hub_errors(where: str) -> Iterator[None]:
     except SkdError:
         raise
     except Exception as error:  # whatever the library's readers raise
-        what = "cannot load the dataset"
+        what = f"cannot load the dataset: {first_line(error)}"
         hint = (
             "check `data.source.dataset`, `subset`, `revision` and the names of the splits; a gated one needs HF_TOKEN"
         )
         if isinstance(error, OSError | http_error) and not isinstance(error, DatasetsError | HfHubHTTPError):
-            what = "cannot reach the dataset on the hub"
+            what = f"cannot reach the dataset on the hub: {first_line(error)}"
             hint = "check the network (HTTPS_PROXY is honoured), or give the data as files (`data.source.type: files`)"
-        raise SkdError(f"{what}: {first_line(error)}", where=where, hint=hint) from error
+        raise SkdError(what, where=where, hint=hint) from error
 
 
 # --- gettext catalogs ---------------------------------------------------------------------------------------------
