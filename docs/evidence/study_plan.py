@@ -117,6 +117,9 @@ def cells() -> Iterator[Cell]:
         for variant in RULES:
             if variant not in OTHERS:
                 yield Cell(RULES_ARM, variant, seed)
+    for seed in AGAIN_SEEDS:
+        for arm, variant in dict.fromkeys((claim.arm, name) for claim in AGAIN for name in (claim.better, claim.worse)):
+            yield Cell(arm, variant, seed)
 
 
 @dataclass(frozen=True)
@@ -148,3 +151,7 @@ CLAIMS = (
     Claim("7", "SKD is better than ImitKD", SFT, "skd", "imitkd"),
 )
 """The claims of Xu et al. (2025) as comparisons of this study; Holm's correction is over all of them."""
+
+AGAIN = tuple(claim for claim in CLAIMS if claim.number in ("1b", "3a", "4a", "5a", "5b"))
+AGAIN_SEEDS = tuple(range(20, 28))
+"""The second round: claims that the first one suggests, on seeds of their own, corrected for these alone."""

@@ -13,7 +13,7 @@ from analysis import PairedTest, paired_tests
 from plots import plot
 from records import SCORE, Curve, Run
 from skd_lib._core.format import markdown_table
-from study_plan import ARMS, CLAIMS, CORE, REFERENCE, RULES, RULES_ARM, TEACHER_COST, Claim, cells
+from study_plan import AGAIN, AGAIN_SEEDS, ARMS, CLAIMS, CORE, REFERENCE, RULES, RULES_ARM, TEACHER_COST, Claim, cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,21 +30,21 @@ def verdict(test: PairedTest | None) -> str:
     return "shown" if test.difference.mean > 0 else "the opposite is shown"
 
 
-def claim_differences(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Return each claim's differences in accuracy, one a seed."""
+def claim_differences(runs: Sequence[Run], claims: Sequence[Claim] = CLAIMS) -> dict[str, list[float]]:
+    """Return each claim's differences in accuracy, one a seed of its round."""
     scores = {(run.comparison, run.variant, run.seed): run.figures[SCORE] for run in runs}
-    seeds = sorted({run.seed for run in runs})
+    seeds = sorted({run.seed for run in runs if (run.seed in AGAIN_SEEDS) == (claims is AGAIN)})
 
     def differences(claim: Claim) -> list[float]:
         pairs = [[scores.get((claim.arm.name, name, seed)) for name in (claim.better, claim.worse)] for seed in seeds]
         return [better - worse for better, worse in pairs if better is not None and worse is not None]
 
-    return {claim.number: differences(claim) for claim in CLAIMS}
+    return {claim.number: differences(claim) for claim in claims}
 
 
-def claim_tests(runs: Sequence[Run]) -> dict[str, PairedTest]:
-    """Test the claims that have two seeds or more, paired by seed; Holm's correction is over all of the plan's."""
-    return paired_tests(claim_differences(runs), family=len(CLAIMS))
+def claim_tests(runs: Sequence[Run], claims: Sequence[Claim] = CLAIMS) -> dict[str, PairedTest]:
+    """Test the claims that have two seeds or more, paired by seed; Holm's correction is over all of the round's."""
+    return paired_tests(claim_differences(runs, claims), family=len(claims))
 
 
 def rule_differences(curves: Sequence[Curve]) -> dict[str, list[float]]:
@@ -83,15 +83,12 @@ def rules_table(curves: Sequence[Curve]) -> str:
 
 
 def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
-    """Return the tables of the study by their names: `claims`, `rules` and `progress`."""
-    tests = claim_tests(runs)
-    found = claim_differences(runs)
-    rows = [_claim_row(claim, found[claim.number], tests.get(claim.number)) for claim in CLAIMS]
-    header = ["", "claim of the paper", "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", "verdict"]
+    """Return the tables of the study by their names: `claims`, `claims-again`, `rules` and `progress`."""
     done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
     progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
     return {
-        "claims": "\n".join(markdown_table(header, rows, numbers=False)) + "\n",
+        "claims": _claims_table(runs, CLAIMS),
+        "claims-again": _claims_table(runs, AGAIN),
         "rules": rules_table(curves),
         "progress": "\n".join(markdown_table(["arm", "runs", "planned"], progress, numbers=False)) + "\n",
     }
@@ -110,6 +107,13 @@ def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> li
             with plot(folder / f"{arm.name}-curves.svg", written, columns=3) as panels:
                 _courses(panels, ours)
     return written
+
+
+def _claims_table(runs: Sequence[Run], claims: Sequence[Claim]) -> str:
+    tests, found = claim_tests(runs, claims), claim_differences(runs, claims)
+    rows = [_claim_row(claim, found[claim.number], tests.get(claim.number)) for claim in claims]
+    header = ["", "claim of the paper", "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", "verdict"]
+    return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
 def _claim_row(claim: Claim, differences: Sequence[float], test: PairedTest | None) -> list[str]:

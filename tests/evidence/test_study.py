@@ -14,6 +14,8 @@ from evidence import app
 from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Curve, Run, append, read_curves, read_runs
 from skd_lib.evaluation.statistics import holm
 from study_plan import (
+    AGAIN,
+    AGAIN_SEEDS,
     ARMS,
     CLAIMS,
     CORE,
@@ -47,7 +49,9 @@ def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
     planned = list(cells())
     everywhere = len(ARMS) * (len((*CORE, *OTHERS)) * len(SEEDS) + len(CORE) * len(MORE_SEEDS))
     rules = set(RULES) - set(OTHERS)
-    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS)
+    again = [cell for cell in planned if cell.seed in AGAIN_SEEDS]
+    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS) + len(again)
+    assert len(again) == len(AGAIN_SEEDS) * len({(c.arm, name) for c in AGAIN for name in (c.better, c.worse)})
     assert {*CORE, *OTHERS, *RULES} == set(VARIANTS)
     assert len({claim.number for claim in CLAIMS}) == len(CLAIMS)
     for claim in CLAIMS:
@@ -68,6 +72,21 @@ def test_a_claim_is_judged_by_a_paired_test_corrected_for_all_claims() -> None:
     assert verdict(claim_tests(_runs(worse, better))[CLAIM.number]) == "the opposite is shown"
     assert verdict(claim_tests(_runs(better, (61.0, 60.0, 64.0, 62.0)))[CLAIM.number]) == "not shown"
     assert verdict(claim_tests(_runs(better[:1], worse[:1])).get(CLAIM.number)) == "not tested yet"
+
+
+def test_the_second_round_has_seeds_and_a_correction_of_its_own() -> None:
+    claim = AGAIN[0]
+
+    def runs(seed: int, better: float, worse: float) -> list[Run]:
+        return [_run(claim.better, seed, better), _run(claim.worse, seed, worse)]
+
+    first = [run for seed in SEEDS for run in runs(seed, 50.0 + seed, 60.0)]
+    second = [run for index, seed in enumerate(AGAIN_SEEDS) for run in runs(seed, 70.0 + index % 2, 60.0)]
+    test = claim_tests([*first, *second], AGAIN)[claim.number]
+    assert (test.seeds, test.difference.mean) == (len(AGAIN_SEEDS), 10.5)
+    assert test.p_holm == pytest.approx(min(1, test.p_value * len(AGAIN)))
+    assert claim_tests([*first, *second])[claim.number] == claim_tests(first)[claim.number]
+    assert claim.number not in claim_tests(first, AGAIN)
 
 
 def test_the_tables_say_how_much_has_been_run() -> None:
