@@ -97,10 +97,9 @@ def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str,
 def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Path]:
     """Draw the claims, and for each arm the accuracy of the main methods over steps, positions and seconds."""
     written: list[Path] = []
-    tests = claim_tests(runs)
-    if tests:
+    if claim_tests(runs):
         with plot(folder / "claims.svg", written, height=0.3 * len(CLAIMS) + 1.2) as axes:
-            _claims(axes, tests)
+            _claims(axes, runs)
     for arm in ARMS:
         ours = [curve for curve in curves if curve.comparison == arm.name and curve.variant in CORE]
         if ours:
@@ -130,19 +129,21 @@ def _difference_cells(differences: Sequence[float], test: PairedTest | None) -> 
     return [str(len(differences)), effect, *p_values, verdict(test)]
 
 
-def _claims(axes: Axes, tests: dict[str, PairedTest]) -> None:
-    shown = [claim for claim in reversed(CLAIMS) if claim.number in tests]
-    for row, claim in enumerate(shown):
-        test = tests[claim.number]
-        found = test.difference
-        spread = [[found.mean - found.low], [found.high - found.mean]]
-        color = "C0" if test.p_holm < LEVEL else "0.6"
-        axes.errorbar(found.mean, row, xerr=spread, fmt="o", color=color, capsize=3)
+def _claims(axes: Axes, runs: Sequence[Run]) -> None:
+    rows = {claim.number: row for row, claim in enumerate(reversed(CLAIMS))}
+    for claims, marker, below in ((CLAIMS, "o", 0.0), (AGAIN, "D", 0.3)):
+        for number, test in claim_tests(runs, claims).items():
+            found = test.difference
+            spread = [[found.mean - found.low], [found.high - found.mean]]
+            color = "C0" if test.p_holm < LEVEL else "0.6"
+            axes.errorbar(
+                found.mean, rows[number] - below, xerr=spread, fmt=marker, color=color, capsize=3, markersize=4
+            )
     axes.axvline(0, color="0.3", linewidth=1)
-    labels = [f"{claim.better} - {claim.worse} ({claim.arm.init}, {claim.arm.examples})" for claim in shown]
-    axes.set_yticks(range(len(shown)), labels, fontsize=7)
-    axes.set_xlim(-60, 60)
-    axes.set_xlabel("points of accuracy, 95 % interval over seeds; blue: shown after Holm's correction")
+    labels = [f"{claim.better} - {claim.worse} ({claim.arm.init}, {claim.arm.examples})" for claim in reversed(CLAIMS)]
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_xlim(-40, 40)
+    axes.set_xlabel("points of accuracy, 95 % interval over seeds", fontsize=8)
 
 
 def _courses(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
