@@ -80,7 +80,7 @@ class Endpoint:
                 verb, f"{self.served.url}{path}", json=body, timeout=TIMEOUT_S, allow_redirects=False
             )
         except requests.RequestException as error:
-            hint = "check `teacher.url`, and that the server runs; then start the same again: what is answered is kept"
+            hint = "check `teacher.url`, and that the server runs; then start again: a training keeps what is answered"
             raise self._error(f"it does not answer: {str(error)[:300]}", hint) from error
         if answer.status_code == requests.codes.ok:
             try:
@@ -111,7 +111,7 @@ class Endpoint:
             return f"put the key into the environment variable {variable}{in_cluster}"
         if status in (404, 405):
             return "`teacher.url` must be the base of an API with /completions, `teacher.model` a name that it lists"
-        return "start the same again later: what is answered is kept"
+        return "start again later: a training keeps what is answered"
 
     def _error(self, what: str, hint: str = "") -> SkdError:
         hint = hint or "`teacher.url` must be the base of an OpenAI-compatible API, e.g. http://vllm:8000/v1"
