@@ -82,7 +82,8 @@ def draft(
         data_files(log)  # an error where there are none
     values = apply(read_yaml(BASE), filled, where=where)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    if output is not None:
+    # a run that stopped is started again by the same command: the file is there then
+    if output is not None and not (output.is_file() and output.read_bytes() == text.encode()):
         if output.exists():
             raise SkdError("it exists already", where=f"--output {output}", hint="name another file, or remove it")
         check_writable(str(output.absolute().parent))

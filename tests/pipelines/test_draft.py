@@ -112,6 +112,14 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert message in done.stderr
 
 
+def test_the_command_that_goes_on_finds_its_own_file(skd: Skd, tmp_path: Path) -> None:
+    logged, output = log(tmp_path / "log.jsonl"), tmp_path / "draft.yaml"
+    command = ("draft", "org/big", "org/small", "--prompts", logged, "--output", output, "--dry-run")
+    assert [skd(*command).returncode, skd(*command).returncode] == [0, 0]
+    other = skd(*command, "--name", "other")
+    assert (other.returncode, "it exists already" in other.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
