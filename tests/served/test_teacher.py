@@ -333,7 +333,7 @@ def test_more_tokens_than_the_server_gives(make_teacher: MakeTeacher) -> None:
 def test_a_server_that_is_gone(server: CompletionsServer, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     served = ServedTeacher(url="http://127.0.0.1:9/v1", model=MODEL)
     teacher = RemoteTeacher(served, tiny_tokenizer, TaskConfig(chat_template=False), ENDS, 0)
-    with pytest.raises(SkdError, match=r"does not answer: .*\n  hint: check `teacher.url`.*a training keeps what is answered"):
+    with pytest.raises(SkdError, match=r"does not answer: .*\n  hint: check `teacher.url`.*keeps what is answered"):
         ask(teacher)
     assert not server.requests
 
