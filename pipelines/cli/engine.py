@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from skd_lib._core.terminal import say
+from skd_lib.errors import SkdError
 
 engine = typer.Typer(
     help="vLLM servers that sample for a distillation.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -47,13 +48,18 @@ def start(
     The token in the environment variable SKD_ENGINE_TOKEN guards all its routes; the training needs the same one. Where
     it is unset one is made and printed. Example: `skd engine start ./teacher ./student --gamma 5`.
     """
+    from skd_lib.models.files import load_config
     from skd_lib.models.references import resolve_model
     from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token
-    from skd_lib.vllm.serve import Served, environment, started, until_ended
+    from skd_lib.vllm.serve import Served, environment, room, started, until_ended
 
+    folders = resolve_model(teacher), resolve_model(student)
+    limit = room(map(load_config, folders), gamma)
+    if limit is not None and max_len > limit:
+        what = f"the models have room for a prompt with its response of {limit} tokens, besides drafts of {gamma}"
+        raise SkdError(what, where=f"--max-len {max_len}", hint=f"--max-len {limit}" if limit > 1 else "lower --gamma")
     served = Served(
-        resolve_model(teacher),
-        resolve_model(student),
+        *folders,
         gamma,
         max_model_len=max_len,
         max_rows=max_rows,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skd_lib.config import LoraConfig, RunConfig, TaskConfig
+from skd_lib.config import LoraConfig, RunConfig, Schedule, TaskConfig
 from skd_lib.distillation.methods import unread_settings
 from skd_lib.errors import SkdError
 from skd_lib.models.fingerprint import short
@@ -84,7 +84,22 @@ def check_model(checks: Checks, role: str, reference: str, config: RunConfig) ->
         if model.context is not None and prompt + answer > model.context:
             what = f"max_prompt_tokens {prompt} + max_new_tokens {answer} exceed the {role}'s context of"
             checks.add(name, level, f"{what} {model.context} tokens", where=where, hint=hint)
+    if config.distill.engine == "vllm":
+        _check_room_for_drafts(checks, model, config)
     return replace(model, answer_end=checks.attempt(role, lambda: _answer_end(checks, model, config)))
+
+
+def _check_room_for_drafts(checks: Checks, model: Model, config: RunConfig) -> None:
+    """Check that a context has the positions that vLLM needs besides those of the longest example."""
+    from skd_lib.vllm.serve import spare_positions
+
+    longest, gamma = config.task.max_prompt_tokens + config.task.max_new_tokens, config.distill.sampling.gamma
+    assert not isinstance(gamma, Schedule)  # noqa: S101 - the configuration refuses it
+    if model.context is not None and longest <= model.context < longest + spare_positions(gamma):
+        what = f"max_prompt_tokens + max_new_tokens, {longest}, leave fewer than {spare_positions(gamma)} positions of "
+        what += f"the {model.role}'s context of {model.context}, which vLLM needs for drafts of {gamma}"
+        hint = f"lower them to {model.context - spare_positions(gamma)} together, or use `distill.engine: transformers`"
+        checks.add(model.role, "error", what, where="task", hint=hint)
 
 
 def _open_model(checks: Checks, role: str, reference: str, trust_remote_code: bool) -> Model:

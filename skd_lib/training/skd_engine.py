@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skd_lib.config import DistillConfig, Schedule
 from skd_lib.errors import SkdError
-from skd_lib.models.files import context_length, load_config
+from skd_lib.models.files import load_config
 from skd_lib.models.references import resolve_model
 from skd_lib.training.skd_config import SKDConfig
 from skd_lib.vllm.engine import vllm_engine
 from skd_lib.vllm.sampler import VllmEngine
-from skd_lib.vllm.serve import spare_positions
+from skd_lib.vllm.serve import room
 
 
 def start_engine(
@@ -50,8 +50,8 @@ def start_engine(
     gamma = distill.sampling.gamma
     assert not isinstance(gamma, Schedule)  # noqa: S101 - the configuration refuses it
     longest = args.max_new_tokens + (args.max_length or torch.iinfo(torch.int32).max)
-    if (context := context_length(load_config(folder))) is not None:
-        longest = min(longest, context - spare_positions(gamma))
+    if (limit := room((load_config(folder), student.config), gamma)) is not None:
+        longest = min(longest, limit)
     half = args.bf16 or student.dtype == torch.bfloat16
     stack = ExitStack()
     try:

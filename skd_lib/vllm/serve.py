@@ -16,20 +16,24 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import skd_lib
 from skd_lib._core.processes import ends_with_parent
 from skd_lib.errors import SkdError
+from skd_lib.models.files import context_length
 from skd_lib.storage.cache import default_cache_dir
 from skd_lib.storage.environments import Tool, make_environment
 from skd_lib.vllm.client import Engine
 from skd_lib.vllm.guard import make_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +96,12 @@ def spare_positions(gamma: int) -> int:
     them has no room for two rounds of drafts.
     """
     return 2 * gamma + 2
+
+
+def room(configs: Iterable[PreTrainedConfig], gamma: int) -> int | None:
+    """Return the most tokens of a prompt with its response that models take in vLLM; None if they are not limited."""
+    contexts = [context for config in configs if (context := context_length(config)) is not None]
+    return min(contexts) - spare_positions(gamma) if contexts else None
 
 
 def on_gpu() -> bool:

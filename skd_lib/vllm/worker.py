@@ -100,8 +100,11 @@ class SkdExtension:
         if state != "ready":
             return {"state": state, "session": have}
         config = self.model_runner.vllm_config
-        gamma = config.speculative_config.num_speculative_tokens
-        longest = config.model_config.max_model_len - spare_positions(gamma)
+        drafts = config.speculative_config
+        gamma = drafts.num_speculative_tokens
+        # The student may have fewer positions than the teacher.
+        positions = min(config.model_config.max_model_len, drafts.draft_model_config.max_model_len)
+        longest = positions - spare_positions(gamma)
         return {"state": state, "session": have, "gamma": gamma, "longest": longest}
 
     def skd_release(self, client: str) -> None:

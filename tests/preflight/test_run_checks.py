@@ -195,6 +195,15 @@ def test_a_prompt_and_an_answer_must_fit_into_both_contexts(
     assert "max_prompt_tokens 96 + max_new_tokens 64 exceed the student's context of 128" in found.what
 
 
+def test_vllm_needs_room_for_its_drafts_in_both_contexts(
+    values: dict[str, Any], tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    values["student"] = str(save_tiny_model(tmp_path / "student", max_position_embeddings=96 + 64 + 11))
+    found = only(check(values | {"distill": {"engine": "vllm"}}, tmp_path), "error")
+    assert "160, leave fewer than 12 positions of the student's context of 171" in found.what
+    assert not check(values | {"distill": {"engine": "vllm", "sampling": {"gamma": 4}}}, tmp_path).errors()
+
+
 @pytest.mark.parametrize(("first", "last", "level"), [(1, 2, "ok"), (2, 2, "error"), (9, 9, "error")])
 def test_a_cut_must_leave_something_out(
     values: dict[str, Any], tmp_path: Path, first: int, last: int, level: str

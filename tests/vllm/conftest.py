@@ -87,7 +87,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMode
     root = tmp_path_factory.mktemp("eagle-pair")  # a name that vLLM would misread
     # vLLM's attention on CPUs wants heads of 32 or more.
     folders = {
-        "student": save_tiny_model(root / "student", seed=1, hidden=128),
+        # A position less than the servers' limit, with drafts.
+        "student": save_tiny_model(root / "student", seed=1, hidden=128, max_position_embeddings=105),
         "teacher": save_tiny_model(root / "teacher", seed=2, hidden=256),
     }
     return Pair(folders, load_model(folders["student"]), load_model(folders["teacher"]))

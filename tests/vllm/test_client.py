@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
+from skd_kfp.pipelines.cli import app
 from skd_lib.errors import SkdError
 from skd_lib.models.files import weights_sample
 from skd_lib.vllm import client
 from skd_lib.vllm.client import Engine, EngineGone
 from skd_lib.vllm.fleet import Fleet, Wanted
 from skd_lib.vllm.serve import cause
+from tests.conftest import SaveTinyModel
 
 
 class Stand:
@@ -115,6 +118,17 @@ def test_models_of_equal_shapes_are_told_apart_and_shards_are_not(tmp_path: Path
     first, *rest = ({name: tensor} for name, tensor in trained.items())
     assert sample("one", trained) == sample("shards", first, rest[0] | rest[1]) == sample("again", trained)
     assert len({sample("other", other), sample("less", first), sample("first", trained)}) == 3
+
+
+def test_a_server_starts_only_with_room_for_its_drafts_in_both_models(
+    tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    teacher = save_tiny_model(tmp_path / "teacher")
+    student = save_tiny_model(tmp_path / "student", max_position_embeddings=100)
+    words = ["engine", "start", str(teacher), str(student), "--max-len", "91", "--gamma", "4"]
+    error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, SkdError)
+    assert (error.where, error.hint) == ("--max-len 91", "--max-len 90")
 
 
 @pytest.mark.parametrize(

@@ -216,8 +216,8 @@ def test_a_server_for_other_drafts_or_shorter_rows_is_refused(pair: Pair, server
     engine = pair.engine(server, tmp_path, SAMPLED)
     with pytest.raises(SkdError, match=rf"drafts {GAMMA} tokens at once(.|\n)*--gamma 7"):
         replace(engine, gamma=7).sampler(top_k(8), 0).sample(pair.prompts(1), SEEDS[:1])
-    with pytest.raises(SkdError, match=r"takes 96 tokens(.|\n)*--max-len 97"):
-        engine.sampler(top_k(8), 0).sample([[5] * (97 - NEW)], SEEDS[:1])
+    with pytest.raises(SkdError, match=r"takes 95 tokens(.|\n)*--max-len 96"):
+        engine.sampler(top_k(8), 0).sample([[5] * (96 - NEW)], SEEDS[:1])
     with pytest.raises(SkdError, match=r"fewer than 2 tokens(.|\n)*template"):
         engine.sampler(top_k(8), 0).sample([[5]], SEEDS[:1])
 
