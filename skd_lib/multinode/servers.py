@@ -28,7 +28,7 @@ from skd_lib.errors import Preempted, SkdError
 from skd_lib.multinode.cluster import SERVERS_HINT, Cluster
 from skd_lib.multinode.coordinate import Terminated, sigterm_raises, trouble_of
 from skd_lib.multinode.manifest import STEP_ANNOTATION, TRIAL_POD, server_name, server_pods, server_secret
-from skd_lib.vllm.client import Engine, EngineGone
+from skd_lib.vllm.client import Engine, EngineGone, wait_for_all
 from skd_lib.vllm.guard import make_token
 from skd_lib.vllm.pod import PORT, START, settings_of
 from skd_lib.vllm.serve import Served, cause
@@ -66,7 +66,9 @@ def servers(
     if not main:
         names = [f"{server_name(own)}-{number}" for number in range(settings.count)]
         urls = [_Server(cluster, name, wait_minutes * 60).url(expected=True) for name in names]
-        yield [Engine(url, wait_minutes * 60, shared=False) for url in urls]
+        engines = [Engine(url, wait_minutes * 60, shared=False) for url in urls]
+        wait_for_all(engines)
+        yield engines
         return
     delete_left_behind(cluster, run_id)
     token = make_token()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -211,3 +212,12 @@ def wait_for_one(engines: Sequence[Engine]) -> None:
             log.info("waiting for the vLLM server at %s", urls)
             said = True
         time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def wait_for_all(engines: Sequence[Engine]) -> None:
+    """Wait until the servers that the main process starts answer; where that fails, its launcher ends this one, too.
+
+    A collective operation would give up sooner: those of NCCL after ten minutes.
+    """
+    for engine in engines:
+        Engine(engine.url, math.inf).wait()

@@ -21,7 +21,7 @@ from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
 from skd_lib.models.files import weights_sample
 from skd_lib.models.heads import common_vocabulary
-from skd_lib.vllm.client import Engine
+from skd_lib.vllm.client import Engine, wait_for_all
 from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token, make_token
 from skd_lib.vllm.head import load_head
 from skd_lib.vllm.sampler import VllmEngine
@@ -86,6 +86,7 @@ def vllm_engine(
             engines = [stack.enter_context(serving(served, logs, port=agreed["port"]))]
         elif not engines:
             engines = [Engine(f"http://127.0.0.1:{agreed['port']}")]
+            wait_for_all(engines)
         head = load_head(folders["teacher"], dtype=dtype, device=student.device)
         yield VllmEngine(
             engines=engines,

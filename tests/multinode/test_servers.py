@@ -70,6 +70,14 @@ def pods_of(kubernetes: FakeKubernetes) -> dict[str, dict[str, Any]]:
 def test_servers_get_the_models_answer_start_again_and_go(
     kubernetes: FakeKubernetes, kubelet: Kubelet, models: Served, tmp_path: Path
 ) -> None:
+    found: dict[str, bool] = {}
+
+    def find() -> None:
+        with servers(EnginePodsConfig(count=2), 60, models, main=False) as theirs:
+            found.update({engine.url: engine.answers() for engine in theirs})
+
+    other = threading.Thread(target=find, daemon=True)
+    other.start()
     with servers(EnginePodsConfig(count=2), 60, models) as engines:
         token = os.environ[TOKEN_VARIABLE]
         assert all(engine.answers() for engine in engines)
@@ -90,9 +98,9 @@ def test_servers_get_the_models_answer_start_again_and_go(
             assert '"num_speculative_tokens\\": 3' in said.replace('\\\\"', '\\"')
             assert ('"--max-num-seqs", "7"') in said
             assert token not in said
-        # Another process of the step's pod finds them, too.
-        with servers(EnginePodsConfig(count=2), 60, models, main=False) as found:
-            assert [engine.url for engine in found] == [engine.url for engine in engines]
+        # Another process of the step's pod finds them, too, and waits for them.
+        other.join(20)
+        assert found == {engine.url: True for engine in engines}
         # A container that ends starts again with what it has.
         name, pod = next(iter(made.items()))
         kubelet.kill(name)
