@@ -13,6 +13,7 @@ from skd_lib.distillation.methods import unread_settings
 from skd_lib.errors import SkdError
 from skd_lib.models.fingerprint import short
 from skd_lib.preflight.checks import Checks, Level
+from skd_lib.preflight.environment import in_cluster
 from skd_lib.preflight.templates import check_template
 
 if TYPE_CHECKING:
@@ -199,7 +200,8 @@ def _check_served(checks: Checks, teacher: Model, student: Model, config: RunCon
         checks.add("specdec", "error", reason, where="specdec.engine", hint="set it to `transformers`")
     if 0 not in config.specdec.temperatures and not on_gpu():
         what = "with a draft on a CPU vLLM is right at temperature 0 only, and this machine has no GPU"
-        checks.add("specdec", "warning", what, where="specdec.temperatures", hint="add 0, or measure on a GPU")
+        level: Level = "warning" if in_cluster() else "error"  # in a pod the step may get another node
+        checks.add("specdec", level, what, where="specdec.temperatures", hint="add 0, or measure on a GPU")
     if not reasons:
         needs = "where its environment is missing the step installs it: minutes, 2.5 GB on a CPU, 8 GB on a GPU"
         checks.add("specdec", "ok", f"vLLM will measure the drafts; {needs}")

@@ -51,9 +51,13 @@ def test_vllm_wants_vocabularies_of_one_size(
 ) -> None:
     monkeypatch.setattr("skd_lib.vllm.serve.on_gpu", lambda: False)
     served = values | {"specdec": {"engine": "vllm", "temperatures": [0.7]}}
-    found = {each.what: each.level for each in check(served, tmp_path).checks if each.name == "specdec"}
-    assert sorted(found.values()) == ["ok", "warning"]
-    assert "temperature 0 only" in next(iter(found))
+    for pod, level in (("", "error"), ("10.0.0.1", "warning")):
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", pod)
+        found = [each for each in check(served, tmp_path).checks if each.where == "specdec.temperatures"]
+        assert [each.level for each in found] == [level]
+        assert "temperature 0 only" in found[0].what
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "")
+    served["specdec"]["temperatures"] = [0]
     student = save_tiny_model(tmp_path / "student", vocab_size=384)
     refused = only(check(served | {"student": str(student)}, tmp_path), "error")
     assert (refused.name, refused.where) == ("specdec", "specdec.engine")
