@@ -48,7 +48,8 @@ def test_what_it_wrote_passes_a_dry_run(skd: Skd, tmp_path: Path) -> None:
     assert "registry the student becomes a version of run, " in done.stdout
     (tmp_path / "train.jsonl").unlink()
     done = skd("run", tmp_path / "run.yaml", "--dry-run", "--runs-dir", tmp_path / "runs", "--tracking-uri", "")
-    assert f"splits   {tmp_path / 'train.jsonl'}: cannot read: No such file" in done.stdout
+    assert done.returncode == 2
+    assert f"{tmp_path / 'train.jsonl'}: cannot read: No such file" in done.stderr
     assert "registry off" in done.stdout
 
 

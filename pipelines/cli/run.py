@@ -12,7 +12,7 @@ import typer
 from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse, say_json, short
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import shown, sqlite_file
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, SkdErrors
 
 _COUNTED = 5_000
 """Rows of a file that a dry run reads, at most."""
@@ -127,7 +127,7 @@ def _containers(
 
 
 def print_plan(console: Console, config: RunConfig, local: Local, *, as_json: bool = False) -> None:
-    """Print the steps of a run, what it reads, and where its results would be."""
+    """Print the steps of a run, what it reads, where its results would be; then raise what is seen to be wrong."""
     from rich.table import Table
 
     from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
@@ -142,6 +142,7 @@ def print_plan(console: Console, config: RunConfig, local: Local, *, as_json: bo
         ]
         plan = {"config": config.model_dump(mode="json"), "steps": listed}
         say_json({**plan, **{name.lower(): place for name, place in places.items()}})
+        _raise_any(_model_errors(config))
         return
     table = Table("step", "after", title=f"run {config.name}", title_justify="left", box=None)
     for step in steps:
@@ -149,43 +150,67 @@ def print_plan(console: Console, config: RunConfig, local: Local, *, as_json: bo
         table.add_row(step.name, after)
     console.print(table)
     student = config.student or f"cut from the teacher ({config.student_init.mode})"
+    data, errors = _data(config)
     for name, value in {
         "teacher": config.teacher,
         "student": student,
         "method": f"{config.distill.method}, {config.distill.divergence}",
-        **_data(config),
+        **data,
         "registry": _registration(config, local.store),
         **places,
     }.items():
         say(f"{name:<8} {value}")
+    _raise_any([*errors, *_model_errors(config)])
 
 
-def _data(config: RunConfig) -> dict[str, str]:
-    """Return the format of the data and the sizes of the splits, where they are files of this machine."""
+def _raise_any(errors: list[SkdError]) -> None:
+    if errors:
+        raise errors[0] if len(errors) == 1 else SkdErrors(errors)
+
+
+def _model_errors(config: RunConfig) -> list[SkdError]:
+    """Return errors of references to models that show without asking for the models."""
+    from skd_lib.models.references import parse_reference
+
+    errors = []
+    for reference in filter(None, (config.teacher, config.student)):
+        try:
+            parse_reference(reference)
+        except SkdError as error:
+            errors.append(error)
+    return errors
+
+
+def _data(config: RunConfig) -> tuple[dict[str, str], list[SkdError]]:
+    """Return the format of the data and the sizes of the splits, where they are files of this machine, and errors."""
     from skd_lib.config import FilesSource
     from skd_lib.data.sources import find_columns
     from skd_lib.storage import is_remote
 
     source = config.data.source
     if not isinstance(source, FilesSource) or any(map(is_remote, [*source.train, *source.validation, *source.test])):
-        return {}
-    sizes = _splits(config)
-    found = {"data": f"{find_columns(source)}; {', '.join(source.train)}"}
-    return {**found, "splits": sizes} if sizes else found
+        return {}, []
+    found: dict[str, str] = {}
+    try:
+        found["data"] = f"{find_columns(source)}; {', '.join(source.train)}"
+        if sizes := _splits(config):
+            found["splits"] = sizes
+    except SkdErrors as several:
+        return found, several.errors
+    except SkdError as error:
+        return found, [error]
+    return found, []
 
 
 def _splits(config: RunConfig) -> str:
-    """Return the sizes of the splits, or what keeps them from being made; empty for data too large to be read here."""
+    """Return the sizes of the splits; empty for data too large to be read here."""
     from skd_lib.data.sources import load_data
     from skd_lib.data.splits import divide
 
-    try:
-        rows = load_data(config.data, max_rows=_COUNTED)
-        if any(len(split) >= _COUNTED for split in (rows.train, rows.validation or (), rows.test or ())):
-            return ""
-        made = divide(rows, config.data, config.seed, characters=_COMPARED)
-    except SkdError as error:  # `preflight` reports all of them, and ends the run
-        return error.brief
+    rows = load_data(config.data, max_rows=_COUNTED)
+    if any(len(split) >= _COUNTED for split in (rows.train, rows.validation or (), rows.test or ())):
+        return ""
+    made = divide(rows, config.data, config.seed, characters=_COMPARED)
     sizes = {"train": made.train_student, "validation": made.validation, "test": made.test}
     asked = {name: getattr(config.data, f"{name}_examples", None) or 0 for name in ("validation", "test")}
     fewer = [f"{name}_examples: {count}" for name, count in asked.items() if count > len(sizes[name])]

@@ -88,7 +88,7 @@ class Plan:
             f"{name} on {machine.name}{memory}",
             ["step", "devices", "GiB of each", "time", "$"],
             [*rows, ["all", "", "", duration(self.seconds), f"{self.total_cost:.2f}"]],
-            note=f"${machine.price:g} a device and hour, an example (--price); figures: {machine.source}",
+            note=f"${machine.price:g} a device and hour, idle or not, an example (--price); figures: {machine.source}",
             highlighted=("all",),
         )
 

@@ -150,7 +150,8 @@ def _draft_lines(summary: Summary) -> list[str]:
 def same_output(draft: Specdec) -> str:
     """Say whether speculative decoding wrote what the teacher writes alone."""
     if draft.served and (counted := [each.equal for each in draft.served.drafts.values() if each.equal is not None]):
-        return f"{counted[0]} of {draft.prompts} answers"
+        rounding = "" if counted[0] == draft.prompts else "; in half precision others may differ by rounding alone"
+        return f"{counted[0]} of {draft.prompts} answers{rounding}"
     if draft.temperature:
         return "in distribution"
     return f"yes, bar {draft.ties} rounding tie{'s' if draft.ties > 1 else ''}" if draft.ties else "yes"

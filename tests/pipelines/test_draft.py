@@ -21,22 +21,22 @@ CANARY = "quetzalcoatl"
 """A word of every request, looked for in all that a run leaves behind."""
 
 
-def log(path: Path, count: int = 60, offset: int = 0) -> Path:
+def log(path: Path, count: int = 60, offset: int = 0, *, answered: bool = False) -> Path:
     """Write requests as an API's log has them: some answered, some not, with the address of the person who asked."""
     rows = []
     for number in range(offset, offset + count):
         asked = {"role": "user", "content": f"How many {CANARY}s are {number} and {7 * number}? me{number}@example.org"}
         answer = {"role": "assistant", "content": f"{CANARY} {8 * number}"}
-        rows.append({"messages": [asked, answer] if number % 3 else [asked]})
+        rows.append({"messages": [asked, answer] if answered or number % 3 else [asked]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def planned(skd: Skd, tmp_path: Path, *options: str) -> RunConfig:
+def planned(skd: Skd, tmp_path: Path, *options: str, answered: bool = False) -> RunConfig:
     """The configuration that --dry-run prints and --output writes."""
     file = tmp_path / "draft.yaml"
     file.unlink(missing_ok=True)
-    logged = log(tmp_path / "log.jsonl")
+    logged = log(tmp_path / "log.jsonl", answered=answered)
     done = skd("draft", "org/big", "org/small", "--prompts", logged, "--output", file, "--dry-run", *options)
     assert done.returncode == 0, done.stderr
     assert f"{file} is written: `skd run {file}`" in done.stderr
@@ -72,10 +72,20 @@ def test_a_log_becomes_a_run_without_fine_tuning_and_targets(skd: Skd, tmp_path:
 def test_methods_that_sample_need_no_answer_of_the_log(
     skd: Skd, tmp_path: Path, method: str, answers: str, fields: dict[str, Any]
 ) -> None:
-    config = planned(skd, tmp_path, "--method", method, "--name", "fast")
+    config = planned(skd, tmp_path, "--method", method, "--name", "fast", answered=answers == "read")
     assert config.data.source.model_dump()["columns"]["answers"] == answers
     assert config.distill.model_dump() | fields == config.distill.model_dump()
     assert (config.name, config.registry.model_name) == ("fast", "fast")
+
+
+def test_a_dry_run_fails_on_what_can_be_seen_to_be_wrong(skd: Skd, tmp_path: Path) -> None:
+    logged = log(tmp_path / "log.jsonl")
+    logged.write_text(logged.read_text() + '{"messages": 3}\n')
+    done = skd("draft", "./no-folder", "org/small", "--prompts", logged, "--dry-run")
+    assert done.returncode == 2
+    assert "registry the student becomes" in done.stdout
+    assert "log.jsonl, row 61, field `messages`: " in done.stderr
+    assert "./no-folder: no such folder" in done.stderr
 
 
 def test_vllm_samples_and_measures_and_set_has_the_last_word(skd: Skd, tmp_path: Path) -> None:
