@@ -121,7 +121,7 @@ def collate(
     source: Source,
     device: torch.device | str = "cpu",
 ) -> Rollout:
-    """Pad prompts and responses into one batch. The teacher wrote all of a response whose source it is, else nothing."""
+    """Pad prompts and responses into one batch; the teacher wrote all of a response whose source it is, else none."""
     if not all(prompts):
         raise SkdError("a prompt has no tokens", hint="use a chat template, or a tokenizer that adds a BOS token")
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
