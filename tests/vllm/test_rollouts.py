@@ -173,12 +173,16 @@ def test_slots_chunks_prefixes_and_lost_memory_change_nothing(pair: Pair, crampe
     prefix = pair.prompts(1, 40, 41)[0]
     prompts = [prefix + prompt for prompt in pair.prompts(12)]
     want = pair.own(top_k(8), SAMPLED).sample(prompts, SEEDS[:12])
-    before = counted(cramped, "request_success")
-    got = pair.engine(cramped, tmp_path, SAMPLED).sampler(top_k(8), 0).sample(prompts, SEEDS[:12])
-    assert rows_of(got) == rows_of(want)
     assert want.teacher_states_BTH is not None
-    assert got.teacher_states_BTH is not None
-    assert torch.allclose(want.teacher_states_BTH[want.mask_BT], got.teacher_states_BTH[got.mask_BT], atol=3e-4)
+    engine = pair.engine(cramped, tmp_path, SAMPLED)
+    for _ in range(5):  # which rows vLLM runs at the same time depends on when their requests arrive
+        before = counted(cramped, "request_success")
+        got = engine.sampler(top_k(8), 0).sample(prompts, SEEDS[:12])
+        assert rows_of(got) == rows_of(want)
+        assert got.teacher_states_BTH is not None
+        assert torch.allclose(want.teacher_states_BTH[want.mask_BT], got.teacher_states_BTH[got.mask_BT], atol=3e-4)
+        if counted(cramped, "num_preemptions") > 0:
+            break
     assert counted(cramped, "num_preemptions") > 0
     assert counted(cramped, "prefix_cache_hits") > 0
     assert counted(cramped, "request_success") - before > len(prompts)  # some were sampled twice
