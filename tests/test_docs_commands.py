@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,6 +204,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (folder / "logs").mkdir()
     shutil.copy(folder / "train.jsonl", folder / "logs")
+    prepared = folder / "runs/arithmetic-data"  # by docs/evidence/evidence.py
+    prepared.mkdir()
+    for name in ("train", "test", "validation"):
+        shutil.copy(folder / f"{name}.jsonl", prepared)
+    (prepared / "teacher").symlink_to(folder / "teacher")
+    (prepared / "student").symlink_to(folder / "draft")
     for name in ("lines", "prompts"):
         (folder / f"{name}.txt").write_text("Add 1 and 2\nAdd 3 and 4\n")
     config = {
@@ -239,6 +246,8 @@ def test_a_command_runs(skd: Skd, place: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(typer, "launch", lambda *_: 0)
     name = arguments[0]
     words = [STAND_INS.get(word, word) for word in arguments] if name in LOADING else arguments
+    if "--output" in words:  # the place has that file for other commands
+        words = [f"new-{word}" if before == "--output" else word for before, word in pairwise(["", *words])]
     done = skd(*words, *(option for option in RUN[name] if option not in words))
     assert done.returncode == 0 or (name == "doctor" and done.returncode == 1), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
