@@ -105,7 +105,7 @@ def test_a_driver_that_fails() -> None:
 
 
 def test_a_wrong_kind_of_value_in_the_form() -> None:
-    """The exit handler's own driver refuses it: not even `finish` runs, and nobody is told anything."""
+    """The exit handler's own driver refuses it: `finish` does not run either, and no message is shown."""
     result = run("distillation", given=form("distillation", training_steps="many"))
     assert (result.state, result.told) == ("FAILED", {})
     assert "type mismatch: expect NUMBER_INTEGER, got str" in str(result.nodes)

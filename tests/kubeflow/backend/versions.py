@@ -16,7 +16,7 @@ class Version:
             `resolveContainerArgs`; seen. Until 2.16.1 the launcher does so and knows them
             (component/launcher_v2.go, `addDefaultParams`; seen).
         states_climb: A DAG's new state is told to the DAG above. metadata/client.go, `UpdateDAGExecutionsState`:
-            since 2.17.0, for all DAGs (seen); before, a nested DAG's end reaches nobody (2.16.1: seen).
+            since 2.17.0, for all DAGs (seen); before, a nested DAG's end is not passed on (2.16.1: seen).
         loops_counted: A loop is complete when as many iterations are (same function, since 2.17.0); before, it waits
             for as many as its body has tasks.
         one_of_artifacts: `dsl.OneOf` of artifacts takes the branch that ran. driver/resolve.go, `GetProducerTask`:
