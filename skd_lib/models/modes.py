@@ -1,4 +1,4 @@
-"""Switch models to evaluation for a while."""
+"""Switch models for a while: to evaluation, to casts that are kept, to a dropout."""
 
 from __future__ import annotations
 
@@ -21,6 +21,23 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def casting_once(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep its casts of frozen weights inside, where nothing may need gradients.
+
+    It keeps those of weights that require gradients alone. A model with adapters would otherwise be cast again for each
+    sampled token, which takes longer than to compute with it.
+    """
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()]
+    try:
+        for weight in frozen:
+            weight.requires_grad = True
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad = False
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import RowKey, Strategy, rollout_for
 from skd_lib.errors import SkdError
 from skd_lib.models.heads import check_supported
+from skd_lib.models.modes import casting_once
 from skd_lib.models.vocabulary import check_tokenizer, eos_ids, pad_id, tokenizer_of
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import sampling_figures
@@ -213,7 +214,7 @@ class SKDTrainer(RolloutTrainer):
             for row in range(len(batch))
         )
         keys = [RowKey(self.state.global_step, row) for row in rows]
-        with self.accelerator.autocast(), self.gathered():
+        with self.accelerator.autocast(), self.gathered(), casting_once(self.model):
             rollout = self._strategy_of_run()(examples, keys)
         check_responses(rollout, "train_dataset")
         self._statistics += rollout.statistics or SamplingStatistics()

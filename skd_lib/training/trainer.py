@@ -30,6 +30,7 @@ from skd_lib.distillation.batch import Rollout
 from skd_lib.distillation.loss import LossSums, Objective
 from skd_lib.distillation.rollouts import RowKey, Strategy
 from skd_lib.errors import SkdError
+from skd_lib.models.modes import casting_once
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import (
     PhaseTimer,
@@ -149,7 +150,7 @@ class DistillationTrainer(RolloutTrainer, SavingTrainer):
         micro_batches = [next(epoch_iterator).tolist() for _ in range(num_batches)]
         positions = [position for micro_batch in micro_batches for position in micro_batch]
         places = [self._stream.place(position) for position in positions]
-        with self.timer("rollout"), self.accelerator.autocast(), self.gathered():
+        with self.timer("rollout"), self.accelerator.autocast(), self.gathered(), casting_once(self.model):
             rollout = self._strategy([self._examples[self._stream.example(position)] for position in positions], places)
             traces = self._recorder.record(rollout, places) if self.is_world_process_zero() else []
         if traces:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skd_lib.errors import SkdError
@@ -49,6 +51,27 @@ def test_adapters_are_trained_and_merged(
 
 
 @pytest.mark.slow
+class Casts(TorchDispatchMode):
+    """Counts the casts of one weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self._weight, self.count = weight.data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self._weight:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_frozen_weights_are_cast_once_while_a_batch_is_sampled(models: dict[str, Any], tmp_path: Path) -> None:
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models[name]) for name in ("student", "teacher"))
+    with Casts(student.model.layers[0].mlp.down_proj.weight) as seen:
+        run(student, teacher, tmp_path, method="on_policy", precision="bf16", lora=LORA, max_steps=1)
+    # once for the rollout, for the loss, and for each of the three batches of two validations
+    assert seen.count == 1 + 1 + 2 * 3
+
+
 def test_adapters_resume_exactly(nursery: Nursery, models: dict[str, Any], tmp_path: Path) -> None:
     training = {"max_steps": 6, "eval_steps": 2, "lora": LORA, "gradient_checkpointing": True}
     killed = {**models, "checkpoints": str(tmp_path / "killed"), "training": training}
