@@ -90,6 +90,26 @@ def study(
 
 
 @app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Where the teacher and the base of the students are kept.")] = Path(
+        "runs/study"
+    ),
+    stored: Annotated[Path, typer.Option(help="Where runs.csv is; it stays as it is.")] = STUDY,
+    runs: Annotated[int, typer.Option(min=1, help="Runs, drawn at random.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+) -> None:
+    """Run some of the study's stored runs again, and say of each whether its figures are the stored ones.
+
+    On the CPU that they were made on, with `OMP_NUM_THREADS=1`, they are; on another one the last digits may differ.
+    """
+    from study import check_study
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for line in check_study(folder, stored, runs, seed):
+        typer.echo(line)
+
+
+@app.command()
 def plot(
     folder: Annotated[Path, typer.Argument(help="Where runs.csv and curves.csv are, and plots go.")] = FOLDER,
     page: Annotated[list[Path], typer.Option(help="Pages whose tables are written again.")] = PAGES,

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -194,17 +195,39 @@ def run_study(folder: Path, out: Path, most: int | None = None) -> Iterator[str]
         most: Runs at most; None: all.
     """
     done = {(run.comparison, run.variant, run.seed) for run in (read_runs(out) if (out / RUNS).is_file() else [])}
-    missing = [cell for cell in cells() if (cell.arm.name, cell.variant, cell.seed) not in done]
+    missing = [cell for cell in cells() if cell.key not in done]
     if not missing:
         return
     transformers_logging.disable_progress_bar()
     start = Start(folder)
     for cell in missing[:most]:
         row, points = run_cell(start, cell)
-        key = {"comparison": cell.arm.name, "variant": cell.variant, "seed": cell.seed}
+        key = dict(zip(("comparison", "variant", "seed"), cell.key, strict=True))
         named = {"metric": "accuracy", "reference": REFERENCE, "init": cell.arm.init, "failed": ""}
         long = [{"figure": name, "step": point["step"], "value": point[name]} for point in points for name in POINTS]
         # The row comes last: a run that was cut off in between is run again, and the points of its last run count.
         append(out / CURVES, CURVE_COLUMNS, [key | point for point in long])
         append(out / RUNS, RUN_COLUMNS, [key | named | row])
         yield f"{cell.arm.name} {cell.variant} {cell.seed}: {row[SCORE]:.1f} % after {row['best_step']} steps"
+
+
+def check_study(folder: Path, stored: Path, most: int, seed: int) -> Iterator[str]:
+    """Run some of the stored runs again, and say of each whether its figures are the stored ones.
+
+    Args:
+        folder: Where the teacher and the base are kept.
+        stored: Where `runs.csv` is; it stays as it is.
+        most: Runs at most, drawn at random.
+        seed: Of the draw.
+    """
+    by_key = {(run.comparison, run.variant, run.seed): run.figures for run in read_runs(stored)}
+    known = [cell for cell in cells() if cell.key in by_key]
+    transformers_logging.disable_progress_bar()
+    start = Start(folder)
+    for index in np.random.default_rng(seed).permutation(len(known))[:most]:
+        cell = known[index]
+        row, _ = run_cell(start, cell)
+        there = by_key[cell.key]
+        now = {name: float(f"{value:.6g}") for name, value in row.items() if name in there}
+        differing = [f"{name} {now[name]:g}, stored {there[name]:g}" for name in now if now[name] != there[name]]
+        yield f"{' '.join(map(str, cell.key))}: {'; '.join(differing) or f'all {len(now)} figures are the stored ones'}"

@@ -105,6 +105,11 @@ class Cell:
     variant: str
     seed: int
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What its row in the stored results begins with."""
+        return self.arm.name, self.variant, self.seed
+
 
 def cells() -> Iterator[Cell]:
     """Return the runs in their order: what most claims need first, seed by seed."""

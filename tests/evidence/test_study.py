@@ -166,3 +166,10 @@ def test_the_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     assert {curve.figure for curve in curves} == set(study.POINTS)
     assert all(curve.steps == [0, 1, 2] for curve in curves)
     assert [path.name for path in draw_study(runs, curves, tmp_path)] == [f"{ARMS[0].name}-curves.svg"]
+    again = ["check", str(tmp_path / "models"), "--stored", str(out), "--runs", "9"]
+    same = CliRunner().invoke(app, again, catch_exceptions=False).stdout.splitlines()
+    assert len(same) == len(CORE)
+    assert all(line.endswith("figures are the stored ones") for line in same)
+    text = (out / RUNS).read_text()
+    (out / RUNS).write_text(text.replace(",2,", ",3,"))
+    assert "steps 2, stored 3" in CliRunner().invoke(app, again, catch_exceptions=False).stdout
