@@ -140,6 +140,11 @@ def paired_tests(differences: Mapping[str, Sequence[float]], family: int = 0) ->
     }
 
 
+def p_text(p_value: float) -> str:
+    """Return a p-value as tables write it."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"  # noqa: PLR2004
+
+
 def _differences(runs: dict[int, Run], reference: dict[int, Run]) -> list[float]:
     return [run.figures[SCORE] - reference[seed].figures[SCORE] for seed, run in runs.items() if seed in reference]
 

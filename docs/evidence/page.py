@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, Mean, Variant, at_equal_compute, variants_of
+from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, Mean, Variant, at_equal_compute, p_text, variants_of
 from records import SCORE, Run
 from skd_lib._core.format import markdown_table
 from skd_lib.errors import SkdError
@@ -64,8 +64,8 @@ def _cells(variant: Variant, metric: str, reference: str) -> dict[str, str]:
         "seeds": str(len(variant.runs)),
         metric: _interval(variant.mean(SCORE)),
         f"minus `{reference}`": _interval(test.difference, signed=True) if test else "",
-        "p": f"{test.p_value:.3f}" if test else "",
-        "p (Holm)": f"{test.p_holm:.3f}{' *' * (test.p_holm < SIGNIFICANT)}" if test else "",
+        "p": p_text(test.p_value) if test else "",
+        "p (Holm)": f"{p_text(test.p_holm)}{' *' * (test.p_holm < SIGNIFICANT)}" if test else "",
         "rejected": _percent(variant.mean("rejection_rate"), scale=100),
         "rejected at the end": _percent(variant.mean("rejection_rate_last_tenth"), scale=100),
         "accepted as draft": _percent(variant.mean("draft_acceptance_rate"), scale=100),

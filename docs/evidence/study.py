@@ -30,6 +30,7 @@ from skd_lib.training.run import TrainResult, train
 from study_plan import (
     BASE_PROBLEMS,
     INIT_EPOCHS,
+    LEARNING_RATES,
     PATIENCE,
     REFERENCE,
     SCHEDULED,
@@ -168,7 +169,8 @@ def run_cell(start: Start, cell: Cell) -> tuple[dict[str, Any], list[dict[str, f
     curve = Curve(start)
     stop = [] if cell.variant in SCHEDULED else [EarlyStoppingCallback(PATIENCE)]
     examples = start.train[: cell.arm.examples]
-    training = STUDENT_TRAINING.model_copy(update={"max_steps": cell.arm.horizon})
+    rate = LEARNING_RATES.get(cell.variant, STUDENT_TRAINING.learning_rate)
+    training = STUDENT_TRAINING.model_copy(update={"max_steps": cell.arm.horizon, "learning_rate": rate})
     result = start.fit(student, cell.variant, examples, training, seed=cell.seed, callbacks=[curve, *stop])
     rejected = [entry["rejection_rate"] for entry in result.history if "rejection_rate" in entry]
     tenths = result.course("rejection_rate")

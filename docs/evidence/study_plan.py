@@ -64,11 +64,28 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "skd-mixture": {"method": "skd", "sampling": {**_SAMPLING, "rule": "mixture", "mixture": 0.5}},
     "skd-replaced": {**_skd(25), "replaced_weight": 1.0},
     "skd-mode": {"method": "skd", "sampling": {**_SAMPLING, "teacher": {"temperature": 0}, "top_k": 25}},
+    "skd-reverse-kl": {**_skd(25), "divergence": "reverse_kl"},
+    "skd-jsd": {**_skd(25), "divergence": "jsd"},
+    "skd-warm-student": {"method": "skd", "sampling": {**_SAMPLING, "student": {"temperature": 1.0}, "top_k": 25}},
+    "skd-warm-teacher": {"method": "skd", "sampling": {**_SAMPLING, "teacher": {"temperature": 1.0}, "top_k": 25}},
+    "skd-half-rate": _skd(25),
+    "skd-double-rate": _skd(25),
 }
 VARIANTS = {name: DistillConfig.model_validate(settings) for name, settings in _SETTINGS.items()}
 REFERENCE = "skd"
 RULES = ("skd-k25-to-1", "skd-k1-to-25", "skd-min-prob", "skd-mixture", "skd-replaced", "skd-mode")
 """Rules that may beat the reference, each with its hypothesis in the plan."""
+RECIPE = {
+    "skd-reverse-kl": "reverse KL",
+    "skd-jsd": "generalised JSD, beta 0.5",
+    "skd-warm-student": "student at temperature 1, top-p 1",
+    "skd-warm-teacher": "teacher at temperature 1",
+    "skd-half-rate": "learning rate 1e-3",
+    "skd-double-rate": "learning rate 4e-3",
+}
+"""Changes of one setting of the reference: what the default recipe rests on."""
+LEARNING_RATES = {"skd-half-rate": 1e-3, "skd-double-rate": 4e-3}
+"""Of the variants that have another one than `STUDENT_TRAINING`."""
 SCHEDULED = ("two_stage", "skd-k25-to-1", "skd-k1-to-25", "skd-min-prob")
 """Variants that change over the horizon: they run to its end, whatever their validation loss."""
 CORE = ("skd", "supervised_kd", "on_policy", "sft")
@@ -95,6 +112,8 @@ FEW = Arm("sft", 100)
 ARMS = (SFT, CUT, RANDOM, FEW)
 RULES_ARM = RANDOM
 """The only start at which the teacher replaces more than one token in a hundred: elsewhere rules differ by little."""
+
+RECIPE_ARMS = (SFT, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,10 @@ def cells() -> Iterator[Cell]:
     for seed in AGAIN_SEEDS:
         for arm, variant in dict.fromkeys((claim.arm, name) for claim in AGAIN for name in (claim.better, claim.worse)):
             yield Cell(arm, variant, seed)
+    for seed in SEEDS:
+        for arm in RECIPE_ARMS:
+            for variant in RECIPE:
+                yield Cell(arm, variant, seed)
 
 
 @dataclass(frozen=True)
@@ -160,3 +183,10 @@ CLAIMS = (
 AGAIN = tuple(claim for claim in CLAIMS if claim.number in ("1b", "3a", "4a", "5a", "5b"))
 AGAIN_SEEDS = tuple(range(20, 28))
 """The second round: claims that the first one suggests, on seeds of their own, corrected for these alone."""
+
+RECIPE_CLAIMS = tuple(
+    Claim(f"{number}{letter}", text, arm, variant, REFERENCE)
+    for arm, letter in zip(RECIPE_ARMS, "ab", strict=True)
+    for number, (variant, text) in enumerate(RECIPE.items(), start=1)
+)
+"""Whether one of these changes is better than the default; Holm's correction is over all of them."""

@@ -9,11 +9,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis import PairedTest, paired_tests
+from analysis import PairedTest, p_text, paired_tests
 from plots import plot
 from records import SCORE, Curve, Run
 from skd_lib._core.format import markdown_table
-from study_plan import AGAIN, AGAIN_SEEDS, ARMS, CLAIMS, CORE, REFERENCE, RULES, RULES_ARM, TEACHER_COST, Claim, cells
+from study_plan import (
+    AGAIN,
+    AGAIN_SEEDS,
+    ARMS,
+    CLAIMS,
+    CORE,
+    RECIPE_CLAIMS,
+    REFERENCE,
+    RULES,
+    RULES_ARM,
+    TEACHER_COST,
+    Claim,
+    cells,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,13 +96,14 @@ def rules_table(curves: Sequence[Curve]) -> str:
 
 
 def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
-    """Return the tables of the study by their names: `claims`, `claims-again`, `rules` and `progress`."""
+    """Return the tables of the study by their names: `claims`, `claims-again`, `rules`, `recipe` and `progress`."""
     done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
     progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
     return {
         "claims": _claims_table(runs, CLAIMS),
         "claims-again": _claims_table(runs, AGAIN),
         "rules": rules_table(curves),
+        "recipe": _claims_table(runs, RECIPE_CLAIMS, "in the place of the default", "better"),
         "progress": "\n".join(markdown_table(["arm", "runs", "planned"], progress, numbers=False)) + "\n",
     }
 
@@ -108,10 +122,12 @@ def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> li
     return written
 
 
-def _claims_table(runs: Sequence[Run], claims: Sequence[Claim]) -> str:
+def _claims_table(
+    runs: Sequence[Run], claims: Sequence[Claim], what: str = "claim of the paper", judged: str = "verdict"
+) -> str:
     tests, found = claim_tests(runs, claims), claim_differences(runs, claims)
     rows = [_claim_row(claim, found[claim.number], tests.get(claim.number)) for claim in claims]
-    header = ["", "claim of the paper", "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", "verdict"]
+    header = ["", what, "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", judged]
     return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
@@ -125,7 +141,7 @@ def _difference_cells(differences: Sequence[float], test: PairedTest | None) -> 
     if test is not None:
         mean = test.difference
         effect = f"{mean.mean:+.1f} [{mean.low:+.1f}, {mean.high:+.1f}]"
-        p_values = [f"{test.p_value:.3f}", f"{test.p_holm:.3f}"]
+        p_values = [p_text(test.p_value), p_text(test.p_holm)]
     return [str(len(differences)), effect, *p_values, verdict(test)]
 
 

@@ -19,8 +19,12 @@ from study_plan import (
     ARMS,
     CLAIMS,
     CORE,
+    LEARNING_RATES,
     MORE_SEEDS,
     OTHERS,
+    RECIPE,
+    RECIPE_ARMS,
+    RECIPE_CLAIMS,
     REFERENCE,
     RULES,
     RULES_ARM,
@@ -50,9 +54,12 @@ def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
     everywhere = len(ARMS) * (len((*CORE, *OTHERS)) * len(SEEDS) + len(CORE) * len(MORE_SEEDS))
     rules = set(RULES) - set(OTHERS)
     again = [cell for cell in planned if cell.seed in AGAIN_SEEDS]
-    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS) + len(again)
+    recipe = len(RECIPE) * len(RECIPE_ARMS) * len(SEEDS)
+    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS) + len(again) + recipe
     assert len(again) == len(AGAIN_SEEDS) * len({(c.arm, name) for c in AGAIN for name in (c.better, c.worse)})
-    assert {*CORE, *OTHERS, *RULES} == set(VARIANTS)
+    assert {*CORE, *OTHERS, *RULES, *RECIPE} == set(VARIANTS)
+    assert set(LEARNING_RATES) <= set(RECIPE)
+    assert {claim.worse for claim in RECIPE_CLAIMS} == {REFERENCE}
     assert len({claim.number for claim in CLAIMS}) == len(CLAIMS)
     for claim in CLAIMS:
         seeds = [
