@@ -10,7 +10,7 @@ import numpy as np
 
 from records import SCORE, Run
 from skd_lib.evaluation.statistics import holm, t_interval
-from study_plan import ARMS
+from study_plan import ARMS, LONG
 from study_plan import TEACHER_COST as STUDY_COST
 from tiny_models import forward_cost
 
@@ -21,7 +21,7 @@ _CUT = 134_515_008 / (134_515_008 - 8 * 3_540_096)  # parameters: SmolLM2-135M, 
 TEACHER_COST = {
     **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
     **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu", "evidence-summaries-cpu"), _CUT),
-    **{arm.name: STUDY_COST for arm in ARMS},
+    **{arm.name: STUDY_COST for arm in (*ARMS, LONG)},
 }
 """Cost of a position for the teacher, in forward passes of the student, by comparison."""
 
@@ -142,7 +142,7 @@ def paired_tests(differences: Mapping[str, Sequence[float]], family: int = 0) ->
 
 def p_text(p_value: float) -> str:
     """Return a p-value as tables write it."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"  # noqa: PLR2004
+    return "below 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _differences(runs: dict[int, Run], reference: dict[int, Run]) -> list[float]:

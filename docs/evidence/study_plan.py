@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from problems import ProblemSpace
@@ -31,6 +31,8 @@ TRAINING = TrainingConfig(
 )
 HORIZON, EVERY, PATIENCE = 300, 20, 4
 """Optimiser steps at most, steps between validations, and validations without a lower loss after which a run ends."""
+RANDOM_HORIZON, LONG_HORIZON = 600, 1800
+"""Steps at most from random weights, and in the round that lets these converge."""
 STUDENT_TRAINING = TrainingConfig(
     learning_rate=2e-3,
     lr_scheduler="constant_with_warmup",
@@ -104,16 +106,19 @@ class Arm:
     @property
     def name(self) -> str:
         """Name of the arm in the stored results."""
-        return f"study-{self.init}-{self.examples}"
+        return f"study-{self.init}-{self.examples}{'-long' if self.horizon > RANDOM_HORIZON else ''}"
 
 
-SFT, CUT, RANDOM = Arm("sft", 1000), Arm("cut", 1000), Arm("random", 1000, horizon=2 * HORIZON)
+SFT, CUT, RANDOM = Arm("sft", 1000), Arm("cut", 1000), Arm("random", 1000, horizon=RANDOM_HORIZON)
 FEW = Arm("sft", 100)
 ARMS = (SFT, CUT, RANDOM, FEW)
 RULES_ARM = RANDOM
 """The only start at which the teacher replaces more than one token in a hundred: elsewhere rules differ by little."""
 
 RECIPE_ARMS = (SFT, RANDOM)
+LONG = Arm("random", 1000, horizon=LONG_HORIZON)
+LONG_VARIANTS, LONG_SEEDS = ("skd", "supervised_kd", "on_policy"), (*SEEDS, *MORE_SEEDS[:1])
+"""The third round: the methods whose best checkpoint was the last, with three times the steps."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,9 @@ def cells() -> Iterator[Cell]:
     for seed in AGAIN_SEEDS:
         for arm, variant in dict.fromkeys((claim.arm, name) for claim in AGAIN for name in (claim.better, claim.worse)):
             yield Cell(arm, variant, seed)
+    for seed in LONG_SEEDS:
+        for variant in LONG_VARIANTS:
+            yield Cell(LONG, variant, seed)
     for seed in SEEDS:
         for arm in RECIPE_ARMS:
             for variant in RECIPE:
@@ -183,6 +191,9 @@ CLAIMS = (
 AGAIN = tuple(claim for claim in CLAIMS if claim.number in ("1b", "3a", "4a", "5a", "5b"))
 AGAIN_SEEDS = tuple(range(20, 28))
 """The second round: claims that the first one suggests, on seeds of their own, corrected for these alone."""
+
+LONG_CLAIMS = tuple(replace(claim, arm=LONG) for claim in CLAIMS if claim.number in ("3a", "4a", "4c"))
+"""The claims on random weights, on runs that may converge; Holm's correction is over these."""
 
 RECIPE_CLAIMS = tuple(
     Claim(f"{number}{letter}", text, arm, variant, REFERENCE)

@@ -19,6 +19,8 @@ from study_plan import (
     ARMS,
     CLAIMS,
     CORE,
+    LONG,
+    LONG_CLAIMS,
     RECIPE_CLAIMS,
     REFERENCE,
     RULES,
@@ -96,12 +98,14 @@ def rules_table(curves: Sequence[Curve]) -> str:
 
 
 def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
-    """Return the tables of the study by their names: `claims`, `claims-again`, `rules`, `recipe` and `progress`."""
+    """Return the tables of the study by their names: `claims`, `claims-again`, `claims-long`, `rules`, `recipe`
+    and `progress`."""
     done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
     progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
     return {
         "claims": _claims_table(runs, CLAIMS),
         "claims-again": _claims_table(runs, AGAIN),
+        "claims-long": _claims_table(runs, LONG_CLAIMS),
         "rules": rules_table(curves),
         "recipe": _claims_table(runs, RECIPE_CLAIMS, "in the place of the default", "better"),
         "progress": "\n".join(markdown_table(["arm", "runs", "planned"], progress, numbers=False)) + "\n",
@@ -114,7 +118,7 @@ def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> li
     if claim_tests(runs):
         with plot(folder / "claims.svg", written, height=0.3 * len(CLAIMS) + 1.2) as axes:
             _claims(axes, runs)
-    for arm in ARMS:
+    for arm in (*ARMS, LONG):
         ours = [curve for curve in curves if curve.comparison == arm.name and curve.variant in CORE]
         if ours:
             with plot(folder / f"{arm.name}-curves.svg", written, columns=3) as panels:

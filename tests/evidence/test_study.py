@@ -20,6 +20,9 @@ from study_plan import (
     CLAIMS,
     CORE,
     LEARNING_RATES,
+    LONG_CLAIMS,
+    LONG_SEEDS,
+    LONG_VARIANTS,
     MORE_SEEDS,
     OTHERS,
     RECIPE,
@@ -55,13 +58,14 @@ def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
     rules = set(RULES) - set(OTHERS)
     again = [cell for cell in planned if cell.seed in AGAIN_SEEDS]
     recipe = len(RECIPE) * len(RECIPE_ARMS) * len(SEEDS)
-    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS) + len(again) + recipe
+    long = len(LONG_VARIANTS) * len(LONG_SEEDS)
+    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS) + len(again) + recipe + long
     assert len(again) == len(AGAIN_SEEDS) * len({(c.arm, name) for c in AGAIN for name in (c.better, c.worse)})
     assert {*CORE, *OTHERS, *RULES, *RECIPE} == set(VARIANTS)
     assert set(LEARNING_RATES) <= set(RECIPE)
     assert {claim.worse for claim in RECIPE_CLAIMS} == {REFERENCE}
     assert len({claim.number for claim in CLAIMS}) == len(CLAIMS)
-    for claim in CLAIMS:
+    for claim in (*CLAIMS, *LONG_CLAIMS):
         seeds = [
             {cell.seed for cell in planned if (cell.arm, cell.variant) == (claim.arm, name)}
             for name in (claim.better, claim.worse)
