@@ -149,6 +149,8 @@ def cells() -> Iterator[Cell]:
     for seed in AGAIN_SEEDS:
         for arm, variant in dict.fromkeys((claim.arm, name) for claim in AGAIN for name in (claim.better, claim.worse)):
             yield Cell(arm, variant, seed)
+        for variant in RULES_AGAIN:
+            yield Cell(RULES_ARM, variant, seed)
     for seed in LONG_SEEDS:
         for variant in LONG_VARIANTS:
             yield Cell(LONG, variant, seed)
@@ -191,6 +193,8 @@ CLAIMS = (
 AGAIN = tuple(claim for claim in CLAIMS if claim.number in ("1b", "3a", "4a", "5a", "5b"))
 AGAIN_SEEDS = tuple(range(20, 28))
 """The second round: claims that the first one suggests, on seeds of their own, corrected for these alone."""
+RULES_AGAIN = ("skd-k25-to-1",)
+"""The rule with the highest mean in the first round, once more on the second round's seeds."""
 
 LONG_CLAIMS = tuple(replace(claim, arm=LONG) for claim in CLAIMS if claim.number in ("3a", "4a", "4c"))
 """The claims on random weights, on runs that may converge; Holm's correction is over these."""

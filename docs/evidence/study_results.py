@@ -24,6 +24,7 @@ from study_plan import (
     RECIPE_CLAIMS,
     REFERENCE,
     RULES,
+    RULES_AGAIN,
     RULES_ARM,
     TEACHER_COST,
     Claim,
@@ -62,14 +63,15 @@ def claim_tests(runs: Sequence[Run], claims: Sequence[Claim] = CLAIMS) -> dict[s
     return paired_tests(claim_differences(runs, claims), family=len(claims))
 
 
-def rule_differences(curves: Sequence[Curve]) -> dict[str, list[float]]:
+def rule_differences(curves: Sequence[Curve], rules: Sequence[str] = RULES) -> dict[str, list[float]]:
     """Return each rule's accuracy on validation problems minus the reference's, at equal compute, one a seed.
 
     The compute is that of the reference at its best checkpoint, in positions; between validations accuracy is taken to
     change in a straight line. A run that had ended before by patience has the accuracy of its last validation.
     """
     found = {(curve.variant, curve.seed, curve.figure): curve for curve in curves if curve.comparison == RULES_ARM.name}
-    seeds = sorted({seed for variant, seed, _ in found if variant == REFERENCE})
+    known = {seed for variant, seed, _ in found if variant == REFERENCE}
+    seeds = sorted(seed for seed in known if (seed in AGAIN_SEEDS) == (rules is RULES_AGAIN))
 
     def accuracy(variant: str, seed: int, compute: float) -> float:
         return float(np.interp(compute, positions(found, variant, seed), found[variant, seed, "accuracy"].values))
@@ -79,7 +81,7 @@ def rule_differences(curves: Sequence[Curve]) -> dict[str, list[float]]:
         compute = positions(found, REFERENCE, seed)[best]
         return accuracy(rule, seed, compute) - accuracy(REFERENCE, seed, compute)
 
-    return {rule: [difference(rule, seed) for seed in seeds if (rule, seed, "accuracy") in found] for rule in RULES}
+    return {rule: [difference(rule, seed) for seed in seeds if (rule, seed, "accuracy") in found] for rule in rules}
 
 
 def positions(curves: Mapping[tuple[str, int, str], Curve], variant: str, seed: int) -> list[float]:
@@ -88,18 +90,18 @@ def positions(curves: Mapping[tuple[str, int, str], Curve], variant: str, seed: 
     return [ours + TEACHER_COST * theirs for ours, theirs in zip(student, teacher, strict=True)]
 
 
-def rules_table(curves: Sequence[Curve]) -> str:
-    """Return the table of the rules that may beat the reference; Holm's correction is over all of them."""
-    found = rule_differences(curves)
-    tests = paired_tests(found, family=len(RULES))
-    rows = [[f"`{rule}`", *_difference_cells(found[rule], tests.get(rule))] for rule in RULES]
+def rules_table(curves: Sequence[Curve], rules: Sequence[str] = RULES) -> str:
+    """Return the table of the rules that may beat the reference; Holm's correction is over all of the round's."""
+    found = rule_differences(curves, rules)
+    tests = paired_tests(found, family=len(rules))
+    rows = [[f"`{rule}`", *_difference_cells(found[rule], tests.get(rule))] for rule in rules]
     header = ["rule", "seeds", "points of accuracy", "p", "p (Holm)", "better than K = 25"]
     return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
 def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
-    """Return the tables of the study by their names: `claims`, `claims-again`, `claims-long`, `rules`, `recipe`
-    and `progress`."""
+    """Return the tables of the study by their names: `claims`, `claims-again`, `claims-long`, `rules`,
+    `rules-again`, `recipe` and `progress`."""
     done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
     progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
     return {
@@ -107,6 +109,7 @@ def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str,
         "claims-again": _claims_table(runs, AGAIN),
         "claims-long": _claims_table(runs, LONG_CLAIMS),
         "rules": rules_table(curves),
+        "rules-again": rules_table(curves, RULES_AGAIN),
         "recipe": _claims_table(runs, RECIPE_CLAIMS, "in the place of the default", "better"),
         "progress": "\n".join(markdown_table(["arm", "runs", "planned"], progress, numbers=False)) + "\n",
     }
@@ -162,7 +165,7 @@ def _claims(axes: Axes, runs: Sequence[Run]) -> None:
     axes.axvline(0, color="0.3", linewidth=1)
     labels = [f"{claim.better} - {claim.worse} ({claim.arm.init}, {claim.arm.examples})" for claim in reversed(CLAIMS)]
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.set_xlim(-40, 40)
+    axes.set_xlim(-30, 50)
     axes.set_xlabel("points of accuracy, 95 % interval over seeds", fontsize=8)
 
 
@@ -175,7 +178,7 @@ def _courses(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
         for axes, x in zip(panels, costs, strict=True):
             color = f"C{CORE.index(variant)}"
             first = not any(line.get_label() == variant for line in axes.lines)
-            axes.plot(x, accuracy.values, color=color, linewidth=1, label=variant if first else None)
+            axes.plot(x, accuracy.values, color=color, linewidth=1, alpha=0.6, label=variant if first else None)
     for axes, label in zip(
         panels, ("optimiser steps", "positions, millions of the student's", "CPU seconds"), strict=True
     ):

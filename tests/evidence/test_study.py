@@ -30,6 +30,7 @@ from study_plan import (
     RECIPE_CLAIMS,
     REFERENCE,
     RULES,
+    RULES_AGAIN,
     RULES_ARM,
     SEEDS,
     STUDENT_TRAINING,
@@ -60,7 +61,9 @@ def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
     recipe = len(RECIPE) * len(RECIPE_ARMS) * len(SEEDS)
     long = len(LONG_VARIANTS) * len(LONG_SEEDS)
     assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS) + len(again) + recipe + long
-    assert len(again) == len(AGAIN_SEEDS) * len({(c.arm, name) for c in AGAIN for name in (c.better, c.worse)})
+    claimed = {(c.arm, name) for c in AGAIN for name in (c.better, c.worse)}
+    assert len(again) == len(AGAIN_SEEDS) * (len(claimed) + len(RULES_AGAIN))
+    assert {(RULES_ARM, REFERENCE)} <= claimed
     assert {*CORE, *OTHERS, *RULES, *RECIPE} == set(VARIANTS)
     assert set(LEARNING_RATES) <= set(RECIPE)
     assert {claim.worse for claim in RECIPE_CLAIMS} == {REFERENCE}
