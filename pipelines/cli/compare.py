@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skd_kfp.pipelines.cli.inputs import check_inputs
 from skd_kfp.pipelines.cli.options import Local, say_json
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
@@ -56,6 +57,7 @@ def compare(
             say_json(to_parameters(settings, base))
         else:
             _print_plan(console, planned, local.runs_dir / settings.name)
+        check_inputs(base, [trial.config(base) for trial in planned.trials])
         return
     if as_json:
         raise SkdError("it prints the plan of a dry run", where="--json", hint="add --dry-run")

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skd_kfp.pipelines.cli.inputs import check_inputs, model_errors, raise_any, read_data
 from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse, say_json, short
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import shown, sqlite_file
-from skd_lib.errors import SkdError, SkdErrors
-
-_COUNTED = 5_000
-"""Rows of a file that a dry run reads, at most."""
-_COMPARED = 100_000
-"""Characters in which it looks for near duplicates."""
+from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
     from skd_kfp.pipelines.local.containers import Containers
@@ -142,7 +138,7 @@ def print_plan(console: Console, config: RunConfig, local: Local, *, as_json: bo
         ]
         plan = {"config": config.model_dump(mode="json"), "steps": listed}
         say_json({**plan, **{name.lower(): place for name, place in places.items()}})
-        _raise_any(_model_errors(config))
+        check_inputs(config)
         return
     table = Table("step", "after", title=f"run {config.name}", title_justify="left", box=None)
     for step in steps:
@@ -150,7 +146,7 @@ def print_plan(console: Console, config: RunConfig, local: Local, *, as_json: bo
         table.add_row(step.name, after)
     console.print(table)
     student = config.student or f"cut from the teacher ({config.student_init.mode})"
-    data, errors = _data(config)
+    data, errors = read_data(config)
     for name, value in {
         "teacher": config.teacher,
         "student": student,
@@ -160,62 +156,7 @@ def print_plan(console: Console, config: RunConfig, local: Local, *, as_json: bo
         **places,
     }.items():
         say(f"{name:<8} {value}")
-    _raise_any([*errors, *_model_errors(config)])
-
-
-def _raise_any(errors: list[SkdError]) -> None:
-    if errors:
-        raise errors[0] if len(errors) == 1 else SkdErrors(errors)
-
-
-def _model_errors(config: RunConfig) -> list[SkdError]:
-    """Return errors of references to models that show without asking for the models."""
-    from skd_lib.models.references import parse_reference
-
-    errors = []
-    for reference in filter(None, (config.teacher, config.student)):
-        try:
-            parse_reference(reference)
-        except SkdError as error:
-            errors.append(error)
-    return errors
-
-
-def _data(config: RunConfig) -> tuple[dict[str, str], list[SkdError]]:
-    """Return the format of the data and the sizes of the splits, where they are files of this machine, and errors."""
-    from skd_lib.config import FilesSource
-    from skd_lib.data.sources import find_columns
-    from skd_lib.storage import is_remote
-
-    source = config.data.source
-    if not isinstance(source, FilesSource) or any(map(is_remote, [*source.train, *source.validation, *source.test])):
-        return {}, []
-    found: dict[str, str] = {}
-    try:
-        found["data"] = f"{find_columns(source)}; {', '.join(source.train)}"
-        if sizes := _splits(config):
-            found["splits"] = sizes
-    except SkdErrors as several:
-        return found, several.errors
-    except SkdError as error:
-        return found, [error]
-    return found, []
-
-
-def _splits(config: RunConfig) -> str:
-    """Return the sizes of the splits; empty for data too large to be read here."""
-    from skd_lib.data.sources import load_data
-    from skd_lib.data.splits import divide
-
-    rows = load_data(config.data, max_rows=_COUNTED)
-    if any(len(split) >= _COUNTED for split in (rows.train, rows.validation or (), rows.test or ())):
-        return ""
-    made = divide(rows, config.data, config.seed, characters=_COMPARED)
-    sizes = {"train": made.train_student, "validation": made.validation, "test": made.test}
-    asked = {name: getattr(config.data, f"{name}_examples", None) or 0 for name in ("validation", "test")}
-    fewer = [f"{name}_examples: {count}" for name, count in asked.items() if count > len(sizes[name])]
-    text = ", ".join(f"{name} {len(split)}" for name, split in sizes.items())
-    return f"{text}; fewer than {', '.join(fewer)}" if fewer else text
+    raise_any([*errors, *model_errors([config])])
 
 
 def _registration(config: RunConfig, tracking_uri: str) -> str:

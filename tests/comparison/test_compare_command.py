@@ -42,3 +42,18 @@ def test_wrong_variant_is_named_before_anything_starts(skd: Skd, tmp_path: Path)
     assert f"{path}, variant a, field `distill.betta`: unknown field" in done.stderr
     assert "did you mean `beta`?" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_fails_on_data_and_models_that_are_not_there(skd: Skd, tmp_path: Path):
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "name: base\nteacher: ./no-teacher\nstudent: org/student\nstudent_init: {mode: as_is}\n"
+        f"data: {{source: {{type: files, train: [{tmp_path}/no-data.jsonl]}}}}\n"
+    )
+    path = tmp_path / "compare.yaml"
+    path.write_text(f"name: compare\nbase: {base}\nmethods: [sft]\nvariants: {{a: {{student: ./no-student}}}}\n")
+    for options in ((), ("--json",)):
+        done = skd("compare", path, "--dry-run", *options)
+        assert done.returncode == 2
+        for missing in ("no-data.jsonl", "no-teacher", "no-student"):
+            assert missing in done.stderr
