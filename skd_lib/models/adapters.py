@@ -87,7 +87,7 @@ def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
 
 def merge_lora(wrapped: Any) -> None:
     """Add the adapters to the weights and remove them: the wrapped model is then usable by itself."""
-    before = outputs(wrapped.get_base_model())  # the wrapper itself computes in bf16 after training in it
+    before = outputs(wrapped)
     try:
         model = wrapped.merge_and_unload(safe_merge=True)
     except ValueError as error:

@@ -204,6 +204,7 @@ def train(
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             student.config.use_cache = use_cache  # the Trainer turns it off
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # puts the forward without autocast back
             student.eval()
         if training.lora is not None:
             merge_lora(model)

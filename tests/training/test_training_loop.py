@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skd_lib.distillation.methods import METHODS
 from skd_lib.errors import SkdError
@@ -163,6 +163,15 @@ def test_bf16_is_for_computing_only(
         assert gradients[1][name].dtype == torch.float32
         assert torch.equal(gradients[1][name], gradients[2][name])
         assert torch.cosine_similarity(gradients[1][name].flatten(), expected.flatten(), dim=0) > 0.99, name
+
+
+def test_a_student_trained_in_bf16_computes_in_fp32_afterwards(student: PreTrainedModel, tmp_path: Path) -> None:
+    """As the model that is loaded from its files."""
+    trained = run(student, None, tmp_path / "checkpoints", method="sft", precision="bf16", max_steps=1).student
+    trained.save_pretrained(tmp_path / "saved")
+    tokens = torch.arange(3, 20).unsqueeze(0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(trained(tokens).logits, loaded(tokens).logits)
 
 
 def test_a_launchers_precision_is_not_the_trainings(
