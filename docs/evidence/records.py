@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skd_lib.comparison.table import Comparison, TrialResult
 from skd_lib.config import parse_section
@@ -110,7 +111,7 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
 
 def append(file: Path, header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
     """Append rows to a CSV file, which is made with its header if it is not there; floats have six digits."""
-    short = [{name: _short(value) for name, value in row.items()} for row in rows]
+    short = [{name: short(value) for name, value in row.items()} for row in rows]
     text = _csv(header, short)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file():
@@ -173,7 +174,7 @@ def _row(comparison: Comparison, trial: TrialResult) -> dict[str, object]:
         SCORE: flat.get(metric, ""),
         "teacher": comparison.teacher[metric].score if metric in comparison.teacher else "",
     }
-    return {name: _short(row.get(name, "")) for name in RUN_COLUMNS}
+    return {name: short(row.get(name, "")) for name in RUN_COLUMNS}
 
 
 def _points(comparison: Comparison, trial: TrialResult) -> Iterable[dict[str, object]]:
@@ -182,10 +183,11 @@ def _points(comparison: Comparison, trial: TrialResult) -> Iterable[dict[str, ob
     for figure, steps in _CURVES.items():
         for step, value in zip(getattr(trial.course, steps), getattr(trial.course, figure), strict=True):
             named = {"comparison": comparison.name, "variant": trial.variant, "seed": trial.seed}
-            yield {**named, "figure": figure, "step": step, "value": _short(value)}
+            yield {**named, "figure": figure, "step": step, "value": short(value)}
 
 
-def _short(value: object) -> object:
+def short(value: Any) -> Any:
+    """Return a value as the files have it."""
     return f"{value:.6g}" if isinstance(value, float) else value
 
 

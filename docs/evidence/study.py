@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from problems import distinct
-from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, append, read_runs
+from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, append, read_runs, short
 from skd_lib.config import EvaluationConfig, TrainingConfig
 from skd_lib.data.examples import Example, make_example
 from skd_lib.data.tokenize import TokenizedExample, encode_all
@@ -230,6 +230,6 @@ def check_study(folder: Path, stored: Path, most: int, seed: int) -> Iterator[st
         cell = known[index]
         row, _ = run_cell(start, cell)
         there = by_key[cell.key]
-        now = {name: float(f"{value:.6g}") for name, value in row.items() if name in there}
+        now = {name: float(short(value)) for name, value in row.items() if name in there}
         differing = [f"{name} {now[name]:g}, stored {there[name]:g}" for name in now if now[name] != there[name]]
         yield f"{' '.join(map(str, cell.key))}: {'; '.join(differing) or f'all {len(now)} figures are the stored ones'}"
