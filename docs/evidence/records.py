@@ -111,8 +111,7 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
 
 def append(file: Path, header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
     """Append rows to a CSV file, which is made with its header if it is not there; floats have six digits."""
-    short = [{name: short(value) for name, value in row.items()} for row in rows]
-    text = _csv(header, short)
+    text = _csv(header, [{name: short(value) for name, value in row.items()} for row in rows])
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file():
         text = text.partition("\n")[2]
