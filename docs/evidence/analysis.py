@@ -21,6 +21,7 @@ _CUT = 134_515_008 / (134_515_008 - 8 * 3_540_096)  # parameters: SmolLM2-135M, 
 TEACHER_COST = {
     **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
     **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu", "evidence-summaries-cpu"), _CUT),
+    "qwen-gsm8k-methods": 1_543_714_304 / 494_032_768,  # parameters: Qwen2.5-Coder-1.5B and 0.5B
     **{arm.name: STUDY_COST for arm in (*ARMS, LONG)},
 }
 """Cost of a position for the teacher, in forward passes of the student, by comparison."""
