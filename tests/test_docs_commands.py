@@ -193,17 +193,23 @@ def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: SaveTinyMod
     save_tiny_model(folder / "teacher", seed=2)
     save_tiny_model(folder / "draft", seed=1)
     write_record(folder / "draft", lineage={"method": "skd", "base_student": "org/small", "teacher": "org/large"})
-    for run in ("demo", "draft", "gemma-gsm8k", "tickets"):
+    for run in ("arithmetic", "demo", "draft", "gemma-gsm8k", "tickets"):
         (folder / "runs" / run).mkdir(parents=True)
         (folder / "runs" / run / "teacher").symlink_to(folder / "teacher")
         (folder / "runs" / run / "student").symlink_to(folder / "draft")
         summary = {"task_metric": "chrf", "models": {}, "specdec": {}, "seconds": {"distill": 1.0}}
         (folder / "runs" / run / "summary.json").write_text(json.dumps(summary))
-    rows = [{"source": f"Add {n} and 2:", "question": f"Add {n} and 2:", "target": f"{n + 2}"} for n in range(60)]
+    rows = [
+        {**dict.fromkeys(("source", "question"), f"Add {n} and 2:"), **dict.fromkeys(("target", "answer"), f"{n + 2}")}
+        for n in range(60)
+    ]
     for name, part in {"train": rows[:40], "test": rows[40:50], "validation": rows[50:], "questions": rows[:2]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (folder / "logs").mkdir()
     shutil.copy(folder / "train.jsonl", folder / "logs")
+    (folder / "data/gsm8k").mkdir(parents=True)
+    for name in ("train", "test"):
+        shutil.copy(folder / f"{name}.jsonl", folder / "data/gsm8k")
     prepared = folder / "runs/arithmetic-data"  # by docs/evidence/evidence.py
     prepared.mkdir()
     for name in ("train", "test", "validation"):
