@@ -10,7 +10,7 @@ import numpy as np
 
 from records import SCORE, Run
 from skd_lib.evaluation.statistics import holm, t_interval
-from study_plan import ARMS, LONG
+from study_plan import ALL_ARMS
 from study_plan import TEACHER_COST as STUDY_COST
 from tiny_models import forward_cost
 
@@ -22,7 +22,7 @@ TEACHER_COST = {
     **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
     **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu", "evidence-summaries-cpu"), _CUT),
     "qwen-gsm8k-methods": 1_543_714_304 / 494_032_768,  # parameters: Qwen2.5-Coder-1.5B and 0.5B
-    **{arm.name: STUDY_COST for arm in (*ARMS, LONG)},
+    **{arm.name: STUDY_COST for arm in ALL_ARMS},
 }
 """Cost of a position for the teacher, in forward passes of the student, by comparison."""
 

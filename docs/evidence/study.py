@@ -17,17 +17,19 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from problems import distinct
-from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, append, read_runs, short
+from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Run, append, read_runs, short
 from skd_lib.config import EvaluationConfig, TrainingConfig
 from skd_lib.data.examples import Example, make_example
 from skd_lib.data.tokenize import TokenizedExample, encode_all
 from skd_lib.distillation.methods import METHODS
+from skd_lib.errors import SkdError
 from skd_lib.evaluation.evaluate import evaluate
 from skd_lib.models.loading import load_model, save_model
 from skd_lib.models.student_init import prune_layers
 from skd_lib.training.checkpoints import Checkpoints
 from skd_lib.training.run import TrainResult, train
 from study_plan import (
+    ALL_ARMS,
     BASE_PROBLEMS,
     INIT_EPOCHS,
     LEARNING_RATES,
@@ -195,14 +197,18 @@ def run_study(folder: Path, out: Path, most: int | None = None) -> Iterator[str]
         folder: Where the teacher and the base are kept.
         out: Where `runs.csv` and `curves.csv` are; each run is appended when it has ended.
         most: Runs at most; None: all.
+
+    Raises:
+        SkdError: the teacher trained here is not that of what is missing.
     """
-    done = {(run.comparison, run.variant, run.seed) for run in (read_runs(out) if (out / RUNS).is_file() else [])}
+    stored = read_runs(out) if (out / RUNS).is_file() else []
+    done = {(run.comparison, run.variant, run.seed) for run in stored}
     missing = [cell for cell in cells() if cell.key not in done]
     if not missing:
         return
     transformers_logging.disable_progress_bar()
     start = Start(folder)
-    for cell in missing[:most]:
+    for cell in _under_this_teacher(missing, start, stored, known_only=False)[:most]:
         row, points = run_cell(start, cell)
         key = dict(zip(("comparison", "variant", "seed"), cell.key, strict=True))
         named = {"metric": "accuracy", "reference": REFERENCE, "init": cell.arm.init, "failed": ""}
@@ -221,11 +227,15 @@ def check_study(folder: Path, stored: Path, most: int, seed: int) -> Iterator[st
         stored: Where `runs.csv` is; it stays as it is.
         most: Runs at most, drawn at random.
         seed: Of the draw.
+
+    Raises:
+        SkdError: the teacher trained here is none of those of the stored runs.
     """
-    by_key = {(run.comparison, run.variant, run.seed): run.figures for run in read_runs(stored)}
-    known = [cell for cell in cells() if cell.key in by_key]
+    runs = read_runs(stored)
+    by_key = {(run.comparison, run.variant, run.seed): run.figures for run in runs}
     transformers_logging.disable_progress_bar()
     start = Start(folder)
+    known = _under_this_teacher([cell for cell in cells() if cell.key in by_key], start, runs, known_only=True)
     for index in np.random.default_rng(seed).permutation(len(known))[:most]:
         cell = known[index]
         row, _ = run_cell(start, cell)
@@ -233,3 +243,24 @@ def check_study(folder: Path, stored: Path, most: int, seed: int) -> Iterator[st
         now = {name: float(short(value)) for name, value in row.items() if name in there}
         differing = [f"{name} {now[name]:g}, stored {there[name]:g}" for name in now if now[name] != there[name]]
         yield f"{' '.join(map(str, cell.key))}: {'; '.join(differing) or f'all {len(now)} figures are the stored ones'}"
+
+
+def _under_this_teacher(asked: Sequence[Cell], start: Start, stored: Sequence[Run], *, known_only: bool) -> list[Cell]:
+    """Return the cells whose teacher is the one trained here, by its score.
+
+    Without `known_only` also those of a teacher of which nothing is stored.
+    """
+    numbers = {arm.name: arm.teacher for arm in ALL_ARMS}
+    scores = {numbers[run.comparison]: run.figures["teacher"] for run in stored if run.comparison in numbers}
+    here = float(short(start.teacher_score))
+    else_score = None if known_only else here
+    found = [cell for cell in asked if scores.get(cell.arm.teacher, else_score) == here]
+    if asked and not found:
+        theirs = ", ".join(f"{score:g} %" for score in sorted(set(scores.values())))
+        raise SkdError(
+            f"the teacher trained here solves {here:g} % of the problems, those of the stored runs {theirs}: "
+            "no run made here can be put beside theirs",
+            where=str(start.folder),
+            hint="a CPU that rounds otherwise trains another teacher: run the whole study with --out NEW-FOLDER",
+        )
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,20 +93,29 @@ SCHEDULED = ("two_stage", "skd-k25-to-1", "skd-k1-to-25", "skd-min-prob")
 CORE = ("skd", "supervised_kd", "on_policy", "sft")
 OTHERS = ("seqkd", "imitkd", "two_stage", "skd_mixed", "skd-k1", "skd-k5", "skd-k25-to-1", "skd-k1-to-25")
 SEEDS, MORE_SEEDS = (10, 11, 12), (13, 14, 15)
+SECOND_SEEDS = (30, 31, 32)
+"""Of the runs under the second teacher."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Students of one quality at the start (`sft`, `cut`, `random`), their training problems, and steps at most."""
+    """Students of one quality at the start (`sft`, `cut`, `random`), their training problems, steps at most, teacher.
+
+    The same commands train another teacher on another CPU, whose rounding differs: it is numbered, and every comparison
+    is among the runs of one.
+    """
 
     init: str
     examples: int
     horizon: int = HORIZON
+    teacher: int = 1
 
     @property
     def name(self) -> str:
         """Name of the arm in the stored results."""
-        return f"study-{self.init}-{self.examples}{'-long' if self.horizon > RANDOM_HORIZON else ''}"
+        long = "-long" if self.horizon > RANDOM_HORIZON else ""
+        second = f"-t{self.teacher}" if self.teacher > 1 else ""
+        return f"study-{self.init}-{self.examples}{long}{second}"
 
 
 SFT, CUT, RANDOM = Arm("sft", 1000), Arm("cut", 1000), Arm("random", 1000, horizon=RANDOM_HORIZON)
@@ -115,8 +124,10 @@ ARMS = (SFT, CUT, RANDOM, FEW)
 RULES_ARM = RANDOM
 """The only start at which the teacher replaces more than one token in a hundred: elsewhere rules differ by little."""
 
-RECIPE_ARMS = (SFT, RANDOM)
-LONG = Arm("random", 1000, horizon=LONG_HORIZON)
+SECOND_ARMS = tuple(replace(arm, teacher=2) for arm in ARMS)
+RECIPE_ARMS = (SECOND_ARMS[0], SECOND_ARMS[2])
+LONG = Arm("random", 1000, horizon=LONG_HORIZON, teacher=2)
+ALL_ARMS = (*ARMS, *SECOND_ARMS, LONG)
 LONG_VARIANTS, LONG_SEEDS = ("skd", "supervised_kd", "on_policy"), (*SEEDS, *MORE_SEEDS[:1])
 """The third round: the methods whose best checkpoint was the last, with three times the steps."""
 
@@ -137,27 +148,28 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """Return the runs in their order: what most claims need first, seed by seed."""
-    for variants, seeds in ((CORE, SEEDS), (OTHERS, SEEDS), (CORE, MORE_SEEDS)):
-        for seed in seeds:
-            for arm in ARMS:
-                for variant in variants:
-                    yield Cell(arm, variant, seed)
+    yield from _cells(ARMS, CORE, SEEDS)
+    yield from _cells(ARMS[:3], OTHERS, SEEDS[:1])
+    yield from _cells(ARMS, CORE, MORE_SEEDS)
     for seed in SEEDS:
-        for variant in RULES:
-            if variant not in OTHERS:
-                yield Cell(RULES_ARM, variant, seed)
+        if seed != SEEDS[0]:
+            yield from _cells([SFT], ("skd-k1", "imitkd"), [seed])
+            yield from _cells([RANDOM], ("skd-k1",), [seed])
+        known = OTHERS if seed == SEEDS[0] else ()
+        yield from _cells([RULES_ARM], [rule for rule in RULES if rule not in known], [seed])
     for seed in AGAIN_SEEDS:
         for arm, variant in dict.fromkeys((claim.arm, name) for claim in AGAIN for name in (claim.better, claim.worse)):
             yield Cell(arm, variant, seed)
-        for variant in RULES_AGAIN:
-            yield Cell(RULES_ARM, variant, seed)
-    for seed in LONG_SEEDS:
-        for variant in LONG_VARIANTS:
-            yield Cell(LONG, variant, seed)
-    for seed in SEEDS:
-        for arm in RECIPE_ARMS:
-            for variant in RECIPE:
-                yield Cell(arm, variant, seed)
+        yield from _cells([RULES_ARM], RULES_AGAIN, [seed])
+    yield from _cells(RECIPE_ARMS, (REFERENCE, *RECIPE), SECOND_SEEDS)
+    yield from _cells([LONG], LONG_VARIANTS, LONG_SEEDS)
+    for seed in SECOND_SEEDS:
+        yield from _cells(RECIPE_ARMS, OTHERS, [seed])
+        yield from _cells([arm for arm in SECOND_ARMS if arm not in RECIPE_ARMS], (REFERENCE, *OTHERS), [seed])
+
+
+def _cells(arms: Sequence[Arm], variants: Iterable[str], seeds: Iterable[int]) -> Iterator[Cell]:
+    return (Cell(arm, variant, seed) for seed in seeds for arm in arms for variant in variants)
 
 
 @dataclass(frozen=True)
