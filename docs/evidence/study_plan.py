@@ -91,7 +91,17 @@ LEARNING_RATES = {"skd-half-rate": 1e-3, "skd-double-rate": 4e-3}
 SCHEDULED = ("two_stage", "skd-k25-to-1", "skd-k1-to-25", "skd-min-prob")
 """Variants that change over the horizon: they run to its end, whatever their validation loss."""
 CORE = ("skd", "supervised_kd", "on_policy", "sft")
-OTHERS = ("seqkd", "imitkd", "two_stage", "skd_mixed", "skd-k1", "skd-k5", "skd-k25-to-1", "skd-k1-to-25")
+OTHERS = {
+    "seqkd": "sequence-level KD",
+    "imitkd": "ImitKD",
+    "two_stage": "supervised KD, then on-policy",
+    "skd_mixed": "SKD and ground truth by turns",
+    "skd-k1": "K = 1",
+    "skd-k5": "K = 5",
+    "skd-k25-to-1": "K from 25 to 1",
+    "skd-k1-to-25": "K from 1 to 25",
+}
+"""The other methods, and other K for the reference."""
 SEEDS, MORE_SEEDS = (10, 11, 12), (13, 14, 15)
 SECOND_SEEDS = (30, 31, 32)
 """Of the runs under the second teacher."""
@@ -174,13 +184,14 @@ def _cells(arms: Sequence[Arm], variants: Iterable[str], seeds: Iterable[int]) -
 
 @dataclass(frozen=True)
 class Claim:
-    """`better` beats `worse` in an arm: what a paired t test over seeds is to show."""
+    """`better` beats `worse` in an arm (with `more_arms`: in all of them): a paired t test over seeds is to show it."""
 
     number: str
     text: str
     arm: Arm
     better: str
     worse: str
+    more_arms: tuple[Arm, ...] = ()
 
 
 CLAIMS = (
@@ -217,3 +228,10 @@ RECIPE_CLAIMS = tuple(
     for number, (variant, text) in enumerate(RECIPE.items(), start=1)
 )
 """Whether one of these changes is better than the default; Holm's correction is over all of them."""
+
+OTHER_CLAIMS = tuple(
+    Claim(f"{number}{letter}", text, arm, variant, REFERENCE, more_arms=(second,))
+    for arm, second, letter in zip(ARMS, SECOND_ARMS, "abcd", strict=True)
+    for number, (variant, text) in enumerate(OTHERS.items(), start=1)
+)
+"""Whether another method or K is better than the default, under both teachers; Holm's correction is over all."""

@@ -21,6 +21,7 @@ from study_plan import (
     CORE,
     LONG,
     LONG_CLAIMS,
+    OTHER_CLAIMS,
     RECIPE_CLAIMS,
     REFERENCE,
     RULES,
@@ -47,12 +48,16 @@ def verdict(test: PairedTest | None) -> str:
 
 
 def claim_differences(runs: Sequence[Run], claims: Sequence[Claim] = CLAIMS) -> dict[str, list[float]]:
-    """Return each claim's differences in accuracy, one a seed of its round."""
+    """Return each claim's differences in accuracy, one a seed of its round and a teacher."""
     scores = {(run.comparison, run.variant, run.seed): run.figures[SCORE] for run in runs}
     seeds = sorted({run.seed for run in runs if (run.seed in AGAIN_SEEDS) == (claims is AGAIN)})
 
     def differences(claim: Claim) -> list[float]:
-        pairs = [[scores.get((claim.arm.name, name, seed)) for name in (claim.better, claim.worse)] for seed in seeds]
+        pairs = [
+            [scores.get((arm.name, name, seed)) for name in (claim.better, claim.worse)]
+            for arm in (claim.arm, *claim.more_arms)
+            for seed in seeds
+        ]
         return [better - worse for better, worse in pairs if better is not None and worse is not None]
 
     return {claim.number: differences(claim) for claim in claims}
@@ -100,7 +105,7 @@ def rules_table(curves: Sequence[Curve], rules: Sequence[str] = RULES) -> str:
 
 
 def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
-    """Return the tables of the study by their names: `claims`, `claims-again`, `claims-long`, `rules`,
+    """Return the tables of the study by their names: `claims`, `claims-again`, `claims-long`, `others`, `rules`,
     `rules-again`, `recipe` and `progress`."""
     done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
     progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
@@ -108,6 +113,7 @@ def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str,
         "claims": _claims_table(runs, CLAIMS),
         "claims-again": _claims_table(runs, AGAIN),
         "claims-long": _claims_table(runs, LONG_CLAIMS),
+        "others": _claims_table(runs, OTHER_CLAIMS, "in the place of the default", "better"),
         "rules": rules_table(curves),
         "rules-again": rules_table(curves, RULES_AGAIN),
         "recipe": _claims_table(runs, RECIPE_CLAIMS, "in the place of the default", "better"),

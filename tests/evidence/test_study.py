@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,21 +14,20 @@ from typer.testing import CliRunner
 import study
 from evidence import app
 from records import CURVE_COLUMNS, CURVES, RUN_COLUMNS, RUNS, SCORE, Curve, Run, append, read_curves, read_runs
+from skd_lib.errors import SkdError
 from skd_lib.evaluation.statistics import holm
 from study_plan import (
     AGAIN,
     AGAIN_SEEDS,
+    ALL_ARMS,
     ARMS,
     CLAIMS,
     CORE,
     LEARNING_RATES,
     LONG_CLAIMS,
-    LONG_SEEDS,
-    LONG_VARIANTS,
-    MORE_SEEDS,
+    OTHER_CLAIMS,
     OTHERS,
     RECIPE,
-    RECIPE_ARMS,
     RECIPE_CLAIMS,
     REFERENCE,
     RULES,
@@ -35,10 +36,12 @@ from study_plan import (
     SEEDS,
     STUDENT_TRAINING,
     VARIANTS,
+    Arm,
     Cell,
+    Claim,
     cells,
 )
-from study_results import claim_tests, draw_study, rule_differences, study_tables, verdict
+from study_results import claim_differences, claim_tests, draw_study, rule_differences, study_tables, verdict
 
 STEPS = STUDENT_TRAINING.model_copy(update={"max_steps": 2, "eval_steps": 1, "batch_size": 4})
 CLAIM = CLAIMS[0]
@@ -55,25 +58,46 @@ def _runs(better: tuple[float, ...], worse: tuple[float, ...]) -> list[Run]:
 
 def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
     planned = list(cells())
-    everywhere = len(ARMS) * (len((*CORE, *OTHERS)) * len(SEEDS) + len(CORE) * len(MORE_SEEDS))
-    rules = set(RULES) - set(OTHERS)
+    assert len(planned) == len(set(planned)) == len({cell.key for cell in planned})
+    assert {cell.arm for cell in planned} == set(ALL_ARMS)
+    assert {cell.variant for cell in planned} == {*CORE, *OTHERS, *RULES, *RECIPE} == set(VARIANTS)
     again = [cell for cell in planned if cell.seed in AGAIN_SEEDS]
-    recipe = len(RECIPE) * len(RECIPE_ARMS) * len(SEEDS)
-    long = len(LONG_VARIANTS) * len(LONG_SEEDS)
-    assert len(planned) == len(set(planned)) == everywhere + len(rules) * len(SEEDS) + len(again) + recipe + long
     claimed = {(c.arm, name) for c in AGAIN for name in (c.better, c.worse)}
     assert len(again) == len(AGAIN_SEEDS) * (len(claimed) + len(RULES_AGAIN))
     assert {(RULES_ARM, REFERENCE)} <= claimed
-    assert {*CORE, *OTHERS, *RULES, *RECIPE} == set(VARIANTS)
     assert set(LEARNING_RATES) <= set(RECIPE)
-    assert {claim.worse for claim in RECIPE_CLAIMS} == {REFERENCE}
-    assert len({claim.number for claim in CLAIMS}) == len(CLAIMS)
-    for claim in (*CLAIMS, *LONG_CLAIMS):
-        seeds = [
-            {cell.seed for cell in planned if (cell.arm, cell.variant) == (claim.arm, name)}
-            for name in (claim.better, claim.worse)
-        ]
-        assert set(SEEDS) <= seeds[0] & seeds[1]
+    assert {claim.worse for claim in (*RECIPE_CLAIMS, *OTHER_CLAIMS)} == {REFERENCE}
+    for claims in (CLAIMS, LONG_CLAIMS, RECIPE_CLAIMS, OTHER_CLAIMS):
+        assert len({claim.number for claim in claims}) == len(claims)
+        for claim in claims:
+            pairs = [
+                {(cell.arm, cell.seed) for cell in planned if cell.arm in _arms(claim) and cell.variant == name}
+                for name in (claim.better, claim.worse)
+            ]
+            assert len(pairs[0] & pairs[1]) >= len(SEEDS)
+    arms = [{cell.arm for cell in planned if cell.variant == rule} for rule in RULES]
+    assert all(RULES_ARM in each for each in arms)
+
+
+def _arms(claim: Claim) -> tuple[Arm, ...]:
+    return (claim.arm, *claim.more_arms)
+
+
+def test_runs_are_compared_under_one_teacher() -> None:
+    claim = OTHER_CLAIMS[0]
+    first, second = (arm.name for arm in _arms(claim))
+
+    def run(arm: str, variant: str, seed: int, score: float) -> Run:
+        return replace(_run(variant, seed, score), comparison=arm)
+
+    runs = [
+        *(run(first, claim.better, 10, 60.0), run(first, REFERENCE, 10, 50.0)),
+        *(run(second, claim.better, 30, 95.0), run(second, REFERENCE, 30, 90.0)),
+        *(run(second, claim.better, 10, 1.0), run(first, REFERENCE, 30, 2.0)),  # each without its pair
+    ]
+    assert claim_differences(runs, OTHER_CLAIMS)[claim.number] == [10.0, 5.0]
+    row = study_tables(runs)["others"].splitlines()[2]
+    assert row.startswith(f"| {claim.number} | {claim.text} | sft, 1,000 | 2 | +7.5 [")
 
 
 def test_a_claim_is_judged_by_a_paired_test_corrected_for_all_claims() -> None:
@@ -187,3 +211,10 @@ def test_the_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     text = (out / RUNS).read_text()
     (out / RUNS).write_text(text.replace(",2,", ",3,"))
     assert "steps 2, stored 3" in CliRunner().invoke(app, again, catch_exceptions=False).stdout
+    rows = list(csv.DictReader(io.StringIO(text)))
+    (out / RUNS).unlink()
+    append(out / RUNS, RUN_COLUMNS, [row | {"teacher": "99.5"} for row in rows[:1]])
+    for command in (again, [*asked, "9"]):
+        with pytest.raises(SkdError, match=r"of the problems, those of the stored runs 99\.5 %"):
+            CliRunner().invoke(app, command, catch_exceptions=False)
+    assert len(read_runs(out)) == 1
