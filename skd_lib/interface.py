@@ -263,7 +263,7 @@ def benchmark(
         tokenizer: Of loaded models; unset: from where the teacher was loaded.
         config: Fields of `specdec`: `gamma`, `gammas`, `temperatures`, `batch_sizes`, `repeats`, `examples`.
         seed: Of what is sampled.
-        on_progress: Called with the passes that are done, and with how many there are.
+        on_progress: Called with the responses that are decoded, and with how many there will be.
 
     Raises:
         SkdError: the models do not fit each other, there are no prompts, or the output at temperature 0 is not the

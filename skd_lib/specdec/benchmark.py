@@ -36,7 +36,7 @@ from skd_lib.sampling.acceptance import lossless, teacher_only
 from skd_lib.sampling.cache import position_limit
 from skd_lib.sampling.engine import Sampler
 from skd_lib.specdec.theory import break_even, measure_forwards
-from skd_lib.specdec.turns import OnProgress, Passes, Turns
+from skd_lib.specdec.turns import Decoded, OnProgress, Turns
 from skd_lib.specdec.vllm import Served, export
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ class Plan:
         if len(fitting) < len(self.config.batch_sizes):
             log.warning("%d prompts do not fill every batch of %s", len(self.prompts), self.config.batch_sizes)
         return fitting or [len(self.prompts)]
+
+    def filling(self, batch_size: int) -> int:
+        """Return how many of the prompts fill batches of this size."""
+        return len(self.prompts) // batch_size * batch_size
 
     @property
     def first(self) -> dict[str, list[int]]:
@@ -130,7 +134,8 @@ def benchmark(plan: Plan, on_progress: OnProgress | None = None) -> dict[str, Sp
             "there are no prompts to decode", where="speculative decoding", hint="give the test split examples"
         )
     started = time.perf_counter()
-    progress = Passes(on_progress, total=len(plan.batch_sizes) * len(plan.config.temperatures) * plan.first_passes)
+    responses = sum(map(plan.filling, plan.batch_sizes)) * len(plan.config.temperatures) * plan.first_passes
+    progress = Decoded(on_progress, total=responses)
     settings: dict[str, list[Setting]] = {name: [] for name in plan.drafts}
     for batch_size in plan.batch_sizes:
         forwards = {name: _forwards(plan, draft, batch_size) for name, draft in plan.drafts.items()}
@@ -160,7 +165,7 @@ def measure(
         task: The prompt template, and the length limit of a response.
         config: Draft lengths, batch sizes, temperatures and repeats.
         seed: Of the sampled tokens.
-        on_progress: Called after each pass.
+        on_progress: Called after each batch.
 
     Raises:
         SkdError: as `benchmark`, or a model cannot be loaded.

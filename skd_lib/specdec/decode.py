@@ -10,7 +10,7 @@ blocks, and the block with number n is that of the batch's round n.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -59,8 +59,14 @@ class Pass:
         return self.seconds / self.statistics.tokens
 
 
-def decode(sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int], batch_size: int) -> Pass:
-    """Decode the prompts, `batch_size` at a time.
+def decode(
+    sampler: Sampler,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Pass:
+    """Decode the prompts, `batch_size` at a time; `on_batch` is told of each batch's number of responses.
 
     Raises:
         SkdError: a batch does not fit into the device's memory.
@@ -93,6 +99,8 @@ def decode(sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int],
             for _ in range(block.tokens if number else 0)
         ]
         result.statistics += samples.statistics
+        if on_batch is not None:
+            on_batch(len(blocks))
     return result
 
 

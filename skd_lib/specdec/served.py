@@ -29,7 +29,7 @@ from skd_lib.models.vocabulary import pad_id
 from skd_lib.results import ServedMeasurement, ServedModel, Specdec
 from skd_lib.sampling.acceptance import student_only
 from skd_lib.sampling.engine import Sampler
-from skd_lib.specdec.turns import OnProgress, Passes
+from skd_lib.specdec.turns import Decoded, OnProgress
 from skd_lib.specdec.visit import Load, Visit
 from skd_lib.specdec.vllm import OWN_CODE, Served, export, is_misread, refusals, serve_words
 from skd_lib.vllm.client import Engine
@@ -66,7 +66,7 @@ def measure_served(
         max_new_tokens: Length limit of a response.
         eos_ids: Ids that end a response, besides those that vLLM finds in the teacher's files.
         seed: Of what is sampled.
-        on_progress: Called after each timed pass.
+        on_progress: Called after each timed pass over the prompts.
 
     Raises:
         SkdError: a pair that vLLM cannot serve, no prompts, or a server that does not start; its last lines are part of
@@ -89,7 +89,7 @@ def measure_served(
     load = Load(prompts, eos_ids, max_new_tokens, temperatures, filled or [len(prompts)], config.repeats, seed)
     started = time.perf_counter()
     settings = len(load.temperatures) * len(load.concurrencies)
-    progress = Passes(on_progress, total=(1 + len(drafts)) * settings * config.repeats)
+    progress = Decoded(on_progress, total=(1 + len(drafts)) * settings * config.repeats * len(load.prompts))
     python = environment()
     torch.cuda.empty_cache()  # what this process has freed, for the servers
     more = (*(() if gpu else ON_CPU), *config.vllm_arguments)

@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from skd_lib.specdec.benchmark import Plan
 
 OnProgress = Callable[[int, int], None]
-"""Called with the passes that are done and the passes there are, as far as is known."""
+"""Called with the responses that are decoded and those that there will be, as far as is known."""
 
 
 @dataclass
-class Passes:
-    """Progress, counted in passes over the prompts."""
+class Decoded:
+    """Progress, counted in responses."""
 
     on_progress: OnProgress | None
     total: int
     done: int = 0
 
-    def advance(self) -> None:
-        """Count one more."""
-        self.done += 1
+    def add(self, responses: int) -> None:
+        """Count some more."""
+        self.done += responses
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)
 
@@ -84,12 +84,11 @@ class Turns:
         temperature: float,
         batch_size: int,
         forwards: Mapping[str, Forwards],
-        progress: Passes,
+        progress: Decoded,
     ) -> None:
         self.plan, self.temperature, self.batch_size = plan, temperature, batch_size
         self.forwards, self.progress = forwards, progress
-        whole_batches = len(plan.prompts) // batch_size * batch_size
-        self.prompts = list(plan.prompts[:whole_batches])
+        self.prompts = list(plan.prompts[: plan.filling(batch_size)])
         self.alone: list[Pass] = []
         self.drafts_alone: dict[str, list[Pass]] = {name: [] for name in plan.drafts}
         self.timed: dict[str, dict[int, Timed]] = {name: {} for name in plan.drafts}
@@ -99,7 +98,7 @@ class Turns:
         self._take_turns(self.plan.first)
         if self.plan.config.sweep == "best":
             while any((due := {name: self._next(name) for name in self.plan.drafts}).values()):
-                self.progress.total += self.plan.passes(due)
+                self.progress.total += self.plan.passes(due) * len(self.prompts)
                 self._take_turns(due)
         return {name: self._setting(name) for name in self.plan.drafts}
 
@@ -144,9 +143,7 @@ class Turns:
         decode(sampler, self.prompts[:rows], [self.plan.seed] * rows, rows)
 
     def _decode(self, sampler: Sampler, seeds: list[int]) -> Pass:
-        taken = decode(sampler, self.prompts, seeds, self.batch_size)
-        self.progress.advance()
-        return taken
+        return decode(sampler, self.prompts, seeds, self.batch_size, on_batch=self.progress.add)
 
     def _verify(self, taken: Pass, reference: Pass) -> int:
         return verify_greedy(

@@ -16,7 +16,7 @@ import requests
 from skd_lib._core.seeds import derived
 from skd_lib.errors import SkdError
 from skd_lib.results import DraftCounts, ServedPasses
-from skd_lib.specdec.turns import Passes
+from skd_lib.specdec.turns import Decoded
 from skd_lib.vllm.client import Engine, EngineGone
 
 _PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -60,7 +60,7 @@ class Visit:
     engine: Engine
     command: str
     load: Load
-    progress: Passes
+    progress: Decoded
     drafted: bool
     version: str = ""
     passes: list[ServedPasses] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Visit:
             passes.append(answers)
             if temperature == 0:
                 self.greedy.append([answer.tokens for answer in answers])
-            self.progress.advance()
+            self.progress.add(len(self.load.prompts))
         drafted = passes if self.drafted else []
         by_prompt = [DraftCounts.of(answer.accepted for answer in row) for row in zip(*drafted, strict=True)]
         return ServedPasses(

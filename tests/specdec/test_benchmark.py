@@ -197,7 +197,7 @@ class HalfPrecision:
 
     def __init__(self, teacher: PreTrainedModel) -> None:
         self.teacher = teacher.bfloat16()
-        self.prompts = prompts(6)
+        self.prompts = prompts(16)  # as rounding differs among CPUs, enough for every case
         self.references = self.write(self.prompts, self.LENGTH)
         self.rounding = measured_rounding(self.teacher, self.prompts, self.references, VOCABULARY)
 
@@ -346,7 +346,7 @@ def test_passes_take_turns_after_a_warm_up(tiny_model: TinyModel, monkeypatch: p
     assert [(sampler.student, sampler.teacher, len(samples.tokens_BT)) for sampler, samples in seen] == [
         (*models, rows) for rows in (1, 5, 5) for models in turns
     ]
-    assert progress == [(done, 10) for done in range(1, 11)]
+    assert progress == [(done, 50) for done in range(5, 51, 5)]
 
 
 def test_what_each_model_writes_by_itself(tiny_model: TinyModel, clock: FakeClock) -> None:

@@ -32,7 +32,7 @@ from skd_lib.specdec import served
 from skd_lib.specdec.benchmark import compare_drafts, measure
 from skd_lib.specdec.render import render
 from skd_lib.specdec.served import measure_served, specdec_of
-from skd_lib.specdec.turns import Passes
+from skd_lib.specdec.turns import Decoded
 from skd_lib.specdec.visit import Load, Visit
 from skd_lib.specdec.vllm import Served
 from skd_lib.tracking.gate import Rival
@@ -118,7 +118,7 @@ def test_all_requests_are_counted_and_none_finds_anothers_prefix(stand_in: Stand
         Engine(f"http://127.0.0.1:{stand_in.server_port}"),
         "vllm serve m",
         load,
-        Passes(lambda *at: done.append(at), total=8),
+        Decoded(lambda *at: done.append(at), total=24),
         drafted=True,
     )
     visit.run()
@@ -130,7 +130,7 @@ def test_all_requests_are_counted_and_none_finds_anothers_prefix(stand_in: Stand
         assert each.by_prompt == [(8, 4), (4, 2), (4, 2)]
         assert each.slowest <= each.tokens_per_second <= each.fastest
     assert visit.greedy == [[[5, 5, 2], [7, 7, 2], [8, 8, 2]]] * 4
-    assert done[-1] == (8, 8)
+    assert done[-1] == (24, 24)
     assert "7 requests" in visit.notes[0]
     assert stand_in.most_running <= 2
     bodies = stand_in.bodies
