@@ -25,6 +25,8 @@ from study_results import draw_study, study_tables
 
 FOLDER = Path("docs/evidence")
 STUDY = FOLDER / "study"
+MODELS = STUDY / "models"
+MODELS_HELP = "Where the teacher and the base of the students are, or will be trained; default: the second teacher's."
 PAGES = [Path("docs/evidence.md"), FOLDER / "diary.md"]
 
 app = typer.Typer(
@@ -72,9 +74,7 @@ def collect(
 
 @app.command()
 def study(
-    folder: Annotated[Path, typer.Argument(help="Where the teacher and the base of the students are kept.")] = Path(
-        "runs/study"
-    ),
+    folder: Annotated[Path, typer.Argument(help=MODELS_HELP)] = MODELS,
     out: Annotated[Path, typer.Option(help="Where runs.csv and curves.csv are; each run is appended.")] = STUDY,
     runs: Annotated[int | None, typer.Option(min=1, help="Runs at most; default: all that are missing.")] = None,
 ) -> None:
@@ -91,16 +91,14 @@ def study(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="Where the teacher and the base of the students are kept.")] = Path(
-        "runs/study"
-    ),
+    folder: Annotated[Path, typer.Argument(help=MODELS_HELP)] = MODELS,
     stored: Annotated[Path, typer.Option(help="Where runs.csv is; it stays as it is.")] = STUDY,
     runs: Annotated[int, typer.Option(min=1, help="Runs, drawn at random.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
 ) -> None:
     """Run some of the study's stored runs again, and say of each whether its figures are the stored ones.
 
-    On the CPU that they were made on, with `OMP_NUM_THREADS=1`, they are; on another one the last digits may differ.
+    On the CPU that they were made on, with `OMP_NUM_THREADS=1`, they are; on another one a run takes another course.
     """
     from study import check_study
 
