@@ -95,7 +95,7 @@ OTHERS = {
     "seqkd": "sequence-level KD",
     "imitkd": "ImitKD",
     "two_stage": "supervised KD, then on-policy",
-    "skd_mixed": "SKD and ground truth by turns",
+    "skd_mixed": "SKD mixed with ground truth",
     "skd-k1": "K = 1",
     "skd-k5": "K = 5",
     "skd-k25-to-1": "K from 25 to 1",
