@@ -262,6 +262,6 @@ def _under_this_teacher(asked: Sequence[Cell], start: Start, stored: Sequence[Ru
             f"this teacher solves {here:g} % of the problems, those of the stored runs {theirs}: "
             "no run under it can be put beside theirs",
             where=str(start.folder),
-            hint="leave the models' folder out, which takes the stored teacher; or run the whole study with --out NEW-FOLDER",
+            hint="give no folder, for the stored teacher; or run the whole study with --out NEW-FOLDER",
         )
     return found
