@@ -19,8 +19,8 @@ from skd_lib.errors import SkdError, SkdErrors
 
 T = TypeVar("T")
 WANTED = int(os.environ.get("SKD_FUZZ_EXAMPLES", "0"))
-SECONDS = 20
-"""CPU time that one example may take: far more than any needs."""
+SECONDS = 60
+"""CPU time of all threads that one example may take: far more than any needs, even the first one of a process."""
 
 
 def fuzz(examples: int) -> Any:
