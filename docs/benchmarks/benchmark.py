@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from skd_kfp.pipelines.cli.bench import Acceptance, Gamma, PromptTokens, Repeats, Seed, TopK
-from skd_lib._core.terminal import run_command
-from skd_lib.bench.setup import Settings, k_for, with_progress
+from skd_lib._core.terminal import progress_bar, run_command
+from skd_lib.bench.setup import Settings, k_for
 from skd_lib.errors import SkdError
 from skd_lib.storage import write_text_atomic
 
@@ -80,7 +80,8 @@ def sampling(
         device=device,
         seed=seed,
     )
-    result = with_progress(lambda progress: bench_sampling(settings, only or WAYS, progress))
+    with progress_bar("measuring") as on_progress:
+        result = bench_sampling(settings, only or WAYS, on_progress)
     show(render(result), result.to_json(), output)
 
 
@@ -118,7 +119,8 @@ def growth(
         device=device,
         seed=seed,
     )
-    result = with_progress(lambda progress: bench_growth(settings, progress))
+    with progress_bar("measuring") as on_progress:
+        result = bench_growth(settings, on_progress)
     show([render(result)], result.to_json(), output)
 
 
@@ -175,16 +177,15 @@ def training(
         device=device,
         seed=seed,
     )
-    result = with_progress(
-        lambda progress: bench_training(
+    with progress_bar("measuring") as on_progress:
+        result = bench_training(
             settings,
             beta=beta,
             gradient_checkpointing=gradient_checkpointing,
             trl_python=trl_python,
             one_at_a_time=one_at_a_time,
-            on_progress=progress,
+            on_progress=on_progress,
         )
-    )
     show(render(result), result.to_json(), output)
 
 

@@ -61,9 +61,9 @@ def engine(
 
     Example: `skd bench engine runs/demo/teacher runs/demo/student --batch-sizes 8,32 --new-tokens 32`.
     """
-    from skd_lib._core.terminal import Console
+    from skd_lib._core.terminal import Console, progress_bar
     from skd_lib.bench.engine import SIGNALS, bench_engine
-    from skd_lib.bench.setup import Settings, k_for, with_progress
+    from skd_lib.bench.setup import Settings, k_for
     from skd_lib.models.loading import default_device
     from skd_lib.models.precision import compute_dtype
 
@@ -82,8 +82,8 @@ def engine(
     if wrong := [signal for signal in asked if signal not in SIGNALS]:
         raise SkdError(f"no signal is called `{wrong[0]}`", where="--signals", hint=f"known: {', '.join(SIGNALS)}")
     rows, lengths = _numbers("--batch-sizes", batch_sizes), _numbers("--new-tokens", new_tokens)
-    result = with_progress(
-        lambda progress: bench_engine(
+    with progress_bar("measuring") as on_progress:
+        result = bench_engine(
             settings,
             batch_sizes=rows,
             new_tokens=lengths,
@@ -91,9 +91,8 @@ def engine(
             servers=servers,
             urls=url or (),
             memory=memory,
-            on_progress=progress,
+            on_progress=on_progress,
         )
-    )
     if as_json:
         say_json(result.to_dict())
         return

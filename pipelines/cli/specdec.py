@@ -107,9 +107,7 @@ def specdec(
     except ValueError as error:
         raise SkdError(str(error), where="skd specdec", hint="lower --gamma and --gammas") from error
 
-    from rich.progress import Progress
-
-    from skd_lib._core.terminal import Console
+    from skd_lib._core.terminal import Console, progress_bar
     from skd_lib.specdec.prompts import prompts_of_run, read_prompts
     from skd_lib.storage import check_writable, write_text_atomic
 
@@ -129,16 +127,10 @@ def specdec(
             f"vLLM starts {1 + len(drafts)} times, without a draft and with each; a start takes a minute or more",
             err=True,
         )
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(
-            "starting vLLM" if plan_config.engine == "vllm" else "looking at the models", total=None
-        )
-
+    at_first = "starting vLLM" if plan_config.engine == "vllm" else "looking at the models"
+    with progress_bar("decoding", at_first) as on_progress:
         from skd_lib.specdec.benchmark import measure_references
         from skd_lib.specdec.render import render
-
-        def on_progress(done: int, total: int) -> None:
-            progress.update(bar, description="decoding", completed=done, total=total)
 
         results = measure_references(
             teacher,

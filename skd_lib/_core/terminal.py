@@ -10,7 +10,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -100,3 +102,36 @@ class Console(rich.console.Console):
         # Rich's own looks at `sys.stdout`, which KFP replaces; so nothing is flushed into the pipe at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
         raise SystemExit(1)
+
+
+LINES_EVERY = 15.0
+"""Seconds between two lines of progress in a log."""
+
+
+@contextmanager
+def progress_bar(what: str, at_first: str = "") -> Iterator[Callable[[int, int], None]]:
+    """Show progress on standard error: a bar at a terminal, a line now and then in a log.
+
+    Args:
+        what: What is being done, e.g. "decoding".
+        at_first: What is done before the first units.
+
+    Yields:
+        What to call with the units done and the units in all.
+    """
+    from rich.progress import Progress
+
+    console, last = Console(stderr=True), time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINES_EVERY:
+            last = time.monotonic()
+            say(f"{what} {done}/{total}", err=True)
+
+    if not console.is_terminal:
+        yield line
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(at_first or what, total=None)
+        yield lambda done, total: progress.update(task, description=what, completed=done, total=total)

@@ -9,11 +9,10 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import transformers
-from rich.progress import Progress
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skd_lib.errors import SkdError
@@ -100,16 +99,6 @@ def machine_figures(device: torch.device) -> dict[str, Any]:
 def k_for(top_k: int | None, teacher: str) -> int | None:
     """Return SKD's K: the paper's for real models; None, for random weights, sets it by acceptance."""
     return 25 if top_k is None and not teacher.startswith(RANDOM) else top_k
-
-
-ResultT = TypeVar("ResultT")
-
-
-def with_progress(measure: Callable[[Callable[[int, int], None]], ResultT]) -> ResultT:
-    """Measure under a progress bar, which `measure` updates with the work done and the work in all."""
-    with Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=None)
-        return measure(lambda done, total: progress.update(task, completed=done, total=total))
 
 
 def _model(ref: str, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
