@@ -173,7 +173,8 @@ def run_cell(start: Start, cell: Cell) -> tuple[dict[str, Any], list[dict[str, f
     stop = [] if cell.variant in SCHEDULED else [EarlyStoppingCallback(PATIENCE)]
     examples = start.train[: cell.arm.examples]
     rate = LEARNING_RATES.get(cell.variant, STUDENT_TRAINING.learning_rate)
-    training = STUDENT_TRAINING.model_copy(update={"max_steps": cell.arm.horizon, "learning_rate": rate})
+    asked = {"max_steps": cell.arm.horizon, "warmup_ratio": cell.arm.warmup, "learning_rate": rate}
+    training = STUDENT_TRAINING.model_copy(update=asked)
     result = start.fit(student, cell.variant, examples, training, seed=cell.seed, callbacks=[curve, *stop])
     rejected = [entry["rejection_rate"] for entry in result.history if "rejection_rate" in entry]
     tenths = result.course("rejection_rate")

@@ -33,10 +33,14 @@ HORIZON, EVERY, PATIENCE = 300, 20, 4
 """Optimiser steps at most, steps between validations, and validations without a lower loss after which a run ends."""
 RANDOM_HORIZON, LONG_HORIZON = 600, 1800
 """Steps at most from random weights, and in the round that lets these converge."""
+CONVERGED_HORIZON = 1200
+"""Steps at most in the round that lets students converge that were fine-tuned first."""
+WARMUP = 0.05
+"""Share of the steps at most over which the learning rate rises."""
 STUDENT_TRAINING = TrainingConfig(
     learning_rate=2e-3,
     lr_scheduler="constant_with_warmup",
-    warmup_ratio=0.05,
+    warmup_ratio=WARMUP,
     batch_size=64,
     eval_steps=EVERY,
     dropout=0,
@@ -109,7 +113,8 @@ SECOND_SEEDS = (30, 31, 32)
 
 @dataclass(frozen=True)
 class Arm:
-    """Students of one quality at the start (`sft`, `cut`, `random`), their training problems, steps at most, teacher.
+    """Students of one quality at the start (`sft`, `cut`, `random`), their training problems, steps at most, teacher,
+    and warm-up.
 
     The same commands train another teacher on another CPU, whose rounding differs: it is numbered, and every comparison
     is among the runs of one.
@@ -119,6 +124,7 @@ class Arm:
     examples: int
     horizon: int = HORIZON
     teacher: int = 1
+    warmup: float = WARMUP
 
     @property
     def name(self) -> str:
@@ -137,7 +143,9 @@ RULES_ARM = RANDOM
 SECOND_ARMS = tuple(replace(arm, teacher=2) for arm in ARMS)
 RECIPE_ARMS = (SECOND_ARMS[0], SECOND_ARMS[2])
 LONG = Arm("random", 1000, horizon=LONG_HORIZON, teacher=2)
-ALL_ARMS = (*ARMS, *SECOND_ARMS, LONG)
+CONVERGED = Arm("sft", 1000, horizon=CONVERGED_HORIZON, teacher=2, warmup=WARMUP * HORIZON / CONVERGED_HORIZON)
+"""Its warm-up is as long as that of the arm with fewer steps, so that it differs from that in one thing."""
+ALL_ARMS = (*ARMS, *SECOND_ARMS, LONG, CONVERGED)
 LONG_VARIANTS, LONG_SEEDS = ("skd", "supervised_kd", "on_policy"), (*SEEDS, *MORE_SEEDS[:1])
 """The third round: the methods whose best checkpoint was the last, with three times the steps."""
 
@@ -173,6 +181,7 @@ def cells() -> Iterator[Cell]:
         yield from _cells([RULES_ARM], RULES_AGAIN, [seed])
     yield from _cells(RECIPE_ARMS, (REFERENCE, *RECIPE), SECOND_SEEDS)
     yield from _cells([LONG], LONG_VARIANTS, LONG_SEEDS)
+    yield from _cells([CONVERGED], CORE, LONG_SEEDS)
     for seed in SECOND_SEEDS:
         yield from _cells(RECIPE_ARMS, OTHERS, [seed])
         yield from _cells([arm for arm in SECOND_ARMS if arm not in RECIPE_ARMS], (REFERENCE, *OTHERS), [seed])
@@ -221,6 +230,9 @@ RULES_AGAIN = ("skd-k25-to-1",)
 
 LONG_CLAIMS = tuple(replace(claim, arm=LONG) for claim in CLAIMS if claim.number in ("3a", "4a", "4c"))
 """The claims on random weights, on runs that may converge; Holm's correction is over these."""
+
+CONVERGED_CLAIMS = tuple(replace(claim, arm=CONVERGED) for claim in CLAIMS if claim.number in ("1a", "1b", "1c"))
+"""The claims on students that were fine-tuned first, on runs that may converge; Holm's correction is over these."""
 
 RECIPE_CLAIMS = tuple(
     Claim(f"{number}{letter}", text, arm, variant, REFERENCE)
