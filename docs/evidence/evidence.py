@@ -117,6 +117,8 @@ def plot(
     written = draw(runs, read_curves(folder), folder)
     place = folder / STUDY.name
     studied, curves = (read_runs(place), read_curves(place)) if place.is_dir() else ([], [])
+    ended = {(run.comparison, run.variant, run.seed) for run in studied}
+    curves = [curve for curve in curves if (curve.comparison, curve.variant, curve.seed) in ended]
     written += draw(studied, [], place) + draw_study(studied, curves, place)
     found = tables([*runs, *studied]) | study_tables(studied, curves)
     for each in page:

@@ -10,16 +10,23 @@ from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, Mean, Variant, at_equal
 from records import SCORE, Run
 from skd_lib._core.format import markdown_table
 from skd_lib.errors import SkdError
+from study_plan import ALL_ARMS
 
 _TABLE = re.compile(r"<!-- table (?P<name>[a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 SIGNIFICANT = 0.05
 MILLION = 1e6
+P_COLUMNS = ("p", "p (Holm)")
+STUDY = frozenset(arm.name for arm in ALL_ARMS)
+"""Comparisons that are judged by the tables of the study's claims, with a correction for those."""
 
 
 def tables(runs: Sequence[Run]) -> dict[str, str]:
     """Return the table of each comparison by its name, and those of equal compute with corrected scores."""
     names = dict.fromkeys(run.comparison for run in runs)
-    found = {name: markdown(variants_of(runs, name), *metric_and_reference(runs, name)) for name in names}
+    found = {
+        name: markdown(variants_of(runs, name), *metric_and_reference(runs, name), judged=name not in STUDY)
+        for name in names
+    }
     for steps, compute in ((METHODS, EQUAL), (FR_EN, FR_EN_EQUAL)):
         if {steps, compute} <= set(names):
             variants = at_equal_compute(runs, steps, compute)
@@ -49,11 +56,12 @@ def metric_and_reference(runs: Sequence[Run], comparison: str) -> tuple[str, str
     return next((run.metric, run.reference) for run in runs if run.comparison == comparison)
 
 
-def markdown(variants: Sequence[Variant], metric: str, reference: str) -> str:
-    """One comparison as a Markdown table, the best variant first, without columns that are empty."""
+def markdown(variants: Sequence[Variant], metric: str, reference: str, *, judged: bool = True) -> str:
+    """One comparison as a Markdown table, the best variant first, without columns that are empty, or p where it is not
+    judged here."""
     ordered = sorted(variants, key=lambda variant: -_or_low(variant.mean(SCORE)))
     rows = [{"variant": f"`{variant.name}`", **_cells(variant, metric, reference)} for variant in ordered]
-    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    header = [name for name in rows[0] if any(row[name] for row in rows) and (judged or name not in P_COLUMNS)]
     cells = [[row[name] for name in header] for row in rows]
     return "\n".join(markdown_table(header, cells, numbers=False)) + "\n"
 
@@ -64,8 +72,8 @@ def _cells(variant: Variant, metric: str, reference: str) -> dict[str, str]:
         "seeds": str(len(variant.runs)),
         metric: _interval(variant.mean(SCORE)),
         f"minus `{reference}`": _interval(test.difference, signed=True) if test else "",
-        "p": p_text(test.p_value) if test else "",
-        "p (Holm)": f"{p_text(test.p_holm)}{' *' * (test.p_holm < SIGNIFICANT)}" if test else "",
+        P_COLUMNS[0]: p_text(test.p_value) if test else "",
+        P_COLUMNS[1]: f"{p_text(test.p_holm)}{' *' * (test.p_holm < SIGNIFICANT)}" if test else "",
         "rejected": _percent(variant.mean("rejection_rate"), scale=100),
         "rejected at the end": _percent(variant.mean("rejection_rate_last_tenth"), scale=100),
         "accepted as draft": _percent(variant.mean("draft_acceptance_rate"), scale=100),

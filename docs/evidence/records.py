@@ -110,11 +110,18 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def append(file: Path, header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Append rows to a CSV file, which is made with its header if it is not there; floats have six digits."""
+    """Append rows to a CSV file, which is made with its header if it is not there; floats have six digits.
+
+    A last row that was cut off in the middle of writing goes.
+    """
     text = _csv(header, [{name: short(value) for name, value in row.items()} for row in rows])
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file():
-        text = text.partition("\n")[2]
+        there = _text(file)
+        if (whole := there[: there.rfind("\n") + 1]) != there:
+            write_text_atomic(file, whole)
+        if whole:
+            text = text.partition("\n")[2]
     with file.open("a", encoding="utf-8", newline="") as stream:
         stream.write(text)
 
@@ -199,11 +206,18 @@ def _csv(header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def _rows(file: Path, columns: set[str]) -> list[dict[str, str]]:
+    """Read the rows of a file but a last one that was cut off in the middle of writing."""
     hint = "make it: `python docs/evidence/evidence.py collect`"
     try:
-        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
+        text = _text(file)
     except OSError as error:
         raise SkdError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     if missing := columns - set(reader.fieldnames or ()):
         raise SkdError(f"columns are missing: {', '.join(sorted(missing))}", where=str(file), hint=hint)
     return list(reader)
+
+
+def _text(file: Path) -> str:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return stream.read()

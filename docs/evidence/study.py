@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -201,8 +202,18 @@ def run_study(folder: Path, out: Path, most: int | None = None) -> Iterator[str]
         most: Runs at most; None: all.
 
     Raises:
-        SkdError: the teacher is not that of what is missing.
+        SkdError: the teacher is not that of what is missing, or another process runs the study with these results.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", blocking=False):
+            yield from _run_missing(folder, out, most)
+    except Timeout as error:
+        hint = "let it end, or give this one a folder of its own with --out"
+        raise SkdError("another process runs the study with these results", where=str(out), hint=hint) from error
+
+
+def _run_missing(folder: Path, out: Path, most: int | None) -> Iterator[str]:
     stored = read_runs(out) if (out / RUNS).is_file() else []
     done = {(run.comparison, run.variant, run.seed) for run in stored}
     missing = [cell for cell in cells() if cell.key not in done]

@@ -193,14 +193,29 @@ def _cells(arms: Sequence[Arm], variants: Iterable[str], seeds: Iterable[int]) -
 
 @dataclass(frozen=True)
 class Claim:
-    """`better` beats `worse` in an arm (with `more_arms`: in all of them): a paired t test over seeds is to show it."""
+    """`better` beats `worse`: a paired t test is to show it.
+
+    Attributes:
+        number: In its table.
+        text: What is claimed.
+        arm: Where.
+        better, worse: The two variants.
+        seeds: Of the pairs of runs in the arm that are planned.
+        second: The arm under the second teacher, and the seeds of the pairs there.
+    """
 
     number: str
     text: str
     arm: Arm
     better: str
     worse: str
-    more_arms: tuple[Arm, ...] = ()
+    seeds: tuple[int, ...] = (*SEEDS, *MORE_SEEDS)
+    second: tuple[Arm, tuple[int, ...]] | None = None
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """Return the planned pairs, as the arm's name and the seed: both runs of a pair are under one teacher."""
+        places = ((self.arm, self.seeds), *((self.second,) if self.second else ()))
+        return [(arm.name, seed) for arm, seeds in places for seed in seeds]
 
 
 CLAIMS = (
@@ -216,34 +231,52 @@ CLAIMS = (
     Claim("4d", "SKD holds there: better than supervised KD (cut)", CUT, "skd", "supervised_kd"),
     Claim("5a", "with few examples SKD is better than supervised KD", FEW, "skd", "supervised_kd"),
     Claim("5b", "with few examples SKD is better than SFT", FEW, "skd", "sft"),
-    Claim("6a", "K = 25 is better than K = 1", SFT, "skd", "skd-k1"),
-    Claim("6b", "K = 25 is better than K = 1 (random)", RANDOM, "skd", "skd-k1"),
-    Claim("7", "SKD is better than ImitKD", SFT, "skd", "imitkd"),
+    Claim("6a", "K = 25 is better than K = 1", SFT, "skd", "skd-k1", SEEDS),
+    Claim("6b", "K = 25 is better than K = 1 (random)", RANDOM, "skd", "skd-k1", SEEDS),
+    Claim("7", "SKD is better than ImitKD", SFT, "skd", "imitkd", SEEDS),
 )
 """The claims of Xu et al. (2025) as comparisons of this study; Holm's correction is over all of them."""
 
-AGAIN = tuple(claim for claim in CLAIMS if claim.number in ("1b", "3a", "4a", "5a", "5b"))
 AGAIN_SEEDS = tuple(range(20, 28))
+AGAIN = tuple(replace(claim, seeds=AGAIN_SEEDS) for claim in CLAIMS if claim.number in ("1b", "3a", "4a", "5a", "5b"))
 """The second round: claims that the first one suggests, on seeds of their own, corrected for these alone."""
 RULES_AGAIN = ("skd-k25-to-1",)
 """The rule with the highest mean in the first round, once more on the second round's seeds."""
 
-LONG_CLAIMS = tuple(replace(claim, arm=LONG) for claim in CLAIMS if claim.number in ("3a", "4a", "4c"))
+LONG_CLAIMS = tuple(
+    replace(claim, arm=LONG, seeds=LONG_SEEDS) for claim in CLAIMS if claim.number in ("3a", "4a", "4c")
+)
 """The claims on random weights, on runs that may converge; Holm's correction is over these."""
 
-CONVERGED_CLAIMS = tuple(replace(claim, arm=CONVERGED) for claim in CLAIMS if claim.number in ("1a", "1b", "1c"))
+CONVERGED_CLAIMS = tuple(
+    replace(claim, arm=CONVERGED, seeds=LONG_SEEDS) for claim in CLAIMS if claim.number in ("1a", "1b", "1c")
+)
 """The claims on students that were fine-tuned first, on runs that may converge; Holm's correction is over these."""
 
 RECIPE_CLAIMS = tuple(
-    Claim(f"{number}{letter}", text, arm, variant, REFERENCE)
+    Claim(f"{number}{letter}", text, arm, variant, REFERENCE, SECOND_SEEDS)
     for arm, letter in zip(RECIPE_ARMS, "ab", strict=True)
     for number, (variant, text) in enumerate(RECIPE.items(), start=1)
 )
 """Whether one of these changes is better than the default; Holm's correction is over all of them."""
 
+
+def _planned_seeds(arm: Arm, variant: str) -> tuple[int, ...]:
+    """Return the seeds of a variant in the first round."""
+    return tuple(cell.seed for cell in cells() if (cell.arm, cell.variant) == (arm, variant) and cell.seed in SEEDS)
+
+
 OTHER_CLAIMS = tuple(
-    Claim(f"{number}{letter}", text, arm, variant, REFERENCE, more_arms=(second,))
-    for arm, second, letter in zip(ARMS, SECOND_ARMS, "abcd", strict=True)
+    Claim(
+        f"{number}{letter}",
+        text,
+        arm,
+        variant,
+        REFERENCE,
+        _planned_seeds(arm, variant),
+        second=(replace(arm, teacher=2), SECOND_SEEDS),
+    )
+    for arm, letter in zip(ARMS, "abcd", strict=True)
     for number, (variant, text) in enumerate(OTHERS.items(), start=1)
 )
 """Whether another method or K is better than the default, under both teachers; Holm's correction is over all."""

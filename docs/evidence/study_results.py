@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis import PairedTest, p_text, paired_tests
+from analysis import PairedTest, mean_of, p_text, paired_tests
 from plots import plot
 from records import SCORE, Curve, Run
 from skd_lib._core.format import markdown_table
@@ -18,16 +18,24 @@ from study_plan import (
     AGAIN_SEEDS,
     ARMS,
     CLAIMS,
+    CONVERGED,
+    CONVERGED_CLAIMS,
+    CONVERGED_HORIZON,
     CORE,
+    HORIZON,
     LONG,
     LONG_CLAIMS,
+    LONG_HORIZON,
     OTHER_CLAIMS,
+    RANDOM_HORIZON,
     RECIPE_CLAIMS,
     REFERENCE,
     RULES,
     RULES_AGAIN,
     RULES_ARM,
+    SEEDS,
     TEACHER_COST,
+    Arm,
     Claim,
     cells,
 )
@@ -36,47 +44,67 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEVEL = 0.05
+NOT_JUDGED = "not judged yet"
 
 
-def verdict(test: PairedTest | None) -> str:
-    """Return what a claim's test allows to say of it, by the rule of docs/evidence/plan.md."""
-    if test is None:
-        return "not tested yet"
+def verdict(test: PairedTest | None, planned: int) -> str:
+    """Return what a claim's test allows to say of it when all planned pairs have been run (docs/evidence/plan.md)."""
+    if test is None or test.seeds < planned:
+        return NOT_JUDGED
     if test.p_holm >= LEVEL:
         return "not shown"
     return "shown" if test.difference.mean > 0 else "the opposite is shown"
 
 
 def claim_differences(runs: Sequence[Run], claims: Sequence[Claim] = CLAIMS) -> dict[str, list[float]]:
-    """Return each claim's differences in accuracy, one a seed of its round and a teacher."""
-    scores = {(run.comparison, run.variant, run.seed): run.figures[SCORE] for run in runs}
-    seeds = sorted({run.seed for run in runs if (run.seed in AGAIN_SEEDS) == (claims is AGAIN)})
-
-    def differences(claim: Claim) -> list[float]:
-        pairs = [
-            [scores.get((arm.name, name, seed)) for name in (claim.better, claim.worse)]
-            for arm in (claim.arm, *claim.more_arms)
-            for seed in seeds
+    """Return each claim's differences in accuracy on the test problems, one for each planned pair that has been run."""
+    scores = {(run.comparison, run.variant, run.seed): run.figures[SCORE] for run in runs if not run.failed}
+    return {
+        claim.number: [
+            scores[arm, claim.better, seed] - scores[arm, claim.worse, seed]
+            for arm, seed in claim.pairs()
+            if {(arm, claim.better, seed), (arm, claim.worse, seed)} <= scores.keys()
         ]
-        return [better - worse for better, worse in pairs if better is not None and worse is not None]
-
-    return {claim.number: differences(claim) for claim in claims}
+        for claim in claims
+    }
 
 
 def claim_tests(runs: Sequence[Run], claims: Sequence[Claim] = CLAIMS) -> dict[str, PairedTest]:
-    """Test the claims that have two seeds or more, paired by seed; Holm's correction is over all of the round's."""
+    """Test the claims that have two pairs or more; Holm's correction is over all of the round's."""
     return paired_tests(claim_differences(runs, claims), family=len(claims))
 
 
-def rule_differences(curves: Sequence[Curve], rules: Sequence[str] = RULES) -> dict[str, list[float]]:
+def early_differences(curves: Sequence[Curve], claims: Sequence[Claim], most: int) -> dict[str, list[float]]:
+    """Return each claim's differences in accuracy on the validation problems, had the runs ended after `most` steps.
+
+    Each run's accuracy is that of the validation with the lowest loss up to there.
+    """
+    found = {(curve.comparison, curve.variant, curve.seed, curve.figure): curve for curve in curves}
+
+    def accuracy(arm: str, variant: str, seed: int) -> float:
+        loss = found[arm, variant, seed, "validation_loss"]
+        known = [index for index, step in enumerate(loss.steps) if step <= most]
+        return found[arm, variant, seed, "accuracy"].values[min(known, key=loss.values.__getitem__)]
+
+    return {
+        claim.number: [
+            accuracy(arm, claim.better, seed) - accuracy(arm, claim.worse, seed)
+            for arm, seed in claim.pairs()
+            if {(arm, claim.better, seed, "accuracy"), (arm, claim.worse, seed, "accuracy")} <= found.keys()
+        ]
+        for claim in claims
+    }
+
+
+def rule_differences(
+    curves: Sequence[Curve], rules: Sequence[str] = RULES, seeds: Sequence[int] = SEEDS
+) -> dict[str, list[float]]:
     """Return each rule's accuracy on validation problems minus the reference's, at equal compute, one a seed.
 
     The compute is that of the reference at its best checkpoint, in positions; between validations accuracy is taken to
     change in a straight line. A run that had ended before by patience has the accuracy of its last validation.
     """
     found = {(curve.variant, curve.seed, curve.figure): curve for curve in curves if curve.comparison == RULES_ARM.name}
-    known = {seed for variant, seed, _ in found if variant == REFERENCE}
-    seeds = sorted(seed for seed in known if (seed in AGAIN_SEEDS) == (rules is RULES_AGAIN))
 
     def accuracy(variant: str, seed: int, compute: float) -> float:
         return float(np.interp(compute, positions(found, variant, seed), found[variant, seed, "accuracy"].values))
@@ -86,7 +114,14 @@ def rule_differences(curves: Sequence[Curve], rules: Sequence[str] = RULES) -> d
         compute = positions(found, REFERENCE, seed)[best]
         return accuracy(rule, seed, compute) - accuracy(REFERENCE, seed, compute)
 
-    return {rule: [difference(rule, seed) for seed in seeds if (rule, seed, "accuracy") in found] for rule in rules}
+    return {
+        rule: [
+            difference(rule, seed)
+            for seed in seeds
+            if {(rule, seed, "accuracy"), (REFERENCE, seed, "accuracy")} <= found.keys()
+        ]
+        for rule in rules
+    }
 
 
 def positions(curves: Mapping[tuple[str, int, str], Curve], variant: str, seed: int) -> list[float]:
@@ -95,39 +130,71 @@ def positions(curves: Mapping[tuple[str, int, str], Curve], variant: str, seed: 
     return [ours + TEACHER_COST * theirs for ours, theirs in zip(student, teacher, strict=True)]
 
 
-def rules_table(curves: Sequence[Curve], rules: Sequence[str] = RULES) -> str:
-    """Return the table of the rules that may beat the reference; Holm's correction is over all of the round's."""
-    found = rule_differences(curves, rules)
+def rules_table(
+    runs: Sequence[Run], curves: Sequence[Curve], rules: Sequence[str] = RULES, seeds: tuple[int, ...] = SEEDS
+) -> str:
+    """Return the table of the rules that may beat the reference; Holm's correction is over all of the round's.
+
+    Beside it, without a test: the difference on the test problems, each run at its own best checkpoint.
+    """
+    found = rule_differences(curves, rules, seeds)
     tests = paired_tests(found, family=len(rules))
-    rows = [[f"`{rule}`", *_difference_cells(found[rule], tests.get(rule))] for rule in rules]
-    header = ["rule", "seeds", "points of accuracy", "p", "p (Holm)", "better than K = 25"]
-    return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
+    at_end = claim_differences(runs, [Claim(rule, rule, RULES_ARM, rule, REFERENCE, seeds) for rule in rules])
+    rows = [
+        [f"`{rule}`", *_difference_cells(found[rule], tests.get(rule), len(seeds)), _mean_text(at_end[rule])]
+        for rule in rules
+    ]
+    header = ["rule", "seeds", "at equal compute, validation", "p", "p (Holm)", "better than K = 25"]
+    return "\n".join(markdown_table([*header, "at the end, test"], rows, numbers=False)) + "\n"
 
 
 def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
-    """Return the tables of the study by their names: `claims`, `claims-again`, `claims-long`, `others`, `rules`,
-    `rules-again`, `recipe` and `progress`."""
-    done, planned = Counter(run.comparison for run in runs), Counter(cell.arm.name for cell in cells())
-    progress = [[f"`{name}`", str(done[name]), str(number)] for name, number in planned.items()]
+    """Return the tables of the study by their names."""
     return {
         "claims": _claims_table(runs, CLAIMS),
         "claims-again": _claims_table(runs, AGAIN),
         "claims-long": _claims_table(runs, LONG_CLAIMS),
+        "claims-converged": _claims_table(runs, CONVERGED_CLAIMS),
+        "early-long": _early_table(curves, LONG_CLAIMS, (RANDOM_HORIZON, LONG_HORIZON)),
+        "early-converged": _early_table(curves, CONVERGED_CLAIMS, (HORIZON, CONVERGED_HORIZON)),
         "others": _claims_table(runs, OTHER_CLAIMS, "in the place of the default", "better"),
-        "rules": rules_table(curves),
-        "rules-again": rules_table(curves, RULES_AGAIN),
+        "rules": rules_table(runs, curves),
+        "rules-again": rules_table(runs, curves, RULES_AGAIN, AGAIN_SEEDS),
         "recipe": _claims_table(runs, RECIPE_CLAIMS, "in the place of the default", "better"),
-        "progress": "\n".join(markdown_table(["arm", "runs", "planned"], progress, numbers=False)) + "\n",
+        "progress": _progress_table(runs),
     }
+
+
+def _progress_table(runs: Sequence[Run]) -> str:
+    """Return how many runs there are of each arm, and how many of its main methods were ended by validation."""
+    planned = Counter(cell.arm for cell in cells())
+
+    def ended(arm: Arm, variant: str) -> str:
+        known = [run.figures for run in runs if (run.comparison, run.variant) == (arm.name, variant)]
+        steps = [figures["steps"] for figures in known if "steps" in figures]
+        return f"{sum(step < arm.horizon for step in steps)} of {len(steps)}" if steps else ""
+
+    rows = [
+        [
+            f"`{arm.name}`",
+            str(sum(run.comparison == arm.name for run in runs)),
+            str(number),
+            str(arm.horizon),
+            *(ended(arm, variant) for variant in CORE),
+        ]
+        for arm, number in planned.items()
+    ]
+    header = ["arm", "runs", "planned", "steps at most", *(f"`{variant}`" for variant in CORE)]
+    return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
 def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Path]:
     """Draw the claims, and for each arm the accuracy of the main methods over steps, positions and seconds."""
     written: list[Path] = []
     if claim_tests(runs):
-        with plot(folder / "claims.svg", written, height=0.3 * len(CLAIMS) + 1.2) as axes:
+        with plot(folder / "claims.svg", written, height=0.34 * len(CLAIMS) + 1.2) as axes:
             _claims(axes, runs)
-    for arm in (*ARMS, LONG):
+    for arm in (*ARMS, LONG, CONVERGED):
         ours = [curve for curve in curves if curve.comparison == arm.name and curve.variant in CORE]
         if ours:
             with plot(folder / f"{arm.name}-curves.svg", written, columns=3) as panels:
@@ -139,28 +206,56 @@ def _claims_table(
     runs: Sequence[Run], claims: Sequence[Claim], what: str = "claim of the paper", judged: str = "verdict"
 ) -> str:
     tests, found = claim_tests(runs, claims), claim_differences(runs, claims)
-    rows = [_claim_row(claim, found[claim.number], tests.get(claim.number)) for claim in claims]
+    rows = [
+        [
+            claim.number,
+            claim.text,
+            _start(claim),
+            *_difference_cells(found[claim.number], tests.get(claim.number), len(claim.pairs())),
+        ]
+        for claim in claims
+    ]
     header = ["", what, "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", judged]
     return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
-def _claim_row(claim: Claim, differences: Sequence[float], test: PairedTest | None) -> list[str]:
-    start = f"{claim.arm.init}, {claim.arm.examples:,}"
-    return [claim.number, claim.text, start, *_difference_cells(differences, test)]
+def _early_table(curves: Sequence[Curve], claims: Sequence[Claim], limits: Sequence[int]) -> str:
+    found = [early_differences(curves, claims, most) for most in limits]
+    rows = [
+        [
+            claim.number,
+            claim.text,
+            str(len(found[0][claim.number])),
+            *(_mean_text(each[claim.number]) for each in found),
+        ]
+        for claim in claims
+    ]
+    header = ["", "claim of the paper", "seeds", *(f"within {most:,} steps" for most in limits)]
+    return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
-def _difference_cells(differences: Sequence[float], test: PairedTest | None) -> list[str]:
-    effect, p_values = "".join(f"{value:+.1f}" for value in differences), ["", ""]
-    if test is not None:
-        mean = test.difference
-        effect = f"{mean.mean:+.1f} [{mean.low:+.1f}, {mean.high:+.1f}]"
-        p_values = [p_text(test.p_value), p_text(test.p_holm)]
-    return [str(len(differences)), effect, *p_values, verdict(test)]
+def _start(claim: Claim) -> str:
+    return f"{claim.arm.init}, {claim.arm.examples:,}"
+
+
+def _difference_cells(differences: Sequence[float], test: PairedTest | None, planned: int) -> list[str]:
+    seeds = str(planned) if len(differences) == planned else f"{len(differences)} of {planned}"
+    p_values = [p_text(test.p_value), p_text(test.p_holm)] if test else ["", ""]
+    return [seeds, _mean_text(differences), *p_values, verdict(test, planned)]
+
+
+def _mean_text(differences: Sequence[float]) -> str:
+    """Return a mean difference with its interval, which one pair does not have."""
+    if len(differences) < 2:
+        return "".join(f"{value:+.1f}" for value in differences)
+    mean = mean_of(differences)
+    return f"{mean.mean:+.1f} [{mean.low:+.1f}, {mean.high:+.1f}]"
 
 
 def _claims(axes: Axes, runs: Sequence[Run]) -> None:
     rows = {claim.number: row for row, claim in enumerate(reversed(CLAIMS))}
-    for claims, marker, below in ((CLAIMS, "o", 0.0), (AGAIN, "D", 0.3)):
+    rounds = ((CLAIMS, "o", 0.0), (AGAIN, "D", 0.25), (LONG_CLAIMS, "s", 0.5), (CONVERGED_CLAIMS, "^", 0.5))
+    for claims, marker, below in rounds:
         for number, test in claim_tests(runs, claims).items():
             found = test.difference
             spread = [[found.mean - found.low], [found.high - found.mean]]
@@ -171,7 +266,7 @@ def _claims(axes: Axes, runs: Sequence[Run]) -> None:
     axes.axvline(0, color="0.3", linewidth=1)
     labels = [f"{claim.better} - {claim.worse} ({claim.arm.init}, {claim.arm.examples})" for claim in reversed(CLAIMS)]
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.set_xlim(-30, 50)
+    axes.set_xlim(-30, 55)
     axes.set_xlabel("points of accuracy, 95 % interval over seeds", fontsize=8)
 
 

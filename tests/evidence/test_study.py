@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -22,6 +24,7 @@ from study_plan import (
     ALL_ARMS,
     ARMS,
     CLAIMS,
+    CONVERGED_CLAIMS,
     CORE,
     LEARNING_RATES,
     LONG_CLAIMS,
@@ -36,12 +39,19 @@ from study_plan import (
     SEEDS,
     STUDENT_TRAINING,
     VARIANTS,
-    Arm,
     Cell,
-    Claim,
     cells,
 )
-from study_results import claim_differences, claim_tests, draw_study, rule_differences, study_tables, verdict
+from study_results import (
+    NOT_JUDGED,
+    claim_differences,
+    claim_tests,
+    draw_study,
+    early_differences,
+    rule_differences,
+    study_tables,
+    verdict,
+)
 
 STEPS = STUDENT_TRAINING.model_copy(update={"max_steps": 2, "eval_steps": 1, "batch_size": 4})
 CLAIM = CLAIMS[0]
@@ -53,7 +63,11 @@ def _run(variant: str, seed: int, score: float) -> Run:
 
 def _runs(better: tuple[float, ...], worse: tuple[float, ...]) -> list[Run]:
     pairs = ((CLAIM.better, better), (CLAIM.worse, worse))
-    return [_run(variant, seed, score) for variant, scores in pairs for seed, score in enumerate(scores)]
+    return [
+        _run(variant, seed, score)
+        for variant, scores in pairs
+        for seed, score in zip(CLAIM.seeds, scores, strict=False)
+    ]
 
 
 def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
@@ -67,25 +81,23 @@ def test_every_run_is_planned_once_and_every_claim_has_its_runs() -> None:
     assert {(RULES_ARM, REFERENCE)} <= claimed
     assert set(LEARNING_RATES) <= set(RECIPE)
     assert {claim.worse for claim in (*RECIPE_CLAIMS, *OTHER_CLAIMS)} == {REFERENCE}
-    for claims in (CLAIMS, LONG_CLAIMS, RECIPE_CLAIMS, OTHER_CLAIMS):
+    for claims in (CLAIMS, AGAIN, LONG_CLAIMS, CONVERGED_CLAIMS, RECIPE_CLAIMS, OTHER_CLAIMS):
         assert len({claim.number for claim in claims}) == len(claims)
         for claim in claims:
-            pairs = [
-                {(cell.arm, cell.seed) for cell in planned if cell.arm in _arms(claim) and cell.variant == name}
-                for name in (claim.better, claim.worse)
-            ]
-            assert len(pairs[0] & pairs[1]) >= len(SEEDS)
+            pairs = claim.pairs()
+            assert len(set(pairs)) == len(pairs) >= len(SEEDS)
+            keys = {(arm, name, seed) for arm, seed in pairs for name in (claim.better, claim.worse)}
+            assert keys <= {cell.key for cell in planned}
+    # The methods of the first round are in the others' table with all of its seeds.
+    assert [len(claim.pairs()) for claim in OTHER_CLAIMS if claim.better == "imitkd"] == [6, 4, 4, 3]
     arms = [{cell.arm for cell in planned if cell.variant == rule} for rule in RULES]
     assert all(RULES_ARM in each for each in arms)
 
 
-def _arms(claim: Claim) -> tuple[Arm, ...]:
-    return (claim.arm, *claim.more_arms)
-
-
 def test_runs_are_compared_under_one_teacher() -> None:
     claim = OTHER_CLAIMS[0]
-    first, second = (arm.name for arm in _arms(claim))
+    assert claim.second is not None
+    first, second = claim.arm.name, claim.second[0].name
 
     def run(arm: str, variant: str, seed: int, score: float) -> Run:
         return replace(_run(variant, seed, score), comparison=arm)
@@ -97,19 +109,37 @@ def test_runs_are_compared_under_one_teacher() -> None:
     ]
     assert claim_differences(runs, OTHER_CLAIMS)[claim.number] == [10.0, 5.0]
     row = study_tables(runs)["others"].splitlines()[2]
-    assert row.startswith(f"| {claim.number} | {claim.text} | sft, 1,000 | 2 | +7.5 [")
+    assert row.startswith(f"| {claim.number} | {claim.text} | sft, 1,000 | 2 of 4 | +7.5 [")
 
 
 def test_a_claim_is_judged_by_a_paired_test_corrected_for_all_claims() -> None:
-    better, worse = (60.0, 64.0, 61.0, 63.0), (50.0, 53.0, 52.5, 52.0)
+    better, worse = (60.0, 64.0, 61.0, 63.0, 62.0, 61.0), (50.0, 53.0, 52.5, 52.0, 51.0, 52.0)
     test = claim_tests(_runs(better, worse))[CLAIM.number]
     theirs = stats.ttest_rel(better, worse)
     assert test.p_value == pytest.approx(theirs.pvalue)
     assert test.p_holm == pytest.approx(holm([theirs.pvalue] + [1.0] * (len(CLAIMS) - 1))[0])
-    assert verdict(test) == "shown"
-    assert verdict(claim_tests(_runs(worse, better))[CLAIM.number]) == "the opposite is shown"
-    assert verdict(claim_tests(_runs(better, (61.0, 60.0, 64.0, 62.0)))[CLAIM.number]) == "not shown"
-    assert verdict(claim_tests(_runs(better[:1], worse[:1])).get(CLAIM.number)) == "not tested yet"
+    planned = len(CLAIM.pairs())
+    assert verdict(test, planned) == "shown"
+    assert verdict(claim_tests(_runs(worse, better))[CLAIM.number], planned) == "the opposite is shown"
+    equal = claim_tests(_runs(better, (61.0, 60.0, 64.0, 62.0, 61.0, 62.0)))[CLAIM.number]
+    assert verdict(equal, planned) == "not shown"
+    # Not before all that was planned has been run.
+    assert verdict(claim_tests(_runs(better[:-1], worse[:-1]))[CLAIM.number], planned) == NOT_JUDGED
+    assert verdict(claim_tests(_runs(better[:1], worse[:1])).get(CLAIM.number), planned) == NOT_JUDGED
+
+
+def test_runs_that_are_not_planned_and_runs_that_failed_count_for_nothing() -> None:
+    runs = _runs((60.0, 64.0), (50.0, 53.0))
+    others = [_run(CLAIM.better, 99, 1.0), _run(CLAIM.worse, 99, 2.0)]
+    failed = [replace(_run(name, CLAIM.seeds[2], 1.0), failed="no memory", figures={}) for name in ("skd", CLAIM.worse)]
+    assert claim_differences([*runs, *others, *failed]) == claim_differences(runs)
+    assert claim_differences(runs, list(CLAIMS)) == claim_differences(runs)
+
+
+def test_equal_differences_show_nothing() -> None:
+    """Scores are multiples of 0.2: two pairs with the same difference have no spread to measure it by."""
+    test = claim_tests(_runs((60.0, 50.5), (59.5, 50.0)))[CLAIM.number]
+    assert (test.difference.mean, test.p_value) == (0.5, 1.0)
 
 
 def test_the_second_round_has_seeds_and_a_correction_of_its_own() -> None:
@@ -132,9 +162,20 @@ def test_the_tables_say_how_much_has_been_run() -> None:
     assert f"| `{CLAIM.arm.name}` | 4 | " in tables["progress"]
     rows = tables["claims"].splitlines()[2:]
     assert len(rows) == len(CLAIMS)
-    assert f"| {CLAIM.text} | sft, 1,000 | 2 | +10.5 [" in rows[0]
-    assert all(row.endswith("| 0 |  |  |  | not tested yet |") for row in rows[1:])
-    assert "| 1 | +10.0 |  |  | not tested yet |" in study_tables(_runs((60.0,), (50.0,)))["claims"]
+    assert f"| {CLAIM.text} | sft, 1,000 | 2 of 6 | +10.5 [" in rows[0]
+    assert all(re.search(r"\| 0 of [36] \|  \|  \|  \| not judged yet \|$", row) for row in rows[1:])
+    assert "| 1 of 6 | +10.0 |  |  | not judged yet |" in study_tables(_runs((60.0,), (50.0,)))["claims"]
+
+
+def test_the_tables_say_which_runs_validation_ended() -> None:
+    limit = CLAIM.arm.horizon
+    steps = (limit, limit - 20, limit, limit - 40)
+    runs = [
+        replace(_run("skd", seed, 50.0), figures={SCORE: 50.0, "steps": float(each)})
+        for seed, each in zip(CLAIM.seeds, steps, strict=False)
+    ]
+    row = next(line for line in study_tables(runs)["progress"].splitlines() if f"`{CLAIM.arm.name}`" in line)
+    assert row.endswith(f"| {limit} | 2 of 4 |  |  |  |")
 
 
 def test_the_points_of_a_run_that_was_cut_off_give_way_to_those_of_its_second_try(tmp_path: Path) -> None:
@@ -163,22 +204,63 @@ def test_rules_are_judged_at_the_compute_of_the_reference_at_its_best_checkpoint
         }
         return [Curve(RULES_ARM.name, variant, seed, name, steps, values) for name, values in figures.items()]
 
-    rule = RULES[0]
+    rule, (one, two, *_) = RULES[0], SEEDS
     found = [
-        *curves(REFERENCE, 1, 10.0, [0.0, 40.0, 90.0]),  # best at step 20: 200 positions
-        *curves(rule, 1, 20.0, [0.0, 60.0, 60.0]),  # 200 positions at step 10: half way to 60
-        *curves(REFERENCE, 2, 10.0, [0.0, 40.0, 90.0]),
-        *curves(rule, 2, 5.0, [0.0, 50.0]),  # ended at 100 positions
-        *curves(RULES[1], 1, 10.0, [0.0, 41.0]),
+        *curves(REFERENCE, one, 10.0, [0.0, 40.0, 90.0]),  # best at step 20: 200 positions
+        *curves(rule, one, 20.0, [0.0, 60.0, 60.0]),  # 200 positions at step 10: half way to 60
+        *curves(REFERENCE, two, 10.0, [0.0, 40.0, 90.0]),
+        *curves(rule, two, 5.0, [0.0, 50.0]),  # ended at 100 positions
+        *curves(RULES[1], one, 10.0, [0.0, 41.0]),
     ]
     differences = rule_differences(found)
     assert differences[rule] == pytest.approx([-10.0, 10.0])
     assert differences[RULES[1]] == pytest.approx([1.0])
     assert all(not differences[name] for name in RULES[2:])
-    first, second = study_tables([], found)["rules"].splitlines()[2:4]
-    assert first.startswith(f"| `{rule}` | 2 | +0.0 [")
-    assert first.endswith("| not shown |")
-    assert second == f"| `{RULES[1]}` | 1 | +1.0 |  |  | not tested yet |"
+    runs = [
+        replace(_run(name, seed, score), comparison=RULES_ARM.name)
+        for name, scores in ((rule, (30.0, 33.0)), (REFERENCE, (31.0, 32.0)))
+        for seed, score in zip(SEEDS, scores, strict=False)
+    ]
+    first, second = study_tables(runs, found)["rules"].splitlines()[2:4]
+    assert first.startswith(f"| `{rule}` | 2 of 3 | +0.0 [")
+    assert "| not judged yet | +0.0 [" in first
+    assert second == f"| `{RULES[1]}` | 1 of 3 | +1.0 |  |  | not judged yet |  |"
+
+
+def test_what_runs_would_have_been_with_fewer_steps() -> None:
+    claim = CONVERGED_CLAIMS[0]
+
+    def curves(variant: str, losses: list[float], accuracy: list[float]) -> list[Curve]:
+        key = claim.arm.name, variant, claim.seeds[0]
+        steps = [20 * index for index in range(len(losses))]
+        return [Curve(*key, "validation_loss", steps, losses), Curve(*key, "accuracy", steps, accuracy)]
+
+    found = [
+        *curves(claim.better, [9.0, 2.0, 3.0, 1.0], [0.0, 50.0, 60.0, 70.0]),
+        *curves(claim.worse, [9.0, 1.0, 2.0], [0.0, 40.0, 45.0]),
+    ]
+    assert early_differences(found, CONVERGED_CLAIMS, 40)[claim.number] == [10.0]
+    assert early_differences(found, CONVERGED_CLAIMS, 60)[claim.number] == [30.0]
+    assert early_differences(found[:3], CONVERGED_CLAIMS, 60)[claim.number] == []
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_row_that_was_cut_off_in_writing_is_none(tmp_path: Path, cut: int) -> None:
+    for seed in (1, 2):
+        append(tmp_path / RUNS, RUN_COLUMNS, [{"comparison": "study", "seed": seed, SCORE: 69.6}])
+    whole = (tmp_path / RUNS).read_text(encoding="utf-8")
+    (tmp_path / RUNS).write_text(whole[:-cut], encoding="utf-8")
+    assert [run.seed for run in read_runs(tmp_path)] == [1]
+    append(tmp_path / RUNS, RUN_COLUMNS, [{"comparison": "study", "seed": 2, SCORE: 69.6}])
+    assert (tmp_path / RUNS).read_text(encoding="utf-8") == whole
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(SkdError, match=r"(?s)another process runs the study.*give this one a folder of its own"),
+    ):
+        next(study.run_study(tmp_path, tmp_path))
 
 
 @pytest.mark.slow
