@@ -72,7 +72,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "skd-mode": {"method": "skd", "sampling": {**_SAMPLING, "teacher": {"temperature": 0}, "top_k": 25}},
     "skd-reverse-kl": {**_skd(25), "divergence": "reverse_kl"},
     "skd-jsd": {**_skd(25), "divergence": "jsd"},
-    "skd-warm-student": {"method": "skd", "sampling": {**_SAMPLING, "student": {"temperature": 1.0}, "top_k": 25}},
+    "skd-warm-student": {
+        "method": "skd",
+        "sampling": {**_SAMPLING, "student": {"temperature": 1.0, "top_p": 1.0}, "top_k": 25},
+    },
     "skd-warm-teacher": {"method": "skd", "sampling": {**_SAMPLING, "teacher": {"temperature": 1.0}, "top_k": 25}},
     "skd-half-rate": _skd(25),
     "skd-double-rate": _skd(25),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -36,14 +36,28 @@ LEAST_TEMPERATURE = 1e-6
 """Logits over a much smaller one leave the range of fp32."""
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm_or_greedy)]
 
+_TEMPERATURE = f"Divides the logits; 0 is greedy decoding, the least other value is {LEAST_TEMPERATURE:g}."
+_TOP_P = "Nucleus: smallest set of tokens with at least this mass."
+
 
 class SamplingParams(ConfigSection):
     """Sampling of one model. Never read from a model's `generation_config`."""
 
-    temperature: Temperature = Field(
-        1.0, description=f"Divides the logits; 0 is greedy decoding, the least other value is {LEAST_TEMPERATURE:g}."
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with at least this mass.")
+    temperature: Temperature = Field(1.0, description=_TEMPERATURE)
+    top_p: float = Field(1.0, gt=0, le=1, description=_TOP_P)
+
+
+class StudentSampling(SamplingParams):
+    """Sampling of the student. Never read from a model's `generation_config`."""
+
+    temperature: Temperature = Field(0.5, description=_TEMPERATURE)
+    top_p: float = Field(0.5, gt=0, le=1, description=_TOP_P)
+
+
+class TeacherSampling(SamplingParams):
+    """Sampling of the teacher. Never read from a model's `generation_config`."""
+
+    temperature: Temperature = Field(0.5, description=_TEMPERATURE)
 
 
 class InterleavedConfig(ConfigSection):
@@ -72,8 +86,13 @@ class InterleavedConfig(ConfigSection):
         description="Draft fewer tokens where the measured acceptance says that more would be wasted. Only speed "
         "depends on it, the samples do not.",
     )
-    student: SamplingParams = SamplingParams(temperature=0.5, top_p=0.5)
-    teacher: SamplingParams = SamplingParams(temperature=0.5, top_p=1.0)
+    student: StudentSampling = StudentSampling()
+    teacher: TeacherSampling = TeacherSampling()
+
+    @field_validator("student", "teacher", mode="before")
+    @classmethod
+    def _of_params(cls, value: Any) -> Any:
+        return value.model_dump() if isinstance(value, SamplingParams) else value
 
 
 class TeacherSignalConfig(ConfigSection):

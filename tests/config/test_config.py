@@ -16,7 +16,9 @@ from skd_lib.config import (
     Count,
     DataConfig,
     DistillConfig,
+    InterleavedConfig,
     RunConfig,
+    SamplingParams,
     Schedule,
     apply,
     load_config,
@@ -410,3 +412,11 @@ def test_what_vllm_servers_sample_for(fields: dict[str, Any], refused: str) -> N
         return
     with pytest.raises(ValidationError, match=re.escape(refused)):
         DistillConfig(engine="vllm", **fields)
+
+
+def test_a_sampling_setting_that_is_left_out_has_its_default_beside_one_that_is_given() -> None:
+    sampling = InterleavedConfig.model_validate({"student": {"temperature": 0.7}, "teacher": {"top_p": 0.9}})
+    assert (sampling.student.temperature, sampling.student.top_p) == (0.7, 0.5)
+    assert (sampling.teacher.temperature, sampling.teacher.top_p) == (0.5, 0.9)
+    given = InterleavedConfig(student=SamplingParams(temperature=0.7))
+    assert (given.student.temperature, given.student.top_p) == (0.7, 1.0)
