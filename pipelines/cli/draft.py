@@ -47,7 +47,10 @@ def draft(
     name: Annotated[str, typer.Option(help="Name of the run, and of the registered model.")] = "draft",
     output: Annotated[
         Path | None,
-        typer.Option(help="Write the run's YAML file, for `skd run` and `skd submit`.", show_default="none"),
+        typer.Option(
+            help="Also write the run's YAML file, for `skd run` and `skd submit`; with --dry-run nothing runs.",
+            show_default="none",
+        ),
     ] = None,
     changes: Set = None,
 ) -> None:
@@ -61,7 +64,8 @@ def draft(
     `skd draft org/large org/small --prompts 'logs/*.jsonl' --vllm --set distill.training.max_steps=300`.
     """
     from skd_lib._core.terminal import Console
-    from skd_lib.config import apply, load_config, parse_overrides, read_yaml, refuse_multinode
+    from skd_lib.config import RunConfig, apply, parse_overrides, parse_section, read_yaml, refuse_multinode
+    from skd_lib.config._reading import check_unset
     from skd_lib.data.files import data_files
     from skd_lib.storage import check_writable, write_text_atomic
 
@@ -76,11 +80,12 @@ def draft(
     }
     filled |= {"data.source.train": prompts, **({"distill.engine": "vllm", "specdec.engine": "vllm"} if vllm else {})}
     filled |= parse_overrides(changes or ())
-    config = load_config(BASE, filled)
+    check_unset(RunConfig, filled, where=where)
+    values = apply(read_yaml(BASE), filled, where=where)
+    config = parse_section(RunConfig, values, where=where)
     refuse_multinode(config, where=where)
     for log in prompts:
         data_files(log)  # an error where there are none
-    values = apply(read_yaml(BASE), filled, where=where)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     # a run that stopped is started again by the same command: the file is there then
     if output is not None and not (output.is_file() and output.read_bytes() == text.encode()):

@@ -102,14 +102,15 @@ def test_a_student_may_be_cut_from_the_teacher(skd: Skd, tmp_path: Path) -> None
     done = skd(*command, *cut)
     assert done.returncode == 0, done.stderr
     assert "student  cut from the teacher (prune)" in done.stdout
-    assert "student: needed" in skd(*command).stderr
+    assert "skd draft: student: needed" in skd(*command).stderr
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--method", "nope"), "unknown method 'nope'"),
-        (("--set", "nope=1"), "unknown field"),
+        (("--set", "nope=1"), "skd draft, field `nope`: unknown field"),
+        (("--set", "nope=null"), "skd draft, field `nope`: unknown field"),
         (("--name", "A draft"), "name"),
         (("--output", "README.md"), "it exists already"),
     ],
