@@ -93,7 +93,7 @@ def init(
             method=_quoted(method),
             **quoted,
         )
-    parse_section(RunConfig, parse_yaml(text, where=str(output)), where=str(output))
+    parse_section(RunConfig, parse_yaml(text, where="skd init"), where="skd init")
     check_writable(str(output.absolute().parent))
     write_text_atomic(output, text)
     if missing_data:
