@@ -38,6 +38,9 @@ class Measured(Section):
 
     task_metric: MetricName = Field(description="The metric that decides.")
     student: dict[str, float] = Field({}, description="The student's scores by metric, exact.")
+    before: float | None = Field(
+        None, description="The student's score before distillation, where that was better beyond chance."
+    )
     signatures: dict[str, str] = Field({}, description="By metric: what makes a score reproducible.")
     draft: dict[str, float] = Field({}, description="The student as a draft of its teacher.")
     served: str = Field("", description="The line with which vLLM was started and measured with this draft, if it was.")
@@ -58,8 +61,9 @@ def measured(
     champion: Rival,
     comet: Comet,
     registry: RegistryConfig,
+    before: float | None = None,
 ) -> Measured:
-    """Put together what was measured."""
+    """Put together what was measured; `before` is of `Summary.score_lost`."""
     scores = {
         **student.metrics,
         **({"comet": comet.models["student_after"]} if "student_after" in comet.models else {}),
@@ -69,6 +73,7 @@ def measured(
     return Measured(
         task_metric=task_metric,
         student=_finite({name: score.score for name, score in scores.items()}),
+        before=before,
         signatures=_short({name: score.signature for name, score in scores.items() if score.signature}),
         draft={} if draft is None else draft.figures(),
         drafted="" if draft is None else draft.setting,

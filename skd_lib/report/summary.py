@@ -149,6 +149,15 @@ class Summary(Section):
             return None
         return Gap(teacher, before, after)
 
+    def score_lost(self) -> float | None:
+        """Return the student's score before distillation if that was better, beyond the interval of a paired test."""
+        sign = -1.0 if self.task_metric in LOWER_IS_BETTER else 1.0
+        for test in self.comparisons:
+            if (test.a, test.b, test.metric) == ("student_after", "student_before", self.task_metric):
+                better = max(sign * test.low, sign * test.high) < 0
+                return self.models.get("student_before", {}).get(self.task_metric) if better else None
+        return None
+
     def worth(self) -> Worth:
         """Return what the student is worth against its teacher."""
         return worth_of(self)

@@ -120,9 +120,27 @@ def worth_lines(summary: Summary) -> list[str]:
     }
     known = [text for text, value in found.items() if value is not None]
     lines = [f"The student has {', '.join(known)}."] if known else []
+    lines += _cautions(summary)
     if worth.gap_closed is not None:
         lines.append(f"Distillation {changed_gap(worth.gap_closed)} to the teacher.")
     return [" ".join(lines), *(_draft_lines(worth, draft) if draft else [])]
+
+
+def _cautions(summary: Summary) -> list[str]:
+    """Return what makes the other figures look better than they are."""
+    metric = summary.task_metric
+    teacher, before, after = (summary.models.get(role, {}).get(metric) for role in _ROLES)
+    found = []
+    if teacher is not None and before is not None and summary.gap() is None:
+        found.append(
+            f"The teacher is no better than the student was before distillation: "
+            f"{metric_name(metric)} {teacher:.1f} against {before:.1f}."
+        )
+    if after is not None and (lost := summary.score_lost()) is not None:
+        found.append(
+            f"Distillation made the student worse: {metric_name(metric)} {lost:.1f} before, {after:.1f} after."
+        )
+    return found
 
 
 def _draft_lines(worth: Worth, draft: Specdec) -> list[str]:

@@ -133,7 +133,8 @@ def _decide(found: Measured, digest: str, tracking_uri: str) -> Decision:
     margins = settings.model_dump(include={"min_improvement", "max_slowdown"})
     if not by_score:
         return decide_drafts(found.champion, found.draft.get("tokens_per_teacher_call"), **margins)
-    return decide(found.student, found.champion, metric, higher_is_better=metric not in LOWER_IS_BETTER, **margins)
+    better = metric not in LOWER_IS_BETTER
+    return decide(found.student, found.champion, metric, higher_is_better=better, before=found.before, **margins)
 
 
 def version_tags(lineage: Mapping[str, Any]) -> dict[str, str]:

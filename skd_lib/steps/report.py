@@ -117,7 +117,8 @@ def main(
     Console().print(render(summary))
 
     of_student = scores.get("student_after", Scores())
-    handed_on = measured(task.metrics[0], of_student, specdec.get("after"), rival, judged, settings.registry)
+    draft, before = specdec.get("after"), summary.score_lost()
+    handed_on = measured(task.metrics[0], of_student, draft, rival, judged, settings.registry, before)
     io.metrics("figures", summary.figures())
     io.parameter("measured", handed_on.to_parameter())
     io.write()

@@ -88,12 +88,14 @@ def decide(
     higher_is_better: bool = True,
     min_improvement: float = 0.0,
     max_slowdown: float = 0.0,
+    before: float | None = None,
 ) -> Decision:
     """Compare both on the task's metric and as drafts.
 
-    The first version is promoted, a later one if its score beats the champion's by more than `min_improvement` and its
-    speed-up as a draft is at least 1 - `max_slowdown` times the champion's. A champion that cannot be measured cannot
-    be beaten: the alias has to be moved by hand. One that cannot draft for this teacher is compared by score alone.
+    The first version is promoted unless distillation made the student worse, a later one if its score beats the
+    champion's by more than `min_improvement` and its speed-up as a draft is at least 1 - `max_slowdown` times the
+    champion's. A champion that cannot be measured cannot be beaten: the alias has to be moved by hand. One that cannot
+    draft for this teacher is compared by score alone.
 
     Args:
         challenger: The new student's scores, by metric.
@@ -102,6 +104,7 @@ def decide(
         higher_is_better: Its direction.
         min_improvement: In the metric's unit, 0 or more.
         max_slowdown: 0 to 1, a share of the champion's speed-up.
+        before: The student's score before distillation, where that was better beyond chance.
 
     Raises:
         SkdError: the challenger has no such score, or it is not a number.
@@ -114,6 +117,8 @@ def decide(
             hint=f"evaluation must yield the first of `task.metrics`; it yielded {sorted(challenger)}",
         )
     shown, name = f"{metric} {score:.2f}", f"the champion (version {champion.version})"
+    if not champion.version and before is not None:
+        return Decision(False, f"distillation made the student worse: {metric} {before:.2f} before, {score:.2f} after")
     if not champion.version:
         return Decision(True, f"first champion of this name, with {shown}")
     if champion.is_this_student:

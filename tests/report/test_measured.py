@@ -38,7 +38,7 @@ def test_the_longest_parameter(count: int) -> None:
     comet = Comet.model_validate({"models": {"student_after": score(EXACT)} if "comet" in names else {}})
     rival = Rival(version="123", figures=dict.fromkeys(names, EXACT), speedup=EXACT, undrafted="why not? " * 1000)
     registry = RegistryConfig(model_name="m" * 60, min_improvement=0.123456789, max_slowdown=0.123456789)
-    length = len(measured(names[0], scores, draft(), rival, comet, registry).to_parameter())
+    length = len(measured(names[0], scores, draft(), rival, comet, registry, EXACT).to_parameter())
     assert 0.6 * longest(count) < length < longest(count)
 
 

@@ -10,7 +10,7 @@ import pytest
 from skd_lib._core.format import count
 from skd_lib.report.summary import Summary, build_summary
 from skd_lib.report.worth import worth_lines, worth_table
-from skd_lib.results import Course, Role, Scores, Specdec
+from skd_lib.results import Course, PairedTest, Role, Scores, Specdec
 
 ACCEPTED = {"acceptance_rate": 0.6, "tokens_per_teacher_call": 2.5, "speedup": 0.5, "gamma": 3}
 MEASURED = {
@@ -52,6 +52,33 @@ def test_the_figures() -> None:
 def test_a_student_that_got_worse_added_to_the_gap() -> None:
     assert "Distillation closed 67% of the gap to the teacher." in worth_lines(summary())[0]
     assert "Distillation added 20% to the gap to the teacher." in worth_lines(summary(scores=(40, 20, 16)))[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "low", "high", "said"),
+    [
+        ("chrf", (40, 20, 16), -6.0, -1.0, "Distillation made the student worse: chrF 20.0 before, 16.0 after."),
+        ("chrf", (40, 20, 16), -6.0, 1.0, ""),
+        ("chrf", (40, 16, 20), 1.0, 6.0, ""),
+        ("perplexity", (4, 5, 8), 1.0, 6.0, "Distillation made the student worse: perplexity 5.0 before, 8.0 after."),
+        ("perplexity", (4, 8, 5), -6.0, -1.0, ""),
+    ],
+)
+def test_a_student_that_distillation_made_worse_is_told_so(
+    metric: str, scores: tuple[float, float, float], low: float, high: float, said: str
+) -> None:
+    pair = {"a": "student_after", "b": "student_before", "metric": metric, "n": 50}
+    test = PairedTest.model_validate({**pair, "difference": (low + high) / 2, "low": low, "high": high})
+    found = summary(metric, scores).model_copy(update={"comparisons": (test,)})
+    assert found.score_lost() == (scores[1] if said else None)
+    assert said in worth_lines(found)[0]
+    assert ("worse" in worth_lines(found)[0]) == bool(said)
+
+
+def test_a_teacher_that_is_no_better_than_the_student_was_is_told_so() -> None:
+    said = worth_lines(summary(scores=(3, 66, 2)))[0]
+    assert "The teacher is no better than the student was before distillation: chrF 3.0 against 66.0." in said
+    assert "no better" not in worth_lines(summary())[0]
 
 
 def test_a_draft_that_pays_has_a_speedup_and_one_that_does_not_a_size() -> None:

@@ -24,6 +24,13 @@ def test_the_first_version_is_promoted() -> None:
     assert decision == Decision(True, "first champion of this name, with chrf 12.00")
 
 
+def test_the_first_version_is_not_promoted_where_distillation_made_it_worse() -> None:
+    decision = decide({"chrf": 12.0}, Rival(), "chrf", before=30.0)
+    assert decision == Decision(False, "distillation made the student worse: chrf 30.00 before, 12.00 after")
+    rival = Rival(version="3", figures={"chrf": 10.0})
+    assert decide({"chrf": 12.0}, rival, "chrf", before=30.0).promote
+
+
 def test_better_is_promoted_and_equal_or_worse_is_not() -> None:
     assert _decide(30.5, 30.0) == (True, "chrf 30.50 against 30.00 of the champion (version 3): better")
     assert _decide(30.0, 30.0) == (False, "chrf 30.00 against 30.00 of the champion (version 3): not better")
