@@ -80,7 +80,8 @@ def study(
 ) -> None:
     """Run what is missing of the convergence study (docs/evidence/plan.md), one run after another.
 
-    Stop it at any time: runs that have ended are kept, and the same command goes on.
+    A run takes one to twelve minutes of one core. Stop it at any time: runs that have ended are kept, and the same
+    command goes on.
     """
     from study import run_study
 
@@ -98,7 +99,8 @@ def check(
 ) -> None:
     """Run some of the study's stored runs again, and say of each whether its figures are the stored ones.
 
-    On the CPU that they were made on, with `OMP_NUM_THREADS=1`, they are; on another one a run takes another course.
+    On the CPU that they were made on, with `OMP_NUM_THREADS=1`, they are; on another one a run takes another course. A
+    run takes one to twelve minutes of one core.
     """
     from study import check_study
 

@@ -24,7 +24,7 @@ from skd_lib.config import EvaluationConfig, TrainingConfig
 from skd_lib.data.examples import Example, make_example
 from skd_lib.data.tokenize import TokenizedExample, encode_all
 from skd_lib.distillation.methods import METHODS
-from skd_lib.errors import SkdError
+from skd_lib.errors import Preempted, SkdError
 from skd_lib.evaluation.evaluate import evaluate
 from skd_lib.models.loading import load_model, save_model
 from skd_lib.models.student_init import prune_layers
@@ -120,21 +120,25 @@ class Start:
         """Train a student in place."""
         distill = VARIANTS[variant]
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        with tempfile.TemporaryDirectory() as folder:
-            return train(
-                method=distill.method,
-                student=student,
-                teacher=self.teacher if METHODS[distill.method].needs_teacher else None,
-                train=self._encoded(examples),
-                validation=self._encoded(self.validation),
-                training=training,
-                distill=distill,
-                max_new_tokens=TASK.max_new_tokens,
-                eos_ids=(eos,),
-                pad_id=pad,
-                checkpoints=Checkpoints(Path(folder)),
-                **more,
-            )
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return train(
+                    method=distill.method,
+                    student=student,
+                    teacher=self.teacher if METHODS[distill.method].needs_teacher else None,
+                    train=self._encoded(examples),
+                    validation=self._encoded(self.validation),
+                    training=training,
+                    distill=distill,
+                    max_new_tokens=TASK.max_new_tokens,
+                    eos_ids=(eos,),
+                    pad_id=pad,
+                    checkpoints=Checkpoints(Path(folder)),
+                    **more,
+                )
+        except Preempted:  # its checkpoint went with the folder
+            hint = "start the same command again"
+            raise Preempted("stopped in the middle of a run, which begins anew next time", hint=hint) from None
 
     def _encoded(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         return encode_all(self.tokenizer, TASK, examples, self.tokenizer.eos_token_id)
