@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+TERMINAL = 80
+"""Columns of a usual terminal."""
 
 
 def duration(seconds: float) -> str:
@@ -78,12 +82,21 @@ class TextTable:
 
         table = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         table.caption, table.caption_justify = self.note or None, "left"
-        for number, name in enumerate(self.header):
+        for number, name in enumerate(self._wrapped_header()):
             right = self.numbers and number
             table.add_column(name, justify="right" if right else "left", no_wrap=not number, overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row), style="bold" if row[0] in self.highlighted else "")
         return table
+
+    def _wrapped_header(self) -> list[str]:
+        """Return the header, broken between words where they would make the table wider than a terminal."""
+        cells = [max(map(len, column)) for column in zip(*self.rows, strict=True)] or [0] * len(self.header)
+        widths = [max(width, len(name)) for width, name in zip(cells, self.header, strict=True)]
+        if sum(widths) + 3 * len(widths) < TERMINAL:
+            return list(self.header)
+        least = [max(width, *map(len, name.split()), 1) for width, name in zip(cells, self.header, strict=True)]
+        return [textwrap.fill(name, width) for width, name in zip(least, self.header, strict=True)]
 
 
 def first_line(error: Exception) -> str:

@@ -12,8 +12,8 @@ from skd_lib._core.format import TextTable, decoding, plain
 from skd_lib.results import DraftLength, Latency, Percentiles, ServedMeasurement, ServedPasses, Setting, Specdec
 from skd_lib.specdec.benchmark import compare_drafts
 
-_SPEED_COLUMNS = ("drafted", "accepted", "tokens/call", "tokens/s", "speed-up", "theory", "paper's")
-_SERVED_COLUMNS = ("decoding", "in flight", "tokens/s without", "tokens/s with it", "speed-up", "tokens/call")
+_SPEED_COLUMNS = ("drafted", "accepted", "tokens a call", "tokens/s", "speed-up", "theory", "paper's")
+_SERVED_COLUMNS = ("decoding", "in flight", "tokens/s without", "tokens/s with it", "speed-up", "tokens a call")
 _SPEED_CAPTION = (
     "theory: from acceptance by position and the forwards' times; paper's: one rate, a block as slow as a token. "
     "What was not timed is predicted."
@@ -118,7 +118,7 @@ def _served(name: str, served: ServedMeasurement) -> list[RenderableType]:
     )
     note = (
         "Tokens a second: the median of the passes, slowest to fastest in brackets. Servers run one after the other. "
-        "Tokens/call: 1 + accepted / drafts. A question mark: with ranges that overlap, or one pass, it may be chance."
+        "Tokens a call: 1 + accepted / drafts. A question mark: ranges overlap or there is one pass; may be chance."
     )
     parts: list[RenderableType] = [TextTable(title, _SERVED_COLUMNS, speeds, note=note).to_rich()]
     if (counts := model.passes[0].counts) is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
-from skd_lib._core.format import duration, first_line, markdown_table, percent, plain
+from skd_lib._core.format import TextTable, duration, first_line, markdown_table, percent, plain
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,20 @@ def test_a_markdown_table_holds_any_text() -> None:
         "| x\\|y | &lt;b>\\\\<br> |",
     ]
     assert markdown_table(["a", "b"], [], numbers=False)[1] == "| --- | --- |"
+
+
+@pytest.mark.parametrize("variant", ["skd", "supervised_kd"])
+def test_the_header_of_a_wide_table_breaks_between_words(variant: str) -> None:
+    header = ["variant", "tokens a call", *(f"{kind} tokens" for kind in ("response", "student", "teacher")), "time"]
+    rows = [[variant, "1.78", "13.6k", "37.9k", "19.2k", "12 min 05 s"]]
+    console = Console(width=80, record=True)
+    console.print(TextTable("Costs", header, rows).to_rich())
+    shown = console.export_text()
+    for word in ("variant", "tokens", "a call", "response", "student", "teacher", "12 min 05 s"):
+        assert word in shown
+    narrow = TextTable("Drafts", ["variant", "tokens a call"], [[variant, "1.78"]])
+    assert [column.header for column in narrow.to_rich().columns] == ["variant", "tokens a call"]
+    assert TextTable("None", header, []).to_rich().row_count == 0
 
 
 def test_the_first_line_of_an_error() -> None:
