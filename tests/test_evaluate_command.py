@@ -42,7 +42,7 @@ def test_scores_and_their_difference(
     assert {path.name for path in (tmp_path / "answers").iterdir()} == {"model.jsonl", "baseline.jsonl"}
     table = skd("evaluate", models[0], "--baseline", models[1], *options, "--examples", "5")
     assert "Model minus baseline" in table.stdout
-    assert table.stdout.count("chrf") == 2
+    assert table.stdout.count("chrF") == 2
     assert "† 5 examples are too few" in table.stdout
     assert "too few examples" in table.stdout
 
@@ -60,6 +60,12 @@ def test_what_is_missing_is_said(skd: Skd, models: tuple[Path, Path], options: l
     done = skd("evaluate", models[0], *options)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_misspelt_model_is_told_before_what_else_is_missing(skd: Skd) -> None:
+    done = skd("evaluate", "runs/demo/studnet")
+    assert done.returncode == 2
+    assert "runs/demo/studnet: no such folder, and not a hub id" in done.stderr
 
 
 def test_a_runs_student_is_asked_its_runs_test_set(

@@ -54,10 +54,14 @@ def evaluate(
     `skd evaluate org/model --data test.jsonl --task gsm8k --json`.
     """
     from skd_lib.evaluation.predictions import compare, write_predictions
+    from skd_lib.models.references import parse_reference
     from skd_lib.report.card import config_of
     from skd_lib.storage import check_writable
 
     show_progress()
+    for reference in (model, baseline):
+        if reference is not None:
+            parse_reference(reference)  # a misspelt path is told first
     if run_config is None and (data is None or task is None):
         run_config = config_of(Path(model))
     rows, settings, config = _what_to_answer(run_config, data, task, source, target, examples)
@@ -141,6 +145,7 @@ def _measured(
 
 def _scores(references: Mapping[str, str | None], found: Mapping[str, Evaluation]) -> TextTable:
     from skd_lib._core.format import TextTable
+    from skd_lib.report.names import metric_name
     from skd_lib.report.render import UNSURE
 
     names = list(dict.fromkeys(name for each in found.values() for name in each.scores.metrics))
@@ -156,15 +161,16 @@ def _scores(references: Mapping[str, str | None], found: Mapping[str, Evaluation
         one.caution for each in found.values() for one in each.scores.metrics.values() if one.caution
     )
     note = "\n".join(f"{UNSURE} {caution}" for caution in cautions)
-    return TextTable("Scores (95 % interval)", ["model", *names, "examples"], rows, note=note)
+    return TextTable("Scores (95 % interval)", ["model", *map(metric_name, names), "examples"], rows, note=note)
 
 
 def _differences(differences: Mapping[str, Difference]) -> TextTable:
     from skd_lib._core.format import TextTable
+    from skd_lib.report.names import metric_name
 
     rows = [
         [
-            metric,
+            metric_name(metric),
             f"{one.difference:+.1f}",
             f"[{one.low:+.1f}, {one.high:+.1f}]",
             "too few examples" if one.p_value is None else f"{one.p_value:.3f}",
