@@ -52,6 +52,11 @@ def test_commands_are_grouped_by_what_people_want_to_do(skd: Skd) -> None:
     assert "Exit codes: 0 done" in shown
 
 
+@pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
+def test_no_default_is_shown_empty(names: tuple[str, ...]) -> None:
+    assert [each.name for each in COMMANDS[names].params if getattr(each, "show_default", None) == ""] == []
+
+
 @pytest.mark.parametrize(("typed", "meant"), [("evalute", "evaluate"), ("linage", "lineage"), ("pusch", "push")])
 def test_a_misspelt_command_is_answered_by_the_right_one(skd: Skd, typed: str, meant: str) -> None:
     done = skd(typed)

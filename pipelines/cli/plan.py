@@ -113,13 +113,13 @@ def _given(words: Sequence[str]) -> dict[str, str]:
 
 
 def _tables(plan: Plan, name: str, origins: dict[str, str]) -> list[TextTable]:
-    from skd_lib._core.format import TextTable
+    from skd_lib._core.format import TextTable, plain
 
     whole = sum(part.seconds for part in plan.parts)
     parts = [[part.name, f"{part.seconds:.3g}", f"{part.seconds / whole:.0%}", part.bound] for part in plan.parts]
     fields = type(plan.assumptions).model_fields
     assumed = [
-        [field, f"{getattr(plan.assumptions, field):.4g}", origins[field], info.description or ""]
+        [field, plain(getattr(plan.assumptions, field)), origins[field], info.description or ""]
         for field, info in fields.items()
     ]
     return [

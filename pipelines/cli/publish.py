@@ -17,9 +17,7 @@ Model = Annotated[
         metavar="RUN|MODEL", help="Folder of a finished run, its name under RUNS_DIR, or folder of a model it trained."
     ),
 ]
-Teacher = Annotated[
-    str, typer.Option(help="Hub id or folder of the fine-tuned teacher, for the card's vLLM command.", show_default="")
-]
+Teacher = Annotated[str, typer.Option(help="Hub id or folder of the fine-tuned teacher, for the card's vLLM command.")]
 Licence = Annotated[
     str, typer.Option("--license", metavar="ID", help="The model's licence as the hub names it, e.g. apache-2.0.")
 ]
@@ -29,7 +27,7 @@ def card(
     model: Model,
     output: Annotated[Path | None, typer.Option(help="File to write.", show_default="print it")] = None,
     reference: Annotated[
-        str, typer.Option("--as", metavar="ID", help="Hub id or folder by which readers load it.", show_default="")
+        str, typer.Option("--as", metavar="ID", help="Hub id or folder by which readers load it.")
     ] = "",
     teacher: Teacher = "",
     license_: Licence = "",
@@ -55,7 +53,7 @@ def push(
     model: Model,
     repository: Annotated[str, typer.Argument(metavar="HUB_ID", help="Repository of the hub: ORG/NAME or USER/NAME.")],
     public: Annotated[
-        bool | None, typer.Option("--public/--private", help="Who sees it; one of the two is needed.", show_default="")
+        bool | None, typer.Option("--public/--private", help="Who sees it; one of the two is needed.")
     ] = None,
     teacher: Teacher = "",
     license_: Licence = "",

@@ -229,9 +229,10 @@ def invoke(*words: object) -> Any:
 
 
 def test_the_command_reads_the_data_and_shows_its_assumptions(run_file: Path) -> None:
-    done = invoke(run_file, "--profile", "a100", "--assume", "acceptance=0.25", "--price", "2")
+    given = ("--assume", "acceptance=0.25", "--assume", "teacher_rows=10000")
+    done = invoke(run_file, "--profile", "a100", *given, "--price", "2")
     assert done.exit_code == 0, done.output
-    for said in ("distill", "specdec_benchmark", "$2 a device", "acceptance", "0.25", "given", "data", "assumed"):
+    for said in ("distill", "specdec_benchmark", "$2 a device", "0.25", "10,000", "given", "data", "assumed"):
         assert said in done.output
     values = json.loads(invoke(run_file, "--profile", "a100", "--json").stdout)
     assert values["origins"]["train_rows"] == "data"
