@@ -77,6 +77,23 @@ def test_wrong_field_is_named_before_anything_starts(skd: Skd, tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_missing_data_are_named_before_anything_starts(skd: Skd, tmp_path: Path, command: str):
+    base = {
+        "name": "a",
+        "teacher": "org/teacher",
+        "student": "org/student",
+        "data": {"source": {"type": "files", "train": ["no.jsonl"]}},
+    }
+    config = base if command == "run" else {"name": "b", "base": "base.yaml", "methods": ["sft", "skd"]}
+    for name, values in (("base.yaml", base), ("config.yaml", config)):
+        (tmp_path / name).write_text(yaml.safe_dump(values))
+    done = skd(command, tmp_path / "config.yaml", "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 2
+    assert "no.jsonl" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_several_nodes_are_refused_on_one_machine(skd: Skd, tmp_path: Path):
     values = yaml.safe_load(DEMO.read_text())
     values["distill"]["multinode"] = {"nodes": 2}

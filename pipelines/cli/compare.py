@@ -57,10 +57,11 @@ def compare(
             say_json(to_parameters(settings, base))
         else:
             _print_plan(console, planned, local.runs_dir / settings.name)
-        check_inputs(base, [trial.config(base) for trial in planned.trials])
-        return
-    if as_json:
+    elif as_json:
         raise SkdError("it prints the plan of a dry run", where="--json", hint="add --dry-run")
+    check_inputs(base, [trial.config(base) for trial in planned.trials])
+    if local.dry_run:
+        return
 
     from skd_kfp.pipelines.local.stopping import explain_end, same_command
 

@@ -74,8 +74,14 @@ def run_here(
     image: str | None = None,
     comet_image: str | None = None,
 ) -> None:
-    """Run the pipeline on this machine, and print the table, the places of the results and the next command."""
+    """Run the pipeline on this machine, and print the table, the places of the results and the next command.
+
+    Raises:
+        SkdError: what a dry run sees is wrong, before a step starts; or a step failed.
+    """
     from skd_kfp.pipelines.local.stopping import explain_end, same_command
+
+    check_inputs(settings)
 
     with explain_end(same_command()):
         from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for
