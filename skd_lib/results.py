@@ -443,6 +443,11 @@ class Specdec(Figures):
             return ""
         return f"{self.engine}, {self.gamma} tokens drafted, temperature {self.temperature:g}"
 
+    @property
+    def draft_length(self) -> int | None:
+        """Tokens to draft where the pair is served: the length that was fastest of those timed."""
+        return self.best_gamma or self.gamma
+
     def figures(self) -> dict[str, float]:
         """Return the three headline figures, by name."""
         return {name: float(getattr(self, name)) for name in DRAFT_FIGURES}

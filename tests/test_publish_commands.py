@@ -71,6 +71,19 @@ def test_a_teacher_that_others_can_load_is_named(skd: Skd, tmp_path: Path, save_
     assert "vllm serve me/teacher --spec" in (tmp_path / "card.md").read_text()
 
 
+def test_a_card_drafts_as_many_tokens_as_were_measured_to_be_fastest(
+    skd: Skd, tmp_path: Path, save_tiny_model: SaveTinyModel
+) -> None:
+    summary = finished_run(tmp_path, "measured", save_tiny_model) / "summary.json"
+    figures = json.loads(summary.read_text())
+    figures["specdec"]["after"] |= {"gamma": 2, "best_gamma": 3}
+    summary.write_text(json.dumps(figures))
+    assert '"num_speculative_tokens": 3}' in skd("card", "measured", "--runs-dir", tmp_path).stdout
+    figures["specdec"]["after"].pop("best_gamma")  # vLLM is measured with one length
+    summary.write_text(json.dumps(figures))
+    assert '"num_speculative_tokens": 2}' in skd("card", "measured", "--runs-dir", tmp_path).stdout
+
+
 def test_a_teachers_card_has_no_figures_of_the_student(skd: Skd, runs: Path) -> None:
     done = skd("card", runs / "demo/teacher")
     assert "fine-tuned on reference answers. It started from `org/teacher`" in done.stdout

@@ -32,7 +32,10 @@ _TRAINING = {
 
 @dataclass(frozen=True)
 class Lineage:
-    """The origin of a model: `base` is the model its weights started from; empty is what is not known or not there."""
+    """The origin of a model: `base` is the model its weights started from; empty is what is not known or not there.
+
+    `draft_length` is the number of drafted tokens that was measured to be fastest, None where nothing was measured.
+    """
 
     base: str
     method: str
@@ -42,6 +45,7 @@ class Lineage:
     code_version: str = __version__
     settings: Mapping[str, object] = field(default_factory=dict)
     weights_sha256: str = ""
+    draft_length: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Lineage:
@@ -153,7 +157,8 @@ def _usage_as_draft(lineage: Lineage, reference: str, teacher: str) -> str:
         return ""
     known = lineage.teacher if _is_on_hub(lineage.teacher) and not lineage.teacher_tuned else TUNED_TEACHER
     gamma = lineage.settings.get("gamma")
-    drafted = gamma if isinstance(gamma, int) else 5  # a usual length, where the training had no fixed one
+    # what was measured, else that of the training, else a usual length
+    drafted = lineage.draft_length or (gamma if isinstance(gamma, int) else 5)
     speculative = {"method": "draft_model", "model": reference, "num_speculative_tokens": drafted}
     command = ["vllm", "serve", teacher or known, "--speculative-config", json.dumps(speculative)]
     return f"As the draft of its teacher:\n\n```bash\n{shlex.join(command)}\n```"

@@ -178,7 +178,7 @@ def measure(
         model, tokenizer, loaded, inputs, task=task, config=config, seed=seed, on_progress=on_progress
     )
     return {
-        name: result.model_copy(update={"vllm": export(teacher, drafts[name], result.settings[0].best_gamma)})
+        name: result.model_copy(update={"vllm": export(teacher, drafts[name], result.draft_length or config.gamma)})
         for name, result in results.items()
     }
 
