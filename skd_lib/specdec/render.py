@@ -87,9 +87,11 @@ def _milliseconds(percentiles: Percentiles | None) -> str:
 def _conclusion(name: str, result: Specdec) -> Text:
     headline = result.settings[0]
     rates = ", ".join(f"{rate:.1%}" for rate in result.acceptance_by_position)
+    only = sum(length.timed is not None for length in headline.lengths) == 1
     text = (
-        f"{name}: positions of a block of {result.gamma} are accepted, once reached, in {rates}. Fastest at batch size "
-        f"{headline.batch_size}: {headline.best_gamma} drafted tokens, {headline.best_speedup:.2f}x the teacher alone."
+        f"{name}: positions of a block of {result.gamma} are accepted, once reached, in {rates}. "
+        f"{'At' if only else 'Fastest at'} batch size {headline.batch_size}: {headline.best_gamma} drafted tokens, "
+        f"{headline.best_speedup:.2f}x the teacher alone{'; no other length was timed' if only else ''}."
     )
     if headline.best_speedup <= 1 and result.break_even is not None:
         most = f"if it cost less than {result.break_even:.0%} of this one" if result.break_even > 0 else "at no cost"

@@ -56,6 +56,8 @@ def test_prompts_from_a_text_file(models: dict[str, Path], prompts: Path, tmp_pa
     for heading in ("before: greedy, batch size 1", "after: greedy, batch size 3", "after: latency in ms"):
         assert heading in shown
     assert f"{result.speedup:.2f}x" in shown
+    assert f"At batch size 1: 2 drafted tokens, {result.best_speedup:.2f}x the teacher alone; no other length" in shown
+    assert '"num_speculative_tokens": 2}' in shown
     assert result.draft_only_tokens_per_second is not None
     assert re.search(rf"draft alone +{result.draft_only_tokens_per_second:.1f} ", shown)
     assert "greedy output is the teacher's own" in shown
