@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from skd_kfp.pipelines.cli.options import AsJson, RunsDir, say_json, short
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
-
-if TYPE_CHECKING:
-    from skd_lib.report.card import Trained
 
 Model = Annotated[
     str,
@@ -42,9 +38,10 @@ def card(
     The card that training saves with the model has no figures, since they are measured later. This one has, and
     `skd push` uploads it. Examples: `skd card demo`, `skd card runs/demo/teacher --output README.md`.
     """
+    from skd_lib.report.card import find_trained
     from skd_lib.storage import write_text_atomic
 
-    text = _find(model, runs_dir).card(reference=reference, teacher=teacher, licence=license_)
+    text = find_trained(model, runs_dir).card(reference=reference, teacher=teacher, licence=license_)
     if output is None:
         say(text.rstrip("\n"))
         return
@@ -76,12 +73,13 @@ def push(
     from rich.filesize import decimal
 
     from skd_lib.models.publishing import CARD, check_repository, files_to_publish, publish
+    from skd_lib.report.card import find_trained
 
     if public is None:
         hint = "add --private (you and your organisation) or --public (everybody)"
         raise SkdError("it is not said who shall see the model", where="skd push", hint=hint)
     check_repository(repository)
-    found = _find(model, runs_dir)
+    found = find_trained(model, runs_dir)
     files = files_to_publish(found.folder)
     text = found.card(reference=repository, teacher=teacher, licence=license_, for_others=True)
     sizes = {**{file.name: file.size for file in files}, CARD: len(text.encode())}
@@ -107,14 +105,3 @@ def push(
     say(f"{decimal(sum(sizes.values())):>9}  in all; {'would go' if dry_run else 'went'} to {where}")
     if url:
         say(url)
-
-
-def _find(model: str, runs_dir: Path) -> Trained:
-    """Find a trained model, with the draft length that its run measured, for the card's vLLM command."""
-    from skd_lib.report.card import find_trained
-
-    found = find_trained(model, runs_dir)
-    measured = found.summary.specdec.get("after") if found.summary else None
-    if measured is None:
-        return found
-    return replace(found, lineage=replace(found.lineage, draft_length=measured.draft_length))

@@ -99,12 +99,15 @@ def _model(folder: Path) -> Trained:
         return Trained(folder, lineage, config)
     training = config.distill.training
     settings = {name: getattr(training, name) for name in ("max_steps", "batch_size", "learning_rate")}
+    summary = Summary.read(figures)
+    measured = summary.specdec.get("after")
     whole = replace(
         lineage,
+        draft_length=measured.draft_length if measured else None,
         teacher_tuned=config.teacher_sft.enabled,
         settings={**lineage.settings, **{name: value for name, value in settings.items() if value is not None}},
     )
-    return Trained(folder, whole, config, Summary.read(figures))
+    return Trained(folder, whole, config, summary)
 
 
 def _data(config: RunConfig, *, for_others: bool) -> dict[str, object]:

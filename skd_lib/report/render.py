@@ -144,7 +144,12 @@ def _draft_lines(summary: Summary) -> list[str]:
     if "after" not in summary.specdec:
         return []
     same = same_output(summary.specdec["after"])
-    return [f"Measured with {_draft_setting(summary)}. Output with drafts is the teacher's own: {same}."]
+    cells = {moment: draft_cells(one.figures(), unsure=one.is_unsure) for moment, one in summary.specdec.items()}
+    speedups = ", ".join(f"{speedup} with the student {moment}" for moment, (_, _, speedup) in cells.items())
+    return [
+        f"Speed-up by drafts: {speedups}. Measured with {_draft_setting(summary)}. Output with drafts is the teacher's "
+        f"own: {same}."
+    ]
 
 
 def same_output(draft: Specdec) -> str:
