@@ -339,7 +339,8 @@ def _section(section: type[SectionT], values: Any, where: str) -> SectionT:
 def _key(settings: str, after: str) -> str:
     from skd_lib import __version__
 
-    return hashlib.sha256(json.dumps([__version__, settings, after]).encode()).hexdigest()
+    # The number goes up where settings that are left out mean something else than before.
+    return hashlib.sha256(json.dumps([__version__, 2, settings, after]).encode()).hexdigest()
 
 
 def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

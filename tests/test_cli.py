@@ -210,3 +210,17 @@ def test_every_example_configuration_is_valid(skd: Skd, path: Path):
         assert done.stderr.startswith("error: requests.jsonl: cannot read")
     else:
         assert done.returncode == 0, done.stderr
+
+
+def test_a_part_of_a_file_is_not_taken_for_all_of_it(skd: Skd, tmp_path: Path):
+    """A dry run reads 5,000 rows, of which `data.redact` may leave any number."""
+    file = tmp_path / "rows.jsonl"
+    sources = ["drop"] * 4_999 + [f"a {index}" for index in range(1_001)]
+    file.write_text("\n".join(json.dumps({"source": source, "target": "b"}) for source in sources))
+    source = {"type": "files", "train": [str(file)]}
+    data = {"source": source, "redact": [{"pattern": "drop", "replacement": ""}]}
+    values = {"name": "a", "teacher": "org/teacher", "student": "org/student", "data": data}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    done = skd("run", tmp_path / "config.yaml", "--dry-run", "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    assert "splits" not in done.stdout

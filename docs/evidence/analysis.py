@@ -153,6 +153,6 @@ def _differences(runs: dict[int, Run], reference: dict[int, Run]) -> list[float]
 def _p_value(differences: Sequence[float]) -> float:
     from scipy import stats
 
-    if np.ptp(differences) == 0:  # no spread to measure the mean by: two scores out of 500 are soon the same
+    if np.ptp(differences) < 1e-9:  # no spread to measure the mean by: two scores out of 500 are soon the same
         return 1.0
     return float(stats.ttest_1samp(differences, 0.0).pvalue)

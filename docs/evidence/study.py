@@ -218,7 +218,7 @@ def run_study(folder: Path, out: Path, most: int | None = None) -> Iterator[str]
 
 
 def _run_missing(folder: Path, out: Path, most: int | None) -> Iterator[str]:
-    stored = read_runs(out) if (out / RUNS).is_file() else []
+    stored = read_runs(out) if (out / RUNS).is_file() and "\n" in (out / RUNS).read_text(encoding="utf-8") else []
     done = {(run.comparison, run.variant, run.seed) for run in stored}
     missing = [cell for cell in cells() if cell.key not in done]
     if not missing:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_kfp.pipelines.cli.inputs import check_inputs
+from skd_kfp.pipelines.cli.inputs import check_inputs, check_places
 from skd_kfp.pipelines.cli.options import Local, say_json
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
@@ -59,9 +59,11 @@ def compare(
             _print_plan(console, planned, local.runs_dir / settings.name)
     elif as_json:
         raise SkdError("it prints the plan of a dry run", where="--json", hint="add --dry-run")
-    check_inputs(base, [trial.config(base) for trial in planned.trials])
+    runs = [trial.config(base) for trial in planned.trials]
     if local.dry_run:
+        check_inputs(base, runs)
         return
+    check_places(base, runs)
 
     from skd_kfp.pipelines.local.stopping import explain_end, same_command
 

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from skd_kfp.pipelines.cli.init import EXAMPLES
+from skd_kfp.pipelines.cli.inputs import check_places
 from skd_kfp.pipelines.cli.options import Local, Set, short
 from skd_kfp.pipelines.cli.run import print_plan, run_here
 from skd_lib._core.terminal import say
@@ -88,18 +89,22 @@ def draft(
         data_files(log)  # an error where there are none
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     # a run that stopped is started again by the same command: the file is there then
-    if output is not None and not (output.is_file() and output.read_bytes() == text.encode()):
+    new = output is not None and not (output.is_file() and output.read_bytes() == text.encode())
+    if output is not None and new:
         if output.exists():
             raise SkdError("it exists already", where=f"--output {output}", hint="name another file, or remove it")
         check_writable(str(output.absolute().parent))
-        write_text_atomic(output, text)
-        say(f"{short(output)} is written: `skd run {short(output)}`, `skd submit {short(output)}`", err=True)
     console = Console(file=sys.stdout)  # this very stream: kfp's own output is redirected from `sys.stdout`
     if local.dry_run:
         say(text)
         print_plan(console, config, local)
-        return
-    run_here(console, config, local)
+    else:
+        check_places(config)
+    if output is not None and new:
+        write_text_atomic(output, text)
+        say(f"{short(output)} is written: `skd run {short(output)}`, `skd submit {short(output)}`", err=True)
+    if not local.dry_run:
+        run_here(console, config, local)
 
 
 def _method(method: str) -> dict[str, Any]:

@@ -16,9 +16,26 @@ _COMPARED = 100_000
 """Characters in which it looks for near duplicates."""
 
 
-def check_inputs(base: RunConfig, runs: Iterable[RunConfig] = ()) -> None:
-    """Raise what is seen to be wrong with the data of a run, and with its models and those of others."""
-    raise_any([*read_data(base)[1], *model_errors([base, *runs])])
+def check_inputs(base: RunConfig, runs: Sequence[RunConfig] = ()) -> None:
+    """Raise what is seen to be wrong with the data of a run, and with its models, or those of the runs based on it."""
+    raise_any([*read_data(base)[1], *model_errors(runs or [base])])
+
+
+def check_places(base: RunConfig, runs: Sequence[RunConfig] = ()) -> None:
+    """Raise where files of the data or models are not where they should be on this machine; nothing is read."""
+    from skd_lib.config import FilesSource
+    from skd_lib.data.files import data_files
+    from skd_lib.storage import is_remote
+
+    source, errors = base.data.source, []
+    files = [*source.train, *source.validation, *source.test] if isinstance(source, FilesSource) else []
+    for file in files:
+        try:
+            if not is_remote(file):
+                data_files(file)
+        except SkdError as error:
+            errors.append(error)
+    raise_any([*errors, *model_errors(runs or [base])])
 
 
 def raise_any(errors: Sequence[SkdError]) -> None:
@@ -63,13 +80,14 @@ def read_data(config: RunConfig) -> tuple[dict[str, str], list[SkdError]]:
 
 def _splits(config: RunConfig) -> str:
     """Return the sizes of the splits; empty for data too large to be read here."""
-    from skd_lib.data.sources import load_data
+    from skd_lib.data.sources import load, load_data
     from skd_lib.data.splits import divide
 
-    rows = load_data(config.data, max_rows=_COUNTED)
+    # Counted before `data.filter` takes rows out: of data that are read in part nothing can be said.
+    rows = load(config.data.source, max_rows=_COUNTED)
     if any(len(split) >= _COUNTED for split in (rows.train, rows.validation or (), rows.test or ())):
         return ""
-    made = divide(rows, config.data, config.seed, characters=_COMPARED)
+    made = divide(load_data(config.data), config.data, config.seed, characters=_COMPARED)
     sizes = {"train": made.train_student, "validation": made.validation, "test": made.test}
     asked = {name: getattr(config.data, f"{name}_examples", None) or 0 for name in ("validation", "test")}
     fewer = [f"{name}_examples: {count}" for name, count in asked.items() if count > len(sizes[name])]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from skd_kfp.pipelines.cli.inputs import check_inputs, model_errors, raise_any, read_data
+from skd_kfp.pipelines.cli.inputs import check_inputs, check_places, model_errors, raise_any, read_data
 from skd_kfp.pipelines.cli.options import CometImage, Image, Local, Set, refuse, say_json, short
 from skd_lib._core.terminal import say
 from skd_lib._core.uris import shown, sqlite_file
@@ -77,11 +77,11 @@ def run_here(
     """Run the pipeline on this machine, and print the table, the places of the results and the next command.
 
     Raises:
-        SkdError: what a dry run sees is wrong, before a step starts; or a step failed.
+        SkdError: data or models are not there, before a step starts; or a step failed.
     """
     from skd_kfp.pipelines.local.stopping import explain_end, same_command
 
-    check_inputs(settings)
+    check_places(settings)
 
     with explain_end(same_command()):
         from skd_kfp.pipelines.compiling import compile_pipeline, pipeline_for

@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 def plain(value: float) -> str:
     """Return a number with three significant digits; from 1000 on with all before the point."""
-    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def count(number: float) -> str:

@@ -129,7 +129,8 @@ def progress_bar(what: str, at_first: str = "") -> Iterator[Callable[[int, int],
             last = time.monotonic()
             say(f"{what} {done}/{total}", err=True)
 
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
+        say(f"{at_first or what} ...", err=True)
         yield line
         return
     with Progress(console=console, transient=True) as progress:

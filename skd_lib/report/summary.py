@@ -150,11 +150,14 @@ class Summary(Section):
         return Gap(teacher, before, after)
 
     def score_lost(self) -> float | None:
-        """Return the student's score before distillation if that was better, beyond the interval of a paired test."""
+        """Return the student's score before distillation if that was better, beyond the interval of a paired test.
+
+        None with too few examples for a test, and for COMET, which is tested elsewhere.
+        """
         sign = -1.0 if self.task_metric in LOWER_IS_BETTER else 1.0
         for test in self.comparisons:
             if (test.a, test.b, test.metric) == ("student_after", "student_before", self.task_metric):
-                better = max(sign * test.low, sign * test.high) < 0
+                better = test.p_value is not None and max(sign * test.low, sign * test.high) < 0
                 return self.models.get("student_before", {}).get(self.task_metric) if better else None
         return None
 

@@ -130,16 +130,12 @@ def _cautions(summary: Summary) -> list[str]:
     """Return what makes the other figures look better than they are."""
     metric = summary.task_metric
     teacher, before, after = (summary.models.get(role, {}).get(metric) for role in _ROLES)
-    found = []
-    if teacher is not None and before is not None and summary.gap() is None:
-        found.append(
-            f"The teacher is no better than the student was before distillation: "
-            f"{metric_name(metric)} {teacher:.1f} against {before:.1f}."
-        )
+    found, name, sign = [], metric_name(metric), -1 if metric in LOWER_IS_BETTER else 1
+    if teacher is not None and before is not None and sign * teacher <= sign * before:
+        scores = f"{name} {_score(teacher)} against {_score(before)}"
+        found.append(f"The teacher is no better than the student was before distillation: {scores}.")
     if after is not None and (lost := summary.score_lost()) is not None:
-        found.append(
-            f"Distillation made the student worse: {metric_name(metric)} {lost:.1f} before, {after:.1f} after."
-        )
+        found.append(f"Distillation made the student worse: {name} {_score(lost)} before, {_score(after)} after.")
     return found
 
 
@@ -162,6 +158,10 @@ def _draft_lines(worth: Worth, draft: Specdec) -> list[str]:
         f"{first} It is too large to make the teacher faster here: a draft accepted as often pays below about "
         f"{count(worth.break_even_parameters)} parameters{share}, by the measured times of both models."
     ]
+
+
+def _score(value: float) -> str:
+    return f"{value:.1f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _of_draft(summary: Summary, moment: Moment, name: str) -> float | None:

@@ -66,7 +66,7 @@ def measure_served(
         max_new_tokens: Length limit of a response.
         eos_ids: Ids that end a response, besides those that vLLM finds in the teacher's files.
         seed: Of what is sampled.
-        on_progress: Called after each timed pass over the prompts.
+        on_progress: Called with the responses decoded, and all that will be.
 
     Raises:
         SkdError: a pair that vLLM cannot serve, no prompts, or a server that does not start; its last lines are part of

@@ -15,7 +15,7 @@ def test_progress_in_a_log(capfd: pytest.CaptureFixture[str], monkeypatch: pytes
             tell(done, 9)
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["decoding 2/9", "decoding 4/9"]
+    assert captured.err.splitlines() == ["decoding ...", "decoding 2/9", "decoding 4/9"]
 
 
 def test_progress_at_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,8 @@ def test_equal_differences_show_nothing() -> None:
     """Scores are multiples of 0.2: two pairs with the same difference have no spread to measure it by."""
     test = claim_tests(_runs((60.0, 50.5), (59.5, 50.0)))[CLAIM.number]
     assert (test.difference.mean, test.p_value) == (0.5, 1.0)
+    rounded = claim_tests(_runs((69.6, 70.2, 65.4), (60.2, 60.8, 56.0)))[CLAIM.number]
+    assert rounded.p_value == 1.0
 
 
 def test_the_second_round_has_seeds_and_a_correction_of_its_own() -> None:

@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "empty").touch()
     (path / "folder").mkdir()
     # Once without a limit of time: imports, and KFP's first look at every module of the process.
-    end_of(["run", "--dry-run", "run.yaml"], path)
+    assert end_of(["run", "--dry-run", "run.yaml"], path) == 2
     return path
 
 

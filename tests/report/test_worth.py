@@ -68,17 +68,25 @@ def test_a_student_that_distillation_made_worse_is_told_so(
     metric: str, scores: tuple[float, float, float], low: float, high: float, said: str
 ) -> None:
     pair = {"a": "student_after", "b": "student_before", "metric": metric, "n": 50}
-    test = PairedTest.model_validate({**pair, "difference": (low + high) / 2, "low": low, "high": high})
+    test = PairedTest.model_validate(
+        {**pair, "difference": (low + high) / 2, "low": low, "high": high, "p_value": 0.04}
+    )
     found = summary(metric, scores).model_copy(update={"comparisons": (test,)})
     assert found.score_lost() == (scores[1] if said else None)
     assert said in worth_lines(found)[0]
     assert ("worse" in worth_lines(found)[0]) == bool(said)
+    few = found.model_copy(update={"comparisons": (test.model_copy(update={"p_value": None}),)})
+    assert few.score_lost() is None
 
 
 def test_a_teacher_that_is_no_better_than_the_student_was_is_told_so() -> None:
     said = worth_lines(summary(scores=(3, 66, 2)))[0]
     assert "The teacher is no better than the student was before distillation: chrF 3.0 against 66.0." in said
     assert "no better" not in worth_lines(summary())[0]
+    untold = summary()
+    models = {role: scores for role, scores in untold.models.items() if role != "student_after"}
+    assert "no better" not in worth_lines(untold.model_copy(update={"models": models}))[0]
+    assert "perplexity 1e+300 against 5.0" in worth_lines(summary("perplexity", (1e300, 5, 4)))[0]
 
 
 def test_a_draft_that_pays_has_a_speedup_and_one_that_does_not_a_size() -> None:
