@@ -138,7 +138,9 @@ class Start:
                 )
         except Preempted:  # its checkpoint went with the folder
             hint = "start the same command again"
-            raise Preempted("stopped in the middle of a run, which begins anew next time", hint=hint) from None
+            raise Preempted(
+                "stopped in the middle of a run, which starts from its beginning next time", hint=hint
+            ) from None
 
     def _encoded(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         return encode_all(self.tokenizer, TASK, examples, self.tokenizer.eos_token_id)
