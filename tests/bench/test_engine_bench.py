@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from skd_kfp.pipelines.cli import app
 from skd_lib.bench.engine import PHASES, Result, Turn
 from skd_lib.bench.setup import Settings
+from skd_lib.errors import SkdError
 
 
 def turn(engine: str, signal: str, *passes: tuple[float, ...]) -> Turn:
@@ -42,6 +43,6 @@ def test_ratios_are_medians_of_passes_side_by_side() -> None:
 )
 def test_mistakes_are_named(option: str, value: str, said: str) -> None:
     failed = CliRunner().invoke(app, ["bench", "engine", "teacher", "student", option, value])
-    assert failed.exception is not None
+    assert isinstance(failed.exception, SkdError)
     assert said in str(failed.exception)
     assert option in str(failed.exception)

@@ -153,7 +153,7 @@ def test_overrides_hold_for_all_runs_and_may_unset(tmp_path: Path):
         ({"seeds": [1, 1]}, "values must be unique"),
         ({"seeds": [-1]}, r"field `seeds.0`: Input should be greater than or equal to 0, got -1"),
         ({"methods": ["skdd"]}, "field `methods"),
-        ({"reference": "nobody"}, r"field `reference`: there is no variant `nobody`[\s\S]*one of skd"),
+        ({"reference": "other"}, r"field `reference`: there is no variant `other`[\s\S]*one of skd"),
         ({"student_inits": {"cut": {"mode": "prune"}}}, "needs both keep_first and keep_last"),
     ],
 )

@@ -120,8 +120,8 @@ def test_names_of_labels_are_targets_where_the_columns_say_so(tmp_path: Path, mo
 def test_a_dataset_that_cannot_be_reached_is_named() -> None:
     # The tests run with HF_HUB_OFFLINE=1, so no dataset of the hub can be reached.
     with pytest.raises(SkdError) as caught:
-        sources.load(HubSource(type="hub", dataset="nobody/no-such-dataset"))
-    assert "nobody/no-such-dataset" in str(caught.value)
+        sources.load(HubSource(type="hub", dataset="an-org/no-such-dataset"))
+    assert "an-org/no-such-dataset" in str(caught.value)
     assert "data.source" in caught.value.hint
 
 
@@ -131,12 +131,12 @@ def test_a_hub_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", away)
     with pytest.raises(SkdError, match="cannot reach the dataset on the hub: ") as caught:
-        sources.identify(HubSource(type="hub", dataset="nobody/no-such-dataset"))
+        sources.identify(HubSource(type="hub", dataset="an-org/no-such-dataset"))
     assert "check the network" in caught.value.hint
 
 
 def test_a_pinned_commit_identifies_a_dataset_without_the_network() -> None:
-    source = HubSource(type="hub", dataset="nobody/no-such-dataset", revision="0123456789" * 4)
+    source = HubSource(type="hub", dataset="an-org/no-such-dataset", revision="0123456789" * 4)
     assert sources.identify(source) == [{"dataset": source.dataset, "revision": source.revision}]
 
 

@@ -149,7 +149,7 @@ def test_mlflows_database_is_on_a_volume_and_out_of_reach():
     assert database["restartPolicy"] == "Always"  # else MLflow would wait for its end
     assert database["startupProbe"]
     assert database["livenessProbe"]
-    assert database["args"] == ["-c", "listen_addresses="]  # no network, so that nobody needs a password
+    assert database["args"] == ["-c", "listen_addresses="]  # no network: no password is needed
     environment = {each["name"]: each["value"] for container in containers(pod) for each in container["env"]}
     mounts = [{each["name"]: each for each in container["volumeMounts"]} for container in (database, mlflow)]
     uri = urlsplit(environment["MLFLOW_BACKEND_STORE_URI"])

@@ -247,7 +247,7 @@ def test_a_run_whose_answer_was_lost_is_found(
 def test_the_request_for_a_run_is_never_repeated(
     kfp: FakeKfp, api: KubeflowPipelines, submission: Submission, status: int
 ):
-    """The server makes the Workflow before its own record: each repetition is one more that nobody sees."""
+    """The server makes the Workflow before its own record: each repetition would start one more that no list shows."""
     kfp.faults = [Fault("POST", RUNS, status, orphan=True)] * 4
     with pytest.raises(Unsettled) as caught:
         submission.start(api, submission.prepare(api))

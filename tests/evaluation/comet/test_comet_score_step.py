@@ -52,7 +52,7 @@ def logged(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def test_nothing_is_done_unless_the_task_asks_for_it(tmp_path: Path) -> None:
-    scores = run(tmp_path, task={"metrics": ["chrf"]}, evaluation={"comet": {"model": "nobody/nothing"}})
+    scores = run(tmp_path, task={"metrics": ["chrf"]}, evaluation={"comet": {"model": "an-org/no-such-model"}})
     assert (scores["models"], scores["comparisons"], scores["missing"]) == ({}, {}, "")
 
 
