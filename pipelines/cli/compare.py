@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from skd_kfp.pipelines.cli.inputs import check_inputs, check_places
-from skd_kfp.pipelines.cli.options import Local, say_json
+from skd_kfp.pipelines.cli.options import Local, Set, say_json
 from skd_lib._core.terminal import say
 from skd_lib.errors import SkdError
 
@@ -32,6 +32,7 @@ def compare(
         Path, typer.Argument(help="The comparison's YAML file, e.g. pipelines/configs/compare-demo.yaml.")
     ],
     local: Local,
+    changes: Set = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --dry-run: the parameters of the pipeline `compare_methods`, as JSON.")
     ] = False,
@@ -47,9 +48,10 @@ def compare(
     from skd_lib._core.terminal import Console
     from skd_lib.comparison.config import load_compare
     from skd_lib.comparison.plan import plan, to_parameters
+    from skd_lib.config import parse_overrides
 
     local.check()
-    settings, base = load_compare(config)
+    settings, base = load_compare(config, parse_overrides(changes or ()))
     planned = plan(settings, base, where=str(config))
     console = Console(file=sys.stdout)  # this very stream: kfp's own output is redirected from `sys.stdout`
     if local.dry_run:

@@ -32,6 +32,9 @@ def test_json_is_what_the_pipeline_takes(skd: Skd):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == to_parameters(*load_compare(EXAMPLE))
     assert "add --dry-run" in skd("compare", EXAMPLE, "--json").stderr
+    changed = skd("compare", EXAMPLE, "--dry-run", "--json", "--set", "distill.training.max_steps=7")
+    assert json.loads(changed.stdout) == to_parameters(*load_compare(EXAMPLE, {"distill.training.max_steps": 7}))
+    assert changed.stdout != done.stdout
 
 
 def test_wrong_variant_is_named_before_anything_starts(skd: Skd, tmp_path: Path):
