@@ -28,6 +28,7 @@ from study_plan import (
     LONG_HORIZON,
     OTHER_CLAIMS,
     RANDOM_HORIZON,
+    RECIPE_AGAIN_CLAIMS,
     RECIPE_CLAIMS,
     REFERENCE,
     RULES,
@@ -161,6 +162,7 @@ def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str,
         "rules": rules_table(runs, curves),
         "rules-again": rules_table(runs, curves, RULES_AGAIN, AGAIN_SEEDS),
         "recipe": _claims_table(runs, RECIPE_CLAIMS, "in the place of the default", "better"),
+        "recipe-again": _claims_table(runs, RECIPE_AGAIN_CLAIMS, "in the place of the default", "better"),
         "progress": _progress_table(runs),
     }
 
