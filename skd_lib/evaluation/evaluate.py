@@ -67,12 +67,14 @@ def evaluate(
     *,
     seed: int = 0,
     private: bool = False,
+    what: str = "evaluating",
 ) -> Evaluation:
     """Answer the examples and score the answers with every metric of the task but COMET.
 
     A metric that cannot be computed (references without answers, a model that yields NaN) is reported as missing, as
     long as there is another one; all are where no example has a reference. A judge that is down may be up again later:
-    without it there is no result. With `private` data errors quote no words of the judge, who may quote a row.
+    without it there is no result. With `private` data errors quote no words of the judge, who may quote a row. `what`
+    names the work in its progress.
 
     Raises:
         JudgeUnavailable: the judge cannot be reached or refuses.
@@ -85,7 +87,9 @@ def evaluate(
     if isinstance(model, RemoteTeacher):
         answers = served_answers(model, questions, task, references)
     else:
-        answers = generate(model, tokenizer, questions, task, batch_size=config.batch_size, references=references)
+        answers = generate(
+            model, tokenizer, questions, task, batch_size=config.batch_size, references=references, what=what
+        )
     predictions = [
         Prediction(example.id, example.source, example.target, answer.text, answer.tokens, answer.truncated)
         for example, answer in zip(examples, answers, strict=True)
@@ -158,7 +162,16 @@ def evaluate_held_out(
         if not reason:
             log.info("held-out set %s: %d examples", name, len(each.examples))
             try:
-                results[name] = evaluate(model, tokenizer, each.examples, each.task, config, seed=seed, private=private)
+                results[name] = evaluate(
+                    model,
+                    tokenizer,
+                    each.examples,
+                    each.task,
+                    config,
+                    seed=seed,
+                    private=private,
+                    what=f"evaluating on {name}",
+                )
                 continue
             except JudgeUnavailable:
                 raise

@@ -44,12 +44,13 @@ def generate(
     *,
     batch_size: int,
     references: Sequence[str] = (),
+    what: str = "evaluating",
 ) -> list[Answer]:
     """Answer every question by greedy decoding; the prompt is that of training, for which `references` decide.
 
     Prompts longer than `task.max_prompt_tokens` are answered in full (with a warning): a test set from which the long
     examples are missing would give another score. For the same reason a prompt that does not fit the model's context
-    together with its answer gets an empty answer, cut off before it began.
+    together with its answer gets an empty answer, cut off before it began. `what` names the work in its progress.
     """
     prompts = [
         encode_prompt(tokenizer, task, question, reference)
@@ -88,7 +89,7 @@ def generate(
     # Prompts of one length next to each other, so that little padding is computed.
     # Where none fits, the sampler says so.
     order = sorted(fitting or range(len(prompts)), key=lambda index: len(prompts[index]))
-    progress = Progress("evaluating", len(order))
+    progress = Progress(what, len(order))
     samples = sampler.sample([prompts[index] for index in order], [0] * len(order), on_progress=progress.update)
     answers = {
         index: Answer(decode_answer(tokenizer, task, tokens, questions[index]), len(tokens), truncated)

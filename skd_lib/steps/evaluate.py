@@ -123,7 +123,8 @@ def evaluate_models(
         if twin in found:
             log.info("%s is the same model as the one before, and is not measured again", role.value)
         else:
-            found[twin] = measure(model, data, settings, run, data_uri=data_uri)
+            what = f"evaluating {role.value}" if len(models) > 1 else "evaluating"
+            found[twin] = measure(model, data, settings, run, data_uri=data_uri, what=what)
         to = folder / role.value
         write(found[twin], role, to, settings.label, run, model_uri=uris[role], prefix=f"{role.value}/")
         if origins and role in origins:
@@ -132,7 +133,9 @@ def evaluate_models(
             copy_record(model, folder / role.value)
 
 
-def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data_uri: str) -> Measured:
+def measure(
+    model: Path, data: Path, settings: StepConfig, run: StepRun, *, data_uri: str, what: str = "evaluating"
+) -> Measured:
     """Let a model answer the test set and the held-out sets, and score the answers; log the data to `run`."""
     present("model", model)
     present("data", data)
@@ -151,7 +154,16 @@ def measure(model: Path, data: Path, settings: StepConfig, run: StepRun, *, data
     remote = remote_teacher(model, task, private=prepared.private)
     language_model, tokenizer = (remote, remote.tokenizer) if remote else load_for_inference(model)
     measured = Measured(
-        evaluate(language_model, tokenizer, prepared.test, task, evaluation, seed=seed, private=prepared.private),
+        evaluate(
+            language_model,
+            tokenizer,
+            prepared.test,
+            task,
+            evaluation,
+            seed=seed,
+            private=prepared.private,
+            what=what,
+        ),
         evaluate_held_out(
             language_model,
             tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,16 @@ def test_both_students_are_in_one_folder_and_one_run(
 
 
 def test_the_teacher_before_fine_tuning_is_measured_where_it_is(
-    before: Path, after: Path, data: Path, tmp_path: Path, loaded: list[Path]
+    before: Path, after: Path, data: Path, tmp_path: Path, loaded: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its folder may have a record of its own, of another run, and sampling defaults."""
+    caplog.set_level(logging.INFO)
     source = with_sampling_defaults(shutil.copytree(before, tmp_path / "source"))
     write_record(source, lineage={"method": "of another run"}, figures={"steps": 1}, samples="{}\n")
     evaluate_teacher.main(after, data, tmp_path / "teachers", json.dumps({**SETTINGS, "teacher": str(source)}))
     assert loaded == [source, after]
+    told = [text for text in caplog.messages if text.startswith("evaluating ")]
+    assert list(dict.fromkeys(text.split()[1] for text in told)) == ["teacher_base", "teacher"]
     evaluate_student.main(before, after, data, tmp_path / "students", json.dumps(SETTINGS))
     assert list(answers(tmp_path / "teachers")) == ["teacher_base", "teacher"]
     assert list(answers(tmp_path / "teachers").values()) == list(answers(tmp_path / "students").values())
