@@ -274,6 +274,7 @@ def test_without_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a step without artifacts writes its executor output there
     outputs = ("--report-out", str(tmp_path / "a"), "--figures-out", str(tmp_path / "b"))
     absent = ("--student-evaluations", str(tmp_path / "nowhere"))
     assert "the input `student_evaluations` is gone from storage" in run(report, *absent, *outputs, fails=True)
