@@ -1,4 +1,4 @@
-"""Triggering: exactly one run for the same data, whoever announces it, how often, and in which order."""
+"""Triggering starts exactly one run for the same data, after any number of announcements in any order."""
 
 from __future__ import annotations
 

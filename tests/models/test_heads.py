@@ -132,7 +132,7 @@ def test_rows_that_never_become_logits_are_left_out(tiny_model: TinyModel) -> No
 
 
 class _Doubled(LlamaForCausalLM):
-    """Code of a head that nobody knows, as it comes with a model."""
+    """A head of unknown code, as it comes with a model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)

@@ -125,12 +125,12 @@ class FakeKubernetes:
         self._server.server_close()
 
     def kubeconfig(self, folder: Path) -> Path:
-        context = {"cluster": "fake", "user": "nobody", "namespace": "team"}
+        context = {"cluster": "fake", "user": "tester", "namespace": "team"}
         text = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "fake", "cluster": {"server": self.address}}],
-            "users": [{"name": "nobody", "user": {"token": "t0ken"}}],
+            "users": [{"name": "tester", "user": {"token": "t0ken"}}],
             "contexts": [{"name": "fake", "context": context}],
             "current-context": "fake",
         }

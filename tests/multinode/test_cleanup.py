@@ -165,7 +165,7 @@ def test_a_server_that_is_away_is_not_waited_for_long(
     assert set(kubernetes.jobs) == {"job-0", "job-1"}
     assert kubernetes.requests.count(f"DELETE {JOBS}/job-1") == 0
 
-    with socket.socket() as taken:  # bound, but nobody listens
+    with socket.socket() as taken:  # bound, without a listener
         taken.bind(("127.0.0.1", 0))
         settings = json.loads((tmp_path / "kubeconfig").read_text())
         settings["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{taken.getsockname()[1]}"

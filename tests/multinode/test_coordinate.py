@@ -391,7 +391,7 @@ def test_an_api_that_stays_away_is_an_error_that_says_so(kubernetes: FakeKuberne
     kubernetes.away_until = time.monotonic() + 60
     with pytest.raises(SkdError, match=r"has not answered for 1 s: 503(.|\n)*goes on without it"):
         cluster.job("x")
-    with socket.socket() as taken:  # bound, but nobody listens
+    with socket.socket() as taken:  # bound, without a listener
         taken.bind(("127.0.0.1", 0))
         settings = Configuration(host=f"http://127.0.0.1:{taken.getsockname()[1]}")
         settings.retries = 0

@@ -32,7 +32,7 @@ def main(name: str, behaviour: str, value: str, call: Call) -> None:
         journal.write(f"{name} {os.getpid()} {os.environ['KFP_RUN_ID']} {os.environ['OMP_NUM_THREADS']}\n")
     print(f"hello from {name}", flush=True)
     if behaviour == "error":
-        events.emit("error", message="the data has a hole\n  hint: mend row 3")
+        events.emit("error", message="the data has an empty row\n  hint: correct row 3")
         sys.exit(2)
     if behaviour == "crash":
         raise RuntimeError("boom")

@@ -64,7 +64,7 @@ def test_a_broken_round_is_told_and_keeps_no_other_from_the_table(tmp_path: Path
     ]  # the second time for the table alone
     assert "1 of 3 runs failed: the table is made without them" in screen
     summary = finished.outputs["table"]["summary"]
-    reason = "step train-b-seed-0: the data has a hole hint: mend row 3"
+    reason = "step train-b-seed-0: the data has an empty row hint: correct row 3"
     assert summary["failed"] == [{**short(trials.trials[1]), "reason": reason}]
     assert len(summary["values"]) == 2
     assert "hello from first" in (tmp_path / "runs/fake/logs/train-b-seed-0.log").read_text()
@@ -93,6 +93,6 @@ def test_an_edited_round_has_records_of_its_own_and_one_that_comes_or_goes_does_
 
 
 def test_where_every_round_fails_the_first_says_why(tmp_path: Path, journal: Path):  # noqa: F811
-    with pytest.raises(StepFailed, match="step train-a-seed-0: the data has a hole"):
+    with pytest.raises(StepFailed, match="step train-a-seed-0: the data has an empty row"):
         compare(tmp_path, {"a": "error", "b": "error"})
     assert "gather" not in executed(journal)

@@ -146,7 +146,7 @@ def test_failed_step_stops_the_run_with_its_own_sentence(tmp_path: Path, journal
     with pytest.raises(StepFailed) as failure:
         run(tmp_path, first_does="error")
     assert executed(journal) == ["first", "last"]  # no retry, nothing else, but the exit handler
-    assert str(failure.value).startswith("step make: the data has a hole\n  hint: mend row 3")
+    assert str(failure.value).startswith("step make: the data has an empty row\n  hint: correct row 3")
     assert str(tmp_path / "runs/fake/logs/make.log") in str(failure.value)
     assert failure.value.__cause__ is None
 
