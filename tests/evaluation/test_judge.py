@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +21,29 @@ from skd_lib.preflight import run_checks
 from skd_lib.preflight.checks import Checks
 from skd_lib.preflight.environment import check_judge
 from tests.conftest import TinyModel
+from tests.support import http
 
 Reply = tuple[int, str]
 ROWS = [(f"instruction {n}", f"reference {n}", f"answer {n}") for n in range(6)]
 
 
-class Server(ThreadingHTTPServer):
+class Server(http.Server):
     """Answers each request with what `answer` makes of its body, and remembers it."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self.answer: Callable[[str], Reply] = lambda prompt: completion("Good. [[7]]")
 
-    def handle_error(self, *_: Any) -> None:
-        """A client that has hung up is what one of the tests is about."""
-
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        return f"{super().url}/v1"
 
     def prompts(self) -> list[str]:
         return [body["messages"][0]["content"] for _, _, body in self.requests]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(http.Handler):
     server: Server
 
     def do_POST(self) -> None:
@@ -60,9 +54,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def log_message(self, *_: Any) -> None:
-        """Nothing on the terminal."""
-
 
 def completion(text: str | None) -> Reply:
     return 200, json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
@@ -72,11 +63,8 @@ def completion(text: str | None) -> Reply:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv(KEY, raising=False)
     with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
         yield running
         running.shutdown()
-        thread.join()
 
 
 def judge(server: Server, **changes: Any) -> JudgeConfig:

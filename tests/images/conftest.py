@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any, Protocol
 
 import pytest
@@ -22,6 +21,7 @@ from locks import locked_versions
 from skd_kfp.pipelines.local.containers import connect
 from skd_lib import __version__
 from skd_lib.errors import SkdError
+from tests.support.http import Server
 
 ROOT = Path(__file__).parents[2]
 BASE = "skd-test-base:bookworm"
@@ -147,10 +147,8 @@ def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         check=True,
     )
     handler = partial(_Quiet, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with Server(handler) as server:
+        yield f"{server.url}/"
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -26,13 +26,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.parser import BytesParser
 from email.policy import HTTP
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote_plus, urlsplit
 
 import kfp_server_api
 import yaml
+
+from tests.support import http
 
 API = kfp_server_api.ApiClient()
 ROOT = "/apis/v2beta1"
@@ -252,7 +253,7 @@ def same(one: str, other: str) -> bool:
 
 @contextmanager
 def running(fake: FakeKfp) -> Iterator[FakeKfp]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http.Handler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -305,14 +306,6 @@ def running(fake: FakeKfp) -> Iterator[FakeKfp]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        fake.host = f"http://127.0.0.1:{server.server_port}"
+    with http.Server(Handler) as server:
+        fake.host = server.url
         yield fake
-        server.shutdown()

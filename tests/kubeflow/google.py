@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs
@@ -15,6 +13,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import crypt, jwt
+
+from tests.support import http
 
 ACCOUNT = "pusher@project.iam.gserviceaccount.com"
 
@@ -39,7 +39,7 @@ class Issuer:
         self._signer = crypt.RSASigner.from_string(self._pem, key_id="key-1")
         issuer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(http.Handler):
             def do_GET(self) -> None:
                 self._send(issuer._certs)
 
@@ -56,16 +56,15 @@ class Issuer:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = http.Server(Handler)
+        self.url = self._server.url
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        self._server.__enter__()
         return self
 
     def __exit__(self, *args: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
 
     def token(self, audience: str, **claims: Any) -> str:
         self.issued += 1

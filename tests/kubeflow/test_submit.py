@@ -7,7 +7,6 @@ import logging
 import re
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from skd_lib.errors import SkdError, SkdErrors
 from tests.kubeflow import small
 from tests.kubeflow.conftest import DEMO
 from tests.kubeflow.fake_kfp import ROOT, FakeKfp, Fault, running
+from tests.support import http
 
 RUNS = f"{ROOT}/runs"
 
@@ -193,7 +193,7 @@ ODD += (b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"experiments": [{"experiment_
 
 @pytest.mark.parametrize("answer", ODD)
 def test_an_odd_answer_is_a_sentence(answer: bytes):
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http.Handler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(200)
@@ -204,17 +204,12 @@ def test_an_odd_answer_is_a_sentence(answer: bytes):
 
         do_POST = do_GET
 
-        def log_message(self, *args: Any) -> None:
-            del args
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        api = KubeflowPipelines(f"http://127.0.0.1:{server.server_port}", anonymous, backoff=0.001)
+    with http.Server(Handler) as server:
+        api = KubeflowPipelines(server.url, anonymous, backoff=0.001)
         with pytest.raises(SkdError, match="the answer is not one of Kubeflow Pipelines") as caught:
             api.experiment("e")
         with pytest.raises(SkdError, match="the answer is not one of Kubeflow Pipelines"):
             api.run("a-run")
-        server.shutdown()
     assert caught.value.where == api.host
     assert len(str(caught.value)) < 600
 

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from tests.support import http
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
 CORE = "/api/v1/namespaces/team/pods"
@@ -115,14 +116,11 @@ class FakeKubernetes:
         self.cut_logs: list[int] = []
         self.sinces: list[int | None] = []
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self._server = http.Server(_handler(self)).__enter__()
+        self.address = self._server.url
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
 
     def kubeconfig(self, folder: Path) -> Path:
         context = {"cluster": "fake", "user": "tester", "namespace": "team"}
@@ -218,8 +216,8 @@ def _now() -> str:
     return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
 
 
-def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+def _handler(fake: FakeKubernetes) -> type[http.Handler]:
+    class Handler(http.Handler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -378,8 +376,5 @@ def _handler(fake: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             if content:
                 self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
                 self.wfile.flush()
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     return Handler

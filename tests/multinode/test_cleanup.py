@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from skd_lib.multinode.manifest import server_name, server_pods, server_secret, 
 from skd_lib.steps import finish, kubeflow
 from skd_lib.tracking.ending import Seen
 from tests.multinode.fake_kubernetes import JOBS, STEP_POD, FakeKubernetes, running
+from tests.support import http
 
 ROLE = Path(__file__).parents[2] / "pipelines/deploy/multinode/role.yaml"
 ENDS = ["records closed", "*demo* failed"]
@@ -46,20 +45,15 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(kubeflow, "ask", lambda _: Seen())
     monkeypatch.setattr(finish, "close_run", lambda *_, **__: received.append("records closed"))
 
-    class Channel(BaseHTTPRequestHandler):
+    class Channel(http.Handler):
         def do_POST(self) -> None:
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"].split("\n")[0])
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Channel) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setenv("SKD_NOTIFY_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
+    with http.Server(Channel) as server:
+        monkeypatch.setenv("SKD_NOTIFY_WEBHOOK", f"{server.url}/hook")
         yield received
-        server.shutdown()
 
 
 def add(kubernetes: FakeKubernetes, name: str, run_id: str = "run-1") -> str:
@@ -192,22 +186,17 @@ def test_not_even_nonsense_fails_the_end_of_a_run(
     caplog: pytest.LogCaptureFixture,
     answer: bytes,
 ) -> None:
-    class Nonsense(BaseHTTPRequestHandler):
+    class Nonsense(http.Handler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(answer)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Nonsense) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(kubernetes, "address", f"http://127.0.0.1:{server.server_port}")
+    with http.Server(Nonsense) as server:
+        monkeypatch.setattr(kubernetes, "address", server.url)
         kubernetes.kubeconfig(tmp_path)
         run_finish()
-        server.shutdown()
     assert "TrainJobs of this run may go on" in caplog.text
     assert ends == ENDS
 

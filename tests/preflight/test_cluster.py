@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from typer.testing import CliRunner
 from skd_kfp.pipelines.cli import app
 from skd_lib.preflight.checks import Level
 from skd_lib.preflight.cluster import CONTROLLER, check_retries, retries
+from tests.support import http
 
 
 def settings(**strategy: str) -> dict[str, str]:
@@ -61,7 +60,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     """A Kubernetes API that has the ConfigMap in `kubeflow`, unless it is told to refuse."""
     answer: dict[str, object] = {"status": 200, "data": settings(limit="2", retryPolicy="OnError")}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http.Handler):
         def do_GET(self) -> None:
             found = self.path == f"/api/v1/namespaces/kubeflow/configmaps/{CONTROLLER}"
             body = json.dumps({"kind": "ConfigMap", "data": answer["data"]}).encode()
@@ -71,17 +70,12 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *args: object) -> None:
-            del args
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with http.Server(Handler) as server:
         file = tmp_path / "kubeconfig"
-        file.write_text(kubeconfig(f"http://127.0.0.1:{server.server_port}"), encoding="utf-8")
+        file.write_text(kubeconfig(server.url), encoding="utf-8")
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
         monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
         yield answer
-        server.shutdown()
 
 
 def test_the_cluster_is_asked(cluster: dict[str, object]):

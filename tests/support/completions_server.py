@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from skd_lib.config import SamplingParams
 from skd_lib.sampling.acceptance import student_only
 from skd_lib.sampling.engine import Sampler
+from tests.support import http
 
 Json = dict[str, Any]
 MODEL = "org/teacher"
 
 
-class CompletionsServer(ThreadingHTTPServer):
+class CompletionsServer(http.Server):
     """Serves one model.
 
     Attributes:
@@ -34,11 +34,8 @@ class CompletionsServer(ThreadingHTTPServer):
         most_at_once: Requests that were at work at the same time, at most.
     """
 
-    daemon_threads = True
-    request_queue_size = 128
-
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int = 256) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.model, self.tokenizer, self.context = model, tokenizer, context
         self.ids, self.max_logprobs = True, 20
         self.fail: Callable[[int], tuple[int, dict[str, str], str] | None] = lambda number: None
@@ -50,7 +47,7 @@ class CompletionsServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        return f"{super().url}/v1"
 
     def complete(self, body: Json) -> tuple[int, Json]:
         """Return status and answer."""
@@ -129,7 +126,7 @@ class CompletionsServer(ThreadingHTTPServer):
     _count = threading.Lock()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(http.Handler):
     server: CompletionsServer
     protocol_version = "HTTP/1.1"
 
@@ -155,9 +152,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on the terminal."""
 
 
 def _error(message: str, parameter: str, code: int) -> Json:

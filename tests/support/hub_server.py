@@ -11,13 +11,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.support import http
 
 TOKEN = "hf_of_this_test"
 USER = "me"
@@ -127,7 +127,7 @@ def serving() -> Iterator[Hub]:
     """Serve a hub on a port of this machine."""
     hub = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http.Handler):
         protocol_version = "HTTP/1.1"
 
         def _respond(self) -> None:
@@ -155,16 +155,6 @@ def serving() -> Iterator[Hub]:
             self.rfile.readline()
             return b"".join(chunks)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with http.Server(Handler) as server:
+        hub.url = server.url
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
+
+from tests.support import http
 
 Fault = str | int | None
 """What a request meets: a status (503); `lost` (the connection ends before anything is done); `answer lost` (after
@@ -79,14 +80,12 @@ class Server:
     def __init__(self) -> None:
         self.store = Store()
         self._port = 0
-        self._server: ThreadingHTTPServer | None = None
+        self._server: http.Server | None = None
 
     def start(self) -> None:
         handler = type("Handler", (_Handler,), {"store": self.store})
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
-        self._server.daemon_threads = True
-        self._port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self._server = http.Server(handler, self._port).__enter__()
+        self._port = self._server.server_port
 
     def stop(self) -> None:
         if self._server is not None:
@@ -99,13 +98,10 @@ class Server:
         return f"http://127.0.0.1:{self._port}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(http.Handler):
     store: Store
     protocol_version = "HTTP/1.0"  # a connection a request: what is stopped answers nobody
     _corrupt = _cut = _part = _mute = False
-
-    def log_message(self, *args: Any) -> None:
-        """Say nothing."""
 
     def do_GET(self) -> None:
         self._serve()

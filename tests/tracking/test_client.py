@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow.store.db.utils
@@ -19,6 +17,7 @@ from skd_lib.tracking import client
 from skd_lib.tracking.client import check_tracking, connect
 from skd_lib.tracking.outbox import FOLDER_VARIABLE, read_location, waiting_files
 from skd_lib.tracking.runs import step_run
+from tests.support import http
 
 from .conftest import EXPERIMENT
 
@@ -100,7 +99,7 @@ def test_the_file_of_any_sqlite_uri(uri: str, file: str | None) -> None:
 def test_what_answers_in_the_place_of_mlflow_is_no_store(
     answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Answers(BaseHTTPRequestHandler):
+    class Answers(http.Handler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.send_response(200)
@@ -109,19 +108,11 @@ def test_what_answers_in_the_place_of_mlflow_is_no_store(
 
         do_POST = do_GET
 
-        def log_message(self, *_: object) -> None:
-            pass
-
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        uri = f"http://127.0.0.1:{server.server_port}"
-        try:
-            assert "MLflow does not answer" in str(check_tracking(uri, "skd"))
-            with step_run(step="distill", tracking_uri=uri, experiment="skd") as run:
-                run.log_metrics({"loss": 1.0}, step=1)
-        finally:
-            server.shutdown()
+    with http.Server(Answers) as server:
+        assert "MLflow does not answer" in str(check_tracking(server.url, "skd"))
+        with step_run(step="distill", tracking_uri=server.url, experiment="skd") as run:
+            run.log_metrics({"loss": 1.0}, step=1)
     assert [read_location(Path(file)).step for file in waiting_files(str(tmp_path))] == ["distill"]
 
 

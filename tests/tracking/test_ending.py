@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from skd_lib.steps.notify import Message
 from skd_lib.tracking.client import find_or_create_experiment
 from skd_lib.tracking.ending import Seen, find_ending
 from skd_lib.tracking.triggered import TRIGGER_TAG, run_for
+from tests.support import http
 
 from .conftest import EXPERIMENT, Runs
 
@@ -211,7 +210,7 @@ class Api:
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     answers = Api()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http.Handler):
         def do_GET(self) -> None:
             answers.asked.append((self.path, self.headers.get("Authorization", "")))
             body = answers.body or json.dumps(answers.record).encode()
@@ -220,15 +219,10 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with http.Server(Handler) as server:
         answers.port = server.server_port
-        monkeypatch.setenv(kubeflow.HOST_VARIABLE, f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv(kubeflow.HOST_VARIABLE, f"{server.url}/")
         yield answers
-        server.shutdown()
 
 
 @pytest.fixture

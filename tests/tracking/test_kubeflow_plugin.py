@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
@@ -17,6 +16,7 @@ from skd_lib.tracking.client import check_tracking, use_credentials
 from skd_lib.tracking.locate import children_of
 from skd_lib.tracking.runs import close_pipeline_run, pipeline_record, step_run
 from skd_lib.tracking.triggered import note, run_for
+from tests.support import http
 
 from .conftest import EXPERIMENT
 
@@ -251,7 +251,7 @@ def test_kubeflows_token_is_not_sent_to_another_server(
 ) -> None:
     received: list[str] = []
 
-    class Server(BaseHTTPRequestHandler):
+    class Server(http.Handler):
         def do_POST(self) -> None:
             received.append(self.headers.get("Authorization", ""))
             self.send_response(200)
@@ -261,15 +261,10 @@ def test_kubeflows_token_is_not_sent_to_another_server(
 
         do_GET = do_POST
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Server) as server:
-        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        uri = f"http://127.0.0.1:{server.server_port}"
+    with http.Server(Server) as server:
+        uri = server.url
         environment(uri, **CONFIG)
         check_tracking(uri)
         environment(uri, **CONFIG, SKD_MLFLOW_TOKEN="ours")
         check_tracking(uri)
-        server.shutdown()
     assert received == ["", "Bearer ours"]

@@ -7,12 +7,12 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from skd_lib.steps import notify
 from skd_lib.steps.notify import WEBHOOK_VARIABLE, Message
+from tests.support import http
 
 SECRET = "T00SECRET"
 MESSAGE = Message(
@@ -29,21 +29,22 @@ MESSAGE = Message(
 )
 
 
-class Channel(ThreadingHTTPServer):
+class Channel(http.Server):
     """Answers with the statuses in `answers`, one after another, then always 200."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.answers: list[int] = []
         self.paths: list[str] = []
         self.messages: list[str] = []
         self.silent = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/services/{SECRET}"
+
+    @property
+    def url(self) -> str:
+        return f"{super().url}/services/{SECRET}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(http.Handler):
     server: Channel
 
     def do_POST(self) -> None:
@@ -59,20 +60,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture
 def channel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Channel]:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(notify, "BACKOFF_SECONDS", 0.01)
     with Channel() as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         monkeypatch.setenv(WEBHOOK_VARIABLE, server.url)
         yield server
         assert SECRET not in caplog.text
-        server.shutdown()
 
 
 def test_message(channel: Channel):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from skd_lib.tracking.models import VERSIONS_TAG, model_made, model_page
 from skd_lib.tracking.registry import champion
 from skd_lib.tracking.runs import step_run
 from tests.report.evaluations import evaluations
+from tests.support import http
 
 from .conftest import EXPERIMENT, Runs
 
@@ -296,18 +295,14 @@ def test_bad_arguments_are_named(store: str, tmp_path: Path, monkeypatch: pytest
 def test_the_end_of_a_run_is_told_with_its_figures(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
 
-    class Channel(BaseHTTPRequestHandler):
+    class Channel(http.Handler):
         def do_POST(self) -> None:
             messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
             self.send_response(200 if len(messages) < 3 else 400)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Channel) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        monkeypatch.setenv("SKD_NOTIFY_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
+    with http.Server(Channel) as server:
+        monkeypatch.setenv("SKD_NOTIFY_WEBHOOK", f"{server.url}/hook")
         monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/pipeline/")
         with step_run(step="report", tracking_uri=store, experiment=EXPERIMENT) as step:
             step.parent.log_metrics({"student_before/chrf": 18.0, "student_after/chrf": 32.3})
@@ -320,7 +315,6 @@ def test_the_end_of_a_run_is_told_with_its_figures(store: str, tmp_path: Path, m
         # Not even a store that can never work keeps the message back; a channel that refuses fails no pipeline.
         run(finish, *failed, "--run-name", "demo", "--tracking-uri", "file:///nowhere", fails=True)
         assert "notified" not in run(finish, *failed, "--run-name", "demo")
-        server.shutdown()
     link = "<https://kubeflow.example/pipeline/#/runs/details/run-1|Kubeflow>"
     assert messages[0] == f"*demo* succeeded\n• chrf of the student: 32.3 (before 18)\n{link}"
     assert messages[1:] == [f"*demo* failed\n{link}"] * 2
