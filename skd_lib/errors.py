@@ -51,6 +51,8 @@ class SkdErrors(SkdError):
         count = len(errors)
         super().__init__(f"{count} problem{'s' if count != 1 else ''} found")
         self.errors = errors
+        if errors and all(isinstance(error, Transient) for error in errors):
+            self.exit_code = Transient.exit_code
 
     @property
     def brief(self) -> str:
@@ -62,14 +64,18 @@ class SkdErrors(SkdError):
         return "\n".join([f"{self.what}:", *(f"- {error}" for error in self.errors)])
 
 
-class Preempted(SkdError):
-    """SIGTERM received (preemption); the work until now is saved in a checkpoint.
+class Transient(SkdError):
+    """What may pass by itself: nothing is to be corrected, and the same work may succeed when it is tried again.
 
-    Its exit code is BSD's `EX_TEMPFAIL`, "try again later". `skd run`, and schedulers that start it, tell a stop from a
-    failure by it. Nothing under Kubeflow does: KFP's launcher, as torchrun, turns every code into 1.
+    Its exit code is BSD's `EX_TEMPFAIL`, "try again later". `skd run`, schedulers that start it, and the nodes of a
+    TrainJob tell it from a refusal by that. KFP's launcher does not: it turns every code into 1, as torchrun does.
     """
 
     exit_code = 75
+
+
+class Preempted(Transient):
+    """SIGTERM received (preemption); the work until now is saved in a checkpoint."""
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -293,7 +293,7 @@ def benchmark(
         return measure_references(str(teacher), {"draft": str(draft)}, inputs, **options)["draft"]
     of_teacher, words = _loaded(teacher, tokenizer)
     of_draft, _ = _loaded(draft, words)
-    check_tokenizer(words, of_draft)
+    check_tokenizer(words, {"teacher": of_teacher, "draft": of_draft})
     check_rendering(words, settings)
     with evaluating(of_teacher, of_draft):
         return measure_loaded(of_teacher, words, {"draft": of_draft}, inputs, **options)["draft"]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import skd_lib
 from skd_lib import SkdError, benchmark, distill, evaluate
+from skd_lib.models.files import load_tokenizer
 from tests.conftest import SaveTinyModel, TinyModel
 
 ROWS = [{"source": f"Add {n} and 1", "target": f"{n + 1}"} for n in range(40)]
@@ -171,10 +172,29 @@ def test_a_draft_is_measured(models: dict[str, str], tmp_path: Path) -> None:
 def test_drafts_that_do_not_fit_are_refused(
     models: dict[str, str], tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(SkdError, match="embedding has 200 rows"):
+    with pytest.raises(SkdError, match=r"the draft's tokenizer(.|\n)*no row for \(vocab_size 200\)"):
         benchmark(models["teacher"], tiny_model(vocab_size=200), ["x"], tokenizer=tiny_tokenizer)
     with pytest.raises(SkdError, match=r"is beyond task\.max_new_tokens"):
         benchmark(models["teacher"], models["student"], ["x"], task=TASK, config={"gamma": 7})
+
+
+def test_a_draft_with_padding_of_its_own_is_measured(tmp_path: Path, save_tiny_model: SaveTinyModel) -> None:
+    teacher, draft = (save_tiny_model(tmp_path / str(seed), seed=seed, vocab_size=384) for seed in (1, 2))
+    tokenizer = load_tokenizer(draft)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(draft)
+    loaded = [AutoModelForCausalLM.from_pretrained(folder) for folder in (teacher, draft)]
+    for words in (load_tokenizer(teacher), tokenizer):
+        assert benchmark(*loaded, ["a b"], task=TASK, config=QUICK, tokenizer=words).speedup > 0
+
+
+def test_a_prompt_with_a_token_that_has_no_row_is_refused(tmp_path: Path, save_tiny_model: SaveTinyModel) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<image>"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(SkdError, match=rf"prompt 1 has the token id {len(tokenizer) - 1}, and the model has"):
+        benchmark(model, model, ["a b", "a <image>"], task=TASK, config=QUICK, tokenizer=tokenizer)
 
 
 def test_the_functions_are_public() -> None:

@@ -45,7 +45,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit codes: 0 done; 1 a step of a run failed, or a check of doctor; 2 something to correct; 3 a run in "
-    "Kubeflow was cancelled; 70 a bug of skd; 75 stopped by a signal, run again to go on; 130 interrupted.",
+    "Kubeflow was cancelled; 70 a bug of skd; 75 stopped by a signal, or by what may pass by itself (storage that does "
+    "not answer), run again to go on; 130 interrupted.",
 )
 RUN, MODELS, PUBLISH, RECORDS, SET_UP = (
     *("Train a student", "Look at a model", "Give a model to others", "Look after runs and versions"),

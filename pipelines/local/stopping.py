@@ -20,7 +20,7 @@ from skd_lib.errors import Preempted
 
 INTERRUPTED = 130
 _STOPPED = (Preempted.exit_code, -signal.SIGTERM, 128 + signal.SIGTERM)
-"""Exit codes of a step that got SIGTERM."""
+"""Exit codes of a step that got SIGTERM, or failed for what may pass by itself."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _received: list[int] = []
 
@@ -71,7 +71,7 @@ def explain_end(command: str) -> Iterator[None]:
     """Print why a run stopped before its end, and what to do.
 
     Exits with 1 after a failed step; 75 (`EX_TEMPFAIL`, "try again later") after SIGTERM or SIGHUP, to this process or
-    to its step; 130 after Ctrl-C. `command` runs it again.
+    to its step, and where a step failed for what may pass by itself; 130 after Ctrl-C. `command` runs it again.
     """
     try:
         with stoppable():

@@ -84,7 +84,8 @@ class Columns(ConfigSection):
         if self.messages is not None:
             return f"conversations in `{self.messages}`{'' if self.answers == 'read' else ', as requests alone'}"
         answers = f"answer `{self.target}`" if self.target else "no answers: prompts alone"
-        return f"input `{self.source}`, {answers}"
+        source = self.source.replace("\n", "\\n")
+        return f"input `{source}`, {answers}"
 
     @model_validator(mode="after")
     def _one_format(self) -> Columns:

@@ -25,7 +25,7 @@ from skd_lib.data.conversations import Conversation, as_text, read_conversation,
 from skd_lib.data.examples import conversation_example
 from skd_lib.data.rows import CONVERSATIONS
 from skd_lib.data.template_text import plain_ids
-from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode
+from skd_lib.data.tokenize import TokenizedExample, answer_end_id, encode, encode_prompt
 from skd_lib.errors import SkdError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ _KNOWN = "`messages`, `prompt` and `completion`, or `prompt`"
 _AS_STRINGS = "use an instruction-tuned model, or rows with `prompt` and `completion` as strings"
 _TASK = TaskConfig(max_new_tokens=2**20)
 """Messages as they are, of any length."""
+_TEXT = TaskConfig(chat_template=False)
+"""Prompts as they are."""
 
 
 def tokenize_row(
@@ -63,9 +65,7 @@ def tokenize_row(
     if talk is not None:
         prompt, response = _of_messages(tokenizer, talk, eos_ids, where)
     elif isinstance(row.get("prompt"), str):
-        prompt = list(tokenizer(row["prompt"])["input_ids"])
-        if len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:  # tokenizers of encoders add it to every text
-            prompt.pop()
+        prompt = encode_prompt(tokenizer, _TEXT, row["prompt"])
         completion = row.get("completion")
         if completion is not None and not isinstance(completion, str):
             raise SkdError("`prompt` is a string and `completion` is none", where=where, hint="give both as strings")
@@ -88,6 +88,16 @@ def tokenize_row(
             )
         response = response[: max_length - len(prompt)]
     return TokenizedExample(prompt, response)
+
+
+def with_answer_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return ids that end a response, and the one that the chat template puts after answers, if there is a template."""
+    if not tokenizer.chat_template:
+        return tuple(eos_ids)
+    try:
+        return tuple(dict.fromkeys([*eos_ids, answer_end_id(tokenizer, _TASK)]))
+    except SkdError:  # rows of texts do without the template, and `tokenize_row` refuses those of messages
+        return tuple(eos_ids)
 
 
 def each_turn(rows: Iterable[Mapping[str, Any]], where: str = "") -> Iterator[Mapping[str, Any]]:

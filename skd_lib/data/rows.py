@@ -44,6 +44,10 @@ USUAL_COLUMNS = (
     ("text", "summary"),
 )
 """Names that the input's and the answer's column usually have."""
+ALPACA = ("instruction", "input", "output")
+"""Columns of which the first two make the input; the second is often empty."""
+INPUT_PARTS = ("context", "passage", "system", "system_prompt", "history")
+"""Names of columns that belong to the input, too: a prompt without them is another question."""
 CONVERSATIONS = ("messages", "conversations")
 """Names that a column of conversations has: OpenAI's and TRL's, ShareGPT's."""
 PROMPT = "prompt"
@@ -54,6 +58,9 @@ def usual_columns(names: Iterable[str]) -> Columns | None:
 
     `source` and `target` go before conversations, and those before the other pairs: datasets of conversations often
     have the first prompt in a column of its own.
+
+    Raises:
+        SkdError: the input seems to be in several columns, of which the usual names say one.
     """
     present = set(names)
     pairs = [pair for pair in USUAL_COLUMNS if present.issuperset(pair)]
@@ -62,9 +69,23 @@ def usual_columns(names: Iterable[str]) -> Columns | None:
     for name in CONVERSATIONS:
         if name in present:
             return Columns(messages=name)
-    if pairs:
-        return Columns(source=pairs[0][0], target=pairs[0][1])
-    return Columns(source=PROMPT, target=None) if PROMPT in present else None
+    if present.issuperset(ALPACA):
+        found = Columns(source=f"{{{ALPACA[0]}}}\n{{{ALPACA[1]}}}", target=ALPACA[2])
+    elif pairs:
+        found = Columns(source=pairs[0][0], target=pairs[0][1])
+    else:
+        return Columns(source=PROMPT, target=None) if PROMPT in present else None
+    if more := [name for name in INPUT_PARTS if name in present]:
+        names = columns_of(found.source)
+        alone = "\\n".join(f"{{{name}}}" for name in names) if len(names) > 1 else names[0]
+        whole = "\\n".join(f"{{{name}}}" for name in [*more, *names])
+        raise SkdError(
+            f"the input seems to be in several columns: {', '.join([*more, *names])}",
+            where="data.source.columns",
+            hint=f'name those to read: `{{source: "{whole}", target: {found.target}}}`, or without the rest '
+            f'`{{source: "{alone}", target: {found.target}}}`',
+        )
+    return found
 
 
 class Problems:

@@ -36,7 +36,7 @@ class Rollout:
         proposals_BL: There the student's draft, where the teacher replaced it; -1 elsewhere.
         sources: Writer of each row's response.
         signals: The teacher's signal along each row's response; None where it is not known yet.
-        statistics: The sampler's figures; None for ground truth.
+        statistics: The sampler's figures; None for ground truth that no server has read.
     """
 
     input_ids_BL: Tensor

@@ -38,8 +38,8 @@ def _number(whole: str) -> str:
       | \s*/\s* (?P<over>{_DIGITS})
       | \s+ (?P<part>{_DIGITS})/(?P<whole>{_DIGITS})
     )?
-    # 1,2345 or 3/4/2024 or 7:30 is no number, nor is half of it one
-    (?! [.,:_]?[0-9] | \s*/\s*[0-9] | [eE][-+]?[0-9])
+    # 1,2345 or 3/4/2024 or 7:30 is no number, nor is half of it one, nor 10 of 10 000 / 2
+    (?! [.,:_]?[0-9] | (?:[ ][0-9]{{3}})*\s*/\s*[0-9] | [eE][-+]?[0-9])
     """
 
 
@@ -57,7 +57,7 @@ MAX_LENGTH = 2000
 """Longer answers are compared as they are: a model that repeats itself has no answer worth rewriting."""
 
 _GROUP = re.compile(r",\s*\\!\s*")
-_ROW = re.compile(r"(\\\\)\s*(\\end\s*{)?")
+_ROW = re.compile(r"(\\\\)(?:\s*\[\s*-?[0-9.]+\s*[a-z]{2}\s*\])?\s*(\\end\s*{)?")
 _BLANK = re.compile(r"\\[,;:> ]|\\(?:quad|qquad)(?![a-zA-Z])|~")
 _INVISIBLE = re.compile(r"\\!|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])")
 _UNIT = re.compile(r"(?:[/·]?\s*\\(?:text|mbox|textrm|mathrm)\s*{[^{}]*}\s*(?:\^\s*(?:{\s*-?[0-9]\s*}|[0-9])\s*)?)+$")
@@ -197,8 +197,8 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 def _value(match: re.Match[str]) -> Fraction | None:
     value = Fraction(re.sub(r"[,_\s]", "", match["value"])) * Fraction(10) ** int(match["exponent"] or 0)
     denominator = int(match["over"] or match["whole"] or 1)
-    if denominator == 0:
-        return None
+    if denominator == 0 or (match["part"] and not 0 < int(match["part"]) < denominator):
+        return None  # 10 000/2 is no mixed number
     return value + Fraction(int(match["part"]), denominator) if match["part"] else value / denominator
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +18,9 @@ from skd_lib.distillation.batch import collate, response_states
 from skd_lib.distillation.loss import cross_entropy_sum
 from skd_lib.models.heads import embedding_rows
 from skd_lib.models.vocabulary import check_ids, eos_ids, pad_id
+from skd_lib.sampling.cache import position_limit
+
+log = logging.getLogger(__name__)
 
 
 class ReferenceLoss(NamedTuple):
@@ -36,14 +41,25 @@ def reference_losses(
 ) -> list[ReferenceLoss]:
     """Return the loss of every example's reference after its prompt, in the order of the examples.
 
-    References are cut to `task.max_new_tokens`, as in training; prompts are not. Logits are made in fp32 for a chunk
-    of positions at a time.
+    References are cut to `task.max_new_tokens`, as in training; prompts are not. One that does not fit the model's
+    context with its prompt is not read, as `generate` does not answer it: its loss is NaN over 0 tokens. Logits are
+    made in fp32 for a chunk of positions at a time.
     """
     end = answer_end_id(tokenizer, task)
     encoded = [encode(tokenizer, task, example, end, eos_ids(model, tokenizer)) for example in examples]
     check_ids(encoded, embedding_rows(model), where="evaluation")
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in encoded]
+    limit = position_limit(model, 1)
+    fitting = [row for row, length in enumerate(lengths) if limit is None or length <= limit]
+    if len(fitting) < len(encoded):
+        log.warning(
+            "%d of %d references do not fit the model's context (%d tokens) with their prompts; perplexity omits them",
+            len(encoded) - len(fitting),
+            len(encoded),
+            limit,
+        )
     # Rows of like length next to each other, so that little padding is computed.
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt_ids) + len(encoded[i].response_ids))
+    order = sorted(fitting, key=lengths.__getitem__)
     losses: dict[int, ReferenceLoss] = {}
     progress = Progress("reading references", len(order))
     for start in range(0, len(order), batch_size):
@@ -56,10 +72,10 @@ def reference_losses(
             source="ground_truth",
             device=model.device,
         )
-        lengths = [len(response) for response in responses]
-        states = torch.split(response_states(model, rollout), lengths)
-        targets = torch.split(rollout.targets_N, lengths)
+        sizes = [len(response) for response in responses]
+        states = torch.split(response_states(model, rollout), sizes)
+        targets = torch.split(rollout.targets_N, sizes)
         for row, states_NH, targets_N in zip(rows, states, targets, strict=True):
             losses[row] = ReferenceLoss(float(cross_entropy_sum(model, states_NH, targets_N).loss), len(targets_N))
         progress.update(len(losses))
-    return [losses[row] for row in range(len(encoded))]
+    return [losses.get(row, ReferenceLoss(math.nan, 0)) for row in range(len(encoded))]

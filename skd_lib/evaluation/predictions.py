@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,29 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def perplexity(predictions: Sequence[Prediction]) -> CorpusMetric:
-    """Measure the perplexity of the references, per token."""
-    broken = [prediction.id for prediction in predictions if prediction.reference_nll is None]
+    """Measure the perplexity of the references that were read, per token."""
+    read = {position: row for position, row in enumerate(predictions) if row.reference_tokens}
+    if not read:
+        raise SkdError(
+            "no reference fits the model's context with its prompt",
+            where="metric `perplexity`",
+            hint="give shorter prompts, or leave this metric out of `task.metrics`",
+        )
+    broken = [row.id for row in read.values() if row.reference_nll is None]
     if broken:
         raise SkdError(
             f"the likelihood of {len(broken)} of {len(predictions)} references is not a number, first of {broken[0]}",
             where="metric `perplexity`",
             hint="the model's outputs are broken: look at how it was trained",
         )
-    losses = [prediction.reference_nll or 0.0 for prediction in predictions]
-    tokens = [float(prediction.reference_tokens) for prediction in predictions]
-    # Beyond e^700 there are no floats: such a model is as bad as any.
-    return ratio(
-        losses, tokens, lambda nll: float(np.exp(min(nll, 700.0))), "perplexity|per:token|end of answer:included"
+    measured = ratio(
+        [row.reference_nll or 0.0 for row in read.values()],
+        [float(row.reference_tokens) for row in read.values()],
+        # Beyond e^700 there are no floats: such a model is as bad as any.
+        lambda nll: float(np.exp(min(nll, 700.0))),
+        "perplexity|per:token|end of answer:included",
     )
+    return replace(measured, scored_N=tuple(read))
 
 
 def compare(

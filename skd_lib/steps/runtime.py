@@ -175,8 +175,9 @@ def step_name(step: str, label: str) -> str:
 def run_step(main: Callable[..., None]) -> None:
     """Run a step's typer function: set up logging, and fail with the user's sentence rather than a stack of frames.
 
-    Exit codes: 0 done; 2 the user must correct something (`SkdError`); 75 stopped by SIGTERM with all work saved, to be
-    started again (`Preempted`); 70 a bug of skd (`skd_lib._core.bugs`). KFP's launcher turns each but 0 into 1.
+    Exit codes: 0 done; 2 the user must correct something (`SkdError`); 75 to be started again: stopped by SIGTERM with
+    all work saved (`Preempted`), or failed for what may pass by itself (`Transient`); 70 a bug of skd
+    (`skd_lib._core.bugs`). KFP's launcher turns each but 0 into 1.
     """
     survive_any_encoding()
     env.load_mounted()

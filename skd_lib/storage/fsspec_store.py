@@ -17,7 +17,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from skd_lib._core.uris import shown
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.storage.local import atomic_directory, atomic_file
 from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, missing, relative
 from skd_lib.storage.transfers import in_parallel
@@ -202,7 +202,7 @@ def _send(store: Any, file: Path, name: str) -> None:
 def _compare(store: Any, name: str, file: Path) -> None:
     here, there = file.stat().st_size, int(store.info(name)["size"])
     if here != there:
-        raise SkdError(f"the transfer was cut off: {here} bytes here, {there} there", where=name, hint="try again")
+        raise Transient(f"the transfer was cut off: {here} bytes here, {there} there", where=name, hint="try again")
 
 
 def _token(store: Any, name: str, info: dict[str, Any]) -> str:
@@ -226,7 +226,7 @@ def _opened(uri: str) -> Iterator[tuple[Any, str]]:
         what = f"access denied{_at(scheme)}: {error}"
         raise SkdError(what, where=uri, hint="check the credentials of this storage") from error
     except OSError as error:
-        raise SkdError(f"{scheme}:// failed{_at(scheme)}: {error}", where=uri, hint="try again later") from error
+        raise Transient(f"{scheme}:// failed{_at(scheme)}: {error}", where=uri, hint="try again later") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _RAISING:
             raise

@@ -30,7 +30,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 from requests.exceptions import RequestException  # type: ignore[import-untyped, unused-ignore]
 
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.storage.local import atomic_directory, atomic_file
 from skd_lib.storage.objects import (
     GCS,
@@ -282,13 +282,17 @@ def _pinned(blob: Any) -> Any:
     return blob.bucket.blob(blob.name, generation=blob.generation)
 
 
+class _Replaced(Missing, Transient):
+    """An object that was there a moment ago is not any more."""
+
+
 @contextmanager
 def _while_it_stays(uri: str) -> Iterator[None]:
     """Explain that an object which was there a moment ago is not any more."""
     try:
         yield
     except api.NotFound as error:
-        raise Missing("it was replaced or deleted while it was read", where=uri, hint="try again") from error
+        raise _Replaced("it was replaced or deleted while it was read", where=uri, hint="try again") from error
 
 
 def _crc32c(file: IO[bytes]) -> str:
@@ -341,10 +345,15 @@ def _opened(uri: str) -> Iterator[tuple[str, str]]:
         hint = "grant this account roles/storage.objectUser on the bucket"
         raise SkdError(f"access denied: {error.message}", where=uri, hint=hint) from error
     except DataCorruption as error:
-        raise SkdError(f"the transfer was corrupted: {error}", where=uri, hint="try again") from error
+        raise Transient(f"the transfer was corrupted: {error}", where=uri, hint="try again") from error
     except auth.GoogleAuthError as error:
+        if error.retryable:
+            what = f"Google's credentials cannot be had now: {error}"
+            raise Transient(what, where=uri, hint="try again later") from error
         hint = "run `gcloud auth application-default login`, or run under a service account"
         raise SkdError(f"no valid Google credentials: {error}", where=uri, hint=hint) from error
     except (api.GoogleAPIError, RequestException, ConnectionError) as error:
         hint = f"try again later; {DEADLINE_VARIABLE} (now {deadline():g} seconds) says how long a request is retried"
-        raise SkdError(f"Google Cloud Storage failed: {error}", where=uri, hint=hint) from error
+        # A request that it finds wrong, e.g. for a bucket of an impossible name, stays so.
+        kind = SkdError if isinstance(error, api.BadRequest) else Transient
+        raise kind(f"Google Cloud Storage failed: {error}", where=uri, hint=hint) from error

@@ -75,7 +75,8 @@ class TokensProcessed(NamedTuple):
     Attributes:
         student: While sampling, as the sampler counted them; and whole sequences for the loss.
         teacher: While sampling, as the sampler counted them; and whole sequences for the loss where its signal is not
-            known from sampling. Signals stored before training are not counted.
+            known from sampling, which vLLM's servers count with the sampler's. Signals stored before training are not
+            counted.
     """
 
     student: int

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,27 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from skd_lib.data.formats import tokenize_row
+from skd_lib.data.formats import tokenize_row, with_answer_end
 from skd_lib.data.tokenize import TokenizedExample
 from skd_lib.distillation.batch import Rollout, collate
 from skd_lib.distillation.loss import objective_for
 from skd_lib.distillation.methods import METHODS
 from skd_lib.distillation.rollouts import RowKey, Strategy, rollout_for
 from skd_lib.errors import SkdError
-from skd_lib.models.heads import check_supported
+from skd_lib.models.adapters import check_adapters
+from skd_lib.models.heads import check_supported, vocabulary_size
 from skd_lib.models.modes import casting_once
-from skd_lib.models.vocabulary import check_tokenizer, eos_ids, pad_id, tokenizer_of
+from skd_lib.models.references import resolve_model
+from skd_lib.models.skeleton import check_loaded
+from skd_lib.models.vocabulary import (
+    check_ids,
+    check_tokenizer,
+    eos_ids,
+    pad_id,
+    rows_of,
+    take_over_ends,
+    tokenizer_of,
+)
 from skd_lib.sampling.samples import SamplingStatistics
 from skd_lib.training.figures import sampling_figures
 from skd_lib.training.rollout_trainer import RolloutTrainer
@@ -118,8 +129,29 @@ class SKDTrainer(RolloutTrainer):
         processing_class = processing_class or tokenizer_of(student, hint="pass `processing_class`")
         if self.facts.needs_teacher and teacher_model is None:
             raise SkdError(f"method `{self.distill.method}` needs a teacher", where="SKDTrainer, teacher_model")
-        self.eos_ids = eos_ids(student, processing_class)
-        self.pad_id = pad_id(processing_class)
+        teacher: PreTrainedModel | None = None
+        if teacher_model is not None and not served:
+            teacher = _loaded(teacher_model, _mapping(args, "teacher_model_init_kwargs"), args)
+        if teacher is student:
+            what = "teacher and student are one model, and training would change both"
+            raise SkdError(what, where="SKDTrainer, teacher_model", hint="load it twice")
+        for each in (student, teacher):
+            if each is not None:
+                check_supported(each)
+        if peft_config is not None:
+            check_adapters(student, peft_config, where="SKDTrainer, peft_config")
+        models: dict[str, PreTrainedModel | Path] = {"student": student}
+        if teacher is not None:
+            models["teacher"] = teacher
+        elif served and isinstance(teacher_model, str):  # any other is refused where the servers are started
+            models["teacher"] = resolve_model(teacher_model)
+        check_tokenizer(processing_class, models)
+        if "teacher" in models:
+            take_over_ends(student, processing_class, models["teacher"])
+        self._rows = min(map(rows_of, models.values()))
+        ends = with_answer_end(processing_class, eos_ids(student, processing_class))
+        self.eos_ids = tuple(one for one in ends if one < vocabulary_size(student))
+        self.pad_id = pad_id(processing_class, self._rows)
         self.engine: VllmEngine | None = None
         if served:
             from skd_lib.training.skd_engine import start_engine
@@ -128,17 +160,8 @@ class SKDTrainer(RolloutTrainer):
             student.to(args.device)
             self.engine, running = start_engine(args, self.distill, student, teacher_model, processing_class, **ids)
             self._end_servers = weakref.finalize(self, running.close)
-            teacher: PreTrainedModel | None = self.engine.head
-        else:
-            options = _mapping(args, "teacher_model_init_kwargs")
-            teacher = None if teacher_model is None else _loaded(teacher_model, options, args)
-        if teacher is student:
-            what = "teacher and student are one model, and training would change both"
-            raise SkdError(what, where="SKDTrainer, teacher_model", hint="load it twice")
-        for each in (student, teacher):
-            if each is not None:
-                check_supported(each)
-                check_tokenizer(processing_class, each)
+            teacher = self.engine.head
+            check_supported(teacher)
         if args.disable_dropout:
             for module in student.modules():
                 if isinstance(module, nn.Dropout):
@@ -181,14 +204,20 @@ class SKDTrainer(RolloutTrainer):
         # By turn, rows are formatted when they are divided.
         form = None if self.args.assistant_turns == "all" else self._formatting
         options: dict[str, Any] = {"eos_ids": self.eos_ids, "max_length": self.args.max_length}
+
+        def tokenized(row: Any, where: str = "") -> TokenizedExample:
+            example = tokenize_row(self.processing_class, row, **options, where=where)
+            check_ids([example], self._rows, where)
+            return example
+
         examples = []
         for row in rows:
             formatted = row if form is None else form(row)
             try:
-                examples.append(tokenize_row(self.processing_class, formatted, **options))
+                examples.append(tokenized(formatted))
             except SkdError:  # again, with the row's place, for which datasets are searched
                 datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-                tokenize_row(self.processing_class, formatted, **options, where=place_of(row, datasets))
+                tokenized(formatted, place_of(row, datasets))
                 raise
         return examples
 
@@ -351,4 +380,14 @@ def _mapping(args: SKDConfig, name: str) -> dict[str, Any]:
 def _loaded(model: PreTrainedModel | str, options: dict[str, Any], args: SKDConfig) -> PreTrainedModel:
     if not isinstance(model, str):
         return model
-    return AutoModelForCausalLM.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **options})
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        model,
+        **{
+            "trust_remote_code": args.trust_remote_code,
+            **options,
+            "ignore_mismatched_sizes": True,  # not ignored: reported below, with the missing ones
+            "output_loading_info": True,
+        },
+    )
+    check_loaded(info, Path(model))
+    return cast(PreTrainedModel, loaded)

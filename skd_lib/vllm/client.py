@@ -15,7 +15,7 @@ from typing import Any
 
 import requests
 
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.vllm.guard import TOKEN_VARIABLE, given_token
 from skd_lib.vllm.upload import PREFIX
 
@@ -195,14 +195,14 @@ def wait_for_one(engines: Sequence[Engine]) -> None:
     """Wait until one of some servers answers.
 
     Raises:
-        SkdError: none does within its `wait_s` seconds.
+        Transient: none does within its `wait_s` seconds.
     """
     deadline = time.monotonic() + engines[0].wait_s
     said = False
     while not any(engine.answers() for engine in engines):
         urls = ", ".join(engine.url for engine in engines)
         if time.monotonic() > deadline:
-            raise SkdError(
+            raise Transient(
                 f"no vLLM server answers after {engines[0].wait_s / 60:g} minutes",
                 where=urls,
                 hint="start one with `skd engine start`, or correct `distill.vllm.urls`; if it loads its models still, "

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.vllm.client import Engine, EngineGone, wait_for_one
 from skd_lib.vllm.guard import SHARED_MEMORY
 
@@ -92,7 +92,8 @@ class Fleet:
             sizes: Of the items: the longest are dealt out first, one to each server in turn.
 
         Raises:
-            SkdError: no server answers, one refuses, or servers are lost again and again.
+            SkdError: no server answers, or one refuses.
+            Transient: servers are lost again and again.
         """
         results: dict[int, T] = {}
         for _ in range(TRIES):
@@ -114,7 +115,7 @@ class Fleet:
             if lost is None:
                 return [results[index] for index in range(len(items))]
             log.warning("a vLLM server was lost: its rows are asked for again (%s)", lost)
-        raise SkdError(
+        raise Transient(
             f"a vLLM server was lost {TRIES} times while it worked on one batch",
             where=_urls(engines),
             hint="look into its log; with less memory in use (`distill.vllm.max_rows`) it may stay",
@@ -130,7 +131,7 @@ class Fleet:
                 if ready:
                     return ready
                 wait_for_one(engines)
-        raise SkdError(
+        raise Transient(
             f"the vLLM servers were lost {TRIES} times while they were set up",
             where=_urls(engines),
             hint="look into their logs",

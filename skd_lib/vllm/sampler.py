@@ -103,14 +103,17 @@ class VllmEngine:
         settings = self.settings.model_copy(update={"rule": name, "value": value})
         settings.acceptance()
         self._version = f"{self.session}-{self._trainings}-{step}"
-        return VllmSampler(self, settings, rule.drafts)
+        return VllmSampler(self, settings, rule.drafts, tests=rule.accept is not None)
 
     def along(self, example: TokenizedExample) -> TeacherSignal:
         """Return the teacher's states along an example's response."""
         return self.signals_along([(list(example.prompt_ids), list(example.response_ids))])[0]
 
     def attached(self, strategy: Strategy, device: torch.device) -> Strategy:
-        """Add the teacher's signal to rows that have none, those of ground truth, in another training."""
+        """Add the teacher's signal to rows that have none, those of ground truth, in another training.
+
+        What the servers read for it is counted in the rollout's statistics: a row with a signal costs no more later.
+        """
         self._trainings += 1
 
         def complete(examples: Sequence[TokenizedExample], keys: Sequence[RowKey]) -> Rollout:
@@ -127,7 +130,10 @@ class VllmEngine:
             signals = list(rollout.signals)
             for row, signal in zip(missing, self.signals_along(pairs), strict=True):
                 signals[row] = signal.to(device)
-            return replace(rollout, signals=tuple(signals))
+            read = SamplingStatistics(teacher_positions=sum(totals[row] for row in missing))
+            return replace(
+                rollout, signals=tuple(signals), statistics=(rollout.statistics or SamplingStatistics()) + read
+            )
 
         return complete
 
@@ -195,11 +201,19 @@ class VllmEngine:
 
 @dataclass(frozen=True)
 class VllmSampler:
-    """Samples by the settings of one optimiser step; without `drafts` what the student proposed is not told."""
+    """Samples by the settings of one optimiser step.
+
+    Attributes:
+        engine: The servers.
+        settings: How they sample.
+        drafts: Of the rule; without it what the student proposed is not told.
+        tests: The rule tests drafts. Servers always do, and where it does not, theirs tell nothing of the models.
+    """
 
     engine: VllmEngine
     settings: RolloutSettings
     drafts: bool
+    tests: bool
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Samples:
         """Sample one response to each prompt; responses come in the prompts' order.
@@ -272,7 +286,7 @@ class VllmSampler:
             truncated_B=torch.tensor([note.truncated for note in notes]),
             teacher_states_BTH=stacked("states"),
             teacher_top=None if (log_p_BTE := stacked("log_p")) is None else (log_p_BTE, cast(Tensor, stacked("ids"))),
-            statistics=statistics(rows, notes, engine.gamma),
+            statistics=statistics(rows, notes, engine.gamma, tests=self.tests),
         )
 
 
@@ -290,8 +304,10 @@ def check_prompts(lengths: Iterable[int]) -> None:
         )
 
 
-def statistics(rows: Sequence[tuple[list[int], int]], notes: Sequence[Note], gamma: int) -> SamplingStatistics:
-    """Count what the servers did, from who wrote each token.
+def statistics(
+    rows: Sequence[tuple[list[int], int]], notes: Sequence[Note], gamma: int, *, tests: bool
+) -> SamplingStatistics:
+    """Count what the servers did, from who wrote each token; nothing was tested by a rule that does not.
 
     A round ends with the teacher's token or with `gamma` accepted drafts. vLLM scores one position more than it has
     drafts, and drafts for the last round in full.
@@ -312,7 +328,7 @@ def statistics(rows: Sequence[tuple[list[int], int]], notes: Sequence[Note], gam
             drafted=rounds * gamma,
             accepted=accepted,
             replaced=replaced,
-            tested=accepted + replaced,
+            tested=accepted + replaced if tests else 0,
             teacher_calls=rounds,
             student_calls=rounds * gamma,
             teacher_positions=len(prompt) - 1 + rounds * (gamma + 1),

@@ -18,7 +18,7 @@ from rich.table import Table
 from skd_kfp.pipelines import cli
 from skd_lib._core.bugs import Bug, explained, install_command
 from skd_lib._core.terminal import Console, VisibleFormatter
-from skd_lib.errors import Preempted, SkdError
+from skd_lib.errors import Preempted, SkdError, SkdErrors, Transient
 from skd_lib.preflight.checks import Checks
 
 EVIL = "\x1b]0;pwned\x07\x1b[2J\u202e"
@@ -45,6 +45,9 @@ def skd(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> t
     [
         (SkdError("broken", where="a.yaml", hint="repair it"), 2, "error: a.yaml: broken\n  hint: repair it\n"),
         (Preempted("stopped"), 75, "error: stopped\n"),
+        (Transient("away", where="gs://a", hint="try again"), 75, "error: gs://a: away\n  hint: try again\n"),
+        (SkdErrors([Transient("away"), Transient("cut off")]), 75, "2 problems found:\n- away\n- cut off"),
+        (SkdErrors([Transient("away"), SkdError("wrong")]), 2, "2 problems found:\n- away\n- wrong"),
         (SkdError(f"unknown {EVIL}\nline 2"), 2, f"error: unknown {SHOWN}\nline 2\n"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/out"), 2, "/out: Is a directory\n  hint: name a file"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied\n  hint: change its"),

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from skd_lib.config import Columns, FilesSource
-from skd_lib.data.rows import USUAL_COLUMNS
-from skd_lib.data.sources import find_columns
+from skd_lib.data.rows import INPUT_PARTS, USUAL_COLUMNS
+from skd_lib.data.sources import find_columns, load
+from skd_lib.errors import SkdError
 
 
 @pytest.mark.parametrize("names", USUAL_COLUMNS)
@@ -18,6 +21,36 @@ def test_columns_are_found_by_their_usual_names(tmp_path: Path, names: tuple[str
     lines = [json.dumps(row)] if ending == "jsonl" else [",".join(row), ",".join(row.values())]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert find_columns(FilesSource(train=[str(file)])) == Columns(source=names[0], target=names[1])
+
+
+def test_instructions_come_with_their_input(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Translate into French.", "input": "Good morning", "output": "Bonjour"},
+        {"instruction": "Name a river.", "input": "", "output": "The Loire"},
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert str(find_columns(FilesSource(train=[str(file)]))) == r"input `{instruction}\n{input}`, answer `output`"
+    read = load(FilesSource(train=[str(file)])).train
+    assert [(each.source, each.target) for each in read] == [
+        ("Translate into French.\nGood morning", "Bonjour"),
+        ("Name a river.", "The Loire"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names", [("question", "answer"), ("instruction", "output"), ("instruction", "input", "output")]
+)
+@pytest.mark.parametrize("more", INPUT_PARTS)
+def test_no_part_of_the_input_is_left_out_in_silence(tmp_path: Path, names: tuple[str, ...], more: str) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(dict.fromkeys((*names, more), "text")) + "\n", encoding="utf-8")
+    with pytest.raises(SkdError, match=f"several columns: {more}, {names[0]}") as error:
+        load(FilesSource(train=[str(file)]))
+    for asked in re.findall("`(.*?)`", error.value.hint):
+        columns = Columns.model_validate(yaml.safe_load(asked))
+        (read,) = load(FilesSource(train=[str(file)], columns=columns)).train
+        assert read.source.split() == ["text"] * len(columns.names[:-1])
 
 
 def test_columns_that_are_named_or_unusual_are_left(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from skd_lib.config import TaskConfig
 from skd_lib.data.examples import make_example
+from skd_lib.data.formats import tokenize_row
 from skd_lib.data.tokenize import answer_end_id, decode_answer, encode, encode_all, encode_prompt
 from skd_lib.errors import SkdError
 from tests.conftest import BOS, EOS, PAD, TURN
@@ -119,3 +120,10 @@ def test_an_answer_is_cut_at_the_first_stop_and_stripped(tokenizer: Any) -> None
     assert decode_answer(tokenizer, TASK.model_copy(update={"stop": ["\n"]}), ids) == "the file ; saved"
     assert decode_answer(tokenizer, TASK.model_copy(update={"stop": ["\n", " ;"]}), ids) == "the file"
     assert decode_answer(tokenizer, TASK, []) == ""
+
+
+def test_a_row_of_texts_has_the_prompt_of_the_pipeline(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    for text in ("how many?", f"{BOS}how many?", f"{BOS}how {{source}}?"):
+        row = tokenize_row(tiny_tokenizer, {"prompt": text, "completion": "42"}, [2])
+        assert row.prompt_ids == encode_prompt(tiny_tokenizer, TaskConfig(chat_template=False), text)
+        assert row.prompt_ids.count(1) == 1

@@ -52,6 +52,9 @@ from skd_lib.evaluation.answers import extract_answer, parse_number, predicted_a
         ("##### 42", 42),
         ("###### 42", 42),
         ("#### 10 000", 10000),
+        ("#### 10 000 / 2", None),
+        ("#### 10 000/2", None),
+        ("#### 10 3/4", Fraction(43, 4)),
         ("#### 1 234 567.5 in all", Fraction(2469135, 2)),
         ("#### 1\u2009234", 1234),
         ("#### 1_000", 1000),
@@ -257,6 +260,8 @@ def test_boxed_answers(text: str, value: int | Fraction | str | None) -> None:
     [
         r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
         r"\begin{pmatrix}1\\2\end{pmatrix}",
+        r"\begin{pmatrix} 1 \\[1ex] 2 \end{pmatrix}",
+        r"\begin{pmatrix} 1 \\ [-0.5 em] 2 \end{pmatrix}",
         "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}",
         r"\begin{pmatrix} 1 \\ 2 \\ \end{pmatrix}",
         r"\begin{pmatrix} 1 \\\ 2 \end{pmatrix}",

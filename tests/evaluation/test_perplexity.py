@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from skd_lib.config import EvaluationConfig, TaskConfig
 from skd_lib.data.examples import Example, make_example
@@ -12,6 +12,7 @@ from skd_lib.data.tokenize import answer_end_id, encode
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.evaluate import evaluate
 from skd_lib.evaluation.perplexity import reference_losses
+from skd_lib.evaluation.predictions import perplexity
 from tests.conftest import TinyModel
 
 EXAMPLES = [
@@ -82,6 +83,27 @@ def test_a_prompt_beyond_the_context_costs_its_own_answer_only(
     assert (result.predictions[0].prediction, result.predictions[0].truncated) == ("", True)
     assert result.predictions[1] == alone.predictions[0]
     assert "1 of 2 prompts and their answers do not fit" in caplog.text
+
+
+def test_a_reference_beyond_the_context_is_left_out(
+    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-2 has a table of positions: reading beyond it is an error of the device."""
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    model = GPT2LMHeadModel(config).eval()
+    examples: list[Example] = [make_example("word " * 60, "word"), make_example("x", "y"), make_example("y", "x")]
+    task = TaskConfig(max_new_tokens=6, metrics=["perplexity", "chrf"], chat_template=False, prompt="{source}")
+    result = evaluate(model, tiny_tokenizer, examples, task, CONFIG)
+    alone = evaluate(model, tiny_tokenizer, examples[1:], task, CONFIG)
+    score = result.scores.metrics["perplexity"]
+    assert score.score == pytest.approx(alone.scores.metrics["perplexity"].score, rel=1e-6)
+    assert score.scored == 2
+    assert "perplexity" not in result.predictions[0].scores
+    assert "1 of 3 references do not fit" in caplog.text
+    with pytest.raises(SkdError, match="no reference fits the model's context"):
+        perplexity(result.predictions[:1])
 
 
 def test_without_any_answer_all_metrics_are_missing(

@@ -13,14 +13,14 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, RULES, at_equal_compute, variants_of
+from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, RULES, at_equal_compute, trained_positions, variants_of
 from evidence import app
-from page import tables, with_tables
+from page import tables, tables_over_examples, with_tables
 from plots import draw
-from records import Run, collect, read_curves, read_runs
+from records import Run, collect, read_curves, read_examples, read_runs
 from skd_lib.comparison.config import load_compare
 from skd_lib.comparison.plan import plan
-from skd_lib.comparison.table import Comparison, TrialResult
+from skd_lib.comparison.table import Comparison, TrialResult, VariantResult, VariantScore, VariantTest
 from skd_lib.errors import SkdError
 from skd_lib.evaluation.statistics import holm
 from skd_lib.results import Course, Score, Scores
@@ -115,6 +115,30 @@ def test_variants_are_tested_pairwise_by_seed(folder: Path) -> None:
     assert [variants[name].test.p_holm for name in p_values] == pytest.approx(holm(list(p_values.values())))  # type: ignore[union-attr]
 
 
+def test_one_seed_is_judged_over_the_examples(tmp_path: Path) -> None:
+    test = VariantTest(difference=-3.25, low=-10.2, high=3.9, p_value=0.4, p_holm=0.8, examples=128, seeds=1)
+    variants = [
+        VariantResult(
+            variant=name,
+            runs=runs,
+            failed=0,
+            scores={"accuracy": VariantScore(mean=mean, low=mean - 5, high=mean + 6, runs=runs)},
+            tests={} if name == "skd" else {"accuracy": test},
+        )
+        for name, runs, mean in (("skd", 1, 21.875), ("sft", 1, 18.625), ("of-two-seeds", 2, 30.0))
+    ]
+    one = _comparison("one-seed").model_copy(update={"reference": "skd", "variants": variants})
+    for name, comparison in (("one-seed", one), (RULES, _comparison())):
+        (tmp_path / f"{name}.json").write_text(comparison.to_json(), encoding="utf-8")
+        collect([tmp_path / f"{name}.json"], tmp_path)
+    (table,) = tables_over_examples(read_examples(tmp_path)).values()
+    assert table.splitlines()[0] == "| variant | accuracy | minus `skd` | p | p (Holm) |"
+    assert table.splitlines()[2:] == [
+        "| `skd` | 21.9 [16.9, 27.9] |  |  |  |",
+        "| `sft` | 18.6 [13.6, 24.6] | -3.2 [-10.2, +3.9] | 0.400 | 0.800 |",
+    ]
+
+
 def test_compute_counts_the_teacher_by_its_size(folder: Path) -> None:
     (variant, *_) = variants_of(read_runs(folder), RULES)
     assert variant.compute() == pytest.approx(1000 + 500 * forward_cost("teacher") / forward_cost("student"))
@@ -125,8 +149,56 @@ def test_compute_counts_the_teacher_by_its_size(folder: Path) -> None:
 
 def test_compute_is_drawn_for_both_accounts(folder: Path, tmp_path: Path) -> None:
     runs = [replace(run, comparison=name) for run in read_runs(folder) for name in (FR_EN, FR_EN_EQUAL)]
-    assert tmp_path / "compute-fr-en.svg" in draw(runs, [], tmp_path)
-    assert tmp_path / "compute.svg" not in draw(runs, [], tmp_path)
+    assert tmp_path / "compute-fr-en.svg" in draw(runs, [], tmp_path, set())
+    assert tmp_path / "compute.svg" not in draw(runs, [], tmp_path, set())
+
+
+def test_scores_are_drawn_where_a_page_shows_them(folder: Path, tmp_path: Path) -> None:
+    written = draw(read_runs(folder), [], tmp_path, {f"{METHODS}-scores.svg"})
+    assert [file.name for file in written if file.name.endswith("-scores.svg")] == [f"{METHODS}-scores.svg"]
+
+
+def test_tables_of_own_results_are_printed_and_no_page_is_touched(folder: Path) -> None:
+    pages = {page: page.read_bytes() for page in (DOCS / "evidence.md", DOCS / "evidence/diary.md")}
+    done = CliRunner().invoke(app, ["plot", str(folder)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "| `skd-top_k-5` | 3 | 55.7 [" in done.output
+    assert {page: page.read_bytes() for page in pages} == pages
+
+
+def test_pages_are_written_all_or_none(folder: Path, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text(f"<!-- table {RULES} -->\n<!-- end -->\n", encoding="utf-8")
+    bad.write_text("<!-- table missing -->\n<!-- end -->\n", encoding="utf-8")
+    before = good.read_bytes()
+    with pytest.raises(SkdError, match="there are no runs of it"):
+        CliRunner().invoke(app, ["plot", str(folder), "--page", str(good), "--page", str(bad)], catch_exceptions=False)
+    assert good.read_bytes() == before
+
+
+def test_backward_passes_cost_those_more_that_sample_less() -> None:
+    def run(comparison: str, variant: str, steps: int, student: float, score: float, teacher: float = 0.0) -> Run:
+        figures = {
+            "steps": steps,
+            "response_tokens": 10.0 * steps,
+            "student_tokens": student,
+            "teacher_tokens": teacher,
+        }
+        return Run(comparison, "accuracy", variant, "skd", "", "", 0, {**figures, "score": score})
+
+    # A step has 5 positions of prompts and 10 of responses; skd's student reads the 10 once more to sample.
+    cost = forward_cost("teacher") / forward_cost("student")
+    runs = [
+        run(METHODS, "skd", 10, 250, 50.0, 10 * 15 / cost),
+        run(METHODS, "sft", 10, 150, 40.0),
+        run(EQUAL, "skd", 10, 250, 50.0, 10 * 15 / cost),
+        run(EQUAL, "sft", 40, 600, 70.0),
+    ]
+    assert trained_positions(runs[0], runs) == trained_positions(runs[1], runs) == 150
+    for backward, skd, fewer, more in ((0.0, 400, 150, 600), (2.0, 700, 450, 1800)):
+        (sft,) = (each for each in at_equal_compute(runs, METHODS, EQUAL, backward=backward) if each.name == "sft")
+        (score,) = (each.figures["score"] for each in sft.runs.values())
+        assert score == pytest.approx(40 + 30 * (skd - fewer) / (more - fewer))
 
 
 def test_one_seed_has_no_interval_and_no_test(folder: Path) -> None:

@@ -43,12 +43,15 @@ from study_plan import (
     cells,
 )
 from study_results import (
+    BUDGETS,
     NOT_JUDGED,
+    budget_differences,
     claim_differences,
     claim_tests,
     draw_study,
     early_differences,
     rule_differences,
+    seconds,
     study_tables,
     verdict,
 )
@@ -161,11 +164,11 @@ def test_the_second_round_has_seeds_and_a_correction_of_its_own() -> None:
 
 def test_the_tables_say_how_much_has_been_run() -> None:
     tables = study_tables(_runs((60.0, 64.0), (50.0, 53.0)))
-    assert f"| `{CLAIM.arm.name}` | 4 | " in tables["progress"]
+    assert f"| `{CLAIM.arm.name}` | 4 of 52 | " in tables["progress"]
     rows = tables["claims"].splitlines()[2:]
     assert len(rows) == len(CLAIMS)
     assert f"| {CLAIM.text} | sft, 1,000 | 2 of 6 | +10.5 [" in rows[0]
-    assert all(re.search(r"\| 0 of [36] \|  \|  \|  \| not judged yet \|$", row) for row in rows[1:])
+    assert all(re.search(r"\| 0 of [36] \|  \|  \|  \| not judged yet \|  \|$", row) for row in rows[1:])
     assert "| 1 of 6 | +10.0 |  |  | not judged yet |" in study_tables(_runs((60.0,), (50.0,)))["claims"]
 
 
@@ -177,7 +180,7 @@ def test_the_tables_say_which_runs_validation_ended() -> None:
         for seed, each in zip(CLAIM.seeds, steps, strict=False)
     ]
     row = next(line for line in study_tables(runs)["progress"].splitlines() if f"`{CLAIM.arm.name}`" in line)
-    assert row.endswith(f"| {limit} | 2 of 4 |  |  |  |")
+    assert row.endswith(f"| {limit:,} | 2 of 4 |  |  |  |")
 
 
 def test_the_points_of_a_run_that_was_cut_off_give_way_to_those_of_its_second_try(tmp_path: Path) -> None:
@@ -246,6 +249,39 @@ def test_what_runs_would_have_been_with_fewer_steps() -> None:
     assert early_differences(found[:3], CONVERGED_CLAIMS, 60)[claim.number] == []
 
 
+def test_a_budget_is_a_share_of_what_the_reference_spends_to_its_best_checkpoint() -> None:
+    def of(variant: str, seed: int, losses: list[float], accuracy: list[float], spent: list[float]) -> list[Curve]:
+        steps = [20 * (number + 1) for number in range(len(losses))]
+        tokens = dict.fromkeys(("student_tokens", "teacher_tokens"), spent)
+        figures = {"validation_loss": losses, "accuracy": accuracy, "cpu_seconds": spent, **tokens}
+        return [Curve(ARMS[0].name, variant, seed, name, steps, values) for name, values in figures.items()]
+
+    found = [
+        *of(REFERENCE, 1, [0.9, 0.5, 0.1, 0.3], [10, 20, 60, 70], [1.0, 2.0, 6.0, 9.0]),  # its best at 6 s
+        *of(REFERENCE, 2, [0.9, 0.2], [30, 50], [3.0, 10.0]),  # its best at 10 s: a budget of 8 s
+        *of("sft", 1, [0.2, 0.4], [40, 99], [1.0, 2.0]),
+    ]
+    assert BUDGETS == (0.25, 0.5, 1.0)
+    assert budget_differences(found, ARMS[0].name, "sft", seconds) == [[20 - 40], [20 - 40], [60 - 40]]
+    tables = study_tables([], found)
+    (row,) = tables["budgets-seconds"].splitlines()[2:]
+    assert tables["budgets-positions"] == tables["budgets-seconds"]  # which are in proportion here
+    assert row == f"| `{ARMS[0].name}` | `sft` | 1 | -20.0 | -20.0 | +20.0 |"
+
+
+def test_a_claim_says_what_later_rounds_found() -> None:
+    claim = AGAIN[0]
+    scores = {claim.better: 50.0, claim.worse: 40.0}
+    again = [
+        Run(claim.arm.name, "accuracy", variant, "skd", "sft", "", seed, {SCORE: score + seed % 3 * (variant == "skd")})
+        for variant, score in scores.items()
+        for seed in claim.seeds
+    ]
+    rows = {row.split(" | ")[0]: row for row in study_tables(again)["claims"].splitlines()[2:]}
+    assert rows[f"| {claim.number}"].endswith("| second: +11.0, shown |")
+    assert rows["| 6a"].endswith("|  |")
+
+
 @pytest.mark.parametrize("cut", [1, 5, 30])
 def test_a_row_that_was_cut_off_in_writing_is_none(tmp_path: Path, cut: int) -> None:
     for seed in (1, 2):
@@ -263,6 +299,13 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
         pytest.raises(SkdError, match=r"(?s)another process runs the study.*give this one a folder of its own"),
     ):
         next(study.run_study(tmp_path, tmp_path))
+
+
+def test_a_study_that_is_complete_says_so(tmp_path: Path) -> None:
+    rows = [dict(zip(("comparison", "variant", "seed"), cell.key, strict=True)) for cell in cells()]
+    append(tmp_path / RUNS, RUN_COLUMNS, rows)
+    (line,) = study.run_study(tmp_path, tmp_path)
+    assert line == f"all {len(rows)} runs are stored in {tmp_path}; --out NEW-FOLDER runs them all again"
 
 
 @pytest.mark.slow

@@ -148,6 +148,32 @@ def test_adapters_that_are_no_plain_sum_are_refused(tiny_model: TinyModel) -> No
         dict(merged_weights(model))
 
 
+@pytest.mark.parametrize(
+    ("options", "layer"),
+    [
+        ({"target_modules": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "model.embed_tokens"),
+    ],
+)
+def test_a_shared_weight_that_is_trained_in_one_place_is_refused(
+    tiny_model: TinyModel, options: dict[str, Any], layer: str
+) -> None:
+    """The other layer would be sent in its place, or the layer's adapter would be lost."""
+    model = tiny_model(tie_word_embeddings=True)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    with pytest.raises(SkdError, match=f"{layer} is trained apart from a weight that model.embed_tokens and lm_head"):
+        dict(merged_weights(model))
+
+
+def test_a_tied_model_with_other_adapters_is_merged(tiny_model: TinyModel) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    names = dict(model.named_parameters()).keys()
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert dict(merged_weights(model)).keys() == names
+
+
 def test_a_model_without_adapters_keeps_its_names(tiny_model: TinyModel) -> None:
     model = tiny_model(tie_word_embeddings=True)
     assert dict(merged_weights(model)).keys() == dict(model.named_parameters()).keys()

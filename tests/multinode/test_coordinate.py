@@ -20,7 +20,7 @@ from kubernetes.client import ApiClient, Configuration
 
 from skd_lib import storage
 from skd_lib.config import MultinodeConfig
-from skd_lib.errors import Preempted, SkdError
+from skd_lib.errors import Preempted, SkdError, Transient
 from skd_lib.multinode import coordinate
 from skd_lib.multinode.cluster import Cluster
 from skd_lib.multinode.coordinate import Work, train_on_nodes
@@ -305,6 +305,49 @@ def test_a_retry_waits_for_the_earlier_jobs_pods(kubernetes: FakeKubernetes, ste
     kubernetes.on_create = lambda job: [left.extend(kubernetes.pods_of(name)), create(job)]
     step().run()
     assert left == []
+
+
+def test_pods_that_never_go_are_an_error_that_names_them(
+    kubernetes: FakeKubernetes,
+    step: Callable[[], Step],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One on a lost machine is Terminating until a person deletes it: nothing there says that it has ended."""
+    monkeypatch.setattr(coordinate, "GONE_SECONDS", 1.0)
+    monkeypatch.setattr(coordinate, "_REMIND_SECONDS", 0.5)
+    monkeypatch.setattr(coordinate, "_GRACE_SECONDS", 0.2)
+    kubernetes.on_create = lambda job: in_background(lambda: kubernetes.end(start(kubernetes, job), "Failed"))
+    with pytest.raises(SkdError, match="the TrainJob has failed"):
+        step().run()
+    (name,) = kubernetes.jobs
+    kubernetes.pod_seconds = 60
+    pod = kubernetes.pods[f"{name}-node-0-1-x"]
+    pod["spec"] |= {"nodeName": "lost-1", "terminationGracePeriodSeconds": 0.5}
+    kubernetes.pods.pop(f"{name}-node-0-0-x")
+    with caplog.at_level("INFO"), pytest.raises(Transient) as caught:
+        step().run()
+    assert caught.value.where == name
+    assert caught.value.what.endswith(f"still there after 0 minutes: {name}-node-0-1-x on lost-1")
+    assert f"kubectl delete pod --force -n team {name}-node-0-1-x`" in caught.value.hint
+    words = [record.getMessage() for record in caplog.records if "are gone" in record.getMessage()]
+    assert [word.partition(": ")[2] for word in words] == [f"{name}-node-0-1-x on lost-1"] * 3  # at 0, 0.5 and 1 s
+    assert sum(request.startswith("POST") for request in kubernetes.requests) == 1
+    kubernetes.pods.pop(f"{name}-node-0-1-x")
+    completes(kubernetes)
+    step().run()
+
+
+def test_a_job_that_never_goes_is_an_error(
+    kubernetes: FakeKubernetes, step: Callable[[], Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinate, "GONE_SECONDS", 0.2)
+    with lost_pod("time.sleep"), pytest.raises(ConnectionAbortedError):
+        step().run()
+    (job,) = kubernetes.jobs.values()
+    job["metadata"]["deletionTimestamp"] = job["metadata"]["creationTimestamp"]
+    with pytest.raises(Transient, match=r"still being deleted(.|\n)*finalizers"):
+        step().run()
 
 
 def test_how_nodes_ended_is_told_after_their_pods_are_gone(

@@ -17,7 +17,7 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from skd_lib.config import MultinodeConfig
-from skd_lib.errors import Preempted, SkdError
+from skd_lib.errors import Preempted, SkdError, Transient
 from skd_lib.multinode import launch, node
 from skd_lib.multinode.exchange import Exchange, Request
 from skd_lib.multinode.manifest import NODE
@@ -57,7 +57,7 @@ def test_all_nodes_start_again_together_but_for_what_they_refuse(runtime: dict[s
     (refused,) = job["podFailurePolicy"]["rules"]
     assert refused["action"] == "FailJob"
     assert refused["onExitCodes"] == {"containerName": NODE, "operator": "In", "values": [SkdError.exit_code]}
-    assert SkdError.exit_code != Preempted.exit_code
+    assert SkdError.exit_code not in (Preempted.exit_code, Transient.exit_code)
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # `podFailurePolicy` wants it
     (container,) = job["template"]["spec"]["containers"]
     assert (container["name"], container["terminationMessagePolicy"]) == (NODE, "FallbackToLogsOnError")
@@ -81,6 +81,12 @@ def test_what_a_node_refuses_is_not_repeated(runtime: dict[str, Any]) -> None:
     assert Nodes(TORCH_DISTRIBUTED, 2).fail([SkdError.exit_code]) == ""
 
 
+def test_what_may_pass_by_itself_is_tried_again(runtime: dict[str, Any]) -> None:
+    job = Nodes(runtime, 2)
+    assert [job.fail([Transient.exit_code, 70]) for _ in range(10)] == [""] * 10
+    assert job.fail([Transient.exit_code]) == "ReachedMaxRestarts"
+
+
 def test_its_job_is_one_that_kubernetes_knows(runtime: dict[str, Any]) -> None:
     job = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
     api = kubernetes.client.ApiClient()
@@ -88,7 +94,10 @@ def test_its_job_is_one_that_kubernetes_knows(runtime: dict[str, Any]) -> None:
     assert api.sanitize_for_serialization(model) == job  # an unknown field would be lost on the way
 
 
-@pytest.mark.parametrize(("codes", "told"), [([2], 2), ([70, 2], 2), ([70, 1], 70), ([-9, 70], 137)])
+@pytest.mark.parametrize(
+    ("codes", "told"),
+    [([2], 2), ([70, 2], 2), ([70, 1], 70), ([-9, 70], 137), ([75, 1], 75), ([75, 2], 2)],
+)
 def test_the_exit_code_says_how_the_processes_ended(
     monkeypatch: pytest.MonkeyPatch, codes: list[int], told: int
 ) -> None:

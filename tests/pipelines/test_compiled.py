@@ -286,8 +286,8 @@ DISTILL = (*TASKS, "distill", "inputs")
             "input 'teacher' comes from output 'model' of teacher-sft, which does not exist",
         ),
         (
-            _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "producerTask", value="nobody"),
-            "input 'teacher' comes from task 'nobody', which is not in this DAG",
+            _set(*DISTILL, "artifacts", "teacher", "taskOutputArtifact", "producerTask", value="absent"),
+            "input 'teacher' comes from task 'absent', which is not in this DAG",
         ),
         (
             _set(*DISTILL, "parameters", value={}),
@@ -326,7 +326,7 @@ DISTILL = (*TASKS, "distill", "inputs")
             _set(*TASKS, "distill", "parameterIterator", value={"itemInput": "x"}),
             "task distill in comp-exit-handler-1: a loop must have no name of its own",
         ),
-        (_set(*TASKS, "distill", "dependentTasks", value=["nobody"]), "waits for task 'nobody', which does not exist"),
+        (_set(*TASKS, "distill", "dependentTasks", value=["absent"]), "waits for task 'absent', which does not exist"),
         (_set(*TASKS, "distill", "componentRef", "name", value="comp-x"), "component 'comp-x' does not exist"),
         (
             _set("components", "comp-distill", "executorLabel", value="exec-x"),

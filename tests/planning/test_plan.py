@@ -150,6 +150,13 @@ def test_padded_positions_are_computed() -> None:
     assert assume(one_row, load_machine("l4"))[0].padding == 1
 
 
+def test_a_step_starts_sooner_where_no_pod_is_made() -> None:
+    run = RunConfig.model_validate(VALUES)
+    cpu, gpu = (assume(run, load_machine(profile))[0].start_seconds for profile in ("cpu", "l4"))
+    assert 0 < cpu < gpu
+    assert assume(run, load_machine("cpu"), measured={"start_seconds": 7})[0].start_seconds == 7
+
+
 def test_the_teachers_signal_comes_back_from_servers() -> None:
     def signal(**vllm: Any) -> float:
         return parts(planned(distill=PARALLEL | VLLM | {"vllm": {"tensor_parallel": 2, **vllm}}))["signal"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from rich.console import Console
 
 from skd_lib._core.machine import total_memory, usable_cores
 from skd_lib.preflight.checks import Check, Checks, Level, table
-from skd_lib.preflight.machine import check_disk, check_packages, check_service, examine
+from skd_lib.preflight.machine import SERVICE_SECONDS, check_disk, check_packages, check_service, examine
+from tests.support import http
 
 
 def test_machine():
@@ -75,13 +75,35 @@ def test_tracking_server_that_is_down_is_a_failure(tmp_path: Path, monkeypatch: 
 )
 def test_a_service_is_asked_whether_it_answers(url: str | None, level: Level, found: str):
     checks = Checks()
-    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        check_service(checks, "hub", url or f"http://127.0.0.1:{server.server_port}", "token")
-        server.shutdown()
+    with http.Server(http.Handler) as server:  # which answers 501
+        check_service(checks, "hub", url or server.url, "token")
     (check,) = checks.found
     assert check.level == level
     assert found in check.what
+
+
+def test_services_are_asked_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    both_asked = threading.Barrier(2, timeout=SERVICE_SECONDS / 2)
+
+    class AnswersBoth(http.Handler):
+        def do_GET(self) -> None:
+            try:
+                both_asked.wait()
+            except threading.BrokenBarrierError:
+                return  # no answer: an error for the one who asks
+            self.send_response(404)
+            self.end_headers()
+
+    with http.Server(AnswersBoth) as server:
+        for name in ("STORAGE_EMULATOR_HOST", "HF_ENDPOINT"):
+            monkeypatch.setenv(name, server.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        checks = examine(tmp_path, "")
+    found = [check for check in checks if check.name in ("Google Cloud Storage", "Hugging Face hub")]
+    assert [(check.name, check.level) for check in found] == [
+        ("Google Cloud Storage", "ok"),
+        ("Hugging Face hub", "ok"),
+    ]
 
 
 def test_unwritable_folder_is_a_failure(tmp_path: Path):

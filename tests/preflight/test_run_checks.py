@@ -41,26 +41,26 @@ def test_a_run_can_do_without_comet(values: dict[str, Any], tmp_path: Path) -> N
     values |= {"task": {**values.get("task", {}), "metrics": ["chrf", "comet"]}}
     good = check(values | {"evaluation": {"comet": {"model": str(model)}}}, tmp_path)
     assert [found.level for found in good.checks if found.name == "comet"] == ["ok"]
-    found = only(check(values | {"evaluation": {"comet": {"model": "nobody/no-such-model"}}}, tmp_path), "warning")
-    assert (found.name, found.where) == ("comet", "nobody/no-such-model")
+    found = only(check(values | {"evaluation": {"comet": {"model": "no-owner/no-such-model"}}}, tmp_path), "warning")
+    assert (found.name, found.where) == ("comet", "no-owner/no-such-model")
     assert found.what.startswith("no scores by COMET: cannot reach")
 
 
 def test_the_report_is_shown_as_table_and_as_markdown() -> None:
-    report = PreflightReport([Check("data", "error", "a | b\n[bold]c", where="rows.jsonl, row 3", hint="mend it")])
+    report = PreflightReport([Check("data", "error", "a | b\n[bold]c", where="rows.jsonl, row 3", hint="correct it")])
     console = Console(width=100, file=StringIO())
     console.print(report.table())
     shown = console.file.getvalue()
     assert "✗" in shown
     assert "rows.jsonl, row 3: a | b" in shown
     assert "[bold]c" in shown
-    assert report.markdown().splitlines()[-1] == "| ✗ | data | rows.jsonl, row 3: a \\| b<br>[bold]c | mend it |"
+    assert report.markdown().splitlines()[-1] == "| ✗ | data | rows.jsonl, row 3: a \\| b<br>[bold]c | correct it |"
 
 
 def test_everything_wrong_is_found_at_once(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "rows.jsonl").write_text('{"source": "a", "target": "b"}\n{"source": "a"}\n{\n', encoding="utf-8")
-    values |= {"teacher": "nobody/no-such-model", "student": str(tmp_path)}
+    values |= {"teacher": "no-owner/no-such-model", "student": str(tmp_path)}
     report = check(
         values,
         tmp_path,
@@ -70,7 +70,7 @@ def test_everything_wrong_is_found_at_once(values: dict[str, Any], tmp_path: Pat
     )
     errors = {(found.name, found.where) for found in report.checks if found.level == "error"}
     assert errors == {
-        ("teacher", "nobody/no-such-model"),
+        ("teacher", "no-owner/no-such-model"),
         ("student", str(tmp_path)),
         ("data", f"{tmp_path / 'rows.jsonl'}, row 2, field `target`"),
         ("data", f"{tmp_path / 'rows.jsonl'}, row 3"),

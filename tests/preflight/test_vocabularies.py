@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from skd_lib.config import RunConfig, TaskConfig
@@ -18,6 +17,7 @@ from skd_lib.models.loading import load_model, save_model
 from skd_lib.models.vocabulary import check_compatible, compare, eos_ids, pad_id, take_over_ends
 from tests.conftest import SaveTinyModel
 from tests.preflight.support import ROWS, check, edit_json, only
+from tests.support.vocabularies import with_tokens
 
 
 @pytest.fixture
@@ -66,15 +66,6 @@ def test_vllm_wants_vocabularies_of_one_size(
 
 def config(values: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(values)
-
-
-def with_tokens(folder: Path, *tokens: str, pad: str | None = None) -> Path:
-    tokenizer = load_tokenizer(folder)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    if pad is not None:
-        tokenizer.add_special_tokens({"pad_token": pad})
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def pair(tmp_path: Path, save: SaveTinyModel, teacher: int, student: int) -> tuple[Path, Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skd_lib import storage
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.storage import gcs
 from tests.support.storage_server import Fault, Store
 
@@ -40,7 +40,7 @@ def test_an_upload_that_fails_for_good_leaves_the_old_object(
 ) -> None:
     monkeypatch.setenv("SKD_STORAGE_DEADLINE", "0.5")
     store.fault = always(kind, 503)
-    with pytest.raises(SkdError, match="Google Cloud Storage failed") as caught:
+    with pytest.raises(Transient, match="Google Cloud Storage failed") as caught:
         storage.upload(file, URI)
     assert "SKD_STORAGE_DEADLINE (now 0.5 seconds)" in caught.value.hint
     assert store.seen[NAME] == [b"old"]
@@ -85,7 +85,7 @@ def test_a_corrupted_download_is_fetched_again(store: Store, tmp_path: Path) -> 
     assert storage.download(URI, tmp_path / "copy").read_bytes() == NEW
     store.fault = always("media", "corrupt")
     for action in (lambda: storage.download(URI, tmp_path / "other"), lambda: storage.read_bytes(URI)):
-        with pytest.raises(SkdError, match="the transfer was corrupted") as caught:
+        with pytest.raises(Transient, match="the transfer was corrupted") as caught:
             action()
         assert caught.value.where == URI
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]

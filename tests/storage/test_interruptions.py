@@ -114,8 +114,9 @@ def test_what_asking_again_cannot_help_fails_at_once(status: int, said: str, sto
     store.fault = lambda _kind, _count: status
     for action in (lambda: storage.upload(file, URI), lambda: storage.list_objects(URI)):
         store.requests.clear()
-        with pytest.raises(SkdError, match=said):
+        with pytest.raises(SkdError, match=said) as caught:
             action()
+        assert caught.value.exit_code == SkdError.exit_code
         assert store.requests.total() == 1
     assert store.seen[NAME] == [b"old"]
 

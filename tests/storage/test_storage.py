@@ -14,12 +14,16 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from skd_lib import storage
 from skd_lib.config import FilesSource
 from skd_lib.data import sources
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
+from skd_lib.storage.fsspec_store import _opened
 from skd_lib.storage.objects import relative
+from tests.support import http
 from tests.support.gcs_emulator import emulated
 
 BUCKET = "bucket"
@@ -188,6 +192,37 @@ def test_missing_credentials_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(SkdError, match="no valid Google credentials") as caught:
         storage.exists("gs://bucket/file")
     assert "gcloud auth application-default login" in caught.value.hint
+
+
+def test_credentials_that_cannot_be_had_now_may_be_had_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Busy(http.Handler):
+        def do_POST(self) -> None:
+            self.send_error(503)
+
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    with http.Server(Busy) as server:
+        account = {
+            "type": "service_account",
+            "project_id": "mine",
+            "client_email": "me@mine.iam.gserviceaccount.com",
+            "private_key": pem,
+            "token_uri": f"{server.url}/token",
+        }
+        (tmp_path / "key.json").write_text(json.dumps(account), encoding="utf-8")
+        monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+        monkeypatch.setenv("SKD_STORAGE_DEADLINE", "1")
+        with pytest.raises(Transient, match="credentials cannot be had now"):
+            storage.exists("gs://bucket/file")
+
+
+def test_other_storage_that_fails_may_be_tried_again() -> None:
+    with pytest.raises(Transient, match=r"memory:// failed.*connection reset"), _opened("memory://bucket/file"):
+        raise ConnectionResetError("connection reset")
+    with pytest.raises(SkdError, match="access denied") as refused, _opened("memory://bucket/file"):
+        raise PermissionError("no")
+    assert not isinstance(refused.value, Transient)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from skd_lib import storage
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from tests.support.storage_server import Fault, Server, Store
 
 from .faults import (
@@ -167,8 +167,9 @@ def test_what_is_replaced_while_it_is_read_is_not_mixed(store: Store, tmp_path: 
         lambda: storage.read_bytes(URI),
     ):
         store.requests.clear()
-        with pytest.raises(storage.Missing, match="replaced or deleted while it was read"):
+        with pytest.raises(storage.Missing, match="replaced or deleted while it was read") as caught:
             read()
+        assert caught.value.exit_code == Transient.exit_code  # a node of a TrainJob reads it again
     assert list(tmp_path.iterdir()) == []
     store.fault = nothing_goes_wrong
     store.before = lambda _kind: None

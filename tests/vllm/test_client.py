@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from skd_kfp.pipelines.cli import app
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.models.files import weights_sample
 from skd_lib.vllm import client
 from skd_lib.vllm.client import Engine, EngineGone
-from skd_lib.vllm.fleet import Fleet, Wanted
+from skd_lib.vllm.fleet import TRIES, Fleet, Wanted
 from skd_lib.vllm.serve import cause
 from tests.conftest import SaveTinyModel
+from tests.support import http
 
 
 class Stand:
@@ -32,7 +32,7 @@ class Stand:
         self.results: dict[str, Any] = {}
         stand = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(http.Handler):
             def do_GET(self) -> None:
                 stand.looks += 1
                 if stand.looks == 3 and stand.health == 200:
@@ -49,17 +49,12 @@ class Stand:
                 answer = {"results": [stand.results.get(method, method)]}
                 self.wfile.write(json.dumps(answer).encode())
 
-            def log_message(self, *_: object) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self._server = http.Server(Handler).__enter__()
+        self.url = self._server.url
 
     def close(self) -> None:
         self.go.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
 
 
 @pytest.fixture
@@ -97,6 +92,27 @@ def test_a_server_with_another_teacher_is_refused_by_its_name(stand: Stand) -> N
     wanted = Wanted({}, "1", length=8, gamma=4, longest=8, teacher="ours", bytes=0, write=lambda _: None)
     with pytest.raises(SkdError, match=r"/models/other, has other weights(.|\n)*teacher of this run"):
         Fleet("session", 0, None).spread([Engine(stand.url)], wanted, lambda *_: None, [1], [1])
+
+
+@pytest.mark.parametrize("when", ["while it worked on one batch", "while they were set up"])
+def test_servers_that_are_lost_again_and_again_may_come_back_later(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    stand.go.set()
+    stand.results = {"skd_claim": {"state": "ready"}}
+    asked: list[str] = []
+
+    def lost(*words: Any) -> None:
+        asked.append(str(words[0]))
+        raise EngineGone("connection reset")
+
+    engine = Engine(stand.url)
+    if when == "while they were set up":
+        monkeypatch.setattr(engine, "rpc", lost)
+    wanted = Wanted({}, None, length=8, gamma=4, longest=8, teacher="ours", bytes=0, write=lambda _: None)
+    with pytest.raises(Transient, match=rf"lost {TRIES} times {when}"):
+        Fleet("session", 0, None).spread([engine], wanted, lost, [1], [1])
+    assert len(asked) == TRIES
 
 
 def test_models_of_equal_shapes_are_told_apart_and_shards_are_not(tmp_path: Path) -> None:
@@ -153,3 +169,8 @@ def test_a_server_starts_only_with_room_for_its_drafts_in_both_models(
 )
 def test_the_first_error_is_the_cause(log: str, found: str) -> None:
     assert cause(log) == found
+
+
+def test_servers_that_do_not_answer_may_answer_later() -> None:
+    with pytest.raises(Transient, match=r"no vLLM server answers after 0 minutes"):
+        client.wait_for_one([Engine("http://127.0.0.1:9", wait_s=0)])
