@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -18,10 +19,11 @@ METHODS, RULES, EQUAL = "evidence-methods", "evidence-rules", "evidence-equal"
 FR_EN, FR_EN_EQUAL = "evidence-fr-en-cpu", "evidence-fr-en-equal-cpu"
 _ARITHMETIC = forward_cost("teacher") / forward_cost("student")
 _CUT = 134_515_008 / (134_515_008 - 8 * 3_540_096)  # parameters: SmolLM2-135M, and a layer, 8 of which are cut
+_QWEN = 1_543_714_304 / 494_032_768  # parameters: Qwen2.5-Coder-1.5B and 0.5B
 TEACHER_COST = {
     **dict.fromkeys((METHODS, RULES, EQUAL, "evidence-few", "evidence-poor", "evidence-again"), _ARITHMETIC),
     **dict.fromkeys((FR_EN, FR_EN_EQUAL, "evidence-fr-en-sft-cpu", "evidence-summaries-cpu"), _CUT),
-    "qwen-gsm8k-methods": 1_543_714_304 / 494_032_768,  # parameters: Qwen2.5-Coder-1.5B and 0.5B
+    **dict.fromkeys(("qwen-gsm8k-bf16", "qwen-gsm8k-methods"), _QWEN),
     **{arm.name: STUDY_COST for arm in ALL_ARMS},
 }
 """Cost of a position for the teacher, in forward passes of the student, by comparison."""
@@ -83,19 +85,33 @@ def compute_of(run: Run) -> float | None:
     return run.figures["student_tokens"] + run.figures.get("teacher_tokens", 0.0) * cost
 
 
-def at_equal_compute(runs: Sequence[Run], steps: str, compute: str) -> list[Variant]:
+def trained_positions(run: Run, runs: Sequence[Run]) -> float:
+    """Return the positions of a run that the backward passes went through: prompts and responses in the loss.
+
+    Prompts are counted by the comparison's runs of SFT, whose only positions they are beside the responses.
+    """
+    sft = [each.figures for each in runs if (each.comparison, each.variant) == (run.comparison, "sft")]
+    prompts = [(each["student_tokens"] - each["response_tokens"]) / each["steps"] for each in sft]
+    return run.figures["response_tokens"] + fmean(prompts) * run.figures["steps"]
+
+
+def at_equal_compute(runs: Sequence[Run], steps: str, compute: str, *, backward: float = 0.0) -> list[Variant]:
     """Return the variants of `compute` with scores interpolated at the compute of the reference, seed by seed.
 
     These runs were given steps for equal compute by a count that was too high for SKD. Between a seed's run in `steps`
-    and its run in `compute` the score is taken to change in a straight line with compute.
+    and its run in `compute` the score is taken to change in a straight line with compute. `backward` is what a position
+    costs in the backward pass, in forward passes.
     """
     less = {(run.variant, run.seed): run for run in runs if run.comparison == steps}
     more = [run for run in runs if run.comparison == compute]
     targets = {run.seed: run for run in more if run.variant == run.reference}
 
+    def total(run: Run) -> float:
+        return (compute_of(run) or math.nan) + (backward * trained_positions(run, runs) if backward else 0.0)
+
     def moved(run: Run) -> Run:
         known = [less[run.variant, run.seed], run]
-        costs = [compute_of(each) or math.nan for each in (*known, targets[run.seed])]
+        costs = [total(each) for each in (*known, targets[run.seed])]
         score = np.interp(costs[-1], costs[:-1], [each.figures[SCORE] for each in known])
         return replace(run, figures={SCORE: float(score)})
 

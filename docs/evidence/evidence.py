@@ -8,17 +8,18 @@ Run it at the root of the source tree, with the Python of `make install`.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from page import tables, with_tables
+from page import tables, tables_over_examples, with_tables
 from plots import draw
 from prepare import prepare as write_start
 from problems import ProblemSpace
 from records import collect as write_records
-from records import read_curves, read_runs
+from records import read_curves, read_examples, read_runs
 from skd_lib._core.terminal import run_command
 from skd_lib.storage import write_text_atomic
 from study_results import draw_study, study_tables
@@ -28,6 +29,7 @@ STUDY = FOLDER / "study"
 MODELS = STUDY / "models"
 MODELS_HELP = "Where the teacher and the base of the students are, or will be trained; default: the second teacher's."
 PAGES = [Path("docs/evidence.md"), FOLDER / "diary.md"]
+_PLOT = re.compile(r"\]\((?!http)([^()#]+\.svg)\)")
 
 app = typer.Typer(
     help="The experiments of docs/evidence.md: data and models, runs, plots and tables.",
@@ -65,9 +67,9 @@ def prepare(
 @app.command()
 def collect(
     comparisons: Annotated[list[Path], typer.Argument(help="Folders of `skd compare`, e.g. runs/evidence-methods.")],
-    folder: Annotated[Path, typer.Option("--out", help="Where runs.csv and curves.csv go.")] = FOLDER,
+    folder: Annotated[Path, typer.Option("--out", help="Where runs.csv, curves.csv and examples.csv go.")] = FOLDER,
 ) -> None:
-    """Put the runs of comparisons into two CSV files. Other comparisons that these hold stay."""
+    """Put the runs of comparisons into CSV files. Other comparisons that these hold stay."""
     for path in write_records([each / "comparison.json" for each in comparisons], folder):
         typer.echo(path)
 
@@ -111,21 +113,33 @@ def check(
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="Where runs.csv and curves.csv are, and plots go.")] = FOLDER,
-    page: Annotated[list[Path], typer.Option(help="Pages whose tables are written again.")] = PAGES,
+    folder: Annotated[Path, typer.Argument(help="Where the CSV files are, and plots go.")] = FOLDER,
+    page: Annotated[
+        list[Path] | None,
+        typer.Option(help="Pages whose tables are written again; default: the evidence's."),
+    ] = None,
 ) -> None:
-    """Draw the plots and write the tables of the pages from the stored results, the study's too."""
-    runs = read_runs(folder)
-    written = draw(runs, read_curves(folder), folder)
+    """Draw the plots and write the tables of the pages from the stored results, the study's too.
+
+    Of another folder the comparisons' tables are printed.
+    """
+    own = page is None and folder != FOLDER
+    chosen = [] if own else page or PAGES
+    runs, pages = read_runs(folder), {each: each.read_text(encoding="utf-8") for each in chosen}
+    shown = {Path(link).name for text in pages.values() for link in _PLOT.findall(text)}
+    written = draw(runs, read_curves(folder), folder, shown)
     place = folder / STUDY.name
     studied, curves = (read_runs(place), read_curves(place)) if place.is_dir() else ([], [])
     ended = {(run.comparison, run.variant, run.seed) for run in studied}
     curves = [curve for curve in curves if (curve.comparison, curve.variant, curve.seed) in ended]
-    written += draw(studied, [], place) + draw_study(studied, curves, place)
-    found = tables([*runs, *studied]) | study_tables(studied, curves)
-    for each in page:
-        write_text_atomic(each, with_tables(each.read_text(encoding="utf-8"), found))
-    for path in [*written, *page]:
+    written += draw_study(studied, curves, place)
+    found = tables([*runs, *studied]) | tables_over_examples(read_examples(folder)) | study_tables(studied, curves)
+    for each, text in {each: with_tables(text, found) for each, text in pages.items()}.items():  # all, or none
+        write_text_atomic(each, text)
+    if own:
+        names = {run.comparison for run in runs}
+        typer.echo("\n".join(f"{name}\n\n{table}" for name, table in found.items() if name in names))
+    for path in [*written, *chosen]:
         typer.echo(path)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from analysis import EQUAL, FR_EN, FR_EN_EQUAL, METHODS, Mean, Variant, at_equal_compute, p_text, variants_of
-from records import SCORE, Run
+from records import SCORE, OverExamples, Run
 from skd_lib._core.format import markdown_table
 from skd_lib.errors import SkdError
 from study_plan import ALL_ARMS
@@ -15,13 +15,18 @@ from study_plan import ALL_ARMS
 _TABLE = re.compile(r"<!-- table (?P<name>[a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 SIGNIFICANT = 0.05
 MILLION = 1e6
+BACKWARD = 2.0
+"""Cost of a backward pass in forward ones: the gradients of activations and of weights."""
 P_COLUMNS = ("p", "p (Holm)")
 STUDY = frozenset(arm.name for arm in ALL_ARMS)
 """Comparisons that are judged by the tables of the study's claims, with a correction for those."""
 
 
 def tables(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the table of each comparison by its name, and those of equal compute with corrected scores."""
+    """Return the table of each comparison by its name, and those of equal compute with corrected scores.
+
+    These are by forward passes alone, and with backward passes.
+    """
     names = dict.fromkeys(run.comparison for run in runs)
     found = {
         name: markdown(variants_of(runs, name), *metric_and_reference(runs, name), judged=name not in STUDY)
@@ -31,7 +36,28 @@ def tables(runs: Sequence[Run]) -> dict[str, str]:
         if {steps, compute} <= set(names):
             variants = at_equal_compute(runs, steps, compute)
             found[f"{compute}-corrected"] = markdown(variants, *metric_and_reference(runs, compute))
+            variants = at_equal_compute(runs, steps, compute, backward=BACKWARD)
+            found[f"{compute}-backward"] = markdown(variants, *metric_and_reference(runs, compute))
     return found
+
+
+def tables_over_examples(rows: Sequence[OverExamples]) -> dict[str, str]:
+    """Return a table of what can be said of comparisons of one seed, over the test set's examples, as NAME-examples."""
+    return {f"{name}-examples": _over_examples(rows, name) for name in dict.fromkeys(row.comparison for row in rows)}
+
+
+def _over_examples(rows: Sequence[OverExamples], comparison: str) -> str:
+    ours = sorted((row for row in rows if row.comparison == comparison), key=lambda row: -row.figures[SCORE])
+    header = ["variant", ours[0].metric, f"minus `{ours[0].reference}`", *P_COLUMNS]
+    cells = []
+    for row in ours:
+        known = row.figures
+        score = Mean(known[SCORE], known["low"], known["high"])
+        tested = "difference" in known
+        difference = Mean(known["difference"], known["difference_low"], known["difference_high"]) if tested else None
+        p_values = [p_text(known[name]) if name in known else "" for name in ("p_value", "p_holm")]
+        cells.append([f"`{row.variant}`", _interval(score), _interval(difference, signed=True), *p_values])
+    return "\n".join(markdown_table(header, cells, numbers=False)) + "\n"
 
 
 def with_tables(page: str, found: Mapping[str, str]) -> str:

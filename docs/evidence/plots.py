@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,21 +23,24 @@ _FORMAT: Any = {"svg.hashsalt": "evidence", "font.size": 9, "axes.spines.top": F
 _SIZE = (6.4, 3.6)
 
 
-def draw(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Path]:
+def draw(runs: Sequence[Run], curves: Sequence[Curve], folder: Path, shown: Container[str]) -> list[Path]:
     """Draw what the runs suffice for.
 
     Args:
         runs: Of all comparisons.
         curves: Of the same.
         folder: Where the plots go.
+        shown: Files of a comparison's scores, NAME-scores.svg, that are drawn.
 
     Returns:
         What was written.
     """
     written: list[Path] = []
     for name in dict.fromkeys(run.comparison for run in runs):
+        if (file := f"{name}-scores.svg") not in shown:
+            continue
         variants = variants_of(runs, name)
-        with plot(folder / f"{name}-scores.svg", written, height=0.3 * len(variants) + 1.2) as axes:
+        with plot(folder / file, written, height=0.3 * len(variants) + 1.2) as axes:
             _scores(axes, variants, next(run for run in runs if run.comparison == name))
     metrics = {run.comparison: run.metric for run in runs}
     for file, accounts in (("compute.svg", (METHODS, EQUAL)), ("compute-fr-en.svg", (FR_EN, FR_EN_EQUAL))):
@@ -124,7 +127,7 @@ def _compute(axes: Axes, comparisons: dict[str, list[Variant]], metric: str) -> 
                 continue
             axes.plot(compute / 1e3, score.mean, marker, color=color)
             axes.annotate(variant.name, (compute / 1e3, score.mean), (4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("positions processed while training, in thousands of student forward passes")
+    axes.set_xlabel("positions in forward passes while training, thousands; the teacher's by its cost")
     axes.set_ylabel("accuracy, %" if metric == "accuracy" else metric)
     axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 

@@ -1,6 +1,7 @@
-"""Results of comparisons, as two CSV files that are small enough for a repository.
+"""Results of comparisons, as CSV files that are small enough for a repository.
 
-`runs.csv` has one row a run, `curves.csv` one row a point of a run's curves. Tables and plots are made from these two.
+`runs.csv` has one row a run, `curves.csv` one row a point of a run's curves. Where a comparison has one seed,
+`examples.csv` holds what can be said over the test set's examples. Tables and plots are made from these.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from skd_lib.config import parse_section
 from skd_lib.errors import SkdError
 from skd_lib.storage import write_text_atomic
 
-RUNS, CURVES = "runs.csv", "curves.csv"
+RUNS, CURVES, EXAMPLES = "runs.csv", "curves.csv", "examples.csv"
 SCORE = "score"
 """Of the task's first metric."""
 NAMES = ("comparison", "metric", "variant", "reference", "init", "failed")
@@ -29,6 +30,8 @@ FIGURES = (
 )
 RUN_COLUMNS = (*NAMES, "seed", *FIGURES)
 CURVE_COLUMNS = ("comparison", "variant", "seed", "figure", "step", "value")
+EXAMPLE_FIGURES = (SCORE, "low", "high", "difference", "difference_low", "difference_high", "p_value", "p_holm")
+EXAMPLE_COLUMNS = ("comparison", "variant", "metric", "reference", *EXAMPLE_FIGURES)
 _CURVES = {
     "rejection_rate": "steps",
     "validation_loss": "validation_steps",
@@ -73,8 +76,28 @@ class Curve:
     values: list[float]
 
 
+@dataclass(frozen=True)
+class OverExamples:
+    """A variant of one seed, over the test set's examples: its score's 95 % interval, its test against the reference.
+
+    Attributes:
+        comparison: Its name.
+        variant: What was compared.
+        metric: The score's.
+        reference: What it is tested against.
+        figures: Those of `EXAMPLE_FIGURES` that were measured; the differences are variant minus reference, paired by
+            example.
+    """
+
+    comparison: str
+    variant: str
+    metric: str
+    reference: str
+    figures: dict[str, float]
+
+
 def collect(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Put comparisons into `runs.csv` and `curves.csv`; others that are there stay.
+    """Put comparisons into `runs.csv`, `curves.csv` and `examples.csv`; others that are there stay.
 
     Args:
         files: Each one's `comparison.json`.
@@ -94,9 +117,11 @@ def collect(files: Sequence[Path], folder: Path) -> list[Path]:
     points = [
         point for comparison in comparisons for trial in comparison.trials for point in _points(comparison, trial)
     ]
+    examples = [row for comparison in comparisons for row in _over_examples(comparison)]
     written: dict[str, tuple[Sequence[str], Iterable[Mapping[str, object]]]] = {
         RUNS: (RUN_COLUMNS, runs),
         CURVES: (CURVE_COLUMNS, points),
+        EXAMPLES: (EXAMPLE_COLUMNS, examples),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +185,22 @@ def read_curves(folder: Path) -> list[Curve]:
     return list(curves.values())
 
 
+def read_examples(folder: Path) -> list[OverExamples]:
+    """Read a folder's `examples.csv`.
+
+    Raises:
+        SkdError: there is no such file, or it is another one.
+    """
+    names = EXAMPLE_COLUMNS[: -len(EXAMPLE_FIGURES)]
+    return [
+        OverExamples(
+            **{name: row[name] for name in names},
+            figures={name: float(row[name]) for name in EXAMPLE_FIGURES if row[name]},
+        )
+        for row in _rows(folder / EXAMPLES, set(EXAMPLE_COLUMNS))
+    ]
+
+
 def _read(file: Path) -> Comparison:
     try:
         text = file.read_text(encoding="utf-8")
@@ -181,6 +222,31 @@ def _row(comparison: Comparison, trial: TrialResult) -> dict[str, object]:
         "teacher": comparison.teacher[metric].score if metric in comparison.teacher else "",
     }
     return {name: short(row.get(name, "")) for name in RUN_COLUMNS}
+
+
+def _over_examples(comparison: Comparison) -> Iterable[dict[str, object]]:
+    metric = comparison.metrics[0]
+    for variant in comparison.variants:
+        if variant.runs != 1 or (score := variant.scores.get(metric)) is None:
+            continue
+        row = {
+            "comparison": comparison.name,
+            "variant": variant.variant,
+            "metric": metric,
+            "reference": comparison.reference,
+            SCORE: short(score.mean),
+            "low": short(score.low),
+            "high": short(score.high),
+        }
+        if test := variant.tests.get(metric):
+            row |= {
+                "difference": short(test.difference),
+                "difference_low": short(test.low),
+                "difference_high": short(test.high),
+                "p_value": short(test.p_value),
+                "p_holm": short(test.p_holm),
+            }
+        yield row
 
 
 def _points(comparison: Comparison, trial: TrialResult) -> Iterable[dict[str, object]]:

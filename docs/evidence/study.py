@@ -224,6 +224,7 @@ def _run_missing(folder: Path, out: Path, most: int | None) -> Iterator[str]:
     done = {(run.comparison, run.variant, run.seed) for run in stored}
     missing = [cell for cell in cells() if cell.key not in done]
     if not missing:
+        yield f"all {len(done)} runs are stored in {out}; --out NEW-FOLDER runs them all again"
         return
     transformers_logging.disable_progress_bar()
     start = Start(folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +48,12 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 NOT_JUDGED = "not judged yet"
+LATER = {"second": AGAIN, "third": LONG_CLAIMS, "fourth": CONVERGED_CLAIMS}
+"""The rounds that test claims of the paper once more."""
+BUDGETS = (0.25, 0.5, 1.0)
+"""Shares of what the reference has spent at its best checkpoint."""
+Courses = Mapping[tuple[str, int, str], Curve]
+"""The curves of one arm, by variant, seed and figure."""
 
 
 def verdict(test: PairedTest | None, planned: int) -> str:
@@ -125,10 +133,56 @@ def rule_differences(
     }
 
 
-def positions(curves: Mapping[tuple[str, int, str], Curve], variant: str, seed: int) -> list[float]:
+def positions(curves: Courses, variant: str, seed: int) -> list[float]:
     """Return the positions that a run had processed at each validation, the teacher's by its cost."""
     student, teacher = (curves[variant, seed, name].values for name in ("student_tokens", "teacher_tokens"))
     return [ours + TEACHER_COST * theirs for ours, theirs in zip(student, teacher, strict=True)]
+
+
+def budget_differences(
+    curves: Sequence[Curve], arm: str, rival: str, costs: Callable[[Courses, str, int], Sequence[float]]
+) -> list[list[float]]:
+    """Return the reference's accuracy on validation problems minus a rival's at the budgets of `BUDGETS`, one a seed.
+
+    A budget is a share of what the reference has spent at its best checkpoint, as a mean over its seeds. A run has the
+    accuracy of the validation with the lowest loss within the budget, or its first; one that had ended keeps its best.
+    """
+    found = {(curve.variant, curve.seed, curve.figure): curve for curve in curves if curve.comparison == arm}
+    seeds = {variant: {seed for name, seed, _ in found if name == variant} for variant in (REFERENCE, rival)}
+
+    def best(variant: str, seed: int, most: float) -> int:
+        spent, loss = costs(found, variant, seed), found[variant, seed, "validation_loss"].values
+        return min((index for index, cost in enumerate(spent) if cost <= most or not index), key=loss.__getitem__)
+
+    def accuracy(variant: str, seed: int, most: float) -> float:
+        return found[variant, seed, "accuracy"].values[best(variant, seed, most)]
+
+    spent = [costs(found, REFERENCE, seed)[best(REFERENCE, seed, math.inf)] for seed in seeds[REFERENCE]]
+    return [
+        [
+            accuracy(REFERENCE, seed, share * fmean(spent)) - accuracy(rival, seed, share * fmean(spent))
+            for seed in sorted(seeds[REFERENCE] & seeds[rival])
+        ]
+        for share in BUDGETS
+    ]
+
+
+def seconds(curves: Courses, variant: str, seed: int) -> Sequence[float]:
+    """Return the CPU seconds that a run had taken at each validation, without the validations'."""
+    return curves[variant, seed, "cpu_seconds"].values
+
+
+def budgets_table(curves: Sequence[Curve], costs: Callable[[Courses, str, int], Sequence[float]]) -> str:
+    """Return the table of what the reference is ahead by at each budget; nothing is tested."""
+    rows = []
+    for arm in (*ARMS, CONVERGED, LONG):
+        known = {curve.variant for curve in curves if curve.comparison == arm.name}
+        for rival in CORE:
+            if rival != REFERENCE and {rival, REFERENCE} <= known:
+                found = budget_differences(curves, arm.name, rival, costs)
+                rows.append([f"`{arm.name}`", f"`{rival}`", str(len(found[0])), *map(_mean_text, found)])
+    header = ["arm", f"`{REFERENCE}` minus", "seeds", *(f"{share:g} of the budget" for share in BUDGETS)]
+    return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
 def rules_table(
@@ -152,7 +206,7 @@ def rules_table(
 def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str, str]:
     """Return the tables of the study by their names."""
     return {
-        "claims": _claims_table(runs, CLAIMS),
+        "claims": _claims_table(runs, CLAIMS, later=LATER),
         "claims-again": _claims_table(runs, AGAIN),
         "claims-long": _claims_table(runs, LONG_CLAIMS),
         "claims-converged": _claims_table(runs, CONVERGED_CLAIMS),
@@ -163,6 +217,8 @@ def study_tables(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> dict[str,
         "rules-again": rules_table(runs, curves, RULES_AGAIN, AGAIN_SEEDS),
         "recipe": _claims_table(runs, RECIPE_CLAIMS, "in the place of the default", "better"),
         "recipe-again": _claims_table(runs, RECIPE_AGAIN_CLAIMS, "in the place of the default", "better"),
+        "budgets-seconds": budgets_table(curves, seconds),
+        "budgets-positions": budgets_table(curves, positions),
         "progress": _progress_table(runs),
     }
 
@@ -179,14 +235,13 @@ def _progress_table(runs: Sequence[Run]) -> str:
     rows = [
         [
             f"`{arm.name}`",
-            str(sum(run.comparison == arm.name for run in runs)),
-            str(number),
-            str(arm.horizon),
+            f"{sum(run.comparison == arm.name for run in runs)} of {number}",
+            f"{arm.horizon:,}",
             *(ended(arm, variant) for variant in CORE),
         ]
         for arm, number in planned.items()
     ]
-    header = ["arm", "runs", "planned", "steps at most", *(f"`{variant}`" for variant in CORE)]
+    header = ["arm", "runs", "steps at most", *(f"`{variant}`" for variant in CORE)]
     return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
@@ -205,19 +260,38 @@ def draw_study(runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> li
 
 
 def _claims_table(
-    runs: Sequence[Run], claims: Sequence[Claim], what: str = "claim of the paper", judged: str = "verdict"
+    runs: Sequence[Run],
+    claims: Sequence[Claim],
+    what: str = "claim of the paper",
+    judged: str = "verdict",
+    later: Mapping[str, Sequence[Claim]] | None = None,
 ) -> str:
+    """Return a round's table; with `later` rounds, what these say of its claims is in a last column."""
     tests, found = claim_tests(runs, claims), claim_differences(runs, claims)
+    after = [(name, round_, claim_tests(runs, round_)) for name, round_ in (later or {}).items()]
+
+    def again(number: str) -> str:
+        planned = [
+            (name, len(claim.pairs()), done) for name, of, done in after for claim in of if claim.number == number
+        ]
+        return "; ".join(
+            f"{name}: {done[number].difference.mean:+.1f}, {verdict(done[number], pairs)}"
+            for name, pairs, done in planned
+            if number in done
+        )
+
     rows = [
         [
             claim.number,
             claim.text,
             _start(claim),
             *_difference_cells(found[claim.number], tests.get(claim.number), len(claim.pairs())),
+            *([again(claim.number)] if later else []),
         ]
         for claim in claims
     ]
     header = ["", what, "start, examples", "seeds", "points of accuracy", "p", "p (Holm)", judged]
+    header += ["later rounds"] if later else []
     return "\n".join(markdown_table(header, rows, numbers=False)) + "\n"
 
 
@@ -266,7 +340,10 @@ def _claims(axes: Axes, runs: Sequence[Run]) -> None:
                 found.mean, rows[number] - below, xerr=spread, fmt=marker, color=color, capsize=3, markersize=4
             )
     axes.axvline(0, color="0.3", linewidth=1)
-    labels = [f"{claim.better} - {claim.worse} ({claim.arm.init}, {claim.arm.examples})" for claim in reversed(CLAIMS)]
+    labels = [
+        f"{claim.number}  {claim.better} - {claim.worse} ({claim.arm.init}, {claim.arm.examples})"
+        for claim in reversed(CLAIMS)
+    ]
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.set_xlim(-30, 55)
     axes.set_xlabel("points of accuracy, 95 % interval over seeds", fontsize=8)
