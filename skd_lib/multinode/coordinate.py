@@ -31,7 +31,7 @@ from skd_lib.multinode.exchange import EXECUTOR_OUTPUT, Exchange, Request, check
 from skd_lib.multinode.manifest import job_name, train_job
 
 if TYPE_CHECKING:
-    from skd_lib.multinode.cluster import Cluster
+    from skd_lib.multinode.cluster import Cluster, JobState
     from skd_lib.steps.runtime import StepIO
 
 log = logging.getLogger(__name__)
@@ -196,29 +196,8 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
     """
     from skd_lib.multinode.logs import LogFollower
 
-    follower = LogFollower(cluster, name, partial(print, flush=True), pause=min(2.0, POLL_SECONDS))
-    follower.start()
-    limit = None if settings.timeout_hours is None else settings.timeout_hours * 3600
-    seen = trouble = ""
-    while True:
-        state = cluster.job(name)
-        if state is None or state.phase == "deleting":
-            raise SkdError(
-                "the TrainJob has been deleted", where=name, hint="retry the step: it goes on from its checkpoint"
-            )
-        if state.phase != "running":
-            break
-        if limit is not None and state.age > limit:
-            cluster.delete(name)
-            hint = "raise multinode.timeout_hours; a retry goes on from the last checkpoint"
-            raise SkdError(f"it took longer than {settings.timeout_hours} hours, and is deleted", where=name, hint=hint)
-        pods = cluster.pods(name)
-        if (news := "; ".join(filter(None, map(trouble_of, pods)))) != seen:
-            log.info("nodes: %s", news or "all are running")
-            seen = news
-        trouble = news or trouble
-        time.sleep(POLL_SECONDS)
-    follower.finish()
+    with LogFollower(cluster, name, partial(print, flush=True), pause=min(2.0, POLL_SECONDS)):
+        state, trouble = _watch(cluster, name, settings)
     if state.phase == "failed" and not exchange.is_complete():
         causes = "; ".join(filter(None, map(trouble_of, cluster.pods(name))))
         if not causes and trouble:  # Kubernetes has deleted the pods by now
@@ -230,6 +209,30 @@ def _wait(cluster: Cluster, name: str, settings: MultinodeConfig, exchange: Exch
             hint=f"{advice}its first node's log is above; `kubectl describe trainjob {name} -n {cluster.namespace}` "
             "shows more, until a retry replaces it and goes on from the last checkpoint",
         )
+
+
+def _watch(cluster: Cluster, name: str, settings: MultinodeConfig) -> tuple[JobState, str]:
+    """Return a job's state when it has ended, and the last trouble of its nodes that was seen."""
+    limit = None if settings.timeout_hours is None else settings.timeout_hours * 3600
+    seen = trouble = ""
+    while True:
+        state = cluster.job(name)
+        if state is None or state.phase == "deleting":
+            raise SkdError(
+                "the TrainJob has been deleted", where=name, hint="retry the step: it goes on from its checkpoint"
+            )
+        if state.phase != "running":
+            return state, trouble
+        if limit is not None and state.age > limit:
+            cluster.delete(name)
+            hint = "raise multinode.timeout_hours; a retry goes on from the last checkpoint"
+            raise SkdError(f"it took longer than {settings.timeout_hours} hours, and is deleted", where=name, hint=hint)
+        pods = cluster.pods(name)
+        if (news := "; ".join(filter(None, map(trouble_of, pods)))) != seen:
+            log.info("nodes: %s", news or "all are running")
+            seen = news
+        trouble = news or trouble
+        time.sleep(POLL_SECONDS)
 
 
 def trouble_of(pod: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 import urllib3
 from kubernetes.client.exceptions import ApiException
@@ -83,7 +83,7 @@ class _Reading:
 
 
 class LogFollower(threading.Thread):
-    """A thread that writes each line of the first node's log. If its pod is replaced, the next one's log follows."""
+    """A thread that writes each line of the first node's log within `with`; of a pod that replaces it, too."""
 
     def __init__(self, cluster: Cluster, job: str, write: Callable[[str], None], pause: float = 2.0) -> None:
         super().__init__(name="log", daemon=True)
@@ -91,11 +91,15 @@ class LogFollower(threading.Thread):
         self._ended = threading.Event()
         self._readings: defaultdict[str, _Reading] = defaultdict(_Reading)
 
-    def finish(self, timeout: float = 60.0) -> None:
-        """Read the rest once the job has ended, and stop."""
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        """Read the rest once the job has ended, and stop. After an error there may be no rest to wait for."""
         self._ended.set()
-        self.join(timeout)
-        if self.is_alive():
+        self.join(1.0 if failed else 60.0)
+        if self.is_alive() and not failed:
             log.warning("the rest of the log of %s does not come; `kubectl logs` has it", self._job)
 
     def run(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from skd_lib._core import terminal
@@ -9,7 +11,7 @@ from skd_lib._core import terminal
 
 def test_progress_in_a_log(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 5.0, 16.0, 16.0, 20.0, 40.0, 40.0])
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(now)))
     with terminal.progress_bar("decoding") as tell:
         for done in (1, 2, 3, 4):
             tell(done, 9)

@@ -25,7 +25,7 @@ from skd_lib.multinode import coordinate
 from skd_lib.multinode.cluster import Cluster
 from skd_lib.multinode.coordinate import Work, train_on_nodes
 from skd_lib.multinode.exchange import Exchange
-from skd_lib.multinode.logs import Unseen, whole_lines
+from skd_lib.multinode.logs import LogFollower, Unseen, whole_lines
 from skd_lib.multinode.node import step_command
 from skd_lib.steps.kfp_call import Call, called, take_call
 from skd_lib.steps.runtime import StepIO
@@ -515,6 +515,9 @@ def test_a_job_that_somebody_deletes_fails_the_step(kubernetes: FakeKubernetes, 
     kubernetes.on_create = kubelet
     with pytest.raises(SkdError, match="the TrainJob has been deleted"):
         step().run()
+    for follower in [thread for thread in threading.enumerate() if isinstance(thread, LogFollower)]:
+        follower.join(30)
+        assert not follower.is_alive(), "the log is followed although nobody waits for the job"
 
 
 def test_places_that_nodes_cannot_reach_are_refused(step: Callable[[], Step], tmp_path: Path) -> None:
