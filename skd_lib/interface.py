@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -378,7 +378,7 @@ def _examples(dataset: Any) -> Sequence[Any]:
     """Return the examples of rows in memory, or of a file; what are examples already stays as it is."""
     from skd_lib.data import sources
     from skd_lib.data.examples import Example
-    from skd_lib.data.rows import Problems, check_rows, usual_columns
+    from skd_lib.data.rows import NAMED_ROWS, Problems, check_rows, usual_columns
 
     if isinstance(dataset, str | Path):
         return sources.load(FilesSource(train=[str(dataset)])).train
@@ -386,11 +386,11 @@ def _examples(dataset: Any) -> Sequence[Any]:
         what = f"a {type(dataset).__name__} is no dataset"
         raise SkdError(what, where="evaluate, dataset", hint="pass rows, or a data file")
     rows: Iterator[Any] = iter(dataset)
-    first: Any = next(rows, None)
-    if first is None:
+    first_rows = list(islice(rows, NAMED_ROWS))
+    if not first_rows:
         raise SkdError("the dataset is empty", where="evaluate, dataset", hint="pass at least one row")
-    both = chain([first], rows)
-    if isinstance(first, Example):
+    both = chain(first_rows, rows)
+    if isinstance(first_rows[0], Example):
         return list(both)
 
     def checked() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -401,7 +401,8 @@ def _examples(dataset: Any) -> Sequence[Any]:
                 raise SkdError(what, where=f"evaluate, dataset, row {number}", hint=hint)
             yield f"row {number}", dict(row)
 
-    columns = (usual_columns(first) if isinstance(first, Mapping) else None) or Columns()
+    names = dict.fromkeys(name for row in first_rows if isinstance(row, Mapping) for name in row)
+    columns = usual_columns(names, "evaluate, dataset") or Columns()
     problems = Problems()
     examples = check_rows(checked(), columns, problems)
     problems.raise_any()

@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,21 +22,22 @@ from skd_lib.config import Columns
 from skd_lib.data.examples import Example
 from skd_lib.data.files import COMPRESSED, ENDINGS, data_files, ending
 from skd_lib.data.json_rows import MAX_ROW_BYTES, Fields, RawRow, Table, read_json_table, read_jsonl_table, text_lines
-from skd_lib.data.rows import HINT_BROKEN, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows
+from skd_lib.data.rows import HINT_BROKEN, NAMED_ROWS, QUICK_CHARACTERS, Labels, Problems, check_columns, check_rows
 from skd_lib.errors import SkdError, SkdErrors
 
 T = TypeVar("T")
 _BATCH = 1000
 
 
-def first_fields(stream: IO[bytes], name: str) -> Fields:
-    """Return all fields of a file's first row; none if there is no such row, whatever the reason."""
+def first_names(stream: IO[bytes], name: str) -> list[str]:
+    """Return the names of the fields in a file's first `NAMED_ROWS` rows, or in those that can be read."""
     found = ending(name)
-    try:
+    names: dict[str, None] = {}
+    with suppress(Exception):  # reading the file tells what is wrong with it
         _, read = _READERS[found or ""]
-        return next(read(_uncompressed(stream, name), name, None).rows).fields()
-    except Exception:  # noqa: BLE001 - reading the file tells what is wrong with it
-        return {}
+        for row in islice(read(_uncompressed(stream, name), name, None).rows, NAMED_ROWS):
+            names.update(dict.fromkeys(row.fields()))
+    return list(names)
 
 
 def read_rows(path: str | Path) -> list[Fields]:

@@ -44,20 +44,24 @@ USUAL_COLUMNS = (
     ("text", "summary"),
 )
 """Names that the input's and the answer's column usually have."""
-ALPACA = ("instruction", "input", "output")
-"""Columns of which the first two make the input; the second is often empty."""
-INPUT_PARTS = ("context", "passage", "system", "system_prompt", "history")
+ALPACA = Columns(source="{instruction}\n{input}", target="output")
+"""Columns of Alpaca's format. `input` is optional: empty, null or not there in a row without it."""
+SYSTEM = ("system", "system_prompt")
+"""Names of columns that belong before a conversation."""
+INPUT_PARTS = (*SYSTEM, "context", "passage", "history")
 """Names of columns that belong to the input, too: a prompt without them is another question."""
 CONVERSATIONS = ("messages", "conversations")
 """Names that a column of conversations has: OpenAI's and TRL's, ShareGPT's."""
 PROMPT = "prompt"
+NAMED_ROWS = 1000
+"""First rows whose names say what there is to read: rows of JSON may leave fields out."""
 
 
-def usual_columns(names: Iterable[str]) -> Columns | None:
+def usual_columns(names: Iterable[str], where: str = "data.source.columns") -> Columns | None:
     """Return the columns to read by the usual names among these; None if there are none.
 
     `source` and `target` go before conversations, and those before the other pairs: datasets of conversations often
-    have the first prompt in a column of its own.
+    have the first prompt in a column of its own. `where` is the setting, or the place, that an error names.
 
     Raises:
         SkdError: the input seems to be in several columns, of which the usual names say one.
@@ -68,22 +72,29 @@ def usual_columns(names: Iterable[str]) -> Columns | None:
         return Columns()
     for name in CONVERSATIONS:
         if name in present:
+            if apart := [system for system in SYSTEM if system in present]:
+                what = f"the system message seems to be in a column of its own: {apart[0]}"
+                hint = "put it first in each conversation, with the role `system`"
+                raise SkdError(what, where=where, hint=f"{hint}; or read without it: `{{messages: {name}}}`")
             return Columns(messages=name)
-    if present.issuperset(ALPACA):
-        found = Columns(source=f"{{{ALPACA[0]}}}\n{{{ALPACA[1]}}}", target=ALPACA[2])
+    if present.issuperset(ALPACA.names):
+        found = ALPACA
     elif pairs:
         found = Columns(source=pairs[0][0], target=pairs[0][1])
+    elif PROMPT in present:
+        found = Columns(source=PROMPT, target=None)
     else:
-        return Columns(source=PROMPT, target=None) if PROMPT in present else None
+        return None
     if more := [name for name in INPUT_PARTS if name in present]:
         names = columns_of(found.source)
         alone = "\\n".join(f"{{{name}}}" for name in names) if len(names) > 1 else names[0]
+        target = found.target or "null"
         whole = "\\n".join(f"{{{name}}}" for name in [*more, *names])
         raise SkdError(
             f"the input seems to be in several columns: {', '.join([*more, *names])}",
-            where="data.source.columns",
-            hint=f'name those to read: `{{source: "{whole}", target: {found.target}}}`, or without the rest '
-            f'`{{source: "{alone}", target: {found.target}}}`',
+            where=where,
+            hint=f'name those to read: `{{source: "{whole}", target: {target}}}`, or without the rest '
+            f'`{{source: "{alone}", target: {target}}}`; without this setting rename columns to `source` and `target`',
         )
     return found
 
@@ -260,6 +271,8 @@ def _wrong(text: str) -> str:
 
 def _part(row: Mapping[str, Any], name: str, columns: Columns, labels: Labels) -> str:
     """Return a field as text."""
+    if name == "input" and columns.source == ALPACA.source and row.get(name) is None:
+        return ""
     value, cast = _field(row, name), columns.cast.get(name)
     if cast == "label_name":
         return _label(value, labels.get(name))

@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,7 @@ from skd_lib.data.examples import Example
 from skd_lib.data.files import data_files, stored_files
 from skd_lib.data.gettext_catalogs import read_wheel
 from skd_lib.data.json_rows import RawRow
-from skd_lib.data.readers import class_labels, first_fields, guarded, read_file
+from skd_lib.data.readers import class_labels, first_names, guarded, read_file
 from skd_lib.data.rows import QUICK_CHARACTERS, Problems, check_columns, check_rows, usual_columns
 from skd_lib.errors import SkdError, SkdErrors
 
@@ -55,27 +55,29 @@ class SourceSplits:
 
 
 def find_columns(source: FilesSource | HubSource | HeldOutFiles | HeldOutHub) -> Columns:
-    """Return the columns to read: those given, else the usual ones that the first row has.
+    """Return the columns to read: those given, else the usual ones that the first rows have.
 
     Where there are none, the default: reading the data then reports the columns that there are.
     """
     given = source.columns
     if given != Columns(answers=given.answers):
         return _as_asked(given, given)
-    fields: Mapping[str, Any] = {}
+    names: Iterable[str] = ()
     try:
         if isinstance(source, HubDataset):
             split = source.train_split if isinstance(source, HubSource) else source.split
             with _hub_errors(source.dataset):
-                fields = next(iter(_stream(source, split, 1)), {})
+                names = next(iter(_stream(source, split, 1)), {})
         else:
             uris = source.train if isinstance(source, FilesSource) else source.files
             file = data_files(uris[0])[0]
             with storage.open_binary(file) as stream:
-                fields = first_fields(stream, file)
+                names = first_names(stream, file)
     except SkdError:
         return source.columns
-    return _as_asked(usual_columns(fields) or given, given)
+    run = isinstance(source, FilesSource | HubSource)
+    where = "data.source.columns" if run else "data.held_out, source.columns"
+    return _as_asked(usual_columns(names, where) or given, given)
 
 
 def _as_asked(found: Columns, given: Columns) -> Columns:

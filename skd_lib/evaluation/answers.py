@@ -36,7 +36,7 @@ def _number(whole: str) -> str:
     (?P<value> (?:{whole}|{_DIGITS})(?:\.{_DIGITS})? | \.{_DIGITS})
     (?: [eE](?P<exponent>[-+]?[0-9]{{1,2}})
       | \s*/\s* (?P<over>{_DIGITS})
-      | \s+ (?P<part>{_DIGITS})/(?P<whole>{_DIGITS})
+      | [^\S\n]+ (?P<part>{_DIGITS})/(?P<whole>{_DIGITS})
     )?
     # 1,2345 or 3/4/2024 or 7:30 is no number, nor is half of it one, nor 10 of 10 000 / 2
     (?! [.,:_]?[0-9] | (?:[ ][0-9]{{3}})*\s*/\s*[0-9] | [eE][-+]?[0-9])
@@ -197,9 +197,10 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 def _value(match: re.Match[str]) -> Fraction | None:
     value = Fraction(re.sub(r"[,_\s]", "", match["value"])) * Fraction(10) ** int(match["exponent"] or 0)
     denominator = int(match["over"] or match["whole"] or 1)
-    if denominator == 0 or (match["part"] and not 0 < int(match["part"]) < denominator):
+    part = match["part"] or ""
+    if denominator == 0 or (len(part) == 3 and not 0 < int(part) < denominator):
         return None  # 10 000/2 is no mixed number
-    return value + Fraction(int(match["part"]), denominator) if match["part"] else value / denominator
+    return value + Fraction(int(part), denominator) if part else value / denominator
 
 
 def _spaced(text: str) -> str:

@@ -73,13 +73,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, models: Mapping[str, Pre
     rows = {role: rows_of(model) for role, model in models.items()}
     common = min(rows.values())
     found: list[Findings] = []
+    known = False
     for role, model in models.items():
         where = str(model if isinstance(model, Path) else model.name_or_path or type(model).__name__)
         own = _stored_tokenizer(model)
-        found.append(_without_row(role, own or tokenizer, rows[role], where))
+        found.append(_without_row(f"the {role}'s tokenizer", own or tokenizer, rows[role], where))
+        known = known or own is None or own.get_vocab() == tokenizer.get_vocab()
         if own is not None:
             both = {"the tokenizer in use": tokenizer, f"the {role}'s own": own}
             found.append(_compare_tokens(both, common, where)[0])
+    if not known:  # no model's own: changed after it was loaded, say
+        found.append(_without_row("the tokenizer in use", tokenizer, max(rows.values()), ""))
     if errors := _told(found):
         raise SkdErrors(errors)
 
@@ -93,7 +97,7 @@ def _told(found: Iterable[Findings]) -> list[SkdError]:
 
 
 def _stored_tokenizer(model: PreTrainedModel | Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a folder, or of the place that a model was loaded from; None if there is none."""
+    """Return the tokenizer of a folder, which must have one, or of the place that a model was loaded from, if any."""
     from transformers import AutoTokenizer
 
     if isinstance(model, Path):
@@ -112,10 +116,10 @@ def check_rows(role: str, path: Path) -> Findings:
     Tokens that were added to a tokenizer (for images, for padding) are not made of any text that does not spell them
     out: models for text alone leave out their rows (gemma-3-1b-it). Any other token may come up.
     """
-    return _without_row(role, load_tokenizer(path), rows_in_config(path), str(path))
+    return _without_row(f"the {role}'s tokenizer", load_tokenizer(path), rows_in_config(path), str(path))
 
 
-def _without_row(role: str, tokenizer: PreTrainedTokenizerBase, size: int, where: str) -> Findings:
+def _without_row(which: str, tokenizer: PreTrainedTokenizerBase, size: int, where: str) -> Findings:
     beyond = {id_: token for token, id_ in sorted(tokenizer.get_vocab().items()) if id_ >= size}
     if not beyond:
         return Findings()
@@ -123,8 +127,7 @@ def _without_row(role: str, tokenizer: PreTrainedTokenizerBase, size: int, where
     reached = {id_: beyond[id_] for id_ in beyond if id_ not in tokenizer.added_tokens_decoder or id_ in used}
     shown = reached or beyond
     error = SkdError(
-        f"the {role}'s tokenizer has {len(shown)} ids that its model has no row for (vocab_size {size}): "
-        + _some(shown),
+        f"{which} has {len(shown)} ids that its model has no row for (vocab_size {size}): " + _some(shown),
         where=where,
         hint="resize the model's embeddings to the tokenizer, or use the tokenizer the model was trained with"
         if reached
@@ -196,7 +199,8 @@ def check_ids(examples: Iterable[TokenizedExample], rows: int, where: str) -> No
             raise SkdError(
                 f"{name} has the token id {largest}, and the model has {rows} rows",
                 where=where,
-                hint="its text contains a token that only the tokenizer has, not the model: remove it from the data",
+                hint="its text contains a token that only the tokenizer has, not the model: remove it from the "
+                "data, or resize the model's embeddings",
             )
 
 

@@ -19,7 +19,7 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from skd_lib._core.machine import POD_VARIABLE
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.multinode.manifest import GROUP, NODE, PLURAL, RUN_LABEL, SERVER, VERSION, run_label
 
 log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Cluster:
                 self._away_since = begin
                 log.warning("Kubernetes does not answer, it is asked again: %s", reason)
             if time.monotonic() - begin + pause > limit:
-                raise SkdError(
+                raise Transient(
                     f"Kubernetes has not answered for {limit:.0f} s: {reason}",
                     where=what,
                     hint="what the step has made goes on without it; a retry of the step takes that up, or replaces it",

@@ -24,7 +24,7 @@ from kubernetes.client.exceptions import ApiException
 
 from skd_lib._core.machine import ENGINE_IMAGE_VARIABLE, pipeline_run_id
 from skd_lib.config import EnginePodsConfig
-from skd_lib.errors import Preempted, SkdError
+from skd_lib.errors import Preempted, SkdError, Transient
 from skd_lib.multinode.cluster import SERVERS_HINT, Cluster
 from skd_lib.multinode.coordinate import Terminated, sigterm_raises, trouble_of
 from skd_lib.multinode.manifest import STEP_ANNOTATION, TRIAL_POD, server_name, server_pods, server_secret
@@ -254,7 +254,8 @@ class _Server:
             if error.where != engine.url:
                 raise
             hint = f"its log is above; if it loads the models still, raise `{_WAIT}`"
-            raise SkdError(error.what, where=self.name, hint=hint) from error
+            kind = Transient if isinstance(error, Transient) else SkdError
+            raise kind(error.what, where=self.name, hint=hint) from error
         log.info("vLLM answers in %s", self.name)
 
     def _again(self, ask: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ from skd_lib._core.format import TextTable, markdown_table
 from skd_lib._core.terminal import visible
 from skd_lib._core.uris import redacted
 from skd_lib.config import RunConfig
-from skd_lib.errors import SkdError, SkdErrors
+from skd_lib.errors import SkdError, SkdErrors, Transient
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +36,7 @@ class Check:
         what: The finding.
         where: File, row, field or model; empty if there is none.
         hint: What to do about it; empty if nothing.
+        transient: Whether it may pass by itself.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Check:
     what: str
     where: str = ""
     hint: str = ""
+    transient: bool = False
 
     @property
     def text(self) -> str:
@@ -56,14 +58,17 @@ class Checks:
     def __init__(self) -> None:
         self.found: list[Check] = []
 
-    def add(self, name: str, level: Level, what: str, *, where: str = "", hint: str = "") -> None:
+    def add(
+        self, name: str, level: Level, what: str, *, where: str = "", hint: str = "", transient: bool = False
+    ) -> None:
         """Note a finding."""
-        self.found.append(Check(name, level, *map(redacted, (what, where, hint))))
+        self.found.append(Check(name, level, redacted(what), redacted(where), redacted(hint), transient))
 
     def failed(self, name: str, error: SkdError, level: Level = "error") -> None:
         """Note an error, or each of several."""
         for each in error.errors if isinstance(error, SkdErrors) else [error]:
-            self.add(name, level, each.what, where=each.where, hint=each.hint)
+            transient = isinstance(each, Transient)
+            self.add(name, level, each.what, where=each.where, hint=each.hint, transient=transient)
 
     def attempt(self, name: str, look: Callable[[], T], level: Level = "error") -> T | None:
         """Return the result of `look`, or None if it raises something, which is then noted; a bug of ours, too."""
@@ -107,7 +112,7 @@ class PreflightReport:
     def errors(self) -> list[SkdError]:
         """Return the errors that keep the run from starting."""
         return [
-            SkdError(check.what, where=check.where or check.name, hint=check.hint)
+            (Transient if check.transient else SkdError)(check.what, where=check.where or check.name, hint=check.hint)
             for check in self.checks
             if check.level == "error"
         ]

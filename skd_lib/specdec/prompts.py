@@ -27,13 +27,10 @@ def read_prompts(path: Path, *, column: str, limit: int) -> list[Question]:
     """
     if path.suffix != ".txt":
         file = FilesSource(train=[str(path)])
-        given = Columns(source=column, target=None)
         # Under its default name the column is found as in a run's data, conversations too.
-        columns = sources.find_columns(file) if column == Columns().source else given
-        if columns.messages is None:
-            columns = given.model_copy(update={"source": columns.source})
-        else:
-            columns = columns.model_copy(update={"answers": "ignore"})  # a log has answered and unanswered requests
+        columns = sources.find_columns(file) if column == Columns().source else Columns(source=column)
+        # A log has answered and unanswered requests.
+        columns = columns.model_copy(update={"target": None} if columns.messages is None else {"answers": "ignore"})
         source = file.model_copy(update={"columns": columns})
         return [example.question for example in sources.load(source, max_rows=limit).train]
     try:

@@ -11,7 +11,7 @@ import typer
 
 from skd_lib.config import SpecdecConfig, TaskConfig, parse_section
 from skd_lib.config.step import STEP_HELP, StepConfig
-from skd_lib.errors import SkdError
+from skd_lib.errors import SkdError, Transient
 from skd_lib.models.files import check_model_folder, served_in, weights_digest
 from skd_lib.report.folders import PREDICTIONS
 from skd_lib.report.measured import CHAMPION
@@ -133,9 +133,8 @@ def fetch(champion: Champion) -> Path:
     try:
         return resolve_model(champion.weights_uri)
     except SkdError as error:
-        raise SkdError(
-            f"its weights cannot be had: {error.what}", where=f"{where}, {error.where}", hint=MOVE
-        ) from error
+        kind = Transient if isinstance(error, Transient) else SkdError
+        raise kind(f"its weights cannot be had: {error.what}", where=f"{where}, {error.where}", hint=MOVE) from error
 
 
 def check_weights(champion: Champion, folder: Path) -> None:

@@ -6,6 +6,7 @@ package and the store behind it offer; sizes are compared.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import uuid
@@ -17,7 +18,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from skd_lib._core.uris import shown
-from skd_lib.errors import SkdError, Transient
+from skd_lib.errors import SkdError, Transient, is_full_disk, unwritable
 from skd_lib.storage.local import atomic_directory, atomic_file
 from skd_lib.storage.objects import TEMPORARY, StoredObject, files_by_target, join, missing, relative
 from skd_lib.storage.transfers import in_parallel
@@ -46,6 +47,8 @@ The first is Kubeflow Pipelines' since 2.16. 2.15 has a service of this name, to
 BOTOCORE = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
 """Settings of s3fs: it repeats requests by itself, so that botocore's own repetitions multiply the time of silence."""
 _RAISING = ("aiohttp", "azure", "botocore")
+# As s3fs translates what S3 says of a wrong request: of a bucket's name, a region, a key.
+_WRONG = (errno.EINVAL, errno.EMSGSIZE, errno.ENAMETOOLONG, errno.ENOSYS, getattr(errno, "EREMCHG", errno.EINVAL))
 """Libraries below fsspec's packages that raise errors of their own."""
 
 
@@ -226,6 +229,11 @@ def _opened(uri: str) -> Iterator[tuple[Any, str]]:
         what = f"access denied{_at(scheme)}: {error}"
         raise SkdError(what, where=uri, hint="check the credentials of this storage") from error
     except OSError as error:
+        if is_full_disk(error):
+            raise unwritable(error) from error
+        if error.errno in _WRONG:
+            what, hint = f"{scheme}:// refuses{_at(scheme)}: {error}", "correct the name or the storage's settings"
+            raise SkdError(what, where=uri, hint=hint) from error
         raise Transient(f"{scheme}:// failed{_at(scheme)}: {error}", where=uri, hint="try again later") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _RAISING:

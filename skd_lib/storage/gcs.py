@@ -354,6 +354,7 @@ def _opened(uri: str) -> Iterator[tuple[str, str]]:
         raise SkdError(f"no valid Google credentials: {error}", where=uri, hint=hint) from error
     except (api.GoogleAPIError, RequestException, ConnectionError) as error:
         hint = f"try again later; {DEADLINE_VARIABLE} (now {deadline():g} seconds) says how long a request is retried"
-        # A request that it finds wrong, e.g. for a bucket of an impossible name, stays so.
-        kind = SkdError if isinstance(error, api.BadRequest) else Transient
+        # A request that it finds wrong, e.g. for a bucket of an impossible name, stays so; and an impossible address,
+        # which requests raises as a ValueError, too.
+        kind = SkdError if isinstance(error, api.BadRequest | ValueError) else Transient
         raise kind(f"Google Cloud Storage failed: {error}", where=uri, hint=hint) from error

@@ -12,9 +12,11 @@ from rich.console import Console
 
 from skd_lib.config import DistillConfig, RunConfig
 from skd_lib.distillation.methods import METHODS, reads_setting, unread_settings
+from skd_lib.errors import SkdError, SkdErrors, Transient
 from skd_lib.models.fingerprint import short
 from skd_lib.models.references import model_fingerprint
 from skd_lib.preflight import Check, PreflightReport
+from skd_lib.preflight.checks import Checks
 from tests.conftest import SaveTinyModel
 from tests.multinode.fake_kubernetes import running
 from tests.preflight.support import check, only
@@ -44,6 +46,22 @@ def test_a_run_can_do_without_comet(values: dict[str, Any], tmp_path: Path) -> N
     found = only(check(values | {"evaluation": {"comet": {"model": "no-owner/no-such-model"}}}, tmp_path), "warning")
     assert (found.name, found.where) == ("comet", "no-owner/no-such-model")
     assert found.what.startswith("no scores by COMET: cannot reach")
+
+
+def test_what_may_pass_by_itself_may_be_tried_again() -> None:
+    checks = Checks()
+    checks.attempt("data", storage_is_away)
+    with pytest.raises(SkdErrors) as found:
+        PreflightReport(checks.found).raise_errors()
+    assert found.value.exit_code == Transient.exit_code
+    checks.failed("model", SkdError("wrong"))
+    with pytest.raises(SkdErrors) as found:
+        PreflightReport(checks.found).raise_errors()
+    assert found.value.exit_code == SkdError.exit_code
+
+
+def storage_is_away() -> None:
+    raise Transient("away")
 
 
 def test_the_report_is_shown_as_table_and_as_markdown() -> None:

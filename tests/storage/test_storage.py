@@ -14,8 +14,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from botocore.exceptions import ClientError
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from s3fs.errors import translate_boto_error
 
 from skd_lib import storage
 from skd_lib.config import FilesSource
@@ -223,6 +225,27 @@ def test_other_storage_that_fails_may_be_tried_again() -> None:
     with pytest.raises(SkdError, match="access denied") as refused, _opened("memory://bucket/file"):
         raise PermissionError("no")
     assert not isinstance(refused.value, Transient)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "here.bin"), r"here\.bin: cannot be written(.|\n)*free some"),
+        (translate_boto_error(ClientError({"Error": {"Code": "InvalidBucketName"}}, "Head")), "memory:// refuses"),
+        (translate_boto_error(ClientError({"Error": {"Code": "PermanentRedirect"}}, "Head")), "memory:// refuses"),
+    ],
+)
+def test_what_stays_wrong_is_not_to_be_tried_again(error: Exception, said: str) -> None:
+    with pytest.raises(SkdError, match=said) as found, _opened("memory://bucket/file"):
+        raise error
+    assert not isinstance(found.value, Transient)
+
+
+def test_an_address_that_is_none_is_not_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:9")
+    with pytest.raises(SkdError, match="No connection adapters") as found:
+        storage.exists("gs://bucket/file")
+    assert not isinstance(found.value, Transient)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

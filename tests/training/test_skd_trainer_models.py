@@ -106,6 +106,22 @@ def test_a_token_that_text_makes_is_refused(make: Make, tmp_path: Path, save_tin
         make(save_tiny_model(tmp_path / "other"), save_tiny_model(tmp_path / "small", vocab_size=300))
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_tokenizer_in_use_that_is_no_models_own_is_held_to_the_rows(
+    make: Make, tmp_path: Path, save_tiny_model: SaveTinyModel, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    teacher, student = (save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("teacher", "student")))
+    tokenizer = load_tokenizer(student)
+    tokenizer.add_special_tokens({"eos_token" if ends else "pad_token": "<|fin|>"})
+    what = "the tokenizer in use has 1 ids that its model has no row for"
+    if ends:
+        with pytest.raises(SkdError, match=what):
+            make(student, teacher, processing_class=tokenizer)
+    else:
+        make(student, teacher, processing_class=tokenizer)
+        assert what in caplog.text
+
+
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
