@@ -23,6 +23,7 @@ from skd_lib import storage
 from skd_lib.config import FilesSource
 from skd_lib.data import sources
 from skd_lib.errors import SkdError, Transient
+from skd_lib.storage import gcs
 from skd_lib.storage.fsspec_store import _opened
 from skd_lib.storage.objects import relative
 from tests.support import http
@@ -215,8 +216,10 @@ def test_credentials_that_cannot_be_had_now_may_be_had_later(monkeypatch: pytest
         monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
         monkeypatch.setenv("SKD_STORAGE_DEADLINE", "1")
+        gcs._client_for.cache_clear()
         with pytest.raises(Transient, match="credentials cannot be had now"):
             storage.exists("gs://bucket/file")
+        gcs._client_for.cache_clear()  # the next test has other credentials
 
 
 def test_other_storage_that_fails_may_be_tried_again() -> None:
