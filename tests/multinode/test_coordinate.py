@@ -517,7 +517,7 @@ def test_a_job_that_somebody_deletes_fails_the_step(kubernetes: FakeKubernetes, 
         step().run()
     for follower in [thread for thread in threading.enumerate() if isinstance(thread, LogFollower)]:
         follower.join(30)
-        assert not follower.is_alive(), "the log is followed although nobody waits for the job"
+        assert not follower.is_alive(), "the log is still followed after the step has failed"
 
 
 def test_places_that_nodes_cannot_reach_are_refused(step: Callable[[], Step], tmp_path: Path) -> None:
